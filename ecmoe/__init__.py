@@ -1,0 +1,27 @@
+"""Mixture-of-Experts with Expert Choice Routing (Zhou et al., NeurIPS 2022), replicated and measured."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> module. Loaded on first use, so that `ecmoe --help` needs no torch.
+_HOME = {
+    "MoE": "ecmoe.moe",
+    "RunConfig": "ecmoe.config",
+    "ConfigError": "ecmoe.config",
+    "build_model": "ecmoe.model",
+    "causal_routing": "ecmoe.routing",
+    "run_or_load": "ecmoe.train",
+    "load_model": "ecmoe.train",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'ecmoe' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,371 @@
+"""RunConfig: one flat, frozen, validated dataclass is the only schema of a run.
+
+Letters are the paper's: n tokens compete, e experts choose, each takes k = n c / e (Eq. 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Part of every digest: raise it when the meaning of a config or of a result changes.
+SCHEMA = 1
+
+
+class ConfigError(ValueError):
+    """A value that can't work, found before any work is done. Names key, value and remedy."""
+
+
+def bucket_size(n: int, e: int, c: float) -> int:
+    """k = n c / e (Eq. 1). The ablation is over c, so a fraction is an error, not something to round.
+
+    Args:
+        n: tokens that compete. e: experts. c: capacity factor, the average number of experts a token.
+
+    Raises:
+        ConfigError: k is no whole number, or an expert would need more than the n tokens there are.
+    """
+    k = Fraction(str(float(c))) * n / e
+    if k.denominator != 1:
+        step = Fraction(e) / Fraction(str(float(c)))
+        raise ConfigError(
+            f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(k):g} of "
+            f"n={n} tokens, which is no whole number: make n (batch_size x sequence_length for "
+            f"pool=batch) a multiple of {step.numerator}, or change capacity_factor or num_experts"
+        )
+    if k > n or k < 1:
+        raise ConfigError(
+            f"capacity_factor={c}: every expert would take k={int(k)} of n={n} tokens; k must lie in "
+            f"1..n, so capacity_factor in {e / n:g}..{e} (num_experts)"
+        )
+    return int(k)
+
+
+def key(default: Any, help: str, *, low: float | None = None, high: float | None = None,
+        choices: tuple[str, ...] | None = None) -> Any:  # fmt: skip
+    """A key of the schema: its default, what it means, and what it may be."""
+    meta = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+ROUTERS = (
+    "expert_choice", "token_choice", "hash", "dense_moe", "dense", "linear_assignment", "kmeans",
+    "task_level", "expert_threshold",
+)  # fmt: skip
+
+# What a router reads. Keys that it doesn't read don't make two runs different.
+_READS = {
+    "expert_choice": ("num_experts", "capacity_factor", "gate", "pool", "max_experts_per_token", "cap_solver"),
+    "token_choice": ("num_experts", "capacity_factor", "top_k", "gate", "priority", "balance",
+                     "aux_loss_weight", "z_loss_weight"),
+    "hash": ("num_experts", "capacity_factor", "hash_table"),
+    "dense_moe": ("num_experts",),
+    "dense": (),
+    "linear_assignment": ("num_experts",),
+    "kmeans": ("num_experts", "capacity_factor"),
+    "task_level": ("num_experts", "num_tasks", "task_table"),
+    "expert_threshold": ("num_experts", "capacity_factor", "gate", "threshold_beta"),
+}  # fmt: skip
+_ROUTING_KEYS = {name for names in _READS.values() for name in names}
+# Keys that change how a run is watched or where it runs, not what it computes.
+_NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "activation_checkpointing"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a training run computes, as flat keys. `ecmoe keys` lists them.
+
+    The default is EC-CF2 on the embedded corpus at smoke size.
+
+    Raises:
+        ConfigError: on construction, with key, value and what would be right.
+    """
+
+    # Routing
+    router: str = key("expert_choice", "who chooses", choices=ROUTERS)
+    num_experts: int = key(8, "e, experts of an MoE layer", low=1)
+    capacity_factor: float | None = key(
+        2.0, "c; expert choice: experts a token on average (k is n c / e); token choice and hash: "
+        "capacity over top_k n / e, null for nothing dropped", low=0)  # fmt: skip
+    top_k: int = key(2, "experts that a token chooses (token choice): Switch 1, GShard 2", low=1)
+    gate: str = key("softmax", "combine weights: softmax (Eq. 4), renormalized over a token's experts, "
+                    "scaled (softmax x e/c)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
+    pool: str | int = key("batch", "tokens that compete (expert choice): batch, sequence, position, or a number "
+                          "of tokens (whole sequences)")  # fmt: skip
+    max_experts_per_token: int | None = key(
+        None, "b of capped expert choice (3.3); null: no cap", low=1
+    )
+    cap_solver: str = key("feasible", "how the cap is met: feasible (ours), dykstra (the paper's, to the letter)",
+                          choices=("feasible", "dykstra"))  # fmt: skip
+    priority: str = key("order", "who keeps a full expert (token choice): order of arrival, score (V-MoE)",
+                        choices=("order", "score"))  # fmt: skip
+    balance: str = key("switch", "how token choice is balanced: switch (also GShard's), importance_load (V-MoE), "
+                       "bias (Wang et al. 2024), none",
+                       choices=("switch", "importance_load", "bias", "none"))  # fmt: skip
+    aux_loss_weight: float = key(0.01, "weight of the balance loss (GLaM: 0.01)", low=0)
+    z_loss_weight: float = key(0.0, "weight of the router z-loss", low=0)
+    hash_table: str = key("modulo", "hash routing: modulo (token id mod e), balanced (by corpus frequency)",
+                          choices=("modulo", "balanced"))  # fmt: skip
+    num_tasks: int = key(
+        4, "tasks of task-level routing; in language modelling, classes of sequences", low=1
+    )
+    task_table: str = key(
+        "learned", "task-level routing: learned or fixed", choices=("learned", "fixed")
+    )
+    threshold_beta: float = key(
+        0.999, "decay of the expert threshold's moving average", low=0, high=1
+    )
+
+    # Model (section 3.4)
+    layers: int = key(4, "Transformer layers", low=1)
+    d_model: int = key(64, "d, width", low=1)
+    d_ff: int = key(128, "hidden width of an expert and of the gated FFN", low=1)
+    heads: int = key(4, "attention heads", low=1)
+    moe_every: int = key(2, "every which layer has experts (3.4: every other)", low=1)
+    moe_init_scale: float = key(
+        1.0, "scale of the MoE output at initialisation; ours, the paper is silent", low=0
+    )
+    relative_buckets: int = key(
+        32, "buckets of the relative position bias (T5's; the paper is silent)", low=2
+    )
+    relative_max_distance: int = key(128, "distance beyond which all share a bucket (T5's)", low=2)
+
+    # Data
+    data: str = key(
+        "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, or a path to .txt, .txt.xz, .jsonl"
+    )
+    streaming: bool = key(False, "stream a Hub data set instead of downloading it whole")
+    max_bytes: int = key(0, "read at most this much text, in bytes; 0: all", low=0)
+    tokenizer: str = key("bytes", "bytes, or bpe trained on the corpus", choices=("bytes", "bpe"))
+    vocab_size: int = key(256, "V; bytes: 256", low=2)
+    sequence_length: int = key(128, "T, tokens of a sequence (the paper: 1024)", low=1)
+
+    # Training
+    seed: int = key(0, "initial values and order of the batches", low=0)
+    batch_size: int = key(16, "B, sequences of a micro-batch on one device", low=1)
+    accumulate: int = key(1, "micro-batches of an optimiser step", low=1)
+    steps: int = key(60, "optimiser steps", low=1)
+    optimizer: str = key("adamw", "adamw (ours), adafactor (the paper's kind; decay t^-0.8 for its 0.99)",
+                         choices=("adamw", "adafactor"))  # fmt: skip
+    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0)
+    beta1: float = key(0.9, "AdamW; ours (the paper's Adafactor: 0)", low=0, high=1)
+    beta2: float = key(0.99, "AdamW (the paper's Adafactor: 0.99)", low=0, high=1)
+    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0)
+    gradient_clip: float = key(1.0, "largest gradient norm (GLaM: 1.0); 0: none", low=0)
+    schedule: str = key("constant", "after the warm-up: constant, inverse_sqrt (the paper's), linear (decay to 0)",
+                        choices=("constant", "inverse_sqrt", "linear"))  # fmt: skip
+    warmup_steps: int = key(10, "steps of linear warm-up; ours, the paper is silent", low=0)
+    constant_steps: int = key(
+        10_000, "inverse_sqrt: steps before the decay (the paper: 10K)", low=1
+    )
+    decay_fraction: float = key(
+        0.2, "linear: the last share of the steps decays to 0", low=0, high=1
+    )
+    eval_every: int = key(20, "steps between validations", low=1)
+    eval_batches: int = key(8, "validation batches, the same for every run", low=1)
+    checkpoint_every: int = key(1000, "steps between checkpoints", low=1)
+
+    # Machine
+    precision: str = key("auto", "auto: bf16-mixed on a GPU, 32-true on a CPU", choices=(
+        "auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))  # fmt: skip
+    compile: bool = key(False, "torch.compile the model")
+    activation_checkpointing: bool = key(
+        False, "recompute attention and experts in the backward pass"
+    )
+    strategy: str = key("auto", "auto, ddp, fsdp2; with several ranks the pool is each rank's batch",
+                        choices=("auto", "ddp", "fsdp2"))  # fmt: skip
+    devices: int = key(1, "processes of a node; more than one: torchrun -m ecmoe.train", low=1)
+    num_nodes: int = key(1, "nodes", low=1)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.d_model % self.heads:
+            divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+            raise ConfigError(
+                f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be one of {divisors}"
+            )
+        if self.tokenizer == "bytes" and self.vocab_size != 256:
+            raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer=bytes: there are 256 bytes; "
+                              "set vocab_size: 256, or tokenizer: bpe")  # fmt: skip
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise ConfigError(
+                f"vocab_size={self.vocab_size} with tokenizer=bpe: must be at least 257 (256 bytes and a merge)"
+            )
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        b, c, e = self.max_experts_per_token, self.capacity_factor, self.num_experts
+        if isinstance(self.pool, str) and self.pool not in ("batch", "sequence", "position"):
+            raise ConfigError(
+                f"pool={self.pool!r}: must be batch, sequence, position, or a whole number of tokens"
+            )
+        if self.router == "token_choice" and self.top_k > e:
+            raise ConfigError(
+                f"top_k={self.top_k} is more than num_experts={e}: a token can't choose an expert twice"
+            )
+        if c is not None and c <= 0 and "capacity_factor" in _READS[self.router]:
+            raise ConfigError(f"capacity_factor={c}: must be above 0")
+        if self.router in ("expert_choice", "expert_threshold"):
+            if c is None:
+                raise ConfigError(
+                    f"capacity_factor=null: {self.router} needs a number, such as 2.0 (k = n c / e)"
+                )
+            bucket_size(self.pool_tokens, e, c)
+        if self.router == "linear_assignment" and (self.batch_size * self.sequence_length) % e:
+            raise ConfigError(f"num_experts={e}: linear assignment gives every expert n/e tokens, so it must divide "
+                              f"n=batch_size x sequence_length={self.batch_size * self.sequence_length}")  # fmt: skip
+        if self.router == "expert_choice" and b is not None and b < c:
+            raise ConfigError(f"max_experts_per_token={b}: {e} experts take {c:g} n tokens in all, but {b} n places are "
+                              f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of an optimiser step, over all ranks."""
+        return (
+            self.batch_size * self.sequence_length * self.accumulate * self.devices * self.num_nodes
+        )
+
+    @property
+    def pool_tokens(self) -> int:
+        """n, the tokens that compete for an expert (Eq. 1)."""
+        batch = self.batch_size * self.sequence_length
+        if isinstance(self.pool, int):
+            if self.pool % self.sequence_length or batch % self.pool:
+                raise ConfigError(
+                    f"pool={self.pool}: must be a multiple of sequence_length={self.sequence_length} and divide the "
+                    f"{batch} tokens of a batch (batch_size x sequence_length)"
+                )
+            return self.pool
+        return {"batch": batch, "sequence": self.sequence_length, "position": self.batch_size}[
+            self.pool
+        ]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """A config from flat keys; an unknown one is an error that names its nearest neighbour."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"did you mean {near[0]}?" if near else "`ecmoe keys` lists the keys"
+                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, *paths: str | Path, **changes: Any) -> RunConfig:
+        """A config from YAML files, later ones winning, and `changes` on top."""
+        values: dict[str, Any] = {}
+        for path in paths:
+            try:
+                loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError) as error:
+                raise ConfigError(f"config {str(path)!r} can't be read: {error}") from error
+            if not isinstance(loaded, dict):
+                raise ConfigError(
+                    f"config {str(path)!r} must hold `key: value` lines, but holds {type(loaded).__name__}"
+                )
+            # A scale file keeps a run's keys under `base`, beside what only notebooks read.
+            values |= loaded.get("base", loaded)
+        return cls.from_dict(values | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys and values, in the order of the schema."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """The same config but for `changes`; checked like any other."""
+        return RunConfig.from_dict(self.to_dict() | changes)
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that decide what is computed: two configs with equal identities are one run."""
+        unread = _ROUTING_KEYS - set(_READS[self.router])
+        if self.max_experts_per_token is None:
+            unread = unread | {"cap_solver"}
+        keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
+        if is_local(
+            self.data
+        ):  # a copy elsewhere is the same text: the data digest tells if it is not
+            keep["data"] = Path(self.data).name
+        return keep
+
+    def digest(self) -> str:
+        """12 hex digits of identity and schema version."""
+        text = json.dumps({"schema": SCHEMA} | self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def slug(self) -> str:
+        """What a reader looks for in a folder of runs: router, its main setting, seed."""
+        words = [self.router.replace("_", "-")]
+        if self.router == "token_choice":
+            words.append(f"top{self.top_k}")
+        if "capacity_factor" in _READS[self.router]:
+            words.append(
+                "c" + ("none" if self.capacity_factor is None else f"{self.capacity_factor:g}")
+            )
+        return "-".join([*words, f"s{self.seed}"])
+
+    @property
+    def name(self) -> str:
+        """`slug-digest`: the folder of the run, and the name of its record."""
+        return f"{self.slug()}-{self.digest()}"
+
+
+def is_local(data: str) -> bool:
+    """Does the key `data` name a file or a folder, rather than a known corpus or the Hub?"""
+    return not data.startswith("hub:") and (
+        "/" in data or data.endswith((".txt", ".xz", ".json", ".jsonl"))
+    )
+
+
+_TYPES = typing.get_type_hints(RunConfig)
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value as its key's type, or a ConfigError; an int is a fine float, nothing else converts."""
+    hint, meta = _TYPES[field.name], field.metadata
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        raise ConfigError(
+            f"{field.name}={value!r} is of type {type(value).__name__}, but must be {names}{_remedy(value, allowed)}"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{field.name}={value!r}: must be a finite number")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{field.name}={value!r}: must be one of {', '.join(meta['choices'])}")
+    if type(value) in (int, float):
+        if meta["low"] is not None and value < meta["low"]:
+            raise ConfigError(f"{field.name}={value!r}: must be at least {meta['low']:g}")
+        if meta["high"] is not None and value > meta["high"]:
+            raise ConfigError(f"{field.name}={value!r}: must be at most {meta['high']:g}")
+    return value
+
+
+def _remedy(value: Any, allowed: tuple) -> str:
+    """YAML reads `1e-3` as text and `no` as False: say how to write what was meant."""
+    if isinstance(value, str) and {int, float} & set(allowed):
+        try:
+            number = float(value)
+        except ValueError:
+            return ""
+        if float in allowed:
+            mantissa, _, exponent = f"{number:e}".partition("e")
+            return f": write {float(mantissa):.12g}{'' if '.' in f'{float(mantissa):.12g}' else '.0'}e{int(exponent)} (YAML takes {value} for text)"
+        return f": write {int(number)}, without quotes" if number.is_integer() else ""
+    if isinstance(value, float) and int in allowed and value.is_integer():
+        return f": write {int(value)}"
+    return ""
