@@ -1,0 +1,85 @@
+"""Assignment: the one value that every router returns, and `pack`, which fills it from requests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Assignment(NamedTuple):
+    """Which tokens each expert processes, and with what weight (I and G of Eq. 2).
+
+    token: (e, k) int64, the j-th token of expert i; n (one past the last token) marks an empty slot.
+    gate:  (e, k) float, its combine weight; 0 in an empty slot.
+    """
+
+    token: Tensor
+    gate: Tensor
+
+    def dense(self, n: int) -> Tensor:
+        """(n, e) combine weights, 0 where a token is not routed to an expert."""
+        e = self.token.shape[0]
+        out = self.gate.new_zeros(n + 1, e)
+        expert = torch.arange(e, device=self.token.device)[:, None].expand_as(self.token)
+        return out.index_put((self.token, expert), self.gate, accumulate=True)[:n]
+
+    def experts_per_token(self, n: int) -> Tensor:
+        """(n,) int64: how many experts took each token. A slot counts also where its gate is 0."""
+        counts = torch.zeros(n + 1, dtype=torch.long, device=self.token.device)
+        return counts.index_add(0, self.token.reshape(-1), torch.ones_like(self.token).reshape(-1))[
+            :n
+        ]
+
+    def load(self, n: int) -> Tensor:
+        """(e,) int64: tokens that each expert processes, empty slots left out."""
+        return (self.token < n).sum(dim=1)
+
+    def renormalized(self, n: int) -> Assignment:
+        """The same choice with each token's gates divided by their sum over the experts that took it."""
+        total = self.gate.new_zeros(n + 1).index_add(
+            0, self.token.reshape(-1), self.gate.reshape(-1)
+        )
+        return Assignment(
+            self.token, self.gate / total[self.token].clamp_min(torch.finfo(self.gate.dtype).tiny)
+        )
+
+
+def pack(
+    token: Tensor,
+    expert: Tensor,
+    gate: Tensor,
+    *,
+    n: int,
+    e: int,
+    slots: int | None,
+    limit: Tensor | None = None,
+) -> tuple[Assignment, Tensor]:
+    """Serve requests in the order given until an expert is full; the rest is dropped.
+
+    Args:
+        token, expert, gate: (r,) one request each, best first; expert e marks no request (padding).
+        n, e: number of tokens and of experts.
+        slots: places of an expert; None: as many as the fullest needs, nothing is dropped
+            (this reads one number from the device).
+        limit: scalar tensor, a capacity below `slots` that depends on the data.
+
+    Returns:
+        the assignment, (e, slots), and the demand, (e,): requests before any was dropped.
+    """
+    demand = torch.zeros(e + 1, dtype=torch.long, device=token.device)
+    demand = demand.index_add(0, expert, torch.ones_like(expert))
+    by_expert = torch.argsort(expert, stable=True)  # keeps the order within an expert
+    expert = expert[by_expert]
+    place = torch.arange(expert.numel(), device=expert.device) - (demand.cumsum(0) - demand)[expert]
+    if slots is None:
+        slots = max(int(demand[:e].max()), 1)
+    full = place >= (slots if limit is None else limit.clamp(max=slots))
+    # Everything without a place goes to one spare slot behind the last, which is cut off.
+    slot = torch.where(full | (expert == e), e * slots, expert * slots + place)
+    tokens = torch.full((e * slots + 1,), n, dtype=torch.long, device=token.device)
+    gates = gate.new_zeros(e * slots + 1)
+    tokens = tokens.index_put((slot,), token[by_expert])[:-1].view(e, slots)
+    gates = gates.index_put((slot,), gate[by_expert])[:-1].view(e, slots)
+    return Assignment(tokens, gates), demand[:e]

@@ -1,0 +1,70 @@
+"""Losses that balance token choice. Letters: n tokens, e experts, S (n, e) scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balance_loss(
+    kind: str,
+    logits: Tensor,
+    S: Tensor,
+    noise: Tensor,
+    demand: Tensor,
+    mask: Tensor | None,
+    top_k: int,
+) -> Tensor:
+    """The balance loss called `kind`: "switch" or "importance_load"; a scalar tensor."""
+    if mask is not None:
+        logits, S, noise = logits[mask], S[mask], noise[mask]
+    if kind == "switch":
+        return switch_loss(S, demand)
+    return 0.5 * (importance_loss(S) + load_loss(logits, logits + noise, top_k))
+
+
+def switch_loss(S: Tensor, demand: Tensor) -> Tensor:
+    """e sum_i f_i P_i: share of the requests times mean score (Switch, Eq. 4; GShard's l_aux).
+
+    Args:
+        S: (n, e) scores. demand: (e,) requests for each expert, before capacity.
+
+    Returns:
+        1 for a uniform router, e if all requests go to one expert that gets the whole score.
+    """
+    e = S.shape[1]
+    f = demand.to(S.dtype) / demand.sum().clamp_min(1)
+    return e * (f * S.mean(dim=0)).sum()
+
+
+def importance_loss(S: Tensor) -> Tensor:
+    """Squared coefficient of variation of the experts' summed scores (V-MoE, Appendix A, Eq. 9)."""
+    return _cv_squared(S.sum(dim=0))
+
+
+def load_loss(logits: Tensor, noisy: Tensor, top_k: int) -> Tensor:
+    """Squared coefficient of variation of the experts' smooth load (V-MoE, Appendix A, Eq. 14).
+
+    The load of an expert is the chance, were its noise drawn again, that it is in a token's top_k.
+    """
+    e = logits.shape[1]
+    threshold = noisy.topk(top_k, dim=1).values[:, -1:]
+    chance = torch.special.ndtr(
+        (logits - threshold) * e
+    )  # P(x + eps >= threshold), eps ~ N(0, 1/e^2)
+    return _cv_squared(chance.sum(dim=0))
+
+
+def load_noise(logits: Tensor, active: bool) -> Tensor:
+    """Noise of standard deviation 1/e on the logits, which makes V-MoE's load smooth; zeros if not active."""
+    return torch.randn_like(logits) / logits.shape[1] if active else torch.zeros_like(logits)
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared log of the softmax' normaliser (ST-MoE, Zoph et al. 2022, Eq. 5)."""
+    logits = logits if mask is None else logits[mask]
+    return logits.logsumexp(dim=1).square().mean()
+
+
+def _cv_squared(x: Tensor) -> Tensor:
+    return x.var(correction=0) / x.mean().square().clamp_min(torch.finfo(x.dtype).tiny)

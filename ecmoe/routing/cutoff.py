@@ -1,0 +1,63 @@
+"""RunningCutoff: the score that a token needs for an expert to take it, learnt from training batches.
+
+Expert choice compares tokens with each other; a cut-off compares a token with a number, so it sees no
+other token (Expert Threshold, arXiv 2603.11535: an exponential moving average of the k-th largest score).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class RunningCutoff(nn.Module):
+    """(e,) cut-offs: EMA over optimiser steps, bias-corrected, of the mean k-th largest score of a step.
+
+    `add` gathers within a step (over micro-batches and pools), `end_step` moves the average once, over all
+    ranks. All state is in buffers, so a checkpoint carries it.
+    """
+
+    def __init__(self, num_experts: int, beta: float) -> None:
+        super().__init__()
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta={beta}: must be at least 0 and below 1")
+        self.beta = beta
+        self.register_buffer("average", torch.zeros(num_experts))
+        self.register_buffer("weight", torch.zeros(()))  # 1 - beta^t, the bias correction
+        self.register_buffer("pending", torch.zeros(num_experts))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def add(self, kth: Tensor) -> None:
+        """kth: (pools, e) the k-th largest score of each expert in each pool."""
+        self.pending += kth.sum(0)
+        self.count += kth.shape[0]
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Take what was added into the average; a step that added nothing moves nothing."""
+        if dist.is_available() and dist.is_initialized():
+            both = torch.cat([self.pending, self.count[None]])
+            dist.all_reduce(both)
+            self.pending.copy_(both[:-1])
+            self.count.copy_(both[-1])
+        average, weight = self._moved()
+        self.average.copy_(average)
+        self.weight.copy_(weight)
+        self.pending.zero_()
+        self.count.zero_()
+
+    def value(self) -> Tensor:
+        """(e,) cut-offs, with what was added since the last step counted as a step."""
+        average, weight = self._moved()
+        return average / weight
+
+    def empty(self) -> bool:
+        """Has no training batch been seen yet?"""
+        return bool((self.weight == 0) & (self.count == 0))
+
+    def _moved(self) -> tuple[Tensor, Tensor]:
+        beta = torch.where(self.count > 0, self.beta, 1.0)
+        mean = self.pending / self.count.clamp_min(1)
+        return beta * self.average + (1 - beta) * mean, beta * self.weight + (1 - beta)

@@ -1,0 +1,157 @@
+"""Expert choice (section 3.2): each expert takes the k tokens that score highest for it.
+
+Letters: n tokens, e experts, k = n c / e (Eq. 1), g pools of m tokens, S (n, e), G and I of Eq. 2.
+
+The top-k over tokens sees the whole pool, past and future: in a decoder the loss can profit from it.
+`causal_routing` routes by running cut-offs instead and sees nothing but the token itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ecmoe.config import ConfigError, bucket_size
+from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.cutoff import RunningCutoff
+from ecmoe.routing.router import Router, one_of, recomputing
+
+
+class ExpertChoice(Router):
+    """Expert choice routing (Zhou et al. 2022, Eq. 1 and 2; capped: section 3.3).
+
+    Args:
+        d_model, num_experts: d, e.
+        capacity_factor: c, the average number of experts a token.
+        max_experts_per_token: b, the most experts a token may get; None: no cap.
+        pool: which tokens compete: "batch" (the paper), "sequence", "position" (the same position of all
+            sequences), or a number of tokens, whole sequences together.
+        gate: "softmax" (Eq. 4 as printed), "renormalized" over the experts that took the token,
+            "scaled" (softmax x e/c: 1 on average for a uniform router).
+        cap_solver: "feasible" (ours: no token over b, every expert full) or "dykstra" (the paper's).
+        cutoff_beta: decay of the running cut-offs that causal routing uses.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        capacity_factor: float = 2.0,
+        max_experts_per_token: int | None = None,
+        pool: str | int = "batch",
+        gate: str = "softmax",
+        cap_solver: str = "feasible",
+        cutoff_beta: float = 0.99,
+    ) -> None:
+        super().__init__(d_model, num_experts)
+        if not isinstance(pool, int):
+            one_of("pool", pool, ("batch", "sequence", "position"))
+        if max_experts_per_token is not None and max_experts_per_token < capacity_factor:
+            raise ConfigError(
+                f"max_experts_per_token={max_experts_per_token} is below capacity_factor={capacity_factor}: "
+                f"n b >= e k needs b >= c"
+            )
+        self.capacity_factor = capacity_factor
+        self.max_experts_per_token = max_experts_per_token
+        self.pool = pool
+        self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
+        self.cap_solver = one_of("cap_solver", cap_solver, ("feasible", "dykstra"))
+        self.cutoff = RunningCutoff(num_experts, cutoff_beta)
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        n, e = logits.shape
+        S = logits.softmax(dim=1)  # (n, e): each token spreads 1 over the experts
+        if self.causal:
+            return self._weigh(self._above_cutoff(S, mask), n)
+        ids = self._pools(n, batch_shape, S.device)  # (g, m)
+        k = bucket_size(ids.shape[1], e, self.capacity_factor)
+        pooled = S if self.pool == "batch" else S[ids.reshape(-1)]
+        pooled = pooled.view(*ids.shape, e).transpose(1, 2)  # (g, e, m)
+        valid = None if mask is None else mask[ids]  # (g, m)
+        if valid is not None:
+            pooled = pooled.masked_fill(~valid[:, None], -1.0)
+        G, I = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
+        if self.training and not recomputing():
+            self.cutoff.add(G.detach()[..., -1] if valid is None else self._kth(G, valid, k))
+        token = ids.gather(1, I.flatten(1)).view_as(I)
+        if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
+            filled = torch.arange(k, device=S.device) < self._valid_k(valid, k)[:, None, None]
+            token, G = torch.where(filled, token, n), torch.where(filled, G, 0.0)
+        token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
+        self.demand.copy_((token < n).sum(1))
+        return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
+
+    def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(g, e, m) scores -> the k chosen of each expert, best first: scores and places."""
+        if self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts:
+            return S.topk(k, dim=2)
+        from ecmoe.routing.capped import capped_top_k
+
+        return capped_top_k(S, k, self.max_experts_per_token, solver=self.cap_solver, valid=valid)
+
+    def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor:
+        """(g, m) token ids: which tokens compete with each other."""
+        ids = torch.arange(n, device=device)
+        if self.pool == "batch":
+            return ids.view(1, n)
+        if isinstance(self.pool, int):
+            if n % self.pool:
+                raise ConfigError(f"pool={self.pool} must divide the n={n} tokens of the batch")
+            return ids.view(-1, self.pool)
+        if batch_shape is None:
+            raise ValueError(
+                f"pool={self.pool!r} needs batch_shape=(B, T) to tell the sequences apart"
+            )
+        ids = ids.view(batch_shape)
+        return ids if self.pool == "sequence" else ids.T
+
+    def _valid_k(self, valid: Tensor, k: int) -> Tensor:
+        """(g,) floor(valid tokens x c / e), in whole numbers: k / m is c / e."""
+        return valid.sum(1) * k // valid.shape[1]
+
+    def _kth(self, G: Tensor, valid: Tensor, k: int) -> Tensor:
+        """(g', e) the lowest score that was still taken, of the pools where any was."""
+        last = self._valid_k(valid, k)
+        kth = G.detach().gather(
+            2, (last - 1).clamp_min(0)[:, None, None].expand(-1, G.shape[1], 1)
+        )[..., 0]
+        return kth[last > 0]
+
+    def _above_cutoff(self, S: Tensor, mask: Tensor | None) -> Assignment:
+        """Every expert takes every token at or above its cut-off: each decision sees one token alone."""
+        take = self.cutoff.value().to(S.dtype) <= S  # (n, e)
+        if self.max_experts_per_token is not None and self.max_experts_per_token < self.num_experts:
+            best = S.topk(self.max_experts_per_token, dim=1).indices
+            take &= torch.zeros_like(take).scatter(1, best, True)
+        if mask is not None:
+            take &= mask[:, None]
+        token, expert = take.nonzero(as_tuple=True)
+        assignment, _ = pack(
+            token, expert, S[token, expert], n=S.shape[0], e=S.shape[1], slots=None
+        )
+        return assignment
+
+    def _weigh(self, chosen: Assignment, n: int) -> Assignment:
+        if self.gate == "renormalized":
+            return chosen.renormalized(n)
+        if self.gate == "scaled":
+            return Assignment(chosen.token, chosen.gate * (self.num_experts / self.capacity_factor))
+        return chosen
+
+    def check_causal(self) -> None:
+        if self.cutoff.empty():
+            raise ValueError(
+                "causal routing needs running cut-offs, and this expert choice router has seen no training "
+                "batch yet: run training forwards first, or load a trained run"
+            )
+
+    def end_step(self) -> None:
+        self.cutoff.end_step()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, "
+            f"max_experts_per_token={self.max_experts_per_token}, pool={self.pool}, gate={self.gate}"
+        )

@@ -1,0 +1,78 @@
+"""Hash routing (Roller et al. 2021): the token id alone says which expert."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.router import Router
+
+
+class Hash(Router):
+    """One expert a token, by a fixed table of the vocabulary; gate 1, nothing is learned.
+
+    Args:
+        d_model, num_experts: d, e.
+        vocab_size: V.
+        capacity_factor: an expert holds ceil(capacity_factor n / e) tokens; None: nothing is dropped.
+        token_counts: (V,) how often each id occurs in the corpus: the table is then balanced by frequency
+            (Roller et al., "balanced"); None: token id mod e, as in the paper's section 4.6.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        vocab_size: int,
+        capacity_factor: float | None = None,
+        token_counts: Tensor | None = None,
+    ) -> None:
+        super().__init__(d_model, num_experts, learned=False)
+        self.capacity_factor = capacity_factor
+        table = torch.arange(vocab_size) % num_experts
+        if token_counts is not None:
+            if len(token_counts) != vocab_size:
+                raise ValueError(
+                    f"token_counts has {len(token_counts)} entries: must have vocab_size={vocab_size}"
+                )
+            table = balanced_table(token_counts, num_experts)
+        self.register_buffer("table", table)
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        if token_ids is None:
+            raise ValueError("hash routing needs token_ids: pass moe(x, token_ids=...)")
+        n, e = logits.shape
+        expert = self.table[token_ids.reshape(-1)]
+        slots, limit = None, None
+        if self.capacity_factor is not None and not self.causal:
+            share = Fraction(str(float(self.capacity_factor))) / e
+            slots = min(math.ceil(share * n), n)
+            if mask is not None:
+                limit = -(-mask.sum() * share.numerator // share.denominator)
+        if mask is not None:
+            expert = torch.where(mask, expert, e)
+        token = torch.arange(n, device=logits.device)
+        assignment, demand = pack(
+            token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit
+        )
+        self.demand.copy_(demand)
+        return assignment
+
+
+def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:
+    """(V,) counts -> (V,) experts: the most frequent id first, each to the expert with the least load yet."""
+    load = [(0, i) for i in range(num_experts)]
+    table = torch.empty(len(token_counts), dtype=torch.long)
+    counts = torch.as_tensor(token_counts).tolist()
+    for v in sorted(range(len(counts)), key=lambda v: (-counts[v], v)):
+        total, expert = heapq.heappop(load)
+        table[v] = expert
+        heapq.heappush(load, (total + counts[v], expert))
+    return table

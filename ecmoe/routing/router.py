@@ -1,0 +1,95 @@
+"""Router: what all routers share. A router decides who processes what; nothing else in the layer knows how.
+
+Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecmoe.routing.assignment import Assignment
+
+
+class Router(nn.Module):
+    """Base of all routers: linear scores in float32, and an `assign` that each family writes.
+
+    Args:
+        d_model: d, width of a token.
+        num_experts: e.
+        learned: False for routers without weights (hash).
+
+    Attributes:
+        weight: (d, e) parameter W_g (Eq. 2), or None.
+        aux_loss: scalar tensor set by `assign` in training, or None.
+        demand: (e,) buffer, requests before capacity in the last `assign`.
+        causal: set by `causal_routing`: no token's routing may see another token.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, *, learned: bool = True) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts={num_experts}: must be at least 1")
+        self.d_model, self.num_experts = d_model, num_experts
+        self.weight = nn.Parameter(torch.empty(d_model, num_experts)) if learned else None
+        self.aux_loss: Tensor | None = None
+        self.causal = False
+        self.register_buffer("demand", torch.zeros(num_experts, dtype=torch.long), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """W_g ~ N(0, 1/d): logits of unit variance for normalised tokens; ours, the paper is silent."""
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=self.d_model**-0.5, generator=generator)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., d) -> (n, e) scores before the softmax, in float32 whatever the dtype of x (float64 stays)."""
+        x = x.reshape(-1, x.shape[-1])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.weight is None:
+            return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie and flip
+            return x.to(dtype) @ self.weight.to(dtype)
+
+    def assign(
+        self,
+        logits: Tensor,
+        *,
+        batch_shape: tuple[int, int] | None = None,
+        token_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Assignment:
+        """Choose. Routing with a mask is routing the unmasked tokens alone.
+
+        Args:
+            logits: (n, e) from `logits`.
+            batch_shape: (B, T) with B T = n, for routers to which sequences matter.
+            token_ids: (n,) vocabulary ids, for hash routing.
+            task_ids: (n,) task of each token, for task-level routing.
+            mask: (n,) bool, False for padding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} doesn't say how it assigns")
+
+    def check_causal(self) -> None:
+        """Raise a ValueError if the router can't route causally yet."""
+
+    def end_step(self) -> None:
+        """Called once after every optimiser step; running statistics move here."""
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, num_experts={self.num_experts}"
+
+
+def recomputing() -> bool:
+    """Is this forward pass a recomputation inside a backward pass (activation checkpointing)?"""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def one_of(name: str, value: Any, choices: tuple) -> Any:
+    """The value, or a ValueError that names the argument, the value and what it may be."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, choices))}")
+    return value

@@ -1,0 +1,135 @@
+"""Token choice: each token takes its top_k experts, and an expert that is full drops the rest.
+
+Switch Transformer (Fedus et al. 2021) is top_k=1; GShard (Lepikhin et al. 2021) and GLaM (Du et al. 2022)
+are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.balance import balance_loss, load_noise, z_loss
+from ecmoe.routing.router import Router, one_of, recomputing
+
+
+class TokenChoice(Router):
+    """Top-k routing over experts (GShard, Algorithm 1; Switch, Eq. 2).
+
+    Args:
+        d_model, num_experts, top_k: d, e, experts that a token asks for.
+        capacity_factor: an expert holds ceil(capacity_factor top_k n / e) tokens; None: nothing is dropped.
+        gate: "softmax": raw probabilities (Switch); "renormalized": over the token's top_k before anything
+            is dropped (GShard, GLaM); "scaled": softmax x e / top_k.
+        priority: who finds a place: "order" of arrival, all first choices before second ones (GShard), or
+            "score": tokens with the largest top score first (V-MoE's batch priority, Riquelme et al. 2021).
+        aux_loss_weight: weight of the balance loss. z_loss_weight: weight of the router z-loss (ST-MoE).
+        balance: which balance: "switch", "importance_load" (V-MoE), "bias" (Wang et al. 2024: a bias on
+            the choice, moved by sign of the load error, no loss), "none".
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        capacity_factor: float | None = None,
+        gate: str = "softmax",
+        priority: str = "order",
+        aux_loss_weight: float = 0.01,
+        z_loss_weight: float = 0.0,
+        balance: str = "switch",
+        bias_rate: float = 0.001,
+    ) -> None:
+        super().__init__(d_model, num_experts)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts} (num_experts)")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(
+                f"capacity_factor={capacity_factor}: must be above 0, or None to drop nothing"
+            )
+        self.top_k, self.capacity_factor = top_k, capacity_factor
+        self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
+        self.priority = one_of("priority", priority, ("order", "score"))
+        self.balance = one_of("balance", balance, ("switch", "importance_load", "bias", "none"))
+        self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
+        self.bias_rate = bias_rate
+        self.register_buffer("bias", torch.zeros(num_experts))  # moves only with balance="bias"
+        self.register_buffer("load_error", torch.zeros(num_experts))
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        n, e = logits.shape
+        k = self.top_k
+        noise = load_noise(logits, self.balance == "importance_load" and self.training)
+        S = (logits + noise).softmax(dim=1)  # (n, e)
+        choice = (S + self.bias.to(S.dtype)).topk(k, dim=1).indices  # (n, k), best first
+        gate = S.gather(1, choice)
+        if self.gate == "renormalized":
+            gate = gate / gate.sum(dim=1, keepdim=True)
+        elif self.gate == "scaled":
+            gate = gate * (e / k)
+
+        # Requests: all first choices, then all second ones; tokens within by priority.
+        first = torch.arange(n, device=S.device)
+        if self.priority == "score":
+            first = S.detach().amax(dim=1).argsort(descending=True, stable=True)
+        expert = choice[first].T.reshape(-1)
+        if mask is not None:
+            expert = torch.where(mask[first].repeat(k), expert, e)
+        slots, limit = self._capacity(n, e, mask)
+        assignment, demand = pack(
+            first.repeat(k), expert, gate[first].T.reshape(-1), n=n, e=e, slots=slots, limit=limit
+        )
+
+        if not recomputing():
+            self.demand.copy_(demand)
+        if self.training:
+            self.aux_loss = self._aux_loss(logits, S, noise, demand, mask)
+            if self.balance == "bias" and not recomputing():
+                self.load_error += demand.float().mean() - demand.float()
+        return assignment
+
+    def _capacity(self, n: int, e: int, mask: Tensor | None) -> tuple[int | None, Tensor | None]:
+        """Slots of an expert, and a limit below it where padding makes fewer tokens compete."""
+        if self.causal or self.capacity_factor is None:
+            return None, None
+        share = Fraction(str(float(self.capacity_factor))) * self.top_k / e
+        slots = min(math.ceil(share * n), n)
+        if mask is None:
+            return slots, None
+        return slots, -(
+            -mask.sum() * share.numerator // share.denominator
+        )  # ceil, in whole numbers
+
+    def _aux_loss(
+        self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        loss = logits.new_zeros(())
+        if self.balance in ("switch", "importance_load") and self.aux_loss_weight:
+            loss = loss + self.aux_loss_weight * balance_loss(
+                self.balance, logits, S, noise, demand, mask, self.top_k
+            )
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * z_loss(logits, mask)
+        return loss
+
+    def end_step(self) -> None:
+        """Move the balancing bias by `bias_rate` towards experts that got too few tokens (Wang et al. 2024)."""
+        if self.balance != "bias":
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load_error)
+        self.bias += self.bias_rate * self.load_error.sign()
+        self.load_error.zero_()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, top_k={self.top_k}, capacity_factor={self.capacity_factor}, "
+            f"gate={self.gate}, priority={self.priority}, balance={self.balance}"
+        )
