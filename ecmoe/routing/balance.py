@@ -20,7 +20,7 @@ def balance_loss(
         logits, S, noise = logits[mask], S[mask], noise[mask]
     if kind == "switch":
         return switch_loss(S, demand)
-    return 0.5 * (importance_loss(S) + load_loss(logits, logits + noise, top_k))
+    return 0.5 * (importance_loss(logits.softmax(dim=1)) + load_loss(logits, logits + noise, top_k))
 
 
 def switch_loss(S: Tensor, demand: Tensor) -> Tensor:

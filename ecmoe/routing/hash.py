@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.router import Router
+from ecmoe.routing.router import Router, capacity
 
 
 class Hash(Router):
@@ -50,12 +48,8 @@ class Hash(Router):
             raise ValueError("hash routing needs token_ids: pass moe(x, token_ids=...)")
         n, e = logits.shape
         expert = self.table[token_ids.reshape(-1)]
-        slots, limit = None, None
-        if self.capacity_factor is not None and not self.causal:
-            share = Fraction(str(float(self.capacity_factor))) / e
-            slots = min(math.ceil(share * n), n)
-            if mask is not None:
-                limit = -(-mask.sum() * share.numerator // share.denominator)
+        factor = None if self.causal else self.capacity_factor
+        slots, limit = capacity(factor, 1, n, e, mask)
         if mask is not None:
             expert = torch.where(mask, expert, e)
         token = torch.arange(n, device=logits.device)

@@ -5,6 +5,8 @@ Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scor
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -93,3 +95,20 @@ def one_of(name: str, value: Any, choices: tuple) -> Any:
     if value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, choices))}")
     return value
+
+
+def capacity(
+    factor: float | None, top_k: int, n: int, e: int, mask: Tensor | None = None
+) -> tuple[int | None, Tensor | None]:
+    """Token choice's capacity, ceil(factor top_k n / e): slots of an expert, and the limit under a mask.
+
+    Args:
+        factor: capacity factor; None: nothing is dropped.
+        top_k, n, e: experts that a token asks for, tokens, experts.
+        mask: (n,) bool: only unmasked tokens count in the limit, a scalar tensor (None without a mask).
+    """
+    if factor is None:
+        return None, None
+    share = Fraction(str(float(factor))) * top_k / e  # exact: a float would round up at whole numbers
+    slots = min(math.ceil(share * n), n)
+    return slots, None if mask is None else -(-mask.sum() * share.numerator // share.denominator)

@@ -6,15 +6,12 @@ are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
-from ecmoe.routing.router import Router, one_of, recomputing
+from ecmoe.routing.router import Router, capacity, one_of, recomputing
 
 
 class TokenChoice(Router):
@@ -82,7 +79,7 @@ class TokenChoice(Router):
         expert = choice[first].T.reshape(-1)
         if mask is not None:
             expert = torch.where(mask[first].repeat(k), expert, e)
-        slots, limit = self._capacity(n, e, mask)
+        slots, limit = capacity(None if self.causal else self.capacity_factor, k, n, e, mask)
         assignment, demand = pack(
             first.repeat(k), expert, gate[first].T.reshape(-1), n=n, e=e, slots=slots, limit=limit
         )
@@ -94,18 +91,6 @@ class TokenChoice(Router):
             if self.balance == "bias" and not recomputing():
                 self.load_error += demand.float().mean() - demand.float()
         return assignment
-
-    def _capacity(self, n: int, e: int, mask: Tensor | None) -> tuple[int | None, Tensor | None]:
-        """Slots of an expert, and a limit below it where padding makes fewer tokens compete."""
-        if self.causal or self.capacity_factor is None:
-            return None, None
-        share = Fraction(str(float(self.capacity_factor))) * self.top_k / e
-        slots = min(math.ceil(share * n), n)
-        if mask is None:
-            return slots, None
-        return slots, -(
-            -mask.sum() * share.numerator // share.denominator
-        )  # ceil, in whole numbers
 
     def _aux_loss(
         self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None
