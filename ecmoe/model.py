@@ -1,0 +1,241 @@
+"""The Transformer of section 3.4: decoder-only, the FFN of every other layer is an MoE; and its dense twin.
+
+From the paper: relative position bias in each layer, GELU-gated FFNs where there are no experts. Ours, the
+paper is silent: RMSNorm before each block, no biases, T5's buckets, tied embeddings, initial values.
+
+Letters: B sequences of T tokens, width d, h heads, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ecmoe.config import RunConfig
+from ecmoe.moe import MoE
+from ecmoe.routing import build_router
+
+
+def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Transformer:
+    """The model of a config, its initial values drawn from config.seed.
+
+    Every parameter has a generator of its own, seeded by (seed, name): two configs with the same seed
+    start from the same values in all parameters that they share.
+
+    Args:
+        token_counts: (V,) corpus frequencies, for hash_table=balanced.
+    """
+    model = Transformer(config, token_counts)
+    if not next(model.parameters()).is_meta:
+        model.initialize(config.seed)
+    return model
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model: (B, T) token ids -> (B, T, V) logits."""
+
+    def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config, config.router != "dense" and layer % config.moe_every == config.moe_every - 1, token_counts)
+            for layer in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(config.d_model)
+
+    def forward(self, token_ids: Tensor, task_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
+        """
+        x = self.embedding(token_ids) * self.config.d_model**0.5  # (B, T, d)
+        for block in self.blocks:
+            x = block(x, token_ids, task_ids, mask)
+        return F.linear(self.norm(x), self.embedding.weight)  # tied
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The layers with experts, first to last; none in the dense twin."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw every parameter from a generator seeded by (seed, name)."""
+        for name, parameter in self.named_parameters():
+            std = self._initial_std(name, parameter)
+            if std is None:
+                parameter.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def _initial_std(self, name: str, parameter: Tensor) -> float | None:
+        """Fan-in, with the blocks' outputs scaled by (2L)^-1/2, so that the residual stream starts near 1."""
+        if name.endswith("norm.weight"):
+            return None
+        if name.endswith("relative.weight"):
+            return 0.1
+        if name == "embedding.weight":
+            return self.config.d_model**-0.5
+        out = (2 * self.config.layers) ** -0.5
+        if name.endswith("moe.w2"):
+            return parameter.shape[1] ** -0.5 * out * self.config.moe_init_scale
+        if name.endswith(("attention.out.weight", "ffn.down.weight")):
+            return parameter.shape[1] ** -0.5 * out
+        # nn.Linear keeps (out, in); experts (e, in, out) and routers (in, out) have the fan-in before last.
+        return parameter.shape[1 if name.endswith((".qkv.weight", "_up.weight")) else -2] ** -0.5
+
+
+class Block(nn.Module):
+    """Attention, then experts or a gated FFN, each on the normalised residual stream."""
+
+    def __init__(self, config: RunConfig, has_experts: bool, token_counts: Tensor | None) -> None:
+        super().__init__()
+        self.recompute = config.activation_checkpointing
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
+        self.attention = Attention(config)
+        self.moe = self.ffn = None
+        if has_experts:
+            router = build_router(config, token_counts)
+            self.moe = MoE(router, config.d_model, config.d_ff, recompute=self.recompute)
+        else:
+            self.ffn = GatedFFN(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, token_ids: Tensor, task_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y)), x)
+        if self.moe is not None:  # recomputes its experts itself, and keeps the routing
+            return x + self.moe(self.ffn_norm(x), token_ids, task_ids, mask)
+        return x + self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)
+
+    def _maybe_recomputed(self, function, x: Tensor) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(function, x, use_reentrant=False)
+        return function(x)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with a relative position bias (per layer, as in GLaM)."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.relative = RelativeBias(config.heads, config.relative_buckets, config.relative_max_distance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, d = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, h, T, d/h)
+        bias = self.relative(T, x.device).to(q.dtype)  # (h, T, T), -inf for the future
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(B, -1, -1, -1))
+        return self.out(y.transpose(1, 2).reshape(B, T, d))
+
+
+class RelativeBias(nn.Module):
+    """A learned bias per head and bucket of distances (Raffel et al. 2020, causal)."""
+
+    def __init__(self, heads: int, buckets: int, max_distance: int) -> None:
+        super().__init__()
+        self.buckets, self.max_distance = buckets, max_distance
+        self.weight = nn.Parameter(torch.zeros(buckets, heads))
+
+    def forward(self, T: int, device: torch.device) -> Tensor:
+        """(h, T, T): [head, query, key], -inf where the key lies in the future."""
+        positions = torch.arange(T, device=device)
+        by_distance = self.weight[bucket(positions, self.buckets, self.max_distance)]  # (T, h)
+        distance = positions[:, None] - positions[None, :]  # (query, key)
+        bias = by_distance[distance.clamp_min(0)].permute(2, 0, 1)
+        return bias.masked_fill(distance < 0, float("-inf"))
+
+
+def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """T5's causal buckets: exact up to half of them, then logarithmic up to max_distance."""
+    exact = buckets // 2
+    log = (distance.clamp_min(1).float() / exact).log() / math.log(max(max_distance / exact, 1.0001))
+    far = exact + (log * (buckets - exact)).long().clamp(0, buckets - exact - 1)
+    return torch.where(distance < exact, distance, far)
+
+
+class GatedFFN(nn.Module):
+    """GELU-gated linear unit (section 3.4; Shazeer 2020): three matrices."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, d_ff, bias=False)
+        self.value_up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.gate_up(x), approximate="tanh") * self.value_up(x))
+
+
+class Preset(NamedTuple):
+    """A row of Table 1: the config's keys, and the parameters that the paper prints."""
+
+    config: RunConfig
+    total: str
+    active: str
+
+
+def _preset(layers: int, d: int, f: int, heads: int, experts: int, total: str, active: str) -> Preset:
+    keys = dict(layers=layers, d_model=d, d_ff=f, heads=heads, sequence_length=1024, batch_size=64)
+    keys |= dict(tokenizer="bpe", vocab_size=256_000, data="c4", streaming=True)
+    router = dict(router="expert_choice", num_experts=experts) if experts else dict(router="dense")
+    return Preset(RunConfig(**keys, **router), total, active)
+
+
+TABLE_1: dict[str, Preset] = {
+    "0.1B": _preset(12, 768, 3072, 12, 0, "130M", "130M"),
+    "0.1B/16E": _preset(12, 768, 3072, 12, 16, "548M", "145M"),
+    "0.1B/32E": _preset(12, 768, 3072, 12, 32, "1.0B", "145M"),
+    "0.1B/64E": _preset(12, 768, 3072, 12, 64, "1.9B", "145M"),
+    "0.1B/128E": _preset(12, 768, 3072, 12, 128, "3.7B", "145M"),
+    "8B": _preset(32, 4096, 16384, 32, 0, "8.7B", "8.7B"),
+    "8B/64E": _preset(32, 4096, 16384, 32, 64, "143B", "9.8B"),
+}
+
+
+class Count(NamedTuple):
+    """Parameters without the embedding: all, and those that an average token passes through."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: RunConfig) -> Count:
+    """Count on the meta device: nothing is allocated, whatever the size."""
+    counts = torch.ones(config.vocab_size, device="cpu") if config.hash_table == "balanced" else None
+    if config.hash_table == "balanced":  # the table is data, not parameters
+        config = config.replace(hash_table="modulo")
+    with torch.device("meta"):
+        model = Transformer(config, counts)
+    total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
+    experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
+    return Count(total, round(total - experts + experts * experts_per_token(config) / config.num_experts))
+
+
+def experts_per_token(config: RunConfig) -> float:
+    """Experts that an average token is offered: c, top_k, 1, or e."""
+    match config.router:
+        case "expert_choice" | "expert_threshold" | "kmeans":
+            return min(config.capacity_factor, config.num_experts)
+        case "token_choice":
+            return config.top_k
+        case "dense_moe":
+            return config.num_experts
+    return 1
+
+
+def flops_per_token(config: RunConfig) -> float:
+    """Training FLOPs of a token: 6 N_active (output layer in, embedding out) + 6 L T d of causal attention."""
+    active = count_parameters(config).active + config.vocab_size * config.d_model
+    return 6 * active + 6 * config.layers * config.sequence_length * config.d_model

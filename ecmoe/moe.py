@@ -1,0 +1,127 @@
+"""MoE: Eq. 3 and 4. Gather each expert's tokens, multiply, weigh, add up; every router takes this path.
+
+Letters: n tokens of width d, e experts of hidden width f, k slots of an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.router import Router, recomputing
+
+# Shares of tokens are kept for 0, 1, ... 7 experts, and 8 or more.
+MOST_EXPERTS_COUNTED = 8
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer: (B, T, d) -> (B, T, d).
+
+    Args:
+        router: any `Router`; it alone decides which tokens an expert gets, and with what weight.
+        d_model: d. d_ff: f, the hidden width of an expert (plain GeLU, two matrices, no bias).
+        recompute: keep only the routing and the input for the backward pass and compute the experts
+            again there (activation checkpointing; the chosen tokens stay the same).
+
+    Attributes:
+        w1: (e, d, f). w2: (e, f, d), the transpose of Eq. 3's W_2.
+        aux_loss: scalar tensor to add to the loss, or None; set by forward, read once a step.
+        load, demand: (e,) tokens processed and requested in the last forward.
+        tokens: () tokens routed in it. experts_per_token: (9,) tokens by number of experts, 8 = 8 or more.
+    """
+
+    def __init__(self, router: Router, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
+        super().__init__()
+        if router.d_model != d_model:
+            raise ValueError(f"d_model={d_model}: must be the router's, {router.d_model}")
+        e = router.num_experts
+        self.router, self.recompute = router, recompute
+        self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
+        self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
+        self.aux_loss: Tensor | None = None
+        for name, shape in [("load", e), ("demand", e), ("experts_per_token", MOST_EXPERTS_COUNTED + 1)]:
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.long), persistent=False)
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.long), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fan-in: every expert starts with outputs of about the size of its inputs."""
+        nn.init.normal_(self.w1, std=self.w1.shape[1] ** -0.5)
+        nn.init.normal_(self.w2, std=self.w2.shape[1] ** -0.5)
+
+    def forward(
+        self, x: Tensor, token_ids: Tensor | None = None, task_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Route and compute.
+
+        Args:
+            x: (B, T, d).
+            token_ids: (B, T) vocabulary ids (hash routing).
+            task_ids: (B,) or (B, T) (task-level routing).
+            mask: (B, T) bool, False for padding, which takes no capacity and gets 0.
+
+        Returns:
+            (B, T, d); a token that no expert took gets 0 and keeps only its residual stream.
+        """
+        B, T, d = x.shape
+        if task_ids is not None and task_ids.dim() == 1:
+            task_ids = task_ids[:, None].expand(B, T)
+        flat = x.reshape(B * T, d)
+        assignment = self.router.assign(
+            self.router.logits(flat),
+            batch_shape=(B, T),
+            token_ids=None if token_ids is None else token_ids.reshape(-1),
+            task_ids=None if task_ids is None else task_ids.reshape(-1),
+            mask=None if mask is None else mask.reshape(-1),
+        )
+        if not recomputing():
+            self.aux_loss = self.router.aux_loss if self.training else None
+            self._record(assignment, B * T, mask)
+        if self.recompute and self.training:
+            out = checkpoint(self.experts, flat, *assignment, use_reentrant=False)
+        else:
+            out = self.experts(flat, *assignment)
+        return out.view(B, T, d)
+
+    def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+        """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
+        n, d = x.shape
+        slots = token.reshape(-1)
+        # An empty slot (token n, gate 0) reads any row and adds to row n, which is cut off.
+        x_in = x.index_select(0, slots.clamp(max=n - 1)).view(*token.shape, d)  # (e, k, d) = P X
+        h = F.gelu(torch.bmm(x_in, self.w1), approximate="tanh")  # (e, k, f); JAX's default GeLU
+        y = torch.bmm(h, self.w2)  # (e, k, d)
+        y = y * gate.unsqueeze(-1).to(y.dtype)
+        out = y.new_zeros(n + 1, d).index_add(0, slots, y.view(-1, d))
+        return out[:n].to(x.dtype)
+
+    @torch.no_grad()
+    def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
+        self.load.copy_(assignment.load(n))
+        self.demand.copy_(self.router.demand)
+        counts = assignment.experts_per_token(n).clamp(max=MOST_EXPERTS_COUNTED)
+        if mask is not None:  # padding goes to a bin of its own, which is cut off
+            counts = torch.where(mask.reshape(-1), counts, MOST_EXPERTS_COUNTED + 1)
+        bins = torch.zeros(MOST_EXPERTS_COUNTED + 2, dtype=torch.long, device=counts.device)
+        bins = bins.index_add(0, counts, torch.ones_like(counts))[:-1]
+        self.experts_per_token.copy_(bins)
+        self.tokens.copy_(bins.sum())
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the last forward did, as scalar tensors on the layer's device.
+
+        dropped: share of the requests that found no place. max_load: the fullest expert's demand over the
+        mean demand. over_capacity: how far its demand exceeds an equal share, max_load - 1.
+        share_0 ... share_8: share of tokens processed by that many experts (8: 8 or more).
+        """
+        demand = self.demand.sum().clamp_min(1).float()
+        fullest = self.demand.max() * self.demand.numel() / demand
+        share = self.experts_per_token / self.tokens.clamp_min(1)
+        return {
+            "dropped": 1 - self.load.sum() / demand,
+            "max_load": fullest,
+            "over_capacity": fullest - 1,
+        } | {f"share_{j}": share[j] for j in range(MOST_EXPERTS_COUNTED + 1)}
