@@ -1,0 +1,130 @@
+"""LitModel: the Transformer as a LightningModule. Loss, optimiser, schedule; what Lightning doesn't know."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ecmoe.config import RunConfig
+from ecmoe.model import Block, build_model
+from ecmoe.routing import Router, causal_routing
+
+
+class LitModel(L.LightningModule):
+    """Next-token prediction.
+
+    Args:
+        config: the run.
+        token_counts: (V,) corpus frequencies, for hash_table=balanced.
+
+    A batch is (B, T + 1) int64: T inputs, each with the next token as target. Losses are nats per token.
+    """
+
+    def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = build_model(config, token_counts)
+        self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        # Sums since the last validation, on the device: reading them each step would stall the GPU.
+        self.sums = {"loss": torch.zeros(()), "aux_loss": torch.zeros(()), "count": torch.zeros(())}
+
+    def configure_model(self) -> None:
+        """Shard the blocks, then the rest (FSDP2); called by Lightning once the processes are up."""
+        if self.config.strategy == "fsdp2":
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for module in self.model.modules():
+                if isinstance(module, Block):
+                    fully_shard(module, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        if self.config.compile:
+            self.model.compile()
+
+    def on_fit_start(self) -> None:
+        self.sums = {name: value.to(self.device) for name, value in self.sums.items()}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        aux = [layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None]
+        aux_loss = torch.stack(aux).sum() if aux else torch.zeros_like(loss)
+        self.sums["loss"] += loss.detach()
+        self.sums["aux_loss"] += aux_loss.detach()
+        self.sums["count"] += 1
+        return loss + aux_loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Loss as trained, and routed causally: by running cut-offs, nothing dropped."""
+        loss = self.loss(batch)
+        if not self.routers:
+            return {"val_loss": loss, "val_loss_causal": loss}
+        with causal_routing(self.model):
+            return {"val_loss": loss, "val_loss_causal": self.loss(batch)}
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """(B, T + 1) token ids -> mean cross-entropy in nats per token."""
+        logits = self.model(batch[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for router in self.routers:  # running statistics move once a step, also under accumulation
+            router.end_step()
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning's own refuses sharded models; torch's handles them and doesn't sync.
+        if self.config.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.gradient_clip)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        c = self.config
+        if c.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(
+                self.parameters(),
+                lr=c.learning_rate,
+                betas=(c.beta1, c.beta2),
+                weight_decay=c.weight_decay,
+                fused=self.device.type == "cuda" and c.strategy != "fsdp2",
+            )
+        else:
+            if c.strategy == "fsdp2":
+                warnings.warn("torch's Adafactor is known to fail on sharded parameters; use adamw", stacklevel=2)
+            # No first moment (beta1 = 0, as in the paper); its second moment decays as 1 - t^-0.8.
+            optimizer = torch.optim.Adafactor(self.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(c, step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What a bit-exact resume needs beside weights, optimiser and loops."""
+        checkpoint["sums"] = {name: value.cpu() for name, value in self.sums.items()}
+        checkpoint["rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            checkpoint["rng_cuda"] = torch.cuda.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.sums = dict(checkpoint["sums"])
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        if torch.cuda.is_available() and "rng_cuda" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["rng_cuda"].cpu())
+
+
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """Share of the peak learning rate at an optimiser step (0 is the first).
+
+    A linear warm-up; then constant, or the paper's inverse square root after `constant_steps`, or a linear
+    decay to 0 over the last `decay_fraction` of the steps.
+    """
+    done = step + 1
+    warm = min(done / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    if config.schedule == "inverse_sqrt":
+        return warm * math.sqrt(config.constant_steps / max(done, config.constant_steps))
+    if config.schedule == "linear":
+        length = max(config.decay_fraction * config.steps, 1.0)
+        return warm * min((config.steps - step) / length, 1.0)
+    return warm
