@@ -90,15 +90,14 @@ def _train_once(config: RunConfig, folder: Path, progress: bool) -> Result:
         return _train(config, folder, progress)
     lock = FileLock(folder.parent / f"{config.name}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         if in_torchrun:
             raise SystemExit(f"another process trains {config.name}: wait for it, then call again") from None
         if progress:
             print(f"[{arm_label(config)} s{config.seed}] waiting: another process trains it", file=sys.stderr)
-        lock.acquire()
-    with lock:
-        lock.release()  # entering the block took it a second time
+        held = lock.acquire()
+    with held:
         result = _finished(folder)
         if result is not None:
             return result
