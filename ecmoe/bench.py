@@ -7,6 +7,7 @@ rows are measured in one run, in turns, on the same random data; times are media
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import time
@@ -50,6 +51,8 @@ def bench_layer(
         a row per layer: milliseconds, share of the floor's speed, spread (quartiles) and peak memory on a GPU.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        _keep_freed_memory()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     torch.manual_seed(0)
     x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
@@ -130,6 +133,21 @@ def save(tables: list[pd.DataFrame], path: Path) -> None:
 
 def _call(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: layer(x)
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc reuse large blocks, as the allocators of GPUs do.
+
+    It hands blocks above 32 MB back to the kernel at once; both the floor and the layers would then
+    mostly measure page faults. Elsewhere than on glibc nothing happens.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _floor(
