@@ -310,3 +310,8 @@ def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float
         if value is not None:
             values[int(result.summary["seed"])] = float(value)
     return values
+
+
+def curves_by_seed(results: Iterable[Result]) -> dict[int, pd.DataFrame]:
+    """seed -> curve, for the finished runs of one arm."""
+    return {int(result.summary["seed"]): result.curve for result in results if result.ok}

@@ -1,0 +1,297 @@
+"""Effects over paired seeds, their intervals, and verdicts.
+
+Every interval is Student's t at 95% over seeds, and so says how sure we are that another set of
+seeds would show the same; ratios are taken in the logarithm. One seed has no interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import optimize
+from scipy import stats as scipy_stats
+
+from ecmoe.claims import CLAIMS, Claim
+
+__all__ = [
+    "CLAIMS", "LABELS", "Claim", "Crossing", "Effect", "Verdict", "all_of", "interval",
+    "paired_difference", "ratio_effect", "smallest_effect", "steps_ratio", "steps_to_equal_loss",
+    "verdict",
+]  # fmt: skip
+
+LEVEL = 0.95
+# From best to worst; `all_of` takes the last of several.
+LABELS = (
+    "reproduced", "reproduced in direction", "undecided", "not run", "not reproduced",
+)  # fmt: skip
+PLUMBING = "plumbing only"
+
+
+class Effect(NamedTuple):
+    """A mean over n seeds with its 95% interval; `low` and `high` are None for fewer than two."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    unit: str = ""
+
+    @property
+    def neutral(self) -> float:
+        """Where there is no effect: 1 for a ratio, 0 for a difference."""
+        return 1.0 if self.unit == "ratio" else 0.0
+
+    @property
+    def interval(self) -> str:
+        """The interval as text."""
+        if self.low is None or self.high is None:
+            return "one seed: no interval" if self.n == 1 else "none"
+        return f"{_number(self.low)} to {_number(self.high)}"
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "not measured"
+        unit = {"ratio": " x", "": ""}.get(self.unit, f" {self.unit}")
+        seeds = f"{self.n} seed{'s' if self.n > 1 else ''}"
+        if self.low is None:
+            return f"{_number(self.mean)}{unit} ({seeds}, no interval)"
+        return f"{_number(self.mean)}{unit} (95% {self.interval}; {seeds})"
+
+
+class Crossing(NamedTuple):
+    """Where a curve first reaches `target`; x is None and censored if it never does."""
+
+    x: float | None
+    censored: bool
+    target: float
+
+
+class Verdict(NamedTuple):
+    """A label, the effect it rests on, and the rule that led from one to the other."""
+
+    label: str
+    effect: Effect
+    rule: str
+
+
+def interval(values: Iterable[float], unit: str = "") -> Effect:
+    """Mean and t interval of values, one a seed; what isn't finite is left out.
+
+    A `unit` of "ratio" takes the geometric mean, and needs values above 0.
+    """
+    x = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
+    ratio = unit == "ratio"
+    if ratio and (x <= 0).any():
+        raise ValueError(f"ratios must be above 0, but one is {x.min():g}")
+    if ratio:
+        x = np.log(x)
+    if not len(x):
+        return Effect(math.nan, None, None, 0, unit)
+    mean = float(x.mean())
+    low = high = None
+    if len(x) > 1:
+        half = scipy_stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+        low, high = mean - float(half), mean + float(half)
+    if ratio:
+        mean, low, high = (None if v is None else math.exp(v) for v in (mean, low, high))
+    return Effect(mean, low, high, len(x), unit)
+
+
+def paired_difference(
+    a: Mapping[int, float], b: Mapping[int, float], unit: str = "nats per token"
+) -> Effect:
+    """a - b over the seeds that both have; arms with the same seed saw the same batches."""
+    return interval((a[seed] - b[seed] for seed in _shared(a, b)), unit)
+
+
+def ratio_effect(a: Mapping[int, float], b: Mapping[int, float]) -> Effect:
+    """a / b over the seeds that both have: geometric mean, interval in the logarithm."""
+    return interval((a[seed] / b[seed] for seed in _shared(a, b)), "ratio")
+
+
+def steps_to_equal_loss(
+    curve_a: pd.DataFrame, curve_b: pd.DataFrame, column: str = "val_loss", x: str = "step"
+) -> Crossing:
+    """The first x at which a is down to b's final loss, linearly interpolated.
+
+    Only for constant learning rates: under a decaying schedule it means nothing. Never reached is
+    censored, not infinite. A curve without a value is not measured: x None, not censored.
+    """
+    _, ys = _points(curve_b, column, x)
+    return _first_at(curve_a, float(ys[-1]) if len(ys) else math.nan, column, x)
+
+
+def steps_ratio(
+    curves_a: Mapping[int, pd.DataFrame],
+    curves_b: Mapping[int, pd.DataFrame],
+    column: str = "val_loss",
+    x: str = "step",
+) -> Effect:
+    """x that a needs over x that b needs, seed by seed, for the loss that both reach.
+
+    That loss is the higher of the two final ones: b's, if a ends lower, as in the claim "a needs
+    less than half of b's steps"; a's, if b ends lower, and then the ratio is above 1. So no seed is
+    censored, and none is left out for having lost. Use x="seconds" for time.
+    """
+    ratios = []
+    for seed in _shared(curves_a, curves_b):
+        a, b = curves_a[seed], curves_b[seed]
+        finals = [_points(curve, column, x)[1] for curve in (a, b)]
+        if any(len(ys) == 0 for ys in finals):
+            continue
+        target = max(float(ys[-1]) for ys in finals)
+        at_a, at_b = _first_at(a, target, column, x).x, _first_at(b, target, column, x).x
+        if at_a and at_b:
+            ratios.append(at_a / at_b)
+    return interval(ratios, "ratio")
+
+
+def smallest_effect(effect: Effect, power: float = 0.8) -> float:
+    """The smallest true effect that as many seeds, as noisy as these, would show with that power.
+
+    Minimum detectable effect of the paired t test, two-sided, 5%: larger than the half-width of the
+    interval. In the effect's unit; for a ratio the factor above 1. NaN for fewer than two seeds.
+    """
+    if effect.n < 2 or effect.low is None or effect.high is None:
+        return math.nan
+    ratio = effect.unit == "ratio"
+    half = math.log(effect.high / effect.low) / 2 if ratio else (effect.high - effect.low) / 2
+    df = effect.n - 1
+    critical = scipy_stats.t.ppf((1 + LEVEL) / 2, df)
+
+    def missing(shift: float) -> float:
+        both = scipy_stats.nct.sf(critical, df, shift) + scipy_stats.nct.cdf(-critical, df, shift)
+        return float(both) - power
+
+    standard_error = half / critical
+    found = standard_error * float(optimize.brentq(missing, 1e-6, 60.0))
+    return math.exp(found) if ratio else found
+
+
+def verdict(
+    effect: Effect,
+    threshold: float | None = None,
+    margin: float = 0.0,
+    direction: str = "below",
+    scale: str = "",
+) -> Verdict:
+    """What an effect says about a claim.
+
+    Args:
+        effect: over paired seeds.
+        threshold: the paper's figure, such as 0.5 (C1) or 1.2 (C2); None: the claim has none.
+        margin: what counts as equal, in the effect's unit (of a ratio: 0.02 is 0.98 to 1.02).
+        direction: "below" or "above": the side of "no effect" that the claim is on. "near": the
+            claim is a value, `threshold`, and holds within `margin` of it.
+        scale: at "smoke" there is no verdict: "plumbing only".
+    """
+    if direction not in ("below", "above", "near"):
+        raise ValueError(f"direction={direction!r}: must be below, above or near")
+    if direction == "near" and (threshold is None or margin <= 0):
+        raise ValueError(
+            "direction='near' needs threshold, the claimed value, and a margin above 0"
+        )
+    rule = _rule(effect.neutral, threshold, margin, direction, effect.unit)
+    return Verdict(_label(effect, threshold, margin, direction, scale), effect, rule)
+
+
+def _label(
+    effect: Effect, threshold: float | None, margin: float, direction: str, scale: str
+) -> str:
+    low, high, neutral = effect.low, effect.high, effect.neutral
+    if scale == "smoke":
+        return PLUMBING
+    if not effect.n:
+        return "not run"
+    if effect.n < 2 or low is None or high is None or low <= neutral <= high:
+        return "undecided"
+    if direction == "near":
+        if threshold - margin <= low and high <= threshold + margin:
+            return "reproduced"
+        apart = high < threshold - margin or low > threshold + margin
+        return "not reproduced" if apart else "undecided"
+    sign = -1.0 if direction == "below" else 1.0
+    nearest, farthest = sorted((sign * (low - neutral), sign * (high - neutral)))
+    if nearest < 0:  # the other side
+        return "not reproduced"
+    if farthest <= margin:  # there, but it counts as equal
+        return "not reproduced"
+    bound = margin if threshold is None else sign * (threshold - neutral)
+    return "reproduced" if nearest >= bound else "reproduced in direction"
+
+
+def _rule(neutral: float, threshold: float | None, margin: float, direction: str, unit: str) -> str:
+    of = "" if unit in ("", "ratio") else f" {unit}"
+    first = "undecided: the 95% interval over paired seeds holds "
+    if direction == "near":
+        within = f"{_number(threshold - margin)} to {_number(threshold + margin)}{of}"
+        return (
+            f"reproduced: the whole 95% interval over seeds lies within {within}; not reproduced: "
+            "all of it outside; undecided: neither, or one seed"
+        )
+    sign = -1.0 if direction == "below" else 1.0
+    bound = neutral + sign * margin if threshold is None else threshold
+    equal = ""
+    if margin:
+        equal = f", or all of it within {_number(margin)}{of} of {neutral:g}, which counts as equal"
+    direct = f"in direction: {direction} {neutral:g}; " if bound != neutral else ""
+    return (
+        f"{first}{neutral:g}, or one seed; "
+        f"reproduced: all of it {direction} {_number(bound)}{of}; {direct}"
+        f"not reproduced: all of it on the other side of {neutral:g}{equal}"
+    )
+
+
+def all_of(*verdicts: Verdict) -> Verdict:
+    """The verdict on a claim of several parts: that of its weakest, which also gives the effect.
+
+    One part that is not reproduced refutes the whole; else one that is missing or undecided leaves
+    it open.
+    """
+    if not verdicts:
+        raise ValueError("all_of needs at least one verdict")
+    if any(v.label == PLUMBING for v in verdicts):
+        return Verdict(PLUMBING, verdicts[0].effect, verdicts[0].rule)
+    worst = max(verdicts, key=lambda v: LABELS.index(v.label))
+    parts = "; ".join(f"part {i}: {v.label}, {v.effect}" for i, v in enumerate(verdicts, 1))
+    return Verdict(
+        worst.label, worst.effect, f"the weakest of {len(verdicts)} parts ({parts}). {worst.rule}"
+    )
+
+
+def _shared(a: Mapping[int, object], b: Mapping[int, object]) -> list[int]:
+    return sorted(
+        seed for seed in a.keys() & b.keys() if a[seed] is not None and b[seed] is not None
+    )
+
+
+def _points(curve: pd.DataFrame, column: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+    measured = curve[[x, column]].dropna().sort_values(x)
+    return measured[x].to_numpy(float), measured[column].to_numpy(float)
+
+
+def _first_at(curve: pd.DataFrame, target: float, column: str, x: str) -> Crossing:
+    xs, ys = _points(curve, column, x)
+    if not len(ys) or not math.isfinite(target):
+        return Crossing(None, False, target)
+    reached = np.flatnonzero(ys <= target)
+    if not len(reached):
+        return Crossing(None, True, target)
+    i = int(reached[0])
+    if i == 0:
+        return Crossing(float(xs[0]), False, target)
+    share = (ys[i - 1] - target) / (ys[i - 1] - ys[i])
+    return Crossing(float(xs[i - 1] + share * (xs[i] - xs[i - 1])), False, target)
+
+
+def _number(x: float) -> str:
+    """Three decimals below 10, as losses are read; no more digits than the figure carries."""
+    if x == 0 or not math.isfinite(x):
+        return f"{x:g}"
+    if abs(x) < 0.001:
+        return f"{x:.1e}"
+    return f"{x:.3f}".rstrip("0").rstrip(".") if abs(x) < 10 else f"{x:.4g}"
