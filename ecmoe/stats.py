@@ -164,8 +164,8 @@ def smallest_effect(effect: Effect, power: float = 0.8) -> float:
     critical = scipy_stats.t.ppf((1 + LEVEL) / 2, df)
 
     def missing(shift: float) -> float:
-        both = scipy_stats.nct.sf(critical, df, shift) + scipy_stats.nct.cdf(-critical, df, shift)
-        return float(both) - power
+        # The other tail is left out: at any power worth asking for it is nothing.
+        return float(scipy_stats.nct.sf(critical, df, shift)) - power
 
     standard_error = half / critical
     found = standard_error * float(optimize.brentq(missing, 1e-6, 60.0))
