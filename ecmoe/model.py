@@ -56,7 +56,8 @@ class Transformer(nn.Module):
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
         """
-        x = self.embedding(token_ids) * self.config.d_model**0.5  # (B, T, d)
+        x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
+        # output layer doesn't start by repeating its input
         for block in self.blocks:
             x = block(x, token_ids, task_ids, mask)
         return F.linear(self.norm(x), self.embedding.weight)  # tied

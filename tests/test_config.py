@@ -1,0 +1,95 @@
+"""RunConfig: what it refuses, and what makes two runs the same."""
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecmoe.config import ROUTERS, ConfigError, RunConfig, bucket_size
+
+
+def test_bucket_size_is_equation_1():
+    assert bucket_size(2048, 8, 2.0) == 512  # 2048 x 2 / 8
+    assert bucket_size(2048, 8, 0.5) == 128
+    assert bucket_size(100, 4, 0.04) == 1  # exact, where floats give 1.0000000000000002 or so
+
+
+@given(st.integers(1, 64), st.integers(1, 32), st.integers(1, 8))
+def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
+    n = groups * e
+    if c <= e:
+        assert bucket_size(n, e, c) * e == n * c
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"nun_experts": 3}, ["nun_experts", "3", "did you mean num_experts"]),
+        ({"learning_rate": "1e-3"}, ["learning_rate", "'1e-3'", "write 1.0e-3"]),
+        ({"steps": 10.0}, ["steps", "10.0", "write 10"]),
+        ({"steps": "10"}, ["steps", "'10'", "write 10"]),
+        ({"seed": True}, ["seed", "True", "int"]),
+        ({"steps": 0}, ["steps", "at least 1"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),
+        ({"beta1": 1.5}, ["beta1", "at most 1"]),
+        ({"router": "experts"}, ["router", "expert_choice"]),
+        ({"heads": 3}, ["heads=3", "d_model=64", "[1, 2, 4, 8"]),
+        ({"capacity_factor": 0.3}, ["capacity_factor=0.3", "num_experts=8", "76.8", "multiple of 80"]),
+        ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048"]),
+        ({"capacity_factor": None}, ["capacity_factor=null", "2.0"]),
+        ({"pool": "document"}, ["pool", "sequence"]),
+        ({"pool": 200}, ["pool=200", "sequence_length=128"]),
+        ({"max_experts_per_token": 1}, ["max_experts_per_token=1", "at least 2"]),
+        ({"router": "token_choice", "top_k": 9}, ["top_k=9", "num_experts=8"]),
+        ({"vocab_size": 300}, ["vocab_size=300", "bytes"]),
+        ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
+    ],
+)
+def test_error_names_key_value_and_remedy(values, named):
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_dict(values)
+    for text in named:
+        assert text in str(error.value)
+
+
+def test_every_key_has_help_and_a_default():
+    for field in dataclasses.fields(RunConfig):
+        assert field.default is not dataclasses.MISSING
+        assert len(field.metadata["help"]) > 3, field.name
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_round_trip(router, tmp_path):
+    config = RunConfig(router=router)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    again = RunConfig.from_yaml(tmp_path / "config.yaml")
+    assert again == config and again.name == config.name
+    assert config.name.startswith(router.replace("_", "-")) and config.name.endswith(config.digest())
+
+
+def test_later_files_win_and_changes_win_over_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: {steps: 1, seed: 1}\nscale: smoke\n")
+    (tmp_path / "b.yaml").write_text("steps: 2\n")
+    config = RunConfig.from_yaml(tmp_path / "a.yaml", tmp_path / "b.yaml", d_ff=32)
+    assert (config.steps, config.seed, config.d_ff) == (2, 1, 32)
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    for name in ("list.yaml", "absent.yaml"):
+        with pytest.raises(ConfigError, match=name):
+            RunConfig.from_yaml(tmp_path / name)
+
+
+def test_digest_follows_what_the_run_reads_and_nothing_else():
+    config = RunConfig()
+    assert config.replace(seed=1).digest() != config.digest()
+    assert config.replace(capacity_factor=1.0).digest() != config.digest()
+    assert config.replace(top_k=1).digest() == config.digest()  # expert choice has no top_k
+    dense = RunConfig(router="dense")
+    assert dense.replace(num_experts=4, capacity_factor=4.0).digest() == dense.digest()
+    assert config.replace(eval_every=7).digest() == config.digest()
+    here, there = config.replace(data="data/x.txt.xz"), config.replace(data="/elsewhere/x.txt.xz")
+    assert here.digest() == there.digest() != config.digest()

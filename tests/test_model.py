@@ -1,0 +1,125 @@
+"""The Transformer: causal where it must be, its bias and FFN as written out, sizes as printed in Table 1."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ecmoe.config import RunConfig
+from ecmoe.model import TABLE_1, Attention, bucket, build_model, count_parameters, flops_per_token
+
+SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
+
+
+def ids(T=12, B=2, seed=0):
+    return torch.randint(256, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_experts_are_in_every_other_layer_and_nowhere_in_the_dense_twin():
+    model = build_model(SMALL.replace(layers=4))
+    assert [block.moe is not None for block in model.blocks] == [False, True, False, True]
+    assert [block.ffn is not None for block in model.blocks] == [True, False, True, False]
+    assert build_model(SMALL.replace(router="dense")).moe_layers == []
+
+
+@pytest.mark.parametrize("router", ["dense", "hash"])
+def test_no_logit_sees_a_later_token(router):
+    model = build_model(SMALL.replace(router=router, capacity_factor=None)).double().eval()
+    a, b = ids(), ids(seed=1)
+    b[:, :7] = a[:, :7]
+    assert torch.allclose(model(a)[:, :7], model(b)[:, :7], atol=1e-12)
+    assert not torch.allclose(model(a)[:, 7:], model(b)[:, 7:], atol=1e-3)
+
+
+def test_attention_is_softmax_with_the_bias_of_each_distance():
+    attention = Attention(SMALL).double()
+    with torch.no_grad():
+        attention.relative.weight.normal_()
+    x = torch.randn(1, 12, 16, dtype=torch.float64)
+    q, k, v = attention.qkv(x)[0].view(12, 3, 2, 8).permute(1, 2, 0, 3)
+    expected = torch.zeros(2, 12, 8, dtype=torch.float64)
+    for h in range(2):
+        for t in range(12):
+            distance = torch.tensor([t - s for s in range(t + 1)])
+            bias = attention.relative.weight[bucket(distance, 32, 128), h]
+            p = (q[h, t] @ k[h, : t + 1].T / math.sqrt(8) + bias).softmax(0)
+            expected[h, t] = p @ v[h, : t + 1]
+    torch.testing.assert_close(attention(x)[0], attention.out(expected.transpose(0, 1).reshape(12, 16)))
+
+
+def test_buckets_are_t5s():
+    # 32 buckets to distance 128: exact to 15, logarithmic from 16, the last from 113 on.
+    assert bucket(torch.arange(16), 32, 128).tolist() == list(range(16))
+    far = bucket(torch.tensor([16, 18, 19, 112, 113, 128, 5000]), 32, 128).tolist()
+    assert far == [16 + int(16 * math.log(d / 16) / math.log(8)) if d < 128 else 31 for d in (16, 18, 19, 112, 113, 128, 5000)]
+    assert far == sorted(far) and far[-1] == 31
+
+
+def test_gated_ffn_is_gelu_gated():
+    ffn = build_model(SMALL).blocks[0].ffn
+    x = torch.randn(3, 16)
+    gate = F.gelu(x @ ffn.gate_up.weight.T, approximate="tanh")
+    torch.testing.assert_close(ffn(x), (gate * (x @ ffn.value_up.weight.T)) @ ffn.down.weight.T)
+
+
+def test_same_seed_same_values_in_all_shared_parameters():
+    ec = dict(build_model(SMALL).named_parameters())
+    for other in (SMALL.replace(router="token_choice"), SMALL.replace(router="dense"), SMALL.replace(gate="scaled")):
+        shared = {k: v for k, v in build_model(other).named_parameters() if k in ec and v.shape == ec[k].shape}
+        assert len(shared) >= 10
+        assert all(torch.equal(v, ec[k]) for k, v in shared.items())
+    changed = dict(build_model(SMALL.replace(seed=1)).named_parameters())
+    assert not torch.equal(changed["embedding.weight"], ec["embedding.weight"])
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    config = RunConfig(sequence_length=32, batch_size=8)
+    model = build_model(config)
+    tokens = ids(33, 8)
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss.item() - math.log(256)) < 0.7  # logits of variance 1 add a half
+
+
+def test_activation_checkpointing_changes_nothing():
+    results = []
+    for recompute in (False, True):
+        model = build_model(SMALL.replace(activation_checkpointing=recompute))
+        model(ids()).square().mean().backward()
+        results.append({k: p.grad for k, p in model.named_parameters()})
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def printed(text: str) -> float:
+    return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
+
+
+@pytest.mark.parametrize("name", ["0.1B/32E", "0.1B/64E", "0.1B/128E", "8B/64E"])
+def test_totals_are_those_of_table_1(name):
+    preset = TABLE_1[name]
+    total = count_parameters(preset.config).total
+    decimals = len(preset.total[:-1].partition(".")[2])
+    assert f"{total / 1e9:.{decimals}f}B" == preset.total
+
+
+@pytest.mark.parametrize(("name", "off"), [("0.1B", 0.13), ("0.1B/16E", 0.05), ("8B", 0.02)])
+def test_the_other_rows_differ_by_what_the_paper_leaves_open(name, off):
+    assert abs(count_parameters(TABLE_1[name].config).total / printed(TABLE_1[name].total) - 1) < off
+
+
+def test_count_equals_the_built_model():
+    for router in ("expert_choice", "token_choice", "dense", "hash"):
+        config = SMALL.replace(router=router)
+        model = build_model(config)
+        total = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+        count = count_parameters(config)
+        assert count.total == total
+        experts = sum(m.w1.numel() + m.w2.numel() for m in model.moe_layers)
+        per_token = {"expert_choice": 2, "token_choice": 2, "hash": 1}.get(router, 0)
+        assert count.active == total - experts + experts * per_token // 4
+
+
+def test_flops_count_the_output_layer_and_attention():
+    config = SMALL.replace(router="dense")
+    active = count_parameters(config).active
+    assert flops_per_token(config) == 6 * (active + 256 * 16) + 6 * 2 * 12 * 16
