@@ -14,14 +14,7 @@ import pandas as pd
 import torch
 
 from ecmoe.lit import LitModel
-from ecmoe.moe import MOST_EXPERTS_COUNTED
-
-COLUMNS = [
-    "step", "tokens", "seconds", "train_loss", "learning_rate", "aux_loss", "tokens_per_second", "val_loss",
-    "val_loss_causal", "dropped", "over_capacity", "max_load",
-    *(f"share_{j}" for j in range(MOST_EXPERTS_COUNTED + 1)),
-]  # fmt: skip
-
+from ecmoe.results import COLUMNS
 
 class Diverged(RuntimeError):
     """The loss is no longer a finite number."""

@@ -1,0 +1,62 @@
+"""A study: arms times seeds, each a run. What notebooks call instead of a loop of their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ecmoe import paths
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.results import Result, not_run
+
+
+def configs(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
+    """Label of the arm -> its config for each seed; all are checked before anything runs.
+
+    Args:
+        base: RunConfig keys that all arms share. arms: label -> the keys in which the arm differs.
+        seeds: one run of each arm for each.
+
+    Raises:
+        ConfigError: names the arm beside key, value and remedy.
+    """
+    made = {}
+    for label, changes in arms.items():
+        try:
+            made[label] = [RunConfig.from_dict({**base, **changes, "seed": seed}) for seed in seeds]
+        except ConfigError as error:
+            raise ConfigError(f"arm {label!r}: {error}") from error
+    return made
+
+
+def run_study(
+    base: Mapping[str, Any],
+    arms: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    *,
+    scale: str = "smoke",
+    train: bool = True,
+) -> list[Result]:
+    """Run or load every arm with every seed, seed by seed, so that a study cut short is still a paired one.
+
+    A run that fails is reported and the others go on. At scale gpu and paper finished runs are looked for
+    in reports/<scale>/runs first, and new ones are added there.
+    """
+    from ecmoe.train import run_or_load  # torch and Lightning: not needed to look at configs
+
+    made = configs(base, arms, seeds)
+    records = None if scale == "smoke" else paths.records(scale)
+    results = []
+    for i in range(len(seeds)):
+        for label, by_seed in made.items():
+            config = by_seed[i]
+            try:
+                result = run_or_load(config, records=records, train=train)
+            except Exception as error:  # its run folder keeps the error too
+                print(f"[{label} s{config.seed}] failed: {error}", file=sys.stderr, flush=True)
+                result = not_run(config)
+                result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
+            result.summary["arm"] = label
+            results.append(result)
+    return results

@@ -1,0 +1,256 @@
+"""run_or_load: once and only once; resumed to the last bit; failures and divergence are kept, not hidden."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from ecmoe import load_model, paths, run_or_load, train
+from ecmoe.config import RunConfig
+from ecmoe.data import TextData
+from ecmoe.lit import LitModel, learning_rate_factor
+from ecmoe.results import read_record, read_run
+
+
+def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.Popen:
+    """Train in a process of its own; `code` runs first."""
+    script = textwrap.dedent(code) + textwrap.dedent(f"""
+        import torch; torch.set_num_threads(1)
+        from ecmoe import RunConfig, run_or_load
+        result = run_or_load(RunConfig.from_dict({config.to_dict()!r}))
+        print(result.summary["status"])
+    """)
+    return subprocess.Popen(
+        [sys.executable, "-c", script], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_second_call_loads_the_first(tiny_config, monkeypatch):
+    config = tiny_config(seed=11)
+    first = run_or_load(config, progress=False)
+    assert first.ok and first.path == paths.runs() / config.name
+    assert not (first.path / "last.ckpt").exists() and not list(first.path.glob("*.tmp"))
+    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    again = run_or_load(config)
+    assert again.summary == read_run(first.path).summary
+    assert again.summary["val_loss"] == first.summary["val_loss"]
+    pd.testing.assert_frame_equal(again.curve, first.curve.astype(float))
+
+
+def test_summary_says_what_ran(tiny_config):
+    config = tiny_config(seed=12)
+    result = run_or_load(config, progress=False)
+    s = result.summary
+    assert s["config"] == config.to_dict() and s["status"] == "finished" and s["error"] is None
+    assert s["tokens"] == config.steps * config.tokens_per_batch and s["steps"] == config.steps
+    assert s["bits_per_byte"] == pytest.approx(s["val_loss"] / 0.6931471805599453)  # bytes: one a token
+    assert s["perplexity"] == pytest.approx(2.718281828459045 ** s["val_loss"])
+    assert s["tokens_per_second"] > 0 and s["seconds"] > 0 and s["val_loss"] < 6
+    assert s["val_loss_causal"] != s["val_loss"]
+    assert s["data"]["licence"] and s["data"]["digest"] and s["versions"]["torch"] == torch.__version__
+    assert sum(s["routing"][f"share_{j}"] for j in range(9)) == pytest.approx(1)
+    assert result.curve["step"].tolist() == [4, 8, 10]  # every eval_every steps, and the last
+
+
+def test_the_curve_learns(tiny_config):
+    curve = run_or_load(tiny_config(seed=12), progress=False).curve
+    assert curve["val_loss"].iloc[-1] < curve["val_loss"].iloc[0]
+
+
+def test_loaded_model_has_the_recorded_loss(tiny_config):
+    config = tiny_config(seed=12)
+    result = run_or_load(config, progress=False)
+    model = result.load_model()
+    data = TextData(config)
+    data.setup("fit")
+    lit = LitModel(config)
+    lit.model = model
+    with torch.no_grad():
+        losses = [lit.loss(batch).double() for batch in data.val_dataloader()]
+    assert float(torch.stack(losses).mean()) == pytest.approx(result.summary["val_loss"], abs=1e-6)
+    assert not model.training and load_model(result.path).config == config
+
+
+def test_missing_run_is_not_trained_when_told_so(tiny_config):
+    config = tiny_config(seed=13)
+    result = run_or_load(config, train=False)
+    assert result.summary["status"] == "not run" and not result.ok
+    assert not (paths.runs() / config.name).exists()
+
+
+def test_records_come_first_and_are_added_to(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(seed=14)
+    trained = run_or_load(config, records=tmp_path, progress=False)
+    assert read_record(tmp_path / f"{config.name}.json").summary["val_loss"] == trained.summary["val_loss"]
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "elsewhere"))  # neither runs nor data here
+    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    assert run_or_load(config, records=tmp_path).summary["val_loss"] == trained.summary["val_loss"]
+
+
+def test_record_of_other_text_warns(tiny_config, tmp_path):
+    config = tiny_config(seed=14)
+    run_or_load(config, records=tmp_path, progress=False)
+    path = tmp_path / f"{config.name}.json"
+    record = json.loads(path.read_text())
+    record["summary"]["data"]["digest"] = "0" * 12
+    path.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="trained on other text"):
+        run_or_load(config, records=tmp_path)
+
+
+def test_failed_run_keeps_its_error_and_is_tried_again(tiny_config, monkeypatch):
+    config = tiny_config(seed=15)
+    with monkeypatch.context() as broken:
+        broken.setattr(LitModel, "loss", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_or_load(config, progress=False)
+    kept = run_or_load(config, train=False).summary
+    assert kept["status"] == "failed" and "ZeroDivisionError" in kept["error"] and kept["val_loss"] is None
+    assert run_or_load(config, progress=False).ok
+
+
+def test_diverged_run_ends_as_diverged_with_its_last_good_checkpoint(tiny_config, monkeypatch):
+    config = tiny_config(seed=16, checkpoint_every=2)
+    loss, calls = LitModel.loss, []
+
+    def explode(self, batch):
+        calls.append(1)
+        return loss(self, batch) * (float("nan") if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(LitModel, "loss", explode)
+    result = run_or_load(config, progress=False)
+    assert result.summary["status"] == "diverged" and "step 4" in result.summary["error"]
+    checkpoint = torch.load(result.path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    assert run_or_load(config).summary["status"] == "diverged"
+
+
+def test_killed_and_resumed_ends_the_same_to_the_last_bit(tiny_config):
+    # A router with noise, micro-batches and a checkpoint between validations: all state must come back.
+    config = tiny_config(seed=17, router="token_choice", capacity_factor=1.0, balance="importance_load",
+                         accumulate=2, checkpoint_every=3, steps=10)  # fmt: skip
+    whole = run_or_load(config, progress=False)
+    weights = load_model(whole.path).state_dict()
+    whole.path.rename(whole.path.with_name("whole"))
+
+    process = start(config, """
+        import os, signal
+        from ecmoe.recorder import Recorder
+        end = Recorder.on_train_batch_end
+        def kill(self, trainer, *a):
+            end(self, trainer, *a)
+            if trainer.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)
+        Recorder.on_train_batch_end = kill
+    """)  # fmt: skip
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    folder = paths.runs() / config.name
+    assert (folder / "last.ckpt").exists() and not (folder / "summary.json").exists()
+
+    again = run_or_load(config, progress=False)
+    assert again.summary["val_loss"] == whole.summary["val_loss"]
+    resumed = load_model(again.path).state_dict()
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    same = ["step", "tokens", "train_loss", "learning_rate", "aux_loss", "val_loss", "val_loss_causal"]
+    pd.testing.assert_frame_equal(again.curve[same], whole.curve[same], check_exact=True)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_resume_right_after_a_validation(tiny_config, every):
+    config = tiny_config(seed=18 + every, checkpoint_every=every)
+    whole = run_or_load(config, progress=False)
+    whole.path.rename(whole.path.with_name(f"whole{every}"))
+    process = start(config, """
+        import os, signal
+        from ecmoe.recorder import Recorder
+        end = Recorder.on_train_batch_start = lambda self, trainer, *a: (
+            os.kill(os.getpid(), signal.SIGKILL) if trainer.global_step == 4 else None)
+    """)  # fmt: skip
+    process.communicate()
+    again = run_or_load(config, progress=False)
+    assert again.curve["step"].tolist() == whole.curve["step"].tolist()
+    pd.testing.assert_frame_equal(again.curve[["val_loss"]], whole.curve[["val_loss"]], check_exact=True)
+
+
+def test_two_processes_that_want_the_same_run_train_it_once(tiny_config):
+    config = tiny_config(seed=25, steps=20)
+    processes = [start(config), start(config)]
+    outputs = [process.communicate() for process in processes]
+    assert [out.strip() for out, _ in outputs] == ["finished", "finished"], outputs
+    trained = ["step 20/20" in err for _, err in outputs]
+    assert sorted(trained) == [False, True]
+
+
+def test_arms_with_the_same_seed_see_the_same_batches(tiny_config):
+    batches = []
+    for router in ("expert_choice", "dense"):
+        data = TextData(tiny_config(router=router))
+        data.setup("fit")
+        batches.append([b for _, b in zip(range(5), data.train_dataloader(), strict=False)])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": "token_choice", "capacity_factor": 1.0, "z_loss_weight": 0.001},
+        {"router": "hash", "capacity_factor": 1.0, "hash_table": "balanced"},
+        {"router": "dense", "optimizer": "adafactor", "learning_rate": 0.01},
+    ],
+)
+def test_other_routers_and_optimizers_learn(tiny_config, changes):
+    result = run_or_load(tiny_config(**changes), progress=False)
+    assert result.ok and result.curve["val_loss"].iloc[-1] < result.curve["val_loss"].iloc[0]
+
+
+def test_accumulated_micro_batches_are_one_batch(tiny_config):
+    """Without competition between tokens, 2 x 4 sequences give the step of 1 x 8."""
+    whole = tiny_config(router="dense", batch_size=8, steps=3, eval_every=3, eval_batches=1)
+    halves = whole.replace(batch_size=4, accumulate=2, eval_batches=2)
+    losses = [run_or_load(config, progress=False).summary["val_loss"] for config in (whole, halves)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_cutoffs_move_once_a_step_and_never_in_evaluation(tiny_config):
+    config = tiny_config(seed=30, accumulate=2, steps=4, eval_every=1)
+    model = run_or_load(config, progress=False).load_model()
+    cutoff = model.moe_layers[0].router.cutoff
+    assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta**4) and float(cutoff.count) == 0
+
+
+def test_learning_rate_schedules():
+    constant = RunConfig(warmup_steps=10)
+    assert [learning_rate_factor(constant, s) for s in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
+    paper = RunConfig(schedule="inverse_sqrt", warmup_steps=0, constant_steps=100)
+    assert learning_rate_factor(paper, 99) == 1.0 and learning_rate_factor(paper, 399) == pytest.approx(0.5)
+    linear = RunConfig(schedule="linear", warmup_steps=0, steps=100, decay_fraction=0.2)
+    assert learning_rate_factor(linear, 79) == 1.0 and learning_rate_factor(linear, 90) == pytest.approx(0.5)
+    assert learning_rate_factor(linear, 99) == pytest.approx(0.05)
+
+
+def test_wrong_number_of_processes_is_refused(tiny_config, tmp_path):
+    (tmp_path / "c.yaml").write_text("devices: 2\nstrategy: ddp\n")
+    with pytest.raises(SystemExit, match="--nproc-per-node=2"):
+        train.main([str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_by_torchrun(tiny_config, strategy):
+    """Two gloo processes train one model; the pool is each rank's own batch."""
+    config = tiny_config(seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=2)
+    began = time.time()
+    result = run_or_load(config, progress=False)
+    assert result.ok, result.summary["error"]
+    assert result.summary["world_size"] == 2 and result.summary["tokens"] == 4 * 2 * 4 * config.sequence_length
+    weights = load_model(result.path).state_dict()
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+    assert time.time() - began < 200
