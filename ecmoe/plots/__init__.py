@@ -1,0 +1,21 @@
+"""One function per figure: tidy data in, `Plot(figure, alt, data)` out.
+
+`alt` states the finding with numbers, `data` is what the figure shows. What was not run is a gap
+that is named, never a 0. Bands are the range over seeds, bars across a mean its 95% interval.
+"""
+
+from ecmoe.plots.loss import final_loss, loss_against, loss_over_steps, parameter_counts
+from ecmoe.plots.parts import LABELS, Plot
+from ecmoe.plots.routing import (
+    capacity_demand,
+    expert_shares,
+    expert_shares_over_steps,
+    load,
+    routing_matrix,
+)
+from ecmoe.plots.style import looks
+
+__all__ = [
+    "LABELS", "Plot", "capacity_demand", "expert_shares", "expert_shares_over_steps", "final_loss",
+    "load", "looks", "loss_against", "loss_over_steps", "parameter_counts", "routing_matrix",
+]  # fmt: skip

@@ -1,0 +1,101 @@
+"""How figures look: one colour and marker per arm, the same in every figure of every report."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDTH = 9.0  # inches; a page shows it 900 pixels wide
+# Okabe and Ito's palette without yellow, then Tol's dark tones: told apart with any colour vision.
+_PALETTE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255",
+    "#44AA99", "#999933", "#661100", "#6F6F6F",
+)  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+# The arms that are in nearly every figure; all others get theirs by their name.
+_KNOWN = {
+    "EC-CF2": ("#0072B2", "o"),
+    "EC": ("#0072B2", "o"),
+    "EC-CF1.5": ("#44AA99", "h"),
+    "EC-CF1": ("#009E73", "^"),
+    "EC-CF0.5": ("#56B4E9", "v"),
+    "EC-CAP2": ("#882255", "<"),
+    "EC-CAP3": ("#999933", ">"),
+    "GShard top-2": ("#D55E00", "s"),
+    "Switch top-1": ("#E69F00", "D"),
+    "Hash": ("#CC79A7", "X"),
+    "Dense": ("#000000", "P"),
+}
+_GATES = {"renormalized": "--", "scaled": ":"}
+
+
+class Look(NamedTuple):
+    """Colour, marker and line of an arm; gates that aren't raw have broken lines, hollow marks."""
+
+    color: str
+    marker: str
+    line: str
+    hollow: bool
+
+
+def looks(arms: Iterable[str]) -> dict[str, Look]:
+    """The look of each arm: its colour goes by its name, and no two in a figure are alike."""
+    found: dict[str, Look] = {}
+    for arm in dict.fromkeys(arms):
+        gate = next((word for word in arm.split() if word in _GATES), "")
+        name = " ".join(word for word in arm.split() if word != gate)
+        color, marker = _KNOWN.get(name) or _by_name(name, 0)
+        line, attempt = _GATES.get(gate, "-"), 0
+        while any((look.color, look.line) == (color, line) for look in found.values()):
+            attempt += 1
+            color, marker = _by_name(name, attempt)
+            if attempt == len(_PALETTE):  # more arms than colours: the marker tells
+                break
+        found[arm] = Look(color, marker, line, bool(gate))
+    return found
+
+
+def _by_name(name: str, attempt: int) -> tuple[str, str]:
+    i = zlib.crc32(name.encode()) + attempt
+    return _PALETTE[i % len(_PALETTE)], _MARKERS[(i + i // len(_PALETTE)) % len(_MARKERS)]
+
+
+def marks(look: Look) -> dict[str, object]:
+    """matplotlib's arguments for an arm's markers."""
+    return {
+        "color": look.color,
+        "marker": look.marker,
+        "markerfacecolor": "white" if look.hollow else look.color,
+        "markeredgecolor": look.color,
+    }
+
+
+def new_figure(
+    height: float, columns: int = 1, rows: int = 1, **kwargs: object
+) -> tuple[Figure, list[Axes]]:
+    """A figure of page width and its axes in a flat list; no pyplot, so nothing shows by itself."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.title.set_fontsize(11)
+    return figure, axes
+
+
+def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
+    """One legend for the whole figure, under it, where it can hide nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(columns, len(labels)),
+            frameon=False,
+        )
