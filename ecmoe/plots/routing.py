@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 from ecmoe.plots.parts import (
     LABELS,
@@ -60,7 +61,7 @@ def expert_shares(
         labels.append("the paper (100M/64E)")
         for name, share in paper.items():
             ax.barh(y, 100 * share, left=left, color="0.85", edgecolor="white")
-            _write_in_bar(ax, left, y, 100 * share, f"{name}: {100 * share:.0f}%", "#dddddd")
+            _write_in_bar(ax, left, y, 100 * share, f"{name}: {100 * share:.0f}%", "0.85")
             left += 100 * share
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
@@ -255,7 +256,7 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
 def _write_in_bar(ax: Axes, left: float, y: float, width: float, text: str, color: object) -> None:
     """A number inside its part of a bar, if it fits there."""
     if width >= 1.1 * len(text) + 1:
-        dark = color != "#dddddd" and np.mean(color[:3]) < 0.5
+        dark = np.mean(to_rgb(color)) < 0.5
         ax.text(
             left + width / 2,
             y,
