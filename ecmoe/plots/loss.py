@@ -20,6 +20,7 @@ from ecmoe.plots.parts import (
     number_axis,
     over_seeds,
     seeds_text,
+    sentence,
     series_text,
     short,
     thousands,
@@ -56,7 +57,7 @@ def loss_over_steps(
     finals = last_values(means, x)
     text = "; ".join(f"{r.arm} {short(r.mean)} ({seeds_text(r.n)})" for r in finals.itertuples())
     missing = missing_text(arms, finals["arm"])
-    alt = f"{LABELS[column].capitalize()} over {LABELS[x]}. At the end, lowest first: "
+    alt = f"{sentence(LABELS[column])} over {LABELS[x]}. At the end, lowest first: "
     alt += f"{text or 'nothing'}.{missing}"
     return Plot(figure, alt, finals)
 
@@ -104,7 +105,7 @@ def final_loss(
         f"{r.arm} {short(r.mean)}{interval_text(r)}, {seeds_text(r.seeds)}"
         for r in measured.itertuples()
     )
-    alt = f"{LABELS.get(column, column).capitalize()} by arm: {text or 'nothing'}." + missing_text(
+    alt = f"{sentence(LABELS.get(column, column))} by arm: {text or 'nothing'}." + missing_text(
         data["arm"], measured["arm"]
     )
     return Plot(figure, alt, data)
@@ -124,7 +125,7 @@ def loss_against(table: pd.DataFrame, x: str, column: str = "val_loss", log: boo
     ax.set_xlabel(LABELS.get(x, x))
     ax.set_ylabel(LABELS.get(column, column))
     legend_below(figure, ax)
-    alt = f"{LABELS.get(column, column).capitalize()} against {LABELS.get(x, x)}. "
+    alt = f"{sentence(LABELS.get(column, column))} against {LABELS.get(x, x)}. "
     alt += series_text(data, x)
     return Plot(figure, alt, data)
 

@@ -113,20 +113,15 @@ def grouped(table: pd.DataFrame, x: str, column: str) -> pd.DataFrame:
 
 
 def lines_with_intervals(ax: Axes, data: pd.DataFrame, x: str) -> None:
-    for arm, look in looks(data["arm"]).items():
+    """A line per arm with the means; their intervals stand side by side, so that all can be seen."""
+    shown = looks(data["arm"])
+    for i, (arm, look) in enumerate(shown.items()):
         rows = data[data["arm"] == arm]
         label = arm if rows["seeds"].any() else f"{arm} (not run)"
-        ax.plot(
-            rows[x],
-            rows["mean"],
-            linestyle=look.line,
-            linewidth=1.8,
-            markersize=7,
-            label=label,
-            **marks(look),
-        )
-        wide = rows.dropna(subset=["low"])
-        ax.vlines(wide[x], wide["low"], wide["high"], color=look.color, linewidth=1.5)
+        at = rows[x] * 1.015 ** (i - (len(shown) - 1) / 2)
+        ax.plot(at, rows["mean"], linestyle=look.line, linewidth=1.8, label=label, **marks(look))
+        wide = rows.notna()["low"]
+        ax.vlines(at[wide], rows["low"][wide], rows["high"][wide], color=look.color, linewidth=1.5)
 
 
 def number_axis(ax: Axes, values: pd.Series, log: bool) -> None:
@@ -179,6 +174,11 @@ def series_text(data: pd.DataFrame, x: str) -> str:
         for arm, rows in measured.groupby("arm", sort=False)
     ]
     return "; ".join(parts) + "." + missing_text(list(dict.fromkeys(data["arm"])), measured["arm"])
+
+
+def sentence(text: str) -> str:
+    """The text with its first letter capital, the rest as it is (MFU)."""
+    return text[:1].upper() + text[1:]
 
 
 def thousands(value: float, _: object = None) -> str:

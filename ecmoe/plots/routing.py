@@ -22,6 +22,7 @@ from ecmoe.plots.parts import (
     name_gaps,
     number_axis,
     over_seeds,
+    sentence,
     series_text,
     thousands,
 )
@@ -76,6 +77,8 @@ def expert_shares(
             f"{row['3'] + row['4']:.1f}% three or four, {more:.1f}% more"
         )
     alt = "Share of tokens by the number of experts that processed them. " + "; ".join(parts) + "."
+    if paper:
+        alt += " The paper: " + ", ".join(f"{100 * v:g}% {k}" for k, v in paper.items()) + "."
     alt += missing_text(data.index, data.dropna(how="all").index)
     return Plot(figure, alt, data.reset_index())
 
@@ -102,15 +105,8 @@ def expert_shares_over_steps(curves: pd.DataFrame, x: str = "step") -> Plot:
         ax.set_xlabel(LABELS[x])
         ax.xaxis.set_major_formatter(thousands)
         if not len(curve):
-            ax.text(
-                0.5,
-                0.5,
-                "not run",
-                transform=ax.transAxes,
-                ha="center",
-                color="0.4",
-                style="italic",
-            )
+            ax.text(0.5, 0.5, "not run", ha="center", color="0.4", style="italic")
+            ax.set_axis_off()
             continue
         shares = pd.DataFrame(
             {name: 100 * curve[columns].sum(axis=1) for name, columns in groups.items()}
@@ -184,12 +180,13 @@ def capacity_demand(table: pd.DataFrame, x: str = "capacity_factor") -> Plot:
         number_axis(ax, data[x], log=True)
         ax.set_xlabel("capacity, times an equal share")
         ax.set_title(LABELS[column])
-        ax.set_ylim(bottom=0)
+        top = data[["mean", "high"]].max().max()
+        ax.set_ylim(0, 1.08 * top if top > 0 else None)
         frames.append(data.assign(measure=LABELS[column]))
     legend_below(figure, axes[0])
     data = pd.concat(frames, ignore_index=True)
     alt = " ".join(
-        f"{name.capitalize()} by capacity. {series_text(g, x)}"
+        f"{sentence(name)} by capacity. {series_text(g, x)}"
         for name, g in data.groupby("measure", sort=False)
     )
     return Plot(figure, alt, data)
