@@ -37,17 +37,17 @@ def run_study(
     *,
     scale: str = "smoke",
     train: bool = True,
-) -> list[Result]:
+) -> dict[str, list[Result]]:
     """Run or load every arm with every seed, seed by seed, so that a study cut short is still a paired one.
 
-    A run that fails is reported and the others go on. At scale gpu and paper finished runs are looked for
+    Returns label -> a Result for each seed. A run that fails is reported and the others go on. At scale gpu and paper finished runs are looked for
     in reports/<scale>/runs first, and new ones are added there.
     """
     from ecmoe.train import run_or_load  # torch and Lightning: not needed to look at configs
 
     made = configs(base, arms, seeds)
     records = None if scale == "smoke" else paths.records(scale)
-    results = []
+    results: dict[str, list[Result]] = {label: [] for label in made}
     for i in range(len(seeds)):
         for label, by_seed in made.items():
             config = by_seed[i]
@@ -57,6 +57,5 @@ def run_study(
                 print(f"[{label} s{config.seed}] failed: {error}", file=sys.stderr, flush=True)
                 result = not_run(config)
                 result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
-            result.summary["arm"] = label
-            results.append(result)
+            results[label].append(result)
     return results
