@@ -113,7 +113,7 @@ def grouped(table: pd.DataFrame, x: str, column: str) -> pd.DataFrame:
 
 
 def lines_with_intervals(ax: Axes, data: pd.DataFrame, x: str) -> None:
-    """A line per arm with the means; their intervals stand side by side, so that all can be seen."""
+    """A line per arm with the means; their intervals side by side, so that all are seen."""
     shown = looks(data["arm"])
     for i, (arm, look) in enumerate(shown.items()):
         rows = data[data["arm"] == arm]

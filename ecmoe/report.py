@@ -1,0 +1,295 @@
+"""What a notebook shows: figures with alternative text, tables, verdicts, formulas, provenance.
+
+Everything is HTML that needs no script and no network, with a plain text beside it. Text that comes
+from data is escaped. Turning notebooks into pages is `ecmoe.render`, reachable from here too.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+from IPython.display import display
+
+from ecmoe import scoreboard as _scoreboard
+from ecmoe.plots.parts import Plot
+from ecmoe.results import Result
+from ecmoe.scoreboard import claim_table, readme_table, scoreboard, update_readme, verdict_folder
+from ecmoe.stats import PLUMBING, Verdict, smallest_effect
+
+__all__ = [
+    "claim_table", "execute", "formula", "index", "plumbing_only", "provenance", "readme_table",
+    "render", "scoreboard", "show", "show_table", "show_verdict", "update_readme", "verdict_folder",
+]  # fmt: skip
+
+Format = str | Callable[[Any], str]
+_DPI = 150
+# Badge colours: white on them has a contrast above 4.5.
+_COLORS = {
+    "reproduced": "#1a7f4b",
+    "reproduced in direction": "#2f6fb0",
+    "not reproduced": "#b3261e",
+    "undecided": "#6a5f00",
+    "not run": "#5f6368",
+    PLUMBING: "#5f6368",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in (
+        "execute",
+        "render",
+        "index",
+    ):  # nbconvert and papermill, which notebooks don't need
+        return getattr(importlib.import_module("ecmoe.render"), name)
+    raise AttributeError(f"module 'ecmoe.report' has no attribute {name!r}")
+
+
+def show(plot: Plot, caption: str, formats: Mapping[str, Format] | None = None) -> None:
+    """Show a figure with its alternative text and caption, its numbers folded below."""
+    buffer = io.BytesIO()
+    plot.figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    width, height = (round(96 * inches) for inches in plot.figure.get_size_inches())
+    _display(
+        f'<figure><img alt="{html.escape(plot.alt)}" width="{width}" height="{height}" '
+        f'src="data:image/png;base64,{data}" style="max-width:100%;height:auto">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<details class="numbers"><summary>numbers of this figure</summary>{table_html(plot.data, "", formats)}</details>',
+        f"{caption}\n{plot.alt}",
+    )
+
+
+def show_table(
+    frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None
+) -> None:
+    """Show a table: escaped, numbers to the right, the first column heading its row.
+
+    Args:
+        frame: its index is not shown. caption: above it.
+        formats: column -> format such as ".1f" or "{:.0%}", or a function; else by size.
+    """
+    _display(table_html(frame, caption, formats), f"{caption}\n{frame.to_string(index=False)}")
+
+
+def table_html(
+    frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None
+) -> str:
+    """`show_table`'s HTML. What is missing is a dash, never a 0."""
+    formats = formats or {}
+    unknown = [name for name in formats if name not in frame.columns]
+    if unknown:
+        raise ValueError(f"formats names {unknown}, but the columns are {list(frame.columns)}")
+    numeric = [_is_numeric(frame[name]) for name in frame.columns]
+    head = "".join(
+        f'<th scope="col"{_right(number)}>{html.escape(str(name))}</th>'
+        for name, number in zip(frame.columns, numeric, strict=True)
+    )
+    columns = [
+        [_cell(v, formats.get(name) or _by_size(frame[name])) for v in frame[name]]
+        for name in frame.columns
+    ]
+    body = []
+    for cells in zip(*columns, strict=True):
+        marked = [
+            f"<td{_right(number)}>{cell}</td>" for cell, number in zip(cells, numeric, strict=True)
+        ]
+        marked[0] = f'<th scope="row"{_right(numeric[0])}>{cells[0]}</th>'
+        body.append(f"<tr>{''.join(marked)}</tr>")
+    heading = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    rows = "".join(body) or f'<tr><td colspan="{max(1, len(frame.columns))}">nothing</td></tr>'
+    return f'<div class="scroll"><table>{heading}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def show_verdict(
+    verdict: Verdict,
+    claim_id: str,
+    *,
+    scale: str,
+    here: str = "",
+    differences: str = "",
+    notebook: str = "",
+) -> None:
+    """Show a verdict with its effect and rule, and record it for the scoreboard.
+
+    Args:
+        verdict: of `stats.verdict`. claim_id: "C1" ... "C10", "L1", "L2".
+        scale: at "smoke" the label is "plumbing only", and no effect is shown.
+        here: what was found, in a few words, for the scoreboard; else the effect's mean.
+        differences: from the paper, as far as they matter for this claim.
+        notebook: default: the claim's own.
+    """
+    claim = _scoreboard.find_claim(claim_id)
+    if scale == "smoke":
+        verdict = verdict._replace(label=PLUMBING)
+    kept = _scoreboard.record(verdict, claim_id, scale, here, differences, notebook)
+    rows = [("the claim", f"{claim.text} ({claim.where})"), ("the paper", claim.paper)]
+    if verdict.label != PLUMBING:
+        found = f"{here}; {verdict.effect}" if here else str(verdict.effect)
+        least = smallest_effect(verdict.effect)
+        rows += [("here", found)]
+        if math.isfinite(least):
+            unit = "x, or its inverse" if verdict.effect.unit == "ratio" else verdict.effect.unit
+            rows += [
+                (
+                    "smallest effect that these seeds can show",
+                    f"{least:.3g} {unit} (80% power, t test at 5%)",
+                )
+            ]
+    rows += [("rule", verdict.rule), ("refuted by", claim.refuted_by)]
+    rows += [("proxy", claim.proxy)] if claim.proxy else []
+    rows += [("differs from the paper", differences)] if differences else []
+    items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows)
+    _display(
+        f'<section class="verdict" style="border-left:.4rem solid {_COLORS[verdict.label]};padding:.2rem 1rem">'
+        f"<p>{badge(verdict.label)} <strong>{claim_id}</strong></p><dl>{items}</dl></section>",
+        f"{claim_id}: {kept['label']}\n" + "\n".join(f"{k}: {v}" for k, v in rows),
+    )
+
+
+def badge(label: str) -> str:
+    """A verdict's label on its colour."""
+    return (
+        f'<span class="badge" style="background:{_COLORS.get(label, "#5f6368")};color:#fff;padding:.15em .6em;'
+        f'border-radius:.8em;font-weight:600">{html.escape(label)}</span>'
+    )
+
+
+def plumbing_only(scale: str) -> None:
+    """At scale "smoke": say that the page shows that everything runs, and nothing else."""
+    if scale == "smoke":
+        text = (
+            "A tiny model and a few steps on a CPU: this page shows that every part works together. "
+            "Its numbers say nothing about the paper's claims, and no verdict is given."
+        )
+        _display(f'<p class="banner">{badge(PLUMBING)} {text}</p>', f"Plumbing only. {text}")
+
+
+def formula(latex: str, alt: str = "") -> None:
+    """Show a formula as MathML, which browsers draw by themselves; `alt` says it in words."""
+    _display(math_html(latex, "block", alt), alt or latex)
+
+
+def math_html(latex: str, mode: str = "inline", alt: str = "") -> str:
+    """LaTeX as MathML; `mode`: "inline" or "block"."""
+    from latex2mathml.converter import convert
+
+    mathml = convert(latex, display=mode)
+    return mathml.replace("<math ", f'<math alttext="{html.escape(alt or latex)}" ', 1)
+
+
+def provenance(results: Iterable[Result]) -> None:
+    """Show where the numbers come from: commit, versions, devices, seeds, hours, data, what is missing.
+
+    Warns if the runs behind a page differ in commit, versions, device, precision or data.
+    """
+    results = list(results)
+    done = [r.summary for r in results if r.summary["status"] != "not run"]
+    versions = sorted({f"{k} {v}" for s in done for k, v in (s.get("versions") or {}).items()})
+    rows = [
+        (name, _distinct(done, key))
+        for name, key in (("commit", "commit"), ("device", "device"), ("precision", "precision"))
+    ]
+    processes = _distinct(done, "world_size")
+    if processes != {"1"}:
+        rows.append(("processes (the pool is each one's batch)", processes))
+    rows.append(("versions", versions))
+    rows.append(("seeds", sorted({str(s["seed"]) for s in done})))
+    rows.append(("training time", [_hours(sum(s.get("seconds") or 0 for s in done))]))
+    rows.append(("tokens trained on", [f"{sum(s.get('tokens') or 0 for s in done):,}"]))
+    starts = sorted(s["started"] for s in done if s.get("started"))
+    rows.append(("trained", [f"{starts[0][:10]} to {starts[-1][:10]}" if starts else "never"]))
+    data = [s["data"] for s in done if s.get("data")]
+    rows.append(("data", {_data_text(d) for d in data}))
+    for status in ("not run", "diverged", "failed"):
+        there = [
+            r.summary["name"] + _because(r.summary)
+            for r in results
+            if r.summary["status"] == status
+        ]
+        if there:
+            rows.append((f"{status} ({len(there)} of {len(results)})", there))
+    mixed = [name for name, values in rows[:3] if len(values) > 1]
+    mixed += ["versions"] * (len({str(s.get("versions")) for s in done}) > 1)
+    mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
+    warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{"<br>".join(html.escape(str(v)) for v in sorted(values)) or "–"}</td></tr>'
+        for name, values in rows
+    )
+    note = (
+        f'<p class="warning" role="note"><strong>Mind:</strong> {html.escape(warning)}</p>'
+        if warning
+        else ""
+    )
+    _display(
+        f'{note}<div class="scroll"><table class="provenance"><tbody>{body}</tbody></table></div>',
+        "\n".join(
+            [warning, *(f"{name}: {'; '.join(map(str, sorted(values)))}" for name, values in rows)]
+        ),
+    )
+
+
+def _display(markup: str, text: str) -> None:
+    display({"text/html": markup, "text/plain": text}, raw=True)
+
+
+def _right(number: bool) -> str:
+    return ' style="text-align:right"' if number else ""
+
+
+def _is_numeric(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+
+
+def _by_size(column: pd.Series) -> Format:
+    """Whole numbers with commas; else three decimals below 100, and no false digits above."""
+    if not _is_numeric(column):
+        return str
+    finite = column.dropna().abs()
+    if (finite == finite.round()).all():
+        return ",.0f"
+    if finite.max() >= 1000:
+        return ",.0f"
+    return ".1f" if finite.max() >= 100 else ".3f" if finite.max() >= 0.01 else ".2e"
+
+
+def _cell(value: Any, how: Format) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return '<span title="not measured">–</span>'
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if callable(how):
+        return html.escape(str(how(value)))
+    return html.escape(how.format(value) if "{" in how else format(value, how))
+
+
+def _distinct(summaries: list[dict[str, Any]], key: str) -> set[str]:
+    return {str(s.get(key, "unknown")) for s in summaries}
+
+
+def _because(summary: Mapping[str, Any]) -> str:
+    return f": {summary['error']}" if summary.get("error") else ""
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"
+
+
+def _data_text(data: Mapping[str, Any]) -> str:
+    tokens, unit = data.get("train_tokens"), data.get("tokenizer", "tokens")
+    size = (
+        f"{tokens:,} training tokens ({unit}, vocabulary {data.get('vocab_size')})"
+        if tokens
+        else ""
+    )
+    licence = f"licence: {data.get('licence', 'unknown')}"
+    digest = f"digest {str(data.get('digest', 'unknown'))[:12]}"
+    parts = [data.get("name", "unknown"), data.get("attribution", ""), licence, size, digest]
+    return "; ".join(str(part) for part in parts if part)

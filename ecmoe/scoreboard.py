@@ -1,0 +1,159 @@
+"""Every claim's verdict in one place: the files that notebooks leave, and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ecmoe import paths
+from ecmoe.claims import CLAIMS, Claim
+from ecmoe.stats import PLUMBING, Effect, Verdict
+
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+COLUMNS = ["id", "claim", "paper", "here", "interval", "seeds", "verdict"]
+
+
+def find_claim(claim_id: str) -> Claim:
+    """The claim of that id; an unknown one is an error that lists them."""
+    if claim_id not in CLAIMS:
+        raise ValueError(f"claim_id={claim_id!r}: must be one of {', '.join(CLAIMS)}")
+    return CLAIMS[claim_id]
+
+
+def verdict_folder(scale: str) -> Path:
+    """Where verdicts are kept: $ECMOE_VERDICTS, or reports/<scale>/verdicts."""
+    folder = os.environ.get("ECMOE_VERDICTS")
+    return Path(folder) if folder else paths.root() / "reports" / scale / "verdicts"
+
+
+def record(
+    verdict: Verdict,
+    claim_id: str,
+    scale: str,
+    here: str = "",
+    differences: str = "",
+    notebook: str = "",
+) -> dict[str, Any]:
+    """Keep a verdict for the scoreboard, in `<notebook>.json`; returns what was kept."""
+    claim = find_claim(claim_id)
+    notebook = notebook or claim.notebook
+    effect = verdict.effect
+    plumbing = verdict.label == PLUMBING
+    known = effect.n > 0 and not plumbing
+    kept = {
+        "claim": claim_id,
+        "label": verdict.label,
+        "effect": effect.mean if known and math.isfinite(effect.mean) else None,
+        "unit": effect.unit,
+        "interval": [effect.low, effect.high] if known and effect.low is not None else None,
+        "n": effect.n,
+        "rule": verdict.rule,
+        "paper": claim.paper,
+        "here": (here or _short(effect)) if known else "",
+        "differences": differences,
+        "notebook": notebook,
+        "scale": scale,
+    }
+    path = verdict_folder(scale) / f"{notebook}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    verdicts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    verdicts[claim_id] = kept
+    temporary = path.with_suffix(".tmp")
+    text = json.dumps(dict(sorted(verdicts.items())), indent=1, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
+
+
+def load_verdicts(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """claim id -> what its notebook recorded. Where two notebooks speak, the claim's own is heard."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        for claim_id, kept in json.loads(path.read_text(encoding="utf-8")).items():
+            own = claim_id in CLAIMS and CLAIMS[claim_id].notebook == kept["notebook"]
+            if claim_id not in found or own:
+                found[claim_id] = kept
+    return found
+
+
+def scoreboard(folder: str | Path) -> pd.DataFrame:
+    """A row per claim of the paper: id, claim, paper, here, interval, seeds, verdict.
+
+    Args:
+        folder: of verdict files. A claim without one is "not run".
+    """
+    verdicts = load_verdicts(folder)
+    rows = []
+    for claim in CLAIMS.values():
+        kept = verdicts.get(
+            claim.id, {"label": "not run", "here": "", "interval": None, "n": 0, "unit": ""}
+        )
+        proxy = f" ({claim.proxy})" if claim.proxy else ""
+        low_high = Effect(math.nan, *(kept["interval"] or (None, None)), kept["n"], kept["unit"])
+        given = kept["interval"] is not None
+        row = (
+            claim.id,
+            claim.text + proxy,
+            claim.paper,
+            kept["here"],
+            low_high.interval if given else "",
+        )
+        rows.append((*row, kept["n"] or None, kept["label"]))
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return frame.astype({"seeds": "Int64"})
+
+
+def claim_table(verdicts: pd.DataFrame | str | Path) -> str:
+    """The scoreboard as a Markdown table, for the README."""
+    frame = verdicts if isinstance(verdicts, pd.DataFrame) else scoreboard(verdicts)
+    lines = ["| | claim | paper | here (95% interval; seeds) | verdict |", "|---|---|---|---|---|"]
+    for row in frame.itertuples():
+        here = row.here
+        details = [row.interval] if row.interval else []
+        details += (
+            [f"{row.seeds} seed{'' if row.seeds == 1 else 's'}"] if row.seeds and here else []
+        )
+        here += f" ({'; '.join(details)})" if details else ""
+        verdict = row.verdict if row.verdict in ("not run", PLUMBING) else f"**{row.verdict}**"
+        cells = (row.id, row.claim, row.paper, here, verdict)
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def readme_table(path: str | Path) -> str:
+    """The claim table that a README holds, between its two marks.
+
+    Raises:
+        ValueError: the marks aren't there, once each and in order.
+    """
+    return _split(path)[1]
+
+
+def update_readme(path: str | Path, table_md: str) -> bool:
+    """Put the table between the README's marks; says whether that changed anything."""
+    before, old, after = _split(path)
+    if old == table_md.strip():
+        return False
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(f"{before}{BEGIN}\n{table_md.strip()}\n{END}{after}", encoding="utf-8")
+    os.replace(temporary, path)
+    return True
+
+
+def _split(path: str | Path) -> tuple[str, str, str]:
+    text = Path(path).read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} must hold {BEGIN} and then {END}, once each")
+    before, rest = text.split(BEGIN)
+    inside, after = rest.split(END)
+    return before, inside.strip(), after
+
+
+def _short(effect: Effect) -> str:
+    """The mean with its unit; interval and seeds have columns of their own."""
+    return str(effect._replace(low=None, high=None)).rsplit(" (", 1)[0]
