@@ -17,15 +17,23 @@ from typing import Any
 import pandas as pd
 from IPython.display import display
 
-from ecmoe import scoreboard as _scoreboard
 from ecmoe.plots.parts import Plot
 from ecmoe.results import Result
-from ecmoe.scoreboard import claim_table, readme_table, scoreboard, update_readme, verdict_folder
+from ecmoe.scoreboard import (
+    claim_table,
+    find_claim,
+    readme_table,
+    record,
+    scoreboard,
+    update_readme,
+    verdict_folder,
+)
 from ecmoe.stats import PLUMBING, Verdict, smallest_effect
 
+# `execute`, `render` and `index` are found here too, by __getattr__.
 __all__ = [
-    "claim_table", "execute", "formula", "index", "plumbing_only", "provenance", "readme_table",
-    "render", "scoreboard", "show", "show_table", "show_verdict", "update_readme", "verdict_folder",
+    "claim_table", "formula", "plumbing_only", "provenance", "readme_table", "scoreboard", "show",
+    "show_table", "show_verdict", "update_readme", "verdict_folder",
 ]  # fmt: skip
 
 Format = str | Callable[[Any], str]
@@ -61,7 +69,8 @@ def show(plot: Plot, caption: str, formats: Mapping[str, Format] | None = None) 
         f'<figure><img alt="{html.escape(plot.alt)}" width="{width}" height="{height}" '
         f'src="data:image/png;base64,{data}" style="max-width:100%;height:auto">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        f'<details class="numbers"><summary>numbers of this figure</summary>{table_html(plot.data, "", formats)}</details>',
+        '<details class="numbers"><summary>numbers of this figure</summary>'
+        f"{table_html(plot.data, '', formats)}</details>",
         f"{caption}\n{plot.alt}",
     )
 
@@ -104,7 +113,8 @@ def table_html(
         body.append(f"<tr>{''.join(marked)}</tr>")
     heading = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     rows = "".join(body) or f'<tr><td colspan="{max(1, len(frame.columns))}">nothing</td></tr>'
-    return f'<div class="scroll"><table>{heading}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    table = f"<table>{heading}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def show_verdict(
@@ -125,10 +135,10 @@ def show_verdict(
         differences: from the paper, as far as they matter for this claim.
         notebook: default: the claim's own.
     """
-    claim = _scoreboard.find_claim(claim_id)
+    claim = find_claim(claim_id)
     if scale == "smoke":
         verdict = verdict._replace(label=PLUMBING)
-    kept = _scoreboard.record(verdict, claim_id, scale, here, differences, notebook)
+    kept = record(verdict, claim_id, scale, here, differences, notebook)
     rows = [("the claim", f"{claim.text} ({claim.where})"), ("the paper", claim.paper)]
     if verdict.label != PLUMBING:
         found = f"{here}; {verdict.effect}" if here else str(verdict.effect)
@@ -147,7 +157,8 @@ def show_verdict(
     rows += [("differs from the paper", differences)] if differences else []
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows)
     _display(
-        f'<section class="verdict" style="border-left:.4rem solid {_COLORS[verdict.label]};padding:.2rem 1rem">'
+        '<section class="verdict" style="padding:.2rem 1rem;'
+        f'border-left:.4rem solid {_COLORS[verdict.label]}">'
         f"<p>{badge(verdict.label)} <strong>{claim_id}</strong></p><dl>{items}</dl></section>",
         f"{claim_id}: {kept['label']}\n" + "\n".join(f"{k}: {v}" for k, v in rows),
     )
@@ -156,8 +167,8 @@ def show_verdict(
 def badge(label: str) -> str:
     """A verdict's label on its colour."""
     return (
-        f'<span class="badge" style="background:{_COLORS.get(label, "#5f6368")};color:#fff;padding:.15em .6em;'
-        f'border-radius:.8em;font-weight:600">{html.escape(label)}</span>'
+        f'<span class="badge" style="background:{_COLORS.get(label, "#5f6368")};color:#fff;'
+        f'padding:.15em .6em;border-radius:.8em;font-weight:600">{html.escape(label)}</span>'
     )
 
 
@@ -165,7 +176,7 @@ def plumbing_only(scale: str) -> None:
     """At scale "smoke": say that the page shows that everything runs, and nothing else."""
     if scale == "smoke":
         text = (
-            "A tiny model and a few steps on a CPU: this page shows that every part works together. "
+            "A tiny model and a few steps: this page shows that every part works together. "
             "Its numbers say nothing about the paper's claims, and no verdict is given."
         )
         _display(f'<p class="banner">{badge(PLUMBING)} {text}</p>', f"Plumbing only. {text}")
@@ -185,7 +196,7 @@ def math_html(latex: str, mode: str = "inline", alt: str = "") -> str:
 
 
 def provenance(results: Iterable[Result]) -> None:
-    """Show where the numbers come from: commit, versions, devices, seeds, hours, data, what is missing.
+    """Show where numbers come from: commit, versions, devices, seeds, hours, data, what is missing.
 
     Warns if the runs behind a page differ in commit, versions, device, precision or data.
     """
@@ -220,7 +231,8 @@ def provenance(results: Iterable[Result]) -> None:
     mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
     warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""
     body = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{"<br>".join(html.escape(str(v)) for v in sorted(values)) or "–"}</td></tr>'
+        f'<tr><th scope="row">{html.escape(name)}</th>'
+        f"<td>{'<br>'.join(html.escape(str(v)) for v in sorted(values)) or '–'}</td></tr>"
         for name, values in rows
     )
     note = (

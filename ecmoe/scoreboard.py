@@ -1,4 +1,4 @@
-"""Every claim's verdict in one place: the files that notebooks leave, and the tables made of them."""
+"""Every claim's verdict in one place: files that notebooks leave, and tables made of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def record(
 
 
 def load_verdicts(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """claim id -> what its notebook recorded. Where two notebooks speak, the claim's own is heard."""
+    """claim id -> what a notebook recorded. Where two speak, the claim's own is heard."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         for claim_id, kept in json.loads(path.read_text(encoding="utf-8")).items():
