@@ -1,0 +1,36 @@
+"""Where things lie. Nothing depends on the working folder of a notebook."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def root() -> Path:
+    """$ECMOE_HOME, else the checkout that holds this package, else the working folder."""
+    home = os.environ.get("ECMOE_HOME")
+    if home:
+        return Path(home).expanduser().resolve()
+    checkout = Path(__file__).resolve().parents[1]
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+def runs() -> Path:
+    """Folders of runs."""
+    return root() / "runs"
+
+
+def cache() -> Path:
+    """What can be made again: tokenised corpora."""
+    return root() / ".cache"
+
+
+def records(scale: str) -> Path:
+    """Small, committed records of the runs at `scale`."""
+    return root() / "reports" / scale / "runs"
+
+
+def resolve(name: str | Path) -> Path:
+    """The file or folder `name` means: relative to the working folder, else to the root."""
+    path = Path(name).expanduser()
+    return path if path.is_absolute() or path.exists() else root() / path
