@@ -1,7 +1,7 @@
 """What a notebook shows: figures with alternative text, tables, verdicts, formulas, provenance.
 
 Everything is HTML that needs no script and no network, with a plain text beside it. Text that comes
-from data is escaped. Turning notebooks into pages is `ecmoe.render`, reachable from here too.
+from data is escaped. What makes pages (`execute`, `render`, `index`) can be had from here too.
 """
 
 from __future__ import annotations
@@ -49,13 +49,12 @@ _COLORS = {
 }
 
 
+_ELSEWHERE = {"execute": "execution", "render": "render", "index": "render"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in (
-        "execute",
-        "render",
-        "index",
-    ):  # nbconvert and papermill, which notebooks don't need
-        return getattr(importlib.import_module("ecmoe.render"), name)
+    if name in _ELSEWHERE:  # they bring nbconvert and papermill, which notebooks don't need
+        return getattr(importlib.import_module(f"ecmoe.{_ELSEWHERE[name]}"), name)
     raise AttributeError(f"module 'ecmoe.report' has no attribute {name!r}")
 
 
