@@ -54,7 +54,8 @@ class Recorder(L.Callback):
         step = trainer.global_step
         if (batch_idx + 1) % module.config.accumulate:
             return
-        if step % module.config.checkpoint_every == 0:
+        # Where a validation follows, the checkpoint waits for it: its row is then part of it.
+        if step % module.config.checkpoint_every == 0 and step % module.config.eval_every:
             self._check_finite(module, step)
             self.save(trainer)
         self._say(trainer, module, step)
@@ -102,6 +103,8 @@ class Recorder(L.Callback):
             self._line(step, config.steps, f"loss {train_loss:.4f}  validation {row['val_loss']:.4f}  {self._rate(row)}", end="\n")
         if not (math.isfinite(row["val_loss"]) and (not count or math.isfinite(train_loss))):
             raise Diverged(f"the loss is {train_loss} (validation: {row['val_loss']}) at step {step}")
+        if step % config.checkpoint_every == 0 and step < config.steps:
+            self.save(trainer)
 
     def curve(self) -> pd.DataFrame:
         """All rows so far, with every column of the schema; NaN where nothing was measured."""

@@ -173,7 +173,7 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
 
 
 def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     if cuda:
