@@ -1,0 +1,40 @@
+"""`ecmoe bench`: rows beside their floor, and an einsum row that computes the same thing."""
+
+import json
+
+import pytest
+import torch
+
+from ecmoe import MoE, bench
+from ecmoe.routing import ExpertChoice, TokenChoice
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return bench.bench_layer(n=64, d_model=8, d_ff=16, num_experts=4, repeats=2)
+
+
+def test_every_row_stands_beside_the_floor_of_its_run(measured):
+    floor = measured[measured["layer"] == "floor"].set_index("what")["ms"]
+    assert set(floor.index) == {"forward", "forward + backward"}
+    for row in measured.itertuples():
+        assert row.ms > 0 and row.low_ms <= row.ms <= row.high_ms
+        assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
+    assert {"EC-CF2", "top-2, capacity 2 n/e", "EC-CF2, one-hot einsum"} <= set(measured["layer"])
+
+
+def test_absent_peers_are_named(measured):
+    assert set(measured.attrs["absent"]) <= set(bench.PEERS.values())
+
+
+def test_saved_as_json(measured, tmp_path):
+    bench.save([measured], tmp_path / "bench" / "layer.json")
+    (kept,) = json.loads((tmp_path / "bench" / "layer.json").read_text())
+    assert kept["setting"]["n"] == 64 and len(kept["rows"]) == len(measured)
+
+
+@pytest.mark.parametrize("router", [ExpertChoice(8, 4), TokenChoice(8, 4, 2, 0.5)])
+def test_one_hot_row_computes_what_the_layer_computes(router):
+    layer = MoE(router, 8, 16).double()
+    x = torch.randn(1, 32, 8, dtype=torch.float64)
+    torch.testing.assert_close(bench.one_hot_layer(layer, x), layer(x))

@@ -1,0 +1,38 @@
+"""A study: all configs checked first, seed by seed, and one failure doesn't stop the rest."""
+
+import pytest
+
+from ecmoe import paths, study, train
+from ecmoe.config import ConfigError
+from ecmoe.results import not_run
+
+ARMS = {"EC": {}, "Top-1": {"router": "token_choice", "top_k": 1}}
+
+
+def test_a_bad_arm_is_named_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(train, "run_or_load", lambda *a, **k: pytest.fail("ran"))
+    with pytest.raises(ConfigError, match="arm 'Top-1'.*top_k"):
+        study.run_study({}, ARMS | {"Top-1": {"router": "token_choice", "top_k": 99}}, [0])
+
+
+def test_seed_by_seed_and_failures_are_kept(monkeypatch, capsys):
+    asked = []
+
+    def run(config, records, train):
+        asked.append((config.router, config.seed))
+        assert records is None and train
+        if config.router == "token_choice":
+            raise RuntimeError("no disk")
+        return not_run(config)
+
+    monkeypatch.setattr(train, "run_or_load", run)
+    runs = study.run_study({"steps": 5}, ARMS, [0, 1])
+    assert asked == [("expert_choice", 0), ("token_choice", 0), ("expert_choice", 1), ("token_choice", 1)]
+    assert [r.summary["status"] for r in runs["Top-1"]] == ["failed", "failed"]
+    assert "no disk" in runs["Top-1"][0].summary["error"] and "no disk" in capsys.readouterr().err
+    assert [r.summary["config"]["steps"] for r in runs["EC"]] == [5, 5]
+
+
+def test_larger_scales_use_committed_records(monkeypatch):
+    monkeypatch.setattr(train, "run_or_load", lambda c, records, train: not_run(c) if records == paths.records("gpu") else 1 / 0)
+    assert study.run_study({}, ARMS, [0], scale="gpu")["EC"][0].summary["status"] == "not run"
