@@ -1,0 +1,161 @@
+"""The command line: `ecmoe train | report | index | keys`, also as `python -m ecmoe`.
+
+What is wrong with a config or a notebook is told in one line, with exit code 2. Imports wait until a
+command needs them, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ecmoe import __version__
+from ecmoe.config import ConfigError, RunConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Mixture-of-Experts with Expert Choice Routing: train runs, make reports.",
+)
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the files")]
+
+
+@app.command()
+def train(
+    configs: Annotated[list[Path] | None, typer.Argument(help="YAML files, later ones win")] = None,
+    changes: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
+) -> None:
+    """Train a run, or load it if it is there. No CONFIG: the defaults, EC-CF2 at smoke size."""
+    with _one_line(ConfigError, OSError):
+        config = RunConfig.from_yaml(*(configs or []), **_assignments(changes))
+        from ecmoe.train import run_or_load
+
+        result = run_or_load(config)
+    summary = {key: _finite(value) for key, value in result.summary.items()}
+    if as_json:
+        typer.echo(json.dumps(summary, default=str))
+    else:
+        wanted = ("name", "status", "error", "val_loss", "val_loss_causal", "perplexity")
+        wanted += ("bits_per_byte", "tokens", "seconds", "tokens_per_second", "mfu", "device")
+        for key in wanted:
+            if summary.get(key) is not None:
+                value = summary[key]
+                typer.echo(f"{key:18} {f'{value:.6g}' if isinstance(value, float) else value}")
+        typer.echo(f"{'path':18} {result.path}")
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    notebook: Annotated[Path, typer.Argument(help="a notebook of notebooks/")],
+    page: Annotated[Path, typer.Argument(help="the HTML page to write")],
+    files: Annotated[
+        list[Path] | None, typer.Option("-f", "--file", help="parameters in YAML, later ones win")
+    ] = None,
+    changes: Set = None,
+    no_train: Annotated[
+        bool, typer.Option("--no-train", help="leave missing runs as gaps")
+    ] = False,
+) -> None:
+    """Execute a notebook with parameters and render it as one HTML page."""
+    from ecmoe.execution import ParameterError, ReportError, execute
+
+    with _one_line(ConfigError, ParameterError, ReportError, OSError):
+        parameters = _assignments(changes)
+        execute(
+            notebook,
+            page,
+            files or [],
+            parameters=parameters,
+            train_missing=False if no_train else None,
+        )
+    typer.echo(page)
+
+
+@app.command()
+def index(
+    scale: Annotated[str, typer.Argument(help="smoke, gpu or paper")] = "smoke",
+    reports: Annotated[
+        Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")
+    ] = None,
+) -> None:
+    """Write index.html: the scoreboard, with a list of the pages that are there."""
+    from ecmoe.render import index as write_index
+
+    typer.echo(write_index(scale, reports))
+
+
+@app.command()
+def keys() -> None:
+    """List the keys of a run: name, default, meaning."""
+    import dataclasses
+
+    for field in dataclasses.fields(RunConfig):
+        default = "null" if field.default is None else str(field.default)
+        typer.echo(f"{field.name:26} {default:14} {field.metadata['help']}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _one_line(*errors: type[Exception]) -> Iterator[None]:
+    """Errors that a user can mend, as one line and exit code 2."""
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _assignments(pairs: list[str] | None) -> dict[str, Any]:
+    """`key=value` as in YAML: 2 is a number, null is nothing, 1.0e-3 is a number."""
+    values = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {pair!r} must be key=value, such as capacity_factor=1.0")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {pair!r}: {text!r} is no YAML value: {error}") from error
+    return values
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="ecmoe")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

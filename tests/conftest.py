@@ -1,0 +1,41 @@
+"""What tests share: a home of their own, one thread, and the smallest run that trains."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # workers of pytest-xdist share the cores; also for child processes
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+
+from ecmoe.config import RunConfig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """Runs, caches and reports of a session lie in a folder of its own, never in the checkout."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("home")
+    before = os.environ.get("ECMOE_HOME")
+    os.environ["ECMOE_HOME"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["ECMOE_HOME"]
+    else:
+        os.environ["ECMOE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """`tiny_config(**changes)`: a config that trains in about a second, on real text."""
+
+    def make(**changes) -> RunConfig:
+        tiny = {
+            "layers": 2, "d_model": 16, "d_ff": 32, "heads": 2, "num_experts": 4, "sequence_length": 16,
+            "batch_size": 8, "steps": 10, "warmup_steps": 2, "eval_every": 4, "eval_batches": 2,
+            "max_bytes": 200_000, "learning_rate": 1e-2,
+        }  # fmt: skip
+        return RunConfig.from_dict(tiny | changes)
+
+    return make
