@@ -37,7 +37,7 @@ _LIST = [
         "4.2",
         "a GShard top-2 step takes no longer than an EC-CF2 step",
         "08_step_time",
-        "other hardware (the paper: TPU v4), another implementation",
+        "other hardware than the paper's TPU v4, another implementation",
     ),
     Claim(
         "C3",

@@ -76,7 +76,7 @@ def execute(
     out_html.parent.mkdir(parents=True, exist_ok=True)
     _forget_verdicts(notebook.stem, str(values.get("scale", "")))
     failed_html = out_html.with_suffix(".failed.html")
-    total = len(source.cells) + 1  # papermill adds the cell with the parameters
+    total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
 
     def say(cell: Any, cell_index: int, **_: Any) -> None:
         if progress and cell.cell_type == "code":

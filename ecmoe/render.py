@@ -154,14 +154,15 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     """
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     entries = []
-    for path in sorted(folder.glob("[0-9]*.html")):
+    scoreboard = folder / f"{_SCOREBOARD}.html"
+    for path in sorted(set(folder.glob("[0-9]*.html")) - {scoreboard}):  # which the index itself is
         text = path.read_text(encoding="utf-8")
         failed = path.name.endswith(".failed.html")
         if failed and path.with_name(path.name.replace(".failed.html", ".html")).exists():
             continue
         title = _first(text, r"<title>([^<]*)</title>")
         about = _first(text, r'<meta content="([^"]*)" name="description"')
-        mark = ' <strong class="failed">failed</strong>' if failed else ""
+        mark = ' <strong class="mark">failed</strong>' if failed else ""
         link = f'<a href="{html.escape(path.name)}">{title or html.escape(path.stem)}</a>'
         entries.append(f"<li>{link}{mark}<small>{about}</small></li>")
     listing = (
@@ -169,7 +170,6 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
         f'<h2 id="reports">Reports at scale {html.escape(scale)}</h2>'
         f"<ul>{''.join(entries) or '<li>none yet</li>'}</ul></nav>"
     )
-    scoreboard = folder / f"{_SCOREBOARD}.html"
     if scoreboard.exists():
         text = scoreboard.read_text(encoding="utf-8")
     else:

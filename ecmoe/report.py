@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 from IPython.display import display
+from markupsafe import Markup
 
 from ecmoe.plots.parts import Plot
 from ecmoe.results import Result
@@ -28,12 +29,12 @@ from ecmoe.scoreboard import (
     update_readme,
     verdict_folder,
 )
-from ecmoe.stats import PLUMBING, Verdict, smallest_effect
+from ecmoe.stats import CLAIMS, PLUMBING, Verdict, smallest_effect
 
 # `execute`, `render` and `index` are found here too, by __getattr__.
 __all__ = [
     "claim_table", "formula", "plumbing_only", "provenance", "readme_table", "scoreboard", "show",
-    "show_table", "show_verdict", "update_readme", "verdict_folder",
+    "show_scoreboard", "show_table", "show_verdict", "update_readme", "verdict_folder",
 ]  # fmt: skip
 
 Format = str | Callable[[Any], str]
@@ -81,7 +82,8 @@ def show_table(
 
     Args:
         frame: its index is not shown. caption: above it.
-        formats: column -> format such as ".1f" or "{:.0%}", or a function; else by size.
+        formats: column -> format such as ".1f" or "{:.0%}", or a function; else by size. What a
+            function returns is escaped too, unless it is markupsafe's Markup.
     """
     _display(table_html(frame, caption, formats), f"{caption}\n{frame.to_string(index=False)}")
 
@@ -96,7 +98,7 @@ def table_html(
         raise ValueError(f"formats names {unknown}, but the columns are {list(frame.columns)}")
     numeric = [_is_numeric(frame[name]) for name in frame.columns]
     head = "".join(
-        f'<th scope="col"{_right(number)}>{html.escape(str(name))}</th>'
+        f'<th scope="col"{_right(number)}>{html.escape(str(name).replace("_", " "))}</th>'
         for name, number in zip(frame.columns, numeric, strict=True)
     )
     columns = [
@@ -163,9 +165,19 @@ def show_verdict(
     )
 
 
-def badge(label: str) -> str:
+def show_scoreboard(scale: str) -> None:
+    """Show every claim's verdict at that scale, each linked to its report."""
+    frame = scoreboard(verdict_folder(scale))
+
+    def link(claim_id: str) -> Markup:
+        return Markup('<a href="{}.html">{}</a>').format(CLAIMS[claim_id].notebook, claim_id)
+
+    show_table(frame, formats={"id": link, "verdict": badge})
+
+
+def badge(label: str) -> Markup:
     """A verdict's label on its colour."""
-    return (
+    return Markup(
         f'<span class="badge" style="background:{_COLORS.get(label, "#5f6368")};color:#fff;'
         f'padding:.15em .6em;border-radius:.8em;font-weight:600">{html.escape(label)}</span>'
     )
@@ -277,7 +289,8 @@ def _cell(value: Any, how: Format) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if callable(how):
-        return html.escape(str(how(value)))
+        shown = how(value)
+        return shown if isinstance(shown, Markup) else html.escape(str(shown))
     return html.escape(how.format(value) if "{" in how else format(value, how))
 
 

@@ -116,7 +116,9 @@ def claim_table(verdicts: pd.DataFrame | str | Path) -> str:
         here = row.here
         details = [row.interval] if row.interval else []
         details += (
-            [f"{row.seeds} seed{'' if row.seeds == 1 else 's'}"] if here and pd.notna(row.seeds) else []
+            [f"{row.seeds} seed{'' if row.seeds == 1 else 's'}"]
+            if here and pd.notna(row.seeds)
+            else []
         )
         here += f" ({'; '.join(details)})" if details else ""
         verdict = row.verdict if row.verdict in ("not run", PLUMBING) else f"**{row.verdict}**"

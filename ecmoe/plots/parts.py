@@ -77,6 +77,7 @@ def over_seeds(group: pd.DataFrame, x: str, column: str) -> pd.DataFrame:
 
 
 def line_with_band(ax: Axes, rows: pd.DataFrame, x: str, arm: str, look: Look) -> None:
+    """A line with the mean, a band with the range over seeds; a missing arm is named in the legend."""
     if not len(rows) or rows["mean"].isna().all():
         if not any(line.get_label().startswith(arm + " (") for line in ax.lines):
             ax.plot([], [], linestyle="", label=f"{arm} (not run)", color=look.color)
@@ -99,11 +100,13 @@ def line_with_band(ax: Axes, rows: pd.DataFrame, x: str, arm: str, look: Look) -
 
 
 def last_values(means: pd.DataFrame, x: str) -> pd.DataFrame:
+    """Where each arm ends, lowest first."""
     last = means.dropna(subset=["mean"]).sort_values(x).groupby("arm", sort=False).tail(1)
     return last.sort_values("mean", ignore_index=True)[["arm", x, "mean", "low", "high", "n"]]
 
 
 def grouped(table: pd.DataFrame, x: str, column: str) -> pd.DataFrame:
+    """Mean and 95% interval over seeds for each arm and value of x."""
     rows = []
     for (arm, value), group in table.groupby(["arm", x], sort=False):
         effect = interval(group[column] * factor(column))
@@ -125,6 +128,7 @@ def lines_with_intervals(ax: Axes, data: pd.DataFrame, x: str) -> None:
 
 
 def number_axis(ax: Axes, values: pd.Series, log: bool) -> None:
+    """Ticks at the values that were run, and nowhere else."""
     if log and len(values) and (values > 0).all():
         ax.set_xscale("log", base=2)
     ticks = sorted(values.dropna().unique())
@@ -133,6 +137,7 @@ def number_axis(ax: Axes, values: pd.Series, log: bool) -> None:
 
 
 def name_gaps(ax: Axes, rows: Sequence[int]) -> None:
+    """Write "not run" where an arm has no measurement."""
     for y in rows:
         ax.text(
             0.01,
@@ -146,28 +151,34 @@ def name_gaps(ax: Axes, rows: Sequence[int]) -> None:
 
 
 def factor(column: str) -> float:
+    """100 for what figures show in percent."""
     return 100.0 if column in PERCENT else 1.0
 
 
 def short(x: float) -> str:
+    """Three decimals for losses, none for large numbers."""
     return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
 
 
 def seeds_text(n: float) -> str:
+    """ "1 seed", "3 seeds"."""
     return f"{n:.0f} seed{'' if n == 1 else 's'}"
 
 
 def interval_text(row: object) -> str:
+    """A row's interval in brackets, or nothing."""
     low, high = row.low, row.high
     return "" if low is None or math.isnan(low) else f" ({short(low)} to {short(high)})"
 
 
 def missing_text(arms: Sequence[str], measured: Sequence[str]) -> str:
+    """A sentence that names the arms without a measurement."""
     missing = [str(arm) for arm in arms if arm not in set(measured)]
     return f" Not run: {', '.join(missing)}." if missing else ""
 
 
 def series_text(data: pd.DataFrame, x: str) -> str:
+    """What each arm shows at each value of x."""
     measured = data[data["seeds"] > 0]
     parts = [
         f"{arm}: " + ", ".join(f"{short(r['mean'])} at {r[x]:g}" for _, r in rows.iterrows())

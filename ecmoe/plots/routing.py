@@ -105,7 +105,7 @@ def expert_shares_over_steps(curves: pd.DataFrame, x: str = "step") -> Plot:
         ax.set_xlabel(LABELS[x])
         ax.xaxis.set_major_formatter(thousands)
         if not len(curve):
-            ax.text(0.5, 0.5, "not run", ha="center", color="0.4", style="italic")
+            ax.text(0.5, 0.5, "not run", transform=ax.transAxes, color="0.4", style="italic")
             ax.set_axis_off()
             continue
         shares = pd.DataFrame(
