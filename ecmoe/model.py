@@ -50,16 +50,24 @@ class Transformer(nn.Module):
         )
         self.norm = nn.RMSNorm(config.d_model)
 
-    def forward(self, token_ids: Tensor, task_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Logits of the next token.
 
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
+            cache: keys and values of the tokens before these; extended by these.
         """
         x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
         # output layer doesn't start by repeating its input
-        for block in self.blocks:
-            x = block(x, token_ids, task_ids, mask)
+        for layer, block in enumerate(self.blocks):
+            past = None if cache is None else cache.layers[layer]
+            x = block(x, token_ids, task_ids, mask, past)
         return F.linear(self.norm(x), self.embedding.weight)  # tied
 
     @property
@@ -96,6 +104,13 @@ class Transformer(nn.Module):
         return parameter.shape[1 if name.endswith((".qkv.weight", "_up.weight")) else -2] ** -0.5
 
 
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, by layer: decoding computes each token once."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers: list[list[Tensor]] = [[] for _ in range(layers)]
+
+
 class Block(nn.Module):
     """Attention, then experts or a gated FFN, each on the normalised residual stream."""
 
@@ -111,8 +126,15 @@ class Block(nn.Module):
         else:
             self.ffn = GatedFFN(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, token_ids: Tensor, task_ids: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y)), x)
+    def forward(
+        self,
+        x: Tensor,
+        token_ids: Tensor,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        past: list[Tensor] | None = None,
+    ) -> Tensor:
+        x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y), past), x)
         if self.moe is not None:  # recomputes its experts itself, and keeps the routing
             return x + self.moe(self.ffn_norm(x), token_ids, task_ids, mask)
         return x + self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)
@@ -133,10 +155,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.relative = RelativeBias(config.heads, config.relative_buckets, config.relative_max_distance)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """x: (B, T, d). past: [keys, values], each (B, h, tokens before x, d/h), or []; extended in place."""
         B, T, d = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, h, T, d/h)
-        bias = self.relative(T, x.device).to(q.dtype)  # (h, T, T), -inf for the future
+        if past is not None:
+            if past:
+                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            past[:] = [k, v]
+        bias = self.relative(T, k.shape[2], x.device).to(q.dtype)  # (h, T, keys), -inf for the future
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(B, -1, -1, -1))
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
@@ -149,11 +176,11 @@ class RelativeBias(nn.Module):
         self.buckets, self.max_distance = buckets, max_distance
         self.weight = nn.Parameter(torch.zeros(buckets, heads))
 
-    def forward(self, T: int, device: torch.device) -> Tensor:
-        """(h, T, T): [head, query, key], -inf where the key lies in the future."""
-        positions = torch.arange(T, device=device)
-        by_distance = self.weight[bucket(positions, self.buckets, self.max_distance)]  # (T, h)
-        distance = positions[:, None] - positions[None, :]  # (query, key)
+    def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """(h, queries, keys), -inf where the key lies in the future; the last query is the last key's token."""
+        positions = torch.arange(keys, device=device)
+        by_distance = self.weight[bucket(positions, self.buckets, self.max_distance)]  # (keys, h)
+        distance = positions[keys - queries :, None] - positions[None, :]
         bias = by_distance[distance.clamp_min(0)].permute(2, 0, 1)
         return bias.masked_fill(distance < 0, float("-inf"))
 

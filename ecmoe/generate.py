@@ -1,0 +1,60 @@
+"""Generation: token by token with a key-value cache, routed causally, so a batch of one works."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ecmoe.model import KeyValueCache, Transformer
+from ecmoe.routing import causal_routing
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: Tensor,
+    tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Continue prompts.
+
+    Args:
+        model: trained; expert choice routes by the cut-offs that it gathered in training.
+        prompt: (B, T) int64, T at least 1. tokens: how many to add.
+        temperature: 0 takes the most likely token. top_k: sample among the k most likely ones only.
+
+    Returns:
+        (B, T + tokens).
+
+    Raises:
+        ValueError: an empty prompt, a bad setting, or a model without cut-offs.
+    """
+    if prompt.dim() != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt has shape {tuple(prompt.shape)}: must be (B, T) with at least one token")
+    if tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"tokens={tokens}, temperature={temperature}, top_k={top_k}: must not be negative; top_k at least 1")
+    generator = torch.Generator(device=prompt.device).manual_seed(seed)
+    cache = KeyValueCache(len(model.blocks))
+    was_training = model.training
+    model.eval()
+    out = new = prompt
+    with causal_routing(model):
+        for _ in range(tokens):
+            logits = model(new, cache=cache)[:, -1].float()  # (B, V)
+            new = _sample(logits, temperature, top_k, generator)
+            out = torch.cat([out, new], dim=1)
+    model.train(was_training)
+    return out
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """(B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    return torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
