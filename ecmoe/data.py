@@ -1,0 +1,151 @@
+"""TextData: the same windows of text for every arm of a comparison, and an exact resume in mid-epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ecmoe import tokens
+from ecmoe.config import ConfigError, RunConfig
+
+_PROVENANCE = (
+    "name", "licence", "attribution", "digest", "source_sha256", "split", "tokenizer", "vocab_size", "train_tokens",
+    "val_tokens", "train_bytes", "val_bytes", "train_documents", "val_documents",
+)  # fmt: skip
+
+
+def window_order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    """(windows,) the order of an epoch: a permutation, another one in each epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(windows)
+
+
+class Batches(IterableDataset):
+    """Endless batches of training windows, (B, T+1) int64, from micro-step `start` on.
+
+    Micro-step s of a rank depends on nothing but (seed, s, rank, world size): an epoch deals its permuted windows
+    out to all ranks, a batch each; the windows left over at its end are dropped.
+    """
+
+    def __init__(self, windows: np.ndarray, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        self.windows, self.batch_size, self.seed, self.start = windows, batch_size, seed, start
+        self.rank, self.world = rank, world
+        self.steps_per_epoch = len(windows) // (batch_size * world)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        step, epoch, order = self.start, -1, None
+        while True:
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = window_order(self.seed, epoch, len(self.windows))
+            first = (step % self.steps_per_epoch * self.world + self.rank) * self.batch_size
+            yield _batch(self.windows, order[first : first + self.batch_size])
+            step += 1
+
+
+def _batch(windows: np.ndarray, which: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(windows[which].astype(np.int64))
+
+
+class TextData(L.LightningDataModule):
+    """The text of a config as batches of token windows; `datasets` and the tokeniser run on first use only.
+
+    After `setup()`: digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token (of the
+    validation windows), provenance. `start_step`: micro-batches that a resumed run has already seen.
+
+    Raises:
+        ConfigError: the corpus is missing, or too small for a batch.
+    """
+
+    def __init__(self, config: RunConfig, cache: Path | None = None):
+        super().__init__()
+        self.config, self.cache = config, cache
+        self.start_step = 0
+        self._tokens: tokens.Tokens | None = None
+
+    def prepare_data(self) -> None:
+        tokens.load(self.config, self.cache)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._tokens is not None:
+            return
+        config, loaded = self.config, tokens.load(self.config, self.cache)
+        self.train_windows = _windows(loaded.train, config.sequence_length)
+        windows = _windows(loaded.val, config.sequence_length)
+        self._check(len(self.train_windows), config.batch_size * self._world, "training", "batch_size, on every rank,")
+        # Every rank validates equally often, and all of them on as much text as was asked for.
+        self._val_batches = -(-config.eval_batches // self._world) * self._world
+        count = self._val_batches * config.batch_size
+        self._check(len(windows), count, "validation", "eval_batches x batch_size")
+        self.val_windows = windows[np.linspace(0, len(windows) - 1, count).round().astype(np.int64)]
+        self.digest: str = loaded.meta["digest"]
+        self.provenance: dict[str, Any] = {key: loaded.meta.get(key) for key in _PROVENANCE}
+        self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val_windows[:, 1:]].mean())
+        self.token_counts = _counts(loaded.train, config.vocab_size)
+        self._tokens = loaded
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; `\\0` ends a document."""
+        self.setup()
+        return self._tokens.tokenizer.decode(ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        self.setup()
+        return self._tokens.tokenizer.encode([text])[0].tolist()
+
+    def train_dataloader(self) -> DataLoader:
+        batches = Batches(
+            self.train_windows, self.config.batch_size, self.config.seed, self.start_step, self._rank, self._world
+        )
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+
+    def val_dataloader(self) -> DataLoader:
+        mine = torch.from_numpy(self.val_windows.astype(np.int64)).split(self.config.batch_size)
+        return DataLoader(list(mine[self._rank :: self._world]), batch_size=None, pin_memory=torch.cuda.is_available())
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    def _check(self, have: int, need: int, side: str, keys: str) -> None:
+        if have < need:
+            config = self.config
+            raise ConfigError(
+                f"data={config.data!r} (max_bytes={config.max_bytes}) holds {have} {side} windows of sequence_length + 1 = "
+                f"{config.sequence_length + 1} tokens, but {keys} need {need} (batch_size={config.batch_size}, eval_batches="
+                f"{config.eval_batches}): lower these or sequence_length, raise max_bytes, or take a larger corpus"
+            )
+
+
+def data_digest(config: RunConfig, cache: Path | None = None) -> str | None:
+    """The digest of the tokenised data of `config` as it is here; None where it isn't tokenised.
+
+    Only the embedded corpus is tokenised to answer (seconds): reading a record must not start long work.
+    """
+    meta = tokens.peek(config, cache)
+    if meta is None and config.data == "stdlib" and config.tokenizer == "bytes":
+        meta = tokens.load(config, cache).meta
+    return meta and meta["digest"]
+
+
+def _windows(ids: np.ndarray, length: int) -> np.ndarray:
+    """(windows, T+1) consecutive, non-overlapping windows of (tokens,) ids; the rest is dropped."""
+    count = len(ids) // (length + 1)
+    return ids[: count * (length + 1)].reshape(count, length + 1)
+
+
+def _counts(ids: np.ndarray, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(ids), chunk):
+        counts += np.bincount(ids[start : start + chunk], minlength=vocab_size)
+    return counts
