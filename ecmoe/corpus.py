@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ecmoe import paths
 from ecmoe.config import ConfigError, is_local
 
@@ -132,9 +134,21 @@ def open_corpus(data: str, streaming: bool = False) -> Corpus:
             ((name, path.read_text(encoding="utf-8", errors="replace")) for name, path in files.items()),
         )
     if files:
-        name = f"{Path(data).name} ({len(files)} files)" if len(files) > 1 else Path(data).name
-        return Corpus(name, NOT_STATED, NOT_STATED, _local(data, files))
+        said = {"name": Path(data).name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(data)
+        return Corpus(**said, train=_local(data, files))
     return _hub(data, streaming)
+
+
+def about(data: str) -> dict[str, str]:
+    """name, licence and attribution of local text, as far as `PATH.about.yaml` beside it states them."""
+    path = paths.resolve(data)
+    beside = path.with_name(f"{path.name}.about.yaml")
+    if not is_local(data) or not beside.is_file():
+        return {}
+    keys, stated = ("name", "licence", "attribution"), yaml.safe_load(beside.read_text(encoding="utf-8"))
+    if not isinstance(stated, dict) or not set(stated) <= set(keys):
+        raise ConfigError(f"data={data!r}: {beside} must hold no keys but {', '.join(keys)}; it holds {stated!r}")
+    return {key: str(value) for key, value in stated.items()}
 
 
 def _stdlib_files() -> dict[str, Path]:

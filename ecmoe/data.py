@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ecmoe import tokens
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.corpus import about
 
 _PROVENANCE = (
     "name", "licence", "attribution", "digest", "source_sha256", "split", "tokenizer", "vocab_size", "train_tokens",
@@ -84,7 +85,7 @@ class TextData(L.LightningDataModule):
         self._check(len(windows), count, "validation", "eval_batches x batch_size")
         self.val_windows = windows[np.linspace(0, len(windows) - 1, count).round().astype(np.int64)]
         self.digest: str = loaded.meta["digest"]
-        self.provenance: dict[str, Any] = {key: loaded.meta.get(key) for key in _PROVENANCE}
+        self.provenance: dict[str, Any] = {key: loaded.meta.get(key) for key in _PROVENANCE} | about(config.data)
         self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val_windows[:, 1:]].mean())
         self.token_counts = _counts(loaded.train, config.vocab_size)
         self._tokens = loaded

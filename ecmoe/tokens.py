@@ -19,7 +19,15 @@ import numpy as np
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.corpus import Corpus, Documents, content_digest, open_corpus, source_files, source_key, stat_digest
+from ecmoe.corpus import (
+    Corpus,
+    Documents,
+    content_digest,
+    open_corpus,
+    source_files,
+    source_key,
+    stat_digest,
+)
 
 # Part of every cache's name: raise it when the same source would give other tokens.
 SCHEMA = 1
