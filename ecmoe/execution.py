@@ -40,6 +40,7 @@ class _ThisPython(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        command += ["--log-level=50"]  # its own log, not what a notebook writes
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
@@ -85,6 +86,7 @@ def execute(
     with tempfile.TemporaryDirectory() as folder:
         executed = Path(folder) / notebook.name
         try:
+            os.environ["ECMOE_NOTEBOOK"] = notebook.stem  # whose verdicts the kernel records
             papermill.execute_notebook(
                 notebook,
                 executed,
@@ -112,6 +114,8 @@ def execute(
             raise ReportError(
                 f"{notebook.name} failed: {type(failure).__name__}: {failure}"
             ) from failure
+        finally:
+            os.environ.pop("ECMOE_NOTEBOOK", None)
         render(executed, out_html)
     failed_html.unlink(missing_ok=True)
     return out_html

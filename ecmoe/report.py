@@ -23,13 +23,14 @@ from ecmoe.results import Result
 from ecmoe.scoreboard import (
     claim_table,
     find_claim,
+    load_verdicts,
     readme_table,
     record,
     scoreboard,
     update_readme,
     verdict_folder,
 )
-from ecmoe.stats import CLAIMS, PLUMBING, Verdict, smallest_effect
+from ecmoe.stats import PLUMBING, Verdict, smallest_effect
 
 # `execute`, `render` and `index` are found here too, by __getattr__.
 __all__ = [
@@ -134,7 +135,7 @@ def show_verdict(
         scale: at "smoke" the label is "plumbing only", and no effect is shown.
         here: what was found, in a few words, for the scoreboard; else the effect's mean.
         differences: from the paper, as far as they matter for this claim.
-        notebook: default: the claim's own.
+        notebook: default: the one being executed ($ECMOE_NOTEBOOK), else the claim's own.
     """
     claim = find_claim(claim_id)
     if scale == "smoke":
@@ -153,7 +154,8 @@ def show_verdict(
                     f"{least:.3g} {unit} (80% power, t test at 5%)",
                 )
             ]
-    rows += [("rule", verdict.rule), ("refuted by", claim.refuted_by)]
+    rule = "rule" if verdict.label != PLUMBING else "rule, where there is a verdict"
+    rows += [(rule, verdict.rule), ("refuted by", claim.refuted_by)]
     rows += [("proxy", claim.proxy)] if claim.proxy else []
     rows += [("differs from the paper", differences)] if differences else []
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows)
@@ -166,13 +168,16 @@ def show_verdict(
 
 
 def show_scoreboard(scale: str) -> None:
-    """Show every claim's verdict at that scale, each linked to its report."""
-    frame = scoreboard(verdict_folder(scale))
+    """Show every claim's verdict at that scale, linked to the report that gave it."""
+    folder = verdict_folder(scale)
+    given = load_verdicts(folder)
 
-    def link(claim_id: str) -> Markup:
-        return Markup('<a href="{}.html">{}</a>').format(CLAIMS[claim_id].notebook, claim_id)
+    def link(claim_id: str) -> str:
+        if claim_id not in given:  # there may be no such page
+            return claim_id
+        return Markup('<a href="{}.html">{}</a>').format(given[claim_id]["notebook"], claim_id)
 
-    show_table(frame, formats={"id": link, "verdict": badge})
+    show_table(scoreboard(folder), formats={"id": link, "verdict": badge})
 
 
 def badge(label: str) -> Markup:
@@ -221,8 +226,8 @@ def provenance(results: Iterable[Result]) -> None:
     processes = _distinct(done, "world_size")
     if processes != {"1"}:
         rows.append(("processes (the pool is each one's batch)", processes))
-    rows.append(("versions", versions))
-    rows.append(("seeds", sorted({str(s["seed"]) for s in done})))
+    rows.append(("versions", [", ".join(versions)]))
+    rows.append(("seeds", [", ".join(map(str, sorted({s["seed"] for s in done})))]))
     rows.append(("training time", [_hours(sum(s.get("seconds") or 0 for s in done))]))
     rows.append(("tokens trained on", [f"{sum(s.get('tokens') or 0 for s in done):,}"]))
     starts = sorted(s["started"] for s in done if s.get("started"))

@@ -41,7 +41,7 @@ def record(
 ) -> dict[str, Any]:
     """Keep a verdict for the scoreboard, in `<notebook>.json`; returns what was kept."""
     claim = find_claim(claim_id)
-    notebook = notebook or claim.notebook
+    notebook = notebook or os.environ.get("ECMOE_NOTEBOOK") or claim.notebook
     effect = verdict.effect
     plumbing = verdict.label == PLUMBING
     known = effect.n > 0 and not plumbing

@@ -197,7 +197,7 @@ def test_the_index_lists_what_is_there(pages, tmp_path):
 
 
 def test_verdicts_are_recorded_for_the_scoreboard(pages):
-    kept = json.loads((pages[2] / "verdicts" / "03_capacity_factor.json").read_text())["C8"]
+    kept = json.loads((pages[2] / "verdicts" / "03_study.json").read_text())["C8"]
     assert kept["label"] == "reproduced" and kept["interval"] == [-0.04, -0.02] and kept["n"] == 3
     assert kept["scale"] == "gpu" and kept["paper"] == CLAIMS["C8"].paper and "95%" in kept["rule"]
 
@@ -360,3 +360,36 @@ def test_markdown_math_is_left_alone_by_markdown():
     soup = BeautifulSoup(page, "html.parser")
     assert not soup.find("em") and len(soup.find_all("math")) == 3
     assert "<mo>&lt;</mo>" in page or "&lt;" in str(soup.find_all("math")[1])
+
+
+def test_the_claims_own_notebook_is_heard(tmp_path, monkeypatch, shown):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="its own")
+    monkeypatch.setenv("ECMOE_NOTEBOOK", "99_other")
+    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="another's")
+    monkeypatch.setenv("ECMOE_NOTEBOOK", "00_routing")
+    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="another's")
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == [
+        "00_routing", "02_load_balance", "99_other",
+    ]  # fmt: skip
+    assert report.scoreboard(tmp_path).set_index("id").loc["C10", "here"] == "its own"
+
+
+def test_a_second_execution_forgets_what_the_first_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
+    (tmp_path / "verdicts").mkdir()
+    old, other = tmp_path / "verdicts" / "a.json", tmp_path / "verdicts" / "b.json"
+    old.write_text("{}")
+    other.write_text("{}")
+    nbformat.write(notebook(("md", "# T"), ("parameters", PARAMETERS)), tmp_path / "a.ipynb")
+    execute(tmp_path / "a.ipynb", tmp_path / "a.html", parameters={"scale": "gpu"}, progress=False)
+    assert not old.exists() and other.exists()
+
+
+def test_the_scoreboard_links_only_to_reports_that_spoke(tmp_path, monkeypatch, shown):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    report.show_verdict(verdict(GOOD), "C6", scale="gpu")
+    report.show_scoreboard("gpu")
+    soup = BeautifulSoup(shown[-1], "html.parser")
+    assert [a["href"] for a in soup.find_all("a")] == ["05_other_routers.html"]
+    assert len(soup.find_all(class_="badge")) == len(CLAIMS)
