@@ -268,8 +268,9 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
     """WikiText has a line a row; an article begins at a heading of the first level, ` = Title = `."""
     article: list[str] = []
     for line in lines:
-        if re.fullmatch(r" = [^=].* = \n?", line) and article:
-            yield "\n".join(article)
+        if re.fullmatch(r" = [^=].* = \n?", line):
+            if any(article):
+                yield "\n".join(article)
             article = []
         article.append(line.rstrip("\n"))
     if any(article):
