@@ -1,4 +1,4 @@
-# make reproduce | test | report | lab | lint | wheelhouse | clean     (make help)
+# make reproduce | test | report | lab | lint | wheelhouse     (make help)
 SCALE ?= smoke
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Folder of wheels to install from, without a network; `make wheelhouse` fills it.
@@ -15,7 +15,7 @@ INDEX = $(CURDIR)/reports/$(SCALE)/index.html
 PINS := $(if $(TORCH),.venv/pins.txt,constraints.txt)
 FROM := $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 
-.PHONY: help reproduce report test lab lint wheelhouse clean check-python
+.PHONY: help reproduce report test lab lint wheelhouse check-python
 
 help:
 	@echo 'make reproduce           set up .venv, train what is missing, make the pages; prints the index'
@@ -45,7 +45,7 @@ lint: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt | check-python
 	@echo 'Setting up .venv (some minutes; PyPI'\''s torch for Linux brings CUDA, the README names the CPU build)'
 	@$(PYTHON) -m venv $(if $(TORCH),--system-site-packages) .venv
-	@$(if $(TORCH),grep -v '^torch==' constraints.txt > $(PINS))
+	@$(if $(TORCH),grep -Ev '^(torch|setuptools)==' constraints.txt > $(PINS))
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(FROM) -c $(PINS) -e '.[dev]'
 	@touch $@
 
@@ -61,6 +61,3 @@ check-python:
 	  echo 'Python 3.11 or 3.12 with venv is needed, and none was found. Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.12'; exit 1; }
 	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
 	  echo '$(PYTHON) is not Python 3.11 or 3.12 with venv (Debian, Ubuntu: apt install python3-venv). Name another: make PYTHON=/path/to/python3.12'; exit 1; }
-
-clean:
-	rm -rf .venv .snakemake .cache

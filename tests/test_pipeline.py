@@ -1,0 +1,142 @@
+"""The real Snakefile over tiny notebooks: what is remade, what is not, what a failure and a kill leave."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+CHECKOUT = Path(__file__).parents[1]
+RAN = "with open('../ran.txt', 'a') as file:\n    file.write({name!r} + '\\n')"
+# The first execution never ends: it waits to be killed.
+WAITS = """
+import pathlib, time
+if not pathlib.Path("../started").exists():
+    pathlib.Path("../started").touch()
+    time.sleep(600)
+"""
+
+
+def write_notebook(folder: Path, name: str, code: str = "") -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# Page {name}"),
+        nbformat.v4.new_code_cell(
+            'scale: str = "?"\nseeds: list = []\nbase: dict = {}\ntrain_missing: bool = True\nvalue: int = 0',
+            metadata={"tags": ["parameters"]},
+        ),
+        nbformat.v4.new_code_cell(RAN.format(name=name) + "\nprint('value is', value, 'training', train_missing)"),
+        nbformat.v4.new_code_cell(code),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(CHECKOUT / "Snakefile", folder)
+    shutil.copytree(CHECKOUT / "profiles", folder / "profiles")
+    (folder / "notebooks").mkdir()
+    (folder / "configs" / "scale").mkdir(parents=True)
+    (folder / "configs/scale/smoke.yaml").write_text("scale: smoke\nseeds: [0]\nbase: {steps: 1}\n")
+    for name, code in (("00_a", ""), ("01_b", WAITS), ("12_scoreboard", "")):
+        write_notebook(folder, name, code)
+        (folder / f"configs/{name}.yaml").write_text("value: 1\n")
+    return folder
+
+
+def start(project: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=project,
+        env=os.environ | {"ECMOE_HOME": str(project)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def snakemake(project: Path, *arguments: str) -> tuple[int, str, list[str]]:
+    """Exit code, output, and the notebooks that were executed."""
+    (project / "ran.txt").unlink(missing_ok=True)
+    process = start(project, *arguments)
+    output, _ = process.communicate(timeout=200)
+    ran = (project / "ran.txt").read_text().split() if (project / "ran.txt").exists() else []
+    return process.returncode, output, sorted(ran)
+
+
+def page(project: Path, name: str) -> Path:
+    return project / "reports/smoke" / f"{name}.html"
+
+
+def test_pipeline_from_a_kill_to_a_failure(project):
+    # One story, in order: every step starts where the last one ended.
+    process = start(project)
+    began = time.time()
+    while not ((project / "started").exists() and page(project, "00_a").exists()):
+        assert process.poll() is None and time.time() - began < 120, process.communicate()[0]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not page(project, "01_b").exists()
+
+    code, output, ran = snakemake(project)
+    assert code == 0, output
+    assert {"01_b", "12_scoreboard"} <= set(ran)  # goes on where it was
+    for name in ("00_a", "01_b", "12_scoreboard", "index"):
+        assert page(project, name).exists()
+    assert "value is 1 training True" in page(project, "01_b").read_text()
+    assert "01_b.html" in page(project, "index").read_text()
+
+    began = time.time()
+    code, output, ran = snakemake(project)
+    assert (code, ran) == (0, []), output  # a second call does nothing
+    assert time.time() - began < 15
+
+    (project / "configs/01_b.yaml").write_text("value: 2\n")
+    code, output, ran = snakemake(project)
+    assert (code, ran) == (0, ["01_b", "12_scoreboard"]), output  # what depends on it, and nothing else
+    assert "value is 2" in page(project, "01_b").read_text()
+
+    write_notebook(project, "00_a", "raise ValueError('the moon is blue')")
+    (project / "configs/01_b.yaml").write_text("value: 3\n")
+    code, output, ran = snakemake(project)
+    assert code != 0
+    assert "00_a.ipynb, cell" in output and "the moon is blue" in output
+    assert "failed: 00_a" in output
+    assert {"01_b", "12_scoreboard"} <= set(ran)  # the others still finish
+    assert "value is 3" in page(project, "01_b").read_text()
+    assert "the moon is blue" in page(project, "00_a.failed").read_text()
+    index = page(project, "index").read_text()
+    assert "00_a.failed.html" in index and "01_b.html" in index
+
+    write_notebook(project, "00_a")
+    code, output, ran = snakemake(project)
+    assert code == 0 and "00_a" in ran and "01_b" not in ran, output  # a failed page is made again
+    assert not page(project, "00_a.failed").exists()
+
+    code, output, ran = snakemake(project, "--config", "train_missing=false", "--forceall")
+    assert (code, ran) == (0, ["00_a", "01_b", "12_scoreboard"]), output
+    assert "training False" in page(project, "01_b").read_text()
+    code, output, ran = snakemake(project)  # pages with gaps don't pass for finished ones
+    assert (code, ran) == (0, ["00_a", "01_b", "12_scoreboard"]), output
+
+
+def test_unknown_scale_is_named(project):
+    code, output, _ = snakemake(project, "--config", "scale=huge")
+    assert code != 0 and "scale=huge" in output and "the scales are smoke" in output
+
+
+def test_every_notebook_has_its_config():
+    """The Snakefile takes notebooks that have a config: one without would be left out in silence."""
+    notebooks = {path.stem for path in (CHECKOUT / "notebooks").glob("*.ipynb")}
+    configs = {path.stem for path in (CHECKOUT / "configs").glob("*.yaml")}
+    assert notebooks == configs and "12_scoreboard" in notebooks
+    assert yaml.safe_load((CHECKOUT / "profiles/default/config.yaml").read_text())["keep-going"] is True
