@@ -169,12 +169,25 @@ def _open(place: Path) -> Tokens:
 
 
 def _meta(place: Path) -> dict[str, Any] | None:
+    """meta.json; None if there is none, {} if it is damaged."""
     try:
-        return json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        return meta if meta.pop("check") == _check(meta) else {}
     except FileNotFoundError:
         return None
-    except ValueError:
-        return {"files": None}
+    except (ValueError, AttributeError, KeyError):
+        return {}
+
+
+def _write_meta(place: Path, meta: dict[str, Any]) -> None:
+    """Last of all, by rename: what it describes is then complete."""
+    temporary = place / f"meta.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(meta | {"check": _check(meta)}, indent=1), encoding="utf-8")
+    os.replace(temporary, place / "meta.json")
+
+
+def _check(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _trouble(config: Any, place: Path) -> str | None:
@@ -182,7 +195,7 @@ def _trouble(config: Any, place: Path) -> str | None:
     meta = _meta(place)
     if meta is None:
         return "not tokenised yet"
-    if not isinstance(meta.get("files"), dict):
+    if not meta:
         return "meta.json is damaged"
     for name, said in meta["files"].items():
         path = place / name
@@ -198,7 +211,7 @@ def _trouble(config: Any, place: Path) -> str | None:
         if content_digest(files) != meta["source_sha256"]:
             return "the source has changed"
         with contextlib.suppress(OSError):  # only touched; a read-only cache stays as it is
-            _write_json(place / "meta.json", meta | {"source_stat": stat_digest(files)})
+            _write_meta(place, meta | {"source_stat": stat_digest(files)})
     return None
 
 
@@ -211,12 +224,6 @@ def _sha256(path: Path, mtime_ns: int, size: int) -> str:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
@@ -242,8 +249,7 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
         files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
         for name in files_meta:
             os.replace(work / name, place / name)
-        digest = hashlib.sha256(json.dumps(files_meta, sort_keys=True).encode()).hexdigest()[:16]
-        _write_json(place / "meta.json", _keys(config) | meta | source | {"digest": digest, "files": files_meta})
+        _write_meta(place, _keys(config) | meta | source | {"digest": _check(files_meta)[:16], "files": files_meta})
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -264,7 +270,7 @@ def _tokenise(config: Any, corpus: Corpus, work: Path, bar: Callable[[str, int |
     with spool.open("w+b") as file:
         with bar("reading", config.max_bytes or None) as shown:
             lengths, hashes = _spool(corpus.train, file, config.max_bytes, shown.update)
-            is_val = np.zeros(len(lengths), bool) if own else split(hashes, lengths)
+            is_val, rule = (np.zeros(len(lengths), bool), "the source's own") if own else split(hashes, lengths)
             if own:
                 limit = -(-config.max_bytes // 20)  # as large a share as ours
                 more, _ = _spool(corpus.validation, file, limit, shown.update)
@@ -284,7 +290,7 @@ def _tokenise(config: Any, corpus: Corpus, work: Path, bar: Callable[[str, int |
             tokenizer = Bytes()
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         meta = {"name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution, "dtype": dtype.name,
-                "split": "the source's own" if own else f"{VALIDATION:.0%} of the text, by document"}  # fmt: skip
+                "split": rule}  # fmt: skip
         with bar("tokenising", int(lengths.sum())) as shown:
             for name, chosen in (("train", np.flatnonzero(~is_val)), ("val", np.flatnonzero(is_val))):
                 with (work / f"{name}.bin").open("wb") as out:
@@ -312,8 +318,8 @@ def _spool(documents: Documents, file: Any, max_bytes: int, shown: Callable[[int
     return np.array(lengths, np.int64), np.array(hashes, np.uint64)
 
 
-def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) -> np.ndarray:
-    """(documents,) bool: which are validation. A unit (same hash) is never split.
+def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) -> tuple[np.ndarray, str]:
+    """(documents,) bool, which are validation, and the rule in words. A unit (same hash) is never split.
 
     Units in the order of their hash fill `share` of the bytes; a corpus whose every unit is larger (a single book)
     gives its last documents: the text next to a validation document is then seen in training at one place alone.
@@ -328,9 +334,10 @@ def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) ->
         if left < 0.02 * share * lengths.sum():
             break
     if sizes[chosen].sum() > share * lengths.sum() / 2:
-        return chosen[unit_of]
+        return chosen[unit_of], f"{share:.0%} of the text, whole files or documents"
     after = lengths[::-1].cumsum()[::-1]  # bytes from here to the end
-    return np.arange(len(lengths)) >= min(np.searchsorted(-after, -share * lengths.sum()), len(lengths) - 1)
+    first = min(np.searchsorted(-after, -share * lengths.sum()), len(lengths) - 1)
+    return np.arange(len(lengths)) >= first, f"the last {share:.0%} of the text"
 
 
 def _despool(file: Any, lengths: np.ndarray, chosen: np.ndarray, shown: Callable[[int], Any]) -> Iterator[str]:
