@@ -72,7 +72,7 @@ def bench_layer(
         if compiled:
             steps[f"{name}, compiled"] = _call(torch.compile(layer), x)
             parameters[f"{name}, compiled"] = parameters[name]
-        if name.startswith("EC") and n * num_experts * capacity_factor <= 2**24:
+        if name.startswith("EC") and n * n * capacity_factor <= 2**28:  # P has e k n entries
             steps[f"{name}, one-hot einsum"] = lambda layer=layer: one_hot_layer(layer, x)
             parameters[f"{name}, one-hot einsum"] = parameters[name]
     floor_forward, floor_both = _floor(n, d_model, d_ff, num_experts, capacity_factor, device, dtype)
