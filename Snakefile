@@ -42,8 +42,6 @@ rule index:
         PAGES,
     output:
         f"{REPORTS}/index.html",
-    params:
-        train=TRAIN,
     shell:
         "{PYTHON:q} -m ecmoe index {SCALE} --reports {REPORTS}"
 
@@ -59,7 +57,7 @@ rule page:
     wildcard_constraints:
         name="[0-9][^/]*",
     params:
-        train=TRAIN,  # a page that was drawn with gaps is made again when training is allowed
+        # Snakemake remembers it: a page drawn with gaps is made again when training is allowed.
         command=lambda wildcards: command(wildcards.name),
     # Two pages at a time on CPUs; one at a time on a GPU, by the limit in the profile.
     threads: max(1, (workflow.cores or 2) // 2)

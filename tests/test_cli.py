@@ -1,0 +1,85 @@
+"""The command line: quick help, errors in one line, a run as text and as JSON."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import ecmoe
+from ecmoe.cli import app
+from ecmoe.config import RunConfig
+
+CHECK_LIGHT = """
+import sys, ecmoe.cli
+heavy = {"torch", "lightning", "pandas", "papermill", "nbconvert"} & set(sys.modules)
+sys.exit(f"imported too early: {heavy}" if heavy else 0)
+"""
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_help_is_quick_and_names_the_commands():
+    began = time.time()
+    shown = subprocess.run([sys.executable, "-m", "ecmoe", "--help"], capture_output=True, text=True, check=True)
+    assert time.time() - began < 10  # 0.3 s on an idle machine; with torch it would be many
+    assert all(command in shown.stdout for command in ("train", "report", "index", "keys"))
+    subprocess.run([sys.executable, "-c", CHECK_LIGHT], check=True)
+
+
+def test_version():
+    assert call("--version").output.strip() == ecmoe.__version__
+
+
+def test_keys_lists_every_key_with_help():
+    lines = call("keys").output.splitlines()
+    assert [line.split()[0] for line in lines] == [field.name for field in dataclasses.fields(RunConfig)]
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--set", "step=3"], "did you mean steps"),
+        (["--set", "learning_rate=1e-3"], "write 1.0e-3"),
+        (["--set", "steps"], "key=value"),
+        (["--set", "steps=[1"], "YAML"),
+        (["absent.yaml"], "absent.yaml"),
+        (["--set", "data=absent/text.txt"], "absent/text.txt"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_code_2(arguments, named):
+    result = call("train", *arguments)
+    assert result.exit_code == 2
+    assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_train_prints_the_run(tiny_config, tmp_path):
+    config = tiny_config(seed=90, steps=2, eval_every=2)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict() | {"seed": 1}))
+    shown = call("train", path, "--set", "seed=90", "--json")
+    assert shown.exit_code == 0, shown.output
+    summary = json.loads(shown.stdout)
+    assert summary["config"] == config.to_dict() and summary["status"] == "finished"
+    assert summary["mfu"] is None  # unknown on a CPU: JSON has no NaN
+    again = call("train", path, "--set", "seed=90")
+    assert again.exit_code == 0 and f"{summary['val_loss']:.6g}" in again.stdout and config.name in again.stdout
+
+
+def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell("steps: int = 1", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    (tmp_path / "p.yaml").write_text("step: 2\n")
+    result = call("report", tmp_path / "n.ipynb", tmp_path / "n.html", "-f", tmp_path / "p.yaml")
+    assert result.exit_code == 2 and "did you mean steps" in result.stderr
+    assert not (tmp_path / "n.html").exists()

@@ -1,0 +1,201 @@
+"""Files that must agree: versions, pins, configs, notebooks, commands, style."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import ecmoe
+from ecmoe.config import RunConfig
+from ecmoe.execution import check_parameters, merge_parameters, notebook_parameters
+from ecmoe.study import configs
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+}
+SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def tracked() -> list[Path]:
+    """Files of the project; in a copy without its history, all but what tools left."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0 and listed.stdout:
+        paths = [ROOT / name for name in listed.stdout.splitlines()]
+    else:
+        paths = [p for p in ROOT.rglob("*") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+    return [path for path in paths if path.is_file()]
+
+
+# Versions and pins
+
+
+def test_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert ecmoe.__version__ == citation["version"] == newest
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text() and len((ROOT / "LICENSE").read_text()) > 10_000
+
+
+def test_pins_lie_in_the_ranges():
+    direct = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, direct):
+        pin = PINS[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement} but constraints.txt has {pin}"
+
+
+def test_malicious_lightning_is_excluded():
+    lightning = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "lightning")
+    assert not any(lightning.specifier.contains(bad) for bad in ("2.6.2", "2.6.3"))
+    assert Version(PINS["lightning"]) >= Version("2.6.4") and PINS["pytorch-lightning"] == PINS["lightning"]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_everything_that_gets_installed_is_pinned(python):
+    seen, todo = set(), [(name, "") for name in ("ecmoe",)] + [("ecmoe", "dev")]
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            needed = requires(name) or []
+        except PackageNotFoundError:  # for another Python or platform; that it is pinned is checked below
+            continue
+        for requirement in map(Requirement, needed):
+            markers = {"python_version": python, "python_full_version": f"{python}.0", "extra": extra}
+            if requirement.marker is None or requirement.marker.evaluate(markers):
+                todo += [(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)]
+    # torch names the versions of CUDA's libraries itself.
+    cuda = re.compile(r"nvidia-|cuda-|triton$")
+    missing = {name for name, _ in seen if not cuda.match(name)} - {"ecmoe"} - set(PINS)
+    assert not missing, f"constraints.txt lacks {sorted(missing)}"
+
+
+def test_conda_takes_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *packages, pip = environment["dependencies"]
+    assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+    python = next(p for p in packages if p.startswith("python="))
+    supported = Requirement(f"python{PROJECT['requires-python']}").specifier
+    assert supported.contains(f"{python.removeprefix('python=')}.0")
+    assert supported.contains("3.11.0") and not supported.contains("3.13.0")
+
+
+def test_imports_are_declared():
+    declared = {canonicalize_name(Requirement(d).name) for d in PROJECT["dependencies"]}
+    # imported name -> distribution, and what comes with a declared one
+    names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "IPython": "ipykernel", "pygments": "nbconvert",
+             "jupyter_client": "ipykernel", "traitlets": "ipykernel"}  # fmt: skip
+    optional = {"triton", "scattermoe", "liger_kernel"}
+    for path in (ROOT / "ecmoe").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for module in {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) - optional - {"ecmoe"}:
+                assert canonicalize_name(names.get(module, module)) in declared, f"{path.name} imports {module}"
+
+
+# Configs and notebooks
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale_is_a_valid_run(scale):
+    values = yaml.safe_load((ROOT / f"configs/scale/{scale}.yaml").read_text())
+    assert values["scale"] == scale and set(values) <= {"scale", "seeds", "base", "train_missing"}
+    assert RunConfig.from_dict(values["base"])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_config_resolves_to_valid_parameters(notebook, scale):
+    overlay = ROOT / f"configs/scale/{scale}/{notebook.stem}.yaml"
+    files = [ROOT / f"configs/scale/{scale}.yaml", ROOT / f"configs/{notebook.stem}.yaml"]
+    values = merge_parameters(files + [overlay] * overlay.exists())
+    check_parameters(nbformat.read(notebook, as_version=4), values, notebook.name)
+    assert configs(values["base"], values.get("arms", {"one": {}}), values["seeds"])
+
+
+def test_every_config_belongs_to_a_notebook():
+    names = {path.stem for path in NOTEBOOKS}
+    stray = {p.stem for p in (ROOT / "configs").glob("*.yaml")} | {p.stem for p in (ROOT / "configs/scale").glob("*/*.yaml")}
+    assert stray == names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stripped_short_and_has_parameters(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert len(notebook.cells) <= 14
+    assert max(len(cell.source.splitlines()) for cell in code) <= 25
+    opening = notebook.cells[0]
+    assert opening.cell_type == "markdown" and opening.source.startswith("# ")
+    (parameters,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    for line in parameters.source.splitlines():
+        if line and not line.startswith("#"):
+            # papermill's --help-notebook loses a help comment with a `=`, and a type with a `|`.
+            assert re.fullmatch(r"\w+: [\w\[\], ]+ = .+  # [^=|]+", line), line
+    assert {"scale", "base", "seeds", "train_missing"} <= set(notebook_parameters(notebook))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_papermill_sees_every_parameter(path):
+    from papermill.inspection import _infer_parameters
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.papermill = {}  # as papermill's own loader adds
+    for cell in notebook.cells:
+        cell.metadata.tags = cell.metadata.get("tags", [])
+    seen = {parameter.name: parameter for parameter in _infer_parameters(notebook)}
+    assert set(seen) == set(notebook_parameters(notebook))
+    assert all(parameter.help for parameter in seen.values())
+
+
+# Commands and style
+
+
+def test_commands_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = re.findall(r"```.*?```|`[^`\n]+`", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = set(re.findall(r"\bmake (?:[A-Z_]+=\S+ )*([a-z-]+)", "\n".join(code)))
+    assert {"reproduce", "test"} <= named <= targets
+    assert (ROOT / ".ci/run").read_text().endswith("exec make test\n")
+    assert {"reproduce", "test", "report", "lab", "lint", "wheelhouse"} <= targets
+    assert (ROOT / ".ci/run").stat().st_mode & 0o100
+
+
+def test_make_says_which_python_it_needs(tmp_path):
+    make = ["make", "-C", str(ROOT), "check-python"]
+    wrong = tmp_path / "python3"
+    wrong.write_text("#!/bin/sh\nexit 1\n")
+    wrong.chmod(0o755)
+    for python, said in ((str(wrong), "is not Python 3.11 or 3.12"), ("no-python", "was found")):
+        refused = subprocess.run([*make, f"PYTHON={python}"], capture_output=True, text=True)
+        assert refused.returncode != 0 and said in refused.stdout
+    subprocess.run([*make, f"PYTHON={sys.executable}"], check=True, capture_output=True)
+
+
+def test_ruff_has_nothing_to_say():
+    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_no_file_names_a_machine():
+    home = re.compile(rb"(?<![\w.])(/home/[a-z]|/root/|/Users/[A-Za-z]|/work/|[A-Z]:\\Users)")
+    found = [path for path in tracked() if path != Path(__file__) and home.search(path.read_bytes())]
+    assert not found
