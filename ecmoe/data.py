@@ -33,7 +33,15 @@ class Batches(IterableDataset):
     out to all ranks, a batch each; the windows left over at its end are dropped.
     """
 
-    def __init__(self, windows: np.ndarray, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        windows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.windows, self.batch_size, self.seed, self.start = windows, batch_size, seed, start
         self.rank, self.world = rank, world
         self.steps_per_epoch = len(windows) // (batch_size * world)
@@ -78,14 +86,21 @@ class TextData(L.LightningDataModule):
         config, loaded = self.config, tokens.load(self.config, self.cache)
         self.train_windows = _windows(loaded.train, config.sequence_length)
         windows = _windows(loaded.val, config.sequence_length)
-        self._check(len(self.train_windows), config.batch_size * self._world, "training", "batch_size, on every rank,")
+        self._check(
+            len(self.train_windows),
+            config.batch_size * self._world,
+            "training",
+            "batch_size, on every rank,",
+        )
         # Every rank validates equally often, and all of them on as much text as was asked for.
         self._val_batches = -(-config.eval_batches // self._world) * self._world
         count = self._val_batches * config.batch_size
         self._check(len(windows), count, "validation", "eval_batches x batch_size")
         self.val_windows = windows[np.linspace(0, len(windows) - 1, count).round().astype(np.int64)]
         self.digest: str = loaded.meta["digest"]
-        self.provenance: dict[str, Any] = {key: loaded.meta.get(key) for key in _PROVENANCE} | about(config.data)
+        self.provenance: dict[str, Any] = {
+            key: loaded.meta.get(key) for key in _PROVENANCE
+        } | about(config.data)
         self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val_windows[:, 1:]].mean())
         self.token_counts = _counts(loaded.train, config.vocab_size)
         self._tokens = loaded
@@ -102,13 +117,22 @@ class TextData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batches = Batches(
-            self.train_windows, self.config.batch_size, self.config.seed, self.start_step, self._rank, self._world
+            self.train_windows,
+            self.config.batch_size,
+            self.config.seed,
+            self.start_step,
+            self._rank,
+            self._world,
         )
         return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self) -> DataLoader:
         mine = torch.from_numpy(self.val_windows.astype(np.int64)).split(self.config.batch_size)
-        return DataLoader(list(mine[self._rank :: self._world]), batch_size=None, pin_memory=torch.cuda.is_available())
+        return DataLoader(
+            list(mine[self._rank :: self._world]),
+            batch_size=None,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     @property
     def _world(self) -> int:

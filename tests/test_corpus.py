@@ -16,7 +16,9 @@ def test_standard_library_is_over_ten_megabytes_without_its_tests():
     files = source_files("stdlib")
     assert sum(path.stat().st_size for path in files.values()) > 10e6
     assert list(files) == sorted(files) and "json/decoder.py" in files
-    assert not any(set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in files)
+    assert not any(
+        set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in files
+    )
     library = open_corpus("stdlib")
     assert "PSF" in library.licence and "Python Software Foundation" in library.attribution
     assert sys.version.split()[0] in library.name
@@ -63,7 +65,10 @@ def test_folder_of_texts_has_a_unit_a_file(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"text of {name}")
-    assert list(open_corpus(str(tmp_path)).train) == [("sub/a.txt", "text of sub/a.txt"), ("z.txt", "text of z.txt")]
+    assert list(open_corpus(str(tmp_path)).train) == [
+        ("sub/a.txt", "text of sub/a.txt"),
+        ("z.txt", "text of z.txt"),
+    ]
 
 
 def test_licence_of_local_text(tmp_path):
@@ -88,14 +93,22 @@ def test_unknown_source(data, remedy, tmp_path):
     data = data.format(folder=tmp_path)
     with pytest.raises(ConfigError) as error:
         open_corpus(data)
-    assert remedy in str(error.value) and repr(data) in str(error.value) and "data=" in str(error.value)
+    assert (
+        remedy in str(error.value)
+        and repr(data) in str(error.value)
+        and "data=" in str(error.value)
+    )
 
 
 def test_broken_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(bytes(range(97, 123)) * 5000)[:-20])
     (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
-    for name, remedy in (("latin.txt", "UTF-8"), ("cut.txt.xz", "can't be read"), ("other.jsonl", "body")):
+    for name, remedy in (
+        ("latin.txt", "UTF-8"),
+        ("cut.txt.xz", "can't be read"),
+        ("other.jsonl", "body"),
+    ):
         with pytest.raises(ConfigError, match=remedy):
             list(open_corpus(str(tmp_path / name)).train)
 
@@ -125,20 +138,36 @@ class FakeHub:
             found = datasets.Dataset.from_dict({"text": texts})
             found.info.license, found.info.citation = "mit", "@misc{x,\n  title={X}}"
             sets[name] = found.to_iterable_dataset() if options["streaming"] else found
-        return datasets.IterableDatasetDict(sets) if options["streaming"] else datasets.DatasetDict(sets)
+        return (
+            datasets.IterableDatasetDict(sets)
+            if options["streaming"]
+            else datasets.DatasetDict(sets)
+        )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_c4(monkeypatch, streaming):
     hub = FakeHub(monkeypatch, train=["one", "", "two"], validation=["three"])
     found = open_corpus("c4", streaming)
-    assert [t for _, t in found.train] == ["one", "two"] and [t for _, t in found.validation] == ["three"]
+    assert [t for _, t in found.train] == ["one", "two"] and [t for _, t in found.validation] == [
+        "three"
+    ]
     assert hub.asked == [(("allenai/c4", "en"), {"streaming": streaming})]
     assert "ODC-BY" in found.licence and "Raffel" in found.attribution
 
 
 def test_wikitext_rows_are_lines_of_articles(monkeypatch):
-    lines = ["", " = A = \n", "", " Text of a . \n", " = = Part = = \n", " More . \n", "", " = B = \n", " Text . \n"]
+    lines = [
+        "",
+        " = A = \n",
+        "",
+        " Text of a . \n",
+        " = = Part = = \n",
+        " More . \n",
+        "",
+        " = B = \n",
+        " Text . \n",
+    ]
     hub = FakeHub(monkeypatch, train=lines, validation=lines)
     found = [t for _, t in open_corpus("wikitext-103").train]
     assert found == [" = A = \n\n Text of a . \n = = Part = = \n More . \n", " = B = \n Text . "]
