@@ -179,10 +179,11 @@ class RelativeBias(nn.Module):
     def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(h, queries, keys), -inf where the key lies in the future; the last query is the last key's token."""
         positions = torch.arange(keys, device=device)
-        by_distance = self.weight[bucket(positions, self.buckets, self.max_distance)]  # (keys, h)
-        distance = positions[keys - queries :, None] - positions[None, :]
-        bias = by_distance[distance.clamp_min(0)].permute(2, 0, 1)
-        return bias.masked_fill(distance < 0, float("-inf"))
+        by_distance = self.weight[bucket(positions, self.buckets, self.max_distance)].T  # (h, keys)
+        # A Toeplitz matrix: each query's row is a window into the distances from far to near, then the future; the
+        # last query's comes first. Windows have a fast backward pass; indexing (queries, keys) entries has not.
+        future = by_distance.new_full((by_distance.shape[0], queries - 1), float("-inf"))
+        return torch.cat([by_distance.flip(1), future], dim=1).unfold(1, keys, 1).flip(1)
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
