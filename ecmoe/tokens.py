@@ -1,4 +1,4 @@
-"""Tokens: bytes, or BPE trained on the corpus; made once, kept as memory-mapped files, checked against damage."""
+"""The tokens of a corpus: made once, kept as memory-mapped files, checked against damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,83 +28,12 @@ from ecmoe.corpus import (
     source_key,
     stat_digest,
 )
+from ecmoe.tokenizer import BPE, END, Bytes, Tokenizer, train_bpe
 
 # Part of every cache's name: raise it when the same source would give other tokens.
 SCHEMA = 1
-END = "\0"  # ends every document: one byte, a token of its own
 VALIDATION = 0.05  # share of the text, where the source has no validation split of its own
 BPE_BYTES = 50_000_000  # BPE learns its merges from at most so much text
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back: decode(encode([text])[0]) is the text."""
-
-    vocab_size: int
-    byte_lengths: np.ndarray
-    """(V,) bytes of text that a token stands for."""
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-
-class Bytes:
-    """UTF-8 bytes are the tokens."""
-
-    vocab_size = 256
-    byte_lengths = np.ones(256, np.int64)
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(int(i) for i in ids).decode(errors="replace")
-
-
-class BPE:
-    """Byte-level BPE (GPT-2's pre-tokenisation) by `tokenizers`. Id 0 ends a document."""
-
-    def __init__(self, path: Path):
-        from tokenizers import Tokenizer as Fast
-
-        self._fast = Fast.from_file(str(path))
-        self.vocab_size = self._fast.get_vocab_size()
-        # In the byte-level alphabet, a character of a token stands for a byte.
-        self.byte_lengths = np.array(
-            [len(self._fast.id_to_token(i)) for i in range(self.vocab_size)]
-        )
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(e.ids, np.uint32) for e in self._fast.encode_batch_fast(texts)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learn merges and write them to `path` as JSON.
-
-    Raises:
-        ConfigError: the text is too small for so many tokens.
-    """
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(texts, trainer)
-    if fast.get_vocab_size() != vocab_size:
-        raise ConfigError(
-            f"vocab_size={vocab_size}: the corpus gives only {fast.get_vocab_size()} tokens; set at most that many (257 "
-            "are the least), raise max_bytes, or take a larger corpus"
-        )
-    fast.save(str(path))
 
 
 @dataclass(frozen=True)
