@@ -21,7 +21,6 @@ from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.corpus import (
     Corpus,
-    Documents,
     content_digest,
     open_corpus,
     source_files,
@@ -61,8 +60,7 @@ def folder(config: Any, cache: Path | None = None) -> Path:
 def load(config: Any, cache: Path | None = None, progress: bool = True) -> Tokens:
     """The corpus of `config` in tokens; made on first use, while other processes wait.
 
-    Without its source (a machine that was given the cache alone) the cache is used as it is. With it, other text
-    than was tokenised, or a damaged file, makes the cache anew.
+    Made again when a file is damaged or the source has changed; used as it is where the source isn't.
 
     Raises:
         ConfigError: no such source and no cache; or a damaged cache without its source.
@@ -273,7 +271,7 @@ def _tokenise(
 
 
 def _spool(
-    documents: Documents, file: Any, max_bytes: int, shown: Callable[[int], Any]
+    documents: Iterable[tuple[str, str]], file: Any, max_bytes: int, shown: Callable[[int], Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Append the documents, at most `max_bytes` (0: all) of them; their lengths in bytes and their units' hashes."""
     lengths, hashes, left = array("Q"), array("Q"), max_bytes or float("inf")
