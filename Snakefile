@@ -37,6 +37,12 @@ def command(name):
     return f"report notebooks/{name}.ipynb {REPORTS}/{name}.html {' '.join(flags)}"
 
 
+rule all:
+    input:
+        PAGES,  # each by name: a page that failed is missing though the index was made
+        f"{REPORTS}/index.html",
+
+
 rule index:
     input:
         PAGES,

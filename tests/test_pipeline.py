@@ -117,6 +117,9 @@ def test_pipeline_from_a_kill_to_a_failure(project):
     index = page(project, "index").read_text()
     assert "00_a.failed.html" in index and "01_b.html" in index
 
+    code, output, ran = snakemake(project, "--dry-run", "--quiet", "host")
+    assert "Missing output files: reports/smoke/00_a.html" in output  # it will be tried again
+
     write_notebook(project, "00_a")
     code, output, ran = snakemake(project, "--config", "train_missing=false")
     assert (code, ran) == (0, ["00_a", "01_b", "12_scoreboard"]), output
