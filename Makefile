@@ -53,7 +53,7 @@ lint: .venv/.installed
 wheelhouse: check-python
 	@mkdir -p .wheelhouse
 	@$(if $(TORCH),grep -v '^torch==' constraints.txt > .wheelhouse/pins.txt,cp constraints.txt .wheelhouse/pins.txt)
-	@$(PYTHON) -m pip download --quiet --dest .wheelhouse $(if $(TORCH),--no-deps) -r .wheelhouse/pins.txt
+	@$(PYTHON) -m pip wheel --quiet --wheel-dir .wheelhouse $(if $(TORCH),--no-deps) -r .wheelhouse/pins.txt
 	@echo 'Copy .wheelhouse to the other machine, then: make reproduce WHEELHOUSE=.wheelhouse $(if $(TORCH),TORCH=system)'
 
 check-python:
