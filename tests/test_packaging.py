@@ -172,7 +172,7 @@ def test_papermill_sees_every_parameter(path):
 def test_commands_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = re.findall(r"```.*?```|`[^`\n]+`", (ROOT / "README.md").read_text(), re.DOTALL)
-    named = set(re.findall(r"\bmake (?:[A-Z_]+=\S+ )*([a-z-]+)", "\n".join(code)))
+    named = set(re.findall(r"(?m)(?:^|`|=\S+ )make (?:[A-Z_]+=\S+ )*([a-z-]+)", "\n".join(code)))
     assert {"reproduce", "test"} <= named <= targets
     assert (ROOT / ".ci/run").read_text().endswith("exec make test\n")
     assert {"reproduce", "test", "report", "lab", "lint", "wheelhouse"} <= targets
