@@ -21,10 +21,10 @@ def table_1() -> pd.DataFrame:
             {
                 "model": name,
                 "total": counted.total,
-                "total_printed": _number(preset.total),
+                "printed_total": _number(preset.total),
                 "total_ratio": counted.total / _number(preset.total),
                 "active": counted.active,
-                "active_printed": _number(preset.active),
+                "printed_active": _number(preset.active),
                 "active_ratio": counted.active / _number(preset.active),
             }
         )

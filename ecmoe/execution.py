@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import os
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import nbformat
 import yaml
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from traitlets import CaselessStrEnum
+from traitlets import CaselessStrEnum, default
 
 from ecmoe.render import render
 from ecmoe.scoreboard import verdict_folder
@@ -36,6 +38,15 @@ class _ThisPython(AsyncKernelManager):
     """
 
     transport = CaselessStrEnum(["tcp", "ipc"], default_value="tcp" if os.name == "nt" else "ipc")
+
+    @default("ip")
+    def _own_sockets(self) -> str:
+        # Jupyter's default is `kernel-ipc` in the working folder: kernels that run side by side would share it.
+        if self.transport != "ipc":
+            return "127.0.0.1"
+        folder = tempfile.mkdtemp(prefix="ecmoe-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return os.path.join(folder, "kernel")
 
     @property
     def kernel_spec(self) -> KernelSpec:

@@ -16,6 +16,7 @@ import torch
 from ecmoe.lit import LitModel
 from ecmoe.results import COLUMNS
 
+
 class Diverged(RuntimeError):
     """The loss is no longer a finite number."""
 
@@ -32,8 +33,8 @@ class Recorder(L.Callback):
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.statistics: dict[str, float] = {}
-        self.seconds = 0.0  # of training, validation left out
-        self.began = time.perf_counter()
+        self.seconds = 0.0  # of training, validation and checkpoints left out
+        self.began: float | None = time.perf_counter()  # None: the clock stands
         self.marked = (0, 0.0)  # step and seconds at the last validation
         self.last_printed = 0.0
 
@@ -117,11 +118,13 @@ class Recorder(L.Callback):
             os.replace(temporary, self.folder / "curve.csv")
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write last.ckpt by rename, so that a kill leaves the one before it whole."""
+        """Write last.ckpt by rename, so that a kill leaves the one before it whole; the clock stands meanwhile."""
+        self.seconds, self.began = self._clock(), None
         temporary = self.folder / "last.ckpt.tmp"
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
             os.replace(temporary, self.folder / "last.ckpt")
+        self.began = time.perf_counter()
 
     def _check_finite(self, module: LitModel, step: int) -> None:
         if not math.isfinite(float(module.sums["loss"])):

@@ -27,7 +27,15 @@ from ecmoe.data import TextData, data_digest
 from ecmoe.lit import LitModel
 from ecmoe.model import Transformer, build_model, count_parameters, flops_per_token
 from ecmoe.recorder import Diverged, Recorder
-from ecmoe.results import Result, arm_label, not_run, read_record, read_run, write_record, write_summary
+from ecmoe.results import (
+    Result,
+    arm_label,
+    not_run,
+    read_record,
+    read_run,
+    write_record,
+    write_summary,
+)
 
 # Dense bf16 matrix rate by device, in FLOP/s (vendors' data sheets, without sparsity).
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
@@ -126,7 +134,7 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
     started = datetime.datetime.now(datetime.UTC)
     label = f"{arm_label(config)} s{config.seed}"
     recorder = Recorder(folder, label, progress)
-    status, error, data, module, trainer = "finished", None, None, None, None
+    status, error, data, module = "finished", None, None, None
     leads = os.environ.get("RANK", "0") == "0"
     if leads:
         _write_yaml(config, folder / "config.yaml")
@@ -256,7 +264,7 @@ def _summary(
         "val_loss": val_loss,
         "val_loss_causal": last.get("val_loss_causal", math.nan) if status == "finished" else math.nan,
         "perplexity": math.exp(val_loss) if val_loss < 700 else math.nan,
-        "bits_per_byte": val_loss / math.log(2) / data.bytes_per_token if data else math.nan,
+        "bits_per_byte": val_loss / math.log(2) / getattr(data, "bytes_per_token", math.nan),
         "train_loss": last.get("train_loss", math.nan),
         "steps": int(last.get("step", 0)),
         "tokens": int(last.get("tokens", 0)),
@@ -272,7 +280,7 @@ def _summary(
         "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "lightning", "datasets", "tokenizers", "numpy")}
         | {"python": platform.python_version()},
-        "data": data.provenance if data else None,
+        "data": getattr(data, "provenance", None),  # a run can fail before its data is there
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "routing": {k: v for k, v in last.items() if k in ("dropped", "over_capacity", "max_load") or "share_" in k},

@@ -24,7 +24,7 @@ from ecmoe.config import ConfigError
 # objective may lose.
 JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
 PRICE_ROUNDS = 40
-PATH_ROUNDS = (4, 64)  # fewest and most; between, what PATH_WORK comparisons pay for
+PATH_ROUNDS = (0, 64)  # fewest and most; between, what PATH_WORK comparisons pay for
 PATH_WORK = 2**28
 PATH_LENGTH = 6
 CHUNK = 2**24  # numbers in memory at once
