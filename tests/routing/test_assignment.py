@@ -1,0 +1,76 @@
+"""Assignment and pack against plain loops."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import generator, pairs, two_hundred
+
+from ecmoe.routing import Assignment
+from ecmoe.routing.assignment import pack
+
+# Two experts with three slots, four tokens; 4 marks an empty slot.
+HAND = Assignment(
+    torch.tensor([[0, 2, 4], [2, 3, 0]]),
+    torch.tensor([[0.5, 0.25, 0.0], [0.75, 1.0, 0.0]]),
+)
+
+
+def test_by_hand():
+    assert HAND.dense(4).tolist() == [[0.5, 0.0], [0, 0], [0.25, 0.75], [0, 1.0]]
+    assert HAND.experts_per_token(4).tolist() == [2, 0, 2, 1]  # expert 1 holds token 0, though with gate 0
+    assert HAND.load(4).tolist() == [2, 3]
+    assert HAND.renormalized(4).dense(4).tolist() == [[1.0, 0.0], [0, 0], [0.25, 0.75], [0, 1.0]]
+
+
+def test_gradients_reach_the_gates():
+    gate = HAND.gate.clone().requires_grad_()
+    Assignment(HAND.token, gate).dense(4).mul(torch.arange(8.0).view(4, 2)).sum().backward()
+    assert gate.grad.tolist() == [[0, 4, 0], [5, 7, 1]]  # 2 token + expert; the empty slot has none
+
+
+def loop_pack(token, expert, gate, n, e, slots):
+    """First come, first served."""
+    held, demand = [[] for _ in range(e)], [0] * e
+    for t, i, g in zip(token.tolist(), expert.tolist(), gate.tolist(), strict=True):
+        if i < e:
+            demand[i] += 1
+            if slots is None or len(held[i]) < slots:
+                held[i].append((t, g))
+    return held, demand
+
+
+@two_hundred
+@given(st.integers(0, 9999), st.integers(1, 20), st.integers(1, 5), st.sampled_from([None, 0, 1, 3]), st.booleans())
+def test_pack_serves_in_order(seed, n, e, slots, as_limit):
+    draw = generator(seed)
+    token = torch.randperm(n, generator=draw).repeat(2)
+    expert = torch.randint(e + 1, (2 * n,), generator=draw)  # e: no request
+    gate = torch.rand(2 * n, generator=draw)
+    limited = as_limit and slots is not None  # slots is the bound, the limit is what counts
+    assignment, demand = pack(
+        token, expert, gate, n=n, e=e, slots=5 if limited else slots, limit=torch.tensor(slots) if limited else None
+    )
+    held, wanted = loop_pack(token, expert, gate, n, e, slots)
+    assert demand.tolist() == wanted
+    for i in range(e):
+        kept = assignment.token[i] < n
+        ours = list(zip(assignment.token[i][kept].tolist(), assignment.gate[i][kept].tolist(), strict=True))
+        assert ours == held[i]
+        assert (assignment.gate[i][~kept] == 0).all()
+
+
+def test_pack_of_nothing_has_a_slot():
+    assignment, demand = pack(
+        torch.tensor([0]), torch.tensor([2]), torch.ones(1), n=1, e=2, slots=None
+    )
+    assert assignment.token.tolist() == [[1], [1]] and demand.tolist() == [0, 0]
+    assert pairs(assignment, 1) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_renormalized_gates_sum_to_one_and_nobodys_token_stays_zero(dtype):
+    token = torch.tensor([[0, 1, 3], [1, 3, 3]])
+    gate = torch.tensor([[0.1, 0.2, 0.0], [1e-30, 0.0, 0.0]], dtype=dtype)
+    total = Assignment(token, gate).renormalized(3).dense(3).sum(1)
+    assert total.tolist() == [1, 1, 0] and total.dtype == dtype

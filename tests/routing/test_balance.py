@@ -1,0 +1,122 @@
+"""Losses that balance token choice, against their papers' formulas in numpy and scipy."""
+
+import numpy as np
+import pytest
+import torch
+from problems import generator, random_logits
+from scipy.stats import norm
+
+from ecmoe.routing import TokenChoice
+from ecmoe.routing.balance import importance_loss, load_loss, switch_loss, z_loss
+
+D, E, N = 3, 4, 24
+LOGITS = random_logits(N, E, 0, bias=1)
+MASK = torch.rand(N, generator=generator(1)) < 0.7
+
+
+def test_switch_loss_by_hand():
+    # f = (3/4, 1/4); P = (0.5, 0.5) -> 2 (0.375 + 0.125) = 1. P = (0.7, 0.3) -> 2 (0.525 + 0.075) = 1.2.
+    demand = torch.tensor([3, 1])
+    assert switch_loss(torch.full((4, 2), 0.5), demand).item() == pytest.approx(1)
+    assert switch_loss(torch.tensor([[0.7, 0.3]] * 4), demand).item() == pytest.approx(1.2)
+
+
+def test_switch_loss_is_1_if_uniform_and_e_if_collapsed():
+    assert switch_loss(torch.full((8, 4), 0.25), torch.tensor([2, 2, 2, 2])).item() == pytest.approx(1)
+    assert switch_loss(torch.eye(4)[[0] * 8], torch.tensor([8, 0, 0, 0])).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_switch_loss_counts_the_requests_that_were_routed(top_k, masked):
+    """GShard's l_aux over all top_k choices before capacity; padding in neither factor."""
+    router = TokenChoice(D, E, top_k, 0.5, aux_loss_weight=0.3)
+    router.assign(LOGITS, mask=MASK if masked else None)
+    x = (LOGITS[MASK] if masked else LOGITS).numpy()
+    S = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    f = np.bincount(np.argsort(-S, 1)[:, :top_k].ravel(), minlength=E) / (len(x) * top_k)
+    assert router.aux_loss.item() == pytest.approx(0.3 * E * (f * S.mean(0)).sum())
+
+
+def test_importance_loss_is_the_squared_coefficient_of_variation():
+    S = LOGITS.softmax(1)
+    total = S.numpy().sum(0)
+    assert importance_loss(S).item() == pytest.approx((total.std() / total.mean()) ** 2)
+    assert importance_loss(torch.full((8, 4), 0.25)).item() == 0
+
+
+def test_load_loss_is_v_moes():
+    """Riquelme et al. 2021, Eq. 10 to 14: the chance that new noise of 1/e lifts a logit over the threshold."""
+    noisy = LOGITS + torch.randn(N, E, dtype=torch.float64, generator=generator(2)) / E
+    load = np.zeros(E)
+    for x, y in zip(LOGITS.numpy(), noisy.numpy(), strict=True):
+        load += 1 - norm.cdf(np.sort(y)[-2] - x, scale=1 / E)
+    assert load_loss(LOGITS, noisy, 2).item() == pytest.approx((load.std() / load.mean()) ** 2)
+
+
+def test_importance_and_load_draw_noise_in_training_only():
+    router = TokenChoice(D, E, 2, balance="importance_load", aux_loss_weight=1.0)
+    torch.manual_seed(0)
+    noise = torch.randn_like(LOGITS) / E
+    torch.manual_seed(0)
+    chosen = router.assign(LOGITS)
+    expected = 0.5 * (importance_loss(LOGITS.softmax(1)) + load_loss(LOGITS, LOGITS + noise, 2))
+    assert router.aux_loss.item() == pytest.approx(expected.item())
+    noisy = (LOGITS + noise).softmax(1)
+    torch.testing.assert_close(chosen.dense(N), noisy * (noisy >= noisy.topk(2, 1).values[:, -1:]))
+    quiet = TokenChoice(D, E, 2, balance="none").assign(LOGITS).dense(N)
+    assert torch.equal(router.eval().assign(LOGITS).dense(N), quiet)
+    assert not torch.equal(chosen.dense(N), quiet)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_z_loss(masked):
+    mask = MASK if masked else None
+    x = (LOGITS[MASK] if masked else LOGITS).numpy()
+    expected = np.mean(np.log(np.exp(x).sum(1)) ** 2)  # Zoph et al. 2022, Eq. 5
+    assert z_loss(LOGITS, mask).item() == pytest.approx(expected)
+    router = TokenChoice(D, E, 2, aux_loss_weight=0.0, z_loss_weight=0.1)
+    router.assign(LOGITS, mask=mask)
+    assert router.aux_loss.item() == pytest.approx(0.1 * expected)
+
+
+def test_gradient_pushes_towards_balance():
+    """The crowded expert's logits fall, whichever the loss."""
+    logits = torch.zeros(8, 4, dtype=torch.float64) + torch.tensor([1.0, 0, 0, 0])
+    for balance in ("switch", "importance_load"):
+        leaf = logits.clone().requires_grad_()
+        router = TokenChoice(D, 4, 1, balance=balance)
+        torch.manual_seed(0)
+        router.assign(leaf)
+        gradient = torch.autograd.grad(router.aux_loss, leaf)[0].sum(0)
+        assert gradient[0] > 0 and (gradient[1:] < 0).all()
+
+
+def test_bias_moves_once_a_step_against_the_load_and_leaves_the_gates():
+    """Wang et al. 2024, Algorithm 1: b_i <- b_i + u sign(mean load - load_i); gates from the score alone."""
+    router = TokenChoice(D, E, 1, balance="bias", bias_rate=0.5)
+    logits = torch.eye(E)[[0, 0, 0, 0, 1, 1, 2, 3]].double() * 3  # loads 4, 2, 1, 1; mean 2
+    router.assign(logits)
+    assert router.aux_loss.item() == 0 and not router.bias.any()
+    router.assign(logits)  # a second micro-batch
+    router.end_step()
+    assert router.bias.tolist() == [-0.5, 0, 0.5, 0.5]
+    router.end_step()  # nothing seen since
+    assert router.bias.tolist() == [-0.5, 0, 0.5, 0.5]
+    router.bias.copy_(torch.tensor([-9.0, 0, 0, 0]))
+    chosen = router.assign(logits)
+    assert chosen.load(8)[0] == 0
+    S = logits.softmax(1)
+    dense = chosen.dense(8)
+    assert torch.equal(dense[dense > 0], S[dense > 0])
+
+
+def test_bias_balances_a_stubborn_router():
+    router = TokenChoice(D, E, 2, balance="bias", bias_rate=0.01)
+    logits = random_logits(400, E, 0, bias=2)
+    router.assign(logits)
+    before = router.demand.max().item()
+    for _ in range(200):
+        router.assign(logits)
+        router.end_step()
+    assert before > 300 and router.demand.max().item() < 220  # 200 is equal

@@ -1,0 +1,98 @@
+"""RunningCutoff: a bias-corrected moving average over optimiser steps, whatever the micro-batches and ranks."""
+
+import multiprocessing
+import socket
+
+import pytest
+import torch
+from problems import generator
+
+from ecmoe.routing.cutoff import RunningCutoff
+
+E = 3
+STEPS = torch.rand(6, 4, E, generator=generator(0))  # 6 steps, 4 pools each
+
+
+def run(micro_batches: int, beta: float = 0.9) -> RunningCutoff:
+    cutoff = RunningCutoff(E, beta)
+    for step in STEPS:
+        for part in step.chunk(micro_batches):
+            cutoff.add(part)
+        cutoff.end_step()
+    return cutoff
+
+
+def loop_average(beta: float) -> torch.Tensor:
+    average = torch.zeros(E, dtype=torch.float64)
+    for step in STEPS:
+        average = beta * average + (1 - beta) * step.double().mean(0)
+    return (average / (1 - beta ** len(STEPS))).float()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_one_update_a_step_also_under_accumulation(beta, micro_batches):
+    torch.testing.assert_close(run(micro_batches, beta).value(), loop_average(beta))
+
+
+def test_the_first_step_is_its_mean_and_counts_before_it_ends():
+    cutoff = RunningCutoff(E, 0.999)
+    assert cutoff.empty()
+    cutoff.add(STEPS[0])
+    assert not cutoff.empty()
+    torch.testing.assert_close(cutoff.value(), STEPS[0].mean(0))
+    cutoff.end_step()
+    torch.testing.assert_close(cutoff.value(), STEPS[0].mean(0))
+
+
+def test_a_step_without_batches_moves_nothing():
+    cutoff = run(1)
+    before = cutoff.value()
+    cutoff.end_step()
+    assert torch.equal(cutoff.value(), before)
+
+
+def test_state_survives_a_checkpoint_in_the_middle_of_a_step():
+    cutoff = run(2)
+    cutoff.add(STEPS[0])
+    loaded = RunningCutoff(E, 0.9)
+    loaded.load_state_dict(cutoff.state_dict())
+    for c in (cutoff, loaded):
+        c.add(STEPS[1])
+        c.end_step()
+    assert torch.equal(loaded.value(), cutoff.value())
+
+
+def _rank(rank: int, port: int, results) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    cutoff = RunningCutoff(E, 0.9)
+    for step in STEPS:
+        cutoff.add(step.chunk(2)[rank])
+        cutoff.end_step()
+    results.put(cutoff.value().tolist())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one_batch():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    values = [results.get(timeout=60) for _ in ranks]
+    for rank in ranks:
+        rank.join(timeout=60)
+    assert values[0] == values[1]
+    torch.testing.assert_close(torch.tensor(values[0]), loop_average(0.9))
+
+
+@pytest.mark.parametrize("beta", [1.0, -0.1])
+def test_beta_out_of_range(beta):
+    with pytest.raises(ValueError, match=f"beta={beta}.*below 1"):
+        RunningCutoff(E, beta)

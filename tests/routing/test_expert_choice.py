@@ -1,0 +1,162 @@
+"""Expert choice against Eq. 2 as printed, a hand computation, loops over pools, and its symmetries."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from problems import (
+    Problem,
+    alone,
+    check,
+    generator,
+    problems,
+    random_logits,
+    same_choice,
+    two_hundred,
+)
+from torch.nn import functional as F
+
+from ecmoe.config import ConfigError
+from ecmoe.routing import ExpertChoice
+
+D = 3
+factors = st.sampled_from([0.5, 1, 1.5, 2, 3])
+
+
+def whole(n: int, e: int, c: float) -> bool:
+    """May c be used at these sizes?"""
+    k = Fraction(c) * n / e
+    return k.denominator == 1 and 1 <= k <= n
+
+
+def equation_2(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """(n, e) combine weights: sum_j P[i, j, l] G[i, j], with P one-hot, sorting by numpy."""
+    x = logits.numpy()
+    S = np.exp(x - x.max(1, keepdims=True))
+    S /= S.sum(1, keepdims=True)
+    I = np.argsort(-S.T, axis=1)[:, :k]  # noqa: E741  (e, k)
+    G = np.take_along_axis(S.T, I, axis=1)
+    P = np.eye(len(x))[I]  # (e, k, n)
+    return torch.from_numpy(np.einsum("ijl,ij->li", P, G))
+
+
+def test_by_hand():
+    # softmax of (0, ln 3) is (1/4, 3/4); of (ln 9, 0) it is (9/10, 1/10), and so on. k = n c / e = 2.
+    logits = torch.tensor([[1.0, 3], [9, 1], [1, 1], [7, 3]]).log()
+    S = [[0.25, 0.75], [0.9, 0.1], [0.5, 0.5], [0.7, 0.3]]
+    router = ExpertChoice(D, 2, 1.0)
+    chosen = router.assign(logits)
+    assert chosen.token.tolist() == [[1, 3], [0, 2]]  # expert 0: 0.9, 0.7; expert 1: 0.75, 0.5
+    torch.testing.assert_close(chosen.gate, torch.tensor([[0.9, 0.7], [0.75, 0.5]]))
+    everyone = ExpertChoice(D, 2, 2.0, gate="renormalized").assign(logits)
+    torch.testing.assert_close(everyone.dense(4), torch.tensor(S))  # all took all: the softmax again
+
+
+@two_hundred
+@given(problems(), factors, st.sampled_from(["softmax", "renormalized", "scaled"]))
+def test_200_problems(problem, c, gate):
+    n, e = problem.logits.shape
+    assume(whole(n, e, c))
+    router = ExpertChoice(D, e, c, gate=gate)
+    chosen = router.assign(problem.logits, mask=problem.mask)
+    check(router, chosen, problem)
+    k = int(c * int(problem.valid.sum()) / e)
+    assert chosen.load(n).tolist() == [k] * e  # every expert holds exactly k, padding takes none
+    expected = equation_2(problem.logits[problem.valid], k)
+    if gate == "renormalized":
+        expected = expected / expected.sum(1, keepdim=True).clamp_min(1e-300)
+    elif gate == "scaled":
+        expected = expected * e / c
+    same_choice(alone(chosen, problem), expected)
+    assert (np.diff(chosen.gate.numpy()[:, :k], axis=1) <= 0).all() or gate == "renormalized"  # best first
+
+
+@two_hundred
+@given(problems(masks=False), factors, st.integers(0, 99))
+def test_permuting_tokens_permutes_the_choice(problem, c, seed):
+    n, e = problem.logits.shape
+    assume(whole(n, e, c))
+    router, order = ExpertChoice(D, e, c), torch.randperm(n, generator=generator(seed))
+    same_choice(router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pool", ["sequence", "position", 12])
+def test_pools_equal_a_loop_over_pools(pool, masked):
+    B, T, e, c = 4, 6, 3, 1.5
+    logits = random_logits(B * T, e, 0)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    if masked:
+        mask[::2, 4:] = False  # pools keep 4 or 6, 2 or 4, and 10 tokens: k = c/2 of each, rounded down
+    router = ExpertChoice(D, e, c, pool=pool)
+    chosen = router.assign(logits, batch_shape=(B, T), mask=mask.flatten() if masked else None)
+    ids = torch.arange(B * T).view(B, T)
+    groups = {"sequence": ids, "position": ids.T, 12: ids.reshape(2, 12)}[pool]
+    expected = torch.zeros(B * T, e, dtype=torch.float64)
+    for group in groups:
+        group = group[mask.flatten()[group]]
+        expected[group] = equation_2(logits[group], int(c * len(group) / e))
+    same_choice(chosen.dense(B * T), expected)
+
+
+def test_one_pool_of_all_is_the_batch():
+    logits = random_logits(12, 3, 0)
+    batch = ExpertChoice(D, 3, 2.0).assign(logits).dense(12)
+    same_choice(ExpertChoice(D, 3, 2.0, pool=12).assign(logits).dense(12), batch)
+    same_choice(ExpertChoice(D, 3, 2.0, pool="sequence").assign(logits, batch_shape=(1, 12)).dense(12), batch)
+
+
+def test_gradient_is_that_of_the_softmax_at_the_chosen():
+    logits = random_logits(8, 2, 0).requires_grad_()
+    chosen = ExpertChoice(D, 2, 1.0).assign(logits)
+    onehot = F.one_hot(chosen.token, 8).sum(1).T.double()  # (n, e)
+    weights = torch.randn(8, 2, dtype=torch.float64, generator=generator(1))
+    ours = torch.autograd.grad((chosen.dense(8) * weights).sum(), logits)[0]
+    theirs = torch.autograd.grad((logits.softmax(1) * onehot * weights).sum(), logits)[0]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("n, c, wrong", [(10, 1.0, "2.5"), (4, 0.5, "0.5"), (6, 1.0, "1.5")])
+def test_a_fraction_is_an_error_and_names_it(n, c, wrong):
+    with pytest.raises(ConfigError, match=rf"capacity_factor={c}.*{wrong}"):
+        ExpertChoice(D, 4, c).assign(torch.zeros(n, 4))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ExpertChoice(D, 4, 8.0).assign(torch.zeros(8, 4)), "k=16 of n=8"),
+        (lambda: ExpertChoice(D, 4, 2.0, 1), "max_experts_per_token=1"),
+        (lambda: ExpertChoice(D, 4, pool="page"), "pool='page'.*batch, sequence, position"),
+        (lambda: ExpertChoice(D, 4, gate="sigmoid"), "gate='sigmoid'.*softmax"),
+        (lambda: ExpertChoice(D, 4, cap_solver="greedy"), "cap_solver='greedy'"),
+        (lambda: ExpertChoice(D, 4, pool=3).assign(torch.zeros(8, 4)), "pool=3.*n=8"),
+        (lambda: ExpertChoice(D, 4, pool="sequence").assign(torch.zeros(8, 4)), "batch_shape"),
+        (lambda: ExpertChoice(D, 0), "num_experts=0"),
+    ],
+)  # fmt: skip
+def test_errors_name_key_value_and_remedy(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_every_expert_is_full_whatever_the_scores():
+    for bias in (0, 5, 50):
+        router = ExpertChoice(D, 4, 2.0)
+        chosen = router.assign(random_logits(32, 4, 0, bias=bias))
+        assert chosen.load(32).tolist() == router.demand.tolist() == [16] * 4
+    problem = Problem(random_logits(32, 4, 0, bias=50), torch.arange(32) < 16, torch.zeros(32))
+    check(router, router.assign(problem.logits, mask=problem.mask), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_logits_are_at_least_float32_also_under_autocast(dtype):
+    router, x = ExpertChoice(D, 4).to(dtype), torch.randn(2, 5, D, generator=generator(0)).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = router.logits(x)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert logits.shape == (10, 4) and logits.dtype == wide
+    torch.testing.assert_close(logits, x.view(10, D).to(wide) @ router.weight.to(wide))

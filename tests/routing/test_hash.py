@@ -1,0 +1,61 @@
+"""Hash routing: the table, its balance, and capacity in order of arrival."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import alone, check, problems, two_hundred
+
+from ecmoe.routing import Hash
+from ecmoe.routing.hash import balanced_table
+
+D, V = 3, 10
+
+
+@two_hundred
+@given(problems(), st.sampled_from([None, 0.5, 1, 1.25]))
+def test_200_problems(problem, factor):
+    n, e = problem.logits.shape
+    router = Hash(D, e, V, factor)
+    chosen = router.assign(problem.logits, token_ids=problem.ids, mask=problem.mask)
+    check(router, chosen, problem)
+    valid = problem.ids[problem.valid]
+    capacity = n if factor is None else -int(-factor * len(valid) // e)
+    expected, held = torch.zeros(len(valid), e), [0] * e
+    for place, word in enumerate(valid.tolist()):  # section 4.6: token id mod e
+        expected[place, word % e] = held[word % e] < capacity
+        held[word % e] += 1
+    assert alone(chosen, problem).tolist() == expected.tolist()
+    assert router.demand.tolist() == held
+
+
+def test_nothing_is_learned_and_the_input_does_not_matter():
+    router = Hash(D, 4, V)
+    assert list(router.parameters()) == []
+    logits = router.logits(torch.randn(2, 5, D))
+    assert logits.shape == (10, 4) and logits.dtype == torch.float32
+    ids = torch.arange(10)
+    a, b = (router.assign(x, token_ids=ids).dense(10) for x in (logits, torch.randn(10, 4)))
+    assert torch.equal(a, b)
+
+
+def test_balanced_by_hand():
+    # Largest first, each to the lightest: 9 -> 0, 7 -> 1, 5 -> 1 (12), 4 -> 0 (13), 1 -> 1 (13).
+    assert balanced_table(torch.tensor([9, 7, 5, 4, 1]), 2).tolist() == [0, 1, 1, 0, 1]
+
+
+@two_hundred
+@given(st.lists(st.integers(0, 1000), min_size=V, max_size=V), st.integers(1, 5))
+def test_balanced_loads_differ_by_no_more_than_a_word(counts, e):
+    router = Hash(D, e, V, token_counts=torch.tensor(counts))
+    load = torch.zeros(e, dtype=torch.long).index_add(0, router.table, torch.tensor(counts))
+    assert load.max() - load.min() <= max(counts)
+    # Longest first is within 2 - 1/e of the mean or largest count, whichever is more (Graham 1969).
+    assert load.max() <= 2 * max(sum(counts) / e, max(counts))
+
+
+def test_errors_name_what_is_missing():
+    with pytest.raises(ValueError, match="token_ids"):
+        Hash(D, 4, V).assign(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="3 entries.*vocab_size=10"):
+        Hash(D, 4, V, token_counts=torch.ones(3))
