@@ -128,9 +128,10 @@ class ExpertChoice(Router):
         if mask is not None:
             take &= mask[:, None]
         token, expert = take.nonzero(as_tuple=True)
-        assignment, _ = pack(
+        assignment, demand = pack(
             token, expert, S[token, expert], n=S.shape[0], e=S.shape[1], slots=None
         )
+        self.demand.copy_(demand)
         return assignment
 
     def _weigh(self, chosen: Assignment, n: int) -> Assignment:
