@@ -24,8 +24,8 @@ from ecmoe.config import ConfigError
 # objective may lose.
 JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
 PRICE_ROUNDS = 40
-PATH_ROUNDS = (0, 64)  # fewest and most; between, what PATH_WORK comparisons pay for
-PATH_WORK = 2**28
+PATH_ROUNDS = 64  # at most; fewer where they would take more than PATH_WORK comparisons
+PATH_WORK = 2**29
 PATH_LENGTH = 6
 CHUNK = 2**24  # numbers in memory at once
 
@@ -62,7 +62,9 @@ def capped_top_k(
         if solver == "dykstra":
             A = dykstra(S, target, b, valid)
             I = A.topk(k, dim=2).indices  # noqa: E741  the paper's I = TopK(A, k)
-            I = I.gather(2, S.gather(2, I).argsort(2, descending=True))  # noqa: E741
+            filler = torch.arange(k, device=S.device) >= target[:, None, None]
+            best = S.gather(2, I).masked_fill(filler, -2.0).argsort(2, descending=True)
+            I = I.gather(2, best)  # noqa: E741
         else:
             X = _feasible(S, target, b, valid)
             I = S.masked_fill(~X, -2.0).topk(k, dim=2).indices  # noqa: E741
@@ -90,13 +92,12 @@ def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
     """(g, e, m) logistic numbers that depend on nothing but the place: the same choice every time."""
     place = valid.cumsum(1) - 1  # of the valid tokens alone: padding changes nothing
     expert = torch.arange(e, device=valid.device)
-    u = (place[:, None].double() * 0.7548776662466927 + expert[:, None] * 0.5698402909980532) % 1
+    rate = (expert[:, None] + 1) * 0.6180339887498949 % 1  # each expert's own, so that no two agree
+    u = (place[:, None].double() + 1) * rate % 1
     return torch.logit(u.clamp(1e-3, 1 - 1e-3)).to(dtype)
 
 
-def _prices(
-    Z: Tensor, J: Tensor, unit: Tensor, target: Tensor, b: int, valid: Tensor
-) -> Tensor:
+def _prices(Z: Tensor, J: Tensor, unit: Tensor, target: Tensor, b: int, valid: Tensor) -> Tensor:
     """(g, e, 1) prices at which each expert is wanted by about `target` tokens, each taking its b best."""
     g, e, m = Z.shape
     # With a place to spare a token takes nothing below the price; without, it must take b whatever they cost.
@@ -140,8 +141,7 @@ def _balance(X: Tensor, Z: Tensor, target: Tensor, b: int, tolerance: Tensor) ->
     Z = torch.cat([Z, torch.zeros_like(Z[:, :1]).where(Z[:, :1] > float("-inf"), Z[:, :1])], dim=1)
     X[:, e] &= Z[:, e] == 0
 
-    fewest, most = PATH_ROUNDS
-    for _ in range(min(max(PATH_WORK // (g * e * e * m), fewest), most)):
+    for _ in range(min(PATH_WORK // (g * e * e * m), PATH_ROUNDS)):
         cost, count = _edges(X, Z, tolerance)
         excess = _excess(X, target)
         distance = torch.where(excess > 0, 0.0, float("inf")).to(Z.dtype)
@@ -217,7 +217,7 @@ def dykstra(
     regularization: float = 0.001,
     iterations: int = 100,
 ) -> Tensor:
-    """(g, e, m) A of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to at most b, 0 <= A <= 1.
+    """log A, (g, e, m), of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to at most b, 0 <= A <= 1.
 
     Dykstra's alternating projections in the Kullback-Leibler sense and the log domain, from exp(S / lambda).
     A row or column is scaled to its sum; the cap of 1 and the inequality carry Dykstra's correction, which an
@@ -238,7 +238,7 @@ def dykstra(
         before = A + box  # every entry: at most 1
         box = before.clamp_min(0)
         A = before - box
-    return A.exp()
+    return A
 
 
 class CapReport(NamedTuple):
@@ -262,7 +262,7 @@ def cap_report(S: Tensor, k: int, b: int, *, solver: str = "dykstra") -> CapRepo
     A = X
     if solver == "dykstra":
         valid = torch.ones(g, m, dtype=torch.bool, device=S.device)
-        A = dykstra(S, torch.full((g,), k, device=S.device), b, valid)
+        A = dykstra(S, torch.full((g,), k, device=S.device), b, valid).exp()
     return CapReport(
         (A.sum(2) - k).abs().max(),
         (A.sum(1) - b).clamp_min(0).max(),

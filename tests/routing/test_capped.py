@@ -1,0 +1,147 @@
+"""Capped expert choice against the linear programme, solved by scipy's HiGHS."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+from scipy.sparse import coo_matrix
+
+from ecmoe.config import ConfigError
+from ecmoe.routing import ExpertChoice
+from ecmoe.routing.capped import cap_report, capped_top_k, dykstra
+
+
+def optimum(S: np.ndarray, k: int, b: int) -> float:
+    e, n = S.shape
+    i = np.arange(e * n)
+    rows = coo_matrix((np.ones(e * n), (i // n, i)), shape=(e, e * n)).tocsr()
+    columns = coo_matrix((np.ones(e * n), (i % n, i)), shape=(n, e * n)).tocsr()
+    result = linprog(
+        -S.reshape(-1).astype(float), A_eq=rows, b_eq=np.full(e, k), A_ub=columns, b_ub=np.full(n, b),
+        bounds=(0, 1), method="highs",
+    )  # fmt: skip
+    assert result.status == 0, result.message
+    return -result.fun
+
+
+def logits(kind: str, n: int, e: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, e, generator=g)
+    match kind:
+        case "random":
+            return z
+        case "peaked":
+            return 8 * z
+        case "one-hot":  # in float32 most scores are exactly 0 or 1
+            return 40 * z
+        case "biased":
+            return z + 3 * torch.randn(e, generator=g)
+        case "peaked and biased":
+            return 5 * z + 5 * torch.randn(e, generator=g)
+        case "alike":  # six kinds of tokens that hardly differ
+            kinds = 4 * torch.randn(6, e, generator=g)
+            return kinds[torch.randint(6, (n,), generator=g)] + 0.05 * z
+        case "equal":
+            kinds = 4 * torch.randn(6, e, generator=g)
+            return kinds[torch.randint(6, (n,), generator=g)]
+    raise AssertionError(kind)
+
+
+def scores(kind: str, n: int, e: int, seed: int = 0) -> torch.Tensor:
+    return logits(kind, n, e, seed).softmax(1).T.contiguous()[None]
+
+
+def held(S, I):  # noqa: E741
+    return torch.zeros_like(S).scatter(2, I, 1.0)
+
+
+KINDS = ["random", "peaked", "one-hot", "biased", "peaked and biased", "alike", "equal"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "n, e, c, b", [(64, 8, 2, 2), (64, 8, 2, 3), (64, 4, 0.5, 1), (96, 16, 1, 1), (48, 8, 1.5, 2)]
+)
+def test_every_constraint_holds_and_the_objective_is_the_linear_programmes(kind, n, e, c, b):
+    k = int(n * c / e)
+    S = scores(kind, n, e, seed=n + b)
+    G, I = capped_top_k(S, k, b)  # noqa: E741
+    X = held(S, I)
+    assert (X.sum(2) == k).all() and (X.sum(1) <= b).all()
+    if b == c:
+        assert (X.sum(1) == b).all()
+    assert torch.equal(G, S.gather(2, I)) and (G.diff(dim=2) <= 0).all()
+    assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
+
+
+def test_pools_are_solved_apart():
+    S = torch.cat([scores("random", 64, 8), scores("peaked", 64, 8, seed=1)])
+    _, both = capped_top_k(S, 16, 2)
+    X = held(S, both)
+    assert (X.sum(2) == 16).all() and (X.sum(1) == 2).all()
+    for pool in range(2):
+        best = optimum(S[pool].numpy(), 16, 2)
+        assert (S[pool] * X[pool]).sum().item() >= 0.99 * best
+
+
+@pytest.mark.parametrize("kind", ["biased", "peaked", "equal"])
+def test_a_larger_problem(kind):
+    n, e, b, k = 2048, 16, 2, 256
+    S = scores(kind, n, e)
+    G, I = capped_top_k(S, k, b)  # noqa: E741
+    X = held(S, I)
+    assert (X.sum(2) == k).all() and (X.sum(1) == b).all()
+    assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
+
+
+def test_an_impossible_cap_says_which_one_is_possible():
+    with pytest.raises(ConfigError, match="use at least 3"):
+        capped_top_k(torch.rand(1, 4, 8), 5, 2)
+    with pytest.raises(ConfigError, match="max_experts_per_token=1"):
+        ExpertChoice(8, 4, 2.0, max_experts_per_token=1)
+
+
+@pytest.mark.parametrize("solver", ["feasible", "dykstra"])
+def test_padding_takes_no_place(solver):
+    torch.manual_seed(0)
+    router = ExpertChoice(16, 4, 2.0, max_experts_per_token=2, cap_solver=solver)
+    mask = torch.rand(64) < 0.7
+    mask[:48] |= torch.arange(48) % 2 == 0
+    mask = mask & (mask.cumsum(0) <= 40)
+    z = torch.randn(64, 4)
+    masked = router.assign(z, mask=mask).dense(64)
+    alone = router.assign(z[mask]).dense(int(mask.sum()))
+    assert (masked[~mask] == 0).all()
+    assert (masked[mask] > 0).sum() == (alone > 0).sum() == 2 * mask.sum()
+    torch.testing.assert_close(masked[mask].sum(), alone.sum(), rtol=2e-3, atol=0)
+
+
+def test_gradients_reach_the_chosen_scores():
+    S = scores("random", 64, 8).requires_grad_()
+    G, I = capped_top_k(S, 16, 2)  # noqa: E741
+    G.sum().backward()
+    assert torch.equal(S.grad, held(S, I))
+
+
+def test_dykstra_converges_to_the_regularised_programme():
+    S, k, b, strength = scores("random", 24, 4).double(), 9, 2, 0.05
+    every = torch.ones(1, 24, dtype=torch.bool)
+    A = dykstra(S, torch.tensor([k]), b, every, regularization=strength, iterations=3000).exp()
+    assert (A.sum(2) - k).abs().max() < 1e-6
+    assert A.sum(1).max() < b + 1e-6 and A.max() < 1 + 1e-6
+
+    # The optimum has A = min(1, exp((S - q - p) / lambda)) with p >= 0 only where a column is full.
+    def value(A):
+        return (S * A).sum() - strength * torch.special.xlogy(A, A).sum()
+
+    Z = torch.rand(50, 4, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for B in held(Z, capped_top_k(Z, k, b)[1]):  # no step towards a feasible point improves it
+        assert value(0.99 * A + 0.01 * B) <= value(A) + 1e-6
+
+
+def test_the_papers_solver_reports_how_far_it_is_from_its_constraints():
+    S = scores("peaked", 256, 16)
+    paper, ours = cap_report(S, 32, 2), cap_report(S, 32, 2, solver="feasible")
+    assert paper.empty == ours.empty == 0
+    assert ours.over_cap == ours.row_error == ours.column_error == 0
+    assert paper.over_cap > 0 and max(paper.row_error, paper.column_error) > 0.01
