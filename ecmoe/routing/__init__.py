@@ -9,15 +9,31 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.dense import Dense
 from ecmoe.routing.expert_choice import ExpertChoice
+from ecmoe.routing.expert_threshold import ExpertThreshold
 from ecmoe.routing.hash import Hash
+from ecmoe.routing.kmeans import KMeans
 from ecmoe.routing.router import Router
+from ecmoe.routing.task_level import TaskLevel
 from ecmoe.routing.token_choice import TokenChoice
 
 if TYPE_CHECKING:
     from ecmoe.config import RunConfig
 
-__all__ = ["Assignment", "ExpertChoice", "Hash", "Router", "TokenChoice", "build_router", "causal_routing"]
+__all__ = [
+    "Assignment",
+    "Dense",
+    "ExpertChoice",
+    "ExpertThreshold",
+    "Hash",
+    "KMeans",
+    "Router",
+    "TaskLevel",
+    "TokenChoice",
+    "build_router",
+    "causal_routing",
+]
 
 
 def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Router:
@@ -50,6 +66,14 @@ def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Route
                 raise ValueError("hash_table=balanced needs token_counts, the corpus' token frequencies")
             counts = token_counts if config.hash_table == "balanced" else None
             return Hash(d, e, config.vocab_size, c, counts)
+        case "dense_moe":
+            return Dense(d, e)
+        case "kmeans":
+            return KMeans(d, e, c, seed=config.seed)
+        case "task_level":
+            return TaskLevel(d, e, config.num_tasks, config.task_table)
+        case "expert_threshold":
+            return ExpertThreshold(d, e, c, config.threshold_beta, config.gate)
     raise ValueError(f"router={config.router!r} has no MoE layer")
 
 

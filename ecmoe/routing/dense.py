@@ -1,0 +1,28 @@
+"""Dense: every expert processes every token, weighted by the softmax (Jacobs et al. 1991)."""
+
+from __future__ import annotations
+
+import torch
+
+from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.router import Router
+
+
+class Dense(Router):
+    """All e experts on all n tokens: e times the compute of one expert, and nothing to balance or drop.
+
+    Args:
+        d_model, num_experts: d, e.
+    """
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        n, e = logits.shape
+        gate = logits.softmax(dim=1).T  # (e, n)
+        token = torch.arange(n, device=logits.device).expand(e, n)
+        if mask is not None:
+            token, gate = torch.where(mask, token, n), torch.where(mask, gate, 0.0)
+        assignment = Assignment(token.contiguous(), gate.contiguous())
+        self.demand.copy_(assignment.load(n))
+        return assignment

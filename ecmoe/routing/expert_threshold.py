@@ -1,0 +1,106 @@
+"""Expert threshold (arXiv 2603.11535): each expert takes every token above its running cut-off.
+
+Letters: n tokens, e experts, k = n c / e (Eq. 1), S (n, e) scores. The cut-off is a moving average of the k-th
+largest score, so experts get k tokens on average, and no token's routing sees another one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ecmoe.config import bucket_size
+from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.cutoff import RunningCutoff
+from ecmoe.routing.expert_choice import ExpertChoice
+from ecmoe.routing.router import recomputing
+
+
+class ExpertThreshold(ExpertChoice):
+    """Expert choice by a number instead of by comparing tokens; nothing is dropped in evaluation.
+
+    Args:
+        d_model, num_experts, capacity_factor: d, e, c.
+        beta: decay of the cut-offs, one update an optimiser step, bias-corrected.
+        gate: as in `ExpertChoice`.
+        warmup_steps: optimiser steps that are routed by plain expert choice, since the cut-offs of a router that
+            still moves fast are old at once; ours, as the paper's depends on its schedule.
+        slack: in training an expert takes at least k / slack and at most slack k tokens, its best; ours.
+
+    Attributes:
+        overflow: (e,) buffer, tokens above the cut-off that found no place in the last `assign`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        capacity_factor: float = 2.0,
+        beta: float = 0.999,
+        gate: str = "softmax",
+        warmup_steps: int = 10,
+        slack: float = 2.0,
+    ) -> None:
+        super().__init__(d_model, num_experts, capacity_factor, gate=gate)
+        if slack < 1:
+            raise ValueError(f"slack={slack}: must be at least 1")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps={warmup_steps}: must be at least 0")
+        self.cutoff = RunningCutoff(num_experts, beta)
+        self.warmup_steps, self.slack = warmup_steps, slack
+        self.register_buffer(
+            "overflow", torch.zeros(num_experts, dtype=torch.long), persistent=False
+        )
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # that moved the cut-offs
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        n = logits.shape[0]
+        S = logits.softmax(dim=1)  # (n, e)
+        if self.training and not self.causal:
+            return self._weigh(self._bounded(S, mask), n)
+        if not self.causal and self.cutoff.empty():  # nothing learnt yet: plain expert choice
+            return super().assign(logits, mask=mask)
+        self.overflow.zero_()
+        return self._weigh(self._above_cutoff(S, mask), n)
+
+    def _bounded(self, S: Tensor, mask: Tensor | None) -> Assignment:
+        """Training: the tokens above the cut-off, best first, as far as the places reach."""
+        n, e = S.shape
+        k = bucket_size(n, e, self.capacity_factor)
+        slots = min(int(k * self.slack), n)
+        valid = torch.ones(1, n, dtype=torch.bool, device=S.device) if mask is None else mask[None]
+        scores = S.T.masked_fill(~valid, -1.0)  # (e, n); a score is never below 0
+        G, token = scores.topk(slots, dim=1)  # (e, slots), best first
+
+        share = self._valid_k(valid, k)  # (1,) k of the valid tokens
+        kth = G[None, :, k - 1].detach() if mask is None else self._kth(G[None], valid, k)
+        taken = scores.detach() >= self._threshold(kth).to(S.dtype)[:, None]
+        count = (taken & valid).sum(1)  # (e,)
+        least = torch.ceil(share / self.slack).long()
+        most = (share * self.slack).long().clamp(max=slots)
+        load = count.clamp(min=least).clamp(max=torch.minimum(most, valid.sum(1)))
+        if not recomputing():
+            self.cutoff.add(kth)
+            self.demand.copy_(torch.maximum(count, load))
+            self.overflow.copy_(self.demand - load)
+        filled = torch.arange(slots, device=S.device) < load[:, None]
+        return Assignment(torch.where(filled, token, n), torch.where(filled, G, 0.0))
+
+    def _threshold(self, kth: Tensor) -> Tensor:
+        """(e,) the average of finished steps; while warming up, this batch's own k-th score: expert choice."""
+        average, weight = self.cutoff.average, self.cutoff.weight
+        warming = self.steps < max(self.warmup_steps, 1)
+        own = kth.sum(0) if kth.shape[0] else torch.ones_like(average)
+        return torch.where(warming, own, average / weight.clamp_min(torch.finfo(weight.dtype).tiny))
+
+    def end_step(self) -> None:
+        self.steps += self.cutoff.count > 0
+        super().end_step()
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_model={self.d_model}, num_experts={self.num_experts}, capacity_factor={self.capacity_factor}, "
+            f"beta={self.cutoff.beta}, gate={self.gate}, warmup_steps={self.warmup_steps}"
+        )

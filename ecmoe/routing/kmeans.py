@@ -1,0 +1,108 @@
+"""KMeans: an expert is a cluster of the layer's input; the clusters move with the data, not by gradients.
+
+Letters: n tokens x of width d, e experts with centroids c (e, d).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.router import Router, capacity, recomputing
+
+
+class KMeans(Router):
+    """One expert a token, that of the nearest centroid; gate 1.
+
+    The clusters are online k-means: sums and counts of each cell are averaged exponentially over optimiser steps
+    and over all ranks, and a centroid is their ratio (the update of van den Oord et al. 2017, appendix A.1). They
+    start as small random vectors, which split the input by direction; the first step moves them to the means.
+
+    Args:
+        d_model, num_experts: d, e.
+        capacity_factor: an expert holds ceil(capacity_factor n / e) tokens in order of arrival; None: nothing is
+            dropped.
+        beta: decay of the averages. seed: of the first centroids.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        capacity_factor: float | None = None,
+        beta: float = 0.99,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(d_model, num_experts, learned=False)
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta={beta}: must be at least 0 and below 1")
+        self.capacity_factor, self.beta = capacity_factor, beta
+        generator = torch.Generator().manual_seed(seed)
+        first = 0.1 * torch.randn(num_experts, d_model, generator=generator, device="cpu")
+        self.register_buffer("centroids", first.to(self.demand.device))
+        self.register_buffer("sums", torch.zeros(num_experts, d_model))  # averages over steps
+        self.register_buffer("counts", torch.zeros(num_experts))
+        self.register_buffer("pending_sums", torch.zeros(num_experts, d_model))  # of this step
+        self.register_buffer("pending_counts", torch.zeros(num_experts))
+        self._input: Tensor | None = None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., d) -> (n, e) negative squared distances to the centroids; carries no gradient."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        centroids = self.centroids.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            product = x @ centroids.T
+        # `assign` knows which tokens are padding, and gathers the others.
+        self._input = x if self.training and not recomputing() else None
+        return 2 * product - x.square().sum(1, keepdim=True) - centroids.square().sum(1)
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        n, e = logits.shape
+        logits = logits.detach()
+        expert = logits.argmax(dim=1)
+        if mask is not None:
+            expert = torch.where(mask, expert, e)
+        self._gather(expert, n)
+        slots, limit = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
+        token = torch.arange(n, device=logits.device)
+        assignment, demand = pack(
+            token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit
+        )
+        if not recomputing():
+            self.demand.copy_(demand)
+        return assignment
+
+    @torch.no_grad()
+    def _gather(self, expert: Tensor, n: int) -> None:
+        """Add the tokens that `logits` saw last to the sums of their cells; expert e is padding."""
+        x, self._input = self._input, None
+        if x is None or x.shape[0] != n:
+            return
+        cell = (expert[:, None] == torch.arange(self.num_experts, device=x.device)).to(x.dtype)
+        self.pending_sums += cell.T @ x  # (e, d)
+        self.pending_counts += cell.sum(0)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Move the averages by what this step gathered, and the centroids to them; no tokens, no move."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.pending_sums)
+            dist.all_reduce(self.pending_counts)
+        beta = torch.where(self.pending_counts.sum() > 0, self.beta, 1.0)
+        for average, pending in [
+            (self.sums, self.pending_sums),
+            (self.counts, self.pending_counts),
+        ]:
+            average.mul_(beta).add_((1 - beta) * pending)
+            pending.zero_()
+        seen = self.counts[:, None] > 0  # a cell that was always empty stays where it is
+        mean = self.sums / self.counts[:, None].clamp_min(torch.finfo(self.counts.dtype).tiny)
+        self.centroids.copy_(torch.where(seen, mean, self.centroids))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, beta={self.beta}"

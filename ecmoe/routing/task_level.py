@@ -1,0 +1,75 @@
+"""Task-level routing (Kudugunta et al. 2021): all tokens of a task go to the task's experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.router import Router, one_of
+
+
+class TaskLevel(Router):
+    """The task of a token says which experts; nothing is dropped, so a task is served by its experts alone.
+
+    Args:
+        d_model, num_experts: d, e.
+        num_tasks: tasks are numbered 0 .. num_tasks - 1.
+        table: "learned": a score for every task and expert, the gate is its softmax (Kudugunta et al., section
+            3.2, with a task's embedding in the place of the token's); "fixed": task t has experts t top_k,
+            t top_k + 1, ... modulo e, and gates 1 / top_k.
+        top_k: experts of a task.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        num_tasks: int,
+        table: str = "learned",
+        top_k: int = 1,
+    ) -> None:
+        super().__init__(d_model, num_experts, learned=False)
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks={num_tasks}: must be at least 1")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts} (num_experts)")
+        self.num_tasks, self.top_k = num_tasks, top_k
+        self.kind = one_of("table", table, ("learned", "fixed"))
+        self.table: Tensor
+        if table == "learned":
+            self.table = nn.Parameter(torch.empty(num_tasks, num_experts))
+            self.reset_parameters()
+        else:
+            experts = torch.arange(num_tasks * top_k).view(num_tasks, top_k) % num_experts
+            self.register_buffer("table", experts)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Scores ~ N(0, 1 / num_tasks), so that tasks start apart; ours."""
+        if isinstance(getattr(self, "table", None), nn.Parameter):
+            nn.init.normal_(self.table, std=self.num_tasks**-0.5, generator=generator)
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        if task_ids is None:
+            raise ValueError("task-level routing needs task_ids: pass moe(x, task_ids=...)")
+        n, e = logits.shape
+        task = task_ids.reshape(-1)
+        if self.kind == "learned":
+            gate, expert = self.table.softmax(dim=1).topk(self.top_k, dim=1)  # (num_tasks, top_k)
+        else:
+            expert = self.table
+            gate = torch.full_like(expert, 1 / self.top_k, dtype=logits.dtype)
+        expert, gate = expert[task], gate[task].to(logits.dtype)  # (n, top_k)
+        if mask is not None:
+            expert = torch.where(mask[:, None], expert, e)
+        token = torch.arange(n, device=logits.device)[:, None].expand(n, self.top_k)
+        assignment, demand = pack(
+            token.reshape(-1), expert.reshape(-1), gate.reshape(-1), n=n, e=e, slots=None
+        )
+        self.demand.copy_(demand)
+        return assignment
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_tasks={self.num_tasks}, table={self.kind}, top_k={self.top_k}"
