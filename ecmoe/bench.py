@@ -27,13 +27,19 @@ from ecmoe.train import commit, device_name
 
 PEERS = {"scattermoe": "ScatterMoE", "liger_kernel": "Liger"}
 
+# n, d, f, e where nothing else is asked for: 0.1B/64E of Table 1 on a GPU, and what a CPU does in seconds.
+SIZES = {
+    "cuda": {"n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64},
+    "cpu": {"n": 4096, "d_model": 256, "d_ff": 1024, "num_experts": 16},
+}
+
 
 def bench_layer(
     *,
-    n: int = 4096,
-    d_model: int = 256,
-    d_ff: int = 1024,
-    num_experts: int = 16,
+    n: int | None = None,
+    d_model: int | None = None,
+    d_ff: int | None = None,
+    num_experts: int | None = None,
     capacity_factor: float = 2.0,
     repeats: int = 15,
     compiled: bool = False,
@@ -42,15 +48,26 @@ def bench_layer(
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
 
     Args:
-        n: tokens. d_model, d_ff: d and f. num_experts: e. capacity_factor: c; token choice gets the same slots.
+        n: tokens. d_model, d_ff: d and f. num_experts: e. None: the device's `SIZES`.
+        capacity_factor: c; token choice gets the same slots.
         repeats: of each row; the median is reported.
         compiled: measure each layer under torch.compile too.
         dtype: of weights and tokens; None: bf16 on a GPU, float32 on a CPU.
 
     Returns:
-        a row per layer: milliseconds, share of the floor's speed, spread (quartiles) and peak memory on a GPU.
+        a row per layer: milliseconds, share of the floor's speed, spread (quartiles) and peak memory on a GPU;
+        `attrs` hold the setting and the peers that are not installed.
+
+    Raises:
+        ConfigError: k = n c / e is no whole number. ValueError: repeats below 2.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = SIZES[device.type]
+    n, d_model = n or sizes["n"], d_model or sizes["d_model"]
+    d_ff, num_experts = d_ff or sizes["d_ff"], num_experts or sizes["num_experts"]
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
+    bucket_size(n, num_experts, capacity_factor)  # before any time is spent
     if device.type == "cpu":
         _keep_freed_memory()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -100,7 +117,7 @@ def bench_layer(
             "low_ms": 1e3 * quartiles[0],
             "high_ms": 1e3 * quartiles[2],
             "tflops": flops * (1 if what == "forward" else 3) / median / 1e12,
-            "peak_mb": memory[name, what],
+            "peak_mb": memory.get((name, what)),
         })  # fmt: skip
     table = pd.DataFrame(rows)
     table.attrs["absent"] = [title for module, title in PEERS.items() if find_spec(module) is None]
@@ -175,7 +192,7 @@ def _floor(
 def _measure(
     calls: dict[tuple[str, str], Callable], repeats: int, device: torch.device
 ) -> tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], float]]:
-    """Seconds of each call, taken in turns so that a slow moment hits all rows alike; peak memory in MB."""
+    """Seconds of each call, taken in turns so that a slow moment hits all rows alike; peak memory in MB on a GPU."""
     cuda = device.type == "cuda"
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     memory: dict[tuple[str, str], float] = {}
@@ -189,8 +206,6 @@ def _measure(
             call()
             torch.cuda.synchronize()
             memory[key] = (torch.cuda.max_memory_allocated() - before) / 1e6
-        else:
-            memory[key] = float("nan")
     for _ in range(repeats):
         for key, call in calls.items():
             if cuda:

@@ -1,4 +1,4 @@
-"""The command line: `ecmoe train | report | index | keys`, also as `python -m ecmoe`.
+"""The command line: `ecmoe train | generate | bench | report | index | keys`, also as `python -m ecmoe`.
 
 What is wrong with a config or a notebook is told in one line, with exit code 2. Imports wait until a
 command needs them, so that help comes at once.
@@ -94,6 +94,58 @@ def index(
     from ecmoe.render import index as write_index
 
     typer.echo(write_index(scale, reports))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run, runs/NAME")],
+    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to add")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="sample among the k likeliest")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
+) -> None:
+    """Continue a text with a trained run, routed causally."""
+    with _one_line(ConfigError, OSError, ValueError):
+        from ecmoe.generate import continue_text
+
+        text = continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    typer.echo(text)
+
+
+Size = Annotated[int | None, typer.Option(min=1, help="default: 0.1B/64E on a GPU, small on a CPU")]
+
+
+@app.command()
+def bench(
+    tokens: Size = None,
+    d_model: Size = None,
+    d_ff: Size = None,
+    num_experts: Size = None,
+    capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e")] = 2.0,
+    repeats: Annotated[int, typer.Option(min=2, help="of each row; medians count")] = 15,
+    compiled: Annotated[bool, typer.Option("--compile", help="under torch.compile too")] = False,
+    output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
+) -> None:
+    """Time the MoE layer beside its floor, the six matrix products that it can't do without."""
+    with _one_line(ConfigError, OSError, ValueError):
+        from ecmoe import bench as benchmark
+
+        table = benchmark.bench_layer(
+            n=tokens,
+            d_model=d_model,
+            d_ff=d_ff,
+            num_experts=num_experts,
+            capacity_factor=capacity_factor,
+            repeats=repeats,
+            compiled=compiled,
+        )
+        if output:
+            benchmark.save([table], output)
+    typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
+    typer.echo(table.dropna(axis=1, how="all").to_string(index=False, float_format="{:.3f}".format))
+    if table.attrs["absent"]:
+        typer.echo(f"not installed, so not measured: {', '.join(table.attrs['absent'])}")
 
 
 @app.command()

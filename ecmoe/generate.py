@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,30 @@ def generate(
             out = torch.cat([out, new], dim=1)
     model.train(was_training)
     return out
+
+
+def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object) -> str:
+    """The prompt and what a trained run makes of it.
+
+    Args:
+        run: folder of a finished run; its tokens must be in the cache, or its text at hand.
+        prompt: at least one token. tokens, sampling: as in `generate`.
+
+    Raises:
+        FileNotFoundError: no finished run there. ValueError: as in `generate`.
+    """
+    from ecmoe.config import RunConfig
+    from ecmoe.data import TextData
+    from ecmoe.train import load_model
+
+    run = Path(run)
+    if not (run / "model.safetensors").exists():
+        raise FileNotFoundError(f"run {str(run)!r} holds no model.safetensors: name the folder of a finished run")
+    data = TextData(RunConfig.from_yaml(run / "config.yaml"))
+    data.prepare_data()
+    data.setup()
+    out = generate(load_model(run), torch.tensor([data.encode(prompt)]).long(), tokens, **sampling)
+    return data.decode(out[0].tolist())
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

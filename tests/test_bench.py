@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from ecmoe import MoE, bench
+from ecmoe.cli import app
 from ecmoe.routing import ExpertChoice, TokenChoice
 
 
@@ -25,6 +27,21 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
 
 def test_absent_peers_are_named(measured):
     assert set(measured.attrs["absent"]) <= set(bench.PEERS.values())
+
+
+def test_the_command_prints_a_table_and_keeps_it(tmp_path):
+    path = tmp_path / "bench.json"
+    sizes = ["--tokens", "64", "--d-model", "8", "--d-ff", "16", "--num-experts", "4", "--repeats", "2"]
+    shown = CliRunner().invoke(app, ["bench", *sizes, "--json", str(path)])
+    assert shown.exit_code == 0, shown.output
+    (kept,) = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert kept["setting"]["d_ff"] == 16
+    assert all(row["layer"] in shown.stdout for row in kept["rows"])
+
+
+def test_a_fraction_of_a_token_is_named_before_anything_is_timed():
+    shown = CliRunner().invoke(app, ["bench", "--tokens", "33", "--num-experts", "4"])
+    assert shown.exit_code == 2 and "n=33" in shown.stderr
 
 
 def test_saved_as_json(measured, tmp_path):

@@ -29,7 +29,7 @@ def test_help_is_quick_and_names_the_commands():
     began = time.time()
     shown = subprocess.run([sys.executable, "-m", "ecmoe", "--help"], capture_output=True, text=True, check=True)
     assert time.time() - began < 10  # 0.3 s on an idle machine; with torch it would be many
-    assert all(command in shown.stdout for command in ("train", "report", "index", "keys"))
+    assert all(command in shown.stdout for command in ("train", "generate", "bench", "report", "index", "keys"))
     subprocess.run([sys.executable, "-c", CHECK_LIGHT], check=True)
 
 
@@ -83,3 +83,16 @@ def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
     result = call("report", tmp_path / "n.ipynb", tmp_path / "n.html", "-f", tmp_path / "p.yaml")
     assert result.exit_code == 2 and "did you mean steps" in result.stderr
     assert not (tmp_path / "n.html").exists()
+
+
+def test_generate_continues_a_text_with_a_run(tiny_config):
+    from ecmoe import run_or_load
+
+    path = run_or_load(tiny_config(seed=90, steps=2, eval_every=2)).path
+    shown = call("generate", path, "def f", "--tokens", 5, "--temperature", 0)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.startswith("def f")
+    assert shown.stdout == call("generate", path, "def f", "--tokens", 5, "--temperature", 0).stdout
+    for run, prompt, named in [(path / "absent", "def f", "absent"), (path, "", "at least one token")]:
+        wrong = call("generate", run, prompt)
+        assert wrong.exit_code == 2 and named in wrong.stderr
