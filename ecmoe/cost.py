@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
-from ecmoe import paths
+from ecmoe import paths, study
+from ecmoe.config import RunConfig
 from ecmoe.model import TABLE_1, count_parameters, flops_per_token
 from ecmoe.results import load_records, table
 
@@ -32,28 +35,46 @@ def table_1() -> pd.DataFrame:
 
 
 def estimates(tokens: float = 100e9, scale: str = "gpu") -> pd.DataFrame:
-    """Hours of one GPU for each model of Table 1.
+    """Hours of one GPU for each model of Table 1, a row per model.
 
     Args:
-        tokens: of the training run. scale: whose committed runs give the share of the GPU's rate; without
-            any the share is assumed, and the table says so.
+        tokens: of the training run. scale: see `of_study`.
     """
+    configs = {name: preset.config for name, preset in TABLE_1.items()}
+    return _hours(configs, dict.fromkeys(configs, tokens), scale).rename(columns={"arm": "model"})
+
+
+def of_study(base: Mapping, arms: Mapping[str, Mapping], scale: str = "gpu") -> pd.DataFrame:
+    """What one run of each arm takes: parameters, training FLOPs of a token, tokens, GPU hours.
+
+    Args:
+        base, arms: as in `ecmoe.study.run_study`.
+        scale: whose committed runs give the share of the GPU's bf16 rate; without any the share is
+            assumed, and the table says so.
+    """
+    configs = {label: by_seed[0] for label, by_seed in study.configs(base, arms, [0]).items()}
+    table = _hours(configs, {label: c.steps * c.tokens_per_batch for label, c in configs.items()}, scale)
+    counts = [count_parameters(config) for config in configs.values()]
+    table.insert(1, "parameters", [count.total for count in counts])
+    table.insert(2, "active_parameters", [count.active for count in counts])
+    return table
+
+
+def _hours(configs: Mapping[str, RunConfig], tokens: Mapping[str, float], scale: str) -> pd.DataFrame:
     measured = table(load_records(paths.records(scale)))
     rates = measured["mfu"].dropna() if len(measured) else pd.Series(dtype=float)
     share = float(rates.median()) if len(rates) else ASSUMED_MFU
-    rows = []
-    for name, preset in TABLE_1.items():
-        flops = flops_per_token(preset.config)
-        rows.append(
-            {
-                "model": name,
-                "tokens": tokens,
-                "flops_per_token": flops,
-                "mfu": share,
-                "mfu_source": f"median of {len(rates)} runs here" if len(rates) else "assumed",
-                "gpu_hours": tokens * flops / (share * PEAK) / 3600,
-            }
-        )
+    flops = {name: flops_per_token(config) for name, config in configs.items()}
+    rows = [
+        {
+            "arm": name,
+            "gflops_per_token": flops[name] / 1e9,
+            "million_tokens": tokens[name] / 1e6,
+            "gpu_hours": tokens[name] * flops[name] / (share * PEAK) / 3600,
+            "at_mfu": f"{share:.2f}, " + (f"median of {len(rates)} runs" if len(rates) else "assumed"),
+        }
+        for name in configs
+    ]
     return pd.DataFrame(rows)
 
 

@@ -113,7 +113,7 @@ def table_html(
         ]
         marked[0] = f'<th scope="row"{_right(numeric[0])}>{cells[0]}</th>'
         body.append(f"<tr>{''.join(marked)}</tr>")
-    heading = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    heading = f"<caption><span>{html.escape(caption)}</span></caption>" if caption else ""
     rows = "".join(body) or f'<tr><td colspan="{max(1, len(frame.columns))}">nothing</td></tr>'
     table = f"<table>{heading}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'

@@ -89,7 +89,11 @@ def new_figure(
 
 
 def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
-    """One legend for the whole figure, under it, where it can hide nothing."""
+    """One legend for the whole figure, under it, where it can hide nothing; no scale where nothing is."""
+    for panel in figure.axes:
+        if not any(len(line.get_xdata()) for line in panel.lines) and not panel.patches:
+            panel.set(xticks=[], yticks=[])
+            panel.text(0.5, 0.5, "not run", transform=panel.transAxes, ha="center", color="0.4")
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         figure.legend(
