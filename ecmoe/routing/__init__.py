@@ -14,6 +14,7 @@ from ecmoe.routing.expert_choice import ExpertChoice
 from ecmoe.routing.expert_threshold import ExpertThreshold
 from ecmoe.routing.hash import Hash
 from ecmoe.routing.kmeans import KMeans
+from ecmoe.routing.linear_assignment import LinearAssignment
 from ecmoe.routing.router import Router
 from ecmoe.routing.task_level import TaskLevel
 from ecmoe.routing.token_choice import TokenChoice
@@ -28,6 +29,7 @@ __all__ = [
     "ExpertThreshold",
     "Hash",
     "KMeans",
+    "LinearAssignment",
     "Router",
     "TaskLevel",
     "TokenChoice",
@@ -63,11 +65,15 @@ def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Route
             )
         case "hash":
             if config.hash_table == "balanced" and token_counts is None:
-                raise ValueError("hash_table=balanced needs token_counts, the corpus' token frequencies")
+                raise ValueError(
+                    "hash_table=balanced needs token_counts, the corpus' token frequencies"
+                )
             counts = token_counts if config.hash_table == "balanced" else None
             return Hash(d, e, config.vocab_size, c, counts)
         case "dense_moe":
             return Dense(d, e)
+        case "linear_assignment":
+            return LinearAssignment(d, e)
         case "kmeans":
             return KMeans(d, e, c, seed=config.seed)
         case "task_level":

@@ -72,20 +72,37 @@ def capped_top_k(
 
 
 def _feasible(S: Tensor, target: Tensor, b: int, valid: Tensor) -> Tensor:
-    """(g, e, m) bool: exactly `target` tokens of each expert, at most b experts of each valid token."""
+    """(g, e, m) bool: `transport` in units of the mean score of a plain top-k."""
     e, m = S.shape[1:]
-    b = min(b, e)
-    Z = S.masked_fill(~valid[:, None], float("-inf"))
-    # The mean score of a plain top-k: the unit of everything below.
-    best = Z.sort(dim=2, descending=True).values.clamp_min(0)
+    best = S.masked_fill(~valid[:, None], 0.0).sort(dim=2, descending=True).values
     inside = torch.arange(m, device=S.device) < target[:, None, None]
-    unit = (best * inside).sum((1, 2), keepdim=True) / (e * target[:, None, None]).clamp_min(1)
+    places = (e * target[:, None, None]).clamp_min(1)
+    unit = (best * inside).sum((1, 2), keepdim=True) / places
+    return transport(S, target, b, valid, unit)
+
+
+def transport(
+    S: Tensor,
+    target: Tensor,
+    b: int,
+    valid: Tensor,
+    unit: Tensor,
+    tolerance: float = JITTER_LAST,
+) -> Tensor:
+    """(g, e, m) bool: exactly `target` tokens of each expert, at most b experts of each valid token.
+
+    Args:
+        S: (g, e, m) finite scores. target: (g,) tokens of an expert, at most b valid tokens / e.
+        b: at most e - 1. valid: (g, m) bool.
+        unit: (g, 1, 1) what counts as a large difference of scores.
+        tolerance: share of the unit that a place may lose against the best sum of scores.
+    """
     unit = unit.clamp_min(torch.finfo(S.dtype).tiny)
-    J = _jitter(valid, e, S.dtype)
-    q = _prices(Z, J, unit, target, b, valid)
-    Z = Z + JITTER_LAST * unit * J
-    X = _hold(Z - q, target, b)
-    return _balance(X, Z, target, b, JITTER_LAST * unit)
+    Z = S.masked_fill(~valid[:, None], float("-inf"))
+    J = unit * _jitter(valid, S.shape[1], S.dtype)
+    q = _prices(Z, J, target, b, valid, tolerance)
+    Z = Z + tolerance * J
+    return _balance(_hold(Z - q, target, b), Z, target, b, tolerance * unit)
 
 
 def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
@@ -97,7 +114,9 @@ def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
     return torch.logit(u.clamp(1e-3, 1 - 1e-3)).to(dtype)
 
 
-def _prices(Z: Tensor, J: Tensor, unit: Tensor, target: Tensor, b: int, valid: Tensor) -> Tensor:
+def _prices(
+    Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, tolerance: float
+) -> Tensor:
     """(g, e, 1) prices at which each expert is wanted by about `target` tokens, each taking its b best."""
     g, e, m = Z.shape
     # With a place to spare a token takes nothing below the price; without, it must take b whatever they cost.
@@ -107,7 +126,7 @@ def _prices(Z: Tensor, J: Tensor, unit: Tensor, target: Tensor, b: int, valid: T
     q = Z.new_zeros(g, e, 1)
     for step in range(PRICE_ROUNDS):
         share = step / (PRICE_ROUNDS - 1)
-        Y = Z + unit * J * (JITTER_FIRST * (JITTER_LAST / JITTER_FIRST) ** share)
+        Y = Z + J * (JITTER_FIRST * (tolerance / JITTER_FIRST) ** share)
         R = Y - q
         offers = R.topk(b + 1, dim=1).values
         # What the token would get instead: its b-th best offer of the others.

@@ -1,0 +1,74 @@
+"""LinearAssignment: BASE layers (Lewis et al. 2021). Every expert gets the same number of tokens, at the best sum of scores.
+
+Letters: n tokens, e experts, S (n, e) scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ecmoe.config import ConfigError
+from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.capped import transport
+from ecmoe.routing.router import Router, recomputing
+
+# Of the scores' standard deviation: what a token's score may fall short of the best assignment's on average.
+TOLERANCE = 1e-4
+
+
+class LinearAssignment(Router):
+    """One expert a token: balanced in training by an auction, the best-scoring one in evaluation.
+
+    The gate is the sigmoid of the token's score for its expert (Lewis et al. 2021, section 3).
+
+    Args:
+        d_model, num_experts: d, e; in training e must divide n.
+    """
+
+    def assign(
+        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
+    ) -> Assignment:
+        """As in `Router`; in training no expert gets more than ceil(v / e) of v unmasked tokens.
+
+        Raises:
+            ConfigError: e doesn't divide n, in training.
+        """
+        n, e = logits.shape
+        if self.training and not self.causal:
+            if n % e:
+                raise ConfigError(
+                    f"num_experts={e}: linear assignment gives every expert n/e tokens, so it must divide n={n}"
+                )
+            slots, expert = n // e, _balanced(logits.detach(), mask)
+        else:
+            slots, expert = None, logits.argmax(dim=1)
+        gate = logits.gather(1, expert[:, None])[:, 0].sigmoid()
+        if mask is not None:
+            expert = torch.where(mask, expert, e)
+        token = torch.arange(n, device=logits.device)
+        assignment, demand = pack(token, expert, gate, n=n, e=e, slots=slots)
+        if not recomputing():
+            self.demand.copy_(demand)
+        return assignment
+
+
+@torch.no_grad()
+def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, e) scores, e divides n -> (n,) experts, of v unmasked tokens at most ceil(v / e) each."""
+    n, e = S.shape
+    if e == 1:
+        return torch.zeros(n, dtype=torch.long, device=S.device)
+    valid = torch.ones(n, dtype=torch.bool, device=S.device) if mask is None else mask
+    # Padding that scores the same everywhere makes v a multiple of e, and goes where a token is missing.
+    filler = ~valid & ((~valid).cumsum(0) <= -valid.sum() % e)
+    # A constant for a token or for an expert changes no choice, but would hide the differences that do.
+    S = torch.where(valid[:, None], S, 0.0)
+    S = S - S.mean(dim=1, keepdim=True)
+    S = S - S.sum(dim=0) / valid.sum().clamp_min(1)
+    S = torch.where(valid[:, None], S, 0.0)
+    unit = (S.square().sum() / (valid.sum() * e).clamp_min(1)).sqrt()
+    valid = valid | filler
+    target = valid.sum() // e
+    X = transport(S.T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE)[0]
+    return X.long().argmax(dim=0)
