@@ -57,7 +57,7 @@ class LinearAssignment(Router):
 def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
     """(n, e) scores, e divides n -> (n,) experts, of v unmasked tokens at most ceil(v / e) each."""
     n, e = S.shape
-    if e == 1:
+    if e == 1 or n == 0:
         return torch.zeros(n, dtype=torch.long, device=S.device)
     valid = torch.ones(n, dtype=torch.bool, device=S.device) if mask is None else mask
     # Padding that scores the same everywhere makes v a multiple of e, and goes where a token is missing.
@@ -65,10 +65,12 @@ def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
     # A constant for a token or for an expert changes no choice, but would hide the differences that do.
     S = torch.where(valid[:, None], S, 0.0)
     S = S - S.mean(dim=1, keepdim=True)
-    S = S - S.sum(dim=0) / valid.sum().clamp_min(1)
-    S = torch.where(valid[:, None], S, 0.0)
-    unit = (S.square().sum() / (valid.sum() * e).clamp_min(1)).sqrt()
+    mean = S.sum(dim=0) / valid.sum().clamp_min(1)
+    seen = torch.where(valid[:, None], S - mean, 0.0)
+    unit = (seen.square().sum() / (valid.sum() * e).clamp_min(1)).sqrt()
     valid = valid | filler
     target = valid.sum() // e
-    X = transport(S.T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE)[0]
+    X = transport((S - mean).T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE)[
+        0
+    ]
     return X.long().argmax(dim=0)

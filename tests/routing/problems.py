@@ -41,19 +41,27 @@ def random_logits(n: int, e: int, seed: int, sharpness: float = 1.0, bias: float
 
 
 @st.composite
-def problems(draw, multiple: int = 1, masks: bool = True) -> Problem:
-    """A problem whose n is a multiple of `multiple`."""
-    n, e = multiple * draw(st.integers(1, 24 // multiple)), draw(st.integers(2, 6))  # e = 1: all scores tie
-    seed, sharpness, bias = draw(st.integers(0, 9999)), draw(st.sampled_from([0.3, 1, 5])), draw(st.sampled_from([0, 2]))
-    logits = random_logits(n, e, seed, sharpness, bias)
-    mask = torch.rand(n, generator=generator(seed)) < draw(st.sampled_from([0.0, 0.5, 0.9])) if masks and draw(st.booleans()) else None
+def problems(draw, divisible: bool = False, masks: bool = True) -> Problem:
+    """A problem; with `divisible`, one whose n is a multiple of e."""
+    e = draw(st.integers(2, 6))  # e = 1: all scores tie
+    n = e * draw(st.integers(1, 24 // e)) if divisible else draw(st.integers(1, 24))
+    seed = draw(st.integers(0, 9999))
+    logits = random_logits(
+        n, e, seed, draw(st.sampled_from([0.3, 1, 5])), draw(st.sampled_from([0, 2]))
+    )
+    mask = None
+    if masks and draw(st.booleans()):
+        share = draw(st.sampled_from([0.0, 0.5, 0.9]))
+        mask = torch.rand(n, generator=generator(seed)) < share
     return Problem(logits, mask, torch.randint(10, (n,), generator=generator(seed + 1)))
 
 
 def pairs(assignment: Assignment, n: int) -> dict[tuple[int, int], float]:
     """{(token, expert): gate} by a plain loop; fails if an expert holds a token twice or an empty slot weighs."""
     found = {}
-    for i, (tokens, gates) in enumerate(zip(assignment.token.tolist(), assignment.gate.tolist(), strict=True)):
+    for i, (tokens, gates) in enumerate(
+        zip(assignment.token.tolist(), assignment.gate.tolist(), strict=True)
+    ):
         for token, gate in zip(tokens, gates, strict=True):
             if token == n:
                 assert gate == 0, "an empty slot has a weight"
@@ -80,7 +88,7 @@ def check(router: Router, assignment: Assignment, problem: Problem) -> dict[tupl
     dense = np.zeros((n, e))
     for (token, i), gate in found.items():
         dense[token, i] = gate
-    np.testing.assert_array_equal(assignment.dense(n).numpy(), dense)
+    np.testing.assert_array_equal(assignment.dense(n).detach().numpy(), dense)
     return found
 
 
