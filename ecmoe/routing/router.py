@@ -109,6 +109,7 @@ def capacity(
     """
     if factor is None:
         return None, None
-    share = Fraction(str(float(factor))) * top_k / e  # exact: a float would round up at whole numbers
+    # Exact: a float would round up at whole numbers.
+    share = Fraction(str(float(factor))) * top_k / e
     slots = min(math.ceil(share * n), n)
     return slots, None if mask is None else -(-mask.sum() * share.numerator // share.denominator)

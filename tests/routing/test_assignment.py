@@ -18,7 +18,8 @@ HAND = Assignment(
 
 def test_by_hand():
     assert HAND.dense(4).tolist() == [[0.5, 0.0], [0, 0], [0.25, 0.75], [0, 1.0]]
-    assert HAND.experts_per_token(4).tolist() == [2, 0, 2, 1]  # expert 1 holds token 0, though with gate 0
+    # Expert 1 holds token 0, though with gate 0.
+    assert HAND.experts_per_token(4).tolist() == [2, 0, 2, 1]
     assert HAND.load(4).tolist() == [2, 3]
     assert HAND.renormalized(4).dense(4).tolist() == [[1.0, 0.0], [0, 0], [0.25, 0.75], [0, 1.0]]
 
@@ -41,7 +42,13 @@ def loop_pack(token, expert, gate, n, e, slots):
 
 
 @two_hundred
-@given(st.integers(0, 9999), st.integers(1, 20), st.integers(1, 5), st.sampled_from([None, 0, 1, 3]), st.booleans())
+@given(
+    st.integers(0, 9999),
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.sampled_from([None, 0, 1, 3]),
+    st.booleans(),
+)
 def test_pack_serves_in_order(seed, n, e, slots, as_limit):
     draw = generator(seed)
     token = torch.randperm(n, generator=draw).repeat(2)
@@ -49,13 +56,21 @@ def test_pack_serves_in_order(seed, n, e, slots, as_limit):
     gate = torch.rand(2 * n, generator=draw)
     limited = as_limit and slots is not None  # slots is the bound, the limit is what counts
     assignment, demand = pack(
-        token, expert, gate, n=n, e=e, slots=5 if limited else slots, limit=torch.tensor(slots) if limited else None
+        token,
+        expert,
+        gate,
+        n=n,
+        e=e,
+        slots=5 if limited else slots,
+        limit=torch.tensor(slots) if limited else None,
     )
     held, wanted = loop_pack(token, expert, gate, n, e, slots)
     assert demand.tolist() == wanted
     for i in range(e):
         kept = assignment.token[i] < n
-        ours = list(zip(assignment.token[i][kept].tolist(), assignment.gate[i][kept].tolist(), strict=True))
+        ours = list(
+            zip(assignment.token[i][kept].tolist(), assignment.gate[i][kept].tolist(), strict=True)
+        )
         assert ours == held[i]
         assert (assignment.gate[i][~kept] == 0).all()
 

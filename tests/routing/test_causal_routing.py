@@ -9,10 +9,19 @@ from hypothesis import given
 from problems import check, generator, problems, random_logits, same_choice, two_hundred
 
 from ecmoe import RunConfig, build_model, causal_routing
-from ecmoe.routing import ExpertChoice, Hash, TokenChoice
+from ecmoe.routing import (
+    Dense,
+    ExpertChoice,
+    ExpertThreshold,
+    Hash,
+    KMeans,
+    LinearAssignment,
+    TaskLevel,
+    TokenChoice,
+)
 
 D, E, V = 3, 4, 10
-SEES_OTHERS = {
+ROUTERS = {
     "expert choice": lambda e: ExpertChoice(D, e, 2.0),
     "renormalized": lambda e: ExpertChoice(D, e, 2.0, gate="renormalized"),
     "scaled": lambda e: ExpertChoice(D, e, 2.0, gate="scaled"),
@@ -21,12 +30,17 @@ SEES_OTHERS = {
     "gshard": lambda e: TokenChoice(D, e, 2, 1.0, gate="renormalized"),
     "batch priority": lambda e: TokenChoice(D, e, 2, 0.5, priority="score"),
     "hash": lambda e: Hash(D, e, V, 1.0),
+    "dense": lambda e: Dense(D, e),
+    "linear assignment": lambda e: LinearAssignment(D, e),
+    "k-means": lambda e: KMeans(D, e, 0.5),
+    "task level": lambda e: TaskLevel(D, e, V, "fixed"),
+    "expert threshold": lambda e: ExpertThreshold(D, e, 2.0),
 }
 
 
 def ready(name: str, e: int):
     """A router that has seen a training batch in which n c / e is whole."""
-    router = SEES_OTHERS[name](e)
+    router = ROUTERS[name](e)
     ids = torch.arange(4 * e) % V
     logits = random_logits(4 * e, e, 0)
     if "capped" in name:  # its training is tested elsewhere; here only the cut-off matters
@@ -37,7 +51,7 @@ def ready(name: str, e: int):
     return router
 
 
-@pytest.mark.parametrize("name", SEES_OTHERS)
+@pytest.mark.parametrize("name", ROUTERS)
 def test_200_problems_each_token_as_if_alone(name):
     routers = {e: ready(name, e) for e in range(2, 7)}
 
@@ -47,25 +61,31 @@ def test_200_problems_each_token_as_if_alone(name):
         n, e = problem.logits.shape
         router = routers[e]
         with causal_routing(router):
-            chosen = router.assign(problem.logits, token_ids=problem.ids, task_ids=problem.ids, mask=problem.mask)
+            chosen = router.assign(
+                problem.logits, token_ids=problem.ids, task_ids=problem.ids, mask=problem.mask
+            )
             check(router, chosen, problem)
             assert router.demand.sum() == chosen.load(n).sum()  # nothing is dropped
             dense = chosen.dense(n)
             for i in range(n):
                 ids = problem.ids[i : i + 1]
-                alone = router.assign(problem.logits[i : i + 1], token_ids=ids, task_ids=ids).dense(1)[0]
+                alone = router.assign(problem.logits[i : i + 1], token_ids=ids, task_ids=ids).dense(
+                    1
+                )[0]
                 same_choice(dense[i], alone if problem.valid[i] else torch.zeros_like(alone))
 
     holds()
 
 
-@pytest.mark.parametrize("name", SEES_OTHERS)
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_thousand_equal_tokens_all_get_what_one_gets(name):
     router = ready(name, E)
     row, ids = random_logits(1, E, 3, sharpness=3), torch.tensor([7])
     with causal_routing(router):
         one = router.assign(row, token_ids=ids, task_ids=ids).dense(1)
-        many = router.assign(row.expand(1000, E), token_ids=ids.expand(1000), task_ids=ids.expand(1000)).dense(1000)
+        many = router.assign(
+            row.expand(1000, E), token_ids=ids.expand(1000), task_ids=ids.expand(1000)
+        ).dense(1000)
     assert torch.equal(many, one.expand(1000, E)) and (one > 0).any()
 
 
@@ -149,7 +169,14 @@ B, T, HALF = 4, 16, 8
 
 def model_of(dtype=torch.float64, **keys):
     config = RunConfig(
-        layers=4, d_model=16, d_ff=32, heads=2, num_experts=4, sequence_length=T, batch_size=B, **keys
+        layers=4,
+        d_model=16,
+        d_ff=32,
+        heads=2,
+        num_experts=4,
+        sequence_length=T,
+        batch_size=B,
+        **keys,
     )
     model = build_model(config).to(dtype)
     with torch.no_grad():
@@ -193,7 +220,10 @@ def other_sequences(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([ids[:1], torch.full_like(ids[1:], 65)])
 
 
-CHANGES = {"future": (other_future, (slice(None), slice(HALF))), "neighbours": (other_sequences, slice(1))}
+CHANGES = {
+    "future": (other_future, (slice(None), slice(HALF))),
+    "neighbours": (other_sequences, slice(1)),
+}
 ARMS = {
     "ec": dict(router="expert_choice"),
     "ec renormalized": dict(router="expert_choice", gate="renormalized"),
@@ -202,6 +232,10 @@ ARMS = {
     "gshard": dict(router="token_choice", capacity_factor=1.0),
     "switch": dict(router="token_choice", top_k=1, capacity_factor=1.0),
     "hash": dict(router="hash", capacity_factor=1.0),
+    "linear assignment": dict(router="linear_assignment"),
+    "k-means": dict(router="kmeans", capacity_factor=1.0),
+    "expert threshold": dict(router="expert_threshold"),
+    "dense mixture": dict(router="dense_moe"),
 }
 
 
@@ -209,7 +243,9 @@ def difference(model, change: str) -> tuple[int, float]:
     """Decisions that changed, and the largest change of an output, where nothing of its own was changed."""
     change, kept = CHANGES[change]
     ids = token_ids(0)
-    (out_a, chosen_a), (out_b, chosen_b) = (decisions_and_output(model, x) for x in (ids, change(ids)))
+    (out_a, chosen_a), (out_b, chosen_b) = (
+        decisions_and_output(model, x) for x in (ids, change(ids))
+    )
     flips = sum(int((a[kept] != b[kept]).sum()) for a, b in zip(chosen_a, chosen_b, strict=True))
     return flips, float((out_a[kept] - out_b[kept]).abs().max())
 
@@ -233,9 +269,16 @@ def test_causally_nothing_sees_the_future_or_a_neighbour(arm, change, dtype, rou
         ("ec position", "neighbours", True),
         ("ec sequence", "future", True),
         ("ec sequence", "neighbours", False),
-        ("switch", "neighbours", False),  # top-1 in order of arrival: the first sequence is served first
-        ("switch", "future", True),  # but the second is dropped for the first one's future
+        # Top-1 in order of arrival: the first sequence is served first ...
+        ("switch", "neighbours", False),
+        # ... but the second is dropped for the first one's future.
+        ("switch", "future", True),
         ("hash", "future", True),
+        ("k-means", "future", True),
+        # These judge each token alone already in evaluation.
+        ("linear assignment", "neighbours", False),
+        ("expert threshold", "future", False),
+        ("expert threshold", "neighbours", False),
     ],
 )
 def test_as_trained_who_sees_what(arm, change, leaks):

@@ -52,7 +52,8 @@ def test_by_hand():
     assert chosen.token.tolist() == [[1, 3], [0, 2]]  # expert 0: 0.9, 0.7; expert 1: 0.75, 0.5
     torch.testing.assert_close(chosen.gate, torch.tensor([[0.9, 0.7], [0.75, 0.5]]))
     everyone = ExpertChoice(D, 2, 2.0, gate="renormalized").assign(logits)
-    torch.testing.assert_close(everyone.dense(4), torch.tensor(S))  # all took all: the softmax again
+    # All took all: the softmax again.
+    torch.testing.assert_close(everyone.dense(4), torch.tensor(S))
 
 
 @two_hundred
@@ -71,7 +72,8 @@ def test_200_problems(problem, c, gate):
     elif gate == "scaled":
         expected = expected * e / c
     same_choice(alone(chosen, problem), expected)
-    assert (np.diff(chosen.gate.numpy()[:, :k], axis=1) <= 0).all() or gate == "renormalized"  # best first
+    if gate != "renormalized":
+        assert (np.diff(chosen.gate.numpy()[:, :k], axis=1) <= 0).all()  # best first
 
 
 @two_hundred
@@ -80,7 +82,9 @@ def test_permuting_tokens_permutes_the_choice(problem, c, seed):
     n, e = problem.logits.shape
     assume(whole(n, e, c))
     router, order = ExpertChoice(D, e, c), torch.randperm(n, generator=generator(seed))
-    same_choice(router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order])
+    same_choice(
+        router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order]
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -90,7 +94,8 @@ def test_pools_equal_a_loop_over_pools(pool, masked):
     logits = random_logits(B * T, e, 0)
     mask = torch.ones(B, T, dtype=torch.bool)
     if masked:
-        mask[::2, 4:] = False  # pools keep 4 or 6, 2 or 4, and 10 tokens: k = c/2 of each, rounded down
+        # Pools keep 4 or 6, 2 or 4, and 10 tokens: k = c/2 of each, rounded down.
+        mask[::2, 4:] = False
     router = ExpertChoice(D, e, c, pool=pool)
     chosen = router.assign(logits, batch_shape=(B, T), mask=mask.flatten() if masked else None)
     ids = torch.arange(B * T).view(B, T)
@@ -106,7 +111,10 @@ def test_one_pool_of_all_is_the_batch():
     logits = random_logits(12, 3, 0)
     batch = ExpertChoice(D, 3, 2.0).assign(logits).dense(12)
     same_choice(ExpertChoice(D, 3, 2.0, pool=12).assign(logits).dense(12), batch)
-    same_choice(ExpertChoice(D, 3, 2.0, pool="sequence").assign(logits, batch_shape=(1, 12)).dense(12), batch)
+    same_choice(
+        ExpertChoice(D, 3, 2.0, pool="sequence").assign(logits, batch_shape=(1, 12)).dense(12),
+        batch,
+    )
 
 
 def test_gradient_is_that_of_the_softmax_at_the_chosen():

@@ -75,7 +75,8 @@ def test_by_hand():
     assert switch.demand.tolist() == [3, 1]
     torch.testing.assert_close(switch.assign(logits).gate, torch.tensor([[0.75, 0.8], [0.75, 0.0]]))
     # By score the one that wants it least goes: 0.9 and 0.8 stay, 0.75 goes.
-    assert TokenChoice(D, 2, 1, 1.0, priority="score").assign(logits).token.tolist() == [[3, 2], [1, 4]]
+    by_score = TokenChoice(D, 2, 1, 1.0, priority="score")
+    assert by_score.assign(logits).token.tolist() == [[3, 2], [1, 4]]
 
 
 def test_all_first_choices_come_before_any_second():
@@ -88,7 +89,8 @@ def test_all_first_choices_come_before_any_second():
 def test_gshards_2n_over_e_is_capacity_factor_1():
     assert TokenChoice(D, 8, 2, 1.0).assign(random_logits(64, 8, 0)).token.shape == (8, 2 * 64 // 8)
     assert TokenChoice(D, 8, 1, 1.25).assign(random_logits(64, 8, 0)).token.shape == (8, 10)
-    assert TokenChoice(D, 8, 1, 1.1).assign(random_logits(80, 8, 0)).token.shape == (8, 11)  # 11.000000000000002 as float
+    # 1.1 x 80 / 8 is 11.000000000000002 as float.
+    assert TokenChoice(D, 8, 1, 1.1).assign(random_logits(80, 8, 0)).token.shape == (8, 11)
 
 
 @two_hundred
@@ -98,7 +100,9 @@ def test_permuting_tokens_permutes_the_choice_unless_order_decides(problem, fact
     order = torch.randperm(n, generator=generator(seed))
     priority = "order" if factor is None else "score"
     router = TokenChoice(D, e, min(2, e), factor, priority=priority)
-    same_choice(router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order])
+    same_choice(
+        router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order]
+    )
 
 
 def test_top_e_without_capacity_is_the_dense_mixture():
