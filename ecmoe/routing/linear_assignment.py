@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ecmoe.config import ConfigError
 from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.capped import transport
 from ecmoe.routing.router import Router, recomputing
+from ecmoe.routing.transport import transport
 
 # Of the scores' standard deviation: what a token's score may fall short of the best assignment's on average.
 TOLERANCE = 1e-4

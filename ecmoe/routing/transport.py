@@ -1,0 +1,232 @@
+"""Transport: the best choice in which every expert holds as many tokens and no token is held by more than b.
+
+Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: who holds whom.
+
+It is solved by prices. An expert's price is what its last token gains over that token's b-th best other offer;
+all experts set theirs at once, again and again (a damped auction), with a jitter on the scores that shrinks and
+keeps equal tokens from moving together. For the loads that they give, those prices are optimal, and cheapest
+paths then carry the surplus of one expert to another (successive shortest paths, Ahuja et al. 1993, section
+9.7), many tokens at a time. What is left moves directly, which is always possible. The number of rounds is
+fixed but on a CPU, so no step waits for a number from the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Shares of the unit: where the jitter starts, and where it ends, which is what the objective may lose.
+JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
+PRICE_ROUNDS = 80
+SAMPLE, FULL_ROUNDS = 4096, 10  # tokens that set the prices first; rounds that ask all
+PATH_ROUNDS = 64  # at most; on a CPU, which may look whether more are needed, 16 times as many
+PATH_LENGTH = 6
+NEAR = 512  # tokens of an expert that may move along a path, those that lose least by leaving
+CHUNK = 2**25  # numbers in memory at once
+
+
+def transport(
+    S: Tensor,
+    target: Tensor,
+    b: int,
+    valid: Tensor,
+    unit: Tensor,
+    tolerance: float = JITTER_LAST,
+) -> Tensor:
+    """(g, e, m) bool: exactly `target` tokens of each expert, at most b experts of each valid token.
+
+    Args:
+        S: (g, e, m) finite scores. target: (g,) tokens of an expert, at most b valid tokens / e.
+        b: at most e - 1. valid: (g, m) bool.
+        unit: (g, 1, 1) what counts as a large difference of scores.
+        tolerance: share of the unit that a place may lose against the best sum of scores.
+    """
+    unit = unit.clamp_min(torch.finfo(S.dtype).tiny)
+    Z = S.masked_fill(~valid[:, None], float("-inf"))
+    J = unit * _jitter(valid, S.shape[1], S.dtype)
+    q = _prices(Z, J, target, b, valid, tolerance)
+    Z = Z + tolerance * J
+    return _balance(_hold(Z - q, target, b), Z, q, target, b, tolerance * unit, valid)
+
+
+def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
+    """(g, e, m) logistic numbers that depend on nothing but the place: the same choice every time."""
+    place = valid.cumsum(1) - 1  # of the valid tokens alone: padding changes nothing
+    expert = torch.arange(e, device=valid.device)
+    rate = (expert[:, None] + 1) * 0.6180339887498949 % 1  # each expert's own, so that no two agree
+    u = (place[:, None].double() + 1) * rate % 1
+    return torch.logit(u.clamp(1e-3, 1 - 1e-3)).to(dtype)
+
+
+def _prices(
+    Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, tolerance: float
+) -> Tensor:
+    """(g, e, 1) prices at which each expert is wanted by about `target` tokens, each taking its b best."""
+    e, m = Z.shape[1:]
+    # With a place to spare a token takes nothing below the price; without, it must take b whatever they cost.
+    tokens = valid.sum(1)
+    floor = torch.where(tokens * b > e * target, 0.0, float("-inf"))[:, None, None].to(Z)
+    rounds = [(Z, J, target, valid)] * PRICE_ROUNDS
+    if m > 2 * SAMPLE:  # the first rounds ask a sample, spread evenly
+        place = (valid.cumsum(1).double() * 0.6180339887498949 % 1).masked_fill(~valid, 2.0)
+        few = place.argsort(1)[:, :SAMPLE]
+        share = valid.gather(1, few).sum(1)
+        columns = few[:, None].expand(-1, e, -1)
+        sample = Z.gather(2, columns), J.gather(2, columns), target * share // tokens.clamp_min(1)
+        rounds[:-FULL_ROUNDS] = [(*sample, valid.gather(1, few))] * (PRICE_ROUNDS - FULL_ROUNDS)
+    q = torch.zeros_like(Z[:, :, :1])
+    for step, (Z, J, target, valid) in enumerate(rounds):
+        jitter = JITTER_FIRST * (tolerance / JITTER_FIRST) ** (step / (PRICE_ROUNDS - 1))
+        new = _worth(Z + jitter * J, q, target, b, valid, floor)
+        q = q + 0.5 * (new - q).nan_to_num(0.0, 0.0, 0.0)
+    return q
+
+
+def _worth(Y: Tensor, q: Tensor, target: Tensor, b: int, valid: Tensor, floor: Tensor) -> Tensor:
+    """(g, e, 1) the price at which an expert would be wanted by its target, if the others kept theirs."""
+    g, e, m = Y.shape
+    R = Y - q
+    offers = R.topk(b + 1, dim=1).values
+    # What the token would get instead: its b-th best offer of the others.
+    other = torch.where(R >= offers[:, b - 1 : b], offers[:, b:], offers[:, b - 1 : b])
+    gain = torch.where(valid[:, None], Y - other.clamp_min(floor), float("-inf"))
+    ranked = gain.topk(min(m * b // e + 1, m), dim=2).values
+    last = target.clamp(1, m - 1)[:, None, None].expand(g, e, 1)
+    return (ranked.gather(2, last - 1) + ranked.gather(2, last)) / 2
+
+
+def _hold(R: Tensor, target: Tensor, b: int) -> Tensor:
+    """(g, e, m) bool: the e k best of all tokens' b best offers; no token over b, experts not yet even."""
+    g, e, m = R.shape
+    offers = R.topk(b, dim=1)
+    order = offers.values.flatten(1).argsort(1, descending=True)
+    taken = torch.arange(b * m, device=R.device) < (e * target)[:, None]
+    taken = torch.zeros_like(taken).scatter(1, order, taken).view(g, b, m)
+    return torch.zeros(g, e, m, dtype=torch.bool, device=R.device).scatter(1, offers.indices, taken)
+
+
+def _balance(
+    X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance: Tensor, valid: Tensor
+) -> Tensor:
+    """Carry tokens from experts with too many to experts with too few, along the cheapest paths.
+
+    The last node, e, stands for a token's free places: a path through it drops one token and takes up another.
+    """
+    g, e, m = X.shape
+    at = torch.arange(g, device=X.device)[:, None]
+    every = torch.arange(e + 1, device=X.device).expand(g, e + 1)
+    taken = X.sum(1)  # (g, m)
+    # What a token loses at these prices by leaving a node for its best offer that it doesn't hold.
+    R = Z - q
+    other = R.topk(b + 1, dim=1).values.gather(1, taken[:, None])
+    leave = torch.cat([R, torch.zeros_like(other)], dim=1) - other
+    Z = torch.cat([Z, torch.where(valid, 0.0, float("-inf")).to(Z)[:, None]], dim=1)
+    X = torch.cat([X, (valid & (taken < b))[:, None]], dim=1)  # (g, e + 1, m)
+    excess = _excess(X, every, target)
+    # What the moved tokens may lose: together as much as all tokens at the tolerance.
+    surplus = excess.clamp_min(0).sum(1).clamp_min(1)
+    spare = tolerance * (e * target / surplus)[:, None, None].to(Z.dtype)
+
+    touched = every  # since their edges were last looked at
+    near = every.new_zeros(g, e + 1, max(1, min(m, NEAR, CHUNK // (g * (e + 1) ** 2))))
+    cost, count = Z.new_zeros(g, e + 1, e + 1), every.new_zeros(g, e + 1, e + 1)
+    for _ in range(PATH_ROUNDS * (16 if X.device.type == "cpu" else 1)):
+        if _settled(excess):
+            break
+        last = leave[at, touched].masked_fill(~X[at, touched], float("inf"))
+        near[at, touched] = last.topk(near.shape[2], dim=2, largest=False).indices
+        for u, v in ((touched, every), (every, touched)):
+            edges = at[:, :, None], u[:, :, None], v[:, None]
+            cost[edges], count[edges] = _edges(X, Z, near[at, u], u, v, spare)
+        path, amount = _path(cost, count, excess, tolerance)
+        for u, v in path:
+            taken += _move(X, Z, near[at, u[:, None]][:, 0], u, v, amount)
+        X[:, e] = valid & (taken < b)
+        touched = torch.stack([path[0][1], *(u for u, _ in path)], dim=1)
+        excess[at, touched] = _excess(X, touched, target)
+
+    # An expert with more tokens than another holds as many more that the other doesn't: these can move.
+    tokens = torch.arange(m, device=X.device).expand(g, m)
+    for _ in range(e - 1):
+        excess = _excess(X, every, target)
+        if _settled(excess):
+            break
+        u, v = excess[:, :e].argmax(1), excess[:, :e].argmin(1)
+        amount = torch.minimum(excess.amax(1), -excess.amin(1))
+        _move(X, Z, tokens, u, v, amount)
+    return X[:, :e]
+
+
+def _excess(X: Tensor, nodes: Tensor, target: Tensor) -> Tensor:
+    """(g, r) tokens of each of the nodes (g, r) beyond the target; 0 for the free places."""
+    at = torch.arange(X.shape[0], device=X.device)[:, None]
+    excess = X[at, nodes].sum(2) - target[:, None]
+    return excess.masked_fill(nodes == X.shape[1] - 1, 0)
+
+
+def _settled(excess: Tensor) -> bool:
+    """Is nothing left to move? Asked on a CPU only: another device would stall for the answer."""
+    return excess.device.type == "cpu" and not torch.compiler.is_compiling() and not excess.any()
+
+
+def _edges(
+    X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both (g, p, r): the least loss of moving a token of near (g, p, l) from u to v, and how many cost about that."""
+    g, nodes, m = X.shape
+    X, Z = X.flatten(1), Z.flatten(1)
+
+    def look(values: Tensor, node: Tensor) -> Tensor:  # (g, p, r) nodes -> (g, p, r, l)
+        place = node[..., None] * m + near[:, :, None]
+        return values.gather(1, place.flatten(1)).view(place.shape)
+
+    give = look(Z, u[:, :, None]).masked_fill(~look(X, u[:, :, None]), float("inf"))
+    v = v[:, None].expand(-1, u.shape[1], -1)
+    held = look(X, v) & (v != nodes - 1)[..., None]  # a place can always become free
+    loss = (give - look(Z, v)).masked_fill(held, float("inf"))
+    least = loss.amin(3)
+    return least, (loss <= (least + spare)[..., None]).sum(3)
+
+
+def _path(
+    cost: Tensor, count: Tensor, excess: Tensor, tolerance: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """The cheapest path in each pool to the emptiest expert: edges (u, v), both (g,), last first; and how many may go."""
+    g, nodes = excess.shape
+    at = torch.arange(g, device=cost.device)
+    node = torch.arange(nodes, device=cost.device)
+    distance = torch.where(excess > 0, 0.0, float("inf")).to(cost.dtype)
+    steps = []
+    for _ in range(PATH_LENGTH):  # Bellman and Ford
+        best, via = (distance[:, :, None] + cost).min(1)
+        shorter = best < distance - 1e-3 * tolerance[:, 0]
+        steps.append(torch.where(shorter, via, node))
+        distance = torch.where(shorter, best, distance)
+    v = torch.where(distance < float("inf"), excess, 0).argmin(1)
+    amount = (-excess[at, v]).clamp_min(0)
+    path = []
+    for step in reversed(steps):
+        u = step[at, v]
+        path.append((u, v))
+        amount = torch.where(u == v, amount, torch.minimum(amount, count[at, u, v]))
+        v = u
+    return path, torch.minimum(amount, excess[at, v].clamp_min(0))
+
+
+def _move(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, amount: Tensor) -> Tensor:
+    """In each pool move the `amount` tokens of near (g, l) that lose least from u to v (g,), if there are so many.
+
+    Returns:
+        (g, m) by how many more experts each token is held.
+    """
+    g, nodes, m = X.shape
+    at, free = torch.arange(g, device=X.device)[:, None], nodes - 1
+    u, v = u[:, None], v[:, None]
+    can = X[at, u, near] & (~X[at, v, near] | (v == free))
+    loss = (Z[at, u, near] - Z[at, v, near]).masked_fill(~can, float("inf"))
+    first = torch.arange(near.shape[1], device=X.device) < amount[:, None]
+    moved = torch.zeros_like(can).scatter(1, loss.argsort(1), first) & can & (u != v)
+    X[at, u, near] = X[at, u, near] & ~moved
+    X[at, v, near] = X[at, v, near] | moved
+    more = (u == free).long() - (v == free).long()
+    return torch.zeros(g, m, dtype=torch.long, device=X.device).scatter(1, near, moved * more)
