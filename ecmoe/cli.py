@@ -1,4 +1,4 @@
-"""The command line: `ecmoe train | generate | bench | report | index | keys`, also as `python -m ecmoe`.
+"""The command line: `ecmoe train | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
 
 What is wrong with a config or a notebook is told in one line, with exit code 2. Imports wait until a
 command needs them, so that help comes at once.
@@ -94,6 +94,17 @@ def index(
     from ecmoe.render import index as write_index
 
     typer.echo(write_index(scale, reports))
+
+
+@app.command()
+def readme(
+    scale: Annotated[str, typer.Argument(help="whose results: gpu")] = "gpu",
+) -> None:
+    """Fill in README.md's figure and claim table from finished reports."""
+    with _one_line(OSError, ValueError):
+        from ecmoe.readme import update
+
+        typer.echo("README.md " + ("changed" if update(scale) else "is up to date"))
 
 
 @app.command()

@@ -24,18 +24,16 @@ from ecmoe.scoreboard import (
     claim_table,
     find_claim,
     load_verdicts,
-    readme_table,
     record,
     scoreboard,
-    update_readme,
     verdict_folder,
 )
 from ecmoe.stats import PLUMBING, Verdict, smallest_effect
 
 # `execute`, `render` and `index` are found here too, by __getattr__.
 __all__ = [
-    "claim_table", "formula", "plumbing_only", "provenance", "readme_table", "scoreboard", "show",
-    "show_scoreboard", "show_table", "show_verdict", "update_readme", "verdict_folder",
+    "claim_table", "formula", "plumbing_only", "provenance", "scoreboard", "show",
+    "show_scoreboard", "show_table", "show_verdict", "verdict_folder",
 ]  # fmt: skip
 
 Format = str | Callable[[Any], str]
@@ -147,7 +145,7 @@ def show_verdict(
         least = smallest_effect(verdict.effect)
         rows += [("here", found)]
         if math.isfinite(least):
-            unit = "x, or its inverse" if verdict.effect.unit == "ratio" else verdict.effect.unit
+            unit = "x, or its inverse" if verdict.effect.ratio else verdict.effect.unit
             rows += [
                 (
                     "smallest effect that these seeds can show",

@@ -14,7 +14,6 @@ from ecmoe import paths
 from ecmoe.claims import CLAIMS, Claim
 from ecmoe.stats import PLUMBING, Effect, Verdict
 
-BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 COLUMNS = ["id", "claim", "paper", "here", "interval", "seeds", "verdict"]
 
 
@@ -125,35 +124,6 @@ def claim_table(verdicts: pd.DataFrame | str | Path) -> str:
         cells = (row.id, row.claim, row.paper, here, verdict)
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def readme_table(path: str | Path) -> str:
-    """The claim table that a README holds, between its two marks.
-
-    Raises:
-        ValueError: the marks aren't there, once each and in order.
-    """
-    return _split(path)[1]
-
-
-def update_readme(path: str | Path, table_md: str) -> bool:
-    """Put the table between the README's marks; says whether that changed anything."""
-    before, old, after = _split(path)
-    if old == table_md.strip():
-        return False
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n{table_md.strip()}\n{END}{after}", encoding="utf-8")
-    os.replace(temporary, path)
-    return True
-
-
-def _split(path: str | Path) -> tuple[str, str, str]:
-    text = Path(path).read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and then {END}, once each")
-    before, rest = text.split(BEGIN)
-    inside, after = rest.split(END)
-    return before, inside.strip(), after
 
 
 def _short(effect: Effect) -> str:

@@ -32,7 +32,10 @@ PLUMBING = "plumbing only"
 
 
 class Effect(NamedTuple):
-    """A mean over n seeds with its 95% interval; `low` and `high` are None for fewer than two."""
+    """A mean over n seeds with its 95% interval; `low` and `high` are None for fewer than two.
+
+    A unit of "ratio", or "ratio of" something, makes it a factor.
+    """
 
     mean: float
     low: float | None
@@ -41,9 +44,14 @@ class Effect(NamedTuple):
     unit: str = ""
 
     @property
+    def ratio(self) -> bool:
+        """Is it a factor, rather than a difference?"""
+        return self.unit.split(" ")[0] == "ratio"
+
+    @property
     def neutral(self) -> float:
         """Where there is no effect: 1 for a ratio, 0 for a difference."""
-        return 1.0 if self.unit == "ratio" else 0.0
+        return 1.0 if self.ratio else 0.0
 
     @property
     def interval(self) -> str:
@@ -55,7 +63,8 @@ class Effect(NamedTuple):
     def __str__(self) -> str:
         if not self.n:
             return "not measured"
-        unit = {"ratio": " x", "": ""}.get(self.unit, f" {self.unit}")
+        unit = self.unit.replace("ratio of", "x the").replace("ratio", "x")
+        unit = f" {unit}" if unit else ""
         seeds = f"{self.n} seed{'s' if self.n > 1 else ''}"
         if self.low is None:
             return f"{_number(self.mean)}{unit} ({seeds}, no interval)"
@@ -81,10 +90,10 @@ class Verdict(NamedTuple):
 def interval(values: Iterable[float], unit: str = "") -> Effect:
     """Mean and t interval of values, one a seed; what isn't finite is left out.
 
-    A `unit` of "ratio" takes the geometric mean, and needs values above 0.
+    A ratio takes the geometric mean, and needs values above 0.
     """
     x = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
-    ratio = unit == "ratio"
+    ratio = Effect(math.nan, None, None, 0, unit).ratio
     if ratio and (x <= 0).any():
         raise ValueError(f"ratios must be above 0, but one is {x.min():g}")
     if ratio:
@@ -147,7 +156,7 @@ def steps_ratio(
         at_a, at_b = _first_at(a, target, column, x).x, _first_at(b, target, column, x).x
         if at_a and at_b:
             ratios.append(at_a / at_b)
-    return interval(ratios, "ratio")
+    return interval(ratios, f"ratio of {x if x.endswith('s') else x + 's'}")
 
 
 def smallest_effect(effect: Effect, power: float = 0.8) -> float:
@@ -158,7 +167,7 @@ def smallest_effect(effect: Effect, power: float = 0.8) -> float:
     """
     if effect.n < 2 or effect.low is None or effect.high is None:
         return math.nan
-    ratio = effect.unit == "ratio"
+    ratio = effect.ratio
     half = math.log(effect.high / effect.low) / 2 if ratio else (effect.high - effect.low) / 2
     df = effect.n - 1
     critical = scipy_stats.t.ppf((1 + LEVEL) / 2, df)
@@ -195,7 +204,9 @@ def verdict(
         raise ValueError(
             "direction='near' needs threshold, the claimed value, and a margin above 0"
         )
-    rule = _rule(effect.neutral, threshold, margin, direction, effect.unit)
+    rule = _rule(effect.neutral, threshold, margin, direction, "" if effect.ratio else effect.unit)
+    if scale != "smoke" and _misses(effect, threshold, direction):
+        rule += f". Here the whole interval misses the paper's {_number(threshold)}"
     return Verdict(_label(effect, threshold, margin, direction, scale), effect, rule)
 
 
@@ -224,8 +235,15 @@ def _label(
     return "reproduced" if nearest >= bound else "reproduced in direction"
 
 
+def _misses(effect: Effect, threshold: float | None, direction: str) -> bool:
+    """Is the paper's figure ruled out, whatever the label says about the direction?"""
+    if threshold is None or direction == "near" or effect.low is None or effect.high is None:
+        return False
+    return effect.low > threshold if direction == "below" else effect.high < threshold
+
+
 def _rule(neutral: float, threshold: float | None, margin: float, direction: str, unit: str) -> str:
-    of = "" if unit in ("", "ratio") else f" {unit}"
+    of = f" {unit}" if unit else ""
     first = "undecided: the 95% interval over paired seeds holds "
     if direction == "near":
         within = f"{_number(threshold - margin)} to {_number(threshold + margin)}{of}"

@@ -22,7 +22,6 @@ from ecmoe.execution import (
 )
 from ecmoe.render import index, page_html
 from ecmoe.results import Result, not_run
-from ecmoe.scoreboard import BEGIN, END
 from ecmoe.stats import CLAIMS, Effect, verdict
 
 EVIL = "<script>alert(1)</script>"
@@ -292,7 +291,7 @@ def test_a_verdict_shows_rule_proxy_and_noise(shown, tmp_path, monkeypatch):
         report.show_verdict(verdict(GOOD), "C11", scale="gpu")
 
 
-def test_scoreboard_and_readme(shown, tmp_path, monkeypatch):
+def test_scoreboard_and_claim_table(shown, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
     report.show_verdict(verdict(GOOD), "C9", scale="gpu", here="3.70 | 3.73")
     report.show_verdict(verdict(Effect(-0.1, None, None, 1)), "C6", scale="gpu")
@@ -304,14 +303,6 @@ def test_scoreboard_and_readme(shown, tmp_path, monkeypatch):
     assert frame.loc["C6", ["here", "interval", "verdict"]].tolist() == ["-0.1", "", "undecided"]
     table = report.claim_table(tmp_path)
     assert "| 3.70 \\| 3.73 (-0.04 to -0.02; 3 seeds) | **reproduced** |" in table
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert report.update_readme(readme, table) and not report.update_readme(readme, table)
-    assert report.readme_table(readme) == table
-    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
-    readme.write_text("no marks")
-    with pytest.raises(ValueError, match="claims:begin"):
-        report.update_readme(readme, table)
 
 
 def result(seed: int, **summary) -> Result:

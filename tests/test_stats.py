@@ -178,6 +178,18 @@ def test_rules_name_their_figures():
         verdict(effect(0, 1), direction="near")
 
 
+def test_a_figure_of_the_paper_outside_the_interval_is_named():
+    missed = verdict(effect(0.98, 1.06, unit="ratio of steps"), threshold=0.5)
+    assert missed.label == "undecided" and missed.rule.endswith("misses the paper's 0.5")
+    assert str(missed.effect).startswith("1.02 x the steps")
+    for other in (
+        verdict(effect(0.4, 1.1, unit="ratio"), threshold=0.5),
+        verdict(effect(0.98, 1.06, unit="ratio"), threshold=0.5, scale="smoke"),
+        verdict(effect(1.3, 1.5, unit="ratio"), threshold=1.2, direction="above"),
+    ):
+        assert "misses" not in other.rule
+
+
 def test_all_of_is_the_weakest_part():
     good, weak, open_, bad, absent = (
         verdict(e, margin=0.005)

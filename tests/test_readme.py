@@ -1,0 +1,64 @@
+"""README.md: its code runs, and its figure and claim table are those of the committed results."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ecmoe import readme
+
+README = Path(__file__).parents[1] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"<!-- test:(\w+) -->\n```python\n(.*?)```", TEXT, re.DOTALL))
+
+
+@pytest.fixture(autouse=True)
+def committed(monkeypatch):
+    """The results of this checkout, not of a test's own home."""
+    monkeypatch.setenv("ECMOE_HOME", str(README.parent))
+    monkeypatch.delenv("ECMOE_VERDICTS", raising=False)
+
+
+@pytest.mark.parametrize("name", readme.sections())
+def test_a_generated_part_is_what_the_results_give(name):
+    assert readme.part(TEXT, name).strip() == readme.sections()[name], "run `ecmoe readme`"
+
+
+def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
+    made = {"figure": "![new]", "claims": "| new |"}
+    monkeypatch.setattr(readme, "sections", lambda scale: made)
+    monkeypatch.setattr(readme.paths, "root", lambda: tmp_path)
+    monkeypatch.setattr(readme, "figure", lambda scale: Drawn())
+    page = tmp_path / "README.md"
+    marks = "{} a\n<!-- {}:begin -->\nold\n<!-- {}:end -->\n"
+    page.write_text("".join(marks.format(name, name, name) for name in made) + "last\n")
+    assert readme.update("gpu") and not readme.update("gpu")
+    for name, text in made.items():
+        assert readme.part(page.read_text(), name) == f"\n{text}\n"
+    assert page.read_text().startswith("figure a\n") and page.read_text().endswith("\nlast\n")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="figure:begin"):
+        readme.update("gpu")
+
+
+class Drawn:
+    """A figure that need not be drawn."""
+
+    figure = property(lambda self: self)
+
+    def savefig(self, *_, **__):
+        pass
+
+
+def test_the_layer_example_runs():
+    there = {}
+    exec(compile(EXAMPLES["layer"], "README.md", "exec"), there)
+    assert there["y"].shape == there["x"].shape
+    assert 0 <= float(there["moe"].statistics()["share_2"]) <= 1
+
+
+def test_the_run_example_trains_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    there = {}
+    exec(compile(EXAMPLES["run"], "README.md", "exec"), there)
+    assert there["result"].ok and not there["model"].training
