@@ -76,7 +76,7 @@ def not_run(config: RunConfig) -> Result:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json` by rename: it is there whole, or not at all."""
-    _write_json(Path(folder) / "summary.json", summary)
+    write_json(Path(folder) / "summary.json", summary)
 
 
 def read_run(folder: str | Path) -> Result:
@@ -86,7 +86,7 @@ def read_run(folder: str | Path) -> Result:
         FileNotFoundError: the run isn't done (no summary.json).
     """
     folder = Path(folder)
-    summary = _read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     curve = folder / "curve.csv"
     if curve.exists() and curve.stat().st_size:
         return Result(summary, pd.read_csv(curve).reindex(columns=COLUMNS).astype(float), folder)
@@ -101,12 +101,12 @@ def write_record(path: Path, result: Result) -> None:
             [round(i * (rows - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
         ]
     columns = {name: [_rounded(x) for x in curve[name]] for name in COLUMNS}
-    _write_json(Path(path), {"summary": result.summary, "curve": columns}, indent=None)
+    write_json(Path(path), {"summary": result.summary, "curve": columns}, indent=None)
 
 
 def read_record(path: str | Path) -> Result:
     """The Result of a committed record."""
-    record = _read_json(Path(path))
+    record = read_json(Path(path))
     try:
         return Result(
             record["summary"], pd.DataFrame(record["curve"]).reindex(columns=COLUMNS).astype(float)
@@ -122,7 +122,8 @@ def load_records(folder: str | Path) -> list[Result]:
     return [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
 
 
-def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write by rename; numpy's and torch's numbers become Python's, and what isn't finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     text = json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
@@ -130,7 +131,8 @@ def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) ->
     os.replace(temporary, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; a damaged file is a ValueError that says what to do."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
