@@ -45,7 +45,7 @@ def train(
     if as_json:
         typer.echo(json.dumps(summary, default=str))
     else:
-        wanted = ("name", "status", "error", "val_loss", "val_loss_causal", "perplexity")
+        wanted = ("name", "status", "error", "val_loss", "val_loss_causal", "accuracy", "perplexity")
         wanted += ("bits_per_byte", "tokens", "seconds", "tokens_per_second", "mfu", "device")
         for key in wanted:
             if summary.get(key) is not None:

@@ -80,6 +80,10 @@ _READS = {
 _ROUTING_KEYS = {name for names in _READS.values() for name in names}
 # Keys that change how a run is watched or where it runs, not what it computes.
 _NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "activation_checkpointing"}
+# What `data` says for images; all else is text. Each kind of run leaves out what the other alone reads.
+IMAGES, IMAGES_PREFIX = ("digits", "cifar10"), "images:"
+_TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance"}
+_IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +147,17 @@ class RunConfig:
 
     # Data
     data: str = key(
-        "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, or a path to .txt, .txt.xz, .jsonl"
-    )
+        "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, or a path to .txt, .txt.xz, .jsonl; images: digits, "
+        "cifar10, images:PATH")  # fmt: skip
     streaming: bool = key(False, "stream a Hub data set instead of downloading it whole")
     max_bytes: int = key(0, "read at most this much text, in bytes; 0: all", low=0)
     tokenizer: str = key("bytes", "bytes, or bpe trained on the corpus", choices=("bytes", "bpe"))
     vocab_size: int = key(256, "V; bytes: 256", low=2)
-    sequence_length: int = key(128, "T, tokens of a sequence (the paper: 1024)", low=1)
+    sequence_length: int = key(128, "T, tokens of a sequence (the paper: 1024); of an image, its patches", low=1)
+    patch_size: int = key(2, "pixels on a side of a patch (images)", low=1)
+    channels: int = key(1, "colours of a pixel (images): 1 or 3", low=1)
+    classes: int = key(10, "classes to tell apart (images)", low=2)
+    augment: bool = key(False, "shift training images by up to an eighth of their side, and mirror them (images)")
 
     # Training
     seed: int = key(0, "initial values and order of the batches", low=0)
@@ -196,14 +204,23 @@ class RunConfig:
             raise ConfigError(
                 f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be one of {divisors}"
             )
-        if self.tokenizer == "bytes" and self.vocab_size != 256:
+        if self.images:
+            self._check_images()
+        elif self.tokenizer == "bytes" and self.vocab_size != 256:
             raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer=bytes: there are 256 bytes; "
                               "set vocab_size: 256, or tokenizer: bpe")  # fmt: skip
-        if self.tokenizer == "bpe" and self.vocab_size < 257:
+        elif self.tokenizer == "bpe" and self.vocab_size < 257:
             raise ConfigError(
                 f"vocab_size={self.vocab_size} with tokenizer=bpe: must be at least 257 (256 bytes and a merge)"
             )
         self._check_routing()
+
+    def _check_images(self) -> None:
+        if self.router in ("hash", "task_level"):
+            reads = {"hash": "token ids", "task_level": "tasks"}[self.router]
+            others = ", ".join(router for router in ROUTERS if router not in ("hash", "task_level"))
+            raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {reads}, which images don't have; "
+                              f"take one of {others}")  # fmt: skip
 
     def _check_routing(self) -> None:
         b, c, e = self.max_experts_per_token, self.capacity_factor, self.num_experts
@@ -229,6 +246,11 @@ class RunConfig:
         if self.router == "expert_choice" and b is not None and b < c:
             raise ConfigError(f"max_experts_per_token={b}: {e} experts take {c:g} n tokens in all, but {b} n places are "
                               f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
+
+    @property
+    def images(self) -> bool:
+        """Does the run classify images, rather than model text?"""
+        return self.data in IMAGES or self.data.startswith(IMAGES_PREFIX)
 
     @property
     def tokens_per_batch(self) -> int:
@@ -290,14 +312,15 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed: two configs with equal identities are one run."""
-        unread = _ROUTING_KEYS - set(_READS[self.router])
+        unread = _ROUTING_KEYS - set(_READS[self.router]) | (_TEXT_KEYS if self.images else _IMAGE_KEYS)
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
         if is_local(
             self.data
         ):  # a copy elsewhere is the same text: the data digest tells if it is not
-            keep["data"] = Path(self.data).name
+            kind = IMAGES_PREFIX if self.images else ""
+            keep["data"] = kind + Path(self.data.removeprefix(kind)).name
         return keep
 
     def digest(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ecmoe import paths
-from ecmoe.config import ConfigError, is_local
+from ecmoe.config import IMAGES, ConfigError, is_local
 
 # A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
 BLOCK = 1 << 14
@@ -104,7 +104,7 @@ def source_files(data: str) -> dict[str, Path]:
         }
         if files:
             return dict(sorted(files.items()))
-    known = ["stdlib", *PRESETS]
+    known = ["stdlib", *PRESETS, *IMAGES]
     if path.exists():
         remedy = f"it exists, but must be, or hold, files that end in {', '.join(_TEXT + _JSON)}"
     elif is_local(data):

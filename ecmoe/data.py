@@ -53,28 +53,61 @@ class Batches(IterableDataset):
                 epoch = step // self.steps_per_epoch
                 order = window_order(self.seed, epoch, len(self.windows))
             first = (step % self.steps_per_epoch * self.world + self.rank) * self.batch_size
-            yield _batch(self.windows, order[first : first + self.batch_size])
+            yield self.take(order[first : first + self.batch_size], step)
             step += 1
 
+    def take(self, which: np.ndarray, step: int) -> Any:
+        """The batch of the windows `which`; micro-step `step` is for those who draw at random."""
+        return torch.from_numpy(self.windows[which].astype(np.int64))
 
-def _batch(windows: np.ndarray, which: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(windows[which].astype(np.int64))
+
+class RunData(L.LightningDataModule):
+    """What the data of all runs share: `start_step`, micro-batches that a resumed run has already seen, and ranks.
+
+    A kind of data gives `train_batches(start, rank, world)` and `val_batches()`, the same for every run.
+    """
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        self.config, self.start_step = config, 0
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_batches(self.start_step, self._rank, self._world))
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(list(self.val_batches())[self._rank :: self._world])
+
+    @staticmethod
+    def _loader(batches: Any) -> DataLoader:
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _val_batches(self) -> int:
+        """Every rank validates equally often, and all of them on as much as was asked for."""
+        return -(-self.config.eval_batches // self._world) * self._world
 
 
-class TextData(L.LightningDataModule):
+class TextData(RunData):
     """The text of a config as batches of token windows; `datasets` and the tokeniser run on first use only.
 
     After `setup()`: digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token (of the
-    validation windows), provenance. `start_step`: micro-batches that a resumed run has already seen.
+    validation windows), provenance.
 
     Raises:
         ConfigError: the corpus is missing, or too small for a batch.
     """
 
     def __init__(self, config: RunConfig, cache: Path | None = None):
-        super().__init__()
-        self.config, self.cache = config, cache
-        self.start_step = 0
+        super().__init__(config)
+        self.cache = cache
         self._tokens: tokens.Tokens | None = None
 
     def prepare_data(self) -> None:
@@ -92,8 +125,6 @@ class TextData(L.LightningDataModule):
             "training",
             "batch_size, on every rank,",
         )
-        # Every rank validates equally often, and all of them on as much text as was asked for.
-        self._val_batches = -(-config.eval_batches // self._world) * self._world
         count = self._val_batches * config.batch_size
         self._check(len(windows), count, "validation", "eval_batches x batch_size")
         self.val_windows = windows[np.linspace(0, len(windows) - 1, count).round().astype(np.int64)]
@@ -115,32 +146,11 @@ class TextData(L.LightningDataModule):
         self.setup()
         return self._tokens.tokenizer.encode([text])[0].tolist()
 
-    def train_dataloader(self) -> DataLoader:
-        batches = Batches(
-            self.train_windows,
-            self.config.batch_size,
-            self.config.seed,
-            self.start_step,
-            self._rank,
-            self._world,
-        )
-        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+    def train_batches(self, start: int, rank: int, world: int) -> Batches:
+        return Batches(self.train_windows, self.config.batch_size, self.config.seed, start, rank, world)
 
-    def val_dataloader(self) -> DataLoader:
-        mine = torch.from_numpy(self.val_windows.astype(np.int64)).split(self.config.batch_size)
-        return DataLoader(
-            list(mine[self._rank :: self._world]),
-            batch_size=None,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
+    def val_batches(self) -> Iterable[torch.Tensor]:
+        return torch.from_numpy(self.val_windows.astype(np.int64)).split(self.config.batch_size)
 
     def _check(self, have: int, need: int, side: str, keys: str) -> None:
         if have < need:
@@ -155,8 +165,13 @@ class TextData(L.LightningDataModule):
 def data_digest(config: RunConfig, cache: Path | None = None) -> str | None:
     """The digest of the tokenised data of `config` as it is here; None where it isn't tokenised.
 
-    Only the embedded corpus is tokenised to answer (seconds): reading a record must not start long work.
+    Only the embedded corpus is tokenised to answer (seconds): reading a record must not start long work. Of images,
+    only the embedded ones are looked at.
     """
+    if config.images:
+        from ecmoe.images import load
+
+        return load(config.data).provenance["digest"] if config.data == "digits" else None
     meta = tokens.peek(config, cache)
     if meta is None and config.data == "stdlib" and config.tokenizer == "bytes":
         meta = tokens.load(config, cache).meta

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from ecmoe import paths
-from ecmoe.config import ConfigError
+from ecmoe.config import IMAGES, IMAGES_PREFIX, ConfigError
 from ecmoe.corpus import NOT_STATED, about
 
-NAMES = ("digits", "cifar10")
-PREFIX = "images:"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HELD_OUT = 5  # where a source has no split of its own, one image in so many validates
 
@@ -62,11 +60,11 @@ def load(data: str) -> Images:
     Raises:
         ConfigError: there are no such images, they can't be read, or they aren't all of one size.
     """
-    if data in NAMES:
+    if data in IMAGES:
         return _load(data, None)
-    if not data.startswith(PREFIX) or data == PREFIX:
-        raise ConfigError(f"data={data!r}: images must be one of {', '.join(NAMES)}, or {PREFIX}PATH")
-    folder = paths.resolve(data.removeprefix(PREFIX))
+    if not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX:
+        raise ConfigError(f"data={data!r}: images must be one of {', '.join(IMAGES)}, or {IMAGES_PREFIX}PATH")
+    folder = paths.resolve(data.removeprefix(IMAGES_PREFIX))
     if not folder.is_dir():
         raise ConfigError(f"data={data!r}: {folder} is no folder; it must hold a sub-folder of image files per class, "
                           "or NAME_train.jpgs.xz and the files that go with it")  # fmt: skip
@@ -113,7 +111,7 @@ def _cifar10(data: str) -> Images:
     except Exception as error:  # no network, mostly: `datasets` says so itself
         raise ConfigError(
             f"data={data!r}: `datasets` can't load 'uoft-cs/cifar10' ({type(error).__name__}: {error}); the Hub must be "
-            f"reachable, or give a local copy as data: {PREFIX}PATH, or take data: digits"
+            f"reachable, or give a local copy as data: {IMAGES_PREFIX}PATH, or take data: digits"
         ) from error
     said = {"name": "CIFAR-10", "licence": NOT_STATED,
             "attribution": "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"}  # fmt: skip

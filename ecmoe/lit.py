@@ -1,4 +1,4 @@
-"""LitModel: the Transformer as a LightningModule. Loss, optimiser, schedule; what Lightning doesn't know."""
+"""LitModel and LitClassifier: a run as a LightningModule. Loss, optimiser, schedule; what Lightning doesn't know."""
 
 from __future__ import annotations
 
@@ -108,6 +108,25 @@ class LitModel(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.sums = dict(checkpoint["sums"])
+
+
+class LitClassifier(LitModel):
+    """Image classification; nothing is causal here.
+
+    A batch is images (B, C, H, W) in [0, 1] and classes (B,) int64. Losses are nats per image.
+    """
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Loss, and the share of images whose class got the largest logit."""
+        images, labels = batch
+        logits = self.model(images).float()
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        return {"val_loss": F.cross_entropy(logits, labels), "accuracy": accuracy}
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Images and classes -> mean cross-entropy in nats per image."""
+        images, labels = batch
+        return F.cross_entropy(self.model(images).float(), labels)
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:

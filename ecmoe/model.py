@@ -22,7 +22,7 @@ from ecmoe.moe import MoE
 from ecmoe.routing import build_router
 
 
-def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Transformer:
+def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
     """The model of a config, its initial values drawn from config.seed.
 
     Every parameter has a generator of its own, seeded by (seed, name): two configs with the same seed
@@ -31,44 +31,34 @@ def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Transf
     Args:
         token_counts: (V,) corpus frequencies, for hash_table=balanced.
     """
-    model = Transformer(config, token_counts)
+    model = _new_model(config, token_counts)
     if not next(model.parameters()).is_meta:
         model.initialize(config.seed)
     return model
 
 
-class Transformer(nn.Module):
-    """Decoder-only language model: (B, T) token ids -> (B, T, V) logits."""
+def _new_model(config: RunConfig, token_counts: Tensor | None) -> Trunk:
+    if config.images:
+        from ecmoe.vision import VisionTransformer  # it is made of what stands here
 
-    def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
+        return VisionTransformer(config)
+    return Transformer(config, token_counts)
+
+
+class Trunk(nn.Module):
+    """An embedding, blocks, and a last norm; and how all parameters start."""
+
+    def __init__(
+        self, config: RunConfig, embedding: nn.Module, token_counts: Tensor | None = None, causal: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = embedding
         self.blocks = nn.ModuleList(
-            Block(config, config.router != "dense" and layer % config.moe_every == config.moe_every - 1, token_counts)
+            Block(config, config.router != "dense" and layer % config.moe_every == config.moe_every - 1, token_counts, causal)
             for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.d_model)
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        task_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """Logits of the next token.
-
-        Args:
-            token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
-            cache: keys and values of the tokens before these; extended by these.
-        """
-        x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
-        # output layer doesn't start by repeating its input
-        for layer, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layers[layer]
-            x = block(x, token_ids, task_ids, mask, past)
-        return F.linear(self.norm(x), self.embedding.weight)  # tied
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -104,6 +94,33 @@ class Transformer(nn.Module):
         return parameter.shape[1 if name.endswith((".qkv.weight", "_up.weight")) else -2] ** -0.5
 
 
+class Transformer(Trunk):
+    """Decoder-only language model: (B, T) token ids -> (B, T, V) logits."""
+
+    def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
+        super().__init__(config, nn.Embedding(config.vocab_size, config.d_model), token_counts)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
+            cache: keys and values of the tokens before these; extended by these.
+        """
+        x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
+        # output layer doesn't start by repeating its input
+        for layer, block in enumerate(self.blocks):
+            past = None if cache is None else cache.layers[layer]
+            x = block(x, token_ids, task_ids, mask, past)
+        return F.linear(self.norm(x), self.embedding.weight)  # tied
+
+
 class KeyValueCache:
     """Keys and values of the tokens seen so far, by layer: decoding computes each token once."""
 
@@ -114,11 +131,13 @@ class KeyValueCache:
 class Block(nn.Module):
     """Attention, then experts or a gated FFN, each on the normalised residual stream."""
 
-    def __init__(self, config: RunConfig, has_experts: bool, token_counts: Tensor | None) -> None:
+    def __init__(
+        self, config: RunConfig, has_experts: bool, token_counts: Tensor | None = None, causal: bool = True
+    ) -> None:
         super().__init__()
         self.recompute = config.activation_checkpointing
         self.attention_norm, self.ffn_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.moe = self.ffn = None
         if has_experts:
             router = build_router(config, token_counts)
@@ -129,7 +148,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        token_ids: Tensor,
+        token_ids: Tensor | None = None,
         task_ids: Tensor | None = None,
         mask: Tensor | None = None,
         past: list[Tensor] | None = None,
@@ -146,14 +165,16 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with a relative position bias (per layer, as in GLaM)."""
+    """Multi-head attention; causal, with a relative position bias (per layer, as in GLaM), or to all tokens alike."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, causal: bool = True) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.relative = RelativeBias(config.heads, config.relative_buckets, config.relative_max_distance)
+        self.relative = None
+        if causal:
+            self.relative = RelativeBias(config.heads, config.relative_buckets, config.relative_max_distance)
 
     def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, d). past: [keys, values], each (B, h, tokens before x, d/h), or []; extended in place."""
@@ -163,8 +184,10 @@ class Attention(nn.Module):
             if past:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
             past[:] = [k, v]
-        bias = self.relative(T, k.shape[2], x.device).to(q.dtype)  # (h, T, keys), -inf for the future
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(B, -1, -1, -1))
+        bias = None
+        if self.relative is not None:  # (h, T, keys), -inf for the future
+            bias = self.relative(T, k.shape[2], x.device).to(q.dtype).expand(B, -1, -1, -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -246,7 +269,7 @@ def count_parameters(config: RunConfig) -> Count:
     if config.hash_table == "balanced":  # the table is data, not parameters
         config = config.replace(hash_table="modulo")
     with torch.device("meta"):
-        model = Transformer(config, counts)
+        model = _new_model(config, counts)
     total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
     experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
     return Count(total, round(total - experts + experts * experts_per_token(config) / config.num_experts))
@@ -265,6 +288,12 @@ def experts_per_token(config: RunConfig) -> float:
 
 
 def flops_per_token(config: RunConfig) -> float:
-    """Training FLOPs of a token: 6 N_active (output layer in, embedding out) + 6 L T d of causal attention."""
-    active = count_parameters(config).active + config.vocab_size * config.d_model
-    return 6 * active + 6 * config.layers * config.sequence_length * config.d_model
+    """Training FLOPs of a token: 6 N_active (output layer in, embedding out) + 6 L T d of causal attention.
+
+    Of a patch: attention to all tokens takes twice as much; the head, once an image, is counted as if once a patch.
+    """
+    active = count_parameters(config).active
+    attention = 6 * config.layers * config.sequence_length * config.d_model
+    if config.images:
+        return 6 * active + 2 * attention
+    return 6 * (active + config.vocab_size * config.d_model) + attention

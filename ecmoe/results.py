@@ -24,11 +24,11 @@ CURVE_POINTS = 300  # of a record; a curve is thinned to this many
 SHARES = [f"share_{j}" for j in range(9)]  # of tokens taken by exactly j experts; 8: 8 or more
 COLUMNS = [
     "step", "tokens", "seconds", "train_loss", "learning_rate", "aux_loss", "tokens_per_second",
-    "val_loss", "val_loss_causal", "dropped", "over_capacity", "max_load", *SHARES,
+    "val_loss", "val_loss_causal", "accuracy", "dropped", "over_capacity", "max_load", *SHARES,
 ]  # fmt: skip
 # A table has these columns even where no run could measure them.
 MEASURED = [
-    "val_loss", "val_loss_causal", "perplexity", "bits_per_byte", "train_loss", "tokens", "seconds",
+    "val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte", "train_loss", "tokens", "seconds",
     "tokens_per_second", "mfu", "step_ms", "dropped", "over_capacity", "max_load", *SHARES,
 ]  # fmt: skip
 
@@ -277,7 +277,7 @@ def table(results: Iterable[Result], axes: Sequence[str] = ()) -> pd.DataFrame:
         frame[column] = math.nan
     frame[MEASURED] = frame[MEASURED].astype(float)
     if "status" in frame:  # a loss of a run that broke off is no result
-        losses = ["val_loss", "val_loss_causal", "perplexity", "bits_per_byte"]
+        losses = ["val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte"]
         frame.loc[frame["status"] != "finished", losses] = math.nan
     return frame
 

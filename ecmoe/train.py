@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from ecmoe import paths
 from ecmoe.config import SCHEMA, RunConfig
-from ecmoe.data import TextData, data_digest
-from ecmoe.lit import LitModel
-from ecmoe.model import Transformer, build_model, count_parameters, flops_per_token
+from ecmoe.data import RunData, TextData, data_digest
+from ecmoe.lit import LitClassifier, LitModel
+from ecmoe.model import Trunk, build_model, count_parameters, flops_per_token
 from ecmoe.recorder import Diverged, Recorder
 from ecmoe.results import (
     Result,
@@ -71,7 +71,7 @@ def run_or_load(
     return result
 
 
-def load_model(path: str | Path) -> Transformer:
+def load_model(path: str | Path) -> Trunk:
     """The trained model of a run folder, in evaluation mode, its cut-offs included."""
     path = Path(path)
     config = RunConfig.from_yaml(path / "config.yaml")
@@ -139,11 +139,11 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
     if leads:
         _write_yaml(config, folder / "config.yaml")
     try:
-        data = TextData(config)
+        data = open_data(config)
         data.prepare_data()
         data.setup("fit")
         torch.manual_seed(config.seed)
-        module = LitModel(config, torch.as_tensor(data.token_counts))
+        module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
         trainer = _trainer(config, recorder)
         checkpoint = folder / "last.ckpt"
         resume = str(checkpoint) if checkpoint.exists() else None
@@ -178,6 +178,15 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
             (folder / "last.ckpt").unlink(missing_ok=True)  # done: the weights are kept, the optimiser's state isn't
         write_summary(folder, summary)
     return Result(summary, recorder.curve(), folder)
+
+
+def open_data(config: RunConfig) -> RunData:
+    """The text or the images of a config, in batches."""
+    if config.images:
+        from ecmoe.image_data import ImageData
+
+        return ImageData(config)
+    return TextData(config)
 
 
 def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
@@ -245,7 +254,7 @@ def _summary(
     status: str,
     error: str | None,
     started: datetime.datetime,
-    data: TextData | None,
+    data: RunData | None,
 ) -> dict[str, Any]:
     curve = recorder.curve()
     last = curve.iloc[-1].to_dict() if len(curve) else {}
@@ -263,7 +272,8 @@ def _summary(
         "error": error,
         "val_loss": val_loss,
         "val_loss_causal": last.get("val_loss_causal", math.nan) if status == "finished" else math.nan,
-        "perplexity": math.exp(val_loss) if val_loss < 700 else math.nan,
+        "accuracy": last.get("accuracy", math.nan) if status == "finished" else math.nan,
+        "perplexity": math.exp(val_loss) if val_loss < 700 and not config.images else math.nan,
         "bits_per_byte": val_loss / math.log(2) / getattr(data, "bytes_per_token", math.nan),
         "train_loss": last.get("train_loss", math.nan),
         "steps": int(last.get("step", 0)),
@@ -340,7 +350,7 @@ def main(arguments: list[str]) -> None:
     if result is None:
         result = _train(config, folder, True) if unlocked else _train_once(config, folder, True)
     if os.environ.get("RANK", "0") == "0":
-        print(pd.Series(result.summary)[["name", "status", "val_loss", "bits_per_byte", "tokens_per_second"]])
+        print(pd.Series(result.summary)[["name", "status", "val_loss", "accuracy", "bits_per_byte", "tokens_per_second"]])
 
 
 if __name__ == "__main__":
