@@ -1,0 +1,236 @@
+"""Learn tasks in sequence, and measure after each what is still known.
+
+Expert Gate beside one network of the same total size, dense or with an expert choice layer, and beside that network
+trained on all tasks at once. Evaluation is class-incremental: nobody says which task an image is from.
+
+Letters: K tasks; n images (C, H, W); T tokens of an image, its patches, of width d; e experts of an expert choice layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecmoe import images
+from ecmoe.config import ConfigError, bucket_size
+from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, probabilities
+from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
+from ecmoe.continual.settings import Settings
+from ecmoe.moe import MoE
+from ecmoe.routing import ExpertChoice
+
+
+class Task(NamedTuple):
+    """Images of a group of classes: x (n, C, H, W) float32, y (n,) int64; `held` (n,) bool, see `Settings.held_out`."""
+
+    classes: Tensor
+    x: Tensor
+    y: Tensor
+    held: Tensor
+    val_x: Tensor
+    val_y: Tensor
+
+
+def split(data: images.Images, settings: Settings, device: torch.device | str = "cpu") -> list[Task]:
+    """The tasks: neighbouring classes together, none in two tasks.
+
+    Raises:
+        ConfigError: the classes don't divide evenly, or a task has too few images for a batch.
+    """
+    K, classes = settings.tasks, len(data.classes)
+    if classes % K:
+        fits = [k for k in range(2, classes + 1) if classes % k == 0]
+        raise ConfigError(f"tasks={K} doesn't divide the {classes} classes of data={settings.data!r}: may be one of {fits}")
+    tasks = []
+    for group in torch.arange(classes).view(K, -1):
+        train, val = torch.isin(data.train_y, group), torch.isin(data.val_y, group)
+        x, y = data.train_x[train], data.train_y[train]
+        held = torch.arange(len(x)) % settings.held_out == 0
+        if (~held).sum() < settings.batch_size:
+            raise ConfigError(f"batch_size={settings.batch_size}: is more than the {int((~held).sum())} training images of a task "
+                              f"of data={settings.data!r}; lower it, or tasks={K}")  # fmt: skip
+        parts = (group, x, y, held, data.val_x[val], data.val_y[val])
+        tasks.append(Task(*(part.to(device) for part in parts)))
+    return tasks
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Learn all tasks, and measure after each. The same settings give the same numbers on a CPU.
+
+    Returns:
+        accuracy: K rows, after each task, of K accuracies, one a task; None for a task that hasn't come yet, and in all
+        rows but the last of joint training. accuracy_task_known: the same, told the task of an image. And of Expert Gate:
+        confusion (row: task, column: expert; shares of the task's images), relatedness, origins, right_probability; of
+        expert choice: expert_shares (row: task, column: expert; shares of its tokens); of all that have experts: moved,
+        by how much a task's training moved each expert, relative to its weights before; None: it wasn't there.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = images.load(settings.data)
+    tasks = split(data, settings, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        learn = _learn_by_gates if settings.approach == "expert_gate" else _learn_in_one
+        measured = learn(tasks, tuple(data.train_x.shape[1:]), settings)
+    return measured | {"task_names": [", ".join(data.classes[c] for c in task.classes) for task in tasks]}
+
+
+def new_gate(shape: Sequence[int], settings: Settings) -> ExpertGate:
+    """An Expert Gate that knows no task yet, for images of shape (C, H, W)."""
+    d, f = settings.d_model, settings.d_ff
+    if settings.code >= math.prod(shape):
+        raise ConfigError(f"code={settings.code}: a gate of images with {math.prod(shape)} pixels needs fewer hidden units, or it copies them")
+    return ExpertGate(lambda classes: _net(shape, classes, settings, lambda: dense_ffn(d, f)), math.prod(shape),
+                      settings.code, settings.temperature, settings.threshold)  # fmt: skip
+
+
+def new_network(shape: Sequence[int], tasks: int, classes: int, settings: Settings) -> PatchNet:
+    """One network for all classes, as large as Expert Gate after all tasks, gates included."""
+    expert = new_gate(shape, settings).new_expert(classes // tasks)
+    size = tasks * (count(expert) + count(Gate(math.prod(shape), settings.code)))
+    d, e, c = settings.d_model, settings.num_experts, settings.capacity_factor
+    if settings.approach.endswith("expert_choice"):
+        bucket_size(settings.batch_size * expert.tokens, e, c)  # an error that names the keys, before any training
+        return as_large(lambda f: _net(shape, classes, settings, lambda: MoE(ExpertChoice(d, e, c), d, f)), size)
+    return as_large(lambda f: _net(shape, classes, settings, lambda: dense_ffn(d, f)), size)
+
+
+def _net(shape: Sequence[int], classes: int, settings: Settings, make_ffn: Callable[[], nn.Module]) -> PatchNet:
+    return PatchNet(shape, classes, settings.patch, settings.d_model, settings.layers, make_ffn)
+
+
+def _learn_by_gates(tasks: list[Task], shape: Sequence[int], settings: Settings) -> dict[str, Any]:
+    model = new_gate(shape, settings)
+    s = settings
+    fit_gate = partial(fit, steps=s.gate_steps, batch_size=s.batch_size, learning_rate=s.gate_learning_rate)
+    fit_expert = partial(fit, steps=s.steps, batch_size=s.batch_size, learning_rate=s.learning_rate)
+    rows, known, moved = [], [], []
+    for t, task in enumerate(tasks):
+        before = [_weights(expert) for expert in model.experts]
+        model.learn(task.x, task.y, task.held, fit_gate, fit_expert)
+        after = [_weights(expert) for expert in model.experts]
+        moved.append(_moved(before, after, len(tasks)))
+        picks = [model(task.val_x) for task in tasks[: t + 1]]
+        told = [model(task.val_x, torch.full_like(task.val_y, k))[0] for k, task in enumerate(tasks[: t + 1])]
+        rows.append(_accuracies([said for said, _ in picks], tasks))
+        known.append(_accuracies(told, tasks))
+    confusion = torch.stack([expert.bincount(minlength=len(tasks)) / len(expert) for _, expert in picks])
+    trust = [probabilities(model.errors(task.val_x), s.temperature)[:, k] for k, task in enumerate(tasks)]
+    return {
+        "accuracy": rows, "accuracy_task_known": known, "moved": moved, "confusion": confusion.tolist(),
+        "relatedness": [model.relatedness(task.x[task.held], k).tolist() for k, task in enumerate(tasks)],
+        "origins": [origin._asdict() for origin in model.origins],
+        "gate_right": float(confusion.diagonal().mean()), "right_probability": float(torch.cat(trust).mean()),
+        "parameters": count(model), "tokens": len(tasks) * s.steps * s.batch_size * model.experts[0].tokens,
+    }  # fmt: skip
+
+
+def _learn_in_one(tasks: list[Task], shape: Sequence[int], settings: Settings) -> dict[str, Any]:
+    K, s = len(tasks), settings
+    model = new_network(shape, K, sum(len(task.classes) for task in tasks), s).to(tasks[0].x.device)
+    lessons = [(task.x, task.y, s.steps) for task in tasks]
+    if s.approach.startswith("joint"):
+        lessons = [(torch.cat([task.x for task in tasks]), torch.cat([task.y for task in tasks]), K * s.steps)]
+    rows, known, moved = [[None] * K] * (K - len(lessons)), [[None] * K] * (K - len(lessons)), []
+    for x, y, steps in lessons:
+        before = _experts(model)
+        model.train()
+        fit(model.parameters(), lambda ids, x=x, y=y: F.cross_entropy(model(x[ids]), y[ids]), len(x), steps=steps,
+            batch_size=s.batch_size, learning_rate=s.learning_rate, after_step=partial(_end_step, model))  # fmt: skip
+        model.eval()
+        moved.append(_moved(before, _experts(model), s.num_experts))
+        came = tasks[: len(rows) + 1]
+        logits, shares = _answers(model, came, s)
+        rows.append(_accuracies([said.argmax(1) for said in logits], tasks))
+        told = [task.classes[said[:, task.classes].argmax(1)] for said, task in zip(logits, came, strict=True)]
+        known.append(_accuracies(told, tasks))
+    found = {"accuracy": rows, "accuracy_task_known": known, "parameters": count(model)}
+    if s.approach.endswith("expert_choice"):
+        found |= {"moved": moved, "expert_shares": shares}
+    return found | {"tokens": K * s.steps * s.batch_size * model.tokens}
+
+
+@torch.no_grad()
+def _answers(model: PatchNet, tasks: list[Task], settings: Settings) -> tuple[list[Tensor], list[list[float]]]:
+    """Logits of each task's validation images, and the share of each task's tokens by expert.
+
+    Experts choose among the tokens of a batch, so images of all tasks come mixed in batches as large as in training; the last one
+    is filled up with images that are masked.
+    """
+    x = torch.cat([task.val_x for task in tasks])
+    task_of = torch.cat([torch.full_like(task.val_y, k) for k, task in enumerate(tasks)])
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    logits = x.new_zeros(len(x), model.head.out_features)
+    counts = x.new_zeros(len(tasks), settings.num_experts)
+    for ids in order.split(settings.batch_size):
+        filled = F.pad(ids, (0, settings.batch_size - len(ids)), value=int(ids[0]))
+        mask = torch.arange(len(filled), device=x.device) < len(ids)
+        with _assignments(model) as chosen:
+            logits[ids] = model(x[filled], mask)[: len(ids)]
+        for taken in chosen:  # (n, e) tokens an image that each expert took
+            counts.index_add_(0, task_of[ids], taken[: len(ids)])
+    shares = counts / counts.sum(1, keepdim=True)
+    return [logits[task_of == k] for k in range(len(tasks))], shares.tolist()
+
+
+@contextmanager
+def _assignments(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it every MoE layer notes how many tokens of each image its experts take: (n, e) each."""
+    noted: list[Tensor] = []
+
+    def note(layer: MoE, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> None:
+        B, T, d = args[0].shape
+        chosen = layer.router.assign(layer.router.logits(args[0]), batch_shape=(B, T), mask=kwargs["mask"].reshape(-1))
+        noted.append((chosen.dense(B * T) > 0).float().view(B, T, -1).sum(1))
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if isinstance(m, MoE)]
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _end_step(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.router.end_step()
+
+
+def _weights(expert: PatchNet) -> Tensor:
+    """All FFN weights of a network, in one vector."""
+    return torch.cat([p.detach().flatten() for block in expert.blocks for p in block.ffn.parameters()])
+
+
+def _experts(model: PatchNet) -> list[Tensor]:
+    """A vector of weights for each expert of the expert choice layers; none in a dense network."""
+    layers = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
+    return [torch.cat([w[i].detach().flatten() for m in layers for w in (m.w1, m.w2)]) for i in range(len(layers and layers[0].w1))]
+
+
+def _moved(before: list[Tensor], after: list[Tensor], experts: int) -> list[float | None]:
+    """|after - before| / |before| of each expert; None: it wasn't there before."""
+    there = [float((b - a).norm() / a.norm()) for a, b in zip(before, after, strict=False)]
+    return there + [None] * (experts - len(there))
+
+
+def _accuracies(said: list[Tensor], tasks: list[Task]) -> list[float | None]:
+    right = [float((y == task.val_y).float().mean()) for y, task in zip(said, tasks, strict=False)]
+    return right + [None] * (len(tasks) - len(right))
+
+
+def final_accuracy(accuracy: Sequence[Sequence[float | None]]) -> float:
+    """Mean over tasks, after the last."""
+    return sum(accuracy[-1]) / len(accuracy)
+
+
+def forgetting(accuracy: Sequence[Sequence[float | None]]) -> float:
+    """Mean over all tasks but the last: accuracy right after it was learned, minus accuracy at the end; NaN for joint training."""
+    lost = [row[k] - end for k, (row, end) in enumerate(zip(accuracy, accuracy[-1], strict=True)) if row[k] is not None]
+    return sum(lost[:-1]) / (len(lost) - 1) if len(lost) > 1 else math.nan

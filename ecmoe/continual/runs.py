@@ -1,0 +1,142 @@
+"""Runs of this study, kept like the others: found again by name, never computed twice; and what pages read of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+
+from ecmoe import images, paths
+from ecmoe.continual.learning import final_accuracy, forgetting, run
+from ecmoe.continual.settings import APPROACHES, SCHEMA, Settings
+from ecmoe.results import Result, read_record, write_record
+
+ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
+
+
+def run_or_load(settings: Settings, *, scale: str = "smoke", train: bool = True) -> Result:
+    """The result of a run: kept from an earlier call, or computed now.
+
+    Args:
+        scale: at smoke it is kept in runs/continual, else in reports/<scale>/continual, to be committed.
+        train: False: what is missing comes back as "not run".
+
+    Returns:
+        a Result without curve or weights. Its record is written last and by rename: it is there whole, or not at all.
+    """
+    path = records(scale) / f"{settings.name}.json"
+    if path.exists():
+        return read_record(path)
+    if not train:
+        return _missing(settings)
+    (paths.runs() / "continual").mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.runs() / "continual" / f"{settings.name}.lock"):  # whoever comes second finds it done
+        if not path.exists():
+            write_record(path, Result(_summary(settings)))
+    return read_record(path)  # as a later call will see it
+
+
+def records(scale: str) -> Path:
+    """The folder of this study's records: never that of the runs that have a RunConfig."""
+    return paths.runs() / "continual" if scale == "smoke" else paths.root() / "reports" / scale / "continual"
+
+
+def run_study(settings: Mapping[str, Any], seeds: Sequence[int], *, approaches: Sequence[str] = tuple(APPROACHES),
+              scale: str = "smoke", train: bool = True) -> dict[str, list[Result]]:  # fmt: skip
+    """Run or load every approach with every seed; all settings are checked before anything runs.
+
+    Returns:
+        label of the approach -> a Result for each seed. A run that fails is reported and the others go on.
+    """
+    made = {APPROACHES[a]: [Settings.from_dict({**settings, "approach": a, "seed": seed}) for seed in seeds] for a in approaches}
+    results: dict[str, list[Result]] = {label: [] for label in made}
+    for i in range(len(seeds)):
+        for label, by_seed in made.items():
+            try:
+                result = run_or_load(by_seed[i], scale=scale, train=train)
+            except Exception as error:
+                print(f"[{label} s{seeds[i]}] failed: {error}", file=sys.stderr, flush=True)
+                result = _missing(by_seed[i], status="failed", error=f"{type(error).__name__}: {error}")
+            results[label].append(result)
+    return results
+
+
+def _missing(settings: Settings, status: str = "not run", error: str | None = None) -> Result:
+    return Result({"config": dataclasses.asdict(settings), "name": settings.name, "seed": settings.seed, "schema": SCHEMA,
+                   "status": status, "error": error})  # fmt: skip
+
+
+def _summary(settings: Settings) -> dict[str, Any]:
+    """Run, and say what was measured and how; with the keys that `report.provenance` reads."""
+    from ecmoe.train import commit, device_name  # brings Lightning, which loading doesn't need
+
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    measured = run(settings)
+    seconds = time.perf_counter() - clock
+    print(f"[{APPROACHES[settings.approach]} s{settings.seed}] accuracy {final_accuracy(measured['accuracy']):.3f}, {seconds:.0f} s",
+          file=sys.stderr, flush=True)  # fmt: skip
+    for suffix in ("", "_task_known"):
+        matrix = measured[f"accuracy{suffix}"]
+        measured |= {f"final_accuracy{suffix}": final_accuracy(matrix), f"forgetting{suffix}": forgetting(matrix)}
+    return _missing(settings, status="finished").summary | measured | {
+        "seconds": seconds, "device": device_name(), "precision": "32-true", "world_size": 1, "commit": commit(),
+        "versions": {name: version(name) for name in ("torch", "numpy")} | {"python": platform.python_version()},
+        "data": images.load(settings.data).provenance, "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+# What figures and tables read
+
+
+def with_oracle(runs: Mapping[str, list[Result]]) -> dict[str, list[Result]]:
+    """The runs, and beside Expert Gate its experts under an oracle gate: the same networks, told the task."""
+    shown: dict[str, list[Result]] = {}
+    for label, results in runs.items():
+        shown[label] = results
+        if label == APPROACHES["expert_gate"]:
+            shown[ORACLE] = [Result(_told(result.summary)) for result in results]
+    return shown
+
+
+def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("accuracy", "final_accuracy", "forgetting")
+    return {**summary, **{name: summary[f"{name}_task_known"] for name in names if f"{name}_task_known" in summary}}
+
+
+def table(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """One row per approach and seed: final accuracy and forgetting, without and with the task known, and the network's size."""
+    columns = ["final_accuracy", "forgetting", "final_accuracy_task_known", "forgetting_task_known", "gate_right", "parameters", "seconds"]
+    rows = [
+        {"approach": label, "seed": r.summary["seed"], "status": r.summary["status"]} | {c: r.summary.get(c) for c in columns}
+        for label, results in runs.items()
+        for r in results
+    ]
+    frame = pd.DataFrame(rows, columns=["approach", "seed", "status", *columns])
+    return frame.astype(dict.fromkeys(columns, float))
+
+
+def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """Accuracies one below the other: approach, seed, `after` (tasks learned), `task`, accuracy; a missing run is a row of NaN."""
+    rows: list[dict[str, Any]] = []
+    for label, results in runs.items():
+        for r in results:
+            same = {"approach": label, "seed": r.summary["seed"]}
+            cells = [(t + 1, k + 1, value) for t, row in enumerate(r.summary.get("accuracy", [])) for k, value in enumerate(row)]
+            rows += [same | {"after": t, "task": k, "accuracy": v} for t, k, v in cells if v is not None] or [same]
+    return pd.DataFrame(rows, columns=["approach", "seed", "after", "task", "accuracy"]).astype({"accuracy": float})
+
+
+def mean_matrix(results: Iterable[Result], name: str) -> pd.DataFrame | None:
+    """Mean over seeds of a matrix of the summary, such as confusion; None if there is none. Its cells that are None are NaN."""
+    there = [pd.DataFrame(r.summary[name], dtype=float) for r in results if r.ok and name in r.summary]
+    return sum(there) / len(there) if there else None
