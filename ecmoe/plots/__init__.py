@@ -4,6 +4,7 @@
 that is named, never a 0. Bands are the range over seeds, bars across a mean its 95% interval.
 """
 
+from ecmoe.plots.continual import gate_choices, kept_and_lost, overwritten, retention
 from ecmoe.plots.loss import final_loss, loss_against, loss_over_steps, parameter_counts
 from ecmoe.plots.parts import LABELS, Plot
 from ecmoe.plots.routing import (
@@ -16,6 +17,7 @@ from ecmoe.plots.routing import (
 from ecmoe.plots.style import looks
 
 __all__ = [
-    "LABELS", "Plot", "capacity_demand", "expert_shares", "expert_shares_over_steps", "final_loss",
-    "load", "looks", "loss_against", "loss_over_steps", "parameter_counts", "routing_matrix",
+    "LABELS", "Plot", "capacity_demand", "expert_shares", "expert_shares_over_steps",
+    "final_loss", "gate_choices", "kept_and_lost", "load", "looks", "loss_against", "loss_over_steps",
+    "overwritten", "parameter_counts", "retention", "routing_matrix",
 ]  # fmt: skip
