@@ -11,7 +11,7 @@ import html
 import importlib
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,6 +19,7 @@ from IPython.display import display
 from markupsafe import Markup
 
 from ecmoe.plots.parts import Plot
+from ecmoe.plots.style import count_colors, is_dark
 from ecmoe.results import Result
 from ecmoe.scoreboard import (
     claim_table,
@@ -33,7 +34,7 @@ from ecmoe.stats import PLUMBING, Verdict, smallest_effect
 # `execute`, `render` and `index` are found here too, by __getattr__.
 __all__ = [
     "claim_table", "formula", "plumbing_only", "provenance", "scoreboard", "show",
-    "show_scoreboard", "show_table", "show_verdict", "verdict_folder",
+    "show_scoreboard", "show_table", "show_text", "show_verdict", "verdict_folder",
 ]  # fmt: skip
 
 Format = str | Callable[[Any], str]
@@ -115,6 +116,35 @@ def table_html(
     rows = "".join(body) or f'<tr><td colspan="{max(1, len(frame.columns))}">nothing</td></tr>'
     table = f"<table>{heading}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str, unit: str = "expert") -> None:
+    """Show text with each token on the colour of its count, as in `plots.expert_shares`; 0 is struck through.
+
+    Args:
+        tokens: the text in pieces; escaped. counts: a whole number for each. unit: what is counted.
+    """
+    if len(tokens) != len(counts):
+        raise ValueError(f"{len(tokens)} tokens but {len(counts)} counts: there must be one for each")
+    colors = count_colors()
+
+    def mark(text: str, count: int) -> str:
+        color = colors[min(count, len(colors) - 1)]
+        style = f"background:{color};color:{'#fff' if is_dark(color) else '#000'}"
+        style += ";text-decoration:line-through" * (not count)
+        return f'<span style="{style}" title="{times(count)}">{html.escape(text)}</span>'
+
+    def times(count: int) -> str:
+        return f"{count} {unit}{'' if count == 1 else 's'}"
+
+    pairs = list(zip(tokens, counts, strict=True))
+    pieces = [mark(text.replace("\n", "\u23ce\n"), count) for text, count in pairs]
+    key = " ".join(mark(f"\u00a0{times(count)}\u00a0", count) for count in sorted(set(counts)))
+    _display(
+        f'<figure class="text"><p>{key}</p><pre>{"".join(pieces)}</pre>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>",
+        f"{caption}\n" + " ".join(f"{text!r}:{count}" for text, count in pairs),
+    )
 
 
 def show_verdict(

@@ -117,6 +117,10 @@ def test_expert_shares(runs):
     assert "The paper: 74% one or two" in plot.alt and "Not run: Hash." in plot.alt
     over = drawn(plots.expert_shares_over_steps(curves(runs)))
     assert over.data["1 or 2"].eq(75).all() and "75.0% 1 or 2" in over.alt
+    said = [[text.get_text() for text in ax.texts] for ax in over.figure.axes if ax.get_visible()]
+    assert said == [[], [], ["not run"]]  # only where nothing is drawn
+    left = over.figure.axes[0]
+    assert any(label.get_visible() and label.get_text() for label in left.get_yticklabels())
 
 
 def test_load_is_in_percent(runs):

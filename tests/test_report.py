@@ -269,6 +269,18 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
     assert "nothing" in shown[1]
 
 
+def test_text_is_coloured_by_count_and_escaped(shown):
+    report.show_text(["a ", EVIL, "\n"], [1, 0, 12], "A caption <b>")
+    page = BeautifulSoup(shown[0], "html.parser")
+    assert page.pre.text == f"a {EVIL}\u23ce\n" and not page.find_all(["script", "b"])
+    one, none, many = page.pre.find_all("span")
+    assert [span["title"] for span in (one, none, many)] == ["1 expert", "0 experts", "12 experts"]
+    assert "line-through" in none["style"] and "line-through" not in one["style"]
+    assert [span.text.strip() for span in page.p.find_all("span")] == ["0 experts", "1 expert", "12 experts"]
+    with pytest.raises(ValueError, match="1 tokens but 2 counts"):
+        report.show_text(["a"], [1, 2], "")
+
+
 def test_smoke_gives_no_verdict(shown, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
     report.show_verdict(verdict(GOOD), "C9", scale="smoke", here="better")

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 
 from ecmoe.plots.parts import (
     LABELS,
@@ -26,7 +24,7 @@ from ecmoe.plots.parts import (
     series_text,
     thousands,
 )
-from ecmoe.plots.style import legend_below, looks, new_figure
+from ecmoe.plots.style import count_colors, is_dark, legend_below, looks, new_figure
 from ecmoe.results import SHARES
 
 
@@ -45,7 +43,7 @@ def expert_shares(
     data = (100 * means).rename(columns=dict(zip(SHARES, names, strict=True))).round(2)
     figure, (ax,) = new_figure(1.5 + 0.5 * (len(data) + bool(paper)))
     ax.grid(False)
-    colors = _ramp(len(names))
+    colors = count_colors()
     labels = list(data.index)
     for y, (_, row) in enumerate(data.iterrows()):
         left = 0.0
@@ -105,13 +103,11 @@ def expert_shares_over_steps(curves: pd.DataFrame, x: str = "step") -> Plot:
         ax.set_xlabel(LABELS[x])
         ax.xaxis.set_major_formatter(thousands)
         if not len(curve):
-            ax.text(0.5, 0.5, "not run", transform=ax.transAxes, color="0.4", style="italic")
-            ax.set_axis_off()
-            continue
+            continue  # the legend's helper says "not run"
         shares = pd.DataFrame(
             {name: 100 * curve[columns].sum(axis=1) for name, columns in groups.items()}
         )
-        colors = [_ramp(9)[i] for i in (0, 2, 4, 7)]
+        colors = [count_colors()[i] for i in (0, 2, 4, 7)]
         ax.stackplot(shares.index, shares.T, labels=shares.columns, colors=colors)
         ax.set(xlim=(shares.index.min(), shares.index.max()), ylim=(0, 100))
         frames.append(shares.reset_index().assign(arm=arm))
@@ -253,7 +249,6 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
 def _write_in_bar(ax: Axes, left: float, y: float, width: float, text: str, color: object) -> None:
     """A number inside its part of a bar, if it fits there."""
     if width >= 1.1 * len(text) + 1:
-        dark = np.mean(to_rgb(color)) < 0.5
         ax.text(
             left + width / 2,
             y,
@@ -261,10 +256,5 @@ def _write_in_bar(ax: Axes, left: float, y: float, width: float, text: str, colo
             ha="center",
             va="center",
             fontsize=8.5,
-            color="white" if dark else "black",
+            color="white" if is_dark(color) else "black",
         )
-
-
-def _ramp(n: int) -> list[tuple[float, ...]]:
-    """Ordered colours, light to dark; grey first, for no expert at all."""
-    return [(0.78, 0.78, 0.78, 1.0), *colormaps["viridis_r"](np.linspace(0.05, 1.0, n - 1))]

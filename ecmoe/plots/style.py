@@ -6,7 +6,10 @@ import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches; a page shows it 900 pixels wide
@@ -74,6 +77,16 @@ def marks(look: Look) -> dict[str, object]:
     }
 
 
+def count_colors(n: int = 9) -> list[str]:
+    """Ordered colours for 0, 1, ... n - 1 experts a token, light to dark; grey for none at all."""
+    return ["#c7c7c7", *(to_hex(color) for color in colormaps["viridis_r"](np.linspace(0.05, 1.0, n - 1)))]
+
+
+def is_dark(color: str) -> bool:
+    """Does white text stand out from this colour better than black?"""
+    return float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) < 0.5
+
+
 def new_figure(
     height: float, columns: int = 1, rows: int = 1, **kwargs: object
 ) -> tuple[Figure, list[Axes]]:
@@ -90,9 +103,11 @@ def new_figure(
 
 def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
     """One legend for the whole figure, under it, where it can hide nothing; no scale where nothing is."""
-    for panel in figure.axes:
-        if not any(len(line.get_xdata()) for line in panel.lines) and not panel.patches:
-            panel.set(xticks=[], yticks=[])
+    for panel in [panel for panel in figure.axes if panel.get_visible()]:
+        drawn = panel.patches or panel.collections or panel.images
+        if not drawn and not any(len(line.get_xdata()) for line in panel.lines):
+            # Not by set_xticks: panels that share an axis would lose theirs too.
+            panel.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
             panel.text(0.5, 0.5, "not run", transform=panel.transAxes, ha="center", color="0.4")
     handles, labels = ax.get_legend_handles_labels()
     if handles:

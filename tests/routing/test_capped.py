@@ -7,8 +7,10 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
 from ecmoe.config import ConfigError
+from ecmoe.inspection import held_out, watched
 from ecmoe.routing import ExpertChoice
 from ecmoe.routing.capped import cap_report, capped_top_k, dykstra
+from ecmoe.train import run_or_load
 
 
 def optimum(S: np.ndarray, k: int, b: int) -> float:
@@ -91,6 +93,22 @@ def test_a_larger_problem(kind):
     G, I = capped_top_k(S, k, b)  # noqa: E741
     X = held(S, I)
     assert (X.sum(2) == k).all() and (X.sum(1) == b).all()
+    assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
+
+
+@pytest.mark.parametrize("b", [2, 3])
+def test_on_the_scores_of_a_trained_router(tiny_config, b):
+    config = tiny_config(num_experts=8, sequence_length=32, steps=60, gate="renormalized")
+    model = run_or_load(config, progress=False).load_model()
+    _, batch = held_out(config)
+    with watched(model) as seen, torch.no_grad():
+        model(batch[:, :-1])
+    ((logits, _),) = seen
+    S = logits.softmax(1).T[None]
+    k = S.shape[2] * 2 // 8
+    G, I = capped_top_k(S, k, b)  # noqa: E741
+    X = held(S, I)
+    assert (X.sum(2) == k).all() and (X.sum(1) <= b).all()
     assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
 
 
