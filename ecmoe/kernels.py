@@ -34,17 +34,30 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # on CPU tensors, without a 
 
 
 class Tile(NamedTuple):
-    """Blocks of a product: rows, columns, depth; warps, pipeline stages and programs of a multiprocessor."""
+    """How a product is cut: blocks of m x n, k deep, whose epilogue takes `slice` columns at a time."""
 
     m: int
     n: int
     k: int
+    slice: int
     warps: int
     stages: int
-    per_sm: int = 1
+    per_sm: int  # programs on a multiprocessor: with two, one multiplies while the other is in its epilogue
+
+    def options(self) -> dict:
+        """What Triton's launcher takes."""
+        registers = min(65_536 // (32 * self.warps * self.per_sm), 255)
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
 
 
-TILES = {"forward": Tile(128, 256, 64, 8, 3), "backward": Tile(128, 128, 64, 8, 3)}
+# The first is taken; `ecmoe bench --passes` times all of them.
+TILES = [
+    Tile(128, 128, 64, 32, 8, 3, per_sm=2),
+    Tile(128, 256, 64, 64, 8, 4, per_sm=1),
+    Tile(256, 128, 64, 32, 8, 4, per_sm=1),
+    Tile(128, 128, 64, 64, 8, 4, per_sm=1),
+]
+FORWARD = BACKWARD = TILES[0]
 # Programs hold (rows, columns) at a time.
 GATHER = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 COMBINE = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
@@ -328,18 +341,18 @@ def product(
     x_in: Tensor, w1: Tensor, gate: Tensor, *, keep: bool = True, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
     """h = x_in w1 and a = gate gelu(h), both (e, k, f), in one kernel; h is empty unless `keep`."""
-    t = tile or TILES["forward"]
+    t = tile or FORWARD
     (e, k, d), f = x_in.shape, w1.shape[2]
     a = x_in.new_empty(e, k, f)
     h = torch.empty_like(a) if keep else a.new_empty(0)
     _product_kernel[_programs(x_in, e, k, f, t),](
         TensorDescriptor.from_tensor(x_in, [1, t.m, t.k]),
         TensorDescriptor.from_tensor(w1, [1, t.k, t.n]),
-        TensorDescriptor.from_tensor(h, [1, t.m, t.n]) if keep else None,
-        TensorDescriptor.from_tensor(a, [1, t.m, t.n]),
+        TensorDescriptor.from_tensor(h, [1, t.m, t.slice]) if keep else None,
+        TensorDescriptor.from_tensor(a, [1, t.m, t.slice]),
         gate,
-        e, k, f, d,
-        M=t.m, N=t.n, K=t.k, KEEP=keep, **_approximate(x_in), num_warps=t.warps, num_stages=t.stages,
+        e, k, COLUMNS=f, DEPTH=d,
+        M=t.m, N=t.n, K=t.k, KEEP=keep, **_approximate(x_in), **t.options(),
     )  # fmt: skip
     return h, a
 
@@ -348,19 +361,19 @@ def product_backward(
     dy: Tensor, w2: Tensor, h: Tensor, gate: Tensor, *, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
     """dh = gate (dy w2^T) gelu'(h), (e, k, f), and the gate's gradient, (e, k), in one kernel."""
-    t = tile or TILES["backward"]
+    t = tile or BACKWARD
     (e, k, d), f = dy.shape, w2.shape[1]
     dh = torch.empty_like(h)
     parts = gate.new_empty(e, k, triton.cdiv(f, t.n))  # of the sum over f; added in a fixed order
     _product_backward_kernel[_programs(dy, e, k, f, t),](
         TensorDescriptor.from_tensor(dy, [1, t.m, t.k]),
         TensorDescriptor.from_tensor(w2, [1, t.n, t.k]),
-        TensorDescriptor.from_tensor(h, [1, t.m, t.n]),
-        TensorDescriptor.from_tensor(dh, [1, t.m, t.n]),
+        TensorDescriptor.from_tensor(h, [1, t.m, t.slice]),
+        TensorDescriptor.from_tensor(dh, [1, t.m, t.slice]),
         gate,
         parts,
-        e, k, f, d,
-        M=t.m, N=t.n, K=t.k, **_approximate(dy), num_warps=t.warps, num_stages=t.stages,
+        e, k, COLUMNS=f, DEPTH=d,
+        M=t.m, N=t.n, K=t.k, **_approximate(dy), **t.options(),
     )  # fmt: skip
     return dh, parts.sum(-1)
 
@@ -495,63 +508,93 @@ def _activate_backward_kernel(
 
 
 @triton.jit
-def _tile(tile, rows, columns, M: tl.constexpr, N: tl.constexpr):
-    """Tiles of an expert follow each other, columns first to last: its operands stay in the cache."""
-    down, across = tl.cdiv(rows, M), tl.cdiv(columns, N)
-    inside = tile % (down * across)
-    return tile // (down * across), inside % down, inside // down
+def _tile(tile, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Tiles of an expert follow each other, down and then across: its operands stay in the cache."""
+    down = tl.cdiv(rows, M)
+    inside = tile % (down * tl.cdiv(COLUMNS, N))
+    return tile // (down * tl.cdiv(COLUMNS, N)), inside % down, inside // down
+
+
+@triton.jit
+def _halves(total):
+    """Left and right columns."""
+    return total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _product_kernel(
-    x, w, h, a, gate, e, rows, columns, depth,
+    x, w, h, a, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    tiles = e * tl.cdiv(rows, M) * tl.cdiv(columns, N)
+    tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
     # Flattened: the next tile's operands load while this one's epilogue runs.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        expert, m, n = _tile(tile, rows, columns, M, N)
+        expert, m, n = _tile(tile, rows, COLUMNS, M, N)
         total = tl.zeros((M, N), tl.float32)
-        for i in range(tl.cdiv(depth, K)):
+        for i in range(tl.cdiv(DEPTH, K)):
             left = x.load([expert, m * M, i * K]).reshape(M, K)
             right = w.load([expert, i * K, n * N]).reshape(K, N)
             total = _dot(left, right, total)
-        if KEEP:
-            h.store([expert, m * M, n * N], total.to(h.dtype).reshape(1, M, N))
         row = m * M + tl.arange(0, M)
         g = tl.load(gate + expert.to(tl.int64) * rows + row, mask=row < rows, other=0)
+        _activate(h, a, total, g, expert, m * M, n * N, KEEP, APPROXIMATE)
+
+
+@triton.jit
+def _activate(
+    h, a, total, g, expert, m, n, KEEP: tl.constexpr, APPROXIMATE: tl.constexpr
+):
+    if total.shape[1] > a.block_shape[2]:  # slices need less shared memory, which is the pipeline's
+        left, right = _halves(total)
+        _activate(h, a, left, g, expert, m, n, KEEP, APPROXIMATE)
+        _activate(h, a, right, g, expert, m, n + left.shape[1], KEEP, APPROXIMATE)
+    else:
+        if KEEP:
+            h.store([expert, m, n], total.to(h.dtype)[None])
         value, _ = _gelu(total, APPROXIMATE)
-        a.store([expert, m * M, n * N], (g[:, None] * value).to(a.dtype).reshape(1, M, N))
+        a.store([expert, m, n], (g[:, None] * value).to(a.dtype)[None])
 
 
 @triton.jit
 def _product_backward_kernel(
-    dy, w, h, dh, gate, parts, e, rows, columns, depth,
+    dy, w, h, dh, gate, parts, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(columns, N)
-    tiles = e * tl.cdiv(rows, M) * across
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        expert, m, n = _tile(tile, rows, columns, M, N)
+    across: tl.constexpr = tl.cdiv(COLUMNS, N)
+    for tile in tl.range(tl.program_id(0), e * tl.cdiv(rows, M) * across, tl.num_programs(0), flatten=True):
+        expert, m, n = _tile(tile, rows, COLUMNS, M, N)
         total = tl.zeros((M, N), tl.float32)
-        for i in range(tl.cdiv(depth, K)):
+        for i in range(tl.cdiv(DEPTH, K)):
             left = dy.load([expert, m * M, i * K]).reshape(M, K)
             right = w.load([expert, n * N, i * K]).reshape(N, K)
             total = _dot(left, right.T, total)
-        value, slope = _gelu(h.load([expert, m * M, n * N]).reshape(M, N).to(tl.float32), APPROXIMATE)
         row = m * M + tl.arange(0, M)
         place = expert.to(tl.int64) * rows + row
         g = tl.load(gate + place, mask=row < rows, other=0)
-        tl.store(parts + place * across + n, tl.sum(total * value, 1), mask=row < rows)
-        dh.store([expert, m * M, n * N], (g[:, None] * total * slope).to(dh.dtype).reshape(1, M, N))
+        part = _activate_backward(h, dh, total, g, expert, m * M, n * N, APPROXIMATE)
+        tl.store(parts + place * across + n, part, mask=row < rows)
+
+
+@triton.jit
+def _activate_backward(h, dh, total, g, expert, m, n, APPROXIMATE: tl.constexpr):
+    if total.shape[1] > dh.block_shape[2]:
+        left, right = _halves(total)
+        part = _activate_backward(h, dh, left, g, expert, m, n, APPROXIMATE)
+        part += _activate_backward(h, dh, right, g, expert, m, n + left.shape[1], APPROXIMATE)
+    else:
+        before = h.load([expert, m, n]).reshape(total.shape).to(tl.float32)
+        value, slope = _gelu(before, APPROXIMATE)
+        dh.store([expert, m, n], (g[:, None] * total * slope).to(dh.dtype)[None])
+        part = tl.sum(total * value, 1)
+    return part
 
 
 @triton.jit
 def _keys(scores, place, m):
     """Scores as int32 that order as they do; the least where there is none. -0 is 0, and NaN the largest."""
-    value = tl.load(scores + place, mask=place < m, other=0)
-    bits = tl.where(value == 0, 0, value.to(tl.int32, bitcast=True))
-    bits = tl.where(value != value, 0x7FFFFFFF, bits)
+    bits = tl.load(scores + place, mask=place < m, other=0).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    bits = tl.where(size == 0, 0, tl.where(size > 0x7F800000, 0x7FFFFFFF, bits))
     return tl.where(place < m, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 

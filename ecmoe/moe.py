@@ -5,14 +5,17 @@ Letters: n tokens of width d, e experts of hidden width f, k slots of an expert.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import Router, recomputing
+from ecmoe.routing.router import Router, one_of, recomputing
 
+KERNELS = ("auto", "plain", "triton", "triton-bmm")
 # Shares of tokens are kept for 0, 1, ... 7 experts, and 8 or more.
 MOST_EXPERTS_COUNTED = 8
 
@@ -25,6 +28,13 @@ class MoE(nn.Module):
         d_model: d. d_ff: f, the hidden width of an expert (plain GeLU, two matrices, no bias).
         recompute: keep only the routing and the input for the backward pass and compute the experts
             again there (activation checkpointing; the chosen tokens stay the same).
+        kernels: who computes. "plain": this file and the routers', on any device. "triton": ecmoe/kernels.py, the
+            same results within rounding on a CUDA GPU, the same bits every time; "triton-bmm": as that, with all
+            products by torch.bmm. "auto": for now "plain" everywhere.
+
+    Raises:
+        ValueError: the router has another width, or kernels has no such value.
+        RuntimeError: kernels="triton" without the package triton; in forward, without a CUDA device.
 
     Attributes:
         w1: (e, d, f). w2: (e, f, d), the transpose of Eq. 3's W_2.
@@ -33,10 +43,17 @@ class MoE(nn.Module):
         tokens: () tokens routed in it. experts_per_token: (9,) tokens by number of experts, 8 = 8 or more.
     """
 
-    def __init__(self, router: Router, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
+    def __init__(
+        self, router: Router, d_model: int, d_ff: int, *, recompute: bool = False, kernels: str = "auto"
+    ) -> None:
         super().__init__()
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must be the router's, {router.d_model}")
+        one_of("kernels", kernels, KERNELS)
+        if kernels.startswith("triton") and find_spec("triton") is None:
+            raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
+        # The kernels are not yet measured on a GPU; until they are, nobody gets them unasked.
+        self.kernels = router.kernels = "plain" if kernels == "auto" else kernels
         e = router.num_experts
         self.router, self.recompute = router, recompute
         self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
@@ -88,6 +105,10 @@ class MoE(nn.Module):
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
+        if self.kernels != "plain":
+            from ecmoe import kernels
+
+            return kernels.experts(x, self.w1, self.w2, token, gate, fuse=self.kernels == "triton")
         n, d = x.shape
         slots = token.reshape(-1)
         # An empty slot (token n, gate 0) reads any row and adds to row n, which is cut off.

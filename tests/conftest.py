@@ -6,6 +6,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # workers of pytest-xdist share the cores; 
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # ecmoe/kernels.py then runs in the interpreter; read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ecmoe.config import RunConfig
 
@@ -13,8 +17,6 @@ from ecmoe.config import RunConfig
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
     """Runs, caches and reports of a session lie in a folder of its own, never in the checkout."""
-    import torch
-
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("home")
     before = os.environ.get("ECMOE_HOME")

@@ -74,7 +74,7 @@ class ExpertChoice(Router):
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
         G, I = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
         if self.training and not recomputing():
-            self.cutoff.add(G.detach()[..., -1] if valid is None else self._kth(G, valid, k))
+            self.cutoff.add(G.detach().amin(-1) if valid is None else self._kth(G, valid, k))
         token = ids.gather(1, I.flatten(1)).view_as(I)
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=S.device) < self._valid_k(valid, k)[:, None, None]
@@ -84,9 +84,14 @@ class ExpertChoice(Router):
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
     def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(g, e, m) scores -> the k chosen of each expert, best first: scores and places."""
+        """(g, e, m) scores -> scores and places of the k chosen of each expert; best first where there is padding."""
         if self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts:
-            return S.topk(k, dim=2)
+            if self.kernels == "plain" or valid is not None:
+                return S.topk(k, dim=2)
+            from ecmoe.kernels import select
+
+            I = select(S, k)  # noqa: E741
+            return S.gather(2, I), I
         from ecmoe.routing.capped import capped_top_k
 
         return capped_top_k(S, k, self.max_experts_per_token, solver=self.cap_solver, valid=valid)

@@ -28,6 +28,7 @@ class Router(nn.Module):
         aux_loss: scalar tensor set by `assign` in training, or None.
         demand: (e,) buffer, requests before capacity in the last `assign`.
         causal: set by `causal_routing`: no token's routing may see another token.
+        kernels: set by `MoE`: "plain", or anything else for the fast path of ecmoe/kernels.py.
     """
 
     def __init__(self, d_model: int, num_experts: int, *, learned: bool = True) -> None:
@@ -38,6 +39,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_model, num_experts)) if learned else None
         self.aux_loss: Tensor | None = None
         self.causal = False
+        self.kernels = "plain"
         self.register_buffer("demand", torch.zeros(num_experts, dtype=torch.long), persistent=False)
         self.reset_parameters()
 
@@ -53,6 +55,10 @@ class Router(nn.Module):
         if self.weight is None:
             return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie and flip
+            if self.kernels != "plain":
+                from ecmoe import kernels
+
+                return kernels.logits(x, self.weight)
             return x.to(dtype) @ self.weight.to(dtype)
 
     def assign(
