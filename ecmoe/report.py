@@ -346,6 +346,9 @@ def _data_text(data: Mapping[str, Any]) -> str:
         if tokens
         else ""
     )
+    if data.get("train_images"):
+        shape = " x ".join(map(str, data["shape"]))
+        size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
     licence = f"licence: {data.get('licence', 'unknown')}"
     digest = f"digest {str(data.get('digest', 'unknown'))[:12]}"
     parts = [data.get("name", "unknown"), data.get("attribution", ""), licence, size, digest]

@@ -99,7 +99,7 @@ def test_conda_takes_the_same_pins():
 def test_imports_are_declared():
     declared = {canonicalize_name(Requirement(d).name) for d in PROJECT["dependencies"]}
     # imported name -> distribution, and what comes with a declared one
-    names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "IPython": "ipykernel", "pygments": "nbconvert",
+    names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel", "pygments": "nbconvert",
              "jupyter_client": "ipykernel", "traitlets": "ipykernel", "markupsafe": "nbconvert"}  # fmt: skip
     optional = {"triton", "scattermoe", "liger_kernel"}
     for path in (ROOT / "ecmoe").rglob("*.py"):

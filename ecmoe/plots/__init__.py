@@ -15,9 +15,11 @@ from ecmoe.plots.routing import (
     routing_matrix,
 )
 from ecmoe.plots.style import looks
+from ecmoe.plots.vision import accuracy_over_capacity, left_out_over_capacity, patches_taken
 
 __all__ = [
-    "LABELS", "Plot", "capacity_demand", "expert_shares", "expert_shares_over_steps",
-    "final_loss", "gate_choices", "kept_and_lost", "load", "looks", "loss_against", "loss_over_steps",
-    "overwritten", "parameter_counts", "retention", "routing_matrix",
+    "LABELS", "Plot", "accuracy_over_capacity", "capacity_demand", "expert_shares",
+    "expert_shares_over_steps", "final_loss", "gate_choices", "kept_and_lost",
+    "left_out_over_capacity", "load", "looks", "loss_against", "loss_over_steps", "overwritten",
+    "parameter_counts", "patches_taken", "retention", "routing_matrix",
 ]  # fmt: skip

@@ -30,8 +30,12 @@ LABELS = {
     "seconds": "training time (s)",
     "num_experts": "number of experts e",
     "capacity_factor": "capacity factor c",
+    "accuracy": "validation accuracy (%)",
+    "capacity": "expert places per patch",
+    "patches_left_out": "patches that no expert took (%)",
+    "images_left_out": "images without any patch taken (%)",
 }
-PERCENT = ("dropped", "over_capacity")
+PERCENT = ("dropped", "over_capacity", "accuracy", "patches_left_out", "images_left_out")
 
 
 class Plot(NamedTuple):
