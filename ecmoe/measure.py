@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
@@ -47,6 +49,24 @@ def measure(
     folder = result.path or run_or_load(config).path
     write_json(path, compute(load_model(folder), config))
     return read_json(path)  # as a later call will see it
+
+
+def measure_rows(
+    runs: Mapping[str, Iterable[Result]], what: str, compute: Compute, *, scale: str = "smoke", train: bool = True
+) -> pd.DataFrame:
+    """The `rows` of a measurement of every run of a study, below each other, with `arm` and `seed`.
+
+    Args:
+        runs: of `run_study`. compute: its dict holds a list of dicts, `rows`. The others: as in `measure`.
+
+    A run without the measurement is one row without values, so that figures can name the gap.
+    """
+    rows = []
+    for arm, results in runs.items():
+        for result in results:
+            found = measure(result, what, compute, scale=scale, train=train) or {"rows": [{}]}
+            rows += [{"arm": arm, "seed": result.summary["seed"], **row} for row in found["rows"]]
+    return pd.DataFrame(rows)
 
 
 def _folder(result: Result, scale: str) -> Path:
