@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ecmoe import tokens
+from ecmoe.classes import WindowClasses
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.corpus import about
 
@@ -21,13 +22,16 @@ _PROVENANCE = (
 )  # fmt: skip
 
 
+Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # windows, or windows and tasks
+
+
 def window_order(seed: int, epoch: int, windows: int) -> np.ndarray:
     """(windows,) the order of an epoch: a permutation, another one in each epoch."""
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
 class Batches(IterableDataset):
-    """Endless batches of training windows, (B, T+1) int64, from micro-step `start` on.
+    """Endless batches of training windows, (B, T+1) int64, from micro-step `start` on; with `tasks`, each with its (B,) tasks.
 
     Micro-step s of a rank depends on nothing but (seed, s, rank, world size): an epoch deals its permuted windows
     out to all ranks, a batch each; the windows left over at its end are dropped.
@@ -41,12 +45,14 @@ class Batches(IterableDataset):
         start: int = 0,
         rank: int = 0,
         world: int = 1,
+        tasks: np.ndarray | None = None,
     ):
         self.windows, self.batch_size, self.seed, self.start = windows, batch_size, seed, start
+        self.tasks = tasks
         self.rank, self.world = rank, world
         self.steps_per_epoch = len(windows) // (batch_size * world)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         step, epoch, order = self.start, -1, None
         while True:
             if step // self.steps_per_epoch != epoch:
@@ -58,7 +64,8 @@ class Batches(IterableDataset):
 
     def take(self, which: np.ndarray, step: int) -> Any:
         """The batch of the windows `which`; micro-step `step` is for those who draw at random."""
-        return torch.from_numpy(self.windows[which].astype(np.int64))
+        windows = torch.from_numpy(self.windows[which].astype(np.int64))
+        return windows if self.tasks is None else (windows, torch.from_numpy(self.tasks[which]))
 
 
 class RunData(L.LightningDataModule):
@@ -98,6 +105,8 @@ class RunData(L.LightningDataModule):
 class TextData(RunData):
     """The text of a config as batches of token windows; `datasets` and the tokeniser run on first use only.
 
+    Task-level routing gets the class of each sequence beside it (`ecmoe.classes`).
+
     After `setup()`: digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token (of the
     validation windows), provenance.
 
@@ -127,7 +136,13 @@ class TextData(RunData):
         )
         count = self._val_batches * config.batch_size
         self._check(len(windows), count, "validation", "eval_batches x batch_size")
-        self.val_windows = windows[np.linspace(0, len(windows) - 1, count).round().astype(np.int64)]
+        which = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
+        self.val_windows = windows[which]
+        self.train_tasks = self.val_tasks = None
+        if config.router == "task_level":
+            classes = WindowClasses(self.train_windows, config.num_tasks)
+            self.train_tasks = classes.before(self.train_windows)
+            self.val_tasks = classes.before(windows)[which]
         self.digest: str = loaded.meta["digest"]
         self.provenance: dict[str, Any] = {
             key: loaded.meta.get(key) for key in _PROVENANCE
@@ -147,10 +162,15 @@ class TextData(RunData):
         return self._tokens.tokenizer.encode([text])[0].tolist()
 
     def train_batches(self, start: int, rank: int, world: int) -> Batches:
-        return Batches(self.train_windows, self.config.batch_size, self.config.seed, start, rank, world)
+        size, seed = self.config.batch_size, self.config.seed
+        return Batches(self.train_windows, size, seed, start, rank, world, self.train_tasks)
 
-    def val_batches(self) -> Iterable[torch.Tensor]:
-        return torch.from_numpy(self.val_windows.astype(np.int64)).split(self.config.batch_size)
+    def val_batches(self) -> Iterable[Batch]:
+        size = self.config.batch_size
+        windows = torch.from_numpy(self.val_windows.astype(np.int64)).split(size)
+        if self.val_tasks is None:
+            return windows
+        return zip(windows, torch.from_numpy(self.val_tasks).split(size), strict=True)
 
     def _check(self, have: int, need: int, side: str, keys: str) -> None:
         if have < need:

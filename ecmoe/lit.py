@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -23,7 +24,8 @@ class LitModel(L.LightningModule):
         config: the run.
         token_counts: (V,) corpus frequencies, for hash_table=balanced.
 
-    A batch is (B, T + 1) int64: T inputs, each with the next token as target. Losses are nats per token.
+    A batch is (B, T + 1) int64: T inputs, each with the next token as target; for task-level routing with the (B,)
+    tasks of its sequences. Losses are nats per token.
     """
 
     def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
@@ -69,10 +71,11 @@ class LitModel(L.LightningModule):
         with causal_routing(self.model):
             return {"val_loss": loss, "val_loss_causal": self.loss(batch)}
 
-    def loss(self, batch: Tensor) -> Tensor:
+    def loss(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, T + 1) token ids -> mean cross-entropy in nats per token."""
-        logits = self.model(batch[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        tokens, tasks = (batch, None) if isinstance(batch, Tensor) else batch
+        logits = self.model(tokens[:, :-1], tasks)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -204,7 +204,17 @@ def test_arms_with_the_same_seed_see_the_same_batches(tiny_config):
     [
         {"router": "token_choice", "capacity_factor": 1.0, "z_loss_weight": 0.001},
         {"router": "hash", "capacity_factor": 1.0, "hash_table": "balanced"},
+        {"router": "token_choice", "capacity_factor": 0.5, "priority": "score", "balance": "importance_load"},
+        {"router": "token_choice", "capacity_factor": None, "balance": "bias", "top_k": 1},
         {"router": "dense", "optimizer": "adafactor", "learning_rate": 0.01},
+        {"router": "dense_moe"},
+        {"router": "linear_assignment"},
+        {"router": "kmeans", "capacity_factor": 1.25},
+        {"router": "task_level", "num_tasks": 4},
+        {"router": "task_level", "num_tasks": 4, "task_table": "fixed"},
+        {"router": "expert_threshold"},
+        {"max_experts_per_token": 2},
+        {"max_experts_per_token": 3, "cap_solver": "dykstra"},
     ],
 )
 def test_other_routers_and_optimizers_learn(tiny_config, changes):
