@@ -45,14 +45,14 @@ lint: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt | check-python
 	@echo 'Setting up .venv (some minutes; PyPI'\''s torch for Linux brings CUDA, the README names the CPU build)'
 	@$(PYTHON) -m venv $(if $(TORCH),--system-site-packages) .venv
-	@$(if $(TORCH),grep -Ev '^(torch|setuptools)==' constraints.txt > $(PINS))
+	@$(if $(TORCH),grep -Ev '^(torch|triton|setuptools)==' constraints.txt > $(PINS))
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(FROM) -c $(PINS) -e '.[dev]'
 	@touch $@
 
 # Run it with the Python version of the machine that the wheels are for, on the same kind of system.
 wheelhouse: check-python
 	@mkdir -p .wheelhouse
-	@$(if $(TORCH),grep -v '^torch==' constraints.txt > .wheelhouse/pins.txt,cp constraints.txt .wheelhouse/pins.txt)
+	@$(if $(TORCH),grep -Ev '^(torch|triton)==' constraints.txt > .wheelhouse/pins.txt,cp constraints.txt .wheelhouse/pins.txt)
 	@$(PYTHON) -m pip wheel --quiet --wheel-dir .wheelhouse $(if $(TORCH),--no-deps) -r .wheelhouse/pins.txt
 	@echo 'Copy .wheelhouse to the other machine, then: make reproduce WHEELHOUSE=.wheelhouse $(if $(TORCH),TORCH=system)'
 

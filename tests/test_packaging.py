@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = {
     canonicalize_name(name): version
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)(?: ;.*)?$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 }
 SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
