@@ -5,7 +5,11 @@ from ecmoe.continual.learning import final_accuracy, forgetting, run, split
 from ecmoe.continual.patchnet import PatchNet
 from ecmoe.continual.runs import (
     ORACLE,
+    by_approach,
+    by_task,
+    compare,
     mean_matrix,
+    origins,
     records,
     retained,
     run_or_load,
@@ -16,7 +20,7 @@ from ecmoe.continual.runs import (
 from ecmoe.continual.settings import APPROACHES, Settings
 
 __all__ = [
-    "APPROACHES", "ORACLE", "ExpertGate", "Gate", "PatchNet", "Settings", "final_accuracy", "fit", "forgetting",
-    "mean_matrix", "probabilities", "records", "relatedness", "retained", "run", "run_or_load", "run_study", "split",
-    "table", "with_oracle",
+    "APPROACHES", "ORACLE", "ExpertGate", "Gate", "PatchNet", "Settings", "by_approach", "by_task", "compare",
+    "final_accuracy", "fit", "forgetting", "mean_matrix", "origins", "probabilities", "records", "relatedness", "retained",
+    "run", "run_or_load", "run_study", "split", "table", "with_oracle",
 ]  # fmt: skip

@@ -18,7 +18,8 @@ from filelock import FileLock
 from ecmoe import images, paths
 from ecmoe.continual.learning import final_accuracy, forgetting, run
 from ecmoe.continual.settings import APPROACHES, SCHEMA, Settings
-from ecmoe.results import Result, read_record, write_record
+from ecmoe.results import Result, by_seed, read_record, write_record
+from ecmoe.stats import paired_difference, verdict
 
 ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
 
@@ -60,12 +61,12 @@ def run_study(settings: Mapping[str, Any], seeds: Sequence[int], *, approaches: 
     made = {APPROACHES[a]: [Settings.from_dict({**settings, "approach": a, "seed": seed}) for seed in seeds] for a in approaches}
     results: dict[str, list[Result]] = {label: [] for label in made}
     for i in range(len(seeds)):
-        for label, by_seed in made.items():
+        for label, configs in made.items():
             try:
-                result = run_or_load(by_seed[i], scale=scale, train=train)
+                result = run_or_load(configs[i], scale=scale, train=train)
             except Exception as error:
                 print(f"[{label} s{seeds[i]}] failed: {error}", file=sys.stderr, flush=True)
-                result = _missing(by_seed[i], status="failed", error=f"{type(error).__name__}: {error}")
+                result = _missing(configs[i], status="failed", error=f"{type(error).__name__}: {error}")
             results[label].append(result)
     return results
 
@@ -110,7 +111,8 @@ def with_oracle(runs: Mapping[str, list[Result]]) -> dict[str, list[Result]]:
 
 def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
     names = ("accuracy", "final_accuracy", "forgetting")
-    return {**summary, **{name: summary[f"{name}_task_known"] for name in names if f"{name}_task_known" in summary}}
+    told = {name: summary[f"{name}_task_known"] for name in names if f"{name}_task_known" in summary}
+    return {**summary, **told, "gate_right": None}  # it is not asked
 
 
 def table(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
@@ -123,6 +125,54 @@ def table(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows, columns=["approach", "seed", "status", *columns])
     return frame.astype(dict.fromkeys(columns, float))
+
+
+def by_approach(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """One row per approach: what `table` has, mean over the seeds that finished, and their number."""
+    frame, numbers = table(runs), [c for c in table({}).columns if c not in ("approach", "seed", "status")]
+    means = frame.groupby("approach", sort=False)[numbers].mean()
+    finished = (frame["status"] == "finished").groupby(frame["approach"], sort=False).sum()
+    return means.assign(seeds=finished).reset_index()[["approach", "seeds", *numbers]]
+
+
+def by_task(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """One row per approach: accuracy on each task after the last, and their mean; means over seeds."""
+    rows = []
+    for label, results in runs.items():
+        last = pd.DataFrame([dict(zip(r.summary["task_names"], r.summary["accuracy"][-1], strict=True)) for r in results if r.ok])
+        rows.append({"approach": label} | last.mean().to_dict() | {"all tasks": last.mean(axis=1).mean() if len(last) else None})
+    frame = pd.DataFrame(rows)
+    return frame[["approach", *(c for c in frame.columns if c not in ("approach", "all tasks")), "all tasks"]]
+
+
+COMPARED = (
+    ("final_accuracy", "expert_gate", "above", "shared"), ("forgetting", "expert_gate", "below", "shared"),
+    ("final_accuracy", "expert_gate", "above", "expert_choice"), ("forgetting", "expert_gate", "below", "expert_choice"),
+    ("forgetting", "expert_choice", "below", "shared"), ("forgetting_task_known", "expert_choice", "below", "shared"),
+    ("final_accuracy", "oracle", "above", "expert_gate"), ("final_accuracy", "joint", "above", "expert_gate"),
+)  # fmt: skip
+
+
+def compare(runs: Mapping[str, list[Result]], scale: str) -> pd.DataFrame:
+    """The questions of this study, each with its effect over paired seeds: is it above, or below, that of the other?
+
+    Args:
+        runs: of `with_oracle`. scale: at smoke there are effects, but no answers.
+
+    Returns:
+        columns measure, of, is it, that of, difference (percentage points), 95% interval, seeds, answer.
+    """
+    answers = {"reproduced": "yes", "not reproduced": "no"}
+    labels, rows = APPROACHES | {"oracle": ORACLE}, []
+    for measure, one, direction, other in COMPARED:
+        a, b = ({seed: 100 * v for seed, v in by_seed(runs[labels[x]], measure).items()} for x in (one, other))
+        found = verdict(paired_difference(a, b, "points"), direction=direction, scale=scale)
+        rows.append({
+            "measure": measure.replace("_", " "), "of": labels[one], "is it": direction, "that of": labels[other],
+            "difference": found.effect.mean, "95% interval": found.effect.interval, "seeds": found.effect.n,
+            "answer": answers.get(found.label, found.label),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
@@ -140,3 +190,24 @@ def mean_matrix(results: Iterable[Result], name: str) -> pd.DataFrame | None:
     """Mean over seeds of a matrix of the summary, such as confusion; None if there is none. Its cells that are None are NaN."""
     there = [pd.DataFrame(r.summary[name], dtype=float) for r in results if r.ok and name in r.summary]
     return sum(there) / len(there) if there else None
+
+
+def origins(results: Iterable[Result]) -> pd.DataFrame:
+    """Where Expert Gate's experts started: one row per task, the source task of each seed, mean relatedness, fine-tuning or LwF."""
+    rows = [
+        {"task": name, "started from": "nothing" if o["task"] is None else r.summary["task_names"][o["task"]],
+         "relatedness": o["related"], "how": o["how"]}
+        for r in results if r.ok
+        for name, o in zip(r.summary["task_names"], r.summary["origins"], strict=True)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["task", "started from", "relatedness", "how"]).astype({"relatedness": float})
+    many = {"started from": _counted, "relatedness": "mean", "how": _counted}
+    return frame.groupby("task", sort=False).agg(many).reset_index()
+
+
+def _counted(names: pd.Series) -> str:
+    """ "0, 1 (2 seeds); 4, 5 (1 seed)"; only the name where all seeds agree."""
+    counts = names.value_counts()
+    if len(counts) == 1:
+        return str(counts.index[0])
+    return "; ".join(f"{name} ({n} seed{'s' * (n > 1)})" for name, n in counts.items())

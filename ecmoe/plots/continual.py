@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
 from ecmoe.plots.parts import Plot, line_with_band, missing_text, name_gaps, seeds_text, sentence
-from ecmoe.plots.style import legend_below, looks, marks, new_figure
+from ecmoe.plots.style import Look, legend_below, looks, marks, new_figure
 from ecmoe.stats import interval
 
 
@@ -23,7 +25,7 @@ def retention(accuracies: pd.DataFrame) -> Plot:
     """
     approaches = list(dict.fromkeys(accuracies["approach"]))
     tasks = sorted(accuracies["task"].dropna().unique())
-    shown = looks(f"task {k:g}" for k in tasks)
+    shown = _ordered([f"task {k:g}" for k in tasks])
     rows = math.ceil(len(approaches) / 2)
     figure, axes = new_figure(2.8 * rows + 0.5, min(2, len(approaches)), rows, sharex=True, sharey=True)
     frames, parts = [], []
@@ -80,7 +82,8 @@ def kept_and_lost(table: pd.DataFrame) -> Plot:
         ax.set(xlabel=label, xlim=(-5, 105))
     ran = set(table.loc[table["final_accuracy"].notna(), "approach"])
     forgot = set(table.loc[table["forgetting"].notna(), "approach"])
-    name_gaps(axes[0], [y for y, name in enumerate(approaches) if name not in ran])
+    for ax in axes:
+        name_gaps(ax, [y for y, name in enumerate(approaches) if name not in ran])
     for y, name in enumerate(approaches):
         if name in ran - forgot:
             axes[1].text(0.01, y, "none to measure: all tasks at once", transform=axes[1].get_yaxis_transform(),
@@ -132,18 +135,19 @@ def overwritten(gate: pd.DataFrame | None, ec: pd.DataFrame | None, shares: pd.D
     """
     top = max((float(np.nanmax(100 * m.to_numpy(float))) for m in (gate, ec) if m is not None), default=0.0)
 
-    def panel(title: str, matrix: pd.DataFrame | None, finding: str, top: float | None) -> _Panel:
+    def panel(title: str, matrix: pd.DataFrame | None, finding: str, top: float) -> _Panel:
         if matrix is None:
             return _Panel(title, None, "expert", "")
         least, most = np.nanmin(100 * matrix.to_numpy(float)), np.nanmax(100 * matrix.to_numpy(float))
-        return _Panel(title, 100 * matrix, "expert", finding.format(least=least, most=most), top=top)
+        span = f"{least:.0f}% to {most:.0f}%" if most > least else f"{most:.0f}%"
+        return _Panel(title, 100 * matrix, "expert", finding.format(span), top=top)
 
-    moved = "learning a task changes the weights of the experts that were there by {least:.0f}% to {most:.0f}%"
+    moved = "learning a task changes the weights of the experts that were there by {}"
     even = "" if shares is None else f"; an even share is {100 / shares.shape[1]:.0f}%"
     panels = [
         panel("Expert Gate: weights changed (%)", gate, moved, top),
         panel("EC layer: weights changed (%)", ec, moved, top),
-        panel("EC layer: tokens taken (%)", shares, "at the end an expert takes {least:.0f}% to {most:.0f}% of a task's tokens" + even, None),
+        panel("EC layer: tokens taken (%)", shares, "at the end an expert takes {} of a task's tokens" + even, 100.0),
     ]
     return _matrices(panels, tasks, "task")
 
@@ -189,13 +193,19 @@ def _heat(ax: Axes, panel: _Panel) -> None:
     ax.imshow(values, cmap="Blues", vmin=low, vmax=top, aspect="auto")
     for (t, i), value in np.ndenumerate(values):
         if not math.isnan(value):
-            dark = (value - low) / (top - low) > 0.55 if top > low else False
+            dark = (value - low) / (top - low) > 0.68 if top > low else False
             ax.text(i, t, panel.form.format(value), ha="center", va="center", fontsize=9, color="white" if dark else "black")
     ax.set_xticks(range(values.shape[1]), [str(i + 1) for i in range(values.shape[1])])
     ax.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="0.85")
     ax.tick_params(which="both", length=0)
+
+
+def _ordered(names: Sequence[str]) -> dict[str, Look]:
+    """Colours from dark to light, as tasks have an order, and a marker each."""
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
+    return {name: Look(to_hex(colors[i]), "osD^vPX<>*"[i % 10], "-", False) for i, name in enumerate(names)}
 
 
 def _over_seeds(accuracies: pd.DataFrame) -> pd.DataFrame:
