@@ -1,0 +1,372 @@
+"""Continual learning against loops and numbers done by hand; what must hold of tasks in sequence; runs that are kept."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from torch.nn import functional as F
+
+from ecmoe import continual, images, paths, plots
+from ecmoe.config import ConfigError
+from ecmoe.continual import runs as continual_runs
+from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, probabilities, relatedness
+from ecmoe.continual.learning import _moved, new_gate, new_network, split
+from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
+from ecmoe.continual.settings import APPROACHES, Settings
+from ecmoe.results import load_records
+
+FAST = {"steps": 25, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
+DIGITS = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def study():
+    """Every approach on split digits, one seed: some seconds in all."""
+    return continual.run_study({**FAST, "steps": 40}, [0])
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """An Expert Gate that has learned two tasks of digits, the tasks, and what its experts were after the first."""
+    settings = Settings(**FAST)
+    tasks = split(images.load("digits"), settings)[:2]
+    torch.manual_seed(0)
+    model, first = new_gate(DIGITS, settings), None
+    for task in tasks:
+        model.learn(task.x, task.y, task.held, fits(60, 1e-2), fits(25, 3e-3))
+        first = first or {name: value.clone() for name, value in model.state_dict().items()}
+    return model, tasks, first
+
+
+def fits(steps, rate):
+    return lambda parameters, loss, n: fit(parameters, loss, n, steps=steps, batch_size=50, learning_rate=rate)
+
+
+# The gate
+
+
+def test_the_error_is_the_squared_distance_to_the_reconstruction():
+    torch.manual_seed(0)
+    gate, x = Gate(6, 3), torch.rand(4, 6)
+    W, b = gate.encoder.weight.detach().numpy(), gate.encoder.bias.detach().numpy()
+    V, c = gate.decoder.weight.detach().numpy(), gate.decoder.bias.detach().numpy()
+    for i, image in enumerate(x.numpy()):
+        code = np.maximum(W @ image + b, 0)
+        again = 1 / (1 + np.exp(-(V @ code + c)))
+        assert gate.error(x)[i].item() == pytest.approx(((again - image) ** 2).sum(), rel=1e-5)
+
+
+def test_the_gate_with_the_lowest_error_chooses(learned):
+    model, tasks, _ = learned
+    x = torch.cat([task.val_x for task in tasks])
+    by_hand = []
+    for image in x.flatten(1):
+        errors = [float((gate(image[None]).sigmoid()[0] - image).square().sum()) for gate in model.gates]
+        by_hand.append(errors.index(min(errors)))
+    said, expert = model(x)
+    assert expert.tolist() == by_hand
+    for i in range(0, len(x), 17):
+        k = by_hand[i]
+        assert said[i] == model.classes[k][model.experts[k](x[i : i + 1]).argmax()]
+
+
+def test_trust_is_a_softmax_of_minus_the_errors():
+    er, t = [3.0, 1.0, 2.5], 2.0
+    weights = [math.exp(-e / t) for e in er]
+    expected = torch.tensor([[w / sum(weights) for w in weights]])
+    torch.testing.assert_close(probabilities(torch.tensor([er]), t), expected)
+    assert probabilities(torch.tensor([er]), 1e3).max() < 0.34  # hot: no preference
+
+
+def test_relatedness_by_hand(learned):
+    assert relatedness(torch.tensor([2.0, 3.0, 4.0, 8.0]), torch.tensor(2.0)).tolist() == [1.0, 0.5, 0.0, -2.0]
+    model, tasks, _ = learned
+    held = tasks[1].x[tasks[1].held]
+    er_a, er_k = (float(gate.error(held.flatten(1)).mean()) for gate in model.gates)
+    found = model.relatedness(held)
+    assert found[1] == 1 and found[0].item() == pytest.approx(1 - (er_a - er_k) / er_k, rel=1e-4)
+    assert model.origins[1].task == 0 and model.origins[1].related == pytest.approx(found[0].item())
+
+
+# Experts
+
+
+def test_what_was_learned_is_never_changed(learned):
+    model, tasks, first = learned
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in first.items())
+    assert not any(p.requires_grad for p in model.parameters())
+    told = model(tasks[0].val_x, torch.zeros(len(tasks[0].val_x), dtype=torch.long))[0]
+    assert (told == tasks[0].val_y).float().mean() > 0.9
+
+
+def test_a_new_expert_starts_from_the_most_related_one(learned):
+    model, tasks, _ = learned
+    third = split(images.load("digits"), Settings(**FAST))[2]
+    other = ExpertGate(model.new_expert, model.pixels, model.code)
+    for task in tasks:
+        other.learn(task.x, task.y, task.held, fits(60, 1e-2), fits(5, 3e-3))
+    other.learn(third.x, third.y, third.held, fits(60, 1e-2), fits(0, 0.0))
+    a = other.origins[2].task
+    assert a == int(other.relatedness(third.x[third.held])[:2].argmax())
+    start, source = other.experts[2].state_dict(), other.experts[a].state_dict()
+    assert all(torch.equal(start[name], value) for name, value in source.items() if "head" not in name)
+    assert not torch.equal(start["head.weight"], source["head.weight"])
+
+
+@pytest.mark.parametrize(("threshold", "how"), [(-1e9, "LwF"), (1e9, "fine-tuning")])
+def test_the_threshold_decides_between_lwf_and_fine_tuning(learned, threshold, how):
+    model, tasks, _ = learned
+    other = ExpertGate(model.new_expert, model.pixels, model.code, threshold=threshold)
+    for task in tasks:
+        other.learn(task.x, task.y, task.held, fits(30, 1e-2), fits(25, 3e-3))
+    assert [origin.how for origin in other.origins] == ["scratch", how]
+
+
+def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
+    settings = Settings(**FAST)
+    first, second = split(images.load("digits"), settings)[:2]
+    drift = {}
+    for threshold in (-1e9, 1e9):
+        torch.manual_seed(0)
+        model = new_gate(DIGITS, settings.replace(threshold=threshold))
+        for task in (first, second):
+            model.learn(task.x, task.y, task.held, fits(30, 1e-2), fits(60, 3e-3))
+        old, new = model.experts
+        answers = [F.log_softmax(old.head(expert.features(second.x)), 1) for expert in (old, new)]
+        drift[model.origins[1].how] = F.kl_div(answers[1], answers[0], log_target=True, reduction="batchmean").item()
+    assert drift["LwF"] < drift["fine-tuning"]
+
+
+# Networks and tasks
+
+
+def test_rivals_are_as_large_as_expert_gate():
+    for approach in ("shared", "expert_choice"):
+        settings = Settings(approach=approach, **FAST)
+        gate = new_gate(DIGITS, settings)
+        whole = 5 * (count(gate.new_expert(2)) + count(Gate(64, settings.code)))
+        step = 2 * settings.d_model * (settings.num_experts if approach == "expert_choice" else 1)
+        assert abs(count(new_network(DIGITS, 5, 10, settings)) - whole) <= step / 2
+
+
+def test_as_large_takes_the_nearest_width():
+    sizes = {f: count(dense_ffn(8, f)) for f in range(1, 40)}
+    for wanted in (20, 100, 333):
+        assert count(as_large(lambda f: dense_ffn(8, f), wanted)) == min(sizes.values(), key=lambda size: abs(size - wanted))
+
+
+def test_a_masked_image_changes_nothing():
+    settings = Settings(approach="expert_choice", **FAST)
+    torch.manual_seed(0)
+    model, x = new_network(DIGITS, 5, 10, settings).eval(), torch.rand(50, *DIGITS)
+    mask = torch.arange(50) < 40
+    y = model(x, mask)[:40]
+    x[40:] = torch.rand(10, *DIGITS)
+    torch.testing.assert_close(model(x, mask)[:40], y)
+
+
+def test_tasks_are_disjoint_and_hold_every_image():
+    data = images.load("digits")
+    tasks = split(data, Settings(tasks=5))
+    assert [task.classes.tolist() for task in tasks] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert sum(len(task.x) for task in tasks) == len(data.train_x) and sum(len(task.val_x) for task in tasks) == len(data.val_x)
+    for task in tasks:
+        assert set(task.y.tolist()) == set(task.val_y.tolist()) == set(task.classes.tolist())
+        assert 0 < task.held.sum() <= len(task.x) / 10 + 1
+
+
+# Measures
+
+
+def test_forgetting_against_a_loop(study):
+    A = [[0.9, None, None], [0.5, 0.8, None], [0.4, 0.9, 1.0]]
+    assert continual.final_accuracy(A) == pytest.approx((0.4 + 0.9 + 1.0) / 3)
+    assert continual.forgetting(A) == pytest.approx(((0.9 - 0.4) + (0.8 - 0.9)) / 2)
+    assert math.isnan(continual.forgetting([[None, None], [0.5, 0.5]]))
+    for label in ("Expert Gate", "one dense network", "one EC network"):
+        summary = study[label][0].summary
+        A, lost = summary["accuracy"], []
+        for k in range(4):
+            lost.append(A[k][k] - A[4][k])
+        assert summary["forgetting"] == pytest.approx(sum(lost) / 4)
+
+
+def test_moved_by_hand():
+    before, after = [torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 1.0]), torch.ones(2)]
+    assert _moved(before, after, 3) == [pytest.approx(3 / 5), None, None]
+
+
+def test_one_network_forgets_and_expert_gate_does_not(study):
+    shown = continual.with_oracle(study)
+    final = {label: results[0].summary["final_accuracy"] for label, results in shown.items()}
+    for label in ("one dense network", "one EC network"):
+        summary = study[label][0].summary
+        assert summary["forgetting"] > 0.5 and max(summary["accuracy"][4][:4]) < 0.5 < summary["accuracy"][4][4]
+    assert final["Expert Gate"] > 0.8 and final["joint, dense"] > 0.8
+    oracle = shown["oracle gate"][0].summary
+    assert oracle["forgetting"] == 0  # the same expert, unchanged, looks at the same images
+    # Where the gate is right both say the same; where it is wrong Expert Gate is, as no other expert knows the task's classes.
+    wrong = 1 - study["Expert Gate"][0].summary["gate_right"]
+    assert 0 <= final["oracle gate"] - final["Expert Gate"] <= wrong + 1e-6
+
+
+def test_what_training_moves(study):
+    moved = study["Expert Gate"][0].summary["moved"]
+    assert all(value in (0, None) for row in moved for value in row) and sum(v == 0 for row in moved for v in row) == 10
+    for row in study["one EC network"][0].summary["moved"]:
+        assert min(row) > 0.01  # every expert works on every task
+    for row in np.array(study["one EC network"][0].summary["expert_shares"]), np.array(study["Expert Gate"][0].summary["confusion"]):
+        np.testing.assert_allclose(row.sum(1), 1, rtol=1e-5)
+
+
+def test_gate_right_is_the_diagonal_of_the_confusion(study):
+    summary = study["Expert Gate"][0].summary
+    assert summary["gate_right"] == pytest.approx(np.mean([summary["confusion"][k][k] for k in range(5)]))
+    assert [summary["relatedness"][k][k] for k in range(5)] == [1.0] * 5
+
+
+# Runs that are kept
+
+
+def test_the_same_settings_give_the_same_numbers():
+    settings = Settings(approach="expert_choice", tasks=2, **FAST)
+    torch.manual_seed(1)
+    one = continual.run(settings)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert continual.run(settings) == one
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
+    assert continual.run(settings.replace(seed=1)) != one
+
+
+def test_a_run_is_found_again(study, monkeypatch):
+    monkeypatch.setattr(continual_runs, "run", lambda settings: pytest.fail("it was computed again"))
+    again = continual.run_study({**FAST, "steps": 40}, [0])
+    for label, (result,) in study.items():
+        assert again[label][0].summary == result.summary and result.ok
+    missing = continual.run_study({**FAST, "steps": 61}, [0], train=False)
+    assert {results[0].summary["status"] for results in missing.values()} == {"not run"}
+
+
+def test_a_run_that_breaks_off_leaves_nothing(monkeypatch):
+    settings = Settings(seed=77, **FAST)
+
+    def killed(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(continual_runs, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        continual.run_or_load(settings)
+    assert not list(continual.records("smoke").glob(f"{settings.name}*.json*"))
+    monkeypatch.setattr(continual_runs, "run", lambda settings: 1 / 0)
+    (result,) = continual.run_study({**FAST, "seed": 77}, [77], approaches=["expert_gate"])["Expert Gate"]
+    assert result.summary["status"] == "failed" and "ZeroDivisionError" in result.summary["error"]
+    assert not list(continual.records("smoke").glob(f"{settings.name}*.json*"))
+
+
+def test_records_lie_in_a_folder_of_their_own(study, monkeypatch):
+    (result,) = study["Expert Gate"]
+    monkeypatch.setattr(continual_runs, "_summary", lambda settings: result.summary)
+    continual.run_or_load(Settings(**FAST), scale="gpu")
+    (path,) = (paths.root() / "reports/gpu/continual").glob("*.json")
+    assert continual.records("gpu") == path.parent != paths.records("gpu") and load_records(paths.records("gpu")) == []
+    assert set(json.loads(path.read_text())) == {"summary", "curve"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"approach": "lottery"}, "approach='lottery': must be one of expert_gate, shared"),
+        ({"task": 5}, "unknown key 'task' with value 5: did you mean tasks"),
+        ({"steps": "100"}, "steps='100' is of type str, but must be int"),
+        ({"temperature": 0}, "temperature=0.0: must be above 0"),
+        ({"tasks": 1}, "tasks=1: must be at least 2"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: must be a finite number"),
+    ],
+)
+def test_settings_that_cannot_work(changes, said):
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        Settings.from_dict(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": 3}, r"tasks=3 doesn't divide the 10 classes .* one of \[2, 5, 10\]"),
+        ({"batch_size": 400}, "batch_size=400: is more than the"),
+        ({"code": 64}, "code=64: a gate of images with 64 pixels needs fewer"),
+        ({"patch": 3}, "patch=3 doesn't divide images of 8 x 8"),
+        ({"approach": "expert_choice", "num_experts": 7}, "num_experts=7"),
+    ],
+)
+def test_settings_that_do_not_fit_the_images(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        continual.run(Settings(**{**FAST, **changes}))
+
+
+def test_a_name_says_what_was_run():
+    names = {Settings(approach=a, seed=s).name for a in APPROACHES for s in (0, 1)}
+    assert len(names) == 2 * len(APPROACHES) and Settings().name.startswith("expert-gate-s0-")
+    here, there = (Settings(data=f"images:{folder}/cifar10").name for folder in ("a", "b"))
+    assert here == there != Settings(data="images:a/other").name
+
+
+# Figures and tables
+
+
+def drawn(plot):
+    plot.figure.canvas.draw()
+    assert plot.alt and not pyplot.get_fignums()
+    return plot
+
+
+def test_figures_show_what_was_measured(study):
+    shown = continual.with_oracle(study)
+    plot = drawn(plots.retention(continual.retained(shown)))
+    row = plot.data.query("approach == 'one dense network' and task == 'task 1' and after == 5")
+    assert row["mean"].item() == pytest.approx(100 * study["one dense network"][0].summary["accuracy"][4][0])
+    assert "one dense network: task 1" in plot.alt and "Not run" not in plot.alt
+    plot = drawn(plots.kept_and_lost(continual.table(shown)))
+    assert set(plot.data["approach"]) == set(shown) and "joint, dense" not in plot.alt.split("Forgetting")[1]
+    gate, ec = study["Expert Gate"], study["one EC network"]
+    tasks = gate[0].summary["task_names"]
+    confusion, related = (continual.mean_matrix(gate, name) for name in ("confusion", "relatedness"))
+    assert f"{100 * gate[0].summary['gate_right']:.1f}% of a task's images" in drawn(plots.gate_choices(confusion, related, tasks)).alt
+    matrices = continual.mean_matrix(gate, "moved"), continual.mean_matrix(ec, "moved"), continual.mean_matrix(ec, "expert_shares")
+    assert "that were there by 0%." in drawn(plots.overwritten(*matrices, tasks)).alt
+
+
+def test_gaps_are_named():
+    nothing = continual.with_oracle(continual.run_study({"steps": 12345}, [0, 1], train=False))
+    for plot in (plots.retention(continual.retained(nothing)), plots.kept_and_lost(continual.table(nothing))):
+        assert "Not run: Expert Gate, oracle gate" in drawn(plot).alt
+    for plot in (plots.gate_choices(None, None, []), plots.overwritten(None, None, None, [])):
+        assert drawn(plot).alt.startswith("Not run: ")
+    assert continual.by_task(nothing)["all tasks"].isna().all()
+    assert set(continual.compare(nothing, "gpu")["answer"]) == {"not run"}
+    assert len(continual.origins(nothing["Expert Gate"])) == 0
+
+
+def test_tables(study):
+    shown = continual.with_oracle(study)
+    tasks = continual.by_task(shown).set_index("approach")
+    last = study["one EC network"][0].summary["accuracy"][4]
+    assert tasks.loc["one EC network"].tolist() == pytest.approx([*last, sum(last) / 5])
+    means = continual.by_approach(shown).set_index("approach")
+    assert means.loc["oracle gate", "forgetting"] == 0 and math.isnan(means.loc["oracle gate", "gate_right"])
+    rows = continual.compare(shown, "gpu")
+    assert rows["answer"].tolist() == ["undecided"] * len(rows) and rows["difference"][0] > 50  # one seed has no interval
+    assert set(continual.compare(shown, "smoke")["answer"]) == {"plumbing only"}
+    assert continual.origins(study["Expert Gate"])["how"][0] == "scratch"
+
+
+def test_patchnet_reads_patches_where_they_are():
+    torch.manual_seed(0)
+    net = PatchNet((1, 4, 4), 2, 2, 8, 1, lambda: dense_ffn(8, 8))
+    x = torch.rand(1, 1, 4, 4)
+    assert net(x).shape == (1, 2) and net.tokens == 4
+    assert not torch.allclose(net(x), net(x.flip(3)))  # places count
