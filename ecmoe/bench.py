@@ -2,7 +2,11 @@
 
 Two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these experts
 can be faster. A share of 0.7 means that the layer takes 1/0.7 of the floor's time, routing included. All
-rows are measured in one run, in turns, on the same random data; times are medians.
+rows are measured in one run, in turns, on the same random data; times are medians. Where triton and a GPU are,
+expert choice is measured on the kernels too (ecmoe/kernels.py), also as a CUDA graph, with its routing alone, and
+held to the plain path in float32. On a GPU, everything at once:
+
+    ecmoe bench --compile --passes --json bench.json
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecmoe.bench_kernels import KINDS, agreement, kernels_run, passes
 from ecmoe.config import bucket_size
 from ecmoe.moe import MoE
 from ecmoe.routing import ExpertChoice, TokenChoice
@@ -43,6 +48,7 @@ def bench_layer(
     capacity_factor: float = 2.0,
     repeats: int = 15,
     compiled: bool = False,
+    each_pass: bool = False,
     dtype: torch.dtype | None = None,
 ) -> pd.DataFrame:
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
@@ -52,14 +58,17 @@ def bench_layer(
         capacity_factor: c; token choice gets the same slots.
         repeats: of each row; the median is reported.
         compiled: measure each layer under torch.compile too.
+        each_pass: time each kernel alone, too.
         dtype: of weights and tokens; None: bf16 on a GPU, float32 on a CPU.
 
     Returns:
         a row per layer: milliseconds, share of the floor's speed, spread (quartiles) and peak memory on a GPU;
-        `attrs` hold the setting and the peers that are not installed.
+        routing alone (scores to assignment) as a share of the forward floor's time, of_forward_floor. `attrs` hold
+        setting, agreement and passes (`bench_kernels`), and in absent what could not be measured.
 
     Raises:
-        ConfigError: k = n c / e is no whole number. ValueError: repeats below 2.
+        ConfigError: k = n c / e is no whole number.
+        ValueError: repeats below 2; each_pass where the kernels can't run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = SIZES[device.type]
@@ -68,40 +77,63 @@ def bench_layer(
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
     bucket_size(n, num_experts, capacity_factor)  # before any time is spent
+    if each_pass and not kernels_run(device):
+        raise ValueError("--passes times the kernels, which need triton and a CUDA GPU")
     if device.type == "cpu":
         _keep_freed_memory()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     torch.manual_seed(0)
     x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
     top_k = max(round(capacity_factor), 1)
+    ec = f"EC-CF{capacity_factor:g}"
     routers = {
-        f"EC-CF{capacity_factor:g}": ExpertChoice(d_model, num_experts, capacity_factor),
+        ec: ExpertChoice(d_model, num_experts, capacity_factor),
         f"top-{top_k}, capacity {capacity_factor:g} n/e": TokenChoice(
             d_model, num_experts, top_k, capacity_factor / top_k, gate="renormalized"
         ),
         f"top-{top_k}, nothing dropped": TokenChoice(d_model, num_experts, top_k, gate="renormalized"),
     }
+    layers = {name: MoE(router, d_model, d_ff, kernels="plain").to(device, dtype) for name, router in routers.items()}
+    for kind in KINDS if kernels_run(device) else ():
+        router = ExpertChoice(d_model, num_experts, capacity_factor)
+        router.load_state_dict(layers[ec].router.state_dict())
+        layers[f"{ec}, {kind}"] = MoE(router, d_model, d_ff, kernels=kind).to(device, dtype)
+    for layer in layers.values():  # the same experts, once in memory
+        layer.w1, layer.w2 = layers[ec].w1, layers[ec].w2
+    failed = []
+    try:
+        table_of_agreement = agreement(
+            {name: layer for name, layer in layers.items() if name.startswith(ec)}, x, 20 if device.type == "cuda" else 2
+        )
+    except torch.OutOfMemoryError:
+        table_of_agreement, failed = [], ["agreement, whose float32 reference needs more memory"]
+
     steps: dict[str, Callable[[], Tensor]] = {}
-    parameters: dict[str, list[Tensor]] = {}
-    for name, router in routers.items():
-        layer = MoE(router, d_model, d_ff).to(device, dtype)
-        steps[name], parameters[name] = _call(layer, x), [x, *layer.parameters()]
+    wanted: dict[str, list[Tensor]] = {}
+    for name, layer in layers.items():
+        steps[name], wanted[name] = _call(layer, x), [x, *layer.parameters()]
         if compiled:
             steps[f"{name}, compiled"] = _call(torch.compile(layer), x)
-            parameters[f"{name}, compiled"] = parameters[name]
-        if name.startswith("EC") and n * n * capacity_factor <= 2**28:  # P has e k n entries
+            wanted[f"{name}, compiled"] = wanted[name]
+        if name == ec and n * n * capacity_factor <= 2**28:  # P has e k n entries
             steps[f"{name}, one-hot einsum"] = lambda layer=layer: one_hot_layer(layer, x)
-            parameters[f"{name}, one-hot einsum"] = parameters[name]
-    floor_forward, floor_both = _floor(n, d_model, d_ff, num_experts, capacity_factor, device, dtype)
-
-    def forward_backward(step: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[], None]:
-        return lambda: torch.autograd.grad(step(), wanted, grad_outputs=gradient, allow_unused=True)
-
+            wanted[f"{name}, one-hot einsum"] = wanted[name]
     gradient = torch.randn_like(x)
+    floor_forward, floor_both = _floor(layers[ec], x[0], bucket_size(n, num_experts, capacity_factor))
     calls = {("floor", "forward"): floor_forward, ("floor", "forward + backward"): floor_both}
     for name, step in steps.items():
         calls[name, "forward"] = torch.no_grad()(step)
-        calls[name, "forward + backward"] = forward_backward(step, parameters[name])
+        calls[name, "forward + backward"] = _forward_backward(step, wanted[name], gradient)
+    for name, layer in layers.items():
+        if name.startswith(ec):
+            calls[name, "routing"] = _routing(layer, x[0].detach())
+    if device.type == "cuda":  # graphs show what launching costs; token choice may read from the device
+        pool = torch.cuda.graph_pool_handle()
+        for name, what in [key for key in calls if key[0] in layers and key[0].startswith(ec)]:
+            try:
+                calls[f"{name}, CUDA graph", what] = _graph(calls[name, what], pool)
+            except RuntimeError as error:
+                failed.append(f"{name}, CUDA graph ({what}): {str(error).splitlines()[0]}")
     times, memory = _measure(calls, repeats, device)
 
     flops = 4 * bucket_size(n, num_experts, capacity_factor) * num_experts * d_model * d_ff
@@ -109,18 +141,23 @@ def bench_layer(
     for (name, what), samples in times.items():
         median = statistics.median(samples)
         quartiles = statistics.quantiles(samples, n=4)
+        floor = statistics.median(times["floor", "forward" if what == "routing" else what])
         rows.append({
             "layer": name,
             "what": what,
             "ms": 1e3 * median,
-            "share_of_floor": statistics.median(times["floor", what]) / median,
+            "share_of_floor": None if what == "routing" else floor / median,
+            "of_forward_floor": median / floor if what == "routing" else None,
             "low_ms": 1e3 * quartiles[0],
             "high_ms": 1e3 * quartiles[2],
-            "tflops": flops * (1 if what == "forward" else 3) / median / 1e12,
-            "peak_mb": memory.get((name, what)),
+            "tflops": None if what == "routing" else flops * (1 if what == "forward" else 3) / median / 1e12,
+            "peak_mb": None if name.endswith("graph") else memory.get((name, what)),
         })  # fmt: skip
     table = pd.DataFrame(rows)
-    table.attrs["absent"] = [title for module, title in PEERS.items() if find_spec(module) is None]
+    table.attrs["absent"] = [title for module, title in PEERS.items() if find_spec(module) is None] + failed
+    table.attrs["agreement"] = table_of_agreement
+    if each_pass:
+        table.attrs["passes"] = passes(n, d_model, d_ff, num_experts, capacity_factor, dtype, device, repeats)
     table.attrs["setting"] = {
         "n": n, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "capacity_factor": capacity_factor,
         "dtype": str(dtype).removeprefix("torch."), "device": device_name(), "torch": torch.__version__,
@@ -141,9 +178,15 @@ def one_hot_layer(layer: MoE, x: Tensor) -> Tensor:
     return torch.einsum("ekn,ek,ekd->nd", P, gate.to(x.dtype), y).view_as(x)
 
 
+def shown(rows: pd.DataFrame | list[dict]) -> str:
+    """A table as text, without empty columns."""
+    table = pd.DataFrame(rows).dropna(axis=1, how="all")
+    return table.to_string(index=False, float_format="{:.4g}".format, na_rep="")
+
+
 def save(tables: list[pd.DataFrame], path: Path) -> None:
     """Write what was measured, and where, as JSON."""
-    content = [{"setting": t.attrs["setting"], "absent": t.attrs["absent"], "rows": t.to_dict("records")} for t in tables]
+    content = [{**t.attrs, "rows": t.astype(object).where(t.notna(), None).to_dict("records")} for t in tables]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -167,24 +210,47 @@ def _keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def _floor(
-    n: int, d: int, f: int, e: int, c: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The two forward products, and all six, on random operands of their own."""
-    k = bucket_size(n, e, c)
-    shapes = {"x": (e, k, d), "h": (e, k, f), "w1": (e, d, f), "w2": (e, f, d), "dy": (e, k, d), "dh": (e, k, f)}
-    t = {name: torch.randn(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+def _forward_backward(step: Callable[[], Tensor], wanted: list[Tensor], gradient: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(step(), wanted, grad_outputs=gradient, allow_unused=True)
+
+
+def _routing(layer: MoE, x: Tensor) -> Callable[[], object]:
+    """From scores to the assignment."""
+    with torch.no_grad():
+        logits = layer.router.logits(x)
+    return torch.no_grad()(lambda: layer.router.assign(logits))
+
+
+def _graph(call: Callable[[], object], pool: tuple[int, int]) -> Callable[[], None]:
+    """The call as a CUDA graph: its launches, recorded once; graphs share the pool, for nobody reads their results."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up, as capturing asks for
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay
+
+
+def _floor(layer: MoE, x: Tensor, k: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The two forward products, and all six, on the layer's weights and random operands."""
+    (e, d, f), w1, w2 = layer.w1.shape, layer.w1.detach(), layer.w2.detach()
+    x_in, dy = (x.new_empty(e, k, d).normal_() for _ in range(2))
+    h, dh = (x.new_empty(e, k, f).normal_() for _ in range(2))
 
     def forward() -> None:
-        torch.bmm(t["x"], t["w1"])
-        torch.bmm(t["h"], t["w2"])
+        torch.bmm(x_in, w1)
+        torch.bmm(h, w2)
 
     def both() -> None:
         forward()
-        torch.bmm(t["dy"], t["w2"].transpose(1, 2))
-        torch.bmm(t["h"].transpose(1, 2), t["dy"])
-        torch.bmm(t["dh"], t["w1"].transpose(1, 2))
-        torch.bmm(t["x"].transpose(1, 2), t["dh"])
+        torch.bmm(dy, w2.transpose(1, 2))
+        torch.bmm(h.transpose(1, 2), dy)
+        torch.bmm(dh, w1.transpose(1, 2))
+        torch.bmm(x_in.transpose(1, 2), dh)
 
     return forward, both
 

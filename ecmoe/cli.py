@@ -136,6 +136,7 @@ def bench(
     capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e")] = 2.0,
     repeats: Annotated[int, typer.Option(min=2, help="of each row; medians count")] = 15,
     compiled: Annotated[bool, typer.Option("--compile", help="under torch.compile too")] = False,
+    each_pass: Annotated[bool, typer.Option("--passes", help="time each kernel alone, too")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
 ) -> None:
     """Time the MoE layer beside its floor, the six matrix products that it can't do without."""
@@ -150,13 +151,20 @@ def bench(
             capacity_factor=capacity_factor,
             repeats=repeats,
             compiled=compiled,
+            each_pass=each_pass,
         )
         if output:
             benchmark.save([table], output)
     typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
-    typer.echo(table.dropna(axis=1, how="all").to_string(index=False, float_format="{:.3f}".format))
+    typer.echo(benchmark.shown(table))
+    for title, rows in (
+        ("relative distance from the plain path in float32, one choice of tokens", table.attrs["agreement"]),
+        ("each pass alone", table.attrs.get("passes")),
+    ):
+        if rows:
+            typer.echo(f"\n{title}:\n{benchmark.shown(rows)}")
     if table.attrs["absent"]:
-        typer.echo(f"not installed, so not measured: {', '.join(table.attrs['absent'])}")
+        typer.echo(f"\nnot there, so not measured: {', '.join(table.attrs['absent'])}")
 
 
 @app.command()

@@ -21,8 +21,38 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
     assert set(floor.index) == {"forward", "forward + backward"}
     for row in measured.itertuples():
         assert row.ms > 0 and row.low_ms <= row.ms <= row.high_ms
-        assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
+        if row.what == "routing":
+            assert row.of_forward_floor == pytest.approx(row.ms / floor["forward"])
+        else:
+            assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
     assert {"EC-CF2", "top-2, capacity 2 n/e", "EC-CF2, one-hot einsum"} <= set(measured["layer"])
+
+
+def test_the_plain_path_agrees_with_itself(measured):
+    (row,) = measured.attrs["agreement"]
+    assert row.pop("layer") == "EC-CF2" and row.pop("same_bits")
+    assert set(row) == {"output", "x", "gate", "w1", "w2", "router.weight"} and set(row.values()) == {0}
+
+
+def test_kernels_are_measured_and_held_to_the_plain_path(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(bench, "kernels_run", lambda device: True)
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=2, repeats=2, each_pass=True)
+    for kind in ("triton", "triton-bmm"):
+        assert len(table[table["layer"] == f"EC-CF2, {kind}"]) == 3  # forward, with backward, routing
+    for row in table.attrs["agreement"]:
+        assert row.pop("layer").startswith("EC-CF2") and row.pop("same_bits") is True
+        assert all(value < (1e-2 if torch.cuda.is_available() else 1e-6) for value in row.values())
+    passes = table.attrs["passes"]
+    assert not any("error" in row for row in passes) and all(row["us"] > 0 for row in passes)
+    assert {"select", "gather", "combine", "invert"} <= {row["pass"] for row in passes}
+    assert "x_in w1, bmm" in bench.shown(passes)
+
+
+def test_passes_need_a_gpu():
+    if not torch.cuda.is_available():
+        shown = CliRunner().invoke(app, ["bench", "--passes"])
+        assert shown.exit_code == 2 and "CUDA" in shown.stderr
 
 
 def test_absent_peers_are_named(measured):
