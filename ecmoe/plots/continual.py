@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from ecmoe.plots.parts import Plot, line_with_band, missing_text, name_gaps, seeds_text, sentence
-from ecmoe.plots.style import Look, legend_below, looks, marks, new_figure
+from ecmoe.plots.style import Look, is_dark, legend_below, looks, marks, new_figure
 from ecmoe.stats import interval
 
 
@@ -193,8 +193,8 @@ def _heat(ax: Axes, panel: _Panel) -> None:
     ax.imshow(values, cmap="Blues", vmin=low, vmax=top, aspect="auto")
     for (t, i), value in np.ndenumerate(values):
         if not math.isnan(value):
-            dark = (value - low) / (top - low) > 0.68 if top > low else False
-            ax.text(i, t, panel.form.format(value), ha="center", va="center", fontsize=9, color="white" if dark else "black")
+            shade = to_hex(colormaps["Blues"]((value - low) / (top - low) if top > low else 0.0))
+            ax.text(i, t, panel.form.format(value), ha="center", va="center", fontsize=9, color="white" if is_dark(shade) else "black")
     ax.set_xticks(range(values.shape[1]), [str(i + 1) for i in range(values.shape[1])])
     ax.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
