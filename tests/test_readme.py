@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from ecmoe import readme
+from ecmoe import MoE, readme
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -55,6 +56,28 @@ def test_the_layer_example_runs():
     exec(compile(EXAMPLES["layer"], "README.md", "exec"), there)
     assert there["y"].shape == there["x"].shape
     assert 0 <= float(there["moe"].statistics()["share_2"]) <= 1
+
+
+def test_the_router_example_is_a_router():
+    lines = (EXAMPLES["router"] + EXAMPLES["router_test"]).splitlines()
+    assert len(lines) < 30
+    there = {}
+    for name in ("router", "router_test"):
+        exec(compile(EXAMPLES[name], "README.md", "exec"), there)
+    there["test_200_problems"]()
+    router = there["TopP"](8, 4)
+    moe = MoE(router, 8, 16)
+    x = torch.randn(2, 6, 8)
+    scores = router.logits(x).softmax(1)
+    for row, weights in zip(scores.tolist(), router.assign(router.logits(x)).dense(12).tolist(), strict=True):
+        total, kept = 0.0, set()
+        for expert in sorted(range(4), key=lambda i: -row[i]):
+            if total < router.p:
+                kept.add(expert)
+            total += row[expert]
+        assert {i for i, weight in enumerate(weights) if weight} == kept
+    moe(x).sum().backward()
+    assert router.weight.grad.abs().sum() > 0
 
 
 def test_the_run_example_trains_and_loads(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.dense import Dense
 from ecmoe.routing.expert_choice import ExpertChoice
 from ecmoe.routing.expert_threshold import ExpertThreshold
@@ -35,6 +35,7 @@ __all__ = [
     "TokenChoice",
     "build_router",
     "causal_routing",
+    "pack",
 ]
 
 
