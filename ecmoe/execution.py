@@ -20,7 +20,7 @@ from jupyter_client.manager import AsyncKernelManager
 from traitlets import CaselessStrEnum, default
 
 from ecmoe.render import render
-from ecmoe.scoreboard import verdict_folder
+from ecmoe.scoreboard import study_folder, verdict_folder
 
 
 class ParameterError(ValueError):
@@ -86,7 +86,7 @@ def execute(
     source = nbformat.read(notebook, as_version=4)
     check_parameters(source, values, notebook.name)
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    _forget_verdicts(notebook.stem, str(values.get("scale", "")))
+    _forget(notebook.stem, str(values.get("scale", "")))
     failed_html = out_html.with_suffix(".failed.html")
     total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
 
@@ -188,7 +188,8 @@ def notebook_parameters(notebook: Any) -> dict[str, Any]:
     return found
 
 
-def _forget_verdicts(notebook: str, scale: str) -> None:
+def _forget(notebook: str, scale: str) -> None:
     """What an earlier execution found must not outlive one that fails."""
     if scale:
-        (verdict_folder(scale) / f"{notebook}.json").unlink(missing_ok=True)
+        for folder in (verdict_folder(scale), study_folder(scale)):
+            (folder / f"{notebook}.json").unlink(missing_ok=True)

@@ -26,7 +26,9 @@ from ecmoe.scoreboard import (
     find_claim,
     load_verdicts,
     record,
+    record_study,
     scoreboard,
+    studies,
     verdict_folder,
 )
 from ecmoe.stats import PLUMBING, Verdict, smallest_effect
@@ -34,7 +36,7 @@ from ecmoe.stats import PLUMBING, Verdict, smallest_effect
 # `execute`, `render` and `index` are found here too, by __getattr__.
 __all__ = [
     "claim_table", "formula", "plumbing_only", "provenance", "scoreboard", "show",
-    "show_scoreboard", "show_table", "show_text", "show_verdict", "verdict_folder",
+    "show_scoreboard", "show_studies", "show_table", "show_text", "show_verdict", "verdict_folder",
 ]  # fmt: skip
 
 Format = str | Callable[[Any], str]
@@ -208,6 +210,15 @@ def show_scoreboard(scale: str) -> None:
     show_table(scoreboard(folder), formats={"id": link, "verdict": badge})
 
 
+def show_studies(scale: str) -> None:
+    """Show what every page of that scale rests on, and which runs are missing."""
+    rows, total = studies(scale)
+    page = Markup('<a href="{0}.html">{0}</a>')
+    again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
+    caption = f"{total} `{again}` trains what is missing, and nothing else."
+    show_table(rows, caption, {"page": page.format, "hours": ".2f"})
+
+
 def badge(label: str) -> Markup:
     """A verdict's label on its colour."""
     return Markup(
@@ -239,12 +250,15 @@ def math_html(latex: str, mode: str = "inline", alt: str = "") -> str:
     return mathml.replace("<math ", f'<math alttext="{html.escape(alt or latex)}" ', 1)
 
 
-def provenance(results: Iterable[Result]) -> None:
+def provenance(results: Iterable[Result], *, scale: str = "") -> None:
     """Show where numbers come from: commit, versions, devices, seeds, hours, data, what is missing.
 
-    Warns if the runs behind a page differ in commit, versions, device, precision or data.
+    Warns if the runs behind a page differ in commit, versions, device, precision or data. With a `scale`, the
+    scoreboard's page learns which runs this one rests on.
     """
     results = list(results)
+    if scale:
+        record_study(results, scale)
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     versions = sorted({f"{k} {v}" for s in done for k, v in (s.get("versions") or {}).items()})
     rows = [

@@ -1,10 +1,11 @@
-"""Every claim's verdict in one place: files that notebooks leave, and tables made of them."""
+"""Every claim's verdict in one place, and every page's runs: files that notebooks leave, and tables made of them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.claims import CLAIMS, Claim
+from ecmoe.results import Result, arm_labels, read_json, write_json
 from ecmoe.stats import PLUMBING, Effect, Verdict
 
 COLUMNS = ["id", "claim", "paper", "here", "interval", "seeds", "verdict"]
@@ -105,6 +107,55 @@ def scoreboard(folder: str | Path) -> pd.DataFrame:
         rows.append((*row, kept["n"] or None, kept["label"]))
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype({"seeds": "Int64"})
+
+
+def record_study(results: Iterable[Result], scale: str, notebook: str = "") -> None:
+    """Keep which runs a page rests on, and which of them are missing, in studies/<notebook>.json."""
+    notebook = notebook or os.environ.get("ECMOE_NOTEBOOK", "")
+    if not notebook:
+        return  # run by hand: no page
+    keys = ("status", "seed", "seconds", "tokens", "device")
+    results = list(results)
+    runs = {
+        result.summary["name"]: {"arm": arm} | {key: result.summary.get(key) for key in keys}
+        for result, arm in zip(results, arm_labels(results), strict=True)
+    }
+    write_json(study_folder(scale) / f"{notebook}.json", runs)
+
+
+def study_folder(scale: str) -> Path:
+    """Where pages keep what they rest on: beside the verdicts."""
+    return verdict_folder(scale).parent / "studies"
+
+
+def studies(scale: str) -> tuple[pd.DataFrame, str]:
+    """A row per page: runs that it rests on, finished, missing by arm; and the total over distinct runs, in words."""
+    rows, distinct = [], {}
+    for path in sorted(study_folder(scale).glob("*.json")):
+        runs = read_json(path)
+        distinct |= {name: run for name, run in runs.items() if run["status"] == "finished"}
+        missing: dict[str, list[str]] = {}
+        for run in runs.values():
+            if run["status"] != "finished":
+                missing.setdefault(f"{run['arm']} ({run['status']})", []).append(str(run["seed"]))
+        done = [run for run in runs.values() if run["status"] == "finished"]
+        rows.append(
+            {
+                "page": path.stem,
+                "runs": len(runs),
+                "finished": len(done),
+                "hours": sum(run["seconds"] or 0 for run in done) / 3600,
+                "missing (seeds)": "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items()),
+            }
+        )
+    hours = sum(run["seconds"] or 0 for run in distinct.values()) / 3600
+    tokens = sum(run["tokens"] or 0 for run in distinct.values())
+    devices = ", ".join(sorted({run["device"] for run in distinct.values() if run["device"]})) or "no device"
+    total = (
+        f"{len(distinct)} distinct runs in all, shared between pages: {tokens / 1e6:,.0f} million tokens, "
+        f"{hours:.2f} hours of training on {devices}."
+    )
+    return pd.DataFrame(rows, columns=["page", "runs", "finished", "hours", "missing (seeds)"]), total
 
 
 def claim_table(verdicts: pd.DataFrame | str | Path) -> str:

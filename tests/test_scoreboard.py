@@ -1,0 +1,68 @@
+"""What pages rest on: distinct runs, what is missing, and what they cost."""
+
+import json
+
+import pytest
+from bs4 import BeautifulSoup
+
+from ecmoe import report, scoreboard
+from ecmoe.config import RunConfig
+from ecmoe.execution import _forget
+from ecmoe.results import Result, not_run
+
+EC = RunConfig()
+TOP2 = RunConfig(router="token_choice", capacity_factor=1.0, gate="renormalized")
+
+
+def finished(config: RunConfig, seconds: float) -> Result:
+    result = not_run(config)
+    result.summary.update(status="finished", seconds=seconds, tokens=2_000_000, device="GPU")
+    return result
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """Two pages that share a run; one of them lacks two seeds of an arm, and has a run that diverged."""
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
+    shared = finished(EC, 1800)
+    lost = finished(EC.replace(seed=1), 60)
+    lost.summary["status"] = "diverged"
+    missing = [not_run(TOP2.replace(seed=seed)) for seed in (0, 2)]
+    scoreboard.record_study([shared], "gpu", "01_a")
+    scoreboard.record_study([shared, lost, *missing, finished(TOP2.replace(seed=1), 900)], "gpu", "02_b")
+    return tmp_path / "studies"
+
+
+def test_every_page_says_what_is_missing_and_a_shared_run_counts_once(pages):
+    rows, total = scoreboard.studies("gpu")
+    assert rows["page"].tolist() == ["01_a", "02_b"]
+    assert rows["runs"].tolist() == [1, 5] and rows["finished"].tolist() == [1, 2]
+    assert rows["hours"].tolist() == pytest.approx([0.5, 0.75])
+    assert rows["missing (seeds)"].tolist() == ["", "EC-CF2 (diverged) s1; GShard top-2 renormalized (not run) s0, s2"]
+    assert total.startswith("2 distinct runs in all") and "4 million tokens, 0.75 hours of training on GPU" in total
+
+
+def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "display", lambda data, raw: shown.append(data["text/html"]))
+    report.show_studies("gpu")
+    page = BeautifulSoup(shown[0], "html.parser")
+    assert "make reproduce SCALE=gpu" in page.caption.text
+    assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"]
+
+
+def test_a_run_by_hand_leaves_nothing_and_a_new_execution_starts_afresh(pages, monkeypatch):
+    monkeypatch.delenv("ECMOE_NOTEBOOK", raising=False)
+    scoreboard.record_study([not_run(EC)], "gpu")
+    assert sorted(path.name for path in pages.iterdir()) == ["01_a.json", "02_b.json"]
+    monkeypatch.setenv("ECMOE_NOTEBOOK", "03_c")
+    scoreboard.record_study([not_run(EC)], "gpu")
+    assert json.loads((pages / "03_c.json").read_text())[EC.name]["status"] == "not run"
+    _forget("03_c", "gpu")
+    assert not (pages / "03_c.json").exists() and (pages / "01_a.json").exists()
+
+
+def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
+    rows, total = scoreboard.studies("gpu")
+    assert not len(rows) and total.startswith("0 distinct runs")
