@@ -10,6 +10,7 @@ from matplotlib import pyplot
 from ecmoe import plots
 from ecmoe.config import RunConfig
 from ecmoe.results import COLUMNS, Result, curves, not_run, table
+from ecmoe.stats import Effect
 
 
 def run(config: RunConfig, loss: float, rows: int = 5, **routing: float) -> Result:
@@ -185,3 +186,23 @@ def test_nothing_at_all_is_a_figure_too():
     drawn(plots.load(curves(missing)))
     drawn(plots.loss_against(table(missing, axes=["num_experts"]), "num_experts"))
     drawn(plots.capacity_demand(table(missing, axes=["capacity_factor"])))
+
+
+def test_differences_say_which_side_they_are_on():
+    effects = {
+        "a - b": Effect(-0.02, -0.03, -0.01, 3, "nats per token"),
+        "a - c": Effect(0.01, -0.01, 0.03, 3, "nats per token"),
+        "a - d": Effect(0.04, 0.03, 0.05, 6, "nats per token"),
+        "a - e": Effect(0.5, None, None, 1, "nats per token"),
+        "a - f": Effect(math.nan, None, None, 0, "nats per token"),
+    }
+    plot = drawn(plots.differences(effects, "difference (nats per token)", "a is better"))
+    ax = plot.figure.axes[0]
+    assert ax.get_xlabel() == "difference (nats per token); left of 0: a is better"
+    assert [text.get_text() for text in ax.texts] == ["not run"]
+    assert "a - b: -0.02 nats per token (95% -0.03 to -0.01; 3 seeds), below 0" in plot.alt
+    assert "3 seeds), above" not in plot.alt and "6 seeds), above 0" in plot.alt
+    assert plot.alt.endswith("Not run: a - f.")
+    assert plot.data["low"].tolist()[:3] == [-0.03, -0.01, 0.03]
+    colors = {line.get_marker(): line.get_color() for line in ax.lines if line.get_marker() != "None"}
+    assert set(colors) == {"<", ">", "o"} and len(set(colors.values())) == 3

@@ -6,6 +6,7 @@ that is named, never a 0. Bands are the range over seeds, bars across a mean its
 
 from ecmoe.plots.causality import leak, leak_by_condition, serving_loss
 from ecmoe.plots.continual import gate_choices, kept_and_lost, overwritten, retention
+from ecmoe.plots.effects import differences
 from ecmoe.plots.loss import final_loss, loss_against, loss_over_steps, parameter_counts
 from ecmoe.plots.parts import LABELS, Plot
 from ecmoe.plots.routing import (
@@ -19,7 +20,7 @@ from ecmoe.plots.style import looks
 from ecmoe.plots.vision import accuracy_over_capacity, left_out_over_capacity, patches_taken
 
 __all__ = [
-    "LABELS", "Plot", "accuracy_over_capacity", "capacity_demand", "expert_shares",
+    "LABELS", "Plot", "accuracy_over_capacity", "capacity_demand", "differences", "expert_shares",
     "expert_shares_over_steps", "final_loss", "gate_choices", "kept_and_lost", "leak",
     "leak_by_condition", "left_out_over_capacity", "load", "looks", "loss_against",
     "loss_over_steps", "overwritten", "parameter_counts", "patches_taken", "retention",
