@@ -38,6 +38,8 @@ class ImageData(RunData):
                 raise ConfigError(f"data={config.data!r} has {have} {side} images, but {keys} need {need} (batch_size="
                                   f"{config.batch_size}, eval_batches={config.eval_batches}): lower these")  # fmt: skip
         which = np.linspace(0, len(loaded.val_y) - 1, count).round().astype(np.int64)
+        # Some sources lie class by class: patches must compete with those of all classes, in evaluation too.
+        which = np.random.default_rng(0).permutation(which)
         self.val = loaded.val_x[which], loaded.val_y[which]
         self.digest: str = loaded.provenance["digest"]
         self.provenance, self.classes = loaded.provenance, loaded.classes

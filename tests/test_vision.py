@@ -2,20 +2,19 @@
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_train import start
 
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import data_digest
 from ecmoe.image_data import ImageBatches, ImageData, shifted
 from ecmoe.model import build_model, count_parameters, flops_per_token
+from ecmoe.recorder import Recorder
 from ecmoe.results import read_record, table, write_record
 from ecmoe.vision import patchify
 
@@ -182,25 +181,41 @@ def test_a_run_classifies_and_its_accuracy_is_what_a_loop_counts(digits, tmp_pat
     write_record(tmp_path / "again.json", record)
 
 
-def test_killed_and_resumed_ends_the_same_to_the_last_bit(digits):
+def test_broken_off_and_resumed_ends_the_same_to_the_last_bit(digits, monkeypatch):
     config = digits(router="token_choice", capacity_factor=0.5, priority="score", balance="importance_load",
                     augment=True, checkpoint_every=4)  # fmt: skip
     whole = run_or_load(config, progress=False)
     weights = load_model(whole.path).state_dict()
     whole.path.rename(whole.path.with_name("whole-images"))
-    process = start(config, """
-        import os, signal
-        from ecmoe.recorder import Recorder
-        end = Recorder.on_train_batch_end
-        def kill(self, trainer, *a):
-            end(self, trainer, *a)
-            if trainer.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)
-        Recorder.on_train_batch_end = kill
-    """)  # fmt: skip
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and (paths.runs() / config.name / "last.ckpt").exists()
+    end = Recorder.on_train_batch_end
+
+    def break_off(self, trainer, *a):
+        end(self, trainer, *a)
+        if trainer.global_step == 9:
+            raise OSError("the machine went down")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError):
+        broken.setattr(Recorder, "on_train_batch_end", break_off)
+        run_or_load(config, progress=False)
+    assert (paths.runs() / config.name / "last.ckpt").exists()
     again = run_or_load(config, progress=False)
     resumed = load_model(again.path).state_dict()
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     same = ["step", "train_loss", "val_loss", "accuracy"]
     pd.testing.assert_frame_equal(again.curve[same], whole.curve[same], check_exact=True)
+
+
+def test_validation_batches_mix_classes_that_lie_apart(digits, monkeypatch):
+    from ecmoe import images
+
+    loaded = images.load("digits")
+    order = loaded.val_y.argsort()  # as a folder has them: class by class
+    sorted_ = loaded._replace(val_x=loaded.val_x[order], val_y=loaded.val_y[order])
+    monkeypatch.setattr(images, "load", lambda data: sorted_)
+    batches = []
+    for _ in range(2):
+        data = ImageData(digits())
+        data.setup()
+        batches.append(list(data.val_dataloader()))
+    assert all(len(y.unique()) > 5 for _, y in batches[0])
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*batches, strict=True))

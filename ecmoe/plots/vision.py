@@ -116,5 +116,5 @@ def _shares(rows: Sequence[tuple]) -> str:
     taken = [row[4] for row in rows]
     right = sum(row[2] == row[3] for row in rows)
     none = sum(share == 0 for share in taken)
-    return (f"{np.mean(taken):.0f}% of the patches, {min(taken):.0f}% to {max(taken):.0f}% of an image, none of "
-            f"{none} of {len(rows)} images; {right} of {len(rows)} are classified rightly")  # fmt: skip
+    return (f"{np.mean(taken):.0f}% of the patches, {min(taken):.0f}% to {max(taken):.0f}% of an image, "
+            f"and {none} of {len(rows)} images lose all of theirs; {right} of {len(rows)} are classified rightly")  # fmt: skip
