@@ -63,11 +63,11 @@ GATHER = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 COMBINE = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
 ACTIVATION = {"ROWS": 4, "COLUMNS": 512, "num_warps": 4}
 SELECT = {"BLOCK": 8192, "num_warps": 16}
-LOGITS = {"ROWS": 128, "DEPTH": 64, "num_warps": 4}
+LOGITS = {"ROWS": 128, "DEPTH": 32, "num_warps": 8}
 LOGITS_DX = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8}
-LOGITS_DW = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
+LOGITS_DW = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}
 TOKENS_PER_SUM = 2048  # of the partial sums of the router's gradient
-MOST_EXPERTS = 256  # of `logits`: a row of scores is one block
+MOST_EXPERTS = 128  # of `logits`: more would not fit into shared memory
 
 
 def experts(
@@ -97,12 +97,12 @@ def experts(
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """(n, d) bf16 tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision.
+    """(n, d) tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision.
 
-    bf16 numbers multiply exactly in tensor cores and add up in float32; the float32 weight goes in as the
-    sum of three of them. Other dtypes take the plain product.
+    bf16 numbers multiply exactly in tensor cores and add up in float32; a float32 number goes in as the sum of
+    three of them. float64 and float16 take the plain product.
     """
-    if x.dtype != torch.bfloat16 or weight.shape[1] > MOST_EXPERTS:
+    if x.dtype not in (torch.bfloat16, torch.float32) or weight.shape[1] > MOST_EXPERTS:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.to(dtype) @ weight.to(dtype)
     _check(x)
@@ -119,6 +119,8 @@ def select(scores: Tensor, k: int) -> Tensor:
     if scores.dtype != torch.float32:
         return scores.topk(k, dim=-1).indices
     _check(scores)
+    if k == scores.shape[-1]:  # also a single score, on which Triton 3.6 fails
+        return torch.arange(k, device=scores.device).expand(scores.shape)
     rows = scores.reshape(-1, scores.shape[-1]).contiguous()
     return _select(rows, k).view(*scores.shape[:-1], k)
 
@@ -306,7 +308,7 @@ def combine(rows: Tensor, inverse: Tensor) -> Tensor:
     (e, k, d), n = rows.shape, inverse.shape[0]
     out = rows.new_empty(n, d)
     grid = triton.cdiv(n, COMBINE["ROWS"]), triton.cdiv(d, COMBINE["COLUMNS"])
-    _combine_kernel[grid](rows, inverse, out, e * k, n, d, e, E=_block(e), **_wide(rows), **COMBINE)
+    _combine_kernel[grid](rows, inverse, out, e * k, n, d, e, E=_block(e, 2), **_wide(rows), **COMBINE)
     return out
 
 
@@ -652,6 +654,24 @@ def _split(x):
 
 
 @triton.jit
+def _multiply(a, b, total):
+    """total + a b to float32's precision, small terms first; a in bf16 or float32, b in float32."""
+    high, middle, low = _split(b)
+    if a.dtype == tl.bfloat16:
+        total = _dot(a, low, total)
+        total = _dot(a, middle, total)
+        return _dot(a, high, total)
+    else:
+        a_high, a_middle, a_low = _split(a)
+        total = _dot(a_low, high, total)
+        total = _dot(a_middle, middle, total)
+        total = _dot(a_high, low, total)
+        total = _dot(a_middle, high, total)
+        total = _dot(a_high, middle, total)
+        return _dot(a_high, high, total)
+
+
+@triton.jit
 def _logits_kernel(
     x, w, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -664,10 +684,7 @@ def _logits_kernel(
         tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
         inside = (column < d)[:, None] & (expert < e)[None, :]
         weights = tl.load(w + column[:, None] * e + expert[None, :], mask=inside, other=0)
-        high, middle, low = _split(weights)
-        total = _dot(tokens, low, total)
-        total = _dot(tokens, middle, total)
-        total = _dot(tokens, high, total)
+        total = _multiply(tokens, weights, total)
     inside = (t < n)[:, None] & (expert < e)[None, :]
     tl.store(out + t[:, None] * e + expert[None, :], total, mask=inside)
 
@@ -676,7 +693,7 @@ def _logits_kernel(
 def _logits_dx_kernel(
     dlogits, w, dx, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """dlogits w^T, rounded to bf16: two parts of each factor give 16 bits."""
+    """dlogits w^T."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     expert = tl.arange(0, E)
@@ -684,12 +701,7 @@ def _logits_dx_kernel(
     left = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=inside, other=0)
     inside = (column < d)[None, :] & (expert < e)[:, None]
     right = tl.load(w + column[None, :] * e + expert[:, None], mask=inside, other=0)
-    left, left_rest, _ = _split(left)
-    right, right_rest, _ = _split(right)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    total = _dot(left, right_rest, total)
-    total = _dot(left_rest, right, total)
-    total = _dot(left, right, total)
+    total = _multiply(left, right, tl.zeros((ROWS, COLUMNS), tl.float32))
     inside = (t < n)[:, None] & (column < d)[None, :]
     tl.store(dx + t[:, None] * d + column[None, :], total.to(dx.dtype.element_ty), mask=inside)
 
@@ -710,10 +722,7 @@ def _logits_dw_kernel(
         tokens = tl.load(x + t[None, :] * d + column[:, None], mask=inside, other=0)  # transposed
         inside = (t < n)[:, None] & (expert < e)[None, :]
         gradient = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=inside, other=0)
-        high, middle, low = _split(gradient)
-        total = _dot(tokens, low, total)
-        total = _dot(tokens, middle, total)
-        total = _dot(tokens, high, total)
+        total = _multiply(tokens, gradient, total)
     inside = (column < d)[:, None] & (expert < e)[None, :]
     place = (tl.program_id(1).to(tl.int64) * d + column[:, None]) * e + expert[None, :]
     tl.store(dw + place, total, mask=inside)

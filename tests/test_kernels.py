@@ -1,6 +1,10 @@
 """The fast path against the plain one: on a GPU where there is one, else in Triton's interpreter."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,8 +64,8 @@ def assert_near(ours, theirs, dtype):
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [WHOLE, ODD, (1, 8, 16, 2, 1), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [WHOLE, ODD, (1, 1, 1, 1, 1)])
 def test_output_and_gradients_are_those_of_the_one_hot_einsum(sizes, dtype, fuse):
     given = problem(*sizes, dtype)
     assert_near(with_gradients(lambda *a: kernels.experts(*a, fuse=fuse), *given), oracle(*given), dtype)
@@ -136,9 +140,8 @@ def test_routing_operators_say_their_shapes():
     torch.library.opcheck(torch.ops.ecmoe.select, (w.detach(), 3), test_utils=tests[:2])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_layer_compiles_whole(recompute):
-    moe, x = layer("triton", recompute=recompute), tokens().requires_grad_()
+def test_the_layer_compiles_whole():
+    moe, x = layer("triton", recompute=True), tokens().requires_grad_()
     plain = moe(x)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
     gradient = torch.randn_like(plain)
@@ -168,6 +171,19 @@ def test_the_layer_runs_in_a_cuda_graph():
     assert torch.equal(out, expected) and all(g.isfinite().all() for g in gradients)
 
 
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    """What the interpreter can't know: types, layouts, shared memory, tensor cores. No GPU is needed."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_kernels.py")
+    shown = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    assert {row[0] for row in rows} == {name for name in vars(kernels) if name.endswith("_kernel")}
+    for name, _, _, _, spilled, _, shared, _, wgmma in rows:
+        assert int(spilled) <= 64 and int(shared) <= 232_448, name  # of a multiprocessor of sm_90
+        assert int(wgmma) > 0 or "product" not in name
+
+
 # The layer
 
 D, FF, E, B, T = 16, 32, 4, 2, 12
@@ -184,7 +200,7 @@ def tokens(dtype=torch.float32) -> torch.Tensor:
 
 ROUTERS = {
     "ec": lambda: ExpertChoice(D, E, 2.0),
-    "ec renormalized by position": lambda: ExpertChoice(D, E, 2.0, pool="position", gate="renormalized"),
+    "ec renormalized by sequence": lambda: ExpertChoice(D, E, 1.0, pool="sequence", gate="renormalized"),
     "ec capped": lambda: ExpertChoice(D, E, 2.0, max_experts_per_token=2),
     "top-2 with capacity": lambda: TokenChoice(D, E, 2, 1.0, gate="renormalized"),
     "hash": lambda: Hash(D, E, 50, 1.0),
@@ -300,21 +316,23 @@ def test_select_takes_pools_and_softmax_scores():
     assert torch.equal(chosen, scores.topk(7).indices.sort().values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d", "e"), [(40, 24, 6), (130, 70, 17), (1, 1, 1)])
-def test_logits_are_float32s(n, d, e):
+def test_logits_are_float32s(n, d, e, dtype):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(n, d, generator=g).to(DEVICE).bfloat16().requires_grad_()
+    x = torch.randn(n, d, generator=g).to(DEVICE, dtype).requires_grad_()
     w = torch.randn(d, e, generator=g).to(DEVICE).requires_grad_()
     gradient = torch.randn(n, e, generator=g).to(DEVICE)
     out, expected = kernels.logits(x, w), x.double() @ w.double()
     assert out.dtype == torch.float32 and distance(out, expected) < 5e-7
     (dx, dw), theirs = (torch.autograd.grad(o, [x, w], gradient.to(o.dtype)) for o in (out, expected))
-    assert dx.dtype == torch.bfloat16 and distance(dx, theirs[0]) < 2**-7 and distance(dw, theirs[1]) < 5e-7
+    assert dx.dtype == dtype and distance(dx, theirs[0]) < (2**-7 if dtype == torch.bfloat16 else 5e-7)
+    assert distance(dw, theirs[1]) < 5e-7
 
 
 def test_logits_of_other_types_are_the_plain_product():
-    x, w = torch.randn(5, 4, device=DEVICE), torch.randn(4, 3, device=DEVICE)
-    assert torch.equal(kernels.logits(x, w), x @ w)
+    x, w = torch.randn(5, 4, device=DEVICE).double(), torch.randn(4, 3, device=DEVICE)
+    assert torch.equal(kernels.logits(x, w), x @ w.double())
 
 
 def test_an_assignment_is_inverted():
