@@ -55,7 +55,7 @@ EC, TOP2 = (
         (TOP2 | {"capacity_factor": 4.0, "aux_loss_weight": 0.0}, "GShard top-2 c=4 aux=0"),
         (TOP2 | {"top_k": 1, "capacity_factor": 1.25}, "Switch top-1"),
         (TOP2 | {"priority": "score"}, "GShard top-2 batch priority"),
-        (TOP2 | {"balance": "bias"}, "GShard top-2 balance=bias"),
+        (TOP2 | {"balance": "bias"}, "GShard top-2 loss-free bias"),
         ({"router": "hash", "capacity_factor": 1.25}, "Hash"),
         ({"router": "hash", "capacity_factor": 1.25, "hash_table": "balanced"}, "Hash balanced"),
         ({"router": "dense"}, "Dense"),

@@ -47,8 +47,8 @@ class Look(NamedTuple):
 
 def looks(arms: Iterable[str]) -> dict[str, Look]:
     """The look of each arm: its colour goes by its name, and no two in a figure are alike."""
-    found: dict[str, Look] = {}
-    for arm in dict.fromkeys(arms):
+    arms, found = list(dict.fromkeys(arms)), {}
+    for arm in sorted(arms):  # so that another order of the arms changes no colour
         gate = next((word for word in arm.split() if word in _GATES), "")
         name = " ".join(word for word in arm.split() if word != gate)
         color, marker = _KNOWN.get(name) or _by_name(name, 0)
@@ -59,7 +59,7 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
             if attempt == len(_PALETTE):  # more arms than colours: the marker tells
                 break
         found[arm] = Look(color, marker, line, bool(gate))
-    return found
+    return {arm: found[arm] for arm in arms}
 
 
 def _by_name(name: str, attempt: int) -> tuple[str, str]:
