@@ -29,7 +29,7 @@ from ecmoe.routing import Assignment, Router, causal_routing
 from ecmoe.routing.assignment import pack
 
 SMOOTHING = 8.0  # tokens that the unigram counts for in the bigram; ours
-GIVEN = ("nothing", "the current token", "the model, routed causally")
+GIVEN = ("token frequencies", "the current token", "the model, causally")
 # Two routings of the same weights: the pool of training, and the running cut-offs.
 ROUTINGS: Mapping[str, Callable[[Transformer], AbstractContextManager]] = {"as trained": nullcontext, "causally": causal_routing}
 
@@ -53,7 +53,7 @@ def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[
     compared; then all sequences but one, and that one's decisions are compared (`kept` times, another one each).
 
     Returns:
-        rows: one per change ("later tokens", "other sequences") and routing, with `decisions`, the share of the
+        rows: one per change ("later tokens replaced", "other sequences replaced") and routing, with `decisions`, the share of the
             decisions (L x e a token) that changed, and `tokens`, the share of tokens of which any did.
     """
     model = exact(model)
@@ -71,13 +71,13 @@ def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int 
         with routed(model):
             _, plain = decisions(model, ids)
             changed = (plain != decisions(model, later)[1])[:, :, : T // 2]
-            rows.append(_shares("later tokens", routing, changed))
+            rows.append(_shares("later tokens replaced", routing, changed))
             alone = []
             for i in torch.linspace(0, B - 1, min(kept, B)).round().long().tolist():
                 others = other.clone()
                 others[i] = ids[i]
                 alone.append((plain != decisions(model, others)[1])[:, i])
-            rows.append(_shares("other sequences", routing, torch.stack(alone, dim=1)))
+            rows.append(_shares("other sequences replaced", routing, torch.stack(alone, dim=1)))
     return rows
 
 

@@ -2,11 +2,12 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
 
-from ecmoe import RunConfig, build_model, causal_routing, causality, run_or_load
+from ecmoe import RunConfig, build_model, causal_routing, causality, plots, run_or_load
 from ecmoe.inspection import held_out
 from ecmoe.measure import measure_rows
 from ecmoe.probe import information
@@ -121,8 +122,8 @@ def model_of(**keys):
 def test_what_decisions_depend_on(keys, later, others):
     found = causality.changed_decisions(model_of(**keys), ids(0), ids(1))
     share = {(row["change"], row["routing"]): (float(row["decisions"]), float(row["tokens"])) for row in found}
-    assert share["later tokens", "causally"] == share["other sequences", "causally"] == (0, 0)
-    for change, changes in (("later tokens", later), ("other sequences", others)):
+    assert share["later tokens replaced", "causally"] == share["other sequences replaced", "causally"] == (0, 0)
+    for change, changes in (("later tokens replaced", later), ("other sequences replaced", others)):
         decisions, tokens = share[change, "as trained"]
         assert (0.01 < decisions <= tokens <= 1) if changes else decisions == tokens == 0
 
@@ -180,3 +181,32 @@ def test_measurements_of_a_run(tiny_config):
     assert decoded["prompt"] and decoded["continuation"]
     with causal_routing(model):  # the model itself is left as it was
         assert next(model.parameters()).dtype == torch.float32
+
+
+# The figures
+
+
+def test_figures_have_both_routings_their_difference_and_their_gaps():
+    rows = [("a", s, r, x + s / 10, "one") for s in (0, 1) for r, x in (("as trained", 2.0), ("causally", 2.5))]
+    frame = pd.DataFrame([*rows, ("b", 0, None, None, None)], columns=["arm", "seed", "routing", "loss", "given"])
+    plot = plots.leak(frame, "loss", "loss", "difference")
+    assert plot.data.set_index(["arm", "routing"])["mean"].loc["a"].tolist() == pytest.approx([2.05, 2.55, 0.5])
+    assert "a 2.050 as trained, 2.550 causally, difference +0.500 (0.500 to 0.500) (2 seeds). Not run: b." in plot.alt
+    turned = plots.leak(frame, "loss", "loss", "difference", causal_first=False)
+    assert turned.data["mean"][2] == pytest.approx(-0.5)
+    panels = plots.leak_by_condition(frame, "loss", "given", "loss")
+    assert panels.data["given"].unique().tolist() == ["one"] and "Not run: b." in panels.alt
+    for drawn in (plot, panels, plots.leak_by_condition(frame[frame["arm"] == "b"], "loss", "given", "loss")):
+        drawn.figure.canvas.draw()
+        assert "not run" in [text.get_text() for ax in drawn.figure.axes for text in ax.texts]
+
+
+def test_figure_of_serving():
+    ways = [("as trained", 32.0, 2.0), ("causally", None, 2.1), ("8", 8.0, 2.5), ("sequence", 16.0, 2.2), ("global top-k", 16.0, 2.3)]
+    frame = pd.DataFrame([(s, *way) for s in (0, 1) for way in ways], columns=["seed", "way", "pool_tokens", "loss"])
+    plot = plots.serving_loss(frame, 16)
+    plot.figure.canvas.draw()
+    assert "pools of 8 tokens 2.500" in plot.alt and "cut-offs 2.100" in plot.alt and "nothing" not in plot.alt
+    empty = plots.serving_loss(frame[:0], 16)
+    empty.figure.canvas.draw()
+    assert "nothing was run" in empty.alt

@@ -20,29 +20,29 @@ _MARKS = {
 _BETWEEN = "#000000"
 
 
-def leak(frame: pd.DataFrame, value: str, label: str, difference: str = "") -> Plot:
+def leak(frame: pd.DataFrame, value: str, label: str, difference: str, causal_first: bool = True) -> Plot:
     """What two routings of the same weights give, an arm a row; beside it their difference with its 95% interval.
 
     Args:
         frame: a row per arm, seed and routing ("as trained", "causally"), with `value`; NaN where not run. The arms'
             order is kept.
         value: the column. label: what it is, with its unit.
-        difference: label of the second panel, causally minus as trained; "" for none.
+        difference: label of the second panel. causal_first: it is causally minus as trained; False: the reverse.
     """
+    sign = 1 if causal_first else -1
     arms = list(dict.fromkeys(frame["arm"]))
-    data = pd.concat([_means(frame, arm, value) for arm in arms], ignore_index=True)
-    figure, axes = new_figure(1.5 + 0.42 * max(len(arms), 2), 2 if difference else 1, sharey=True)
+    data = pd.concat([_means(frame, arm, value, sign) for arm in arms], ignore_index=True)
+    figure, axes = new_figure(1.5 + 0.42 * max(len(arms), 2), 2, sharey=True)
     for name, marks in _MARKS.items():
         _rows(axes[0], data[data["routing"] == name], arms, name, marks)
-    if difference:
-        apart = data[data["routing"] == "difference"]
-        _rows(axes[1], apart, arms, "difference", {"color": _BETWEEN, "marker": "s", "markersize": 7})
-        axes[1].axvline(0, color="0.4", linewidth=1)
-        axes[1].set_xlabel(difference)
+    apart = data[data["routing"] == "difference"]
+    _rows(axes[1], apart, arms, "difference", {"color": _BETWEEN, "marker": "s", "markersize": 7})
+    axes[1].axvline(0, color="0.4", linewidth=1)
+    axes[1].set_xlabel(difference)
     axes[0].set_xlabel(label + _from_zero(axes[0]))
     _name_rows(axes, arms, data)
     legend_below(figure, axes[0])
-    return Plot(figure, _alt(data, arms, label, difference), data if difference else data[data["routing"] != "difference"])
+    return Plot(figure, _alt(data, arms, f"{label}, and {difference}"), data)
 
 
 def leak_by_condition(frame: pd.DataFrame, value: str, condition: str, label: str) -> Plot:
@@ -66,7 +66,7 @@ def leak_by_condition(frame: pd.DataFrame, value: str, condition: str, label: st
         ax.set_xlabel(label)
         _name_rows([ax], arms, data)
         frames.append(data.assign(**{condition: panel}))
-        parts.append(_alt(data, arms, f"{label}, {panel}", ""))
+        parts.append(_alt(data, arms, f"{label}, {panel}"))
     legend_below(figure, axes[0])
     whole = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["arm", "routing", "mean"])
     return Plot(figure, " ".join(parts) or f"{label}: nothing was run.", whole)
@@ -109,12 +109,12 @@ def serving_loss(frame: pd.DataFrame, sequence: int) -> Plot:
     return Plot(figure, f"Validation loss of the same weights by how they are routed: {text or 'nothing was run'}.", data)
 
 
-def _means(frame: pd.DataFrame, arm: str, value: str) -> pd.DataFrame:
-    """Mean and 95% interval of an arm by routing, and of the difference over paired seeds."""
+def _means(frame: pd.DataFrame, arm: str, value: str, sign: int = 1) -> pd.DataFrame:
+    """Mean and 95% interval of an arm by routing, and of sign x (causally minus as trained) over paired seeds."""
     one = frame[frame["arm"] == arm].pivot_table(index="seed", columns="routing", values=value, dropna=False)
     one = one.reindex(columns=[TRAINED, CAUSAL])
-    rows = []
-    for name, values in {TRAINED: one[TRAINED], CAUSAL: one[CAUSAL], "difference": one[CAUSAL] - one[TRAINED]}.items():
+    rows, difference = [], sign * (one[CAUSAL] - one[TRAINED])
+    for name, values in {TRAINED: one[TRAINED], CAUSAL: one[CAUSAL], "difference": difference}.items():
         effect = interval(values)
         rows.append((arm, name, effect.mean, effect.low, effect.high, effect.n))
     data = pd.DataFrame(rows, columns=["arm", "routing", "mean", "low", "high", "seeds"])
@@ -143,13 +143,13 @@ def _from_zero(ax: Axes) -> str:
     return "" if low <= 0 <= high else ";\nthe axis doesn't start at 0"
 
 
-def _alt(data: pd.DataFrame, arms: Sequence[str], label: str, difference: str) -> str:
+def _alt(data: pd.DataFrame, arms: Sequence[str], label: str) -> str:
     parts = []
     for arm in arms:
         rows = data[(data["arm"] == arm) & (data["seeds"] > 0)].set_index("routing")
         if len(rows):
             said = [f"{short(row['mean'])} {name}" for name, row in rows.iterrows() if name != "difference"]
-            if difference and "difference" in rows.index:
+            if "difference" in rows.index:
                 row = next(rows.loc[["difference"]].itertuples())
                 said.append(f"difference {row.mean:+.3f}{interval_text(row)}")
             parts.append(f"{arm} {', '.join(said)} ({seeds_text(rows['seeds'].max())})")
