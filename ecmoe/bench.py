@@ -6,7 +6,7 @@ rows are measured in one run, in turns, on the same random data; times are media
 expert choice is measured on the kernels too (ecmoe/kernels.py), also as a CUDA graph, with its routing alone, and
 held to the plain path in float32. On a GPU, everything at once:
 
-    ecmoe bench --compile --passes --json bench.json
+    ecmoe bench --compile --passes --json layer.json; ecmoe bench --step --compile --json step.json
 """
 
 from __future__ import annotations

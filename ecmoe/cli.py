@@ -133,38 +133,54 @@ def bench(
     d_model: Size = None,
     d_ff: Size = None,
     num_experts: Size = None,
-    capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e")] = 2.0,
+    capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e; of the layer")] = 2.0,
     repeats: Annotated[int, typer.Option(min=2, help="of each row; medians count")] = 15,
     compiled: Annotated[bool, typer.Option("--compile", help="under torch.compile too")] = False,
-    each_pass: Annotated[bool, typer.Option("--passes", help="time each kernel alone, too")] = False,
+    each_pass: Annotated[
+        bool, typer.Option("--passes", help="time each kernel alone, too (CUDA)")
+    ] = False,
+    step: Annotated[
+        bool, typer.Option("--step", help="a training step instead of the layer")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(min=2, help="of the step's model")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="of the step's model")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="of the step")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=257, help="of the step")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
 ) -> None:
-    """Time the MoE layer beside its floor, the six matrix products that it can't do without."""
+    """Time the MoE layer beside its floor, the six matrix products that it can't do without; or a training step.
+
+    On a GPU, everything: ecmoe bench --compile --passes --json layer.json; ecmoe bench --step --compile --json step.json
+    """
     with _one_line(ConfigError, OSError, ValueError):
         from ecmoe import bench as benchmark
 
-        table = benchmark.bench_layer(
-            n=tokens,
-            d_model=d_model,
-            d_ff=d_ff,
-            num_experts=num_experts,
-            capacity_factor=capacity_factor,
-            repeats=repeats,
-            compiled=compiled,
-            each_pass=each_pass,
-        )
+        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts}
+        if step:
+            from ecmoe.bench_step import bench_step
+
+            sizes |= {"layers": layers, "heads": heads, "sequence_length": sequence_length}
+            table = bench_step(repeats=repeats, compiled=compiled, vocab_size=vocab_size, **sizes)
+        else:
+            table = benchmark.bench_layer(
+                **sizes,
+                capacity_factor=capacity_factor,
+                repeats=repeats,
+                compiled=compiled,
+                each_pass=each_pass,
+            )
         if output:
             benchmark.save([table], output)
     typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
     typer.echo(benchmark.shown(table))
-    for title, rows in (
-        ("relative distance from the plain path in float32, one choice of tokens", table.attrs["agreement"]),
-        ("each pass alone", table.attrs.get("passes")),
+    for key, title in (
+        ("agreement", "relative distance from the plain path in float32, one choice of tokens"),
+        ("passes", "each pass alone"),
     ):
-        if rows:
-            typer.echo(f"\n{title}:\n{benchmark.shown(rows)}")
+        if table.attrs.get(key):
+            typer.echo(f"\n{title}:\n{benchmark.shown(table.attrs[key])}")
     if table.attrs["absent"]:
-        typer.echo(f"\nnot there, so not measured: {', '.join(table.attrs['absent'])}")
+        typer.echo(f"\nnot measured, since not there or not possible: {', '.join(table.attrs['absent'])}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ stay for the backward pass. Shapes depend on no data and nothing waits for the d
 
 `experts`, `logits` and `select` each stand for one line of the plain path, which stays the readable truth
 (moe.py, routing/); tests/test_kernels.py holds them to it, without a GPU in Triton's interpreter
-(TRITON_INTERPRET=1). On a GPU: `pytest tests/test_kernels.py`, then `ecmoe bench --passes --json bench.json`
+(TRITON_INTERPRET=1). On a GPU: `pytest tests/test_kernels.py`, then `ecmoe bench --compile --passes --json layer.json`
 times all of it. Block sizes below are first guesses for sm_90 that no GPU has seen.
 """
 
@@ -120,7 +120,7 @@ def select(scores: Tensor, k: int) -> Tensor:
         return scores.topk(k, dim=-1).indices
     _check(scores)
     if k == scores.shape[-1]:  # also a single score, on which Triton 3.6 fails
-        return torch.arange(k, device=scores.device).expand(scores.shape)
+        return torch.arange(k, device=scores.device).expand(scores.shape).contiguous()
     rows = scores.reshape(-1, scores.shape[-1]).contiguous()
     return _select(rows, k).view(*scores.shape[:-1], k)
 

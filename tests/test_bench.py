@@ -6,8 +6,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ecmoe import MoE, bench
+import ecmoe.bench_step as bench_step_module
+from ecmoe import MoE, RunConfig, bench
+from ecmoe.bench_step import ARMS, bench_step
 from ecmoe.cli import app
+from ecmoe.lit import LitModel
 from ecmoe.routing import ExpertChoice, TokenChoice
 
 
@@ -85,3 +88,37 @@ def test_one_hot_row_computes_what_the_layer_computes(router):
     layer = MoE(router, 8, 16).double()
     x = torch.randn(1, 32, 8, dtype=torch.float64)
     torch.testing.assert_close(bench.one_hot_layer(layer, x), layer(x))
+
+
+# The training step
+
+STEP = {"n": 32, "d_model": 8, "d_ff": 16, "num_experts": 4, "layers": 2, "heads": 2, "sequence_length": 8, "vocab_size": 257}
+
+
+def test_step_of_every_arm_is_timed():
+    table = bench_step(repeats=2, **STEP)
+    assert set(table["arm"]) == set(ARMS)
+    for row in table.itertuples():
+        assert row.low_ms <= row.ms <= row.high_ms
+        assert row.tokens_per_second == pytest.approx(32 / (row.ms / 1e3))
+    assert table.attrs["setting"]["vocab_size"] == 257 and table.attrs["absent"] == []
+
+
+def test_step_moves_all_parameters(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench_step_module, "LitModel", lambda config: seen.append(LitModel(config)) or seen[-1])
+    config = RunConfig(**{"d_model": 8, "heads": 2, "d_ff": 16, "num_experts": 4, "batch_size": 2, "sequence_length": 8})
+    step = bench_step_module._step(config, "plain", False, torch.device("cpu"))
+    before = [p.detach().clone() for p in seen[0].parameters()]
+    step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, seen[0].parameters(), strict=True))
+
+
+def test_the_command_times_a_step(tmp_path):
+    sizes = [f for key, value in STEP.items() for f in ("--tokens" if key == "n" else f"--{key.replace('_', '-')}", str(value))]
+    shown = CliRunner().invoke(app, ["bench", "--step", *sizes, "--repeats", "2", "--json", str(tmp_path / "step.json")])
+    assert shown.exit_code == 0, shown.output
+    (kept,) = json.loads((tmp_path / "step.json").read_text(), parse_constant=pytest.fail)
+    assert {row["arm"] for row in kept["rows"]} == set(ARMS) and "GShard top-2" in shown.stdout
+    refused = CliRunner().invoke(app, ["bench", "--step", "--tokens", "100", "--sequence-length", "16"])
+    assert refused.exit_code == 2 and "sequence_length=16" in refused.stderr
