@@ -33,16 +33,17 @@ _KNOWN = {
     "Hash": ("#CC79A7", "X"),
     "Dense": ("#000000", "P"),
 }
-_GATES = {"renormalized": "--", "scaled": ":"}
+# Gates that aren't raw: their lines, and how white their marks are.
+_GATES = {"": ("-", 0.0), "renormalized": ("--", 1.0), "scaled": (":", 0.6)}
 
 
 class Look(NamedTuple):
-    """Colour, marker and line of an arm; gates that aren't raw have broken lines, hollow marks."""
+    """Colour, marker, line of an arm, and what its marks are filled with; gates that aren't raw have broken lines."""
 
     color: str
     marker: str
     line: str
-    hollow: bool
+    fill: str
 
 
 def looks(arms: Iterable[str]) -> dict[str, Look]:
@@ -52,13 +53,14 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
         gate = next((word for word in arm.split() if word in _GATES), "")
         name = " ".join(word for word in arm.split() if word != gate)
         color, marker = _KNOWN.get(name) or _by_name(name, 0)
-        line, attempt = _GATES.get(gate, "-"), 0
+        (line, white), attempt = _GATES[gate], 0
         while any((look.color, look.line) == (color, line) for look in found.values()):
             attempt += 1
             color, marker = _by_name(name, attempt)
             if attempt == len(_PALETTE):  # more arms than colours: the marker tells
                 break
-        found[arm] = Look(color, marker, line, bool(gate))
+        fill = to_hex([channel + white * (1 - channel) for channel in to_rgb(color)])
+        found[arm] = Look(color, marker, line, fill)
     return {arm: found[arm] for arm in arms}
 
 
@@ -72,7 +74,7 @@ def marks(look: Look) -> dict[str, object]:
     return {
         "color": look.color,
         "marker": look.marker,
-        "markerfacecolor": "white" if look.hollow else look.color,
+        "markerfacecolor": look.fill,
         "markeredgecolor": look.color,
     }
 
