@@ -9,9 +9,8 @@ from __future__ import annotations
 import html
 import os
 
-import yaml
-
 from ecmoe import paths, plots
+from ecmoe.execution import merge_parameters
 from ecmoe.plots.parts import Plot
 from ecmoe.results import table
 from ecmoe.scoreboard import claim_table
@@ -53,8 +52,9 @@ def sections(scale: str = "gpu") -> dict[str, str]:
 def figure(scale: str = "gpu") -> Plot:
     """The first figure: where the arms of the convergence study end."""
     home = paths.root() / "configs"
-    size, study = (yaml.safe_load((home / f).read_text()) for f in (f"scale/{scale}.yaml", f"{NOTEBOOK}.yaml"))
-    runs = run_study(size["base"], study["arms"], size["seeds"], scale=scale, train=False)
+    files = [home / f"scale/{scale}.yaml", home / f"{NOTEBOOK}.yaml", home / f"scale/{scale}/{NOTEBOOK}.yaml"]
+    study = merge_parameters(file for file in files if file.exists())
+    runs = run_study(study["base"], study["arms"], study["seeds"], scale=scale, train=False)
     return plots.final_loss(table(result for by_arm in runs.values() for result in by_arm))
 
 

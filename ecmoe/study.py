@@ -15,7 +15,8 @@ def configs(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], seed
     """Label of the arm -> its config for each seed; all are checked before anything runs.
 
     Args:
-        base: RunConfig keys that all arms share. arms: label -> the keys in which the arm differs.
+        base: RunConfig keys that all arms share. arms: label -> the keys in which the arm differs; beside them
+            `seeds`, where an arm needs others than the study's (a close comparison needs more).
         seeds: one run of each arm for each.
 
     Raises:
@@ -24,7 +25,8 @@ def configs(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], seed
     made = {}
     for label, changes in arms.items():
         try:
-            made[label] = [RunConfig.from_dict({**base, **changes, "seed": seed}) for seed in seeds]
+            keys = {**base, **changes}
+            made[label] = [RunConfig.from_dict({**keys, "seed": seed}) for seed in keys.pop("seeds", seeds)]
         except ConfigError as error:
             raise ConfigError(f"arm {label!r}: {error}") from error
     return made
@@ -48,8 +50,10 @@ def run_study(
     made = configs(base, arms, seeds)
     records = None if scale == "smoke" else paths.records(scale)
     results: dict[str, list[Result]] = {label: [] for label in made}
-    for i in range(len(seeds)):
+    for i in range(max(map(len, made.values()), default=0)):
         for label, by_seed in made.items():
+            if i >= len(by_seed):
+                continue
             config = by_seed[i]
             try:
                 result = run_or_load(config, records=records, train=train)

@@ -36,3 +36,13 @@ def test_seed_by_seed_and_failures_are_kept(monkeypatch, capsys):
 def test_larger_scales_use_committed_records(monkeypatch):
     monkeypatch.setattr(train, "run_or_load", lambda c, records, train: not_run(c) if records == paths.records("gpu") else 1 / 0)
     assert study.run_study({}, ARMS, [0], scale="gpu")["EC"][0].summary["status"] == "not run"
+
+
+def test_an_arm_may_have_seeds_of_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "run_or_load", lambda c, **_: asked.append((c.router, c.seed)) or not_run(c))
+    more = {"EC": {"seeds": [0, 1, 2]}, "Top-1": ARMS["Top-1"]}
+    runs = study.run_study({}, more, [0])
+    assert asked == [("expert_choice", 0), ("token_choice", 0), ("expert_choice", 1), ("expert_choice", 2)]
+    assert [len(runs[label]) for label in more] == [3, 1]
+    assert more["EC"] == {"seeds": [0, 1, 2]}  # as it was given
