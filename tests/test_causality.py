@@ -207,6 +207,6 @@ def test_figure_of_serving():
     plot = plots.serving_loss(frame, 16)
     plot.figure.canvas.draw()
     assert "pools of 8 tokens 2.500" in plot.alt and "cut-offs 2.100" in plot.alt and "nothing" not in plot.alt
-    empty = plots.serving_loss(frame[:0], 16)
+    empty = plots.serving_loss(pd.DataFrame([(0, None, None, None)], columns=frame.columns), 16)
     empty.figure.canvas.draw()
     assert "nothing was run" in empty.alt

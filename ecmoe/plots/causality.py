@@ -69,7 +69,7 @@ def leak_by_condition(frame: pd.DataFrame, value: str, condition: str, label: st
         parts.append(_alt(data, arms, f"{label}, {panel}"))
     legend_below(figure, axes[0])
     whole = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["arm", "routing", "mean"])
-    return Plot(figure, " ".join(parts) or f"{label}: nothing was run.", whole)
+    return Plot(figure, " ".join(parts) or f"{label}: nothing was run." + missing_text(arms, []), whole)
 
 
 def serving_loss(frame: pd.DataFrame, sequence: int) -> Plot:
@@ -82,7 +82,7 @@ def serving_loss(frame: pd.DataFrame, sequence: int) -> Plot:
     names = {"as trained": "as trained: pools of a full batch", "causally": "one sequence, by running cut-offs",
              "global top-k": "one sequence, its best pairs (global top-k)"}  # fmt: skip
     rows = []
-    for (way, tokens), group in frame.groupby(["way", "pool_tokens"], dropna=False, sort=False):
+    for (way, tokens), group in frame.dropna(subset="loss").groupby(["way", "pool_tokens"], dropna=False, sort=False):
         effect = interval(group["loss"])
         rows.append((way, tokens, effect.mean, effect.low, effect.high, effect.n))
     data = pd.DataFrame(rows, columns=["way", "pool_tokens", "mean", "low", "high", "seeds"]).astype({"low": float, "high": float})
@@ -135,7 +135,10 @@ def _name_rows(axes: Sequence[Axes], arms: Sequence[str], data: pd.DataFrame) ->
         name_gaps(ax, [y for y, arm in enumerate(arms) if arm not in measured])
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(len(arms) - 0.5, -0.5)
-        ax.locator_params(axis="x", nbins=6)
+        if measured:
+            ax.locator_params(axis="x", nbins=6)
+        else:
+            ax.set_xticks([])
 
 
 def _from_zero(ax: Axes) -> str:
