@@ -116,10 +116,12 @@ def record_study(results: Iterable[Result], scale: str, notebook: str = "") -> N
         return  # run by hand: no page
     keys = ("status", "seed", "seconds", "tokens", "device")
     results = list(results)
-    runs = {
-        result.summary["name"]: {"arm": arm} | {key: result.summary.get(key) for key in keys}
-        for result, arm in zip(results, arm_labels(results), strict=True)
-    }
+    ours = [result for result in results if "router" in result.summary["config"]]
+    labels = {r.summary["name"]: arm for r, arm in zip(ours, arm_labels(ours), strict=True)}
+    runs = {}
+    for summary in (result.summary for result in results):
+        arm = labels.get(summary["name"]) or summary["config"].get("approach", "run")  # continual learning
+        runs[summary["name"]] = {"arm": arm} | {key: summary.get(key) for key in keys}
     write_json(study_folder(scale) / f"{notebook}.json", runs)
 
 

@@ -42,6 +42,12 @@ def test_every_page_says_what_is_missing_and_a_shared_run_counts_once(pages):
     assert total.startswith("2 distinct runs in all") and "4 million tokens, 0.75 hours of training on GPU" in total
 
 
+def test_a_run_of_another_kind_has_its_approach_for_a_name(pages):
+    run = Result({"config": {"approach": "joint"}, "name": "joint-s0", "seed": 0, "status": "not run"})
+    scoreboard.record_study([run], "gpu", "11_c")
+    assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "joint (not run) s0"
+
+
 def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
     shown = []
     monkeypatch.setattr(report, "display", lambda data, raw: shown.append(data["text/html"]))
