@@ -204,8 +204,8 @@ def _heat(ax: Axes, panel: _Panel) -> None:
 
 def _ordered(names: Sequence[str]) -> dict[str, Look]:
     """Colours from dark to light, as tasks have an order, and a marker each."""
-    colors = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
-    return {name: Look(to_hex(colors[i]), "osD^vPX<>*"[i % 10], "-", False) for i, name in enumerate(names)}
+    colors = [to_hex(color) for color in colormaps["viridis"](np.linspace(0, 0.85, len(names)))]
+    return {name: Look(colors[i], "osD^vPX<>*"[i % 10], "-", colors[i]) for i, name in enumerate(names)}
 
 
 def _over_seeds(accuracies: pd.DataFrame) -> pd.DataFrame:
