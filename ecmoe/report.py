@@ -108,11 +108,12 @@ def table_html(
         for name in frame.columns
     ]
     body = []
-    for cells in zip(*columns, strict=True):
+    for i, cells in enumerate(zip(*columns, strict=True)):
         marked = [
             f"<td{_right(number)}>{cell}</td>" for cell, number in zip(cells, numeric, strict=True)
         ]
-        marked[0] = f'<th scope="row"{_right(numeric[0])}>{cells[0]}</th>'
+        wide = ' class="long"' * (len(str(frame.iat[i, 0])) > 12)  # wraps, but not to a word a line
+        marked[0] = f'<th scope="row"{wide}{_right(numeric[0])}>{cells[0]}</th>'
         body.append(f"<tr>{''.join(marked)}</tr>")
     heading = f"<caption><span>{html.escape(caption)}</span></caption>" if caption else ""
     rows = "".join(body) or f'<tr><td colspan="{max(1, len(frame.columns))}">nothing</td></tr>'

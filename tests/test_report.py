@@ -269,6 +269,12 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
     assert "nothing" in shown[1]
 
 
+def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
+    rows = BeautifulSoup(report.table_html(pd.DataFrame({"arm": ["C1", "EC-CF2 renormalized"]})), "html.parser")
+    assert [th.get("class") for th in rows.tbody.find_all("th")] == [None, ["long"]]
+    assert "nothing" in report.table_html(pd.DataFrame())
+
+
 def test_text_is_coloured_by_count_and_escaped(shown):
     report.show_text(["a ", EVIL, "\n"], [1, 0, 12], "A caption <b>")
     page = BeautifulSoup(shown[0], "html.parser")

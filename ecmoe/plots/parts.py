@@ -134,12 +134,19 @@ def lines_with_intervals(ax: Axes, data: pd.DataFrame, x: str) -> None:
 
 
 def number_axis(ax: Axes, values: pd.Series, log: bool) -> None:
-    """Ticks at the values that were run, and nowhere else."""
-    if log and len(values) and (values > 0).all():
-        ax.set_xscale("log", base=2)
+    """Ticks at the values that were run, and nowhere else; room beside the first and the last."""
     ticks = sorted(values.dropna().unique())
+    log = log and bool(ticks) and ticks[0] > 0
+    if log:
+        ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{v:g}" for v in ticks], minor=False)
     ax.minorticks_off()
+    if len(ticks) > 1 and log:
+        room = (ticks[-1] / ticks[0]) ** 0.06
+        ax.set_xlim(ticks[0] / room, ticks[-1] * room)
+    elif len(ticks) > 1:
+        room = 0.06 * (ticks[-1] - ticks[0])
+        ax.set_xlim(ticks[0] - room, ticks[-1] + room)
 
 
 def name_gaps(ax: Axes, rows: Sequence[int]) -> None:

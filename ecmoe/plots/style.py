@@ -49,11 +49,12 @@ class Look(NamedTuple):
 def looks(arms: Iterable[str]) -> dict[str, Look]:
     """The look of each arm: its colour goes by its name, and no two in a figure are alike."""
     arms, found = list(dict.fromkeys(arms)), {}
-    for arm in sorted(arms):  # so that another order of the arms changes no colour
-        gate = next((word for word in arm.split() if word in _GATES), "")
-        name = " ".join(word for word in arm.split() if word != gate)
+    gates = {arm: next((word for word in arm.split() if word in _GATES), "") for arm in arms}
+    names = {arm: " ".join(word for word in arm.split() if word != gates[arm]) for arm in arms}
+    # Those that have a colour take it first; by name, so that another order of the arms changes none.
+    for arm in sorted(arms, key=lambda arm: (names[arm] not in _KNOWN, arm)):
+        name, (line, white), attempt = names[arm], _GATES[gates[arm]], 0
         color, marker = _KNOWN.get(name) or _by_name(name, 0)
-        (line, white), attempt = _GATES[gate], 0
         while any((look.color, look.line) == (color, line) for look in found.values()):
             attempt += 1
             color, marker = _by_name(name, attempt)
