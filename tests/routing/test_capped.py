@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import check, problems, two_hundred
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
@@ -74,6 +77,19 @@ def test_every_constraint_holds_and_the_objective_is_the_linear_programmes(kind,
         assert (X.sum(1) == b).all()
     assert torch.equal(G, S.gather(2, I)) and (G.diff(dim=2) <= 0).all()
     assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
+
+
+@two_hundred
+@given(problems(divisible=True), st.sampled_from([1.0, 2.0]), st.integers(1, 3), st.sampled_from(["feasible", "dykstra"]))
+def test_200_problems(problem, c, b, solver):
+    n, e = problem.logits.shape
+    c, b = min(c, e), max(b, int(c))
+    router = ExpertChoice(8, e, c, max_experts_per_token=b, cap_solver=solver)
+    found = check(router, router.assign(problem.logits, mask=problem.mask), problem)
+    k = int(problem.valid.sum()) * int(n * c / e) // n
+    assert all(sum(i == expert for _, i in found) == k for expert in range(e))  # every slot is filled
+    if solver == "feasible":
+        assert max((sum(t == token for t, _ in found) for token in range(n)), default=0) <= b
 
 
 def test_pools_are_solved_apart():
