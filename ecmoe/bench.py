@@ -49,6 +49,7 @@ def bench_layer(
     repeats: int = 15,
     compiled: bool = False,
     each_pass: bool = False,
+    only_ec: bool = False,
     dtype: torch.dtype | None = None,
 ) -> pd.DataFrame:
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
@@ -58,7 +59,7 @@ def bench_layer(
         capacity_factor: c; token choice gets the same slots.
         repeats: of each row; the median is reported.
         compiled: measure each layer under torch.compile too.
-        each_pass: time each kernel alone, too.
+        each_pass: time each kernel alone, too. only_ec: leave out token choice and the one-hot einsum.
         dtype: of weights and tokens; None: bf16 on a GPU, float32 on a CPU.
 
     Returns:
@@ -93,6 +94,8 @@ def bench_layer(
         ),
         f"top-{top_k}, nothing dropped": TokenChoice(d_model, num_experts, top_k, gate="renormalized"),
     }
+    if only_ec:
+        routers = {ec: routers[ec]}
     layers = {name: MoE(router, d_model, d_ff, kernels="plain").to(device, dtype) for name, router in routers.items()}
     for kind in KINDS if kernels_run(device) else ():
         router = ExpertChoice(d_model, num_experts, capacity_factor)
@@ -115,7 +118,7 @@ def bench_layer(
         if compiled:
             steps[f"{name}, compiled"] = _call(torch.compile(layer), x)
             wanted[f"{name}, compiled"] = wanted[name]
-        if name == ec and n * n * capacity_factor <= 2**28:  # P has e k n entries
+        if name == ec and not only_ec and n * n * capacity_factor <= 2**28:  # P has e k n entries
             steps[f"{name}, one-hot einsum"] = lambda layer=layer: one_hot_layer(layer, x)
             wanted[f"{name}, one-hot einsum"] = wanted[name]
     gradient = torch.randn_like(x)

@@ -53,7 +53,7 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int | None
 
     Returns:
         a row per arm and path: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
-        device's is known), peak memory on a GPU; `attrs` hold the setting.
+        device's is known), peak memory on a GPU; `attrs` hold the setting, and in samples the ms of every repeat.
 
     Raises:
         ConfigError: a size that no run may have. ValueError: repeats below 2.
@@ -68,7 +68,7 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int | None
     common = size | {"batch_size": n // T, "tokenizer": "bpe"}
     configs = {name: RunConfig.from_dict(common | keys) for name, keys in ARMS.items()}  # all checked before any runs
     peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
-    rows, absent = [], []
+    rows, absent, samples = [], [], {}
     for name, config in configs.items():
         for kernels in ("plain", "triton") if kernels_run(device) else ("plain",):
             for compile_it in (False, True) if compiled else (False,):
@@ -78,6 +78,7 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int | None
                 except torch.OutOfMemoryError:
                     absent.append(f"{name}, {path}: out of memory")
                     continue
+                samples[f"{name}, {path}"] = [1e3 * seconds for seconds in times]
                 median, quartiles = statistics.median(times), statistics.quantiles(times, n=4)
                 rows.append({
                     "arm": name, "path": path, "ms": 1e3 * median, "low_ms": 1e3 * quartiles[0],
@@ -90,7 +91,7 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int | None
         "optimizer": "AdamW, float32 moments", "device": device_name(), "torch": torch.__version__,
         "repeats": repeats, "commit": commit(),
     }  # fmt: skip
-    table.attrs["absent"] = absent
+    table.attrs |= {"absent": absent, "samples": samples}
     return table
 
 

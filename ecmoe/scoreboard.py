@@ -53,6 +53,7 @@ def record(
         "unit": effect.unit,
         "interval": [effect.low, effect.high] if known and effect.low is not None else None,
         "n": effect.n,
+        "of": effect.of,
         "rule": verdict.rule,
         "paper": claim.paper,
         "here": (here or _short(effect)) if known else "",
@@ -97,14 +98,16 @@ def scoreboard(folder: str | Path) -> pd.DataFrame:
         proxy = f" ({claim.proxy})" if claim.proxy else ""
         low_high = Effect(math.nan, *(kept["interval"] or (None, None)), kept["n"], kept["unit"])
         given = kept["interval"] is not None
+        of = kept.get("of", "seed")
+        over = f" over {kept['n']} {of}s" if of != "seed" else ""
         row = (
             claim.id,
             claim.text + proxy,
             claim.paper,
             kept["here"],
-            low_high.interval if given else "",
+            low_high.interval + over if given else "",
         )
-        rows.append((*row, kept["n"] or None, kept["label"]))
+        rows.append((*row, None if over else kept["n"] or None, kept["label"]))
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype({"seeds": "Int64"})
 

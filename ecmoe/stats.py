@@ -34,7 +34,7 @@ PLUMBING = "plumbing only"
 class Effect(NamedTuple):
     """A mean over n seeds with its 95% interval; `low` and `high` are None for fewer than two.
 
-    A unit of "ratio", or "ratio of" something, makes it a factor.
+    A unit of "ratio", or "ratio of" something, makes it a factor. `of`: what n counts, where it isn't seeds.
     """
 
     mean: float
@@ -42,6 +42,7 @@ class Effect(NamedTuple):
     high: float | None
     n: int
     unit: str = ""
+    of: str = "seed"
 
     @property
     def ratio(self) -> bool:
@@ -57,7 +58,7 @@ class Effect(NamedTuple):
     def interval(self) -> str:
         """The interval as text."""
         if self.low is None or self.high is None:
-            return "one seed: no interval" if self.n == 1 else "none"
+            return f"one {self.of}: no interval" if self.n == 1 else "none"
         return f"{_number(self.low)} to {_number(self.high)}"
 
     def __str__(self) -> str:
@@ -65,7 +66,7 @@ class Effect(NamedTuple):
             return "not measured"
         unit = self.unit.replace("ratio of", "x the").replace("ratio", "x")
         unit = f" {unit}" if unit else ""
-        seeds = f"{self.n} seed{'s' if self.n > 1 else ''}"
+        seeds = f"{self.n} {self.of}{'s' if self.n > 1 else ''}"
         if self.low is None:
             return f"{_number(self.mean)}{unit} ({seeds}, no interval)"
         return f"{_number(self.mean)}{unit} (95% {self.interval}; {seeds})"
@@ -87,10 +88,10 @@ class Verdict(NamedTuple):
     rule: str
 
 
-def interval(values: Iterable[float], unit: str = "") -> Effect:
+def interval(values: Iterable[float], unit: str = "", of: str = "seed") -> Effect:
     """Mean and t interval of values, one a seed; what isn't finite is left out.
 
-    A ratio takes the geometric mean, and needs values above 0.
+    A ratio takes the geometric mean, and needs values above 0. `of`: what there is one value of, if not a seed.
     """
     x = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
     ratio = Effect(math.nan, None, None, 0, unit).ratio
@@ -99,7 +100,7 @@ def interval(values: Iterable[float], unit: str = "") -> Effect:
     if ratio:
         x = np.log(x)
     if not len(x):
-        return Effect(math.nan, None, None, 0, unit)
+        return Effect(math.nan, None, None, 0, unit, of)
     mean = float(x.mean())
     low = high = None
     if len(x) > 1:
@@ -107,7 +108,7 @@ def interval(values: Iterable[float], unit: str = "") -> Effect:
         low, high = mean - float(half), mean + float(half)
     if ratio:
         mean, low, high = (None if v is None else math.exp(v) for v in (mean, low, high))
-    return Effect(mean, low, high, len(x), unit)
+    return Effect(mean, low, high, len(x), unit, of)
 
 
 def paired_difference(
@@ -205,6 +206,8 @@ def verdict(
             "direction='near' needs threshold, the claimed value, and a margin above 0"
         )
     rule = _rule(effect.neutral, threshold, margin, direction, "" if effect.ratio else effect.unit)
+    if effect.of != "seed":
+        rule = rule.replace("paired seeds", f"{effect.of}s").replace("one seed", f"one {effect.of}")
     if scale != "smoke" and _misses(effect, threshold, direction):
         rule += f". Here the whole interval misses the paper's {_number(threshold)}"
     return Verdict(_label(effect, threshold, margin, direction, scale), effect, rule)

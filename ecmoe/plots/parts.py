@@ -30,6 +30,8 @@ LABELS = {
     "seconds": "training time (s)",
     "num_experts": "number of experts e",
     "capacity_factor": "capacity factor c",
+    "n": "tokens n",
+    "d_model": "width d",
     "learning_rate": "learning rate",
     "moe_init_scale": "initial scale of the MoE output, times fan-in",
     "accuracy": "validation accuracy (%)",
