@@ -167,7 +167,8 @@ def compare(runs: Mapping[str, list[Result]], scale: str) -> pd.DataFrame:
     for measure, one, direction, other in COMPARED:
         a, b = ({seed: 100 * v for seed, v in by_seed(runs[labels[x]], measure).items()} for x in (one, other))
         found = verdict(paired_difference(a, b, "points"), direction=direction, scale=scale)
-        _, low, high, n, _ = effect = found.effect
+        effect = found.effect
+        low, high, n = effect.low, effect.high, effect.n
         rows.append({
             "measure": measure.replace("_", " "), "of": labels[one], "is it": direction, "that of": labels[other],
             "difference": effect.mean, "95% interval": effect.interval if low is None else f"{low:.1f} to {high:.1f}", "seeds": n,
