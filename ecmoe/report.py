@@ -216,7 +216,7 @@ def show_studies(scale: str) -> None:
     rows, total = studies(scale)
     page = Markup('<a href="{0}.html">{0}</a>')
     again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
-    caption = f"{total} `{again}` trains what is missing, and nothing else."
+    caption = f"{total} “{again}” trains what is missing, and nothing else."
     show_table(rows, caption, {"page": page.format, "hours": ".2f"})
 
 

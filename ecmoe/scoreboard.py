@@ -139,18 +139,20 @@ def studies(scale: str) -> tuple[pd.DataFrame, str]:
     for path in sorted(study_folder(scale).glob("*.json")):
         runs = read_json(path)
         distinct |= {name: run for name, run in runs.items() if run["status"] == "finished"}
+        done = [run for run in runs.values() if run["status"] == "finished"]
         missing: dict[str, list[str]] = {}
         for run in runs.values():
             if run["status"] != "finished":
-                missing.setdefault(f"{run['arm']} ({run['status']})", []).append(str(run["seed"]))
-        done = [run for run in runs.values() if run["status"] == "finished"]
+                why = "" if run["status"] == "not run" else f" ({run['status']})"
+                missing.setdefault(run["arm"] + why, []).append(str(run["seed"]))
+        text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items())
         rows.append(
             {
                 "page": path.stem,
                 "runs": len(runs),
                 "finished": len(done),
                 "hours": sum(run["seconds"] or 0 for run in done) / 3600,
-                "missing (seeds)": "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items()),
+                "missing (seeds)": text if done else "all of them",
             }
         )
     hours = sum(run["seconds"] or 0 for run in distinct.values()) / 3600

@@ -38,14 +38,16 @@ def test_every_page_says_what_is_missing_and_a_shared_run_counts_once(pages):
     assert rows["page"].tolist() == ["01_a", "02_b"]
     assert rows["runs"].tolist() == [1, 5] and rows["finished"].tolist() == [1, 2]
     assert rows["hours"].tolist() == pytest.approx([0.5, 0.75])
-    assert rows["missing (seeds)"].tolist() == ["", "EC-CF2 (diverged) s1; GShard top-2 renormalized (not run) s0, s2"]
+    assert rows["missing (seeds)"].tolist() == ["", "EC-CF2 (diverged) s1; GShard top-2 renormalized s0, s2"]
     assert total.startswith("2 distinct runs in all") and "4 million tokens, 0.75 hours of training on GPU" in total
 
 
 def test_a_run_of_another_kind_has_its_approach_for_a_name(pages):
     run = Result({"config": {"approach": "joint"}, "name": "joint-s0", "seed": 0, "status": "not run"})
+    scoreboard.record_study([run, finished(EC, 1)], "gpu", "11_c")
+    assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "joint s0"
     scoreboard.record_study([run], "gpu", "11_c")
-    assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "joint (not run) s0"
+    assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "all of them"
 
 
 def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
