@@ -100,6 +100,7 @@ def _step(config: RunConfig, kernels: str, compile_it: bool, device: torch.devic
     for layer in lit.model.moe_layers:
         layer.kernels = layer.router.kernels = kernels
     if compile_it:
+        torch._dynamo.reset()  # arms share code: a second capacity factor would become a variable and break the graph
         lit.model.compile()
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(lit.parameters(), lr=config.learning_rate, fused=cuda)

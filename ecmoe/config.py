@@ -49,7 +49,7 @@ def bucket_size(n: int, e: int, c: float) -> int:
             f"capacity_factor={c}: every expert would take k={int(k)} of n={n} tokens; k must lie in "
             f"1..n, so capacity_factor in {e / n:g}..{e} (num_experts)"
         )
-    return int(k)
+    return k.numerator
 
 
 def key(default: Any, help: str, *, low: float | None = None, high: float | None = None,

@@ -162,6 +162,13 @@ def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(router
         assert torch.equal(plain, recomputed)
 
 
+@pytest.mark.parametrize("router", [lambda: ExpertChoice(D, E), lambda: TokenChoice(D, E, 2, 1.0)])
+def test_compiles_without_a_graph_break(router):
+    torch._dynamo.reset()  # else a second capacity factor is taken for a variable
+    moe, x = layer(router), tokens()
+    torch.testing.assert_close(torch.compile(moe, fullgraph=True, backend="eager")(x), moe(x))
+
+
 def test_aux_loss_is_set_in_training_and_not_in_evaluation():
     moe, x = layer(lambda: TokenChoice(D, E, 2)), tokens()
     moe(x)

@@ -5,7 +5,6 @@ Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scor
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from typing import Any
 
@@ -117,5 +116,5 @@ def capacity(
         return None, None
     # Exact: a float would round up at whole numbers.
     share = Fraction(str(float(factor))) * top_k / e
-    slots = min(math.ceil(share * n), n)
+    slots = min(-(-n * share.numerator // share.denominator), n)  # rounded up
     return slots, None if mask is None else -(-mask.sum() * share.numerator // share.denominator)
