@@ -141,7 +141,7 @@ class Block(nn.Module):
         self.moe = self.ffn = None
         if has_experts:
             router = build_router(config, token_counts)
-            self.moe = MoE(router, config.d_model, config.d_ff, recompute=self.recompute)
+            self.moe = MoE(router, config.d_model, config.d_ff, recompute=self.recompute, kernels=config.kernels)
         else:
             self.ffn = GatedFFN(config.d_model, config.d_ff)
 

@@ -44,6 +44,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"max_experts_per_token": 1}, ["max_experts_per_token=1", "at least 2"]),
         ({"router": "token_choice", "top_k": 9}, ["top_k=9", "num_experts=8"]),
         ({"vocab_size": 300}, ["vocab_size=300", "bytes"]),
+        ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
     ],
 )
@@ -91,5 +92,6 @@ def test_digest_follows_what_the_run_reads_and_nothing_else():
     dense = RunConfig(router="dense")
     assert dense.replace(num_experts=4, capacity_factor=4.0).digest() == dense.digest()
     assert config.replace(eval_every=7).digest() == config.digest()
+    assert config.replace(kernels="triton").digest() == config.digest()  # the same results within rounding
     here, there = config.replace(data="data/x.txt.xz"), config.replace(data="/elsewhere/x.txt.xz")
     assert here.digest() == there.digest() != config.digest()

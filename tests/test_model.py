@@ -1,5 +1,6 @@
 """The Transformer: causal where it must be, its bias and FFN as written out, sizes as printed in Table 1."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
 from ecmoe.model import TABLE_1, Attention, bucket, build_model, count_parameters, flops_per_token
+from ecmoe.moe import KERNELS
 
 SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
 
@@ -21,6 +23,12 @@ def test_experts_are_in_every_other_layer_and_nowhere_in_the_dense_twin():
     assert [block.moe is not None for block in model.blocks] == [False, True, False, True]
     assert [block.ffn is not None for block in model.blocks] == [True, False, True, False]
     assert build_model(SMALL.replace(router="dense")).moe_layers == []
+
+
+def test_experts_take_the_kernels_of_the_config():
+    assert [field.metadata["choices"] for field in dataclasses.fields(RunConfig) if field.name == "kernels"] == [KERNELS]
+    model = build_model(SMALL.replace(kernels="triton-bmm"))
+    assert [layer.kernels for layer in model.moe_layers] == ["triton-bmm"]
 
 
 @pytest.mark.parametrize("router", ["dense", "hash"])
