@@ -74,8 +74,7 @@ class LitModel(L.LightningModule):
     def loss(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, T + 1) token ids -> mean cross-entropy in nats per token."""
         tokens, tasks = (batch, None) if isinstance(batch, Tensor) else batch
-        logits = self.model(tokens[:, :-1], tasks)
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        return self.model(tokens[:, :-1], tasks, targets=tokens[:, 1:])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe.config import RunConfig
+from ecmoe.cross_entropy import linear_cross_entropy
 from ecmoe.moe import MoE
 from ecmoe.routing import build_router
 
@@ -106,19 +107,22 @@ class Transformer(Trunk):
         task_ids: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token.
+        """Logits of the next token; with targets, their mean cross-entropy instead, which needs no logits in memory.
 
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
             cache: keys and values of the tokens before these; extended by these.
+            targets: (B, T) int64, the next token of each.
         """
         x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
         # output layer doesn't start by repeating its input
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers[layer]
             x = block(x, token_ids, task_ids, mask, past)
-        return F.linear(self.norm(x), self.embedding.weight)  # tied
+        x, output = self.norm(x), self.embedding.weight  # tied
+        return F.linear(x, output) if targets is None else linear_cross_entropy(x, output, targets)
 
 
 class KeyValueCache:

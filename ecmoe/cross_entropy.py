@@ -1,0 +1,104 @@
+"""The output layer and its loss in one: cross-entropy of x W^T without ever holding all the logits.
+
+At 65,536 tokens and a vocabulary of 32k the logits are 4 GB in bf16, and the loss wants them in float32: 8 GB more,
+read and written several times. But the loss is a sum over tokens, so a chunk of tokens at a time is enough; and
+its gradient, softmax(z) - onehot, is known as soon as the logits z are, up to the factor that comes from
+outside. So all three products of a chunk run in the forward pass, and the backward pass only multiplies two small
+results (Liger Kernel, Hsu et al. 2024; Cut Cross-Entropy, Wijmans et al. 2025):
+
+    z = x W^T                       product
+    loss += logsumexp(z) - z[target]     one pass over z, which then holds
+    z <- softmax(z) - onehot(target)     its own gradient
+    dx = z W,  dW += z^T x          products
+
+Sums, exponentials and dW are float32 (float64 if x is); z is rounded to the dtype of x, before the pass and after.
+
+Letters: n tokens of width d, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 29  # of the logits that are held at once
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(x weight^T)[target], in nats.
+
+    Args:
+        x: (..., d). weight: (V, d). targets: (...) int64 in 0..V - 1.
+
+    Returns:
+        scalar, float32 (float64 if x is). Products run in autocast's dtype where it is on. No second derivatives.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss, _, _ = _sum(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), keep)
+    return loss / targets.numel()
+
+
+@torch.library.custom_op("ecmoe::linear_cross_entropy", mutates_args=())
+def _sum(x: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over (n, d) tokens, and its gradients for x and weight (empty unless `keep`)."""
+    n, V, wide = len(x), len(weight), _wide(x)
+    x, w = x.contiguous(), weight.to(x.dtype).contiguous()
+    losses = x.new_empty(n, dtype=wide)
+    dx = x.new_empty(x.shape if keep else 0)
+    dw = weight.new_zeros(weight.shape if keep else 0, dtype=wide)
+    chunks = max(-(-n * V * x.element_size() // CHUNK_BYTES), 1)
+    rows = max(-(-n // chunks), 1)
+    logits = x.new_empty(min(rows, n), V)  # the same memory for every chunk
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        z = torch.mm(x[part], w.T, out=logits[: len(x[part])])
+        losses[part] = losses_(z, targets[part], keep)
+        if keep:
+            torch.mm(z, w, out=dx[part])
+            if z.is_cuda and z.dtype != wide:
+                dw += torch.mm(z.T, x[part], out_dtype=wide)
+            else:
+                dw += z.T @ x[part]
+    return losses.sum(), dx, dw.to(weight.dtype)
+
+
+@_sum.register_fake
+def _(x, weight, targets, keep):
+    kept = (x.shape, weight.shape) if keep else ((0,), (0,))
+    return x.new_empty((), dtype=_wide(x)), x.new_empty(kept[0]), weight.new_empty(kept[1])
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, dloss, *_):
+    dx, dw = ctx.saved_tensors
+    # In dloss's float32: as a bf16 number, 1/n would be off by up to 2^-9, for all tokens alike.
+    return *((dloss * g.to(dloss.dtype)).to(g.dtype) for g in (dx, dw)), None, None
+
+
+_sum.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
+    """(m, V) logits, (m,) targets -> (m,) losses; with `keep`, z becomes their gradient."""
+    if z.is_cuda and z.dtype != torch.float64 and find_spec("triton") is not None:
+        from ecmoe import cross_entropy_kernel  # reads and writes z once
+
+        return cross_entropy_kernel.losses_(z, targets, keep)
+    wide, at = z.to(_wide(z)), targets[:, None]
+    lse = wide.logsumexp(1, keepdim=True)
+    losses = lse - wide.gather(1, at)
+    if keep:
+        z.copy_((wide - lse).exp_().scatter_add_(1, at, -torch.ones_like(lse)))
+    return losses[:, 0]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

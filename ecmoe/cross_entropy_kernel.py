@@ -1,0 +1,44 @@
+"""The pass over a chunk of logits of ecmoe/cross_entropy.py, in Triton: a program per token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, WARPS = 4096, 8
+
+
+def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
+    """(m, V) contiguous logits, (m,) targets -> (m,) float32 losses; with `keep`, z becomes their gradient."""
+    m, V = z.shape
+    losses = z.new_empty(m, dtype=torch.float32)
+    if m:
+        block = min(BLOCK, triton.next_power_of_2(V))
+        _losses_kernel[m,](z, targets.contiguous(), losses, V, KEEP=keep, BLOCK=block, num_warps=WARPS)
+    return losses
+
+
+@triton.jit
+def _losses_kernel(z, targets, losses, V, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z += row * V
+    target = tl.load(targets + row)
+    # Before the sums, which wait for all threads: later, one of them may have overwritten it.
+    of_target = tl.load(z + target).to(tl.float32)
+    highest, total = float("-inf"), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(z + column, mask=column < V, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        higher = tl.maximum(highest, tl.max(value, 0))
+        total = total * tl.exp(highest - higher) + tl.exp(value - higher)
+        highest = higher
+    lse = highest + tl.log(tl.sum(total, 0))
+    tl.store(losses + row, lse - of_target)
+    if KEEP:
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = tl.load(z + column, mask=column < V, other=0, eviction_policy="evict_first").to(tl.float32)
+            gradient = tl.exp(value - lse) - tl.where(column == target, 1.0, 0.0)
+            tl.store(z + column, gradient.to(z.dtype.element_ty), mask=column < V)
