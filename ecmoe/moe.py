@@ -5,15 +5,13 @@ Letters: n tokens of width d, e experts of hidden width f, k slots of an expert.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import Router, one_of, recomputing
+from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
 
 KERNELS = ("auto", "plain", "triton", "triton-bmm")
 # Shares of tokens are kept for 0, 1, ... 7 experts, and 8 or more.
@@ -28,9 +26,9 @@ class MoE(nn.Module):
         d_model: d. d_ff: f, the hidden width of an expert (plain GeLU, two matrices, no bias).
         recompute: keep only the routing and the input for the backward pass and compute the experts
             again there (activation checkpointing; the chosen tokens stay the same).
-        kernels: who computes. "plain": this file and the routers', on any device. "triton": ecmoe/kernels.py, the
+        kernels: who computes. "plain": this file and the routers', on any device. "triton": ecmoe/kernels, the
             same results within rounding on a CUDA GPU, the same bits every time; "triton-bmm": as that, with all
-            products by torch.bmm. "auto": for now "plain" everywhere.
+            products by torch.bmm. "auto": "triton" on a GPU where it is installed, else "plain".
 
     Raises:
         ValueError: the router has another width, or kernels has no such value.
@@ -50,10 +48,9 @@ class MoE(nn.Module):
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must be the router's, {router.d_model}")
         one_of("kernels", kernels, KERNELS)
-        if kernels.startswith("triton") and find_spec("triton") is None:
+        if kernels.startswith("triton") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
-        # The kernels are not yet measured on a GPU; until they are, nobody gets them unasked.
-        self.kernels = router.kernels = "plain" if kernels == "auto" else kernels
+        self.kernels = router.kernels = kernels
         e = router.num_experts
         self.router, self.recompute = router, recompute
         self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
@@ -86,9 +83,9 @@ class MoE(nn.Module):
         B, T, d = x.shape
         if task_ids is not None and task_ids.dim() == 1:
             task_ids = task_ids[:, None].expand(B, T)
-        flat = x.reshape(B * T, d)
+        logits, flat = self.router.read(x.reshape(B * T, d))
         assignment = self.router.assign(
-            self.router.logits(flat),
+            logits,
             batch_shape=(B, T),
             token_ids=None if token_ids is None else token_ids.reshape(-1),
             task_ids=None if task_ids is None else task_ids.reshape(-1),
@@ -105,10 +102,10 @@ class MoE(nn.Module):
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
-        if self.kernels != "plain":
+        if fast(self.kernels, x):
             from ecmoe import kernels
 
-            return kernels.experts(x, self.w1, self.w2, token, gate, fuse=self.kernels == "triton")
+            return kernels.experts(x, self.w1, self.w2, token, gate, fuse=self.kernels != "triton-bmm")
         n, d = x.shape
         slots = token.reshape(-1)
         # An empty slot (token n, gate 0) reads any row and adds to row n, which is cut off.

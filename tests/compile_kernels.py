@@ -31,11 +31,12 @@ def compile_only(self, *args, grid, warmup, **keys):
 
 
 JITFunction.run = compile_only
-from ecmoe import kernels  # noqa: E402
+from ecmoe.kernels import product, routing, rows, selection  # noqa: E402
 
-kernels._check = lambda x: None
-kernels.fusible = lambda a, w: a.dtype == torch.bfloat16
-kernels._approximate = lambda x: {"APPROXIMATE": x.dtype == torch.bfloat16}
+for part in (routing, selection):
+    part.check = lambda x: None
+for part in (product, rows):
+    part.approximate = lambda x: {"APPROXIMATE": x.dtype == torch.bfloat16}
 
 
 def launch(n, d, f, e, k, dtype):
@@ -44,17 +45,20 @@ def launch(n, d, f, e, k, dtype):
     x, dy, h = (torch.empty(shape, dtype=dtype) for shape in ((n, d), (e, k, d), (e, k, f)))
     w1, w2 = torch.empty(e, d, f, dtype=dtype), torch.empty(e, f, d, dtype=dtype)
     token, gate = torch.empty(e, k, dtype=torch.long), torch.empty(e, k, dtype=wide)
-    kernels.combine(kernels.gather(x, token), kernels.invert(token, n))
-    kernels.activate_backward_(h, kernels.activate(h, gate), gate)
+    rows.combine(rows.gather(x, token), rows.invert(token, n))
+    rows.gather_dot(x, dy, token, gate)
+    rows.activate_(h, gate)
     if dtype == torch.bfloat16:
-        for tile in kernels.TILES:
-            kernels.product(dy, w1, gate, tile=tile)
-            kernels.product_backward(dy, w2, h, gate, tile=tile)
-        kernels.product(dy, w1, gate, keep=False)
+        for tile in product.TILES:
+            product.product(dy, w1, gate, tile=tile)
+            product.product_backward_(dy, w2, h, tile=tile)
+        product.product(dy, w1, gate, keep=False)
     if dtype != torch.float64:
-        w = torch.empty(d, e)
-        torch.ops.ecmoe.logits_backward(kernels.logits(x, w), x, w)
-        kernels.select(torch.empty(e, n), k)
+        w, logits = torch.empty(d, e), torch.empty(n, e)
+        torch.ops.ecmoe.logits(x, w)
+        torch.ops.ecmoe.logits_backward(logits, x, x, w)
+        torch.ops.ecmoe.scores_backward(logits.T, torch.ops.ecmoe.scores(logits))
+        selection.select(logits.T, k)
 
 
 if __name__ == "__main__":

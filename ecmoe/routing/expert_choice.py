@@ -14,7 +14,7 @@ from torch import Tensor
 from ecmoe.config import ConfigError, bucket_size
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningCutoff
-from ecmoe.routing.router import Router, one_of, recomputing
+from ecmoe.routing.router import Router, fast, one_of, recomputing
 
 
 class ExpertChoice(Router):
@@ -62,13 +62,11 @@ class ExpertChoice(Router):
         self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
     ) -> Assignment:
         n, e = logits.shape
-        S = logits.softmax(dim=1)  # (n, e): each token spreads 1 over the experts
         if self.causal:
-            return self._weigh(self._above_cutoff(S, mask), n)
-        ids = self._pools(n, batch_shape, S.device)  # (g, m)
+            return self._weigh(self._above_cutoff(logits.softmax(dim=1), mask), n)
+        ids = self._pools(n, batch_shape, logits.device)  # (g, m)
         k = bucket_size(ids.shape[1], e, self.capacity_factor)
-        pooled = S if self.pool == "batch" else S[ids.reshape(-1)]
-        pooled = pooled.view(*ids.shape, e).transpose(1, 2)  # (g, e, m)
+        pooled = self._scores(logits, ids)  # (g, e, m)
         valid = None if mask is None else mask[ids]  # (g, m)
         if valid is not None:
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
@@ -77,16 +75,27 @@ class ExpertChoice(Router):
             self.cutoff.add(G.detach().amin(-1) if valid is None else self._kth(G, valid, k))
         token = ids.gather(1, I.flatten(1)).view_as(I)
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
-            filled = torch.arange(k, device=S.device) < self._valid_k(valid, k)[:, None, None]
+            filled = torch.arange(k, device=ids.device) < self._valid_k(valid, k)[:, None, None]
             token, G = torch.where(filled, token, n), torch.where(filled, G, 0.0)
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
         self.demand.copy_((token < n).sum(1))
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
+    def _scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """S of the tokens ids (g, m), (g, e, m): each token spreads 1 over the experts."""
+        everyone = slice(None) if self.pool == "batch" else ids.reshape(-1)
+        if fast(self.kernels, logits):
+            from ecmoe.kernels import scores
+
+            S = scores(logits)[:, everyone]  # (e, n)
+            return S.view(-1, *ids.shape).transpose(0, 1)
+        S = logits.softmax(dim=1)[everyone]  # (n, e)
+        return S.view(*ids.shape, -1).transpose(1, 2)
+
     def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """(g, e, m) scores -> scores and places of the k chosen of each expert; best first where there is padding."""
         if self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts:
-            if self.kernels == "plain" or valid is not None:
+            if not fast(self.kernels, S) or valid is not None:
                 return S.topk(k, dim=2)
             from ecmoe.kernels import select
 

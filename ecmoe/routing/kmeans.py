@@ -48,16 +48,15 @@ class KMeans(Router):
         self.register_buffer("pending_counts", torch.zeros(num_experts))
         self._input: Tensor | None = None
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(..., d) -> (n, e) negative squared distances to the centroids; carries no gradient."""
-        x = x.detach().reshape(-1, x.shape[-1])
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        centroids = self.centroids.to(x.dtype)
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d) -> (n, e) negative squared distances to the centroids, which carry no gradient; and x."""
+        rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        centroids = self.centroids.to(rows.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            product = x @ centroids.T
+            product = rows @ centroids.T
         # `assign` knows which tokens are padding, and gathers the others.
-        self._input = x if self.training and not recomputing() else None
-        return 2 * product - x.square().sum(1, keepdim=True) - centroids.square().sum(1)
+        self._input = rows if self.training and not recomputing() else None
+        return 2 * product - rows.square().sum(1, keepdim=True) - centroids.square().sum(1), x
 
     def assign(
         self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
@@ -79,7 +78,7 @@ class KMeans(Router):
 
     @torch.no_grad()
     def _gather(self, expert: Tensor, n: int) -> None:
-        """Add the tokens that `logits` saw last to the sums of their cells; expert e is padding."""
+        """Add the tokens that `read` saw last to the sums of their cells; expert e is padding."""
         x, self._input = self._input, None
         if x is None or x.shape[0] != n:
             return

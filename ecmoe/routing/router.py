@@ -6,12 +6,15 @@ Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scor
 from __future__ import annotations
 
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ecmoe.routing.assignment import Assignment
+
+TRITON = find_spec("triton") is not None
 
 
 class Router(nn.Module):
@@ -27,7 +30,7 @@ class Router(nn.Module):
         aux_loss: scalar tensor set by `assign` in training, or None.
         demand: (e,) buffer, requests before capacity in the last `assign`.
         causal: set by `causal_routing`: no token's routing may see another token.
-        kernels: set by `MoE`: "plain", or anything else for the fast path of ecmoe/kernels.py.
+        kernels: set by `MoE`: who computes, see `fast`.
     """
 
     def __init__(self, d_model: int, num_experts: int, *, learned: bool = True) -> None:
@@ -49,16 +52,19 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) -> (n, e) scores before the softmax, in float32 whatever the dtype of x (float64 stays)."""
-        x = x.reshape(-1, x.shape[-1])
+        return self.read(x.reshape(-1, x.shape[-1]))[0]
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d) -> `logits`, and x: a layer that goes on with this x may get its two gradients added up in one pass."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.weight is None:
-            return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device)
+            return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device), x
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie and flip
-            if self.kernels != "plain":
+            if fast(self.kernels, x):
                 from ecmoe import kernels
 
-                return kernels.logits(x, self.weight)
-            return x.to(dtype) @ self.weight.to(dtype)
+                return kernels.logits_and_tokens(x, self.weight)
+            return x.to(dtype) @ self.weight.to(dtype), x
 
     def assign(
         self,
@@ -88,6 +94,11 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}"
+
+
+def fast(kernels: str, x: Tensor) -> bool:
+    """Do the kernels of ecmoe/kernels compute on x? "auto": on CUDA, where triton is; "plain": never; else always."""
+    return kernels != "plain" and (kernels != "auto" or (x.is_cuda and TRITON))
 
 
 def recomputing() -> bool:

@@ -1,0 +1,29 @@
+"""The fast path of `MoE` on a GPU, in Triton: the six products, and as few passes around them as it takes.
+
+Letters: n tokens x of width d, e experts of hidden width f, k slots of an expert, P (e k, n) of Eq. 3.
+
+    forward                                                backward
+    x_in = P x                              gather         dy = P dout, dgate = dy . y / gate              gather
+    h = x_in w1                             product        da = dy w2^T                                    product
+    a = gate gelu(h), slope = gate gelu'(h) its epilogue   dh = da slope                                   its epilogue
+    y = a w2                                bmm            dw2 = a^T dy, dw1 = x_in^T dh, dx_in = dh w1^T  bmm
+    out = P^T y                             combine        dx = P^T dx_in                                  combine
+
+The gate sits inside a, so the combine is a plain sum. A token's sum goes over its experts in their order, in
+float32, without atomics: the same input gives the same bits. x_in, a, slope and y stay for the backward pass, where
+dh takes slope's place. Shapes depend on no data and nothing waits for the device: CUDA graphs, torch.compile.
+
+    layer.py     the operator above          product.py   its two fused products      rows.py   gather, combine, activation
+    routing.py   the router's logits, scores: softmax by expert                     selection.py top-k without a sort
+
+`experts`, `logits`, `scores` and `select` each stand for a line of the plain path, which stays the readable truth
+(moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
+On a GPU: `pytest tests/kernels`, then `ecmoe bench --compile --passes` times all of it.
+"""
+
+from ecmoe.kernels.common import INTERPRETED
+from ecmoe.kernels.layer import experts
+from ecmoe.kernels.routing import logits, logits_and_tokens, scores
+from ecmoe.kernels.selection import select
+
+__all__ = ["INTERPRETED", "experts", "logits", "logits_and_tokens", "scores", "select"]

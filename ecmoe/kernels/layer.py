@@ -1,0 +1,130 @@
+"""`experts`: Eq. 3 and 4 as one operator, forward and backward; the package's docstring shows its passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ecmoe.kernels.common import check
+from ecmoe.kernels.product import fusible, product, product_backward_
+from ecmoe.kernels.rows import activate_, combine, gather, gather_dot, invert
+
+
+def experts(
+    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, fuse: bool = True
+) -> Tensor:
+    """Eq. 3 and 4, as `MoE.experts`.
+
+    Args:
+        x: (n, d). w1: (e, d, f). w2: (e, f, d).
+        token: (e, k) int64, n in an empty slot; no expert holds a token twice. gate: (e, k), 0 in an empty slot.
+        fuse: multiply x_in w1 and dy w2^T in Triton, with the activation in the epilogue; else, and for
+            sizes or types that this can't do, by `torch.bmm` and a pass of its own.
+
+    Returns:
+        (n, d), in the dtype of x; products run in autocast's dtype where it is on.
+
+    Raises:
+        RuntimeError: x is on no CUDA device; on a second backward pass through the same forward pass, whose
+            kept tensors the first has overwritten.
+    """
+    check(x)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    gate = gate.to(torch.promote_types(dtype, torch.float32))
+    inputs = (x.to(dtype), w1.to(dtype), w2.to(dtype), gate)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return _experts(*inputs[:3], token, gate, fuse, keep)[0].to(x.dtype)
+
+
+# Opaque to torch.compile, with shapes that it can know.
+
+
+@torch.library.custom_op("ecmoe::experts", mutates_args=())
+def _experts(
+    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, fuse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Out, and what the backward pass needs (empty unless `keep`): inverse (n, e), x_in, slope, a, y (e, k, ...)."""
+    x, token, gate = x.contiguous(), token.contiguous(), gate.contiguous()
+    with torch.cuda.device_of(x):
+        x_in = gather(x, token)
+        if fuse and fusible(x_in, w1):
+            slope, a = product(x_in, w1.contiguous(), gate, keep=keep)
+        else:
+            slope = torch.bmm(x_in, w1)
+            a = activate_(slope, gate, keep)
+        y = torch.bmm(a, w2)
+        inverse = invert(token, x.shape[0])
+        out = combine(y, inverse)
+    if not keep:
+        inverse, x_in, slope, a, y = inverse.new_empty(0), *(x.new_empty(0) for _ in range(4))
+    return out, inverse, x_in, slope, a, y
+
+
+@_experts.register_fake
+def _(x, w1, w2, token, gate, fuse, keep):
+    (n, d), (e, k), f = x.shape, token.shape, w1.shape[2]
+    kept = [(n, e), (e, k, d), (e, k, f), (e, k, f), (e, k, d)] if keep else [(0,)] * 5
+    inverse = x.new_empty(kept[0], dtype=torch.int32)
+    return x.new_empty(n, d), inverse, *(x.new_empty(shape) for shape in kept[1:])
+
+
+@torch.library.custom_op("ecmoe::experts_backward", mutates_args=())
+def _experts_backward(
+    dout: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    token: Tensor,
+    gate: Tensor,
+    inverse: Tensor,
+    x_in: Tensor,
+    slope: Tensor,
+    a: Tensor,
+    y: Tensor,
+    fuse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, w2, gate.
+
+    dh overwrites slope, which was kept for this alone: that saves as much memory as all of h takes. It is not
+    declared, for torch.compile would copy slope first; a second backward pass finds the version raised, and fails.
+    """
+    with torch.cuda.device_of(dout):
+        dy, dgate = gather_dot(dout.contiguous(), y, token.contiguous(), gate.contiguous())
+        if fuse and fusible(dy, w2):
+            dh = product_backward_(dy, w2.contiguous(), slope)
+        else:
+            dh = torch.mul(torch.bmm(dy, w2.transpose(1, 2)), slope, out=slope)
+        dw2 = torch.bmm(a.transpose(1, 2), dy)
+        del dy
+        dw1 = torch.bmm(x_in.transpose(1, 2), dh)
+        dx = combine(torch.bmm(dh, w1.transpose(1, 2)), inverse)
+    torch.autograd.graph.increment_version(slope)
+    return dx, dw1, dw2, dgate
+
+
+@_experts_backward.register_fake
+def _(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, fuse):
+    return (
+        dout.new_empty(dout.shape),
+        w1.new_empty(w1.shape),
+        w2.new_empty(w2.shape),
+        gate.new_empty(gate.shape),
+    )
+
+
+def _keep_for_backward(ctx, inputs, output):
+    _, w1, w2, token, gate, ctx.fuse, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # zeros the size of h, else
+    ctx.save_for_backward(w1, w2, token, gate, *kept)
+
+
+def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 7
+    dx, dw1, dw2, dgate = _experts_backward(dout, *ctx.saved_tensors, ctx.fuse)
+    return dx, dw1, dw2, None, dgate, None, None
+
+
+_experts.register_autograd(_backward, setup_context=_keep_for_backward)

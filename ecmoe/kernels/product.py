@@ -1,0 +1,170 @@
+"""The two products that have an activation beside them, each with it as its epilogue: persistent Triton kernels.
+
+Operands come by the copy engine (tensor descriptors), tile after tile in one loop that is flattened, so that the
+next tile's operands load while this one's epilogue runs. An epilogue takes a slice of columns at a time: slices need
+less shared memory, which is the pipeline's.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ecmoe.kernels.common import INTERPRETED, dot
+from ecmoe.kernels.rows import approximate, gelu
+
+
+class Tile(NamedTuple):
+    """How a product is cut: blocks of m x n, k deep, whose epilogue takes `slice` columns at a time."""
+
+    m: int
+    n: int
+    k: int
+    slice: int
+    warps: int
+    stages: int
+    per_sm: int  # programs on a multiprocessor: with two, one multiplies while the other is in its epilogue
+
+    def options(self) -> dict:
+        """What Triton's launcher takes."""
+        registers = min(65_536 // (32 * self.warps * self.per_sm), 255)
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
+
+
+# The first is taken; `ecmoe bench --passes` times all of them.
+TILES = [
+    Tile(128, 128, 64, 32, 8, 3, per_sm=2),
+    Tile(128, 128, 64, 32, 4, 3, per_sm=2),
+    Tile(128, 256, 64, 128, 8, 3, per_sm=1),
+    Tile(256, 128, 64, 64, 8, 3, per_sm=1),
+]
+
+
+def fusible(a: Tensor, w: Tensor) -> bool:
+    """Can the fused products take these? 16 bits, and rows of whole 16 bytes for the copy engine."""
+    narrow = a.dtype in (torch.bfloat16, torch.float16)
+    if a.is_cuda and torch.cuda.get_device_capability(a.device)[0] < 9:
+        return False
+    whole = all(size * a.element_size() % 16 == 0 for size in w.shape[1:])
+    return (narrow or INTERPRETED and a.dtype == torch.float32) and whole and a.numel() > 0
+
+
+def product(
+    x_in: Tensor, w1: Tensor, gate: Tensor, *, keep: bool = True, tile: Tile = TILES[0]
+) -> tuple[Tensor, Tensor]:
+    """h = x_in w1; slope = gate gelu'(h) and a = gate gelu(h), both (e, k, f); slope is empty unless `keep`."""
+    t = tile
+    (e, k, d), f = x_in.shape, w1.shape[2]
+    a = x_in.new_empty(e, k, f)
+    slope = torch.empty_like(a) if keep else a.new_empty(0)
+    _product_kernel[_programs(x_in, e, k, f, t),](
+        TensorDescriptor.from_tensor(x_in, [1, t.m, t.k]),
+        TensorDescriptor.from_tensor(w1, [1, t.k, t.n]),
+        TensorDescriptor.from_tensor(slope, [1, t.m, t.slice]) if keep else None,
+        TensorDescriptor.from_tensor(a, [1, t.m, t.slice]),
+        gate,
+        e, k, COLUMNS=f, DEPTH=d,
+        M=t.m, N=t.n, K=t.k, KEEP=keep, **approximate(x_in), **t.options(),
+    )  # fmt: skip
+    return slope, a
+
+
+def product_backward_(dy: Tensor, w2: Tensor, slope: Tensor, *, tile: Tile = TILES[0]) -> Tensor:
+    """dh = (dy w2^T) slope, (e, k, f), in slope's place."""
+    t = tile
+    (e, k, d), f = dy.shape, w2.shape[1]
+    _product_backward_kernel[_programs(dy, e, k, f, t),](
+        TensorDescriptor.from_tensor(dy, [1, t.m, t.k]),
+        TensorDescriptor.from_tensor(w2, [1, t.n, t.k]),
+        TensorDescriptor.from_tensor(slope, [1, t.m, t.slice]),
+        e, k, COLUMNS=f, DEPTH=d,
+        M=t.m, N=t.n, K=t.k, **t.options(),
+    )  # fmt: skip
+    return slope
+
+
+def _programs(x: Tensor, e: int, rows: int, columns: int, t: Tile) -> int:
+    tiles = e * triton.cdiv(rows, t.m) * triton.cdiv(columns, t.n)
+    return min(tiles, t.per_sm * (_multiprocessors(x.device.index) if x.is_cuda else 2))
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _tile(tile, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Tiles of an expert follow each other, down and then across: its operands stay in the cache."""
+    down = tl.cdiv(rows, M)
+    inside = tile % (down * tl.cdiv(COLUMNS, N))
+    return tile // (down * tl.cdiv(COLUMNS, N)), inside % down, inside // down
+
+
+@triton.jit
+def _halves(total):
+    """Left and right columns."""
+    return total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _product_kernel(
+    x, w, slope, a, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        expert, m, n = _tile(tile, rows, COLUMNS, M, N)
+        total = tl.zeros((M, N), tl.float32)
+        for i in range(tl.cdiv(DEPTH, K)):
+            left = x.load([expert, m * M, i * K]).reshape(M, K)
+            right = w.load([expert, i * K, n * N]).reshape(K, N)
+            total = dot(left, right, total)
+        row = m * M + tl.arange(0, M)
+        g = tl.load(gate + expert.to(tl.int64) * rows + row, mask=row < rows, other=0)
+        _activate(slope, a, total, g, expert, m * M, n * N, KEEP, APPROXIMATE)
+
+
+@triton.jit
+def _activate(slope, a, total, g, expert, m, n, KEEP: tl.constexpr, APPROXIMATE: tl.constexpr):
+    if total.shape[1] > a.block_shape[2]:
+        left, right = _halves(total)
+        _activate(slope, a, left, g, expert, m, n, KEEP, APPROXIMATE)
+        _activate(slope, a, right, g, expert, m, n + left.shape[1], KEEP, APPROXIMATE)
+    else:
+        value, steepness = gelu(total, APPROXIMATE)
+        if KEEP:
+            slope.store([expert, m, n], (g[:, None] * steepness).to(a.dtype)[None])
+        a.store([expert, m, n], (g[:, None] * value).to(a.dtype)[None])
+
+
+@triton.jit
+def _product_backward_kernel(
+    dy, w, slope, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
+    tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        expert, m, n = _tile(tile, rows, COLUMNS, M, N)
+        total = tl.zeros((M, N), tl.float32)
+        for i in range(tl.cdiv(DEPTH, K)):
+            left = dy.load([expert, m * M, i * K]).reshape(M, K)
+            right = w.load([expert, n * N, i * K]).reshape(N, K)
+            total = dot(left, right.T, total)
+        _scale(slope, total, expert, m * M, n * N)
+
+
+@triton.jit
+def _scale(slope, total, expert, m, n):
+    if total.shape[1] > slope.block_shape[2]:
+        left, right = _halves(total)
+        _scale(slope, left, expert, m, n)
+        _scale(slope, right, expert, m, n + left.shape[1])
+    else:
+        steepness = slope.load([expert, m, n]).reshape(total.shape)
+        slope.store([expert, m, n], (total * steepness.to(tl.float32)).to(slope.dtype)[None])

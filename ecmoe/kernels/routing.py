@@ -1,0 +1,258 @@
+"""The router's products in float32, and its softmax laid out by expert.
+
+Letters: n tokens x of width d, e experts, w (d, e) the router's weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ecmoe.kernels.common import block, check, dot, wide
+
+LOGITS = {"ROWS": 128, "DEPTH": 32, "num_warps": 8}
+LOGITS_DX = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8}
+LOGITS_DW = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}
+TOKENS_PER_SUM = 1024  # of the partial sums of the router's gradient
+MOST_EXPERTS = 128  # of `logits`: more would not fit into shared memory
+SCORES = 4096  # numbers of a program
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """(n, d) tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision.
+
+    bf16 numbers multiply exactly in tensor cores and add up in float32; a float32 number goes in as the sum of
+    three of them. float64 and float16 take the plain product.
+    """
+    return logits_and_tokens(x, weight)[0]
+
+
+def logits_and_tokens(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits`, and x: whoever goes on with this x adds up its two gradients in one pass, not in one more."""
+    if x.dtype not in (torch.bfloat16, torch.float32) or weight.shape[1] > MOST_EXPERTS:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.to(dtype) @ weight.to(dtype), x
+    check(x)
+    return _Logits.apply(x, weight.float())
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return _logits(x, w), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dlogits, dx):
+        return _logits_backward(dlogits, dx, *ctx.saved_tensors)
+
+
+@torch.library.custom_op("ecmoe::logits", mutates_args=())
+def _logits(x: Tensor, w: Tensor) -> Tensor:
+    (n, d), e = x.shape, w.shape[1]
+    x, w = x.contiguous(), w.contiguous()
+    out = x.new_empty(n, e, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        grid = (triton.cdiv(n, LOGITS["ROWS"]),)
+        _logits_kernel[grid](x, w, out, n, d, e, E=block(e, 16), **LOGITS)
+    return out
+
+
+@_logits.register_fake
+def _(x, w):
+    return x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("ecmoe::logits_backward", mutates_args=())
+def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """dx + dlogits w^T, and w's gradient, summed in a fixed order."""
+    (n, d), e = x.shape, w.shape[1]
+    dlogits, dx, x, w = dlogits.contiguous(), dx.contiguous(), x.contiguous(), w.contiguous()
+    out, sums = torch.empty_like(x), triton.cdiv(n, TOKENS_PER_SUM)
+    dw = w.new_empty(sums, d, e)
+    with torch.cuda.device_of(x):
+        grid = (triton.cdiv(n, LOGITS_DX["ROWS"]),)
+        _logits_dx_kernel[grid](dlogits, dx, w, out, n, d, e, E=block(e, 16), **LOGITS_DX)
+        grid = triton.cdiv(d, LOGITS_DW["COLUMNS"]), sums
+        _logits_dw_kernel[grid](
+            x, dlogits, dw, n, d, e, E=block(e, 16), TOKENS=TOKENS_PER_SUM, **LOGITS_DW
+        )
+        return out, dw.sum(0)
+
+
+@_logits_backward.register_fake
+def _(dlogits, dx, x, w):
+    return x.new_empty(x.shape), w.new_empty(w.shape)
+
+
+def scores(logits: Tensor) -> Tensor:
+    """(n, e) logits -> (e, n) softmax over the experts, laid out as they choose."""
+    check(logits)
+    return _scores(logits)
+
+
+@torch.library.custom_op("ecmoe::scores", mutates_args=())
+def _scores(logits: Tensor) -> Tensor:
+    (n, e), logits = logits.shape, logits.contiguous()
+    out = logits.new_empty(e, n)
+    rows = max(SCORES // block(e), 1)
+    with torch.cuda.device_of(logits):
+        _scores_kernel[triton.cdiv(n, rows),](logits, out, n, e, E=block(e), ROWS=rows, **wide(logits))
+    return out
+
+
+@_scores.register_fake
+def _(logits):
+    return logits.new_empty(logits.shape[1], logits.shape[0])
+
+
+@torch.library.custom_op("ecmoe::scores_backward", mutates_args=())
+def _scores_backward(dS: Tensor, S: Tensor) -> Tensor:
+    (e, n), dS, S = S.shape, dS.contiguous(), S.contiguous()
+    out = S.new_empty(n, e)
+    rows = max(SCORES // block(e), 1)
+    with torch.cuda.device_of(S):
+        _scores_backward_kernel[triton.cdiv(n, rows),](dS, S, out, n, e, E=block(e), ROWS=rows, **wide(S))
+    return out
+
+
+@_scores_backward.register_fake
+def _(dS, S):
+    return S.new_empty(S.shape[1], S.shape[0])
+
+
+_scores.register_autograd(
+    lambda ctx, dS: _scores_backward(dS, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+)
+
+
+@triton.jit
+def _split(x):
+    """A float32 tensor as the sum of three bf16 ones, exact but for the last bit."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _multiply(a, b, total):
+    """total + a b to float32's precision, small terms first; a in bf16 or float32, b in float32."""
+    high, middle, low = _split(b)
+    if a.dtype == tl.bfloat16:
+        total = dot(a, low, total)
+        total = dot(a, middle, total)
+        return dot(a, high, total)
+    else:
+        a_high, a_middle, a_low = _split(a)
+        total = dot(a_low, high, total)
+        total = dot(a_middle, middle, total)
+        total = dot(a_high, low, total)
+        total = dot(a_middle, high, total)
+        total = dot(a_high, middle, total)
+        return dot(a_high, high, total)
+
+
+@triton.jit
+def _multiply_roughly(a, b, total):
+    """total + a b, to 2^-16: for results that are rounded to bf16's 2^-9."""
+    a_high, a_low, _ = _split(a)
+    b_high, b_low, _ = _split(b)
+    total = dot(a_low, b_high, total)
+    total = dot(a_high, b_low, total)
+    return dot(a_high, b_high, total)
+
+
+@triton.jit
+def _logits_kernel(
+    x, w, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, E)
+    total = tl.zeros((ROWS, E), tl.float32)
+    for start in range(0, d, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        inside = (t < n)[:, None] & (column < d)[None, :]
+        tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
+        inside = (column < d)[:, None] & (expert < e)[None, :]
+        weights = tl.load(w + column[:, None] * e + expert[None, :], mask=inside, other=0)
+        total = _multiply(tokens, weights, total)
+    inside = (t < n)[:, None] & (expert < e)[None, :]
+    tl.store(out + t[:, None] * e + expert[None, :], total, mask=inside)
+
+
+@triton.jit
+def _logits_dx_kernel(
+    dlogits, dx, w, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """dx + dlogits w^T."""
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, E)
+    known = (t < n)[:, None] & (expert < e)[None, :]
+    left = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=known, other=0)
+    for start in range(0, d, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (column < d)[None, :] & (expert < e)[:, None]
+        right = tl.load(w + column[None, :] * e + expert[:, None], mask=inside, other=0)
+        place = t[:, None] * d + column[None, :]
+        inside = (t < n)[:, None] & (column < d)[None, :]
+        other = tl.load(dx + place, mask=inside, other=0).to(tl.float32)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        if out.dtype.element_ty == tl.bfloat16:
+            total = _multiply_roughly(left, right, total)
+        else:
+            total = _multiply(left, right, total)
+        tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _logits_dw_kernel(
+    x, dlogits, dw, n, d, e,
+    E: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x^T dlogits over TOKENS tokens."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    expert = tl.arange(0, E)
+    total = tl.zeros((COLUMNS, E), tl.float32)
+    for start in range(0, TOKENS, ROWS):
+        t = first + start + tl.arange(0, ROWS)
+        inside = (t < n)[:, None] & (column < d)[None, :]
+        tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
+        inside = (t < n)[:, None] & (expert < e)[None, :]
+        gradient = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=inside, other=0)
+        total = _multiply(tokens.T, gradient, total)
+    inside = (column < d)[:, None] & (expert < e)[None, :]
+    place = (tl.program_id(1).to(tl.int64) * d + column[:, None]) * e + expert[None, :]
+    tl.store(dw + place, total, mask=inside)
+
+
+@triton.jit
+def _scores_kernel(
+    logits, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, E)
+    inside = (t < n)[:, None] & (expert < e)[None, :]
+    x = tl.load(logits + t[:, None] * e + expert[None, :], mask=inside, other=float("-inf")).to(WIDE)
+    x = tl.exp(x - tl.maximum(tl.max(x, 1), -1e38)[:, None])  # rows beyond the last have no largest
+    x = x / tl.sum(x, 1)[:, None]
+    tl.store(out + expert[None, :].to(tl.int64) * n + t[:, None], x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scores_backward_kernel(
+    dS, S, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr
+):
+    """S (dS - sum of S dS over the experts)."""
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, E)
+    inside = (t < n)[:, None] & (expert < e)[None, :]
+    place = expert[None, :].to(tl.int64) * n + t[:, None]
+    s = tl.load(S + place, mask=inside, other=0).to(WIDE)
+    ds = tl.load(dS + place, mask=inside, other=0).to(WIDE)
+    ds = s * (ds - tl.sum(s * ds, 1)[:, None])
+    tl.store(out + t[:, None] * e + expert[None, :], ds.to(out.dtype.element_ty), mask=inside)

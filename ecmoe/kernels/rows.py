@@ -1,0 +1,169 @@
+"""Passes over rows: gather and combine tokens, activate. One kernel each, on contiguous tensors.
+
+Rows are counted in int64: e k f passes 2^31.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ecmoe.kernels.common import INTERPRETED, block, wide
+
+# Programs hold (rows, columns) at a time.
+GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+GATHER_DOT = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
+COMBINE = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 2}
+ACTIVATION = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 4}
+
+
+def gather(x: Tensor, token: Tensor) -> Tensor:
+    """P x: (n, d), (e, k) -> (e, k, d); zeros in empty slots."""
+    (n, d), slots = x.shape, token.numel()
+    out = x.new_empty(*token.shape, d)
+    grid = triton.cdiv(slots, GATHER["ROWS"]), triton.cdiv(d, GATHER["COLUMNS"])
+    _gather_kernel[grid](x, token, out, slots, n, d, **GATHER)
+    return out
+
+
+def gather_dot(dout: Tensor, y: Tensor, token: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """dy = P dout, (e, k, d), and the gate's gradient, (e, k): dy . y / gate, for y is proportional to the gate.
+
+    Where a gate is 0 its gradient is taken for 0: an empty slot, or a softmax that has underflowed.
+    """
+    (n, d), slots = dout.shape, token.numel()
+    dy, dgate = torch.empty_like(y), torch.empty_like(gate)
+    cut = GATHER_DOT | {"COLUMNS": block(d, 16, GATHER_DOT["COLUMNS"])}
+    _gather_dot_kernel[triton.cdiv(slots, cut["ROWS"]),](dout, y, token, gate, dy, dgate, slots, n, d, **wide(y), **cut)
+    return dy, dgate
+
+
+def invert(token: Tensor, n: int) -> Tensor:
+    """(e, k) -> (n, e) int32: the slot in which expert i holds token t, in 0..e k - 1; e k where it doesn't."""
+    (e, k), slots = token.shape, token.numel()
+    inverse = torch.full((n, e), slots, dtype=torch.int32, device=token.device)
+    _invert_kernel[triton.cdiv(slots, 1024),](token, inverse, slots, n, e, k, BLOCK=1024)
+    return inverse
+
+
+def combine(rows: Tensor, inverse: Tensor) -> Tensor:
+    """P^T rows: (e, k, d), (n, e) -> (n, d): each token's slots added up, expert by expert."""
+    (e, k, d), n = rows.shape, inverse.shape[0]
+    out = rows.new_empty(n, d)
+    cut = COMBINE | {"COLUMNS": block(d, 16, COMBINE["COLUMNS"])}
+    grid = triton.cdiv(n, cut["ROWS"]), triton.cdiv(d, cut["COLUMNS"])
+    _combine_kernel[grid](rows, inverse, out, e * k, n, d, e, E=block(e, 2), **wide(rows), **cut)
+    return out
+
+
+def activate_(h: Tensor, gate: Tensor, keep: bool = True) -> Tensor:
+    """a = gate gelu(h): (e, k, f), (e, k) -> (e, k, f); if `keep`, h becomes slope = gate gelu'(h)."""
+    a, slots = torch.empty_like(h), gate.numel()
+    grid = (triton.cdiv(slots, ACTIVATION["ROWS"]),)
+    _activate_kernel[grid](h, gate, a, slots, h.shape[-1], KEEP=keep, **wide(h), **approximate(h), **ACTIVATION)
+    return a
+
+
+def approximate(x: Tensor) -> dict:
+    """The hardware's tanh, good to 2^-11, where the result is rounded to bf16's 2^-9 anyway."""
+    return {"APPROXIMATE": x.dtype == torch.bfloat16 and not INTERPRETED}
+
+
+@triton.jit
+def gelu(h, APPROXIMATE: tl.constexpr):
+    """GELU by tanh, and its derivative: h s(2u), u = (2/pi)^1/2 (h + 0.044715 h^3), s the logistic function."""
+    square = h * h
+    u = h * (0.7978845608028654 + 0.035677408136300125 * square)
+    if APPROXIMATE:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+        s = 0.5 + 0.5 * tanh
+    else:
+        s = 1 / (1 + tl.exp(-2 * u))
+    value = h * s
+    return value, s + (value - value * s) * (1.5957691216057308 + 0.21406444881780074 * square)
+
+
+@triton.jit
+def _gather_kernel(x, token, out, slots, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    source = tl.load(token + slot, mask=slot < slots, other=n)
+    inside = (column < d)[None, :]
+    row = tl.load(x + source[:, None] * d + column[None, :], mask=(source < n)[:, None] & inside, other=0)
+    tl.store(out + slot[:, None] * d + column[None, :], row, mask=(slot < slots)[:, None] & inside)
+
+
+@triton.jit
+def _gather_dot_kernel(
+    dout, y, token, gate, dy, dgate, slots, n, d, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    source = tl.load(token + slot, mask=slot < slots, other=n)
+    g = tl.load(gate + slot, mask=slot < slots, other=0)
+    total = tl.zeros((ROWS,), WIDE)
+    for start in range(0, d, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (column < d)[None, :]
+        row = tl.load(dout + source[:, None] * d + column[None, :], mask=(source < n)[:, None] & inside, other=0)
+        place = slot[:, None] * d + column[None, :]
+        inside &= (slot < slots)[:, None]
+        before = tl.load(y + place, mask=inside, other=0)
+        tl.store(dy + place, row, mask=inside)
+        total += tl.sum(row.to(WIDE) * before.to(WIDE), 1)
+    tl.store(dgate + slot, tl.where(g != 0, total / tl.where(g != 0, g, 1), 0), mask=slot < slots)
+
+
+@triton.jit
+def _invert_kernel(token, inverse, slots, n, e, k, BLOCK: tl.constexpr):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.load(token + slot, mask=slot < slots, other=n)
+    tl.store(inverse + t * e + slot // k, slot, mask=t < n)
+
+
+@triton.jit
+def _combine_kernel(
+    rows, inverse, out, slots, n, d, e,
+    E: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    expert = tl.arange(0, E)
+    held = (t < n)[:, None] & (expert < e)[None, :]
+    left = tl.load(inverse + t[:, None] * e + expert[None, :], mask=held, other=slots)
+    total = tl.zeros((ROWS, COLUMNS), WIDE)
+    slot = tl.min(left, 1)
+    while tl.min(slot, 0) < slots:  # two at a time: most tokens have one or two
+        left = tl.where(left == slot[:, None], slots, left)
+        second = tl.min(left, 1)
+        left = tl.where(left == second[:, None], slots, left)
+        place = slot.to(tl.int64)[:, None] * d + column[None, :]
+        one = tl.load(rows + place, mask=(slot < slots)[:, None] & (column < d)[None, :], other=0)
+        place = second.to(tl.int64)[:, None] * d + column[None, :]
+        two = tl.load(rows + place, mask=(second < slots)[:, None] & (column < d)[None, :], other=0)
+        total += one.to(WIDE)
+        total += two.to(WIDE)
+        slot = tl.min(left, 1)
+    place = t[:, None] * d + column[None, :]
+    inside = (t < n)[:, None] & (column < d)[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activate_kernel(
+    h, gate, a, slots, f, KEEP: tl.constexpr,
+    WIDE: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    g = tl.load(gate + slot, mask=slot < slots, other=0).to(WIDE)[:, None]
+    for start in range(0, f, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        place = slot[:, None] * f + column[None, :]
+        inside = (slot < slots)[:, None] & (column < f)[None, :]
+        value, slope = gelu(tl.load(h + place, mask=inside, other=0).to(WIDE), APPROXIMATE)
+        tl.store(a + place, (g * value).to(a.dtype.element_ty), mask=inside)
+        if KEEP:
+            tl.store(h + place, (g * slope).to(h.dtype.element_ty), mask=inside)
