@@ -9,7 +9,6 @@ Letters: B sequences of T tokens, width d, h heads, V vocabulary, L layers.
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ecmoe.attention import Attention
 from ecmoe.config import RunConfig
 from ecmoe.cross_entropy import linear_cross_entropy
 from ecmoe.moe import MoE
@@ -166,59 +166,6 @@ class Block(nn.Module):
         if self.recompute and self.training:
             return checkpoint(function, x, use_reentrant=False)
         return function(x)
-
-
-class Attention(nn.Module):
-    """Multi-head attention; causal, with a relative position bias (per layer, as in GLaM), or to all tokens alike."""
-
-    def __init__(self, config: RunConfig, causal: bool = True) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.relative = None
-        if causal:
-            self.relative = RelativeBias(config.heads, config.relative_buckets, config.relative_max_distance)
-
-    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
-        """x: (B, T, d). past: [keys, values], each (B, h, tokens before x, d/h), or []; extended in place."""
-        B, T, d = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, h, T, d/h)
-        if past is not None:
-            if past:
-                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-            past[:] = [k, v]
-        bias = None
-        if self.relative is not None:  # (h, T, keys), -inf for the future
-            bias = self.relative(T, k.shape[2], x.device).to(q.dtype).expand(B, -1, -1, -1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
-
-
-class RelativeBias(nn.Module):
-    """A learned bias per head and bucket of distances (Raffel et al. 2020, causal)."""
-
-    def __init__(self, heads: int, buckets: int, max_distance: int) -> None:
-        super().__init__()
-        self.buckets, self.max_distance = buckets, max_distance
-        self.weight = nn.Parameter(torch.zeros(buckets, heads))
-
-    def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """(h, queries, keys), -inf where the key lies in the future; the last query is the last key's token."""
-        positions = torch.arange(keys, device=device)
-        by_distance = self.weight[bucket(positions, self.buckets, self.max_distance)].T  # (h, keys)
-        # A Toeplitz matrix: each query's row is a window into the distances from far to near, then the future; the
-        # last query's comes first. Windows have a fast backward pass; indexing (queries, keys) entries has not.
-        future = by_distance.new_full((by_distance.shape[0], queries - 1), float("-inf"))
-        return torch.cat([by_distance.flip(1), future], dim=1).unfold(1, keys, 1).flip(1)
-
-
-def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """T5's causal buckets: exact up to half of them, then logarithmic up to max_distance."""
-    exact = buckets // 2
-    log = (distance.clamp_min(1).float() / exact).log() / math.log(max(max_distance / exact, 1.0001))
-    far = exact + (log * (buckets - exact)).long().clamp(0, buckets - exact - 1)
-    return torch.where(distance < exact, distance, far)
 
 
 class GatedFFN(nn.Module):

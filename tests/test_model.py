@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
-from ecmoe.model import TABLE_1, Attention, bucket, build_model, count_parameters, flops_per_token
+from ecmoe.model import TABLE_1, build_model, count_parameters, flops_per_token
 from ecmoe.moe import KERNELS
 
 SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
@@ -38,30 +38,6 @@ def test_no_logit_sees_a_later_token(router):
     b[:, :7] = a[:, :7]
     assert torch.allclose(model(a)[:, :7], model(b)[:, :7], atol=1e-12)
     assert not torch.allclose(model(a)[:, 7:], model(b)[:, 7:], atol=1e-3)
-
-
-def test_attention_is_softmax_with_the_bias_of_each_distance():
-    attention = Attention(SMALL).double()
-    with torch.no_grad():
-        attention.relative.weight.normal_()
-    x = torch.randn(1, 12, 16, dtype=torch.float64)
-    q, k, v = attention.qkv(x)[0].view(12, 3, 2, 8).permute(1, 2, 0, 3)
-    expected = torch.zeros(2, 12, 8, dtype=torch.float64)
-    for h in range(2):
-        for t in range(12):
-            distance = torch.tensor([t - s for s in range(t + 1)])
-            bias = attention.relative.weight[bucket(distance, 32, 128), h]
-            p = (q[h, t] @ k[h, : t + 1].T / math.sqrt(8) + bias).softmax(0)
-            expected[h, t] = p @ v[h, : t + 1]
-    torch.testing.assert_close(attention(x)[0], attention.out(expected.transpose(0, 1).reshape(12, 16)))
-
-
-def test_buckets_are_t5s():
-    # 32 buckets to distance 128: exact to 15, logarithmic from 16, the last from 113 on.
-    assert bucket(torch.arange(16), 32, 128).tolist() == list(range(16))
-    far = bucket(torch.tensor([16, 18, 19, 112, 113, 128, 5000]), 32, 128).tolist()
-    assert far == [16 + int(16 * math.log(d / 16) / math.log(8)) if d < 128 else 31 for d in (16, 18, 19, 112, 113, 128, 5000)]
-    assert far == sorted(far) and far[-1] == 31
 
 
 def test_gated_ffn_is_gelu_gated():
