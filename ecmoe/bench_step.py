@@ -11,17 +11,17 @@ import contextlib
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 import pandas as pd
 import torch
 
+from ecmoe import timing
 from ecmoe.bench_kernels import kernels_run
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.lit import LitModel
 from ecmoe.model import flops_per_token
-from ecmoe.train import PEAK_BF16, commit, device_name
+from ecmoe.train import PEAK_BF16, device_name
 
 ARMS = {
     "EC-CF2": {"router": "expert_choice", "capacity_factor": 2.0},
@@ -58,7 +58,7 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int | None
     Raises:
         ConfigError: a size that no run may have. ValueError: repeats below 2.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = timing.this_device()
     size = SIZES[device.type] | {key: value for key, value in sizes.items() if value is not None}
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
@@ -79,17 +79,14 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int | None
                     absent.append(f"{name}, {path}: out of memory")
                     continue
                 samples[f"{name}, {path}"] = [1e3 * seconds for seconds in times]
-                median, quartiles = statistics.median(times), statistics.quantiles(times, n=4)
-                rows.append({
-                    "arm": name, "path": path, "ms": 1e3 * median, "low_ms": 1e3 * quartiles[0],
-                    "high_ms": 1e3 * quartiles[2], "tokens_per_second": n / median,
-                    "mfu": n / median * flops_per_token(config) / peak, "peak_mb": memory,
+                rate = n / statistics.median(times)
+                rows.append({"arm": name, "path": path} | timing.spread(times) | {
+                    "tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak, "peak_mb": memory,
                 })  # fmt: skip
     table = pd.DataFrame(rows)
     table.attrs["setting"] = {"n": n} | size | {
         "parameters": "float32", "products": "bf16 (autocast)" if device.type == "cuda" else "float32",
-        "optimizer": "AdamW, float32 moments", "device": device_name(), "torch": torch.__version__,
-        "repeats": repeats, "commit": commit(),
+        "optimizer": "AdamW, float32 moments", "repeats": repeats, **timing.machine(),
     }  # fmt: skip
     table.attrs |= {"absent": absent, "samples": samples}
     return table
@@ -125,20 +122,10 @@ def _step(config: RunConfig, kernels: str, compile_it: bool, device: torch.devic
 def _measure(
     step: Callable[[], None], repeats: int, device: torch.device
 ) -> tuple[list[float], float | None]:
-    """Seconds of each step, and peak memory in MB on a GPU."""
-    cuda = device.type == "cuda"
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    if cuda:
-        gc.collect()  # the arm before
+    """Seconds of each step, and the most memory at any moment of one, in MB on a GPU."""
+    gc.collect()  # the arm before
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(3 if cuda else 1):
-        step()
-    times = []
-    for _ in range(repeats):
-        wait()
-        began = time.perf_counter()
-        step()
-        wait()
-        times.append(time.perf_counter() - began)
-    return times, torch.cuda.max_memory_allocated() / 1e6 if cuda else None
+    timing.warm_up(step, device)
+    peak = timing.peak_mb(step, device)
+    return timing.in_turns({"step": step}, repeats, device)["step"], peak and peak[1]

@@ -139,6 +139,9 @@ def bench(
     each_pass: Annotated[
         bool, typer.Option("--passes", help="time each kernel alone, too (CUDA)")
     ] = False,
+    dykstra: Annotated[
+        bool, typer.Option("--dykstra", help="cap by the paper's solver too, which is slow")
+    ] = False,
     step: Annotated[
         bool, typer.Option("--step", help="a training step instead of the layer")
     ] = False,
@@ -168,9 +171,10 @@ def bench(
                 repeats=repeats,
                 compiled=compiled,
                 each_pass=each_pass,
+                dykstra=dykstra,
             )
         if output:
-            benchmark.save([table], output)
+            benchmark.save(table, output)
     typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
     typer.echo(benchmark.shown(table))
     for key, title in (

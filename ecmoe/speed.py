@@ -56,10 +56,12 @@ def growth(
                 keys = dict(base) | {axis: value}
                 if axis == "d_model":
                     keys["d_ff"] = base["d_ff"] * value // base["d_model"]
-                table = bench.bench_layer(**keys, repeats=repeats, only_ec=True)
+                table = bench.bench_layer(**keys, repeats=repeats)
                 both = table[table["what"] == "forward + backward"].set_index("layer")["ms"]
                 floor = both.pop("floor")
                 for name, ms in both.items():  # "EC-CF2, triton": c may be the axis
+                    if name.count(",") > 1 or not name.startswith("EC") or "cap " in name or "einsum" in name:
+                        continue
                     path = name.partition(", ")[2] or "plain"
                     rows.append({"axis": axis, "value": value, "path": path, "ms": ms, "floor_ms": floor})
         grown = pd.DataFrame(rows)

@@ -28,7 +28,41 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
             assert row.of_forward_floor == pytest.approx(row.ms / floor["forward"])
         else:
             assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
-    assert {"EC-CF2", "top-2, capacity 2 n/e", "EC-CF2, one-hot einsum"} <= set(measured["layer"])
+    assert {"EC-CF2", "EC-CF2, one-hot einsum", "EC-CF2, cap 2", "EC-CF2, cap 3"} <= set(measured["layer"])
+    assert {f"top-2, {how}" for how in ("capacity 2 n/e", "nothing dropped", "grouped_mm")} <= set(measured["layer"])
+
+
+def test_what_a_cap_adds_is_against_the_same_path(measured):
+    ms = measured.set_index(["layer", "what"])["ms"]
+    added = measured.dropna(subset=["over_uncapped"])
+    assert set(added["layer"]) == {"EC-CF2, cap 2", "EC-CF2, cap 3"} and len(added) == 6
+    for row in added.itertuples():
+        assert row.over_uncapped == pytest.approx(row.ms / ms["EC-CF2", row.what] - 1)
+
+
+def test_the_papers_solver_is_measured_where_asked_for():
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, dykstra=True)
+    assert {"EC-CF2, cap 2 by Dykstra", "EC-CF2, cap 3 by Dykstra"} <= set(table["layer"])
+    assert table.set_index("layer").loc["EC-CF2, cap 2 by Dykstra", "over_uncapped"].notna().all()
+
+
+def test_compiled_rows(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda layer, **how: compiled.append(how) or layer)
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, compiled=True)
+    rows = {name for name in table["layer"] if "compiled" in name}
+    assert rows == {f"{name}, compiled" for name in ("EC-CF2", "top-2, capacity 2 n/e", "top-2, grouped_mm")}
+    assert compiled == 3 * [{"dynamic": False}]
+
+
+def test_what_fails_is_named_and_the_rest_is_measured(monkeypatch):
+    def fail(self, x):
+        raise RuntimeError("no kernel for this\nmore lines")
+
+    monkeypatch.setattr(bench.Grouped, "forward", fail)
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2)
+    assert "top-2, grouped_mm" not in set(table["layer"]) and "EC-CF2" in set(table["layer"])
+    assert "top-2, grouped_mm, forward (RuntimeError: no kernel for this)" in table.attrs["absent"]
 
 
 def test_the_plain_path_agrees_with_itself(measured):
@@ -41,8 +75,9 @@ def test_kernels_are_measured_and_held_to_the_plain_path(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(bench, "kernels_run", lambda device: True)
     table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=2, repeats=2, each_pass=True)
-    for kind in ("triton", "triton-bmm"):
-        assert len(table[table["layer"] == f"EC-CF2, {kind}"]) == 3  # forward, with backward, routing
+    for name in ("EC-CF2, triton", "EC-CF2, triton-bmm"):
+        assert len(table[table["layer"] == name]) == 3  # forward, with backward, routing
+    assert "top-2, capacity 2 n/e, triton" in set(table["layer"])
     for row in table.attrs["agreement"]:
         assert row.pop("layer").startswith("EC-CF2") and row.pop("same_bits") is True
         assert all(value < (1e-2 if torch.cuda.is_available() else 1e-6) for value in row.values())
@@ -59,7 +94,7 @@ def test_passes_need_a_gpu():
 
 
 def test_absent_peers_are_named(measured):
-    assert set(measured.attrs["absent"]) <= set(bench.PEERS.values())
+    assert set(measured.attrs["absent"]) <= {"ScatterMoE (not installed)", "Liger (not installed)"}
 
 
 def test_the_command_prints_a_table_and_keeps_it(tmp_path):
@@ -67,7 +102,7 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path):
     sizes = ["--tokens", "64", "--d-model", "8", "--d-ff", "16", "--num-experts", "4", "--repeats", "2"]
     shown = CliRunner().invoke(app, ["bench", *sizes, "--json", str(path)])
     assert shown.exit_code == 0, shown.output
-    (kept,) = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    kept = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert kept["setting"]["d_ff"] == 16
     assert all(row["layer"] in shown.stdout for row in kept["rows"])
 
@@ -78,8 +113,8 @@ def test_a_fraction_of_a_token_is_named_before_anything_is_timed():
 
 
 def test_saved_as_json(measured, tmp_path):
-    bench.save([measured], tmp_path / "bench" / "layer.json")
-    (kept,) = json.loads((tmp_path / "bench" / "layer.json").read_text())
+    bench.save(measured, tmp_path / "bench" / "layer.json")
+    kept = json.loads((tmp_path / "bench" / "layer.json").read_text())
     assert kept["setting"]["n"] == 64 and len(kept["rows"]) == len(measured)
 
 
@@ -118,7 +153,7 @@ def test_the_command_times_a_step(tmp_path):
     sizes = [f for key, value in STEP.items() for f in ("--tokens" if key == "n" else f"--{key.replace('_', '-')}", str(value))]
     shown = CliRunner().invoke(app, ["bench", "--step", *sizes, "--repeats", "2", "--json", str(tmp_path / "step.json")])
     assert shown.exit_code == 0, shown.output
-    (kept,) = json.loads((tmp_path / "step.json").read_text(), parse_constant=pytest.fail)
+    kept = json.loads((tmp_path / "step.json").read_text(), parse_constant=pytest.fail)
     assert {row["arm"] for row in kept["rows"]} == set(ARMS) and "GShard top-2" in shown.stdout
     refused = CliRunner().invoke(app, ["bench", "--step", "--tokens", "100", "--sequence-length", "16"])
     assert refused.exit_code == 2 and "sequence_length=16" in refused.stderr

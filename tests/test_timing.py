@@ -1,0 +1,45 @@
+"""One clock for all rows."""
+
+import pytest
+import torch
+
+from ecmoe import timing
+
+CPU = torch.device("cpu")
+
+
+def test_calls_are_taken_in_turns():
+    order = []
+    times = timing.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU)
+    assert "".join(order) == "ababab" and {name: len(samples) for name, samples in times.items()} == {"a": 3, "b": 3}
+    assert all(sample >= 0 for samples in times.values() for sample in samples)
+
+
+def test_median_and_quartiles_in_milliseconds():
+    assert timing.spread([0.003, 0.001, 0.002]) == pytest.approx({"ms": 2.0, "low_ms": 1.5, "high_ms": 2.5})
+
+
+def test_on_a_gpu_the_host_runs_ahead_and_events_tell_the_time(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("device waits"), raising=False)
+    assert timing.seconds(lambda: log.append("call"), torch.device("cuda")) == pytest.approx(0.005)
+    assert log == ["device waits", "event", "call", "event", "wait"]
+
+
+def test_a_cpu_tells_no_memory():
+    assert timing.peak_mb(lambda: pytest.fail("called"), CPU) is None
