@@ -92,12 +92,11 @@ def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
         from ecmoe import cross_entropy_kernel  # reads and writes z once
 
         return cross_entropy_kernel.losses_(z, targets, keep)
-    wide, at = z.to(_wide(z)), targets[:, None]
-    lse = wide.logsumexp(1, keepdim=True)
-    losses = lse - wide.gather(1, at)
+    log_p, at = z.to(_wide(z)).log_softmax(1), targets[:, None]
+    losses = -log_p.gather(1, at)[:, 0]
     if keep:
-        z.copy_((wide - lse).exp_().scatter_add_(1, at, -torch.ones_like(lse)))
-    return losses[:, 0]
+        z.copy_(log_p.exp_().scatter_add_(1, at, -torch.ones_like(at, dtype=log_p.dtype)))
+    return losses
 
 
 def _wide(x: Tensor) -> torch.dtype:
