@@ -16,7 +16,8 @@ def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
     losses = z.new_empty(m, dtype=torch.float32)
     if m:
         block = min(BLOCK, triton.next_power_of_2(V))
-        _losses_kernel[m,](z, targets.contiguous(), losses, V, KEEP=keep, BLOCK=block, num_warps=WARPS)
+        with torch.cuda.device_of(z):
+            _losses_kernel[m,](z, targets.contiguous(), losses, V, KEEP=keep, BLOCK=block, num_warps=WARPS)
     return losses
 
 
