@@ -46,12 +46,12 @@ def launch(n, d, f, e, k, dtype):
     w1, w2 = torch.empty(e, d, f, dtype=dtype), torch.empty(e, f, d, dtype=dtype)
     token, gate = torch.empty(e, k, dtype=torch.long), torch.empty(e, k, dtype=wide)
     rows.combine(rows.gather(x, token), rows.invert(token, n))
-    rows.gather_dot(x, dy, token, gate)
-    rows.activate_(h, gate)
+    rows.gather_dot_(x, dy, token, gate)
+    rows.scale_(h, rows.activate_(h, gate)[0], gate)
     if dtype == torch.bfloat16:
         for tile in product.TILES:
             product.product(dy, w1, gate, tile=tile)
-            product.product_backward_(dy, w2, h, tile=tile)
+            product.product_backward(dy, w2, rows.new_slope(h, True), gate, tile=tile)
         product.product(dy, w1, gate, keep=False)
     if dtype != torch.float64:
         w, logits = torch.empty(d, e), torch.empty(n, e)
@@ -59,6 +59,7 @@ def launch(n, d, f, e, k, dtype):
         torch.ops.ecmoe.logits_backward(logits, x, x, w)
         torch.ops.ecmoe.scores_backward(logits.T, torch.ops.ecmoe.scores(logits))
         selection.select(logits.T, k)
+        selection.select(torch.empty(1, 3 * selection.SAMPLE), k)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ Letters: n tokens x of width d, e experts of hidden width f, k slots of an exper
     forward                                                backward
     x_in = P x                              gather         dy = P dout, dgate = dy . y / gate              gather
     h = x_in w1                             product        da = dy w2^T                                    product
-    a = gate gelu(h), slope = gate gelu'(h) its epilogue   dh = da slope                                   its epilogue
+    a = gate gelu(h), slope = gelu'(h)      its epilogue   dh = gate da slope                              its epilogue
     y = a w2                                bmm            dw2 = a^T dy, dw1 = x_in^T dh, dx_in = dh w1^T  bmm
     out = P^T y                             combine        dx = P^T dx_in                                  combine
 
 The gate sits inside a, so the combine is a plain sum. A token's sum goes over its experts in their order, in
-float32, without atomics: the same input gives the same bits. x_in, a, slope and y stay for the backward pass, where
-dh takes slope's place. Shapes depend on no data and nothing waits for the device: CUDA graphs, torch.compile.
+float32, without atomics: the same input gives the same bits. x_in, a, slope and y stay for the backward pass; what it
+makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits where a is kept in 16. Shapes depend on no data and nothing waits for the device: CUDA graphs, torch.compile.
 
     layer.py     the operator above          product.py   its two fused products      rows.py   gather, combine, activation
     routing.py   the router's logits, scores: softmax by expert                     selection.py top-k without a sort

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ecmoe.kernels.common import check
-from ecmoe.kernels.product import fusible, product, product_backward_
-from ecmoe.kernels.rows import activate_, combine, gather, gather_dot, invert
+from ecmoe.kernels.product import fusible, product, product_backward
+from ecmoe.kernels.rows import activate_, combine, gather, gather_dot_, invert, new_slope, scale_
 
 
 def experts(
@@ -51,22 +51,22 @@ def _experts(
         if fuse and fusible(x_in, w1):
             slope, a = product(x_in, w1.contiguous(), gate, keep=keep)
         else:
-            slope = torch.bmm(x_in, w1)
-            a = activate_(slope, gate, keep)
+            slope, a = activate_(torch.bmm(x_in, w1), gate, keep)
         y = torch.bmm(a, w2)
         inverse = invert(token, x.shape[0])
         out = combine(y, inverse)
     if not keep:
-        inverse, x_in, slope, a, y = inverse.new_empty(0), *(x.new_empty(0) for _ in range(4))
+        inverse, x_in, slope, a, y = (t.new_empty(0) for t in (inverse, x_in, slope, a, y))
     return out, inverse, x_in, slope, a, y
 
 
 @_experts.register_fake
 def _(x, w1, w2, token, gate, fuse, keep):
     (n, d), (e, k), f = x.shape, token.shape, w1.shape[2]
-    kept = [(n, e), (e, k, d), (e, k, f), (e, k, f), (e, k, d)] if keep else [(0,)] * 5
-    inverse = x.new_empty(kept[0], dtype=torch.int32)
-    return x.new_empty(n, d), inverse, *(x.new_empty(shape) for shape in kept[1:])
+    wanted = [(n, e), (e, k, d), (e, k, f), (e, k, d)] if keep else [(0,)] * 4
+    inverse = x.new_empty(wanted[0], dtype=torch.int32)
+    x_in, a, y = (x.new_empty(shape) for shape in wanted[1:])
+    return x.new_empty(n, d), inverse, x_in, new_slope(a, keep), a, y
 
 
 @torch.library.custom_op("ecmoe::experts_backward", mutates_args=())
@@ -85,20 +85,21 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w2, gate.
 
-    dh overwrites slope, which was kept for this alone: that saves as much memory as all of h takes. It is not
-    declared, for torch.compile would copy slope first; a second backward pass finds the version raised, and fails.
+    What is made here takes the places of a and y, which were kept for this alone: that saves a third of the memory.
+    It is not declared, for torch.compile would copy them first; a second backward pass finds their versions raised,
+    and fails.
     """
+    gate = gate.contiguous()
     with torch.cuda.device_of(dout):
-        dy, dgate = gather_dot(dout.contiguous(), y, token.contiguous(), gate.contiguous())
-        if fuse and fusible(dy, w2):
-            dh = product_backward_(dy, w2.contiguous(), slope)
-        else:
-            dh = torch.mul(torch.bmm(dy, w2.transpose(1, 2)), slope, out=slope)
+        dy, dgate = gather_dot_(dout.contiguous(), y, token.contiguous(), gate)
         dw2 = torch.bmm(a.transpose(1, 2), dy)
-        del dy
+        if fuse and fusible(dy, w2):
+            dh = product_backward(dy, w2.contiguous(), slope, gate, out=a)
+        else:
+            dh = scale_(torch.bmm(dy, w2.transpose(1, 2), out=a), slope, gate)
         dw1 = torch.bmm(x_in.transpose(1, 2), dh)
-        dx = combine(torch.bmm(dh, w1.transpose(1, 2)), inverse)
-    torch.autograd.graph.increment_version(slope)
+        dx = combine(torch.bmm(dh, w1.transpose(1, 2), out=y), inverse)
+    torch.autograd.graph.increment_version([a, y])
     return dx, dw1, dw2, dgate
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ecmoe.kernels.common import INTERPRETED, dot
-from ecmoe.kernels.rows import approximate, gelu
+from ecmoe.kernels.rows import approximate, gelu, new_slope, pack, unpack
 
 
 class Tile(NamedTuple):
@@ -39,10 +39,10 @@ class Tile(NamedTuple):
 
 # The first is taken; `ecmoe bench --passes` times all of them.
 TILES = [
-    Tile(128, 128, 64, 32, 8, 3, per_sm=2),
     Tile(128, 128, 64, 32, 4, 3, per_sm=2),
+    Tile(128, 128, 64, 32, 8, 3, per_sm=2),
+    Tile(128, 256, 64, 64, 8, 3, per_sm=1),
     Tile(128, 256, 64, 128, 8, 3, per_sm=1),
-    Tile(256, 128, 64, 64, 8, 3, per_sm=1),
 ]
 
 
@@ -58,11 +58,11 @@ def fusible(a: Tensor, w: Tensor) -> bool:
 def product(
     x_in: Tensor, w1: Tensor, gate: Tensor, *, keep: bool = True, tile: Tile = TILES[0]
 ) -> tuple[Tensor, Tensor]:
-    """h = x_in w1; slope = gate gelu'(h) and a = gate gelu(h), both (e, k, f); slope is empty unless `keep`."""
+    """slope = gelu'(h) and a = gate gelu(h) of h = x_in w1, both (e, k, f); slope is empty unless `keep`."""
     t = tile
     (e, k, d), f = x_in.shape, w1.shape[2]
     a = x_in.new_empty(e, k, f)
-    slope = torch.empty_like(a) if keep else a.new_empty(0)
+    slope = new_slope(a, keep)
     _product_kernel[_programs(x_in, e, k, f, t),](
         TensorDescriptor.from_tensor(x_in, [1, t.m, t.k]),
         TensorDescriptor.from_tensor(w1, [1, t.k, t.n]),
@@ -75,18 +75,23 @@ def product(
     return slope, a
 
 
-def product_backward_(dy: Tensor, w2: Tensor, slope: Tensor, *, tile: Tile = TILES[0]) -> Tensor:
-    """dh = (dy w2^T) slope, (e, k, f), in slope's place."""
+def product_backward(
+    dy: Tensor, w2: Tensor, slope: Tensor, gate: Tensor, *, out: Tensor | None = None, tile: Tile = TILES[0]
+) -> Tensor:
+    """dh = gate (dy w2^T) slope, (e, k, f), into `out` if given."""
     t = tile
     (e, k, d), f = dy.shape, w2.shape[1]
+    dh = dy.new_empty(e, k, f) if out is None else out
     _product_backward_kernel[_programs(dy, e, k, f, t),](
         TensorDescriptor.from_tensor(dy, [1, t.m, t.k]),
         TensorDescriptor.from_tensor(w2, [1, t.n, t.k]),
-        TensorDescriptor.from_tensor(slope, [1, t.m, t.slice]),
+        slope,
+        TensorDescriptor.from_tensor(dh, [1, t.m, t.slice]),
+        gate,
         e, k, COLUMNS=f, DEPTH=d,
         M=t.m, N=t.n, K=t.k, **t.options(),
     )  # fmt: skip
-    return slope
+    return dh
 
 
 def _programs(x: Tensor, e: int, rows: int, columns: int, t: Tile) -> int:
@@ -140,14 +145,15 @@ def _activate(slope, a, total, g, expert, m, n, KEEP: tl.constexpr, APPROXIMATE:
     else:
         value, steepness = gelu(total, APPROXIMATE)
         if KEEP:
-            slope.store([expert, m, n], (g[:, None] * steepness).to(a.dtype)[None])
+            slope.store([expert, m, n], pack(steepness, slope.dtype)[None])
         a.store([expert, m, n], (g[:, None] * value).to(a.dtype)[None])
 
 
 @triton.jit
 def _product_backward_kernel(
-    dy, w, slope, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
-):
+    dy, w, slope, dh, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         expert, m, n = _tile(tile, rows, COLUMNS, M, N)
@@ -156,15 +162,21 @@ def _product_backward_kernel(
             left = dy.load([expert, m * M, i * K]).reshape(M, K)
             right = w.load([expert, n * N, i * K]).reshape(N, K)
             total = dot(left, right.T, total)
-        _scale(slope, total, expert, m * M, n * N)
+        row, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)
+        place = expert.to(tl.int64) * rows + row
+        g = tl.load(gate + place, mask=row < rows, other=0)
+        # The whole tile at once, and by ordinary loads: slices that the copy engine brings are each waited for.
+        inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+        steepness = tl.load(slope + place[:, None] * COLUMNS + column[None, :], mask=inside, other=0)
+        _scale(dh, total, steepness, g, expert, m * M, n * N)
 
 
 @triton.jit
-def _scale(slope, total, expert, m, n):
-    if total.shape[1] > slope.block_shape[2]:
+def _scale(dh, total, steepness, g, expert, m, n):
+    if total.shape[1] > dh.block_shape[2]:
         left, right = _halves(total)
-        _scale(slope, left, expert, m, n)
-        _scale(slope, right, expert, m, n + left.shape[1])
+        steep_left, steep_right = _halves(steepness)
+        _scale(dh, left, steep_left, g, expert, m, n)
+        _scale(dh, right, steep_right, g, expert, m, n + left.shape[1])
     else:
-        steepness = slope.load([expert, m, n]).reshape(total.shape)
-        slope.store([expert, m, n], (total * steepness.to(tl.float32)).to(slope.dtype)[None])
+        dh.store([expert, m, n], (g[:, None] * total * unpack(steepness)).to(dh.dtype)[None])

@@ -13,8 +13,8 @@ from torch import Tensor
 from ecmoe.kernels.common import block, check, dot, wide
 
 LOGITS = {"ROWS": 128, "DEPTH": 32, "num_warps": 8}
-LOGITS_DX = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8}
-LOGITS_DW = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}
+LOGITS_DX = {"ROWS": 128, "COLUMNS": 64, "num_warps": 8}
+LOGITS_DW = {"ROWS": 32, "COLUMNS": 128, "num_warps": 8}
 TOKENS_PER_SUM = 1024  # of the partial sums of the router's gradient
 MOST_EXPERTS = 128  # of `logits`: more would not fit into shared memory
 SCORES = 4096  # numbers of a program
@@ -157,16 +157,6 @@ def _multiply(a, b, total):
 
 
 @triton.jit
-def _multiply_roughly(a, b, total):
-    """total + a b, to 2^-16: for results that are rounded to bf16's 2^-9."""
-    a_high, a_low, _ = _split(a)
-    b_high, b_low, _ = _split(b)
-    total = dot(a_low, b_high, total)
-    total = dot(a_high, b_low, total)
-    return dot(a_high, b_high, total)
-
-
-@triton.jit
 def _logits_kernel(
     x, w, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -201,8 +191,8 @@ def _logits_dx_kernel(
         inside = (t < n)[:, None] & (column < d)[None, :]
         other = tl.load(dx + place, mask=inside, other=0).to(tl.float32)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if out.dtype.element_ty == tl.bfloat16:
-            total = _multiply_roughly(left, right, total)
+        if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
+            total = dot(left.to(tl.bfloat16), right.to(tl.bfloat16), total)
         else:
             total = _multiply(left, right, total)
         tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=inside)
@@ -239,7 +229,7 @@ def _scores_kernel(
     inside = (t < n)[:, None] & (expert < e)[None, :]
     x = tl.load(logits + t[:, None] * e + expert[None, :], mask=inside, other=float("-inf")).to(WIDE)
     x = tl.exp(x - tl.maximum(tl.max(x, 1), -1e38)[:, None])  # rows beyond the last have no largest
-    x = x / tl.sum(x, 1)[:, None]
+    x = x / tl.maximum(tl.sum(x, 1), 1.0)[:, None]  # and no sum; the others' is at least exp(0)
     tl.store(out + expert[None, :].to(tl.int64) * n + t[:, None], x.to(out.dtype.element_ty), mask=inside)
 
 

@@ -15,7 +15,7 @@ from ecmoe.kernels.common import INTERPRETED, block, wide
 # Programs hold (rows, columns) at a time.
 GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 GATHER_DOT = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
-COMBINE = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 2}
+COMBINE = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 1}
 ACTIVATION = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 4}
 
 
@@ -28,16 +28,16 @@ def gather(x: Tensor, token: Tensor) -> Tensor:
     return out
 
 
-def gather_dot(dout: Tensor, y: Tensor, token: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """dy = P dout, (e, k, d), and the gate's gradient, (e, k): dy . y / gate, for y is proportional to the gate.
+def gather_dot_(dout: Tensor, y: Tensor, token: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """dy = P dout, (e, k, d), in y's place; and the gate's gradient, (e, k): dy . y / gate, for y has the gate in it.
 
     Where a gate is 0 its gradient is taken for 0: an empty slot, or a softmax that has underflowed.
     """
     (n, d), slots = dout.shape, token.numel()
-    dy, dgate = torch.empty_like(y), torch.empty_like(gate)
+    dgate = torch.empty_like(gate)
     cut = GATHER_DOT | {"COLUMNS": block(d, 16, GATHER_DOT["COLUMNS"])}
-    _gather_dot_kernel[triton.cdiv(slots, cut["ROWS"]),](dout, y, token, gate, dy, dgate, slots, n, d, **wide(y), **cut)
-    return dy, dgate
+    _gather_dot_kernel[triton.cdiv(slots, cut["ROWS"]),](dout, y, token, gate, dgate, slots, n, d, **wide(y), **cut)
+    return y, dgate
 
 
 def invert(token: Tensor, n: int) -> Tensor:
@@ -58,12 +58,26 @@ def combine(rows: Tensor, inverse: Tensor) -> Tensor:
     return out
 
 
-def activate_(h: Tensor, gate: Tensor, keep: bool = True) -> Tensor:
-    """a = gate gelu(h): (e, k, f), (e, k) -> (e, k, f); if `keep`, h becomes slope = gate gelu'(h)."""
-    a, slots = torch.empty_like(h), gate.numel()
+def activate_(h: Tensor, gate: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """slope = gelu'(h), empty unless `keep`, and a = gate gelu(h), in h's place; (e, k, f)."""
+    slope, slots = new_slope(h, keep), gate.numel()
     grid = (triton.cdiv(slots, ACTIVATION["ROWS"]),)
-    _activate_kernel[grid](h, gate, a, slots, h.shape[-1], KEEP=keep, **wide(h), **approximate(h), **ACTIVATION)
-    return a
+    _activate_kernel[grid](h, gate, slope, slots, h.shape[-1], KEEP=keep, **wide(h), **approximate(h), **ACTIVATION)
+    return slope, h
+
+
+def scale_(da: Tensor, slope: Tensor, gate: Tensor) -> Tensor:
+    """dh = gate da slope, in da's place; (e, k, f)."""
+    slots = gate.numel()
+    grid = (triton.cdiv(slots, ACTIVATION["ROWS"]),)
+    _scale_kernel[grid](da, slope, gate, slots, da.shape[-1], **wide(da), **ACTIVATION)
+    return da
+
+
+def new_slope(h: Tensor, keep: bool) -> Tensor:
+    """Room for the slopes of h: 8 bits where h has 16."""
+    shape, dtype = h.shape if keep else (0,), torch.int8 if h.element_size() == 2 else h.dtype
+    return torch.empty(shape, dtype=dtype, device=h.device)
 
 
 def approximate(x: Tensor) -> dict:
@@ -88,6 +102,24 @@ def gelu(h, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def pack(slope, dtype: tl.constexpr):
+    """A slope as it is kept; in int8 in steps of 1/200 from -27/200."""
+    if dtype == tl.int8:  # adding 1.5 2^23 leaves the whole number in the last bits: faster than a conversion
+        return (slope * 200 + 12582939.0).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        return slope.to(dtype)
+
+
+@triton.jit
+def unpack(slope):
+    """`pack` undone."""
+    if slope.dtype == tl.int8:
+        return (((slope.to(tl.int32) & 255) | 0x4B000000).to(tl.float32, bitcast=True) - 8388635.0) * 0.005
+    else:
+        return slope
+
+
+@triton.jit
 def _gather_kernel(x, token, out, slots, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -99,7 +131,7 @@ def _gather_kernel(x, token, out, slots, n, d, ROWS: tl.constexpr, COLUMNS: tl.c
 
 @triton.jit
 def _gather_dot_kernel(
-    dout, y, token, gate, dy, dgate, slots, n, d, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dout, y, token, gate, dgate, slots, n, d, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source = tl.load(token + slot, mask=slot < slots, other=n)
@@ -112,7 +144,7 @@ def _gather_dot_kernel(
         place = slot[:, None] * d + column[None, :]
         inside &= (slot < slots)[:, None]
         before = tl.load(y + place, mask=inside, other=0)
-        tl.store(dy + place, row, mask=inside)
+        tl.store(y + place, row, mask=inside)
         total += tl.sum(row.to(WIDE) * before.to(WIDE), 1)
     tl.store(dgate + slot, tl.where(g != 0, total / tl.where(g != 0, g, 1), 0), mask=slot < slots)
 
@@ -154,7 +186,7 @@ def _combine_kernel(
 
 @triton.jit
 def _activate_kernel(
-    h, gate, a, slots, f, KEEP: tl.constexpr,
+    h, gate, slope, slots, f, KEEP: tl.constexpr,
     WIDE: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -163,7 +195,22 @@ def _activate_kernel(
         column = start + tl.arange(0, COLUMNS)
         place = slot[:, None] * f + column[None, :]
         inside = (slot < slots)[:, None] & (column < f)[None, :]
-        value, slope = gelu(tl.load(h + place, mask=inside, other=0).to(WIDE), APPROXIMATE)
-        tl.store(a + place, (g * value).to(a.dtype.element_ty), mask=inside)
+        value, steepness = gelu(tl.load(h + place, mask=inside, other=0).to(WIDE), APPROXIMATE)
+        tl.store(h + place, (g * value).to(h.dtype.element_ty), mask=inside)
         if KEEP:
-            tl.store(h + place, (g * slope).to(h.dtype.element_ty), mask=inside)
+            tl.store(slope + place, pack(steepness, slope.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scale_kernel(
+    da, slope, gate, slots, f, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    g = tl.load(gate + slot, mask=slot < slots, other=0).to(WIDE)[:, None]
+    for start in range(0, f, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        place = slot[:, None] * f + column[None, :]
+        inside = (slot < slots)[:, None] & (column < f)[None, :]
+        steepness = unpack(tl.load(slope + place, mask=inside, other=0))
+        dh = g * tl.load(da + place, mask=inside, other=0).to(WIDE) * steepness
+        tl.store(da + place, dh.to(da.dtype.element_ty), mask=inside)
