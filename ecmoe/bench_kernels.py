@@ -102,8 +102,8 @@ def passes(
         products TFLOP/s. Products are timed with every `Tile` of `kernels.TILES`; one that doesn't fit says so.
     """
     from ecmoe import kernels
-    from ecmoe.kernels.product import TILES, fusible, product, product_backward_
-    from ecmoe.kernels.rows import activate_, combine, gather, gather_dot, invert
+    from ecmoe.kernels.product import TILES, fusible, product, product_backward
+    from ecmoe.kernels.rows import activate_, combine, gather, gather_dot_, invert, scale_
 
     k = bucket_size(n, e, c)
     made = {"device": device, "dtype": dtype}
@@ -116,7 +116,7 @@ def passes(
     gate = S.gather(1, token)
     x_in, dy, inverse = gather(x, token), gather(dout, token), invert(token, n)
     h, a, y = torch.bmm(x_in, w1), torch.randn(e, k, f, **made), torch.randn_like(x_in)
-    slope = torch.randn_like(h)
+    slope, dh = product(x_in, w1, gate)[0] if fusible(x_in, w1) else activate_(h.clone(), gate)[0], torch.randn_like(h)
     size = dtype.itemsize
     X, XIN, H, W, SCORES = n * d * size, e * k * d * size, e * k * f * size, e * d * f * size, n * e * 4
     flops = 2 * e * k * d * f
@@ -135,30 +135,31 @@ def passes(
         "invert": (lambda: invert(token, n), SCORES + 12 * e * k, 0),
         "gather": (lambda: gather(x, token), 2 * XIN, 0),
         "gather, index_select": (lambda: x.index_select(0, token.view(-1)), 2 * XIN, 0),
-        "gather_dot": (lambda: gather_dot(dout, y, token, gate), 3 * XIN, 0),
+        "gather_dot": (lambda: gather_dot_(dout, y, token, gate), 3 * XIN, 0),
         "combine": (lambda: combine(y, inverse), XIN + X + SCORES, 0),
         "combine, index_add": (
             lambda: y.new_zeros(n, d).index_add(0, token.view(-1), y.view(-1, d)), XIN + X, 0,
         ),
-        "activate": (lambda: activate_(h, gate), 3 * H, 0),
+        "activate": (lambda: activate_(h, gate), 2.5 * H, 0),
+        "scale": (lambda: scale_(dh, slope, gate), 2.5 * H, 0),
         "x_in w1, bmm": (lambda: torch.bmm(x_in, w1), XIN + W + H, flops),
         "a w2, bmm": (lambda: torch.bmm(a, w2), XIN + W + H, flops),
         "dy w2^T, bmm": (lambda: torch.bmm(dy, w2.transpose(1, 2)), XIN + W + H, flops),
         "a^T dy, bmm": (lambda: torch.bmm(a.transpose(1, 2), dy), XIN + W + H, flops),
-        "dh w1^T, bmm": (lambda: torch.bmm(slope, w1.transpose(1, 2)), XIN + W + H, flops),
-        "x_in^T dh, bmm": (lambda: torch.bmm(x_in.transpose(1, 2), slope), XIN + W + H, flops),
+        "dh w1^T, bmm": (lambda: torch.bmm(dh, w1.transpose(1, 2)), XIN + W + H, flops),
+        "x_in^T dh, bmm": (lambda: torch.bmm(x_in.transpose(1, 2), dh), XIN + W + H, flops),
     }  # fmt: skip
     for tile in TILES if fusible(x_in, w1) else ():
         name = ", ".join(f"{key} {value}" for key, value in tile._asdict().items())
         calls |= {
             f"x_in w1, a, slope: {name}": (
-                lambda t=tile: product(x_in, w1, gate, tile=t), XIN + W + 2 * H, flops,
+                lambda t=tile: product(x_in, w1, gate, tile=t), XIN + W + 1.5 * H, flops,
             ),
             f"x_in w1, a: {name}": (
                 lambda t=tile: product(x_in, w1, gate, keep=False, tile=t), XIN + W + H, flops,
             ),
             f"dy w2^T, dh: {name}": (
-                lambda t=tile: product_backward_(dy, w2, slope, tile=t), XIN + W + 2 * H, flops,
+                lambda t=tile: product_backward(dy, w2, slope, gate, out=dh, tile=t), XIN + W + 1.5 * H, flops,
             ),
         }  # fmt: skip
     table = []
