@@ -3,22 +3,31 @@
 Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: who holds whom,
 k = m c / e (Eq. 1), b the cap. `capped_top_k` is the entry; "feasible" is ours, "dykstra" is the paper's.
 
-"feasible" is a transport problem in units of the mean score of a plain top-k.
+"feasible" is a transport problem in units of the mean score of a plain top-k. On a GPU ecmoe/capped_kernels.py
+solves it, near enough without the transport solver's many small steps.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ecmoe.config import ConfigError
+from ecmoe.routing.router import fast
 from ecmoe.routing.transport import transport
 
 
 def capped_top_k(
-    S: Tensor, k: int, b: int, *, solver: str = "feasible", valid: Tensor | None = None
+    S: Tensor,
+    k: int,
+    b: int,
+    *,
+    solver: str = "feasible",
+    valid: Tensor | None = None,
+    kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Each expert's k tokens with no token in more than b experts.
 
@@ -29,9 +38,11 @@ def capped_top_k(
             "dykstra": the paper's entropy-regularised programme cut off at 100 iterations (see `Dykstra`).
         valid: (g, m) bool, False for padding. A pool then has floor(k valid / m) tokens an expert, its first
             places; what follows is filler.
+        kernels: who computes, see `MoE`. The kernels take float32 scores without padding.
 
     Returns:
-        (G, I), both (g, e, k): scores and places of the chosen tokens, best first.
+        (G, I), both (g, e, k): scores and places of the chosen tokens, best first; from kernels, which take no
+        padding, in rising order of place.
 
     Raises:
         ConfigError: m b < e k, more places to fill than tokens may take.
@@ -42,6 +53,12 @@ def capped_top_k(
             f"max_experts_per_token={b}: {e} experts take k={k} of n={m} tokens each, {e * k} places, but "
             f"n b = {m * b}: use at least {-(-e * k // m)}"
         )
+    if solver == "feasible" and valid is None and fast(kernels, S):
+        from ecmoe.capped_kernels import available, capped
+
+        if available(S, b):
+            I = capped(S, k, b)  # noqa: E741
+            return S.gather(2, I), I
     if valid is None:
         valid = torch.ones(g, m, dtype=torch.bool, device=S.device)
     target = valid.sum(1) * k // m  # (g,)
@@ -78,26 +95,18 @@ def dykstra(
 ) -> Tensor:
     """log A, (g, e, m), of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to at most b, 0 <= A <= 1.
 
-    Dykstra's alternating projections in the Kullback-Leibler sense and the log domain, from exp(S / lambda).
-    A row or column is scaled to its sum; the cap of 1 and the inequality carry Dykstra's correction, which an
-    affine set doesn't need. The paper doesn't print its projections.
+    Dykstra's alternating projections in the Kullback-Leibler sense and the log domain, from exp(S / lambda): a row
+    or column is scaled to its sum; the cap of 1 and the inequality carry Dykstra's correction, which an affine set
+    doesn't need. A stays S / lambda less what each of the three subtracts. The paper doesn't print its projections.
     """
+    Z = (S / regularization).masked_fill(~valid[:, None], float("-inf"))
     log_k = target.to(S.dtype).log()[:, None, None]
-    padding = ~valid[:, None]
-    log_b = torch.tensor(float(b), dtype=S.dtype, device=S.device).log()
-    A = (S / regularization).masked_fill(padding, float("-inf"))
-    column = A.new_zeros(A.shape[0], 1, A.shape[2])
-    box = torch.zeros_like(A)
+    row, column, box = torch.zeros_like(Z[:, :, :1]), torch.zeros_like(S[:, :1]), torch.zeros_like(S)
     for _ in range(iterations):
-        A = A - (A.logsumexp(2, keepdim=True) - log_k)  # rows: exactly k
-        before = A + column  # columns: at most b
-        total = before.logsumexp(1, keepdim=True)
-        column = (total - log_b).clamp_min(0).masked_fill(padding, 0.0)
-        A = before - column
-        before = A + box  # every entry: at most 1
-        box = before.clamp_min(0)
-        A = before - box
-    return A
+        row = row + (Z - row - column - box).logsumexp(2, keepdim=True) - log_k  # exactly k
+        column = ((Z - row - box).logsumexp(1, keepdim=True) - math.log(b)).clamp_min(0)  # at most b
+        box = (Z - row - column).clamp_min(0)  # at most 1
+    return Z - row - column - box
 
 
 class CapReport(NamedTuple):

@@ -1,0 +1,396 @@
+"""Capped expert choice on a GPU, in Triton: `transport`'s problem in some thirty launches and no wait for the device.
+
+Letters: g pools of m tokens, e experts, k tokens of an expert, b the cap, S (g, e, m) scores, X (g, e, m) who holds
+whom; E is e rounded up to a power of two, T the tokens of a program.
+
+    prices  a damped auction, as in `transport`: tokens take their b best of S - price, and an expert's next price is
+            what its k-th token gains over that token's b-th best other offer. A round is a launch: it counts the
+            gains above nine thresholds around the price, and the next one interpolates. The first rounds leave the
+            cap out, to find the order of magnitude; most ask a sample of the tokens, the last ones all.
+    hold    every token its b best at these prices. With places to spare (m b > e k) a place that stays free has a
+            price too, and stays free where nothing is worth more.
+    repair  experts with more than k give tokens to those with fewer. Each surplus place is paired with a missing
+            one and given to one program, which makes the cheapest such move among its T tokens.
+    settle  what found no token there moves in token order, an exact number each time: nothing, almost always.
+
+Feasible for any scores. No token ever has more than b < e. If fewer than e k places are held, a token has a place
+free, and takes an expert that it doesn't hold; if more are, an expert with more than k drops one. Once e k are, let
+u have more than k and v fewer: at least load_u - load_v of u's tokens are not v's, so min(load_u - k, k - load_v)
+can move from u to v, and then one of the two is done. `settle` thus ends within b + 2 e sweeps over the tokens.
+Counts are integers, the same in whatever order they are added: the same scores give the same choice.
+
+The sum of scores loses what the jitter that parts equal tokens and the repairs, of one place in a thousand, cost.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ecmoe.kernels.common import INTERPRETED, block
+
+# Rounds of prices: without the cap, for a sample of the tokens, for all.
+UNCAPPED, SAMPLED, FULL = 4, 14, 6
+ROUNDS = UNCAPPED + SAMPLED + FULL
+SAMPLE, SAMPLE_LEAST = 8192, 1024  # tokens of all pools together; of one pool at least
+JITTER_FIRST, JITTER_LAST = 0.2, 1e-2  # of the mean score
+DAMPING = 0.7
+REPAIRS = 3
+TILE = {"ELEMENTS": 8192, "num_warps": 4}  # T E numbers of a program
+SWEEP = {"BLOCK": 4096, "num_warps": 8}
+MOST_EXPERTS = 512
+
+
+def available(scores: Tensor, b: int) -> bool:
+    """Can `capped` take these (g, e, m) scores?"""
+    on_device = scores.is_cuda or (INTERPRETED and scores.device.type == "cpu")
+    return on_device and scores.dtype == torch.float32 and b < scores.shape[1] <= MOST_EXPERTS
+
+
+def capped(scores: Tensor, k: int, b: int) -> Tensor:
+    """(g, e, m) float32 scores, with any strides -> (g, e, k) int64: places of the chosen tokens, in rising order.
+
+    Exactly k tokens of each expert, at most b < e experts of each token; e k <= m b. No gradient: gather the scores.
+    """
+    return _capped(scores.detach(), k, b)
+
+
+@torch.library.custom_op("ecmoe::capped", mutates_args=())
+def _capped(scores: Tensor, k: int, b: int) -> Tensor:
+    with torch.cuda.device_of(scores):
+        return places(hold(scores, k, b), k)
+
+
+@_capped.register_fake
+def _(scores, k, b):
+    g, e, _ = scores.shape
+    return scores.new_empty(g, e, k, dtype=torch.int64)
+
+
+def hold(scores: Tensor, k: int, b: int) -> Tensor:
+    """X, (g, e, m) int8."""
+    g, e, m = scores.shape
+    X = torch.empty(g, e, m, dtype=torch.int8, device=scores.device)
+    unit = scores[:, :, :: max(1, m // SAMPLE)].abs().mean((1, 2)).nan_to_num(1.0, 1.0, 1.0)
+    unit = unit.clamp_min(torch.finfo(scores.dtype).tiny * 1e6)
+    # Of experts, and of a place that stays free: price and scale before each round; gains above each threshold.
+    state = scores.new_zeros(ROUNDS + 1, g, 2, e + 1)
+    state[0, :, 1] = 4 * unit[:, None]
+    counts = torch.zeros(ROUNDS, g, 9, e + 1, dtype=torch.int32, device=scores.device)
+    # How many tokens each expert holds, and by how many a repair changes that.
+    loads = torch.zeros(REPAIRS + 1, g, e, dtype=torch.int32, device=scores.device)
+    problem = (scores, *scores.stride(), e, m, unit, state)
+    E, spare = block(e), {"b": b, "SPARE": m * b > e * k}
+
+    def cut(tokens: int) -> tuple[tuple[int, int], dict]:
+        T = block(tokens, 16, max(16, TILE["ELEMENTS"] // E))
+        return (triton.cdiv(tokens, T), g), {"E": E, "T": T, "num_warps": TILE["num_warps"]}
+
+    few = min(m, max(SAMPLE // g // 8 * 8, SAMPLE_LEAST))
+    before = 0.0  # what an expert should have had in the round before
+    for r in range(ROUNDS):
+        tokens = few if r < UNCAPPED + SAMPLED else m
+        fallen = min(max(r - UNCAPPED, 0) / (SAMPLED - 4), 1.0)
+        jitter = JITTER_FIRST * (JITTER_LAST / JITTER_FIRST) ** fallen
+        damping = 1.0 if r <= UNCAPPED else DAMPING  # without the cap, prices don't depend on each other
+        grid, sizes = cut(tokens)
+        _round_kernel[grid](
+            *problem, jitter, counts, before, damping, r, UNCAPPED, tokens, m // tokens,
+            B=block(b), CAPPED=r >= UNCAPPED, **spare, **sizes,
+        )  # fmt: skip
+        before = k * tokens / m
+    grid, sizes = cut(m)
+    _hold_kernel[grid](
+        *problem, JITTER_LAST, counts, before, DAMPING, ROUNDS, UNCAPPED, X, loads, **spare, **sizes
+    )
+    for r in range(REPAIRS):
+        _repair_kernel[grid](*problem, JITTER_LAST, ROUNDS, X, loads, k, r, **spare, **sizes)
+    sizes |= {"STAGES": REPAIRS + 1} | SWEEP
+    _settle_kernel[1, g](*problem, JITTER_LAST, ROUNDS, X, loads, k, **spare, **sizes)
+    return X
+
+
+def places(X: Tensor, k: int) -> Tensor:
+    """(g, e, m) int8 of zeros and k ones a row -> (g, e, k) int64: where the ones are, in rising order."""
+    g, e, m = X.shape
+    out = torch.empty(g, e, k, dtype=torch.int64, device=X.device)
+    sizes = SWEEP | {"BLOCK": block(m, 16, SWEEP["BLOCK"])}
+    _places_kernel[triton.cdiv(m, sizes["BLOCK"]), g * e](X, out, m, k, **sizes)
+    return out
+
+
+@triton.jit
+def _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter):
+    """(T, E) scores with a jitter that depends on nothing but token and expert; -inf outside."""
+    place = pool.to(tl.int64) * sg + expert[None, :].to(tl.int64) * se + token[:, None].to(tl.int64) * sm
+    S = tl.load(scores + place, mask=inside, other=0.0)
+    S = tl.where(tl.abs(S) < 1e30, S, 0.0)  # NaN breaks nothing else
+    x = token[:, None].to(tl.uint32) * 0x9E3779B1 + expert[None, :].to(tl.uint32) * 0x85EBCA77
+    x = (x ^ (x >> 15)) * 0x2C1B3C6D
+    x = (x ^ (x >> 12)) * 0x297A2D39
+    uniform = ((x ^ (x >> 15)) >> 8).to(tl.int32).to(tl.float32) / 16777216.0
+    return tl.where(inside, S + (6.0 * uniform - 3.0) * (unit * jitter), float("-inf"))
+
+
+@triton.jit
+def _threshold(row):
+    """-16, -4, -1, -1/4, 0, 1/4, 1, 4, 16."""
+    size = tl.exp2(2.0 * tl.abs(row - 4).to(tl.float32) - 4.0)
+    return tl.where(row == 4, 0.0, tl.where(row < 4, -size, size))
+
+
+@triton.jit
+def _price(state, counts, pool, node, e, unit, target, damping, r, first):
+    """Prices and scales of some nodes in round r: experts 0 to e - 1, and e, a place that stays free.
+
+    The round before counted the gains of at least each threshold times the scale; that of the target-th token lies
+    between two of them. `first`: the first round that counted for these nodes. Stored by the pool's first program.
+    """
+    pools, n = tl.num_programs(1), e + 1
+    before = tl.maximum(r - 1, 0)
+    row = tl.arange(0, 16)
+    inside = (row < 9)[:, None] & (node <= e)[None, :]
+    offset = (before * pools + pool) * 9 * n + row[:, None] * n + node[None, :]
+    count = tl.load(counts + offset, mask=inside, other=0).to(tl.float32)
+    old = state + (before * pools + pool) * 2 * n + node
+    price = tl.load(old, mask=node <= e, other=0.0)
+    scale = tl.load(old + n, mask=node <= e, other=1.0)
+    enough = tl.sum((inside & (count >= target)).to(tl.int32), 0)  # the more, the higher its gain
+    low = tl.minimum(tl.maximum(enough - 1, 0), 7)
+    most = tl.sum(tl.where(row[:, None] == low[None, :], count, 0.0), 0)
+    least = tl.sum(tl.where(row[:, None] == low[None, :] + 1, count, 0.0), 0)
+    share = tl.minimum(tl.maximum((most - target) / tl.maximum(most - least, 1.0), 0.0), 1.0)
+    step = _threshold(low) + share * (_threshold(low + 1) - _threshold(low))
+    step = tl.where(enough > 0, step, -16.0) * scale
+    price += tl.where(r > first, damping * step, 0.0)
+    scale = tl.where(r > first, tl.maximum(tl.abs(step), 1e-3 * unit), scale)
+    new = state + (r * pools + pool) * 2 * n + node
+    tl.store(new, price, mask=(node <= e) & (tl.program_id(0) == 0))
+    tl.store(new + n, scale, mask=(node <= e) & (tl.program_id(0) == 0))
+    return price, scale
+
+
+@triton.jit
+def _count(counts, low, high, gain, size, node, e):
+    """Add to rows `low` and `high` of (9, e + 1) counts how many gains (T, nodes) are at least -size and size."""
+    both = (gain >= size[None, :]).to(tl.int32) + ((gain >= -size[None, :]).to(tl.int32) << 16)
+    both = tl.sum(both, 0)  # two sums in one: neither reaches 2^15
+    inside = (node <= e) & (both > 0)
+    tl.atomic_add(counts + low * (e + 1) + node, both >> 16, mask=inside, sem="relaxed")
+    tl.atomic_add(counts + high * (e + 1) + node, both & 0xFFFF, mask=inside & (low < high), sem="relaxed")
+
+
+@triton.jit
+def _count_all(counts, gain, scale, node, e):
+    _count(counts, 4, 4, gain, 0.0 * scale, node, e)
+    size = 0.25
+    for i in tl.static_range(4):
+        _count(counts, 3 - i, 5 + i, gain, size * scale, node, e)
+        size *= 4
+
+
+@triton.jit(do_not_specialize=["r", "first"])
+def _round_kernel(
+    scores, sg, se, sm, e, m, units, state, jitter, counts, before, damping, r, first, tokens, stride,
+    b: tl.constexpr, B: tl.constexpr, SPARE: tl.constexpr, CAPPED: tl.constexpr,
+    E: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """One round of prices, for `tokens` of each pool: eight neighbours out of 8 stride."""
+    pool, pools = tl.program_id(1), tl.num_programs(1)
+    place, expert = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, E)
+    inside = (place < tokens)[:, None] & (expert < e)[None, :]
+    token = place // 8 * (8 * stride) + place % 8
+    unit = tl.load(units + pool)
+    free_node = tl.full((1,), 0, tl.int32) + e
+    free, free_scale = _price(state, counts, pool, free_node, e, unit, before * e, damping, r, first)
+    price, scale = _price(state, counts, pool, expert, e, unit, before, damping, r, 0)
+    gain = _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter) - price[None, :]
+    counts += (r * pools + pool) * 9 * (e + 1)
+    if CAPPED:
+        column = tl.arange(0, B)
+        best = tl.full((T, B), float("-inf"), tl.float32)
+        rest = gain
+        for i in tl.static_range(b):
+            last = tl.max(rest, 1)
+            best = tl.where(column[None, :] == i, last[:, None], best)
+            rest = tl.where(rest < last[:, None], rest, float("-inf"))
+        other = tl.max(rest, 1)
+        if SPARE:
+            _count_all(counts, tl.reshape(best, (T * B, 1)) - free[None, :], free_scale, free_node, e)
+            last, other = tl.maximum(last, tl.max(free)), tl.maximum(other, tl.max(free))
+        gain -= tl.where(gain >= last[:, None], other[:, None], last[:, None])
+    _count_all(counts, tl.where(inside, gain, float("-inf")), scale, expert, e)
+
+
+@triton.jit(do_not_specialize=["r", "first"])
+def _hold_kernel(
+    scores, sg, se, sm, e, m, units, state, jitter, counts, before, damping, r, first, X, loads,
+    b: tl.constexpr, SPARE: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Every token its b best at the last prices; counts who holds how many."""
+    pool = tl.program_id(1)
+    token, expert = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, E)
+    inside = (token < m)[:, None] & (expert < e)[None, :]
+    unit = tl.load(units + pool)
+    free_node = tl.full((1,), 0, tl.int32) + e
+    free, _ = _price(state, counts, pool, free_node, e, unit, before * e, damping, r, first)
+    price, _ = _price(state, counts, pool, expert, e, unit, before, damping, r, 0)
+    R = _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter) - price[None, :]
+    can = inside
+    if SPARE:
+        can = inside & (R > free[None, :])
+    held = tl.zeros((T, E), tl.int1)
+    for _ in tl.static_range(b):
+        best = tl.argmax(tl.where(can & ~held, R, float("-inf")), 1)
+        held = held | (can & (best[:, None] == expert[None, :]))
+    tl.store(_at(X, pool, e, m, token, expert), held.to(tl.int8), mask=inside)
+    load = tl.sum(held.to(tl.int32), 0)
+    tl.atomic_add(loads + pool * e + expert, load, mask=(expert < e) & (load > 0), sem="relaxed")
+
+
+@triton.jit
+def _at(X, pool, e, m, token, expert):
+    return X + (pool.to(tl.int64) * e + expert[None, :]) * m + token[:, None]
+
+
+@triton.jit
+def _share(first, last, program, programs):
+    """How many of the numbers first..last - 1 leave `program` when divided by `programs`."""
+    return (last + programs - 1 - program) // programs - (first + programs - 1 - program) // programs
+
+
+@triton.jit(do_not_specialize=["r", "repair"])
+def _repair_kernel(
+    scores, sg, se, sm, e, m, units, state, jitter, r, X, loads, k, repair,
+    b: tl.constexpr, SPARE: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Moves from experts with more than k to those with fewer; `e` more or fewer are places that stay free.
+
+    Surplus places are numbered, and so are missing ones; a number is a move, and goes to the program that it leaves
+    when divided by their number. In another repair it goes to another.
+    """
+    pool, pools, programs = tl.program_id(1), tl.num_programs(1), tl.num_programs(0)
+    expert = tl.arange(0, E)
+    load = tl.zeros((E,), tl.int32)
+    for stage in range(repair + 1):
+        load += tl.load(loads + (stage * pools + pool) * e + expert, mask=expert < e, other=0)
+    excess = tl.where(expert < e, load - k, 0)
+    total = tl.sum(excess)
+    surplus, missing = tl.maximum(excess, 0), tl.maximum(-excess, 0)
+    program = (tl.program_id(0) + repair * 37) % programs
+    last, all = tl.cumsum(surplus), tl.sum(surplus)
+    give = _share(last - surplus, last, program, programs)
+    give_free = _share(all, all + tl.maximum(-total, 0), program, programs)
+    last, all = tl.cumsum(missing), tl.sum(missing)
+    take = _share(last - missing, last, program, programs)
+    take_free = _share(all, all + tl.maximum(total, 0), program, programs)
+    left = tl.sum(give) + give_free
+    if left > 0:
+        token, change = tl.program_id(0) * T + tl.arange(0, T), tl.zeros((E,), tl.int32)
+        inside = (token < m)[:, None] & (expert < e)[None, :]
+        held = tl.load(_at(X, pool, e, m, token, expert), mask=inside, other=0) != 0
+        price = state + (r * pools + pool) * 2 * (e + 1)
+        R = _offers(scores, sg, se, sm, pool, token, expert, inside, tl.load(units + pool), jitter)
+        R -= tl.load(price + expert, mask=expert < e, other=0.0)[None, :]
+        free = tl.load(price + e)
+        while left > 0:
+            worth = tl.where(held & (give > 0)[None, :], R, float("inf"))
+            source, least = tl.argmin(worth, 1), tl.min(worth, 1)
+            worth = tl.where(inside & ~held & (take > 0)[None, :], R, float("-inf"))
+            target, most = tl.argmax(worth, 1), tl.max(worth, 1)
+            if SPARE:
+                frees = (token < m) & (tl.sum(held.to(tl.int32), 1) < b) & (give_free > 0) & (free < least)
+                source, least = tl.where(frees, E, source), tl.where(frees, free, least)
+                frees = (take_free > 0) & (free > most)
+                target, most = tl.where(frees, E, target), tl.where(frees, free, most)
+            gain = most - least
+            if tl.max(gain) > float("-inf"):
+                moved = tl.arange(0, T) == tl.argmax(gain, 0)
+                u, v = tl.sum(tl.where(moved, source, 0)), tl.sum(tl.where(moved, target, 0))
+                held = (held & ~(moved[:, None] & (expert == u)[None, :])) | (moved[:, None] & (expert == v)[None, :])
+                given, taken = (expert == u).to(tl.int32), (expert == v).to(tl.int32)
+                give, take, change = give - given, take - taken, change + taken - given
+                give_free -= (u == E).to(tl.int32)
+                take_free -= (v == E).to(tl.int32)
+                left -= 1
+            else:
+                left = 0
+        tl.store(_at(X, pool, e, m, token, expert), held.to(tl.int8), mask=inside)
+        loads += ((repair + 1) * pools + pool) * e
+        tl.atomic_add(loads + expert, change, mask=(expert < e) & (change != 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["r"])
+def _settle_kernel(
+    scores, sg, se, sm, e, m, units, state, jitter, r, X, loads, k,
+    b: tl.constexpr, SPARE: tl.constexpr, STAGES: tl.constexpr,
+    E: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program a pool: `settle` above."""
+    pool, pools = tl.program_id(1), tl.num_programs(1)
+    expert, offset = tl.arange(0, E), tl.arange(0, BLOCK)
+    load = tl.zeros((E,), tl.int32)
+    for stage in tl.static_range(STAGES):
+        load += tl.load(loads + (stage * pools + pool) * e + expert, mask=expert < e, other=0)
+    excess = tl.where(expert < e, load - k, 0)
+    total = tl.sum(excess)
+    if SPARE:
+        while total < 0:  # each token with a free place takes its best other expert
+            price = tl.load(state + (r * pools + pool) * 2 * (e + 1) + expert, mask=expert < e, other=0.0)
+            start = 0
+            while (start < m) & (total < 0):
+                token = start + tl.arange(0, T)
+                inside = (token < m)[:, None] & (expert < e)[None, :]
+                held = tl.load(_at(X, pool, e, m, token, expert), mask=inside, other=0) != 0
+                can = ((token < m) & (tl.sum(held.to(tl.int32), 1) < b)).to(tl.int32)
+                can = (can > 0) & (tl.cumsum(can) <= -total)
+                R = _offers(scores, sg, se, sm, pool, token, expert, inside, tl.load(units + pool), jitter)
+                best = tl.argmax(tl.where(inside & ~held, R - price[None, :], float("-inf")), 1)
+                takes = can[:, None] & (best[:, None] == expert[None, :])
+                tl.store(_at(X, pool, e, m, token, expert), takes.to(tl.int8), mask=takes)
+                taken = tl.sum(takes.to(tl.int32), 0)
+                excess, total = excess + taken, total + tl.sum(taken)
+                start += T
+            tl.debug_barrier()
+    X += pool.to(tl.int64) * e * m
+    most, least = tl.max(excess), tl.min(excess)
+    while (most > 0) & ((total > 0) | (least < 0)):
+        # Drop tokens of the fullest expert while more than e k places are held; then move them to the emptiest.
+        u, v = tl.argmax(excess, 0), tl.argmin(excess, 0)
+        drop = total > 0
+        amount = tl.where(drop, tl.minimum(most, total), tl.minimum(most, -least))
+        source, target = X + u.to(tl.int64) * m, X + v.to(tl.int64) * m
+        left, start = amount, 0
+        while (left > 0) & (start < m):
+            token = start + offset
+            can = tl.load(source + token, mask=token < m, other=0) != 0
+            held = tl.load(target + token, mask=token < m, other=0) != 0
+            can = (can & (drop | ~held)).to(tl.int32)
+            moves = (can > 0) & (tl.cumsum(can) <= left)
+            tl.store(source + token, tl.zeros((BLOCK,), tl.int8), mask=moves)
+            tl.store(target + token, tl.full((BLOCK,), 1, tl.int8), mask=moves & ~drop)
+            left -= tl.sum(moves.to(tl.int32))
+            start += BLOCK
+        change = (expert == u).to(tl.int32)
+        excess -= amount * change
+        excess += tl.where(drop, 0, amount * (expert == v).to(tl.int32))
+        total -= tl.where(drop, amount, 0)
+        most, least = tl.max(excess), tl.min(excess)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _places_kernel(X, out, m, k, BLOCK: tl.constexpr):
+    """A program writes the ones of its block, behind those of the blocks before."""
+    row, offset = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    X, out = X + row * m, out + row * k
+    mine = tl.program_id(0) * BLOCK
+    before = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, mine, BLOCK):
+        before += tl.load(X + start + offset).to(tl.int32)
+    place = mine + offset
+    one = tl.load(X + place, mask=place < m, other=0).to(tl.int32)
+    target = tl.sum(before) + tl.cumsum(one) - one
+    tl.store(out + target, place.to(tl.int64), mask=(one > 0) & (target < k))
