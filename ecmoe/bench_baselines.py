@@ -21,6 +21,8 @@ from ecmoe.moe import MoE
 from ecmoe.routing import TokenChoice
 from ecmoe.routing.balance import switch_loss
 
+FAR = 16.0  # beyond what the logits of a fresh router differ by, and the softmax still has a gradient
+
 
 class Grouped(nn.Module):
     """Token choice that drops nothing: rows sorted by expert, one grouped product for all experts.
@@ -111,7 +113,7 @@ class Even(TokenChoice):
     def prepare(self, n: int) -> None:
         """Draw the choices for n tokens."""
         choice = even_choice(n, self.num_experts, self.top_k, self.weight.device)
-        self.push = torch.zeros(n, self.num_experts, device=self.weight.device).scatter(1, choice, 1e4)
+        self.push = torch.zeros(n, self.num_experts, device=self.weight.device).scatter(1, choice, FAR)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, pushed towards the choice."""

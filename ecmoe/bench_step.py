@@ -1,26 +1,35 @@
 """`ecmoe bench --step`: a whole training step on random tokens, expert choice against token choice (claim C2).
 
-Forward, loss, backward, clipping, optimiser: what a run does, without data and logging. Every arm is measured
-eagerly and, with --compile, compiled; on a GPU with triton also on the kernels, token choice too (its capacity
-path has the same gather, products and combine). The fastest row of an arm is its best path.
+Forward, loss, backward, clipping, optimiser: what a run does, without data and logging. Arms differ in their routers
+alone, so all share one set of weights, gradients and moments, and their steps are taken in turns, on any card that
+holds one model. The learning rate is 0: the optimiser does all its work, and no step changes the next one's routing.
+
+Every arm is measured on each path: "plain"; "triton", the kernels, which token choice's capacity path has too; for
+token choice "grouped_mm", which drops nothing (`bench_baselines`); and each compiled, block by block. The fastest is
+the arm's best path. Token choice is routed by its own router, and evenly by force, which is its best case.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 
 from ecmoe import timing
+from ecmoe.bench_baselines import Even, Grouped, reason
 from ecmoe.bench_kernels import kernels_run
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.lit import LitModel
+from ecmoe.lit import LitModel, clip
 from ecmoe.model import flops_per_token
+from ecmoe.routing import ExpertChoice, Router
+from ecmoe.timing import Call
 from ecmoe.train import PEAK_BF16, device_name
 
 ARMS = {
@@ -43,89 +52,154 @@ SIZES = {
 }  # fmt: skip
 
 
-def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int | None) -> pd.DataFrame:
+class Row(NamedTuple):
+    """What is timed: an arm, whose choice it routes by ("own" or "even"), on a path."""
+
+    arm: str
+    routing: str
+    path: str
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+
+def bench_step(
+    *, repeats: int = 15, compiled: bool = False, whole: bool = False, **sizes: int | None
+) -> pd.DataFrame:
     """Time a training step of each of `ARMS`.
 
     Args:
-        repeats: steps that are timed; the median is reported. compiled: measure each arm under torch.compile too.
+        repeats: steps that are timed; the median is reported. compiled: measure each path under torch.compile too;
+            whole: the model in one graph instead of block by block, which takes minutes.
         sizes: n (tokens of a step), d_model, d_ff, num_experts, layers, heads, sequence_length, vocab_size; None:
             the device's `SIZES`.
 
     Returns:
-        a row per arm and path: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
+        a row per arm, routing and path: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
         device's is known), peak memory on a GPU; `attrs` hold the setting, and in samples the ms of every repeat.
 
     Raises:
         ConfigError: a size that no run may have. ValueError: repeats below 2.
     """
-    device = timing.this_device()
-    size = SIZES[device.type] | {key: value for key, value in sizes.items() if value is not None}
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
+    device, configs = timing.this_device(), arms(sizes)
+    peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
+    absent, memory = [], {}
+    with timing.compiling():
+        calls = steps(configs, device, compiled=compiled, whole=whole)
+        for row in list(calls):
+            try:
+                timing.warm_up(calls[row], device)
+                memory[row] = timing.peak_mb(calls[row], device)
+            except Exception as error:  # no memory, or a compiler that fails
+                absent.append(f"{row} ({reason(error)})")
+                del calls[row]
+                gc.collect()
+        times = timing.in_turns(calls, repeats, device)
+    rows = []
+    for row, samples in times.items():
+        config = configs[row.arm]
+        rate = config.batch_size * config.sequence_length / statistics.median(samples)
+        rows.append(row._asdict() | timing.spread(samples) | {
+            "tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak,
+            "peak_mb": memory[row] and memory[row][1],
+        })  # fmt: skip
+    table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
+    table.attrs["setting"] = setting(configs, device) | {"repeats": repeats} | timing.machine()
+    table.attrs["samples"] = {str(row): [1e3 * seconds for seconds in samples] for row, samples in times.items()}
+    table.attrs["absent"] = absent
+    return table
+
+
+def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:
+    """The config of each arm, checked, before anything runs."""
+    size = SIZES[timing.this_device().type] | {key: value for key, value in sizes.items() if value is not None}
     n, T = size.pop("n"), size["sequence_length"]
     if n % T:
         raise ConfigError(f"n={n} tokens of a step must be whole sequences of sequence_length={T}")
     common = size | {"batch_size": n // T, "tokenizer": "bpe"}
-    configs = {name: RunConfig.from_dict(common | keys) for name, keys in ARMS.items()}  # all checked before any runs
-    peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
-    rows, absent, samples = [], [], {}
-    for name, config in configs.items():
-        for kernels in ("plain", "triton") if kernels_run(device) else ("plain",):
-            for compile_it in (False, True) if compiled else (False,):
-                path = kernels + (", compiled" if compile_it else "")
-                try:
-                    times, memory = _measure(_step(config, kernels, compile_it, device), repeats, device)
-                except torch.OutOfMemoryError:
-                    absent.append(f"{name}, {path}: out of memory")
-                    continue
-                samples[f"{name}, {path}"] = [1e3 * seconds for seconds in times]
-                rate = n / statistics.median(times)
-                rows.append({"arm": name, "path": path} | timing.spread(times) | {
-                    "tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak, "peak_mb": memory,
-                })  # fmt: skip
-    table = pd.DataFrame(rows)
-    table.attrs["setting"] = {"n": n} | size | {
+    return {name: RunConfig.from_dict(common | keys) for name, keys in ARMS.items()}
+
+
+def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, Any]:
+    """What all arms have in common."""
+    config = next(iter(configs.values()))
+    keys = ("d_model", "d_ff", "num_experts", "layers", "heads", "sequence_length", "vocab_size")
+    return {"n": config.batch_size * config.sequence_length} | {key: getattr(config, key) for key in keys} | {
         "parameters": "float32", "products": "bf16 (autocast)" if device.type == "cuda" else "float32",
-        "optimizer": "AdamW, float32 moments", "repeats": repeats, **timing.machine(),
+        "optimizer": "AdamW, float32 moments",
     }  # fmt: skip
-    table.attrs |= {"absent": absent, "samples": samples}
-    return table
 
 
-def _step(config: RunConfig, kernels: str, compile_it: bool, device: torch.device) -> Callable[[], None]:
-    lit = LitModel(config).to(device)
-    for layer in lit.model.moe_layers:
-        layer.kernels = layer.router.kernels = kernels
-    if compile_it:
-        torch._dynamo.reset()  # arms share code: a second capacity factor would become a variable and break the graph
-        lit.model.compile()
-    cuda = device.type == "cuda"
-    optimizer = torch.optim.AdamW(lit.parameters(), lr=config.learning_rate, fused=cuda)
-    generator = torch.Generator().manual_seed(config.seed)
-    batch = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), generator=generator)
+def steps(
+    configs: Mapping[str, RunConfig], device: torch.device, *, compiled: bool = False, whole: bool = False
+) -> dict[Row, Call]:
+    """A training step for every row; their weights, gradients and moments are the same tensors."""
+    torch.manual_seed(0)
+    first = next(iter(configs.values()))
+    lit = LitModel(first).to(device)
+    optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=device.type == "cuda")
+    generator = torch.Generator().manual_seed(first.seed)
+    batch = torch.randint(first.vocab_size, (first.batch_size, first.sequence_length + 1), generator=generator)
     batch = batch.to(device)
+    calls: dict[Row, Call] = {}
+    for arm, config in configs.items():
+        tokens = config.router == "token_choice"
+        for path in ("plain", *("triton",) * kernels_run(device), *("grouped_mm",) * tokens):
+            for compile_it in (False, True) if compiled else (False,):
+                twin = _twin(lit, config, path)
+                if compile_it:
+                    for module in (twin.model,) if whole else twin.model.blocks:
+                        module.compile(dynamic=False)
+                for routing in ("own", "even") if tokens else ("own",):
+                    row = Row(arm, routing, path + ", compiled" * compile_it)
+                    calls[row] = _step(twin, optimizer, batch, even=routing == "even")
+    return calls
+
+
+def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
+    """A model with the router of another config on the same parameters."""
+    twin = copy.deepcopy(lit, {id(p): p for p in lit.parameters()})
+    for block in twin.model.blocks:
+        if block.moe is None:
+            continue
+        weight = block.moe.router.weight
+        router = _router(config).to(weight.device)
+        router.weight = weight
+        if isinstance(router, Even):
+            router.prepare(config.batch_size * config.sequence_length)
+        block.moe.router = router
+        block.moe.kernels = router.kernels = "auto" if path == "grouped_mm" else path
+        if path == "grouped_mm":
+            block.moe = Grouped(block.moe)
+    twin.routers = [module for module in twin.modules() if isinstance(module, Router)]
+    return twin
+
+
+def _router(config: RunConfig) -> Router:
+    sizes = config.d_model, config.num_experts
+    if config.router == "token_choice":
+        return Even(*sizes, config.top_k, config.capacity_factor, gate=config.gate)
+    return ExpertChoice(*sizes, config.capacity_factor, gate=config.gate)
+
+
+def _step(lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool) -> Call:
+    layers = [block.moe for block in lit.model.blocks if block.moe is not None]
+    forced = [router.forced for router in lit.routers if isinstance(router, Even)]
+    cuda = batch.is_cuda
 
     def step() -> None:
+        for flag in forced:
+            flag.fill_(float(even))
         with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
             loss = lit.loss(batch)
-            loss = loss + sum(layer.aux_loss for layer in lit.model.moe_layers if layer.aux_loss is not None)
+            loss = loss + sum(layer.aux_loss for layer in layers if layer.aux_loss is not None)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(lit.parameters(), config.gradient_clip)
+        clip(lit.parameters(), optimizer, lit.config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for router in lit.routers:
             router.end_step()
 
     return step
-
-
-def _measure(
-    step: Callable[[], None], repeats: int, device: torch.device
-) -> tuple[list[float], float | None]:
-    """Seconds of each step, and the most memory at any moment of one, in MB on a GPU."""
-    gc.collect()  # the arm before
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    timing.warm_up(step, device)
-    peak = timing.peak_mb(step, device)
-    return timing.in_turns({"step": step}, repeats, device)["step"], peak and peak[1]

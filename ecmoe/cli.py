@@ -145,25 +145,50 @@ def bench(
     step: Annotated[
         bool, typer.Option("--step", help="a training step instead of the layer")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="where the time of EC-CF2's training step goes")
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="compile the step's model in one graph, not by blocks")
+    ] = False,
     layers: Annotated[int | None, typer.Option(min=2, help="of the step's model")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="of the step's model")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=1, help="of the step")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=257, help="of the step")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="all that page 08 shows, at its sizes: layers, step, growth, profile")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="with --all: these parts alone, by how their names begin: layer,step")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="with --all: the folder; default: the scale's")] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="with --all: whose sizes; default: gpu with CUDA, else smoke")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="with --all: measure again what is there")] = False,
 ) -> None:
     """Time the MoE layer beside its floor, the six matrix products that it can't do without; or a training step.
 
-    On a GPU, everything: ecmoe bench --compile --passes --json layer.json; ecmoe bench --step --compile --json step.json
+    All that page 08 shows, in one go: ecmoe bench --all --compile
     """
     with _one_line(ConfigError, OSError, ValueError):
         from ecmoe import bench as benchmark
 
+        if everything:
+            _bench_all(scale, out, only, compiled=compiled, force=force)
+            return
         sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts}
-        if step:
+        step_sizes = sizes | {"layers": layers, "heads": heads}
+        step_sizes |= {"sequence_length": sequence_length, "vocab_size": vocab_size}
+        if profile:
+            from ecmoe.bench_profile import bench_profile
+
+            table = bench_profile(compiled=compiled, whole=whole, **step_sizes)
+        elif step:
             from ecmoe.bench_step import bench_step
 
-            sizes |= {"layers": layers, "heads": heads, "sequence_length": sequence_length}
-            table = bench_step(repeats=repeats, compiled=compiled, vocab_size=vocab_size, **sizes)
+            table = bench_step(repeats=repeats, compiled=compiled, whole=whole, **step_sizes)
         else:
             table = benchmark.bench_layer(
                 **sizes,
@@ -175,16 +200,55 @@ def bench(
             )
         if output:
             benchmark.save(table, output)
+    _show_bench(table)
+
+
+def _bench_all(
+    scale: str | None, out: Path | None, only: str | None, *, compiled: bool, force: bool
+) -> None:
+    """Measure part after part; each is kept as soon as it is there, and a part that fails stops no other."""
+    import time
+
+    import torch
+
+    from ecmoe import speed
+
+    scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
+    wanted = speed.jobs(**speed.plan(scale) | {"compiled": compiled})
+    if only:
+        starts = tuple(only.split(","))
+        known, wanted = wanted, {name: job for name, job in wanted.items() if name.startswith(starts)}
+        if not wanted:
+            raise ValueError(f"--only {only}: no such part; there are {', '.join(known)}")
+    into, failed, began = out or speed.folder(scale), [], time.perf_counter()
+    typer.echo(f"{', '.join(wanted)} -> {into}")
+    for name, outcome in speed.take(wanted, into, force=force):
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        if outcome is None:
+            typer.echo(f"{name}: is there already (--force measures again)")
+        elif isinstance(outcome, Exception):
+            failed.append(name)
+            typer.echo(f"{name}: {type(outcome).__name__}: {outcome}", err=True)
+        else:
+            typer.echo(f"\n{name}: {seconds:.0f} s")
+            _show_bench(outcome)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show_bench(table: Any) -> None:
+    from ecmoe.bench import shown
+
     typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
-    typer.echo(benchmark.shown(table))
+    typer.echo(shown(table))
     for key, title in (
         ("agreement", "relative distance from the plain path in float32, one choice of tokens"),
         ("passes", "each pass alone"),
     ):
         if table.attrs.get(key):
-            typer.echo(f"\n{title}:\n{benchmark.shown(table.attrs[key])}")
-    if table.attrs["absent"]:
-        typer.echo(f"\nnot measured, since not there or not possible: {', '.join(table.attrs['absent'])}")
+            typer.echo(f"\n{title}:\n{shown(table.attrs[key])}")
+    if table.attrs.get("absent"):
+        typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))
 
 
 @app.command()

@@ -1,115 +1,176 @@
-"""What 08_step_time measures: layers, training steps and growth, each measured once on one machine and kept as JSON.
+"""What 08_step_time measures: layers, training steps, growth and a profile, each once on one machine, kept as JSON.
 
 A time belongs to the machine that took it. At scale gpu measurements are taken on a GPU only, and committed, so that
-the page can be drawn anywhere; at smoke they are ratios on a CPU.
+the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench --all` takes them without a notebook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from ecmoe import bench, paths
+from ecmoe.bench_growth import bench_growth
+from ecmoe.bench_profile import bench_profile
 from ecmoe.bench_step import bench_step
-from ecmoe.plots.parts import LABELS
-from ecmoe.results import read_json, write_json
+from ecmoe.results import read_json
 from ecmoe.stats import Effect, interval
 
+Job = Callable[[], pd.DataFrame]
+Found = Mapping[str, Mapping[str, Any] | None]
 
-def layers(sizes: Mapping[str, Mapping[str, Any]], *, scale: str, measure: bool = True, **options: Any) -> pd.DataFrame:
-    """`bench_layer` at each size: its rows, with the size's name in front. A size that isn't measured is one empty row.
+
+def jobs(
+    layer_sizes: Mapping[str, Mapping[str, Any]],
+    step_sizes: Mapping[str, Any],
+    growth_from: Mapping[str, Any],
+    growth_axes: Mapping[str, Sequence[float]],
+    *,
+    compiled: bool = False,
+    repeats: int = 15,
+    **_: Any,
+) -> dict[str, Job]:
+    """What there is to measure, by the name of its file.
 
     Args:
-        sizes: name -> keys of `bench_layer`. measure: take what is missing. options: of `bench_layer`, for all sizes.
+        layer_sizes: name -> keys of `bench_layer`. step_sizes: keys of `bench_step`.
+        growth_from, growth_axes: of `bench_growth`. compiled, repeats: of all that have them.
     """
+    found: dict[str, Job] = {
+        layer_file(name): lambda keys=keys: bench.bench_layer(**{"compiled": compiled, "repeats": repeats} | keys)
+        for name, keys in layer_sizes.items()
+    }
+    return found | {
+        "step": lambda: bench_step(repeats=repeats, compiled=compiled, **step_sizes),
+        "growth": lambda: bench_growth(growth_from, growth_axes, repeats=repeats),
+        "profile": lambda: bench_profile(compiled=compiled, **step_sizes),
+    }
+
+
+def plan(scale: str) -> dict[str, Any]:
+    """The parameters of 08_step_time at a scale, as the notebook gets them: arguments of `jobs`."""
+    folder = paths.root() / "configs"
+    found: dict[str, Any] = {"step_sizes": {}}
+    for path in (folder / "08_step_time.yaml", folder / "scale" / scale / "08_step_time.yaml"):
+        found |= yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def folder(scale: str) -> Path:
+    """Where measurements of a scale are kept."""
+    return paths.runs() / "bench" if scale == "smoke" else paths.root() / "reports" / scale / "bench"
+
+
+def take(
+    wanted: Mapping[str, Job], into: Path, *, force: bool = False
+) -> Iterator[tuple[str, pd.DataFrame | Exception | None]]:
+    """Measure job after job, and keep each at once: name and table; None: it is there already; or what went wrong."""
+    for name, job in wanted.items():
+        path = into / f"{name}.json"
+        if path.exists() and not force:
+            yield name, None
+            continue
+        try:
+            table = job()
+        except Exception as error:  # the others are still wanted
+            yield name, error
+            continue
+        bench.save(table, path)
+        yield name, table
+
+
+def measured(wanted: Mapping[str, Job], *, scale: str, measure: bool = True) -> dict[str, dict[str, Any] | None]:
+    """Each job's rows and attributes, measured now where it is missing and this machine may; else None."""
+    if measure and (scale == "smoke" or torch.cuda.is_available()):
+        for _, outcome in take(wanted, folder(scale)):
+            if isinstance(outcome, Exception):
+                raise outcome
+    files = {name: folder(scale) / f"{name}.json" for name in wanted}
+    return {name: read_json(path) if path.exists() else None for name, path in files.items()}
+
+
+def layer_file(size: str) -> str:
+    """The name of a layer's file."""
+    return "layer-" + "".join(letter if letter.isalnum() else "-" for letter in size.lower())
+
+
+def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
+    """The rows of all layers, with the size's name in front. A size that isn't measured is one empty row."""
     tables = []
-    for name, keys in sizes.items():
-        found = _kept(f"layer-{_slug(name)}", lambda keys=keys: bench.bench_layer(**keys, **options), scale, measure)
-        rows = pd.DataFrame(found["rows"] if found else [{"layer": None}])
-        tables.append(rows.assign(size=name, device=found and found["setting"]["device"]))
+    for size in sizes:
+        one = found[layer_file(size)]
+        rows = pd.DataFrame(one["rows"] if one else [{"layer": None}])
+        tables.append(rows.assign(size=size, device=one and one["setting"]["device"]))
     return pd.concat(tables, ignore_index=True)
 
 
-def steps(sizes: Mapping[str, Any], *, scale: str, measure: bool = True, **options: Any) -> dict[str, Any]:
-    """`bench_step`: rows, setting, and samples (ms of every repeat by arm and path). No rows if it isn't measured."""
-    found = _kept("step", lambda: bench_step(**sizes, **options), scale, measure)
-    return found or {"rows": [], "setting": {}, "samples": {}, "absent": []}
+def agreement(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
+    """How far each path is from the plain one in float32, and whether it gives the same bits, at each size."""
+    rows = [{"size": size} | row for size in sizes for row in (found[layer_file(size)] or {}).get("agreement", [])]
+    return pd.DataFrame(rows, columns=None if rows else ["size", "layer", "same_bits"])
 
 
-def growth(
-    base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *, scale: str, measure: bool = True, repeats: int = 9
-) -> pd.DataFrame:
-    """Time of the EC layer, forward + backward, as one size grows and the others stay: axis, value, ms, floor_ms.
-
-    Args:
-        base: keys of `bench_layer`. axes: of n, num_experts, capacity_factor, d_model -> values. The hidden width f grows with d.
-    """
-
-    def compute() -> pd.DataFrame:
-        rows = []
-        for axis, values in axes.items():
-            for value in values:
-                keys = dict(base) | {axis: value}
-                if axis == "d_model":
-                    keys["d_ff"] = base["d_ff"] * value // base["d_model"]
-                table = bench.bench_layer(**keys, repeats=repeats)
-                both = table[table["what"] == "forward + backward"].set_index("layer")["ms"]
-                floor = both.pop("floor")
-                for name, ms in both.items():  # "EC-CF2, triton": c may be the axis
-                    if name.count(",") > 1 or not name.startswith("EC") or "cap " in name or "einsum" in name:
-                        continue
-                    path = name.partition(", ")[2] or "plain"
-                    rows.append({"axis": axis, "value": value, "path": path, "ms": ms, "floor_ms": floor})
-        grown = pd.DataFrame(rows)
-        grown.attrs |= table.attrs
-        return grown
-
-    found = _kept("growth", compute, scale, measure)
-    return pd.DataFrame(found["rows"] if found else [], columns=["axis", "value", "path", "ms", "floor_ms"])
+def rows(found: Found, name: str) -> pd.DataFrame:
+    """The rows of one file; none if it isn't measured."""
+    return pd.DataFrame((found[name] or {"rows": []})["rows"])
 
 
-def exponents(grown: pd.DataFrame) -> pd.DataFrame:
-    """The power by which time grows with each size: least squares in the logarithms, a row per axis and path."""
-    rows = []
-    for (axis, path), group in grown.groupby(["axis", "path"], sort=False):
-        x = np.log(group["value"].to_numpy(float))
-        slopes = [np.polyfit(x, np.log(group[column].to_numpy(float)), 1)[0] for column in ("ms", "floor_ms")]
-        rows.append({"size": LABELS[axis], "path": path, "exponent": slopes[0], "of its floor": slopes[1]})
-    return pd.DataFrame(rows, columns=["size", "path", "exponent", "of its floor"])
+def absent(found: Found) -> list[str]:
+    """What could not be measured, and why."""
+    return list(dict.fromkeys(line for one in found.values() for line in (one or {}).get("absent", [])))
 
 
-def best_paths(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Arm -> the path on which its step is fastest."""
-    fastest: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        if row["arm"] not in fastest or row["ms"] < fastest[row["arm"]]["ms"]:
-            fastest[row["arm"]] = row
-    return {arm: row["path"] for arm, row in fastest.items()}
+def figures(layers: pd.DataFrame) -> pd.DataFrame:
+    """The figures asked of our layer, a row per size: its best path, shares of the floor, routing, caps, memory."""
+    out = []
+    for size, all_rows in layers.groupby("size", sort=False):
+        row: dict[str, Any] = {"size": size}
+        named = all_rows.dropna(subset=["layer"])
+        # A layer of ours that runs do take: neither as a graph nor with a cap, nor the oracle.
+        ours = named[named["layer"].str.match(r"EC-CF[\d.]+(, (triton(-bmm)?|compiled))*$")]
+        if len(ours):
+            both = ours[ours["what"] == bench.BOTH].set_index("layer")
+            best = both["ms"].idxmin()
+            of_best = ours[ours["layer"] == best].set_index("what")
+            uncompiled = best.removesuffix(", compiled")
+            routing = ours[(ours["what"] == bench.ROUTING) & (ours["layer"] == uncompiled)]
+            row |= {
+                "best path": best,
+                "forward, share of floor": of_best["share_of_floor"].get(bench.FORWARD),
+                "forward + backward, share of floor": of_best["share_of_floor"][bench.BOTH],
+                "routing, share of forward floor": routing["of_forward_floor"].min(),
+            }
+            path = uncompiled.partition(", ")[2]
+            for cap in bench.CAPS:
+                name = ", ".join(filter(None, [uncompiled.partition(",")[0], f"cap {cap}", path.replace("-bmm", "")]))
+                capped = named[(named["layer"] == name) & (named["what"] == bench.BOTH)]
+                row[f"cap {cap} adds"] = capped["over_uncapped"].min()
+            if both["peak_mb"].notna().all():
+                plain = both["peak_mb"].iloc[0]
+                row["memory of plain's"] = both["peak_mb"][uncompiled] / plain
+        out.append(row)
+    return pd.DataFrame(out)
 
 
-def step_ratio(measured: Mapping[str, Any], arm: str, other: str) -> Effect:
-    """Time of a step of `arm` over one of `other`, each on its best path; the interval is over repeats, not seeds."""
-    best = best_paths(measured["rows"])
+def best_paths(steps: pd.DataFrame, routing: str = "even") -> dict[str, str]:
+    """Arm -> the name of its fastest row; token choice's as `routing` says."""
+    if not len(steps):
+        return {}
+    forced = steps[steps["routing"] == routing]["arm"].unique()
+    asked = steps[(steps["routing"] == routing) | ~steps["arm"].isin(forced)]
+    best = asked.loc[asked.groupby("arm", sort=False)["ms"].idxmin()]
+    return {row.arm: ", ".join([row.arm, row.routing, row.path]) for row in best.itertuples()}
+
+
+def step_ratio(found: Found, arm: str, other: str, routing: str = "even") -> Effect:
+    """Time of a step of `arm` over one of `other`, each on its best path; the interval is over turns, not seeds."""
+    best = best_paths(rows(found, "step"), routing)
     if arm not in best or other not in best:
-        return interval([], "ratio", "repeat")
-    a, b = (measured["samples"][f"{name}, {best[name]}"] for name in (arm, other))
-    return interval((x / y for x, y in zip(a, b, strict=True)), "ratio", "repeat")
-
-
-def _kept(what: str, compute: Callable[[], pd.DataFrame], scale: str, measure: bool) -> dict[str, Any] | None:
-    folder = paths.runs() / "bench" if scale == "smoke" else paths.root() / "reports" / scale / "bench"
-    path = folder / f"{what}.json"
-    if not path.exists():
-        if not measure or (scale != "smoke" and not torch.cuda.is_available()):
-            return None
-        table = compute()
-        write_json(path, {**table.attrs, "rows": table.to_dict("records")})
-    return read_json(path)
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+        return interval([], "ratio", "turn")
+    a, b = (found["step"]["samples"][best[name]] for name in (arm, other))
+    return interval((x / y for x, y in zip(a, b, strict=True)), "ratio", "turn")

@@ -1,14 +1,17 @@
 """`ecmoe bench`: rows beside their floor, and an einsum row that computes the same thing."""
 
 import json
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import ecmoe.bench_step as bench_step_module
-from ecmoe import MoE, RunConfig, bench
-from ecmoe.bench_step import ARMS, bench_step
+from ecmoe import MoE, bench, speed
+from ecmoe.bench_step import ARMS, arms, bench_step, steps
 from ecmoe.cli import app
 from ecmoe.lit import LitModel
 from ecmoe.routing import ExpertChoice, TokenChoice
@@ -128,25 +131,55 @@ def test_one_hot_row_computes_what_the_layer_computes(router):
 # The training step
 
 STEP = {"n": 32, "d_model": 8, "d_ff": 16, "num_experts": 4, "layers": 2, "heads": 2, "sequence_length": 8, "vocab_size": 257}
+CPU = torch.device("cpu")
 
 
 def test_step_of_every_arm_is_timed():
     table = bench_step(repeats=2, **STEP)
-    assert set(table["arm"]) == set(ARMS)
+    assert set(table["arm"]) == set(ARMS) and {"plain", "grouped_mm"} <= set(table["path"])
     for row in table.itertuples():
         assert row.low_ms <= row.ms <= row.high_ms
         assert row.tokens_per_second == pytest.approx(32 / (row.ms / 1e3))
+        assert len(table.attrs["samples"][f"{row.arm}, {row.routing}, {row.path}"]) == 2
     assert table.attrs["setting"]["vocab_size"] == 257 and table.attrs["absent"] == []
 
 
-def test_step_moves_all_parameters(monkeypatch):
-    seen = []
-    monkeypatch.setattr(bench_step_module, "LitModel", lambda config: seen.append(LitModel(config)) or seen[-1])
-    config = RunConfig(**{"d_model": 8, "heads": 2, "d_ff": 16, "num_experts": 4, "batch_size": 2, "sequence_length": 8})
-    step = bench_step_module._step(config, "plain", False, torch.device("cpu"))
-    before = [p.detach().clone() for p in seen[0].parameters()]
-    step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, seen[0].parameters(), strict=True))
+def test_a_step_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(bench_step_module.Grouped, "forward", lambda *_: 1 / 0)
+    table = bench_step(repeats=2, **STEP)
+    assert set(table["path"]) == {"plain"} and len(table.attrs["absent"]) == 4
+    assert "GShard top-2, even, grouped_mm (ZeroDivisionError: division by zero)" in table.attrs["absent"]
+
+
+def test_all_steps_train_the_same_weights(monkeypatch):
+    made = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
+    calls = steps(arms(STEP), CPU)
+    (optimizer,) = made
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in weights]
+    for call in calls.values():
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+        call()
+        moments = [optimizer.state[p]["exp_avg"] for p in weights]
+        assert all(m.abs().sum() > 0 for m in moments) and len(moments) > 10  # a gradient for each
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))  # the learning rate is 0
+
+
+def test_even_routing_is_even_and_own_is_not():
+    config = arms(STEP)["GShard top-2"]
+    twin = bench_step_module._twin(LitModel(config), config, "plain")
+    (layer,) = twin.model.moe_layers
+    layer.router.weight.data[:, 0] = 0
+    tokens = torch.randint(257, (4, 9))
+    demands = []
+    for forced in (0.0, 1.0):
+        layer.router.forced.fill_(forced)
+        twin.loss(tokens)
+        demands.append(layer.router.demand.tolist())
+    assert demands[1] == [16] * 4 and demands[0] != demands[1]
 
 
 def test_the_command_times_a_step(tmp_path):
@@ -157,3 +190,29 @@ def test_the_command_times_a_step(tmp_path):
     assert {row["arm"] for row in kept["rows"]} == set(ARMS) and "GShard top-2" in shown.stdout
     refused = CliRunner().invoke(app, ["bench", "--step", "--tokens", "100", "--sequence-length", "16"])
     assert refused.exit_code == 2 and "sequence_length=16" in refused.stderr
+    shown = CliRunner().invoke(app, ["bench", "--profile", *sizes])
+    assert shown.exit_code == 0 and "experts' products" in shown.stdout
+
+
+def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "jobs", lambda **_: {"layer-a": fake, "step": lambda: 1 / 0, "growth": fake})
+    command = ["bench", "--all", "--scale", "smoke", "--out", str(tmp_path)]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 1 and "step: ZeroDivisionError" in shown.stderr and "growth: 0 s" in shown.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "layer-a.json"]
+    shown = CliRunner().invoke(app, [*command, "--only", "layer,growth"])
+    assert shown.exit_code == 0 and shown.stdout.count("is there already") == 2
+    refused = CliRunner().invoke(app, [*command, "--only", "stepp"])
+    assert refused.exit_code == 2 and "layer-a, step, growth" in refused.stderr
+
+
+def fake():
+    table = pd.DataFrame([{"ms": 1.0}])
+    table.attrs["setting"] = {}
+    return table
+
+
+def test_measuring_needs_no_jupyter():
+    """The machine that measures has torch, and neither notebooks nor what makes pages."""
+    code = "import sys, ecmoe.cli, ecmoe.speed; print([m for m in ('IPython', 'papermill', 'nbformat', 'jupyter_client', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

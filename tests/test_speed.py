@@ -1,79 +1,210 @@
 """What 08_step_time measures is kept, belongs to its machine, and is read by rules that can be checked by hand."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from ecmoe import bench, plots, speed
+from ecmoe import bench, bench_profile, paths, plots, speed
+from ecmoe.bench_growth import bench_growth, exponents
+from ecmoe.config import ConfigError
 from ecmoe.scoreboard import claim_table, record
 from ecmoe.stats import Effect, verdict
 
 TINY = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4}
+STEP = {"n": 64, "sequence_length": 32, "d_model": 8, "d_ff": 16, "heads": 2, "num_experts": 4, "layers": 2, "vocab_size": 300}
+AXES = {"n": [64, 128, 256], "num_experts": [2, 4, 8], "capacity_factor": [0.5, 1.0, 2.0], "d_model": [8, 16, 32]}
 
 
-@pytest.fixture(autouse=True)
+def tiny_jobs():
+    return speed.jobs({"0.1B/64E": TINY}, STEP, TINY | {"capacity_factor": 1.0}, AXES, repeats=2)
+
+
+@pytest.fixture
 def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    return tmp_path
 
 
-def test_layers_are_measured_once(monkeypatch):
-    first = speed.layers({"tiny": TINY}, scale="smoke", repeats=2)
-    assert {"floor", "EC-CF2"} <= set(first["layer"]) and (first["ms"] > 0).all()
-    both = first[first["what"] == "forward + backward"].set_index("layer")["ms"]
-    share = first[first["what"] == "forward + backward"].set_index("layer")["share_of_floor"]
-    assert share["EC-CF2"] == pytest.approx(both["floor"] / both["EC-CF2"])
-    monkeypatch.setattr(bench, "bench_layer", lambda **_: pytest.fail("measured again"))
-    pd.testing.assert_frame_equal(speed.layers({"tiny": TINY}, scale="smoke", repeats=2), first)
-    plot = plots.share_of_floor(first)
-    assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plot.alt
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECMOE_HOME", str(tmp_path_factory.mktemp("speed")))
+        yield speed.measured(tiny_jobs(), scale="smoke")
+
+
+def test_each_part_is_measured_and_shown(found):
+    assert set(found) == {"layer-0-1b-64e", "step", "growth", "profile"}
+    layers = speed.layers(found, ["0.1B/64E"])
+    assert {"floor", "EC-CF2"} <= set(layers["layer"]) and (layers["ms"] > 0).all()
+    share = layers[layers["what"] == bench.BOTH].set_index("layer")["share_of_floor"]
+    assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plots.share_of_floor(layers).alt
+    steps = speed.rows(found, "step")
+    assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}
+    assert {row.routing for row in steps.itertuples() if row.arm == "GShard top-2"} == {"own", "even"}
+    assert "Switch top-1, even routing, grouped_mm" in plots.step_times(steps).alt
+    assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 2
+    assert set(speed.agreement(found, ["0.1B/64E"])["layer"]) == {"EC-CF2"}
+    grown = speed.rows(found, "growth")
+    assert grown.groupby("axis")["value"].apply(list).to_dict() == {k: [float(v) for v in vs] for k, vs in AXES.items()}
+    assert len(plots.growth(grown, exponents(grown)).figure.axes) == 4
+    kinds = speed.rows(found, "profile")
+    assert kinds["share"].sum() == pytest.approx(1) and "experts' products" in plots.profile(kinds).alt
+
+
+def test_each_part_is_measured_once(own_home):
+    counts = []
+    table = pd.DataFrame([{"ms": 1.0}])
+    jobs = {"a": lambda: counts.append("a") or table, "b": lambda: counts.append("b") or table}
+    assert speed.measured(jobs, scale="smoke")["a"]["rows"] == [{"ms": 1.0}]
+    speed.measured(jobs, scale="smoke")
+    assert counts == ["a", "b"]
+    assert [name for name, outcome in speed.take(jobs, speed.folder("smoke"), force=True) if outcome is not None] == ["a", "b"]
+
+
+def test_a_part_that_fails_stops_no_other(tmp_path):
+    def fail():
+        raise RuntimeError("no memory")
+
+    outcomes = dict(speed.take({"a": fail, "b": lambda: pd.DataFrame([{"ms": 1.0}])}, tmp_path))
+    assert isinstance(outcomes["a"], RuntimeError) and outcomes["b"]["ms"][0] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("scale", ["smoke", "gpu"])
+def test_the_plan_of_a_scale_can_be_measured(scale, monkeypatch):
+    monkeypatch.delenv("ECMOE_HOME")
+    plan = speed.plan(scale)
+    assert set(speed.jobs(**plan)) >= {"step", "growth", "profile"} and paths.root() in speed.folder(scale).parents
+    monkeypatch.setattr("ecmoe.timing.in_turns", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("ecmoe.bench_growth._calls", lambda *_: pytest.fail("sizes are fine"))
+    with pytest.raises(BaseException, match="sizes are fine"):  # all are checked before any is measured
+        bench_growth(plan["growth_from"], plan["growth_axes"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
-def test_a_gpu_page_without_a_gpu_has_gaps():
-    layers = speed.layers({"0.1B/64E": TINY}, scale="gpu")
+def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
+    found = speed.measured(tiny_jobs(), scale="gpu")
+    layers = speed.layers(found, ["0.1B/64E"])
     assert layers["layer"].isna().all() and "Not run: 0.1B/64E." in plots.share_of_floor(layers).alt
-    steps = speed.steps({}, scale="gpu")
-    assert steps["rows"] == [] and "Not run" in plots.step_times(steps["rows"]).alt
-    assert speed.step_ratio(steps, "GShard top-2", "EC-CF2").n == 0
-    grown = speed.growth(TINY | {"capacity_factor": 2.0}, {"n": [64, 128]}, scale="gpu")
-    assert not len(grown) and "what was not run" in plots.growth(grown, speed.exponents(grown)).alt
+    assert speed.figures(layers).to_dict("records") == [{"size": "0.1B/64E"}]
+    assert "Not run" in plots.step_times(speed.rows(found, "step")).alt
+    assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 0
+    grown = speed.rows(found, "growth").reindex(columns=["axis", "value", "ms", "floor_ms"])
+    assert "what was not run" in plots.growth(grown, exponents(grown)).alt
+    assert "Not run" in plots.profile(speed.rows(found, "profile")).alt
+    assert speed.absent(found) == [] and not len(speed.agreement(found, ["0.1B/64E"]))
 
 
-def test_growth_of_every_size():
-    axes = {"n": [64, 128], "num_experts": [2, 4], "capacity_factor": [1.0, 2.0], "d_model": [8, 16]}
-    grown = speed.growth(TINY | {"capacity_factor": 2.0}, axes, scale="smoke", repeats=2)
-    assert grown.groupby("axis")["value"].apply(list).to_dict() == {k: [float(v) for v in vs] for k, vs in axes.items()}
-    assert set(grown["path"]) == {"plain"} and (grown["ms"] > 0).all() and (grown["floor_ms"] > 0).all()
-    assert len(plots.growth(grown, speed.exponents(grown)).figure.axes) == 4
+def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
+    def row(layer, what, ms, **more):
+        return {"size": "A", "layer": layer, "what": what, "ms": ms, "share_of_floor": 1 / ms, "peak_mb": 100 * ms} | more
+
+    rows = [
+        row("EC-CF2", bench.BOTH, 4.0),
+        row("EC-CF2, triton", bench.FORWARD, 1.5),
+        row("EC-CF2, triton", bench.BOTH, 2.0),
+        row("EC-CF2, triton", bench.ROUTING, 0.1, of_forward_floor=0.05),
+        row("EC-CF2, triton-bmm", bench.BOTH, 3.0),
+        row("EC-CF2, triton, CUDA graph", bench.BOTH, 1.0),
+        row("EC-CF2, one-hot einsum", bench.BOTH, 0.1),
+        row("EC-CF2, cap 2", bench.BOTH, 9.0, over_uncapped=1.25),
+        row("EC-CF2, cap 2, triton", bench.BOTH, 2.2, over_uncapped=0.1),
+        row("top-2, grouped_mm", bench.BOTH, 0.5),
+    ]
+    (found,) = speed.figures(pd.DataFrame(rows)).to_dict("records")
+    assert found.pop("cap 3 adds") is None or np.isnan(found.get("cap 3 adds", np.nan))
+    assert found == {
+        "size": "A", "best path": "EC-CF2, triton", "forward, share of floor": 1 / 1.5,
+        "forward + backward, share of floor": 0.5, "routing, share of forward floor": 0.05, "cap 2 adds": 0.1,
+        "memory of plain's": 0.5,
+    }  # fmt: skip
 
 
 def test_exponents_are_those_of_a_power_law():
-    rows = [{"axis": "n", "value": v, "path": "plain", "ms": 3 * v**1.5, "floor_ms": 0.1 * v} for v in (1, 2, 8)]
-    (found,) = speed.exponents(pd.DataFrame(rows)).to_dict("records")
-    assert found["exponent"] == pytest.approx(1.5) and found["of its floor"] == pytest.approx(1.0)
+    rows = [{"axis": "n", "value": v, "ms": 3 * v**1.5, "floor_ms": 0.1 * v} for v in (1, 2, 8)]
+    (found,) = exponents(pd.DataFrame(rows)).to_dict("records")
+    assert [found[key] for key in ("exponent", "low", "high")] == pytest.approx([1.5] * 3)
+    assert (found["of_floor"], found["at_1"]) == pytest.approx((1.0, 3.0))
+    noisy = pd.DataFrame(rows).assign(ms=[3.0, 9.0, 60.0])
+    (found,) = exponents(noisy).to_dict("records")
+    assert found["low"] < found["exponent"] < found["high"]
+
+
+def test_growth_names_what_it_cannot_take():
+    with pytest.raises(ConfigError, match="n=33"):
+        bench_growth(TINY | {"capacity_factor": 2.0}, {"n": [64, 33]})
+    with pytest.raises(ValueError, match="layers"):
+        bench_growth(TINY | {"capacity_factor": 2.0}, {"layers": [1]})
 
 
 def test_each_arm_counts_on_its_best_path():
-    rows = [{"arm": "A", "path": "plain", "ms": 2.0}, {"arm": "A", "path": "triton", "ms": 1.0}, {"arm": "B", "path": "plain", "ms": 1.2}]
-    measured = {"rows": rows, "samples": {"A, plain": [9.0, 9.0], "A, triton": [1.0, 1.1], "B, plain": [1.2, 1.32]}}
-    assert speed.best_paths(rows) == {"A": "triton", "B": "plain"}
-    ratio = speed.step_ratio(measured, "B", "A")
-    assert ratio.mean == pytest.approx(1.2) and ratio.n == 2 and str(ratio).endswith("2 repeats)")
+    steps = pd.DataFrame(
+        [("EC", "own", "plain", 2.0), ("EC", "own", "triton", 1.0), ("T", "own", "plain", 1.1), ("T", "even", "plain", 1.2), ("T", "even", "x", 1.3)],
+        columns=["arm", "routing", "path", "ms"],
+    )
+    assert speed.best_paths(steps) == {"EC": "EC, own, triton", "T": "T, even, plain"}
+    assert speed.best_paths(steps, "own")["T"] == "T, own, plain"
+    samples = {"EC, own, triton": [1.0, 1.1], "T, even, plain": [1.2, 1.32]}
+    ratio = speed.step_ratio({"step": {"rows": steps.to_dict("records"), "samples": samples}}, "T", "EC")
+    assert ratio.mean == pytest.approx(1.2) and ratio.n == 2 and str(ratio).endswith("2 turns)")
 
 
-def test_repeats_are_not_taken_for_seeds(tmp_path, monkeypatch):
+def test_turns_are_not_taken_for_seeds(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
-    effect = Effect(1.3, 1.25, 1.35, 15, "ratio", "repeat")
+    effect = Effect(1.3, 1.25, 1.35, 15, "ratio", "turn")
     found = verdict(effect, 1.2, direction="above", scale="gpu")
-    assert found.label == "reproduced" and "interval over repeats" in found.rule and "seed" not in found.rule
+    assert found.label == "reproduced" and "interval over turns" in found.rule and "seed" not in found.rule
     record(found, "C2", "gpu")
     (line,) = [line for line in claim_table(tmp_path / "verdicts").splitlines() if line.startswith("| C2")]
-    assert "1.3 x (1.25 to 1.35 over 15 repeats)" in line and "seed" not in line
+    assert "1.3 x (1.25 to 1.35 over 15 turns)" in line and "seed" not in line
 
 
-def test_a_step_keeps_the_time_of_every_repeat():
-    small = {"n": 64, "sequence_length": 32, "d_model": 8, "d_ff": 16, "heads": 2, "num_experts": 4, "vocab_size": 300}
-    steps = speed.steps(small, scale="smoke", repeats=3)
-    assert {row["arm"] for row in steps["rows"]} == {"EC-CF2", "EC-CF1", "GShard top-2", "Switch top-1"}
-    assert all(len(samples) == 3 for samples in steps["samples"].values())
-    assert speed.step_ratio(steps, "GShard top-2", "EC-CF2").n == 3
+# The profile
+
+
+def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
+    def event(cat, name, ts, dur, external):
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": {"External id": external}}
+
+    events = [
+        event("cpu_op", "aten::bmm", 0, 5, 1),
+        event("cpu_op", "aten::mm", 5, 5, 2),
+        event("kernel", "nvjet_x", 100, 1000, 1),
+        event("kernel", "nvjet_x", 1600, 400, 2),
+        event("gpu_memcpy", "Memcpy DtoD", 1900, 300, 3),
+        {"ph": "M", "name": "process_name"},
+        event("gpu_user_annotation", "Optimizer.step", 0, 9000, 4),
+    ]
+    spent = bench_profile.kernel_time(events)
+    assert spent == pytest.approx({"aten::bmm nvjet_x": 1.0, "idle": 0.5, "aten::mm nvjet_x": 0.4, "Memcpy DtoD": 0.2})
+    table = bench_profile.by_kind(spent)
+    assert table["kind"].tolist() == ["experts' products", "idle", "other products", "copies and casts"]
+    assert table["share"].sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("_product_backward_kernel", "experts' products"),
+        ("aten::_grouped_mm cutlass_gemm_grouped", "experts' products"),
+        ("aten::mm nvjet_tst_128x256", "other products"),
+        ("triton_tem_fused_flex_attention_2", "attention"),
+        ("aten::_scaled_dot_product_flash_attention flash_fwd_kernel", "attention"),
+        ("_tile_sums_kernel", "attention"),
+        ("_losses_kernel", "loss"),
+        ("aten::_fused_adamw_ void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimiser"),
+        ("_logits_dw_kernel", "routing"),
+        ("_select_kernel", "routing"),
+        ("_gather_dot_kernel", "gather and combine"),
+        ("_combine_kernel", "gather and combine"),
+        ("_activate_kernel", "activation"),
+        ("triton_poi_fused_gelu_mul_3", "activation"),
+        ("triton_per_fused__to_copy_add_rms_norm_1", "norms and other passes"),
+        ("aten::copy_ void at::native::elementwise_kernel<direct_copy>", "copies and casts"),
+        ("Memset (Device)", "copies and casts"),
+        ("something else", "norms and other passes"),
+    ],
+)
+def test_kinds_of_work(name, kind):
+    assert bench_profile.kind_of(name) == kind

@@ -16,7 +16,7 @@ from ecmoe.plots.routing import (
     load,
     routing_matrix,
 )
-from ecmoe.plots.speed import growth, share_of_floor, step_times
+from ecmoe.plots.speed import growth, profile, share_of_floor, step_times
 from ecmoe.plots.style import looks
 from ecmoe.plots.vision import accuracy_over_capacity, left_out_over_capacity, patches_taken
 
@@ -24,6 +24,6 @@ __all__ = [
     "LABELS", "Plot", "accuracy_over_capacity", "capacity_demand", "differences", "expert_shares",
     "expert_shares_over_steps", "final_loss", "gate_choices", "growth", "kept_and_lost", "leak",
     "leak_by_condition", "left_out_over_capacity", "load", "looks", "loss_against",
-    "loss_over_steps", "overwritten", "parameter_counts", "patches_taken", "retention",
+    "loss_over_steps", "overwritten", "parameter_counts", "patches_taken", "profile", "retention",
     "routing_matrix", "serving_loss", "share_of_floor", "step_times",
 ]  # fmt: skip
