@@ -38,6 +38,8 @@ from torch.nn.attention.flex_attention import (
 from ecmoe.config import RunConfig
 
 FLEX_BLOCK = 128  # FlexAttention's; T must be a multiple of it
+# Its own choice for Hopper has no room for the looked-up biases, which take a place in the pipeline beside the keys.
+FLEX_OPTIONS = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 4}
 
 
 class Attention(nn.Module):
@@ -135,7 +137,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, Ten
 
     T = q.shape[2]  # all layers' masks are one expression to the compiler, computed once
     mask = create_block_mask(_causal, None, None, T, T, device=q.device, BLOCK_SIZE=FLEX_BLOCK)
-    out, aux = flex_attention(q, k, v, score_mod=biased, block_mask=mask, return_aux=AuxRequest(lse=True))
+    out, aux = flex_attention(q, k, v, score_mod=biased, block_mask=mask, return_aux=AuxRequest(lse=True), kernel_options=FLEX_OPTIONS)
     return out, aux.lse
 
 
@@ -184,7 +186,7 @@ def bias_gradient(
     shifted = F.pad(sums.flip(-1), (1, M)).flatten(-2)[..., : 2 * M * M].unflatten(-1, (M, 2 * M)).sum(-2)
     by_distance = shifted[..., M:].clone()
     by_distance[:, :-1] += shifted[:, 1:, :M]
-    dtable = torch.zeros_like(table)
+    dtable = table.new_zeros(table.shape)
     exact = min(near, T)
     dtable[:, :exact] = by_distance.flatten(1)[:, :exact]
     if near < T:

@@ -124,8 +124,8 @@ class MoE(nn.Module):
         if mask is not None:  # padding is in no bin
             counts = counts.masked_fill(~mask.reshape(-1), -1)
         # Comparing is faster than adding: all tokens would queue for a few bins.
-        bins = counts[:, None] == torch.arange(MOST_EXPERTS_COUNTED + 1, device=counts.device)
-        self.experts_per_token.copy_(bins.sum(0))
+        bins = counts == torch.arange(MOST_EXPERTS_COUNTED + 1, device=counts.device)[:, None]
+        self.experts_per_token.copy_(bins.sum(1))
         self.tokens.copy_(self.experts_per_token.sum())
 
     def statistics(self) -> dict[str, Tensor]:

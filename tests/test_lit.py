@@ -39,7 +39,7 @@ def test_clipping_and_a_step_are_torchs(fused, max_norm):
         for optimizer in optimizers:
             optimizer.step()
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     moments = [optimizer.state[model[0].weight] for model, optimizer in zip((ours, theirs), optimizers, strict=True)]
     torch.testing.assert_close(moments[0]["exp_avg_sq"], moments[1]["exp_avg_sq"])
 

@@ -73,12 +73,15 @@ class ExpertChoice(Router):
         G, I = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
         if self.training and not recomputing():
             self.cutoff.add(G.detach().amin(-1) if valid is None else self._kth(G, valid, k))
-        token = ids.gather(1, I.flatten(1)).view_as(I)
+        token = I if self.pool == "batch" else ids.gather(1, I.flatten(1)).view_as(I)
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=ids.device) < self._valid_k(valid, k)[:, None, None]
             token, G = torch.where(filled, token, n), torch.where(filled, G, 0.0)
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
-        self.demand.copy_((token < n).sum(1))
+        if valid is None:
+            self.demand.fill_(token.shape[1])
+        else:
+            self.demand.copy_((token < n).sum(1))
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
     def _scores(self, logits: Tensor, ids: Tensor) -> Tensor:
