@@ -53,12 +53,15 @@ def jobs(
 
 
 def plan(scale: str) -> dict[str, Any]:
-    """The parameters of 08_step_time at a scale, as the notebook gets them: arguments of `jobs`."""
-    folder = paths.root() / "configs"
-    found: dict[str, Any] = {"step_sizes": {}}
-    for path in (folder / "08_step_time.yaml", folder / "scale" / scale / "08_step_time.yaml"):
-        found |= yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    """The parameters of 08_step_time at a scale, as the notebook gets them: arguments of `jobs`.
+
+    Raises:
+        FileNotFoundError: this is no checkout, which has the configs.
+    """
+    folder = Path(__file__).resolve().parents[1] / "configs"
+    found = {"step_sizes": {}} | yaml.safe_load((folder / "08_step_time.yaml").read_text(encoding="utf-8"))
+    own = folder / "scale" / scale / "08_step_time.yaml"
+    return found | (yaml.safe_load(own.read_text(encoding="utf-8")) if own.exists() else {})
 
 
 def folder(scale: str) -> Path:
@@ -104,9 +107,25 @@ def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     tables = []
     for size in sizes:
         one = found[layer_file(size)]
-        rows = pd.DataFrame(one["rows"] if one else [{"layer": None}])
-        tables.append(rows.assign(size=size, device=one and one["setting"]["device"]))
+        tables.append(pd.DataFrame(one["rows"] if one else [{"layer": None}]).assign(size=size))
     return pd.concat(tables, ignore_index=True)
+
+
+def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
+    """A row per size and layer, as a table shows them: forward, with backward, routing, what a cap adds, memory."""
+    rows = []
+    for (size, layer), group in layers.dropna(subset=["layer"]).groupby(["size", "layer"], sort=False):
+        of = group.drop_duplicates("what").set_index("what").reindex([bench.FORWARD, bench.BOTH, bench.ROUTING])
+        of = of.reindex(columns=["ms", "share_of_floor", "of_forward_floor", "over_uncapped", "tflops", "peak_mb"])
+        rows.append({
+            "size": size, "layer": layer,
+            "forward, ms": of["ms"][bench.FORWARD], "share of floor": of["share_of_floor"][bench.FORWARD],
+            "with backward, ms": of["ms"][bench.BOTH], "its share": of["share_of_floor"][bench.BOTH],
+            "TFLOP/s": of["tflops"][bench.BOTH], "a cap adds": of["over_uncapped"][bench.BOTH],
+            "routing, ms": of["ms"][bench.ROUTING], "of forward floor": of["of_forward_floor"][bench.ROUTING],
+            "peak MB": of["peak_mb"][bench.BOTH],
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=None if rows else ["size", "layer"]).dropna(axis=1, how="all")
 
 
 def agreement(found: Found, sizes: Sequence[str]) -> pd.DataFrame:

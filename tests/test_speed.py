@@ -38,6 +38,9 @@ def test_each_part_is_measured_and_shown(found):
     layers = speed.layers(found, ["0.1B/64E"])
     assert {"floor", "EC-CF2"} <= set(layers["layer"]) and (layers["ms"] > 0).all()
     share = layers[layers["what"] == bench.BOTH].set_index("layer")["share_of_floor"]
+    table = speed.by_layer(layers).set_index("layer")
+    assert table["its share"]["EC-CF2"] == share["EC-CF2"] and table["its share"]["floor"] == 1
+    assert table["routing, ms"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["layer"]))
     assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plots.share_of_floor(layers).alt
     steps = speed.rows(found, "step")
     assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}
@@ -72,8 +75,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
-def test_the_plan_of_a_scale_can_be_measured(scale, monkeypatch):
-    monkeypatch.delenv("ECMOE_HOME")
+def test_the_plan_of_a_scale_can_be_measured(scale, own_home, monkeypatch):
     plan = speed.plan(scale)
     assert set(speed.jobs(**plan)) >= {"step", "growth", "profile"} and paths.root() in speed.folder(scale).parents
     monkeypatch.setattr("ecmoe.timing.in_turns", lambda *_: pytest.fail("measured"))
@@ -93,7 +95,7 @@ def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     grown = speed.rows(found, "growth").reindex(columns=["axis", "value", "ms", "floor_ms"])
     assert "what was not run" in plots.growth(grown, exponents(grown)).alt
     assert "Not run" in plots.profile(speed.rows(found, "profile")).alt
-    assert speed.absent(found) == [] and not len(speed.agreement(found, ["0.1B/64E"]))
+    assert speed.absent(found) == [] and not len(speed.by_layer(layers)) and not len(speed.agreement(found, ["0.1B/64E"]))
 
 
 def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():

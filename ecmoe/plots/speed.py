@@ -15,12 +15,14 @@ FORWARD, BOTH = "forward", "forward + backward"
 def share_of_floor(layers: pd.DataFrame) -> Plot:
     """Each layer's speed as a share of its floor's, a panel per size; forward, and forward + backward.
 
+    CUDA graphs and the paper's slow way to cap are in tables alone.
+
     Args:
         layers: of `speed.layers`.
     """
     sizes = list(dict.fromkeys(layers["size"]))
     rows = layers.dropna(subset=["layer"]).reindex(columns=["size", "layer", "what", "ms", "share_of_floor", "low_ms", "high_ms"])
-    rows = rows[rows["layer"].ne("floor") & rows["what"].ne("routing")]
+    rows = rows[rows["layer"].ne("floor") & rows["what"].ne("routing") & ~rows["layer"].str.contains("CUDA graph|Dykstra", na=False)]
     names = list(dict.fromkeys(rows["layer"]))
     figure, axes = new_figure(1.6 + 0.3 * max(len(names), 2), len(sizes), sharey=True)
     parts = []
