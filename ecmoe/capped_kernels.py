@@ -24,6 +24,8 @@ The sum of scores loses what the jitter that parts equal tokens and the repairs,
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,11 @@ SAMPLE, SAMPLE_LEAST = 8192, 1024  # tokens of all pools together; of one pool a
 JITTER_FIRST, JITTER_LAST = 0.2, 1e-2  # of the mean score
 DAMPING = 0.7
 REPAIRS = 3
-TILE = {"ELEMENTS": 8192, "num_warps": 4}  # T E numbers of a program
+# T E numbers of a program, where all tokens are asked, where a sample is, and of `dykstra`.
+TILE = {"ELEMENTS": 8192, "num_warps": 8}
+SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}
+DYKSTRA = {"ELEMENTS": 4096, "num_warps": 4}
+PROGRAMS = 256  # of `dykstra`, for all pools together
 SWEEP = {"BLOCK": 4096, "num_warps": 8}
 MOST_EXPERTS = 512
 
@@ -82,34 +88,36 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
     # How many tokens each expert holds, and by how many a repair changes that.
     loads = torch.zeros(REPAIRS + 1, g, e, dtype=torch.int32, device=scores.device)
     problem = (scores, *scores.stride(), e, m, unit, state)
-    E, spare = block(e), {"b": b, "SPARE": m * b > e * k}
-
-    def cut(tokens: int) -> tuple[tuple[int, int], dict]:
-        T = block(tokens, 16, max(16, TILE["ELEMENTS"] // E))
-        return (triton.cdiv(tokens, T), g), {"E": E, "T": T, "num_warps": TILE["num_warps"]}
+    spare = {"b": b, "SPARE": m * b > e * k}
 
     few = min(m, max(SAMPLE // g // 8 * 8, SAMPLE_LEAST))
     before = 0.0  # what an expert should have had in the round before
+    everyone = _cut(m, e, TILE)
     for r in range(ROUNDS):
         tokens = few if r < UNCAPPED + SAMPLED else m
+        sizes = _cut(few, e, SAMPLE_TILE) if tokens < m else everyone
         fallen = min(max(r - UNCAPPED, 0) / (SAMPLED - 4), 1.0)
         jitter = JITTER_FIRST * (JITTER_LAST / JITTER_FIRST) ** fallen
-        damping = 1.0 if r <= UNCAPPED else DAMPING  # without the cap, prices don't depend on each other
-        grid, sizes = cut(tokens)
-        _round_kernel[grid](
+        alone = r <= UNCAPPED  # without the cap, prices don't depend on each other
+        damping = 1.0 if alone else DAMPING
+        _round_kernel[triton.cdiv(tokens, sizes["T"]), g](
             *problem, jitter, counts, before, damping, r, UNCAPPED, tokens, m // tokens,
             B=block(b), CAPPED=r >= UNCAPPED, **spare, **sizes,
         )  # fmt: skip
         before = k * tokens / m
-    grid, sizes = cut(m)
-    _hold_kernel[grid](
-        *problem, JITTER_LAST, counts, before, DAMPING, ROUNDS, UNCAPPED, X, loads, **spare, **sizes
-    )
+    grid, sizes = (triton.cdiv(m, everyone["T"]), g), spare | everyone
+    _hold_kernel[grid](*problem, JITTER_LAST, counts, before, DAMPING, ROUNDS, UNCAPPED, X, loads, **sizes)
     for r in range(REPAIRS):
-        _repair_kernel[grid](*problem, JITTER_LAST, ROUNDS, X, loads, k, r, **spare, **sizes)
+        _repair_kernel[grid](*problem, JITTER_LAST, ROUNDS, X, loads, k, r, **sizes)
     sizes |= {"STAGES": REPAIRS + 1} | SWEEP
-    _settle_kernel[1, g](*problem, JITTER_LAST, ROUNDS, X, loads, k, **spare, **sizes)
+    _settle_kernel[1, g](*problem, JITTER_LAST, ROUNDS, X, loads, k, **sizes)
     return X
+
+
+def _cut(tokens: int, e: int, tile: dict) -> dict:
+    E = block(e)
+    T = block(tokens, 16, max(16, tile["ELEMENTS"] // E))
+    return {"E": E, "T": T, "num_warps": tile["num_warps"]}
 
 
 def places(X: Tensor, k: int) -> Tensor:
@@ -119,6 +127,32 @@ def places(X: Tensor, k: int) -> Tensor:
     sizes = SWEEP | {"BLOCK": block(m, 16, SWEEP["BLOCK"])}
     _places_kernel[triton.cdiv(m, sizes["BLOCK"]), g * e](X, out, m, k, **sizes)
     return out
+
+
+@torch.library.custom_op("ecmoe::dykstra", mutates_args=())
+def dykstra(scores: Tensor, k: int, b: int, regularization: float, iterations: int) -> Tensor:
+    """log A, (g, e, m), as `dykstra` of ecmoe/routing/capped.py without padding: a launch an iteration."""
+    g, e, m = scores.shape
+    sizes = _cut(m, e, DYKSTRA)
+    programs = min(block(PROGRAMS // g), block(triton.cdiv(m, sizes["T"])))
+    row = scores.new_zeros(iterations + 1, g, e)
+    column = scores.new_zeros(g, m)
+    # Of each program's tokens: an expert's largest log A, and the sum of A over its exponential.
+    sums = scores.new_empty(2, g, programs, 2, e)
+    constants = 1 / regularization, math.log(max(k, 1e-30)), math.log(b)
+    with torch.cuda.device_of(scores):
+        for r in range(iterations + 1):
+            _dykstra_kernel[programs, g](
+                scores, *scores.stride(), e, m, *constants, row, column, sums, r,
+                FIRST=r == 0, PROGRAMS=programs, **sizes,
+            )  # fmt: skip
+        A = scores / regularization - row[iterations, :, :, None] - column[:, None]
+    return A.clamp_max(0.0)
+
+
+@dykstra.register_fake
+def _(scores, k, b, regularization, iterations):
+    return torch.empty_like(scores)
 
 
 @triton.jit
@@ -394,3 +428,53 @@ def _places_kernel(X, out, m, k, BLOCK: tl.constexpr):
     one = tl.load(X + place, mask=place < m, other=0).to(tl.int32)
     target = tl.sum(before) + tl.cumsum(one) - one
     tl.store(out + target, place.to(tl.int64), mask=(one > 0) & (target < k))
+
+
+@triton.jit(do_not_specialize=["r"])
+def _dykstra_kernel(
+    scores, sg, se, sm, e, m, strength, log_k, log_b, row, column, sums, r,
+    FIRST: tl.constexpr, PROGRAMS: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Iteration r: rows from the sums of the one before, then columns and entries, and the sums for the next.
+
+    log A is Z - row - column - box, box the excess of Z - row - column over 0: kept nowhere. The first launch adds
+    up exp Z.
+    """
+    pool, pools, expert = tl.program_id(1), tl.num_programs(1), tl.arange(0, E)
+    known = expert < e
+    sums += pool * PROGRAMS * 2 * e
+    if not FIRST:
+        program = tl.arange(0, PROGRAMS)
+        place = sums + (r + 1) % 2 * pools * PROGRAMS * 2 * e + program[:, None] * 2 * e + expert[None, :]
+        largest = tl.load(place, mask=known[None, :], other=0.0)
+        total = tl.load(place + e, mask=known[None, :], other=1.0)
+        most = tl.max(largest, 0)
+        total = tl.sum(total * tl.exp(largest - most[None, :]), 0)
+        row += ((r - 1) * pools + pool) * e
+        old = tl.load(row + expert, mask=known, other=0.0)
+        new = old + most + tl.log(total) - log_k
+        tl.store(row + pools * e + expert, new, mask=known & (tl.program_id(0) == 0))
+    most = tl.full((E,), -1e30, tl.float32)
+    total = tl.zeros((E,), tl.float32)
+    for start in range(tl.program_id(0) * T, m, PROGRAMS * T):
+        token = start + tl.arange(0, T)
+        inside = (token < m)[:, None] & known[None, :]
+        place = pool.to(tl.int64) * sg + expert[None, :].to(tl.int64) * se + token[:, None].to(tl.int64) * sm
+        A = tl.load(scores + place, mask=inside, other=0.0) * strength
+        if not FIRST:
+            before = tl.load(column + pool * m + token, mask=token < m, other=0.0)
+            box = tl.where(r > 1, tl.maximum(A - old[None, :] - before[:, None], 0.0), 0.0)
+            A -= new[None, :]
+            free = tl.where(known[None, :], A - box, float("-inf"))
+            largest = tl.max(free, 1)
+            after = largest + tl.log(tl.sum(tl.exp(free - largest[:, None]), 1)) - log_b
+            after = tl.maximum(after, 0.0)
+            tl.store(column + pool * m + token, after, mask=token < m)
+            A = tl.minimum(A - after[:, None], 0.0)
+        A = tl.where(inside, A, float("-inf"))
+        larger = tl.maximum(most, tl.max(A, 0))
+        total = total * tl.exp(most - larger) + tl.sum(tl.exp(A - larger[None, :]), 0)
+        most = larger
+    place = sums + r % 2 * pools * PROGRAMS * 2 * e + tl.program_id(0) * 2 * e + expert
+    tl.store(place, most, mask=known)
+    tl.store(place + e, total, mask=known)

@@ -19,6 +19,8 @@ from ecmoe.config import ConfigError
 from ecmoe.routing.router import fast
 from ecmoe.routing.transport import transport
 
+REGULARIZATION, ITERATIONS = 0.001, 100  # the paper's
+
 
 def capped_top_k(
     S: Tensor,
@@ -41,8 +43,8 @@ def capped_top_k(
         kernels: who computes, see `MoE`. The kernels take float32 scores without padding.
 
     Returns:
-        (G, I), both (g, e, k): scores and places of the chosen tokens, best first; from kernels, which take no
-        padding, in rising order of place.
+        (G, I), both (g, e, k): scores and places of the chosen tokens, best first; from kernels in no
+        such order.
 
     Raises:
         ConfigError: m b < e k, more places to fill than tokens may take.
@@ -53,11 +55,15 @@ def capped_top_k(
             f"max_experts_per_token={b}: {e} experts take k={k} of n={m} tokens each, {e * k} places, but "
             f"n b = {m * b}: use at least {-(-e * k // m)}"
         )
-    if solver == "feasible" and valid is None and fast(kernels, S):
-        from ecmoe.capped_kernels import available, capped
+    if valid is None and fast(kernels, S):
+        from ecmoe import capped_kernels
 
-        if available(S, b):
-            I = capped(S, k, b)  # noqa: E741
+        if capped_kernels.available(S, b):
+            if solver == "dykstra":
+                A = capped_kernels.dykstra(S.detach(), k, b, REGULARIZATION, ITERATIONS)
+                I = A.topk(k, dim=2).indices  # noqa: E741
+            else:
+                I = capped_kernels.capped(S, k, b)  # noqa: E741
             return S.gather(2, I), I
     if valid is None:
         valid = torch.ones(g, m, dtype=torch.bool, device=S.device)
@@ -90,8 +96,8 @@ def dykstra(
     target: Tensor,
     b: int,
     valid: Tensor,
-    regularization: float = 0.001,
-    iterations: int = 100,
+    regularization: float = REGULARIZATION,
+    iterations: int = ITERATIONS,
 ) -> Tensor:
     """log A, (g, e, m), of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to at most b, 0 <= A <= 1.
 
