@@ -293,6 +293,16 @@ def test_checkpointing_changes_neither_output_nor_gradient(again):
         assert torch.equal(a, b)
 
 
+def test_weights_in_float32_get_gradients_in_float32():
+    x, w1, w2, token, gate, gradient = problem(*WHOLE, torch.bfloat16)
+    narrow = with_gradients(kernels.experts, x, w1, w2, token, gate, gradient)
+    wide = [w.detach().float().requires_grad_() for w in (w1, w2)]
+    ours = with_gradients(kernels.experts, x, *wide, token, gate, gradient)
+    assert ours[2].dtype == ours[3].dtype == torch.float32
+    for a, b in zip(ours, narrow, strict=True):
+        assert distance(a, b) < TOLERANCE[torch.bfloat16]
+
+
 def test_autocast_takes_the_products_down_and_the_routing_not():
     x = tokens()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,8 @@ def experts(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     gate = gate.to(torch.promote_types(dtype, torch.float32))
-    inputs = (x.to(dtype), w1.to(dtype), w2.to(dtype), gate)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _experts(*inputs[:3], token, gate, fuse, keep)[0].to(x.dtype)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, gate))
+    return _experts(x.to(dtype), w1, w2, token, gate, fuse, keep)[0].to(x.dtype)
 
 
 # Opaque to torch.compile, with shapes that it can know.
@@ -43,30 +44,43 @@ def experts(
 @torch.library.custom_op("ecmoe::experts", mutates_args=())
 def _experts(
     x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, fuse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Out, and what the backward pass needs (empty unless `keep`): inverse (n, e), x_in, slope, a, y (e, k, ...)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Out, and what the backward pass needs (empty unless `keep`): inverse (n, e), x_in, slope, a, y (e, k, ...), and
+    w1, w2 in the dtype of x (empty if they are in it)."""
     x, token, gate = x.contiguous(), token.contiguous(), gate.contiguous()
     with torch.cuda.device_of(x):
-        x_in = gather(x, token)
-        if fuse and fusible(x_in, w1):
-            slope, a = product(x_in, w1.contiguous(), gate, keep=keep)
+        x_in, v1, v2 = gather(x, token), w1.to(x.dtype).contiguous(), w2.to(x.dtype).contiguous()
+        if fuse and fusible(x_in, v1):
+            slope, a = product(x_in, v1, gate, keep=keep)
         else:
-            slope, a = activate_(torch.bmm(x_in, w1), gate, keep)
-        y = torch.bmm(a, w2)
+            slope, a = activate_(torch.bmm(x_in, v1), gate, keep)
+        y = torch.bmm(a, v2)
         inverse = invert(token, x.shape[0])
         out = combine(y, inverse)
-    if not keep:
-        inverse, x_in, slope, a, y = (t.new_empty(0) for t in (inverse, x_in, slope, a, y))
-    return out, inverse, x_in, slope, a, y
+    kept = inverse, x_in, slope, a, y, v1, v2
+    wanted = _shapes(x, w1, token, keep)
+    return out, *(t if t.numel() and w else t.new_empty(0) for t, w in zip(kept, map(math.prod, wanted), strict=True))
 
 
 @_experts.register_fake
 def _(x, w1, w2, token, gate, fuse, keep):
+    inverse, x_in, slope, a, y, v1, v2 = _shapes(x, w1, token, keep)
+    return (
+        torch.empty_like(x),
+        x.new_empty(inverse, dtype=torch.int32),
+        x.new_empty(x_in),
+        new_slope(x.new_empty(slope), True),
+        *(x.new_empty(shape) for shape in (a, y, v1, v2)),
+    )
+
+
+def _shapes(x: Tensor, w1: Tensor, token: Tensor, keep: bool) -> list[tuple[int, ...]]:
+    """Of what is kept: inverse, x_in, slope, a, y, and w1, w2 in the dtype of x."""
     (n, d), (e, k), f = x.shape, token.shape, w1.shape[2]
-    wanted = [(n, e), (e, k, d), (e, k, f), (e, k, d)] if keep else [(0,)] * 4
-    inverse = x.new_empty(wanted[0], dtype=torch.int32)
-    x_in, a, y = (x.new_empty(shape) for shape in wanted[1:])
-    return x.new_empty(n, d), inverse, x_in, new_slope(a, keep), a, y
+    if not keep:
+        return [(0,)] * 7
+    weights = [(0,), (0,)] if w1.dtype == x.dtype else [(e, d, f), (e, f, d)]
+    return [(n, e), (e, k, d), (e, k, f), (e, k, f), (e, k, d), *weights]
 
 
 @torch.library.custom_op("ecmoe::experts_backward", mutates_args=())
@@ -81,36 +95,49 @@ def _experts_backward(
     slope: Tensor,
     a: Tensor,
     y: Tensor,
+    v1: Tensor,
+    v2: Tensor,
     fuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, w2, gate.
+    """Gradients of x, w1, w2, gate, those of the weights in their dtype.
 
     What is made here takes the places of a and y, which were kept for this alone: that saves a third of the memory.
     It is not declared, for torch.compile would copy them first; a second backward pass finds their versions raised,
     and fails.
     """
     gate = gate.contiguous()
+    if v1.numel() == 0:
+        v1, v2 = w1.contiguous(), w2.contiguous()
     with torch.cuda.device_of(dout):
         dy, dgate = gather_dot_(dout.contiguous(), y, token.contiguous(), gate)
-        dw2 = torch.bmm(a.transpose(1, 2), dy)
-        if fuse and fusible(dy, w2):
-            dh = product_backward(dy, w2.contiguous(), slope, gate, out=a)
+        dw2 = _bmm(a.transpose(1, 2), dy, w2.dtype)
+        if fuse and fusible(dy, v2):
+            dh = product_backward(dy, v2, slope, gate, out=a)
         else:
-            dh = scale_(torch.bmm(dy, w2.transpose(1, 2), out=a), slope, gate)
-        dw1 = torch.bmm(x_in.transpose(1, 2), dh)
-        dx = combine(torch.bmm(dh, w1.transpose(1, 2), out=y), inverse)
+            dh = scale_(torch.bmm(dy, v2.transpose(1, 2), out=a), slope, gate)
+        dw1 = _bmm(x_in.transpose(1, 2), dh, w1.dtype)
+        dx = combine(torch.bmm(dh, v1.transpose(1, 2), out=y), inverse)
     torch.autograd.graph.increment_version([a, y])
     return dx, dw1, dw2, dgate
 
 
 @_experts_backward.register_fake
-def _(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, fuse):
+def _(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, v1, v2, fuse):
     return (
         dout.new_empty(dout.shape),
         w1.new_empty(w1.shape),
         w2.new_empty(w2.shape),
         gate.new_empty(gate.shape),
     )
+
+
+def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`; where that is wider, the sums are not rounded on their way."""
+    if dtype == a.dtype:
+        return torch.bmm(a, b)
+    if a.is_cuda and dtype == torch.float32:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a, b).to(dtype)
 
 
 def _keep_for_backward(ctx, inputs, output):
