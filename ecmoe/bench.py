@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecmoe import timing
-from ecmoe.bench_baselines import Grouped, peers, reason
+from ecmoe.bench_baselines import Grouped, peers
 from ecmoe.bench_kernels import KINDS, agreement, kernels_run, passes
 from ecmoe.config import bucket_size
 from ecmoe.moe import MoE
 from ecmoe.results import write_json
 from ecmoe.routing import ExpertChoice, TokenChoice
-from ecmoe.timing import Call
+from ecmoe.timing import Call, reason
 
 FORWARD, BOTH, ROUTING = "forward", "forward + backward", "routing"
 CAPS = (2, 3)  # of the experts of a token
@@ -110,7 +110,7 @@ def bench_layer(
             calls |= {(row, what): call for what, call in forward_and_both(step, x, layer, gradient).items()}
     calls |= {(name, ROUTING): _routing(layer, x[0].detach()) for name, layer in (ours | capped).items()}
     with timing.compiling():
-        calls, memory = _warm(calls, absent, device)
+        calls, memory = timing.warmed(calls, absent, device)
         if device.type == "cuda":  # they show what launching costs; token choice may read from the device
             calls |= _graphs({key: call for key, call in calls.items() if key[0] in ours | capped}, absent)
         times = timing.in_turns(calls, repeats, device)
@@ -165,23 +165,6 @@ def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
     return layer.to(first.w1.device)
 
 
-def _warm(
-    calls: Mapping[tuple[str, str], Call], absent: list[str], device: torch.device
-) -> tuple[dict[tuple[str, str], Call], dict[tuple[str, str], float]]:
-    """The calls that work, and the memory in MB that each takes; what doesn't work is named in `absent`."""
-    works, memory = {}, {}
-    for key, call in calls.items():
-        try:
-            timing.warm_up(call, device)
-            if peak := timing.peak_mb(call, device):
-                memory[key] = peak[1] - peak[0]
-        except Exception as error:  # no memory; a compiler or another package that fails
-            absent.append(f"{', '.join(key)} ({reason(error)})")
-        else:
-            works[key] = call
-    return works, memory
-
-
 def _graphs(calls: Mapping[tuple[str, str], Call], absent: list[str]) -> dict[tuple[str, str], Call]:
     """The calls as CUDA graphs: their launches, recorded once; they share memory, for nobody reads their results."""
     graphs, pool = {}, torch.cuda.graph_pool_handle()
@@ -203,7 +186,7 @@ def _graphs(calls: Mapping[tuple[str, str], Call], absent: list[str]) -> dict[tu
 
 
 def _table(
-    times: Mapping[tuple[str, str], list[float]], memory: Mapping[tuple[str, str], float], flops: float
+    times: Mapping[tuple[str, str], list[float]], memory: Mapping[tuple[str, str], tuple | None], flops: float
 ) -> pd.DataFrame:
     """Rows out of samples; flops: of the two forward products."""
     medians = {key: statistics.median(samples) for key, samples in times.items()}
@@ -213,12 +196,13 @@ def _table(
         share = medians["floor", FORWARD if routing else what] / seconds
         uncapped = ", ".join(part for part in name.split(", ") if not part.startswith("cap "))
         capped = uncapped != name and (uncapped, what) in medians
+        peak = memory.get((name, what))
         rows.append({"layer": name, "what": what} | timing.spread(samples) | {
             "share_of_floor": None if routing else share,
             "of_forward_floor": 1 / share if routing else None,
             "over_uncapped": seconds / medians[uncapped, what] - 1 if capped else None,
             "tflops": None if routing else flops * (1 if what == FORWARD else 3) / seconds / 1e12,
-            "peak_mb": memory.get((name, what)),
+            "peak_mb": peak and peak[1] - peak[0],
         })  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ecmoe.moe import MoE
 from ecmoe.routing import TokenChoice
 from ecmoe.routing.balance import switch_loss
+from ecmoe.timing import reason
 
 FAR = 16.0  # beyond what the logits of a fresh router differ by, and the softmax still has a gradient
 
@@ -178,8 +179,3 @@ def peers(layer: MoE) -> tuple[dict[str, Grouped], list[str]]:
         except Exception as error:  # whatever another version of it raises
             absent.append(f"{name} ({reason(error)})")
     return found, absent
-
-
-def reason(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]

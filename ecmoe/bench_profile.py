@@ -52,14 +52,14 @@ def bench_profile(
     """
     device, configs = timing.this_device(), {ARM: arms(sizes)[ARM]}
     with timing.compiling():
-        calls = steps(configs, device, compiled=compiled, whole=whole)
-        for call in calls.values():
-            timing.warm_up(call, device)
+        absent: list[str] = []
+        calls, _ = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
         times = timing.in_turns(calls, 3, device)
         best = min(times, key=lambda row: statistics.median(times[row]))
         spent = device_time(calls[best], count) if device.type == "cuda" else operator_time(calls[best], count)
     table = by_kind(spent)
     table.attrs["setting"] = setting(configs, device) | {"arm": ARM, "path": best.path, "steps": count} | timing.machine()
+    table.attrs["absent"] = absent
     table.attrs["step_ms"] = 1e3 * statistics.median(times[best])
     return table
 
@@ -74,7 +74,10 @@ def device_time(call: timing.Call, count: int) -> dict[str, float]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    return {name: ms / count for name, ms in kernel_time(events).items()}
+    spent = kernel_time(events)
+    if not spent:
+        raise RuntimeError("torch.profiler saw no kernels: CUPTI, which counts them, doesn't run on this machine")
+    return {name: ms / count for name, ms in spent.items()}
 
 
 def kernel_time(events: list[dict]) -> dict[str, float]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import math
 import statistics
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ import pandas as pd
 import torch
 
 from ecmoe import timing
-from ecmoe.bench_baselines import Even, Grouped, reason
+from ecmoe.bench_baselines import Even, Grouped
 from ecmoe.bench_kernels import kernels_run
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.lit import LitModel, clip
@@ -59,9 +58,6 @@ class Row(NamedTuple):
     routing: str
     path: str
 
-    def __str__(self) -> str:
-        return ", ".join(self)
-
 
 def bench_step(
     *, repeats: int = 15, compiled: bool = False, whole: bool = False, **sizes: int | None
@@ -85,17 +81,9 @@ def bench_step(
         raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
     device, configs = timing.this_device(), arms(sizes)
     peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
-    absent, memory = [], {}
+    absent: list[str] = []
     with timing.compiling():
-        calls = steps(configs, device, compiled=compiled, whole=whole)
-        for row in list(calls):
-            try:
-                timing.warm_up(calls[row], device)
-                memory[row] = timing.peak_mb(calls[row], device)
-            except Exception as error:  # no memory, or a compiler that fails
-                absent.append(f"{row} ({reason(error)})")
-                del calls[row]
-                gc.collect()
+        calls, memory = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
         times = timing.in_turns(calls, repeats, device)
     rows = []
     for row, samples in times.items():
@@ -107,7 +95,7 @@ def bench_step(
         })  # fmt: skip
     table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
     table.attrs["setting"] = setting(configs, device) | {"repeats": repeats} | timing.machine()
-    table.attrs["samples"] = {str(row): [1e3 * seconds for seconds in samples] for row, samples in times.items()}
+    table.attrs["samples"] = {", ".join(row): [1e3 * seconds for seconds in samples] for row, samples in times.items()}
     table.attrs["absent"] = absent
     return table
 

@@ -116,13 +116,12 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (size, layer), group in layers.dropna(subset=["layer"]).groupby(["size", "layer"], sort=False):
         of = group.drop_duplicates("what").set_index("what").reindex([bench.FORWARD, bench.BOTH, bench.ROUTING])
-        of = of.reindex(columns=["ms", "share_of_floor", "of_forward_floor", "over_uncapped", "tflops", "peak_mb"])
+        of = of.reindex(columns=["ms", "share_of_floor", "of_forward_floor", "over_uncapped", "peak_mb"])
         rows.append({
             "size": size, "layer": layer,
             "forward, ms": of["ms"][bench.FORWARD], "share of floor": of["share_of_floor"][bench.FORWARD],
             "with backward, ms": of["ms"][bench.BOTH], "its share": of["share_of_floor"][bench.BOTH],
-            "TFLOP/s": of["tflops"][bench.BOTH], "a cap adds": of["over_uncapped"][bench.BOTH],
-            "routing, ms": of["ms"][bench.ROUTING], "of forward floor": of["of_forward_floor"][bench.ROUTING],
+            "a cap adds": of["over_uncapped"][bench.BOTH], "routing, of floor": of["of_forward_floor"][bench.ROUTING],
             "peak MB": of["peak_mb"][bench.BOTH],
         })  # fmt: skip
     return pd.DataFrame(rows, columns=None if rows else ["size", "layer"]).dropna(axis=1, how="all")

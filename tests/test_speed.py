@@ -40,7 +40,7 @@ def test_each_part_is_measured_and_shown(found):
     share = layers[layers["what"] == bench.BOTH].set_index("layer")["share_of_floor"]
     table = speed.by_layer(layers).set_index("layer")
     assert table["its share"]["EC-CF2"] == share["EC-CF2"] and table["its share"]["floor"] == 1
-    assert table["routing, ms"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["layer"]))
+    assert table["routing, of floor"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["layer"]))
     assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plots.share_of_floor(layers).alt
     steps = speed.rows(found, "step")
     assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}

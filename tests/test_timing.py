@@ -43,3 +43,10 @@ def test_on_a_gpu_the_host_runs_ahead_and_events_tell_the_time(monkeypatch):
 
 def test_a_cpu_tells_no_memory():
     assert timing.peak_mb(lambda: pytest.fail("called"), CPU) is None
+
+
+def test_what_fails_is_named_and_the_rest_is_warm():
+    absent = []
+    calls = {("a", "x"): lambda: None, ("b", "y"): lambda: 1 / 0}
+    works, memory = timing.warmed(calls, absent, CPU)
+    assert list(works) == list(memory) == [("a", "x")] and absent == ["b, y (ZeroDivisionError: division by zero)"]
