@@ -187,7 +187,7 @@ class RunConfig:
     # Machine
     precision: str = key("auto", "auto: bf16-mixed on a GPU, 32-true on a CPU", choices=(
         "auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))  # fmt: skip
-    compile: bool = key(False, "torch.compile the model")
+    compile: bool = key(False, "torch.compile the model, block by block")
     kernels: str = key("auto", "who computes an MoE layer: plain (PyTorch, any device), triton, triton-bmm (Triton, on a "
                        "CUDA GPU), auto (the layer decides)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
     activation_checkpointing: bool = key(

@@ -65,3 +65,13 @@ def test_a_fused_run_is_clipped_like_any_other(tiny_config, monkeypatch, tmp_pat
     assert losses[False, 0.001] != pytest.approx(losses[False, 1000.0], rel=1e-4)  # it matters
     for norm in (0.001, 1000.0):
         assert losses[True, norm] == pytest.approx(losses[False, norm], rel=1e-5)
+
+
+def test_blocks_are_compiled_and_validation_is_not(tiny_config):
+    lit = LitModel(tiny_config(router="dense", compile=True)).eval()
+    lit.configure_model()
+    assert all(block._compiled_call_impl is not None for block in lit.model.blocks)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    batch = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
+    assert lit.validation_step(batch, 0)["val_loss"].isfinite()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
