@@ -63,7 +63,8 @@ def _calls(size: Mapping[str, Any], device: torch.device) -> dict[str, timing.Ca
     n, d, e, c = (size[key] for key in ("n", "d_model", "num_experts", "capacity_factor"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    layer = MoE(ExpertChoice(d, e, c), d, size["d_ff"]).to(device, dtype)
+    with device:
+        layer = MoE(ExpertChoice(d, e, c), d, size["d_ff"]).to(dtype)
     x = torch.randn(1, n, d, device=device, dtype=dtype, requires_grad=True)
     calls = {
         "layer": forward_and_both(layer, x, layer, torch.randn_like(x))[BOTH],
