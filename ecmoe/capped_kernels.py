@@ -34,12 +34,12 @@ from torch import Tensor
 from ecmoe.kernels.common import INTERPRETED, block
 
 # Rounds of prices: without the cap, for a sample of the tokens, for all.
-UNCAPPED, SAMPLED, FULL = 4, 14, 6
+UNCAPPED, SAMPLED, FULL = 4, 14, 4
 ROUNDS = UNCAPPED + SAMPLED + FULL
 SAMPLE, SAMPLE_LEAST = 8192, 1024  # tokens of all pools together; of one pool at least
-JITTER_FIRST, JITTER_LAST = 0.2, 1e-2  # of the mean score
+JITTER_FIRST, JITTER_LAST = 0.2, 5e-3  # of the mean score
 DAMPING = 0.7
-REPAIRS = 3
+REPAIRS = 2
 # T E numbers of a program, where all tokens are asked, where a sample is, and of `dykstra`.
 TILE = {"ELEMENTS": 8192, "num_warps": 8}
 SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}

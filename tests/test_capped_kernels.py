@@ -3,6 +3,8 @@
 On a GPU where there is one, else in Triton's interpreter.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_one_expert_each_is_the_assignment_problem(kind):
     assert best * (1 + 1e-9) >= total(S, I).item() >= 0.985 * best
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_it_is_feasible_whatever_the_scores(data):
     g, e, n = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9)), data.draw(st.integers(1, 70))
@@ -99,7 +101,9 @@ def test_it_is_feasible_whatever_the_scores(data):
         "column": S[:, :, :1].expand(g, e, n),  # all tokens want the same experts
         "NaN": S.masked_fill(S > 1, float("nan")),
     }[kind].to(DEVICE)
-    check(capped(S, k, b), n, k, b) if k else None
+    if k:
+        with mock.patch.object(capped_kernels, "ROUNDS", 6):  # good prices would leave nothing to repair
+            check(capped(S, k, b), n, k, b)
 
 
 @pytest.mark.parametrize("b", [1, 2, 3])
@@ -115,10 +119,10 @@ def test_it_is_feasible_even_where_prices_and_repairs_fail(b, broken, monkeypatc
 
 
 def test_pools_are_solved_apart_and_strides_do_not_matter():
-    S = scores("a little biased", 3, 64, 8)
+    S = scores("a little biased", 2, 64, 8)
     I = capped(S, 16, 3)  # noqa: E741
     assert torch.equal(I, capped(S.contiguous(), 16, 3))
-    assert torch.equal(I, torch.cat([capped(S[i : i + 1], 16, 3) for i in range(3)]))
+    assert torch.equal(I, torch.cat([capped(S[i : i + 1], 16, 3) for i in range(2)]))
 
 
 def test_a_sample_sets_the_first_prices(monkeypatch):
@@ -132,10 +136,9 @@ def test_a_sample_sets_the_first_prices(monkeypatch):
 
 
 @pytest.mark.parametrize("b", [2, 3])
-def test_repairs_leave_little_to_settle(b):
-    S = scores("a little biased", 1, 2048, 16)
-    X = hold(S, 256, b)
-    assert (X.sum(2) == 256).all() and X.sum(1).max() <= b
+def test_experts_hold_tokens_as_zeros_and_ones(b):
+    X = hold(scores("a little biased", 1, 512, 16), 64, b)
+    assert X.min() == 0 and X.max() == 1 and (X.sum(2) == 64).all() and X.sum(1).max() <= b
 
 
 def test_the_capped_choice_runs_on_them_and_passes_gradients():
