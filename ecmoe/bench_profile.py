@@ -53,7 +53,7 @@ def bench_profile(
     device, configs = timing.this_device(), {ARM: arms(sizes)[ARM]}
     with timing.compiling():
         absent: list[str] = []
-        calls, _ = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
+        calls, _ = timing.warmed(steps(configs, device, compiled=compiled, whole=whole, plain=()), absent, device)
         times = timing.in_turns(calls, 3, device)
         best = min(times, key=lambda row: statistics.median(times[row]))
         spent = device_time(calls[best], count) if device.type == "cuda" else operator_time(calls[best], count)
