@@ -1,22 +1,26 @@
 """Attention of the Transformer: causal, with a learned bias for each head and distance; or to all tokens alike.
 
 `Attention` hands the bias to PyTorch's attention as a mask, one number per head, query and key. On a GPU in 16 bits
-this is slow, the more so as its gradient is that large too. There FlexAttention looks the bias up in a table of (h, T)
-distances instead, and skips the future. It could also give the table's gradient, but by atomic additions, all
-queries of all sequences to the same few numbers. Ours comes from the scores' gradients
+this is slow, the more so as its gradient is that large too. There we have kernels of our own, flash attention (Dao et
+al. 2022) with the bias added inside:
 
-    dS = P (dP - delta),  P = exp(S + bias - lse),  dP = dout v^T,  delta = sum(dout out)  a query
+    S = q k^T / (d/h)^1/2 + bias,  P = exp(S - lse),  out = P v                                lse = logsumexp S
+    dv = P^T dout,  dS = P (dout v^T - delta),  dq ~ dS k,  dk ~ dS^T q                        delta = sum(dout out)
 
-added up over the queries and keys of each distance. Three observations make that cheap:
+A look-up a score would take longer than the rest, and the bias gradient is a sum of dS over all queries and keys of
+each distance. Four observations make both cheap:
 
-- All tiles of M queries x M keys with as many blocks between them hold the same distances at the same places. So a
-  program adds up tiles of a block diagonal as they are, in registers, and distances are only told apart at the end.
-- All distances beyond T5's longest share a bucket, so nobody asks which of them a gradient belongs to.
+- All distances beyond T5's longest share a bias, and softmax doesn't see a constant. With that one subtracted from
+  all, far tiles of queries x keys need no bias at all, and being in the past, no mask.
+- All tiles with as many blocks between queries and keys hold the same distances at the same places. So the biases of a
+  near tile are written once for all, and load as a tile. And a program of the bias gradient adds up tiles of a block
+  diagonal as they are, in registers; distances are only told apart at the end.
+- Nobody asks which of the far distances a gradient belongs to.
 - dS sums to 0 over the keys of a query (softmax). So the far distances get minus the sum of all near ones, and only
   the two or three block diagonals of the near ones are computed at all.
 
 Sums are float32 and have a fixed order: the same input gives the same bits. tests/test_attention.py holds the fast
-path to the plain one, without a GPU in FlexAttention's eager form and Triton's interpreter.
+path to the plain one, without a GPU in Triton's interpreter.
 
 Letters: B sequences of T tokens, width d, h heads.
 """
@@ -29,17 +33,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import (
-    AuxRequest,
-    create_block_mask,
-    flex_attention,
-)
 
 from ecmoe.config import RunConfig
-
-FLEX_BLOCK = 128  # FlexAttention's; T must be a multiple of it
-# Its own choice for Hopper has no room for the looked-up biases, which take a place in the pipeline beside the keys.
-FLEX_OPTIONS = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 4}
 
 
 class Attention(nn.Module):
@@ -57,10 +52,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
         """x: (B, T, d). past: [keys, values], each (B, h, tokens before x, d/h), or []; extended in place."""
         B, T, d = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, h, T, d/h)
-        if self.relative is not None and past is None and flexible(q):
-            y = flex(q, k, v, self.relative.table(T, x.device), self.relative.near)
-            return self.out(y.transpose(1, 2).reshape(B, T, d))
+        qkv = self.qkv(x).view(B, T, 3, self.heads, d // self.heads)
+        if self.relative is not None and past is None and fits(qkv):
+            y, _ = fast_attention(qkv, self.relative.table(T, x.device).float(), self.relative.near)
+            return self.out(y.reshape(B, T, d))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, d/h)
         if past is not None:
             if past:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -113,87 +109,73 @@ def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
 TRITON = find_spec("triton") is not None  # known before torch.compile looks
 
 
-def flexible(q: Tensor) -> bool:
-    """Can `flex` take these (B, h, T, d/h) queries? On a GPU with Triton, 16 bits, in whole blocks."""
-    whole = q.shape[2] % FLEX_BLOCK == 0 and q.shape[3] in (16, 32, 64, 128)
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and whole and TRITON
+def fits(qkv: Tensor) -> bool:
+    """Can `fast_attention` take this (B, T, 3, h, d/h) tensor? On a GPU with Triton, 16 bits, in whole blocks."""
+    whole = qkv.shape[1] % 128 == 0 and qkv.shape[4] in (16, 32, 64, 128)
+    return qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and whole and TRITON
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, table: Tensor, near: int) -> Tensor:
-    """Causal softmax(q k^T / (d/h)^1/2 + bias) v by FlexAttention.
-
-    Args:
-        q, k, v: (B, h, T, d/h). table: (h, T), the bias by distance.
-        near: the table's entries from this distance on are one parameter, so that only their gradients' sum counts.
-    """
-    attend = _attend if torch.compiler.is_compiling() or not q.is_cuda else _attend_compiled
-    out, lse = attend(q, k, v, table.detach().float())
-    return _BiasGradient.apply(out, table, q.detach(), k.detach(), v.detach(), lse.detach(), near)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    def biased(score, b, h, i, j):
-        return score + table[h, i - j]  # a negative distance, taken from the table's end, is masked
-
-    T = q.shape[2]  # all layers' masks are one expression to the compiler, computed once
-    mask = create_block_mask(_causal, None, None, T, T, device=q.device, BLOCK_SIZE=FLEX_BLOCK)
-    out, aux = flex_attention(q, k, v, score_mod=biased, block_mask=mask, return_aux=AuxRequest(lse=True), kernel_options=FLEX_OPTIONS)
-    return out, aux.lse
-
-
-_attend_compiled = torch.compile(_attend, fullgraph=True, dynamic=False)  # for a model that isn't
-
-
-def _causal(b, h, i, j):
-    return i >= j
-
-
-class _BiasGradient(torch.autograd.Function):
-    """`out` as it is; its backward pass also gives the bias table's gradient."""
-
-    @staticmethod
-    def forward(ctx, out, table, q, k, v, lse, near):
-        ctx.save_for_backward(out, table, q, k, v, lse)
-        ctx.near = near
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, dout):
-        out, table, q, k, v, lse = ctx.saved_tensors
-        dtable = None
-        if ctx.needs_input_grad[1]:
-            delta = (dout.float() * out.float()).sum(-1)
-            dtable = bias_gradient(q, k, v, dout, lse, delta, table.float(), ctx.near).to(table.dtype)
-        return dout, dtable, None, None, None, None, None
-
-
-@torch.library.custom_op("ecmoe::bias_gradient", mutates_args=())
-def bias_gradient(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, table: Tensor, near: int
-) -> Tensor:
-    """(h, T) gradient of the bias by distance; the sum over all from `near` on stands at the last.
+@torch.library.custom_op("ecmoe::attention", mutates_args=())
+def fast_attention(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
+    """Causal softmax(q k^T / (d/h)^1/2 + bias) v, (B, T, h, d/h); and what the backward pass needs of the softmax.
 
     Args:
-        q, k, v, dout: (B, h, T, d/h). lse, delta: (B, h, T) float32. table: (h, T) float32.
+        qkv: (B, T, 3, h, d/h), as one product leaves queries, keys and values.
+        table: (h, T) float32, the bias by distance. All from `near` on are one parameter: they are equal, and only
+            their gradients' sum counts.
     """
-    from ecmoe.attention_kernel import tile_sums
+    from ecmoe import attention_kernel
 
-    T = q.shape[2]
-    sums = tile_sums(q, k, v, dout, lse, delta, table, near)  # (h, diagonals, M, M)
+    return attention_kernel.forward(qkv.contiguous(), table.contiguous(), near)
+
+
+@fast_attention.register_fake
+def _(qkv, table, near):
+    B, T, _, h, width = qkv.shape
+    return qkv.new_empty(B, T, h, width), qkv.new_empty(B, h, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("ecmoe::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor, near: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and table; of the far distances' the sum stands at the last."""
+    from ecmoe import attention_kernel
+
+    dout, qkv, table = dout.contiguous(), qkv.contiguous(), table.contiguous()
+    dqkv, delta = attention_kernel.backward(dout, qkv, out, lse, table, near)
+    sums = attention_kernel.tile_sums(dout, qkv, lse, delta, table, near)  # (h, diagonals, M, M)
+    return dqkv, _by_distance(sums, near, table.shape[1])
+
+
+@_attention_backward.register_fake
+def _(dout, qkv, out, lse, table, near):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (qkv, table))
+
+
+def _keep_for_backward(ctx, inputs, output):
+    qkv, table, ctx.near = inputs
+    ctx.save_for_backward(qkv, *output, table)
+
+
+def _backward(ctx, dout, _):
+    return *_attention_backward(dout, *ctx.saved_tensors, ctx.near), None
+
+
+fast_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _by_distance(sums: Tensor, near: int, T: int) -> Tensor:
+    """(h, diagonals, M, M) sums over the tiles of each block diagonal -> (h, T) sums by distance, the far ones' at the last."""
     M = sums.shape[-1]
     # Shift each row by one more than the row above: diagonals become columns, and column r - c + M is distance
     # (diagonal - 1) M + r - c + M.
     shifted = F.pad(sums.flip(-1), (1, M)).flatten(-2)[..., : 2 * M * M].unflatten(-1, (M, 2 * M)).sum(-2)
     by_distance = shifted[..., M:].clone()
     by_distance[:, :-1] += shifted[:, 1:, :M]
-    dtable = table.new_zeros(table.shape)
+    dtable = sums.new_zeros(len(sums), T)
     exact = min(near, T)
     dtable[:, :exact] = by_distance.flatten(1)[:, :exact]
     if near < T:
         dtable[:, -1] = -dtable[:, :exact].sum(1)
     return dtable
-
-
-@bias_gradient.register_fake
-def _(q, k, v, dout, lse, delta, table, near):
-    return torch.empty_like(table, memory_format=torch.contiguous_format)

@@ -1,76 +1,329 @@
-"""The bias gradient's sums over tiles of ecmoe/attention.py, in Triton."""
+"""The kernels of ecmoe/attention.py, in Triton: attention, its gradients, and the bias gradient's sums over tiles.
+
+A program holds a tile of queries (of keys, for the keys' gradients) and walks over the keys that they see (the queries
+that see them), in two loops: over far tiles, with nothing beside the products, and over near ones, with the bias.
+
+Near tiles don't look the bias up score by score. As tiles as far from the diagonal hold the same distances at the same
+places, `biases` writes the bias once for BLOCK queries of each head, against the keys around them; its rows then load
+as those of the keys do. The future is -inf in it, so that there is no other mask.
+
+Exponentials are of base 2: scores and biases are multiplied by log2 e, and lse is a binary logarithm.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, TILES, WARPS, STAGES = 64, 32, 4, 2  # queries and keys of a tile; tiles that a program adds up
+from ecmoe.kernels.common import dot
+
+BLOCK = 128  # tokens; T must be a multiple of it
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def tile_sums(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, table: Tensor, near: int
-) -> Tensor:
-    """(h, diagonals, M, M) float32: dS summed over the tiles of a block diagonal, for all that hold a distance < near.
+class Tile(NamedTuple):
+    """How a kernel is cut, and how its loops overlap loads with the rest."""
 
-    Arguments as those of `ecmoe.attention.bias_gradient`.
+    own: int  # rows of a program, a divisor of BLOCK
+    step: int  # rows that a step of its loops takes, a divisor of its own
+    warps: int
+    far_stages: int
+    near_stages: int  # where biases take their place in the pipeline too
+    per_sm: int = 1  # programs on a multiprocessor, as far as registers go
 
-    Raises:
-        ValueError: T is not a multiple of M.
+
+# By the width of a head: up to 64, and 128. None spills a register (tests/compile_kernels.py attention).
+FORWARD = {64: Tile(128, 64, 8, 3, 2, 2), 128: Tile(128, 64, 8, 2, 2, 1)}
+QUERIES = {64: Tile(64, 64, 4, 3, 2, 3), 128: Tile(64, 64, 4, 2, 1, 2)}
+KEYS = {64: Tile(64, 64, 4, 3, 2, 2), 128: Tile(64, 32, 4, 2, 2, 2)}
+
+
+def _options(tiles: dict[int, Tile], width: int) -> dict:
+    t = tiles[64 if width <= 64 else 128]
+    registers = min(65_536 // (32 * t.warps * t.per_sm) // 8 * 8, 255)
+    stages = dict(FAR_STAGES=t.far_stages, NEAR_STAGES=t.near_stages)
+    return dict(WIDTH=width, OWN=t.own, STEP=t.step, **stages, num_warps=t.warps, maxnreg=registers)
+
+
+def biases(like: Tensor, table: Tensor, near: int, sides: int) -> Tensor:
+    """(sides, h, BLOCK, span + BLOCK): the bias, less that of the far distances, around a block on the diagonal.
+
+    The first side has the block's queries as rows; keys start `span` tokens before them, and distances from there on
+    are all far. The second has the block's keys as rows; queries start with them.
+
+    Args:
+        like: attention's input. table: (h, T) float32, the bias by distance, the last one also that of all from `near` on.
     """
-    B, h, T, width = q.shape
-    if T % BLOCK:
-        raise ValueError(f"T={T}: the bias gradient needs whole blocks of {BLOCK} tokens")
-    q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
-    diagonals = min((near - 2) // BLOCK + 2, T // BLOCK)  # the n-th holds distances (n - 1) M + 1 ... (n + 1) M - 1
-    splits = triton.cdiv(B * T // BLOCK, TILES)
-    parts = q.new_empty(h, diagonals, splits, BLOCK, BLOCK, dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        _tile_sums_kernel[splits, diagonals, h](
-            q, k, v, dout, lse.contiguous(), delta.contiguous(), table.contiguous(), parts,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
-            B, T, width**-0.5, TILES=TILES, M=BLOCK, WIDTH=width, STAGES=STAGES, num_warps=WARPS,
+    h, T = table.shape
+    width = triton.cdiv(near, BLOCK) * BLOCK + BLOCK
+    # Of 16 bits, float16's are the right ones: biases are small, and it has 11 digits to bfloat16's 8.
+    out = like.new_empty(sides, h, BLOCK, width, dtype=torch.float32 if like.dtype == torch.float32 else torch.float16)
+    _flash_biases_kernel[BLOCK // 16, h, sides](table, out, T, width, BLOCK=BLOCK, ROWS=16)
+    return out
+
+
+def forward(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
+    """out (B, T, h, d/h), and lse (B, h, T) of the scores with the far distances' bias subtracted; all contiguous."""
+    B, T, _, h, width = qkv.shape
+    near = min(near, T)
+    out, lse = qkv.new_empty(B, T, h, width), qkv.new_empty(B, h, T, dtype=torch.float32)
+    options = _options(FORWARD, width)
+    with torch.cuda.device_of(qkv):
+        bias = biases(qkv, table, near, 1)
+        _flash_forward_kernel[B * h * T // options["OWN"],](
+            qkv, bias, out, lse, h, T, near, bias.shape[-1], width**-0.5, BLOCK=BLOCK, **options
         )  # fmt: skip
-    return parts.sum(2)
+    return out, lse
 
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
+    """dqkv, and delta (B, h, T) float32: dout out, summed over a head's width."""
+    B, T, _, h, width = qkv.shape
+    near = min(near, T)
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    with torch.cuda.device_of(qkv):
+        bias = biases(qkv, table, near, 2)
+        sizes = h, T, near, bias.shape[-1], width**-0.5
+        options = _options(QUERIES, width)
+        _flash_queries_kernel[B * h * T // options["OWN"],](qkv, bias, dout, out, lse, dqkv, delta, *sizes, BLOCK=BLOCK, **options)
+        options = _options(KEYS, width)
+        _flash_keys_kernel[B * h * T // options["OWN"],](qkv, bias[1], dout, lse, delta, dqkv, *sizes, BLOCK=BLOCK, **options)
+    return dqkv, delta
+
+
+@triton.jit
+def _flash_biases_kernel(table, out, T, width, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    first, head, side = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
+    table += head * T
+    out += (side * tl.num_programs(1) + head) * BLOCK * width
+    far = tl.load(table + T - 1)
+    row = (first + tl.arange(0, ROWS))[:, None]
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        distance = tl.where(side == 0, row + (width - BLOCK) - column, column - row)
+        past = distance >= 0
+        bias = (tl.load(table + tl.minimum(distance, T - 1), mask=past, other=0) - far) * _LOG2E
+        bias = tl.minimum(tl.maximum(bias, -60_000.0), 60_000.0)  # finite in float16
+        tl.store(out + row * width + column, tl.where(past, bias, float("-inf")).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _place(h, T, OWN: tl.constexpr):
+    """A program's sequence, head, and block. Blocks of a head follow each other: the second finds its keys in the cache."""
+    blocks = T // OWN
+    pair = tl.program_id(0) // blocks
+    return (pair // h).to(tl.int64), pair % h, tl.program_id(0) % blocks
+
+
+@triton.jit
+def _tile(base, first, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to ROWS x COLUMNS numbers from row `first` on."""
+    return base + (first + tl.arange(0, ROWS))[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
 def _product(a, b):
     """a b^T"""
-    if _INTERPRETED:  # it multiplies the bits of bf16 numbers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, tl.trans(b), input_precision="ieee")
+    return dot(a, b.T, tl.zeros((a.shape[0], b.shape[0]), tl.float32))
+
+
+@triton.jit
+def _far_keys(first, near, STEP: tl.constexpr):
+    """So many keys, in whole steps, are far from query `first` and all after it."""
+    return tl.maximum(first - near + 1, 0) // STEP * STEP
+
+
+@triton.jit
+def _flash_forward_kernel(
+    qkv, bias, out, lse, h, T, near, width, scale,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    FAR_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
+):  # fmt: skip
+    b, head, block = _place(h, T, OWN)
+    first = T - OWN - block * OWN  # the last queries first: they have the most keys
+    qkv += (b * T * 3 * h + head) * WIDTH
+    q = tl.load(_tile(qkv, first, 3 * h * WIDTH, OWN, WIDTH))
+    bias += head * BLOCK * width + (width - BLOCK) - first
+    highest = tl.full((OWN,), float("-inf"), tl.float32)
+    total, output = tl.zeros((OWN,), tl.float32), tl.zeros((OWN, WIDTH), tl.float32)
+    far = _far_keys(first, near, STEP)
+    scale *= _LOG2E
+    highest, total, output = _attend(
+        highest, total, output, q, qkv, bias, h, width, scale, 0, far, False, STEP, FAR_STAGES
+    )  # fmt: skip
+    highest, total, output = _attend(
+        highest, total, output, q, qkv, bias, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES
+    )  # fmt: skip
+    out += (b * T * h + head) * WIDTH
+    tl.store(_tile(out, first, h * WIDTH, OWN, WIDTH), (output / total[:, None]).to(out.dtype.element_ty))
+    tl.store(lse + (b * h + head) * T + first + tl.arange(0, OWN), highest + tl.log2(total))
+
+
+@triton.jit
+def _attend(
+    highest, total, output, q, qkv, bias, h, width, scale, start, stop,
+    NEAR: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys from start to stop. Key 0 comes first, which all see: `highest` is finite from then on."""
+    OWN: tl.constexpr = q.shape[0]
+    WIDTH: tl.constexpr = q.shape[1]
+    for key in tl.range(start, stop, STEP, num_stages=STAGES):
+        k = tl.load(_tile(qkv + h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+        v = tl.load(_tile(qkv + 2 * h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+        score = _product(q, k)
+        if NEAR:
+            score = score * scale + tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
+            higher = tl.maximum(highest, tl.max(score, 1))
+            p = tl.exp2(score - higher[:, None])
+        else:  # a multiplication a score less
+            higher = tl.maximum(highest, tl.max(score, 1) * scale)
+            p = tl.exp2(score * scale - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.sum(p, 1)
+        output = dot(p.to(v.dtype), v, output * shrink[:, None])
+        highest = higher
+    return highest, total, output
+
+
+@triton.jit
+def _flash_queries_kernel(
+    qkv, bias, dout, out, lse, dqkv, delta, h, T, near, width, scale,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    FAR_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, and delta on the way."""
+    b, head, block = _place(h, T, OWN)
+    first = T - OWN - block * OWN
+    qkv += (b * T * 3 * h + head) * WIDTH
+    q = tl.load(_tile(qkv, first, 3 * h * WIDTH, OWN, WIDTH))
+    gradient = tl.load(_tile(dout + (b * T * h + head) * WIDTH, first, h * WIDTH, OWN, WIDTH))
+    output = tl.load(_tile(out + (b * T * h + head) * WIDTH, first, h * WIDTH, OWN, WIDTH))
+    inner = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
+    at = (b * h + head) * T + first + tl.arange(0, OWN)
+    tl.store(delta + at, inner)
+    logs = tl.load(lse + at)
+    bias += head * BLOCK * width + (width - BLOCK) - first
+    far = _far_keys(first, near, STEP)
+    dq = tl.zeros((OWN, WIDTH), tl.float32)
+    dq = _to_queries(dq, q, gradient, logs, inner, qkv, bias, h, width, scale, 0, far, False, STEP, FAR_STAGES)
+    dq = _to_queries(dq, q, gradient, logs, inner, qkv, bias, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES)
+    dqkv += (b * T * 3 * h + head) * WIDTH
+    tl.store(_tile(dqkv, first, 3 * h * WIDTH, OWN, WIDTH), (dq * scale).to(dqkv.dtype.element_ty))
+
+
+@triton.jit
+def _to_queries(
+    dq, q, gradient, logs, inner, qkv, bias, h, width, scale, start, stop,
+    NEAR: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dS k, added up over keys from start to stop."""
+    OWN: tl.constexpr = q.shape[0]
+    WIDTH: tl.constexpr = q.shape[1]
+    for key in tl.range(start, stop, STEP, num_stages=STAGES):
+        k = tl.load(_tile(qkv + h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+        v = tl.load(_tile(qkv + 2 * h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+        score = _product(q, k) * (scale * _LOG2E) - logs[:, None]
+        if NEAR:
+            score += tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
+        ds = tl.exp2(score) * (_product(gradient, v) - inner[:, None])
+        dq = dot(ds.to(k.dtype), k, dq)
+    return dq
+
+
+@triton.jit
+def _flash_keys_kernel(
+    qkv, bias, dout, lse, delta, dqkv, h, T, near, width, scale,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    FAR_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values; the first keys, which come first, have the most queries."""
+    b, head, block = _place(h, T, OWN)
+    first = block * OWN
+    qkv += (b * T * 3 * h + head) * WIDTH
+    k = tl.load(_tile(qkv + h * WIDTH, first, 3 * h * WIDTH, OWN, WIDTH))
+    v = tl.load(_tile(qkv + 2 * h * WIDTH, first, 3 * h * WIDTH, OWN, WIDTH))
+    dout += (b * T * h + head) * WIDTH
+    lse += (b * h + head) * T
+    delta += (b * h + head) * T
+    bias += head * BLOCK * width - first
+    far = tl.minimum(tl.cdiv(first + OWN - 1 + near, STEP) * STEP, T)  # from the last key on
+    dk, dv = tl.zeros((OWN, WIDTH), tl.float32), tl.zeros((OWN, WIDTH), tl.float32)
+    dk, dv = _to_keys(dk, dv, k, v, qkv, dout, lse, delta, bias, h, width, scale, first, far, True, STEP, NEAR_STAGES)
+    dk, dv = _to_keys(dk, dv, k, v, qkv, dout, lse, delta, bias, h, width, scale, far, T, False, STEP, FAR_STAGES)
+    dqkv += (b * T * 3 * h + head) * WIDTH
+    tl.store(_tile(dqkv + h * WIDTH, first, 3 * h * WIDTH, OWN, WIDTH), (dk * scale).to(dqkv.dtype.element_ty))
+    tl.store(_tile(dqkv + 2 * h * WIDTH, first, 3 * h * WIDTH, OWN, WIDTH), dv.to(dqkv.dtype.element_ty))
+
+
+@triton.jit
+def _to_keys(
+    dk, dv, k, v, qkv, dout, lse, delta, bias, h, width, scale, start, stop,
+    NEAR: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dS^T q and P^T dout, added up over queries from start to stop; keys are the rows, so that nothing is transposed."""
+    OWN: tl.constexpr = k.shape[0]
+    WIDTH: tl.constexpr = k.shape[1]
+    for query in tl.range(start, stop, STEP, num_stages=STAGES):
+        q = tl.load(_tile(qkv, query, 3 * h * WIDTH, STEP, WIDTH))
+        gradient = tl.load(_tile(dout, query, h * WIDTH, STEP, WIDTH))
+        at = query + tl.arange(0, STEP)
+        score = _product(k, q) * (scale * _LOG2E) - tl.load(lse + at)[None, :]
+        if NEAR:
+            score += tl.load(_tile(bias + query, 0, width, OWN, STEP)).to(tl.float32)
+        p = tl.exp2(score)
+        dv = dot(p.to(gradient.dtype), gradient, dv)
+        ds = p * (_product(v, gradient) - tl.load(delta + at)[None, :])
+        dk = dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+# The bias gradient.
+
+SIDE, TILES, WARPS, STAGES = 64, 32, 4, 2  # queries and keys of a tile; tiles that a program adds up
+
+
+def tile_sums(dout: Tensor, qkv: Tensor, lse: Tensor, delta: Tensor, table: Tensor, near: int) -> Tensor:
+    """(h, diagonals, SIDE, SIDE) float32: dS summed over the tiles of each block diagonal that holds a distance < near."""
+    B, T, _, h, width = qkv.shape
+    diagonals = min((near - 2) // SIDE + 2, T // SIDE)  # the n-th holds distances (n - 1) SIDE + 1 ... (n + 1) SIDE - 1
+    splits = triton.cdiv(B * T // SIDE, TILES)
+    parts = qkv.new_empty(h, diagonals, splits, SIDE, SIDE, dtype=torch.float32)
+    with torch.cuda.device_of(qkv):
+        _tile_sums_kernel[diagonals, splits, h](  # a split's diagonals side by side: they read the same rows
+            qkv, dout, lse, delta, table, parts, B, T, width**-0.5,
+            TILES=TILES, SIDE=SIDE, WIDTH=width, STAGES=STAGES, num_warps=WARPS,
+        )  # fmt: skip
+    return parts.sum(2)
 
 
 @triton.jit
 def _tile_sums_kernel(
-    q, k, v, dout, lse, delta, table, parts,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, dout_b, dout_h, dout_t,
-    B, T, scale,
-    TILES: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    qkv, dout, lse, delta, table, parts, B, T, scale,
+    TILES: tl.constexpr, SIDE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    split, diagonal, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    LOG2E: tl.constexpr = 1.4426950408889634
-    row, column = tl.arange(0, M), tl.arange(0, WIDTH)
-    distance = diagonal * M + row[:, None] - row[None, :]
-    bias = tl.load(table + head * T + distance, mask=distance >= 0, other=float("-inf")) * LOG2E
-    total = tl.zeros((M, M), tl.float32)
-    across = T // M - diagonal  # tiles of a sequence
+    diagonal, split, head, h = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    qkv += head * WIDTH
+    dout += head * WIDTH
+    table += head * T
+    row = tl.arange(0, SIDE)
+    distance = diagonal * SIDE + row[:, None] - row[None, :]
+    bias = tl.load(table + distance, mask=distance >= 0, other=float("-inf")) - tl.load(table + T - 1)
+    bias *= _LOG2E
+    total = tl.zeros((SIDE, SIDE), tl.float32)
+    across = T // SIDE - diagonal  # tiles of a sequence
     for tile in tl.range(split * TILES, tl.minimum((split + 1) * TILES, B * across), num_stages=STAGES):
-        b, first = (tile // across).to(tl.int64), tile % across * M
-        key = first + row
-        query = key + diagonal * M
-        a = tl.load(q + b * q_b + head * q_h + query[:, None] * q_t + column[None, :])
-        c = tl.load(k + b * k_b + head * k_h + key[:, None] * k_t + column[None, :])
-        value = tl.load(v + b * v_b + head * v_h + key[:, None] * v_t + column[None, :])
-        gradient = tl.load(dout + b * dout_b + head * dout_h + query[:, None] * dout_t + column[None, :])
-        at = (b * tl.num_programs(2) + head) * T + query
-        p = tl.exp2(_product(a, c) * (scale * LOG2E) + bias - (tl.load(lse + at) * LOG2E)[:, None])
-        total += p * (_product(gradient, value) - tl.load(delta + at)[:, None])
-    at = ((head * tl.num_programs(1) + diagonal) * tl.num_programs(0) + split).to(tl.int64) * M * M
-    tl.store(parts + at + row[:, None] * M + row[None, :], total)
+        b, key = (tile // across).to(tl.int64), tile % across * SIDE
+        query = key + diagonal * SIDE
+        q = tl.load(_tile(qkv + b * T * 3 * h * WIDTH, query, 3 * h * WIDTH, SIDE, WIDTH))
+        k = tl.load(_tile(qkv + (b * T * 3 + 1) * h * WIDTH, key, 3 * h * WIDTH, SIDE, WIDTH))
+        v = tl.load(_tile(qkv + (b * T * 3 + 2) * h * WIDTH, key, 3 * h * WIDTH, SIDE, WIDTH))
+        gradient = tl.load(_tile(dout + b * T * h * WIDTH, query, h * WIDTH, SIDE, WIDTH))
+        at = (b * h + head) * T + query + row
+        p = tl.exp2(_product(q, k) * (scale * _LOG2E) + bias - tl.load(lse + at)[:, None])
+        total += p * (_product(gradient, v) - tl.load(delta + at)[:, None])
+    at = ((head * tl.num_programs(0) + diagonal) * tl.num_programs(1) + split).to(tl.int64) * SIDE * SIDE
+    tl.store(_tile(parts + at, 0, SIDE, SIDE, SIDE), total)

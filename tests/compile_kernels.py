@@ -1,10 +1,11 @@
 """Compile every kernel for Hopper as its caller would launch it, without a GPU: `python tests/compile_kernels.py`.
 
-Prints a row per kernel: registers, bytes of spilled registers, bytes of shared memory. TRITON_INTERPRET must be unset.
+With `attention` behind it, those of attention, else those of the experts. Prints a row per kernel: registers, bytes of spilled registers, bytes of shared memory. TRITON_INTERPRET must be unset.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ def compile_only(self, *args, grid, warmup, **keys):
 
 
 JITFunction.run = compile_only
+from ecmoe import attention_kernel  # noqa: E402
 from ecmoe.kernels import product, routing, rows, selection  # noqa: E402
 
 for part in (routing, selection):
@@ -62,9 +64,16 @@ def launch(n, d, f, e, k, dtype):
         selection.select(torch.empty(1, 3 * selection.SAMPLE), k)
 
 
-if __name__ == "__main__":
-    launch(512, 64, 512, 64, 256, torch.bfloat16)
-    launch(2, 1, 1, 1, 1, torch.float32)  # ones become constants
+def launch_attention(width):
+    qkv, out = torch.empty(2, 1024, 3, 12, width, dtype=torch.bfloat16), torch.empty(2, 1024, 12, width, dtype=torch.bfloat16)
+    table, lse = torch.empty(12, 1024), torch.empty(2, 12, 1024)
+    attention_kernel.forward(qkv, table, 114)
+    attention_kernel.backward(out, qkv, out, lse, table, 114)
+    attention_kernel.tile_sums(out, qkv, lse, lse, table, 114)
+
+
+def show():
+    """A row for each kernel launched so far."""
     tool = triton.knobs.nvidia.cuobjdump.path
     for kernel in compiled.values():
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -74,3 +83,13 @@ if __name__ == "__main__":
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
         print(f"{kernel.name:28} registers {registers:>3} spilled {stack:>4} shared {kernel.metadata.shared:>6} wgmma {wgmma}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["attention"]:
+        for width in (16, 64, 128):
+            launch_attention(width)
+    else:
+        launch(512, 64, 512, 64, 256, torch.bfloat16)
+        launch(2, 1, 1, 1, 1, torch.float32)  # ones become constants
+    show()
