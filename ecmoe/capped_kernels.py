@@ -43,8 +43,8 @@ REPAIRS = 2
 # T E numbers of a program, where all tokens are asked, where a sample is, and of `dykstra`.
 TILE = {"ELEMENTS": 8192, "num_warps": 8}
 SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}
-DYKSTRA = {"ELEMENTS": 4096, "num_warps": 4}
-PROGRAMS = 256  # of `dykstra`, for all pools together
+DYKSTRA = {"ELEMENTS": 8192, "num_warps": 8}
+PROGRAMS = 128  # of `dykstra`, for all pools together
 SWEEP = {"BLOCK": 4096, "num_warps": 8}
 MOST_EXPERTS = 512
 
@@ -125,7 +125,7 @@ def places(X: Tensor, k: int) -> Tensor:
     g, e, m = X.shape
     out = torch.empty(g, e, k, dtype=torch.int64, device=X.device)
     sizes = SWEEP | {"BLOCK": block(m, 16, SWEEP["BLOCK"])}
-    _places_kernel[triton.cdiv(m, sizes["BLOCK"]), g * e](X, out, m, k, **sizes)
+    _places_kernel[g * e, triton.cdiv(m, sizes["BLOCK"])](X, out, m, k, **sizes)
     return out
 
 
@@ -373,6 +373,7 @@ def _settle_kernel(
     if SPARE:
         while total < 0:  # each token with a free place takes its best other expert
             price = tl.load(state + (r * pools + pool) * 2 * (e + 1) + expert, mask=expert < e, other=0.0)
+            price = tl.where(tl.abs(price) < 1e35, price, 0.0)  # what ends this loop is that offers are finite
             start = 0
             while (start < m) & (total < 0):
                 token = start + tl.arange(0, T)
@@ -418,9 +419,9 @@ def _settle_kernel(
 @triton.jit
 def _places_kernel(X, out, m, k, BLOCK: tl.constexpr):
     """A program writes the ones of its block, behind those of the blocks before."""
-    row, offset = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     X, out = X + row * m, out + row * k
-    mine = tl.program_id(0) * BLOCK
+    mine = tl.program_id(1) * BLOCK
     before = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, mine, BLOCK):
         before += tl.load(X + start + offset).to(tl.int32)
@@ -445,11 +446,11 @@ def _dykstra_kernel(
     sums += pool * PROGRAMS * 2 * e
     if not FIRST:
         program = tl.arange(0, PROGRAMS)
-        place = sums + (r + 1) % 2 * pools * PROGRAMS * 2 * e + program[:, None] * 2 * e + expert[None, :]
-        largest = tl.load(place, mask=known[None, :], other=0.0)
-        total = tl.load(place + e, mask=known[None, :], other=1.0)
-        most = tl.max(largest, 0)
-        total = tl.sum(total * tl.exp(largest - most[None, :]), 0)
+        parts = sums + (r + 1) % 2 * pools * PROGRAMS * 2 * e + program[:, None] * 2 * e + expert[None, :]
+        mosts = tl.load(parts, mask=known[None, :], other=0.0)
+        totals = tl.load(parts + e, mask=known[None, :], other=1.0)
+        most = tl.max(mosts, 0)
+        total = tl.sum(totals * tl.exp(mosts - most[None, :]), 0)
         row += ((r - 1) * pools + pool) * e
         old = tl.load(row + expert, mask=known, other=0.0)
         new = old + most + tl.log(total) - log_k
@@ -475,6 +476,6 @@ def _dykstra_kernel(
         larger = tl.maximum(most, tl.max(A, 0))
         total = total * tl.exp(most - larger) + tl.sum(tl.exp(A - larger[None, :]), 0)
         most = larger
-    place = sums + r % 2 * pools * PROGRAMS * 2 * e + tl.program_id(0) * 2 * e + expert
-    tl.store(place, most, mask=known)
-    tl.store(place + e, total, mask=known)
+    part = sums + r % 2 * pools * PROGRAMS * 2 * e + tl.program_id(0) * 2 * e + expert
+    tl.store(part, most, mask=known)
+    tl.store(part + e, total, mask=known)
