@@ -62,11 +62,12 @@ class Row(NamedTuple):
 
 
 def bench_step(
-    *, repeats: int = 15, compiled: bool = False, whole: bool = False, **sizes: int | None
+    *, repeats: int = 15, compiled: bool = False, whole: bool = False, narrow: bool = False, **sizes: int | None
 ) -> pd.DataFrame:
     """Time a training step of each of `ARMS`.
 
     Args:
+        narrow: weights, gradients and moments in bfloat16 instead of float32; of C2's two arms alone.
         repeats: steps that are timed; the median is reported. compiled: under torch.compile, block by block; whole:
             in one graph, which takes minutes.
         sizes: n (tokens of a step), d_model, d_ff, num_experts, layers, heads, sequence_length, vocab_size; None:
@@ -82,6 +83,8 @@ def bench_step(
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
     device, configs = timing.this_device(), arms(sizes)
+    if narrow:
+        configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
     peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
     absent: list[str] = []
     with timing.compiling():
@@ -116,9 +119,11 @@ def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str,
     """What all arms have in common."""
     config = next(iter(configs.values()))
     keys = ("d_model", "d_ff", "num_experts", "layers", "heads", "sequence_length", "vocab_size")
+    narrow = config.precision == "bf16-true"
+    parameters = "bfloat16" if narrow else "float32"
     return {"n": config.batch_size * config.sequence_length} | {key: getattr(config, key) for key in keys} | {
-        "parameters": "float32", "products": "bf16 (autocast)" if device.type == "cuda" else "float32",
-        "optimizer": "AdamW, float32 moments",
+        "parameters": parameters, "products": "bfloat16" if narrow or device.type == "cuda" else "float32",
+        "optimizer": f"AdamW, {parameters} moments",
     }  # fmt: skip
 
 
@@ -138,6 +143,8 @@ def steps(
     torch.manual_seed(0)
     first = next(iter(configs.values()))
     lit = LitModel(first).to(device)
+    if first.precision == "bf16-true":
+        lit.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=device.type == "cuda")
     generator = torch.Generator().manual_seed(first.seed)
     batch = torch.randint(first.vocab_size, (first.batch_size, first.sequence_length + 1), generator=generator)
@@ -186,12 +193,12 @@ def _router(config: RunConfig) -> Router:
 def _step(lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool) -> Call:
     layers = [block.moe for block in lit.model.blocks if block.moe is not None]
     forced = [router.forced for router in lit.routers if isinstance(router, Even)]
-    cuda = batch.is_cuda
+    mixed = batch.is_cuda and lit.config.precision != "bf16-true"
 
     def step() -> None:
         for flag in forced:
             flag.fill_(float(even))
-        with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
+        with torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext():
             loss = lit.loss(batch)
             loss = loss + sum(layer.aux_loss for layer in layers if layer.aux_loss is not None)
         loss.backward()

@@ -47,6 +47,7 @@ def jobs(
     }
     return found | {
         "step": lambda: bench_step(repeats=repeats, compiled=compiled, **step_sizes),
+        "step-bf16": lambda: bench_step(repeats=repeats, compiled=compiled, narrow=True, **step_sizes),
         "growth": lambda: bench_growth(growth_from, growth_axes, repeats=repeats),
         "profile": lambda: bench_profile(compiled=compiled, **step_sizes),
     }

@@ -24,7 +24,7 @@ from ecmoe.train import commit, device_name
 Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]
 
-BURST, MOST = 0.05, 16  # seconds of calls in a row; calls
+BURST, MOST = 0.05, 32  # seconds of calls in a row; calls
 CYCLES = 2_000_000_000  # of a waiting device, at least so many a second
 WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
 

@@ -34,7 +34,7 @@ def found(tmp_path_factory):
 
 
 def test_each_part_is_measured_and_shown(found):
-    assert set(found) == {"layer-0-1b-64e", "step", "growth", "profile"}
+    assert set(found) == {"layer-0-1b-64e", "step", "step-bf16", "growth", "profile"}
     layers = speed.layers(found, ["0.1B/64E"])
     assert {"floor", "EC-CF2"} <= set(layers["layer"]) and (layers["ms"] > 0).all()
     share = layers[layers["what"] == bench.BOTH].set_index("layer")["share_of_floor"]
@@ -47,6 +47,8 @@ def test_each_part_is_measured_and_shown(found):
     assert {row.routing for row in steps.itertuples() if row.arm == "GShard top-2"} == {"own", "even"}
     assert "Switch top-1, even routing, grouped_mm" in plots.step_times(steps).alt
     assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 2
+    assert set(speed.rows(found, "step-bf16")["arm"]) == {"EC-CF2", "GShard top-2"}
+    assert found["step-bf16"]["setting"]["parameters"] == "bfloat16" != found["step"]["setting"]["parameters"]
     assert set(speed.agreement(found, ["0.1B/64E"])["layer"]) == {"EC-CF2"}
     grown = speed.rows(found, "growth")
     assert grown.groupby("axis")["value"].apply(list).to_dict() == {k: [float(v) for v in vs] for k, vs in AXES.items()}

@@ -46,8 +46,13 @@ TILES = [
 ]
 
 
+DEEPEST = 2048  # products above this take so long that cuBLAS wins by more than the pass beside it costs
+
+
 def fusible(a: Tensor, w: Tensor) -> bool:
-    """Can the fused products take these? 16 bits, and rows of whole 16 bytes for the copy engine."""
+    """Should the fused products take these? 16 bits, rows of whole 16 bytes for the copy engine, and not too deep."""
+    if a.shape[-1] > DEEPEST:
+        return False
     narrow = a.dtype in (torch.bfloat16, torch.float16)
     if a.is_cuda and torch.cuda.get_device_capability(a.device)[0] < 9:
         return False

@@ -106,7 +106,9 @@ class ExpertChoice(Router):
             return S.gather(2, I), I
         from ecmoe.routing.capped import capped_top_k
 
-        return capped_top_k(S, k, self.max_experts_per_token, solver=self.cap_solver, valid=valid)
+        return capped_top_k(
+            S, k, self.max_experts_per_token, solver=self.cap_solver, valid=valid, kernels=self.kernels
+        )
 
     def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor:
         """(g, m) token ids: which tokens compete with each other."""
