@@ -30,7 +30,7 @@ KINDS = {
     "loss": r"_losses_kernel|log_softmax|logsumexp|nll_loss",
     "other products": r"nvjet|gemm|cutlass|cublas|xmma|aten::(mm|addmm|matmul|linear)\b",
     "optimiser": r"adam|multi_tensor_apply|foreach|clip_grad|vector_norm|lpnorm",
-    "routing": r"ecmoe::(logits|scores|select)|_(logits|scores|count|take|place|guess|list|select|invert)_|topk|sort|radix|searchsorted",
+    "routing": r"ecmoe::(logits|scores|select)|_(logits|parts|scores|count|take|place|guess|list|select|invert)_|topk|sort|radix|searchsorted",
     "gather and combine": r"_gather|_combine|gather|scatter|index",
     "activation": r"_activate|_scale_kernel|gelu",
     "copies and casts": r"memcpy|memset|direct_copy|aten::(copy_|_to_copy|to|cat|fill_|zero_)",

@@ -24,7 +24,7 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     """(n, d) tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision.
 
     bf16 numbers multiply exactly in tensor cores and add up in float32; a float32 number goes in as the sum of
-    three of them. float64 and float16 take the plain product.
+    three of them (`_split`). float64 and float16 take the plain product.
     """
     return logits_and_tokens(x, weight)[0]
 
@@ -56,8 +56,15 @@ def _logits(x: Tensor, w: Tensor) -> Tensor:
     out = x.new_empty(n, e, dtype=torch.float32)
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(n, LOGITS["ROWS"]),)
-        _logits_kernel[grid](x, w, out, n, d, e, E=block(e, 16), **LOGITS)
+        _logits_kernel[grid](x, _parts(w), out, n, d, e, E=block(e, 16), **LOGITS)
     return out
+
+
+def _parts(w: Tensor) -> Tensor:
+    """(d, e) -> (3, d, e) bf16, which add up to w: split once, not by every program."""
+    parts = w.new_empty(3, *w.shape, dtype=torch.bfloat16)
+    _parts_kernel[triton.cdiv(w.numel(), 1024),](w, parts, w.numel(), BLOCK=1024)
+    return parts
 
 
 @_logits.register_fake
@@ -74,7 +81,7 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     dw = w.new_empty(sums, d, e)
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(n, LOGITS_DX["ROWS"]),)
-        _logits_dx_kernel[grid](dlogits, dx, w, out, n, d, e, E=block(e, 16), **LOGITS_DX)
+        _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=block(e, 16), **LOGITS_DX)
         grid = triton.cdiv(d, LOGITS_DW["COLUMNS"]), sums
         _logits_dw_kernel[grid](
             x, dlogits, dw, n, d, e, E=block(e, 16), TOKENS=TOKENS_PER_SUM, **LOGITS_DW
@@ -139,9 +146,8 @@ def _split(x):
 
 
 @triton.jit
-def _multiply(a, b, total):
-    """total + a b to float32's precision, small terms first; a in bf16 or float32, b in float32."""
-    high, middle, low = _split(b)
+def _multiply(a, high, middle, low, total):
+    """total + a (high + middle + low) to float32's precision, small terms first; a in bf16 or float32."""
     if a.dtype == tl.bfloat16:
         total = dot(a, low, total)
         total = dot(a, middle, total)
@@ -157,8 +163,24 @@ def _multiply(a, b, total):
 
 
 @triton.jit
+def _parts_kernel(w, parts, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    high, middle, low = _split(tl.load(w + place, mask=place < size, other=0))
+    tl.store(parts + place, high, mask=place < size)
+    tl.store(parts + size + place, middle, mask=place < size)
+    tl.store(parts + 2 * size + place, low, mask=place < size)
+
+
+@triton.jit
+def _load_parts(parts, place, inside, size):
+    high = tl.load(parts + place, mask=inside, other=0)
+    middle = tl.load(parts + size + place, mask=inside, other=0)
+    return high, middle, tl.load(parts + 2 * size + place, mask=inside, other=0)
+
+
+@triton.jit
 def _logits_kernel(
-    x, w, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+    x, parts, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, E)
@@ -168,15 +190,15 @@ def _logits_kernel(
         inside = (t < n)[:, None] & (column < d)[None, :]
         tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
         inside = (column < d)[:, None] & (expert < e)[None, :]
-        weights = tl.load(w + column[:, None] * e + expert[None, :], mask=inside, other=0)
-        total = _multiply(tokens, weights, total)
+        high, middle, low = _load_parts(parts, column[:, None] * e + expert[None, :], inside, d * e)
+        total = _multiply(tokens, high, middle, low, total)
     inside = (t < n)[:, None] & (expert < e)[None, :]
     tl.store(out + t[:, None] * e + expert[None, :], total, mask=inside)
 
 
 @triton.jit
 def _logits_dx_kernel(
-    dlogits, dx, w, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dlogits, dx, parts, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """dx + dlogits w^T."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -186,16 +208,17 @@ def _logits_dx_kernel(
     for start in range(0, d, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = (column < d)[None, :] & (expert < e)[:, None]
-        right = tl.load(w + column[None, :] * e + expert[:, None], mask=inside, other=0)
+        weight = column[None, :] * e + expert[:, None]
         place = t[:, None] * d + column[None, :]
-        inside = (t < n)[:, None] & (column < d)[None, :]
-        other = tl.load(dx + place, mask=inside, other=0).to(tl.float32)
+        ours = (t < n)[:, None] & (column < d)[None, :]
+        other = tl.load(dx + place, mask=ours, other=0).to(tl.float32)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
-            total = dot(left.to(tl.bfloat16), right.to(tl.bfloat16), total)
+            total = dot(left.to(tl.bfloat16), tl.load(parts + weight, mask=inside, other=0), total)
         else:
-            total = _multiply(left, right, total)
-        tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=inside)
+            high, middle, low = _load_parts(parts, weight, inside, d * e)
+            total = _multiply(left, high, middle, low, total)
+        tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=ours)
 
 
 @triton.jit
@@ -214,7 +237,8 @@ def _logits_dw_kernel(
         tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
         inside = (t < n)[:, None] & (expert < e)[None, :]
         gradient = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=inside, other=0)
-        total = _multiply(tokens.T, gradient, total)
+        high, middle, low = _split(gradient)
+        total = _multiply(tokens.T, high, middle, low, total)
     inside = (column < d)[:, None] & (expert < e)[None, :]
     place = (tl.program_id(1).to(tl.int64) * d + column[:, None]) * e + expert[None, :]
     tl.store(dw + place, total, mask=inside)
