@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,7 +161,7 @@ def bench(
         bool, typer.Option("--all", help="all that page 08 shows, at its sizes: layers, step, growth, profile")
     ] = False,
     only: Annotated[
-        str | None, typer.Option(help="with --all: these parts alone, by how their names begin: layer,step")
+        str | None, typer.Option(help="with --all: these parts alone, by name or how it begins: layer,step")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="with --all: the folder; default: the scale's")] = None,
     scale: Annotated[
@@ -216,12 +217,19 @@ def _bench_all(
     scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
     wanted = speed.jobs(**speed.plan(scale) | {"compiled": compiled})
     if only:
-        starts = tuple(only.split(","))
-        known, wanted = wanted, {name: job for name, job in wanted.items() if name.startswith(starts)}
+        asked = only.split(",")
+        starts = tuple(start for start in asked if start not in wanted)
+        known, wanted = wanted, {name: job for name, job in wanted.items() if name in asked or name.startswith(starts)}
         if not wanted:
             raise ValueError(f"--only {only}: no such part; there are {', '.join(known)}")
     into, failed, began = out or speed.folder(scale), [], time.perf_counter()
     typer.echo(f"{', '.join(wanted)} -> {into}")
+    if torch.cuda.is_available() and len(wanted) > 1:  # what a part leaves on the GPU, or breaks there, ends with its process
+        command = [sys.executable, "-m", "ecmoe", "bench", "--all", "--scale", scale, "--out", str(into)]
+        command += ["--compile"] * compiled + ["--force"] * force
+        if any([subprocess.run([*command, "--only", name]).returncode for name in wanted]):
+            raise typer.Exit(1)
+        return
     for name, outcome in speed.take(wanted, into, force=force):
         seconds, began = time.perf_counter() - began, time.perf_counter()
         if outcome is None:
