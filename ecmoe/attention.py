@@ -124,9 +124,9 @@ def fast_attention(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tenso
         table: (h, T) float32, the bias by distance. All from `near` on are one parameter: they are equal, and only
             their gradients' sum counts.
     """
-    from ecmoe import attention_kernel
+    from ecmoe.kernels import attention as kernel
 
-    return attention_kernel.forward(qkv.contiguous(), table.contiguous(), near)
+    return kernel.forward(qkv.contiguous(), table.contiguous(), near)
 
 
 @fast_attention.register_fake
@@ -140,11 +140,11 @@ def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor, near: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and table; of the far distances' the sum stands at the last."""
-    from ecmoe import attention_kernel
+    from ecmoe.kernels import attention as kernel
 
     dout, qkv, table = dout.contiguous(), qkv.contiguous(), table.contiguous()
-    dqkv, delta = attention_kernel.backward(dout, qkv, out, lse, table, near)
-    sums = attention_kernel.tile_sums(dout, qkv, lse, delta, table, near)  # (h, diagonals, M, M)
+    dqkv, delta = kernel.backward(dout, qkv, out, lse, table, near)
+    sums = kernel.tile_sums(dout, qkv, lse, delta, table, near)  # (h, diagonals, M, M)
     return dqkv, _by_distance(sums, near, table.shape[1])
 
 

@@ -89,9 +89,9 @@ _sum.register_autograd(_backward, setup_context=_keep_for_backward)
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
     """(m, V) logits, (m,) targets -> (m,) losses; with `keep`, z becomes their gradient."""
     if z.is_cuda and z.dtype != torch.float64 and find_spec("triton") is not None:
-        from ecmoe import cross_entropy_kernel  # reads and writes z once
+        from ecmoe.kernels.loss import losses_  # reads and writes z once
 
-        return cross_entropy_kernel.losses_(z, targets, keep)
+        return losses_(z, targets, keep)
     log_p, at = z.to(_wide(z)).log_softmax(1), targets[:, None]
     losses = -log_p.gather(1, at)[:, 0]
     if keep:

@@ -13,12 +13,14 @@ The gate sits inside a, so the combine is a plain sum. A token's sum goes over i
 float32, without atomics: the same input gives the same bits. x_in, a, slope and y stay for the backward pass; what it
 makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits where a is kept in 16. Shapes depend on no data and nothing waits for the device: CUDA graphs, torch.compile.
 
-    layer.py     the operator above          product.py   its two fused products      rows.py   gather, combine, activation
-    routing.py   the router's logits, scores: softmax by expert                     selection.py top-k without a sort
+    layer.py      the operator above                     product.py    its two fused products
+    rows.py       gather, combine, activation            routing.py    the router's logits; scores, by expert
+    selection.py  top-k without a sort                   capped.py     top-k under a cap on a token's experts
+    attention.py  attention with a bias by distance      loss.py       the loss of a chunk of logits, and its gradient
 
 `experts`, `logits`, `scores` and `select` each stand for a line of the plain path, which stays the readable truth
 (moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
-On a GPU: `pytest tests/kernels`, then `ecmoe bench --compile --passes` times all of it.
+On a GPU: `pytest tests/kernels`, then `ecmoe bench --passes` times each pass, and `ecmoe bench --all --compile` all.
 """
 
 from ecmoe.kernels.common import INTERPRETED

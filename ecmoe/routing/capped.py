@@ -3,7 +3,7 @@
 Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: who holds whom,
 k = m c / e (Eq. 1), b the cap. `capped_top_k` is the entry; "feasible" is ours, "dykstra" is the paper's.
 
-"feasible" is a transport problem in units of the mean score of a plain top-k. On a GPU ecmoe/capped_kernels.py
+"feasible" is a transport problem in units of the mean score of a plain top-k. On a GPU ecmoe/kernels/capped.py
 solves it, near enough without the transport solver's many small steps.
 """
 
@@ -56,14 +56,14 @@ def capped_top_k(
             f"n b = {m * b}: use at least {-(-e * k // m)}"
         )
     if valid is None and fast(kernels, S):
-        from ecmoe import capped_kernels
+        from ecmoe.kernels import capped as kernel
 
-        if capped_kernels.available(S, b):
+        if kernel.available(S, b):
             if solver == "dykstra":
-                A = capped_kernels.dykstra(S.detach(), k, b, REGULARIZATION, ITERATIONS)
+                A = kernel.dykstra(S.detach(), k, b, REGULARIZATION, ITERATIONS)
                 I = A.topk(k, dim=2).indices  # noqa: E741
             else:
-                I = capped_kernels.capped(S, k, b)  # noqa: E741
+                I = kernel.capped(S, k, b)  # noqa: E741
             return S.gather(2, I), I
     if valid is None:
         valid = torch.ones(g, m, dtype=torch.bool, device=S.device)

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-pytest.importorskip("triton")
-from ecmoe import capped_kernels
-from ecmoe.capped_kernels import capped, hold
 from ecmoe.kernels import INTERPRETED
+from ecmoe.kernels import capped as kernel
+from ecmoe.kernels.capped import capped, hold
 from ecmoe.routing.capped import capped_top_k, dykstra
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -83,7 +82,7 @@ def test_one_expert_each_is_the_assignment_problem(kind):
     assert best * (1 + 1e-9) >= total(S, I).item() >= 0.985 * best
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_it_is_feasible_whatever_the_scores(data):
     g, e, n = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9)), data.draw(st.integers(1, 70))
@@ -102,7 +101,7 @@ def test_it_is_feasible_whatever_the_scores(data):
         "NaN": S.masked_fill(S > 1, float("nan")),
     }[kind].to(DEVICE)
     if k:
-        with mock.patch.object(capped_kernels, "ROUNDS", 6):  # good prices would leave nothing to repair
+        with mock.patch.object(kernel, "ROUNDS", 6):  # good prices would leave nothing to repair
             check(capped(S, k, b), n, k, b)
 
 
@@ -110,9 +109,9 @@ def test_it_is_feasible_whatever_the_scores(data):
 @pytest.mark.parametrize("broken", ["no prices", "no repair", "neither"])
 def test_it_is_feasible_even_where_prices_and_repairs_fail(b, broken, monkeypatch):
     if broken != "no repair":
-        monkeypatch.setattr(capped_kernels, "ROUNDS", 1)
+        monkeypatch.setattr(kernel, "ROUNDS", 1)
     if broken != "no prices":
-        monkeypatch.setattr(capped_kernels, "REPAIRS", 0)
+        monkeypatch.setattr(kernel, "REPAIRS", 0)
     for kind in ("biased", "one row", "zero"):
         S = scores(kind, 2, 96, 8)
         check(capped(S, 96 // 8, b), 96, 96 // 8, b)
@@ -126,8 +125,8 @@ def test_pools_are_solved_apart_and_strides_do_not_matter():
 
 
 def test_a_sample_sets_the_first_prices(monkeypatch):
-    monkeypatch.setattr(capped_kernels, "SAMPLE", 256)
-    monkeypatch.setattr(capped_kernels, "SAMPLE_LEAST", 64)
+    monkeypatch.setattr(kernel, "SAMPLE", 256)
+    monkeypatch.setattr(kernel, "SAMPLE_LEAST", 64)
     for n in (1024, 1000):  # 1000: no multiple of the stride
         S, k = scores("a little biased", 1, n, 8), n // 4
         I = capped(S, k, 2)  # noqa: E741
@@ -160,7 +159,7 @@ def test_shapes_are_known_to_the_compiler():
 @pytest.mark.parametrize("g, e, m, k, b, iterations", [(1, 8, 300, 75, 2, 100), (2, 6, 96, 20, 3, 30), (3, 16, 40, 5, 2, 1)])
 def test_the_papers_solver_takes_the_same_steps(g, e, m, k, b, iterations):
     S = scores("peaked", g, m, e)
-    A = capped_kernels.dykstra(S, k, b, 0.001, iterations).double()
+    A = kernel.dykstra(S, k, b, 0.001, iterations).double()
     every = torch.ones(g, m, dtype=torch.bool, device=DEVICE)
     target = torch.full((g,), k, device=DEVICE)
     plain = dykstra(S.double(), target, b, every, 0.001, iterations)

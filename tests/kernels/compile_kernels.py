@@ -1,11 +1,10 @@
-"""Compile every kernel for Hopper as its caller would launch it, without a GPU: `python tests/compile_kernels.py`.
+"""Compile every kernel for Hopper as its caller would launch it, without a GPU: `python tests/kernels/compile_kernels.py`.
 
-With `attention` behind it, those of attention, else those of the experts. Prints a row per kernel: registers, bytes of spilled registers, bytes of shared memory. TRITON_INTERPRET must be unset.
+Prints a row per kernel: registers, bytes of spilled registers, bytes of shared memory. TRITON_INTERPRET must be unset.
 """
 
 import re
 import subprocess
-import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -32,8 +31,7 @@ def compile_only(self, *args, grid, warmup, **keys):
 
 
 JITFunction.run = compile_only
-from ecmoe import attention_kernel  # noqa: E402
-from ecmoe.kernels import product, routing, rows, selection  # noqa: E402
+from ecmoe.kernels import attention, capped, loss, product, routing, rows, selection  # noqa: E402
 
 for part in (routing, selection):
     part.check = lambda x: None
@@ -67,9 +65,16 @@ def launch(n, d, f, e, k, dtype):
 def launch_attention(width):
     qkv, out = torch.empty(2, 1024, 3, 12, width, dtype=torch.bfloat16), torch.empty(2, 1024, 12, width, dtype=torch.bfloat16)
     table, lse = torch.empty(12, 1024), torch.empty(2, 12, 1024)
-    attention_kernel.forward(qkv, table, 114)
-    attention_kernel.backward(out, qkv, out, lse, table, 114)
-    attention_kernel.tile_sums(out, qkv, lse, lse, table, 114)
+    attention.forward(qkv, table, 114)
+    attention.backward(out, qkv, out, lse, table, 114)
+    attention.tile_sums(out, qkv, lse, lse, table, 114)
+
+
+def launch_capped(n, e, k):
+    for S in (torch.empty(1, e, n), torch.empty(1, n, e).transpose(1, 2)):  # by expert, by token
+        for b in (2, 3):
+            capped.places(capped.hold(S, k, b), k)
+        capped.dykstra(S, k, 2, 0.001, 2)
 
 
 def show():
@@ -86,10 +91,11 @@ def show():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["attention"]:
-        for width in (16, 64, 128):
-            launch_attention(width)
-    else:
-        launch(512, 64, 512, 64, 256, torch.bfloat16)
-        launch(2, 1, 1, 1, 1, torch.float32)  # ones become constants
+    launch(512, 64, 512, 64, 256, torch.bfloat16)
+    launch(2, 1, 1, 1, 1, torch.float32)  # ones become constants
+    for width in (16, 64, 128):
+        launch_attention(width)
+    launch_capped(65_536, 64, 2048)
+    for keep in (True, False):
+        loss.losses_(torch.empty(64, 32_000, dtype=torch.bfloat16), torch.empty(64, dtype=torch.long), keep)
     show()

@@ -1,0 +1,126 @@
+"""The experts' operator against the one-hot einsum."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ecmoe import kernels
+from ecmoe.kernels import product, rows
+from ecmoe.routing import Assignment
+from tests.kernels.oracle import (
+    DEVICE,
+    ODD,
+    TOLERANCE,
+    WHOLE,
+    assert_near,
+    distance,
+    oracle,
+    problem,
+    with_gradients,
+)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [WHOLE, ODD, (1, 1, 1, 1, 1)])
+def test_output_and_gradients_are_those_of_the_one_hot_einsum(sizes, dtype, fuse):
+    if sizes == (1, 1, 1, 1, 1) and dtype == torch.bfloat16:
+        pytest.skip("of a single number a slope's 8 bits are too few: their errors average out")
+    given = problem(*sizes, dtype)
+    assert_near(with_gradients(lambda *a: kernels.experts(*a, fuse=fuse), *given), oracle(*given), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_all_or_none_take_and_empty_slots(dtype):
+    x, w1, w2, token, gate, gradient = problem(20, 16, 32, 9, 6, dtype)  # more experts than a step of `combine` adds
+    token[:] = torch.arange(5, 11, device=DEVICE)  # tokens 0 to 4 are in no expert
+    token[:, 0] = 3
+    token[4, 2:], token[8] = 20, 20
+    gate = torch.where(token == 20, 0.0, gate.detach()).requires_grad_()
+    ours = with_gradients(kernels.experts, x, w1, w2, token, gate, gradient)
+    assert_near(ours, oracle(x, w1, w2, token, gate, gradient), dtype)
+    assert (ours[0][:3] == 0).all() and (ours[1][:3] == 0).all()
+    assert (ours[2][8] == 0).all() and (ours[4][token == 20] == 0).all()
+
+
+def test_several_tiles_down_across_and_deep():
+    tile = product.Tile(16, 32, 16, 16, warps=4, stages=2, per_sm=1)
+    dtype = torch.float32 if kernels.INTERPRETED else torch.bfloat16
+    x, w1, w2, token, gate, gradient = (t.detach() for t in problem(60, 40, 80, 3, 37, dtype))
+    x_in = rows.gather(x, token)
+    slope, a = product.product(x_in, w1, gate, tile=tile)
+    h = (x_in.double() @ w1.double()).requires_grad_()
+    expected = F.gelu(h, approximate="tanh")
+    steepness = torch.autograd.grad(expected.sum(), h)[0]
+    kept = slope.double() if dtype == torch.float32 else (slope.view(torch.uint8).double() - 27) / 200
+    assert distance(a, expected * gate[..., None].double()) < TOLERANCE[dtype] and distance(kept, steepness) < TOLERANCE[dtype]
+    nothing, again = product.product(x_in, w1, gate, keep=False, tile=tile)
+    assert nothing.numel() == 0 and torch.equal(again, a)
+    dy = rows.gather(gradient, token)
+    dh = product.product_backward(dy, w2, slope, gate, tile=tile)
+    assert distance(dh, steepness * gate[..., None] * (dy.double() @ w2.double().mT)) < TOLERANCE[dtype]
+
+
+def test_slopes_are_kept_in_8_bits():
+    """All that gelu' can be, to half a step of 1/200."""
+    h = torch.linspace(-12, 12, 4800, device=DEVICE).view(1, 4, 1200).bfloat16()
+    wide = h.double().requires_grad_()
+    value = F.gelu(wide, approximate="tanh")
+    steepness = torch.autograd.grad(value.sum(), wide)[0]
+    gate = torch.ones(1, 4, device=DEVICE)
+    slope, a = rows.activate_(h, gate)
+    assert slope.dtype == torch.int8 and distance(a, value) < TOLERANCE[torch.bfloat16]
+    again = rows.scale_(torch.ones_like(h), slope, gate)
+    rounding = 2**-7 if kernels.INTERPRETED else 2**-8  # bf16's, which the interpreter cuts off
+    assert (again.double() - steepness).abs().max() < 0.0025 + rounding
+
+
+def test_a_second_backward_pass_is_refused():
+    x, w1, w2, token, gate, gradient = problem(*WHOLE, torch.float32)
+    out = kernels.experts(x, w1, w2, token, gate)
+    torch.autograd.grad(out, x, gradient, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, x, gradient)
+
+
+def test_the_same_input_gives_the_same_bits():
+    given = problem(*WHOLE, torch.bfloat16)
+    first = with_gradients(kernels.experts, *given)
+    for _ in range(3 if kernels.INTERPRETED else 20):
+        for a, b in zip(first, with_gradients(kernels.experts, *given), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_without_gradients_nothing_is_kept():
+    x, w1, w2, token, gate, _ = problem(*WHOLE, torch.float32)
+    out, *kept = torch.ops.ecmoe.experts(x, w1, w2, token, gate, True, False)
+    assert all(t.numel() == 0 for t in kept)
+    with torch.no_grad():
+        assert torch.equal(kernels.experts(x, w1, w2, token, gate), out)
+
+
+def test_weights_in_float32_get_gradients_in_float32():
+    x, w1, w2, token, gate, gradient = problem(*WHOLE, torch.bfloat16)
+    narrow = with_gradients(kernels.experts, x, w1, w2, token, gate, gradient)
+    wide = [w.detach().float().requires_grad_() for w in (w1, w2)]
+    ours = with_gradients(kernels.experts, x, *wide, token, gate, gradient)
+    assert ours[2].dtype == ours[3].dtype == torch.float32
+    for a, b in zip(ours, narrow, strict=True):
+        assert distance(a, b) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_operators_say_their_shapes(keep):
+    x, w1, w2, token, gate, gradient = problem(*WHOLE, torch.float32)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static") if keep else ("test_schema", "test_faketensor")
+    given = (x, w1, w2, token, gate, True, keep)
+    torch.library.opcheck(torch.ops.ecmoe.experts, given, test_utils=tests)
+    if keep:
+        kept = [t.detach() for t in torch.ops.ecmoe.experts(*given)[1:]]
+        given = (gradient, w1.detach(), w2.detach(), token, gate.detach(), *kept, True)
+        torch.library.opcheck(torch.ops.ecmoe.experts_backward, given, test_utils=("test_faketensor",))
+
+
+def test_an_assignment_is_inverted():
+    token = torch.tensor([[2, 0], [0, 3], [3, 1]], device=DEVICE)
+    assert rows.invert(Assignment(token, None).token, 3).tolist() == [[1, 2, 6], [6, 6, 5], [0, 6, 6]]

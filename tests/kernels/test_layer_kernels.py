@@ -1,0 +1,140 @@
+"""`MoE` on the kernels against `MoE` without."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ecmoe import MoE, kernels
+from ecmoe.kernels import common
+from ecmoe.moe import KERNELS
+from ecmoe.routing import ExpertChoice, Hash, TokenChoice
+from tests.kernels.oracle import DEVICE, WHOLE, distance, problem
+
+D, FF, E, B, T = 16, 32, 4, 2, 12
+
+
+def layer(kernels, router=lambda: ExpertChoice(D, E, 2.0), dtype=torch.float32, **keys) -> MoE:
+    torch.manual_seed(0)
+    return MoE(router(), D, FF, kernels=kernels, **keys).to(DEVICE, dtype)
+
+
+def tokens(dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+
+
+ROUTERS = {
+    "ec": lambda: ExpertChoice(D, E, 2.0),
+    "ec renormalized by sequence": lambda: ExpertChoice(D, E, 1.0, pool="sequence", gate="renormalized"),
+    "ec capped": lambda: ExpertChoice(D, E, 2.0, max_experts_per_token=2),
+    "top-2 with capacity": lambda: TokenChoice(D, E, 2, 1.0, gate="renormalized"),
+    "hash": lambda: Hash(D, E, 50, 1.0),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_layer_is_the_plain_one_with_every_router(name, masked):
+    plain, fast = layer("plain", ROUTERS[name]), layer("triton", ROUTERS[name])
+    ids = torch.randint(50, (B, T), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    mask = None
+    if masked:
+        mask = torch.ones(B, T, dtype=torch.bool, device=DEVICE)
+        mask[:, 8:] = False
+    results = []
+    for moe in (plain, fast):
+        x = tokens().requires_grad_()
+        out = moe(x, token_ids=ids, mask=mask)
+        loss = out.square().sum() + (0 if moe.aux_loss is None else moe.aux_loss)
+        results.append((out, *torch.autograd.grad(loss, [x, *moe.parameters()]), *moe.buffers()))
+        if name.startswith("ec"):
+            results[-1] += (moe.router.cutoff.pending,)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_no_further_from_float32_than_the_plain_path():
+    reference = layer("plain", dtype=torch.bfloat16)
+    wide = copy.deepcopy(reference).float()
+    x = tokens(torch.bfloat16)
+    token, gate = (t.detach() for t in reference.router.assign(reference.router.logits(x)))
+    gradient = torch.randn_like(x.flatten(0, 1))
+
+    def run(moe, dtype):
+        flat = x.flatten(0, 1).to(dtype).requires_grad_()
+        g = gate.clone().requires_grad_()
+        out = moe.experts(flat, token, g)
+        return out, *torch.autograd.grad(out, [flat, moe.w1, moe.w2, g], gradient.to(dtype))
+
+    expected = run(wide, torch.float32)
+    plain = [distance(a, b) for a, b in zip(run(reference, torch.bfloat16), expected, strict=True)]
+    for kind in ("triton", "triton-bmm"):
+        reference.kernels = kind
+        fast = [distance(a, b) for a, b in zip(run(reference, torch.bfloat16), expected, strict=True)]
+        assert all(ours < 1e-2 for ours in fast)
+        if not kernels.INTERPRETED:  # which rounds otherwise
+            assert all(ours < 1.05 * theirs for ours, theirs in zip(fast, plain, strict=True))
+
+
+@pytest.mark.parametrize("again", ["experts", "whole layer"])
+def test_checkpointing_changes_neither_output_nor_gradient(again):
+    results = []
+    for recompute in (False, True):
+        moe, x = layer("triton", recompute=recompute and again == "experts"), tokens().requires_grad_()
+        out = checkpoint(moe, x, use_reentrant=False) if recompute and again == "whole layer" else moe(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *moe.parameters()])))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_takes_the_products_down_and_the_routing_not():
+    x = tokens()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out, expected = layer("triton")(x), layer("plain")(x)
+    assert out.dtype == expected.dtype == torch.float32
+    assert 0 < distance(out, expected) < 1e-2
+
+
+def test_what_cannot_be_is_said(monkeypatch):
+    with pytest.raises(ValueError, match="kernels='fast': must be one of auto, plain, triton"):
+        layer("fast")
+    assert all(layer(name).router.kernels == name for name in KERNELS)
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="CUDA device, and these are on cpu.*kernels='plain'"):
+        kernels.experts(*problem(*WHOLE, torch.float32)[:5] if DEVICE == "cpu" else [torch.zeros(1)] * 5)
+    monkeypatch.setattr("ecmoe.moe.TRITON", False)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        layer("triton")
+
+
+def test_the_layer_compiles_whole():
+    torch._dynamo.reset()  # else a second capacity factor is taken for a variable
+    moe, x = layer("triton", recompute=True), tokens().requires_grad_()
+    plain = moe(x)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    gradient = torch.randn_like(plain)
+    wanted = [x, *moe.parameters()]
+    for a, b in zip(
+        (plain, *torch.autograd.grad(plain, wanted, gradient)),
+        (out := compiled(x), *torch.autograd.grad(out, wanted, gradient)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_the_layer_runs_in_a_cuda_graph():
+    moe, x = layer("triton"), tokens().requires_grad_()
+    expected = moe(x).detach()  # a graph alive would tie x to the stream outside
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(moe(x).sum(), [x, *moe.parameters()])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = moe(x)
+        gradients = torch.autograd.grad(out.sum(), [x, *moe.parameters()])
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected) and all(g.isfinite().all() for g in gradients)

@@ -1,0 +1,107 @@
+"""The router's kernels: logits to float32's precision, the softmax by expert, the k highest."""
+
+import pytest
+import torch
+
+from ecmoe import kernels
+from ecmoe.kernels import selection
+from tests.kernels.oracle import DEVICE, distance
+
+
+@pytest.mark.parametrize(("m", "k"), [(64, 8), (100, 33), (7, 7), (1, 1), (9000, 300), (9000, 8999), (20_000, 600)])
+def test_select_takes_the_k_highest(m, k):
+    scores = torch.randn(3, m, generator=torch.Generator().manual_seed(m)).to(DEVICE)
+    chosen = kernels.select(scores, k)
+    assert torch.equal(chosen, scores.topk(k).indices.sort().values)
+
+
+@pytest.mark.parametrize("kind", ["rising", "few values", "periodic", "one high"])
+def test_select_is_right_where_its_sample_misleads(kind):
+    m, k = 12_000, 500
+    place = torch.arange(m)
+    scores = {
+        "rising": place.float(),
+        "few values": (place % 3).float(),
+        "periodic": (place % (m // selection.SAMPLE) == 0).float() + place / m,  # the sample sees only high ones
+        "one high": (place == 7).float(),
+    }[kind]
+    expected = scores.argsort(descending=True, stable=True)[:k].sort().values
+    assert torch.equal(kernels.select(scores.to(DEVICE), k).cpu(), expected)
+
+
+def test_select_orders_all_float32_numbers():
+    tiny = torch.finfo(torch.float32).tiny
+    values = [float("inf"), 1e38, 2.0, 1.0000001, 1.0, tiny, tiny / 4, 1e-45, 0.0, -1e-45, -tiny, -1.0, -3e38, float("-inf")]
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    values = torch.tensor(values)
+    scores = values[order].to(DEVICE)
+    for k in range(1, len(values) + 1):
+        assert scores[kernels.select(scores, k)].sort(descending=True).values.tolist() == values[:k].tolist()
+    scores[3] = float("nan")
+    assert kernels.select(scores, 1).tolist() == [3]  # as topk's
+
+
+def test_of_equal_scores_the_first_are_taken():
+    scores = torch.tensor([[0.0, -0.0, 0.0, 1.0, 0.0, -0.0], [2.0] * 6, [1, 3, 1, 3, 1, 3.0]], device=DEVICE)
+    assert kernels.select(scores, 3).tolist() == [[0, 1, 3], [0, 1, 2], [1, 3, 5]]
+    assert kernels.select(scores, 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 3, 5]]
+
+
+def test_select_takes_pools_and_softmax_scores():
+    scores = torch.randn(2, 5, 60, generator=torch.Generator().manual_seed(0)).to(DEVICE).softmax(1)
+    chosen = kernels.select(scores.transpose(0, 1), 7).transpose(0, 1)
+    assert torch.equal(chosen, scores.topk(7).indices.sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "d", "e"), [(40, 24, 6), (130, 70, 17), (1, 1, 1)])
+def test_logits_are_float32s(n, d, e, dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=g).to(DEVICE, dtype).requires_grad_()
+    w = torch.randn(d, e, generator=g).to(DEVICE).requires_grad_()
+    gradient = torch.randn(n, e, generator=g).to(DEVICE)
+    out, expected = kernels.logits(x, w), x.double() @ w.double()
+    assert out.dtype == torch.float32 and distance(out, expected) < 2e-6
+    (dx, dw), theirs = (torch.autograd.grad(o, [x, w], gradient.to(o.dtype)) for o in (out, expected))
+    assert dx.dtype == dtype and distance(dx, theirs[0]) < (2**-6 if dtype == torch.bfloat16 else 2e-6)
+    assert distance(dw, theirs[1]) < 2e-6
+
+
+def test_the_two_gradients_of_a_token_add_up():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 24, generator=g).to(DEVICE).requires_grad_()
+    w = torch.randn(24, 6, generator=g).to(DEVICE)
+    out, again = kernels.logits_and_tokens(x, w)
+    assert torch.equal(again, x)
+    (ours,) = torch.autograd.grad(out.square().sum() + again.sin().sum(), x)
+    (theirs,) = torch.autograd.grad((x @ w).square().sum() + x.sin().sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    (alone,) = torch.autograd.grad(kernels.logits(x, w).square().sum(), x)
+    torch.testing.assert_close(alone, ours - x.cos(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "e"), [(70, 64), (33, 5), (1, 1), (3, 300)])
+def test_scores_are_the_softmax_by_expert(n, e, dtype):
+    logits = (3 * torch.randn(n, e, generator=torch.Generator().manual_seed(0))).to(DEVICE, dtype).requires_grad_()
+    gradient = torch.randn(e, n, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    ours, theirs = kernels.scores(logits), logits.softmax(1).T
+    torch.testing.assert_close(ours, theirs)
+    (ours,), (theirs,) = (torch.autograd.grad(S, logits, gradient) for S in (ours, theirs))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_logits_of_other_types_are_the_plain_product():
+    x, w = torch.randn(5, 4, device=DEVICE).double(), torch.randn(4, 3, device=DEVICE)
+    assert torch.equal(kernels.logits(x, w), x @ w.double())
+
+
+def test_routing_operators_say_their_shapes():
+    x, w = torch.randn(20, 8, device=DEVICE).bfloat16().requires_grad_(), torch.randn(8, 5, device=DEVICE).requires_grad_()
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    logits, dx = torch.randn(20, 5, device=DEVICE).requires_grad_(), torch.randn_like(x)
+    torch.library.opcheck(torch.ops.ecmoe.logits, (x.detach(), w.detach()), test_utils=tests[:2])
+    given = (logits.detach(), dx, x.detach(), w.detach())
+    torch.library.opcheck(torch.ops.ecmoe.logits_backward, given, test_utils=tests[:2])
+    torch.library.opcheck(torch.ops.ecmoe.scores, (logits,), test_utils=tests)
+    torch.library.opcheck(torch.ops.ecmoe.select, (w.detach(), 3), test_utils=tests[:2])
