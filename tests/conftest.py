@@ -8,7 +8,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # ecmoe/kernels.py then runs in the interpreter; read when triton is imported
+if not torch.cuda.is_available():  # ecmoe/kernels then run in the interpreter; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ecmoe.config import RunConfig
