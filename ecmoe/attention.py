@@ -89,11 +89,12 @@ class RelativeBias(nn.Module):
 
     def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(h, queries, keys), -inf where the key lies in the future; the last query is the last key's token."""
-        by_distance = self.table(keys, device)
-        # A Toeplitz matrix: each query's row is a window into the distances from far to near, then the future; the
-        # last query's comes first. Windows have a fast backward pass; indexing (queries, keys) entries has not.
-        future = by_distance.new_full((by_distance.shape[0], queries - 1), float("-inf"))
-        return torch.cat([by_distance.flip(1), future], dim=1).unfold(1, keys, 1).flip(1)
+        # A Toeplitz matrix: from far to near, then the future, and each row one to the right of the row above. Written
+        # again and again, a line that is one longer than a row does that, and its backward pass is a plain sum;
+        # indexing (queries, keys) entries would add up one by one.
+        line = F.pad(self.table(keys, device).flip(1), (0, queries), value=float("-inf"))
+        rows = line.roll(1 - queries, 1).repeat(1, queries)[:, : -queries].unflatten(1, (queries, -1))
+        return rows[..., :keys]
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
