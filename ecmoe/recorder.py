@@ -33,10 +33,11 @@ class Recorder(L.Callback):
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.statistics: dict[str, float] = {}
-        self.seconds = 0.0  # of training, validation and checkpoints left out
+        self.seconds = 0.0  # of training; validation, checkpoints, and a first step that compiles are left out
         self.began: float | None = time.perf_counter()  # None: the clock stands
         self.marked = (0, 0.0)  # step and seconds at the last validation
         self.last_printed = 0.0
+        self.compiling = False  # is the next step the first of this process, on a device that compiles then?
 
     # Lightning keeps these in the checkpoint, so a resumed run goes on with its own clock and curve.
     def state_dict(self) -> dict[str, Any]:
@@ -48,6 +49,7 @@ class Recorder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
         self.began = time.perf_counter()
+        self.compiling = module.config.compile or module.device.type == "cuda"
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
@@ -55,6 +57,10 @@ class Recorder(L.Callback):
         step = trainer.global_step
         if (batch_idx + 1) % module.config.accumulate:
             return
+        if self.compiling:  # kernels at least; also in a run that goes on in another process
+            if module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
         # Where a validation follows, the checkpoint waits for it: its row is then part of it.
         if step % module.config.checkpoint_every == 0 and step % module.config.eval_every:
             self._check_finite(module, step)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ from ecmoe import load_model, paths, run_or_load, train
 from ecmoe.config import RunConfig
 from ecmoe.data import TextData
 from ecmoe.lit import LitModel, learning_rate_factor
+from ecmoe.recorder import Recorder
 from ecmoe.results import read_record, read_run
 
 
@@ -264,3 +266,15 @@ def test_two_ranks_by_torchrun(tiny_config, strategy):
     weights = load_model(result.path).state_dict()
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
     assert time.time() - began < 200
+
+
+@pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])
+def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config, compiled, kept):
+    recorder = Recorder(tmp_path, "run", progress=False)
+    module = SimpleNamespace(config=tiny_config(compile=compiled), device=torch.device("cpu"))
+    for step in (1, 2):
+        if step == 1:
+            recorder.on_train_start(None, module)
+        recorder.began -= 60  # a minute goes by
+        recorder.on_train_batch_end(SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1)
+    assert recorder._clock() == pytest.approx(kept + 60, abs=5) and recorder.marked == (int(compiled), pytest.approx(0, abs=5))
