@@ -37,13 +37,15 @@ class Assignment(NamedTuple):
         return (self.token < n).sum(dim=1)
 
     def renormalized(self, n: int) -> Assignment:
-        """The same choice with each token's gates divided by their sum over the experts that took it."""
-        total = self.gate.new_zeros(n + 1).index_add(
-            0, self.token.reshape(-1), self.gate.reshape(-1)
-        )
-        return Assignment(
-            self.token, self.gate / total[self.token].clamp_min(torch.finfo(self.gate.dtype).tiny)
-        )
+        """The same choice with each token's gates divided by their sum over the experts that took it.
+
+        By way of an (n + 1, e) table, in which no two slots of tokens meet: a sum by index would add up in no fixed
+        order on a GPU, forward or backward.
+        """
+        token = self.token.T  # (k, e)
+        table = self.gate.new_zeros(n + 1, token.shape[1]).scatter(0, token, self.gate.T)
+        table = table / table.sum(1, keepdim=True).clamp_min(torch.finfo(self.gate.dtype).tiny)
+        return Assignment(self.token, table.gather(0, token).T)
 
 
 def pack(

@@ -83,6 +83,20 @@ def test_pack_of_nothing_has_a_slot():
     assert pairs(assignment, 1) == {}
 
 
+def test_renormalized_gates_are_the_quotients_and_so_are_their_gradients():
+    draw = torch.Generator().manual_seed(0)
+    token = torch.stack([torch.randperm(7, generator=draw)[:4] for _ in range(3)])
+    token[2, 3] = 7  # an empty slot
+    gate = torch.rand(3, 4, generator=draw, dtype=torch.float64).masked_fill(token == 7, 0.0).requires_grad_()
+    sums = torch.stack([gate[token == t].sum() for t in range(8)]).clamp_min(1e-300)
+    expected, ours = gate / sums[token], Assignment(token, gate).renormalized(7).gate
+    weight = torch.rand(3, 4, generator=draw, dtype=torch.float64).masked_fill(token == 7, 0.0)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), gate) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(a.masked_fill(token == 7, 0), b.masked_fill(token == 7, 0))
+
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_renormalized_gates_sum_to_one_and_nobodys_token_stays_zero(dtype):
     token = torch.tensor([[0, 1, 3], [1, 3, 3]])
