@@ -315,5 +315,17 @@ def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float
 
 
 def curves_by_seed(results: Iterable[Result]) -> dict[int, pd.DataFrame]:
-    """seed -> curve, for the finished runs of one arm."""
-    return {int(result.summary["seed"]): result.curve for result in results if result.ok}
+    """seed -> curve, for the finished runs of one arm; its attrs name the `machine`, which its seconds belong to."""
+    curves = {}
+    for result in results:
+        if result.ok:
+            curve = curves[int(result.summary["seed"])] = result.curve.copy()
+            curve.attrs["machine"] = machine(result.summary)
+    return curves
+
+
+def machine(summary: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a run's seconds depend on beside its work: device, torch, processes, compiled or not, by which kernels."""
+    config, versions = summary.get("config") or {}, summary.get("versions") or {}
+    how = config.get("compile", False), config.get("kernels", "plain")  # runs before there were kernels: plain
+    return summary.get("device"), versions.get("torch"), summary.get("world_size"), *how

@@ -145,11 +145,14 @@ def steps_ratio(
 
     That loss is the higher of the two final ones: b's, if a ends lower, as in the claim "a needs
     less than half of b's steps"; a's, if b ends lower, and then the ratio is above 1. So no seed is
-    censored, and none is left out for having lost. Use x="seconds" for time.
+    censored, and none is left out for having lost. Use x="seconds" for time: pairs that ran on different
+    machines, or differently compiled (`results.machine`), are then left out.
     """
     ratios = []
     for seed in _shared(curves_a, curves_b):
         a, b = curves_a[seed], curves_b[seed]
+        if x == "seconds" and a.attrs.get("machine") != b.attrs.get("machine"):
+            continue
         finals = [_points(curve, column, x)[1] for curve in (a, b)]
         if any(len(ys) == 0 for ys in finals):
             continue

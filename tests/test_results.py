@@ -168,3 +168,12 @@ def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="record holds none"):
         make(RunConfig()).load_model()
+
+
+def test_a_curve_says_which_machine_its_seconds_belong_to():
+    summary = {"seed": 0, "status": "finished", "device": "NVIDIA H200", "versions": {"torch": "2.11.0"}, "world_size": 1}
+    old = Result({**summary, "config": {"compile": False}}, pd.DataFrame({"step": [1]}), None)
+    new = Result({**summary, "config": {"compile": True, "kernels": "auto"}}, pd.DataFrame({"step": [1]}), None)
+    machines = [results.curves_by_seed([result])[0].attrs["machine"] for result in (old, new)]
+    assert machines == [("NVIDIA H200", "2.11.0", 1, False, "plain"), ("NVIDIA H200", "2.11.0", 1, True, "auto")]
+    assert old.curve.attrs == {}

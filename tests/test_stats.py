@@ -98,6 +98,15 @@ def test_steps_ratio_compares_at_the_loss_that_both_reach():
     assert stats.steps_ratio({0: A}, {0: B.assign(val_loss=math.nan)}).n == 0
 
 
+def test_seconds_of_different_machines_are_not_compared():
+    a, b = A.assign(seconds=A["step"]), B.assign(seconds=B["step"])
+    for machine, pairs in (("one", 1), ("another", 0)):
+        a.attrs["machine"], b.attrs["machine"] = "one", machine
+        assert stats.steps_ratio({0: a}, {0: b}, x="seconds").n == pairs
+        assert stats.steps_ratio({0: a}, {0: b}).n == 1
+
+
+
 def effect(low, high, n=3, unit=""):
     return Effect((low + high) / 2, low, high, n, unit)
 
