@@ -50,12 +50,11 @@ DEEPEST = 2048  # products above this take so long that cuBLAS wins by more than
 
 
 def fusible(a: Tensor, w: Tensor) -> bool:
-    """Should the fused products take these? 16 bits, rows of whole 16 bytes for the copy engine, and not too deep."""
-    if a.shape[-1] > DEEPEST:
+    """Should the fused products take these? On Hopper, whose shared memory the tiles are cut for; 16 bits, rows of whole
+    16 bytes for the copy engine, and not too deep."""
+    if a.shape[-1] > DEEPEST or (a.is_cuda and torch.cuda.get_device_capability(a.device)[0] != 9):
         return False
     narrow = a.dtype in (torch.bfloat16, torch.float16)
-    if a.is_cuda and torch.cuda.get_device_capability(a.device)[0] < 9:
-        return False
     whole = all(size * a.element_size() % 16 == 0 for size in w.shape[1:])
     return (narrow or INTERPRETED and a.dtype == torch.float32) and whole and a.numel() > 0
 
