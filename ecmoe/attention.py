@@ -28,13 +28,13 @@ Letters: B sequences of T tokens, width d, h heads.
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
+from ecmoe.routing.router import TRITON
 
 
 class Attention(nn.Module):
@@ -106,8 +106,6 @@ def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
 
 
 # The fast path.
-
-TRITON = find_spec("triton") is not None  # known before torch.compile looks
 
 
 def fits(qkv: Tensor) -> bool:

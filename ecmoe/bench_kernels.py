@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,14 @@ from torch.func import functional_call
 from ecmoe import timing
 from ecmoe.config import bucket_size
 from ecmoe.moe import MoE
+from ecmoe.routing.router import TRITON
 
 KINDS = ("triton", "triton-bmm")
 
 
 def kernels_run(device: torch.device) -> bool:
     """Is it worth timing the kernels here: is triton installed, and is this a GPU, not Triton's interpreter?"""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and TRITON
 
 
 class Shared(nn.Module):

@@ -18,10 +18,10 @@ Letters: n tokens of width d, V vocabulary.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from ecmoe.routing.router import TRITON
 
 CHUNK_BYTES = 1 << 29  # of the logits that are held at once
 
@@ -88,7 +88,7 @@ _sum.register_autograd(_backward, setup_context=_keep_for_backward)
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
     """(m, V) logits, (m,) targets -> (m,) losses; with `keep`, z becomes their gradient."""
-    if z.is_cuda and z.dtype != torch.float64 and find_spec("triton") is not None:
+    if z.is_cuda and z.dtype != torch.float64 and TRITON:
         from ecmoe.kernels.loss import losses_  # reads and writes z once
 
         return losses_(z, targets, keep)
