@@ -1,4 +1,4 @@
-"""The command line: `ecmoe train | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
+"""The command line: `ecmoe train | runs | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
 
 What is wrong with a config or a notebook is told in one line, with exit code 2. Imports wait until a
 command needs them, so that help comes at once.
@@ -54,6 +54,48 @@ def train(
                 typer.echo(f"{key:18} {f'{value:.6g}' if isinstance(value, float) else value}")
         typer.echo(f"{'path':18} {result.path}")
     if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def runs(
+    pages: Annotated[list[str] | None, typer.Argument(help="such as 01_convergence; none: all")] = None,
+    scale: Annotated[str, typer.Option(help="whose pages: gpu or paper")] = "gpu",
+    train_them: Annotated[bool, typer.Option("--train", help="train them, here and now")] = False,
+    part: Annotated[str, typer.Option(help="this share of them: 2/3, the second of three machines")] = "1/1",
+    within: Annotated[float, typer.Option(help="with --train: start no run after so many minutes")] = math.inf,
+) -> None:
+    """List the runs that pages rest on and that are missing; or train them, without Jupyter.
+
+    Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
+    """
+    import time
+
+    from ecmoe import paths
+    from ecmoe.scoreboard import missing
+
+    with _one_line(ConfigError, OSError, ValueError):
+        first, count = _part(part)
+        wanted = missing(scale, pages or ())[first::count]
+    failed, began = 0, time.monotonic()
+    for page, arm, config in wanted:
+        typer.echo(f"{page:24} {arm:28} s{config.seed}  {config.name}")
+        if not train_them:
+            continue
+        if time.monotonic() - began > 60 * within:
+            typer.echo(f"{within:g} minutes are over")
+            break
+        from ecmoe.train import run_or_load
+
+        try:
+            result = run_or_load(config, records=paths.records(scale))
+        except Exception as error:  # kept in the run's folder; the others are still wanted
+            typer.echo(f"{config.name}: {type(error).__name__}: {error}", err=True)
+            failed += 1
+        else:
+            failed += not result.ok
+    typer.echo(f"{len(wanted)} missing" if not train_them else f"{failed} failed")
+    if failed:
         raise typer.Exit(1)
 
 
@@ -292,6 +334,17 @@ def _one_line(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+
+
+def _part(text: str) -> tuple[int, int]:
+    """"2/3" -> 1, 3."""
+    try:
+        part, count = map(int, text.split("/"))
+    except ValueError:
+        part = count = 0
+    if not 1 <= part <= count:
+        raise ValueError(f"--part {text}: must be I/N with I in 1..N, such as 1/2")
+    return part - 1, count
 
 
 def _assignments(pairs: list[str] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.claims import CLAIMS, Claim
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.results import Result, arm_labels, read_json, write_json
 from ecmoe.stats import PLUMBING, Effect, Verdict
 
+DEFAULTS = RunConfig().to_dict()
+DONE = ("finished", "diverged")
 COLUMNS = ["id", "claim", "paper", "here", "interval", "seeds", "verdict"]
 
 
@@ -125,12 +128,35 @@ def record_study(results: Iterable[Result], scale: str, notebook: str = "") -> N
     for summary in (result.summary for result in results):
         arm = labels.get(summary["name"]) or summary["config"].get("approach", "run")  # continual learning
         runs[summary["name"]] = {"arm": arm} | {key: summary.get(key) for key in keys}
+        if summary["name"] in labels and summary["status"] not in DONE:  # what `missing` needs to train it
+            runs[summary["name"]]["config"] = {k: v for k, v in summary["config"].items() if v != DEFAULTS.get(k)}
     write_json(study_folder(scale) / f"{notebook}.json", runs)
 
 
 def study_folder(scale: str) -> Path:
     """Where pages keep what they rest on: beside the verdicts."""
     return verdict_folder(scale).parent / "studies"
+
+
+def missing(scale: str, pages: Sequence[str] = ()) -> list[tuple[str, str, RunConfig]]:
+    """Page, arm and config of each run that the pages of a scale, or some of them, rest on and that isn't there.
+
+    Seed by seed, as a page trains them, each run once; runs of continual learning are left out, as they are no `RunConfig`.
+
+    Raises:
+        ConfigError: no such page.
+    """
+    kept = {path.stem: read_json(path) for path in sorted(study_folder(scale).glob("*.json"))}
+    for page in pages:
+        if page not in kept:
+            raise ConfigError(f"page {page!r}: nothing is kept of it at scale {scale}; there are {', '.join(kept) or 'none'}")
+    found: dict[str, tuple[str, str, RunConfig]] = {}
+    for page in pages or kept:
+        for name, run in sorted(kept[page].items(), key=lambda named: named[1]["seed"]):
+            there = run["status"] in DONE or (paths.records(scale) / f"{name}.json").exists()
+            if not there and "config" in run:
+                found.setdefault(name, (page, run["arm"], RunConfig.from_dict(run["config"])))
+    return list(found.values())
 
 
 def studies(scale: str) -> tuple[pd.DataFrame, str]:

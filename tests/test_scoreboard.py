@@ -4,9 +4,11 @@ import json
 
 import pytest
 from bs4 import BeautifulSoup
+from typer.testing import CliRunner
 
-from ecmoe import report, scoreboard
-from ecmoe.config import RunConfig
+from ecmoe import paths, report, scoreboard
+from ecmoe.cli import app
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.execution import _forget
 from ecmoe.results import Result, not_run
 
@@ -48,6 +50,25 @@ def test_a_run_of_another_kind_has_its_approach_for_a_name(pages):
     assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "joint s0"
     scoreboard.record_study([run], "gpu", "11_c")
     assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "all of them"
+
+
+def test_missing_runs_can_be_trained_from_what_pages_keep(pages, monkeypatch, tmp_path):
+    wanted = [("02_b", "GShard top-2 renormalized", TOP2.replace(seed=seed)) for seed in (0, 2)]
+    assert scoreboard.missing("gpu") == scoreboard.missing("gpu", ["02_b"]) == wanted and scoreboard.missing("gpu", ["01_a"]) == []
+    with pytest.raises(ConfigError, match="page '03_c': nothing is kept of it at scale gpu; there are 01_a, 02_b"):
+        scoreboard.missing("gpu", ["03_c"])
+    trained = []
+    monkeypatch.setattr("ecmoe.train.run_or_load", lambda config, records: trained.append((config, records)) or finished(config, 1))
+    shown = CliRunner().invoke(app, ["runs"])
+    assert shown.exit_code == 0 and TOP2.name in shown.output and "2 missing" in shown.output and not trained
+    shown = CliRunner().invoke(app, ["runs", "02_b", "--train", "--part", "2/2"])
+    assert shown.exit_code == 0 and trained == [(TOP2.replace(seed=2), paths.records("gpu"))]
+    assert CliRunner().invoke(app, ["runs", "--train", "--within", "-1"]).exit_code == 0 and len(trained) == 1
+    refused = CliRunner().invoke(app, ["runs", "--part", "3/2"])
+    assert refused.exit_code == 2 and "--part 3/2: must be I/N" in refused.output
+    monkeypatch.setattr("ecmoe.train.run_or_load", lambda *_, **__: 1 / 0)
+    shown = CliRunner().invoke(app, ["runs", "--train"])
+    assert shown.exit_code == 1 and "ZeroDivisionError" in shown.output and "2 failed" in shown.output
 
 
 def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
