@@ -11,6 +11,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,8 +70,6 @@ def runs(
 
     Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
     """
-    import time
-
     from ecmoe import paths
     from ecmoe.scoreboard import missing
 
@@ -250,8 +249,6 @@ def _bench_all(
     scale: str | None, out: Path | None, only: str | None, *, compiled: bool, force: bool
 ) -> None:
     """Measure part after part; each is kept as soon as it is there, and a part that fails stops no other."""
-    import time
-
     import torch
 
     from ecmoe import speed

@@ -144,7 +144,7 @@ def missing(scale: str, pages: Sequence[str] = ()) -> list[tuple[str, str, RunCo
     Seed by seed, as a page trains them, each run once; runs of continual learning are left out, as they are no `RunConfig`.
 
     Raises:
-        ConfigError: no such page.
+        ConfigError: no such page; or a page that another version made, whose config now means another run.
     """
     kept = {path.stem: read_json(path) for path in sorted(study_folder(scale).glob("*.json"))}
     for page in pages:
@@ -154,8 +154,12 @@ def missing(scale: str, pages: Sequence[str] = ()) -> list[tuple[str, str, RunCo
     for page in pages or kept:
         for name, run in sorted(kept[page].items(), key=lambda named: named[1]["seed"]):
             there = run["status"] in DONE or (paths.records(scale) / f"{name}.json").exists()
-            if not there and "config" in run:
-                found.setdefault(name, (page, run["arm"], RunConfig.from_dict(run["config"])))
+            if there or "config" not in run:
+                continue
+            config = RunConfig.from_dict(run["config"])
+            if config.name != name:  # a default is another now
+                raise ConfigError(f"page {page!r}: run {name} would be {config.name} today; draw the page again: make report SCALE={scale}")
+            found.setdefault(name, (page, run["arm"], config))
     return list(found.values())
 
 

@@ -57,6 +57,10 @@ def test_missing_runs_can_be_trained_from_what_pages_keep(pages, monkeypatch, tm
     assert scoreboard.missing("gpu") == scoreboard.missing("gpu", ["02_b"]) == wanted and scoreboard.missing("gpu", ["01_a"]) == []
     with pytest.raises(ConfigError, match="page '03_c': nothing is kept of it at scale gpu; there are 01_a, 02_b"):
         scoreboard.missing("gpu", ["03_c"])
+    with monkeypatch.context() as later:
+        later.setattr(RunConfig, "digest", lambda self: "of another version")
+        with pytest.raises(ConfigError, match="would be token-choice-top2-c1-s0-of another version today; draw the page again"):
+            scoreboard.missing("gpu")
     trained = []
     monkeypatch.setattr("ecmoe.train.run_or_load", lambda config, records: trained.append((config, records)) or finished(config, 1))
     shown = CliRunner().invoke(app, ["runs"])

@@ -193,7 +193,7 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
         ("_product_backward_kernel", "experts' products"),
         ("aten::_grouped_mm cutlass_gemm_grouped", "experts' products"),
         ("aten::mm nvjet_tst_128x256", "other products"),
-        ("triton_tem_fused_flex_attention_2", "attention"),
+        ("_flash_queries_kernel", "attention"),
         ("aten::_scaled_dot_product_flash_attention flash_fwd_kernel", "attention"),
         ("_tile_sums_kernel", "attention"),
         ("_losses_kernel", "loss"),

@@ -70,11 +70,11 @@ def pack(
     Returns:
         the assignment, (e, slots), and the demand, (e,): requests before any was dropped.
     """
-    # Comparing is faster than adding: all requests would queue for a few counters.
-    demand = (expert == torch.arange(e + 1, device=token.device)[:, None]).sum(1)
     by_expert = torch.argsort(expert, stable=True)  # keeps the order within an expert
     expert = expert[by_expert]
-    place = torch.arange(expert.numel(), device=expert.device) - (demand.cumsum(0) - demand)[expert]
+    ends = torch.searchsorted(expert, torch.arange(e + 1, device=expert.device), right=True)
+    demand = ends.diff(prepend=ends.new_zeros(1))
+    place = torch.arange(expert.numel(), device=expert.device) - (ends - demand)[expert]
     if slots is None:
         slots = max(int(demand[:e].max()), 1)
     full = place >= (slots if limit is None else limit.clamp(max=slots))

@@ -18,7 +18,8 @@ TRITON = find_spec("triton") is not None
 
 
 class Router(nn.Module):
-    """Base of all routers: linear scores in float32, and an `assign` that each family writes.
+    """Base of all routers: linear scores in float32, and an `assign` that each family writes. One with other scores
+    overrides `read`, which `MoE` calls and `logits` is made of.
 
     Args:
         d_model: d, width of a token.
