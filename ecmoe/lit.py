@@ -149,7 +149,7 @@ def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_nor
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down
+    optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
