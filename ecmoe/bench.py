@@ -229,8 +229,8 @@ def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
 def floor_on_own(layer: MoE, x: Tensor, gradient: Tensor) -> dict[str, Call]:
     """The same six products, on the numbers that the layer has there.
 
-    Half of what leaves a GELU is near 0. A chip at the limit of its power multiplies that faster than random numbers,
-    so that a layer can pass its floor on those, but not this one.
+    Half of what leaves a GELU is near 0. A chip at the limit of its power takes another time for that than for random
+    numbers, so that a layer can pass its floor on those.
     """
     with torch.no_grad():
         token, gate = layer.router.assign(layer.router.logits(x))

@@ -6,11 +6,13 @@ time, and 5.7 ms in a row, as in training). The queue is kept full: before a bur
 the host runs ahead and its launches cost nothing, as in a training step. A call that itself waits for the device (a
 number read from it) empties the queue, and pays for that, as it does in training. On a CPU the clock is the host's.
 
-Calls are taken in turns, so that a slow moment, or a warm chip, hits all of them alike.
+Calls are taken in turns, each time in another order, so that a slow moment, or a chip that the call before has warmed
+or left to rest, hits all of them alike.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -97,9 +99,11 @@ def in_turns(calls: Mapping[Key, Call], repeats: int, device: torch.device) -> d
     """Seconds of every repeat of each call; the calls are warm already."""
     bursts = {key: Burst.of(call, device) for key, call in calls.items()}
     times: dict[Key, list[float]] = {key: [] for key in calls}
+    order, dice = list(calls), random.Random(0)
     for _ in range(repeats):
-        for key, call in calls.items():
-            times[key].append(seconds(call, device, bursts[key]))
+        dice.shuffle(order)
+        for key in order:
+            times[key].append(seconds(calls[key], device, bursts[key]))
     return times
 
 

@@ -8,10 +8,12 @@ from ecmoe import timing
 CPU = torch.device("cpu")
 
 
-def test_calls_are_taken_in_turns():
+def test_calls_are_taken_in_turns_each_in_another_order():
     order = []
-    times = timing.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU)
-    assert "".join(order) == "ababab" and {name: len(samples) for name, samples in times.items()} == {"a": 3, "b": 3}
+    times = timing.in_turns({name: lambda name=name: order.append(name) for name in "abc"}, 20, CPU)
+    turns = {"".join(order[i : i + 3]) for i in range(0, 60, 3)}
+    assert all(sorted(turn) == list("abc") for turn in turns) and {turn[0] for turn in turns} == set("abc")
+    assert {name: len(samples) for name, samples in times.items()} == {"a": 20, "b": 20, "c": 20}
     assert all(sample >= 0 for samples in times.values() for sample in samples)
 
 
