@@ -106,7 +106,6 @@ def test_seconds_of_different_machines_are_not_compared():
         assert stats.steps_ratio({0: a}, {0: b}).n == 1
 
 
-
 def effect(low, high, n=3, unit=""):
     return Effect((low + high) / 2, low, high, n, unit)
 

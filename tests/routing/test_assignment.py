@@ -96,7 +96,6 @@ def test_renormalized_gates_are_the_quotients_and_so_are_their_gradients():
         torch.testing.assert_close(a.masked_fill(token == 7, 0), b.masked_fill(token == 7, 0))
 
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_renormalized_gates_sum_to_one_and_nobodys_token_stays_zero(dtype):
     token = torch.tensor([[0, 1, 3], [1, 3, 3]])
