@@ -26,10 +26,11 @@ class Recorder(L.Callback):
 
     Args:
         folder: of the run. label: what progress lines call it. progress: print them.
+        sharing: runs that train side by side on the device; each counts its share of the seconds.
     """
 
-    def __init__(self, folder: Path, label: str, progress: bool = True) -> None:
-        self.folder, self.label, self.progress = folder, label, progress
+    def __init__(self, folder: Path, label: str, progress: bool = True, sharing: int = 1) -> None:
+        self.folder, self.label, self.progress, self.sharing = folder, label, progress, sharing
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.statistics: dict[str, float] = {}
@@ -137,7 +138,7 @@ class Recorder(L.Callback):
             raise Diverged(f"the training loss is {float(module.sums['loss'])} before step {step}")
 
     def _clock(self) -> float:
-        return self.seconds + (time.perf_counter() - self.began if self.began else 0.0)
+        return self.seconds + ((time.perf_counter() - self.began) / self.sharing if self.began else 0.0)
 
     @staticmethod
     def _rate(row: dict[str, float]) -> str:
@@ -147,7 +148,7 @@ class Recorder(L.Callback):
         """A line that overwrites itself, on a terminal only: a log keeps one line per validation."""
         if self.progress and trainer.is_global_zero and sys.stderr.isatty() and self._clock() - self.last_printed > 0.5:
             self.last_printed = self._clock()
-            left = (module.config.steps - step) * self._clock() / max(step, 1)
+            left = (module.config.steps - step) * self.sharing * self._clock() / max(step, 1)
             self._line(step, module.config.steps, f"about {left:.0f} s left", end="\r")
 
     def _line(self, step: int, steps: int, text: str, end: str) -> None:

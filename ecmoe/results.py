@@ -325,7 +325,12 @@ def curves_by_seed(results: Iterable[Result]) -> dict[int, pd.DataFrame]:
 
 
 def machine(summary: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a run's seconds depend on beside its work: device, torch, processes, compiled or not, by which kernels."""
+    """What a run's seconds depend on beside its work: device, torch, processes, compiled or not, by which kernels.
+
+    Those of a run that shared its device depend on the other runs there: they compare with nobody's but its own.
+    """
+    if summary.get("sharing", 1) > 1:
+        return (summary["name"],)
     config, versions = summary.get("config") or {}, summary.get("versions") or {}
     how = config.get("compile", False), config.get("kernels", "plain")  # runs before there were kernels: plain
     return summary.get("device"), versions.get("torch"), summary.get("world_size"), *how

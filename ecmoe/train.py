@@ -133,7 +133,7 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
     """Train, or go on from the last checkpoint; leaves summary.json whatever happens."""
     started = datetime.datetime.now(datetime.UTC)
     label = f"{arm_label(config)} s{config.seed}"
-    recorder = Recorder(folder, label, progress)
+    recorder = Recorder(folder, label, progress, sharing())
     status, error, data, module = "finished", None, None, None
     leads = os.environ.get("RANK", "0") == "0"
     if leads:
@@ -287,6 +287,7 @@ def _summary(
         "device": device_name(),
         "precision": resolved_precision(config),
         "world_size": world,
+        "sharing": recorder.sharing,
         "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "lightning", "datasets", "tokenizers", "numpy")}
         | {"python": platform.python_version()},
@@ -295,6 +296,11 @@ def _summary(
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "routing": {k: v for k, v in last.items() if k in ("dropped", "over_capacity", "max_load") or "share_" in k},
     }
+
+
+def sharing() -> int:
+    """Runs that train side by side on this device, said by who started them ($ECMOE_SHARING)."""
+    return int(os.environ.get("ECMOE_SHARING", "1"))
 
 
 def device_name() -> str:
