@@ -118,15 +118,20 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
-        self.load.copy_(assignment.load(n))
+        if mask is None and fast(self.kernels, assignment.gate):
+            from ecmoe import kernels
+
+            load, bins = kernels.tally(assignment.token, n, MOST_EXPERTS_COUNTED)
+        else:
+            load, counts = assignment.load(n), assignment.experts_per_token(n).clamp(max=MOST_EXPERTS_COUNTED)
+            if mask is not None:  # padding is in no bin
+                counts = counts.masked_fill(~mask.reshape(-1), -1)
+            # Comparing is faster than adding: all tokens would queue for a few bins.
+            bins = (counts == torch.arange(MOST_EXPERTS_COUNTED + 1, device=counts.device)[:, None]).sum(1)
+        self.load.copy_(load)
         self.demand.copy_(self.router.demand)
-        counts = assignment.experts_per_token(n).clamp(max=MOST_EXPERTS_COUNTED)
-        if mask is not None:  # padding is in no bin
-            counts = counts.masked_fill(~mask.reshape(-1), -1)
-        # Comparing is faster than adding: all tokens would queue for a few bins.
-        bins = counts == torch.arange(MOST_EXPERTS_COUNTED + 1, device=counts.device)[:, None]
-        self.experts_per_token.copy_(bins.sum(1))
-        self.tokens.copy_(self.experts_per_token.sum())
+        self.experts_per_token.copy_(bins)
+        self.tokens.copy_(bins.sum())
 
     def statistics(self) -> dict[str, Tensor]:
         """What the last forward did, as scalar tensors on the layer's device.

@@ -28,6 +28,12 @@ def home(tmp_path_factory):
         os.environ["ECMOE_HOME"] = before
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Oracles multiply in float32, whatever a run before has allowed (training on a GPU allows TF32)."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """`tiny_config(**changes)`: a config that trains in about a second, on real text."""

@@ -86,7 +86,7 @@ def test_kernels_are_measured_and_held_to_the_plain_path(monkeypatch):
         assert all(value < (1e-2 if torch.cuda.is_available() else 1e-6) for value in row.values())
     passes = table.attrs["passes"]
     assert not any("error" in row for row in passes) and all(row["us"] > 0 for row in passes)
-    assert {"select", "gather", "combine", "invert"} <= {row["pass"] for row in passes}
+    assert {"take", "tally", "gather", "combine", "invert"} <= {row["pass"] for row in passes}
     assert "x_in w1, bmm" in bench.shown(passes)
 
 

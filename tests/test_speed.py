@@ -199,7 +199,7 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
         ("_losses_kernel", "loss"),
         ("aten::_fused_adamw_ void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimiser"),
         ("_logits_dw_kernel", "routing"),
-        ("_select_kernel", "routing"),
+        ("_take_kernel", "routing"),
         ("_gather_dot_kernel", "gather and combine"),
         ("_combine_kernel", "gather and combine"),
         ("_activate_kernel", "activation"),

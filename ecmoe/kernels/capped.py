@@ -41,6 +41,7 @@ JITTER_FIRST, JITTER_LAST = 0.2, 5e-3  # of the mean score
 DAMPING = 0.7
 REPAIRS = 2
 # T E numbers of a program, where all tokens are asked, where a sample is, and of `dykstra`.
+MOST_TOKENS = 512  # T: three counts of them are added up in 30 bits
 TILE = {"ELEMENTS": 8192, "num_warps": 8}
 SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}
 DYKSTRA = {"ELEMENTS": 8192, "num_warps": 8}
@@ -116,7 +117,7 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
 
 def _cut(tokens: int, e: int, tile: dict) -> dict:
     E = block(e)
-    T = block(tokens, 16, max(16, tile["ELEMENTS"] // E))
+    T = block(tokens, 16, min(max(16, tile["ELEMENTS"] // E), MOST_TOKENS))
     return {"E": E, "T": T, "num_warps": tile["num_warps"]}
 
 
@@ -207,22 +208,22 @@ def _price(state, counts, pool, node, e, unit, target, damping, r, first):
 
 
 @triton.jit
-def _count(counts, low, high, gain, size, node, e):
-    """Add to rows `low` and `high` of (9, e + 1) counts how many gains (T, nodes) are at least -size and size."""
-    both = (gain >= size[None, :]).to(tl.int32) + ((gain >= -size[None, :]).to(tl.int32) << 16)
-    both = tl.sum(both, 0)  # two sums in one: neither reaches 2^15
-    inside = (node <= e) & (both > 0)
-    tl.atomic_add(counts + low * (e + 1) + node, both >> 16, mask=inside, sem="relaxed")
-    tl.atomic_add(counts + high * (e + 1) + node, both & 0xFFFF, mask=inside & (low < high), sem="relaxed")
+def _count(counts, row: tl.constexpr, gain, scale, node, e):
+    """Add to rows `row` to row + 2 of (9, e + 1) counts how many gains (T, nodes) reach their thresholds."""
+    three = tl.zeros(gain.shape, tl.int32)
+    for i in tl.static_range(3):
+        threshold = _threshold(tl.full((1,), row + i, tl.int32)) * scale
+        three += (gain >= threshold[None, :]).to(tl.int32) << (10 * i)
+    three = tl.sum(three, 0)  # three sums in one: none reaches 2^10
+    for i in tl.static_range(3):
+        count = (three >> (10 * i)) & 1023
+        tl.atomic_add(counts + (row + i) * (e + 1) + node, count, mask=(node <= e) & (count > 0), sem="relaxed")
 
 
 @triton.jit
 def _count_all(counts, gain, scale, node, e):
-    _count(counts, 4, 4, gain, 0.0 * scale, node, e)
-    size = 0.25
-    for i in tl.static_range(4):
-        _count(counts, 3 - i, 5 + i, gain, size * scale, node, e)
-        size *= 4
+    for i in tl.static_range(3):
+        _count(counts, 3 * i, gain, scale, node, e)
 
 
 @triton.jit(do_not_specialize=["r", "first"])
@@ -252,7 +253,7 @@ def _round_kernel(
             rest = tl.where(rest < last[:, None], rest, float("-inf"))
         other = tl.max(rest, 1)
         if SPARE:
-            _count_all(counts, tl.reshape(best, (T * B, 1)) - free[None, :], free_scale, free_node, e)
+            _count_all(counts, best - free[None, :], free_scale + tl.zeros((B,), tl.float32), e + tl.zeros((B,), tl.int32), e)
             last, other = tl.maximum(last, tl.max(free)), tl.maximum(other, tl.max(free))
         gain -= tl.where(gain >= last[:, None], other[:, None], last[:, None])
     _count_all(counts, tl.where(inside, gain, float("-inf")), scale, expert, e)

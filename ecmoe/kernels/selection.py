@@ -1,9 +1,10 @@
-"""`select`: the k highest of each row, without a sort, in rising order of place.
+"""`take`: the k highest of each row, without a sort, in rising order of place; `select`: their places alone.
 
 Radix select: a score's key is an int32 that orders as the score does, and the k-th key is pinned down two bits at a
-time, by counting how many keys lie above. One program a row can do that, but reads the row again and again.
-In a long row a sample first guesses a key that a few more than k should reach; all programs count and list who
-does, and the search goes through that list. Where the guess was bad, it goes through the row: slower, never wrong.
+time, by counting how many keys lie above, from the first bit on in which keys differ. One program a row can do that,
+but reads the row again and again. In a long row a sample first guesses a key that a few more than k should reach; all
+programs count and list who does, and the search goes through that list. Where the guess was bad, it goes through the
+row: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -20,27 +21,37 @@ GUESS = {"BLOCK": 4096, "num_warps": 8}
 CHUNK = {"BLOCK": 2048, "num_warps": 4}
 SAMPLE = 4096  # keys of a row that guess; rows up to twice as long are searched at once
 DEVIATIONS = 6  # of the sample's count: how many more than k the guess aims at
+SLACK = 8  # it may overshoot by a 1/SLACK of that, and so ends sooner
+LONGEST = 1 << 21  # of a row: three counts are added up in 63 bits
 
 
 def select(scores: Tensor, k: int) -> Tensor:
-    """(..., m) -> (..., k) int64: places of the k highest scores of each row, in rising order.
+    """(..., m) -> (..., k) int64: places of the k highest scores of each row, in rising order; no gradient.
 
-    Of equal scores the first are taken. Float32 only; others take `torch.topk`, whose order is another. No
-    gradient: gather the scores.
+    Of equal scores the first are taken. Float32 only, and rows of less than 2^21; others take `torch.topk`, whose
+    order is another.
     """
-    scores = scores.detach()
-    if scores.dtype != torch.float32:
-        return scores.topk(k, dim=-1).indices
+    return take(scores.detach(), k)[1]
+
+
+def take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., m) -> the k highest scores of each row and their places, (..., k), as `select`; and the lowest of them, (...)."""
+    m = scores.shape[-1]
+    if scores.dtype != torch.float32 or m >= LONGEST:
+        chosen, places = scores.topk(k, dim=-1)
+        return chosen, places, chosen.detach().amin(-1)
     check(scores)
-    if k == scores.shape[-1]:  # also a single score, on which Triton 3.6 fails
-        return torch.arange(k, device=scores.device).expand(scores.shape).contiguous()
-    rows = scores.reshape(-1, scores.shape[-1]).contiguous()
-    return _select(rows, k).view(*scores.shape[:-1], k)
+    if k == m:  # also a single score, on which Triton 3.6 fails
+        return scores, torch.arange(k, device=scores.device).expand(scores.shape).contiguous(), scores.detach().amin(-1)
+    chosen, places, lowest = _take(scores.reshape(-1, m).contiguous(), k)
+    shape = scores.shape[:-1]
+    return chosen.view(*shape, k), places.view(*shape, k), lowest.view(shape)
 
 
-@torch.library.custom_op("ecmoe::select", mutates_args=())
-def _select(scores: Tensor, k: int) -> Tensor:
+@torch.library.custom_op("ecmoe::take", mutates_args=())
+def _take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, m = scores.shape
+    chosen, lowest = scores.new_empty(rows, k), scores.new_empty(rows)
     out = scores.new_empty(rows, k, dtype=torch.int64)
     cut = SEARCH | {"BLOCK": block(m, 16, SEARCH["BLOCK"])}
     long = m > 2 * SAMPLE
@@ -52,18 +63,34 @@ def _select(scores: Tensor, k: int) -> Tensor:
         if long:
             share = k * SAMPLE / m
             rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
-            _guess_kernel[rows,](scores, low, m, rank, SAMPLE=SAMPLE, **GUESS)
+            _guess_kernel[rows,](scores, low, m, rank, rank // SLACK, SAMPLE=SAMPLE, **GUESS)
             _count_kernel[rows, chunks](scores, low, held, m, **CHUNK)
             _list_kernel[rows, chunks](scores, low, held, listed, m, room, CHUNKS=block(chunks), **CHUNK)
-        _select_kernel[rows,](
-            scores, listed, held, out, m, k, room, chunks, LISTED=long, CHUNKS=block(chunks), **cut
-        )
-    return out
+        _take_kernel[rows,](
+            scores, listed, held, chosen, out, lowest, m, k, room, chunks,
+            LISTED=long, CHUNKS=block(chunks), **cut,
+        )  # fmt: skip
+    return chosen, out, lowest
 
 
-@_select.register_fake
+@_take.register_fake
 def _(scores, k):
-    return scores.new_empty(scores.shape[0], k, dtype=torch.int64)
+    rows = len(scores)
+    return scores.new_empty(rows, k), scores.new_empty(rows, k, dtype=torch.int64), scores.new_empty(rows)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.shape = inputs[0].shape
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, dchosen, *_):
+    (places,) = ctx.saved_tensors
+    return dchosen.new_zeros(ctx.shape).scatter(1, places, dchosen), None
+
+
+_take.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 @triton.jit
@@ -84,16 +111,35 @@ def _places(listed, use, stride, start, m, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _search(scores, listed, use, stride, m, k, BLOCK: tl.constexpr):
-    """The k-th key lies in low..last: at least k keys are >= low, `above` < k are > last."""
+def _three(ones, twos, threes):
+    """Three sums for the price of one."""
+    total = tl.sum(ones.to(tl.int64) + (twos.to(tl.int64) << 21) + (threes.to(tl.int64) << 42))
+    return (total & 0x1FFFFF).to(tl.int32), ((total >> 21) & 0x1FFFFF).to(tl.int32), (total >> 42).to(tl.int32)
+
+
+@triton.jit
+def _search(scores, listed, use, stride, m, k, slack, BLOCK: tl.constexpr):
+    """A key range low..last that holds the k-th: `count` >= k keys are >= low, `above` < k are > last.
+
+    Done once count is at most k + slack: with a slack of 0 the other bits don't matter then.
+    """
     place, inside = _places(listed, use, stride, 0, m, BLOCK)
     first = _keys(scores, place, inside)  # most often all there is, and in registers
-    low = tl.full((), -0x80000000, tl.int32)
+    most, least = first, tl.where(inside, first, 0x7FFFFFFF)
+    for start in range(BLOCK, m, BLOCK):
+        place, inside = _places(listed, use, stride, start, m, BLOCK)
+        key = _keys(scores, place, inside)
+        most, least = tl.maximum(most, key), tl.minimum(least, tl.where(inside, key, 0x7FFFFFFF))
+    smallest = tl.min(least)
+    differ = tl.max(most) ^ smallest
+    shift = tl.full((), 30, tl.int32)
+    while (shift > 0) & ((differ >> shift) == 0):
+        shift -= 2
+    low = tl.where(shift == 30, -0x80000000, smallest & -(tl.full((), 1, tl.int32) << tl.minimum(shift + 2, 30)))
     last = tl.full((), 0x7FFFFFFF, tl.int32)
     above = tl.full((), 0, tl.int32)
     count = above + m
-    shift = above + 30
-    while (shift >= 0) & (count > k):  # once exactly k are >= low, the other bits don't matter
+    while (shift >= 0) & (count > k + slack):
         step = tl.full((), 1, tl.int32) << shift
         one, two, three = low + step, low + 2 * step, low + 3 * step
         ones = (first >= one).to(tl.int32)
@@ -105,21 +151,21 @@ def _search(scores, listed, use, stride, m, k, BLOCK: tl.constexpr):
             ones += (key >= one).to(tl.int32)
             twos += (key >= two).to(tl.int32)
             threes += (key >= three).to(tl.int32)
-        n1, n2, n3 = tl.sum(ones), tl.sum(twos), tl.sum(threes)
+        n1, n2, n3 = _three(ones, twos, threes)
         digit = (n1 >= k).to(tl.int32) + (n2 >= k).to(tl.int32) + (n3 >= k).to(tl.int32)
         above = tl.where(digit == 0, n1, tl.where(digit == 1, n2, tl.where(digit == 2, n3, above)))
         count = tl.where(digit == 0, count, tl.where(digit == 1, n1, tl.where(digit == 2, n2, n3)))
         low += digit * step
         last = low + (step - 1)
         shift -= 2
-    return low, last, above
+    return low, last, above, count
 
 
 @triton.jit
-def _guess_kernel(scores, low, m, rank, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
-    """A key that about k and a few more of the row should reach: the rank-th of the sample."""
+def _guess_kernel(scores, low, m, rank, slack, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
+    """A key that about k and a few more of the row should reach: the rank-th of the sample, or a little below."""
     row = tl.program_id(0).to(tl.int64)
-    key, _, _ = _search(scores + row * m, low, False, m // SAMPLE, SAMPLE, rank, BLOCK)
+    key, _, _, _ = _search(scores + row * m, low, False, m // SAMPLE, SAMPLE, rank, slack, BLOCK)
     tl.store(low + row, key)
 
 
@@ -145,31 +191,39 @@ def _list_kernel(
 
 
 @triton.jit
-def _select_kernel(
-    scores, listed, held, out, m, k, room, chunks,
+def _take_kernel(
+    scores, listed, held, chosen, out, lowest, m, k, room, chunks,
     LISTED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scores += row * m
     listed += row * room
     out += row * k
+    chosen += row * k
     use = LISTED
     if LISTED:
         chunk = tl.arange(0, CHUNKS)
         reach = tl.sum(tl.load(held + row * chunks + chunk, mask=chunk < chunks, other=0))
         use = (reach >= k) & (reach <= room)
         m = tl.where(use, reach, m)
-    low, last, above = _search(scores, listed, use, 1, m, k, BLOCK)
+    low, last, above, count = _search(scores, listed, use, 1, m, k, 0, BLOCK)
+    least = tl.full((BLOCK,), float("inf"), tl.float32)
     written = tl.full((), 0, tl.int32)
     equal = tl.full((), 0, tl.int32)
     for start in range(0, m, BLOCK):
         place, inside = _places(listed, use, 1, start, m, BLOCK)
         key = _keys(scores, place, inside)
-        between = ((key >= low) & (key <= last) & inside).to(tl.int32)
-        rank = equal + tl.cumsum(between) - between
-        taken = ((key > last) | ((between > 0) & (rank < k - above))) & inside
-        taken = taken.to(tl.int32)
-        target = written + tl.cumsum(taken) - taken
-        tl.store(out + target, place.to(tl.int64), mask=taken > 0)
-        written += tl.sum(taken)
-        equal += tl.sum(between)
+        taken = (key >= low) & inside
+        if count > k:  # equal keys, of which the first are taken
+            between = (taken & (key <= last)).to(tl.int32)
+            rank = equal + tl.cumsum(between) - between
+            taken = taken & ((key > last) | (rank < k - above))
+            equal += tl.sum(between)
+        value = tl.load(scores + place, mask=taken, other=float("inf"))
+        least = tl.minimum(least, value)
+        one = taken.to(tl.int32)
+        target = written + tl.cumsum(one) - one
+        tl.store(out + target, place.to(tl.int64), mask=taken)
+        tl.store(chosen + target, value, mask=taken)
+        written += tl.sum(one)
+    tl.store(lowest + row, tl.min(least))

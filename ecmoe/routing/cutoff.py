@@ -31,7 +31,7 @@ class RunningCutoff(nn.Module):
     @torch.no_grad()
     def add(self, kth: Tensor) -> None:
         """kth: (pools, e) the k-th largest score of each expert in each pool."""
-        self.pending += kth.sum(0)
+        self.pending += kth[0] if len(kth) == 1 else kth.sum(0)  # a sum of one is a pass too
         self.count += kth.shape[0]
 
     @torch.no_grad()

@@ -32,6 +32,8 @@ class ExpertChoice(Router):
         cutoff_beta: decay of the running cut-offs that causal routing uses.
     """
 
+    static = True
+
     def __init__(
         self,
         d_model: int,
@@ -65,17 +67,17 @@ class ExpertChoice(Router):
         if self.causal:
             return self._weigh(self._above_cutoff(logits.softmax(dim=1), mask), n)
         ids = self._pools(n, batch_shape, logits.device)  # (g, m)
-        k = bucket_size(ids.shape[1], e, self.capacity_factor)
         pooled = self._scores(logits, ids)  # (g, e, m)
-        valid = None if mask is None else mask[ids]  # (g, m)
+        k = bucket_size(pooled.shape[2], e, self.capacity_factor)
+        valid = None if mask is None else mask[None] if ids is None else mask[ids]  # (g, m)
         if valid is not None:
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
-        G, I = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
+        G, I, lowest = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
         if self.training and not recomputing():
-            self.cutoff.add(G.detach().amin(-1) if valid is None else self._kth(G, valid, k))
-        token = I if self.pool == "batch" else ids.gather(1, I.flatten(1)).view_as(I)
+            self.cutoff.add(lowest if valid is None else self._kth(G, valid, k))
+        token = I if ids is None else ids.gather(1, I.flatten(1)).view_as(I)
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
-            filled = torch.arange(k, device=ids.device) < self._valid_k(valid, k)[:, None, None]
+            filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
             token, G = torch.where(filled, token, n), torch.where(filled, G, 0.0)
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
         if valid is None:
@@ -84,37 +86,38 @@ class ExpertChoice(Router):
             self.demand.copy_((token < n).sum(1))
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
-    def _scores(self, logits: Tensor, ids: Tensor) -> Tensor:
+    def _scores(self, logits: Tensor, ids: Tensor | None) -> Tensor:
         """S of the tokens ids (g, m), (g, e, m): each token spreads 1 over the experts."""
-        everyone = slice(None) if self.pool == "batch" else ids.reshape(-1)
         if fast(self.kernels, logits):
             from ecmoe.kernels import scores
 
-            S = scores(logits)[:, everyone]  # (e, n)
-            return S.view(-1, *ids.shape).transpose(0, 1)
-        S = logits.softmax(dim=1)[everyone]  # (n, e)
-        return S.view(*ids.shape, -1).transpose(1, 2)
+            S = scores(logits)  # (e, n)
+        else:
+            S = logits.softmax(dim=1).T
+        return S[None] if ids is None else S[:, ids].transpose(0, 1)
 
-    def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(g, e, m) scores -> scores and places of the k chosen of each expert; best first where there is padding."""
+    def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding; and
+        the lowest of these scores, (g, e)."""
         if self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts:
-            if not fast(self.kernels, S) or valid is not None:
-                return S.topk(k, dim=2)
-            from ecmoe.kernels import select
+            if fast(self.kernels, S) and valid is None:
+                from ecmoe.kernels import take
 
-            I = select(S, k)  # noqa: E741
-            return S.gather(2, I), I
-        from ecmoe.routing.capped import capped_top_k
+                return take(S, k)
+            G, I = S.topk(k, dim=2)  # noqa: E741
+        else:
+            from ecmoe.routing.capped import capped_top_k
 
-        return capped_top_k(
-            S, k, self.max_experts_per_token, solver=self.cap_solver, valid=valid, kernels=self.kernels
-        )
+            G, I = capped_top_k(  # noqa: E741
+                S, k, self.max_experts_per_token, solver=self.cap_solver, valid=valid, kernels=self.kernels
+            )
+        return G, I, G.detach().amin(-1)
 
-    def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor:
-        """(g, m) token ids: which tokens compete with each other."""
-        ids = torch.arange(n, device=device)
+    def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor | None:
+        """(g, m) token ids: which tokens compete with each other; None: all of them."""
         if self.pool == "batch":
-            return ids.view(1, n)
+            return None
+        ids = torch.arange(n, device=device)
         if isinstance(self.pool, int):
             if n % self.pool:
                 raise ConfigError(f"pool={self.pool} must divide the n={n} tokens of the batch")

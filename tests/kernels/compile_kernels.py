@@ -31,9 +31,9 @@ def compile_only(self, *args, grid, warmup, **keys):
 
 
 JITFunction.run = compile_only
-from ecmoe.kernels import attention, capped, loss, product, routing, rows, selection  # noqa: E402
+from ecmoe.kernels import attention, capped, counts, loss, product, routing, rows, selection  # noqa: E402
 
-for part in (routing, selection):
+for part in (routing, selection, counts):
     part.check = lambda x: None
 for part in (product, rows):
     part.approximate = lambda x: {"APPROXIMATE": x.dtype == torch.bfloat16}
@@ -59,6 +59,7 @@ def launch(n, d, f, e, k, dtype):
         torch.ops.ecmoe.logits_backward(logits, x, x, w)
         torch.ops.ecmoe.scores_backward(logits.T, torch.ops.ecmoe.scores(logits))
         selection.select(logits.T, k)
+        counts.tally(token, n)
         selection.select(torch.empty(1, 3 * selection.SAMPLE), k)
 
 

@@ -15,6 +15,29 @@ def test_select_takes_the_k_highest(m, k):
     assert torch.equal(chosen, scores.topk(k).indices.sort().values)
 
 
+@pytest.mark.parametrize(("m", "k"), [(64, 8), (7, 7), (9000, 300)])
+def test_take_takes_scores_with_their_gradient_and_says_the_lowest(m, k):
+    scores = torch.randn(2, 3, m, generator=torch.Generator().manual_seed(m)).to(DEVICE).requires_grad_()
+    chosen, places, lowest = kernels.take(scores, k)
+    assert torch.equal(places, kernels.select(scores, k)) and not lowest.requires_grad
+    assert torch.equal(chosen, scores.gather(2, places)) and torch.equal(lowest, chosen.amin(-1))
+    weights = torch.randn(2, 3, k, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    (ours,) = torch.autograd.grad((chosen * weights).sum(), scores)
+    (theirs,) = torch.autograd.grad((scores.gather(2, places) * weights).sum(), scores)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("n", "e", "k"), [(1, 1, 1), (50, 3, 7), (5000, 6, 2500)])
+def test_tally_counts_tokens_of_experts_and_experts_of_tokens(n, e, k):
+    g = torch.Generator().manual_seed(n)
+    token = torch.stack([torch.randperm(n + 1, generator=g)[:k] for _ in range(e)])
+    token[0, 0] = n  # an empty slot
+    load, bins = kernels.tally(token.to(DEVICE), n, 2)
+    counts = torch.zeros(n + 1, dtype=torch.long).index_add(0, token.flatten(), torch.ones(token.numel(), dtype=torch.long))[:n]
+    assert load.tolist() == (token < n).sum(1).tolist()
+    assert bins.tolist() == [int((counts == 0).sum()), int((counts == 1).sum()), int((counts >= 2).sum())]
+
+
 @pytest.mark.parametrize("kind", ["rising", "few values", "periodic", "one high"])
 def test_select_is_right_where_its_sample_misleads(kind):
     m, k = 12_000, 500
@@ -104,4 +127,5 @@ def test_routing_operators_say_their_shapes():
     given = (logits.detach(), dx, x.detach(), w.detach())
     torch.library.opcheck(torch.ops.ecmoe.logits_backward, given, test_utils=tests[:2])
     torch.library.opcheck(torch.ops.ecmoe.scores, (logits,), test_utils=tests)
-    torch.library.opcheck(torch.ops.ecmoe.select, (w.detach(), 3), test_utils=tests[:2])
+    torch.library.opcheck(torch.ops.ecmoe.take, (w, 3), test_utils=tests)
+    torch.library.opcheck(torch.ops.ecmoe.tally, (torch.tensor([[0, 3], [2, 3]], device=DEVICE), 3, 2), test_utils=tests[:2])
