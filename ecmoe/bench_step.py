@@ -6,7 +6,8 @@ holds one model. The learning rate is 0: the optimiser does all its work, and no
 
 Every arm is measured on each path: "triton", the kernels, which token choice's capacity path has too; for token
 choice "grouped_mm", which drops nothing (`bench_baselines`); and, where there are no kernels and for the two arms of
-C2, "plain". The fastest is the arm's best path. Token choice is routed by its own router, and evenly by force, which is its best case.
+C2, "plain"; for these two the kernels also as a CUDA graph (`ecmoe.graph`). The fastest is the arm's best path. Token
+choice is routed by its own router, and evenly by force, which is its best case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from ecmoe import timing
+from ecmoe import graph, timing
 from ecmoe.bench_baselines import Even, Grouped
 from ecmoe.bench_kernels import kernels_run
 from ecmoe.config import ConfigError, RunConfig
@@ -150,6 +151,8 @@ def steps(
     batch = torch.randint(first.vocab_size, (first.batch_size, first.sequence_length + 1), generator=generator)
     batch = batch.to(device)
     calls: dict[Row, Call] = {}
+    graphs: dict[Row, Call] = {}  # come last: one that can't be captured leaves little memory to others
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for arm, config in configs.items():
         tokens = config.router == "token_choice"
         paths = ["plain"] if not kernels_run(device) else ["plain", "triton"] if arm in plain else ["triton"]
@@ -160,8 +163,11 @@ def steps(
                     module.compile(dynamic=False)
             for routing in ("own", "even") if tokens else ("own",):
                 row = Row(arm, routing, path + ", compiled" * compiled)
-                calls[row] = _step(twin, optimizer, batch, even=routing == "even")
-    return calls
+                even = routing == "even"
+                calls[row] = _step(twin, optimizer, batch, even)
+                if arm in PAIR and path == "triton" and graph.capturable(twin):
+                    graphs[row._replace(path=f"{row.path}, CUDA graph")] = _step(twin, optimizer, batch, even, pool)
+    return calls | graphs
 
 
 def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
@@ -190,7 +196,10 @@ def _router(config: RunConfig) -> Router:
     return ExpertChoice(*sizes, config.capacity_factor, gate=config.gate)
 
 
-def _step(lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool) -> Call:
+def _step(
+    lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool, pool: Any = None
+) -> Call:
+    """With a `pool` of memory its losses are a graph, captured in the first call; steps of one model share it."""
     layers = [block.moe for block in lit.model.blocks if block.moe is not None]
     forced = [router.forced for router in lit.routers if isinstance(router, Even)]
     mixed = batch.is_cuda and lit.config.precision != "bf16-true"
@@ -199,13 +208,20 @@ def _step(lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, 
         for flag in forced:
             flag.fill_(float(even))
         with torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext():
-            loss = lit.loss(batch)
-            loss = loss + sum(layer.aux_loss for layer in layers if layer.aux_loss is not None)
+            if pool is not None:
+                lit.captured = lit.captured or graph.captured(lit, batch, pool)
+                loss, aux_loss = lit.captured(batch)
+            else:
+                loss = lit.loss(batch)
+                aux_loss = sum(layer.aux_loss for layer in layers if layer.aux_loss is not None)
+            loss = loss + aux_loss
         loss.backward()
         clip(lit.parameters(), optimizer, lit.config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for router in lit.routers:
             router.end_step()
+        for layer in layers:  # it ties weights to this stream, which a graph must not wait for
+            layer.aux_loss = layer.router.aux_loss = None
 
     return step

@@ -79,7 +79,7 @@ _READS = {
 }  # fmt: skip
 _ROUTING_KEYS = {name for names in _READS.values() for name in names}
 # Keys that change how a run is watched or where it runs, not what it computes.
-_NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "kernels", "activation_checkpointing"}
+_NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "cuda_graph", "kernels", "activation_checkpointing"}
 # What `data` says for images; all else is text. Each kind of run leaves out what the other alone reads.
 IMAGES, IMAGES_PREFIX = ("digits", "cifar10"), "images:"
 _TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance"}
@@ -188,6 +188,8 @@ class RunConfig:
     precision: str = key("auto", "auto: bf16-mixed on a GPU, 32-true on a CPU", choices=(
         "auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))  # fmt: skip
     compile: bool = key(False, "torch.compile the model, block by block")
+    cuda_graph: bool = key(False, "launch a training step as a CUDA graph where that can be: one GPU, a router whose "
+                           "sizes depend on no data")  # fmt: skip
     kernels: str = key("auto", "who computes an MoE layer: plain (PyTorch, any device), triton, triton-bmm (Triton, on a "
                        "CUDA GPU), auto (the layer decides)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
     activation_checkpointing: bool = key(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecmoe import graph
 from ecmoe.config import RunConfig
 from ecmoe.model import Block, build_model
 from ecmoe.routing import Router, causal_routing
@@ -35,6 +36,7 @@ class LitModel(L.LightningModule):
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
         # Sums since the last validation, on the device: reading them each step would stall the GPU.
         self.sums = {"loss": torch.zeros(()), "aux_loss": torch.zeros(()), "count": torch.zeros(())}
+        self.captured: graph.Losses | None = None  # `losses` as a CUDA graph, from the first step on
 
     def configure_model(self) -> None:
         """Shard the blocks, then the rest (FSDP2); called by Lightning once the processes are up."""
@@ -56,11 +58,11 @@ class LitModel(L.LightningModule):
         self.sums = {name: value.to(self.device) for name, value in self.sums.items()}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.config.cuda_graph and self.captured is None and graph.capturable(self):
+            self.captured = graph.captured(self, batch)
         # What is random in a step (V-MoE's noise) depends on seed, step and rank alone, so a resumed run repeats it.
         torch.manual_seed(hash((self.config.seed, batch_idx, self.global_rank)))
-        loss = self.loss(batch)
-        aux = [layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None]
-        aux_loss = torch.stack(aux).sum() if aux else torch.zeros_like(loss)
+        loss, aux_loss = (self.captured or self.losses)(batch)
         self.sums["loss"] += loss.detach()
         self.sums["aux_loss"] += aux_loss.detach()
         self.sums["count"] += 1
@@ -77,6 +79,14 @@ class LitModel(L.LightningModule):
                 return {"val_loss": loss, "val_loss_causal": loss}
             with causal_routing(self.model):
                 return {"val_loss": loss, "val_loss_causal": self.loss(batch)}
+
+    def losses(self, batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss, and the sum of the layers' auxiliary losses, which the layers then forget: they hold on to the whole pass."""
+        loss = self.loss(batch)
+        aux = [layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None]
+        for layer in self.model.moe_layers:
+            layer.aux_loss = layer.router.aux_loss = None
+        return loss, torch.stack(aux).sum() if aux else torch.zeros_like(loss)
 
     def loss(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, T + 1) token ids -> mean cross-entropy in nats per token."""

@@ -332,5 +332,6 @@ def machine(summary: Mapping[str, Any]) -> tuple[Any, ...]:
     if summary.get("sharing", 1) > 1:
         return (summary["name"],)
     config, versions = summary.get("config") or {}, summary.get("versions") or {}
-    how = config.get("compile", False), config.get("kernels", "plain")  # runs before there were kernels: plain
+    # What an old record doesn't say is what there was: plain, launched kernel by kernel.
+    how = config.get("compile", False), config.get("kernels", "plain"), config.get("cuda_graph", False)
     return summary.get("device"), versions.get("torch"), summary.get("world_size"), *how

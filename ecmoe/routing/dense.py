@@ -15,6 +15,8 @@ class Dense(Router):
         d_model, num_experts: d, e.
     """
 
+    static = True
+
     def assign(
         self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
     ) -> Assignment:

@@ -32,6 +32,7 @@ class Hash(Router):
     ) -> None:
         super().__init__(d_model, num_experts, learned=False)
         self.capacity_factor = capacity_factor
+        self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
         table = torch.arange(vocab_size) % num_experts
         if token_counts is not None:
             if len(token_counts) != vocab_size:

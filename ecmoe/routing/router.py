@@ -32,7 +32,10 @@ class Router(nn.Module):
         demand: (e,) buffer, requests before capacity in the last `assign`.
         causal: set by `causal_routing`: no token's routing may see another token.
         kernels: set by `MoE`: who computes, see `fast`.
+        static: does `assign` in training have sizes that depend on no data, and read nothing from the device?
     """
+
+    static = False
 
     def __init__(self, d_model: int, num_experts: int, *, learned: bool = True) -> None:
         super().__init__()

@@ -50,6 +50,7 @@ class TokenChoice(Router):
                 f"capacity_factor={capacity_factor}: must be above 0, or None to drop nothing"
             )
         self.top_k, self.capacity_factor = top_k, capacity_factor
+        self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
         self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
         self.priority = one_of("priority", priority, ("order", "score"))
         self.balance = one_of("balance", balance, ("switch", "importance_load", "bias", "none"))
