@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,7 @@ def runs(
     train_them: Annotated[bool, typer.Option("--train", help="train them, here and now")] = False,
     part: Annotated[str, typer.Option(help="this share of them: 2/3, the second of three machines")] = "1/1",
     within: Annotated[float, typer.Option(help="with --train: start no run after so many minutes")] = math.inf,
+    jobs: Annotated[int, typer.Option(help="with --train: so many side by side, spread over the GPUs")] = 1,
 ) -> None:
     """List the runs that pages rest on and that are missing; or train them, without Jupyter.
 
@@ -74,28 +76,70 @@ def runs(
     from ecmoe.scoreboard import missing
 
     with _one_line(ConfigError, OSError, ValueError):
+        if jobs < 1:
+            raise ValueError(f"--jobs {jobs}: must be 1 or more runs at once")
+        if jobs > 1 and not train_them:
+            raise ValueError(f"--jobs {jobs}: must come with --train, as nothing is trained without it")
         first, count = _part(part)
         wanted = missing(scale, pages or ())[first::count]
+    if not train_them:
+        for one in wanted:
+            typer.echo(_named(*one))
+        typer.echo(f"{len(wanted)} missing")
+        return
+    records = paths.records(scale)
+    alone = jobs == 1 or not wanted
+    failed = _one_by_one(wanted, records, within) if alone else _side_by_side(wanted, records, within, jobs)
+    typer.echo(f"{failed} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+Wanted = tuple[str, str, RunConfig]  # page, arm, config
+
+
+def _one_by_one(wanted: list[Wanted], records: Path, within: float) -> int:
+    """Train them in this process; how many didn't finish."""
     failed, began = 0, time.monotonic()
     for page, arm, config in wanted:
-        typer.echo(f"{page:24} {arm:28} s{config.seed}  {config.name}")
-        if not train_them:
-            continue
+        typer.echo(_named(page, arm, config))
         if time.monotonic() - began > 60 * within:
             typer.echo(f"{within:g} minutes are over")
             break
         from ecmoe.train import run_or_load
 
         try:
-            result = run_or_load(config, records=paths.records(scale))
+            result = run_or_load(config, records=records)
         except Exception as error:  # kept in the run's folder; the others are still wanted
             typer.echo(f"{config.name}: {type(error).__name__}: {error}", err=True)
             failed += 1
         else:
             failed += not result.ok
-    typer.echo(f"{len(wanted)} missing" if not train_them else f"{failed} failed")
-    if failed:
-        raise typer.Exit(1)
+    return failed
+
+
+def _side_by_side(wanted: list[Wanted], records: Path, within: float, jobs: int) -> int:
+    """Train them in `jobs` processes, and say of each what came of it; how many didn't finish."""
+    from ecmoe.side_by_side import side_by_side
+
+    failed, ended, deadline = 0, 0, time.monotonic() + 60 * within
+    for one, said in side_by_side(partial(_train_one, records=records), wanted, jobs, deadline):
+        typer.echo(f"{_named(*one)}  {' '.join(said.split())}")
+        failed, ended = failed + (said != "finished"), ended + 1
+    if ended < len(wanted):
+        typer.echo(f"{within:g} minutes are over")
+    return failed
+
+
+def _train_one(one: Wanted, records: Path) -> str:
+    """The status that a run ends with, in a process of its own."""
+    from ecmoe.train import run_or_load
+
+    return run_or_load(one[2], records=records).summary["status"]
+
+
+def _named(page: str, arm: str, config: RunConfig) -> str:
+    return f"{page:24} {arm:28} s{config.seed}  {config.name}"
 
 
 @app.command()

@@ -31,6 +31,7 @@ class Recorder(L.Callback):
 
     def __init__(self, folder: Path, label: str, progress: bool = True, sharing: int = 1) -> None:
         self.folder, self.label, self.progress, self.sharing = folder, label, progress, sharing
+        self.shared = sharing  # the most it has shared with, also before a resume
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.statistics: dict[str, float] = {}
@@ -42,10 +43,11 @@ class Recorder(L.Callback):
 
     # Lightning keeps these in the checkpoint, so a resumed run goes on with its own clock and curve.
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._clock(), "marked": list(self.marked), "rows": list(self.rows.values())}
+        return {"seconds": self._clock(), "shared": self.shared, "marked": list(self.marked), "rows": list(self.rows.values())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.marked = state["seconds"], tuple(state["marked"])
+        self.shared = max(self.shared, state.get("shared", 1))
         self.rows = {int(row["step"]): row for row in state["rows"]}
 
     def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:

@@ -269,6 +269,9 @@ def provenance(results: Iterable[Result], *, scale: str = "") -> None:
     processes = _distinct(done, "world_size")
     if processes != {"1"}:
         rows.append(("processes (the pool is each one's batch)", processes))
+    sharing = {s.get("sharing", 1) for s in done}
+    if sharing - {1}:
+        rows.append(("runs side by side on a device", {f"{n}: seconds are a run's share of them" if n > 1 else "1" for n in sharing}))
     rows.append(("versions", [", ".join(versions)]))
     rows.append(("seeds", [", ".join(map(str, sorted({s["seed"] for s in done})))]))
     rows.append(("training time", [_hours(sum(s.get("seconds") or 0 for s in done))]))

@@ -287,7 +287,7 @@ def _summary(
         "device": device_name(),
         "precision": resolved_precision(config),
         "world_size": world,
-        "sharing": recorder.sharing,
+        "sharing": recorder.shared,
         "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "lightning", "datasets", "tokenizers", "numpy")}
         | {"python": platform.python_version()},

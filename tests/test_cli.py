@@ -96,3 +96,33 @@ def test_generate_continues_a_text_with_a_run(tiny_config):
     for run, prompt, named in [(path / "absent", "def f", "absent"), (path, "", "at least one token")]:
         wrong = call("generate", run, prompt)
         assert wrong.exit_code == 2 and named in wrong.stderr
+
+
+def test_missing_runs_train_side_by_side_and_one_that_fails_stops_no_other(tiny_config, tmp_path, monkeypatch):
+    from ecmoe import paths, scoreboard
+    from ecmoe.results import not_run, read_record
+
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
+    first, lost, last = (tiny_config(seed=91 + i, steps=2, eval_every=2) for i in range(3))
+    lost = lost.replace(data="absent/text.txt")
+    scoreboard.record_study([not_run(config) for config in (last, lost, first)], "gpu", "01_a")
+    shown = call("runs", "--train", "--jobs", 2)
+    lines = shown.stdout.splitlines()
+    assert shown.exit_code == 1 and len(lines) == 4 and lines[-1] == "1 failed"
+    said = {config.name: line.split(f"{config.name}  ")[1] for config in (first, lost, last) for line in lines if config.name in line}
+    assert said[first.name] == said[last.name] == "finished"
+    assert said[lost.name].startswith("failed: ") and "absent/text.txt" in said[lost.name]
+    kept = [read_record(paths.records("gpu") / f"{config.name}.json").summary for config in (first, last)]
+    assert [summary["sharing"] for summary in kept] == [2, 2] and all(summary["seconds"] > 0 for summary in kept)
+    assert [config for _, _, config in scoreboard.missing("gpu")] == [lost]
+    over = call("runs", "--train", "--jobs", 2, "--within", -1)
+    assert over.exit_code == 0 and over.stdout.splitlines() == ["-1 minutes are over", "0 failed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--train", "--jobs", 0], "--jobs 0: must be 1 or more"), (["--jobs", 2], "--jobs 2: must come with --train")],
+)
+def test_wrong_jobs_are_one_line(arguments, said):
+    refused = call("runs", *arguments)
+    assert refused.exit_code == 2 and refused.stderr.startswith(f"error: {said}") and refused.stderr.count("\n") == 1

@@ -362,6 +362,15 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     report.provenance([])
 
 
+def test_provenance_says_where_runs_shared_a_device(shown):
+    report.provenance([result(0), result(1, sharing=1)])
+    report.provenance([result(0), result(1, sharing=3), result(2, sharing=3)])
+    alone, shared = (BeautifulSoup(page, "html.parser") for page in shown)
+    assert "side by side" not in alone.text
+    row = shared.find("th", string="runs side by side on a device").find_next("td")
+    assert list(row.stripped_strings) == ["1", "3: seconds are a run's share of them"]
+
+
 def test_markdown_math_is_left_alone_by_markdown():
     page = page_html(
         notebook(("md", "# T\n\n$a_i * b_i * c_i$ and $x < y$\n\n\\begin{align}a &= b\\end{align}"))

@@ -278,3 +278,16 @@ def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config,
         recorder.began -= 60  # a minute goes by
         recorder.on_train_batch_end(SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1)
     assert recorder._clock() == pytest.approx(kept + 60, abs=5) and recorder.marked == (int(compiled), pytest.approx(0, abs=5))
+
+
+def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config, monkeypatch):
+    assert train.sharing() == 1
+    monkeypatch.setenv("ECMOE_SHARING", "2")
+    recorder = Recorder(tmp_path, "run", progress=False, sharing=train.sharing())
+    recorder.on_train_start(None, SimpleNamespace(config=tiny_config(), device=torch.device("cpu")))
+    recorder.began -= 60  # a minute goes by
+    assert recorder._clock() == pytest.approx(30, abs=5)
+    again = Recorder(tmp_path, "run", progress=False, sharing=2)
+    again.load_state_dict(recorder.state_dict())
+    again.began = None
+    assert again._clock() == pytest.approx(30, abs=5)  # what is counted isn't divided again

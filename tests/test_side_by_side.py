@@ -1,0 +1,94 @@
+"""Side by side: every item is done once, in order, at its place; what dies or fails takes nothing else along."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from ecmoe.side_by_side import _places, side_by_side
+
+
+def work(item: str) -> str:
+    """Imported by the processes, which see no fixture and no patch."""
+    if item == "raise":
+        raise ValueError("two\nlines")
+    if item == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item.startswith("sleep"):
+        time.sleep(float(item.split()[1]))
+    return f"{os.getpid()} of {os.environ['ECMOE_SHARING']}"
+
+
+def test_what_fails_or_dies_is_named_and_stops_no_other():
+    items = ["a", "die", "b", "raise", "die", "c", "d"]
+    ended = list(side_by_side(work, items, 2))
+    assert sorted(item for item, _ in ended) == sorted(items)  # each once
+    said = {item: text for item, text in ended}
+    assert said["die"] == "failed: its process ended with code -9" and said["raise"] == "failed: ValueError: two\nlines"
+    good = [said[item].split(" of ") for item in "abcd"]
+    assert {sharing for _, sharing in good} == {"2"} and str(os.getpid()) not in dict(good)
+    assert not multiprocessing.active_children() and "ECMOE_SHARING" not in os.environ
+
+
+def test_a_process_serves_item_after_item_in_the_order_given():
+    ended = list(side_by_side(work, "abc", 1))
+    assert [item for item, _ in ended] == ["a", "b", "c"] and len({text for _, text in ended}) == 1
+
+
+def test_after_an_error_a_fresh_process_goes_on():
+    (_, before), _, (_, after) = side_by_side(work, ["a", "raise", "b"], 1)
+    assert before != after and not after.startswith("failed")
+
+
+def test_none_begins_after_the_deadline():
+    assert list(side_by_side(work, "ab", 2, deadline=time.monotonic())) == []
+    ended = list(side_by_side(work, ["sleep 1.5", "late"], 1, deadline=time.monotonic() + 1))
+    assert [item for item, _ in ended] == ["sleep 1.5"]
+
+
+def test_who_stops_listening_ends_what_is_at_work():
+    began = time.monotonic()
+    for item, _ in side_by_side(work, ["sleep 200", "quick"], 2):
+        assert item == "quick"
+        break
+    assert time.monotonic() - began < 60 and not multiprocessing.active_children()
+
+
+def test_a_killed_parent_leaves_nobody_behind(tmp_path):
+    script = textwrap.dedent("""
+        import os, signal
+        from test_side_by_side import side_by_side, work
+        if __name__ == "__main__":
+            for item, _ in side_by_side(work, ["sleep 200", "quick"], 2):
+                print(item, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    (tmp_path / "parent.py").write_text(script)
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    parent = [sys.executable, str(tmp_path / "parent.py")]
+    done = subprocess.run(parent, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL and done.stdout == "quick\n"  # at its end nobody holds its output any more
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "jobs", "places"),
+    [
+        (0, None, 3, [(None, "3")] * 3),
+        (0, "", 2, [(None, "2")] * 2),
+        (1, None, 3, [("0", "3")] * 3),
+        (2, None, 3, [("0", "2"), ("1", "1"), ("0", "2")]),
+        (2, "5, GPU-ab", 4, [("5", "2"), ("GPU-ab", "2")] * 2),
+        (4, None, 2, [("0", "1"), ("1", "1")]),
+    ],
+)
+def test_places_are_spread_over_the_gpus_that_are_visible(monkeypatch, gpus, visible, jobs, places):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [(place.get("CUDA_VISIBLE_DEVICES"), place["ECMOE_SHARING"]) for place in _places(jobs)] == places
