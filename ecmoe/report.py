@@ -100,7 +100,7 @@ def table_html(
         raise ValueError(f"formats names {unknown}, but the columns are {list(frame.columns)}")
     numeric = [_is_numeric(frame[name]) for name in frame.columns]
     head = "".join(
-        f'<th scope="col"{_right(number)}>{html.escape(str(name).replace("_", " "))}</th>'
+        f'<th scope="col"{_right(number, heading=True)}>{html.escape(str(name).replace("_", " "))}</th>'
         for name, number in zip(frame.columns, numeric, strict=True)
     )
     columns = [
@@ -314,8 +314,9 @@ def _display(markup: str, text: str) -> None:
     display({"text/html": markup, "text/plain": text}, raw=True)
 
 
-def _right(number: bool) -> str:
-    return ' style="text-align:right"' if number else ""
+def _right(number: bool, heading: bool = False) -> str:
+    whole = "" if heading else ";white-space:nowrap"  # a number in two lines is read as two
+    return f' style="text-align:right{whole}"' if number else ""
 
 
 def _is_numeric(column: pd.Series) -> bool:

@@ -58,6 +58,7 @@ def record(
         "n": effect.n,
         "of": effect.of,
         "rule": verdict.rule,
+        "rules_out": verdict.rules_out if known else None,
         "paper": claim.paper,
         "here": (here or _short(effect)) if known else "",
         "differences": differences,
@@ -103,12 +104,14 @@ def scoreboard(folder: str | Path) -> pd.DataFrame:
         given = kept["interval"] is not None
         of = kept.get("of", "seed")
         over = f" over {kept['n']} {of}s" if of != "seed" else ""
+        missed = kept.get("rules_out")
+        ruled_out = "" if missed is None else f"; rules out the paper's {missed:g}"
         row = (
             claim.id,
             claim.text + proxy,
             claim.paper,
             kept["here"],
-            low_high.interval + over if given else "",
+            low_high.interval + over + ruled_out if given else "",
         )
         rows.append((*row, None if over else kept["n"] or None, kept["label"]))
     frame = pd.DataFrame(rows, columns=COLUMNS)

@@ -81,11 +81,15 @@ class Crossing(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A label, the effect it rests on, and the rule that led from one to the other."""
+    """A label, the effect it rests on, and the rule that led from one to the other.
+
+    rules_out: the paper's figure, where the whole interval misses it, whatever the label says about the direction.
+    """
 
     label: str
     effect: Effect
     rule: str
+    rules_out: float | None = None
 
 
 def interval(values: Iterable[float], unit: str = "", of: str = "seed") -> Effect:
@@ -211,9 +215,10 @@ def verdict(
     rule = _rule(effect.neutral, threshold, margin, direction, "" if effect.ratio else effect.unit)
     if effect.of != "seed":
         rule = rule.replace("paired seeds", f"{effect.of}s").replace("one seed", f"one {effect.of}")
-    if scale != "smoke" and _misses(effect, threshold, direction):
-        rule += f". Here the whole interval misses the paper's {_number(threshold)}"
-    return Verdict(_label(effect, threshold, margin, direction, scale), effect, rule)
+    missed = threshold if scale != "smoke" and _misses(effect, threshold, direction) else None
+    if missed is not None:
+        rule += f". Here the whole interval misses the paper's {_number(missed)}"
+    return Verdict(_label(effect, threshold, margin, direction, scale), effect, rule, missed)
 
 
 def _label(
@@ -282,9 +287,8 @@ def all_of(*verdicts: Verdict) -> Verdict:
         return Verdict(PLUMBING, verdicts[0].effect, verdicts[0].rule)
     worst = max(verdicts, key=lambda v: LABELS.index(v.label))
     parts = "; ".join(f"part {i}: {v.label}, {v.effect}" for i, v in enumerate(verdicts, 1))
-    return Verdict(
-        worst.label, worst.effect, f"the weakest of {len(verdicts)} parts ({parts}). {worst.rule}"
-    )
+    rule = f"the weakest of {len(verdicts)} parts ({parts}). {worst.rule}"
+    return worst._replace(rule=rule)
 
 
 def _shared(a: Mapping[int, object], b: Mapping[int, object]) -> list[int]:

@@ -263,6 +263,7 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
     assert soup.find("caption").text == "A <b>caption</b>"
     assert [h["scope"] for h in soup.find_all("th")] == ["col"] * 5 + ["row"] * 2
     assert "right" in soup.find_all("td")[0]["style"] and not soup.find_all("td")[2].get("style")
+    assert "nowrap" in soup.find_all("td")[0]["style"] and "nowrap" not in soup.find_all("th")[1]["style"]
     with pytest.raises(ValueError, match=r"formats names \['lose'\]"):
         report.show_table(frame, formats={"lose": ".2f"})
     report.show_table(pd.DataFrame(columns=["a"]))

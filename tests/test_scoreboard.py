@@ -6,7 +6,7 @@ import pytest
 from bs4 import BeautifulSoup
 from typer.testing import CliRunner
 
-from ecmoe import paths, report, scoreboard
+from ecmoe import paths, report, scoreboard, stats
 from ecmoe.cli import app
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.execution import _forget
@@ -82,6 +82,15 @@ def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
     page = BeautifulSoup(shown[0], "html.parser")
     assert "make reproduce SCALE=gpu" in page.caption.text
     assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"]
+
+
+@pytest.mark.parametrize(("high", "said"), [(1.06, "0.98 to 1.06; rules out the paper's 0.5"), (None, "")])
+def test_a_figure_of_the_paper_that_is_ruled_out_stands_in_the_table(tmp_path, monkeypatch, high, said):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    effect = stats.Effect(1.02, high and 0.98, high, 6 if high else 1, "ratio of steps")
+    scoreboard.record(stats.verdict(effect, 0.5, scale="gpu"), "C1", "gpu")
+    assert scoreboard.scoreboard(tmp_path).set_index("id")["interval"]["C1"] == said
+    assert ("rules out" in scoreboard.claim_table(tmp_path)) is bool(high)
 
 
 def test_a_run_by_hand_leaves_nothing_and_a_new_execution_starts_afresh(pages, monkeypatch):

@@ -188,7 +188,8 @@ def test_rules_name_their_figures():
 
 def test_a_figure_of_the_paper_outside_the_interval_is_named():
     missed = verdict(effect(0.98, 1.06, unit="ratio of steps"), threshold=0.5)
-    assert missed.label == "undecided" and missed.rule.endswith("misses the paper's 0.5")
+    assert missed.label == "undecided" and missed.rule.endswith("misses the paper's 0.5") and missed.rules_out == 0.5
+    assert stats.all_of(missed, verdict(effect(0.1, 0.2, unit="ratio"))).rules_out == 0.5
     assert str(missed.effect).startswith("1.02 x the steps")
     for other in (
         verdict(effect(0.4, 1.1, unit="ratio"), threshold=0.5),

@@ -136,7 +136,7 @@ def _name_rows(axes: Sequence[Axes], arms: Sequence[str], data: pd.DataFrame) ->
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(len(arms) - 0.5, -0.5)
         if measured:
-            ax.locator_params(axis="x", nbins=6)
+            ax.locator_params(axis="x", nbins=12 // (1 + len(axes)))
         else:
             ax.set_xticks([])
 
