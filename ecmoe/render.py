@@ -147,7 +147,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def index(scale: str, reports: str | Path | None = None) -> Path:
-    """Write `index.html`: the scoreboard's page, with a list of all pages that are there.
+    """Write `index.html`: the scoreboard's page, and below it a list of all pages that are there.
 
     Args:
         scale: smoke, gpu or paper. reports: the folder; default: reports/<scale>.
@@ -177,7 +177,8 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
             f"# Reports at scale {scale}\n\nThe scoreboard is not made yet."
         )
         text = page_html(nbformat.v4.new_notebook(cells=[cell]))
-    _write(folder / "index.html", text.replace("<!-- pages -->", listing, 1))
+    text = text.replace('href="index.html"', 'href="#reports"', 1).replace("<!-- pages -->", listing, 1)
+    _write(folder / "index.html", text)
     return folder / "index.html"
 
 

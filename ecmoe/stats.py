@@ -291,6 +291,12 @@ def all_of(*verdicts: Verdict) -> Verdict:
     return worst._replace(rule=rule)
 
 
+def in_words(what: str, effects: Mapping[str, Effect]) -> str:
+    """The means of several effects, with their names: "what: +0.0012 one, -0.0003 other"; "" if none was measured."""
+    found = [f"{effect.mean:+.4f} {name}" for name, effect in effects.items() if effect.n]
+    return f"{what}: {', '.join(found)}" if found else ""
+
+
 def _shared(a: Mapping[int, object], b: Mapping[int, object]) -> list[int]:
     return sorted(
         seed for seed in a.keys() & b.keys() if a[seed] is not None and b[seed] is not None

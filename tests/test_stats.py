@@ -186,6 +186,12 @@ def test_rules_name_their_figures():
         verdict(effect(0, 1), direction="near")
 
 
+def test_effects_in_words_leave_out_what_was_not_measured():
+    one, none = stats.interval([0.1, 0.3]), stats.interval([])
+    assert stats.in_words("leak", {"(a)": one, "(b)": none, "(c)": stats.interval([-0.00005])}) == "leak: +0.2000 (a), -0.0001 (c)"
+    assert stats.in_words("leak", {"(b)": none}) == ""
+
+
 def test_a_figure_of_the_paper_outside_the_interval_is_named():
     missed = verdict(effect(0.98, 1.06, unit="ratio of steps"), threshold=0.5)
     assert missed.label == "undecided" and missed.rule.endswith("misses the paper's 0.5") and missed.rules_out == 0.5

@@ -17,7 +17,7 @@ makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits 
     rows.py       gather, combine, activation            routing.py    the router's logits; scores, by expert
     selection.py  top-k without a sort                   capped.py     top-k under a cap on a token's experts
     attention.py  attention with a bias by distance      loss.py       the loss of a chunk of logits, and its gradient
-    counts.py     who got how much, for statistics
+    counts.py     who got how much, for statistics       dykstra.py    the paper's way to a cap
 
 `experts`, `logits`, `scores`, `take` and `tally` each stand for a line of the plain path, which stays the readable truth
 (moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).

@@ -24,8 +24,6 @@ The sum of scores loses what the jitter that parts equal tokens and the repairs,
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -40,12 +38,10 @@ SAMPLE, SAMPLE_LEAST = 8192, 1024  # tokens of all pools together; of one pool a
 JITTER_FIRST, JITTER_LAST = 0.2, 5e-3  # of the mean score
 DAMPING = 0.7
 REPAIRS = 2
-# T E numbers of a program, where all tokens are asked, where a sample is, and of `dykstra`.
+# T E numbers of a program, where all tokens are asked, and where a sample is.
 MOST_TOKENS = 512  # T: three counts of them are added up in 30 bits
 TILE = {"ELEMENTS": 8192, "num_warps": 8}
 SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}
-DYKSTRA = {"ELEMENTS": 8192, "num_warps": 8}
-PROGRAMS = 128  # of `dykstra`, for all pools together
 SWEEP = {"BLOCK": 4096, "num_warps": 8}
 MOST_EXPERTS = 512
 
@@ -93,10 +89,10 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
 
     few = min(m, max(SAMPLE // g // 8 * 8, SAMPLE_LEAST))
     before = 0.0  # what an expert should have had in the round before
-    everyone = _cut(m, e, TILE)
+    everyone = cut(m, e, TILE)
     for r in range(ROUNDS):
         tokens = few if r < UNCAPPED + SAMPLED else m
-        sizes = _cut(few, e, SAMPLE_TILE) if tokens < m else everyone
+        sizes = cut(few, e, SAMPLE_TILE) if tokens < m else everyone
         fallen = min(max(r - UNCAPPED, 0) / (SAMPLED - 4), 1.0)
         jitter = JITTER_FIRST * (JITTER_LAST / JITTER_FIRST) ** fallen
         alone = r <= UNCAPPED  # without the cap, prices don't depend on each other
@@ -115,7 +111,8 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
     return X
 
 
-def _cut(tokens: int, e: int, tile: dict) -> dict:
+def cut(tokens: int, e: int, tile: dict) -> dict:
+    """Of `tokens` of a pool, what a program takes at a time, as its kernel's arguments."""
     E = block(e)
     T = block(tokens, 16, min(max(16, tile["ELEMENTS"] // E), MOST_TOKENS))
     return {"E": E, "T": T, "num_warps": tile["num_warps"]}
@@ -128,32 +125,6 @@ def places(X: Tensor, k: int) -> Tensor:
     sizes = SWEEP | {"BLOCK": block(m, 16, SWEEP["BLOCK"])}
     _places_kernel[g * e, triton.cdiv(m, sizes["BLOCK"])](X, out, m, k, **sizes)
     return out
-
-
-@torch.library.custom_op("ecmoe::dykstra", mutates_args=())
-def dykstra(scores: Tensor, k: int, b: int, regularization: float, iterations: int) -> Tensor:
-    """log A, (g, e, m), as `dykstra` of ecmoe/routing/capped.py without padding: a launch an iteration."""
-    g, e, m = scores.shape
-    sizes = _cut(m, e, DYKSTRA)
-    programs = min(block(PROGRAMS // g), block(triton.cdiv(m, sizes["T"])))
-    row = scores.new_zeros(iterations + 1, g, e)
-    column = scores.new_zeros(g, m)
-    # Of each program's tokens: an expert's largest log A, and the sum of A over its exponential.
-    sums = scores.new_empty(2, g, programs, 2, e)
-    constants = 1 / regularization, math.log(max(k, 1e-30)), math.log(b)
-    with torch.cuda.device_of(scores):
-        for r in range(iterations + 1):
-            _dykstra_kernel[programs, g](
-                scores, *scores.stride(), e, m, *constants, row, column, sums, r,
-                FIRST=r == 0, PROGRAMS=programs, **sizes,
-            )  # fmt: skip
-        A = scores / regularization - row[iterations, :, :, None] - column[:, None]
-    return A.clamp_max(0.0)
-
-
-@dykstra.register_fake
-def _(scores, k, b, regularization, iterations):
-    return torch.empty_like(scores)
 
 
 @triton.jit
@@ -430,53 +401,3 @@ def _places_kernel(X, out, m, k, BLOCK: tl.constexpr):
     one = tl.load(X + place, mask=place < m, other=0).to(tl.int32)
     target = tl.sum(before) + tl.cumsum(one) - one
     tl.store(out + target, place.to(tl.int64), mask=(one > 0) & (target < k))
-
-
-@triton.jit(do_not_specialize=["r"])
-def _dykstra_kernel(
-    scores, sg, se, sm, e, m, strength, log_k, log_b, row, column, sums, r,
-    FIRST: tl.constexpr, PROGRAMS: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Iteration r: rows from the sums of the one before, then columns and entries, and the sums for the next.
-
-    log A is Z - row - column - box, box the excess of Z - row - column over 0: kept nowhere. The first launch adds
-    up exp Z.
-    """
-    pool, pools, expert = tl.program_id(1), tl.num_programs(1), tl.arange(0, E)
-    known = expert < e
-    sums += pool * PROGRAMS * 2 * e
-    if not FIRST:
-        program = tl.arange(0, PROGRAMS)
-        parts = sums + (r + 1) % 2 * pools * PROGRAMS * 2 * e + program[:, None] * 2 * e + expert[None, :]
-        mosts = tl.load(parts, mask=known[None, :], other=0.0)
-        totals = tl.load(parts + e, mask=known[None, :], other=1.0)
-        most = tl.max(mosts, 0)
-        total = tl.sum(totals * tl.exp(mosts - most[None, :]), 0)
-        row += ((r - 1) * pools + pool) * e
-        old = tl.load(row + expert, mask=known, other=0.0)
-        new = old + most + tl.log(total) - log_k
-        tl.store(row + pools * e + expert, new, mask=known & (tl.program_id(0) == 0))
-    most = tl.full((E,), -1e30, tl.float32)
-    total = tl.zeros((E,), tl.float32)
-    for start in range(tl.program_id(0) * T, m, PROGRAMS * T):
-        token = start + tl.arange(0, T)
-        inside = (token < m)[:, None] & known[None, :]
-        place = pool.to(tl.int64) * sg + expert[None, :].to(tl.int64) * se + token[:, None].to(tl.int64) * sm
-        A = tl.load(scores + place, mask=inside, other=0.0) * strength
-        if not FIRST:
-            before = tl.load(column + pool * m + token, mask=token < m, other=0.0)
-            box = tl.where(r > 1, tl.maximum(A - old[None, :] - before[:, None], 0.0), 0.0)
-            A -= new[None, :]
-            free = tl.where(known[None, :], A - box, float("-inf"))
-            largest = tl.max(free, 1)
-            after = largest + tl.log(tl.sum(tl.exp(free - largest[:, None]), 1)) - log_b
-            after = tl.maximum(after, 0.0)
-            tl.store(column + pool * m + token, after, mask=token < m)
-            A = tl.minimum(A - after[:, None], 0.0)
-        A = tl.where(inside, A, float("-inf"))
-        larger = tl.maximum(most, tl.max(A, 0))
-        total = total * tl.exp(most - larger) + tl.sum(tl.exp(A - larger[None, :]), 0)
-        most = larger
-    part = sums + r % 2 * pools * PROGRAMS * 2 * e + tl.program_id(0) * 2 * e + expert
-    tl.store(part, most, mask=known)
-    tl.store(part + e, total, mask=known)

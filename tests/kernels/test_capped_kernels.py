@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ecmoe.kernels import INTERPRETED
 from ecmoe.kernels import capped as kernel
+from ecmoe.kernels import dykstra as papers
 from ecmoe.kernels.capped import capped, hold
 from ecmoe.routing.capped import capped_top_k, dykstra
 
@@ -159,7 +160,7 @@ def test_shapes_are_known_to_the_compiler():
 @pytest.mark.parametrize("g, e, m, k, b, iterations", [(1, 8, 300, 75, 2, 100), (2, 6, 96, 20, 3, 30), (3, 16, 40, 5, 2, 1)])
 def test_the_papers_solver_takes_the_same_steps(g, e, m, k, b, iterations):
     S = scores("peaked", g, m, e)
-    A = kernel.dykstra(S, k, b, 0.001, iterations).double()
+    A = papers.dykstra(S, k, b, 0.001, iterations).double()
     every = torch.ones(g, m, dtype=torch.bool, device=DEVICE)
     target = torch.full((g,), k, device=DEVICE)
     plain = dykstra(S.double(), target, b, every, 0.001, iterations)

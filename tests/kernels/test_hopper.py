@@ -5,9 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ecmoe.kernels import attention, capped, counts, loss, product, routing, rows, selection
+from ecmoe.kernels import (
+    attention,
+    capped,
+    counts,
+    dykstra,
+    loss,
+    product,
+    routing,
+    rows,
+    selection,
+)
 
-PARTS = (attention, capped, counts, loss, product, routing, rows, selection)
+PARTS = (attention, capped, counts, dykstra, loss, product, routing, rows, selection)
 
 
 def test_every_kernel_compiles_for_hopper(tmp_path):
