@@ -80,7 +80,7 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     out, sums = torch.empty_like(x), triton.cdiv(n, TOKENS_PER_SUM)
     dw = w.new_empty(sums, d, e)
     with torch.cuda.device_of(x):
-        grid = (triton.cdiv(n, LOGITS_DX["ROWS"]),)
+        grid = triton.cdiv(n, LOGITS_DX["ROWS"]), triton.cdiv(d, LOGITS_DX["COLUMNS"])
         _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=block(e, 16), **LOGITS_DX)
         grid = triton.cdiv(d, LOGITS_DW["COLUMNS"]), sums
         _logits_dw_kernel[grid](
@@ -202,23 +202,21 @@ def _logits_dx_kernel(
 ):
     """dx + dlogits w^T."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    expert = tl.arange(0, E)
+    column, expert = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, E)
     known = (t < n)[:, None] & (expert < e)[None, :]
     left = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=known, other=0)
-    for start in range(0, d, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = (column < d)[None, :] & (expert < e)[:, None]
-        weight = column[None, :] * e + expert[:, None]
-        place = t[:, None] * d + column[None, :]
-        ours = (t < n)[:, None] & (column < d)[None, :]
-        other = tl.load(dx + place, mask=ours, other=0).to(tl.float32)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
-            total = dot(left.to(tl.bfloat16), tl.load(parts + weight, mask=inside, other=0), total)
-        else:
-            high, middle, low = _load_parts(parts, weight, inside, d * e)
-            total = _multiply(left, high, middle, low, total)
-        tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=ours)
+    inside = (column < d)[None, :] & (expert < e)[:, None]
+    weight = column[None, :] * e + expert[:, None]
+    place = t[:, None] * d + column[None, :]
+    ours = (t < n)[:, None] & (column < d)[None, :]
+    other = tl.load(dx + place, mask=ours, other=0).to(tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
+        total = dot(left.to(tl.bfloat16), tl.load(parts + weight, mask=inside, other=0), total)
+    else:
+        high, middle, low = _load_parts(parts, weight, inside, d * e)
+        total = _multiply(left, high, middle, low, total)
+    tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=ours)
 
 
 @triton.jit

@@ -108,5 +108,6 @@ if __name__ == "__main__":
         launch_attention(width)
     launch_capped(65_536, 64, 2048)
     for keep in (True, False):
-        loss.losses_(torch.empty(64, 32_000, dtype=torch.bfloat16), torch.empty(64, dtype=torch.long), keep)
+        for V in (32_000, 50_000):
+            loss.losses_(torch.empty(64, V, dtype=torch.bfloat16), torch.empty(64, dtype=torch.long), keep)
     show()
