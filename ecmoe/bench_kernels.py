@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,31 @@ from ecmoe.moe import MoE
 from ecmoe.routing.router import TRITON
 
 KINDS = ("triton", "triton-bmm")
+# Passes that may be faster cut otherwise on another GPU: module of ecmoe/kernels, the constant there, what to try.
+CUTS: dict[str, list[tuple[str, str, list[dict[str, int]]]]] = {
+    "logits": [("routing", "LOGITS", [
+        {"ROWS": 128, "DEPTH": 64}, {"ROWS": 64, "DEPTH": 64, "num_warps": 4}, {"ROWS": 64, "DEPTH": 128, "num_warps": 4},
+        {"ROWS": 128, "DEPTH": 64, "num_stages": 4}, {"ROWS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 5},
+    ])],
+    "logits backward": [
+        ("routing", "LOGITS_DX", [{"COLUMNS": 128}, {"ROWS": 64}, {"ROWS": 64, "num_warps": 4}]),
+        ("routing", "LOGITS_DW", [{"ROWS": 64}, {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}, {"COLUMNS": 64, "num_warps": 4}]),
+    ],
+    "take": [
+        ("selection", "CHUNK", [{"BLOCK": 1024}, {"BLOCK": 1024, "num_warps": 2}, {"num_warps": 8}]),
+        ("selection", "SEARCH", [{"num_warps": 8}, {"num_warps": 4}, {"BLOCK": 2048, "num_warps": 8}]),
+        ("selection", "GUESS", [{"num_warps": 4}, {"num_warps": 16}]),
+    ],
+    "gather": [("rows", "GATHER", [{"ROWS": 16}, {"ROWS": 16, "COLUMNS": 256}, {"ROWS": 8, "COLUMNS": 1024}])],
+    "gather_dot": [("rows", "GATHER_DOT", [{"ROWS": 2}, {"ROWS": 8}, {"ROWS": 2, "num_warps": 2}])],
+    "combine": [("rows", "COMBINE", [{"num_warps": 2}, {"ROWS": 2, "num_warps": 2}, {"COLUMNS": 512}])],
+} | {
+    f"cap {b}": [
+        ("capped", "SAMPLE_TILE", [{"ELEMENTS": 1024}, {"ELEMENTS": 4096}, {"ELEMENTS": 4096, "num_warps": 8}]),
+        ("capped", "TILE", [{"ELEMENTS": 4096}, {"ELEMENTS": 4096, "num_warps": 4}, {"ELEMENTS": 16384}]),
+    ]
+    for b in (2, 3)
+}  # fmt: skip
 
 
 def kernels_run(device: torch.device) -> bool:
@@ -99,9 +127,11 @@ def passes(
 
     Returns:
         a row per pass: microseconds (median), the megabytes that it must read and write and their rate, and for
-        products TFLOP/s. Products are timed with every `Tile` of `kernels.TILES`; one that doesn't fit says so.
+        products TFLOP/s. Products are timed with every `Tile` of `kernels.TILES`, other passes as they are and cut
+        otherwise (`CUTS`); what doesn't fit says so.
     """
     from ecmoe import kernels
+    from ecmoe.kernels.capped import capped
     from ecmoe.kernels.product import TILES, fusible, product, product_backward
     from ecmoe.kernels.rows import activate_, combine, gather, gather_dot_, invert, scale_
 
@@ -132,6 +162,8 @@ def passes(
         "scores backward": (lambda: torch.ops.ecmoe.scores_backward(dS, S), 3 * SCORES, 0),
         "take": (lambda: kernels.take(S, k), SCORES + 12 * e * k, 0),
         "take, topk": (lambda: S.topk(k), SCORES + 12 * e * k, 0),
+        "cap 2": (lambda: capped(S[None], k, 2), SCORES, 0),
+        "cap 3": (lambda: capped(S[None], k, 3), SCORES, 0),
         "tally": (lambda: kernels.tally(token, n), 8 * e * k + 4 * n, 0),
         "invert": (lambda: invert(token, n), SCORES + 12 * e * k, 0),
         "gather": (lambda: gather(x, token), 2 * XIN, 0),
@@ -150,6 +182,13 @@ def passes(
         "dh w1^T, bmm": (lambda: torch.bmm(dh, w1.transpose(1, 2)), XIN + W + H, flops),
         "x_in^T dh, bmm": (lambda: torch.bmm(x_in.transpose(1, 2), dh), XIN + W + H, flops),
     }  # fmt: skip
+    calls = {name: timed for name, timed in calls.items() if not name.startswith("cap ") or c <= int(name[4:]) < e}
+    for name, cuts in CUTS.items():
+        for module, constant, others in cuts if name in calls else ():
+            for other in others:
+                call, *work = calls[name]
+                otherwise = partial(_otherwise, call, f"ecmoe.kernels.{module}", constant, other)
+                calls[f"{name}: {constant} {', '.join(f'{key} {value}' for key, value in other.items())}"] = otherwise, *work
     for tile in TILES if fusible(x_in, w1) else ():
         name = ", ".join(f"{key} {value}" for key, value in tile._asdict().items())
         calls |= {
@@ -174,3 +213,9 @@ def passes(
         row = {"pass": name, "us": 1e6 * seconds, "mb": moved / 1e6, "gb_per_s": moved / seconds / 1e9}
         table.append(row | ({"tflops": work / seconds / 1e12} if work else {}))
     return table
+
+
+def _otherwise(call: Callable, module: str, constant: str, cut: dict[str, int]) -> object:
+    """The call with other values in a constant of its kernels."""
+    with patch.dict(getattr(import_module(module), constant), cut):
+        return call()

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import ecmoe.bench_step as bench_step_module
 from ecmoe import MoE, bench, speed
+from ecmoe.bench_kernels import _otherwise
 from ecmoe.bench_step import ARMS, arms, bench_step, steps
 from ecmoe.cli import app
 from ecmoe.lit import LitModel
@@ -88,6 +89,21 @@ def test_kernels_are_measured_and_held_to_the_plain_path(monkeypatch):
     assert not any("error" in row for row in passes) and all(row["us"] > 0 for row in passes)
     assert {"take", "tally", "gather", "combine", "invert"} <= {row["pass"] for row in passes}
     assert "x_in w1, bmm" in bench.shown(passes)
+    names = {row["pass"] for row in passes}
+    assert "take: CHUNK BLOCK 1024, num_warps 2" in names and not any(name.startswith("cap ") for name in names)
+
+
+def test_a_pass_cut_otherwise_computes_the_same_and_leaves_the_constant_as_it_was():
+    pytest.importorskip("triton")
+    from ecmoe import kernels
+    from ecmoe.kernels import selection
+
+    scores = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0)).to("cuda" if torch.cuda.is_available() else "cpu")
+    before = dict(selection.CHUNK)
+    for cut in [{}, {"BLOCK": 512, "num_warps": 2}]:
+        places = _otherwise(lambda: kernels.select(scores, 300), "ecmoe.kernels.selection", "CHUNK", cut)
+        assert torch.equal(places, scores.topk(300).indices.sort().values)
+    assert before == selection.CHUNK
 
 
 def test_passes_need_a_gpu():

@@ -54,6 +54,7 @@ def test_a_run_may_ask_for_it_anywhere(tiny_config, tmp_path, monkeypatch):
         {"router": "expert_choice"},
         {"router": "expert_choice", "gate": "renormalized", "max_experts_per_token": 2},
         {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0},
+        {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0, "balance": "importance_load"},  # draws at random
         {"router": "dense"},
     ],
 )
