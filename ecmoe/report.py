@@ -176,7 +176,7 @@ def show_verdict(
     if verdict.label != PLUMBING:
         found = f"{here}; {verdict.effect}" if here else str(verdict.effect)
         least = smallest_effect(verdict.effect)
-        rows += [("here", found)]
+        rows += [("here, the weakest part" if verdict.parts else "here", found)] + [(name, f"{part.label}: {part.effect}") for name, part in verdict.parts]
         if math.isfinite(least):
             unit = "x, or its inverse" if verdict.effect.ratio else verdict.effect.unit
             rows += [
@@ -208,7 +208,10 @@ def show_scoreboard(scale: str) -> None:
             return claim_id
         return Markup('<a href="{}.html">{}</a>').format(given[claim_id]["notebook"], claim_id)
 
-    show_table(scoreboard(folder), formats={"id": link, "verdict": badge})
+    def lines(text: str) -> Markup:
+        return Markup("<br>").join(text.splitlines())
+
+    show_table(scoreboard(folder), formats={"id": link, "here": lines, "verdict": badge})
 
 
 def show_studies(scale: str) -> None:

@@ -59,8 +59,9 @@ def record(
         "of": effect.of,
         "rule": verdict.rule,
         "rules_out": verdict.rules_out if known else None,
+        "parts": len(verdict.parts),
         "paper": claim.paper,
-        "here": (here or _short(effect)) if known else "",
+        "here": (here or _short(verdict)) if known else "",
         "differences": differences,
         "notebook": notebook,
         "scale": scale,
@@ -101,19 +102,13 @@ def scoreboard(folder: str | Path) -> pd.DataFrame:
         )
         proxy = f" ({claim.proxy})" if claim.proxy else ""
         low_high = Effect(math.nan, *(kept["interval"] or (None, None)), kept["n"], kept["unit"])
-        given = kept["interval"] is not None
-        of = kept.get("of", "seed")
+        of, apart = kept.get("of", "seed"), kept.get("parts", 0) == 0  # else each part says its own
         over = f" over {kept['n']} {of}s" if of != "seed" else ""
+        found = [low_high.interval + over] if kept["interval"] is not None and apart else []
         missed = kept.get("rules_out")
-        ruled_out = "" if missed is None else f"; rules out the paper's {missed:g}"
-        row = (
-            claim.id,
-            claim.text + proxy,
-            claim.paper,
-            kept["here"],
-            low_high.interval + over + ruled_out if given else "",
-        )
-        rows.append((*row, None if over else kept["n"] or None, kept["label"]))
+        found += [f"rules out the paper's {missed:g}"] if missed is not None else []
+        row = (claim.id, claim.text + proxy, claim.paper, kept["here"], "; ".join(found))
+        rows.append((*row, kept["n"] or None if apart and not over else None, kept["label"]))
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype({"seeds": "Int64"})
 
@@ -213,10 +208,12 @@ def claim_table(verdicts: pd.DataFrame | str | Path) -> str:
         here += f" ({'; '.join(details)})" if details else ""
         verdict = row.verdict if row.verdict in ("not run", PLUMBING) else f"**{row.verdict}**"
         cells = (row.id, row.claim, row.paper, here, verdict)
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def _short(effect: Effect) -> str:
-    """The mean with its unit; interval and seeds have columns of their own."""
-    return str(effect._replace(low=None, high=None)).rsplit(" (", 1)[0]
+def _short(verdict: Verdict) -> str:
+    """The mean with its unit, for interval and seeds have columns of their own; of several parts a line each, with all that."""
+    if verdict.parts:
+        return "\n".join(f"{name}: {part.effect} {part.label}".replace("(95% ", "(") for name, part in verdict.parts)
+    return str(verdict.effect._replace(low=None, high=None)).rsplit(" (", 1)[0]

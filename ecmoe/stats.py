@@ -84,12 +84,14 @@ class Verdict(NamedTuple):
     """A label, the effect it rests on, and the rule that led from one to the other.
 
     rules_out: the paper's figure, where the whole interval misses it, whatever the label says about the direction.
+    parts: name and verdict of each, of a claim that has several.
     """
 
     label: str
     effect: Effect
     rule: str
     rules_out: float | None = None
+    parts: tuple[tuple[str, Verdict], ...] = ()
 
 
 def interval(values: Iterable[float], unit: str = "", of: str = "seed") -> Effect:
@@ -275,26 +277,16 @@ def _rule(neutral: float, threshold: float | None, margin: float, direction: str
     )
 
 
-def all_of(*verdicts: Verdict) -> Verdict:
-    """The verdict on a claim of several parts: that of its weakest, which also gives the effect.
+def all_of(parts: Mapping[str, Verdict]) -> Verdict:
+    """The verdict on a claim of several parts, by name: that of its weakest, which also gives the effect.
 
     One part that is not reproduced refutes the whole; else one that is missing or undecided leaves
     it open.
     """
-    if not verdicts:
+    if not parts:
         raise ValueError("all_of needs at least one verdict")
-    if any(v.label == PLUMBING for v in verdicts):
-        return Verdict(PLUMBING, verdicts[0].effect, verdicts[0].rule)
-    worst = max(verdicts, key=lambda v: LABELS.index(v.label))
-    parts = "; ".join(f"part {i}: {v.label}, {v.effect}" for i, v in enumerate(verdicts, 1))
-    rule = f"the weakest of {len(verdicts)} parts ({parts}). {worst.rule}"
-    return worst._replace(rule=rule)
-
-
-def in_words(what: str, effects: Mapping[str, Effect]) -> str:
-    """The means of several effects, with their names: "what: +0.0012 one, -0.0003 other"; "" if none was measured."""
-    found = [f"{effect.mean:+.4f} {name}" for name, effect in effects.items() if effect.n]
-    return f"{what}: {', '.join(found)}" if found else ""
+    worst = max(parts.values(), key=lambda v: (PLUMBING, *LABELS).index(v.label))
+    return worst._replace(rule=f"the weakest of {len(parts)} parts. {worst.rule}", parts=tuple(parts.items()))
 
 
 def _shared(a: Mapping[int, object], b: Mapping[int, object]) -> list[int]:

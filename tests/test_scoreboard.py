@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from typer.testing import CliRunner
@@ -91,6 +92,25 @@ def test_a_figure_of_the_paper_that_is_ruled_out_stands_in_the_table(tmp_path, m
     scoreboard.record(stats.verdict(effect, 0.5, scale="gpu"), "C1", "gpu")
     assert scoreboard.scoreboard(tmp_path).set_index("id")["interval"]["C1"] == said
     assert ("rules out" in scoreboard.claim_table(tmp_path)) is bool(high)
+
+
+def test_every_part_of_a_claim_stands_in_the_table_with_its_own_verdict(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    parts = {
+        "a minus b": stats.verdict(stats.Effect(-0.03, -0.04, -0.02, 6, "nats per token"), scale="gpu"),
+        "b minus c": stats.verdict(stats.Effect(-0.01, -0.03, 0.01, 3, "nats per token"), scale="gpu"),
+        "c minus d": stats.verdict(stats.interval([]), scale="gpu"),
+    }
+    scoreboard.record(stats.all_of({name: parts[name] for name in ("a minus b", "b minus c")}), "C8", "gpu")
+    row = scoreboard.scoreboard(tmp_path).set_index("id").loc["C8"]
+    assert row["here"] == (
+        "a minus b: -0.03 nats per token (-0.04 to -0.02; 6 seeds) reproduced\n"
+        "b minus c: -0.01 nats per token (-0.03 to 0.01; 3 seeds) undecided"
+    )
+    assert "6 seeds) reproduced<br>b minus c" in scoreboard.claim_table(tmp_path)
+    assert row["interval"] == "" and pd.isna(row["seeds"]) and row["verdict"] == "undecided"
+    scoreboard.record(stats.all_of(parts), "C8", "gpu")
+    assert scoreboard.scoreboard(tmp_path).set_index("id").loc["C8"]["verdict"] == "not run"
 
 
 def test_a_run_by_hand_leaves_nothing_and_a_new_execution_starts_afresh(pages, monkeypatch):

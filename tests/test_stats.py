@@ -186,16 +186,10 @@ def test_rules_name_their_figures():
         verdict(effect(0, 1), direction="near")
 
 
-def test_effects_in_words_leave_out_what_was_not_measured():
-    one, none = stats.interval([0.1, 0.3]), stats.interval([])
-    assert stats.in_words("leak", {"(a)": one, "(b)": none, "(c)": stats.interval([-0.00005])}) == "leak: +0.2000 (a), -0.0001 (c)"
-    assert stats.in_words("leak", {"(b)": none}) == ""
-
-
 def test_a_figure_of_the_paper_outside_the_interval_is_named():
     missed = verdict(effect(0.98, 1.06, unit="ratio of steps"), threshold=0.5)
     assert missed.label == "undecided" and missed.rule.endswith("misses the paper's 0.5") and missed.rules_out == 0.5
-    assert stats.all_of(missed, verdict(effect(0.1, 0.2, unit="ratio"))).rules_out == 0.5
+    assert stats.all_of({"a": missed, "b": verdict(effect(0.1, 0.2, unit="ratio"))}).rules_out == 0.5
     assert str(missed.effect).startswith("1.02 x the steps")
     for other in (
         verdict(effect(0.4, 1.1, unit="ratio"), threshold=0.5),
@@ -216,12 +210,15 @@ def test_all_of_is_the_weakest_part():
             Effect(math.nan, None, None, 0),
         )
     )
-    assert stats.all_of(good, weak).label == "reproduced in direction"
-    assert stats.all_of(good, open_, weak).label == "undecided"
-    assert stats.all_of(good, absent).label == "not run"
-    assert stats.all_of(good, bad, absent).label == "not reproduced"
-    assert stats.all_of(good, bad).effect == bad.effect
-    assert stats.all_of(verdict(effect(1, 2), scale="smoke")).label == "plumbing only"
+    assert stats.all_of({"a": good, "b": weak}).label == "reproduced in direction"
+    assert stats.all_of({"a": good, "b": open_, "c": weak}).label == "undecided"
+    assert stats.all_of({"a": good, "b": absent}).label == "not run"
+    refuted = stats.all_of({"a": good, "b": bad, "c": absent})
+    assert refuted.label == "not reproduced" and refuted.effect == bad.effect
+    assert refuted.rule.startswith("the weakest of 3 parts. ") and dict(refuted.parts) == {"a": good, "b": bad, "c": absent}
+    assert stats.all_of({"a": verdict(effect(1, 2), scale="smoke")}).label == "plumbing only"
+    with pytest.raises(ValueError, match="at least one"):
+        stats.all_of({})
 
 
 def test_every_claim_says_what_would_refute_it():
