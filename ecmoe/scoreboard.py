@@ -15,11 +15,11 @@ from ecmoe import paths
 from ecmoe.claims import CLAIMS, Claim
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.results import Result, arm_labels, read_json, write_json
-from ecmoe.stats import PLUMBING, Effect, Verdict
+from ecmoe.stats import PLUMBING, Verdict
 
 DEFAULTS = RunConfig().to_dict()
 DONE = ("finished", "diverged")
-COLUMNS = ["id", "claim", "paper", "here", "interval", "seeds", "verdict"]
+COLUMNS = ["id", "claim", "paper", "here", "verdict"]
 
 
 def find_claim(claim_id: str) -> Claim:
@@ -59,9 +59,8 @@ def record(
         "of": effect.of,
         "rule": verdict.rule,
         "rules_out": verdict.rules_out if known else None,
-        "parts": len(verdict.parts),
         "paper": claim.paper,
-        "here": (here or _short(verdict)) if known else "",
+        "here": "\n".join(_lines(verdict, here)) if known else "",
         "differences": differences,
         "notebook": notebook,
         "scale": scale,
@@ -89,7 +88,7 @@ def load_verdicts(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def scoreboard(folder: str | Path) -> pd.DataFrame:
-    """A row per claim of the paper: id, claim, paper, here, interval, seeds, verdict.
+    """A row per claim of the paper: id, claim, paper, here, verdict; `here` has a line for each part of the claim.
 
     Args:
         folder: of verdict files. A claim without one is "not run".
@@ -97,20 +96,10 @@ def scoreboard(folder: str | Path) -> pd.DataFrame:
     verdicts = load_verdicts(folder)
     rows = []
     for claim in CLAIMS.values():
-        kept = verdicts.get(
-            claim.id, {"label": "not run", "here": "", "interval": None, "n": 0, "unit": ""}
-        )
+        kept = verdicts.get(claim.id, {"label": "not run", "here": ""})
         proxy = f" ({claim.proxy})" if claim.proxy else ""
-        low_high = Effect(math.nan, *(kept["interval"] or (None, None)), kept["n"], kept["unit"])
-        of, apart = kept.get("of", "seed"), kept.get("parts", 0) == 0  # else each part says its own
-        over = f" over {kept['n']} {of}s" if of != "seed" else ""
-        found = [low_high.interval + over] if kept["interval"] is not None and apart else []
-        missed = kept.get("rules_out")
-        found += [f"rules out the paper's {missed:g}"] if missed is not None else []
-        row = (claim.id, claim.text + proxy, claim.paper, kept["here"], "; ".join(found))
-        rows.append((*row, kept["n"] or None if apart and not over else None, kept["label"]))
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    return frame.astype({"seeds": "Int64"})
+        rows.append((claim.id, claim.text + proxy, claim.paper, kept["here"], kept["label"]))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def record_study(results: Iterable[Result], scale: str, notebook: str = "") -> None:
@@ -198,22 +187,14 @@ def claim_table(verdicts: pd.DataFrame | str | Path) -> str:
     frame = verdicts if isinstance(verdicts, pd.DataFrame) else scoreboard(verdicts)
     lines = ["| | claim | paper | here (95% interval; seeds) | verdict |", "|---|---|---|---|---|"]
     for row in frame.itertuples():
-        here = row.here
-        details = [row.interval] if row.interval else []
-        details += (
-            [f"{row.seeds} seed{'' if row.seeds == 1 else 's'}"]
-            if here and pd.notna(row.seeds)
-            else []
-        )
-        here += f" ({'; '.join(details)})" if details else ""
         verdict = row.verdict if row.verdict in ("not run", PLUMBING) else f"**{row.verdict}**"
-        cells = (row.id, row.claim, row.paper, here, verdict)
+        cells = (row.id, row.claim, row.paper, row.here, verdict)
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def _short(verdict: Verdict) -> str:
-    """The mean with its unit, for interval and seeds have columns of their own; of several parts a line each, with all that."""
-    if verdict.parts:
-        return "\n".join(f"{name}: {part.effect} {part.label}".replace("(95% ", "(") for name, part in verdict.parts)
-    return str(verdict.effect._replace(low=None, high=None)).rsplit(" (", 1)[0]
+def _lines(verdict: Verdict, here: str) -> list[str]:
+    """What was found: in words, if there are any; the effect, or each part's; and whether it misses the paper's figure."""
+    found = [f"{name}: {part.effect} {part.label}" for name, part in verdict.parts] or [str(verdict.effect)]
+    missed = [] if verdict.rules_out is None else [f"rules out the paper's {verdict.rules_out:g}"]
+    return [here] * bool(here) + [line.replace("(95% ", "(") for line in found] + missed

@@ -2,7 +2,6 @@
 
 import json
 
-import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from typer.testing import CliRunner
@@ -85,12 +84,15 @@ def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
     assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"]
 
 
-@pytest.mark.parametrize(("high", "said"), [(1.06, "0.98 to 1.06; rules out the paper's 0.5"), (None, "")])
+@pytest.mark.parametrize(("high", "said"), [
+        (1.06, "1.02 x the steps (0.98 to 1.06; 6 seeds)\nrules out the paper's 0.5"),
+        (None, "1.02 x the steps (1 seed, no interval)"),
+    ])
 def test_a_figure_of_the_paper_that_is_ruled_out_stands_in_the_table(tmp_path, monkeypatch, high, said):
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
     effect = stats.Effect(1.02, high and 0.98, high, 6 if high else 1, "ratio of steps")
     scoreboard.record(stats.verdict(effect, 0.5, scale="gpu"), "C1", "gpu")
-    assert scoreboard.scoreboard(tmp_path).set_index("id")["interval"]["C1"] == said
+    assert scoreboard.scoreboard(tmp_path).set_index("id")["here"]["C1"] == said
     assert ("rules out" in scoreboard.claim_table(tmp_path)) is bool(high)
 
 
@@ -108,7 +110,7 @@ def test_every_part_of_a_claim_stands_in_the_table_with_its_own_verdict(tmp_path
         "b minus c: -0.01 nats per token (-0.03 to 0.01; 3 seeds) undecided"
     )
     assert "6 seeds) reproduced<br>b minus c" in scoreboard.claim_table(tmp_path)
-    assert row["interval"] == "" and pd.isna(row["seeds"]) and row["verdict"] == "undecided"
+    assert row["verdict"] == "undecided"
     scoreboard.record(stats.all_of(parts), "C8", "gpu")
     assert scoreboard.scoreboard(tmp_path).set_index("id").loc["C8"]["verdict"] == "not run"
 
