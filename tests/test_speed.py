@@ -161,7 +161,7 @@ def test_turns_are_not_taken_for_seeds(tmp_path, monkeypatch):
     assert found.label == "reproduced" and "interval over turns" in found.rule and "seed" not in found.rule
     record(found, "C2", "gpu")
     (line,) = [line for line in claim_table(tmp_path / "verdicts").splitlines() if line.startswith("| C2")]
-    assert "1.3 x (1.25 to 1.35 over 15 turns)" in line and "seed" not in line
+    assert "1.3 x (1.25 to 1.35; 15 turns)" in line and "seed" not in line
 
 
 # The profile
