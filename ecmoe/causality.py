@@ -211,7 +211,7 @@ def loss(model: Transformer, windows: Tensor, batch_size: int) -> float:
     """(N, T + 1) tokens, routed in batches of batch_size sequences -> nats per token."""
     parts = []
     for batch in windows.split(batch_size):
-        parts.append(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
+        parts.append(model(batch[:, :-1], targets=batch[:, 1:]))
     return float(torch.stack(parts).mean())
 
 

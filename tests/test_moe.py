@@ -208,3 +208,16 @@ def test_works_in_anyones_model_with_any_router():
     hidden = model[0](x)
     expected = F.gelu(hidden @ model[1].w1[0], approximate="tanh") @ model[1].w2[0]
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(("held", "at_once"), [(1, 1), (200, 2), (1000, 5)])
+def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch, held, at_once):
+    moe, x = layer(lambda: ExpertChoice(D, 5, 2.0)), torch.randn(1, 20, D, dtype=torch.float64)  # h has 5 x 8 x 16 numbers
+    expected, some, seen = moe(x).detach(), MoE._some_experts, []
+    monkeypatch.setattr("ecmoe.moe.HELD", held)
+    monkeypatch.setattr(moe, "_some_experts", lambda x, w1, *rest: seen.append(len(w1)) or some(x, w1, *rest))
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), expected)
+    assert sum(seen) == 5 and max(seen) == at_once
+    moe(x)
+    assert seen[-1] == 5  # the backward pass will need them all
