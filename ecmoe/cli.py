@@ -15,13 +15,16 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
 from ecmoe import __version__
 from ecmoe.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from ecmoe.scoreboard import Missing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,11 +71,10 @@ def runs(
     within: Annotated[float, typer.Option(help="with --train: start no run after so many minutes")] = math.inf,
     jobs: Annotated[int, typer.Option(help="with --train: so many side by side, spread over the GPUs")] = 1,
 ) -> None:
-    """List the runs that pages rest on and that are missing; or train them, without Jupyter.
+    """List the runs that pages rest on and that are missing, and what is to be measured on them; or do it, without Jupyter.
 
     Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
     """
-    from ecmoe import paths
     from ecmoe.scoreboard import missing
 
     with _one_line(ConfigError, OSError, ValueError):
@@ -84,62 +86,57 @@ def runs(
         wanted = missing(scale, pages or ())[first::count]
     if not train_them:
         for one in wanted:
-            typer.echo(_named(*one))
+            typer.echo(_named(one) + (f"  measure {', '.join(one.measures)}" if one.measures else ""))
         typer.echo(f"{len(wanted)} missing")
         return
-    records = paths.records(scale)
     alone = jobs == 1 or not wanted
-    failed = _one_by_one(wanted, records, within) if alone else _side_by_side(wanted, records, within, jobs)
+    failed = _one_by_one(wanted, scale, within) if alone else _side_by_side(wanted, scale, within, jobs)
     typer.echo(f"{failed} failed")
     if failed:
         raise typer.Exit(1)
 
 
-Wanted = tuple[str, str, RunConfig]  # page, arm, config
-
-
-def _one_by_one(wanted: list[Wanted], records: Path, within: float) -> int:
-    """Train them in this process; how many didn't finish."""
+def _one_by_one(wanted: list[Missing], scale: str, within: float) -> int:
+    """Do it in this process; of how many something failed."""
     failed, began = 0, time.monotonic()
-    for page, arm, config in wanted:
-        typer.echo(_named(page, arm, config))
+    for one in wanted:
+        typer.echo(_named(one))
         if time.monotonic() - began > 60 * within:
             typer.echo(f"{within:g} minutes are over")
             break
-        from ecmoe.train import run_or_load
-
         try:
-            result = run_or_load(config, records=records)
+            failed += _complete(one, scale) != "finished"
         except Exception as error:  # kept in the run's folder; the others are still wanted
-            typer.echo(f"{config.name}: {type(error).__name__}: {error}", err=True)
+            typer.echo(f"{one.config.name}: {type(error).__name__}: {error}", err=True)
             failed += 1
-        else:
-            failed += not result.ok
     return failed
 
 
-def _side_by_side(wanted: list[Wanted], records: Path, within: float, jobs: int) -> int:
-    """Train them in `jobs` processes, and say of each what came of it; how many didn't finish."""
+def _side_by_side(wanted: list[Missing], scale: str, within: float, jobs: int) -> int:
+    """Do it in `jobs` processes, and say of each what came of it; of how many something failed."""
     from ecmoe.side_by_side import side_by_side
 
     failed, ended, deadline = 0, 0, time.monotonic() + 60 * within
-    for one, said in side_by_side(partial(_train_one, records=records), wanted, jobs, deadline):
-        typer.echo(f"{_named(*one)}  {' '.join(said.split())}")
+    for one, said in side_by_side(partial(_complete, scale=scale), wanted, jobs, deadline):
+        typer.echo(f"{_named(one)}  {' '.join(said.split())}")
         failed, ended = failed + (said != "finished"), ended + 1
     if ended < len(wanted):
         typer.echo(f"{within:g} minutes are over")
     return failed
 
 
-def _train_one(one: Wanted, records: Path) -> str:
-    """The status that a run ends with, in a process of its own."""
+def _complete(one: Missing, scale: str) -> str:
+    """Train the run, unless it is there, and measure what is lacking; the status that the run ends with."""
+    from ecmoe import measure, paths
     from ecmoe.train import run_or_load
 
-    return run_or_load(one[2], records=records).summary["status"]
+    result = run_or_load(one.config, records=paths.records(scale))
+    measure.take(result, one.measures, scale)
+    return result.summary["status"]
 
 
-def _named(page: str, arm: str, config: RunConfig) -> str:
-    return f"{page:24} {arm:28} s{config.seed}  {config.name}"
+def _named(one: Missing) -> str:
+    return f"{one.page:24} {one.arm:28} s{one.config.seed}  {one.config.name}"
 
 
 @app.command()

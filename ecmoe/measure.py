@@ -1,9 +1,15 @@
-"""measure: what needs a run's weights is computed once and kept, so that pages are redrawn without them."""
+"""measure: what needs a run's weights is computed once and kept, so that pages are redrawn without them.
+
+What a page asks for and doesn't get is noted in LACKING, and kept beside the runs that it rests on: `ecmoe runs --train`
+then measures it, on a machine that need not draw pages.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,7 @@ from ecmoe.config import RunConfig
 from ecmoe.results import Result, read_json, write_json
 
 Compute = Callable[[Any, RunConfig], Mapping[str, Any]]
+LACKING: dict[str, dict[str, dict[str, Any]]] = {}  # run -> measurement -> how to take it
 
 
 def measure(
@@ -36,19 +43,39 @@ def measure(
     """
     if not re.fullmatch(r"[a-z0-9-]+", what):
         raise ValueError(f"what={what!r}: must consist of small letters, digits and hyphens")
-    if not result.ok:
-        return None
-    path = _folder(result, scale) / f"{what}.json"
-    if path.exists():
+    path = folder(result.summary["name"], scale) / f"{what}.json"
+    if result.ok and path.exists():
         return read_json(path)
     if not train:
+        _note(result, what, compute)
+    if not train or not result.ok:
         return None
-    from ecmoe.train import load_model, run_or_load
+    import torch
+
+    from ecmoe.train import free_memory, load_model, run_or_load
 
     config = RunConfig.from_dict(result.summary["config"])
-    folder = result.path or run_or_load(config).path
-    write_json(path, compute(load_model(folder), config))
+    model = load_model(result.path or run_or_load(config).path).to("cuda" if torch.cuda.is_available() else "cpu")
+    write_json(path, compute(model, config))
+    del model
+    free_memory()
     return read_json(path)  # as a later call will see it
+
+
+def take(result: Result, lacking: Mapping[str, Mapping[str, Any]], scale: str) -> None:
+    """Measure what a page lacks of a finished run, as its record says: {what: {"compute": "module:function", "keys": {}}}."""
+    for what, how in lacking.items():
+        module, _, name = how["compute"].partition(":")
+        if not module.startswith("ecmoe."):
+            raise ValueError(f"compute={how['compute']!r} of measurement {what!r}: must be a function of ecmoe")
+        measure(result, what, partial(getattr(import_module(module), name), **how["keys"]), scale=scale)
+
+
+def _note(result: Result, what: str, compute: Compute) -> None:
+    function, keys = (compute.func, compute.keywords) if isinstance(compute, partial) else (compute, {})
+    if getattr(function, "__module__", "").startswith("ecmoe."):  # else nobody finds it
+        how = {"compute": f"{function.__module__}:{function.__qualname__}", "keys": keys}
+        LACKING.setdefault(result.summary["name"], {})[what] = how
 
 
 def measure_rows(
@@ -69,8 +96,8 @@ def measure_rows(
     return pd.DataFrame(rows)
 
 
-def _folder(result: Result, scale: str) -> Path:
-    name = result.summary["name"]
+def folder(run: str, scale: str) -> Path:
+    """Where the measurements of a run are kept."""
     if scale == "smoke":
-        return paths.runs() / name / "measures"
-    return paths.root() / "reports" / scale / "measures" / name
+        return paths.runs() / run / "measures"
+    return paths.root() / "reports" / scale / "measures" / run

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ecmoe import paths
+from ecmoe import measure, paths
 from ecmoe.claims import CLAIMS, Claim
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.results import Result, arm_labels, read_json, write_json
@@ -115,7 +115,10 @@ def record_study(results: Iterable[Result], scale: str, notebook: str = "") -> N
     for summary in (result.summary for result in results):
         arm = labels.get(summary["name"]) or summary["config"].get("approach", "run")  # continual learning
         runs[summary["name"]] = {"arm": arm} | {key: summary.get(key) for key in keys}
-        if summary["name"] in labels and summary["status"] not in DONE:  # what `missing` needs to train it
+        lacking = measure.LACKING.pop(summary["name"], {})
+        if lacking:
+            runs[summary["name"]]["measures"] = lacking
+        if summary["name"] in labels and (lacking or summary["status"] not in DONE):  # what `missing` needs to train it
             runs[summary["name"]]["config"] = {k: v for k, v in summary["config"].items() if v != DEFAULTS.get(k)}
     write_json(study_folder(scale) / f"{notebook}.json", runs)
 
@@ -125,10 +128,20 @@ def study_folder(scale: str) -> Path:
     return verdict_folder(scale).parent / "studies"
 
 
-def missing(scale: str, pages: Sequence[str] = ()) -> list[tuple[str, str, RunConfig]]:
-    """Page, arm and config of each run that the pages of a scale, or some of them, rest on and that isn't there.
+class Missing(NamedTuple):
+    """A run that a page lacks, or of which it lacks measurements: `measures`, as `measure.take` has them."""
 
-    Seed by seed, as a page trains them, each run once; runs of continual learning are left out, as they are no `RunConfig`.
+    page: str
+    arm: str
+    config: RunConfig
+    measures: Mapping[str, Mapping[str, Any]]
+
+
+def missing(scale: str, pages: Sequence[str] = ()) -> list[Missing]:
+    """What the pages of a scale, or some of them, rest on and that isn't there.
+
+    Seed by seed, as a page trains them, each run once, with the measurements that all these pages want; runs of continual
+    learning are left out, as they are no `RunConfig`.
 
     Raises:
         ConfigError: no such page; or a page that another version made, whose config now means another run.
@@ -137,17 +150,25 @@ def missing(scale: str, pages: Sequence[str] = ()) -> list[tuple[str, str, RunCo
     for page in pages:
         if page not in kept:
             raise ConfigError(f"page {page!r}: nothing is kept of it at scale {scale}; there are {', '.join(kept) or 'none'}")
-    found: dict[str, tuple[str, str, RunConfig]] = {}
+    found: dict[str, Missing] = {}
     for page in pages or kept:
         for name, run in sorted(kept[page].items(), key=lambda named: named[1]["seed"]):
             there = run["status"] in DONE or (paths.records(scale) / f"{name}.json").exists()
-            if there or "config" not in run:
+            lacking = _lacking(name, run, scale)
+            if (there and not lacking) or "config" not in run:
                 continue
             config = RunConfig.from_dict(run["config"])
             if config.name != name:  # a default is another now
                 raise ConfigError(f"page {page!r}: run {name} would be {config.name} today; draw the page again: make report SCALE={scale}")
-            found.setdefault(name, (page, run["arm"], config))
+            first = found.setdefault(name, Missing(page, run["arm"], config, {}))
+            found[name] = first._replace(measures={**first.measures, **lacking})
     return list(found.values())
+
+
+def _lacking(name: str, run: Mapping[str, Any], scale: str) -> dict[str, Any]:
+    """The measurements of a run that its page lacked when it was drawn, and that nobody has taken since."""
+    there = measure.folder(name, scale)
+    return {what: how for what, how in run.get("measures", {}).items() if not (there / f"{what}.json").exists()}
 
 
 def studies(scale: str) -> tuple[pd.DataFrame, str]:
@@ -162,6 +183,8 @@ def studies(scale: str) -> tuple[pd.DataFrame, str]:
             if run["status"] != "finished":
                 why = "" if run["status"] == "not run" else f" ({run['status']})"
                 missing.setdefault(run["arm"] + why, []).append(str(run["seed"]))
+            elif run.get("measures"):
+                missing.setdefault(run["arm"] + " (to be measured)", []).append(str(run["seed"]))
         text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items())
         rows.append(
             {

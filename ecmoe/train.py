@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import math
 import os
@@ -71,6 +72,13 @@ def run_or_load(
     return result
 
 
+def free_memory() -> None:
+    """Give back what a model that is no longer used holds on a GPU: its parts point at each other, and others may share it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def load_model(path: str | Path) -> Trunk:
     """The trained model of a run folder, in evaluation mode, its cut-offs included."""
     path = Path(path)
@@ -111,7 +119,10 @@ def _train_once(config: RunConfig, folder: Path, progress: bool) -> Result:
             return result
         if config.devices * config.num_nodes > 1 and not in_torchrun:
             return _train_by_torchrun(config, folder)
-        return _train(config, folder, progress)
+        try:
+            return _train(config, folder, progress)
+        finally:
+            free_memory()
 
 
 def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
