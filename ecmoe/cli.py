@@ -70,6 +70,7 @@ def runs(
     part: Annotated[str, typer.Option(help="this share of them: 2/3, the second of three machines")] = "1/1",
     within: Annotated[float, typer.Option(help="with --train: start no run after so many minutes")] = math.inf,
     jobs: Annotated[int, typer.Option(help="with --train: so many side by side, spread over the GPUs")] = 1,
+    arm: Annotated[list[str] | None, typer.Option(help="only arms whose name begins so, such as Hash")] = None,
 ) -> None:
     """List the runs that pages rest on and that are missing, and what is to be measured on them; or do it, without Jupyter.
 
@@ -83,7 +84,7 @@ def runs(
         if jobs > 1 and not train_them:
             raise ValueError(f"--jobs {jobs}: must come with --train, as nothing is trained without it")
         first, count = _part(part)
-        wanted = missing(scale, pages or ())[first::count]
+        wanted = [one for one in missing(scale, pages or ()) if not arm or one.arm.startswith(tuple(arm))][first::count]
     if not train_them:
         for one in wanted:
             typer.echo(_named(one) + (f"  measure {', '.join(one.measures)}" if one.measures else ""))

@@ -68,6 +68,8 @@ def test_missing_runs_can_be_trained_from_what_pages_keep(pages, monkeypatch, tm
     monkeypatch.setattr("ecmoe.train.run_or_load", lambda config, records: trained.append((config, records)) or finished(config, 1))
     shown = CliRunner().invoke(app, ["runs"])
     assert shown.exit_code == 0 and TOP2.name in shown.output and "2 missing" in shown.output and not trained
+    assert "2 missing" in CliRunner().invoke(app, ["runs", "--arm", "EC", "--arm", "GShard"]).output
+    assert CliRunner().invoke(app, ["runs", "--arm", "Hash"]).output == "0 missing\n"
     shown = CliRunner().invoke(app, ["runs", "02_b", "--train", "--part", "2/2"])
     assert shown.exit_code == 0 and trained == [(TOP2.replace(seed=2), paths.records("gpu"))]
     assert CliRunner().invoke(app, ["runs", "--train", "--within", "-1"]).exit_code == 0 and len(trained) == 1

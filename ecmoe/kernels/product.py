@@ -41,6 +41,7 @@ class Tile(NamedTuple):
 TILES = [
     Tile(128, 128, 64, 32, 4, 3, per_sm=2),
     Tile(128, 128, 64, 32, 8, 3, per_sm=2),
+    Tile(128, 128, 64, 32, 4, 2, per_sm=3),
     Tile(128, 256, 64, 64, 8, 3, per_sm=1),
     Tile(128, 256, 64, 128, 8, 3, per_sm=1),
     Tile(256, 128, 64, 32, 8, 3, per_sm=1),
