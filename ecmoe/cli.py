@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +23,7 @@ from ecmoe import __version__
 from ecmoe.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
-    from ecmoe.scoreboard import Missing
+    from ecmoe.missing import Missing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,7 +75,7 @@ def runs(
 
     Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
     """
-    from ecmoe.scoreboard import missing
+    from ecmoe.missing import complete, missing
 
     with _one_line(ConfigError, OSError, ValueError):
         if jobs < 1:
@@ -90,50 +89,15 @@ def runs(
             typer.echo(_named(one) + (f"  measure {', '.join(one.measures)}" if one.measures else ""))
         typer.echo(f"{len(wanted)} missing")
         return
-    alone = jobs == 1 or not wanted
-    failed = _one_by_one(wanted, scale, within) if alone else _side_by_side(wanted, scale, within, jobs)
-    typer.echo(f"{failed} failed")
-    if failed:
-        raise typer.Exit(1)
-
-
-def _one_by_one(wanted: list[Missing], scale: str, within: float) -> int:
-    """Do it in this process; of how many something failed."""
-    failed, began = 0, time.monotonic()
-    for one in wanted:
-        typer.echo(_named(one))
-        if time.monotonic() - began > 60 * within:
-            typer.echo(f"{within:g} minutes are over")
-            break
-        try:
-            failed += _complete(one, scale) != "finished"
-        except Exception as error:  # kept in the run's folder; the others are still wanted
-            typer.echo(f"{one.config.name}: {type(error).__name__}: {error}", err=True)
-            failed += 1
-    return failed
-
-
-def _side_by_side(wanted: list[Missing], scale: str, within: float, jobs: int) -> int:
-    """Do it in `jobs` processes, and say of each what came of it; of how many something failed."""
-    from ecmoe.side_by_side import side_by_side
-
     failed, ended, deadline = 0, 0, time.monotonic() + 60 * within
-    for one, said in side_by_side(partial(_complete, scale=scale), wanted, jobs, deadline):
+    for one, said in complete(wanted, scale, jobs, deadline):
         typer.echo(f"{_named(one)}  {' '.join(said.split())}")
         failed, ended = failed + (said != "finished"), ended + 1
     if ended < len(wanted):
         typer.echo(f"{within:g} minutes are over")
-    return failed
-
-
-def _complete(one: Missing, scale: str) -> str:
-    """Train the run, unless it is there, and measure what is lacking; the status that the run ends with."""
-    from ecmoe import measure, paths
-    from ecmoe.train import run_or_load
-
-    result = run_or_load(one.config, records=paths.records(scale))
-    measure.take(result, one.measures, scale)
-    return result.summary["status"]
+    typer.echo(f"{failed} failed")
+    if failed:
+        raise typer.Exit(1)
 
 
 def _named(one: Missing) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from ecmoe import measure, paths
 from ecmoe.claims import CLAIMS, Claim
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import RunConfig
 from ecmoe.results import Result, arm_labels, read_json, write_json
 from ecmoe.stats import PLUMBING, Verdict
 
@@ -126,49 +126,6 @@ def record_study(results: Iterable[Result], scale: str, notebook: str = "") -> N
 def study_folder(scale: str) -> Path:
     """Where pages keep what they rest on: beside the verdicts."""
     return verdict_folder(scale).parent / "studies"
-
-
-class Missing(NamedTuple):
-    """A run that a page lacks, or of which it lacks measurements: `measures`, as `measure.take` has them."""
-
-    page: str
-    arm: str
-    config: RunConfig
-    measures: Mapping[str, Mapping[str, Any]]
-
-
-def missing(scale: str, pages: Sequence[str] = ()) -> list[Missing]:
-    """What the pages of a scale, or some of them, rest on and that isn't there.
-
-    Seed by seed, as a page trains them, each run once, with the measurements that all these pages want; runs of continual
-    learning are left out, as they are no `RunConfig`.
-
-    Raises:
-        ConfigError: no such page; or a page that another version made, whose config now means another run.
-    """
-    kept = {path.stem: read_json(path) for path in sorted(study_folder(scale).glob("*.json"))}
-    for page in pages:
-        if page not in kept:
-            raise ConfigError(f"page {page!r}: nothing is kept of it at scale {scale}; there are {', '.join(kept) or 'none'}")
-    found: dict[str, Missing] = {}
-    for page in pages or kept:
-        for name, run in sorted(kept[page].items(), key=lambda named: named[1]["seed"]):
-            there = run["status"] in DONE or (paths.records(scale) / f"{name}.json").exists()
-            lacking = _lacking(name, run, scale)
-            if (there and not lacking) or "config" not in run:
-                continue
-            config = RunConfig.from_dict(run["config"])
-            if config.name != name:  # a default is another now
-                raise ConfigError(f"page {page!r}: run {name} would be {config.name} today; draw the page again: make report SCALE={scale}")
-            first = found.setdefault(name, Missing(page, run["arm"], config, {}))
-            found[name] = first._replace(measures={**first.measures, **lacking})
-    return list(found.values())
-
-
-def _lacking(name: str, run: Mapping[str, Any], scale: str) -> dict[str, Any]:
-    """The measurements of a run that its page lacked when it was drawn, and that nobody has taken since."""
-    there = measure.folder(name, scale)
-    return {what: how for what, how in run.get("measures", {}).items() if not (there / f"{what}.json").exists()}
 
 
 def studies(scale: str) -> tuple[pd.DataFrame, str]:

@@ -100,6 +100,7 @@ def test_generate_continues_a_text_with_a_run(tiny_config):
 
 def test_missing_runs_train_side_by_side_and_one_that_fails_stops_no_other(tiny_config, tmp_path, monkeypatch):
     from ecmoe import paths, scoreboard
+    from ecmoe.missing import missing
     from ecmoe.results import not_run, read_record
 
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
@@ -114,7 +115,7 @@ def test_missing_runs_train_side_by_side_and_one_that_fails_stops_no_other(tiny_
     assert said[lost.name].startswith("failed: ") and "absent/text.txt" in said[lost.name]
     kept = [read_record(paths.records("gpu") / f"{config.name}.json").summary for config in (first, last)]
     assert [summary["sharing"] for summary in kept] == [2, 2] and all(summary["seconds"] > 0 for summary in kept)
-    assert [one.config for one in scoreboard.missing("gpu")] == [lost]
+    assert [one.config for one in missing("gpu")] == [lost]
     over = call("runs", "--train", "--jobs", 2, "--within", -1)
     assert over.exit_code == 0 and over.stdout.splitlines() == ["-1 minutes are over", "0 failed"]
 

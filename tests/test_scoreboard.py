@@ -1,19 +1,14 @@
 """What pages rest on: distinct runs, what is missing, and what they cost."""
 
 import json
-import shutil
-from functools import partial
 
 import pytest
 from bs4 import BeautifulSoup
-from typer.testing import CliRunner
 
-from ecmoe import causality, measure, paths, report, scoreboard, stats
-from ecmoe.cli import app
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe import report, scoreboard, stats
+from ecmoe.config import RunConfig
 from ecmoe.execution import _forget
 from ecmoe.results import Result, not_run
-from ecmoe.train import run_or_load
 
 EC = RunConfig()
 TOP2 = RunConfig(router="token_choice", capacity_factor=1.0, gate="renormalized")
@@ -53,58 +48,6 @@ def test_a_run_of_another_kind_has_its_approach_for_a_name(pages):
     assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "joint s0"
     scoreboard.record_study([run], "gpu", "11_c")
     assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "all of them"
-
-
-def test_missing_runs_can_be_trained_from_what_pages_keep(pages, monkeypatch, tmp_path):
-    wanted = [("02_b", "GShard top-2 renormalized", TOP2.replace(seed=seed), {}) for seed in (0, 2)]
-    assert scoreboard.missing("gpu") == scoreboard.missing("gpu", ["02_b"]) == wanted and scoreboard.missing("gpu", ["01_a"]) == []
-    with pytest.raises(ConfigError, match="page '03_c': nothing is kept of it at scale gpu; there are 01_a, 02_b"):
-        scoreboard.missing("gpu", ["03_c"])
-    with monkeypatch.context() as later:
-        later.setattr(RunConfig, "digest", lambda self: "of another version")
-        with pytest.raises(ConfigError, match="would be token-choice-top2-c1-s0-of another version today; draw the page again"):
-            scoreboard.missing("gpu")
-    trained = []
-    monkeypatch.setattr("ecmoe.train.run_or_load", lambda config, records: trained.append((config, records)) or finished(config, 1))
-    shown = CliRunner().invoke(app, ["runs"])
-    assert shown.exit_code == 0 and TOP2.name in shown.output and "2 missing" in shown.output and not trained
-    assert "2 missing" in CliRunner().invoke(app, ["runs", "--arm", "EC", "--arm", "GShard"]).output
-    assert CliRunner().invoke(app, ["runs", "--arm", "Hash"]).output == "0 missing\n"
-    shown = CliRunner().invoke(app, ["runs", "02_b", "--train", "--part", "2/2"])
-    assert shown.exit_code == 0 and trained == [(TOP2.replace(seed=2), paths.records("gpu"))]
-    assert CliRunner().invoke(app, ["runs", "--train", "--within", "-1"]).exit_code == 0 and len(trained) == 1
-    refused = CliRunner().invoke(app, ["runs", "--part", "3/2"])
-    assert refused.exit_code == 2 and "--part 3/2: must be I/N" in refused.output
-    monkeypatch.setattr("ecmoe.train.run_or_load", lambda *_, **__: 1 / 0)
-    shown = CliRunner().invoke(app, ["runs", "--train"])
-    assert shown.exit_code == 1 and "ZeroDivisionError" in shown.output and "2 failed" in shown.output
-
-
-def test_what_a_page_wants_measured_is_kept_and_taken_without_it(tiny_config, tmp_path, monkeypatch):
-    """A page that is drawn without weights names the measurement; `ecmoe runs --train` takes it, training what it must."""
-    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    monkeypatch.setenv("ECMOE_NOTEBOOK", "09_causality")
-    config = tiny_config(steps=2, batch_size=4, seed=21)
-    for result in (not_run(config), run_or_load(config, records=paths.records("gpu"), progress=False)):
-        shutil.rmtree(paths.runs(), ignore_errors=True)
-        compute = partial(causality.losses_by_routing, pools=[4])
-        assert measure.measure(result, "losses-4", compute, scale="gpu", train=False) is None
-        assert measure.measure(result, "own", lambda model, config: {}, scale="gpu", train=False) is None  # nobody finds it
-        scoreboard.record_study([result], "gpu")
-        (lacking,) = scoreboard.missing("gpu")
-        assert lacking.config == config
-        assert lacking.measures == {"losses-4": {"compute": "ecmoe.causality:losses_by_routing", "keys": {"pools": [4]}}}
-    assert "(to be measured)" in scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[0]
-    listed = CliRunner().invoke(app, ["runs"])
-    assert "measure losses-4" in listed.output and "1 missing" in listed.output
-    done = CliRunner().invoke(app, ["runs", "--train"])
-    assert done.exit_code == 0 and scoreboard.missing("gpu") == []
-    assert {row["way"] for row in measure.measure(result, "losses-4", compute, scale="gpu", train=False)["rows"]} >= {"causally", "4"}
-
-
-def test_only_functions_of_this_package_are_called(pages):
-    with pytest.raises(ValueError, match="compute='os:system' of measurement 'evil': must be a function of ecmoe"):
-        measure.take(finished(EC, 1), {"evil": {"compute": "os:system", "keys": {}}}, "gpu")
 
 
 def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
