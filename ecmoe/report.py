@@ -305,12 +305,23 @@ def provenance(results: Iterable[Result], *, scale: str = "") -> None:
         if warning
         else ""
     )
+    each = f'<details class="numbers"><summary>seconds and tokens of each run</summary>{table_html(_costs(results))}</details>'
     _display(
-        f'{note}<div class="scroll"><table class="provenance"><tbody>{body}</tbody></table></div>',
+        f'{note}<div class="scroll"><table class="provenance"><tbody>{body}</tbody></table></div>{each}',
         "\n".join(
             [warning, *(f"{name}: {'; '.join(map(str, sorted(values)))}" for name, values in rows)]
         ),
     )
+
+
+def _costs(results: Sequence[Result]) -> pd.DataFrame:
+    """A row per finished run: what it took, and where."""
+    keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
+    rows = [{key: result.summary.get(key) for key in keys} for result in results if result.ok]
+    frame = pd.DataFrame(rows, columns=keys)
+    if (frame["sharing"].fillna(1) == 1).all():
+        return frame.drop(columns="sharing")
+    return frame.fillna({"sharing": 1})
 
 
 def _display(markup: str, text: str) -> None:

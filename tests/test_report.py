@@ -368,6 +368,9 @@ def test_provenance_says_where_runs_shared_a_device(shown):
     assert "side by side" not in alone.text
     row = shared.find("th", string="runs side by side on a device").find_next("td")
     assert list(row.stripped_strings) == ["1", "3: seconds are a run's share of them"]
+    columns = [[cell.text for cell in page.details.table.thead.find_all("th")] for page in (alone, shared)]
+    assert "sharing" not in columns[0] and "sharing" in columns[1] and {"seconds", "tokens"} <= set(columns[0])
+    assert len(shared.details.table.tbody.find_all("tr")) == 3 and "1,800" in shared.details.text
 
 
 def test_markdown_math_is_left_alone_by_markdown():
