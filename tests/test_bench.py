@@ -230,5 +230,5 @@ def fake():
 
 def test_measuring_needs_no_jupyter():
     """The machine that measures has torch, and neither notebooks nor what makes pages."""
-    code = "import sys, ecmoe.cli, ecmoe.speed; print([m for m in ('IPython', 'papermill', 'nbformat', 'jupyter_client', 'datasets') if m in sys.modules])"
+    code = "import sys, ecmoe.cli, ecmoe.speed, ecmoe.missing, ecmoe.side_by_side; print([m for m in ('IPython', 'papermill', 'nbformat', 'jupyter_client', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
