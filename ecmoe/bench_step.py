@@ -196,6 +196,15 @@ def _router(config: RunConfig) -> Router:
     return ExpertChoice(*sizes, config.capacity_factor, gate=config.gate)
 
 
+def check_room() -> None:
+    """Raise an OutOfMemoryError unless a graph's memory has room beside that of the steps before: one that is captured in
+    part leaves no memory to them."""
+    torch.cuda.empty_cache()
+    step, (free, _) = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
+    if free < 2 * step:
+        raise torch.OutOfMemoryError(f"a graph keeps the {step / 1e9:.0f} GB of a step, beside other steps: {free / 1e9:.0f} GB are free")
+
+
 def _step(
     lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool, pool: Any = None
 ) -> Call:
@@ -209,7 +218,9 @@ def _step(
             flag.fill_(float(even))
         with torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext():
             if pool is not None:
-                lit.captured = lit.captured or graph.captured(lit, batch, pool)
+                if lit.captured is None:
+                    check_room()
+                    lit.captured = graph.captured(lit, batch, pool)
                 loss, aux_loss = lit.captured(batch)
             else:
                 loss = lit.loss(batch)

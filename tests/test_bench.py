@@ -1,5 +1,6 @@
 """`ecmoe bench`: rows beside their floor, and an einsum row that computes the same thing."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -226,6 +227,14 @@ def fake():
     table = pd.DataFrame([{"ms": 1.0}])
     table.attrs["setting"] = {}
     return table
+
+
+@pytest.mark.parametrize(("free", "fits"), [(70, True), (69, False)])
+def test_a_graph_is_captured_where_its_memory_has_room_beside_the_steps(monkeypatch, free, fits):
+    for name, value in (("empty_cache", None), ("max_memory_allocated", 58e9), ("memory_allocated", 23e9), ("mem_get_info", (free * 1e9, 80e9))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with contextlib.nullcontext() if fits else pytest.raises(torch.OutOfMemoryError, match="35 GB of a step.* 69 GB are free"):
+        bench_step_module.check_room()
 
 
 def test_measuring_needs_no_jupyter():

@@ -32,13 +32,14 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
             kind = here[here["what"] == what]
             y = [names.index(name) + shift for name in kind["layer"]]
             ax.plot(100 * kind["share_of_floor"].astype(float), y, marker, color=color, label=what, markersize=6)
-        ax.set(title=size, xlim=(0, 105), xlabel="share of the floor's speed (%)")
+        ax.set(title=size, xlim=(0, 105))
         ax.axvline(100, color="0.2", linewidth=1)
         both = here[here["what"] == BOTH]
         if len(both):
             parts.append(f"{size}: " + ", ".join(f"{r.layer} {100 * r.share_of_floor:.0f}%" for r in both.itertuples()))
         elif names:
             name_gaps(ax, [0])
+    axes[len(axes) // 2].set_xlabel("share of the floor's speed (%)")  # beside each other they would touch
     if names:
         axes[0].set_yticks(range(len(names)), names, fontsize=9)
         axes[0].set_ylim(len(names) - 0.5, -0.5)
