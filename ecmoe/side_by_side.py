@@ -50,14 +50,20 @@ def side_by_side(
             worker.stop(patience=10 if worker.item is None else 0)
 
 
+# Threads that compute, and processes that compile: each takes all cores, and so would every one of us.
+THREADS = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+
+
 def _places(jobs: int) -> list[dict[str, str]]:
-    """Each process's part of the environment: a GPU, in turn, and how many processes are on it."""
+    """Each process's part of the environment: a GPU, in turn, and how many processes are on it; its share of the cores."""
     import torch
 
     count = torch.cuda.device_count()  # asks the driver, and heeds CUDA_VISIBLE_DEVICES; takes no memory on a GPU
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     devices = max(count, 1)  # the CPU is one, too
-    places = [{"ECMOE_SHARING": str(len(range(i % devices, jobs, devices)))} for i in range(jobs)]
+    cores = str(max((os.cpu_count() or 1) // jobs, 1))
+    threads = {name: os.environ.get(name, cores) for name in THREADS}
+    places = [{"ECMOE_SHARING": str(len(range(i % devices, jobs, devices)))} | threads for i in range(jobs)]
     for i, place in enumerate(places if count else ()):
         place["CUDA_VISIBLE_DEVICES"] = gpus[i % count].strip()
     return places

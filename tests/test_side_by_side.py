@@ -92,3 +92,10 @@ def test_places_are_spread_over_the_gpus_that_are_visible(monkeypatch, gpus, vis
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [(place.get("CUDA_VISIBLE_DEVICES"), place["ECMOE_SHARING"]) for place in _places(jobs)] == places
+
+
+def test_cores_are_shared_unless_somebody_has_said_how_many(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    assert {(place["OMP_NUM_THREADS"], place["TORCHINDUCTOR_COMPILE_THREADS"]) for place in _places(6)} == {("3", "2")}
