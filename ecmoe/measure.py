@@ -46,7 +46,7 @@ def measure(
     path = folder(result.summary["name"], scale) / f"{what}.json"
     if result.ok and path.exists():
         return read_json(path)
-    if not train:
+    if not train and result.summary["status"] != "diverged":  # which leaves nothing to measure
         _note(result, what, compute)
     if not train or not result.ok:
         return None

@@ -26,7 +26,7 @@ class Recorder(L.Callback):
 
     Args:
         folder: of the run. label: what progress lines call it. progress: print them.
-        sharing: runs that train side by side on the device; each counts its share of the seconds.
+        sharing: runs that train side by side on the device; each counts its seconds over their number, and no rate.
     """
 
     def __init__(self, folder: Path, label: str, progress: bool = True, sharing: int = 1) -> None:
@@ -100,7 +100,8 @@ class Recorder(L.Callback):
             "train_loss": train_loss,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
             "aux_loss": aux_loss,
-            "tokens_per_second": steps * config.tokens_per_batch / seconds if steps and seconds else math.nan,
+            # Beside other runs, which may rest, a rate is nobody's.
+            "tokens_per_second": steps * config.tokens_per_batch / seconds if steps and seconds and self.shared == 1 else math.nan,
         }
         row |= {name: float(torch.stack(values).double().mean()) for name, values in self.losses.items()}
         self.rows[step] = row | self.statistics

@@ -164,7 +164,7 @@ def show_verdict(
     Args:
         verdict: of `stats.verdict`. claim_id: "C1" ... "C10", "L1", "L2".
         scale: at "smoke" the label is "plumbing only", and no effect is shown.
-        here: what was found, in a few words, for the scoreboard; else the effect's mean.
+        here: what was found, in a few words, before the effect.
         differences: from the paper, as far as they matter for this claim.
         notebook: default: the one being executed ($ECMOE_NOTEBOOK), else the claim's own.
     """
@@ -274,7 +274,7 @@ def provenance(results: Iterable[Result], *, scale: str = "") -> None:
         rows.append(("processes (the pool is each one's batch)", processes))
     sharing = {s.get("sharing", 1) for s in done}
     if sharing - {1}:
-        rows.append(("runs side by side on a device", {f"{n}: seconds are a run's share of them" if n > 1 else "1" for n in sharing}))
+        rows.append(("runs side by side on a device", {f"{n}: seconds are the run's own over {n}" if n > 1 else "1" for n in sharing}))
     rows.append(("versions", [", ".join(versions)]))
     rows.append(("seeds", [", ".join(map(str, sorted({s["seed"] for s in done})))]))
     rows.append(("training time", [_hours(sum(s.get("seconds") or 0 for s in done))]))

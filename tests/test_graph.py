@@ -26,6 +26,7 @@ class OnGPU(LitModel):
         ({"router": "expert_choice", "max_experts_per_token": 3}, True),
         ({"router": "token_choice", "top_k": 2, "capacity_factor": 1.0}, True),
         ({"router": "hash", "capacity_factor": 1.25}, True),
+        ({"router": "expert_threshold"}, True),
         # The fullest expert's load is read from the device.
         ({"router": "token_choice", "top_k": 2, "capacity_factor": None}, False),
         ({"router": "hash", "capacity_factor": None}, False),
@@ -55,6 +56,8 @@ def test_a_run_may_ask_for_it_anywhere(tiny_config, tmp_path, monkeypatch):
         {"router": "expert_choice", "gate": "renormalized", "max_experts_per_token": 2},
         {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0},
         {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0, "balance": "importance_load"},  # draws at random
+        {"router": "hash", "capacity_factor": 1.25},
+        {"router": "expert_threshold"},
         {"router": "dense"},
     ],
 )

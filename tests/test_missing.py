@@ -79,6 +79,14 @@ def test_what_a_page_wants_measured_is_kept_and_taken_without_it(tiny_config, tm
     assert {row["way"] for row in measure.measure(result, "losses-4", compute, scale="gpu", train=False)["rows"]} >= {"causally", "4"}
 
 
+def test_a_run_that_diverged_is_asked_for_nothing(pages, tmp_path):
+    lost = not_run(EC.replace(seed=7))
+    lost.summary.update(status="diverged")
+    assert measure.measure(lost, "losses", causality.losses_by_routing, scale="gpu", train=False) is None
+    scoreboard.record_study([lost], "gpu", "03_c")
+    assert missing("gpu", ["03_c"]) == []
+
+
 def test_only_functions_of_this_package_are_called(pages):
     with pytest.raises(ValueError, match="compute='os:system' of measurement 'evil': must be a function of ecmoe"):
         measure.take(finished(EC), {"evil": {"compute": "os:system", "keys": {}}}, "gpu")

@@ -367,7 +367,7 @@ def test_provenance_says_where_runs_shared_a_device(shown):
     alone, shared = (BeautifulSoup(page, "html.parser") for page in shown)
     assert "side by side" not in alone.text
     row = shared.find("th", string="runs side by side on a device").find_next("td")
-    assert list(row.stripped_strings) == ["1", "3: seconds are a run's share of them"]
+    assert list(row.stripped_strings) == ["1", "3: seconds are the run's own over 3"]
     columns = [[cell.text for cell in page.details.table.thead.find_all("th")] for page in (alone, shared)]
     assert "sharing" not in columns[0] and "sharing" in columns[1] and {"seconds", "tokens"} <= set(columns[0])
     assert len(shared.details.table.tbody.find_all("tr")) == 3 and "1,800" in shared.details.text
