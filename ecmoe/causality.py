@@ -36,11 +36,11 @@ ROUTINGS: Mapping[str, Callable[[Transformer], AbstractContextManager]] = {"as t
 
 @torch.no_grad()
 def decisions(model: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V), and who took whom: (L, B, T, e) bool."""
+    """What the output layer reads, (B, T, d), and who took whom: (L, B, T, e) bool."""
     with watched(model) as seen:
-        logits = model(ids)
+        hidden = model.hidden(ids)
     B, T = ids.shape
-    return logits, torch.stack([a.dense(B * T).view(B, T, -1) != 0 for _, a in seen])
+    return hidden, torch.stack([a.dense(B * T).view(B, T, -1) != 0 for _, a in seen])
 
 
 # Who sees whom --------------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ def next_token_information(model: Transformer, config: RunConfig, *, batches: in
     for batch in windows.split(config.batch_size):
         for routing, routed in ROUTINGS.items():
             with routed(model):
-                logits, taken = decisions(model, batch[:, :-1])
+                hidden, taken = decisions(model, batch[:, :-1])
             features[routing].append(routing_features(taken, config.capacity_factor))
-        predicted += [by_class(part, class_of) for part in logits[:, :-1].split(8)]  # causal: the last of ROUTINGS
+        predicted.append(_predicted(model, hidden[:, :-1], class_of))  # causal: the last of ROUTINGS
     # The last token's next one takes no part in the pool.
     current, target = windows[:, :-2], class_of[windows[:, 1:-1]]
     unigram, bigram = (table.to(windows.device) for table in class_tables(data, class_of.cpu()))
@@ -135,6 +135,12 @@ def next_token_information(model: Transformer, config: RunConfig, *, batches: in
         for routing, bits in information(log_p, read, target).items():
             rows.append({"given": given, "routing": routing, "bits": bits})
     return {"rows": rows, "entropy": entropy, "classes": bigram.shape[1], "covered": covered, "tokens": target.numel()}
+
+
+@torch.no_grad()
+def _predicted(model: Transformer, hidden: Tensor, class_of: Tensor) -> Tensor:
+    """(B, T, d) -> (B, T, C) log-probabilities of classes; the logits of a whole batch take 8 GB in float64."""
+    return torch.cat([by_class(model.logits(part), class_of) for part in hidden.split(8)])
 
 
 def routing_features(taken: Tensor, c: float) -> Tensor:
@@ -275,8 +281,8 @@ def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict
     data, windows = held_out(config)
     ids = _on(model, windows[:1, :-1])
     with causal_routing(model):
-        whole, routed = decisions(model, ids)
-        cache = KeyValueCache(len(model.blocks))
+        hidden, routed = decisions(model, ids)
+        whole, cache = model.logits(hidden), KeyValueCache(len(model.blocks))
         with watched(model) as seen:
             stepped = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(ids.shape[1])], dim=1)
     each = torch.stack([a.dense(1)[0] != 0 for _, a in seen])  # (T L, e): the layers of a token, then the next token's

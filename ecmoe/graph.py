@@ -52,14 +52,14 @@ def captured(lit: LitModel, batch: Tensor | tuple[Tensor, ...], pool: Any = None
     buffers = list(lit.model.buffers())
     before = [buffer.clone() for buffer in buffers]
     kind = lit.device.type
+    # Gradients meet their parameters on the stream of the capture: steps wait for it, and torch warns of that.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     # A cached cast of a weight would lie outside the graph, and never change.
     torch.clear_autocast_cache()
     with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
         step = torch.cuda.make_graphed_callables(
             _Step(lit), tuple(part.clone() for part in parts), allow_unused_input=True, pool=pool
         )
-    # Gradients meet their parameters on the stream of the capture: steps wait for it, and torch warns of that.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -72,7 +72,7 @@ def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
     ids = batch[:, :-1]
     device = next(model.parameters()).device
     with watched(model) as seen:
-        model(ids.to(device))
+        model.hidden(ids.to(device))
     n = ids.numel()
     counts = torch.stack([assignment.experts_per_token(n).cpu() for _, assignment in seen])  # (layers, n)
     names = {i: data.decode([i]) for i in ids.unique().tolist()}

@@ -117,17 +117,34 @@ class Transformer(Trunk):
         """Logits of the next token; with targets, their mean cross-entropy instead, which needs no logits in memory.
 
         Args:
+            targets: (B, T) int64, the next token of each. The others: as in `hidden`.
+        """
+        x = self.hidden(token_ids, task_ids, mask, cache)
+        return self.logits(x) if targets is None else linear_cross_entropy(x, self.embedding.weight, targets)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) of `hidden` -> (..., V); the output layer is the embedding (tied)."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, T, d), what the output layer reads.
+
+        Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
             cache: keys and values of the tokens before these; extended by these.
-            targets: (B, T) int64, the next token of each.
         """
         x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
         # output layer doesn't start by repeating its input
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers[layer]
             x = block(x, token_ids, task_ids, mask, past)
-        x, output = self.norm(x), self.embedding.weight  # tied
-        return F.linear(x, output) if targets is None else linear_cross_entropy(x, output, targets)
+        return self.norm(x)
 
 
 class KeyValueCache:

@@ -16,7 +16,7 @@ from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
 KERNELS = ("auto", "plain", "triton", "triton-bmm")
 # Shares of tokens are kept for 0, 1, ... 7 experts, and 8 or more.
 MOST_EXPERTS_COUNTED = 8
-HELD = 2**28  # numbers of h, (e, k, f), that evaluation on the plain path holds at a time
+HELD = 2**28  # numbers of h, (e, k, f), that evaluation holds at a time
 
 
 class MoE(nn.Module):
@@ -103,25 +103,26 @@ class MoE(nn.Module):
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
+        # In evaluation a router may give one expert nearly all tokens, and every expert then has as many slots.
+        groups = 1 if torch.is_grad_enabled() else -(-token.numel() * self.w1.shape[2] // HELD)
+        if groups <= 1:
+            return self._some_experts(x, self.w1, self.w2, token, gate)
+        some = (t.chunk(groups) for t in (self.w1, self.w2, token, gate))
+        return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))
+
+    def _some_experts(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+        """(n, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""
         if fast(self.kernels, x):
             from ecmoe import kernels
 
-            return kernels.experts(x, self.w1, self.w2, token, gate, fuse=self.kernels != "triton-bmm")
-        # In evaluation a router may give one expert nearly all tokens, and every expert then has as many slots.
-        groups = 1 if torch.is_grad_enabled() else -(-token.numel() * self.w1.shape[2] // HELD)
-        some = (t.chunk(max(groups, 1)) for t in (self.w1, self.w2, token, gate))
-        return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))[:-1].to(x.dtype)
-
-    @staticmethod
-    def _some_experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        """(n + 1, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""
+            return kernels.experts(x, w1, w2, token, gate, fuse=self.kernels != "triton-bmm")
         n, d = x.shape
         slots = token.reshape(-1)
         x_in = x.index_select(0, slots.clamp(max=n - 1)).view(*token.shape, d)  # (e, k, d) = P X
         h = F.gelu(torch.bmm(x_in, w1), approximate="tanh")  # (e, k, f); JAX's default GeLU
         y = torch.bmm(h, w2)  # (e, k, d)
         y = y * gate.unsqueeze(-1).to(y.dtype)
-        return y.new_zeros(n + 1, d).index_add(0, slots, y.view(-1, d))
+        return y.new_zeros(n + 1, d).index_add(0, slots, y.view(-1, d))[:-1].to(x.dtype)
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:

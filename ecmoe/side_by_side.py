@@ -54,16 +54,24 @@ def side_by_side(
 THREADS = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
-def _places(jobs: int) -> list[dict[str, str]]:
-    """Each process's part of the environment: a GPU, in turn, and how many processes are on it; its share of the cores."""
+def devices() -> int:
+    """GPUs that work can be spread over; 1 where there is none, for the CPU is one, too."""
+    return max(_gpus(), 1)
+
+
+def _gpus() -> int:
     import torch
 
-    count = torch.cuda.device_count()  # asks the driver, and heeds CUDA_VISIBLE_DEVICES; takes no memory on a GPU
+    return torch.cuda.device_count()  # asks the driver, and heeds CUDA_VISIBLE_DEVICES; takes no memory on a GPU
+
+
+def _places(jobs: int) -> list[dict[str, str]]:
+    """Each process's part of the environment: a GPU, in turn, and how many processes are on it; its share of the cores."""
+    count = _gpus()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    devices = max(count, 1)  # the CPU is one, too
-    cores = str(max((os.cpu_count() or 1) // jobs, 1))
+    cores = str(max((os.cpu_count() or 1) // max(jobs, 1), 1))
     threads = {name: os.environ.get(name, cores) for name in THREADS}
-    places = [{"ECMOE_SHARING": str(len(range(i % devices, jobs, devices)))} | threads for i in range(jobs)]
+    places = [{"ECMOE_SHARING": str(len(range(i % devices(), jobs, devices())))} | threads for i in range(jobs)]
     for i, place in enumerate(places if count else ()):
         place["CUDA_VISIBLE_DEVICES"] = gpus[i % count].strip()
     return places

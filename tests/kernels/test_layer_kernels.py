@@ -54,6 +54,16 @@ def test_layer_is_the_plain_one_with_every_router(name, masked):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch):
+    moe, x, seen = layer("triton"), tokens(), []
+    expected, experts = moe(x).detach(), kernels.experts
+    monkeypatch.setattr("ecmoe.moe.HELD", 2 * (B * T * 2 // E) * FF)  # two experts' h
+    monkeypatch.setattr(kernels, "experts", lambda x, w1, *rest, **keys: seen.append(len(w1)) or experts(x, w1, *rest, **keys))
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), expected)
+    assert seen == [2, 2]
+
+
 def test_bf16_is_no_further_from_float32_than_the_plain_path():
     reference = layer("plain", dtype=torch.bfloat16)
     wide = copy.deepcopy(reference).float()
