@@ -11,6 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from ecmoe.parameters import parameter_files
+
 SCALE = config.get("scale", "smoke")
 TRAIN = str(config.get("train_missing", True)).lower() in ("true", "1", "yes")
 PYTHON = sys.executable
@@ -26,9 +28,7 @@ if not Path(f"configs/scale/{SCALE}.yaml").exists():
 
 
 def parameters(name):
-    """Later files win: the scale, the study, and the study at that scale if it needs its own values."""
-    files = [f"configs/scale/{SCALE}.yaml", f"configs/{name}.yaml", f"configs/scale/{SCALE}/{name}.yaml"]
-    return files[:2] + [file for file in files[2:] if Path(file).exists()]
+    return [str(file) for file in parameter_files(name, SCALE, Path("configs"))]
 
 
 def command(name):

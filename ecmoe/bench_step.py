@@ -86,24 +86,24 @@ def bench_step(
     device, configs = timing.this_device(), arms(sizes)
     if narrow:
         configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
-    peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
     absent: list[str] = []
     with timing.compiling():
         calls, memory = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
         times = timing.in_turns(calls, repeats, device)
-    rows = []
-    for row, samples in times.items():
-        config = configs[row.arm]
-        rate = config.batch_size * config.sequence_length / statistics.median(samples)
-        rows.append(row._asdict() | timing.spread(samples) | {
-            "tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak,
-            "peak_mb": memory[row] and memory[row][1],
-        })  # fmt: skip
+    rows = [row._asdict() | measured_row(configs[row.arm], samples, memory[row]) for row, samples in times.items()]
     table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
     table.attrs["setting"] = setting(configs, device) | {"repeats": repeats} | timing.machine()
     table.attrs["samples"] = {", ".join(row): [1e3 * seconds for seconds in samples] for row, samples in times.items()}
     table.attrs["absent"] = absent
     return table
+
+
+def measured_row(config: RunConfig, samples: list[float], memory: tuple[float, float] | None) -> dict[str, Any]:
+    """What a table shows of a step's seconds, one a turn, and its memory."""
+    rate = config.batch_size * config.sequence_length / statistics.median(samples)
+    peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
+    found = {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak, "peak_mb": memory and memory[1]}
+    return timing.spread(samples) | found
 
 
 def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:
@@ -164,9 +164,9 @@ def steps(
             for routing in ("own", "even") if tokens else ("own",):
                 row = Row(arm, routing, path + ", compiled" * compiled)
                 even = routing == "even"
-                calls[row] = _step(twin, optimizer, batch, even)
+                calls[row] = step_of(twin, optimizer, batch, even)
                 if arm in PAIR and path == "triton" and graph.capturable(twin):
-                    graphs[row._replace(path=f"{row.path}, CUDA graph")] = _step(twin, optimizer, batch, even, pool)
+                    graphs[row._replace(path=f"{row.path}, CUDA graph")] = step_of(twin, optimizer, batch, even, pool)
     return calls | graphs
 
 
@@ -205,10 +205,14 @@ def check_room() -> None:
         raise torch.OutOfMemoryError(f"a graph keeps the {step / 1e9:.0f} GB of a step, beside other steps: {free / 1e9:.0f} GB are free")
 
 
-def _step(
-    lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool, pool: Any = None
+def step_of(
+    lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool = False, pool: Any = None
 ) -> Call:
-    """With a `pool` of memory its losses are a graph, captured in the first call; steps of one model share it."""
+    """A training step on that batch. With a `pool` of memory its losses are a graph, captured in the first call; steps share it.
+
+    Args:
+        even: routers that are `Even` choose evenly.
+    """
     layers = [block.moe for block in lit.model.blocks if block.moe is not None]
     forced = [router.forced for router in lit.routers if isinstance(router, Even)]
     mixed = batch.is_cuda and lit.config.precision != "bf16-true"

@@ -117,7 +117,8 @@ def report(
     ] = False,
 ) -> None:
     """Execute a notebook with parameters and render it as one HTML page."""
-    from ecmoe.execution import ParameterError, ReportError, execute
+    from ecmoe.execution import ReportError, execute
+    from ecmoe.parameters import ParameterError
 
     with _one_line(ConfigError, ParameterError, ReportError, OSError):
         parameters = _assignments(changes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import os
 import shutil
 import sys
@@ -14,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import CaselessStrEnum, default
 
+from ecmoe.parameters import check_parameters, merge_parameters
 from ecmoe.render import render
 from ecmoe.scoreboard import study_folder, verdict_folder
-
-
-class ParameterError(ValueError):
-    """A parameter that the notebook doesn't have, or that can't be what was meant."""
 
 
 class ReportError(RuntimeError):
@@ -130,62 +124,6 @@ def execute(
         render(executed, out_html)
     failed_html.unlink(missing_ok=True)
     return out_html
-
-
-def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The parameters of YAML files: later ones win; `base`, a run's keys, is merged key by key."""
-    merged: dict[str, Any] = {}
-    for file in files:
-        try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ParameterError(f"parameter file {str(file)!r} can't be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ParameterError(f"parameter file {str(file)!r} must hold `key: value` lines")
-        base = (merged.get("base") or {}) | (values.get("base") or {})
-        merged |= values | ({"base": base} if base else {})
-    return merged
-
-
-def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> None:
-    """Every key must be in the notebook's parameters cell; a number must not be text (`1e-3`)."""
-    known = notebook_parameters(notebook)
-    if values and not known:
-        raise ParameterError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-            raise ParameterError(f"{name} has no parameter {key!r} (given: {value!r}): {hint}")
-        default = known[key]
-        mixed = isinstance(value, str) or isinstance(value, bool) != isinstance(default, bool)
-        if isinstance(default, (int, float)) and mixed:
-            raise ParameterError(
-                f"{name}: {key}={value!r} must be a {type(default).__name__}; YAML takes 1e-3 "
-                "for text (write 1.0e-3) and no for false"
-            )
-
-
-def notebook_parameters(notebook: Any) -> dict[str, Any]:
-    """Names in the parameters cell -> their defaults, None where a default is no literal.
-
-    Read by Python's own parser: papermill's misses names whose comment has a `=`, or `int | None`.
-    """
-    found: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if "parameters" not in cell.metadata.get("tags", []):
-            continue
-        for line in ast.parse(cell.source).body:
-            targets = (
-                line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
-            )
-            for target in targets:
-                if isinstance(target, ast.Name):
-                    try:
-                        found[target.id] = ast.literal_eval(line.value)
-                    except (ValueError, TypeError):
-                        found[target.id] = None
-    return found
 
 
 def _forget(notebook: str, scale: str) -> None:

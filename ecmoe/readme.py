@@ -10,7 +10,7 @@ import html
 import os
 
 from ecmoe import paths, plots
-from ecmoe.execution import merge_parameters
+from ecmoe.parameters import merge_parameters, parameter_files
 from ecmoe.plots.parts import Plot
 from ecmoe.results import table
 from ecmoe.scoreboard import claim_table
@@ -51,9 +51,7 @@ def sections(scale: str = "gpu") -> dict[str, str]:
 
 def figure(scale: str = "gpu") -> Plot:
     """The first figure: where the arms of the convergence study end."""
-    home = paths.root() / "configs"
-    files = [home / f"scale/{scale}.yaml", home / f"{NOTEBOOK}.yaml", home / f"scale/{scale}/{NOTEBOOK}.yaml"]
-    study = merge_parameters(file for file in files if file.exists())
+    study = merge_parameters(parameter_files(NOTEBOOK, scale, paths.root() / "configs"))
     runs = run_study(study["base"], study["arms"], study["seeds"], scale=scale, train=False)
     return plots.final_loss(table(result for by_arm in runs.values() for result in by_arm))
 

@@ -315,23 +315,5 @@ def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float
 
 
 def curves_by_seed(results: Iterable[Result]) -> dict[int, pd.DataFrame]:
-    """seed -> curve, for the finished runs of one arm; its attrs name the `machine`, which its seconds belong to."""
-    curves = {}
-    for result in results:
-        if result.ok:
-            curve = curves[int(result.summary["seed"])] = result.curve.copy()
-            curve.attrs["machine"] = machine(result.summary)
-    return curves
-
-
-def machine(summary: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a run's seconds depend on beside its work: device, torch, processes, compiled or not, by which kernels.
-
-    Those of a run that shared its device depend on the other runs there: they compare with nobody's but its own.
-    """
-    if summary.get("sharing", 1) > 1:
-        return (summary["name"],)
-    config, versions = summary.get("config") or {}, summary.get("versions") or {}
-    # What an old record doesn't say is what there was: plain, launched kernel by kernel.
-    how = config.get("compile", False), config.get("kernels", "plain"), config.get("cuda_graph", False)
-    return summary.get("device"), versions.get("torch"), summary.get("world_size"), *how
+    """seed -> curve, for the finished runs of one arm."""
+    return {int(result.summary["seed"]): result.curve for result in results if result.ok}

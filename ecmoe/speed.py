@@ -1,4 +1,5 @@
-"""What 08_step_time measures: layers, training steps, growth and a profile, each once on one machine, kept as JSON.
+"""What takes how long: layers, training steps, growth and a profile for 08_step_time, and the steps of a study's arms; each
+measured once on one machine, kept as JSON.
 
 A time belongs to the machine that took it. At scale gpu measurements are taken on a GPU only, and committed, so that
 the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench --all` takes them without a notebook.
@@ -6,23 +7,30 @@ the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 
 from ecmoe import bench, paths
 from ecmoe.bench_growth import bench_growth
 from ecmoe.bench_profile import bench_profile
 from ecmoe.bench_step import bench_step
+from ecmoe.bench_study import bench_study
+from ecmoe.config import RunConfig
+from ecmoe.parameters import merge_parameters, parameter_files
 from ecmoe.results import read_json
 from ecmoe.stats import Effect, interval
+from ecmoe.study import configs
 
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any] | None]
+
+NOTEBOOK = "08_step_time"
+STUDY = "01_convergence"  # whose claims are about seconds, too
 
 
 def jobs(
@@ -30,6 +38,7 @@ def jobs(
     step_sizes: Mapping[str, Any],
     growth_from: Mapping[str, Any],
     growth_axes: Mapping[str, Sequence[float]],
+    study_arms: Mapping[str, RunConfig] | None = None,
     *,
     compiled: bool = False,
     repeats: int = 15,
@@ -39,12 +48,15 @@ def jobs(
 
     Args:
         layer_sizes: name -> keys of `bench_layer`. step_sizes: keys of `bench_step`.
-        growth_from, growth_axes: of `bench_growth`. compiled, repeats: of all that have them.
+        growth_from, growth_axes: of `bench_growth`. study_arms: of `bench_study`.
+        compiled, repeats: of all that have them.
     """
     found: dict[str, Job] = {
         layer_file(name): lambda keys=keys: bench.bench_layer(**{"compiled": compiled, "repeats": repeats} | keys)
         for name, keys in layer_sizes.items()
     }
+    if study_arms:
+        found[study_file(study_arms)] = lambda: bench_study(study_arms)
     return found | {
         "step": lambda: bench_step(repeats=repeats, compiled=compiled, **step_sizes),
         "step-bf16": lambda: bench_step(repeats=repeats, compiled=compiled, narrow=True, **step_sizes),
@@ -54,15 +66,14 @@ def jobs(
 
 
 def plan(scale: str) -> dict[str, Any]:
-    """The parameters of 08_step_time at a scale, as the notebook gets them: arguments of `jobs`.
+    """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study.
 
     Raises:
-        FileNotFoundError: this is no checkout, which has the configs.
+        ParameterError: no such scale; or this is no checkout, which has the configs.
     """
-    folder = Path(__file__).resolve().parents[1] / "configs"
-    found = {"step_sizes": {}} | yaml.safe_load((folder / "08_step_time.yaml").read_text(encoding="utf-8"))
-    own = folder / "scale" / scale / "08_step_time.yaml"
-    return found | (yaml.safe_load(own.read_text(encoding="utf-8")) if own.exists() else {})
+    study = merge_parameters(parameter_files(STUDY, scale))
+    arms = {arm: by_seed[0] for arm, by_seed in configs(study["base"], study["arms"], study["seeds"]).items()}
+    return {"step_sizes": {}} | merge_parameters(parameter_files(NOTEBOOK, scale)) | {"study_arms": arms}
 
 
 def folder(scale: str) -> Path:
@@ -96,6 +107,25 @@ def measured(wanted: Mapping[str, Job], *, scale: str, measure: bool = True) -> 
                 raise outcome
     files = {name: folder(scale) / f"{name}.json" for name in wanted}
     return {name: read_json(path) if path.exists() else None for name, path in files.items()}
+
+
+def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
+    """What a training step of each arm takes, alone on the device: a row per arm, by its name, as `bench_study` has them.
+
+    Args:
+        measure: now, where it is missing and this machine may.
+    """
+    name = study_file(arms)
+    found = measured({name: lambda: bench_study(arms)}, scale=scale, measure=measure)[name] or {"rows": [], "setting": {}}
+    table = pd.DataFrame(found["rows"], columns=None if found["rows"] else ["arm", "ms"]).set_index("arm").reindex(list(arms))
+    table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench --all --only study`)")
+    return table
+
+
+def study_file(arms: Mapping[str, RunConfig]) -> str:
+    """The name of the file of a study's steps: other arms, or arms of other keys, are measured anew, side by side."""
+    names = ",".join(f"{arm} {config.replace(seed=0).name}" for arm, config in arms.items())
+    return f"study-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def layer_file(size: str) -> str:

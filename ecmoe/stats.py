@@ -61,6 +61,13 @@ class Effect(NamedTuple):
             return f"one {self.of}: no interval" if self.n == 1 else "none"
         return f"{_number(self.low)} to {_number(self.high)}"
 
+    def times(self, factor: float, unit: str) -> Effect:
+        """The effect in another unit: all of it times a factor that is known; not measured where the factor is NaN."""
+        if not self.n or math.isnan(factor):
+            return Effect(math.nan, None, None, 0, unit, self.of)
+        mean, low, high = (None if x is None else x * factor for x in self[:3])
+        return Effect(mean, low, high, self.n, unit, self.of)
+
     def __str__(self) -> str:
         if not self.n:
             return "not measured"
@@ -151,14 +158,11 @@ def steps_ratio(
 
     That loss is the higher of the two final ones: b's, if a ends lower, as in the claim "a needs
     less than half of b's steps"; a's, if b ends lower, and then the ratio is above 1. So no seed is
-    censored, and none is left out for having lost. Use x="seconds" for time: pairs that ran on different
-    machines, or differently compiled (`results.machine`), are then left out.
+    censored, and none is left out for having lost.
     """
     ratios = []
     for seed in _shared(curves_a, curves_b):
         a, b = curves_a[seed], curves_b[seed]
-        if x == "seconds" and a.attrs.get("machine") != b.attrs.get("machine"):
-            continue
         finals = [_points(curve, column, x)[1] for curve in (a, b)]
         if any(len(ys) == 0 for ys in finals):
             continue
@@ -281,11 +285,14 @@ def all_of(parts: Mapping[str, Verdict]) -> Verdict:
     """The verdict on a claim of several parts, by name: that of its weakest, which also gives the effect.
 
     One part that is not reproduced refutes the whole; else one that is missing or undecided leaves
-    it open.
+    it open: undecided, if half of them ran.
     """
     if not parts:
         raise ValueError("all_of needs at least one verdict")
     worst = max(parts.values(), key=lambda v: (PLUMBING, *LABELS).index(v.label))
+    ran = sum(part.effect.n > 0 for part in parts.values())
+    if worst.label == "not run" and ran >= len(parts) / 2:
+        worst = worst._replace(label="undecided", rule=f"{worst.rule}; undecided, too: of {len(parts)} parts {ran} ran")
     return worst._replace(rule=f"the weakest of {len(parts)} parts. {worst.rule}", parts=tuple(parts.items()))
 
 

@@ -268,8 +268,9 @@ def test_a_run_that_breaks_off_leaves_nothing(monkeypatch):
     assert not list(continual.records("smoke").glob(f"{settings.name}*.json*"))
 
 
-def test_records_lie_in_a_folder_of_their_own(study, monkeypatch):
+def test_records_lie_in_a_folder_of_their_own(study, monkeypatch, tmp_path):
     (result,) = study["Expert Gate"]
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))  # other tests leave records in theirs
     monkeypatch.setattr(continual_runs, "_summary", lambda settings: result.summary)
     continual.run_or_load(Settings(**FAST), scale="gpu")
     (path,) = (paths.root() / "reports/gpu/continual").glob("*.json")

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from ecmoe.execution import execute, merge_parameters
+from ecmoe.execution import execute
+from ecmoe.parameters import merge_parameters
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -17,7 +17,12 @@ from packaging.version import Version
 
 import ecmoe
 from ecmoe.config import RunConfig
-from ecmoe.execution import check_parameters, merge_parameters, notebook_parameters
+from ecmoe.parameters import (
+    check_parameters,
+    merge_parameters,
+    notebook_parameters,
+    parameter_files,
+)
 from ecmoe.study import configs
 
 ROOT = Path(__file__).parents[1]
@@ -123,9 +128,7 @@ def test_scale_is_a_valid_run(scale):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_config_resolves_to_valid_parameters(notebook, scale):
-    overlay = ROOT / f"configs/scale/{scale}/{notebook.stem}.yaml"
-    files = [ROOT / f"configs/scale/{scale}.yaml", ROOT / f"configs/{notebook.stem}.yaml"]
-    values = merge_parameters(files + [overlay] * overlay.exists())
+    values = merge_parameters(parameter_files(notebook.stem, scale))
     check_parameters(nbformat.read(notebook, as_version=4), values, notebook.name)
     assert configs(values["base"], values.get("arms", {"one": {}}), values["seeds"])
 

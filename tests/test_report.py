@@ -12,14 +12,7 @@ from bs4 import BeautifulSoup
 
 from ecmoe import report
 from ecmoe.config import RunConfig
-from ecmoe.execution import (
-    ParameterError,
-    ReportError,
-    check_parameters,
-    execute,
-    merge_parameters,
-    notebook_parameters,
-)
+from ecmoe.execution import ReportError, execute
 from ecmoe.render import index, page_html
 from ecmoe.results import Result, not_run
 from ecmoe.stats import CLAIMS, Effect, verdict
@@ -199,37 +192,6 @@ def test_verdicts_are_recorded_for_the_scoreboard(pages):
     kept = json.loads((pages[2] / "verdicts" / "03_study.json").read_text())["C8"]
     assert kept["label"] == "reproduced" and kept["interval"] == [-0.04, -0.02] and kept["n"] == 3
     assert kept["scale"] == "gpu" and kept["paper"] == CLAIMS["C8"].paper and "95%" in kept["rule"]
-
-
-# Parameters
-
-
-def test_parameter_files_merge_key_by_key(tmp_path):
-    (tmp_path / "a.yaml").write_text("seeds: [0]\nbase: {d_model: 8, steps: 1}\nx: {a: 1}\n")
-    (tmp_path / "b.yaml").write_text("seeds: [1, 2]\nbase: {steps: 2}\nx: {b: 1}\n")
-    (tmp_path / "empty.yaml").write_text("")
-    merged = merge_parameters([tmp_path / "a.yaml", tmp_path / "b.yaml", tmp_path / "empty.yaml"])
-    assert merged == {"seeds": [1, 2], "base": {"d_model": 8, "steps": 2}, "x": {"b": 1}}
-    with pytest.raises(ParameterError, match=r"absent\.yaml"):
-        merge_parameters([tmp_path / "absent.yaml"])
-
-
-def test_unknown_parameters_and_text_for_numbers_are_errors():
-    made = notebook(
-        ("parameters", PARAMETERS + "\nlimit: int | None = None  # a = hides nothing here")
-    )
-    assert list(notebook_parameters(made)) == ["scale", "base", "width", "fail", "limit"]
-    check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
-    with pytest.raises(
-        ParameterError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"
-    ):
-        check_parameters(made, {"widht": 2}, "x.ipynb")
-    with pytest.raises(ParameterError, match=r"width='1e-3' must be a float.*1\.0e-3"):
-        check_parameters(made, {"width": "1e-3"}, "x.ipynb")
-    with pytest.raises(ParameterError, match="must be a bool"):
-        check_parameters(made, {"fail": "yes"}, "x.ipynb")
-    with pytest.raises(ParameterError, match="no cell tagged"):
-        check_parameters(notebook(("code", "x = 1")), {"x": 2}, "x.ipynb")
 
 
 # Parts

@@ -170,18 +170,3 @@ def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
         make(RunConfig()).load_model()
 
 
-def test_a_curve_says_which_machine_its_seconds_belong_to():
-    summary = {"seed": 0, "status": "finished", "device": "NVIDIA H200", "versions": {"torch": "2.11.0"}, "world_size": 1}
-    old = Result({**summary, "config": {"compile": False}}, pd.DataFrame({"step": [1]}), None)
-    new = Result({**summary, "config": {"compile": True, "kernels": "auto"}}, pd.DataFrame({"step": [1]}), None)
-    machines = [results.curves_by_seed([result])[0].attrs["machine"] for result in (old, new)]
-    assert machines == [("NVIDIA H200", "2.11.0", 1, False, "plain", False), ("NVIDIA H200", "2.11.0", 1, True, "auto", False)]
-    assert old.curve.attrs == {}
-
-
-def test_seconds_of_a_run_that_shared_its_device_compare_with_no_others():
-    alone = make(RunConfig()).summary | {"sharing": 1}
-    shared, another = ({**make(RunConfig(seed=seed)).summary, "sharing": 3} for seed in (0, 1))
-    assert results.machine(alone) == results.machine(make(RunConfig()).summary)  # runs before there was sharing
-    assert len({results.machine(summary) for summary in (alone, shared, another)}) == 3
-    assert results.machine(shared) == results.machine(dict(shared))

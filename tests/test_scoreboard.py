@@ -87,7 +87,10 @@ def test_every_part_of_a_claim_stands_in_the_table_with_its_own_verdict(tmp_path
     assert "6 seeds) reproduced<br>b minus c" in scoreboard.claim_table(tmp_path)
     assert row["verdict"] == "undecided"
     scoreboard.record(stats.all_of(parts), "C8", "gpu")
-    assert scoreboard.scoreboard(tmp_path).set_index("id").loc["C8"]["verdict"] == "not run"
+    row = scoreboard.scoreboard(tmp_path).set_index("id").loc["C8"]
+    assert row["verdict"] == "undecided" and row["here"].endswith("undecided\nc minus d: not run")
+    scoreboard.record(stats.all_of({name: parts["c minus d"] for name in "abc"}), "C8", "gpu")
+    assert scoreboard.scoreboard(tmp_path).set_index("id").loc["C8", ["here", "verdict"]].tolist() == ["", "not run"]
 
 
 def test_a_run_by_hand_leaves_nothing_and_a_new_execution_starts_afresh(pages, monkeypatch):

@@ -100,6 +100,22 @@ def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     assert speed.absent(found) == [] and not len(speed.by_layer(layers)) and not len(speed.agreement(found, ["0.1B/64E"]))
 
 
+def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monkeypatch):
+    arms = {"EC": tiny_config(), "Dense": tiny_config(router="dense"), "Hash": tiny_config(router="hash", hash_table="balanced", compile=True)}
+    monkeypatch.setattr("torch.nn.Module.compile", lambda block, **_: None)  # takes long
+    steps = speed.study_steps(arms, scale="smoke")
+    assert list(steps.index) == list(arms) and (steps["low_ms"] <= steps["ms"]).all() and (steps["ms"] > 0).all()
+    rate = arms["EC"].tokens_per_batch / (steps["ms"] / 1e3)
+    assert steps["tokens_per_second"].tolist() == pytest.approx(rate.tolist()) and "CPU" in steps.attrs["device"]
+    monkeypatch.setattr(speed, "bench_study", lambda arms: pytest.fail("measured again"))
+    seeds = {arm: config.replace(seed=5) for arm, config in arms.items()}
+    assert speed.study_steps(seeds, scale="smoke").equals(steps)  # another seed takes as long
+    with pytest.raises(BaseException, match="measured again"):
+        speed.study_steps(arms | {"EC": tiny_config(capacity_factor=1.0)}, scale="smoke")
+    absent = speed.study_steps(arms, scale="gpu", measure=False)
+    assert absent["ms"].isna().all() and list(absent.index) == list(arms) and absent.attrs["device"].startswith("no device yet")
+
+
 def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
     def row(layer, what, ms, **more):
         return {"size": "A", "layer": layer, "what": what, "ms": ms, "share_of_floor": 1 / ms, "peak_mb": 100 * ms} | more

@@ -98,12 +98,13 @@ def test_steps_ratio_compares_at_the_loss_that_both_reach():
     assert stats.steps_ratio({0: A}, {0: B.assign(val_loss=math.nan)}).n == 0
 
 
-def test_seconds_of_different_machines_are_not_compared():
-    a, b = A.assign(seconds=A["step"]), B.assign(seconds=B["step"])
-    for machine, pairs in (("one", 1), ("another", 0)):
-        a.attrs["machine"], b.attrs["machine"] = "one", machine
-        assert stats.steps_ratio({0: a}, {0: b}, x="seconds").n == pairs
-        assert stats.steps_ratio({0: a}, {0: b}).n == 1
+def test_steps_become_seconds_by_what_a_step_takes():
+    steps = stats.Effect(0.8, 0.7, 0.9, 3, "ratio of steps")
+    seconds = steps.times(1.5, "ratio of seconds")
+    assert seconds[:3] == pytest.approx((1.2, 1.05, 1.35)) and seconds[3:] == (3, "ratio of seconds", "seed")
+    assert stats.Effect(0.8, None, None, 1, "ratio of steps").times(2, "ratio")[:4] == (1.6, None, None, 1)
+    for unknown in (steps.times(math.nan, "ratio"), stats.interval([], "ratio").times(2, "ratio")):
+        assert unknown.n == 0 and str(unknown) == "not measured"
 
 
 def effect(low, high, n=3, unit=""):
@@ -212,7 +213,10 @@ def test_all_of_is_the_weakest_part():
     )
     assert stats.all_of({"a": good, "b": weak}).label == "reproduced in direction"
     assert stats.all_of({"a": good, "b": open_, "c": weak}).label == "undecided"
-    assert stats.all_of({"a": good, "b": absent}).label == "not run"
+    assert stats.all_of({"a": absent, "b": absent}).label == "not run"
+    partly = stats.all_of({"a": good, "b": absent})
+    assert partly.label == "undecided" and partly.rule.endswith("of 2 parts 1 ran")
+    assert stats.all_of({"a": good, "b": absent, "c": absent}).label == "not run"
     refuted = stats.all_of({"a": good, "b": bad, "c": absent})
     assert refuted.label == "not reproduced" and refuted.effect == bad.effect
     assert refuted.rule.startswith("the weakest of 3 parts. ") and dict(refuted.parts) == {"a": good, "b": bad, "c": absent}
