@@ -209,7 +209,7 @@ def show_scoreboard(scale: str) -> None:
         return Markup('<a href="{}.html">{}</a>').format(given[claim_id]["notebook"], claim_id)
 
     def lines(text: str) -> Markup:
-        return Markup("<br>").join(text.splitlines())
+        return Markup("").join(Markup('<div class="part">{}</div>').format(line) for line in text.splitlines())
 
     show_table(scoreboard(folder), formats={"id": link, "here": lines, "verdict": badge})
 

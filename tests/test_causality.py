@@ -201,12 +201,14 @@ def test_figures_have_both_routings_their_difference_and_their_gaps():
         assert "not run" in [text.get_text() for ax in drawn.figure.axes for text in ax.texts]
 
 
-def test_figure_of_serving():
+def test_figure_of_serving_compares_seed_by_seed():
     ways = [("as trained", 32.0, 2.0), ("causally", None, 2.1), ("8", 8.0, 2.5), ("sequence", 16.0, 2.2), ("global top-k", 16.0, 2.3)]
-    frame = pd.DataFrame([(s, *way) for s in (0, 1) for way in ways], columns=["seed", "way", "pool_tokens", "loss"])
-    plot = plots.serving_loss(frame, 16)
+    frame = pd.DataFrame([(s, way, n, loss + s) for s in (0, 1) for way, n, loss in ways], columns=["seed", "way", "pool_tokens", "loss"])
+    plot = plots.serving_cost(frame, 16)
     plot.figure.canvas.draw()
-    assert "pools of 8 tokens 2.500" in plot.alt and "cut-offs 2.100" in plot.alt and "nothing" not in plot.alt
-    empty = plots.serving_loss(pd.DataFrame([(0, None, None, None)], columns=frame.columns), 16)
+    assert "pools of 8 tokens 0.500" in plot.alt and "cut-offs 0.100" in plot.alt and "nothing" not in plot.alt
+    of = plot.data.set_index("way")
+    assert of["mean"]["as trained"] == 0 and of["high"]["8"] - of["low"]["8"] == pytest.approx(0)  # seeds a whole nat apart
+    empty = plots.serving_cost(pd.DataFrame([(0, None, None, None)], columns=frame.columns), 16)
     empty.figure.canvas.draw()
     assert "nothing was run" in empty.alt

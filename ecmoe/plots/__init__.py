@@ -4,7 +4,7 @@
 that is named, never a 0. Bands are the range over seeds, bars across a mean its 95% interval.
 """
 
-from ecmoe.plots.causality import leak, leak_by_condition, serving_loss
+from ecmoe.plots.causality import leak, leak_by_condition, serving_cost
 from ecmoe.plots.continual import gate_choices, kept_and_lost, overwritten, retention
 from ecmoe.plots.effects import differences
 from ecmoe.plots.loss import final_loss, loss_against, loss_over_steps, parameter_counts
@@ -25,5 +25,5 @@ __all__ = [
     "expert_shares_over_steps", "final_loss", "gate_choices", "growth", "kept_and_lost", "leak",
     "leak_by_condition", "left_out_over_capacity", "load", "looks", "loss_against",
     "loss_over_steps", "overwritten", "parameter_counts", "patches_taken", "profile", "retention",
-    "routing_matrix", "serving_loss", "share_of_floor", "step_times",
+    "routing_matrix", "serving_cost", "share_of_floor", "step_times",
 ]  # fmt: skip

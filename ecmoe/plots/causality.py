@@ -72,22 +72,26 @@ def leak_by_condition(frame: pd.DataFrame, value: str, condition: str, label: st
     return Plot(figure, " ".join(parts) or f"{label}: nothing was run." + missing_text(arms, []), whole)
 
 
-def serving_loss(frame: pd.DataFrame, sequence: int) -> Plot:
-    """Loss of one trained model by the number of tokens that compete when it is served.
+def serving_cost(frame: pd.DataFrame, sequence: int) -> Plot:
+    """What it costs to serve one trained model otherwise than as trained, by the number of tokens that compete.
+
+    Losses are compared seed by seed, so that what seeds have in common doesn't blur what the routing does.
 
     Args:
         frame: rows of `causality.losses_by_routing` with `seed`: way, pool_tokens, loss. sequence: T, tokens of one.
     """
-    ways = {"as trained": ("#0072B2", "--"), "causally": ("#D55E00", "-"), "global top-k": ("#009E73", ":")}
-    names = {"as trained": "as trained: pools of a full batch", "causally": "one sequence, by running cut-offs",
-             "global top-k": "one sequence, its best pairs (global top-k)"}  # fmt: skip
+    ways = {"causally": ("#D55E00", "-"), "global top-k": ("#009E73", ":")}
+    names = {"causally": "one sequence, by running cut-offs", "global top-k": "one sequence, its best pairs (global top-k)"}
+    frame = frame.dropna(subset="loss")
+    trained = frame[frame["way"] == "as trained"].set_index("seed")["loss"]
+    frame = frame.assign(cost=frame["loss"] - frame["seed"].map(trained))
     rows = []
-    for (way, tokens), group in frame.dropna(subset="loss").groupby(["way", "pool_tokens"], dropna=False, sort=False):
-        effect = interval(group["loss"])
+    for (way, tokens), group in frame.groupby(["way", "pool_tokens"], dropna=False, sort=False):
+        effect = interval(group["cost"])
         rows.append((way, tokens, effect.mean, effect.low, effect.high, effect.n))
     data = pd.DataFrame(rows, columns=["way", "pool_tokens", "mean", "low", "high", "seeds"]).astype({"low": float, "high": float})
     figure, (ax,) = new_figure(4.6)
-    pools = data[~data["way"].isin([*ways, "position"])].sort_values("pool_tokens")
+    pools = data[~data["way"].isin([*ways, "as trained", "position"])].sort_values("pool_tokens")
     if len(pools):
         ax.plot(pools["pool_tokens"], pools["mean"], color="#000000", marker="o", linewidth=1.8, label="plain expert choice in pools of that size")
         ax.vlines(pools["pool_tokens"], pools["low"], pools["high"], color="#000000", linewidth=1.5)
@@ -99,14 +103,15 @@ def serving_loss(frame: pd.DataFrame, sequence: int) -> Plot:
             ax.axhline(row.mean, color=color, linestyle=line, linewidth=1.8, label=names[way])
             if not math.isnan(row.low):
                 ax.axhspan(row.low, row.high, color=color, alpha=0.15, linewidth=0)
+    ax.axhline(0, color="0.4", linewidth=1)
     ax.set_xlabel("tokens that compete (log)")
-    ax.set_ylabel("validation loss (nats per token);\nthe axis doesn't start at 0")
+    ax.set_ylabel("loss minus that as trained\n(nats per token)")
     legend_below(figure, ax, 2)
     text = "; ".join(
         f"{names.get(r.way, f'pools of {r.pool_tokens:,.0f} tokens')} {short(r.mean)}{interval_text(r)}"
         for r in pd.concat([pools, data[data["way"].isin(ways)]]).itertuples()
     )
-    return Plot(figure, f"Validation loss of the same weights by how they are routed: {text or 'nothing was run'}.", data)
+    return Plot(figure, f"Validation loss of the same weights minus that as trained, by how they are routed: {text or 'nothing was run'}.", data)
 
 
 def _means(frame: pd.DataFrame, arm: str, value: str, sign: int = 1) -> pd.DataFrame:
