@@ -60,6 +60,25 @@ def of_study(base: Mapping, arms: Mapping[str, Mapping], scale: str = "gpu") -> 
     return table
 
 
+def beside_paper(base: Mapping) -> str:
+    """The size of a study's runs beside the paper's models, in words, as verdicts show it.
+
+    Args:
+        base: as in `ecmoe.study.run_study`.
+    """
+    c, theirs = RunConfig.from_dict(dict(base)), [preset.config for preset in TABLE_1.values() if preset.config.router != "dense"]
+
+    def span(key: str) -> str:
+        values = [getattr(config, key) for config in theirs]
+        return f"{min(values)} to {max(values)}"
+
+    return (
+        f"{c.layers} layers of width {c.d_model}, {c.num_experts} experts, {c.steps * c.tokens_per_batch / 1e6:,.1f} million tokens a run, "
+        f"{'AdamW' if c.optimizer == 'adamw' else 'Adafactor'}; the paper: {span('layers')} layers of width {span('d_model')}, "
+        f"{span('num_experts')} experts, Adafactor, a corpus of 1.6 trillion tokens, of which it doesn't say how many it saw"
+    )
+
+
 def _hours(configs: Mapping[str, RunConfig], tokens: Mapping[str, float], scale: str) -> pd.DataFrame:
     measured = table(load_records(paths.records(scale)))
     rates = measured["mfu"].dropna() if len(measured) else pd.Series(dtype=float)

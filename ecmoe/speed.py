@@ -117,7 +117,8 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
     """
     name = study_file(arms)
     found = measured({name: lambda: bench_study(arms)}, scale=scale, measure=measure)[name] or {"rows": [], "setting": {}}
-    table = pd.DataFrame(found["rows"], columns=None if found["rows"] else ["arm", "ms"]).set_index("arm").reindex(list(arms))
+    rows = pd.DataFrame(found["rows"]).dropna(axis=1, how="all") if found["rows"] else pd.DataFrame(columns=["arm", "ms"])
+    table = rows.set_index("arm").reindex(list(arms))
     table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench --all --only study`)")
     return table
 
