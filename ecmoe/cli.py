@@ -89,10 +89,11 @@ def runs(
             typer.echo(_named(one) + (f"  measure {', '.join(one.measures)}" if one.measures else ""))
         typer.echo(f"{len(wanted)} missing")
         return
-    failed, ended, deadline = 0, 0, time.monotonic() + 60 * within
-    for one, said in complete(wanted, scale, jobs, deadline):
-        typer.echo(f"{_named(one)}  {' '.join(said.split())}")
-        failed, ended = failed + (said != "finished"), ended + 1
+    failed, ended, began = 0, 0, time.monotonic()
+    for ended, (one, said) in enumerate(complete(wanted, scale, jobs, began + 60 * within), start=1):
+        minutes = (time.monotonic() - began) / 60
+        typer.echo(f"{ended}/{len(wanted)}, {minutes:.1f} min: {_named(one)}  {' '.join(said.split())}")
+        failed += said != "finished"
     if ended < len(wanted):
         typer.echo(f"{within:g} minutes are over")
     typer.echo(f"{failed} failed")

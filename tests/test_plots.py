@@ -183,9 +183,13 @@ def test_nothing_at_all_is_a_figure_too():
     drawn(plots.final_loss(table(missing)))
     drawn(plots.expert_shares(table(missing)))
     drawn(plots.expert_shares_over_steps(curves(missing)))
-    drawn(plots.load(curves(missing)))
-    drawn(plots.loss_against(table(missing, axes=["num_experts"]), "num_experts"))
-    drawn(plots.capacity_demand(table(missing, axes=["capacity_factor"])))
+    for plot in (
+        plots.load(curves(missing)),
+        plots.loss_against(table(missing, axes=["num_experts"]), "num_experts"),
+        plots.capacity_demand(table(missing, axes=["capacity_factor"])),
+    ):
+        for ax in drawn(plot).figure.axes:  # no scale where nothing is
+            assert [text.get_text() for text in ax.texts] == ["not run"]
 
 
 def test_differences_say_which_side_they_are_on():

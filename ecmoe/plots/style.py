@@ -107,8 +107,8 @@ def new_figure(
 def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
     """One legend for the whole figure, under it, where it can hide nothing; no scale where nothing is."""
     for panel in [panel for panel in figure.axes if panel.get_visible()]:
-        drawn = panel.patches or panel.collections or panel.images
-        if not drawn and not any(len(line.get_xdata()) for line in panel.lines):
+        drawn = panel.patches or panel.images or any(collection.get_paths() for collection in panel.collections)
+        if not drawn and not any(np.isfinite(line.get_ydata(orig=False)).any() for line in panel.lines):
             # Not by set_xticks: panels that share an axis would lose theirs too.
             panel.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
             panel.text(0.5, 0.5, "not run", transform=panel.transAxes, ha="center", color="0.4")
