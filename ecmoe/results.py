@@ -314,6 +314,17 @@ def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float
     return values
 
 
+def by_routing(runs: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
+    """A row per arm, seed and routing ("as trained", "causally") with its `loss`, arms by their name in the study."""
+    rows = [
+        {"arm": arm, "seed": result.summary["seed"], "routing": routing, "loss": result.summary.get(key) if result.ok else None}
+        for arm, by_arm in runs.items()
+        for result in by_arm
+        for routing, key in (("as trained", "val_loss"), ("causally", "val_loss_causal"))
+    ]
+    return pd.DataFrame(rows, columns=["arm", "seed", "routing", "loss"]).astype({"loss": float})
+
+
 def curves_by_seed(results: Iterable[Result]) -> dict[int, pd.DataFrame]:
     """seed -> curve, for the finished runs of one arm."""
     return {int(result.summary["seed"]): result.curve for result in results if result.ok}

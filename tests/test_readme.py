@@ -26,19 +26,19 @@ def test_a_generated_part_is_what_the_results_give(name):
 
 
 def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
-    made = {"figure": "![new]", "claims": "| new |"}
+    made = {"evidence": "![new]", "claims": "| new |"}
     monkeypatch.setattr(readme, "sections", lambda scale: made)
     monkeypatch.setattr(readme.paths, "root", lambda: tmp_path)
-    monkeypatch.setattr(readme, "figure", lambda scale: Drawn())
+    monkeypatch.setattr(readme, "PICTURES", {"evidence": ("01_convergence", lambda *_: (Drawn(), ""))})
     page = tmp_path / "README.md"
     marks = "{} a\n<!-- {}:begin -->\nold\n<!-- {}:end -->\n"
     page.write_text("".join(marks.format(name, name, name) for name in made) + "last\n")
     assert readme.update("gpu") and not readme.update("gpu")
     for name, text in made.items():
         assert readme.part(page.read_text(), name) == f"\n{text}\n"
-    assert page.read_text().startswith("figure a\n") and page.read_text().endswith("\nlast\n")
+    assert page.read_text().startswith("evidence a\n") and page.read_text().endswith("\nlast\n")
     page.write_text("no marks")
-    with pytest.raises(ValueError, match="figure:begin"):
+    with pytest.raises(ValueError, match="evidence:begin"):
         readme.update("gpu")
 
 

@@ -170,3 +170,11 @@ def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
         make(RunConfig()).load_model()
 
 
+
+
+def test_both_routings_of_a_study_stand_below_each_other():
+    done = make(RunConfig(), 2.0)
+    done.summary["val_loss_causal"] = 2.5
+    found = results.by_routing({"A": [done], "B": [not_run(RunConfig(seed=1))]})
+    assert found["arm"].tolist() == ["A", "A", "B", "B"] and found["routing"].tolist() == ["as trained", "causally"] * 2
+    assert found["loss"].tolist()[:2] == [2.0, 2.5] and found["loss"].isna().tolist() == [False, False, True, True]
