@@ -161,6 +161,11 @@ class TextData(RunData):
         self.setup()
         return self._tokens.tokenizer.encode([text])[0].tolist()
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; many at once are faster."""
+        self.setup()
+        return [ids.tolist() for ids in self._tokens.tokenizer.encode(texts)]
+
     def train_batches(self, start: int, rank: int, world: int) -> Batches:
         size, seed = self.config.batch_size, self.config.seed
         return Batches(self.train_windows, size, seed, start, rank, world, self.train_tasks)

@@ -31,6 +31,8 @@ def parameters(notebook: Path, folder: Path) -> list[Path]:
         tiny["settings"] = merge_parameters(files[:2])["settings"] | {"steps": 3, "gate_steps": 3}
     if notebook.stem == "14_learning_rate":
         tiny["budget"] = TINY["steps"]
+    if notebook.stem == "07_fine_tuning":
+        tiny["tuning"] = {"steps": 2, "batch_size": 4, "examples": 12}
     if notebook.stem == "08_step_time":
         tiny["repeats"] = 2
     files[2].write_text(yaml.safe_dump(tiny))
