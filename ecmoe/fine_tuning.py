@@ -27,7 +27,7 @@ from ecmoe.config import RunConfig
 from ecmoe.data import TextData, window_order
 from ecmoe.model import Transformer
 from ecmoe.routing import Router, causal_routing
-from ecmoe.train import resolved_precision
+from ecmoe.train import new_trainer, resolved_precision
 
 SEPARATOR = "\n"  # ends each text of an example
 ROUND = 16  # T is a multiple of it
@@ -92,7 +92,7 @@ def fine_tuned(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", module="lightning.*")
-            _trainer(config, steps).fit(tuned, batches)
+            new_trainer(config, devices=1, max_steps=steps, gradient_clip_val=1.0).fit(tuned, batches)
     tuned = tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     accuracy = tuned.accuracy(validation, batch_size)
     with causal_routing(tuned.model):
@@ -186,18 +186,3 @@ def _batches(examples: Encoded, seed: int, steps: int, batch_size: int) -> list[
     orders = [window_order(seed, epoch, len(examples.labels)) for epoch in range(-(-steps // a_pass))]
     which = [order[i * batch_size : (i + 1) * batch_size] for order in orders for i in range(a_pass)]
     return [examples.batch(some) for some in which[:steps]]
-
-
-def _trainer(config: RunConfig, steps: int) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        max_steps=steps,
-        max_epochs=-1,
-        precision=resolved_precision(config),
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )

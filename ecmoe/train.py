@@ -201,6 +201,25 @@ def open_data(config: RunConfig) -> RunData:
 
 
 def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
+    return new_trainer(
+        config,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=_strategy(config.strategy, torch.cuda.is_available()),
+        max_steps=config.steps,
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=config.eval_every * config.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=config.eval_batches,
+        num_sanity_val_steps=0,
+        callbacks=[recorder],
+        use_distributed_sampler=False,  # TextData deals out the batches itself
+        inference_mode=False,
+    )
+
+
+def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
+    """A Trainer of the run's precision, on a GPU if there is one, that keeps nothing and says nothing; `keys` are its own."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
@@ -208,24 +227,13 @@ def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
         torch.set_float32_matmul_precision("high")
     return L.Trainer(
         accelerator="cuda" if cuda else "cpu",
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=_strategy(config.strategy, cuda),
         precision=resolved_precision(config),
-        max_steps=config.steps,
         max_epochs=-1,
-        accumulate_grad_batches=config.accumulate,
-        val_check_interval=config.eval_every * config.accumulate,
-        check_val_every_n_epoch=None,
-        limit_val_batches=config.eval_batches,
-        num_sanity_val_steps=0,
-        callbacks=[recorder],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,  # TextData deals out the batches itself
-        inference_mode=False,
+        **keys,
     )
 
 
