@@ -30,7 +30,7 @@ from ecmoe.routing import Router, causal_routing
 from ecmoe.train import new_trainer, resolved_precision
 
 SEPARATOR = "\n"  # ends each text of an example
-ROUND = 16  # T is a multiple of it
+ROUND = 16  # a batch's T is a multiple of it
 
 
 class Encoded(NamedTuple):
@@ -41,8 +41,9 @@ class Encoded(NamedTuple):
     labels: Tensor
 
     def batch(self, which: np.ndarray | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Some of them."""
-        return self.tokens[which], self.lengths[which], self.labels[which]
+        """Some of them, no longer than the longest asks for."""
+        lengths = self.lengths[which]
+        return self.tokens[which, : -(-int(lengths.max()) // ROUND) * ROUND], lengths, self.labels[which]
 
 
 def measurement(task: str, tuning: Mapping[str, Any]) -> str:
@@ -159,9 +160,8 @@ def _encode(data: TextData, parts: tuple[tasks.Examples, ...], most: int) -> tup
         pieces = [[next(encoded) for _ in texts] for texts in part.texts]
         cut += sum(sum(map(len, some)) > most for some in pieces)
         rows.append([_fitted(some, most) for some in pieces])
-    T = min(-(-max(len(row) for some in rows for row in some) // ROUND) * ROUND, most)
-    total = sum(map(len, rows))
-    return [_padded(some, part.labels, T) for some, part in zip(rows, parts, strict=True)], cut / total
+    encoded = [_padded(some, part.labels) for some, part in zip(rows, parts, strict=True)]
+    return encoded, cut / sum(map(len, rows))
 
 
 def _fitted(pieces: list[list[int]], most: int) -> list[int]:
@@ -173,10 +173,9 @@ def _fitted(pieces: list[list[int]], most: int) -> list[int]:
     return [i for piece in pieces for i in piece]
 
 
-def _padded(rows: list[list[int]], labels: np.ndarray, T: int) -> Encoded:
-    tokens = torch.zeros(len(rows), T, dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
+def _padded(rows: list[list[int]], labels: np.ndarray) -> Encoded:
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    tokens = F.pad(tokens, (0, -tokens.shape[1] % ROUND))
     return Encoded(tokens, torch.tensor([len(row) for row in rows]), torch.from_numpy(labels))
 
 
