@@ -19,7 +19,7 @@ from ecmoe.claims import CLAIMS, Claim
 
 __all__ = [
     "CLAIMS", "LABELS", "Claim", "Crossing", "Effect", "Verdict", "all_of", "interval",
-    "paired_difference", "ratio_effect", "smallest_effect", "steps_ratio", "steps_to_equal_loss",
+    "paired_difference", "ratio_effect", "smallest_effect", "steps_ratio", "steps_ratio_along", "steps_to_equal_loss",
     "verdict",
 ]  # fmt: skip
 
@@ -171,6 +171,26 @@ def steps_ratio(
         if at_a and at_b:
             ratios.append(at_a / at_b)
     return interval(ratios, f"ratio of {x if x.endswith('s') else x + 's'}")
+
+
+def steps_ratio_along(
+    curves_a: Mapping[int, pd.DataFrame], curves_b: Mapping[int, pd.DataFrame], column: str = "val_loss", points: int = 12
+) -> pd.DataFrame:
+    """Steps that a needs over steps that b needs, not at one loss but at all on the way down.
+
+    Returns:
+        a row per loss, evenly spread from where all curves begin, that one left out, to what all of them reach: target,
+        and the `Effect` over seeds as mean, low, high, n. No row where a seed pair is missing.
+    """
+    pairs = [(curves_a[seed], curves_b[seed]) for seed in _shared(curves_a, curves_b)]
+    losses = [_points(curve, column, "step")[1] for pair in pairs for curve in pair]
+    if not losses or any(len(ys) < 2 for ys in losses):
+        return pd.DataFrame(columns=["target", "mean", "low", "high", "n"], dtype=float)
+    rows = []
+    for target in np.linspace(min(ys[0] for ys in losses), max(ys[-1] for ys in losses), points + 1)[1:]:
+        at = [[_first_at(curve, target, column, "step").x for curve in pair] for pair in pairs]
+        rows.append((target, *interval((a / b for a, b in at), "ratio")[:4]))
+    return pd.DataFrame(rows, columns=["target", "mean", "low", "high", "n"]).astype(float)
 
 
 def smallest_effect(effect: Effect, power: float = 0.8) -> float:

@@ -192,6 +192,17 @@ def test_nothing_at_all_is_a_figure_too():
             assert [text.get_text() for text in ax.texts] == ["not run"]
 
 
+def test_ratios_along_name_where_they_begin_and_end():
+    rows = pd.DataFrame({"target": [4.0, 3.0], "mean": [0.9, 1.1], "low": [0.8, 1.0], "high": [1.0, 1.2], "n": [3.0, 3.0]})
+    plot = drawn(plots.ratios_along({"a against b": rows, "a against c": rows.iloc[:0]}, "steps", 0.5))
+    assert "a against b 0.900 at 4.000, 1.100 (1.000 to 1.200) at 3.000" in plot.alt and "Not run: a against c." in plot.alt
+    ax = plot.figure.axes[0]
+    assert ax.get_xlim()[0] > ax.get_xlim()[1] and ax.get_ylim()[0] == 0
+    assert plot.data["comparison"].tolist() == ["a against b"] * 2
+    empty = drawn(plots.ratios_along({"a against c": rows.iloc[:0]}, "steps", 0.5))
+    assert [text.get_text() for text in empty.figure.axes[0].texts] == ["not run"] and "nothing" in empty.alt
+
+
 def test_differences_say_which_side_they_are_on():
     effects = {
         "a - b": Effect(-0.02, -0.03, -0.01, 3, "nats per token"),

@@ -98,6 +98,18 @@ def test_steps_ratio_compares_at_the_loss_that_both_reach():
     assert stats.steps_ratio({0: A}, {0: B.assign(val_loss=math.nan)}).n == 0
 
 
+def test_the_ratio_on_the_way_is_that_of_curves_that_are_stretched():
+    slow = A.assign(step=A["step"] * 3)
+    along = stats.steps_ratio_along({0: A, 1: slow}, {0: slow, 1: A.assign(step=A["step"] * 9)}, points=5)
+    assert along["target"].tolist() == pytest.approx(np.linspace(4.0, 1.5, 6)[1:])
+    assert along["mean"].tolist() == pytest.approx([1 / 3] * 5) and (along["n"] == 2).all()
+    assert along["low"].tolist() == pytest.approx(along["high"].tolist())
+    at_end = stats.steps_ratio({0: A}, {0: B}).mean
+    assert stats.steps_ratio_along({0: A}, {0: B})["mean"].iloc[-1] == pytest.approx(at_end)
+    for nothing in ({}, {0: A.assign(val_loss=math.nan)}):
+        assert len(stats.steps_ratio_along(nothing, {0: B})) == 0
+
+
 def test_steps_become_seconds_by_what_a_step_takes():
     steps = stats.Effect(0.8, 0.7, 0.9, 3, "ratio of steps")
     seconds = steps.times(1.5, "ratio of seconds")

@@ -6,7 +6,7 @@ that is named, never a 0. Bands are the range over seeds, bars across a mean its
 
 from ecmoe.plots.causality import leak, leak_by_condition, serving_cost
 from ecmoe.plots.continual import gate_choices, kept_and_lost, overwritten, retention
-from ecmoe.plots.effects import differences
+from ecmoe.plots.effects import differences, ratios_along
 from ecmoe.plots.loss import final_loss, loss_against, loss_over_steps, parameter_counts
 from ecmoe.plots.parts import LABELS, Plot
 from ecmoe.plots.routing import (
@@ -24,6 +24,6 @@ __all__ = [
     "LABELS", "Plot", "accuracy_over_capacity", "capacity_demand", "differences", "expert_shares",
     "expert_shares_over_steps", "final_loss", "gate_choices", "growth", "kept_and_lost", "leak",
     "leak_by_condition", "left_out_over_capacity", "load", "looks", "loss_against",
-    "loss_over_steps", "overwritten", "parameter_counts", "patches_taken", "profile", "retention",
-    "routing_matrix", "serving_cost", "share_of_floor", "step_times",
+    "loss_over_steps", "overwritten", "parameter_counts", "patches_taken", "profile", "ratios_along",
+    "retention", "routing_matrix", "serving_cost", "share_of_floor", "step_times",
 ]  # fmt: skip
