@@ -16,7 +16,8 @@ from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
 KERNELS = ("auto", "plain", "triton", "triton-bmm")
 # Shares of tokens are kept for 0, 1, ... 7 experts, and 8 or more.
 MOST_EXPERTS_COUNTED = 8
-HELD = 2**28  # numbers of h, (e, k, f), that evaluation holds at a time
+# Numbers of h, (e, k, f), that evaluation holds at a time: so many, or those of so many slots a token if that is more.
+HELD, SLOTS = 2**28, 3
 
 
 class MoE(nn.Module):
@@ -104,7 +105,8 @@ class MoE(nn.Module):
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
         # In evaluation a router may give one expert nearly all tokens, and every expert then has as many slots.
-        groups = 1 if torch.is_grad_enabled() else -(-token.numel() * self.w1.shape[2] // HELD)
+        f = self.w1.shape[2]
+        groups = 1 if torch.is_grad_enabled() else -(-token.numel() * f // max(HELD, SLOTS * len(x) * f))
         if groups <= 1:
             return self._some_experts(x, self.w1, self.w2, token, gate)
         some = (t.chunk(groups) for t in (self.w1, self.w2, token, gate))
