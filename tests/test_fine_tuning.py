@@ -43,7 +43,7 @@ def test_learns_an_easy_task_and_leaves_the_run_as_it_was(tiny_config, shouting,
 
 
 def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
-    config = tiny_config(router="hash", capacity_factor=None)  # whom tokens meet there is no matter
+    config = tiny_config(router="hash", capacity_factor=None, precision="32-true")  # whom tokens meet there is no matter
     tuned = LitFineTuning(build_model(config), config, 3, 1e-3, 10).eval()
     torch.nn.init.normal_(tuned.head.weight)
     tokens, lengths = torch.randint(1, 200, (5, 12)), torch.tensor([12, 7, 3, 9, 1])
