@@ -207,7 +207,7 @@ def bench(
     vocab_size: Annotated[int | None, typer.Option(min=257, help="of the step")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="all that page 08 shows, at its sizes: layers, step, growth, profile")
+        bool, typer.Option("--all", help="all that page 08 shows, at its sizes: layers, step, growth, profile; and steps of page 01's arms")
     ] = False,
     only: Annotated[
         str | None, typer.Option(help="with --all: these parts alone, by name or how it begins: layer,step")

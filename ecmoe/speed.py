@@ -48,8 +48,8 @@ def jobs(
 
     Args:
         layer_sizes: name -> keys of `bench_layer`. step_sizes: keys of `bench_step`.
-        growth_from, growth_axes: of `bench_growth`. study_arms: of `bench_study`.
-        compiled, repeats: of all that have them.
+        growth_from, growth_axes: of `bench_growth`. compiled, repeats: of all of these that have them.
+        study_arms: of `bench_study`, on the path and with the repeats that page 01 has.
     """
     found: dict[str, Job] = {
         layer_file(name): lambda keys=keys: bench.bench_layer(**{"compiled": compiled, "repeats": repeats} | keys)

@@ -152,9 +152,8 @@ def steps_ratio(
     curves_a: Mapping[int, pd.DataFrame],
     curves_b: Mapping[int, pd.DataFrame],
     column: str = "val_loss",
-    x: str = "step",
 ) -> Effect:
-    """x that a needs over x that b needs, seed by seed, for the loss that both reach.
+    """Steps that a needs over steps that b needs, seed by seed, for the loss that both reach.
 
     That loss is the higher of the two final ones: b's, if a ends lower, as in the claim "a needs
     less than half of b's steps"; a's, if b ends lower, and then the ratio is above 1. So no seed is
@@ -163,14 +162,14 @@ def steps_ratio(
     ratios = []
     for seed in _shared(curves_a, curves_b):
         a, b = curves_a[seed], curves_b[seed]
-        finals = [_points(curve, column, x)[1] for curve in (a, b)]
+        finals = [_points(curve, column, "step")[1] for curve in (a, b)]
         if any(len(ys) == 0 for ys in finals):
             continue
         target = max(float(ys[-1]) for ys in finals)
-        at_a, at_b = _first_at(a, target, column, x).x, _first_at(b, target, column, x).x
+        at_a, at_b = (_first_at(curve, target, column, "step").x for curve in (a, b))
         if at_a and at_b:
             ratios.append(at_a / at_b)
-    return interval(ratios, f"ratio of {x if x.endswith('s') else x + 's'}")
+    return interval(ratios, "ratio of steps")
 
 
 def steps_ratio_along(

@@ -32,6 +32,20 @@ def configs(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], seed
     return made
 
 
+def with_seeds(
+    arms: Mapping[str, Mapping[str, Any]], more_seeds: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, Any]]:
+    """The arms, some of them with seeds of their own: label -> seeds.
+
+    Raises:
+        ConfigError: there is no arm of that label.
+    """
+    for label in more_seeds:
+        if label not in arms:
+            raise ConfigError(f"more_seeds names arm {label!r}, but the arms are {', '.join(arms)}")
+    return {label: {**keys} | ({"seeds": more_seeds[label]} if label in more_seeds else {}) for label, keys in arms.items()}
+
+
 def run_study(
     base: Mapping[str, Any],
     arms: Mapping[str, Mapping[str, Any]],

@@ -46,3 +46,10 @@ def test_an_arm_may_have_seeds_of_its_own(monkeypatch):
     assert asked == [("expert_choice", 0), ("token_choice", 0), ("expert_choice", 1), ("expert_choice", 2)]
     assert [len(runs[label]) for label in more] == [3, 1]
     assert more["EC"] == {"seeds": [0, 1, 2]}  # as it was given
+
+
+def test_seeds_for_an_arm_that_is_not_there_are_an_error():
+    arms = study.with_seeds(ARMS, {"EC": [0, 1, 2]})
+    assert {label: [c.seed for c in made] for label, made in study.configs({}, arms, [5]).items()} == {"EC": [0, 1, 2], "Top-1": [5]}
+    with pytest.raises(ConfigError, match="more_seeds names arm 'EC-CF9', but the arms are EC, Top-1"):
+        study.with_seeds(ARMS, {"EC-CF9": [0]})
