@@ -24,11 +24,12 @@ KINDS = ("triton", "triton-bmm")
 # Passes that may be faster cut otherwise on another GPU: module of ecmoe/kernels, the constant there, what to try.
 CUTS: dict[str, list[tuple[str, str, list[dict[str, int]]]]] = {
     "logits": [("routing", "LOGITS", [
-        {"ROWS": 128, "DEPTH": 64}, {"ROWS": 64, "DEPTH": 64, "num_warps": 4}, {"ROWS": 64, "DEPTH": 128, "num_warps": 4},
-        {"ROWS": 128, "DEPTH": 64, "num_stages": 4}, {"ROWS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 5},
+        {"DEPTH": 32}, {"ROWS": 64, "num_warps": 4}, {"num_stages": 4}, {"DEPTH": 128}, {"ROWS": 64, "DEPTH": 128, "num_warps": 4},
     ])],
     "logits backward": [
-        ("routing", "LOGITS_DX", [{"COLUMNS": 128}, {"ROWS": 64}, {"ROWS": 64, "num_warps": 4}]),
+        ("routing", "LOGITS_DX", [
+            {"COLUMNS": 64}, {"COLUMNS": 256, "num_warps": 8}, {"ROWS": 128, "COLUMNS": 64, "num_warps": 8},
+        ]),
         ("routing", "LOGITS_DW", [{"ROWS": 64}, {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}, {"COLUMNS": 64, "num_warps": 4}]),
     ],
     "take": [

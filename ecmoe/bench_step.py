@@ -26,7 +26,7 @@ from ecmoe import graph, timing
 from ecmoe.bench_baselines import Even, Grouped
 from ecmoe.bench_kernels import kernels_run
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.lit import LitModel, clip
+from ecmoe.lit import LitModel, clip, fused_adamw
 from ecmoe.model import flops_per_token
 from ecmoe.routing import ExpertChoice, Router
 from ecmoe.timing import Call
@@ -146,7 +146,7 @@ def steps(
     lit = LitModel(first).to(device)
     if first.precision == "bf16-true":
         lit.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=device.type == "cuda")
+    optimizer = fused_adamw(lit, lr=0.0)
     generator = torch.Generator().manual_seed(first.seed)
     batch = torch.randint(first.vocab_size, (first.batch_size, first.sequence_length + 1), generator=generator)
     batch = batch.to(device)

@@ -16,6 +16,7 @@ from ecmoe import graph
 from ecmoe.config import RunConfig
 from ecmoe.model import Block, build_model
 from ecmoe.routing import Router, causal_routing
+from ecmoe.routing.router import fast
 
 
 class LitModel(L.LightningModule):
@@ -105,14 +106,10 @@ class LitModel(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         c = self.config
         if c.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(
-                self.parameters(),
-                lr=c.learning_rate,
-                betas=(c.beta1, c.beta2),
-                weight_decay=c.weight_decay,
-                # With a GradScaler, a fused step would unscale gradients that were clipped while scaled.
-                fused=self.device.type == "cuda" and c.strategy != "fsdp2" and c.precision != "16-mixed",
-            )
+            # With a GradScaler, a fused step would unscale gradients that were clipped while scaled.
+            fused = self.device.type == "cuda" and c.strategy != "fsdp2" and c.precision != "16-mixed"
+            keys = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
+            optimizer = fused_adamw(self, **keys) if fused else torch.optim.AdamW(self.parameters(), **keys)
         else:
             if c.strategy == "fsdp2":
                 warnings.warn("torch's Adafactor is known to fail on sharded parameters; use adamw", stacklevel=2)
@@ -148,6 +145,15 @@ class LitClassifier(LitModel):
         return F.cross_entropy(self.model(images).float(), labels)
 
 
+def fused_adamw(lit: LitModel, **keys: Any) -> torch.optim.AdamW:
+    """AdamW in one pass over each tensor, by our kernel where the run takes kernels; on a GPU."""
+    if fast(lit.config.kernels, next(lit.parameters())):
+        from ecmoe import kernels
+
+        return kernels.AdamW(lit.parameters(), **keys)
+    return torch.optim.AdamW(lit.parameters(), fused=True, **keys)
+
+
 def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """Scale gradients down to a norm of at most max_norm, as clip_grad_norm_; call before every `optimizer.step()`.
 
@@ -155,7 +161,7 @@ def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_nor
     them, which torch made for GradScaler, and so saves a pass. Nothing waits for the device.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    if not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or len({p.device for p in parameters}) != 1:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])

@@ -1,17 +1,19 @@
 """How long a call takes: the one clock of every benchmark here.
 
-On a GPU calls are timed by events on the device, in bursts: one call after the other for some 50 ms, for a chip that
-rests between calls reaches clocks that it can't keep (on an H200 the six products of 0.1B/64E take 4.9 ms one at a
-time, and 5.7 ms in a row, as in training). The queue is kept full: before a burst the device is made to wait, so that
-the host runs ahead and its launches cost nothing, as in a training step. A call that itself waits for the device (a
-number read from it) empties the queue, and pays for that, as it does in training. On a CPU the clock is the host's.
+On a GPU calls are timed by events on the device, in bursts: one call after the other for some 50 ms, after as many
+calls that don't count as it takes for the chip to settle at what this call draws of its power. A chip that rested
+reaches clocks that it can't keep (on an H200 the six products of 0.1B/64E take 4.9 ms one at a time, and 5.7 ms in a
+row, as in training), and one that worked harder before is still held back. The queue is kept full: the calls that don't
+count let the host run ahead, and where it is slower than the device, that is made to wait before the burst; so launches
+cost nothing, as in a training step. A call that itself waits for the device (a number read from it) empties the queue,
+and pays for that, as it does in training. On a CPU the clock is the host's.
 
-Calls are taken in turns, each time in another order, so that a slow moment, or a chip that the call before has warmed
-or left to rest, hits all of them alike.
+Calls are taken in turns, each time in another order, so that a slow moment hits all of them alike.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -26,28 +28,33 @@ from ecmoe.train import commit, device_name
 Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]
 
-BURST, MOST = 0.05, 32  # seconds of calls in a row; calls
+SETTLE, BURST, MOST = 0.2, 0.05, 32  # seconds of calls before those that count, and of these; calls that count
 CYCLES = 2_000_000_000  # of a waiting device, at least so many a second
 WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
 
 
 class Burst(NamedTuple):
-    """How a call is timed: so many in a row, after the device has waited, for the host to run ahead."""
+    """How a call is timed: so many in a row, after others that don't count."""
 
     count: int = 1
-    wait: float = 0.01  # seconds
+    settle: int = 0  # calls before
+    wait: float = 0.01  # seconds that the device waits then, for the host to run ahead
 
     @classmethod
     def of(cls, call: Call, device: torch.device) -> Burst:
         """What suits a call, which is warm already."""
         if device.type != "cuda":
             return cls()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        call()
-        host = time.perf_counter() - began
-        count = min(max(round(BURST / seconds(call, device)), 1), MOST)
-        return cls(count, min(2 * host * count + 0.002, 0.2))
+        hosts = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            hosts.append(time.perf_counter() - began)
+        host, one = min(hosts), seconds(call, device)
+        count = min(max(round(BURST / one), 1), MOST)
+        wait = 0.0 if host < 0.8 * one else min(2 * host * count + 0.002, 0.2)  # a chip that waits rests
+        return cls(count, math.ceil(SETTLE / max(one, host)), wait)
 
 
 ONE = Burst()
@@ -60,6 +67,8 @@ def seconds(call: Call, device: torch.device, burst: Burst = ONE) -> float:
         call()
         return time.perf_counter() - began
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(burst.settle):
+        call()
     torch.cuda._sleep(int(burst.wait * CYCLES))
     start.record()
     for _ in range(burst.count):

@@ -40,7 +40,7 @@ DAMPING = 0.7
 REPAIRS = 2
 # T E numbers of a program, where all tokens are asked, and where a sample is.
 MOST_TOKENS = 512  # T: three counts of them are added up in 30 bits
-TILE = {"ELEMENTS": 8192, "num_warps": 8}
+TILE = {"ELEMENTS": 4096, "num_warps": 4}
 SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}
 SWEEP = {"BLOCK": 4096, "num_warps": 8}
 MOST_EXPERTS = 512

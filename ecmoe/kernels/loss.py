@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ONCE = 32_768  # as many logits fit into a program's registers, and are read once; of more, a BLOCK at a time, twice
-BLOCK = 4096
+BLOCK, WARPS = 4096, 8
 
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
@@ -16,48 +15,31 @@ def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
     m, V = z.shape
     losses = z.new_empty(m, dtype=torch.float32)
     if m:
-        block = triton.next_power_of_2(V)
-        block = block if block <= ONCE else BLOCK
-        warps = min(max(block // 2048, 4), 16)
+        block = min(BLOCK, triton.next_power_of_2(V))
         with torch.cuda.device_of(z):
-            _losses_kernel[m,](
-                z, targets.contiguous(), losses, V, KEEP=keep, ONCE=block >= V, BLOCK=block, num_warps=warps
-            )
+            _losses_kernel[m,](z, targets.contiguous(), losses, V, KEEP=keep, BLOCK=block, num_warps=WARPS)
     return losses
 
 
 @triton.jit
-def _losses_kernel(z, targets, losses, V, KEEP: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr):
+def _losses_kernel(z, targets, losses, V, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     target = tl.load(targets + row)
     # Before the sums, which wait for all threads: later, one of them may have overwritten it.
     of_target = tl.load(z + target).to(tl.float32)
-    column = tl.arange(0, BLOCK)
-    if ONCE:
-        value = tl.load(z + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        highest = tl.max(value, 0)
-        lse = highest + tl.log(tl.sum(tl.exp(value - highest), 0))
-        if KEEP:
-            _store_gradient(z, column, value, lse, target, V)
-    else:
-        highest, total = float("-inf"), tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            place = start + column
-            value = tl.load(z + place, mask=place < V, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-            higher = tl.maximum(highest, tl.max(value, 0))
-            total = total * tl.exp(highest - higher) + tl.exp(value - higher)
-            highest = higher
-        lse = highest + tl.log(tl.sum(total, 0))
-        if KEEP:
-            for start in range(0, V, BLOCK):
-                place = start + column
-                value = tl.load(z + place, mask=place < V, other=0, eviction_policy="evict_first").to(tl.float32)
-                _store_gradient(z, place, value, lse, target, V)
+    highest, total = float("-inf"), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(z + column, mask=column < V, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        higher = tl.maximum(highest, tl.max(value, 0))
+        total = total * tl.exp(highest - higher) + tl.exp(value - higher)
+        highest = higher
+    lse = highest + tl.log(tl.sum(total, 0))
     tl.store(losses + row, lse - of_target)
-
-
-@triton.jit
-def _store_gradient(z, place, value, lse, target, V):
-    gradient = tl.exp(value - lse) - tl.where(place == target, 1.0, 0.0)
-    tl.store(z + place, gradient.to(z.dtype.element_ty), mask=place < V)
+    if KEEP:
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = tl.load(z + column, mask=column < V, other=0, eviction_policy="evict_first").to(tl.float32)
+            gradient = tl.exp(value - lse) - tl.where(column == target, 1.0, 0.0)
+            tl.store(z + column, gradient.to(z.dtype.element_ty), mask=column < V)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ecmoe.kernels.common import block, check, dot, wide
 
-LOGITS = {"ROWS": 128, "DEPTH": 32, "num_warps": 8}
-LOGITS_DX = {"ROWS": 128, "COLUMNS": 64, "num_warps": 8}
+LOGITS = {"ROWS": 128, "DEPTH": 64, "num_warps": 8}
+LOGITS_DX = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 LOGITS_DW = {"ROWS": 32, "COLUMNS": 128, "num_warps": 8}
 TOKENS_PER_SUM = 1024  # of the partial sums of the router's gradient
 MOST_EXPERTS = 128  # of `logits`: more would not fit into shared memory
@@ -24,7 +24,8 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     """(n, d) tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision.
 
     bf16 numbers multiply exactly in tensor cores and add up in float32; a float32 number goes in as the sum of
-    three of them (`_split`). float64 and float16 take the plain product.
+    three of them (`_split`), so that weights in bf16 take a third of the products. float64 and float16 take the plain
+    product.
     """
     return logits_and_tokens(x, weight)[0]
 
@@ -35,7 +36,7 @@ def logits_and_tokens(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.to(dtype) @ weight.to(dtype), x
     check(x)
-    return _Logits.apply(x, weight.float())
+    return _Logits.apply(x, weight if weight.dtype == torch.bfloat16 else weight.float())
 
 
 class _Logits(torch.autograd.Function):
@@ -54,14 +55,18 @@ def _logits(x: Tensor, w: Tensor) -> Tensor:
     (n, d), e = x.shape, w.shape[1]
     x, w = x.contiguous(), w.contiguous()
     out = x.new_empty(n, e, dtype=torch.float32)
+    exact, E = w.dtype == torch.bfloat16, block(e, 16)
+    cut = LOGITS | {"DEPTH": LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2}  # three parts need more room
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(n, LOGITS["ROWS"]),)
-        _logits_kernel[grid](x, _parts(w), out, n, d, e, E=block(e, 16), **LOGITS)
+        _logits_kernel[grid](x, _parts(w), out, n, d, e, E=E, EXACT=exact, **cut)
     return out
 
 
 def _parts(w: Tensor) -> Tensor:
-    """(d, e) -> (3, d, e) bf16, which add up to w: split once, not by every program."""
+    """(d, e) -> (3, d, e) bf16, which add up to w: split once, not by every program; w itself if it is bf16."""
+    if w.dtype == torch.bfloat16:
+        return w
     parts = w.new_empty(3, *w.shape, dtype=torch.bfloat16)
     _parts_kernel[triton.cdiv(w.numel(), 1024),](w, parts, w.numel(), BLOCK=1024)
     return parts
@@ -78,15 +83,18 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     (n, d), e = x.shape, w.shape[1]
     dlogits, dx, x, w = dlogits.contiguous(), dx.contiguous(), x.contiguous(), w.contiguous()
     out, sums = torch.empty_like(x), triton.cdiv(n, TOKENS_PER_SUM)
-    dw = w.new_empty(sums, d, e)
+    dw = w.new_empty(sums, d, e, dtype=torch.float32)
     with torch.cuda.device_of(x):
         grid = triton.cdiv(n, LOGITS_DX["ROWS"]), triton.cdiv(d, LOGITS_DX["COLUMNS"])
-        _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=block(e, 16), **LOGITS_DX)
+        _logits_dx_kernel[grid](
+            dlogits, dx, _parts(w), out, n, d, e, E=block(e, 16), EXACT=w.dtype == torch.bfloat16, **LOGITS_DX
+        )
         grid = triton.cdiv(d, LOGITS_DW["COLUMNS"]), sums
         _logits_dw_kernel[grid](
-            x, dlogits, dw, n, d, e, E=block(e, 16), TOKENS=TOKENS_PER_SUM, **LOGITS_DW
-        )
-        return out, dw.sum(0)
+            x, dlogits, dw, n, d, e,
+            ROUND=w.dtype == torch.bfloat16, E=block(e, 16), TOKENS=TOKENS_PER_SUM, **LOGITS_DW,
+        )  # fmt: skip
+        return out, dw.sum(0).to(w.dtype)
 
 
 @_logits_backward.register_fake
@@ -146,19 +154,25 @@ def _split(x):
 
 
 @triton.jit
-def _multiply(a, high, middle, low, total):
-    """total + a (high + middle + low) to float32's precision, small terms first; a in bf16 or float32."""
+def _multiply(a, high, middle, low, total, EXACT: tl.constexpr):
+    """total + a (high + middle + low) to float32's precision, small terms first; a in bf16 or float32.
+
+    EXACT: + a high alone.
+    """
     if a.dtype == tl.bfloat16:
-        total = dot(a, low, total)
-        total = dot(a, middle, total)
+        if not EXACT:
+            total = dot(a, low, total)
+            total = dot(a, middle, total)
         return dot(a, high, total)
     else:
         a_high, a_middle, a_low = _split(a)
         total = dot(a_low, high, total)
-        total = dot(a_middle, middle, total)
-        total = dot(a_high, low, total)
+        if not EXACT:
+            total = dot(a_middle, middle, total)
+            total = dot(a_high, low, total)
         total = dot(a_middle, high, total)
-        total = dot(a_high, middle, total)
+        if not EXACT:
+            total = dot(a_high, middle, total)
         return dot(a_high, high, total)
 
 
@@ -172,15 +186,18 @@ def _parts_kernel(w, parts, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_parts(parts, place, inside, size):
+def _load_parts(parts, place, inside, size, EXACT: tl.constexpr):
     high = tl.load(parts + place, mask=inside, other=0)
-    middle = tl.load(parts + size + place, mask=inside, other=0)
-    return high, middle, tl.load(parts + 2 * size + place, mask=inside, other=0)
+    if EXACT:
+        return high, high, high
+    else:
+        middle = tl.load(parts + size + place, mask=inside, other=0)
+        return high, middle, tl.load(parts + 2 * size + place, mask=inside, other=0)
 
 
 @triton.jit
 def _logits_kernel(
-    x, parts, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+    x, parts, out, n, d, e, EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, E)
@@ -190,16 +207,17 @@ def _logits_kernel(
         inside = (t < n)[:, None] & (column < d)[None, :]
         tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
         inside = (column < d)[:, None] & (expert < e)[None, :]
-        high, middle, low = _load_parts(parts, column[:, None] * e + expert[None, :], inside, d * e)
-        total = _multiply(tokens, high, middle, low, total)
+        high, middle, low = _load_parts(parts, column[:, None] * e + expert[None, :], inside, d * e, EXACT)
+        total = _multiply(tokens, high, middle, low, total, EXACT)
     inside = (t < n)[:, None] & (expert < e)[None, :]
     tl.store(out + t[:, None] * e + expert[None, :], total, mask=inside)
 
 
 @triton.jit
 def _logits_dx_kernel(
-    dlogits, dx, parts, out, n, d, e, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    dlogits, dx, parts, out, n, d, e,
+    EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """dx + dlogits w^T."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, expert = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, E)
@@ -212,19 +230,20 @@ def _logits_dx_kernel(
     other = tl.load(dx + place, mask=ours, other=0).to(tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
-        total = dot(left.to(tl.bfloat16), tl.load(parts + weight, mask=inside, other=0), total)
+        high, _, _ = _load_parts(parts, weight, inside, d * e, True)
+        total = dot(left.to(tl.bfloat16), high, total)
     else:
-        high, middle, low = _load_parts(parts, weight, inside, d * e)
-        total = _multiply(left, high, middle, low, total)
+        high, middle, low = _load_parts(parts, weight, inside, d * e, EXACT)
+        total = _multiply(left, high, middle, low, total, EXACT)
     tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=ours)
 
 
 @triton.jit
 def _logits_dw_kernel(
     x, dlogits, dw, n, d, e,
-    E: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROUND: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x^T dlogits over TOKENS tokens."""
+    """x^T dlogits over TOKENS tokens; ROUND: these to bf16, for gradients that will be."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1).to(tl.int64) * TOKENS
     expert = tl.arange(0, E)
@@ -236,7 +255,7 @@ def _logits_dw_kernel(
         inside = (t < n)[:, None] & (expert < e)[None, :]
         gradient = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=inside, other=0)
         high, middle, low = _split(gradient)
-        total = _multiply(tokens.T, high, middle, low, total)
+        total = _multiply(tokens.T, high, middle, low, total, ROUND)
     inside = (column < d)[:, None] & (expert < e)[None, :]
     place = (tl.program_id(1).to(tl.int64) * d + column[:, None]) * e + expert[None, :]
     tl.store(dw + place, total, mask=inside)

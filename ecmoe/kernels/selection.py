@@ -18,7 +18,7 @@ from ecmoe.kernels.common import block, check
 
 SEARCH = {"BLOCK": 4096, "num_warps": 16}
 GUESS = {"BLOCK": 4096, "num_warps": 8}
-CHUNK = {"BLOCK": 2048, "num_warps": 4}
+CHUNK = {"BLOCK": 1024, "num_warps": 2}
 SAMPLE = 4096  # keys of a row that guess; rows up to twice as long are searched at once
 DEVIATIONS = 6  # of the sample's count: how many more than k the guess aims at
 SLACK = 8  # it may overshoot by a 1/SLACK of that, and so ends sooner

@@ -76,18 +76,19 @@ def test_select_takes_pools_and_softmax_scores():
     assert torch.equal(chosen, scores.topk(7).indices.sort().values)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d", "e"), [(40, 24, 6), (130, 70, 17), (1, 1, 1)])
-def test_logits_are_float32s(n, d, e, dtype):
+def test_logits_are_float32s(n, d, e, dtype, narrow):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=g).to(DEVICE, dtype).requires_grad_()
-    w = torch.randn(d, e, generator=g).to(DEVICE).requires_grad_()
+    w = torch.randn(d, e, generator=g).to(DEVICE, torch.bfloat16 if narrow else torch.float32).requires_grad_()
     gradient = torch.randn(n, e, generator=g).to(DEVICE)
     out, expected = kernels.logits(x, w), x.double() @ w.double()
     assert out.dtype == torch.float32 and distance(out, expected) < 2e-6
     (dx, dw), theirs = (torch.autograd.grad(o, [x, w], gradient.to(o.dtype)) for o in (out, expected))
     assert dx.dtype == dtype and distance(dx, theirs[0]) < (2**-6 if dtype == torch.bfloat16 else 2e-6)
-    assert distance(dw, theirs[1]) < 2e-6
+    assert dw.dtype == w.dtype and distance(dw, theirs[1]) < (2**-7 if narrow else 2e-6)
 
 
 def test_the_two_gradients_of_a_token_add_up():
