@@ -90,7 +90,10 @@ def bench_step(
     with timing.compiling():
         calls, memory = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
         times = timing.in_turns(calls, repeats, device)
-    rows = [row._asdict() | measured_row(configs[row.arm], samples, memory[row]) for row, samples in times.items()]
+    rows = [
+        row._asdict() | measured_row(configs[row.arm], samples) | {"peak_mb": memory[row] and memory[row][1]}
+        for row, samples in times.items()
+    ]
     table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
     table.attrs["setting"] = setting(configs, device) | {"repeats": repeats} | timing.machine()
     table.attrs["samples"] = {", ".join(row): [1e3 * seconds for seconds in samples] for row, samples in times.items()}
@@ -98,12 +101,11 @@ def bench_step(
     return table
 
 
-def measured_row(config: RunConfig, samples: list[float], memory: tuple[float, float] | None) -> dict[str, Any]:
-    """What a table shows of a step's seconds, one a turn, and its memory."""
+def measured_row(config: RunConfig, samples: list[float]) -> dict[str, Any]:
+    """What a table shows of a step's seconds, one a turn."""
     rate = config.batch_size * config.sequence_length / statistics.median(samples)
     peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
-    found = {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak, "peak_mb": memory and memory[1]}
-    return timing.spread(samples) | found
+    return timing.spread(samples) | {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak}
 
 
 def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:

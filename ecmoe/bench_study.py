@@ -26,16 +26,17 @@ def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.Da
         configs: name of an arm -> its config; of text. repeats: turns; the median is reported.
 
     Returns:
-        a row per arm, as `bench_step` has them; `attrs` hold the setting, and what could not be timed.
+        a row per arm, as `bench_step` has them, without memory: all arms' models are held. `attrs` hold the setting, and
+        what could not be timed.
     """
     device, absent = timing.this_device(), []
     # Steps are over one by one, so their graphs can share the memory of what only a step needs.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     with timing.compiling():
         calls = {(arm,): _step(config, device, pool) for arm, config in configs.items()}
-        calls, memory = timing.warmed(calls, absent, device)
+        calls, _ = timing.warmed(calls, absent, device)
         times = timing.in_turns(calls, repeats, device)
-    rows = [{"arm": key[0], **measured_row(configs[key[0]], samples, memory[key])} for key, samples in times.items()]
+    rows = [{"arm": key[0], **measured_row(configs[key[0]], samples)} for key, samples in times.items()]
     table = pd.DataFrame(rows, columns=None if rows else ["arm", "ms"])
     table.attrs |= {"setting": {"repeats": repeats} | timing.machine(), "absent": absent}
     return table
