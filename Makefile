@@ -39,7 +39,7 @@ lab: .venv/.installed
 	@$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
 
 lint: .venv/.installed
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # Everything at the tested pins. Reinstalled when they change.
 .venv/.installed: pyproject.toml constraints.txt | check-python

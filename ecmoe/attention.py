@@ -93,7 +93,7 @@ class RelativeBias(nn.Module):
         # again and again, a line that is one longer than a row does that, and its backward pass is a plain sum;
         # indexing (queries, keys) entries would add up one by one.
         line = F.pad(self.table(keys, device).flip(1), (0, queries), value=float("-inf"))
-        rows = line.roll(1 - queries, 1).repeat(1, queries)[:, : -queries].unflatten(1, (queries, -1))
+        rows = line.roll(1 - queries, 1).repeat(1, queries)[:, :-queries].unflatten(1, (queries, -1))
         return rows[..., :keys]
 
 

@@ -259,7 +259,9 @@ def _products(layer: MoE, x_in: Tensor, a: Tensor, dy: Tensor, dh: Tensor) -> di
     return {FORWARD: forward, BOTH: both}
 
 
-def forward_and_both(step: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Module, gradient: Tensor) -> dict[str, Call]:
+def forward_and_both(
+    step: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Module, gradient: Tensor
+) -> dict[str, Call]:
     """The step alone, and with its gradients for x and all weights of the layer."""
     wanted = [x, *layer.parameters()]
 

@@ -189,7 +189,10 @@ def passes(
             for other in others:
                 call, *work = calls[name]
                 otherwise = partial(_otherwise, call, f"ecmoe.kernels.{module}", constant, other)
-                calls[f"{name}: {constant} {', '.join(f'{key} {value}' for key, value in other.items())}"] = otherwise, *work
+                calls[f"{name}: {constant} {', '.join(f'{key} {value}' for key, value in other.items())}"] = (
+                    otherwise,
+                    *work,
+                )
     for tile in TILES if fusible(x_in, w1) else ():
         name = ", ".join(f"{key} {value}" for key, value in tile._asdict().items())
         calls |= {

@@ -38,9 +38,7 @@ KINDS = {
 }
 
 
-def bench_profile(
-    *, count: int = 3, compiled: bool = False, whole: bool = False, **sizes: int | None
-) -> pd.DataFrame:
+def bench_profile(*, count: int = 3, compiled: bool = False, whole: bool = False, **sizes: int | None) -> pd.DataFrame:
     """Profile the fastest path of EC-CF2's training step.
 
     Args:
@@ -54,13 +52,17 @@ def bench_profile(
     with timing.compiling():
         absent: list[str] = []
         rows = steps(configs, device, compiled=compiled, whole=whole, plain=())
-        rows = {row: step for row, step in rows.items() if "CUDA graph" not in row.path}  # whose kernels have no operators
+        rows = {
+            row: step for row, step in rows.items() if "CUDA graph" not in row.path
+        }  # whose kernels have no operators
         calls, _ = timing.warmed(rows, absent, device)
         times = timing.in_turns(calls, 3, device)
         best = min(times, key=lambda row: statistics.median(times[row]))
         spent = device_time(calls[best], count) if device.type == "cuda" else operator_time(calls[best], count)
     table = by_kind(spent)
-    table.attrs["setting"] = setting(configs, device) | {"arm": ARM, "path": best.path, "steps": count} | timing.machine()
+    table.attrs["setting"] = (
+        setting(configs, device) | {"arm": ARM, "path": best.path, "steps": count} | timing.machine()
+    )
     table.attrs["absent"] = absent
     table.attrs["step_ms"] = 1e3 * statistics.median(times[best])
     return table

@@ -204,7 +204,9 @@ def check_room() -> None:
     torch.cuda.empty_cache()
     step, (free, _) = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
     if free < 2 * step:
-        raise torch.OutOfMemoryError(f"a graph keeps the {step / 1e9:.0f} GB of a step, beside other steps: {free / 1e9:.0f} GB are free")
+        raise torch.OutOfMemoryError(
+            f"a graph keeps the {step / 1e9:.0f} GB of a step, beside other steps: {free / 1e9:.0f} GB are free"
+        )
 
 
 def step_of(

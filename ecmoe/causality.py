@@ -31,7 +31,10 @@ from ecmoe.routing.assignment import pack
 SMOOTHING = 8.0  # tokens that the unigram counts for in the bigram; ours
 GIVEN = ("token frequencies", "the current token", "the model, causally")
 # Two routings of the same weights: the pool of training, and the running cut-offs.
-ROUTINGS: Mapping[str, Callable[[Transformer], AbstractContextManager]] = {"as trained": nullcontext, "causally": causal_routing}
+ROUTINGS: Mapping[str, Callable[[Transformer], AbstractContextManager]] = {
+    "as trained": nullcontext,
+    "causally": causal_routing,
+}
 
 
 @torch.no_grad()
@@ -84,13 +87,20 @@ def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int 
 def _shares(change: str, routing: str, changed: Tensor) -> dict[str, Any]:
     """changed: (L, sequences, positions, e) bool."""
     tokens = changed.any(dim=-1).any(dim=0)
-    return {"change": change, "routing": routing, "decisions": changed.double().mean(), "tokens": tokens.double().mean()}
+    return {
+        "change": change,
+        "routing": routing,
+        "decisions": changed.double().mean(),
+        "tokens": tokens.double().mean(),
+    }
 
 
 # What routing tells of the next token ---------------------------------------------------------------
 
 
-def next_token_information(model: Transformer, config: RunConfig, *, batches: int = 16, classes: int = 32) -> dict[str, Any]:
+def next_token_information(
+    model: Transformer, config: RunConfig, *, batches: int = 16, classes: int = 32
+) -> dict[str, Any]:
     """Bits about the next token in the routing of a token, as trained and causally, by what is known besides.
 
     The probe (`ecmoe.probe`) reads a token's own decisions, and for each expert and layer the share of the sequence's
@@ -183,7 +193,9 @@ def class_tables(data: Any, class_of: Tensor) -> tuple[Tensor, Tensor]:
 # Every way to route a trained model -----------------------------------------------------------------
 
 
-def losses_by_routing(model: Transformer, config: RunConfig, *, pools: Sequence[str | int] = ("sequence", "batch")) -> dict[str, Any]:
+def losses_by_routing(
+    model: Transformer, config: RunConfig, *, pools: Sequence[str | int] = ("sequence", "batch")
+) -> dict[str, Any]:
     """Validation loss of the same weights and text, however they are routed.
 
     Args:

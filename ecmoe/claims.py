@@ -41,8 +41,7 @@ _LIST = [
     ),
     Claim(
         "C3",
-        "Perplexity falls as experts grow from 16 to 128 at fixed expert size, and EC is below "
-        "GShard top-2 at each",
+        "Perplexity falls as experts grow from 16 to 128 at fixed expert size, and EC is below GShard top-2 at each",
         "falls at every doubling; EC below at each",
         "4.3, Fig. 2b",
         "more experts do not lower the loss, or GShard top-2 is below EC at some number of experts",

@@ -109,13 +109,9 @@ def _named(one: Missing) -> str:
 def report(
     notebook: Annotated[Path, typer.Argument(help="a notebook of notebooks/")],
     page: Annotated[Path, typer.Argument(help="the HTML page to write")],
-    files: Annotated[
-        list[Path] | None, typer.Option("-f", "--file", help="parameters in YAML, later ones win")
-    ] = None,
+    files: Annotated[list[Path] | None, typer.Option("-f", "--file", help="parameters in YAML, later ones win")] = None,
     changes: Set = None,
-    no_train: Annotated[
-        bool, typer.Option("--no-train", help="leave missing runs as gaps")
-    ] = False,
+    no_train: Annotated[bool, typer.Option("--no-train", help="leave missing runs as gaps")] = False,
 ) -> None:
     """Execute a notebook with parameters and render it as one HTML page."""
     from ecmoe.execution import ReportError, execute
@@ -136,9 +132,7 @@ def report(
 @app.command()
 def index(
     scale: Annotated[str, typer.Argument(help="smoke, gpu or paper")] = "smoke",
-    reports: Annotated[
-        Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")
-    ] = None,
+    reports: Annotated[Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")] = None,
 ) -> None:
     """Write index.html: the scoreboard, with a list of the pages that are there."""
     from ecmoe.render import index as write_index
@@ -186,18 +180,10 @@ def bench(
     capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e; of the layer")] = 2.0,
     repeats: Annotated[int, typer.Option(min=2, help="of each row; medians count")] = 15,
     compiled: Annotated[bool, typer.Option("--compile", help="under torch.compile too")] = False,
-    each_pass: Annotated[
-        bool, typer.Option("--passes", help="time each kernel alone, too (CUDA)")
-    ] = False,
-    dykstra: Annotated[
-        bool, typer.Option("--dykstra", help="cap by the paper's solver too, which is slow")
-    ] = False,
-    step: Annotated[
-        bool, typer.Option("--step", help="a training step instead of the layer")
-    ] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="where the time of EC-CF2's training step goes")
-    ] = False,
+    each_pass: Annotated[bool, typer.Option("--passes", help="time each kernel alone, too (CUDA)")] = False,
+    dykstra: Annotated[bool, typer.Option("--dykstra", help="cap by the paper's solver too, which is slow")] = False,
+    step: Annotated[bool, typer.Option("--step", help="a training step instead of the layer")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="where the time of EC-CF2's training step goes")] = False,
     whole: Annotated[
         bool, typer.Option("--whole", help="compile the step's model in one graph, not by blocks")
     ] = False,
@@ -207,7 +193,11 @@ def bench(
     vocab_size: Annotated[int | None, typer.Option(min=257, help="of the step")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="all that page 08 shows, at its sizes: layers, step, growth, profile; and steps of page 01's arms")
+        bool,
+        typer.Option(
+            "--all",
+            help="all that page 08 shows, at its sizes: layers, step, growth, profile; and steps of page 01's arms",
+        ),
     ] = False,
     only: Annotated[
         str | None, typer.Option(help="with --all: these parts alone, by name or how it begins: layer,step")
@@ -253,9 +243,7 @@ def bench(
     _show_bench(table)
 
 
-def _bench_all(
-    scale: str | None, out: Path | None, only: str | None, *, compiled: bool, force: bool
-) -> None:
+def _bench_all(scale: str | None, out: Path | None, only: str | None, *, compiled: bool, force: bool) -> None:
     """Measure part after part; each is kept as soon as it is there, and a part that fails stops no other."""
     import torch
 
@@ -271,7 +259,9 @@ def _bench_all(
             raise ValueError(f"--only {only}: no such part; there are {', '.join(known)}")
     into, failed, began = out or speed.folder(scale), [], time.perf_counter()
     typer.echo(f"{', '.join(wanted)} -> {into}")
-    if torch.cuda.is_available() and len(wanted) > 1:  # what a part leaves on the GPU, or breaks there, ends with its process
+    if (
+        torch.cuda.is_available() and len(wanted) > 1
+    ):  # what a part leaves on the GPU, or breaks there, ends with its process
         command = [sys.executable, "-m", "ecmoe", "bench", "--all", "--scale", scale, "--out", str(into)]
         command += ["--compile"] * compiled + ["--force"] * force
         if any([subprocess.run([*command, "--only", name]).returncode for name in wanted]):
@@ -342,7 +332,7 @@ def _one_line(*errors: type[Exception]) -> Iterator[None]:
 
 
 def _part(text: str) -> tuple[int, int]:
-    """"2/3" -> 1, 3."""
+    """ "2/3" -> 1, 3."""
     try:
         part, count = map(int, text.split("/"))
     except ValueError:

@@ -107,9 +107,7 @@ class RunConfig:
                     "scaled (softmax x e/c)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
     pool: str | int = key("batch", "tokens that compete (expert choice): batch, sequence, position, or a number "
                           "of tokens (whole sequences)")  # fmt: skip
-    max_experts_per_token: int | None = key(
-        None, "b of capped expert choice (3.3); null: no cap", low=1
-    )
+    max_experts_per_token: int | None = key(None, "b of capped expert choice (3.3); null: no cap", low=1)
     cap_solver: str = key("feasible", "how the cap is met: feasible (ours), dykstra (the paper's, to the letter)",
                           choices=("feasible", "dykstra"))  # fmt: skip
     priority: str = key("order", "who keeps a full expert (token choice): order of arrival, score (V-MoE)",
@@ -121,15 +119,9 @@ class RunConfig:
     z_loss_weight: float = key(0.0, "weight of the router z-loss", low=0)
     hash_table: str = key("modulo", "hash routing: modulo (token id mod e), balanced (by corpus frequency)",
                           choices=("modulo", "balanced"))  # fmt: skip
-    num_tasks: int = key(
-        4, "tasks of task-level routing; in language modelling, classes of sequences", low=1
-    )
-    task_table: str = key(
-        "learned", "task-level routing: learned or fixed", choices=("learned", "fixed")
-    )
-    threshold_beta: float = key(
-        0.999, "decay of the expert threshold's moving average", low=0, high=1
-    )
+    num_tasks: int = key(4, "tasks of task-level routing; in language modelling, classes of sequences", low=1)
+    task_table: str = key("learned", "task-level routing: learned or fixed", choices=("learned", "fixed"))
+    threshold_beta: float = key(0.999, "decay of the expert threshold's moving average", low=0, high=1)
 
     # Model (section 3.4)
     layers: int = key(4, "Transformer layers", low=1)
@@ -137,12 +129,8 @@ class RunConfig:
     d_ff: int = key(128, "hidden width of an expert and of the gated FFN", low=1)
     heads: int = key(4, "attention heads", low=1)
     moe_every: int = key(2, "every which layer has experts (3.4: every other)", low=1)
-    moe_init_scale: float = key(
-        1.0, "scale of the MoE output at initialisation; ours, the paper is silent", low=0
-    )
-    relative_buckets: int = key(
-        32, "buckets of the relative position bias (T5's; the paper is silent)", low=2
-    )
+    moe_init_scale: float = key(1.0, "scale of the MoE output at initialisation; ours, the paper is silent", low=0)
+    relative_buckets: int = key(32, "buckets of the relative position bias (T5's; the paper is silent)", low=2)
     relative_max_distance: int = key(128, "distance beyond which all share a bucket (T5's)", low=2)
 
     # Data
@@ -174,12 +162,8 @@ class RunConfig:
     schedule: str = key("constant", "after the warm-up: constant, inverse_sqrt (the paper's), linear (decay to 0)",
                         choices=("constant", "inverse_sqrt", "linear"))  # fmt: skip
     warmup_steps: int = key(10, "steps of linear warm-up; ours, the paper is silent", low=0)
-    constant_steps: int = key(
-        10_000, "inverse_sqrt: steps before the decay (the paper: 10K)", low=1
-    )
-    decay_fraction: float = key(
-        0.2, "linear: the last share of the steps decays to 0", low=0, high=1
-    )
+    constant_steps: int = key(10_000, "inverse_sqrt: steps before the decay (the paper: 10K)", low=1)
+    decay_fraction: float = key(0.2, "linear: the last share of the steps decays to 0", low=0, high=1)
     eval_every: int = key(20, "steps between validations", low=1)
     eval_batches: int = key(8, "validation batches, the same for every run", low=1)
     checkpoint_every: int = key(1000, "steps between checkpoints", low=1)
@@ -192,9 +176,7 @@ class RunConfig:
                            "sizes depend on no data")  # fmt: skip
     kernels: str = key("auto", "who computes an MoE layer: plain (PyTorch, any device), triton, triton-bmm (Triton, on a "
                        "CUDA GPU), auto (the layer decides)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
-    activation_checkpointing: bool = key(
-        False, "recompute attention and experts in the backward pass"
-    )
+    activation_checkpointing: bool = key(False, "recompute attention and experts in the backward pass")
     strategy: str = key("auto", "auto, ddp, fsdp2; with several ranks the pool is each rank's batch",
                         choices=("auto", "ddp", "fsdp2"))  # fmt: skip
     devices: int = key(1, "processes of a node; more than one: torchrun -m ecmoe.train", low=1)
@@ -229,20 +211,14 @@ class RunConfig:
     def _check_routing(self) -> None:
         b, c, e = self.max_experts_per_token, self.capacity_factor, self.num_experts
         if isinstance(self.pool, str) and self.pool not in ("batch", "sequence", "position"):
-            raise ConfigError(
-                f"pool={self.pool!r}: must be batch, sequence, position, or a whole number of tokens"
-            )
+            raise ConfigError(f"pool={self.pool!r}: must be batch, sequence, position, or a whole number of tokens")
         if self.router == "token_choice" and self.top_k > e:
-            raise ConfigError(
-                f"top_k={self.top_k} is more than num_experts={e}: a token can't choose an expert twice"
-            )
+            raise ConfigError(f"top_k={self.top_k} is more than num_experts={e}: a token can't choose an expert twice")
         if c is not None and c <= 0 and "capacity_factor" in _READS[self.router]:
             raise ConfigError(f"capacity_factor={c}: must be above 0")
         if self.router in ("expert_choice", "expert_threshold"):
             if c is None:
-                raise ConfigError(
-                    f"capacity_factor=null: {self.router} needs a number, such as 2.0 (k = n c / e)"
-                )
+                raise ConfigError(f"capacity_factor=null: {self.router} needs a number, such as 2.0 (k = n c / e)")
             bucket_size(self.pool_tokens, e, c)
         if self.router == "linear_assignment" and (self.batch_size * self.sequence_length) % e:
             raise ConfigError(f"num_experts={e}: linear assignment gives every expert n/e tokens, so it must divide "
@@ -259,9 +235,7 @@ class RunConfig:
     @property
     def tokens_per_batch(self) -> int:
         """Tokens of an optimiser step, over all ranks."""
-        return (
-            self.batch_size * self.sequence_length * self.accumulate * self.devices * self.num_nodes
-        )
+        return self.batch_size * self.sequence_length * self.accumulate * self.devices * self.num_nodes
 
     @property
     def pool_tokens(self) -> int:
@@ -274,9 +248,7 @@ class RunConfig:
                     f"{batch} tokens of a batch (batch_size x sequence_length)"
                 )
             return self.pool
-        return {"batch": batch, "sequence": self.sequence_length, "position": self.batch_size}[
-            self.pool
-        ]
+        return {"batch": batch, "sequence": self.sequence_length, "position": self.batch_size}[self.pool]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -320,9 +292,7 @@ class RunConfig:
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
-        if is_local(
-            self.data
-        ):  # a copy elsewhere is the same text: the data digest tells if it is not
+        if is_local(self.data):  # a copy elsewhere is the same text: the data digest tells if it is not
             kind = IMAGES_PREFIX if self.images else ""
             keep["data"] = kind + Path(self.data.removeprefix(kind)).name
         return keep
@@ -338,9 +308,7 @@ class RunConfig:
         if self.router == "token_choice":
             words.append(f"top{self.top_k}")
         if "capacity_factor" in _READS[self.router]:
-            words.append(
-                "c" + ("none" if self.capacity_factor is None else f"{self.capacity_factor:g}")
-            )
+            words.append("c" + ("none" if self.capacity_factor is None else f"{self.capacity_factor:g}"))
         return "-".join([*words, f"s{self.seed}"])
 
     @property
@@ -351,9 +319,7 @@ class RunConfig:
 
 def is_local(data: str) -> bool:
     """Does the key `data` name a file or a folder, rather than a known corpus or the Hub?"""
-    return not data.startswith("hub:") and (
-        "/" in data or data.endswith((".txt", ".xz", ".json", ".jsonl"))
-    )
+    return not data.startswith("hub:") and ("/" in data or data.endswith((".txt", ".xz", ".json", ".jsonl")))
 
 
 _TYPES = typing.get_type_hints(RunConfig)

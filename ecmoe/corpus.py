@@ -97,11 +97,7 @@ def source_files(data: str) -> dict[str, Path]:
     if path.is_file() and path.name.endswith(_TEXT + _JSON):
         return {path.name: path}
     if path.is_dir():
-        files = {
-            p.relative_to(path).as_posix(): p
-            for p in path.rglob("*")
-            if p.name.endswith(_TEXT + _JSON)
-        }
+        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.name.endswith(_TEXT + _JSON)}
         if files:
             return dict(sorted(files.items()))
     known = ["stdlib", *PRESETS, *IMAGES]
@@ -112,9 +108,7 @@ def source_files(data: str) -> dict[str, Path]:
     else:
         near = difflib.get_close_matches(data, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        remedy = (
-            f"{hint}must be one of {', '.join(known)}, hub:NAME or hub:OWNER/NAME/CONFIG, or a path"
-        )
+        remedy = f"{hint}must be one of {', '.join(known)}, hub:NAME or hub:OWNER/NAME/CONFIG, or a path"
     raise ConfigError(f"data={data!r}: {remedy}")
 
 
@@ -145,15 +139,10 @@ def open_corpus(data: str, streaming: bool = False) -> Corpus:
             f"the standard library of Python {platform.python_version()} (without its tests)",
             "PSF License Agreement, version 2",
             "Python Software Foundation and contributors",
-            (
-                (name, path.read_text(encoding="utf-8", errors="replace"))
-                for name, path in files.items()
-            ),
+            ((name, path.read_text(encoding="utf-8", errors="replace")) for name, path in files.items()),
         )
     if files:
-        said = {"name": Path(data).name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(
-            data
-        )
+        said = {"name": Path(data).name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(data)
         return Corpus(**said, train=_local(data, files))
     return _hub(data, streaming)
 
@@ -169,9 +158,7 @@ def about(data: str) -> dict[str, str]:
         yaml.safe_load(beside.read_text(encoding="utf-8")),
     )
     if not isinstance(stated, dict) or not set(stated) <= set(keys):
-        raise ConfigError(
-            f"data={data!r}: {beside} must hold no keys but {', '.join(keys)}; it holds {stated!r}"
-        )
+        raise ConfigError(f"data={data!r}: {beside} must hold no keys but {', '.join(keys)}; it holds {stated!r}")
     return {key: str(value) for key, value in stated.items()}
 
 
@@ -186,9 +173,7 @@ def _stdlib_files() -> dict[str, Path]:
                 path = Path(folder, name)
                 files[path.relative_to(root).as_posix()] = path
     if not files:
-        raise ConfigError(
-            f"data='stdlib': this Python keeps no source in {root}; give a path to a .txt file instead"
-        )
+        raise ConfigError(f"data='stdlib': this Python keeps no source in {root}; give a path to a .txt file instead")
     return dict(sorted(files.items()))
 
 
@@ -200,13 +185,9 @@ def _local(data: str, files: dict[str, Path]) -> Iterator[tuple[str, str]]:
         kind = "text" if name.endswith(_TEXT) else "json"
         options = {"keep_linebreaks": True} if kind == "text" else {}
         try:
-            rows = load_dataset(
-                kind, data_files=str(path), split="train", streaming=True, **options
-            )
+            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
             if kind == "text":
-                chunks = (
-                    "".join(t["text"].to_pylist()) for t in rows.with_format("arrow").iter(1 << 20)
-                )
+                chunks = ("".join(t["text"].to_pylist()) for t in rows.with_format("arrow").iter(1 << 20))
                 yield from ((name, block) for block in blocks(chunks))
             else:
                 yield from _rows(data, rows)
@@ -251,9 +232,7 @@ def _hub(data: str, streaming: bool) -> Corpus:
         raise ConfigError(f"data={data!r}: has splits {', '.join(sets)}, but no train")
     info = train.info
     licence = hub.licence or str(info.license or NOT_STATED)
-    attribution = hub.attribution or " ".join(
-        (info.citation or info.homepage or NOT_STATED).split()
-    )
+    attribution = hub.attribution or " ".join((info.citation or info.homepage or NOT_STATED).split())
     return Corpus(
         hub.name,
         licence,
@@ -271,9 +250,7 @@ def _load(data: str, hub: Hub, streaming: bool) -> dict[str, Any]:
         options |= {"data_files": hub.files, "keep_linebreaks": True}
     try:
         return dict(load_dataset(hub.path, hub.config, **options))
-    except (
-        Exception
-    ) as error:  # no network, no such data set or config, a gated one: all say so themselves
+    except Exception as error:  # no network, no such data set or config, a gated one: all say so themselves
         raise ConfigError(
             f"data={data!r}: `datasets` can't load {hub.path!r} ({type(error).__name__}: {error}); it must be a data "
             "set of the Hub (hub:OWNER/NAME or hub:OWNER/NAME/CONFIG), and the Hub must be reachable"
@@ -284,10 +261,7 @@ def _hub_documents(data: str, hub: Hub, rows: Any) -> Iterator[tuple[str, str]]:
     if hub.files:
         return ((data, block) for block in blocks(text for _, text in _rows(data, rows)))
     if hub.path == "Salesforce/wikitext":
-        return (
-            (article, article)
-            for article in _articles(text for _, text in _rows(data, rows, empty=True))
-        )
+        return ((article, article) for article in _articles(text for _, text in _rows(data, rows, empty=True)))
     return _rows(data, rows)
 
 
@@ -296,9 +270,7 @@ def _rows(data: str, rows: Any, empty: bool = False) -> Iterator[tuple[str, str]
     for row in rows:
         text = row.get("text")
         if not isinstance(text, str):
-            raise ConfigError(
-                f"data={data!r}: a row has the fields {', '.join(row)}, but must have a string `text`"
-            )
+            raise ConfigError(f"data={data!r}: a row has the fields {', '.join(row)}, but must have a string `text`")
         if text or empty:
             yield text, text
 

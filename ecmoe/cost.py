@@ -66,7 +66,10 @@ def beside_paper(base: Mapping) -> str:
     Args:
         base: as in `ecmoe.study.run_study`.
     """
-    c, theirs = RunConfig.from_dict(dict(base)), [preset.config for preset in TABLE_1.values() if preset.config.router != "dense"]
+    c, theirs = (
+        RunConfig.from_dict(dict(base)),
+        [preset.config for preset in TABLE_1.values() if preset.config.router != "dense"],
+    )
 
     def span(key: str) -> str:
         values = [getattr(config, key) for config in theirs]

@@ -144,9 +144,7 @@ class TextData(RunData):
             self.train_tasks = classes.before(self.train_windows)
             self.val_tasks = classes.before(windows)[which]
         self.digest: str = loaded.meta["digest"]
-        self.provenance: dict[str, Any] = {
-            key: loaded.meta.get(key) for key in _PROVENANCE
-        } | about(config.data)
+        self.provenance: dict[str, Any] = {key: loaded.meta.get(key) for key in _PROVENANCE} | about(config.data)
         self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val_windows[:, 1:]].mean())
         self.token_counts = _counts(loaded.train, config.vocab_size)
         self._tokens = loaded

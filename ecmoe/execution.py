@@ -116,9 +116,7 @@ def execute(
                 what = f"{type(failure).__name__}: {failure}"
                 error = {"where": notebook.name, "what": what, "cell": None}
                 render(executed, failed_html, error=error)
-            raise ReportError(
-                f"{notebook.name} failed: {type(failure).__name__}: {failure}"
-            ) from failure
+            raise ReportError(f"{notebook.name} failed: {type(failure).__name__}: {failure}") from failure
         finally:
             os.environ.pop("ECMOE_NOTEBOOK", None)
         render(executed, out_html)

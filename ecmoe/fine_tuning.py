@@ -82,7 +82,9 @@ def fine_tuned(
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
     train, validation = (part.first(examples) for part in tasks.load(task, folder))
     if len(train.labels) < batch_size:
-        raise ValueError(f"task {task!r}: batch_size={batch_size} is more than its {len(train.labels)} training examples")
+        raise ValueError(
+            f"task {task!r}: batch_size={batch_size} is more than its {len(train.labels)} training examples"
+        )
     data = TextData(config)
     data.prepare_data()
     (train, validation), truncated = _encode(data, (train, validation), config.sequence_length)
@@ -144,7 +146,9 @@ class LitFineTuning(L.LightningModule):
         right, kind = 0, self.device.type
         narrow = resolved_precision(self.config).startswith("bf16")
         for start in range(0, len(examples.labels), batch_size):
-            tokens, lengths, labels = (part.to(self.device) for part in examples.batch(slice(start, start + batch_size)))
+            tokens, lengths, labels = (
+                part.to(self.device) for part in examples.batch(slice(start, start + batch_size))
+            )
             empty = batch_size - len(labels)
             with torch.autocast(kind, torch.bfloat16, enabled=narrow):
                 logits = self(F.pad(tokens, (0, 0, 0, empty)), F.pad(lengths, (0, empty)))

@@ -91,7 +91,9 @@ def check(config: RunConfig, loaded: images.Images) -> None:
     if height % side or width % side:
         shared = math.gcd(height, width)
         fitting = [p for p in range(1, shared + 1) if shared % p == 0]
-        raise ConfigError(f"patch_size={side}: must divide the {size} pixels of data={config.data!r}; may be one of {fitting}")
+        raise ConfigError(
+            f"patch_size={side}: must divide the {size} pixels of data={config.data!r}; may be one of {fitting}"
+        )
     patches = (height // side) * (width // side)
     for name, right, why in (
         ("sequence_length", patches, f"images of {size} pixels have {patches} patches of patch_size={side}"),

@@ -170,7 +170,9 @@ def _stack(data: str, rows: Iterable[tuple[Any, int]]) -> _Split:
     sizes = sorted({array.shape[:2] for array in pixels})
     if len(sizes) != 1:
         found = " and ".join(f"{width} x {height}" for height, width in sizes[:2]) or "nothing"
-        raise ConfigError(f"data={data!r}: holds images of {found} pixels, but all must be of one size: resize them first")
+        raise ConfigError(
+            f"data={data!r}: holds images of {found} pixels, but all must be of one size: resize them first"
+        )
     return _Split(np.stack(pixels), np.array(labels, np.int64))
 
 

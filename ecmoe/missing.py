@@ -34,7 +34,9 @@ def missing(scale: str, pages: Sequence[str] = ()) -> list[Missing]:
     kept = {path.stem: read_json(path) for path in sorted(study_folder(scale).glob("*.json"))}
     for page in pages:
         if page not in kept:
-            raise ConfigError(f"page {page!r}: nothing is kept of it at scale {scale}; there are {', '.join(kept) or 'none'}")
+            raise ConfigError(
+                f"page {page!r}: nothing is kept of it at scale {scale}; there are {', '.join(kept) or 'none'}"
+            )
     found: dict[str, Missing] = {}
     for page in pages or kept:
         for name, run in sorted(kept[page].items(), key=lambda named: named[1]["seed"]):
@@ -44,7 +46,9 @@ def missing(scale: str, pages: Sequence[str] = ()) -> list[Missing]:
                 continue
             config = RunConfig.from_dict(run["config"])
             if config.name != name:  # a default is another now
-                raise ConfigError(f"page {page!r}: run {name} would be {config.name} today; draw the page again: make report SCALE={scale}")
+                raise ConfigError(
+                    f"page {page!r}: run {name} would be {config.name} today; draw the page again: make report SCALE={scale}"
+                )
             first = found.setdefault(name, Missing(page, run["arm"], config, {}))
             found[name] = first._replace(measures={**first.measures, **lacking})
     return list(found.values())

@@ -57,7 +57,12 @@ class Trunk(nn.Module):
         self.config = config
         self.embedding = embedding
         self.blocks = nn.ModuleList(
-            Block(config, config.router != "dense" and layer % config.moe_every == config.moe_every - 1, token_counts, causal)
+            Block(
+                config,
+                config.router != "dense" and layer % config.moe_every == config.moe_every - 1,
+                token_counts,
+                causal,
+            )
             for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.d_model)

@@ -70,9 +70,7 @@ def notebook_parameters(notebook: Any) -> dict[str, Any]:
         if "parameters" not in cell.metadata.get("tags", []):
             continue
         for line in ast.parse(cell.source).body:
-            targets = (
-                line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
-            )
+            targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
             for target in targets:
                 if isinstance(target, ast.Name):
                     try:

@@ -43,7 +43,12 @@ class Recorder(L.Callback):
 
     # Lightning keeps these in the checkpoint, so a resumed run goes on with its own clock and curve.
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._clock(), "shared": self.shared, "marked": list(self.marked), "rows": list(self.rows.values())}
+        return {
+            "seconds": self._clock(),
+            "shared": self.shared,
+            "marked": list(self.marked),
+            "rows": list(self.rows.values()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.marked = state["seconds"], tuple(state["marked"])
@@ -101,7 +106,9 @@ class Recorder(L.Callback):
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
             "aux_loss": aux_loss,
             # Beside other runs, which may rest, a rate is nobody's.
-            "tokens_per_second": steps * config.tokens_per_batch / seconds if steps and seconds and self.shared == 1 else math.nan,
+            "tokens_per_second": steps * config.tokens_per_batch / seconds
+            if steps and seconds and self.shared == 1
+            else math.nan,
         }
         row |= {name: float(torch.stack(values).double().mean()) for name, values in self.losses.items()}
         self.rows[step] = row | self.statistics
@@ -111,7 +118,12 @@ class Recorder(L.Callback):
         self.write_curve(trainer)
         self.began = time.perf_counter()
         if self.progress and trainer.is_global_zero:
-            self._line(step, config.steps, f"loss {train_loss:.4f}  validation {row['val_loss']:.4f}  {self._rate(row)}", end="\n")
+            self._line(
+                step,
+                config.steps,
+                f"loss {train_loss:.4f}  validation {row['val_loss']:.4f}  {self._rate(row)}",
+                end="\n",
+            )
         if not (math.isfinite(row["val_loss"]) and (not count or math.isfinite(train_loss))):
             raise Diverged(f"the loss is {train_loss} (validation: {row['val_loss']}) at step {step}")
         if step % config.checkpoint_every == 0 and step < config.steps:

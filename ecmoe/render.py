@@ -43,9 +43,7 @@ def render(
 
 def page_html(notebook: Any, error: Mapping[str, Any] | None = None, footer: str = "") -> str:
     """An executed notebook as a page of HTML."""
-    notebook.cells = [
-        c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])
-    ]
+    notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     toc: list[dict[str, Any]] = []
     markdown = MarkdownWithMath(renderer=_Markdown(toc))
     title = description = ""
@@ -94,9 +92,7 @@ class _Markdown(IPythonRenderer):
         plain = re.sub(r"[^\w]+", "-", _text(text).lower()).strip("-") or "section"
         taken = sum(entry["plain"] == plain for entry in self.toc)
         name = f"{plain}-{taken + 1}" if taken else plain
-        self.toc.append(
-            {"id": name, "plain": plain, "level": level, "html": re.sub(r"</?a[^>]*>", "", text)}
-        )
+        self.toc.append({"id": name, "plain": plain, "level": level, "html": re.sub(r"</?a[^>]*>", "", text)})
         return f'<h{level} id="{name}">{text}</h{level}>\n'
 
     def block_math(self, body: str) -> str:
@@ -126,9 +122,7 @@ def _css() -> str:
         for style in ("default", "github-dark")
     }
     dark = f"@media (prefers-color-scheme: dark) {{\n{code['github-dark']}\n}}"
-    return "\n".join(
-        [code["default"], dark, (_HERE / "template" / "style.css").read_text(encoding="utf-8")]
-    )
+    return "\n".join([code["default"], dark, (_HERE / "template" / "style.css").read_text(encoding="utf-8")])
 
 
 def _text(markup: str) -> str:
@@ -173,9 +167,7 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     if scoreboard.exists():
         text = scoreboard.read_text(encoding="utf-8")
     else:
-        cell = nbformat.v4.new_markdown_cell(
-            f"# Reports at scale {scale}\n\nThe scoreboard is not made yet."
-        )
+        cell = nbformat.v4.new_markdown_cell(f"# Reports at scale {scale}\n\nThe scoreboard is not made yet.")
         text = page_html(nbformat.v4.new_notebook(cells=[cell]))
     text = text.replace('href="index.html"', 'href="#reports"', 1).replace("<!-- pages -->", listing, 1)
     _write(folder / "index.html", text)

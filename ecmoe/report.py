@@ -77,9 +77,7 @@ def show(plot: Plot, caption: str, formats: Mapping[str, Format] | None = None) 
     )
 
 
-def show_table(
-    frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None
-) -> None:
+def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None) -> None:
     """Show a table: escaped, numbers to the right, the first column heading its row.
 
     Args:
@@ -90,9 +88,7 @@ def show_table(
     _display(table_html(frame, caption, formats), f"{caption}\n{frame.to_string(index=False)}")
 
 
-def table_html(
-    frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None
-) -> str:
+def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None) -> str:
     """`show_table`'s HTML. What is missing is a dash, never a 0."""
     formats = formats or {}
     unknown = [name for name in formats if name not in frame.columns]
@@ -103,15 +99,10 @@ def table_html(
         f'<th scope="col"{_right(number, heading=True)}>{html.escape(str(name).replace("_", " "))}</th>'
         for name, number in zip(frame.columns, numeric, strict=True)
     )
-    columns = [
-        [_cell(v, formats.get(name) or _by_size(frame[name])) for v in frame[name]]
-        for name in frame.columns
-    ]
+    columns = [[_cell(v, formats.get(name) or _by_size(frame[name])) for v in frame[name]] for name in frame.columns]
     body = []
     for i, cells in enumerate(zip(*columns, strict=True)):
-        marked = [
-            f"<td{_right(number)}>{cell}</td>" for cell, number in zip(cells, numeric, strict=True)
-        ]
+        marked = [f"<td{_right(number)}>{cell}</td>" for cell, number in zip(cells, numeric, strict=True)]
         wide = ' class="long"' * (len(str(frame.iat[i, 0])) > 12)  # wraps, but not to a word a line
         marked[0] = f'<th scope="row"{wide}{_right(numeric[0])}>{cells[0]}</th>'
         body.append(f"<tr>{''.join(marked)}</tr>")
@@ -176,7 +167,9 @@ def show_verdict(
     if verdict.label != PLUMBING:
         found = f"{here}; {verdict.effect}" if here else str(verdict.effect)
         least = smallest_effect(verdict.effect)
-        rows += [("here, the weakest part" if verdict.parts else "here", found)] + [(name, f"{part.label}: {part.effect}" if part.effect.n else part.label) for name, part in verdict.parts]
+        rows += [("here, the weakest part" if verdict.parts else "here", found)] + [
+            (name, f"{part.label}: {part.effect}" if part.effect.n else part.label) for name, part in verdict.parts
+        ]
         if math.isfinite(least):
             unit = "x, or its inverse" if verdict.effect.ratio else verdict.effect.unit
             rows += [
@@ -274,7 +267,12 @@ def provenance(results: Iterable[Result], *, scale: str = "") -> None:
         rows.append(("processes (the pool is each one's batch)", processes))
     sharing = {s.get("sharing", 1) for s in done}
     if sharing - {1}:
-        rows.append(("runs side by side on a device", {f"{n}: seconds are the run's own over {n}" if n > 1 else "1" for n in sharing}))
+        rows.append(
+            (
+                "runs side by side on a device",
+                {f"{n}: seconds are the run's own over {n}" if n > 1 else "1" for n in sharing},
+            )
+        )
     rows.append(("versions", [", ".join(versions)]))
     rows.append(("seeds", [", ".join(map(str, sorted({s["seed"] for s in done})))]))
     rows.append(("training time", [_hours(sum(s.get("seconds") or 0 for s in done))]))
@@ -284,11 +282,7 @@ def provenance(results: Iterable[Result], *, scale: str = "") -> None:
     data = [s["data"] for s in done if s.get("data")]
     rows.append(("data", {_data_text(d) for d in data}))
     for status in ("not run", "diverged", "failed"):
-        there = [
-            r.summary["name"] + _because(r.summary)
-            for r in results
-            if r.summary["status"] == status
-        ]
+        there = [r.summary["name"] + _because(r.summary) for r in results if r.summary["status"] == status]
         if there:
             rows.append((f"{status} ({len(there)} of {len(results)})", there))
     mixed = [name for name, values in rows[:3] if len(values) > 1]
@@ -300,17 +294,11 @@ def provenance(results: Iterable[Result], *, scale: str = "") -> None:
         f"<td>{'<br>'.join(html.escape(str(v)) for v in sorted(values)) or '–'}</td></tr>"
         for name, values in rows
     )
-    note = (
-        f'<p class="warning" role="note"><strong>Mind:</strong> {html.escape(warning)}</p>'
-        if warning
-        else ""
-    )
+    note = f'<p class="warning" role="note"><strong>Mind:</strong> {html.escape(warning)}</p>' if warning else ""
     each = f'<details class="numbers"><summary>seconds and tokens of each run</summary>{table_html(_costs(results))}</details>'
     _display(
         f'{note}<div class="scroll"><table class="provenance"><tbody>{body}</tbody></table></div>{each}',
-        "\n".join(
-            [warning, *(f"{name}: {'; '.join(map(str, sorted(values)))}" for name, values in rows)]
-        ),
+        "\n".join([warning, *(f"{name}: {'; '.join(map(str, sorted(values)))}" for name, values in rows)]),
     )
 
 
@@ -374,11 +362,7 @@ def _hours(seconds: float) -> str:
 
 def _data_text(data: Mapping[str, Any]) -> str:
     tokens, unit = data.get("train_tokens"), data.get("tokenizer", "tokens")
-    size = (
-        f"{tokens:,} training tokens ({unit}, vocabulary {data.get('vocab_size')})"
-        if tokens
-        else ""
-    )
+    size = f"{tokens:,} training tokens ({unit}, vocabulary {data.get('vocab_size')})" if tokens else ""
     if data.get("train_images"):
         shape = " x ".join(map(str, data["shape"]))
         size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"

@@ -97,9 +97,7 @@ def write_record(path: Path, result: Result) -> None:
     """Write the committed form of a run, its curve thinned to CURVE_POINTS, both ends kept."""
     curve, rows = result.curve.reindex(columns=COLUMNS), len(result.curve)
     if rows > CURVE_POINTS:
-        curve = curve.iloc[
-            [round(i * (rows - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
-        ]
+        curve = curve.iloc[[round(i * (rows - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]]
     columns = {name: [_rounded(x) for x in curve[name]] for name in COLUMNS}
     write_json(Path(path), {"summary": result.summary, "curve": columns}, indent=None)
 
@@ -108,13 +106,9 @@ def read_record(path: str | Path) -> Result:
     """The Result of a committed record."""
     record = read_json(Path(path))
     try:
-        return Result(
-            record["summary"], pd.DataFrame(record["curve"]).reindex(columns=COLUMNS).astype(float)
-        )
+        return Result(record["summary"], pd.DataFrame(record["curve"]).reindex(columns=COLUMNS).astype(float))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no record of a run ({error!r}): it must hold `summary` and `curve`"
-        ) from error
+        raise ValueError(f"{path} is no record of a run ({error!r}): it must hold `summary` and `curve`") from error
 
 
 def load_records(folder: str | Path) -> list[Result]:
@@ -136,9 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it, and the run is done again"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}): delete it, and the run is done again") from error
     return value
 
 
@@ -170,9 +162,7 @@ def arm_label(config: RunConfig | Mapping[str, Any], axes: Sequence[str] = ()) -
     capacity 1.25 for top-1 and hash routing and 1 for top-k. Keys in `axes` are left out: a figure
     has them on an axis.
     """
-    values = RunConfig().to_dict() | (
-        config.to_dict() if isinstance(config, RunConfig) else dict(config)
-    )
+    values = RunConfig().to_dict() | (config.to_dict() if isinstance(config, RunConfig) else dict(config))
     usual = {name: values[name] for name in axes if name in values}
     router, top_k = values["router"], values["top_k"]
     words: list[str] = []
@@ -191,9 +181,7 @@ def arm_label(config: RunConfig | Mapping[str, Any], axes: Sequence[str] = ()) -
         cap = None if "max_experts_per_token" in axes else values["max_experts_per_token"]
         words.append("EC" + cf if router == "expert_choice" else "Threshold" + cf)
         if router == "expert_choice" and cap is not None:
-            words = [f"EC-CAP{cap}"] + (
-                [] if cf in ("", "-CF2") else [f"c={values['capacity_factor']:g}"]
-            )
+            words = [f"EC-CAP{cap}"] + ([] if cf in ("", "-CF2") else [f"c={values['capacity_factor']:g}"])
             say("cap_solver", "feasible", values["cap_solver"])
         say("gate", "softmax", values["gate"])
         if router == "expert_choice":
@@ -221,11 +209,7 @@ def arm_label(config: RunConfig | Mapping[str, Any], axes: Sequence[str] = ()) -
         words.append("Task level")
         say("task_table", "learned", values["task_table"])
     else:
-        words.append(
-            {"dense": "Dense", "dense_moe": "Dense MoE", "linear_assignment": "BASE"}.get(
-                router, router
-            )
-        )
+        words.append({"dense": "Dense", "dense_moe": "Dense MoE", "linear_assignment": "BASE"}.get(router, router))
     if router != "dense":
         say("moe_init_scale", 1.0, f"init={values['moe_init_scale']:g}")
     return " ".join(words)
@@ -241,9 +225,7 @@ def arm_labels(results: Sequence[Result], axes: Sequence[str] = ()) -> list[str]
     labels = []
     for label, identity in zip(plain, identities, strict=True):
         alike = [other for other, name in zip(identities, plain, strict=True) if name == label]
-        differing = [
-            key for key in identity if any(other.get(key) != identity[key] for other in alike)
-        ]
+        differing = [key for key in identity if any(other.get(key) != identity[key] for other in alike)]
         labels.append(" ".join([label, *(f"{key}={identity[key]}" for key in differing)]))
     return labels
 
@@ -317,7 +299,12 @@ def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float
 def by_routing(runs: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
     """A row per arm, seed and routing ("as trained", "causally") with its `loss`, arms by their name in the study."""
     rows = [
-        {"arm": arm, "seed": result.summary["seed"], "routing": routing, "loss": result.summary.get(key) if result.ok else None}
+        {
+            "arm": arm,
+            "seed": result.summary["seed"],
+            "routing": routing,
+            "loss": result.summary.get(key) if result.ok else None,
+        }
         for arm, by_arm in runs.items()
         for result in by_arm
         for routing, key in (("as trained", "val_loss"), ("causally", "val_loss_causal"))

@@ -124,9 +124,7 @@ def interval(values: Iterable[float], unit: str = "", of: str = "seed") -> Effec
     return Effect(mean, low, high, len(x), unit, of)
 
 
-def paired_difference(
-    a: Mapping[int, float], b: Mapping[int, float], unit: str = "nats per token"
-) -> Effect:
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float], unit: str = "nats per token") -> Effect:
     """a - b over the seeds that both have; arms with the same seed saw the same batches."""
     return interval((a[seed] - b[seed] for seed in _shared(a, b)), unit)
 
@@ -173,7 +171,10 @@ def steps_ratio(
 
 
 def steps_ratio_along(
-    curves_a: Mapping[int, pd.DataFrame], curves_b: Mapping[int, pd.DataFrame], column: str = "val_loss", points: int = 12
+    curves_a: Mapping[int, pd.DataFrame],
+    curves_b: Mapping[int, pd.DataFrame],
+    column: str = "val_loss",
+    points: int = 12,
 ) -> pd.DataFrame:
     """Steps that a needs over steps that b needs, not at one loss but at all on the way down.
 
@@ -234,9 +235,7 @@ def verdict(
     if direction not in ("below", "above", "near"):
         raise ValueError(f"direction={direction!r}: must be below, above or near")
     if direction == "near" and (threshold is None or margin <= 0):
-        raise ValueError(
-            "direction='near' needs threshold, the claimed value, and a margin above 0"
-        )
+        raise ValueError("direction='near' needs threshold, the claimed value, and a margin above 0")
     rule = _rule(effect.neutral, threshold, margin, direction, "" if effect.ratio else effect.unit)
     if effect.of != "seed":
         rule = rule.replace("paired seeds", f"{effect.of}s").replace("one seed", f"one {effect.of}")
@@ -246,9 +245,7 @@ def verdict(
     return Verdict(_label(effect, threshold, margin, direction, scale), effect, rule, missed)
 
 
-def _label(
-    effect: Effect, threshold: float | None, margin: float, direction: str, scale: str
-) -> str:
+def _label(effect: Effect, threshold: float | None, margin: float, direction: str, scale: str) -> str:
     low, high, neutral = effect.low, effect.high, effect.neutral
     if scale == "smoke":
         return PLUMBING
@@ -316,9 +313,7 @@ def all_of(parts: Mapping[str, Verdict]) -> Verdict:
 
 
 def _shared(a: Mapping[int, object], b: Mapping[int, object]) -> list[int]:
-    return sorted(
-        seed for seed in a.keys() & b.keys() if a[seed] is not None and b[seed] is not None
-    )
+    return sorted(seed for seed in a.keys() & b.keys() if a[seed] is not None and b[seed] is not None)
 
 
 def _points(curve: pd.DataFrame, column: str, x: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,9 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.results import Result, not_run
 
 
-def configs(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
+def configs(
+    base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
+) -> dict[str, list[RunConfig]]:
     """Label of the arm -> its config for each seed; all are checked before anything runs.
 
     Args:
@@ -43,7 +45,9 @@ def with_seeds(
     for label in more_seeds:
         if label not in arms:
             raise ConfigError(f"more_seeds names arm {label!r}, but the arms are {', '.join(arms)}")
-    return {label: {**keys} | ({"seeds": more_seeds[label]} if label in more_seeds else {}) for label, keys in arms.items()}
+    return {
+        label: {**keys} | ({"seeds": more_seeds[label]} if label in more_seeds else {}) for label, keys in arms.items()
+    }
 
 
 def run_study(

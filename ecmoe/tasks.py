@@ -78,7 +78,9 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
     if name not in TASKS:
         known = [*TASKS, OWN]
         near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(f"task {name!r}: {f'did you mean {near[0]}?' if near else 'must be one of ' + ', '.join(known)}")
+        raise ConfigError(
+            f"task {name!r}: {f'did you mean {near[0]}?' if near else 'must be one of ' + ', '.join(known)}"
+        )
     task = TASKS[name]
     sets, splits = _read(name, task, folder)
     return tuple(_examples(name, task, sets[split], split) for split in splits)
@@ -109,17 +111,23 @@ def _read(name: str, task: Task, folder: str | Path | None) -> tuple[Any, tuple[
 def _examples(name: str, task: Task, rows: Any, split: str) -> Examples:
     missing = [column for column in (*task.columns, "label") if column not in rows.column_names]
     if missing:
-        raise ConfigError(f"task {name!r}: its {split} examples have no column {missing[0]!r}; they have {', '.join(rows.column_names)}")
+        raise ConfigError(
+            f"task {name!r}: its {split} examples have no column {missing[0]!r}; they have {', '.join(rows.column_names)}"
+        )
     labels = np.array(rows["label"], np.int64)
     wrong = labels[(labels < 0) | (labels >= task.classes)]
     if len(wrong):
-        raise ConfigError(f"task {name!r}: label {wrong[0]} among its {split} examples; must be 0 to {task.classes - 1}")
+        raise ConfigError(
+            f"task {name!r}: label {wrong[0]} among its {split} examples; must be 0 to {task.classes - 1}"
+        )
     return Examples(list(zip(*(rows[column] for column in task.columns), strict=True)), labels)
 
 
 @lru_cache
 def _lines() -> tuple[Examples, Examples]:
-    modules = [_code_and_prose(path.read_text(encoding="utf-8", errors="replace")) for path in source_files("stdlib").values()]
+    modules = [
+        _code_and_prose(path.read_text(encoding="utf-8", errors="replace")) for path in source_files("stdlib").values()
+    ]
     dice, held = np.random.default_rng(0), round(OWN_VALIDATION * len(modules))
     order = dice.permutation(len(modules))
     parts = []

@@ -141,7 +141,12 @@ def this_device() -> torch.device:
 
 def machine() -> dict[str, Any]:
     """What a time belongs to; and the clock, on a GPU."""
-    found = {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit()}
+    found = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+    }
     return found | ({"settled_s": SETTLE} if torch.cuda.is_available() else {})
 
 

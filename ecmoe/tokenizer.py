@@ -46,9 +46,7 @@ class BPE:
         self._fast = Fast.from_file(str(path))
         self.vocab_size = self._fast.get_vocab_size()
         # In the byte-level alphabet, a character of a token stands for a byte.
-        self.byte_lengths = np.array(
-            [len(self._fast.id_to_token(i)) for i in range(self.vocab_size)]
-        )
+        self.byte_lengths = np.array([len(self._fast.id_to_token(i)) for i in range(self.vocab_size)])
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(e.ids, np.uint32) for e in self._fast.encode_batch_fast(texts)]

@@ -50,11 +50,7 @@ def folder(config: Any, cache: Path | None = None) -> Path:
     keys = _keys(config)
     digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:12]
     slug = re.sub(r"[^\w.-]+", "-", Path(keys["data"]).name).strip("-")[:40]
-    return (
-        (cache or paths.cache())
-        / "tokens"
-        / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
-    )
+    return (cache or paths.cache()) / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
 
 
 def load(config: Any, cache: Path | None = None, progress: bool = True) -> Tokens:
@@ -97,13 +93,8 @@ def _keys(config: Any) -> dict[str, Any]:
 
 def _open(place: Path) -> Tokens:
     meta = _meta(place)
-    train, val = (
-        np.memmap(place / f"{split}.bin", np.dtype(meta["dtype"]), "r")
-        for split in ("train", "val")
-    )
-    return Tokens(
-        train, val, BPE(place / "tokenizer.json") if meta["tokenizer"] == "bpe" else Bytes(), meta
-    )
+    train, val = (np.memmap(place / f"{split}.bin", np.dtype(meta["dtype"]), "r") for split in ("train", "val"))
+    return Tokens(train, val, BPE(place / "tokenizer.json") if meta["tokenizer"] == "bpe" else Bytes(), meta)
 
 
 def _meta(place: Path) -> dict[str, Any] | None:
@@ -167,9 +158,7 @@ def _hash(path: Path) -> str:
 def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     try:
         files = source_files(config.data)
-        corpus = open_corpus(
-            config.data, config.streaming or config.max_bytes > 0
-        )  # a part: not the whole download
+        corpus = open_corpus(config.data, config.streaming or config.max_bytes > 0)  # a part: not the whole download
     except ConfigError as error:
         if trouble == "not tokenised yet":
             raise
@@ -186,17 +175,12 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     work.mkdir()
     try:
         meta = _tokenise(config, corpus, work, _bar(config.data, progress))
-        files_meta = {
-            p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())
-        }
+        files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
         for name in files_meta:
             os.replace(work / name, place / name)
         _write_meta(
             place,
-            _keys(config)
-            | meta
-            | source
-            | {"digest": _check(files_meta)[:16], "files": files_meta},
+            _keys(config) | meta | source | {"digest": _check(files_meta)[:16], "files": files_meta},
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -216,20 +200,14 @@ def _bar(data: str, progress: bool) -> Callable[[str, int | None], Any]:
     )
 
 
-def _tokenise(
-    config: Any, corpus: Corpus, work: Path, bar: Callable[[str, int | None], Any]
-) -> dict[str, Any]:
+def _tokenise(config: Any, corpus: Corpus, work: Path, bar: Callable[[str, int | None], Any]) -> dict[str, Any]:
     """Read the source once into a spool file, split it, train BPE on the training side, encode."""
     spool = work / "spool"
     own = corpus.validation is not None
     with spool.open("w+b") as file:
         with bar("reading", config.max_bytes or None) as shown:
             lengths, hashes = _spool(corpus.train, file, config.max_bytes, shown.update)
-            is_val, rule = (
-                (np.zeros(len(lengths), bool), "the source's own")
-                if own
-                else split(hashes, lengths)
-            )
+            is_val, rule = (np.zeros(len(lengths), bool), "the source's own") if own else split(hashes, lengths)
             if own:
                 limit = -(-config.max_bytes // 20)  # as large a share as ours
                 more, _ = _spool(corpus.validation, file, limit, shown.update)
@@ -242,9 +220,7 @@ def _tokenise(
             train_bytes = int(lengths[~is_val].sum())
             every = np.flatnonzero(~is_val)[:: max(1, -(-train_bytes // BPE_BYTES))]
             with bar("learning BPE from", int(lengths[every].sum())) as shown:
-                texts = (
-                    text.removesuffix(END) for text in _despool(file, lengths, every, shown.update)
-                )
+                texts = (text.removesuffix(END) for text in _despool(file, lengths, every, shown.update))
                 train_bpe(texts, config.vocab_size, work / "tokenizer.json")
             tokenizer: Tokenizer = BPE(work / "tokenizer.json")
         else:
@@ -258,9 +234,7 @@ def _tokenise(
                 ("val", np.flatnonzero(is_val)),
             ):
                 with (work / f"{name}.bin").open("wb") as out:
-                    count = _encode(
-                        _despool(file, lengths, chosen, shown.update), tokenizer, dtype, out
-                    )
+                    count = _encode(_despool(file, lengths, chosen, shown.update), tokenizer, dtype, out)
                 meta |= {
                     f"{name}_tokens": count,
                     f"{name}_bytes": int(lengths[chosen].sum()),
@@ -283,9 +257,7 @@ def _spool(
             file.write(data + END.encode())
             lengths.append(len(data) + 1)
             hashes.append(
-                int.from_bytes(
-                    hashlib.blake2b(unit.encode(errors="replace"), digest_size=8).digest(), "little"
-                )
+                int.from_bytes(hashlib.blake2b(unit.encode(errors="replace"), digest_size=8).digest(), "little")
             )
             shown(len(data))
         left -= len(data)
@@ -294,9 +266,7 @@ def _spool(
     return np.array(lengths, np.int64), np.array(hashes, np.uint64)
 
 
-def split(
-    hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION
-) -> tuple[np.ndarray, str]:
+def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) -> tuple[np.ndarray, str]:
     """(documents,) bool, which are validation, and the rule in words. A unit (same hash) is never split.
 
     Units in the order of their hash fill `share` of the bytes; a corpus whose every unit is larger (a single book)
@@ -318,9 +288,7 @@ def split(
     return np.arange(len(lengths)) >= first, f"the last {share:.0%} of the text"
 
 
-def _despool(
-    file: Any, lengths: np.ndarray, chosen: np.ndarray, shown: Callable[[int], Any]
-) -> Iterator[str]:
+def _despool(file: Any, lengths: np.ndarray, chosen: np.ndarray, shown: Callable[[int], Any]) -> Iterator[str]:
     starts = np.cumsum(lengths) - lengths
     for i in chosen:
         file.seek(int(starts[i]))

@@ -42,9 +42,7 @@ from ecmoe.results import (
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 
 
-def run_or_load(
-    config: RunConfig, *, records: Path | None = None, train: bool = True, progress: bool = True
-) -> Result:
+def run_or_load(config: RunConfig, *, records: Path | None = None, train: bool = True, progress: bool = True) -> Result:
     """The result of a run: from `records`, from `runs/`, or by training it now.
 
     Args:
@@ -375,7 +373,9 @@ def main(arguments: list[str]) -> None:
     if result is None:
         result = _train(config, folder, True) if unlocked else _train_once(config, folder, True)
     if os.environ.get("RANK", "0") == "0":
-        print(pd.Series(result.summary)[["name", "status", "val_loss", "accuracy", "bits_per_byte", "tokens_per_second"]])
+        print(
+            pd.Series(result.summary)[["name", "status", "val_loss", "accuracy", "bits_per_byte", "tokens_per_second"]]
+        )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def test_buckets_are_t5s():
     # 32 buckets to distance 128: exact to 15, logarithmic from 16, the last from 113 on.
     assert bucket(torch.arange(16), 32, 128).tolist() == list(range(16))
     far = bucket(torch.tensor([16, 18, 19, 112, 113, 128, 5000]), 32, 128).tolist()
-    assert far == [16 + int(16 * math.log(d / 16) / math.log(8)) if d < 128 else 31 for d in (16, 18, 19, 112, 113, 128, 5000)]
+    assert far == [
+        16 + int(16 * math.log(d / 16) / math.log(8)) if d < 128 else 31 for d in (16, 18, 19, 112, 113, 128, 5000)
+    ]
     assert far == sorted(far) and far[-1] == 31
 
 
@@ -178,7 +180,11 @@ def test_fast_attention_is_the_plain_one(kernels, anywhere, monkeypatch, compile
         layer.relative.weight.normal_()
     x = torch.randn(2, 256, 32, device=DEVICE, dtype=DTYPE, requires_grad=True)
     wanted, gradient = [x, *layer.parameters()], torch.randn(2, 256, 32, device=DEVICE, dtype=DTYPE)
-    run = torch.compile(layer, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor") if compiled else layer
+    run = (
+        torch.compile(layer, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+        if compiled
+        else layer
+    )
     fast = run(x)
     fast = fast, *torch.autograd.grad(fast, wanted, gradient)
     monkeypatch.setattr(attention, "fits", lambda qkv: False)

@@ -99,7 +99,9 @@ def test_a_pass_cut_otherwise_computes_the_same_and_leaves_the_constant_as_it_wa
     from ecmoe import kernels
     from ecmoe.kernels import selection
 
-    scores = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0)).to("cuda" if torch.cuda.is_available() else "cpu")
+    scores = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0)).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     before = dict(selection.CHUNK)
     for cut in [{}, {"BLOCK": 512, "num_warps": 2}]:
         places = _otherwise(lambda: kernels.select(scores, 300), "ecmoe.kernels.selection", "CHUNK", cut)
@@ -147,7 +149,16 @@ def test_one_hot_row_computes_what_the_layer_computes(router):
 
 # The training step
 
-STEP = {"n": 32, "d_model": 8, "d_ff": 16, "num_experts": 4, "layers": 2, "heads": 2, "sequence_length": 8, "vocab_size": 257}
+STEP = {
+    "n": 32,
+    "d_model": 8,
+    "d_ff": 16,
+    "num_experts": 4,
+    "layers": 2,
+    "heads": 2,
+    "sequence_length": 8,
+    "vocab_size": 257,
+}
 CPU = torch.device("cpu")
 
 
@@ -200,8 +211,14 @@ def test_even_routing_is_even_and_own_is_not():
 
 
 def test_the_command_times_a_step(tmp_path):
-    sizes = [f for key, value in STEP.items() for f in ("--tokens" if key == "n" else f"--{key.replace('_', '-')}", str(value))]
-    shown = CliRunner().invoke(app, ["bench", "--step", *sizes, "--repeats", "2", "--json", str(tmp_path / "step.json")])
+    sizes = [
+        f
+        for key, value in STEP.items()
+        for f in ("--tokens" if key == "n" else f"--{key.replace('_', '-')}", str(value))
+    ]
+    shown = CliRunner().invoke(
+        app, ["bench", "--step", *sizes, "--repeats", "2", "--json", str(tmp_path / "step.json")]
+    )
     assert shown.exit_code == 0, shown.output
     kept = json.loads((tmp_path / "step.json").read_text(), parse_constant=pytest.fail)
     assert {row["arm"] for row in kept["rows"]} == set(ARMS) and "GShard top-2" in shown.stdout
@@ -231,13 +248,24 @@ def fake():
 
 @pytest.mark.parametrize(("free", "fits"), [(70, True), (69, False)])
 def test_a_graph_is_captured_where_its_memory_has_room_beside_the_steps(monkeypatch, free, fits):
-    for name, value in (("empty_cache", None), ("max_memory_allocated", 58e9), ("memory_allocated", 23e9), ("mem_get_info", (free * 1e9, 80e9))):
+    for name, value in (
+        ("empty_cache", None),
+        ("max_memory_allocated", 58e9),
+        ("memory_allocated", 23e9),
+        ("mem_get_info", (free * 1e9, 80e9)),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    with contextlib.nullcontext() if fits else pytest.raises(torch.OutOfMemoryError, match="35 GB of a step.* 69 GB are free"):
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(torch.OutOfMemoryError, match="35 GB of a step.* 69 GB are free")
+    ):
         bench_step_module.check_room()
 
 
 def test_measuring_needs_no_jupyter():
     """The machine that measures has torch, and neither notebooks nor what makes pages."""
     code = "import sys, ecmoe.cli, ecmoe.speed, ecmoe.missing, ecmoe.side_by_side; print([m for m in ('IPython', 'papermill', 'nbformat', 'jupyter_client', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -30,7 +30,9 @@ def test_grouped_is_token_choice_with_nothing_dropped(top_k, gate):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("how", [lambda grouped: grouped, lambda grouped: torch.compile(grouped, backend="aot_eager", fullgraph=True)])
+@pytest.mark.parametrize(
+    "how", [lambda grouped: grouped, lambda grouped: torch.compile(grouped, backend="aot_eager", fullgraph=True)]
+)
 def test_grouped_by_torchs_product_in_one_graph(how):
     moe, x = layer(dtype=torch.bfloat16)
     for ours, theirs in zip(with_gradients(how(Grouped(moe)), x), with_gradients(moe, x), strict=True):
@@ -80,7 +82,10 @@ def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch):
     kinds = {"There": ("json", Grouped), "Broken": ("json", lambda layer: 1 / 0), "Gone": ("no_such_module", Grouped)}
     monkeypatch.setattr(bench_baselines, "PEERS", kinds)
     found, absent = peers(moe)
-    assert list(found) == ["There"] and absent == ["Broken (ZeroDivisionError: division by zero)", "Gone (not installed)"]
+    assert list(found) == ["There"] and absent == [
+        "Broken (ZeroDivisionError: division by zero)",
+        "Gone (not installed)",
+    ]
 
 
 def test_scattermoe_gets_the_same_experts(monkeypatch):

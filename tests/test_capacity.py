@@ -105,7 +105,9 @@ def test_differences_are_paired_by_seed():
     frame.loc[(frame["arm"] == "b") & (frame["seed"] == 2) & (frame["capacity"] == 0.1), "accuracy"] -= 0.03
     table = capacity.differences({"one": frame, "few": swept({"a": 0.5, "b": math.nan}, seeds=(0,))}, [("a", "b")])
     assert table["difference"].tolist() == ["a \N{MINUS SIGN} b"] * 2
-    assert table["c = 0.1"][0] == "+11.0 (+6.7 to +15.3)" and pd.isna(table["c = 0.1"][1])  # 10, 10, 13: 11 +- 4.303 sqrt(3) / sqrt(3)
+    assert table["c = 0.1"][0] == "+11.0 (+6.7 to +15.3)" and pd.isna(
+        table["c = 0.1"][1]
+    )  # 10, 10, 13: 11 +- 4.303 sqrt(3) / sqrt(3)
     assert table["c = 2"][0] == "+10.0 (+10.0 to +10.0)"
     assert capacity.differences({"one": swept({"a": 0.5, "b": 0.4}, (0,))}, [("b", "a")])["c = 2"].item() == "-10.0"
 

@@ -37,7 +37,9 @@ def uniform(target):
 
 def test_random_features_hold_nothing_and_are_not_clipped(targets):
     _, target = targets
-    bits = [information(uniform(target), {"x": torch.rand(N, T, 3, generator=generator(s))}, target)["x"] for s in range(6)]
+    bits = [
+        information(uniform(target), {"x": torch.rand(N, T, 3, generator=generator(s))}, target)["x"] for s in range(6)
+    ]
     assert all(abs(b) < 0.01 for b in bits) and min(bits) < 0
 
 
@@ -79,7 +81,9 @@ def test_classes_and_tables_count_the_training_text():
     unigram, bigram = causality.class_tables(Data, class_of)
     assert unigram.exp().tolist() == pytest.approx([2.5 / 5.5, 2.5 / 5.5, 0.5 / 5.5])
     a = causality.SMOOTHING
-    assert bigram[1].exp().tolist() == pytest.approx([a * 2.5 / 5.5 / (2 + a), (2 + a * 2.5 / 5.5) / (2 + a), a * 0.5 / 5.5 / (2 + a)])
+    assert bigram[1].exp().tolist() == pytest.approx(
+        [a * 2.5 / 5.5 / (2 + a), (2 + a * 2.5 / 5.5) / (2 + a), a * 0.5 / 5.5 / (2 + a)]
+    )
 
 
 def test_features_say_what_an_expert_has_left():
@@ -166,7 +170,9 @@ def test_measurements_of_a_run(tiny_config):
     assert told["arm"].tolist() == ["sequence"] * 6 + ["none"] and told["bits"].notna().tolist() == [True] * 6 + [False]
     assert told.groupby("given")["routing"].apply(list).tolist() == [["as trained", "causally"]] * 3
 
-    losses = {r["way"]: r["loss"] for r in causality.losses_by_routing(model, config, pools=[2, "sequence", "batch"])["rows"]}
+    losses = {
+        r["way"]: r["loss"] for r in causality.losses_by_routing(model, config, pools=[2, "sequence", "batch"])["rows"]
+    }
     summary, (_, windows) = runs["sequence"][0].summary, held_out(config, 2)
     assert causality.loss(model, windows, 8) == pytest.approx(summary["val_loss"], rel=1e-5)
     with causal_routing(model):
@@ -202,13 +208,23 @@ def test_figures_have_both_routings_their_difference_and_their_gaps():
 
 
 def test_figure_of_serving_compares_seed_by_seed():
-    ways = [("as trained", 32.0, 2.0), ("causally", None, 2.1), ("8", 8.0, 2.5), ("sequence", 16.0, 2.2), ("global top-k", 16.0, 2.3)]
-    frame = pd.DataFrame([(s, way, n, loss + s) for s in (0, 1) for way, n, loss in ways], columns=["seed", "way", "pool_tokens", "loss"])
+    ways = [
+        ("as trained", 32.0, 2.0),
+        ("causally", None, 2.1),
+        ("8", 8.0, 2.5),
+        ("sequence", 16.0, 2.2),
+        ("global top-k", 16.0, 2.3),
+    ]
+    frame = pd.DataFrame(
+        [(s, way, n, loss + s) for s in (0, 1) for way, n, loss in ways], columns=["seed", "way", "pool_tokens", "loss"]
+    )
     plot = plots.serving_cost(frame, 16)
     plot.figure.canvas.draw()
     assert "pools of 8 tokens 0.500" in plot.alt and "cut-offs 0.100" in plot.alt and "nothing" not in plot.alt
     of = plot.data.set_index("way")
-    assert of["mean"]["as trained"] == 0 and of["high"]["8"] - of["low"]["8"] == pytest.approx(0)  # seeds a whole nat apart
+    assert of["mean"]["as trained"] == 0 and of["high"]["8"] - of["low"]["8"] == pytest.approx(
+        0
+    )  # seeds a whole nat apart
     empty = plots.serving_cost(pd.DataFrame([(0, None, None, None)], columns=frame.columns), 16)
     empty.figure.canvas.draw()
     assert "nothing was run" in empty.alt

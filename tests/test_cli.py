@@ -110,12 +110,19 @@ def test_missing_runs_train_side_by_side_and_one_that_fails_stops_no_other(tiny_
     shown = call("runs", "--train", "--jobs", 2)
     lines = shown.stdout.splitlines()
     assert shown.exit_code == 1 and len(lines) == 4 and lines[-1] == "1 failed"
-    said = {config.name: line.split(f"{config.name}  ")[1] for config in (first, lost, last) for line in lines if config.name in line}
+    said = {
+        config.name: line.split(f"{config.name}  ")[1]
+        for config in (first, lost, last)
+        for line in lines
+        if config.name in line
+    }
     assert said[first.name] == said[last.name] == "finished"
     assert said[lost.name].startswith("failed: ") and "absent/text.txt" in said[lost.name]
     kept = [read_record(paths.records("gpu") / f"{config.name}.json").summary for config in (first, last)]
     assert [summary["sharing"] for summary in kept] == [2, 2] and all(summary["seconds"] > 0 for summary in kept)
-    assert all(summary["tokens_per_second"] is None and summary["mfu"] is None for summary in kept)  # beside another: nobody's
+    assert all(
+        summary["tokens_per_second"] is None and summary["mfu"] is None for summary in kept
+    )  # beside another: nobody's
     assert [one.config for one in missing("gpu")] == [lost]
     over = call("runs", "--train", "--jobs", 2, "--within", -1)
     assert over.exit_code == 0 and over.stdout.splitlines() == ["-1 minutes are over", "0 failed"]

@@ -156,7 +156,9 @@ def test_rivals_are_as_large_as_expert_gate():
 def test_as_large_takes_the_nearest_width():
     sizes = {f: count(dense_ffn(8, f)) for f in range(1, 40)}
     for wanted in (20, 100, 333):
-        assert count(as_large(lambda f: dense_ffn(8, f), wanted)) == min(sizes.values(), key=lambda size: abs(size - wanted))
+        assert count(as_large(lambda f: dense_ffn(8, f), wanted)) == min(
+            sizes.values(), key=lambda size: abs(size - wanted)
+        )
 
 
 def test_a_masked_image_changes_nothing():
@@ -173,7 +175,9 @@ def test_tasks_are_disjoint_and_hold_every_image():
     data = images.load("digits")
     tasks = split(data, Settings(tasks=5))
     assert [task.classes.tolist() for task in tasks] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    assert sum(len(task.x) for task in tasks) == len(data.train_x) and sum(len(task.val_x) for task in tasks) == len(data.val_x)
+    assert sum(len(task.x) for task in tasks) == len(data.train_x) and sum(len(task.val_x) for task in tasks) == len(
+        data.val_x
+    )
     for task in tasks:
         assert set(task.y.tolist()) == set(task.val_y.tolist()) == set(task.classes.tolist())
         assert 0 < task.held.sum() <= len(task.x) / 10 + 1
@@ -219,7 +223,10 @@ def test_what_training_moves(study):
     assert all(value in (0, None) for row in moved for value in row) and sum(v == 0 for row in moved for v in row) == 10
     for row in study["one EC network"][0].summary["moved"]:
         assert min(row) > 0.01  # every expert works on every task
-    for row in np.array(study["one EC network"][0].summary["expert_shares"]), np.array(study["Expert Gate"][0].summary["confusion"]):
+    for row in (
+        np.array(study["one EC network"][0].summary["expert_shares"]),
+        np.array(study["Expert Gate"][0].summary["confusion"]),
+    ):
         np.testing.assert_allclose(row.sum(1), 1, rtol=1e-5)
 
 
@@ -336,8 +343,15 @@ def test_figures_show_what_was_measured(study):
     gate, ec = study["Expert Gate"], study["one EC network"]
     tasks = gate[0].summary["task_names"]
     confusion, related = (continual.mean_matrix(gate, name) for name in ("confusion", "relatedness"))
-    assert f"{100 * gate[0].summary['gate_right']:.1f}% of a task's images" in drawn(plots.gate_choices(confusion, related, tasks)).alt
-    matrices = continual.mean_matrix(gate, "moved"), continual.mean_matrix(ec, "moved"), continual.mean_matrix(ec, "expert_shares")
+    assert (
+        f"{100 * gate[0].summary['gate_right']:.1f}% of a task's images"
+        in drawn(plots.gate_choices(confusion, related, tasks)).alt
+    )
+    matrices = (
+        continual.mean_matrix(gate, "moved"),
+        continual.mean_matrix(ec, "moved"),
+        continual.mean_matrix(ec, "expert_shares"),
+    )
     assert "that were there by 0%." in drawn(plots.overwritten(*matrices, tasks)).alt
 
 
@@ -360,7 +374,9 @@ def test_tables(study):
     means = continual.by_approach(shown).set_index("approach")
     assert means.loc["oracle gate", "forgetting"] == 0 and math.isnan(means.loc["oracle gate", "gate_right"])
     rows = continual.compare(shown, "gpu")
-    assert rows["answer"].tolist() == ["undecided"] * len(rows) and rows["difference"][0] > 50  # one seed has no interval
+    assert (
+        rows["answer"].tolist() == ["undecided"] * len(rows) and rows["difference"][0] > 50
+    )  # one seed has no interval
     assert set(continual.compare(shown, "smoke")["answer"]) == {"plumbing only"}
     assert continual.origins(study["Expert Gate"])["how"][0] == "scratch"
 

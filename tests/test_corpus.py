@@ -16,9 +16,7 @@ def test_standard_library_is_over_ten_megabytes_without_its_tests():
     files = source_files("stdlib")
     assert sum(path.stat().st_size for path in files.values()) > 10e6
     assert list(files) == sorted(files) and "json/decoder.py" in files
-    assert not any(
-        set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in files
-    )
+    assert not any(set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in files)
     library = open_corpus("stdlib")
     assert "PSF" in library.licence and "Python Software Foundation" in library.attribution
     assert sys.version.split()[0] in library.name
@@ -93,11 +91,7 @@ def test_unknown_source(data, remedy, tmp_path):
     data = data.format(folder=tmp_path)
     with pytest.raises(ConfigError) as error:
         open_corpus(data)
-    assert (
-        remedy in str(error.value)
-        and repr(data) in str(error.value)
-        and "data=" in str(error.value)
-    )
+    assert remedy in str(error.value) and repr(data) in str(error.value) and "data=" in str(error.value)
 
 
 def test_broken_files(tmp_path):
@@ -138,20 +132,14 @@ class FakeHub:
             found = datasets.Dataset.from_dict({"text": texts})
             found.info.license, found.info.citation = "mit", "@misc{x,\n  title={X}}"
             sets[name] = found.to_iterable_dataset() if options["streaming"] else found
-        return (
-            datasets.IterableDatasetDict(sets)
-            if options["streaming"]
-            else datasets.DatasetDict(sets)
-        )
+        return datasets.IterableDatasetDict(sets) if options["streaming"] else datasets.DatasetDict(sets)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_c4(monkeypatch, streaming):
     hub = FakeHub(monkeypatch, train=["one", "", "two"], validation=["three"])
     found = open_corpus("c4", streaming)
-    assert [t for _, t in found.train] == ["one", "two"] and [t for _, t in found.validation] == [
-        "three"
-    ]
+    assert [t for _, t in found.train] == ["one", "two"] and [t for _, t in found.validation] == ["three"]
     assert hub.asked == [(("allenai/c4", "en"), {"streaming": streaming})]
     assert "ODC-BY" in found.licence and "Raffel" in found.attribution
 

@@ -10,7 +10,9 @@ from ecmoe.results import Result, not_run, write_record
 def test_every_row_of_table_1_is_counted():
     sizes = cost.table_1().set_index("model")
     assert list(sizes.index) == list(TABLE_1)
-    assert sizes.loc["0.1B", "total_ratio"] == pytest.approx(0.87, abs=0.01)  # 13% off, the paper doesn't say what it counts
+    assert sizes.loc["0.1B", "total_ratio"] == pytest.approx(
+        0.87, abs=0.01
+    )  # 13% off, the paper doesn't say what it counts
     assert sizes.loc["0.1B/16E", "total_ratio"] == pytest.approx(0.96, abs=0.01)
     assert sizes.loc["0.1B/64E", "active_ratio"] == pytest.approx(0.88, abs=0.01)
 
@@ -38,5 +40,9 @@ def test_a_study_is_costed_arm_by_arm(tiny_config):
 
 
 def test_a_study_stands_beside_the_papers_models():
-    said = cost.beside_paper({"layers": 8, "d_model": 512, "num_experts": 32, "steps": 800, "batch_size": 128, "sequence_length": 512})
-    assert said.startswith("8 layers of width 512, 32 experts, 52.4 million tokens a run, AdamW; the paper: 12 to 32 layers of width 768 to 4096, 16 to 128 experts")
+    said = cost.beside_paper(
+        {"layers": 8, "d_model": 512, "num_experts": 32, "steps": 800, "batch_size": 128, "sequence_length": 512}
+    )
+    assert said.startswith(
+        "8 layers of width 512, 32 experts, 52.4 million tokens a run, AdamW; the paper: 12 to 32 layers of width 768 to 4096, 16 to 128 experts"
+    )

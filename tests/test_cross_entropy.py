@@ -43,7 +43,9 @@ def test_loss_and_gradients_are_those_of_whole_logits(chunks, dtype):
     assert distance(loss, expected) < tolerance
     outside = 3 * torch.ones_like(loss)  # a factor on the loss
     for ours, theirs in zip(
-        torch.autograd.grad(loss, [x, weight], outside), torch.autograd.grad(expected, [x, weight], outside), strict=True
+        torch.autograd.grad(loss, [x, weight], outside),
+        torch.autograd.grad(expected, [x, weight], outside),
+        strict=True,
     ):
         assert ours.dtype == dtype
         assert distance(ours, theirs) < tolerance
@@ -89,7 +91,9 @@ def test_under_autocast_products_are_bf16_and_the_rest_is_float32():
 
 def test_it_compiles_whole(chunks):
     x, weight, targets = problem()
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    compiled = torch.compile(
+        linear_cross_entropy, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor"
+    )
     for a, b in zip(
         torch.autograd.grad(compiled(x, weight, targets), [x, weight]),
         torch.autograd.grad(linear_cross_entropy(x, weight, targets), [x, weight]),
@@ -124,13 +128,17 @@ def test_the_kernel_is_the_plain_pass(V, dtype):
 
 
 def test_the_model_gives_the_loss_of_its_logits():
-    model = build_model(RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4))
+    model = build_model(
+        RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
+    )
     tokens = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     loss = model(ids, targets=targets)
     expected = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, expected)
     for a, b in zip(
-        torch.autograd.grad(loss, list(model.parameters())), torch.autograd.grad(expected, list(model.parameters())), strict=True
+        torch.autograd.grad(loss, list(model.parameters())),
+        torch.autograd.grad(expected, list(model.parameters())),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)

@@ -24,13 +24,7 @@ def test_an_epoch_repeats_no_window_over_all_ranks(batch_size, world, seed):
     steps = ranks[0].steps_per_epoch
     assert steps == 101 // (batch_size * world)
     for epoch in (0, 1):
-        seen = torch.cat(
-            [
-                b
-                for rank in ranks
-                for b in take(rank, 2 * steps)[epoch * steps : (epoch + 1) * steps]
-            ]
-        )
+        seen = torch.cat([b for rank in ranks for b in take(rank, 2 * steps)[epoch * steps : (epoch + 1) * steps]])
         assert len(seen) == len(seen.unique()) == steps * batch_size * world
 
 
@@ -95,13 +89,8 @@ def test_validation_is_fixed_spread_out_and_not_trained_on(text):
     assert all(torch.equal(a, b) for a, b in zip(batches, other.val_dataloader(), strict=True))
     val = tokens.load(text.config).val
     rows = torch.cat(batches)
-    starts = [
-        next(i for i in range(0, len(val), 33) if (val[i : i + 33] == row.numpy()).all())
-        for row in rows
-    ]
-    assert (
-        starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] > 0.95 * len(val) - 33
-    )  # no overlap
+    starts = [next(i for i in range(0, len(val), 33) if (val[i : i + 33] == row.numpy()).all()) for row in rows]
+    assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] > 0.95 * len(val) - 33  # no overlap
 
 
 def test_validation_over_ranks_is_the_validation_of_one(text, monkeypatch):
@@ -121,28 +110,19 @@ def test_counts_digest_and_provenance(text):
     train = tokens.load(text.config).train
     assert text.token_counts.dtype == np.int64 and text.token_counts.shape == (256,)
     assert (text.token_counts == np.bincount(train, minlength=256)).all()
-    assert (
-        text.bytes_per_token == 1.0
-        and text.digest == data_digest(text.config) == text.provenance["digest"]
-    )
+    assert text.bytes_per_token == 1.0 and text.digest == data_digest(text.config) == text.provenance["digest"]
     said = text.provenance
     assert "PSF" in said["licence"] and said["attribution"] and said["vocab_size"] == 256
-    assert said["train_tokens"] == len(train) and all(
-        said[key] is not None for key in data._PROVENANCE
-    )
+    assert said["train_tokens"] == len(train) and all(said[key] is not None for key in data._PROVENANCE)
 
 
 def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():
-    config = RunConfig(
-        max_bytes=400_000, tokenizer="bpe", vocab_size=400, sequence_length=32, batch_size=4
-    )
+    config = RunConfig(max_bytes=400_000, tokenizer="bpe", vocab_size=400, sequence_length=32, batch_size=4)
     found = TextData(config)
     found.setup()
     targets = torch.cat(list(found.val_dataloader()))[:, 1:]
     size = sum(len(found.decode(row).encode()) for row in targets)
-    assert found.bytes_per_token == pytest.approx(
-        size / targets.numel(), rel=0.01
-    )  # a window may cut a character
+    assert found.bytes_per_token == pytest.approx(size / targets.numel(), rel=0.01)  # a window may cut a character
     assert found.bytes_per_token > 1.3
 
 

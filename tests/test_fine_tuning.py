@@ -24,7 +24,10 @@ def shouting(tmp_path):
     (tmp_path / "cola").mkdir()
     for split, count in (("train", 160), ("validation", 43)):
         labels = dice.integers(0, 2, count).tolist()
-        rows = [{"sentence": "".join(dice.choice(list("abc "), dice.integers(3, 12))) + ".!"[label], "label": label} for label in labels]
+        rows = [
+            {"sentence": "".join(dice.choice(list("abc "), dice.integers(3, 12))) + ".!"[label], "label": label}
+            for label in labels
+        ]
         (tmp_path / "cola" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -43,7 +46,9 @@ def test_learns_an_easy_task_and_leaves_the_run_as_it_was(tiny_config, shouting,
 
 
 def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
-    config = tiny_config(router="hash", capacity_factor=None, precision="32-true")  # whom tokens meet there is no matter
+    config = tiny_config(
+        router="hash", capacity_factor=None, precision="32-true"
+    )  # whom tokens meet there is no matter
     tuned = LitFineTuning(build_model(config), config, 3, 1e-3, 10).eval()
     torch.nn.init.normal_(tuned.head.weight)
     tokens, lengths = torch.randint(1, 200, (5, 12)), torch.tensor([12, 7, 3, 9, 1])
@@ -77,7 +82,11 @@ def test_epochs_take_every_example_once_in_another_order():
 
 def test_a_setting_is_part_of_the_name_but_not_the_place_of_files():
     name = fine_tuning.measurement("rte", {"steps": 10, "folder": "a"})
-    assert name == fine_tuning.measurement("rte", {"folder": "b", "steps": 10}) != fine_tuning.measurement("rte", {"steps": 11})
+    assert (
+        name
+        == fine_tuning.measurement("rte", {"folder": "b", "steps": 10})
+        != fine_tuning.measurement("rte", {"steps": 11})
+    )
     assert name.startswith("fine-tuned-rte-")
 
 

@@ -75,7 +75,9 @@ def test_training_mode_and_routing_come_back():
     assert model.training and not model.moe_layers[0].router.causal
 
 
-@pytest.mark.parametrize("bad", [{"prompt": torch.zeros(1, 0, dtype=torch.long)}, {"temperature": -1.0}, {"top_k": 0}, {"tokens": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"prompt": torch.zeros(1, 0, dtype=torch.long)}, {"temperature": -1.0}, {"top_k": 0}, {"tokens": -1}]
+)
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match="|".join(bad)):
         generate(**({"model": warm(), "prompt": ids(1, 2), "tokens": 1} | bad))

@@ -70,7 +70,9 @@ def test_a_graph_trains_like_kernel_by_kernel(tiny_config, tmp_path, monkeypatch
         config = tiny_config(**keys, seed=3, compile=compiled, cuda_graph=cuda_graph, precision="bf16-mixed")
         curves.append(run_or_load(config, progress=False).curve)
     for column in ("train_loss", "val_loss", "val_loss_causal", "aux_loss", "share_0", "share_1"):
-        torch.testing.assert_close(*(torch.tensor(curve[column].to_numpy()) for curve in curves), rtol=2e-3, atol=2e-3, equal_nan=True)
+        torch.testing.assert_close(
+            *(torch.tensor(curve[column].to_numpy()) for curve in curves), rtol=2e-3, atol=2e-3, equal_nan=True
+        )
 
 
 @ON_GPU
@@ -78,7 +80,11 @@ def test_steps_of_a_studys_arms_are_timed_as_the_graphs_that_runs_take(tiny_conf
     captured, capture = [], graph.captured
     monkeypatch.setattr(graph, "captured", lambda *args: captured.append(args) or capture(*args))
     keys = {"cuda_graph": True, "sequence_length": 128}
-    arms = {"EC": tiny_config(**keys), "Dense": tiny_config(router="dense", **keys), "Eager": tiny_config(router="dense", sequence_length=128)}
+    arms = {
+        "EC": tiny_config(**keys),
+        "Dense": tiny_config(router="dense", **keys),
+        "Eager": tiny_config(router="dense", sequence_length=128),
+    }
     table = bench_study(arms, repeats=3)
     assert table["arm"].tolist() == list(arms) and (table["ms"] > 0).all() and table.attrs["absent"] == []
     assert len(captured) == 2

@@ -79,7 +79,9 @@ def test_packed_jpegs(tmp_path):
 
 
 def test_digest_tells_other_images_apart(tmp_path):
-    digests = [images.load(folder_of(tmp_path / name, n)).provenance["digest"] for name, n in (("a", 5), ("b", 5), ("c", 6))]
+    digests = [
+        images.load(folder_of(tmp_path / name, n)).provenance["digest"] for name, n in (("a", 5), ("b", 5), ("c", 6))
+    ]
     assert digests[0] == digests[1] != digests[2]
 
 

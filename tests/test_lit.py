@@ -72,7 +72,9 @@ def test_a_fused_run_is_clipped_like_any_other(tiny_config, monkeypatch, tmp_pat
         monkeypatch.setattr(torch.optim, "AdamW", lambda *given, f=fused, **keys: adamw(*given, **keys | {"fused": f}))
         monkeypatch.setattr(paths, "runs", lambda f=fused: tmp_path / str(f))
         for norm in (0.001, 1000.0):
-            config = tiny_config(seed=77, gradient_clip=norm, optimizer="adamw", learning_rate=1e-3, precision="32-true")
+            config = tiny_config(
+                seed=77, gradient_clip=norm, optimizer="adamw", learning_rate=1e-3, precision="32-true"
+            )
             losses[fused, norm] = run_or_load(config, progress=False).summary["val_loss"]
     assert losses[False, 0.001] != pytest.approx(losses[False, 1000.0], rel=2e-4)  # it matters
     for norm in (0.001, 1000.0):

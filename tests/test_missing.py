@@ -29,7 +29,9 @@ def pages(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
     scoreboard.record_study([finished(EC)], "gpu", "01_a")
     there = finished(TOP2.replace(seed=1))
-    scoreboard.record_study([finished(EC), there, *(not_run(TOP2.replace(seed=seed)) for seed in (0, 2))], "gpu", "02_b")
+    scoreboard.record_study(
+        [finished(EC), there, *(not_run(TOP2.replace(seed=seed)) for seed in (0, 2))], "gpu", "02_b"
+    )
 
 
 def test_missing_runs_can_be_trained_from_what_pages_keep(pages, monkeypatch, tmp_path):
@@ -39,10 +41,14 @@ def test_missing_runs_can_be_trained_from_what_pages_keep(pages, monkeypatch, tm
         missing("gpu", ["03_c"])
     with monkeypatch.context() as later:
         later.setattr(RunConfig, "digest", lambda self: "of another version")
-        with pytest.raises(ConfigError, match="would be token-choice-top2-c1-s0-of another version today; draw the page again"):
+        with pytest.raises(
+            ConfigError, match="would be token-choice-top2-c1-s0-of another version today; draw the page again"
+        ):
             missing("gpu")
     trained = []
-    monkeypatch.setattr("ecmoe.train.run_or_load", lambda config, records: trained.append((config, records)) or finished(config))
+    monkeypatch.setattr(
+        "ecmoe.train.run_or_load", lambda config, records: trained.append((config, records)) or finished(config)
+    )
     shown = CliRunner().invoke(app, ["runs"])
     assert shown.exit_code == 0 and TOP2.name in shown.output and "2 missing" in shown.output and not trained
     assert "2 missing" in CliRunner().invoke(app, ["runs", "--arm", "EC", "--arm", "GShard"]).output
@@ -66,17 +72,24 @@ def test_what_a_page_wants_measured_is_kept_and_taken_without_it(tiny_config, tm
         shutil.rmtree(paths.runs(), ignore_errors=True)
         compute = partial(causality.losses_by_routing, pools=[4])
         assert measure.measure(result, "losses-4", compute, scale="gpu", train=False) is None
-        assert measure.measure(result, "own", lambda model, config: {}, scale="gpu", train=False) is None  # nobody finds it
+        assert (
+            measure.measure(result, "own", lambda model, config: {}, scale="gpu", train=False) is None
+        )  # nobody finds it
         scoreboard.record_study([result], "gpu")
         (lacking,) = missing("gpu")
         assert lacking.config == config
-        assert lacking.measures == {"losses-4": {"compute": "ecmoe.causality:losses_by_routing", "keys": {"pools": [4]}}}
+        assert lacking.measures == {
+            "losses-4": {"compute": "ecmoe.causality:losses_by_routing", "keys": {"pools": [4]}}
+        }
     assert "(to be measured)" in scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[0]
     listed = CliRunner().invoke(app, ["runs"])
     assert "measure losses-4" in listed.output and "1 missing" in listed.output
     done = CliRunner().invoke(app, ["runs", "--train"])
     assert done.exit_code == 0 and missing("gpu") == []
-    assert {row["way"] for row in measure.measure(result, "losses-4", compute, scale="gpu", train=False)["rows"]} >= {"causally", "4"}
+    assert {row["way"] for row in measure.measure(result, "losses-4", compute, scale="gpu", train=False)["rows"]} >= {
+        "causally",
+        "4",
+    }
 
 
 def test_what_finds_no_memory_beside_others_comes_again_alone(pages, monkeypatch):

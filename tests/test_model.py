@@ -26,7 +26,9 @@ def test_experts_are_in_every_other_layer_and_nowhere_in_the_dense_twin():
 
 
 def test_experts_take_the_kernels_of_the_config():
-    assert [field.metadata["choices"] for field in dataclasses.fields(RunConfig) if field.name == "kernels"] == [KERNELS]
+    assert [field.metadata["choices"] for field in dataclasses.fields(RunConfig) if field.name == "kernels"] == [
+        KERNELS
+    ]
     model = build_model(SMALL.replace(kernels="triton-bmm"))
     assert [layer.kernels for layer in model.moe_layers] == ["triton-bmm"]
 

@@ -212,7 +212,10 @@ def test_works_in_anyones_model_with_any_router():
 
 @pytest.mark.parametrize(("held", "slots", "at_once"), [(1, 0, 1), (200, 0, 2), (1000, 0, 5), (1, 1, 3), (1, 2, 5)])
 def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch, held, slots, at_once):
-    moe, x = layer(lambda: ExpertChoice(D, 5, 2.0)), torch.randn(1, 20, D, dtype=torch.float64)  # h has 5 x 8 x 16 numbers
+    moe, x = (
+        layer(lambda: ExpertChoice(D, 5, 2.0)),
+        torch.randn(1, 20, D, dtype=torch.float64),
+    )  # h has 5 x 8 x 16 numbers
     expected, some, seen = moe(x).detach(), moe._some_experts, []
     monkeypatch.setattr("ecmoe.moe.HELD", held)
     monkeypatch.setattr("ecmoe.moe.SLOTS", slots)

@@ -26,7 +26,10 @@ def parameters(notebook: Path, folder: Path) -> list[Path]:
     overlay = ROOT / f"configs/scale/smoke/{notebook.stem}.yaml"
     if overlay.exists():
         own = yaml.safe_load(overlay.read_text())
-        tiny = own | {"base": own.get("base", {}) | {k: TINY[k] for k in ("steps", "warmup_steps", "eval_every")}, "seeds": [0]}
+        tiny = own | {
+            "base": own.get("base", {}) | {k: TINY[k] for k in ("steps", "warmup_steps", "eval_every")},
+            "seeds": [0],
+        }
     if notebook.stem == "11_continual_learning":
         tiny["settings"] = merge_parameters(files[:2])["settings"] | {"steps": 3, "gate_steps": 3}
     if notebook.stem == "14_learning_rate":
@@ -56,6 +59,8 @@ def test_runs_and_shows_what_it_found(notebook, tmp_path, monkeypatch):
 def test_redrawn_without_training_it_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     notebook = ROOT / "notebooks/04_capped_experts.ipynb"
-    page = execute(notebook, tmp_path / "page.html", parameters(notebook, tmp_path), train_missing=False, progress=False)
+    page = execute(
+        notebook, tmp_path / "page.html", parameters(notebook, tmp_path), train_missing=False, progress=False
+    )
     assert "not run (5 of 5)" in BeautifulSoup(page.read_text(), "html.parser").text
     assert not list(tmp_path.glob("runs/*/curve.csv"))

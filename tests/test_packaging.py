@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = {
     canonicalize_name(name): version
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)(?: ;.*)?$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)(?: ;.*)?$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
 }
 SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -135,7 +137,9 @@ def test_config_resolves_to_valid_parameters(notebook, scale):
 
 def test_every_config_belongs_to_a_notebook():
     names = {path.stem for path in NOTEBOOKS}
-    stray = {p.stem for p in (ROOT / "configs").glob("*.yaml")} | {p.stem for p in (ROOT / "configs/scale").glob("*/*.yaml")}
+    stray = {p.stem for p in (ROOT / "configs").glob("*.yaml")} | {
+        p.stem for p in (ROOT / "configs/scale").glob("*/*.yaml")
+    }
     assert stray == names
 
 
@@ -193,8 +197,9 @@ def test_make_says_which_python_it_needs(tmp_path):
     subprocess.run([*make, f"PYTHON={sys.executable}"], check=True, capture_output=True)
 
 
-def test_ruff_has_nothing_to_say():
-    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_has_nothing_to_say(command):
+    checked = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 

@@ -41,7 +41,9 @@ def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path):
 
 
 def test_unknown_parameters_and_text_for_numbers_are_errors():
-    made = notebook("width: int = 1\nrate: float = 0.1\nfail: bool = False\nlimit: int | None = None  # a = hides nothing here")
+    made = notebook(
+        "width: int = 1\nrate: float = 0.1\nfail: bool = False\nlimit: int | None = None  # a = hides nothing here"
+    )
     assert list(notebook_parameters(made)) == ["width", "rate", "fail", "limit"]
     check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
     with pytest.raises(ParameterError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):

@@ -40,11 +40,7 @@ HASH = RunConfig(router="hash", capacity_factor=1.25)
 
 @pytest.fixture
 def runs():
-    seeds = [
-        run(c.replace(seed=s), loss + s / 100)
-        for c, loss in ((EC, 2.0), (TOP2, 2.5))
-        for s in range(3)
-    ]
+    seeds = [run(c.replace(seed=s), loss + s / 100) for c, loss in ((EC, 2.0), (TOP2, 2.5)) for s in range(3)]
     return [*seeds, not_run(HASH)]
 
 
@@ -66,10 +62,7 @@ def test_loss_over_steps(runs, x):
     assert "Not run: Hash." in plot.alt
     whole, half = plot.figure.axes
     assert "Hash (not run)" in [line.get_label() for line in whole.lines]
-    assert (
-        min(line.get_xdata().min() for line in half.lines if len(line.get_xdata()))
-        >= plot.data[x].max() / 2
-    )
+    assert min(line.get_xdata().min() for line in half.lines if len(line.get_xdata())) >= plot.data[x].max() / 2
 
 
 def test_a_diverged_run_ends_where_it_broke_off():
@@ -83,9 +76,7 @@ def test_a_diverged_run_ends_where_it_broke_off():
 def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
     plot = drawn(plots.final_loss(table(runs)))
     assert plot.data["arm"].tolist() == ["EC-CF2", "GShard top-2", "Hash"]
-    assert plot.data["mean"].tolist()[:2] == pytest.approx([2.01, 2.51]) and plot.data[
-        "seeds"
-    ].tolist() == [3, 3, 0]
+    assert plot.data["mean"].tolist()[:2] == pytest.approx([2.01, 2.51]) and plot.data["seeds"].tolist() == [3, 3, 0]
     ax = plot.figure.axes[0]
     assert "doesn't start at 0" in ax.get_xlabel() and "nats per token" in ax.get_xlabel()
     assert [text.get_text() for text in ax.texts] == ["not run"]
@@ -95,13 +86,9 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
 
 
 def test_loss_against_a_key():
-    results = [
-        run(EC.replace(num_experts=e, seed=s), 2 + 1 / e) for e in (4, 8, 16) for s in range(2)
-    ]
+    results = [run(EC.replace(num_experts=e, seed=s), 2 + 1 / e) for e in (4, 8, 16) for s in range(2)]
     plot = drawn(plots.loss_against(table(results, axes=["num_experts"]), "num_experts"))
-    assert plot.data["arm"].unique().tolist() == ["EC-CF2"] and plot.data[
-        "num_experts"
-    ].tolist() == [4, 8, 16]
+    assert plot.data["arm"].unique().tolist() == ["EC-CF2"] and plot.data["num_experts"].tolist() == [4, 8, 16]
     assert "2.250 at 4, 2.125 at 8" in plot.alt
 
 
@@ -131,11 +118,7 @@ def test_load_is_in_percent(runs):
 
 
 def test_capacity_demand():
-    results = [
-        run(TOP2.replace(capacity_factor=c, seed=s), 2.0, dropped=0.2 / c)
-        for c in (1.0, 2.0)
-        for s in (0, 1)
-    ]
+    results = [run(TOP2.replace(capacity_factor=c, seed=s), 2.0, dropped=0.2 / c) for c in (1.0, 2.0) for s in (0, 1)]
     plot = drawn(plots.capacity_demand(table(results, axes=["capacity_factor"])))
     dropped = plot.data[plot.data["measure"].str.contains("dropped")]
     assert dropped["mean"].tolist() == pytest.approx([20, 10])
@@ -155,10 +138,7 @@ def test_parameter_counts():
     frame = pd.DataFrame({"model": ["a", "b"], "total": [90.0, 200], "printed_total": [100.0, 200],
                           "active": [50.0, 50], "printed_active": [50.0, 40]})  # fmt: skip
     plot = drawn(plots.parameter_counts(frame))
-    assert (
-        plot.data["total_off_percent"].tolist() == [-10, 0]
-        and "Furthest apart: a, -10.0%" in plot.alt
-    )
+    assert plot.data["total_off_percent"].tolist() == [-10, 0] and "Furthest apart: a, -10.0%" in plot.alt
 
 
 def test_an_arm_looks_the_same_in_every_figure():
@@ -193,9 +173,14 @@ def test_nothing_at_all_is_a_figure_too():
 
 
 def test_ratios_along_name_where_they_begin_and_end():
-    rows = pd.DataFrame({"target": [4.0, 3.0], "mean": [0.9, 1.1], "low": [0.8, 1.0], "high": [1.0, 1.2], "n": [3.0, 3.0]})
+    rows = pd.DataFrame(
+        {"target": [4.0, 3.0], "mean": [0.9, 1.1], "low": [0.8, 1.0], "high": [1.0, 1.2], "n": [3.0, 3.0]}
+    )
     plot = drawn(plots.ratios_along({"a against b": rows, "a against c": rows.iloc[:0]}, "steps", 0.5))
-    assert "a against b 0.900 at 4.000, 1.100 (1.000 to 1.200) at 3.000" in plot.alt and "Not run: a against c." in plot.alt
+    assert (
+        "a against b 0.900 at 4.000, 1.100 (1.000 to 1.200) at 3.000" in plot.alt
+        and "Not run: a against c." in plot.alt
+    )
     ax = plot.figure.axes[0]
     assert ax.get_xlim()[0] > ax.get_xlim()[1] and ax.get_ylim()[0] == 0
     assert plot.data["comparison"].tolist() == ["a against b"] * 2

@@ -63,7 +63,9 @@ def test_the_router_example_is_a_router():
     assert len(lines) < 30
     there = {}
     for name in ("router", "router_test"):
-        exec(compile(EXAMPLES[name], "<README.md>", "exec"), there)  # no file: hypothesis would take its text for the source
+        exec(
+            compile(EXAMPLES[name], "<README.md>", "exec"), there
+        )  # no file: hypothesis would take its text for the source
     there["test_200_problems"]()
     router = there["TopP"](8, 4)
     moe = MoE(router, 8, 16)

@@ -90,9 +90,7 @@ def pages(tmp_path_factory):
 def test_a_page_sends_no_request_and_runs_no_script(pages):
     for page in pages[:2]:
         soup = BeautifulSoup(page, "html.parser")
-        assert not soup.find("script") and not re.search(
-            r"\bon\w+\s*=\s*[\"']", page.split("<body>")[0]
-        )
+        assert not soup.find("script") and not re.search(r"\bon\w+\s*=\s*[\"']", page.split("<body>")[0])
         for element in soup.find_all(src=True):
             assert element["src"].startswith("data:")
         for element in soup.find_all("link"):
@@ -109,9 +107,7 @@ def test_a_page_sends_no_request_and_runs_no_script(pages):
 def test_text_from_data_is_escaped_everywhere(pages):
     for page in pages[:2]:
         assert EVIL not in page
-        assert (
-            page.count("&lt;script&gt;alert(1)") >= 5
-        )  # stdout, alt, caption, table, error or code
+        assert page.count("&lt;script&gt;alert(1)") >= 5  # stdout, alt, caption, table, error or code
 
 
 def test_a_figure_has_alt_caption_and_numbers(pages):
@@ -127,9 +123,7 @@ def test_a_page_has_title_contents_and_folded_code(pages):
     assert soup.title.text == "The title" and soup.html["lang"] == "en"
     assert soup.find("meta", {"name": "description"})["content"].startswith("What it shows")
     links = [a["href"] for a in soup.find("nav", class_="toc").find_all("a")]
-    assert links == ["#part-one", "#part-one-2", "#end"] and all(
-        soup.find(id=link[1:]) for link in links
-    )
+    assert links == ["#part-one", "#part-one-2", "#end"] and all(soup.find(id=link[1:]) for link in links)
     assert [d.find("summary").text for d in soup.find_all("details", class_="code")] == [
         "parameters and their defaults", "parameters of this report", "code",
     ]  # fmt: skip
@@ -149,10 +143,7 @@ def test_formulas_are_mathml(pages):
 
 
 def test_parameters_reach_a_kernel_of_this_python(pages):
-    assert (
-        f"{sys.executable} {{'steps': 3, 'seed': 2}} 2.0"
-        in BeautifulSoup(pages[0], "html.parser").text
-    )
+    assert f"{sys.executable} {{'steps': 3, 'seed': 2}} 2.0" in BeautifulSoup(pages[0], "html.parser").text
 
 
 def test_a_failed_notebook_names_its_cell_and_leaves_a_page(pages):
@@ -161,9 +152,7 @@ def test_a_failed_notebook_names_its_cell_and_leaves_a_page(pages):
     assert not (folder / "04_other.html").exists()  # else it would be taken for done
     soup = BeautifulSoup(bad, "html.parser")
     section = soup.find("section", class_="failed")
-    assert "went wrong" in section.text and soup.find(id="cell-4").find(
-        "details", class_="code"
-    ).has_attr("open")
+    assert "went wrong" in section.text and soup.find(id="cell-4").find("details", class_="code").has_attr("open")
     assert section.find("a")["href"] == "#cell-4" and "Traceback" in soup.find(id="cell-4").text
     assert "An Exception was encountered" not in soup.text  # papermill's own note
     assert BeautifulSoup(good, "html.parser").find("section", class_="failed") is None
@@ -278,7 +267,10 @@ def test_scoreboard_and_claim_table(shown, tmp_path, monkeypatch):
     report.show_verdict(verdict(Effect(-0.1, None, None, 1)), "C6", scale="gpu")
     frame = report.scoreboard(tmp_path).set_index("id")
     assert list(frame.index) == list(CLAIMS) and frame.loc["C1", "verdict"] == "not run"
-    assert frame.loc["C9", ["here", "verdict"]].tolist() == ["3.70 | 3.73\n-0.03 nats per token (-0.04 to -0.02; 3 seeds)", "reproduced"]
+    assert frame.loc["C9", ["here", "verdict"]].tolist() == [
+        "3.70 | 3.73\n-0.03 nats per token (-0.04 to -0.02; 3 seeds)",
+        "reproduced",
+    ]
     assert frame.loc["C6", ["here", "verdict"]].tolist() == ["-0.1 (1 seed, no interval)", "undecided"]
     table = report.claim_table(tmp_path)
     assert "| 3.70 \\| 3.73<br>-0.03 nats per token (-0.04 to -0.02; 3 seeds) | **reproduced** |" in table
@@ -302,12 +294,7 @@ def result(seed: int, **summary) -> Result:
 def test_provenance_names_what_differs_and_what_is_missing(shown):
     report.provenance([result(0), result(1)])
     text = BeautifulSoup(shown[0], "html.parser").text
-    assert (
-        "Mind" not in text
-        and "1.00 hours" in text
-        and "torch 2.13.0" in text
-        and "licence: PSF" in text
-    )
+    assert "Mind" not in text and "1.00 hours" in text and "torch 2.13.0" in text and "licence: PSF" in text
     assert EVIL in text and EVIL not in shown[0]
     lost = result(
         2,
@@ -336,9 +323,7 @@ def test_provenance_says_where_runs_shared_a_device(shown):
 
 
 def test_markdown_math_is_left_alone_by_markdown():
-    page = page_html(
-        notebook(("md", "# T\n\n$a_i * b_i * c_i$ and $x < y$\n\n\\begin{align}a &= b\\end{align}"))
-    )
+    page = page_html(notebook(("md", "# T\n\n$a_i * b_i * c_i$ and $x < y$\n\n\\begin{align}a &= b\\end{align}")))
     soup = BeautifulSoup(page, "html.parser")
     assert not soup.find("em") and len(soup.find_all("math")) == 3
     assert "<mo>&lt;</mo>" in page or "&lt;" in str(soup.find_all("math")[1])

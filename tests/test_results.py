@@ -13,9 +13,7 @@ from ecmoe.results import Result, arm_label, curves, not_run, table
 
 
 def make(config: RunConfig, loss: float = 2.0, status: str = "finished", rows: int = 3) -> Result:
-    curve = pd.DataFrame(
-        {"step": np.arange(1.0, rows + 1), "val_loss": np.linspace(loss + 1, loss, rows)}
-    )
+    curve = pd.DataFrame({"step": np.arange(1.0, rows + 1), "val_loss": np.linspace(loss + 1, loss, rows)})
     summary = {
         "config": config.to_dict(),
         "name": config.name,
@@ -88,9 +86,7 @@ def test_a_run_survives_the_disk(tmp_path):
     again = results.read_run(tmp_path)
     assert again.ok and again.path == tmp_path
     assert (
-        again.summary["mfu"] is None
-        and again.summary["numpy"] == 0.5
-        and again.summary["nested"] == {"x": [1, None]}
+        again.summary["mfu"] is None and again.summary["numpy"] == 0.5 and again.summary["nested"] == {"x": [1, None]}
     )
     pd.testing.assert_frame_equal(again.curve, result.curve.astype(float))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.csv", "summary.json"]
@@ -168,8 +164,6 @@ def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="record holds none"):
         make(RunConfig()).load_model()
-
-
 
 
 def test_both_routings_of_a_study_stand_below_each_other():

@@ -59,10 +59,13 @@ def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
     assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"]
 
 
-@pytest.mark.parametrize(("high", "said"), [
+@pytest.mark.parametrize(
+    ("high", "said"),
+    [
         (1.06, "1.02 x the steps (0.98 to 1.06; 6 seeds)\nrules out the paper's 0.5"),
         (None, "1.02 x the steps (1 seed, no interval)"),
-    ])
+    ],
+)
 def test_a_figure_of_the_paper_that_is_ruled_out_stands_in_the_table(tmp_path, monkeypatch, high, said):
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
     effect = stats.Effect(1.02, high and 0.98, high, 6 if high else 1, "ratio of steps")

@@ -72,7 +72,9 @@ def test_a_killed_parent_leaves_nobody_behind(tmp_path):
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     parent = [sys.executable, str(tmp_path / "parent.py")]
     done = subprocess.run(parent, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL and done.stdout == "quick\n"  # at its end nobody holds its output any more
+    assert (
+        done.returncode == -signal.SIGKILL and done.stdout == "quick\n"
+    )  # at its end nobody holds its output any more
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,16 @@ from ecmoe.scoreboard import claim_table, record
 from ecmoe.stats import Effect, verdict
 
 TINY = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4}
-STEP = {"n": 64, "sequence_length": 32, "d_model": 8, "d_ff": 16, "heads": 2, "num_experts": 4, "layers": 2, "vocab_size": 300}
+STEP = {
+    "n": 64,
+    "sequence_length": 32,
+    "d_model": 8,
+    "d_ff": 16,
+    "heads": 2,
+    "num_experts": 4,
+    "layers": 2,
+    "vocab_size": 300,
+}
 AXES = {"n": [64, 128, 256], "num_experts": [2, 4, 8], "capacity_factor": [0.5, 1.0, 2.0], "d_model": [8, 16, 32]}
 
 
@@ -64,7 +73,10 @@ def test_each_part_is_measured_once(own_home):
     assert speed.measured(jobs, scale="smoke")["a"]["rows"] == [{"ms": 1.0}]
     speed.measured(jobs, scale="smoke")
     assert counts == ["a", "b"]
-    assert [name for name, outcome in speed.take(jobs, speed.folder("smoke"), force=True) if outcome is not None] == ["a", "b"]
+    assert [name for name, outcome in speed.take(jobs, speed.folder("smoke"), force=True) if outcome is not None] == [
+        "a",
+        "b",
+    ]
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path):
@@ -97,11 +109,17 @@ def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     grown = speed.rows(found, "growth").reindex(columns=["axis", "value", "ms", "floor_ms"])
     assert "what was not run" in plots.growth(grown, exponents(grown)).alt
     assert "Not run" in plots.profile(speed.rows(found, "profile")).alt
-    assert speed.absent(found) == [] and not len(speed.by_layer(layers)) and not len(speed.agreement(found, ["0.1B/64E"]))
+    assert (
+        speed.absent(found) == [] and not len(speed.by_layer(layers)) and not len(speed.agreement(found, ["0.1B/64E"]))
+    )
 
 
 def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monkeypatch):
-    arms = {"EC": tiny_config(), "Dense": tiny_config(router="dense"), "Hash": tiny_config(router="hash", hash_table="balanced", compile=True)}
+    arms = {
+        "EC": tiny_config(),
+        "Dense": tiny_config(router="dense"),
+        "Hash": tiny_config(router="hash", hash_table="balanced", compile=True),
+    }
     monkeypatch.setattr("torch.nn.Module.compile", lambda block, **_: None)  # takes long
     steps = speed.study_steps(arms, scale="smoke")
     assert list(steps.index) == list(arms) and (steps["low_ms"] <= steps["ms"]).all() and (steps["ms"] > 0).all()
@@ -113,12 +131,23 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
     with pytest.raises(BaseException, match="measured again"):
         speed.study_steps(arms | {"EC": tiny_config(capacity_factor=1.0)}, scale="smoke")
     absent = speed.study_steps(arms, scale="gpu", measure=False)
-    assert absent["ms"].isna().all() and list(absent.index) == list(arms) and absent.attrs["device"].startswith("no device yet")
+    assert (
+        absent["ms"].isna().all()
+        and list(absent.index) == list(arms)
+        and absent.attrs["device"].startswith("no device yet")
+    )
 
 
 def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
     def row(layer, what, ms, **more):
-        return {"size": "A", "layer": layer, "what": what, "ms": ms, "share_of_floor": 1 / ms, "peak_mb": 100 * ms} | more
+        return {
+            "size": "A",
+            "layer": layer,
+            "what": what,
+            "ms": ms,
+            "share_of_floor": 1 / ms,
+            "peak_mb": 100 * ms,
+        } | more
 
     rows = [
         row("EC-CF2", bench.BOTH, 4.0),
@@ -160,7 +189,13 @@ def test_growth_names_what_it_cannot_take():
 
 def test_each_arm_counts_on_its_best_path():
     steps = pd.DataFrame(
-        [("EC", "own", "plain", 2.0), ("EC", "own", "triton", 1.0), ("T", "own", "plain", 1.1), ("T", "even", "plain", 1.2), ("T", "even", "x", 1.3)],
+        [
+            ("EC", "own", "plain", 2.0),
+            ("EC", "own", "triton", 1.0),
+            ("T", "own", "plain", 1.1),
+            ("T", "even", "plain", 1.2),
+            ("T", "even", "x", 1.3),
+        ],
         columns=["arm", "routing", "path", "ms"],
     )
     assert speed.best_paths(steps) == {"EC": "EC, own, triton", "T": "T, even, plain"}

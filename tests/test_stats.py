@@ -31,9 +31,7 @@ def test_ratio_effect_is_the_t_interval_of_logarithms():
     effect = stats.ratio_effect(numbered(a), numbered(b))
     expected = reference.ttest_1samp(np.log(np.divide(a, b)), 0).confidence_interval(0.95)
     assert effect.mean == pytest.approx(reference.gmean(np.divide(a, b)))
-    assert (effect.low, effect.high) == pytest.approx(
-        (math.exp(expected.low), math.exp(expected.high))
-    )
+    assert (effect.low, effect.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
     with pytest.raises(ValueError, match="above 0"):
         stats.interval([-1.0], "ratio")
 
@@ -69,9 +67,7 @@ def test_smallest_effect_is_found_as_often_as_it_says():
 
 
 def curve(points):
-    return pd.DataFrame(points, columns=["step", "val_loss"]).assign(
-        seconds=lambda f: f["step"] * 2
-    )
+    return pd.DataFrame(points, columns=["step", "val_loss"]).assign(seconds=lambda f: f["step"] * 2)
 
 
 A = curve([(0, 4.0), (10, 3.0), (20, 2.0), (30, 1.5)])
@@ -189,10 +185,7 @@ def test_an_interval_that_spans_zero_decides_nothing(low, high, margin, directio
 def test_rules_name_their_figures():
     rule = verdict(effect(0.3, 0.4, unit="ratio"), threshold=0.5).rule
     assert "below 0.5" in rule and "in direction: below 1" in rule and "95%" in rule
-    assert (
-        "0.005 nats per token"
-        in verdict(effect(0.3, 0.4, unit="nats per token"), margin=0.005).rule
-    )
+    assert "0.005 nats per token" in verdict(effect(0.3, 0.4, unit="nats per token"), margin=0.005).rule
     with pytest.raises(ValueError, match="direction='up'"):
         verdict(effect(0, 1), direction="up")
     with pytest.raises(ValueError, match="near"):
@@ -231,7 +224,11 @@ def test_all_of_is_the_weakest_part():
     assert stats.all_of({"a": good, "b": absent, "c": absent}).label == "not run"
     refuted = stats.all_of({"a": good, "b": bad, "c": absent})
     assert refuted.label == "not reproduced" and refuted.effect == bad.effect
-    assert refuted.rule.startswith("the weakest of 3 parts. ") and dict(refuted.parts) == {"a": good, "b": bad, "c": absent}
+    assert refuted.rule.startswith("the weakest of 3 parts. ") and dict(refuted.parts) == {
+        "a": good,
+        "b": bad,
+        "c": absent,
+    }
     assert stats.all_of({"a": verdict(effect(1, 2), scale="smoke")}).label == "plumbing only"
     with pytest.raises(ValueError, match="at least one"):
         stats.all_of({})

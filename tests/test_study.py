@@ -34,7 +34,9 @@ def test_seed_by_seed_and_failures_are_kept(monkeypatch, capsys):
 
 
 def test_larger_scales_use_committed_records(monkeypatch):
-    monkeypatch.setattr(train, "run_or_load", lambda c, records, train: not_run(c) if records == paths.records("gpu") else 1 / 0)
+    monkeypatch.setattr(
+        train, "run_or_load", lambda c, records, train: not_run(c) if records == paths.records("gpu") else 1 / 0
+    )
     assert study.run_study({}, ARMS, [0], scale="gpu")["EC"][0].summary["status"] == "not run"
 
 
@@ -50,6 +52,9 @@ def test_an_arm_may_have_seeds_of_its_own(monkeypatch):
 
 def test_seeds_for_an_arm_that_is_not_there_are_an_error():
     arms = study.with_seeds(ARMS, {"EC": [0, 1, 2]})
-    assert {label: [c.seed for c in made] for label, made in study.configs({}, arms, [5]).items()} == {"EC": [0, 1, 2], "Top-1": [5]}
+    assert {label: [c.seed for c in made] for label, made in study.configs({}, arms, [5]).items()} == {
+        "EC": [0, 1, 2],
+        "Top-1": [5],
+    }
     with pytest.raises(ConfigError, match="more_seeds names arm 'EC-CF9', but the arms are EC, Top-1"):
         study.with_seeds(ARMS, {"EC-CF9": [0]})

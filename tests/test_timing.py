@@ -46,7 +46,13 @@ def test_on_a_gpu_the_host_runs_ahead_and_events_tell_the_time(monkeypatch):
     log.clear()
     burst = timing.Burst(count=2, settle=3, wait=0.0)  # what doesn't count comes before, and no rest between
     assert timing.seconds(lambda: log.append("call"), torch.device("cuda"), burst) == pytest.approx(0.0025)
-    assert [entry for entry in log if entry != "device waits"] == ["call"] * 3 + ["event", "call", "call", "event", "wait"]
+    assert [entry for entry in log if entry != "device waits"] == ["call"] * 3 + [
+        "event",
+        "call",
+        "call",
+        "event",
+        "wait",
+    ]
 
 
 def test_a_slow_host_runs_ahead_and_a_fast_one_lets_no_chip_rest(monkeypatch):

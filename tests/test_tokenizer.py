@@ -5,9 +5,7 @@ from hypothesis import strategies as st
 from ecmoe.config import ConfigError
 from ecmoe.tokenizer import BPE, END, Bytes, train_bpe
 
-PARAGRAPHS = [
-    f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)
-]
+PARAGRAPHS = [f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)]
 
 
 @pytest.fixture(scope="module")

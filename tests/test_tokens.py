@@ -16,9 +16,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.tokenizer import END
 from ecmoe.tokens import load, peek, split
 
-PARAGRAPHS = [
-    f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)
-]
+PARAGRAPHS = [f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)]
 
 
 @pytest.fixture
@@ -41,17 +39,13 @@ def config(data, **keys) -> RunConfig:
 def test_tokens_are_the_text(book, make, keys):
     found = make(book, **keys)
     train, val = (found.tokenizer.decode(ids) for ids in (found.train, found.val))
-    assert (train + val).replace(END, "") == "".join(
-        PARAGRAPHS
-    )  # a single book: its end is validation
+    assert (train + val).replace(END, "") == "".join(PARAGRAPHS)  # a single book: its end is validation
     assert train.endswith("\n\n" + END) and val.endswith(END)
     meta = found.meta
     assert meta["train_tokens"] == len(found.train) and meta["val_tokens"] == len(found.val)
     assert meta["train_bytes"] == len(train.encode()) and meta["val_bytes"] == len(val.encode())
     assert meta["val_documents"] == val.count(END) and meta["train_documents"] == train.count(END)
-    assert found.train.dtype == (np.uint16 if keys else np.uint8) and isinstance(
-        found.train, np.memmap
-    )
+    assert found.train.dtype == (np.uint16 if keys else np.uint8) and isinstance(found.train, np.memmap)
     assert meta["source_sha256"] and meta["licence"] == "not stated"
 
 
@@ -65,11 +59,7 @@ def test_split_keeps_units_whole_and_is_small(documents):
     share = lengths[is_val].sum() / lengths.sum()
     if "last" in rule:  # large units only
         first = is_val.argmax()
-        assert (
-            is_val[first:].all()
-            and not is_val[:first].any()
-            and lengths[first + 1 :].sum() <= 0.05 * lengths.sum()
-        )
+        assert is_val[first:].all() and not is_val[:first].any() and lengths[first + 1 :].sum() <= 0.05 * lengths.sum()
     else:
         assert share <= 0.05 and not set(hashes[is_val]) & set(hashes[~is_val])
 
@@ -87,11 +77,7 @@ def test_standard_library_is_split_by_file(make):
     found = make("stdlib", max_bytes=2_000_000)
     sides = [set(found.tokenizer.decode(ids).split(END)) - {""} for ids in (found.train, found.val)]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
-    assert (
-        0.03
-        < found.meta["val_bytes"] / (found.meta["train_bytes"] + found.meta["val_bytes"])
-        <= 0.05
-    )
+    assert 0.03 < found.meta["val_bytes"] / (found.meta["train_bytes"] + found.meta["val_bytes"]) <= 0.05
 
 
 @pytest.mark.parametrize("limit", [90_000, 90_001])
@@ -104,9 +90,7 @@ def test_max_bytes_ends_between_characters(make, tmp_path, limit):
 
 def test_validation_of_the_source_is_used(monkeypatch, make):
     sets = {"train": ["train text"] * 30, "validation": ["validation text"]}
-    fake = datasets.DatasetDict(
-        {k: datasets.Dataset.from_dict({"text": v}) for k, v in sets.items()}
-    )
+    fake = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in sets.items()})
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: fake)
     found = make("hub:a/b")
     assert found.tokenizer.decode(found.val) == f"validation text{END}"
@@ -121,9 +105,7 @@ def test_a_part_of_a_hub_data_set_is_streamed(monkeypatch, make):
 
     def fake(*names, streaming):
         asked.append(streaming)
-        return datasets.DatasetDict(
-            train=datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(90)]})
-        )
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(90)]}))
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     for keys in ({}, {"max_bytes": 500}, {"max_bytes": 400, "streaming": True}):
@@ -167,9 +149,7 @@ def test_cache_alone_is_enough(book, make, tmp_path):
     assert make(book).meta["digest"] == before
     place = tokens.folder(config(book), tmp_path / "cache")
     (place / "val.bin").write_bytes(b"short")
-    with pytest.raises(
-        ConfigError, match=r"val.bin is missing or cut.*can't be made again.*no such file"
-    ):
+    with pytest.raises(ConfigError, match=r"val.bin is missing or cut.*can't be made again.*no such file"):
         make(book)
     shutil.rmtree(place)
     with pytest.raises(ConfigError, match="no such file"):
@@ -187,9 +167,7 @@ def test_too_small_to_split(make, tmp_path):
     (tmp_path / "tiny.txt").write_text("one line")
     with pytest.raises(ConfigError, match="data=.*too few to split"):
         make(tmp_path / "tiny.txt")
-    assert not list((tmp_path / "cache").rglob("meta.json")) and not list(
-        (tmp_path / "cache").rglob("work")
-    )
+    assert not list((tmp_path / "cache").rglob("meta.json")) and not list((tmp_path / "cache").rglob("work"))
 
 
 def test_two_processes_tokenise_once(book, tmp_path):
@@ -204,10 +182,7 @@ def test_two_processes_tokenise_once(book, tmp_path):
         tokens._tokenise = counted
         print(tokens.load(RunConfig(data={str(book)!r}), __import__("pathlib").Path({str(tmp_path)!r})).meta["digest"])
     """)
-    started = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].split() for process in started]
     assert sorted(map(len, outputs)) == [1, 2]  # one made it, both have it
     assert outputs[0][-1] == outputs[1][-1]
@@ -222,9 +197,7 @@ def test_names_tell_configs_apart(book, tmp_path):
     ]
     folders = {tokens.folder(config(book, **keys), tmp_path) for keys in variants}
     assert len(folders) == len(variants)
-    assert tokens.folder(config(book, steps=5, seed=3), tmp_path) == tokens.folder(
-        config(book), tmp_path
-    )
+    assert tokens.folder(config(book, steps=5, seed=3), tmp_path) == tokens.folder(config(book), tmp_path)
 
 
 def test_every_byte_of_meta_is_checked(book, make, tmp_path):

@@ -30,7 +30,11 @@ def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.P
         print(result.summary["status"])
     """)
     return subprocess.Popen(
-        [sys.executable, "-c", script], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -276,8 +280,13 @@ def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config,
         if step == 1:
             recorder.on_train_start(None, module)
         recorder.began -= 60  # a minute goes by
-        recorder.on_train_batch_end(SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1)
-    assert recorder._clock() == pytest.approx(kept + 60, abs=5) and recorder.marked == (int(compiled), pytest.approx(0, abs=5))
+        recorder.on_train_batch_end(
+            SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1
+        )
+    assert recorder._clock() == pytest.approx(kept + 60, abs=5) and recorder.marked == (
+        int(compiled),
+        pytest.approx(0, abs=5),
+    )
 
 
 def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config, monkeypatch):

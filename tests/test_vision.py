@@ -50,7 +50,9 @@ def test_each_kind_of_run_is_named_by_the_keys_that_it_reads(digits):
     images = digits()
     assert images.replace(vocab_size=300, max_bytes=9, relative_buckets=8).name == images.name
     assert images.replace(patch_size=4, sequence_length=4).name != images.name
-    assert len({images.replace(data=d).name for d in ("digits", "images:/a/pets", "images:/b/pets", "images:toys")}) == 3
+    assert (
+        len({images.replace(data=d).name for d in ("digits", "images:/a/pets", "images:/b/pets", "images:toys")}) == 3
+    )
 
 
 @pytest.mark.parametrize(

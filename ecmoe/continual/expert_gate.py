@@ -89,7 +89,9 @@ class ExpertGate(nn.Module):
             fit_gate, fit_expert: (parameters, loss of the images `ids`, n) -> None; see `fit`.
         """
         gate, seen = Gate(self.pixels, self.code).to(x.device), x[~held].flatten(1)
-        fit_gate(gate.parameters(), lambda ids: F.binary_cross_entropy_with_logits(gate(seen[ids]), seen[ids]), len(seen))
+        fit_gate(
+            gate.parameters(), lambda ids: F.binary_cross_entropy_with_logits(gate(seen[ids]), seen[ids]), len(seen)
+        )
         self.gates.append(gate.requires_grad_(False))
         classes, local = y.unique(return_inverse=True)
         related = self.relatedness(x[held])[:-1]  # to each earlier task
@@ -104,7 +106,11 @@ class ExpertGate(nn.Module):
         if teacher is None:
             fit_expert(expert.parameters(), lambda ids: F.cross_entropy(expert(x[ids]), local[ids]), len(x))
         else:
-            fit_expert([*expert.parameters(), *old_head.parameters()], without_forgetting(expert, old_head, teacher, x, local), len(x))
+            fit_expert(
+                [*expert.parameters(), *old_head.parameters()],
+                without_forgetting(expert, old_head, teacher, x, local),
+                len(x),
+            )
         self.experts.append(expert.requires_grad_(False))
         self.classes.append(classes)
         self.origins.append(origin)
@@ -138,7 +144,9 @@ class ExpertGate(nn.Module):
         return said, expert
 
 
-def without_forgetting(expert: Any, old_head: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+def without_forgetting(
+    expert: Any, old_head: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor
+) -> Callable[[Tensor], Tensor]:
     """Loss of learning without forgetting: the new task's, and the old expert's answers to the new images (Li and Hoiem 2016)."""
     with torch.no_grad():
         soft = (teacher(x) / LWF_TEMPERATURE).softmax(1)

@@ -47,7 +47,9 @@ def split(data: images.Images, settings: Settings, device: torch.device | str = 
     K, classes = settings.tasks, len(data.classes)
     if classes % K:
         fits = [k for k in range(2, classes + 1) if classes % k == 0]
-        raise ConfigError(f"tasks={K} doesn't divide the {classes} classes of data={settings.data!r}: may be one of {fits}")
+        raise ConfigError(
+            f"tasks={K} doesn't divide the {classes} classes of data={settings.data!r}: may be one of {fits}"
+        )
     tasks = []
     for group in torch.arange(classes).view(K, -1):
         train, val = torch.isin(data.train_y, group), torch.isin(data.val_y, group)
@@ -85,7 +87,9 @@ def new_gate(shape: Sequence[int], settings: Settings) -> ExpertGate:
     """An Expert Gate that knows no task yet, for images of shape (C, H, W)."""
     d, f = settings.d_model, settings.d_ff
     if settings.code >= math.prod(shape):
-        raise ConfigError(f"code={settings.code}: a gate of images with {math.prod(shape)} pixels needs fewer hidden units, or it copies them")
+        raise ConfigError(
+            f"code={settings.code}: a gate of images with {math.prod(shape)} pixels needs fewer hidden units, or it copies them"
+        )
     return ExpertGate(lambda classes: _net(shape, classes, settings, lambda: dense_ffn(d, f)), math.prod(shape),
                       settings.code, settings.temperature, settings.threshold)  # fmt: skip
 
@@ -211,7 +215,10 @@ def _weights(expert: PatchNet) -> Tensor:
 def _experts(model: PatchNet) -> list[Tensor]:
     """A vector of weights for each expert of the expert choice layers; none in a dense network."""
     layers = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
-    return [torch.cat([w[i].detach().flatten() for m in layers for w in (m.w1, m.w2)]) for i in range(len(layers and layers[0].w1))]
+    return [
+        torch.cat([w[i].detach().flatten() for m in layers for w in (m.w1, m.w2)])
+        for i in range(len(layers and layers[0].w1))
+    ]
 
 
 def _moved(before: list[Tensor], after: list[Tensor], experts: int) -> list[float | None]:

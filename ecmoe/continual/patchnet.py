@@ -26,11 +26,15 @@ class PatchNet(nn.Module):
         tokens: T. head: the last, linear layer.
     """
 
-    def __init__(self, shape: Sequence[int], classes: int, patch: int, d: int, layers: int, make_ffn: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, shape: Sequence[int], classes: int, patch: int, d: int, layers: int, make_ffn: Callable[[], nn.Module]
+    ) -> None:
         super().__init__()
         C, H, W = shape
         if H % patch or W % patch:
-            raise ConfigError(f"patch={patch} doesn't divide images of {H} x {W} pixels: use a number that divides both sides")
+            raise ConfigError(
+                f"patch={patch} doesn't divide images of {H} x {W} pixels: use a number that divides both sides"
+            )
         self.patch, self.tokens = patch, H * W // patch**2
         self.embed, self.position = nn.Linear(C * patch**2, d), nn.Parameter(0.02 * torch.randn(self.tokens, d))
         self.blocks = nn.ModuleList(Block(self.tokens, d, make_ffn()) for _ in range(layers))

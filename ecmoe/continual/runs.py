@@ -58,7 +58,10 @@ def run_study(settings: Mapping[str, Any], seeds: Sequence[int], *, approaches: 
     Returns:
         label of the approach -> a Result for each seed. A run that fails is reported and the others go on.
     """
-    made = {APPROACHES[a]: [Settings.from_dict({**settings, "approach": a, "seed": seed}) for seed in seeds] for a in approaches}
+    made = {
+        APPROACHES[a]: [Settings.from_dict({**settings, "approach": a, "seed": seed}) for seed in seeds]
+        for a in approaches
+    }
     results: dict[str, list[Result]] = {label: [] for label in made}
     for i in range(len(seeds)):
         for label, configs in made.items():
@@ -117,9 +120,18 @@ def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
     """One row per approach and seed: final accuracy and forgetting, without and with the task known, and the network's size."""
-    columns = ["final_accuracy", "forgetting", "final_accuracy_task_known", "forgetting_task_known", "gate_right", "parameters", "seconds"]
+    columns = [
+        "final_accuracy",
+        "forgetting",
+        "final_accuracy_task_known",
+        "forgetting_task_known",
+        "gate_right",
+        "parameters",
+        "seconds",
+    ]
     rows = [
-        {"approach": label, "seed": r.summary["seed"], "status": r.summary["status"]} | {c: r.summary.get(c) for c in columns}
+        {"approach": label, "seed": r.summary["seed"], "status": r.summary["status"]}
+        | {c: r.summary.get(c) for c in columns}
         for label, results in runs.items()
         for r in results
     ]
@@ -139,8 +151,12 @@ def by_task(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
     """One row per approach: accuracy on each task after the last, and their mean; means over seeds."""
     rows = []
     for label, results in runs.items():
-        last = pd.DataFrame([dict(zip(r.summary["task_names"], r.summary["accuracy"][-1], strict=True)) for r in results if r.ok])
-        rows.append({"approach": label} | last.mean().to_dict() | {"all tasks": last.mean(axis=1).mean() if len(last) else None})
+        last = pd.DataFrame(
+            [dict(zip(r.summary["task_names"], r.summary["accuracy"][-1], strict=True)) for r in results if r.ok]
+        )
+        rows.append(
+            {"approach": label} | last.mean().to_dict() | {"all tasks": last.mean(axis=1).mean() if len(last) else None}
+        )
     frame = pd.DataFrame(rows)
     return frame[["approach", *(c for c in frame.columns if c not in ("approach", "all tasks")), "all tasks"]]
 
@@ -183,7 +199,11 @@ def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
     for label, results in runs.items():
         for r in results:
             same = {"approach": label, "seed": r.summary["seed"]}
-            cells = [(t + 1, k + 1, value) for t, row in enumerate(r.summary.get("accuracy", [])) for k, value in enumerate(row)]
+            cells = [
+                (t + 1, k + 1, value)
+                for t, row in enumerate(r.summary.get("accuracy", []))
+                for k, value in enumerate(row)
+            ]
             rows += [same | {"after": t, "task": k, "accuracy": v} for t, k, v in cells if v is not None] or [same]
     return pd.DataFrame(rows, columns=["approach", "seed", "after", "task", "accuracy"]).astype({"accuracy": float})
 

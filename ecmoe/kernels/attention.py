@@ -89,9 +89,13 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor,
         bias = biases(qkv, table, near, 2)
         sizes = h, T, near, bias.shape[-1], width**-0.5
         options = _options(QUERIES, width)
-        _flash_queries_kernel[B * h * T // options["OWN"],](qkv, bias, dout, out, lse, dqkv, delta, *sizes, BLOCK=BLOCK, **options)
+        _flash_queries_kernel[B * h * T // options["OWN"],](
+            qkv, bias, dout, out, lse, dqkv, delta, *sizes, BLOCK=BLOCK, **options
+        )
         options = _options(KEYS, width)
-        _flash_keys_kernel[B * h * T // options["OWN"],](qkv, bias[1], dout, lse, delta, dqkv, *sizes, BLOCK=BLOCK, **options)
+        _flash_keys_kernel[B * h * T // options["OWN"],](
+            qkv, bias[1], dout, lse, delta, dqkv, *sizes, BLOCK=BLOCK, **options
+        )
     return dqkv, delta
 
 
@@ -210,7 +214,9 @@ def _flash_queries_kernel(
     far = _far_keys(first, near, STEP)
     dq = tl.zeros((OWN, WIDTH), tl.float32)
     dq = _to_queries(dq, q, gradient, logs, inner, qkv, bias, h, width, scale, 0, far, False, STEP, FAR_STAGES)
-    dq = _to_queries(dq, q, gradient, logs, inner, qkv, bias, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES)
+    dq = _to_queries(
+        dq, q, gradient, logs, inner, qkv, bias, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES
+    )
     dqkv += (b * T * 3 * h + head) * WIDTH
     tl.store(_tile(dqkv, first, 3 * h * WIDTH, OWN, WIDTH), (dq * scale).to(dqkv.dtype.element_ty))
 

@@ -224,7 +224,9 @@ def _round_kernel(
             rest = tl.where(rest < last[:, None], rest, float("-inf"))
         other = tl.max(rest, 1)
         if SPARE:
-            _count_all(counts, best - free[None, :], free_scale + tl.zeros((B,), tl.float32), e + tl.zeros((B,), tl.int32), e)
+            _count_all(
+                counts, best - free[None, :], free_scale + tl.zeros((B,), tl.float32), e + tl.zeros((B,), tl.int32), e
+            )
             last, other = tl.maximum(last, tl.max(free)), tl.maximum(other, tl.max(free))
         gain -= tl.where(gain >= last[:, None], other[:, None], last[:, None])
     _count_all(counts, tl.where(inside, gain, float("-inf")), scale, expert, e)

@@ -12,9 +12,7 @@ from ecmoe.kernels.product import fusible, product, product_backward
 from ecmoe.kernels.rows import activate_, combine, gather, gather_dot_, invert, new_slope, scale_
 
 
-def experts(
-    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, fuse: bool = True
-) -> Tensor:
+def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, fuse: bool = True) -> Tensor:
     """Eq. 3 and 4, as `MoE.experts`.
 
     Args:

@@ -56,7 +56,9 @@ def _logits(x: Tensor, w: Tensor) -> Tensor:
     x, w = x.contiguous(), w.contiguous()
     out = x.new_empty(n, e, dtype=torch.float32)
     exact, E = w.dtype == torch.bfloat16, block(e, 16)
-    cut = LOGITS | {"DEPTH": LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2}  # three parts need more room
+    cut = LOGITS | {
+        "DEPTH": LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2
+    }  # three parts need more room
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(n, LOGITS["ROWS"]),)
         _logits_kernel[grid](x, _parts(w), out, n, d, e, E=E, EXACT=exact, **cut)
@@ -262,9 +264,7 @@ def _logits_dw_kernel(
 
 
 @triton.jit
-def _scores_kernel(
-    logits, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr
-):
+def _scores_kernel(logits, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, E)
     inside = (t < n)[:, None] & (expert < e)[None, :]
@@ -275,9 +275,7 @@ def _scores_kernel(
 
 
 @triton.jit
-def _scores_backward_kernel(
-    dS, S, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr
-):
+def _scores_backward_kernel(dS, S, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
     """S (dS - sum of S dS over the experts)."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, E)

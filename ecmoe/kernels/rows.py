@@ -91,9 +91,7 @@ def gelu(h, APPROXIMATE: tl.constexpr):
     square = h * h
     u = h * (0.7978845608028654 + 0.035677408136300125 * square)
     if APPROXIMATE:
-        tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
-        )
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
         s = 0.5 + 0.5 * tanh
     else:
         s = 1 / (1 + tl.exp(-2 * u))
@@ -202,9 +200,7 @@ def _activate_kernel(
 
 
 @triton.jit
-def _scale_kernel(
-    da, slope, gate, slots, f, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _scale_kernel(da, slope, gate, slots, f, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     g = tl.load(gate + slot, mask=slot < slots, other=0).to(WIDE)[:, None]
     for start in range(0, f, COLUMNS):

@@ -56,9 +56,7 @@ def _take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     cut = SEARCH | {"BLOCK": block(m, 16, SEARCH["BLOCK"])}
     long = m > 2 * SAMPLE
     chunks, room = triton.cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m) if long else 1
-    listed, low, held = (
-        torch.empty(rows, size, dtype=torch.int32, device=scores.device) for size in (room, 1, chunks)
-    )
+    listed, low, held = (torch.empty(rows, size, dtype=torch.int32, device=scores.device) for size in (room, 1, chunks))
     with torch.cuda.device_of(scores):
         if long:
             share = k * SAMPLE / m
@@ -178,9 +176,7 @@ def _count_kernel(scores, low, held, m, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _list_kernel(
-    scores, low, held, listed, m, room, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _list_kernel(scores, low, held, listed, m, room, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunks = tl.arange(0, CHUNKS)
     before = tl.sum(tl.load(held + row * tl.num_programs(1) + chunks, mask=chunks < chunk, other=0))

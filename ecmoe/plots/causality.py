@@ -81,7 +81,10 @@ def serving_cost(frame: pd.DataFrame, sequence: int) -> Plot:
         frame: rows of `causality.losses_by_routing` with `seed`: way, pool_tokens, loss. sequence: T, tokens of one.
     """
     ways = {"causally": ("#D55E00", "-"), "global top-k": ("#009E73", ":")}
-    names = {"causally": "one sequence, by running cut-offs", "global top-k": "one sequence, its best pairs (global top-k)"}
+    names = {
+        "causally": "one sequence, by running cut-offs",
+        "global top-k": "one sequence, its best pairs (global top-k)",
+    }
     frame = frame.dropna(subset="loss")
     trained = frame[frame["way"] == "as trained"].set_index("seed")["loss"]
     frame = frame.assign(cost=frame["loss"] - frame["seed"].map(trained))
@@ -89,14 +92,26 @@ def serving_cost(frame: pd.DataFrame, sequence: int) -> Plot:
     for (way, tokens), group in frame.groupby(["way", "pool_tokens"], dropna=False, sort=False):
         effect = interval(group["cost"])
         rows.append((way, tokens, effect.mean, effect.low, effect.high, effect.n))
-    data = pd.DataFrame(rows, columns=["way", "pool_tokens", "mean", "low", "high", "seeds"]).astype({"low": float, "high": float})
+    data = pd.DataFrame(rows, columns=["way", "pool_tokens", "mean", "low", "high", "seeds"]).astype(
+        {"low": float, "high": float}
+    )
     figure, (ax,) = new_figure(4.6)
     pools = data[~data["way"].isin([*ways, "as trained", "position"])].sort_values("pool_tokens")
     if len(pools):
-        ax.plot(pools["pool_tokens"], pools["mean"], color="#000000", marker="o", linewidth=1.8, label="plain expert choice in pools of that size")
+        ax.plot(
+            pools["pool_tokens"],
+            pools["mean"],
+            color="#000000",
+            marker="o",
+            linewidth=1.8,
+            label="plain expert choice in pools of that size",
+        )
         ax.vlines(pools["pool_tokens"], pools["low"], pools["high"], color="#000000", linewidth=1.5)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(pools["pool_tokens"], [f"{t:,.0f}" + ("\n1 sequence" if t == sequence else "") for t in pools["pool_tokens"]])
+        ax.set_xticks(
+            pools["pool_tokens"],
+            [f"{t:,.0f}" + ("\n1 sequence" if t == sequence else "") for t in pools["pool_tokens"]],
+        )
         ax.minorticks_off()
     for way, (color, line) in ways.items():
         for row in data[data["way"] == way].itertuples():
@@ -111,7 +126,11 @@ def serving_cost(frame: pd.DataFrame, sequence: int) -> Plot:
         f"{names.get(r.way, f'pools of {r.pool_tokens:,.0f} tokens')} {short(r.mean)}{interval_text(r)}"
         for r in pd.concat([pools, data[data["way"].isin(ways)]]).itertuples()
     )
-    return Plot(figure, f"Validation loss of the same weights minus that as trained, by how they are routed: {text or 'nothing was run'}.", data)
+    return Plot(
+        figure,
+        f"Validation loss of the same weights minus that as trained, by how they are routed: {text or 'nothing was run'}.",
+        data,
+    )
 
 
 def _means(frame: pd.DataFrame, arm: str, value: str, sign: int = 1) -> pd.DataFrame:

@@ -52,7 +52,9 @@ def retention(accuracies: pd.DataFrame) -> Plot:
     drawn = next((ax for ax in axes if ax.get_legend_handles_labels()[0]), axes[0])
     legend_below(figure, drawn, 5)
     data = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    alt = "Accuracy on each task, right after it was learned and after the last. " + "; ".join(parts or ["nothing"]) + "."
+    alt = (
+        "Accuracy on each task, right after it was learned and after the last. " + "; ".join(parts or ["nothing"]) + "."
+    )
     measured = data["approach"] if len(data) else []
     columns = ["approach", "task", "after", "mean", "low", "high", "n"]
     return Plot(figure, alt + missing_text(approaches, measured), data.reindex(columns=columns))
@@ -90,7 +92,9 @@ def kept_and_lost(table: pd.DataFrame) -> Plot:
                          va="center", color="0.4", style="italic", fontsize=9)  # fmt: skip
     axes[0].set_yticks(range(len(approaches)), approaches)
     axes[0].set_ylim(len(approaches) - 0.5, -0.5)
-    data = pd.DataFrame(rows, columns=["measure", "approach", "mean", "low", "high", "seeds"]).astype({"low": float, "high": float})
+    data = pd.DataFrame(rows, columns=["measure", "approach", "mean", "low", "high", "seeds"]).astype(
+        {"low": float, "high": float}
+    )
     for label, group in data[data["seeds"] > 0].groupby("measure", sort=False):
         said = (f"{r.approach} {r.mean:.1f}{_between(r)}, {seeds_text(r.seeds)}" for r in group.itertuples())
         parts.append(f"{sentence(label)}: {'; '.join(said)}.")
@@ -125,7 +129,9 @@ def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, t
     return _matrices(panels, tasks, "images of task")
 
 
-def overwritten(gate: pd.DataFrame | None, ec: pd.DataFrame | None, shares: pd.DataFrame | None, tasks: Sequence[str]) -> Plot:
+def overwritten(
+    gate: pd.DataFrame | None, ec: pd.DataFrame | None, shares: pd.DataFrame | None, tasks: Sequence[str]
+) -> Plot:
     """How far each task's training moved each expert's weights, and which experts serve which task at the end.
 
     Args:
@@ -194,7 +200,15 @@ def _heat(ax: Axes, panel: _Panel) -> None:
     for (t, i), value in np.ndenumerate(values):
         if not math.isnan(value):
             shade = to_hex(colormaps["Blues"]((value - low) / (top - low) if top > low else 0.0))
-            ax.text(i, t, panel.form.format(value), ha="center", va="center", fontsize=9, color="white" if is_dark(shade) else "black")
+            ax.text(
+                i,
+                t,
+                panel.form.format(value),
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if is_dark(shade) else "black",
+            )
     ax.set_xticks(range(values.shape[1]), [str(i + 1) for i in range(values.shape[1])])
     ax.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)

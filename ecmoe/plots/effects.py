@@ -61,7 +61,9 @@ def ratios_along(lines: Mapping[str, pd.DataFrame], label: str, claimed: float) 
         ax.plot(rows["target"], rows["mean"], linestyle=look.line, linewidth=1.8, label=name, **marks(look))
         ax.fill_between(rows["target"], rows["low"], rows["high"], color=look.color, alpha=0.15, linewidth=0)
         last = rows.iloc[-1]
-        parts.append(f"{name} {short(rows['mean'].iloc[0])} at {short(rows['target'].iloc[0])}, {short(last['mean'])}{interval_text(last)} at {short(last['target'])}")
+        parts.append(
+            f"{name} {short(rows['mean'].iloc[0])} at {short(rows['target'].iloc[0])}, {short(last['mean'])}{interval_text(last)} at {short(last['target'])}"
+        )
     if parts:
         ax.axhline(1, color="0.2", linewidth=1)
         ax.axhline(claimed, color="0.2", linewidth=1.2, linestyle="--", label=f"the paper: below {claimed:g}")
@@ -70,7 +72,10 @@ def ratios_along(lines: Mapping[str, pd.DataFrame], label: str, claimed: float) 
     ax.set_xlabel(f"{LABELS['val_loss']}, falling to the right")
     ax.set_ylabel(label)
     legend_below(figure, ax, 2)
-    data = pd.concat([rows.assign(comparison=name) for name, rows in lines.items()] or [pd.DataFrame(columns=["comparison"])], ignore_index=True)
+    data = pd.concat(
+        [rows.assign(comparison=name) for name, rows in lines.items()] or [pd.DataFrame(columns=["comparison"])],
+        ignore_index=True,
+    )
     missing = missing_text(list(lines), [name for name, rows in lines.items() if len(rows)])
     return Plot(figure, f"{sentence(label)} by loss: {'; '.join(parts) or 'nothing'}.{missing}", data)
 

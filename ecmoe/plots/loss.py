@@ -29,9 +29,7 @@ from ecmoe.plots.style import legend_below, looks, marks, new_figure
 from ecmoe.stats import interval
 
 
-def loss_over_steps(
-    curves: pd.DataFrame, x: str = "step", column: str = "val_loss", zoom: bool = True
-) -> Plot:
+def loss_over_steps(curves: pd.DataFrame, x: str = "step", column: str = "val_loss", zoom: bool = True) -> Plot:
     """Loss over steps, tokens or seconds, a line per arm; the second panel shows the last half.
 
     Args:
@@ -39,9 +37,7 @@ def loss_over_steps(
         zoom: the second panel, without which late differences can't be seen.
     """
     arms = list(dict.fromkeys(curves["arm"]))
-    means = pd.concat(
-        [over_seeds(curves[curves["arm"] == arm], x, column) for arm in arms], ignore_index=True
-    )
+    means = pd.concat([over_seeds(curves[curves["arm"] == arm], x, column) for arm in arms], ignore_index=True)
     figure, axes = new_figure(4.6, 2 if zoom else 1)
     half = means.loc[means["mean"].notna(), x].max() / 2
     for ax, start in zip(axes, (0, half), strict=False):
@@ -62,9 +58,7 @@ def loss_over_steps(
     return Plot(figure, alt, finals)
 
 
-def final_loss(
-    table: pd.DataFrame, column: str = "val_loss", lowest_first: bool = True, by: str = "arm"
-) -> Plot:
+def final_loss(table: pd.DataFrame, column: str = "val_loss", lowest_first: bool = True, by: str = "arm") -> Plot:
     """A dot per seed, the mean and its 95% interval per arm, sorted.
 
     Args:
@@ -101,10 +95,7 @@ def final_loss(
     low, high = ax.get_xlim()
     zero = "" if not len(measured) or low <= 0 <= high else "; the axis doesn't start at 0"
     ax.set_xlabel(LABELS.get(column, column) + zero)
-    text = "; ".join(
-        f"{r.arm} {short(r.mean)}{interval_text(r)}, {seeds_text(r.seeds)}"
-        for r in measured.itertuples()
-    )
+    text = "; ".join(f"{r.arm} {short(r.mean)}{interval_text(r)}, {seeds_text(r.seeds)}" for r in measured.itertuples())
     alt = f"{sentence(LABELS.get(column, column))} by arm: {text or 'nothing'}." + missing_text(
         data["arm"], measured["arm"]
     )
@@ -168,9 +159,7 @@ def parameter_counts(table: pd.DataFrame) -> Plot:
     axes[0].set_ylim(len(data) - 0.5, -0.5)
     legend_below(figure, axes[0])
     worst = data.loc[data["total_off_percent"].abs().idxmax()]
-    text = "; ".join(
-        f"{r.model} {r.total:.3g} counted, {r.printed_total:.3g} printed" for r in data.itertuples()
-    )
+    text = "; ".join(f"{r.model} {r.total:.3g} counted, {r.printed_total:.3g} printed" for r in data.itertuples())
     alt = f"Total parameters: {text}. Furthest apart: {worst['model']}, "
     alt += f"{worst['total_off_percent']:+.1f}%."
     return Plot(figure, alt, data)

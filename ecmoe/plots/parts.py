@@ -102,9 +102,7 @@ def line_with_band(ax: Axes, rows: pd.DataFrame, x: str, arm: str, look: Look) -
         **marks(look),
     )
     if rows["n"].max() > 1:
-        ax.fill_between(
-            rows[x], rows["low"], rows["high"], color=look.color, alpha=0.18, linewidth=0
-        )
+        ax.fill_between(rows[x], rows["low"], rows["high"], color=look.color, alpha=0.18, linewidth=0)
 
 
 def last_values(means: pd.DataFrame, x: str) -> pd.DataFrame:

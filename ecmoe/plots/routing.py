@@ -28,9 +28,7 @@ from ecmoe.plots.style import count_colors, is_dark, legend_below, looks, new_fi
 from ecmoe.results import SHARES
 
 
-def expert_shares(
-    table: pd.DataFrame, by: str = "arm", paper: Mapping[str, float] | None = None
-) -> Plot:
+def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, float] | None = None) -> Plot:
     """Share of tokens by how many experts processed them (C7), one stacked bar per arm.
 
     Args:
@@ -49,9 +47,7 @@ def expert_shares(
         left = 0.0
         for name, color in zip(names, colors, strict=True):
             width = 0.0 if math.isnan(row[name]) else row[name]
-            ax.barh(
-                y, width, left=left, color=color, edgecolor="white", label=name if not y else None
-            )
+            ax.barh(y, width, left=left, color=color, edgecolor="white", label=name if not y else None)
             _write_in_bar(ax, left, y, width, f"{width:.0f}%", color)
             left += width
     name_gaps(ax, [y for y, (_, row) in enumerate(data.iterrows()) if row.isna().all()])
@@ -104,9 +100,7 @@ def expert_shares_over_steps(curves: pd.DataFrame, x: str = "step") -> Plot:
         ax.xaxis.set_major_formatter(thousands)
         if not len(curve):
             continue  # the legend's helper says "not run"
-        shares = pd.DataFrame(
-            {name: 100 * curve[columns].sum(axis=1) for name, columns in groups.items()}
-        )
+        shares = pd.DataFrame({name: 100 * curve[columns].sum(axis=1) for name, columns in groups.items()})
         colors = [count_colors()[i] for i in (0, 2, 4, 7)]
         ax.stackplot(shares.index, shares.T, labels=shares.columns, colors=colors)
         ax.set(xlim=(shares.index.min(), shares.index.max()), ylim=(0, 100))
@@ -118,16 +112,8 @@ def expert_shares_over_steps(curves: pd.DataFrame, x: str = "step") -> Plot:
     axes[0].set_ylabel("share of tokens (%)")
     drawn = next((ax for ax in axes if ax.get_legend_handles_labels()[0]), axes[0])
     legend_below(figure, drawn)
-    data = (
-        pd.concat(frames, ignore_index=True)
-        if frames
-        else pd.DataFrame(columns=["arm", x, *groups])
-    )
-    alt = (
-        "Share of tokens by number of experts over training; at the end: "
-        + ("; ".join(ends) or "nothing")
-        + "."
-    )
+    data = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["arm", x, *groups])
+    alt = "Share of tokens by number of experts over training; at the end: " + ("; ".join(ends) or "nothing") + "."
     return Plot(figure, alt, data[["arm", x, *groups]])
 
 
@@ -150,15 +136,8 @@ def load(curves: pd.DataFrame, x: str = "step") -> Plot:
     data = pd.concat(finals, ignore_index=True)
     parts = []
     for measure, group in data.groupby("measure", sort=False):
-        parts.append(
-            f"{measure}: " + "; ".join(f"{r.arm} {r.mean:.1f}" for r in group.itertuples())
-        )
-    alt = (
-        "Load over training; at the end, "
-        + ". ".join(parts)
-        + "."
-        + missing_text(arms, data["arm"])
-    )
+        parts.append(f"{measure}: " + "; ".join(f"{r.arm} {r.mean:.1f}" for r in group.itertuples()))
+    alt = "Load over training; at the end, " + ". ".join(parts) + "." + missing_text(arms, data["arm"])
     return Plot(figure, alt, data)
 
 
@@ -182,8 +161,7 @@ def capacity_demand(table: pd.DataFrame, x: str = "capacity_factor") -> Plot:
     legend_below(figure, axes[0])
     data = pd.concat(frames, ignore_index=True)
     alt = " ".join(
-        f"{sentence(name)} by capacity. {series_text(g, x)}"
-        for name, g in data.groupby("measure", sort=False)
+        f"{sentence(name)} by capacity. {series_text(g, x)}" for name, g in data.groupby("measure", sort=False)
     )
     return Plot(figure, alt, data)
 
@@ -202,9 +180,7 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
         if w.shape[0] != len(tokens):
             raise ValueError(f"{title}: {w.shape[0]} rows of weights for {len(tokens)} tokens")
         ax.grid(False)
-        ax.imshow(
-            np.where(w > 0, w, np.nan), cmap="Blues", vmin=0, vmax=max(1.0, w.max()), aspect="auto"
-        )
+        ax.imshow(np.where(w > 0, w, np.nan), cmap="Blues", vmin=0, vmax=max(1.0, w.max()), aspect="auto")
         ax.set_title(title)
         for (t, i), value in np.ndenumerate(w):
             if value > 0:
@@ -234,9 +210,7 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
         )
         columns = [f"expert {i}" for i in range(w.shape[1])]
         frames.append(
-            pd.DataFrame(w, columns=columns).assign(router=title, token=list(tokens))[
-                ["router", "token", *columns]
-            ]
+            pd.DataFrame(w, columns=columns).assign(router=title, token=list(tokens))[["router", "token", *columns]]
         )
     axes[0].set_yticks(range(len(tokens)), tokens)
     return Plot(

@@ -21,8 +21,14 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         layers: of `speed.layers`.
     """
     sizes = list(dict.fromkeys(layers["size"]))
-    rows = layers.dropna(subset=["layer"]).reindex(columns=["size", "layer", "what", "ms", "share_of_floor", "low_ms", "high_ms"])
-    rows = rows[rows["layer"].ne("floor") & rows["what"].ne("routing") & ~rows["layer"].str.contains("CUDA graph|Dykstra", na=False)]
+    rows = layers.dropna(subset=["layer"]).reindex(
+        columns=["size", "layer", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
+    )
+    rows = rows[
+        rows["layer"].ne("floor")
+        & rows["what"].ne("routing")
+        & ~rows["layer"].str.contains("CUDA graph|Dykstra", na=False)
+    ]
     names = list(dict.fromkeys(rows["layer"]))
     figure, axes = new_figure(1.6 + 0.3 * max(len(names), 2), len(sizes), sharey=True)
     parts = []
@@ -44,7 +50,12 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         axes[0].set_yticks(range(len(names)), names, fontsize=9)
         axes[0].set_ylim(len(names) - 0.5, -0.5)
     legend_below(figure, axes[0])
-    alt = "Share of the floor's speed, forward + backward. " + ("; ".join(parts) or "Nothing") + "." + missing_text(sizes, rows["size"])
+    alt = (
+        "Share of the floor's speed, forward + backward. "
+        + ("; ".join(parts) or "Nothing")
+        + "."
+        + missing_text(sizes, rows["size"])
+    )
     return Plot(figure, alt, rows.reset_index(drop=True))
 
 
@@ -57,7 +68,9 @@ def step_times(steps: pd.DataFrame) -> Plot:
     look = looks(data["arm"])
     for row in data.itertuples():
         even = row.routing == "even"
-        y = lines.index((row.arm, row.path)) + (0.17 if even else -0.17 if row.arm in set(data["arm"][data["routing"] == "even"]) else 0)
+        y = lines.index((row.arm, row.path)) + (
+            0.17 if even else -0.17 if row.arm in set(data["arm"][data["routing"] == "even"]) else 0
+        )
         style = marks(look[row.arm]) | ({"markerfacecolor": "white"} if even else {})
         ax.plot([row.low_ms, row.high_ms], [y, y], color=look[row.arm].color, linewidth=2)
         ax.plot([row.ms], [y], linestyle="", markersize=7, **style)
@@ -100,7 +113,9 @@ def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
     legend_below(figure, panels[0])
     text = "; ".join(f"{LABELS[row.axis]} to the power {row.exponent:.2f}" for row in exponents.itertuples())
     data = grown.reindex(columns=["axis", "value", "ms", "low_ms", "high_ms", "floor_ms"])
-    return Plot(figure, sentence(f"time of the EC layer, forward + backward, grows with {text or 'what was not run'}."), data)
+    return Plot(
+        figure, sentence(f"time of the EC layer, forward + backward, grows with {text or 'what was not run'}."), data
+    )
 
 
 def profile(kinds: pd.DataFrame) -> Plot:
@@ -111,9 +126,13 @@ def profile(kinds: pd.DataFrame) -> Plot:
     """
     data = kinds.reindex(columns=["kind", "ms", "share", "most"])
     figure, (ax,) = new_figure(1.1 + 0.3 * max(len(data), 2))
-    ax.barh(range(len(data)), 100 * data["share"].astype(float), color=[GREY if k == "idle" else OURS for k in data["kind"]])
+    ax.barh(
+        range(len(data)), 100 * data["share"].astype(float), color=[GREY if k == "idle" else OURS for k in data["kind"]]
+    )
     for y, row in enumerate(data.itertuples()):
-        ax.annotate(f"{row.ms:.1f} ms", (100 * row.share, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        ax.annotate(
+            f"{row.ms:.1f} ms", (100 * row.share, y), (4, 0), textcoords="offset points", va="center", fontsize=9
+        )
     ax.set_yticks(range(len(data)), data["kind"])
     ax.set_ylim(max(len(data), 1) - 0.5, -0.5)
     ax.margins(x=0.12)

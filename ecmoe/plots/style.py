@@ -90,9 +90,7 @@ def is_dark(color: str) -> bool:
     return float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) < 0.5
 
 
-def new_figure(
-    height: float, columns: int = 1, rows: int = 1, **kwargs: object
-) -> tuple[Figure, list[Axes]]:
+def new_figure(height: float, columns: int = 1, rows: int = 1, **kwargs: object) -> tuple[Figure, list[Axes]]:
     """A figure of page width and its axes in a flat list; no pyplot, so nothing shows by itself."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
     axes = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)

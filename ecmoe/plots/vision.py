@@ -39,7 +39,9 @@ def left_out_over_capacity(swept: pd.DataFrame) -> Plot:
     Args:
         swept: of `capacity.sweep`.
     """
-    return _over_capacity({LABELS[column]: (swept, column) for column in ("patches_left_out", "images_left_out")}, title=True)
+    return _over_capacity(
+        {LABELS[column]: (swept, column) for column in ("patches_left_out", "images_left_out")}, title=True
+    )
 
 
 def _over_capacity(panels: Mapping[str, tuple[pd.DataFrame, str]], title: bool = False) -> Plot:

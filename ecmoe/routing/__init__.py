@@ -49,9 +49,7 @@ def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Route
     d, e, c = config.d_model, config.num_experts, config.capacity_factor
     match config.router:
         case "expert_choice":
-            return ExpertChoice(
-                d, e, c, config.max_experts_per_token, config.pool, config.gate, config.cap_solver
-            )
+            return ExpertChoice(d, e, c, config.max_experts_per_token, config.pool, config.gate, config.cap_solver)
         case "token_choice":
             return TokenChoice(
                 d,
@@ -66,9 +64,7 @@ def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Route
             )
         case "hash":
             if config.hash_table == "balanced" and token_counts is None:
-                raise ValueError(
-                    "hash_table=balanced needs token_counts, the corpus' token frequencies"
-                )
+                raise ValueError("hash_table=balanced needs token_counts, the corpus' token frequencies")
             counts = token_counts if config.hash_table == "balanced" else None
             return Hash(d, e, config.vocab_size, c, counts)
         case "dense_moe":

@@ -28,9 +28,7 @@ class Assignment(NamedTuple):
     def experts_per_token(self, n: int) -> Tensor:
         """(n,) int64: how many experts took each token. A slot counts also where its gate is 0."""
         counts = torch.zeros(n + 1, dtype=torch.long, device=self.token.device)
-        return counts.index_add(0, self.token.reshape(-1), torch.ones_like(self.token).reshape(-1))[
-            :n
-        ]
+        return counts.index_add(0, self.token.reshape(-1), torch.ones_like(self.token).reshape(-1))[:n]
 
     def load(self, n: int) -> Tensor:
         """(e,) int64: tokens that each expert processes, empty slots left out."""

@@ -49,9 +49,7 @@ def load_loss(logits: Tensor, noisy: Tensor, top_k: int) -> Tensor:
     """
     e = logits.shape[1]
     threshold = noisy.topk(top_k, dim=1).values[:, -1:]
-    chance = torch.special.ndtr(
-        (logits - threshold) * e
-    )  # P(x + eps >= threshold), eps ~ N(0, 1/e^2)
+    chance = torch.special.ndtr((logits - threshold) * e)  # P(x + eps >= threshold), eps ~ N(0, 1/e^2)
     return _cv_squared(chance.sum(dim=0))
 
 

@@ -17,9 +17,7 @@ class Dense(Router):
 
     static = True
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
         gate = logits.softmax(dim=1).T  # (e, n)
         token = torch.arange(n, device=logits.device).expand(e, n)

@@ -60,9 +60,7 @@ class ExpertChoice(Router):
         self.cap_solver = one_of("cap_solver", cap_solver, ("feasible", "dykstra"))
         self.cutoff = RunningCutoff(num_experts, cutoff_beta)
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
         if self.causal:
             return self._weigh(self._above_cutoff(logits.softmax(dim=1), mask), n)
@@ -123,9 +121,7 @@ class ExpertChoice(Router):
                 raise ConfigError(f"pool={self.pool} must divide the n={n} tokens of the batch")
             return ids.view(-1, self.pool)
         if batch_shape is None:
-            raise ValueError(
-                f"pool={self.pool!r} needs batch_shape=(B, T) to tell the sequences apart"
-            )
+            raise ValueError(f"pool={self.pool!r} needs batch_shape=(B, T) to tell the sequences apart")
         ids = ids.view(batch_shape)
         return ids if self.pool == "sequence" else ids.T
 
@@ -136,9 +132,7 @@ class ExpertChoice(Router):
     def _kth(self, G: Tensor, valid: Tensor, k: int) -> Tensor:
         """(g', e) the lowest score that was still taken, of the pools where any was."""
         last = self._valid_k(valid, k)
-        kth = G.detach().gather(
-            2, (last - 1).clamp_min(0)[:, None, None].expand(-1, G.shape[1], 1)
-        )[..., 0]
+        kth = G.detach().gather(2, (last - 1).clamp_min(0)[:, None, None].expand(-1, G.shape[1], 1))[..., 0]
         return kth[last > 0]
 
     def _above_cutoff(self, S: Tensor, mask: Tensor | None) -> Assignment:
@@ -150,9 +144,7 @@ class ExpertChoice(Router):
         if mask is not None:
             take &= mask[:, None]
         token, expert = take.nonzero(as_tuple=True)
-        assignment, demand = pack(
-            token, expert, S[token, expert], n=S.shape[0], e=S.shape[1], slots=None
-        )
+        assignment, demand = pack(token, expert, S[token, expert], n=S.shape[0], e=S.shape[1], slots=None)
         self.demand.copy_(demand)
         return assignment
 

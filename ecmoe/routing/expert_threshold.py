@@ -48,14 +48,10 @@ class ExpertThreshold(ExpertChoice):
             raise ValueError(f"warmup_steps={warmup_steps}: must be at least 0")
         self.cutoff = RunningCutoff(num_experts, beta)
         self.warmup_steps, self.slack = warmup_steps, slack
-        self.register_buffer(
-            "overflow", torch.zeros(num_experts, dtype=torch.long), persistent=False
-        )
+        self.register_buffer("overflow", torch.zeros(num_experts, dtype=torch.long), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # that moved the cut-offs
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n = logits.shape[0]
         S = logits.softmax(dim=1)  # (n, e)
         if self.training and not self.causal:

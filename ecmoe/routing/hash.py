@@ -36,15 +36,11 @@ class Hash(Router):
         table = torch.arange(vocab_size) % num_experts
         if token_counts is not None:
             if len(token_counts) != vocab_size:
-                raise ValueError(
-                    f"token_counts has {len(token_counts)} entries: must have vocab_size={vocab_size}"
-                )
+                raise ValueError(f"token_counts has {len(token_counts)} entries: must have vocab_size={vocab_size}")
             table = balanced_table(token_counts, num_experts)
         self.register_buffer("table", table)
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if token_ids is None:
             raise ValueError("hash routing needs token_ids: pass moe(x, token_ids=...)")
         n, e = logits.shape
@@ -54,9 +50,7 @@ class Hash(Router):
         if mask is not None:
             expert = torch.where(mask, expert, e)
         token = torch.arange(n, device=logits.device)
-        assignment, demand = pack(
-            token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit
-        )
+        assignment, demand = pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
         self.demand.copy_(demand)
         return assignment
 

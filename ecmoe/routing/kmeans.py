@@ -58,9 +58,7 @@ class KMeans(Router):
         self._input = rows if self.training and not recomputing() else None
         return 2 * product - rows.square().sum(1, keepdim=True) - centroids.square().sum(1), x
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
         logits = logits.detach()
         expert = logits.argmax(dim=1)
@@ -69,9 +67,7 @@ class KMeans(Router):
         self._gather(expert, n)
         slots, limit = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
         token = torch.arange(n, device=logits.device)
-        assignment, demand = pack(
-            token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit
-        )
+        assignment, demand = pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
         if not recomputing():
             self.demand.copy_(demand)
         return assignment

@@ -26,9 +26,7 @@ class LinearAssignment(Router):
         d_model, num_experts: d, e; in training e must divide n.
     """
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         """As in `Router`; in training no expert gets more than ceil(v / e) of v unmasked tokens.
 
         Raises:
@@ -70,7 +68,5 @@ def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
     unit = (seen.square().sum() / (valid.sum() * e).clamp_min(1)).sqrt()
     valid = valid | filler
     target = valid.sum() // e
-    X = transport((S - mean).T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE)[
-        0
-    ]
+    X = transport((S - mean).T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE)[0]
     return X.long().argmax(dim=0)

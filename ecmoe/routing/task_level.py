@@ -49,9 +49,7 @@ class TaskLevel(Router):
         if isinstance(getattr(self, "table", None), nn.Parameter):
             nn.init.normal_(self.table, std=self.num_tasks**-0.5, generator=generator)
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if task_ids is None:
             raise ValueError("task-level routing needs task_ids: pass moe(x, task_ids=...)")
         n, e = logits.shape
@@ -65,9 +63,7 @@ class TaskLevel(Router):
         if mask is not None:
             expert = torch.where(mask[:, None], expert, e)
         token = torch.arange(n, device=logits.device)[:, None].expand(n, self.top_k)
-        assignment, demand = pack(
-            token.reshape(-1), expert.reshape(-1), gate.reshape(-1), n=n, e=e, slots=None
-        )
+        assignment, demand = pack(token.reshape(-1), expert.reshape(-1), gate.reshape(-1), n=n, e=e, slots=None)
         self.demand.copy_(demand)
         return assignment
 

@@ -46,9 +46,7 @@ class TokenChoice(Router):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts} (num_experts)")
         if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(
-                f"capacity_factor={capacity_factor}: must be above 0, or None to drop nothing"
-            )
+            raise ValueError(f"capacity_factor={capacity_factor}: must be above 0, or None to drop nothing")
         self.top_k, self.capacity_factor = top_k, capacity_factor
         self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
         self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
@@ -59,9 +57,7 @@ class TokenChoice(Router):
         self.register_buffer("bias", torch.zeros(num_experts))  # moves only with balance="bias"
         self.register_buffer("load_error", torch.zeros(num_experts))
 
-    def assign(
-        self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None
-    ) -> Assignment:
+    def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
         k = self.top_k
         noise = load_noise(logits, self.balance == "importance_load" and self.training)
@@ -93,14 +89,10 @@ class TokenChoice(Router):
                 self.load_error += demand.float().mean() - demand.float()
         return assignment
 
-    def _aux_loss(
-        self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def _aux_loss(self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None) -> Tensor:
         loss = logits.new_zeros(())
         if self.balance in ("switch", "importance_load") and self.aux_loss_weight:
-            loss = loss + self.aux_loss_weight * balance_loss(
-                self.balance, logits, S, noise, demand, mask, self.top_k
-            )
+            loss = loss + self.aux_loss_weight * balance_loss(self.balance, logits, S, noise, demand, mask, self.top_k)
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * z_loss(logits, mask)
         return loss

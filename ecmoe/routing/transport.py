@@ -58,9 +58,7 @@ def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
     return torch.logit(u.clamp(1e-3, 1 - 1e-3)).to(dtype)
 
 
-def _prices(
-    Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, tolerance: float
-) -> Tensor:
+def _prices(Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, tolerance: float) -> Tensor:
     """(g, e, 1) prices at which each expert is wanted by about `target` tokens, each taking its b best."""
     e, m = Z.shape[1:]
     # With a place to spare a token takes nothing below the price; without, it must take b whatever they cost.
@@ -105,9 +103,7 @@ def _hold(R: Tensor, target: Tensor, b: int) -> Tensor:
     return torch.zeros(g, e, m, dtype=torch.bool, device=R.device).scatter(1, offers.indices, taken)
 
 
-def _balance(
-    X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance: Tensor, valid: Tensor
-) -> Tensor:
+def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance: Tensor, valid: Tensor) -> Tensor:
     """Carry tokens from experts with too many to experts with too few, along the cheapest paths.
 
     The last node, e, stands for a token's free places: a path through it drops one token and takes up another.
@@ -169,9 +165,7 @@ def _settled(excess: Tensor) -> bool:
     return excess.device.type == "cpu" and not torch.compiler.is_compiling() and not excess.any()
 
 
-def _edges(
-    X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tensor
-) -> tuple[Tensor, Tensor]:
+def _edges(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
     """Both (g, p, r): the least loss of moving a token of near (g, p, l) from u to v, and how many cost about that."""
     g, nodes, m = X.shape
     X, Z = X.flatten(1), Z.flatten(1)
@@ -188,9 +182,7 @@ def _edges(
     return least, (loss <= (least + spare)[..., None]).sum(3)
 
 
-def _path(
-    cost: Tensor, count: Tensor, excess: Tensor, tolerance: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _path(cost: Tensor, count: Tensor, excess: Tensor, tolerance: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """The cheapest path in each pool to the emptiest expert: edges (u, v), both (g,), last first; and how many may go."""
     g, nodes = excess.shape
     at = torch.arange(g, device=cost.device)

@@ -32,6 +32,7 @@ def compile_only(self, *args, grid, warmup, **keys):
 
 JITFunction.run = compile_only
 from ecmoe.kernels import (  # noqa: E402
+    adamw,
     attention,
     capped,
     counts,
@@ -43,7 +44,7 @@ from ecmoe.kernels import (  # noqa: E402
     selection,
 )
 
-for part in (routing, selection, counts):
+for part in (routing, selection, counts, adamw):
     part.check = lambda x: None
 for part in (product, rows):
     part.approximate = lambda x: {"APPROXIMATE": x.dtype == torch.bfloat16}
@@ -75,11 +76,23 @@ def launch(n, d, f, e, k, dtype):
 
 
 def launch_attention(width):
-    qkv, out = torch.empty(2, 1024, 3, 12, width, dtype=torch.bfloat16), torch.empty(2, 1024, 12, width, dtype=torch.bfloat16)
+    qkv, out = (
+        torch.empty(2, 1024, 3, 12, width, dtype=torch.bfloat16),
+        torch.empty(2, 1024, 12, width, dtype=torch.bfloat16),
+    )
     table, lse = torch.empty(12, 1024), torch.empty(2, 12, 1024)
     attention.forward(qkv, table, 114)
     attention.backward(out, qkv, out, lse, table, 114)
     attention.tile_sums(out, qkv, lse, lse, table, 114)
+
+
+def launch_adamw(dtype):
+    p, factors = (
+        torch.empty(4096, dtype=dtype),
+        {"decay": 0.9, "rate": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "correction": 1.5},
+    )
+    for scale in (None, torch.empty(())):
+        adamw.update(p, p, p, p, scale, **factors)
 
 
 def launch_capped(n, e, k):
@@ -99,7 +112,9 @@ def show():
             usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
-        print(f"{kernel.name:28} registers {registers:>3} spilled {stack:>4} shared {kernel.metadata.shared:>6} wgmma {wgmma}")
+        print(
+            f"{kernel.name:28} registers {registers:>3} spilled {stack:>4} shared {kernel.metadata.shared:>6} wgmma {wgmma}"
+        )
 
 
 if __name__ == "__main__":
@@ -108,6 +123,8 @@ if __name__ == "__main__":
     for width in (16, 64, 128):
         launch_attention(width)
     launch_capped(65_536, 64, 2048)
+    for dtype in (torch.bfloat16, torch.float32):
+        launch_adamw(dtype)
     for keep in (True, False):
         loss.losses_(torch.empty(64, 32_000, dtype=torch.bfloat16), torch.empty(64, dtype=torch.long), keep)
     show()

@@ -157,7 +157,9 @@ def test_shapes_are_known_to_the_compiler():
     torch.library.opcheck(torch.ops.ecmoe.dykstra, (S, 8, 2, 0.001, 3), test_utils=tests)
 
 
-@pytest.mark.parametrize("g, e, m, k, b, iterations", [(1, 8, 300, 75, 2, 100), (2, 6, 96, 20, 3, 30), (3, 16, 40, 5, 2, 1)])
+@pytest.mark.parametrize(
+    "g, e, m, k, b, iterations", [(1, 8, 300, 75, 2, 100), (2, 6, 96, 20, 3, 30), (3, 16, 40, 5, 2, 1)]
+)
 def test_the_papers_solver_takes_the_same_steps(g, e, m, k, b, iterations):
     S = scores("peaked", g, m, e)
     A = papers.dykstra(S, k, b, 0.001, iterations).double()

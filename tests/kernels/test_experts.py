@@ -53,7 +53,10 @@ def test_several_tiles_down_across_and_deep():
     expected = F.gelu(h, approximate="tanh")
     steepness = torch.autograd.grad(expected.sum(), h)[0]
     kept = slope.double() if dtype == torch.float32 else (slope.view(torch.uint8).double() - 27) / 200
-    assert distance(a, expected * gate[..., None].double()) < TOLERANCE[dtype] and distance(kept, steepness) < TOLERANCE[dtype]
+    assert (
+        distance(a, expected * gate[..., None].double()) < TOLERANCE[dtype]
+        and distance(kept, steepness) < TOLERANCE[dtype]
+    )
     nothing, again = product.product(x_in, w1, gate, keep=False, tile=tile)
     assert nothing.numel() == 0 and torch.equal(again, a)
     dy = rows.gather(gradient, token)
@@ -112,7 +115,9 @@ def test_weights_in_float32_get_gradients_in_float32():
 @pytest.mark.parametrize("keep", [True, False])
 def test_operators_say_their_shapes(keep):
     x, w1, w2, token, gate, gradient = problem(*WHOLE, torch.float32)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static") if keep else ("test_schema", "test_faketensor")
+    tests = (
+        ("test_schema", "test_faketensor", "test_aot_dispatch_static") if keep else ("test_schema", "test_faketensor")
+    )
     given = (x, w1, w2, token, gate, True, keep)
     torch.library.opcheck(torch.ops.ecmoe.experts, given, test_utils=tests)
     if keep:

@@ -59,7 +59,9 @@ def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch):
     expected, experts = moe(x).detach(), kernels.experts
     monkeypatch.setattr("ecmoe.moe.HELD", 2 * (B * T * 2 // E) * FF)  # two experts' h
     monkeypatch.setattr("ecmoe.moe.SLOTS", 0)
-    monkeypatch.setattr(kernels, "experts", lambda x, w1, *rest, **keys: seen.append(len(w1)) or experts(x, w1, *rest, **keys))
+    monkeypatch.setattr(
+        kernels, "experts", lambda x, w1, *rest, **keys: seen.append(len(w1)) or experts(x, w1, *rest, **keys)
+    )
     with torch.no_grad():
         torch.testing.assert_close(moe(x), expected)
     assert seen == [2, 2]

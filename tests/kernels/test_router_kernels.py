@@ -33,7 +33,9 @@ def test_tally_counts_tokens_of_experts_and_experts_of_tokens(n, e, k):
     token = torch.stack([torch.randperm(n + 1, generator=g)[:k] for _ in range(e)])
     token[0, 0] = n  # an empty slot
     load, bins = kernels.tally(token.to(DEVICE), n, 2)
-    counts = torch.zeros(n + 1, dtype=torch.long).index_add(0, token.flatten(), torch.ones(token.numel(), dtype=torch.long))[:n]
+    counts = torch.zeros(n + 1, dtype=torch.long).index_add(
+        0, token.flatten(), torch.ones(token.numel(), dtype=torch.long)
+    )[:n]
     assert load.tolist() == (token < n).sum(1).tolist()
     assert bins.tolist() == [int((counts == 0).sum()), int((counts == 1).sum()), int((counts >= 2).sum())]
 
@@ -54,7 +56,22 @@ def test_select_is_right_where_its_sample_misleads(kind):
 
 def test_select_orders_all_float32_numbers():
     tiny = torch.finfo(torch.float32).tiny
-    values = [float("inf"), 1e38, 2.0, 1.0000001, 1.0, tiny, tiny / 4, 1e-45, 0.0, -1e-45, -tiny, -1.0, -3e38, float("-inf")]
+    values = [
+        float("inf"),
+        1e38,
+        2.0,
+        1.0000001,
+        1.0,
+        tiny,
+        tiny / 4,
+        1e-45,
+        0.0,
+        -1e-45,
+        -tiny,
+        -1.0,
+        -3e38,
+        float("-inf"),
+    ]
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
     values = torch.tensor(values)
     scores = values[order].to(DEVICE)
@@ -121,7 +138,10 @@ def test_logits_of_other_types_are_the_plain_product():
 
 
 def test_routing_operators_say_their_shapes():
-    x, w = torch.randn(20, 8, device=DEVICE).bfloat16().requires_grad_(), torch.randn(8, 5, device=DEVICE).requires_grad_()
+    x, w = (
+        torch.randn(20, 8, device=DEVICE).bfloat16().requires_grad_(),
+        torch.randn(8, 5, device=DEVICE).requires_grad_(),
+    )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     logits, dx = torch.randn(20, 5, device=DEVICE).requires_grad_(), torch.randn_like(x)
     torch.library.opcheck(torch.ops.ecmoe.logits, (x.detach(), w.detach()), test_utils=tests[:2])
@@ -129,4 +149,6 @@ def test_routing_operators_say_their_shapes():
     torch.library.opcheck(torch.ops.ecmoe.logits_backward, given, test_utils=tests[:2])
     torch.library.opcheck(torch.ops.ecmoe.scores, (logits,), test_utils=tests)
     torch.library.opcheck(torch.ops.ecmoe.take, (w, 3), test_utils=tests)
-    torch.library.opcheck(torch.ops.ecmoe.tally, (torch.tensor([[0, 3], [2, 3]], device=DEVICE), 3, 2), test_utils=tests[:2])
+    torch.library.opcheck(
+        torch.ops.ecmoe.tally, (torch.tensor([[0, 3], [2, 3]], device=DEVICE), 3, 2), test_utils=tests[:2]
+    )

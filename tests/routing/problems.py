@@ -46,9 +46,7 @@ def problems(draw, divisible: bool = False, masks: bool = True) -> Problem:
     e = draw(st.integers(2, 6))  # e = 1: all scores tie
     n = e * draw(st.integers(1, 24 // e)) if divisible else draw(st.integers(1, 24))
     seed = draw(st.integers(0, 9999))
-    logits = random_logits(
-        n, e, seed, draw(st.sampled_from([0.3, 1, 5])), draw(st.sampled_from([0, 2]))
-    )
+    logits = random_logits(n, e, seed, draw(st.sampled_from([0.3, 1, 5])), draw(st.sampled_from([0, 2])))
     mask = None
     if masks and draw(st.booleans()):
         share = draw(st.sampled_from([0.0, 0.5, 0.9]))
@@ -59,9 +57,7 @@ def problems(draw, divisible: bool = False, masks: bool = True) -> Problem:
 def pairs(assignment: Assignment, n: int) -> dict[tuple[int, int], float]:
     """{(token, expert): gate} by a plain loop; fails if an expert holds a token twice or an empty slot weighs."""
     found = {}
-    for i, (tokens, gates) in enumerate(
-        zip(assignment.token.tolist(), assignment.gate.tolist(), strict=True)
-    ):
+    for i, (tokens, gates) in enumerate(zip(assignment.token.tolist(), assignment.gate.tolist(), strict=True)):
         for token, gate in zip(tokens, gates, strict=True):
             if token == n:
                 assert gate == 0, "an empty slot has a weight"

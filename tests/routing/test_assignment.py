@@ -68,17 +68,13 @@ def test_pack_serves_in_order(seed, n, e, slots, as_limit):
     assert demand.tolist() == wanted
     for i in range(e):
         kept = assignment.token[i] < n
-        ours = list(
-            zip(assignment.token[i][kept].tolist(), assignment.gate[i][kept].tolist(), strict=True)
-        )
+        ours = list(zip(assignment.token[i][kept].tolist(), assignment.gate[i][kept].tolist(), strict=True))
         assert ours == held[i]
         assert (assignment.gate[i][~kept] == 0).all()
 
 
 def test_pack_of_nothing_has_a_slot():
-    assignment, demand = pack(
-        torch.tensor([0]), torch.tensor([2]), torch.ones(1), n=1, e=2, slots=None
-    )
+    assignment, demand = pack(torch.tensor([0]), torch.tensor([2]), torch.ones(1), n=1, e=2, slots=None)
     assert assignment.token.tolist() == [[1], [1]] and demand.tolist() == [0, 0]
     assert pairs(assignment, 1) == {}
 

@@ -22,9 +22,7 @@ def test_switch_loss_by_hand():
 
 
 def test_switch_loss_is_1_if_uniform_and_e_if_collapsed():
-    assert switch_loss(
-        torch.full((8, 4), 0.25), torch.tensor([2, 2, 2, 2])
-    ).item() == pytest.approx(1)
+    assert switch_loss(torch.full((8, 4), 0.25), torch.tensor([2, 2, 2, 2])).item() == pytest.approx(1)
     assert switch_loss(torch.eye(4)[[0] * 8], torch.tensor([8, 0, 0, 0])).item() == pytest.approx(4)
 
 

@@ -64,9 +64,7 @@ KINDS = ["random", "peaked", "one-hot", "biased", "peaked and biased", "alike", 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "n, e, c, b", [(64, 8, 2, 2), (64, 8, 2, 3), (64, 4, 0.5, 1), (96, 16, 1, 1), (48, 8, 1.5, 2)]
-)
+@pytest.mark.parametrize("n, e, c, b", [(64, 8, 2, 2), (64, 8, 2, 3), (64, 4, 0.5, 1), (96, 16, 1, 1), (48, 8, 1.5, 2)])
 def test_every_constraint_holds_and_the_objective_is_the_linear_programmes(kind, n, e, c, b):
     k = int(n * c / e)
     S = scores(kind, n, e, seed=n + b)
@@ -80,7 +78,9 @@ def test_every_constraint_holds_and_the_objective_is_the_linear_programmes(kind,
 
 
 @two_hundred
-@given(problems(divisible=True), st.sampled_from([1.0, 2.0]), st.integers(1, 3), st.sampled_from(["feasible", "dykstra"]))
+@given(
+    problems(divisible=True), st.sampled_from([1.0, 2.0]), st.integers(1, 3), st.sampled_from(["feasible", "dykstra"])
+)
 def test_200_problems(problem, c, b, solver):
     n, e = problem.logits.shape
     c, b = min(c, e), max(b, int(c))

@@ -61,17 +61,13 @@ def test_200_problems_each_token_as_if_alone(name):
         n, e = problem.logits.shape
         router = routers[e]
         with causal_routing(router):
-            chosen = router.assign(
-                problem.logits, token_ids=problem.ids, task_ids=problem.ids, mask=problem.mask
-            )
+            chosen = router.assign(problem.logits, token_ids=problem.ids, task_ids=problem.ids, mask=problem.mask)
             check(router, chosen, problem)
             assert router.demand.sum() == chosen.load(n).sum()  # nothing is dropped
             dense = chosen.dense(n)
             for i in range(n):
                 ids = problem.ids[i : i + 1]
-                alone = router.assign(problem.logits[i : i + 1], token_ids=ids, task_ids=ids).dense(
-                    1
-                )[0]
+                alone = router.assign(problem.logits[i : i + 1], token_ids=ids, task_ids=ids).dense(1)[0]
                 same_choice(dense[i], alone if problem.valid[i] else torch.zeros_like(alone))
 
     holds()
@@ -83,9 +79,7 @@ def test_a_thousand_equal_tokens_all_get_what_one_gets(name):
     row, ids = random_logits(1, E, 3, sharpness=3), torch.tensor([7])
     with causal_routing(router):
         one = router.assign(row, token_ids=ids, task_ids=ids).dense(1)
-        many = router.assign(
-            row.expand(1000, E), token_ids=ids.expand(1000), task_ids=ids.expand(1000)
-        ).dense(1000)
+        many = router.assign(row.expand(1000, E), token_ids=ids.expand(1000), task_ids=ids.expand(1000)).dense(1000)
     assert torch.equal(many, one.expand(1000, E)) and (one > 0).any()
 
 
@@ -243,9 +237,7 @@ def difference(model, change: str) -> tuple[int, float]:
     """Decisions that changed, and the largest change of an output, where nothing of its own was changed."""
     change, kept = CHANGES[change]
     ids = token_ids(0)
-    (out_a, chosen_a), (out_b, chosen_b) = (
-        decisions_and_output(model, x) for x in (ids, change(ids))
-    )
+    (out_a, chosen_a), (out_b, chosen_b) = (decisions_and_output(model, x) for x in (ids, change(ids)))
     flips = sum(int((a[kept] != b[kept]).sum()) for a, b in zip(chosen_a, chosen_b, strict=True))
     return flips, float((out_a[kept] - out_b[kept]).abs().max())
 

@@ -19,9 +19,7 @@ def test_200_problems(problem):
     chosen = router.assign(problem.logits, mask=problem.mask)
     found = check(router, chosen, problem)
     n_valid = int(problem.valid.sum())
-    assert (
-        router.demand.tolist() == [n_valid] * e and len(found) == n_valid * e
-    )  # nothing is dropped
+    assert router.demand.tolist() == [n_valid] * e and len(found) == n_valid * e  # nothing is dropped
     Z = problem.logits[problem.valid].exp()
     same_choice(alone(chosen, problem), Z / Z.sum(1, keepdim=True))
     unmasked = router.assign(problem.logits[problem.valid])

@@ -82,9 +82,7 @@ def test_permuting_tokens_permutes_the_choice(problem, c, seed):
     n, e = problem.logits.shape
     assume(whole(n, e, c))
     router, order = ExpertChoice(D, e, c), torch.randperm(n, generator=generator(seed))
-    same_choice(
-        router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order]
-    )
+    same_choice(router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order])
 
 
 @pytest.mark.parametrize("masked", [False, True])

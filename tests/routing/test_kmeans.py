@@ -63,9 +63,7 @@ def loop_of_online_k_means(steps: list[torch.Tensor], centroids: np.ndarray, bet
         for i in range(len(centroids)):
             sums[i] = beta * sums[i] + (1 - beta) * x[cell == i].sum(0)
             counts[i] = beta * counts[i] + (1 - beta) * (cell == i).sum()
-        centroids = np.where(
-            counts[:, None] > 0, sums / np.maximum(counts, 1e-9)[:, None], centroids
-        )
+        centroids = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1e-9)[:, None], centroids)
     return centroids
 
 
@@ -162,10 +160,7 @@ def test_no_gradient_passes_through_the_choice():
     assert list(moe.router.parameters()) == []
     logits = moe.router.logits(tokens(6).requires_grad_())
     assert not logits.requires_grad
-    assert (
-        logits.dtype == torch.float32
-        and moe.router.logits(tokens(6).bfloat16()).dtype == torch.float32
-    )
+    assert logits.dtype == torch.float32 and moe.router.logits(tokens(6).bfloat16()).dtype == torch.float32
 
 
 def test_seed_decides_where_the_clusters_start():

@@ -59,9 +59,7 @@ def test_200_problems_in_evaluation_each_token_takes_its_best(problem):
     best = np.zeros((n, e))
     for place in range(n):
         i = int(np.argmax(problem.logits[place].numpy()))
-        best[place, i] = float(problem.valid[place]) / (
-            1 + np.exp(-problem.logits[place, i].item())
-        )
+        best[place, i] = float(problem.valid[place]) / (1 + np.exp(-problem.logits[place, i].item()))
     same_choice(chosen.dense(n), torch.from_numpy(best))
 
 

@@ -54,9 +54,7 @@ def test_by_hand():
 def test_other_tokens_and_the_input_do_not_matter_in_training_or_evaluation(table):
     router, tasks = TaskLevel(D, 4, TASKS, table), torch.arange(TASKS)
     both = router.assign(random_logits(10, 4, 0), task_ids=tasks).dense(10)
-    assert torch.equal(
-        router.eval().assign(random_logits(10, 4, 1), task_ids=tasks).dense(10), both
-    )
+    assert torch.equal(router.eval().assign(random_logits(10, 4, 1), task_ids=tasks).dense(10), both)
     one = router.assign(random_logits(1, 4, 2), task_ids=tasks[3:4]).dense(1)
     assert torch.equal(one[0], both[3])
 

@@ -100,9 +100,7 @@ def test_permuting_tokens_permutes_the_choice_unless_order_decides(problem, fact
     order = torch.randperm(n, generator=generator(seed))
     priority = "order" if factor is None else "score"
     router = TokenChoice(D, e, min(2, e), factor, priority=priority)
-    same_choice(
-        router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order]
-    )
+    same_choice(router.assign(problem.logits[order]).dense(n), router.assign(problem.logits).dense(n)[order])
 
 
 def test_top_e_without_capacity_is_the_dense_mixture():
