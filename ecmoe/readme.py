@@ -81,8 +81,9 @@ def _runs(notebook: str, scale: str) -> dict[str, list[Result]]:
 
 
 def _ends(notebook: str, scale: str) -> tuple[Plot, str]:
-    plot = plots.final_loss(table(result for by_arm in _runs(notebook, scale).values() for result in by_arm))
-    return plot, "Validation loss at the end of training: a tick per seed, the mean, its 95% interval."
+    return plots.final_loss(table(_runs(notebook, scale))), (
+        "Validation loss at the end of training: a tick per seed, the mean, its 95% interval."
+    )
 
 
 def _leaks(notebook: str, scale: str) -> tuple[Plot, str]:

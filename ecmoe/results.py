@@ -238,16 +238,19 @@ def _identity(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key != "seed" and key not in axes}
 
 
-def table(results: Iterable[Result], axes: Sequence[str] = ()) -> pd.DataFrame:
+Study = Mapping[str, Sequence[Result]]  # as `run_study` returns it: name of an arm -> its runs
+
+
+def table(results: Iterable[Result] | Study, axes: Sequence[str] = ()) -> pd.DataFrame:
     """One row per run and seed: `arm`, every config key, every number of summary and routing.
 
     Args:
-        results: from `run_or_load`, or `load_records`. A missing or diverged run is a row with NaN.
+        results: from `run_or_load`, or `load_records`; or a study, whose arms keep their names there. A missing or
+            diverged run is a row with NaN.
         axes: config keys that stand on a figure's axis, and so are no part of the arm's label.
     """
-    results = list(results)
     rows = []
-    for result, arm in zip(results, arm_labels(results, axes), strict=True):
+    for result, arm in _labelled(results, axes):
         scalars = {
             key: value
             for key, value in (result.summary | (result.summary.get("routing") or {})).items()
@@ -264,14 +267,20 @@ def table(results: Iterable[Result], axes: Sequence[str] = ()) -> pd.DataFrame:
     return frame
 
 
-def curves(results: Iterable[Result], axes: Sequence[str] = ()) -> pd.DataFrame:
-    """All curves below each other: `arm`, `seed`, `status`, `name`, axes and COLUMNS.
+def _labelled(results: Iterable[Result] | Study, axes: Sequence[str]) -> list[tuple[Result, str]]:
+    if isinstance(results, Mapping):
+        return [(result, arm) for arm, by_arm in results.items() for result in by_arm]
+    results = list(results)
+    return list(zip(results, arm_labels(results, axes), strict=True))
+
+
+def curves(results: Iterable[Result] | Study, axes: Sequence[str] = ()) -> pd.DataFrame:
+    """All curves below each other: `arm`, `seed`, `status`, `name`, axes and COLUMNS; of results as `table` takes them.
 
     A missing run is one row of NaN, so that figures can name it.
     """
-    results = list(results)
     frames = []
-    for result, arm in zip(results, arm_labels(results, axes), strict=True):
+    for result, arm in _labelled(results, axes):
         summary, curve = result.summary, result.curve.reindex(columns=COLUMNS).astype(float)
         if not len(curve):
             curve = pd.DataFrame([dict.fromkeys(COLUMNS, math.nan)])
@@ -296,7 +305,7 @@ def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float
     return values
 
 
-def by_routing(runs: Mapping[str, Sequence[Result]]) -> pd.DataFrame:
+def by_routing(runs: Study) -> pd.DataFrame:
     """A row per arm, seed and routing ("as trained", "causally") with its `loss`, arms by their name in the study."""
     rows = [
         {

@@ -116,13 +116,9 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
         measure: now, where it is missing and this machine may.
     """
     name = study_file(arms)
-    found = measured({name: lambda: bench_study(arms)}, scale=scale, measure=measure)[name] or {
-        "rows": [],
-        "setting": {},
-    }
-    rows = (
-        pd.DataFrame(found["rows"]).dropna(axis=1, how="all") if found["rows"] else pd.DataFrame(columns=["arm", "ms"])
-    )
+    found = measured({name: lambda: bench_study(arms)}, scale=scale, measure=measure)[name]
+    found = found or {"rows": [], "setting": {}}
+    rows = pd.DataFrame(found["rows"], columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
     table = rows.set_index("arm").reindex(list(arms))
     table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench --all --only study`)")
     return table

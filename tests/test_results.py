@@ -143,6 +143,13 @@ def test_two_arms_are_never_two_seeds_of_one():
     ]
 
 
+def test_a_study_names_its_arms_itself():
+    ours = [not_run(RunConfig(router="dense", d_ff=d_ff)) for d_ff in (128, 256)]
+    assert list(table(ours)["arm"]) == ["Dense d_ff=128", "Dense d_ff=256"]
+    study = {"Dense": ours[:1], "Dense, equal FLOPs": ours[1:]}
+    assert list(table(study)["arm"]) == list(curves(study)["arm"]) == list(study)
+
+
 def test_curves_are_tidy_and_name_the_missing():
     frame = curves([make(RunConfig()), not_run(RunConfig(router="dense"))])
     assert frame["arm"].tolist() == ["EC-CF2"] * 3 + ["Dense"]
