@@ -120,6 +120,23 @@ def _tile(tile, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _multiply(
+    x, w, expert, m, n,
+    DEPTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """A tile of x w of an expert, of x w^T if TRANSPOSED."""
+    total = tl.zeros((M, N), tl.float32)
+    for i in range(tl.cdiv(DEPTH, K)):
+        left = x.load([expert, m * M, i * K]).reshape(M, K)
+        if TRANSPOSED:
+            right = w.load([expert, n * N, i * K]).reshape(N, K).T
+        else:
+            right = w.load([expert, i * K, n * N]).reshape(K, N)
+        total = dot(left, right, total)
+    return total
+
+
+@triton.jit
 def _halves(total):
     """Left and right columns."""
     return total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1).split()
@@ -133,11 +150,7 @@ def _product_kernel(
     tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         expert, m, n = _tile(tile, rows, COLUMNS, M, N)
-        total = tl.zeros((M, N), tl.float32)
-        for i in range(tl.cdiv(DEPTH, K)):
-            left = x.load([expert, m * M, i * K]).reshape(M, K)
-            right = w.load([expert, i * K, n * N]).reshape(K, N)
-            total = dot(left, right, total)
+        total = _multiply(x, w, expert, m, n, DEPTH, M, N, K, False)
         row = m * M + tl.arange(0, M)
         g = tl.load(gate + expert.to(tl.int64) * rows + row, mask=row < rows, other=0)
         _activate(slope, a, total, g, expert, m * M, n * N, KEEP, APPROXIMATE)
@@ -164,11 +177,7 @@ def _product_backward_kernel(
     tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         expert, m, n = _tile(tile, rows, COLUMNS, M, N)
-        total = tl.zeros((M, N), tl.float32)
-        for i in range(tl.cdiv(DEPTH, K)):
-            left = dy.load([expert, m * M, i * K]).reshape(M, K)
-            right = w.load([expert, n * N, i * K]).reshape(N, K)
-            total = dot(left, right.T, total)
+        total = _multiply(dy, w, expert, m, n, DEPTH, M, N, K, True)
         row, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)
         place = expert.to(tl.int64) * rows + row
         g = tl.load(gate + place, mask=row < rows, other=0)
