@@ -21,14 +21,24 @@ class AdamW(torch.optim.AdamW):
     torch's fused step does, which saves whoever clips them a pass.
 
     Args:
-        params, lr, betas, eps, weight_decay: as torch has them.
+        params, lr, betas, eps, weight_decay: as torch has them; parameters are contiguous.
+
+    Raises:
+        ValueError: in the first step, a parameter that isn't contiguous.
     """
 
     grad_scale: Tensor | None = None
     _step_supports_amp_scaling = True  # what torch and Lightning ask for
 
-    def __init__(self, params: Any, lr: float = 1e-3, **keys: Any) -> None:
-        super().__init__(params, lr, foreach=False, fused=False, **keys)
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, foreach=False)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -44,6 +54,10 @@ class AdamW(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
+                    if not p.is_contiguous():
+                        raise ValueError(
+                            f"a parameter of shape {tuple(p.shape)} has strides {p.stride()}: must be contiguous"
+                        )
                     state["step"] = torch.zeros(())
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["step"] += 1  # on the CPU: no one waits for the device

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ecmoe.kernels import AdamW
+from ecmoe.lit import clip
 from tests.kernels.oracle import DEVICE
 
 KEYS = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}
@@ -73,3 +74,23 @@ def test_a_closure_is_called_with_gradients():
     before = ours[0].weight.detach().clone()
     assert optimizer.step(lambda: backward(ours, 0)) > 0
     assert not torch.equal(before, ours[0].weight)
+
+
+def test_a_parameter_in_another_order_is_refused():
+    p = nn.Parameter(torch.ones(3, 5, device=DEVICE).T)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"shape \(5, 3\) has strides"):
+        AdamW([p]).step()
+
+
+def test_it_clips_as_it_reads():
+    ours, theirs = models()
+    optimizers = [AdamW(ours.parameters(), lr=0.1), torch.optim.AdamW(theirs.parameters(), lr=0.1)]
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        backward(model, 0)
+        clip(model.parameters(), optimizer, 0.01)
+    assert ours[0].weight.grad.norm() > 100 * theirs[0].weight.grad.norm()  # a pass less: they stay as they are
+    for optimizer in optimizers:
+        optimizer.step()
+    moments = [o.state[m[0].weight]["exp_avg"] for o, m in zip(optimizers, (ours, theirs), strict=True)]
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-4, atol=1e-9)
