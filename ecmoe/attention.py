@@ -13,11 +13,11 @@ each distance. Four observations make both cheap:
 - All distances beyond T5's longest share a bias, and softmax doesn't see a constant. With that one subtracted from
   all, far tiles of queries x keys need no bias at all, and being in the past, no mask.
 - All tiles with as many blocks between queries and keys hold the same distances at the same places. So the biases of a
-  near tile are written once for all, and load as a tile. And a program of the bias gradient adds up tiles of a block
-  diagonal as they are, in registers; distances are only told apart at the end.
-- Nobody asks which of the far distances a gradient belongs to.
-- dS sums to 0 over the keys of a query (softmax). So the far distances get minus the sum of all near ones, and only
-  the two or three block diagonals of the near ones are computed at all.
+  near tile are written once for all, and load as a tile.
+- With each row turned by one more than the row above, a near tile of dS has its distances in columns: they are summed
+  where the queries' gradients are made, with nothing computed twice.
+- Nobody asks which of the far distances a gradient belongs to. dS sums to 0 over the keys of a query (softmax), so they
+  get minus the sum of all near ones.
 
 Sums are float32 and have a fixed order: the same input gives the same bits. tests/test_attention.py holds the fast
 path to the plain one, without a GPU in Triton's interpreter.
@@ -142,9 +142,8 @@ def _attention_backward(
     from ecmoe.kernels import attention as kernel
 
     dout, qkv, table = dout.contiguous(), qkv.contiguous(), table.contiguous()
-    dqkv, delta = kernel.backward(dout, qkv, out, lse, table, near)
-    sums = kernel.tile_sums(dout, qkv, lse, delta, table, near)  # (h, diagonals, M, M)
-    return dqkv, _by_distance(sums, near, table.shape[1])
+    dqkv, sums = kernel.backward(dout, qkv, out, lse, table, near)
+    return dqkv, _of_table(sums, near, table.shape[1])
 
 
 @_attention_backward.register_fake
@@ -164,17 +163,10 @@ def _backward(ctx, dout, _):
 fast_attention.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-def _by_distance(sums: Tensor, near: int, T: int) -> Tensor:
-    """(h, diagonals, M, M) sums over the tiles of each block diagonal -> (h, T) sums by distance, the far ones' at the last."""
-    M = sums.shape[-1]
-    # Shift each row by one more than the row above: diagonals become columns, and column r - c + M is distance
-    # (diagonal - 1) M + r - c + M.
-    shifted = F.pad(sums.flip(-1), (1, M)).flatten(-2)[..., : 2 * M * M].unflatten(-1, (M, 2 * M)).sum(-2)
-    by_distance = shifted[..., M:].clone()
-    by_distance[:, :-1] += shifted[:, 1:, :M]
-    dtable = sums.new_zeros(len(sums), T)
-    exact = min(near, T)
-    dtable[:, :exact] = by_distance.flatten(1)[:, :exact]
+def _of_table(sums: Tensor, near: int, T: int) -> Tensor:
+    """(h, distances) sums of dS -> (h, T), the table's gradient; of the far distances' the sum stands at the last."""
+    dtable, exact = sums.new_zeros(len(sums), T), min(near, T)
+    dtable[:, :exact] = sums[:, :exact]
     if near < T:
         dtable[:, -1] = -dtable[:, :exact].sum(1)
     return dtable

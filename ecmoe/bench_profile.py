@@ -26,7 +26,7 @@ IDLE = "idle"
 # The first pattern that is found in "operator kernel", in lower case, names the kind.
 KINDS = {
     "experts' products": r"bmm|grouped_mm|_product_kernel|_product_backward",
-    "attention": r"flash|fmha|scaled_dot_product|_tile_sums",
+    "attention": r"flash|fmha|scaled_dot_product",
     "loss": r"_losses_kernel|log_softmax|logsumexp|nll_loss",
     "other products": r"nvjet|gemm|cutlass|cublas|xmma|aten::(mm|addmm|matmul|linear)\b",
     "optimiser": r"adam|multi_tensor_apply|foreach|clip_grad|vector_norm|lpnorm",

@@ -246,7 +246,6 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
         ("aten::mm nvjet_tst_128x256", "other products"),
         ("_flash_queries_kernel", "attention"),
         ("aten::_scaled_dot_product_flash_attention flash_fwd_kernel", "attention"),
-        ("_tile_sums_kernel", "attention"),
         ("_losses_kernel", "loss"),
         ("aten::_fused_adamw_ void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimiser"),
         ("_logits_dw_kernel", "routing"),

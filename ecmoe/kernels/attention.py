@@ -1,4 +1,4 @@
-"""The kernels of ecmoe/attention.py, in Triton: attention, its gradients, and the bias gradient's sums over tiles.
+"""The kernels of ecmoe/attention.py, in Triton: attention and its gradients, the bias's included.
 
 A program holds a tile of queries (of keys, for the keys' gradients) and walks over the keys that they see (the queries
 that see them), in two loops: over far tiles, with nothing beside the products, and over near ones, with the bias.
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     """How a kernel is cut, and how its loops overlap loads with the rest."""
 
     own: int  # rows of a program, a divisor of BLOCK
-    step: int  # rows that a step of its loops takes, a divisor of its own
+    step: int  # rows that a step of its loops takes, a divisor of its own; of QUERIES the same
     warps: int
     far_stages: int
     near_stages: int  # where biases take their place in the pipeline too
@@ -81,22 +81,25 @@ def forward(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
 
 
 def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
-    """dqkv, and delta (B, h, T) float32: dout out, summed over a head's width."""
+    """dqkv, and (h, distances) float32: dS summed by distance, of the near ones; what it holds from `near` on is not whole."""
     B, T, _, h, width = qkv.shape
     near = min(near, T)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    options = _options(QUERIES, width)
+    own, step = options["OWN"], options["STEP"]
+    distances = (triton.cdiv(near - 1, step) + 1) * step
+    sums = qkv.new_zeros(B, h, T // own, distances, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         bias = biases(qkv, table, near, 2)
         sizes = h, T, near, bias.shape[-1], width**-0.5
-        options = _options(QUERIES, width)
-        _flash_queries_kernel[B * h * T // options["OWN"],](
-            qkv, bias, dout, out, lse, dqkv, delta, *sizes, BLOCK=BLOCK, **options
-        )
+        _flash_queries_kernel[B * h * T // own,](
+            qkv, bias, dout, out, lse, dqkv, delta, sums, *sizes, distances, BLOCK=BLOCK, **options
+        )  # fmt: skip
         options = _options(KEYS, width)
         _flash_keys_kernel[B * h * T // options["OWN"],](
             qkv, bias[1], dout, lse, delta, dqkv, *sizes, BLOCK=BLOCK, **options
         )
-    return dqkv, delta
+    return dqkv, sums.sum((0, 2))
 
 
 @triton.jit
@@ -195,11 +198,11 @@ def _attend(
 
 @triton.jit
 def _flash_queries_kernel(
-    qkv, bias, dout, out, lse, dqkv, delta, h, T, near, width, scale,
+    qkv, bias, dout, out, lse, dqkv, delta, sums, h, T, near, width, scale, distances,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     FAR_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, and delta on the way."""
+    """Gradients of queries; on the way delta, and the sums of dS by distance."""
     b, head, block = _place(h, T, OWN)
     first = T - OWN - block * OWN
     qkv += (b * T * 3 * h + head) * WIDTH
@@ -213,22 +216,32 @@ def _flash_queries_kernel(
     bias += head * BLOCK * width + (width - BLOCK) - first
     far = _far_keys(first, near, STEP)
     dq = tl.zeros((OWN, WIDTH), tl.float32)
-    dq = _to_queries(dq, q, gradient, logs, inner, qkv, bias, h, width, scale, 0, far, False, STEP, FAR_STAGES)
+    sums += tl.program_id(0).to(tl.int64) * distances + first
     dq = _to_queries(
-        dq, q, gradient, logs, inner, qkv, bias, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES
-    )
+        dq, q, gradient, logs, inner, qkv, bias, sums, h, width, scale, 0, far, False, STEP, FAR_STAGES
+    )  # fmt: skip
+    dq = _to_queries(
+        dq, q, gradient, logs, inner, qkv, bias, sums, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES
+    )  # fmt: skip
     dqkv += (b * T * 3 * h + head) * WIDTH
     tl.store(_tile(dqkv, first, 3 * h * WIDTH, OWN, WIDTH), (dq * scale).to(dqkv.dtype.element_ty))
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _to_queries(
-    dq, q, gradient, logs, inner, qkv, bias, h, width, scale, start, stop,
+    dq, q, gradient, logs, inner, qkv, bias, sums, h, width, scale, start, stop,
     NEAR: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dS k, added up over keys from start to stop."""
+    """dS k, added up over keys from start to stop; of near ones also dS by distance."""
     OWN: tl.constexpr = q.shape[0]
     WIDTH: tl.constexpr = q.shape[1]
+    row, column = tl.arange(0, OWN)[:, None], tl.arange(0, STEP)[None, :]
+    above_before = tl.zeros((STEP,), tl.float32)
     for key in tl.range(start, stop, STEP, num_stages=STAGES):
         k = tl.load(_tile(qkv + h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
         v = tl.load(_tile(qkv + 2 * h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
@@ -237,6 +250,12 @@ def _to_queries(
             score += tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
         ds = tl.exp2(score) * (_product(gradient, v) - inner[:, None])
         dq = dot(ds.to(k.dtype), k, dq)
+        if NEAR:  # column j of `turned` holds distance first - key + j, and above its diagonal STEP less
+            turned = tl.gather(ds, (row - column) & (STEP - 1), 1)
+            below, above = tl.where(row >= column, turned, 0.0), tl.where(row < column, turned, 0.0)
+            below, above = tl.reduce((below, above), 0, _add_both)
+            tl.store(sums - key + tl.arange(0, STEP), below + above_before)
+            above_before = above
     return dq
 
 
@@ -285,51 +304,3 @@ def _to_keys(
         ds = p * (_product(v, gradient) - tl.load(delta + at)[None, :])
         dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
-
-
-# The bias gradient.
-
-SIDE, TILES, WARPS, STAGES = 64, 32, 4, 2  # queries and keys of a tile; tiles that a program adds up
-
-
-def tile_sums(dout: Tensor, qkv: Tensor, lse: Tensor, delta: Tensor, table: Tensor, near: int) -> Tensor:
-    """(h, diagonals, SIDE, SIDE) float32: dS summed over the tiles of each block diagonal that holds a distance < near."""
-    B, T, _, h, width = qkv.shape
-    diagonals = min((near - 2) // SIDE + 2, T // SIDE)  # the n-th holds distances (n - 1) SIDE + 1 ... (n + 1) SIDE - 1
-    splits = triton.cdiv(B * T // SIDE, TILES)
-    parts = qkv.new_empty(h, diagonals, splits, SIDE, SIDE, dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
-        _tile_sums_kernel[diagonals, splits, h](  # a split's diagonals side by side: they read the same rows
-            qkv, dout, lse, delta, table, parts, B, T, width**-0.5,
-            TILES=TILES, SIDE=SIDE, WIDTH=width, STAGES=STAGES, num_warps=WARPS,
-        )  # fmt: skip
-    return parts.sum(2)
-
-
-@triton.jit
-def _tile_sums_kernel(
-    qkv, dout, lse, delta, table, parts, B, T, scale,
-    TILES: tl.constexpr, SIDE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    diagonal, split, head, h = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    qkv += head * WIDTH
-    dout += head * WIDTH
-    table += head * T
-    row = tl.arange(0, SIDE)
-    distance = diagonal * SIDE + row[:, None] - row[None, :]
-    bias = tl.load(table + distance, mask=distance >= 0, other=float("-inf")) - tl.load(table + T - 1)
-    bias *= _LOG2E
-    total = tl.zeros((SIDE, SIDE), tl.float32)
-    across = T // SIDE - diagonal  # tiles of a sequence
-    for tile in tl.range(split * TILES, tl.minimum((split + 1) * TILES, B * across), num_stages=STAGES):
-        b, key = (tile // across).to(tl.int64), tile % across * SIDE
-        query = key + diagonal * SIDE
-        q = tl.load(_tile(qkv + b * T * 3 * h * WIDTH, query, 3 * h * WIDTH, SIDE, WIDTH))
-        k = tl.load(_tile(qkv + (b * T * 3 + 1) * h * WIDTH, key, 3 * h * WIDTH, SIDE, WIDTH))
-        v = tl.load(_tile(qkv + (b * T * 3 + 2) * h * WIDTH, key, 3 * h * WIDTH, SIDE, WIDTH))
-        gradient = tl.load(_tile(dout + b * T * h * WIDTH, query, h * WIDTH, SIDE, WIDTH))
-        at = (b * h + head) * T + query + row
-        p = tl.exp2(_product(q, k) * (scale * _LOG2E) + bias - tl.load(lse + at)[:, None])
-        total += p * (_product(gradient, v) - tl.load(delta + at)[:, None])
-    at = ((head * tl.num_programs(0) + diagonal) * tl.num_programs(1) + split).to(tl.int64) * SIDE * SIDE
-    tl.store(_tile(parts + at, 0, SIDE, SIDE, SIDE), total)
