@@ -27,9 +27,9 @@ IDLE = "idle"
 KINDS = {
     "experts' products": r"bmm|grouped_mm|_product_kernel|_product_backward",
     "attention": r"flash|fmha|scaled_dot_product",
-    "loss": r"_losses_kernel|log_softmax|logsumexp|nll_loss",
+    "loss": r"_losses_kernel|_scaled_kernel|log_softmax|logsumexp|nll_loss",
     "other products": r"nvjet|gemm|cutlass|cublas|xmma|aten::(mm|addmm|matmul|linear)\b",
-    "optimiser": r"adam|multi_tensor_apply|foreach|clip_grad|vector_norm|lpnorm",
+    "optimiser": r"adam|_squares_kernel|multi_tensor_apply|foreach|clip_grad|vector_norm|lpnorm",
     "routing": r"ecmoe::(logits|scores|take|tally)|_(logits|parts|scores|guess|count|list|take|tally|bins|place|invert)_|topk|sort|radix|searchsorted",
     "gather and combine": r"_gather|_combine|gather|scatter|index",
     "activation": r"_activate|_scale_kernel|gelu",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ecmoe.routing.router import TRITON
 
-CHUNK_BYTES = 1 << 29  # of the logits that are held at once
+CHUNK_BYTES = 1 << 30  # of the logits that are held at once; each chunk reads and writes the weights' gradient
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -78,12 +78,19 @@ def _keep_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
-    dx, dw = ctx.saved_tensors
-    # In dloss's float32: as a bf16 number, 1/n would be off by up to 2^-9, for all tokens alike.
-    return *((dloss * g.to(dloss.dtype)).to(g.dtype) for g in (dx, dw)), None, None
+    return *(_scaled(g, dloss) for g in ctx.saved_tensors), None, None
 
 
 _sum.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _scaled(g: Tensor, factor: Tensor) -> Tensor:
+    """In the factor's float32: as a bf16 number, 1/n would be off by up to 2^-9, for all tokens alike."""
+    if g.is_cuda and factor.dtype == torch.float32 and TRITON:
+        from ecmoe.kernels.loss import scaled
+
+        return scaled(g, factor)
+    return (factor * g.to(factor.dtype)).to(g.dtype)
 
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:

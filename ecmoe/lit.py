@@ -157,15 +157,17 @@ def fused_adamw(lit: LitModel, **keys: Any) -> torch.optim.AdamW:
 def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """Scale gradients down to a norm of at most max_norm, as clip_grad_norm_; call before every `optimizer.step()`.
 
-    A fused optimiser does it itself in its next step: it divides gradients by its attribute grad_scale as it reads
-    them, which torch made for GradScaler, and so saves a pass. Nothing waits for the device.
+    A fused optimiser does it itself in its next step, as it reads them, which saves a pass: ours by `clip`, torch's
+    divides by its attribute grad_scale, made for GradScaler. Nothing waits for the device.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    if not getattr(optimizer, "_step_supports_amp_scaling", False) or len({p.device for p in parameters}) != 1:
+    if hasattr(optimizer, "clip"):
+        optimizer.clip(max_norm)
+    elif not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        return
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:

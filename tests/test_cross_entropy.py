@@ -142,3 +142,14 @@ def test_the_model_gives_the_loss_of_its_logits():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_scaled_in_float32(dtype):
+    pytest.importorskip("triton")
+    from ecmoe.kernels.loss import scaled
+
+    x = torch.randn(70, 131, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    factor = torch.tensor(1 / 65_537, device=DEVICE)
+    for given in (x, x.T):
+        torch.testing.assert_close(scaled(given, factor), (given.float() * factor).to(dtype), rtol=2**-7, atol=0)

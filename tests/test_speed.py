@@ -247,6 +247,8 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
         ("_flash_queries_kernel", "attention"),
         ("aten::_scaled_dot_product_flash_attention flash_fwd_kernel", "attention"),
         ("_losses_kernel", "loss"),
+        ("_scaled_kernel", "loss"),
+        ("_squares_kernel", "optimiser"),
         ("aten::_fused_adamw_ void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimiser"),
         ("_logits_dw_kernel", "routing"),
         ("_take_kernel", "routing"),

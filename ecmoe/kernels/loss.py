@@ -1,4 +1,4 @@
-"""The pass over a chunk of logits of ecmoe/cross_entropy.py, in Triton: a program per token."""
+"""The passes of ecmoe/cross_entropy.py, in Triton: over a chunk of logits, a program per token; over a gradient."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
         with torch.cuda.device_of(z):
             _losses_kernel[m,](z, targets.contiguous(), losses, V, KEEP=keep, BLOCK=block, num_warps=WARPS)
     return losses
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a tensor of one float32, rounded once."""
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(x):
+        _scaled_kernel[triton.cdiv(x.numel(), BLOCK),](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+@triton.jit
+def _scaled_kernel(x, factor, out, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + place, mask=place < size, other=0).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=place < size)
 
 
 @triton.jit

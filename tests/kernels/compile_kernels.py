@@ -92,6 +92,7 @@ def launch_adamw(dtype):
     )
     for scale in (None, torch.empty(())):
         adamw.update(p, p, p, p, scale, **factors)
+    adamw.norm([p])
 
 
 def launch_capped(n, e, k):
@@ -125,5 +126,6 @@ if __name__ == "__main__":
     for dtype in (torch.bfloat16, torch.float32):
         launch_adamw(dtype)
     for keep in (True, False):
+        loss.scaled(torch.empty(64, 768, dtype=torch.bfloat16), torch.empty(()))
         loss.losses_(torch.empty(64, 32_000, dtype=torch.bfloat16), torch.empty(64, dtype=torch.long), keep)
     show()

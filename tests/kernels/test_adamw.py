@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ecmoe.kernels import AdamW
+from ecmoe.kernels.adamw import norm
 from ecmoe.lit import clip
 from tests.kernels.oracle import DEVICE
 
@@ -66,6 +67,15 @@ def test_narrow_weights_round_once():
         optimizer.step()
     assert p.dtype == torch.bfloat16
     torch.testing.assert_close(p.float(), wide.detach(), rtol=2**-7, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_that_of_all_numbers_together(dtype):
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in [(70_000,), (3, 5), (1,), (129, 40)]]
+    tensors.append(tensors[-1].T)
+    expected = torch.cat([t.flatten().double() for t in tensors]).norm()
+    torch.testing.assert_close(norm(tensors).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_closure_is_called_with_gradients():
