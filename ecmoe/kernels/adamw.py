@@ -45,9 +45,8 @@ class AdamW(torch.optim.AdamW):
         """Let the next step take gradients of a norm of at most max_norm. Nothing waits for the device."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
-            self.grad_scale = ((norm(gradients) + 1e-6) / max_norm).clamp_min(
-                1
-            )  # clip_grad_norm_'s factor, upside down
+            share = (norm(gradients) + 1e-6) / max_norm  # clip_grad_norm_'s factor, upside down
+            self.grad_scale = share.clamp_min(1)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
