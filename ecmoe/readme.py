@@ -102,7 +102,7 @@ def _shares(notebook: str, scale: str) -> tuple[Plot, str]:
     device = (found[speed.layer_file(size)] or {}).get("setting", {}).get("device", "no device yet")
     return plots.share_of_floor(speed.layers(found, [size])), (
         f"Speed of the layer, routing included, as a share of its matrix products alone, on one {device}; *triton* is our path on a GPU, rows without it "
-        "are plain PyTorch."
+        f"are plain PyTorch. {speed.unsettled(found)}".rstrip()
     )
 
 

@@ -171,6 +171,19 @@ def rows(found: Found, name: str) -> pd.DataFrame:
     return pd.DataFrame((found[name] or {"rows": []})["rows"])
 
 
+def unsettled(found: Found) -> str:
+    """What a reader must mind of layers that an older clock timed on a GPU; "" if there are none."""
+    settings = {name: kept["setting"] for name, kept in found.items() if kept and name.startswith("layer")}
+    older = [name for name, of in settings.items() if "CPU" not in of["device"] and "settled_s" not in of]
+    if not older:
+        return ""
+    return (
+        f"Mind: {', '.join(older)} were timed by an older clock. Before a burst of ours, whose launches take the host "
+        "longer, the device waited, and so it rested; before one of the floor it didn't. That flatters our rows by some "
+        "points, those of CUDA graphs excepted. "
+    )
+
+
 def absent(found: Found) -> list[str]:
     """What could not be measured, and why."""
     return list(dict.fromkeys(line for one in found.values() for line in (one or {}).get("absent", [])))
