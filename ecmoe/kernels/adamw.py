@@ -1,4 +1,4 @@
-"""AdamW and the norm that clips: one pass over each tensor, at the memory's speed; torch's reach half to two thirds of it."""
+"""AdamW and the norm that clips: one pass over each tensor, at the memory's speed; torch's reach half to three quarters of it."""
 
 from __future__ import annotations
 
