@@ -146,7 +146,7 @@ class LitClassifier(LitModel):
 
 
 def fused_adamw(lit: LitModel, **keys: Any) -> torch.optim.AdamW:
-    """AdamW in one pass over each tensor, by our kernel where the run takes kernels; on a GPU."""
+    """AdamW in one pass over each tensor; by our kernel where the run takes kernels, else torch's."""
     if fast(lit.config.kernels, next(lit.parameters())):
         from ecmoe import kernels
 

@@ -203,6 +203,7 @@ def _flash_queries_kernel(
     FAR_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries; on the way delta, and the sums of dS by distance."""
+    tl.static_assert(OWN == STEP, "a turned tile is a square")
     b, head, block = _place(h, T, OWN)
     first = T - OWN - block * OWN
     qkv += (b * T * 3 * h + head) * WIDTH

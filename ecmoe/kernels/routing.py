@@ -86,16 +86,12 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     dlogits, dx, x, w = dlogits.contiguous(), dx.contiguous(), x.contiguous(), w.contiguous()
     out, sums = torch.empty_like(x), triton.cdiv(n, TOKENS_PER_SUM)
     dw = w.new_empty(sums, d, e, dtype=torch.float32)
+    exact, E = w.dtype == torch.bfloat16, block(e, 16)
     with torch.cuda.device_of(x):
         grid = triton.cdiv(n, LOGITS_DX["ROWS"]), triton.cdiv(d, LOGITS_DX["COLUMNS"])
-        _logits_dx_kernel[grid](
-            dlogits, dx, _parts(w), out, n, d, e, E=block(e, 16), EXACT=w.dtype == torch.bfloat16, **LOGITS_DX
-        )
+        _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=E, EXACT=exact, **LOGITS_DX)
         grid = triton.cdiv(d, LOGITS_DW["COLUMNS"]), sums
-        _logits_dw_kernel[grid](
-            x, dlogits, dw, n, d, e,
-            ROUND=w.dtype == torch.bfloat16, E=block(e, 16), TOKENS=TOKENS_PER_SUM, **LOGITS_DW,
-        )  # fmt: skip
+        _logits_dw_kernel[grid](x, dlogits, dw, n, d, e, ROUND=exact, E=E, TOKENS=TOKENS_PER_SUM, **LOGITS_DW)
         return out, dw.sum(0).to(w.dtype)
 
 
@@ -232,8 +228,7 @@ def _logits_dx_kernel(
     other = tl.load(dx + place, mask=ours, other=0).to(tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
-        high, _, _ = _load_parts(parts, weight, inside, d * e, True)
-        total = dot(left.to(tl.bfloat16), high, total)
+        total = dot(left.to(tl.bfloat16), tl.load(parts + weight, mask=inside, other=0), total)
     else:
         high, middle, low = _load_parts(parts, weight, inside, d * e, EXACT)
         total = _multiply(left, high, middle, low, total, EXACT)
