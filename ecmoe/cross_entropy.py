@@ -84,6 +84,7 @@ def _backward(ctx, dloss, *_):
 _sum.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
+@torch.library.custom_op("ecmoe::linear_cross_entropy_backward", mutates_args=())
 def _scaled(g: Tensor, factor: Tensor) -> Tensor:
     """In the factor's float32: as a bf16 number, 1/n would be off by up to 2^-9, for all tokens alike."""
     if g.is_cuda and factor.dtype == torch.float32 and TRITON:
@@ -91,6 +92,11 @@ def _scaled(g: Tensor, factor: Tensor) -> Tensor:
 
         return scaled(g, factor)
     return (factor * g.to(factor.dtype)).to(g.dtype)
+
+
+@_scaled.register_fake
+def _(g, factor):
+    return torch.empty_like(g, memory_format=torch.contiguous_format)
 
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ecmoe.kernels.common import check
 
 UPDATE = {"BLOCK": 2048, "num_warps": 8}
-SQUARES = {"BLOCK": 4096, "STEPS": 8, "num_warps": 8}
+SQUARES = {"BLOCK": 2048, "STEPS": 8, "num_warps": 8}
 
 
 class AdamW(torch.optim.AdamW):
@@ -113,7 +113,7 @@ def update(
 def _squares_kernel(x, parts, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK * STEPS
-    for step in range(STEPS):
+    for step in tl.static_range(STEPS):  # so that all loads are under way at once
         place = first + step * BLOCK + tl.arange(0, BLOCK)
         number = tl.load(x + place, mask=place < size, other=0).to(tl.float32)
         total += number * number
