@@ -1,7 +1,9 @@
 """Effects over paired seeds, their intervals, and verdicts.
 
 Every interval is Student's t at 95% over seeds, and so says how sure we are that another set of
-seeds would show the same; ratios are taken in the logarithm. One seed has no interval.
+seeds would show the same; ratios are taken in the logarithm. One seed has no interval. Where seeds
+were added because a first look left a claim undecided, chance has two tries: the interval is of
+97.5%, of which two looks together err in at most 5% (Bonferroni).
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ PLUMBING = "plumbing only"
 
 
 class Effect(NamedTuple):
-    """A mean over n seeds with its 95% interval; `low` and `high` are None for fewer than two.
+    """A mean over n seeds with its interval; `low` and `high` are None for fewer than two.
 
-    A unit of "ratio", or "ratio of" something, makes it a factor. `of`: what n counts, where it isn't seeds.
+    A unit of "ratio", or "ratio of" something, makes it a factor. `of`: what n counts, where it isn't seeds. `looks`: how
+    often verdicts were looked at while seeds were added.
     """
 
     mean: float
@@ -43,6 +46,12 @@ class Effect(NamedTuple):
     n: int
     unit: str = ""
     of: str = "seed"
+    looks: int = 1
+
+    @property
+    def level(self) -> float:
+        """Of the interval: 0.95, or what makes it that over all looks."""
+        return _level(self.looks)
 
     @property
     def ratio(self) -> bool:
@@ -64,9 +73,9 @@ class Effect(NamedTuple):
     def times(self, factor: float, unit: str) -> Effect:
         """The effect in another unit: all of it times a factor that is known; not measured where the factor is NaN."""
         if not self.n or math.isnan(factor):
-            return Effect(math.nan, None, None, 0, unit, self.of)
+            return Effect(math.nan, None, None, 0, unit, self.of, self.looks)
         mean, low, high = (None if x is None else x * factor for x in self[:3])
-        return Effect(mean, low, high, self.n, unit, self.of)
+        return Effect(mean, low, high, self.n, unit, self.of, self.looks)
 
     def __str__(self) -> str:
         if not self.n:
@@ -76,7 +85,7 @@ class Effect(NamedTuple):
         seeds = f"{self.n} {self.of}{'s' if self.n > 1 else ''}"
         if self.low is None:
             return f"{_number(self.mean)}{unit} ({seeds}, no interval)"
-        return f"{_number(self.mean)}{unit} (95% {self.interval}; {seeds})"
+        return f"{_number(self.mean)}{unit} ({_percent(self.level)} {self.interval}; {seeds})"
 
 
 class Crossing(NamedTuple):
@@ -101,10 +110,11 @@ class Verdict(NamedTuple):
     parts: tuple[tuple[str, Verdict], ...] = ()
 
 
-def interval(values: Iterable[float], unit: str = "", of: str = "seed") -> Effect:
+def interval(values: Iterable[float], unit: str = "", of: str = "seed", looks: int = 1) -> Effect:
     """Mean and t interval of values, one a seed; what isn't finite is left out.
 
-    A ratio takes the geometric mean, and needs values above 0. `of`: what there is one value of, if not a seed.
+    A ratio takes the geometric mean, and needs values above 0. `of`: what there is one value of, if not a seed. `looks`: as
+    in `Effect`.
     """
     x = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
     ratio = Effect(math.nan, None, None, 0, unit).ratio
@@ -113,20 +123,22 @@ def interval(values: Iterable[float], unit: str = "", of: str = "seed") -> Effec
     if ratio:
         x = np.log(x)
     if not len(x):
-        return Effect(math.nan, None, None, 0, unit, of)
+        return Effect(math.nan, None, None, 0, unit, of, looks)
     mean = float(x.mean())
     low = high = None
     if len(x) > 1:
-        half = scipy_stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+        half = scipy_stats.t.ppf((1 + _level(looks)) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
         low, high = mean - float(half), mean + float(half)
     if ratio:
         mean, low, high = (None if v is None else math.exp(v) for v in (mean, low, high))
-    return Effect(mean, low, high, len(x), unit, of)
+    return Effect(mean, low, high, len(x), unit, of, looks)
 
 
-def paired_difference(a: Mapping[int, float], b: Mapping[int, float], unit: str = "nats per token") -> Effect:
-    """a - b over the seeds that both have; arms with the same seed saw the same batches."""
-    return interval((a[seed] - b[seed] for seed in _shared(a, b)), unit)
+def paired_difference(
+    a: Mapping[int, float], b: Mapping[int, float], unit: str = "nats per token", *, looks: int = 1
+) -> Effect:
+    """a - b over the seeds that both have; arms with the same seed saw the same batches. `looks`: as in `Effect`."""
+    return interval((a[seed] - b[seed] for seed in _shared(a, b)), unit, looks=looks)
 
 
 def ratio_effect(a: Mapping[int, float], b: Mapping[int, float]) -> Effect:
@@ -196,7 +208,7 @@ def steps_ratio_along(
 def smallest_effect(effect: Effect, power: float = 0.8) -> float:
     """The smallest true effect that as many seeds, as noisy as these, would show with that power.
 
-    Minimum detectable effect of the paired t test, two-sided, 5%: larger than the half-width of the
+    Minimum detectable effect of the paired t test, two-sided, 5% over all looks: larger than the half-width of the
     interval. In the effect's unit; for a ratio the factor above 1. NaN for fewer than two seeds.
     """
     if effect.n < 2 or effect.low is None or effect.high is None:
@@ -204,7 +216,7 @@ def smallest_effect(effect: Effect, power: float = 0.8) -> float:
     ratio = effect.ratio
     half = math.log(effect.high / effect.low) / 2 if ratio else (effect.high - effect.low) / 2
     df = effect.n - 1
-    critical = scipy_stats.t.ppf((1 + LEVEL) / 2, df)
+    critical = scipy_stats.t.ppf((1 + effect.level) / 2, df)
 
     def missing(shift: float) -> float:
         # The other tail is left out: at any power worth asking for it is nothing.
@@ -237,6 +249,10 @@ def verdict(
     if direction == "near" and (threshold is None or margin <= 0):
         raise ValueError("direction='near' needs threshold, the claimed value, and a margin above 0")
     rule = _rule(effect.neutral, threshold, margin, direction, "" if effect.ratio else effect.unit)
+    if effect.looks > 1:
+        rule = rule.replace("95% interval", f"{_percent(effect.level)} interval") + (
+            f". Of {_percent(effect.level)}, for seeds were added after a first look had left it undecided"
+        )
     if effect.of != "seed":
         rule = rule.replace("paired seeds", f"{effect.of}s").replace("one seed", f"one {effect.of}")
     missed = threshold if scale != "smoke" and _misses(effect, threshold, direction) else None
@@ -333,6 +349,14 @@ def _first_at(curve: pd.DataFrame, target: float, column: str, x: str) -> Crossi
         return Crossing(float(xs[0]), False, target)
     share = (ys[i - 1] - target) / (ys[i - 1] - ys[i])
     return Crossing(float(xs[i - 1] + share * (xs[i] - xs[i - 1])), False, target)
+
+
+def _level(looks: int) -> float:
+    return 1 - (1 - LEVEL) / looks
+
+
+def _percent(level: float) -> str:
+    return f"{100 * level:g}%"
 
 
 def _number(x: float) -> str:

@@ -52,6 +52,27 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.93 < covered < 0.97  # a normal interval would cover 81%
 
 
+def test_two_looks_together_err_no_more_than_one_does():
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0.0, 1.0, size=(4000, 6))
+
+    def fooled(looks):
+        both = ([stats.interval(x[:n], looks=looks) for x in samples] for n in (3, 6))
+        return np.mean([not all(e.low <= 0 <= e.high for e in pair) for pair in zip(*both, strict=True)])
+
+    assert fooled(2) < 0.05 < 0.07 < fooled(1)
+
+
+def test_seeds_added_after_a_look_widen_the_interval_and_the_rule_says_so():
+    a, b = [3.70, 3.69, 3.72, 3.71], [3.72, 3.73, 3.73, 3.75]
+    effect = stats.paired_difference(numbered(a), numbered(b), looks=2)
+    expected = reference.ttest_rel(a, b).confidence_interval(0.975)
+    assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))
+    assert "(97.5% " in str(effect) and "(97.5% " in str(effect.times(2, "")) and effect.level == 0.975
+    rule = verdict(effect).rule
+    assert "97.5% interval over paired seeds" in rule and "after a first look" in rule and " 95%" not in rule
+
+
 def test_smallest_effect_is_found_as_often_as_it_says():
     rng = np.random.default_rng(0)
     for n in (2, 3, 6):
@@ -109,7 +130,7 @@ def test_the_ratio_on_the_way_is_that_of_curves_that_are_stretched():
 def test_steps_become_seconds_by_what_a_step_takes():
     steps = stats.Effect(0.8, 0.7, 0.9, 3, "ratio of steps")
     seconds = steps.times(1.5, "ratio of seconds")
-    assert seconds[:3] == pytest.approx((1.2, 1.05, 1.35)) and seconds[3:] == (3, "ratio of seconds", "seed")
+    assert seconds[:3] == pytest.approx((1.2, 1.05, 1.35)) and seconds[3:] == (3, "ratio of seconds", "seed", 1)
     assert stats.Effect(0.8, None, None, 1, "ratio of steps").times(2, "ratio")[:4] == (1.6, None, None, 1)
     for unknown in (steps.times(math.nan, "ratio"), stats.interval([], "ratio").times(2, "ratio")):
         assert unknown.n == 0 and str(unknown) == "not measured"
