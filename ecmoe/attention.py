@@ -14,8 +14,8 @@ each distance. Four observations make both cheap:
   all, far tiles of queries x keys need no bias at all, and being in the past, no mask.
 - All tiles with as many blocks between queries and keys hold the same distances at the same places. So the biases of a
   near tile are written once for all, and load as a tile.
-- With each row turned by one more than the row above, a near tile of dS has its distances in columns. dS is kept
-  between the two kernels of the backward pass, so that such a tile is read that way, and summed.
+- With each row turned by one more than the row above, a near tile of dS has its distances in columns: they are summed
+  where the queries' gradients are made, with nothing computed twice.
 - Nobody asks which of the far distances a gradient belongs to. dS sums to 0 over the keys of a query (softmax), so they
   get minus the sum of all near ones.
 

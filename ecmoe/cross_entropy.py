@@ -61,7 +61,7 @@ def _sum(x: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor
         if keep:
             torch.mm(z, w, out=dx[part])
             if z.is_cuda and z.dtype != wide:
-                dw += torch.mm(z.T, x[part], out_dtype=wide)
+                torch.addmm(dw, z.T, x[part], out_dtype=wide, out=dw)
             else:
                 dw += z.T @ x[part]
     return losses.sum(), dx, dw.to(weight.dtype)

@@ -67,6 +67,21 @@ class Trunk(nn.Module):
         )
         self.norm = nn.RMSNorm(config.d_model)
 
+    def through(
+        self,
+        x: Tensor,
+        token_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, T, d) of the embedding -> (B, T, d), through all blocks and the last norm. The others: as in `Transformer.hidden`."""
+        update = None
+        for layer, block in enumerate(self.blocks):
+            past = None if cache is None else cache.layers[layer]
+            x, update = block(x, update, token_ids, task_ids, mask, past)
+        return self.norm(x + update)
+
     @property
     def moe_layers(self) -> list[MoE]:
         """The layers with experts, first to last; none in the dense twin."""
@@ -146,10 +161,7 @@ class Transformer(Trunk):
         """
         x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
         # output layer doesn't start by repeating its input
-        for layer, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layers[layer]
-            x = block(x, token_ids, task_ids, mask, past)
-        return self.norm(x)
+        return self.through(x, token_ids, task_ids, mask, cache)
 
 
 class KeyValueCache:
@@ -160,7 +172,10 @@ class KeyValueCache:
 
 
 class Block(nn.Module):
-    """Attention, then experts or a gated FFN, each on the normalised residual stream."""
+    """Attention, then experts or a gated FFN, each on the normalised residual stream.
+
+    The second's output is left to the next block to add: compiled, the sum is one pass with that block's norm.
+    """
 
     def __init__(
         self, config: RunConfig, has_experts: bool, token_counts: Tensor | None = None, causal: bool = True
@@ -179,15 +194,18 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        update: Tensor | None = None,
         token_ids: Tensor | None = None,
         task_ids: Tensor | None = None,
         mask: Tensor | None = None,
         past: list[Tensor] | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        if update is not None:
+            x = x + update
         x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y), past), x)
         if self.moe is not None:  # recomputes its experts itself, and keeps the routing
-            return x + self.moe(self.ffn_norm(x), token_ids, task_ids, mask)
-        return x + self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)
+            return x, self.moe(self.ffn_norm(x), token_ids, task_ids, mask)
+        return x, self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)
 
     def _maybe_recomputed(self, function, x: Tensor) -> Tensor:
         if self.recompute and self.training:

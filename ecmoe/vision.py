@@ -43,10 +43,7 @@ class VisionTransformer(Trunk):
         self.head = nn.Linear(config.d_model, config.classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.embedding(images)  # (B, T, d)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x).mean(dim=1))
+        return self.head(self.through(self.embedding(images)).mean(dim=1))
 
     def _initial_std(self, name: str, parameter: Tensor) -> float | None:
         if name == "embedding.position":

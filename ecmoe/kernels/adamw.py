@@ -13,7 +13,7 @@ from torch import Tensor
 from ecmoe.kernels.common import check
 
 UPDATE = {"BLOCK": 2048, "num_warps": 8}
-SQUARES = {"BLOCK": 2048, "STEPS": 8, "num_warps": 8}
+SQUARES = {"BLOCK": 2048, "STEPS": 4, "num_warps": 8}
 
 
 class AdamW(torch.optim.AdamW):
