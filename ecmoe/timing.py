@@ -3,10 +3,10 @@
 On a GPU calls are timed by events on the device, in bursts: one call after the other for some 50 ms, after as many
 calls that don't count as it takes for the chip to settle at what this call draws of its power. A chip that rested
 reaches clocks that it can't keep (on an H200 the six products of 0.1B/64E take 4.9 ms one at a time, and 5.7 ms in a
-row, as in training), and one that worked harder before is still held back. The queue is kept full: the calls that don't
-count let the host run ahead, and where it is slower than the device, that is made to wait before the burst; so launches
-cost nothing, as in a training step. A call that itself waits for the device (a number read from it) empties the queue,
-and pays for that, as it does in training. On a CPU the clock is the host's.
+row, as in training), and one that worked harder before is still held back. The queue is kept full, so that launches
+cost nothing, as in a training step: the calls that don't count let the host run ahead, and where it is slower than the
+device, that multiplies matrices until the host has. A call that itself waits for the device (a number read from it)
+empties the queue, and pays for that, as it does in training. On a CPU the clock is the host's.
 
 Calls are taken in turns, each time in another order, so that a slow moment hits all of them alike.
 """
@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,8 +29,7 @@ from ecmoe.train import commit, device_name
 Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]
 
-SETTLE, BURST, MOST = 0.2, 0.05, 32  # seconds of calls before those that count, and of these; calls that count
-CYCLES = 2_000_000_000  # of a waiting device, at least so many a second
+SETTLE, BURST, MOST = 0.2, 0.05, 32  # seconds of work before the calls that count, and of these; how many at most
 WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
 
 
@@ -38,7 +38,7 @@ class Burst(NamedTuple):
 
     count: int = 1
     settle: int = 0  # calls before
-    wait: float = 0.01  # seconds that the device waits then, for the host to run ahead
+    lead: float = 0.01  # or seconds for which the device multiplies, while the host runs ahead
 
     @classmethod
     def of(cls, call: Call, device: torch.device) -> Burst:
@@ -53,8 +53,9 @@ class Burst(NamedTuple):
             hosts.append(time.perf_counter() - began)
         host, one = min(hosts), seconds(call, device)
         count = min(max(round(BURST / one), 1), MOST)
-        wait = 0.0 if host < 0.8 * one else min(2 * host * count + 0.002, 0.2)  # a chip that waits rests
-        return cls(count, math.ceil(SETTLE / max(one, host)), wait)
+        if host < 0.8 * one:
+            return cls(count, settle=math.ceil(SETTLE / one), lead=0.0)
+        return cls(count, settle=0, lead=max(2 * host * count, SETTLE))
 
 
 ONE = Burst()
@@ -66,16 +67,36 @@ def seconds(call: Call, device: torch.device, burst: Burst = ONE) -> float:
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(burst.settle):
         call()
-    torch.cuda._sleep(int(burst.wait * CYCLES))
+    if burst.lead:
+        multiply, one = _product(device)
+        for _ in range(math.ceil(burst.lead / one)):
+            multiply()
+    return _between_events(call, burst.count)
+
+
+def _between_events(call: Call, count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(burst.count):
+    for _ in range(count):
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / burst.count
+    return start.elapsed_time(end) / 1e3 / count
+
+
+@lru_cache
+def _product(device: torch.device) -> tuple[Call, float]:
+    """What keeps a chip as warm as products do that are to be timed, and what it takes of seconds."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, a, out=out)
+
+    multiply()
+    return multiply, _between_events(multiply, 8)
 
 
 def warm_up(call: Call, device: torch.device) -> None:

@@ -40,28 +40,24 @@ def test_on_a_gpu_the_host_runs_ahead_and_events_tell_the_time(monkeypatch):
             return 5.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("device waits"), raising=False)
+    monkeypatch.setattr(timing, "_product", lambda device: (lambda: log.append("product"), 0.004))
     assert timing.seconds(lambda: log.append("call"), torch.device("cuda")) == pytest.approx(0.005)
-    assert log == ["device waits", "event", "call", "event", "wait"]
+    assert log == ["product"] * 3 + ["event", "call", "event", "wait"]
     log.clear()
-    burst = timing.Burst(count=2, settle=3, wait=0.0)  # what doesn't count comes before, and no rest between
+    burst = timing.Burst(count=2, settle=3, lead=0.0)  # what doesn't count comes before, and no rest between
     assert timing.seconds(lambda: log.append("call"), torch.device("cuda"), burst) == pytest.approx(0.0025)
-    assert [entry for entry in log if entry != "device waits"] == ["call"] * 3 + [
-        "event",
-        "call",
-        "call",
-        "event",
-        "wait",
-    ]
+    assert log == ["call"] * 3 + ["event", "call", "call", "event", "wait"]
 
 
 def test_a_slow_host_runs_ahead_and_a_fast_one_lets_no_chip_rest(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "seconds", lambda call, device: 0.01)
     fast = timing.Burst.of(lambda: None, torch.device("cuda"))
-    assert fast.wait == 0 and fast.count == 5 and fast.settle * 0.01 >= timing.SETTLE
+    assert fast.lead == 0 and fast.count == 5 and fast.settle * 0.01 >= timing.SETTLE
     slow = timing.Burst.of(lambda: time.sleep(0.02), torch.device("cuda"))
-    assert slow.wait > 5 * 0.02 and slow.settle * 0.02 <= timing.SETTLE + 0.02
+    assert slow.count == 5 and slow.lead >= timing.SETTLE > 5 * 0.02 and slow.settle == 0
+    slower = timing.Burst.of(lambda: time.sleep(0.05), torch.device("cuda"))
+    assert slower.lead > 5 * 0.05 > timing.SETTLE
 
 
 def test_a_cpu_tells_no_memory():
