@@ -31,6 +31,10 @@ Found = Mapping[str, Mapping[str, Any] | None]
 
 NOTEBOOK = "08_step_time"
 STUDY = "01_convergence"  # whose claims are about seconds, too
+RESTED = (
+    "e8e3d588d92b+",
+    "232e416",
+)  # commits of measurements whose clock let a device rest while a slow host ran ahead
 
 
 def jobs(
@@ -171,16 +175,14 @@ def rows(found: Found, name: str) -> pd.DataFrame:
     return pd.DataFrame((found[name] or {"rows": []})["rows"])
 
 
-def unsettled(found: Found) -> str:
-    """What a reader must mind of layers that an older clock timed on a GPU; "" if there are none."""
-    settings = {name: kept["setting"] for name, kept in found.items() if kept and name.startswith("layer")}
-    older = [name for name, of in settings.items() if "CPU" not in of["device"] and "settled_s" not in of]
+def unsettled(found: Found, names: Sequence[str]) -> str:
+    """What a reader must mind of those of these files that an older clock timed; "" if there are none."""
+    older = [name for name in names if ((found.get(name) or {}).get("setting") or {}).get("commit") in RESTED]
     if not older:
         return ""
     return (
-        f"Mind: {', '.join(older)} were timed by an older clock. Before a burst of ours, whose launches take the host "
-        "longer, the device waited, and so it rested; before one of the floor it didn't. That flatters our rows by some "
-        "points, those of CUDA graphs excepted. "
+        f"Mind: an older clock timed {', '.join(older)}. Before rows whose launches take the host longer than the device, "
+        "the device rested, which flatters them by some points; graphs never waited. "
     )
 
 

@@ -138,11 +138,10 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
     )
 
 
-def test_layers_of_an_older_clock_are_named():
-    settings = {"device": "NVIDIA H200"}, {"device": "NVIDIA H200", "settled_s": 0.2}, {"device": "CPU (x, 2 cores)"}
-    found = {f"layer-{i}": {"setting": setting} for i, setting in enumerate(settings)} | {"layer-3": None}
-    assert speed.unsettled(found).startswith("Mind: layer-0 were timed by an older clock")
-    assert speed.unsettled(found | {"layer-0": None, "step": {"setting": settings[0]}}) == ""
+def test_files_of_an_older_clock_are_named():
+    found = {"a": {"setting": {"commit": speed.RESTED[0]}}, "b": {"setting": {"commit": "0123456"}}, "c": None}
+    assert speed.unsettled(found, list("abc")).startswith("Mind: an older clock timed a. ")
+    assert speed.unsettled(found, list("bcd")) == ""
 
 
 def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
