@@ -175,7 +175,7 @@ def show_verdict(
             rows += [
                 (
                     "smallest effect that these seeds can show",
-                    f"{least:.3g} {unit} (80% power, t test at 5%)",
+                    f"{least:.3g} {unit} (80% power, t test at {100 * (1 - verdict.effect.level):.3g}%)",
                 )
             ]
     rule = "rule" if verdict.label != PLUMBING else "rule, where there is a verdict"
