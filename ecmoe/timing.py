@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -30,6 +31,7 @@ Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]
 
 SETTLE, BURST, MOST = 0.2, 0.05, 32  # seconds of work before the calls that count, and of these; how many at most
+SLOW = 5  # seconds after which a reader wants to know how it goes
 WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
 
 
@@ -111,12 +113,15 @@ def warmed(
     """The calls that work, warm, and the `peak_mb` of each; what doesn't work is named in `absent`, with the reason."""
     works, memory = {}, {}
     for key, call in calls.items():
+        began = time.perf_counter()
         try:
             warm_up(call, device)
             memory[key] = peak_mb(call, device)
             works[key] = call
         except Exception as error:  # no memory; a compiler or another package that fails
             absent.append(f"{', '.join(key)} ({reason(error)})")
+        if time.perf_counter() - began > SLOW:
+            _say(f"{', '.join(key)}: {time.perf_counter() - began:.0f} s to get warm")
     return works, memory
 
 
@@ -129,12 +134,18 @@ def in_turns(calls: Mapping[Key, Call], repeats: int, device: torch.device) -> d
     """Seconds of every repeat of each call; the calls are warm already."""
     bursts = {key: Burst.of(call, device) for key, call in calls.items()}
     times: dict[Key, list[float]] = {key: [] for key in calls}
-    order, dice = list(calls), random.Random(0)
-    for _ in range(repeats):
+    order, dice, began = list(calls), random.Random(0), time.perf_counter()
+    for turn in range(1, repeats + 1):
         dice.shuffle(order)
         for key in order:
             times[key].append(seconds(calls[key], device, bursts[key]))
+        if time.perf_counter() - began > SLOW:
+            _say(f"turn {turn} of {repeats}, {time.perf_counter() - began:.0f} s")
     return times
+
+
+def _say(progress: str) -> None:
+    print(f"[bench] {progress}", file=sys.stderr, flush=True)
 
 
 def peak_mb(call: Call, device: torch.device) -> tuple[float, float] | None:

@@ -69,3 +69,17 @@ def test_what_fails_is_named_and_the_rest_is_warm():
     calls = {("a", "x"): lambda: None, ("b", "y"): lambda: 1 / 0}
     works, memory = timing.warmed(calls, absent, CPU)
     assert list(works) == list(memory) == [("a", "x")] and absent == ["b, y (ZeroDivisionError: division by zero)"]
+
+
+def test_what_takes_long_says_how_it_goes(monkeypatch, capsys):
+    calls = {("a", "x"): lambda: None, ("b",): lambda: None}
+    timing.in_turns(timing.warmed(calls, [], CPU)[0], 2, CPU)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(timing, "SLOW", 0)
+    timing.in_turns(timing.warmed(calls, [], CPU)[0], 2, CPU)
+    assert [line.rpartition(" 0 s")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "[bench] a, x:",
+        "[bench] b:",
+        "[bench] turn 1 of 2,",
+        "[bench] turn 2 of 2,",
+    ]
