@@ -31,10 +31,7 @@ Found = Mapping[str, Mapping[str, Any] | None]
 
 NOTEBOOK = "08_step_time"
 STUDY = "01_convergence"  # whose claims are about seconds, too
-RESTED = (
-    "e8e3d588d92b+",
-    "232e416",
-)  # commits of measurements whose clock let a device rest while a slow host ran ahead
+RESTED = ("e8e3d588d92b+", "232e416")  # commits whose clock let a device rest while a slow host ran ahead
 
 
 def jobs(

@@ -35,16 +35,20 @@ def configs(
 
 
 def with_seeds(
-    arms: Mapping[str, Mapping[str, Any]], more_seeds: Mapping[str, Sequence[int]]
+    arms: Mapping[str, Mapping[str, Any]], more_seeds: Mapping[str, Sequence[int]], second_look: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """The arms, some of them with seeds of their own: label -> seeds.
+
+    Args:
+        second_look: labels of those whose seeds were added to after a first look at their verdict (`stats.Effect.looks`).
 
     Raises:
         ConfigError: there is no arm of that label.
     """
-    for label in more_seeds:
-        if label not in arms:
-            raise ConfigError(f"more_seeds names arm {label!r}, but the arms are {', '.join(arms)}")
+    for key, labels in {"more_seeds": more_seeds, "second_look": second_look}.items():
+        for label in labels:
+            if label not in arms:
+                raise ConfigError(f"{key} names arm {label!r}, but the arms are {', '.join(arms)}")
     return {
         label: {**keys} | ({"seeds": more_seeds[label]} if label in more_seeds else {}) for label, keys in arms.items()
     }

@@ -58,3 +58,5 @@ def test_seeds_for_an_arm_that_is_not_there_are_an_error():
     }
     with pytest.raises(ConfigError, match="more_seeds names arm 'EC-CF9', but the arms are EC, Top-1"):
         study.with_seeds(ARMS, {"EC-CF9": [0]})
+    with pytest.raises(ConfigError, match="second_look names arm 'EC-CF9'"):
+        study.with_seeds(ARMS, {}, ["EC-CF9"])
