@@ -167,9 +167,8 @@ def show_verdict(
     if verdict.label != PLUMBING:
         found = f"{here}; {verdict.effect}" if here else str(verdict.effect)
         least = smallest_effect(verdict.effect)
-        rows += [("here, the weakest part" if verdict.parts else "here", found)] + [
-            (name, f"{part.label}: {part.effect}" if part.effect.n else part.label) for name, part in verdict.parts
-        ]
+        rows += [("here, the weakest part" if verdict.parts else "here", found)]
+        rows += [(name, str(part)) for name, part in verdict.parts]
         if math.isfinite(least):
             unit = "x, or its inverse" if verdict.effect.ratio else verdict.effect.unit
             rows += [

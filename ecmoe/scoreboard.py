@@ -175,10 +175,6 @@ def claim_table(verdicts: pd.DataFrame | str | Path) -> str:
 
 def _lines(verdict: Verdict, here: str) -> list[str]:
     """What was found: in words, if there are any; the effect, or each part's; and whether it misses the paper's figure."""
-    parts = [
-        f"{name}: {part.effect} {part.label}" if part.effect.n else f"{name}: {part.label}"
-        for name, part in verdict.parts
-    ]
-    found = parts or [str(verdict.effect)]
+    found = [f"{name}: {part}" for name, part in verdict.parts] or [str(verdict.effect)]
     missed = [] if verdict.rules_out is None else [f"rules out the paper's {verdict.rules_out:g}"]
     return [here] * bool(here) + [line.replace("(95% ", "(") for line in found] + missed

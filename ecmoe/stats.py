@@ -109,6 +109,10 @@ class Verdict(NamedTuple):
     rules_out: float | None = None
     parts: tuple[tuple[str, Verdict], ...] = ()
 
+    def __str__(self) -> str:
+        """As a part of a claim is put in words."""
+        return f"{self.effect} {self.label}" if self.effect.n else self.label
+
 
 def interval(values: Iterable[float], unit: str = "", of: str = "seed", looks: int = 1) -> Effect:
     """Mean and t interval of values, one a seed; what isn't finite is left out.
