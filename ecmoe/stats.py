@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 from ecmoe.claims import CLAIMS, Claim
 
 __all__ = [
-    "CLAIMS", "LABELS", "Claim", "Crossing", "Effect", "Verdict", "all_of", "interval",
+    "CLAIMS", "LABELS", "Claim", "Crossing", "Effect", "Verdict", "all_of", "interval", "looks_at",
     "paired_difference", "ratio_effect", "smallest_effect", "steps_ratio", "steps_ratio_along", "steps_to_equal_loss",
     "verdict",
 ]  # fmt: skip
@@ -143,6 +143,11 @@ def paired_difference(
 ) -> Effect:
     """a - b over the seeds that both have; arms with the same seed saw the same batches. `looks`: as in `Effect`."""
     return interval((a[seed] - b[seed] for seed in _shared(a, b)), unit, looks=looks)
+
+
+def looks_at(arms: Iterable[str], second_look: Iterable[str]) -> int:
+    """How often a comparison of these arms was looked at: twice, if one of them is of those that got seeds after a look."""
+    return 1 if set(arms).isdisjoint(second_look) else 2
 
 
 def ratio_effect(a: Mapping[int, float], b: Mapping[int, float]) -> Effect:

@@ -69,6 +69,7 @@ def test_seeds_added_after_a_look_widen_the_interval_and_the_rule_says_so():
     expected = reference.ttest_rel(a, b).confidence_interval(0.975)
     assert (effect.low, effect.high) == pytest.approx((expected.low, expected.high))
     assert "(97.5% " in str(effect) and "(97.5% " in str(effect.times(2, "")) and effect.level == 0.975
+    assert stats.looks_at(["a", "b"], ["b"]) == 2 and stats.looks_at(["a", "b"], ["c"]) == 1
     rule = verdict(effect).rule
     assert "97.5% interval over paired seeds" in rule and "after a first look" in rule and " 95%" not in rule
 
