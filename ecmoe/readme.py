@@ -99,11 +99,10 @@ def _shares(notebook: str, scale: str) -> tuple[Plot, str]:
     plan = speed.plan(scale)
     found = speed.measured(speed.jobs(**plan), scale=scale, measure=False)
     size = next(iter(plan["layer_sizes"]))
-    name = speed.layer_file(size)
-    device = (found[name] or {}).get("setting", {}).get("device", "no device yet")
+    device = (found[speed.layer_file(size)] or {}).get("setting", {}).get("device", "no device yet")
     return plots.share_of_floor(speed.layers(found, [size])), (
         f"Speed of the layer, routing included, as a share of its matrix products alone, on one {device}; *triton* is our path on a GPU, rows without it "
-        f"are plain PyTorch. {speed.unsettled(found, [name])}".rstrip()
+        "are plain PyTorch."
     )
 
 

@@ -31,7 +31,6 @@ Found = Mapping[str, Mapping[str, Any] | None]
 
 NOTEBOOK = "08_step_time"
 STUDY = "01_convergence"  # whose claims are about seconds, too
-RESTED = ("e8e3d588d92b+", "232e416")  # commits whose clock let a device rest while a slow host ran ahead
 
 
 def jobs(
@@ -170,17 +169,6 @@ def agreement(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
 def rows(found: Found, name: str) -> pd.DataFrame:
     """The rows of one file; none if it isn't measured."""
     return pd.DataFrame((found[name] or {"rows": []})["rows"])
-
-
-def unsettled(found: Found, names: Sequence[str]) -> str:
-    """What a reader must mind of those of these files that an older clock timed; "" if there are none."""
-    older = [name for name in names if ((found.get(name) or {}).get("setting") or {}).get("commit") in RESTED]
-    if not older:
-        return ""
-    return (
-        f"Mind: an older clock timed {', '.join(older)}. Before rows whose launches take the host longer than the device, "
-        "the device rested, which flatters them by some points; graphs never waited. "
-    )
 
 
 def absent(found: Found) -> list[str]:

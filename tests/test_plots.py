@@ -198,7 +198,7 @@ def test_differences_say_which_side_they_are_on():
     }
     plot = drawn(plots.differences(effects, "difference (nats per token)", "a is better"))
     ax = plot.figure.axes[0]
-    assert ax.get_xlabel() == "difference (nats per token); left of 0: a is better"
+    assert ax.get_xlabel() == "difference (nats per token)\nleft of 0: a is better"
     assert [text.get_text() for text in ax.texts] == ["not run"]
     assert "a - b: -0.02 nats per token (95% -0.03 to -0.01; 3 seeds), below 0" in plot.alt
     assert "3 seeds), above" not in plot.alt and "6 seeds), above 0" in plot.alt

@@ -138,12 +138,6 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
     )
 
 
-def test_files_of_an_older_clock_are_named():
-    found = {"a": {"setting": {"commit": speed.RESTED[0]}}, "b": {"setting": {"commit": "0123456"}}, "c": None}
-    assert speed.unsettled(found, list("abc")).startswith("Mind: an older clock timed a. ")
-    assert speed.unsettled(found, list("bcd")) == ""
-
-
 def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
     def row(layer, what, ms, **more):
         return {

@@ -21,7 +21,7 @@ def differences(effects: Mapping[str, Effect], label: str, below: str = "") -> P
     Args:
         effects: what is compared -> the effect. label: of the axis, with its unit. below: what being left of 0 means.
     """
-    figure, (ax,) = new_figure(1.3 + 0.42 * max(len(effects), 2))
+    figure, (ax,) = new_figure(1.5 + 0.42 * max(len(effects), 2))
     rows, parts = [], []
     for y, (name, effect) in enumerate(effects.items()):
         rows.append((name, effect.mean, effect.low, effect.high, effect.n))
@@ -37,7 +37,7 @@ def differences(effects: Mapping[str, Effect], label: str, below: str = "") -> P
     name_gaps(ax, [y for y, effect in enumerate(effects.values()) if not effect.n])
     ax.set_yticks(range(len(effects)), list(effects))
     ax.set_ylim(max(len(effects), 1) - 0.5, -0.5)
-    ax.set_xlabel(label + (f"; left of 0: {below}" if below else ""))
+    ax.set_xlabel(label + (f"\nleft of 0: {below}" if below else ""))
     data = pd.DataFrame(rows, columns=["comparison", "mean", "low", "high", "seeds"])
     data = data.astype({"low": float, "high": float})
     measured = [row[0] for row in rows if row[-1]]
