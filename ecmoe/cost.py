@@ -60,25 +60,27 @@ def of_study(base: Mapping, arms: Mapping[str, Mapping], scale: str = "gpu") -> 
     return table
 
 
-def beside_paper(base: Mapping) -> str:
+def beside_paper(*bases: Mapping) -> str:
     """The size of a study's runs beside the paper's models, in words, as verdicts show it.
 
     Args:
-        base: as in `ecmoe.study.run_study`.
+        bases: keys of RunConfig, as in `ecmoe.study.run_study`; several where the study varies the size.
     """
-    c, theirs = (
-        RunConfig.from_dict(dict(base)),
-        [preset.config for preset in TABLE_1.values() if preset.config.router != "dense"],
-    )
+    ours = [RunConfig.from_dict(dict(base)) for base in bases]
+    theirs = [preset.config for preset in TABLE_1.values() if preset.config.router != "dense"]
 
-    def span(key: str) -> str:
-        values = [getattr(config, key) for config in theirs]
-        return f"{min(values)} to {max(values)}"
+    def span(configs: list[RunConfig], key: str) -> str:
+        least, most = (pick(getattr(config, key) for config in configs) for pick in (min, max))
+        return f"{least}" if least == most else f"{least} to {most}"
 
+    def size(configs: list[RunConfig]) -> str:
+        layers, width, experts = (span(configs, key) for key in ("layers", "d_model", "num_experts"))
+        return f"{layers} layers of width {width}, {experts} experts"
+
+    tokens = ours[0].steps * ours[0].tokens_per_batch / 1e6
     return (
-        f"{c.layers} layers of width {c.d_model}, {c.num_experts} experts, {c.steps * c.tokens_per_batch / 1e6:,.1f} million tokens a run, "
-        f"{'AdamW' if c.optimizer == 'adamw' else 'Adafactor'}; the paper: {span('layers')} layers of width {span('d_model')}, "
-        f"{span('num_experts')} experts, Adafactor, a corpus of 1.6 trillion tokens, of which it doesn't say how many it saw"
+        f"{size(ours)}, {tokens:,.1f} million tokens a run, {'AdamW' if ours[0].optimizer == 'adamw' else 'Adafactor'}; "
+        f"the paper: {size(theirs)}, Adafactor, a corpus of 1.6 trillion tokens, of which it doesn't say how many it saw"
     )
 
 

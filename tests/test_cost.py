@@ -40,9 +40,10 @@ def test_a_study_is_costed_arm_by_arm(tiny_config):
 
 
 def test_a_study_stands_beside_the_papers_models():
-    said = cost.beside_paper(
-        {"layers": 8, "d_model": 512, "num_experts": 32, "steps": 800, "batch_size": 128, "sequence_length": 512}
-    )
+    base = {"layers": 8, "d_model": 512, "num_experts": 32, "steps": 800, "batch_size": 128, "sequence_length": 512}
+    said = cost.beside_paper(base)
     assert said.startswith(
         "8 layers of width 512, 32 experts, 52.4 million tokens a run, AdamW; the paper: 12 to 32 layers of width 768 to 4096, 16 to 128 experts"
     )
+    several = cost.beside_paper(*({**base, "num_experts": e} for e in (64, 4, 32)))
+    assert several == said.replace("32 experts", "4 to 64 experts")
