@@ -63,21 +63,13 @@ def _lacking(name: str, run: Mapping[str, Any], scale: str) -> dict[str, Any]:
 def complete(wanted: Sequence[Missing], scale: str, jobs: int, deadline: float) -> Iterator[tuple[Missing, str]]:
     """Each with the status that its run ends with, or "failed: why", as they end; what is done is kept at once.
 
-    What found no memory beside others comes again at the end, alone on its GPU.
-
     Args:
         jobs: processes side by side; 1: this one. deadline: by time.monotonic(); nothing begins after it.
     """
     if jobs > 1:
-        from ecmoe.side_by_side import devices, side_by_side
+        from ecmoe.side_by_side import side_by_side
 
-        work, again = partial(_complete, scale=scale), []
-        for one, said in side_by_side(work, wanted, jobs, deadline):
-            if "out of memory" in said and jobs > devices():
-                again.append(one)
-            else:
-                yield one, said
-        yield from side_by_side(work, again, devices(), deadline)
+        yield from side_by_side(partial(_complete, scale=scale), wanted, jobs, deadline)
         return
     for one in wanted:
         if time.monotonic() > deadline:

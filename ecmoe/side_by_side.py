@@ -2,7 +2,8 @@
 
 A run waits for its host more than for its GPU: several at once are done sooner than one after the other. A process
 serves item after item, since imports and compiled kernels are dear. One that fails or dies loses the item in its hands,
-no other, and a fresh one takes its place.
+no other, and a fresh one takes its place; unless it found no memory beside the others on its GPU: then they are one
+fewer, and the item comes again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+OUT_OF_MEMORY = "out of memory"  # as CUDA, torch and Triton put it
 _SPAWN = get_context("spawn")  # a fork would inherit threads' locks, and CUDA can't be forked
 
 
@@ -31,7 +34,8 @@ def side_by_side(
         work: a function of a module, as each process imports it; the module mustn't touch a GPU when it is imported.
         jobs: processes at most. deadline: by time.monotonic(); no item begins after it.
 
-    An item whose work raises, or whose process dies, ends as "failed: why". Who stops listening ends what is at work.
+    An item whose work raises, or whose process dies, ends as "failed: why"; for want of memory, only where it had its GPU
+    to itself. Who stops listening ends what is at work.
     """
     waiting = deque(items)
     workers = [_Worker(work, place) for place in _places(min(jobs, len(waiting)))]
@@ -44,7 +48,17 @@ def side_by_side(
             if not busy:
                 return
             for pipe in wait(list(busy)):
-                yield busy[pipe].end()
+                worker = busy[pipe]
+                item, said = worker.end()
+                beside = [other for other in workers if other is not worker and other.gpu == worker.gpu]
+                if beside and OUT_OF_MEMORY in said:
+                    print(
+                        f"no memory beside {len(beside)} more: comes again, beside fewer", file=sys.stderr, flush=True
+                    )
+                    workers.remove(worker)
+                    waiting.append(item)
+                else:
+                    yield item, said
     finally:
         for worker in workers:
             worker.stop(patience=10 if worker.item is None else 0)
@@ -52,11 +66,6 @@ def side_by_side(
 
 # Threads that compute, and processes that compile: each takes all cores, and so would every one of us.
 THREADS = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
-
-
-def devices() -> int:
-    """GPUs that work can be spread over; 1 where there is none, for the CPU is one, too."""
-    return max(_gpus(), 1)
 
 
 def _gpus() -> int:
@@ -68,10 +77,11 @@ def _gpus() -> int:
 def _places(jobs: int) -> list[dict[str, str]]:
     """Each process's part of the environment: a GPU, in turn, and how many processes are on it; its share of the cores."""
     count = _gpus()
+    devices = max(count, 1)  # the CPU is one, too
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     cores = str(max((os.cpu_count() or 1) // max(jobs, 1), 1))
     threads = {name: os.environ.get(name, cores) for name in THREADS}
-    places = [{"ECMOE_SHARING": str(len(range(i % devices(), jobs, devices())))} | threads for i in range(jobs)]
+    places = [{"ECMOE_SHARING": str(len(range(i % devices, jobs, devices)))} | threads for i in range(jobs)]
     for i, place in enumerate(places if count else ()):
         place["CUDA_VISIBLE_DEVICES"] = gpus[i % count].strip()
     return places
@@ -83,6 +93,10 @@ class _Worker:
     def __init__(self, work: Callable[[Any], str], place: dict[str, str]) -> None:
         self.work, self.place = work, place
         self.process, self.pipe, self.item = None, None, None
+
+    @property
+    def gpu(self) -> str | None:
+        return self.place.get("CUDA_VISIBLE_DEVICES")
 
     def begin(self, item: Any) -> None:
         if self.process is None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from ecmoe import causality, measure, paths, scoreboard
 from ecmoe.cli import app
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.missing import complete, missing
+from ecmoe.missing import missing
 from ecmoe.results import Result, not_run
 from ecmoe.train import run_or_load
 
@@ -90,22 +90,6 @@ def test_what_a_page_wants_measured_is_kept_and_taken_without_it(tiny_config, tm
         "causally",
         "4",
     }
-
-
-def test_what_finds_no_memory_beside_others_comes_again_alone(pages, monkeypatch):
-    wanted, passes = missing("gpu"), []
-
-    def short_of_memory(work, items, jobs, deadline):
-        passes.append((list(items), jobs, deadline))
-        for one in passes[-1][0]:
-            yield one, "failed: OutOfMemoryError: CUDA out of memory." if one.config.seed == 2 else "finished"
-
-    monkeypatch.setattr("ecmoe.side_by_side.side_by_side", short_of_memory)
-    monkeypatch.setattr("ecmoe.side_by_side.devices", lambda: 2)
-    (first, said), (last, still) = complete(wanted, "gpu", 4, 7.0)
-    assert [first, last] == wanted and said == "finished" and still.startswith("failed: OutOfMemoryError")
-    assert passes == [(wanted, 4, 7.0), ([last], 2, 7.0)]
-    assert len(list(complete(wanted, "gpu", 2, 7.0))) == 2 and passes[-1] == ([], 2, 7.0)  # it was alone before
 
 
 def test_a_run_that_diverged_is_asked_for_nothing(pages, tmp_path):

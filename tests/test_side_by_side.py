@@ -21,6 +21,12 @@ def work(item: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     if item.startswith("sleep"):
         time.sleep(float(item.split()[1]))
+    if item.startswith("large"):  # finds no memory as often as it says
+        with open(item.split()[1], "a+") as tries:
+            tries.write("x")
+            tries.seek(0)
+            if len(tries.read()) <= int(item.split()[2]):
+                raise MemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     return f"{os.getpid()} of {os.environ['ECMOE_SHARING']}"
 
 
@@ -43,6 +49,17 @@ def test_a_process_serves_item_after_item_in_the_order_given():
 def test_after_an_error_a_fresh_process_goes_on():
     (_, before), _, (_, after) = side_by_side(work, ["a", "raise", "b"], 1)
     assert before != after and not after.startswith("failed")
+
+
+def test_what_finds_no_memory_comes_again_with_less_beside_it(tmp_path, capfd):
+    once, never = f"large {tmp_path / 'a'} 1", f"large {tmp_path / 'b'} 9"
+    said = dict(side_by_side(work, [once, "b", "c"], 2))
+    assert not any(text.startswith("failed") for text in said.values()) and len(said) == 3
+    assert "no memory beside 1 more: comes again" in capfd.readouterr().err
+    said = dict(side_by_side(work, [never, "b", "c"], 3))
+    assert said[never] == "failed: MemoryError: CUDA out of memory. Tried to allocate 2 GiB" and len(said) == 3
+    assert (tmp_path / "b").read_text() == "xxx"  # beside two, beside one, alone
+    assert not said["b"].startswith("failed") and not multiprocessing.active_children()
 
 
 def test_none_begins_after_the_deadline():
