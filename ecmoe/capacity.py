@@ -22,6 +22,7 @@ from ecmoe.config import RunConfig
 from ecmoe.image_data import ImageData
 from ecmoe.measure import Compute, measure
 from ecmoe.results import Result
+from ecmoe.routing import ExpertChoice, ExpertThreshold
 from ecmoe.stats import paired_difference
 from ecmoe.vision import VisionTransformer
 
@@ -34,10 +35,19 @@ def keys_at(keys: Mapping[str, Any], places: float) -> dict[str, Any]:
 
 @contextmanager
 def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTransformer]:
-    """Within it every MoE layer has `places` expert places per patch."""
+    """Within it every MoE layer has `places` expert places per patch.
+
+    Raises:
+        ValueError: of a router that has no capacity in evaluation, or whose gates depend on it.
+    """
     routers = [layer.router for layer in model.moe_layers]
-    if without := [type(router).__name__ for router in routers if not hasattr(router, "capacity_factor")]:
-        raise ValueError(f"{without[0]} has no capacity that could be changed: take ExpertChoice or TokenChoice")
+    for router in routers:
+        if not hasattr(router, "capacity_factor") or isinstance(router, ExpertThreshold):
+            raise ValueError(
+                f"{type(router).__name__} has no capacity that could be changed: take ExpertChoice or TokenChoice"
+            )
+        if getattr(router, "gate", None) == "scaled" and isinstance(router, ExpertChoice):
+            raise ValueError("gate='scaled' is a multiple of e / c: another capacity would change the gates, too")
     before = [router.capacity_factor for router in routers]
     try:
         for router in routers:

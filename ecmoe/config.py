@@ -27,6 +27,11 @@ class ConfigError(ValueError):
     """A value that can't work, found before any work is done. Names key, value and remedy."""
 
 
+def exact(factor: float) -> Fraction:
+    """The fraction that a capacity factor stands for: 1.1 is 11/10 and 4/3 is 4/3, which no float is."""
+    return Fraction(factor).limit_denominator(1_000_000)
+
+
 def bucket_size(n: int, e: int, c: float) -> int:
     """k = n c / e (Eq. 1). The ablation is over c, so a fraction is an error, not something to round.
 
@@ -36,9 +41,9 @@ def bucket_size(n: int, e: int, c: float) -> int:
     Raises:
         ConfigError: k is no whole number, or an expert would need more than the n tokens there are.
     """
-    k = Fraction(str(float(c))) * n / e
+    k = exact(c) * n / e
     if k.denominator != 1:
-        step = Fraction(e) / Fraction(str(float(c)))
+        step = Fraction(e) / exact(c)
         raise ConfigError(
             f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(k):g} of "
             f"n={n} tokens, which is no whole number: make n (batch_size x sequence_length for "

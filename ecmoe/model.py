@@ -156,9 +156,16 @@ class Transformer(Trunk):
         """(B, T, d), what the output layer reads.
 
         Args:
-            token_ids: (B, T) int64. task_ids: (B,) or (B, T). mask: (B, T) bool, False for padding.
+            token_ids: (B, T) int64. task_ids: (B,) or (B, T).
+            mask: (B, T) bool, False for padding, which must follow a sequence's tokens: no expert takes it, and as
+                attention looks back only, no token sees it.
             cache: keys and values of the tokens before these; extended by these.
+
+        Raises:
+            ValueError: padding comes before a token.
         """
+        if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("mask has padding before a token: pad on the right, attention reads all that comes before")
         x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
         # output layer doesn't start by repeating its input
         return self.through(x, token_ids, task_ids, mask, cache)
@@ -274,7 +281,7 @@ def count_parameters(config: RunConfig) -> Count:
 def experts_per_token(config: RunConfig) -> float:
     """Experts that an average token is offered: c, top_k, 1, or e."""
     match config.router:
-        case "expert_choice" | "expert_threshold" | "kmeans":
+        case "expert_choice" | "expert_threshold":
             return min(config.capacity_factor, config.num_experts)
         case "token_choice":
             return config.top_k

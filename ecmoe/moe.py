@@ -5,6 +5,8 @@ Letters: n tokens of width d, e experts of hidden width f, k slots of an expert.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,8 +83,14 @@ class MoE(nn.Module):
 
         Returns:
             (B, T, d); a token that no expert took gets 0 and keeps only its residual stream.
+
+        Raises:
+            ValueError: token_ids, task_ids or mask has another shape.
         """
         B, T, d = x.shape
+        for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
+            if given is not None and given.shape != (B, T) and (name != "task_ids" or given.shape != (B,)):
+                raise ValueError(f"{name} has shape {tuple(given.shape)}: must be (B, T) = {(B, T)}, as x is (B, T, d)")
         if task_ids is not None and task_ids.dim() == 1:
             task_ids = task_ids[:, None].expand(B, T)
         logits, flat = self.router.read(x.reshape(B * T, d))
@@ -125,6 +133,9 @@ class MoE(nn.Module):
         y = torch.bmm(h, w2)  # (e, k, d)
         y = y * gate.unsqueeze(-1).to(y.dtype)
         return y.new_zeros(n + 1, d).index_add(0, slots, y.view(-1, d))[:-1].to(x.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "aux_loss": None}  # it hangs on its graph, which nobody can copy
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:

@@ -14,6 +14,7 @@ def test_bucket_size_is_equation_1():
     assert bucket_size(2048, 8, 2.0) == 512  # 2048 x 2 / 8
     assert bucket_size(2048, 8, 0.5) == 128
     assert bucket_size(100, 4, 0.04) == 1  # exact, where floats give 1.0000000000000002 or so
+    assert bucket_size(12, 4, 4 / 3) == 4  # though 4/3 is no float
 
 
 @given(st.integers(1, 64), st.integers(1, 32), st.integers(1, 8))

@@ -127,6 +127,14 @@ def test_the_kernel_is_the_plain_pass(V, dtype):
     torch.testing.assert_close(z, gradient.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-5)
 
 
+def test_a_target_that_is_no_token_makes_the_loss_nan():
+    pytest.importorskip("triton")
+    from ecmoe.kernels.loss import losses_
+
+    losses = losses_(torch.randn(4, 10, device=DEVICE), torch.tensor([1, -1, -100, 10], device=DEVICE), False)
+    assert losses.isnan().tolist() == [False, True, True, True]
+
+
 def test_the_model_gives_the_loss_of_its_logits():
     model = build_model(
         RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)

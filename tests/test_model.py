@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ecmoe.config import RunConfig
+from ecmoe.config import ROUTERS, RunConfig
 from ecmoe.model import TABLE_1, build_model, count_parameters, flops_per_token
 from ecmoe.moe import KERNELS
 
@@ -93,16 +93,27 @@ def test_the_other_rows_differ_by_what_the_paper_leaves_open(name, off):
     assert abs(count_parameters(TABLE_1[name].config).total / printed(TABLE_1[name].total) - 1) < off
 
 
-def test_count_equals_the_built_model():
-    for router in ("expert_choice", "token_choice", "dense", "hash"):
-        config = SMALL.replace(router=router)
-        model = build_model(config)
-        total = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
-        count = count_parameters(config)
-        assert count.total == total
-        experts = sum(m.w1.numel() + m.w2.numel() for m in model.moe_layers)
-        per_token = {"expert_choice": 2, "token_choice": 2, "hash": 1}.get(router, 0)
-        assert count.active == total - experts + experts * per_token // 4
+@pytest.mark.parametrize("router", ROUTERS)
+def test_count_equals_the_built_model(router):
+    config = SMALL.replace(router=router)
+    model = build_model(config)
+    total = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    count = count_parameters(config)
+    assert count.total == total
+    experts = sum(m.w1.numel() + m.w2.numel() for m in model.moe_layers)
+    per_token = {"expert_choice": 2, "expert_threshold": 2, "token_choice": 2, "dense_moe": 4}.get(router, 1)
+    assert count.active == total - experts + experts * per_token // 4
+    if router == "kmeans":
+        assert count_parameters(config.replace(capacity_factor=None)) == count
+
+
+def test_padding_follows_the_tokens():
+    model, tokens = build_model(SMALL.replace(router="dense")).eval(), ids(8)
+    mask = torch.arange(12) < 8
+    padded = model(torch.cat([tokens, ids(4, seed=1)], 1), mask=mask.expand(2, 12))
+    torch.testing.assert_close(padded[:, :8], model(tokens))
+    with pytest.raises(ValueError, match="mask has padding before a token"):
+        model(ids(), mask=mask.flip(0).expand(2, 12))
 
 
 def test_flops_count_the_output_layer_and_attention():

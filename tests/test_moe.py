@@ -1,5 +1,7 @@
 """MoE against Eq. 3 and 4 as printed, a dense FFN, and the symmetries a mixture must have."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -225,3 +227,24 @@ def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch, held, slots, at_o
     assert sum(seen) == 5 and max(seen) == at_once
     moe(x)
     assert seen[-1] == 5  # the backward pass will need them all
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"token_ids": torch.arange(5)}, r"token_ids has shape \(5,\): must be \(B, T\) = \(2, 5\)"),
+        ({"task_ids": torch.zeros(2, 1, dtype=torch.long)}, r"task_ids has shape \(2, 1\)"),
+        ({"mask": torch.ones(10, dtype=torch.bool)}, r"mask has shape \(10,\)"),
+    ],
+)
+def test_ids_and_masks_of_another_shape_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        layer()(torch.randn(2, 5, D), **given)
+
+
+def test_a_copy_leaves_the_last_loss_behind():
+    moe = layer(lambda: TokenChoice(D, E, 2))
+    moe(tokens())
+    copied = copy.deepcopy(moe)
+    assert copied.aux_loss is None and copied.router.aux_loss is None and moe.aux_loss.requires_grad
+    assert torch.equal(copied.eval()(tokens()), moe.eval()(tokens())) and moe.router.aux_loss is None

@@ -42,7 +42,8 @@ def _losses_kernel(z, targets, losses, V, KEEP: tl.constexpr, BLOCK: tl.constexp
     z += row * V
     target = tl.load(targets + row)
     # Before the sums, which wait for all threads: later, one of them may have overwritten it.
-    of_target = tl.load(z + target).to(tl.float32)
+    # A target that is none, such as -100, makes the loss NaN, not another token's.
+    of_target = tl.load(z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     highest, total = float("-inf"), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)

@@ -67,7 +67,12 @@ def pack(
 
     Returns:
         the assignment, (e, slots), and the demand, (e,): requests before any was dropped.
+
+    Raises:
+        ValueError: not as many tokens as experts and gates.
     """
+    if not len(token) == len(expert) == len(gate):
+        raise ValueError(f"{len(token)} tokens, {len(expert)} experts, {len(gate)} gates: a request has one of each")
     by_expert = torch.argsort(expert, stable=True)  # keeps the order within an expert
     expert = expert[by_expert]
     ends = torch.searchsorted(expert, torch.arange(e + 1, device=expert.device), right=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from ecmoe.routing.state import RunningState
 
 
-class RunningCutoff(nn.Module):
+class RunningCutoff(RunningState):
     """(e,) cut-offs: EMA over optimiser steps, bias-corrected, of the mean k-th largest score of a step.
 
     `add` gathers within a step (over micro-batches and pools), `end_step` moves the average once, over all

@@ -5,19 +5,20 @@ Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scor
 
 from __future__ import annotations
 
-from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ecmoe.config import exact
 from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.state import RunningState
 
 TRITON = find_spec("triton") is not None
 
 
-class Router(nn.Module):
+class Router(RunningState):
     """Base of all routers: linear scores in float32, and an `assign` that each family writes. One with other scores
     overrides `read`, which `MoE` calls and `logits` is made of.
 
@@ -96,6 +97,9 @@ class Router(nn.Module):
     def end_step(self) -> None:
         """Called once after every optimiser step; running statistics move here."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "aux_loss": None}  # it hangs on its graph, which nobody can copy
+
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}"
 
@@ -129,7 +133,6 @@ def capacity(
     """
     if factor is None:
         return None, None
-    # Exact: a float would round up at whole numbers.
-    share = Fraction(str(float(factor))) * top_k / e
+    share = exact(factor) * top_k / e  # a float would round up at whole numbers
     slots = min(-(-n * share.numerator // share.denominator), n)  # rounded up
     return slots, None if mask is None else -(-mask.sum() * share.numerator // share.denominator)

@@ -83,6 +83,7 @@ class TokenChoice(Router):
 
         if not recomputing():
             self.demand.copy_(demand)
+        self.aux_loss = None
         if self.training:
             self.aux_loss = self._aux_loss(logits, S, noise, demand, mask)
             if self.balance == "bias" and not recomputing():

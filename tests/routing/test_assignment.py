@@ -98,3 +98,8 @@ def test_renormalized_gates_sum_to_one_and_nobodys_token_stays_zero(dtype):
     gate = torch.tensor([[0.1, 0.2, 0.0], [1e-30, 0.0, 0.0]], dtype=dtype)
     total = Assignment(token, gate).renormalized(3).dense(3).sum(1)
     assert total.tolist() == [1, 1, 0] and total.dtype == dtype
+
+
+def test_as_many_tokens_as_experts_are_asked_for():
+    with pytest.raises(ValueError, match="4 tokens, 3 experts, 4 gates"):
+        pack(torch.arange(4), torch.zeros(3, dtype=torch.long), torch.ones(4), n=4, e=2, slots=2)

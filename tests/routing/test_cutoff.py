@@ -96,3 +96,15 @@ def test_two_ranks_are_one_batch():
 def test_beta_out_of_range(beta):
     with pytest.raises(ValueError, match=f"beta={beta}.*below 1"):
         RunningCutoff(E, beta)
+
+
+def test_a_cast_to_16_bits_leaves_the_average_what_it_is():
+    narrow, wide = RunningCutoff(E, 0.999).to(torch.bfloat16), RunningCutoff(E, 0.999)
+    for _ in range(50):
+        for cutoff in (narrow, wide):
+            cutoff.add(STEPS[0])
+            cutoff.end_step()
+    assert torch.equal(narrow.value(), wide.value()) and narrow.weight > 0.04
+    moved = wide.to(torch.bfloat16)
+    assert torch.equal(moved.average, narrow.average) and moved.average.dtype == torch.float32
+    assert moved.double().average.dtype == torch.float64 and moved.to("meta").average.is_meta

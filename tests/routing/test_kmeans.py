@@ -168,3 +168,12 @@ def test_seed_decides_where_the_clusters_start():
     assert not torch.equal(KMeans(D, E, seed=3).centroids, KMeans(D, E, seed=4).centroids)
     with pytest.raises(ValueError, match="beta=1.0.*below 1"):
         KMeans(D, E, beta=1.0)
+
+
+def test_a_cast_to_16_bits_leaves_the_clusters_what_they_are():
+    narrow, wide = KMeans(D, E).to(torch.bfloat16), KMeans(D, E)
+    for seed in range(3):
+        for router in (narrow, wide):
+            router.assign(router.logits(tokens(64, seed)))
+            router.end_step()
+    assert same_state(state(narrow), state(wide)) and narrow.centroids.dtype == torch.float32

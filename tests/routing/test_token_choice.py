@@ -135,3 +135,12 @@ def test_gradient_is_that_of_the_dispatched_gates():
 def test_errors_name_key_value_and_remedy(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("factor", [1.25, 4 / 3, 5 / 3, 2.0])
+@pytest.mark.parametrize("n", [12, 700, 4096])
+def test_a_mask_that_leaves_nothing_out_changes_nothing(factor, n):
+    router, logits = TokenChoice(8, 20, 3, factor), torch.randn(n, 20, generator=generator(n))
+    plain, masked = router.assign(logits), router.assign(logits, mask=torch.ones(n, dtype=torch.bool))
+    assert plain.token.shape[1] == ceil(Fraction(factor).limit_denominator(100) * 3 * n / 20)
+    assert torch.equal(plain.token, masked.token) and torch.equal(plain.gate, masked.gate)
