@@ -165,18 +165,14 @@ def show_verdict(
     kept = record(verdict, claim_id, scale, here, differences, notebook)
     rows = [("the claim", f"{claim.text} ({claim.where})"), ("the paper", claim.paper)]
     if verdict.label != PLUMBING:
-        found = f"{here}; {verdict.effect}" if here else str(verdict.effect)
-        least = smallest_effect(verdict.effect)
-        rows += [("here, the weakest part" if verdict.parts else "here", found)]
-        rows += [(name, str(part)) for name, part in verdict.parts]
-        if math.isfinite(least):
-            unit = "x, or its inverse" if verdict.effect.ratio else verdict.effect.unit
-            rows += [
-                (
-                    "smallest effect that these seeds can show",
-                    f"{least:.3g} {unit} (80% power, t test at {100 * (1 - verdict.effect.level):.3g}%)",
-                )
-            ]
+        parts = [(f"here: {name}", part, str(part)) for name, part in verdict.parts]
+        for name, part, found in parts or [("here", verdict, str(verdict.effect))]:
+            found = f"{here}; {found}" if here and not parts else found
+            least = smallest_effect(part.effect)
+            if math.isfinite(least):
+                found += f"; to be seen: {least:.3g}{' x, or its inverse' if part.effect.ratio else ''}"
+            rows.append((name, found))
+        rows.append(("to be seen", "the smallest effect that as many values, as noisy, show with 80% power (t test)"))
     rule = "rule" if verdict.label != PLUMBING else "rule, where there is a verdict"
     rows += [(rule, verdict.rule), ("refuted by", claim.refuted_by)]
     rows += [("proxy", claim.proxy)] if claim.proxy else []
@@ -332,7 +328,7 @@ def _by_size(column: pd.Series) -> Format:
     if (finite == finite.round()).all():
         return ",.0f"
     if finite.max() >= 1000:
-        return ",.0f"
+        return ",.0f" if finite[finite > 0].min() >= 1 else ",g"  # what is there is no 0
     return ".1f" if finite.max() >= 100 else ".3f" if finite.max() >= 0.01 else ".2e"
 
 

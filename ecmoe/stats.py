@@ -2,8 +2,8 @@
 
 Every interval is Student's t at 95% over seeds, and so says how sure we are that another set of
 seeds would show the same; ratios are taken in the logarithm. One seed has no interval. Where seeds
-were added because a first look left a claim undecided, chance has two tries: the interval is of
-97.5%, of which two looks together err in at most 5% (Bonferroni).
+were added because a first look at 95% left a claim undecided, the second look is at 97.5%: the two
+together err in at most 7.5% of cases, 3.75% to each side.
 """
 
 from __future__ import annotations
@@ -248,7 +248,8 @@ def verdict(
     Args:
         effect: over paired seeds.
         threshold: the paper's figure, such as 0.5 (C1) or 1.2 (C2); None: the claim has none.
-        margin: what counts as equal, in the effect's unit (of a ratio: 0.02 is 0.98 to 1.02).
+        margin: what counts as equal, in the effect's unit (of a ratio: 0.02 is 0.98 to 1.02). An effect that is shown to
+            be no larger is not what the claim says, even where its interval holds "no effect".
         direction: "below" or "above": the side of "no effect" that the claim is on. "near": the
             claim is a value, `threshold`, and holds within `margin` of it.
         scale: at "smoke" there is no verdict: "plumbing only".
@@ -276,7 +277,7 @@ def _label(effect: Effect, threshold: float | None, margin: float, direction: st
         return PLUMBING
     if not effect.n:
         return "not run"
-    if effect.n < 2 or low is None or high is None or low <= neutral <= high:
+    if effect.n < 2 or low is None or high is None:
         return "undecided"
     if direction == "near":
         if threshold - margin <= low and high <= threshold + margin:
@@ -285,10 +286,10 @@ def _label(effect: Effect, threshold: float | None, margin: float, direction: st
         return "not reproduced" if apart else "undecided"
     sign = -1.0 if direction == "below" else 1.0
     nearest, farthest = sorted((sign * (low - neutral), sign * (high - neutral)))
-    if nearest < 0:  # the other side
+    if farthest < 0 or 0 < margin >= farthest:  # on the other side, or too little to count
         return "not reproduced"
-    if farthest <= margin:  # there, but it counts as equal
-        return "not reproduced"
+    if nearest <= 0:  # the interval holds "no effect": does it hold the paper's, too?
+        return "not reproduced" if _misses(effect, threshold, direction) else "undecided"
     bound = margin if threshold is None else sign * (threshold - neutral)
     return "reproduced" if nearest >= bound else "reproduced in direction"
 
@@ -311,14 +312,16 @@ def _rule(neutral: float, threshold: float | None, margin: float, direction: str
         )
     sign = -1.0 if direction == "below" else 1.0
     bound = neutral + sign * margin if threshold is None else threshold
-    equal = ""
+    more = ""
     if margin:
-        equal = f", or all of it within {_number(margin)}{of} of {neutral:g}, which counts as equal"
+        more += f", or none of it more than {_number(margin)}{of} {direction} {neutral:g}, which counts as equal"
+    if threshold is not None:
+        more += f", or it holds {neutral:g} but not {_number(threshold)}"
     direct = f"in direction: {direction} {neutral:g}; " if bound != neutral else ""
     return (
-        f"{first}{neutral:g}, or one seed; "
+        f"{first}{neutral:g}{'' if threshold is None else f' and {_number(threshold)}'}, or one seed; "
         f"reproduced: all of it {direction} {_number(bound)}{of}; {direct}"
-        f"not reproduced: all of it on the other side of {neutral:g}{equal}"
+        f"not reproduced: all of it on the other side of {neutral:g}{more}"
     )
 
 

@@ -93,7 +93,7 @@ def test_loss_against_a_key():
 
 
 def test_expert_shares(runs):
-    paper = {"one or two": 0.74, "three or four": 0.23, "more": 0.03}
+    paper = {"one or two: most": 0.74, "three or four: 23%": 0.23, "3%": 0.03}
     plot = drawn(plots.expert_shares(table(runs), paper=paper))
     assert plot.data.set_index("arm").loc["EC-CF2", ["0", "1", "3", "8+"]].tolist() == [
         0,
@@ -102,7 +102,7 @@ def test_expert_shares(runs):
         0,
     ]
     assert "EC-CF2: 0.0% none, 75.0% one or two, 25.0% three or four, 0.0% more" in plot.alt
-    assert "The paper: 74% one or two" in plot.alt and "Not run: Hash." in plot.alt
+    assert "The paper: one or two: most, three or four: 23%, 3%." in plot.alt and "Not run: Hash." in plot.alt
     over = drawn(plots.expert_shares_over_steps(curves(runs)))
     assert over.data["1 or 2"].eq(75).all() and "75.0% 1 or 2" in over.alt
     said = [[text.get_text() for text in ax.texts] for ax in over.figure.axes if ax.get_visible()]

@@ -52,15 +52,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.93 < covered < 0.97  # a normal interval would cover 81%
 
 
-def test_two_looks_together_err_no_more_than_one_does():
+def test_a_second_look_errs_no_more_than_is_said():
     rng = np.random.default_rng(0)
     samples = rng.normal(0.0, 1.0, size=(4000, 6))
 
     def fooled(looks):
-        both = ([stats.interval(x[:n], looks=looks) for x in samples] for n in (3, 6))
-        return np.mean([not all(e.low <= 0 <= e.high for e in pair) for pair in zip(*both, strict=True)])
+        ends = []
+        for x in samples:
+            first, second = stats.interval(x[:3]), stats.interval(x, looks=looks)
+            ends.append(second if first.low <= 0 <= first.high else first)  # seeds are added where the first is undecided
+        return np.mean([e.high < 0 for e in ends]), np.mean([e.low > 0 for e in ends])
 
-    assert fooled(2) < 0.05 < 0.07 < fooled(1)
+    assert max(fooled(2)) < 0.0375 and sum(fooled(2)) < 0.075 < sum(fooled(1))
 
 
 def test_seeds_added_after_a_look_widen_the_interval_and_the_rule_says_so():
@@ -148,7 +151,8 @@ def effect(low, high, n=3, unit=""):
         (effect(0.30, 0.45, unit="ratio"), {"threshold": 0.5}, "reproduced"),
         (effect(0.40, 0.60, unit="ratio"), {"threshold": 0.5}, "reproduced in direction"),
         (effect(0.60, 0.90, unit="ratio"), {"threshold": 0.5}, "reproduced in direction"),
-        (effect(0.80, 1.10, unit="ratio"), {"threshold": 0.5}, "undecided"),
+        (effect(0.40, 1.10, unit="ratio"), {"threshold": 0.5}, "undecided"),
+        (effect(0.98, 1.03, unit="ratio"), {"threshold": 0.5}, "not reproduced"),  # 0.5 it isn't, nor any effect to be seen
         (effect(1.10, 1.30, unit="ratio"), {"threshold": 0.5}, "not reproduced"),
         (effect(0.985, 0.995, unit="ratio"), {"threshold": 0.5, "margin": 0.02}, "not reproduced"),
         # C2's rule: the ratio of step times is above 1.2
@@ -168,7 +172,9 @@ def effect(low, high, n=3, unit=""):
         (effect(-0.030, -0.002), {"margin": 0.005}, "reproduced in direction"),
         (effect(-0.004, -0.001), {"margin": 0.005}, "not reproduced"),
         (effect(-0.030, 0.001), {"margin": 0.005}, "undecided"),
-        (effect(-0.002, 0.002), {"margin": 0.005}, "undecided"),
+        (effect(-0.002, 0.002), {"margin": 0.005}, "not reproduced"),
+        (effect(-0.010, 0.002), {"margin": 0.005}, "undecided"),
+        (effect(-0.002, 0.010), {"margin": 0.005}, "not reproduced"),
         (effect(0.010, 0.030), {"margin": 0.005}, "not reproduced"),
         (effect(0.010, 0.030), {"margin": 0.005, "direction": "above"}, "reproduced"),
         # A share: C7's 23%
@@ -183,7 +189,7 @@ def effect(low, high, n=3, unit=""):
             {"threshold": 0.23, "margin": 0.05, "direction": "near"},
             "not reproduced",
         ),
-        (effect(-0.01, 0.02), {"threshold": 0.0, "margin": 0.05, "direction": "near"}, "undecided"),
+        (effect(-0.01, 0.02), {"threshold": 0.0, "margin": 0.05, "direction": "near"}, "reproduced"),
         # Too few seeds, none, and the scale that shows nothing
         (Effect(-1.0, None, None, 1), {}, "undecided"),
         (Effect(math.nan, None, None, 0), {}, "not run"),
@@ -200,8 +206,8 @@ def test_verdicts(given_effect, rule, label):
     st.floats(-2, 0), st.floats(0, 2), st.floats(0, 3), st.sampled_from(["below", "above"]),
     st.one_of(st.none(), st.floats(-1, 1)),
 )  # fmt: skip
-def test_an_interval_that_spans_zero_decides_nothing(low, high, margin, direction, threshold):
-    assert verdict(effect(low, high), threshold, margin, direction).label == "undecided"
+def test_an_interval_that_holds_no_effect_reproduces_nothing(low, high, margin, direction, threshold):
+    assert verdict(effect(low, high), threshold, margin, direction).label in ("undecided", "not reproduced")
 
 
 def test_rules_name_their_figures():
@@ -216,7 +222,7 @@ def test_rules_name_their_figures():
 
 def test_a_figure_of_the_paper_outside_the_interval_is_named():
     missed = verdict(effect(0.98, 1.06, unit="ratio of steps"), threshold=0.5)
-    assert missed.label == "undecided" and missed.rule.endswith("misses the paper's 0.5") and missed.rules_out == 0.5
+    assert missed.label == "not reproduced" and missed.rule.endswith("misses the paper's 0.5") and missed.rules_out == 0.5
     assert stats.all_of({"a": missed, "b": verdict(effect(0.1, 0.2, unit="ratio"))}).rules_out == 0.5
     assert str(missed.effect).startswith("1.02 x the steps")
     for other in (

@@ -34,7 +34,7 @@ def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, floa
     Args:
         table: with share_0 ... share_8, such as of `results.table`; rows of an arm are averaged.
         by: what a bar is: "arm", or a column of your own, such as the kind of token.
-        paper: shares to show in a bar above, by text: {"1 or 2": .74, "3 or 4": .23, "more": .03}.
+        paper: shares to show in a bar below, by what is written there: {"3 or 4: 23%": .23}.
     """
     means = table.groupby(by, sort=False)[SHARES].mean()
     names = ["0", "1", "2", "3", "4", "5", "6", "7", "8+"]
@@ -56,7 +56,7 @@ def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, floa
         labels.append("the paper (100M/64E)")
         for name, share in paper.items():
             ax.barh(y, 100 * share, left=left, color="0.85", edgecolor="white")
-            _write_in_bar(ax, left, y, 100 * share, f"{name}: {100 * share:.0f}%", "0.85")
+            _write_in_bar(ax, left, y, 100 * share, name, "0.85")
             left += 100 * share
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
@@ -72,7 +72,7 @@ def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, floa
         )
     alt = "Share of tokens by the number of experts that processed them. " + "; ".join(parts) + "."
     if paper:
-        alt += " The paper: " + ", ".join(f"{100 * v:g}% {k}" for k, v in paper.items()) + "."
+        alt += " The paper: " + ", ".join(paper) + "."
     alt += missing_text(data.index, data.dropna(how="all").index)
     return Plot(figure, alt, data.reset_index())
 
