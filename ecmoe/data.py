@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ecmoe import tokens
 from ecmoe.classes import WindowClasses
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.corpus import about
+from ecmoe.corpus import about, content_digest, source_files, stat_digest
 
 _PROVENANCE = (
     "name", "licence", "attribution", "digest", "source_sha256", "split", "tokenizer", "vocab_size", "train_tokens",
@@ -71,12 +72,30 @@ class Batches(IterableDataset):
 class RunData(L.LightningDataModule):
     """What the data of all runs share: `start_step`, micro-batches that a resumed run has already seen, and ranks.
 
-    A kind of data gives `train_batches(start, rank, world)` and `val_batches()`, the same for every run.
+    A kind of data gives `train_batches(start, rank, world)`, `val_batches()`, the same for every run, and `digest`, which
+    a checkpoint keeps.
     """
+
+    digest: str
 
     def __init__(self, config: RunConfig):
         super().__init__()
         self.config, self.start_step = config, 0
+
+    def state_dict(self) -> dict[str, str]:
+        return {"digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ConfigError: it is of other data.
+        """
+        if state["digest"] != self.digest:
+            raise ConfigError(
+                f"data={self.config.data!r} has changed since the checkpoint was written: its digest was {state['digest']} and is "
+                f"{self.digest}; bring the data back, or delete runs/{self.config.name} to begin anew"
+            )
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_batches(self.start_step, self._rank, self._world))
@@ -185,20 +204,29 @@ class TextData(RunData):
             )
 
 
-def data_digest(config: RunConfig, cache: Path | None = None) -> str | None:
-    """The digest of the tokenised data of `config` as it is here; None where it isn't tokenised.
+def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:
+    """Are the data here others than those of `said`, a run's provenance? No, where they aren't here, or it doesn't say.
 
-    Only the embedded corpus is tokenised to answer (seconds): reading a record must not start long work. Of images,
-    only the embedded ones are looked at.
+    The source is compared, not its tokens: reading a result must not start long work. Of images, only the embedded ones
+    are looked at.
     """
+    said = said or {}
     if config.images:
         from ecmoe.images import load
 
-        return load(config.data).provenance["digest"] if config.data == "digits" else None
-    meta = tokens.peek(config, cache)
-    if meta is None and config.data == "stdlib" and config.tokenizer == "bytes":
-        meta = tokens.load(config, cache).meta
-    return meta and meta["digest"]
+        return config.data == "digits" and "digest" in said and said["digest"] != load("digits").provenance["digest"]
+    try:
+        files = source_files(config.data)
+    except ConfigError:
+        return False
+    there = said.get("source_sha256")
+    return bool(files and there) and _content_digest(stat_digest(files), tuple(files.items())) != there
+
+
+@functools.lru_cache(maxsize=64)
+def _content_digest(stat: str, files: tuple[tuple[str, Path], ...]) -> str:
+    """Read once a process and state of the files."""
+    return content_digest(dict(files))
 
 
 def _windows(ids: np.ndarray, length: int) -> np.ndarray:

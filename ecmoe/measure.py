@@ -55,7 +55,9 @@ def measure(
     from ecmoe.train import free_memory, load_model, run_or_load
 
     config = RunConfig.from_dict(result.summary["config"])
-    model = load_model(result.path or run_or_load(config).path).to("cuda" if torch.cuda.is_available() else "cpu")
+    here = result.path is not None and (result.path / "model.safetensors").exists()
+    model = load_model(result.path if here else run_or_load(config, weights=True).path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     write_json(path, compute(model, config))
     del model
     free_memory()

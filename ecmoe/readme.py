@@ -48,7 +48,9 @@ def sections(scale: str = "gpu") -> dict[str, str]:
         shown = f'<img src="{image(name, scale)}" alt="{html.escape(plot.alt)}">'
         found[name] = f"{shown}\n\n{caption} From [{notebook}](reports/{scale}/{notebook}.html)."
     size = beside_paper(_study("01_convergence", scale)["base"])
-    return found | {"claims": f"{claim_table(paths.root() / 'reports' / scale / 'verdicts')}\n\nHere, but for C2 and C3: {size}."}
+    return found | {
+        "claims": f"{claim_table(paths.root() / 'reports' / scale / 'verdicts')}\n\nHere, but for C2 and C3: {size}."
+    }
 
 
 def image(name: str, scale: str) -> str:

@@ -172,7 +172,9 @@ def show_verdict(
             if math.isfinite(least):
                 found += f"; would show: {least:.2g}{' x, or its inverse,' if part.effect.ratio else ''} or more"
             rows.append((name, found))
-        rows.append(("would show", "the smallest true effect that as many values, as noisy, show with 80% power (t test)"))
+        rows.append(
+            ("would show", "the smallest true effect that as many values, as noisy, show with 80% power (t test)")
+        )
     rule = "rule" if verdict.label != PLUMBING else "rule, where there is a verdict"
     rows += [(rule, verdict.rule), ("refuted by", claim.refuted_by)]
     rows += [("proxy", claim.proxy)] if claim.proxy else []

@@ -58,7 +58,7 @@ class Result:
         if not (folder / "model.safetensors").exists():
             raise FileNotFoundError(
                 f"no weights of {self.summary['name']} in {folder}: a record holds none; "
-                "train the run (run_or_load without records) to have them"
+                "train the run to have them: run_or_load(config, weights=True), without records"
             )
         return load_model(folder)
 

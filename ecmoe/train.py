@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from ecmoe import paths
-from ecmoe.config import SCHEMA, RunConfig
-from ecmoe.data import RunData, TextData, data_digest
+from ecmoe.config import SCHEMA, ConfigError, RunConfig, is_local
+from ecmoe.data import RunData, TextData, is_other_data
 from ecmoe.lit import LitClassifier, LitModel
 from ecmoe.model import Trunk, build_model, count_parameters, flops_per_token
 from ecmoe.recorder import Diverged, Recorder
@@ -42,7 +42,14 @@ from ecmoe.results import (
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 
 
-def run_or_load(config: RunConfig, *, records: Path | None = None, train: bool = True, progress: bool = True) -> Result:
+def run_or_load(
+    config: RunConfig,
+    *,
+    records: Path | None = None,
+    train: bool = True,
+    progress: bool = True,
+    weights: bool = False,
+) -> Result:
     """The result of a run: from `records`, from `runs/`, or by training it now.
 
     Args:
@@ -50,21 +57,26 @@ def run_or_load(config: RunConfig, *, records: Path | None = None, train: bool =
         records: folder of committed results, looked at first; a run trained here is added to it.
         train: False: a run that is missing comes back as "not run".
         progress: print a line per validation to stderr.
+        weights: train a finished run again if its weights aren't here. Not with records, which have none.
 
     Returns:
         a Result whose status is finished, diverged, failed or not run. A run that failed keeps its error
         and is tried again by the next call; one that was killed goes on from its last checkpoint.
+
+    Raises:
+        ConfigError: `data` is a local text of the same name as the run's, but another one. (Of records, and of texts that
+            are no files of yours, such as the standard library's of another Python, that is a warning.)
     """
     if records is not None and (records / f"{config.name}.json").exists():
         result = read_record(records / f"{config.name}.json")
-        _warn_if_other_data(config, result)
+        _check_data(config, result, warn=True)
         return result
     folder = paths.runs() / config.name
-    result = _finished(folder)
+    result = _finished(config, folder, weights)
     if result is None and not train:
         return read_run(folder) if (folder / "summary.json").exists() else not_run(config)
     if result is None:
-        result = _train_once(config, folder, progress)
+        result = _train_once(config, folder, progress, weights)
     if records is not None and result.ok:
         write_record(records / f"{config.name}.json", result)
     return result
@@ -87,16 +99,19 @@ def load_model(path: str | Path) -> Trunk:
     return model.eval()
 
 
-def _finished(folder: Path) -> Result | None:
-    """The run, if nothing is left to do: a failed one is to be tried again."""
-    if (folder / "summary.json").exists():
-        result = read_run(folder)
-        if result.summary["status"] in ("finished", "diverged"):
-            return result
-    return None
+def _finished(config: RunConfig, folder: Path, weights: bool = False) -> Result | None:
+    """The run, if nothing is left to do: a failed one is to be tried again, and one without the weights that are wanted."""
+    if not (folder / "summary.json").exists():
+        return None
+    result = read_run(folder)
+    if result.summary["status"] not in ("finished", "diverged"):
+        return None
+    _check_data(config, result, warn=not is_local(config.data))
+    lost = weights and result.ok and not (folder / "model.safetensors").exists()
+    return None if lost else result
 
 
-def _train_once(config: RunConfig, folder: Path, progress: bool) -> Result:
+def _train_once(config: RunConfig, folder: Path, progress: bool, weights: bool = False) -> Result:
     """Train under the run's lock: whoever comes second finds it done."""
     folder.mkdir(parents=True, exist_ok=True)
     in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
@@ -112,7 +127,7 @@ def _train_once(config: RunConfig, folder: Path, progress: bool) -> Result:
             print(f"[{arm_label(config)} s{config.seed}] waiting: another process trains it", file=sys.stderr)
         held = lock.acquire()
     with held:
-        result = _finished(folder)
+        result = _finished(config, folder, weights)
         if result is not None:
             return result
         if config.devices * config.num_nodes > 1 and not in_torchrun:
@@ -184,8 +199,9 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
             temporary = folder / "model.safetensors.tmp"
             save_file(state, temporary)
             os.replace(temporary, folder / "model.safetensors")
-            (folder / "last.ckpt").unlink(missing_ok=True)  # done: the weights are kept, the optimiser's state isn't
         write_summary(folder, summary)
+        if state is not None:  # done: the weights are kept, the optimiser's state isn't
+            (folder / "last.ckpt").unlink(missing_ok=True)
     return Result(summary, recorder.curve(), folder)
 
 
@@ -341,14 +357,12 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def _warn_if_other_data(config: RunConfig, result: Result) -> None:
-    here = data_digest(config)
-    there = (result.summary.get("data") or {}).get("digest")
-    if here and there and here != there:
-        warnings.warn(
-            f"{config.name} was trained on other text: data={config.data!r} has digest {here} here, {there} there",
-            stacklevel=3,
-        )
+def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
+    if is_other_data(config, result.summary.get("data")):
+        said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
+        if not warn:
+            raise ConfigError(f"{said}: give the file another name, or delete {result.path} to train anew")
+        warnings.warn(said, stacklevel=4)
 
 
 def _write_yaml(config: RunConfig, path: Path) -> None:
@@ -369,7 +383,7 @@ def main(arguments: list[str]) -> None:
         )
     folder = paths.runs() / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    result = _finished(folder)
+    result = _finished(config, folder)
     if result is None:
         result = _train(config, folder, True) if unlocked else _train_once(config, folder, True)
     if os.environ.get("RANK", "0") == "0":

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ecmoe import data, tokens
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.data import Batches, TextData, data_digest
+from ecmoe.data import Batches, TextData, is_other_data
 
 WINDOWS = np.arange(101 * 5, dtype=np.uint16).reshape(101, 5)  # window i starts with 5 i
 
@@ -110,7 +110,7 @@ def test_counts_digest_and_provenance(text):
     train = tokens.load(text.config).train
     assert text.token_counts.dtype == np.int64 and text.token_counts.shape == (256,)
     assert (text.token_counts == np.bincount(train, minlength=256)).all()
-    assert text.bytes_per_token == 1.0 and text.digest == data_digest(text.config) == text.provenance["digest"]
+    assert text.bytes_per_token == 1.0 and text.digest == text.provenance["digest"]
     said = text.provenance
     assert "PSF" in said["licence"] and said["attribution"] and said["vocab_size"] == 256
     assert said["train_tokens"] == len(train) and all(said[key] is not None for key in data._PROVENANCE)
@@ -137,9 +137,12 @@ def test_too_small_a_corpus_names_the_keys(text, keys, named):
         assert word in str(error.value)
 
 
-def test_digest_of_what_is_not_here():
-    assert data_digest(RunConfig(data="data/nowhere.txt")) is None
-    assert data_digest(RunConfig(data="hub:a/b")) is None
+def test_other_data_are_told_by_their_source_where_it_is_here(text):
+    assert not is_other_data(text.config, text.provenance)
+    other = {"source_sha256": "0" * 64}
+    assert is_other_data(text.config, other) and not is_other_data(text.config, None)
+    for elsewhere in ("data/nowhere.txt", "hub:a/b"):
+        assert not is_other_data(RunConfig(data=elsewhere), other)
 
 
 def test_licence_stated_after_tokenising(tmp_path):

@@ -39,6 +39,8 @@ def test_a_record_without_weights_is_trained_again(tiny_config):
     record = run_or_load(config, records=paths.records("gpu"), progress=False)
     assert record.path is None
     assert measure(record, "again", weights, scale="gpu")["seed"] == 12
+    (paths.runs() / config.name / "model.safetensors").unlink()
+    assert measure(record, "and-again", weights, scale="gpu")["seed"] == 12
 
 
 def test_what_is_missing_or_misnamed(tiny_config):

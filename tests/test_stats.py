@@ -60,7 +60,9 @@ def test_a_second_look_errs_no_more_than_is_said():
         ends = []
         for x in samples:
             first, second = stats.interval(x[:3]), stats.interval(x, looks=looks)
-            ends.append(second if first.low <= 0 <= first.high else first)  # seeds are added where the first is undecided
+            ends.append(
+                second if first.low <= 0 <= first.high else first
+            )  # seeds are added where the first is undecided
         return np.mean([e.high < 0 for e in ends]), np.mean([e.low > 0 for e in ends])
 
     assert max(fooled(2)) < 0.0375 and sum(fooled(2)) < 0.075 < sum(fooled(1))
@@ -152,7 +154,11 @@ def effect(low, high, n=3, unit=""):
         (effect(0.40, 0.60, unit="ratio"), {"threshold": 0.5}, "reproduced in direction"),
         (effect(0.60, 0.90, unit="ratio"), {"threshold": 0.5}, "reproduced in direction"),
         (effect(0.40, 1.10, unit="ratio"), {"threshold": 0.5}, "undecided"),
-        (effect(0.98, 1.03, unit="ratio"), {"threshold": 0.5}, "not reproduced"),  # 0.5 it isn't, nor any effect to be seen
+        (
+            effect(0.98, 1.03, unit="ratio"),
+            {"threshold": 0.5},
+            "not reproduced",
+        ),  # 0.5 it isn't, nor any effect to be seen
         (effect(1.10, 1.30, unit="ratio"), {"threshold": 0.5}, "not reproduced"),
         (effect(0.985, 0.995, unit="ratio"), {"threshold": 0.5, "margin": 0.02}, "not reproduced"),
         # C2's rule: the ratio of step times is above 1.2
@@ -222,7 +228,9 @@ def test_rules_name_their_figures():
 
 def test_a_figure_of_the_paper_outside_the_interval_is_named():
     missed = verdict(effect(0.98, 1.06, unit="ratio of steps"), threshold=0.5)
-    assert missed.label == "not reproduced" and missed.rule.endswith("misses the paper's 0.5") and missed.rules_out == 0.5
+    assert (
+        missed.label == "not reproduced" and missed.rule.endswith("misses the paper's 0.5") and missed.rules_out == 0.5
+    )
     assert stats.all_of({"a": missed, "b": verdict(effect(0.1, 0.2, unit="ratio"))}).rules_out == 0.5
     assert str(missed.effect).startswith("1.02 x the steps")
     for other in (

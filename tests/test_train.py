@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from ecmoe import load_model, paths, run_or_load, train
-from ecmoe.config import RunConfig
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import TextData
 from ecmoe.lit import LitModel, learning_rate_factor
 from ecmoe.recorder import Recorder
@@ -105,10 +106,64 @@ def test_record_of_other_text_warns(tiny_config, tmp_path):
     run_or_load(config, records=tmp_path, progress=False)
     path = tmp_path / f"{config.name}.json"
     record = json.loads(path.read_text())
-    record["summary"]["data"]["digest"] = "0" * 12
+    record["summary"]["data"]["source_sha256"] = "0" * 64
     path.write_text(json.dumps(record))
-    with pytest.warns(UserWarning, match="trained on other text"):
+    with pytest.warns(UserWarning, match="data='stdlib' is another text here than the one that .* was trained on"):
         run_or_load(config, records=tmp_path)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two texts, called alike."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"The {name} of it, again and again, and not the end.\n" * 6000)
+    return tmp_path
+
+
+def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, texts):
+    a, b = (tiny_config(seed=31, data=str(texts / name / "text.txt")) for name in "ab")
+    assert a.name == b.name  # a copy elsewhere is the same run
+    trained = run_or_load(a, progress=False)
+    for call in ({}, {"train": False}):
+        with pytest.raises(ConfigError, match="another text here than the one .* give the file another name"):
+            run_or_load(b, **call)
+    shutil.copy(texts / "a" / "text.txt", texts / "b" / "text.txt")
+    assert run_or_load(b).summary["val_loss"] == trained.summary["val_loss"]
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
+    path = texts / "a" / "text.txt"
+    config, text = tiny_config(seed=32, data=str(path), checkpoint_every=2), path.read_text()
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "_whole_state", lambda module: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_or_load(config, progress=False)
+    path.write_text(text.upper())
+    with pytest.raises(ConfigError, match="has changed since the checkpoint was written"):
+        run_or_load(config, progress=False)
+    path.write_text(text)
+    assert run_or_load(config, progress=False).ok
+
+
+def test_the_last_checkpoint_stays_until_the_summary_is_written(tiny_config, monkeypatch, capsys):
+    config = tiny_config(seed=33, checkpoint_every=2)
+    with monkeypatch.context() as full:
+        full.setattr(train, "write_summary", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            run_or_load(config, progress=False)
+    assert run_or_load(config).ok
+    assert "goes on from step 10" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_lost_its_weights_is_trained_again_for_them(tiny_config):
+    config = tiny_config(seed=34, steps=2)
+    result = run_or_load(config, progress=False)
+    (result.path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="weights=True"):
+        run_or_load(config).load_model()
+    again = run_or_load(config, weights=True, progress=False)
+    assert again.load_model() and again.summary["val_loss"] == result.summary["val_loss"]
 
 
 def test_failed_run_keeps_its_error_and_is_tried_again(tiny_config, monkeypatch):
