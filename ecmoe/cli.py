@@ -351,7 +351,7 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set {pair!r} must be key=value, such as capacity_factor=1.0")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:  # ValueError: a date or number that can't be
             raise ConfigError(f"--set {pair!r}: {text!r} is no YAML value: {error}") from error
     return values
 

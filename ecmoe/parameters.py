@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ecmoe.config import ConfigError, read_yaml
 
 
 class ParameterError(ValueError):
@@ -27,17 +27,25 @@ def parameter_files(notebook: str, scale: str, configs: Path | None = None) -> l
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The parameters of YAML files: later ones win; `base`, a run's keys, is merged key by key."""
+    """The parameters of YAML files: later ones win; `base`, a run's keys, is merged key by key.
+
+    Raises:
+        ParameterError: a file can't be read, or it or its `base` holds no `key: value` lines.
+    """
     merged: dict[str, Any] = {}
     for file in files:
         try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ParameterError(f"parameter file {str(file)!r} can't be read: {error}") from error
+            values = read_yaml(file, "parameter file") or {}
+        except ConfigError as error:
+            raise ParameterError(str(error)) from error
         if not isinstance(values, dict):
             raise ParameterError(f"parameter file {str(file)!r} must hold `key: value` lines")
-        base = (merged.get("base") or {}) | (values.get("base") or {})
-        merged |= values | ({"base": base} if base else {})
+        base = values.get("base") or {}
+        if not isinstance(base, dict):
+            raise ParameterError(
+                f"parameter file {str(file)!r} must hold `key: value` lines below base, but holds {type(base).__name__}"
+            )
+        merged |= values | ({"base": merged.get("base", {}) | base} if "base" in values else {})
     return merged
 
 

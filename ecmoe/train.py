@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from ecmoe import paths
-from ecmoe.config import SCHEMA, RunConfig
+from ecmoe.config import SCHEMA, ConfigError, RunConfig
 from ecmoe.data import RunData, TextData, data_digest
 from ecmoe.lit import LitClassifier, LitModel
 from ecmoe.model import Trunk, build_model, count_parameters, flops_per_token
@@ -98,8 +98,12 @@ def _finished(folder: Path) -> Result | None:
 
 def _train_once(config: RunConfig, folder: Path, progress: bool) -> Result:
     """Train under the run's lock: whoever comes second finds it done."""
-    folder.mkdir(parents=True, exist_ok=True)
     in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if config.num_nodes > 1 and not in_torchrun:
+        raise ConfigError(
+            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} -m ecmoe.train on every node"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     if in_torchrun and os.environ.get("RANK") != "0":
         return _train(config, folder, progress)
     lock = FileLock(folder.parent / f"{config.name}.lock")
@@ -115,7 +119,7 @@ def _train_once(config: RunConfig, folder: Path, progress: bool) -> Result:
         result = _finished(folder)
         if result is not None:
             return result
-        if config.devices * config.num_nodes > 1 and not in_torchrun:
+        if config.devices > 1 and not in_torchrun:
             return _train_by_torchrun(config, folder)
         try:
             return _train(config, folder, progress)
@@ -128,10 +132,6 @@ def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
     _write_yaml(config, folder / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={config.devices}", "-m", "ecmoe.train", str(folder / "config.yaml"), "--unlocked"]
-    if config.num_nodes > 1:
-        raise ValueError(
-            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} -m ecmoe.train on every node"
-        )
     done = subprocess.run(command, stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None)
     if not (folder / "summary.json").exists():
         raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {done.returncode}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ecmoe import load_model, paths, run_or_load, train
-from ecmoe.config import RunConfig
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import TextData
 from ecmoe.lit import LitModel, learning_rate_factor
 from ecmoe.recorder import Recorder
@@ -257,6 +257,13 @@ def test_wrong_number_of_processes_is_refused(tiny_config, tmp_path):
     (tmp_path / "c.yaml").write_text("devices: 2\nstrategy: ddp\n")
     with pytest.raises(SystemExit, match="--nproc-per-node=2"):
         train.main([str(tmp_path / "c.yaml")])
+
+
+def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="num_nodes=2: start torchrun --nnodes=2"):
+        run_or_load(tiny_config(num_nodes=2), progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
