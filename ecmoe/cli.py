@@ -135,9 +135,13 @@ def index(
     reports: Annotated[Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")] = None,
 ) -> None:
     """Write index.html: the scoreboard, with a list of the pages that are there."""
-    from ecmoe.render import index as write_index
+    from ecmoe.parameters import check_scale
 
-    typer.echo(write_index(scale, reports))
+    with _one_line(OSError, ValueError):
+        check_scale(scale)
+        from ecmoe.render import index as write_index
+
+        typer.echo(write_index(scale, reports))
 
 
 @app.command()

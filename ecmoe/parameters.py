@@ -10,6 +10,8 @@ from typing import Any
 
 from ecmoe.config import ConfigError, read_yaml
 
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
 
 class ParameterError(ValueError):
     """A parameter that the notebook doesn't have, or that can't be what was meant."""
@@ -20,10 +22,25 @@ def parameter_files(notebook: str, scale: str, configs: Path | None = None) -> l
 
     Args:
         configs: the folder; None: of this checkout.
+
+    Raises:
+        ParameterError: no such scale.
     """
-    configs = configs or Path(__file__).resolve().parents[1] / "configs"
+    configs = configs or _CONFIGS
+    check_scale(scale, configs)
     own = configs / "scale" / scale / f"{notebook}.yaml"
     return [configs / "scale" / f"{scale}.yaml", configs / f"{notebook}.yaml", *[own] * own.exists()]
+
+
+def check_scale(scale: str, configs: Path | None = None) -> None:
+    """Is there such a scale? Where there are no configs, as outside a checkout, nobody knows.
+
+    Raises:
+        ParameterError: there are others.
+    """
+    known = sorted(path.stem for path in ((configs or _CONFIGS) / "scale").glob("*.yaml"))
+    if known and scale not in known:
+        raise ParameterError(f"scale={scale!r}: must be one of {', '.join(known)}")
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:

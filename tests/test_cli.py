@@ -105,6 +105,14 @@ def test_generate_refuses_what_continues_no_text(changes, tiny_config, tmp_path)
     assert wrong.exit_code == 2 and "only a language model whose router reads tokens alone" in wrong.stderr
 
 
+def test_index_of_an_unknown_scale_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    wrong = call("index", "nonsense")
+    assert wrong.exit_code == 2 and "scale='nonsense': must be one of gpu, paper, smoke" in wrong.stderr
+    assert not any(tmp_path.iterdir())
+    assert call("index", "gpu").exit_code == 0 and (tmp_path / "reports/gpu/index.html").exists()
+
+
 def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
     import nbformat
 

@@ -6,6 +6,7 @@ import pytest
 from ecmoe.parameters import (
     ParameterError,
     check_parameters,
+    check_scale,
     merge_parameters,
     notebook_parameters,
     parameter_files,
@@ -51,6 +52,14 @@ def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path):
     assert found["01_a"] == [tmp_path / file for file in ("scale/big.yaml", "01_a.yaml", "scale/big/01_a.yaml")]
     assert found["02_b"] == [tmp_path / file for file in ("scale/big.yaml", "02_b.yaml")]
     assert all(file.exists() for file in parameter_files("01_convergence", "gpu"))
+
+
+def test_an_unknown_scale_names_those_that_exist(tmp_path):
+    for scale in ("gpuu", "../01_convergence", ""):
+        with pytest.raises(ParameterError, match="scale='.*': must be one of gpu, paper, smoke"):
+            parameter_files("01_convergence", scale)
+    check_scale("gpu")
+    check_scale("any", tmp_path)  # no configs, as outside a checkout
 
 
 def test_unknown_parameters_and_text_for_numbers_are_errors():
