@@ -337,8 +337,8 @@ class RunConfig:
 
 
 def is_local(data: str) -> bool:
-    """Does the key `data` name a file or a folder, rather than a known corpus or the Hub?"""
-    return not data.startswith("hub:") and ("/" in data or data.endswith((".txt", ".xz", ".json", ".jsonl")))
+    """Does the key `data` look like a file or a folder, rather than a known corpus or the Hub?"""
+    return not data.startswith("hub:") and ("/" in data or data.endswith((".txt", ".xz", ".gz", ".json", ".jsonl")))
 
 
 _TYPES = typing.get_type_hints(RunConfig)
