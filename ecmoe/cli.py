@@ -135,9 +135,13 @@ def index(
     reports: Annotated[Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")] = None,
 ) -> None:
     """Write index.html: the scoreboard, with a list of the pages that are there."""
-    from ecmoe.render import index as write_index
+    from ecmoe.parameters import check_scale
 
-    typer.echo(write_index(scale, reports))
+    with _one_line(OSError, ValueError):
+        check_scale(scale)
+        from ecmoe.render import index as write_index
+
+        typer.echo(write_index(scale, reports))
 
 
 @app.command()
@@ -351,7 +355,7 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set {pair!r} must be key=value, such as capacity_factor=1.0")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:  # ValueError: a date or number that can't be
             raise ConfigError(f"--set {pair!r}: {text!r} is no YAML value: {error}") from error
     return values
 

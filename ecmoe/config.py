@@ -21,6 +21,7 @@ import yaml
 
 # Part of every digest: raise it when the meaning of a config or of a result changes.
 SCHEMA = 1
+LARGEST = 2**63 - 1  # the largest whole number of PyTorch
 
 
 class ConfigError(ValueError):
@@ -57,10 +58,22 @@ def bucket_size(n: int, e: int, c: float) -> int:
     return k.numerator
 
 
-def key(default: Any, help: str, *, low: float | None = None, high: float | None = None,
+def read_yaml(path: str | Path, what: str) -> Any:
+    """What a YAML file holds; `what` says in an error whose file it is.
+
+    Raises:
+        ConfigError: there is no such file, or it is no YAML in UTF-8.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date or number that can't be
+        raise ConfigError(f"{what} {str(path)!r} can't be read: {error}") from error
+
+
+def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, below: float | None = None,
         choices: tuple[str, ...] | None = None) -> Any:  # fmt: skip
-    """A key of the schema: its default, what it means, and what it may be."""
-    meta = {"help": help, "low": low, "high": high, "choices": choices}
+    """A key of the schema: its default, what it means, and what it may be; `high` may be reached, `below` may not."""
+    meta = {"help": help, "low": low, "high": high, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -111,7 +124,7 @@ class RunConfig:
     gate: str = key("softmax", "combine weights: softmax (Eq. 4), renormalized over a token's experts, "
                     "scaled (softmax x e/c)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
     pool: str | int = key("batch", "tokens that compete (expert choice): batch, sequence, position, or a number "
-                          "of tokens (whole sequences)")  # fmt: skip
+                          "of tokens (whole sequences)", low=1)  # fmt: skip
     max_experts_per_token: int | None = key(None, "b of capped expert choice (3.3); null: no cap", low=1)
     cap_solver: str = key("feasible", "how the cap is met: feasible (ours), dykstra (the paper's, to the letter)",
                           choices=("feasible", "dykstra"))  # fmt: skip
@@ -160,8 +173,8 @@ class RunConfig:
     optimizer: str = key("adamw", "adamw (ours), adafactor (the paper's kind; decay t^-0.8 for its 0.99)",
                          choices=("adamw", "adafactor"))  # fmt: skip
     learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0)
-    beta1: float = key(0.9, "AdamW; ours (the paper's Adafactor: 0)", low=0, high=1)
-    beta2: float = key(0.99, "AdamW (the paper's Adafactor: 0.99)", low=0, high=1)
+    beta1: float = key(0.9, "AdamW; ours (the paper's Adafactor: 0)", low=0, below=1)
+    beta2: float = key(0.99, "AdamW (the paper's Adafactor: 0.99)", low=0, below=1)
     weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0)
     gradient_clip: float = key(1.0, "largest gradient norm (GLaM: 1.0); 0: none", low=0)
     schedule: str = key("constant", "after the warm-up: constant, inverse_sqrt (the paper's), linear (decay to 0)",
@@ -195,6 +208,9 @@ class RunConfig:
             raise ConfigError(
                 f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be one of {divisors}"
             )
+        if not Path(self.data.removeprefix(IMAGES_PREFIX)).name:  # which would name the run
+            raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a name of "
+                              f"its own, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
         if self.images:
             self._check_images()
         elif self.tokenizer == "bytes" and self.vocab_size != 256:
@@ -271,16 +287,14 @@ class RunConfig:
         """A config from YAML files, later ones winning, and `changes` on top."""
         values: dict[str, Any] = {}
         for path in paths:
-            try:
-                loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError) as error:
-                raise ConfigError(f"config {str(path)!r} can't be read: {error}") from error
-            if not isinstance(loaded, dict):
-                raise ConfigError(
-                    f"config {str(path)!r} must hold `key: value` lines, but holds {type(loaded).__name__}"
-                )
+            loaded = read_yaml(path, "config")
             # A scale file keeps a run's keys under `base`, beside what only notebooks read.
-            values |= loaded.get("base", loaded)
+            below = isinstance(loaded, dict) and "base" in loaded
+            keys = loaded["base"] if below else loaded
+            if not isinstance(keys, dict):
+                raise ConfigError(f"config {str(path)!r} must hold `key: value` lines{' below base' * below}, "
+                                  f"but holds {'nothing' if keys is None else type(keys).__name__}")  # fmt: skip
+            values |= keys
         return cls.from_dict(values | changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -323,8 +337,8 @@ class RunConfig:
 
 
 def is_local(data: str) -> bool:
-    """Does the key `data` name a file or a folder, rather than a known corpus or the Hub?"""
-    return not data.startswith("hub:") and ("/" in data or data.endswith((".txt", ".xz", ".json", ".jsonl")))
+    """Does the key `data` look like a file or a folder, rather than a known corpus or the Hub?"""
+    return not data.startswith("hub:") and ("/" in data or data.endswith((".txt", ".xz", ".gz", ".json", ".jsonl")))
 
 
 _TYPES = typing.get_type_hints(RunConfig)
@@ -334,6 +348,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     """The value as its key's type, or a ConfigError; an int is a fine float, nothing else converts."""
     hint, meta = _TYPES[field.name], field.metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) is int and abs(value) > LARGEST:
+        raise ConfigError(f"{field.name}={value} is too large a number: must be at most {LARGEST}")
     if float in allowed and type(value) is int:
         value = float(value)
     if type(value) not in allowed:
@@ -350,6 +366,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
             raise ConfigError(f"{field.name}={value!r}: must be at least {meta['low']:g}")
         if meta["high"] is not None and value > meta["high"]:
             raise ConfigError(f"{field.name}={value!r}: must be at most {meta['high']:g}")
+        if meta["below"] is not None and value >= meta["below"]:
+            raise ConfigError(f"{field.name}={value!r}: must be below {meta['below']:g}")
     return value
 
 

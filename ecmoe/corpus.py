@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ecmoe import paths
-from ecmoe.config import IMAGES, ConfigError, is_local
+from ecmoe.config import IMAGES, ConfigError, is_local, read_yaml
 
 # A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
 BLOCK = 1 << 14
@@ -148,15 +146,17 @@ def open_corpus(data: str, streaming: bool = False) -> Corpus:
 
 
 def about(data: str) -> dict[str, str]:
-    """name, licence and attribution of local text, as far as `PATH.about.yaml` beside it states them."""
-    path = paths.resolve(data)
-    beside = path.with_name(f"{path.name}.about.yaml")
-    if not is_local(data) or not beside.is_file():
+    """name, licence and attribution of local text, as far as `PATH.about.yaml` beside it states them.
+
+    Raises:
+        ConfigError: that file can't be read, or states something else.
+    """
+    if data in ("stdlib", *PRESETS, *IMAGES) or data.startswith("hub:"):
         return {}
-    keys, stated = (
-        ("name", "licence", "attribution"),
-        yaml.safe_load(beside.read_text(encoding="utf-8")),
-    )
+    beside = Path(f"{os.path.abspath(paths.resolve(data))}.about.yaml")  # without a slash at the end
+    if not beside.is_file():
+        return {}
+    keys, stated = ("name", "licence", "attribution"), read_yaml(beside, f"data={data!r}:")
     if not isinstance(stated, dict) or not set(stated) <= set(keys):
         raise ConfigError(f"data={data!r}: {beside} must hold no keys but {', '.join(keys)}; it holds {stated!r}")
     return {key: str(value) for key, value in stated.items()}

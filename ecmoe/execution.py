@@ -22,7 +22,7 @@ from ecmoe.scoreboard import study_folder, verdict_folder
 
 
 class ReportError(RuntimeError):
-    """A notebook that failed; names notebook, cell and error."""
+    """A notebook that can't be read, or failed; names notebook, cell and error."""
 
 
 class _ThisPython(AsyncKernelManager):
@@ -67,7 +67,7 @@ def execute(
 
     Raises:
         ParameterError: an unknown key, before anything runs.
-        ReportError: a cell failed. The page, with the error on top, is then
+        ReportError: there is no such notebook; or a cell failed. The page, with the error on top, is then
             `<name>.failed.html`, so that the page asked for is not taken for done.
     """
     import papermill
@@ -77,7 +77,13 @@ def execute(
     values = merge_parameters(parameter_files) | dict(parameters or {})
     if train_missing is not None:
         values["train_missing"] = train_missing
-    source = nbformat.read(notebook, as_version=4)
+    try:
+        source = nbformat.read(notebook, as_version=4)
+    except Exception as error:  # nbformat has no error of its own for all that JSON can be
+        raise ReportError(
+            f"{notebook} can't be read ({type(error).__name__}: {error}): it must be a notebook, such as "
+            "notebooks/01_convergence.ipynb"
+        ) from error
     check_parameters(source, values, notebook.name)
     out_html.parent.mkdir(parents=True, exist_ok=True)
     _forget(notebook.stem, str(values.get("scale", "")))

@@ -62,8 +62,11 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
         prompt: at least one token. tokens, sampling: as in `generate`.
 
     Raises:
-        FileNotFoundError: no finished run there. ValueError: as in `generate`.
+        FileNotFoundError: no finished run there. ValueError: as in `generate`; the run's weights are damaged, or it is
+        no language model whose router reads tokens alone.
     """
+    from safetensors import SafetensorError
+
     from ecmoe.config import RunConfig
     from ecmoe.data import TextData
     from ecmoe.train import load_model
@@ -71,10 +74,20 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
     run = Path(run)
     if not (run / "model.safetensors").exists():
         raise FileNotFoundError(f"run {str(run)!r} holds no model.safetensors: name the folder of a finished run")
-    data = TextData(RunConfig.from_yaml(run / "config.yaml"))
+    config = RunConfig.from_yaml(run / "config.yaml")
+    if config.images or config.router == "task_level":
+        raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can continue a text, "
+                         f"but it has data={config.data!r} and router={config.router!r}")  # fmt: skip
+    try:
+        model = load_model(run)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{run / 'model.safetensors'} is damaged ({error}): delete the folder, and train the run again"
+        ) from error
+    data = TextData(config)
     data.prepare_data()
     data.setup()
-    out = generate(load_model(run), torch.tensor([data.encode(prompt)]).long(), tokens, **sampling)
+    out = generate(model, torch.tensor([data.encode(prompt)]).long(), tokens, **sampling)
     return data.decode(out[0].tolist())
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ecmoe import measure, paths
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.parameters import check_scale
 from ecmoe.results import read_json
 from ecmoe.scoreboard import DONE, study_folder
 
@@ -29,9 +30,15 @@ def missing(scale: str, pages: Sequence[str] = ()) -> list[Missing]:
     learning are left out, as they are no `RunConfig`.
 
     Raises:
-        ConfigError: no such page; or a page that another version made, whose config now means another run.
+        ParameterError: no such scale. ConfigError: no page has been drawn at that scale; no such page; or a page that
+        another version made, whose config now means another run.
     """
+    check_scale(scale)
     kept = {path.stem: read_json(path) for path in sorted(study_folder(scale).glob("*.json"))}
+    if not kept:
+        raise ConfigError(
+            f"no page has been drawn at scale {scale}, so none says what it lacks: make report SCALE={scale}"
+        )
     for page in pages:
         if page not in kept:
             raise ConfigError(

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ecmoe.config import ConfigError, read_yaml
+
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class ParameterError(ValueError):
@@ -20,24 +22,47 @@ def parameter_files(notebook: str, scale: str, configs: Path | None = None) -> l
 
     Args:
         configs: the folder; None: of this checkout.
+
+    Raises:
+        ParameterError: no such scale.
     """
-    configs = configs or Path(__file__).resolve().parents[1] / "configs"
+    configs = configs or _CONFIGS
+    check_scale(scale, configs)
     own = configs / "scale" / scale / f"{notebook}.yaml"
     return [configs / "scale" / f"{scale}.yaml", configs / f"{notebook}.yaml", *[own] * own.exists()]
 
 
+def check_scale(scale: str, configs: Path | None = None) -> None:
+    """Is there such a scale? Where there are no configs, as outside a checkout, nobody knows.
+
+    Raises:
+        ParameterError: there are others.
+    """
+    known = sorted(path.stem for path in ((configs or _CONFIGS) / "scale").glob("*.yaml"))
+    if known and scale not in known:
+        raise ParameterError(f"scale={scale!r}: must be one of {', '.join(known)}")
+
+
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The parameters of YAML files: later ones win; `base`, a run's keys, is merged key by key."""
+    """The parameters of YAML files: later ones win; `base`, a run's keys, is merged key by key.
+
+    Raises:
+        ParameterError: a file can't be read, or it or its `base` holds no `key: value` lines.
+    """
     merged: dict[str, Any] = {}
     for file in files:
         try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ParameterError(f"parameter file {str(file)!r} can't be read: {error}") from error
+            values = read_yaml(file, "parameter file") or {}
+        except ConfigError as error:
+            raise ParameterError(str(error)) from error
         if not isinstance(values, dict):
             raise ParameterError(f"parameter file {str(file)!r} must hold `key: value` lines")
-        base = (merged.get("base") or {}) | (values.get("base") or {})
-        merged |= values | ({"base": base} if base else {})
+        base = values.get("base") or {}
+        if not isinstance(base, dict):
+            raise ParameterError(
+                f"parameter file {str(file)!r} must hold `key: value` lines below base, but holds {type(base).__name__}"
+            )
+        merged |= values | ({"base": merged.get("base", {}) | base} if "base" in values else {})
     return merged
 
 

@@ -126,12 +126,15 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; a damaged file is a ValueError that says what to do."""
+    """What `write_json` wrote.
+
+    Raises:
+        ConfigError: the file is damaged; says what to do.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and the run is done again") from error
-    return value
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or cut within a letter
+        raise ConfigError(f"{path} is damaged ({error}): delete it, and the run is done again") from error
 
 
 def _plain(value: Any) -> Any:

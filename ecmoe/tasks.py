@@ -114,13 +114,14 @@ def _examples(name: str, task: Task, rows: Any, split: str) -> Examples:
         raise ConfigError(
             f"task {name!r}: its {split} examples have no column {missing[0]!r}; they have {', '.join(rows.column_names)}"
         )
-    labels = np.array(rows["label"], np.int64)
-    wrong = labels[(labels < 0) | (labels >= task.classes)]
-    if len(wrong):
+    labels = list(rows["label"])
+    wrong = [label for label in labels if not (isinstance(label, int) and 0 <= label < task.classes)]
+    if wrong:
         raise ConfigError(
-            f"task {name!r}: label {wrong[0]} among its {split} examples; must be 0 to {task.classes - 1}"
+            f"task {name!r}: label {wrong[0]!r} among its {split} examples; must be 0 to {task.classes - 1}, a whole number"
         )
-    return Examples(list(zip(*(rows[column] for column in task.columns), strict=True)), labels)
+    texts = list(zip(*(rows[column] for column in task.columns), strict=True))
+    return Examples(texts, np.array(labels, np.int64))
 
 
 @lru_cache

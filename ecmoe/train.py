@@ -113,8 +113,12 @@ def _finished(config: RunConfig, folder: Path, weights: bool = False) -> Result 
 
 def _train_once(config: RunConfig, folder: Path, progress: bool, weights: bool = False) -> Result:
     """Train under the run's lock: whoever comes second finds it done."""
-    folder.mkdir(parents=True, exist_ok=True)
     in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if config.num_nodes > 1 and not in_torchrun:
+        raise ConfigError(
+            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} -m ecmoe.train on every node"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     if in_torchrun and os.environ.get("RANK") != "0":
         return _train(config, folder, progress)
     lock = FileLock(folder.parent / f"{config.name}.lock")
@@ -130,7 +134,7 @@ def _train_once(config: RunConfig, folder: Path, progress: bool, weights: bool =
         result = _finished(config, folder, weights)
         if result is not None:
             return result
-        if config.devices * config.num_nodes > 1 and not in_torchrun:
+        if config.devices > 1 and not in_torchrun:
             return _train_by_torchrun(config, folder)
         try:
             return _train(config, folder, progress)
@@ -143,10 +147,6 @@ def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
     _write_yaml(config, folder / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={config.devices}", "-m", "ecmoe.train", str(folder / "config.yaml"), "--unlocked"]
-    if config.num_nodes > 1:
-        raise ValueError(
-            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} -m ecmoe.train on every node"
-        )
     done = subprocess.run(command, stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None)
     if not (folder / "summary.json").exists():
         raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {done.returncode}")

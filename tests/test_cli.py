@@ -52,6 +52,12 @@ def test_keys_lists_every_key_with_help():
         (["--set", "steps=[1"], "YAML"),
         (["absent.yaml"], "absent.yaml"),
         (["--set", "data=absent/text.txt"], "absent/text.txt"),
+        (["--set", "data=/"], "data='/'"),
+        (["--set", "pool=0"], "pool=0: must be at least 1"),
+        (["--set", "beta2=1"], "must be below 1"),
+        (["--set", "num_nodes=2"], "num_nodes=2: start torchrun"),
+        (["--set", f"seed={10**23}"], "must be at most 9223372036854775807"),
+        (["--set", "seed=2024-13-45"], "is no YAML value"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_code_2(arguments, named):
@@ -72,6 +78,39 @@ def test_train_prints_the_run(tiny_config, tmp_path):
     assert summary["mfu"] is None  # unknown on a CPU: JSON has no NaN
     again = call("train", path, "--set", "seed=90")
     assert again.exit_code == 0 and f"{summary['val_loss']:.6g}" in again.stdout and config.name in again.stdout
+
+
+def test_a_damaged_run_is_named(tiny_config, tmp_path, monkeypatch):
+    from ecmoe import run_or_load
+
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    config = tiny_config(steps=2, eval_every=2)
+    run = run_or_load(config, progress=False).path
+    for command, file in (
+        (["train", run / "config.yaml"], run / "summary.json"),
+        (["generate", run, "def f"], run / "model.safetensors"),
+    ):
+        file.write_bytes(file.read_bytes()[:-100])
+        wrong = call(*command)
+        assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and f"{file} is damaged" in wrong.stderr
+
+
+@pytest.mark.parametrize("changes", [
+    {"data": "digits", "channels": 1, "classes": 10, "patch_size": 2}, {"router": "task_level"},
+])  # fmt: skip
+def test_generate_refuses_what_continues_no_text(changes, tiny_config, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(**changes).to_dict()))
+    (tmp_path / "model.safetensors").touch()
+    wrong = call("generate", tmp_path, "hi")
+    assert wrong.exit_code == 2 and "only a language model whose router reads tokens alone" in wrong.stderr
+
+
+def test_index_of_an_unknown_scale_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    wrong = call("index", "nonsense")
+    assert wrong.exit_code == 2 and "scale='nonsense': must be one of gpu, paper, smoke" in wrong.stderr
+    assert not any(tmp_path.iterdir())
+    assert call("index", "gpu").exit_code == 0 and (tmp_path / "reports/gpu/index.html").exists()
 
 
 def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):

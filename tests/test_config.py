@@ -34,13 +34,21 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"seed": True}, ["seed", "True", "int"]),
         ({"steps": 0}, ["steps", "at least 1"]),
         ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),
-        ({"beta1": 1.5}, ["beta1", "at most 1"]),
+        ({"beta1": 1.5}, ["beta1", "below 1"]),
+        ({"beta2": 1}, ["beta2=1.0", "below 1"]),
+        ({"decay_fraction": 1.5}, ["decay_fraction", "at most 1"]),
+        ({"seed": 10**23}, ["seed=100000000000000000000000", "at most 9223372036854775807"]),
+        ({"learning_rate": 10**400}, ["learning_rate=1000", "at most 9223372036854775807"]),
+        ({"data": "/"}, ["data='/'", "name of its own"]),
+        ({"data": "images:./"}, ["data='images:./'", "images:PATH"]),
         ({"router": "experts"}, ["router", "expert_choice"]),
         ({"heads": 3}, ["heads=3", "d_model=64", "[1, 2, 4, 8"]),
         ({"capacity_factor": 0.3}, ["capacity_factor=0.3", "num_experts=8", "76.8", "multiple of 80"]),
         ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048"]),
         ({"capacity_factor": None}, ["capacity_factor=null", "2.0"]),
         ({"pool": "document"}, ["pool", "sequence"]),
+        ({"pool": 0}, ["pool=0", "at least 1"]),
+        ({"pool": -128}, ["pool=-128", "at least 1"]),
         ({"pool": 200}, ["pool=200", "sequence_length=128"]),
         ({"max_experts_per_token": 1}, ["max_experts_per_token=1", "at least 2"]),
         ({"router": "token_choice", "top_k": 9}, ["top_k=9", "num_experts=8"]),
@@ -80,9 +88,15 @@ def test_later_files_win_and_changes_win_over_files(tmp_path):
 
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
-    for name in ("list.yaml", "absent.yaml"):
+    (tmp_path / "latin.yaml").write_bytes("data: Grüße.txt".encode("latin-1"))
+    (tmp_path / "date.yaml").write_text("seed: 2024-13-45\n")
+    for name in ("list.yaml", "absent.yaml", "latin.yaml", "date.yaml"):
         with pytest.raises(ConfigError, match=name):
             RunConfig.from_yaml(tmp_path / name)
+    for base, held in (("", "nothing"), ("3", "int"), ("[1]", "list")):
+        (tmp_path / "base.yaml").write_text(f"base: {base}\n")
+        with pytest.raises(ConfigError, match=rf"base\.yaml' must hold `key: value` lines below base, .* {held}$"):
+            RunConfig.from_yaml(tmp_path / "base.yaml")
 
 
 def test_digest_follows_what_the_run_reads_and_nothing_else():
@@ -96,3 +110,5 @@ def test_digest_follows_what_the_run_reads_and_nothing_else():
     assert config.replace(kernels="triton").digest() == config.digest()  # the same results within rounding
     here, there = config.replace(data="data/x.txt.xz"), config.replace(data="/elsewhere/x.txt.xz")
     assert here.digest() == there.digest() != config.digest()
+    for name in ("folder", "x.txt.gz"):  # with or without a slash
+        assert config.replace(data=name).digest() == config.replace(data=f"./{name}").digest()

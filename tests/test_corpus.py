@@ -76,13 +76,33 @@ def test_licence_of_local_text(tmp_path):
     (tmp_path / "book.txt.about.yaml").write_text("licence: CC0\nattribution: A. Author")
     found = open_corpus(str(path))
     assert (found.name, found.licence, found.attribution) == ("book.txt", "CC0", "A. Author")
-    (tmp_path / "book.txt.about.yaml").write_text("license: CC0")
-    with pytest.raises(ConfigError, match="licence"):
-        open_corpus(str(path))
+    for stated in (b"license: CC0", b"licence: [", "name: Grüße".encode("latin-1"), b""):
+        (tmp_path / "book.txt.about.yaml").write_bytes(stated)
+        with pytest.raises(ConfigError, match=r"data='.*book\.txt'.*book\.txt\.about\.yaml"):
+            open_corpus(str(path))
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz", "rows.jsonl.gz", "folder"])
+def test_licence_of_local_text_however_its_path_is_written(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / f"{name}.about.yaml").write_text("licence: CC0")
+    for data in (name, f"./{name}", f"{name}/", str(tmp_path / name)):
+        assert corpus.about(data) == {"licence": "CC0"}
+    monkeypatch.chdir(tmp_path / name)
+    assert corpus.about(".") == {"licence": "CC0"} and corpus.about("/") == {}
+
+
+def test_known_corpora_have_no_file_beside_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data in ("stdlib", "c4", "digits"):
+        (tmp_path / f"{data}.about.yaml").write_text("licence: CC0")
+        assert corpus.about(data) == {}
 
 
 @pytest.mark.parametrize("data, remedy", [
-    ("stdlb", "did you mean stdlib"), ("nowhere.txt", "no such file"), ("a/b", "no such file"),
+    ("stdlb", "did you mean stdlib"), ("nowhere.txt", "no such file"), ("nowhere.txt.gz", "no such file"),
+    ("a/b", "no such file"),
     ("hub:a/b/c/d", "hub:OWNER/NAME/CONFIG"), ("{folder}", "must be, or hold, files that end in .txt"),
     ("{folder}/x.pdf", "must be, or hold, files that end in .txt"),
 ])  # fmt: skip

@@ -92,6 +92,17 @@ def test_what_a_page_wants_measured_is_kept_and_taken_without_it(tiny_config, tm
     }
 
 
+@pytest.mark.parametrize("flags", [[], ["--train"]])
+def test_a_scale_without_pages_is_no_scale_without_gaps(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    for scale, said in (
+        ("gpuu", "scale='gpuu': must be one of gpu, paper, smoke"),
+        ("paper", "no page has been drawn at scale paper, so none says what it lacks: make report SCALE=paper"),
+    ):
+        shown = CliRunner().invoke(app, ["runs", "--scale", scale, *flags])
+        assert shown.exit_code == 2 and shown.stderr == f"error: {said}\n" and not shown.stdout
+
+
 def test_a_run_that_diverged_is_asked_for_nothing(pages, tmp_path):
     lost = not_run(EC.replace(seed=7))
     lost.summary.update(status="diverged")

@@ -6,6 +6,7 @@ import pytest
 from ecmoe.parameters import (
     ParameterError,
     check_parameters,
+    check_scale,
     merge_parameters,
     notebook_parameters,
     parameter_files,
@@ -28,6 +29,19 @@ def test_files_merge_key_by_key(tmp_path):
     (tmp_path / "text.yaml").write_text("only text\n")
     with pytest.raises(ParameterError, match=r"text\.yaml' must hold `key: value` lines"):
         merge_parameters([tmp_path / "text.yaml"])
+    (tmp_path / "latin.yaml").write_bytes("title: Grüße\n".encode("latin-1"))
+    with pytest.raises(ParameterError, match=r"parameter file .*latin\.yaml' can't be read"):
+        merge_parameters([tmp_path / "latin.yaml"])
+
+
+def test_base_holds_keys_or_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: {steps: 1}\n")
+    (tmp_path / "none.yaml").write_text("base:\n")
+    assert merge_parameters([tmp_path / "a.yaml", tmp_path / "none.yaml"]) == {"base": {"steps": 1}}
+    assert merge_parameters([tmp_path / "none.yaml"]) == {"base": {}}
+    (tmp_path / "number.yaml").write_text("base: 3\n")
+    with pytest.raises(ParameterError, match=r"number\.yaml' must hold `key: value` lines below base, but holds int"):
+        merge_parameters([tmp_path / "a.yaml", tmp_path / "number.yaml"])
 
 
 def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path):
@@ -38,6 +52,14 @@ def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path):
     assert found["01_a"] == [tmp_path / file for file in ("scale/big.yaml", "01_a.yaml", "scale/big/01_a.yaml")]
     assert found["02_b"] == [tmp_path / file for file in ("scale/big.yaml", "02_b.yaml")]
     assert all(file.exists() for file in parameter_files("01_convergence", "gpu"))
+
+
+def test_an_unknown_scale_names_those_that_exist(tmp_path):
+    for scale in ("gpuu", "../01_convergence", ""):
+        with pytest.raises(ParameterError, match="scale='.*': must be one of gpu, paper, smoke"):
+            parameter_files("01_convergence", scale)
+    check_scale("gpu")
+    check_scale("any", tmp_path)  # no configs, as outside a checkout
 
 
 def test_unknown_parameters_and_text_for_numbers_are_errors():

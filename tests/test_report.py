@@ -342,6 +342,14 @@ def test_the_claims_own_notebook_is_heard(tmp_path, monkeypatch, shown):
     assert report.scoreboard(tmp_path).set_index("id").loc["C10", "here"].startswith("its own")
 
 
+@pytest.mark.parametrize("text", ["# A README\n", "[]", "{}"])
+def test_what_is_no_notebook_is_named(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ReportError, match=r"README\.md can't be read .*: it must be a notebook"):
+        execute(tmp_path / "README.md", tmp_path / "out" / "o.html", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_execution_forgets_what_the_first_found(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
     (tmp_path / "verdicts").mkdir()

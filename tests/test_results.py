@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ecmoe import results
-from ecmoe.config import RunConfig
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.results import Result, arm_label, curves, not_run, table
 
 
@@ -108,8 +108,10 @@ def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
 
 def test_damage_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"summary": ')
-    with pytest.raises(ValueError, match=r"a\.json is damaged"):
-        results.read_record(tmp_path / "a.json")
+    (tmp_path / "cut.json").write_bytes('{"summary": "ü'.encode()[:-1])
+    for name in ("a", "cut"):
+        with pytest.raises(ConfigError, match=rf"{name}\.json is damaged .* delete it"):
+            results.read_record(tmp_path / f"{name}.json")
     (tmp_path / "b.json").write_text(json.dumps({"summary": {}}))
     with pytest.raises(ValueError, match=r"b\.json is no record"):
         results.read_record(tmp_path / "b.json")

@@ -44,7 +44,11 @@ def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
         ),
         (
             [{"premise": "a", "hypothesis": "b", "label": -1}],
-            "task 'cb': label -1 among its train examples; must be 0 to 2",
+            "task 'cb': label -1 among its train examples; must be 0 to 2, a whole number",
+        ),
+        *(
+            ([{"premise": "a", "hypothesis": "b", "label": label}], f"task 'cb': label {label!r} among its train")
+            for label in ("not", None, 0.7, 3)
         ),
     ],
 )

@@ -314,6 +314,13 @@ def test_wrong_number_of_processes_is_refused(tiny_config, tmp_path):
         train.main([str(tmp_path / "c.yaml")])
 
 
+def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="num_nodes=2: start torchrun --nnodes=2"):
+        run_or_load(tiny_config(num_nodes=2), progress=False)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_by_torchrun(tiny_config, strategy):
     """Two gloo processes train one model; the pool is each rank's own batch."""
