@@ -203,7 +203,7 @@ def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
         config,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=_strategy(config.strategy, torch.cuda.is_available()),
+        strategy=_strategy(config, torch.cuda.is_available()),
         max_steps=config.steps,
         accumulate_grad_batches=config.accumulate,
         val_check_interval=config.eval_every * config.accumulate,
@@ -235,17 +235,23 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
     )
 
 
-def _strategy(name: str, cuda: bool) -> Any:
+def _strategy(config: RunConfig, cuda: bool) -> Any:
     backend = "nccl" if cuda else "gloo"
-    if name == "ddp":
+    if config.strategy == "ddp":
         from lightning.pytorch.strategies import DDPStrategy
 
         # Each rank's routing statistics are its own; end_step adds them up.
         return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-    if name == "fsdp2":
+    if config.strategy == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 
-        return ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend=backend)
+        # Lightning's "auto" takes the ranks of a node for tensor parallel: each would then train a model of its own.
+        return ModelParallelStrategy(
+            data_parallel_size=config.devices * config.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
     return "auto"
 
 

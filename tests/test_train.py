@@ -259,16 +259,28 @@ def test_wrong_number_of_processes_is_refused(tiny_config, tmp_path):
         train.main([str(tmp_path / "c.yaml")])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_by_torchrun(tiny_config, strategy):
-    """Two gloo processes train one model; the pool is each rank's own batch."""
-    config = tiny_config(seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=2)
+@pytest.mark.parametrize(("strategy", "eval_batches"), [("ddp", 1), ("fsdp2", 3)])
+def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches):
+    """Two gloo processes train one model; the pool is each rank's own batch. Losses are those of both."""
+    config = tiny_config(
+        seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=1, eval_batches=eval_batches
+    )
     began = time.time()
     result = run_or_load(config, progress=False)
     assert result.ok, result.summary["error"]
     assert result.summary["world_size"] == 2 and result.summary["tokens"] == 4 * 2 * 4 * config.sequence_length
     weights = load_model(result.path).state_dict()
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+    data = TextData(config)
+    data.setup("fit")
+    lit = LitModel(config)
+    with torch.no_grad():
+        first = [lit.loss(next(iter(data.train_batches(0, rank, 2)))) for rank in (0, 1)]
+        lit.model = load_model(result.path)
+        last = [lit.loss(batch) for batch in data.val_batches()]
+    assert len(last) == eval_batches + 1  # every rank validates equally often
+    assert result.curve["train_loss"].iloc[0] == pytest.approx(float(sum(first)) / 2, abs=1e-5)
+    assert result.summary["val_loss"] == pytest.approx(float(sum(last)) / len(last), abs=1e-5)
     assert time.time() - began < 200
 
 
