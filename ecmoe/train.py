@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -124,7 +125,10 @@ def _train_once(config: RunConfig, folder: Path, progress: bool) -> Result:
 
 
 def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
-    """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only."""
+    """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only.
+
+    They hold no lock, so they mustn't outlive this call: their input is a pipe that ends with it, however it ends.
+    """
     _write_yaml(config, folder / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={config.devices}", "-m", "ecmoe.train", str(folder / "config.yaml"), "--unlocked"]
@@ -132,10 +136,18 @@ def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
         raise ValueError(
             f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} -m ecmoe.train on every node"
         )
-    done = subprocess.run(command, stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None)
+    output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as torchrun:
+        code = torchrun.wait()
     if not (folder / "summary.json").exists():
-        raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {done.returncode}")
+        raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {code}")
     return read_run(folder)
+
+
+def _end_with_caller() -> None:
+    """Where `_train_by_torchrun` is gone, or has been interrupted, its ranks would go on beside the next call's."""
+    os.read(0, 1)  # not sys.stdin, whose lock an exit waits for
+    os._exit(1)
 
 
 def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
@@ -365,7 +377,9 @@ def _write_yaml(config: RunConfig, path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """`python -m ecmoe.train CONFIG...`, alone or on every rank of torchrun."""
-    unlocked = "--unlocked" in arguments  # the parent holds the lock
+    unlocked = "--unlocked" in arguments  # the caller holds the lock
+    if unlocked:
+        threading.Thread(target=_end_with_caller, daemon=True).start()
     config = RunConfig.from_yaml(*[a for a in arguments if a != "--unlocked"])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != config.devices * config.num_nodes:

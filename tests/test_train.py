@@ -284,6 +284,17 @@ def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches):
     assert time.time() - began < 200
 
 
+def test_ranks_end_with_their_caller(tiny_config):
+    """They hold no lock: the next call would train the same folder beside them."""
+    config = tiny_config(seed=41, strategy="ddp", devices=2, batch_size=4, steps=10**4, checkpoint_every=1)
+    process = start(config)
+    while process.poll() is None and not (paths.runs() / config.name / "last.ckpt").exists():
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)  # at its end nobody holds its output any more
+    assert process.returncode == -signal.SIGKILL and not (paths.runs() / config.name / "summary.json").exists()
+
+
 @pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])
 def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config, compiled, kept):
     recorder = Recorder(tmp_path, "run", progress=False)
