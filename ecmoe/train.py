@@ -136,6 +136,7 @@ def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
         raise ValueError(
             f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} -m ecmoe.train on every node"
         )
+    (folder / "summary.json").unlink(missing_ok=True)  # an earlier failure's would be taken for this try's
     output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as torchrun:
         code = torchrun.wait()

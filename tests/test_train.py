@@ -18,7 +18,7 @@ from ecmoe.config import RunConfig
 from ecmoe.data import TextData
 from ecmoe.lit import LitModel, learning_rate_factor
 from ecmoe.recorder import Recorder
-from ecmoe.results import read_record, read_run
+from ecmoe.results import not_run, read_record, read_run, write_summary
 
 
 def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.Popen:
@@ -282,6 +282,18 @@ def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches):
     assert result.curve["train_loss"].iloc[0] == pytest.approx(float(sum(first)) / 2, abs=1e-5)
     assert result.summary["val_loss"] == pytest.approx(float(sum(last)) / len(last), abs=1e-5)
     assert time.time() - began < 200
+
+
+def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(seed=42, strategy="ddp", devices=2)
+    folder = paths.runs() / config.name
+    folder.mkdir(parents=True)
+    write_summary(folder, not_run(config).summary | {"status": "failed", "error": "of yesterday"})
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError, match="on 2 devices ended with code -9"):
+        run_or_load(config, progress=False)
 
 
 def test_ranks_end_with_their_caller(tiny_config):
