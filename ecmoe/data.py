@@ -116,9 +116,14 @@ class RunData(L.LightningDataModule):
         return self.trainer.global_rank if self.trainer else 0
 
     @property
+    def _ranks(self) -> int:
+        """Those of the run, also where no trainer is attached: what it validates on depends on the config alone."""
+        return self.config.devices * self.config.num_nodes
+
+    @property
     def _val_batches(self) -> int:
         """Every rank validates equally often, and all of them on as much as was asked for."""
-        return -(-self.config.eval_batches // self._world) * self._world
+        return -(-self.config.eval_batches // self._ranks) * self._ranks
 
 
 class TextData(RunData):
@@ -149,7 +154,7 @@ class TextData(RunData):
         windows = _windows(loaded.val, config.sequence_length)
         self._check(
             len(self.train_windows),
-            config.batch_size * self._world,
+            config.batch_size * self._ranks,
             "training",
             "batch_size, on every rank,",
         )

@@ -32,7 +32,7 @@ class ImageData(RunData):
         check(config, loaded)
         self.train = loaded.train_x, loaded.train_y
         count = self._val_batches * config.batch_size
-        for side, have, need, keys in (("training", len(loaded.train_y), config.batch_size * self._world, "batch_size"),
+        for side, have, need, keys in (("training", len(loaded.train_y), config.batch_size * self._ranks, "batch_size"),
                                        ("validation", len(loaded.val_y), count, "eval_batches x batch_size")):  # fmt: skip
             if have < need:
                 raise ConfigError(f"data={config.data!r} has {have} {side} images, but {keys} need {need} (batch_size="

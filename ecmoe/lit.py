@@ -119,8 +119,9 @@ class LitModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What an exact resume needs beside weights, optimiser and loops."""
-        checkpoint["sums"] = {name: value.cpu() for name, value in self.sums.items()}
+        """What an exact resume needs beside weights, optimiser and loops; all ranks go on from the mean of their sums."""
+        every = self.trainer.strategy.all_gather
+        checkpoint["sums"] = {name: every(value).mean().cpu() for name, value in self.sums.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.sums = dict(checkpoint["sums"])

@@ -71,7 +71,7 @@ class Recorder(L.Callback):
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
         # Where a validation follows, the checkpoint waits for it: its row is then part of it.
         if step % module.config.checkpoint_every == 0 and step % module.config.eval_every:
-            self._check_finite(module, step)
+            self._check_finite(trainer, module, step)
             self.save(trainer)
         self._say(trainer, module, step)
 
@@ -82,8 +82,8 @@ class Recorder(L.Callback):
         self.began = None  # the clock stands while validating
         layers = [layer.statistics() for layer in module.model.moe_layers]
         for name in layers[0] if layers else ():
-            values = torch.stack([layer[name] for layer in layers]).float()
-            worst = name in ("over_capacity", "max_load")  # of the layers; the shares are means over them
+            values = trainer.strategy.all_gather(torch.stack([layer[name] for layer in layers]).float())
+            worst = name in ("over_capacity", "max_load")  # of the layers and ranks; the shares are means over them
             self.statistics[name] = float(values.max() if worst else values.mean())
 
     def on_validation_batch_end(
@@ -94,9 +94,11 @@ class Recorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
         config, step = module.config, trainer.global_step
-        count = float(module.sums["count"])
-        train_loss = float(module.sums["loss"]) / count if count else math.nan
-        aux_loss = float(module.sums["aux_loss"]) / count if count else math.nan
+        every = trainer.strategy.all_gather  # a rank sees its own batches only, and all must decide alike what follows
+        sums = {name: float(every(value).double().sum()) for name, value in module.sums.items()}
+        count = sums["count"]
+        train_loss = sums["loss"] / count if count else math.nan
+        aux_loss = sums["aux_loss"] / count if count else math.nan
         steps, seconds = step - self.marked[0], self.seconds - self.marked[1]
         row = {
             "step": step,
@@ -110,7 +112,7 @@ class Recorder(L.Callback):
             if steps and seconds and self.shared == 1
             else math.nan,
         }
-        row |= {name: float(torch.stack(values).double().mean()) for name, values in self.losses.items()}
+        row |= {name: float(every(torch.stack(values)).double().mean()) for name, values in self.losses.items()}
         self.rows[step] = row | self.statistics
         self.marked = (step, self.seconds)
         for value in module.sums.values():
@@ -148,9 +150,10 @@ class Recorder(L.Callback):
             os.replace(temporary, self.folder / "last.ckpt")
         self.began = time.perf_counter()
 
-    def _check_finite(self, module: LitModel, step: int) -> None:
-        if not math.isfinite(float(module.sums["loss"])):
-            raise Diverged(f"the training loss is {float(module.sums['loss'])} before step {step}")
+    def _check_finite(self, trainer: L.Trainer, module: LitModel, step: int) -> None:
+        loss = float(trainer.strategy.all_gather(module.sums["loss"]).sum())
+        if not math.isfinite(loss):
+            raise Diverged(f"the training loss is {loss} before step {step}")
 
     def _clock(self) -> float:
         return self.seconds + ((time.perf_counter() - self.began) / self.sharing if self.began else 0.0)

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -143,14 +144,26 @@ def _train_once(config: RunConfig, folder: Path, progress: bool, weights: bool =
 
 
 def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
-    """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only."""
+    """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only.
+
+    They hold no lock, so they mustn't outlive this call: their input is a pipe that ends with it, however it ends.
+    """
     _write_yaml(config, folder / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={config.devices}", "-m", "ecmoe.train", str(folder / "config.yaml"), "--unlocked"]
-    done = subprocess.run(command, stdout=sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None)
+    (folder / "summary.json").unlink(missing_ok=True)  # an earlier failure's would be taken for this try's
+    output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as torchrun:
+        code = torchrun.wait()
     if not (folder / "summary.json").exists():
-        raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {done.returncode}")
+        raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {code}")
     return read_run(folder)
+
+
+def _end_with_caller() -> None:
+    """Where `_train_by_torchrun` is gone, or has been interrupted, its ranks would go on beside the next call's."""
+    os.read(0, 1)  # not sys.stdin, whose lock an exit waits for
+    os._exit(1)
 
 
 def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
@@ -219,7 +232,7 @@ def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
         config,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=_strategy(config.strategy, torch.cuda.is_available()),
+        strategy=_strategy(config, torch.cuda.is_available()),
         max_steps=config.steps,
         accumulate_grad_batches=config.accumulate,
         val_check_interval=config.eval_every * config.accumulate,
@@ -251,17 +264,23 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
     )
 
 
-def _strategy(name: str, cuda: bool) -> Any:
+def _strategy(config: RunConfig, cuda: bool) -> Any:
     backend = "nccl" if cuda else "gloo"
-    if name == "ddp":
+    if config.strategy == "ddp":
         from lightning.pytorch.strategies import DDPStrategy
 
         # Each rank's routing statistics are its own; end_step adds them up.
         return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-    if name == "fsdp2":
+    if config.strategy == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 
-        return ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend=backend)
+        # Lightning's "auto" takes the ranks of a node for tensor parallel: each would then train a model of its own.
+        return ModelParallelStrategy(
+            data_parallel_size=config.devices * config.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
     return "auto"
 
 
@@ -373,7 +392,9 @@ def _write_yaml(config: RunConfig, path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """`python -m ecmoe.train CONFIG...`, alone or on every rank of torchrun."""
-    unlocked = "--unlocked" in arguments  # the parent holds the lock
+    unlocked = "--unlocked" in arguments  # the caller holds the lock
+    if unlocked:
+        threading.Thread(target=_end_with_caller, daemon=True).start()
     config = RunConfig.from_yaml(*[a for a in arguments if a != "--unlocked"])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != config.devices * config.num_nodes:

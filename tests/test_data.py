@@ -96,12 +96,13 @@ def test_validation_is_fixed_spread_out_and_not_trained_on(text):
 def test_validation_over_ranks_is_the_validation_of_one(text, monkeypatch):
     whole = torch.cat(list(text.val_dataloader()))
     parts = []
+    ranks = TextData(text.config.replace(devices=3, eval_batches=5))  # the sixth: all ranks validate equally often
+    ranks.setup("fit")  # before a trainer is attached
+    assert torch.equal(torch.cat(list(ranks.val_dataloader())), whole)
     for rank in (0, 1, 2):
         monkeypatch.setattr(TextData, "_rank", rank)
         monkeypatch.setattr(TextData, "_world", 3)
-        part = TextData(text.config)
-        part.setup()
-        parts.append(list(part.val_dataloader()))
+        parts.append(list(ranks.val_dataloader()))
     assert [len(p) for p in parts] == [2, 2, 2]
     assert torch.equal(torch.cat([b for step in zip(*parts, strict=True) for b in step]), whole)
 
@@ -129,6 +130,7 @@ def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():
 @pytest.mark.parametrize("keys, named", [
     ({"batch_size": 16384}, "training windows"), ({"eval_batches": 500}, "validation windows"),
     ({"sequence_length": 500_000, "router": "dense"}, "training windows"),
+    ({"batch_size": 1024, "devices": 4, "num_nodes": 4}, "on every rank, need 16384"),
 ])  # fmt: skip
 def test_too_small_a_corpus_names_the_keys(text, keys, named):
     with pytest.raises(ConfigError) as error:

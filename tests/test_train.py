@@ -19,7 +19,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import TextData
 from ecmoe.lit import LitModel, learning_rate_factor
 from ecmoe.recorder import Recorder
-from ecmoe.results import read_record, read_run
+from ecmoe.results import not_run, read_record, read_run, write_summary
 
 
 def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.Popen:
@@ -321,17 +321,52 @@ def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config,
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_by_torchrun(tiny_config, strategy):
-    """Two gloo processes train one model; the pool is each rank's own batch."""
-    config = tiny_config(seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=2)
+@pytest.mark.parametrize(("strategy", "eval_batches"), [("ddp", 1), ("fsdp2", 3)])
+def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches):
+    """Two gloo processes train one model; the pool is each rank's own batch. Losses are those of both."""
+    config = tiny_config(
+        seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=1, eval_batches=eval_batches
+    )
     began = time.time()
     result = run_or_load(config, progress=False)
     assert result.ok, result.summary["error"]
     assert result.summary["world_size"] == 2 and result.summary["tokens"] == 4 * 2 * 4 * config.sequence_length
     weights = load_model(result.path).state_dict()
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+    data = TextData(config)
+    data.setup("fit")
+    lit = LitModel(config)
+    with torch.no_grad():
+        first = [lit.loss(next(iter(data.train_batches(0, rank, 2)))) for rank in (0, 1)]
+        lit.model = load_model(result.path)
+        last = [lit.loss(batch) for batch in data.val_batches()]
+    assert len(last) == eval_batches + 1  # every rank validates equally often
+    assert result.curve["train_loss"].iloc[0] == pytest.approx(float(sum(first)) / 2, abs=1e-5)
+    assert result.summary["val_loss"] == pytest.approx(float(sum(last)) / len(last), abs=1e-5)
     assert time.time() - began < 200
+
+
+def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(seed=42, strategy="ddp", devices=2)
+    folder = paths.runs() / config.name
+    folder.mkdir(parents=True)
+    write_summary(folder, not_run(config).summary | {"status": "failed", "error": "of yesterday"})
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError, match="on 2 devices ended with code -9"):
+        run_or_load(config, progress=False)
+
+
+def test_ranks_end_with_their_caller(tiny_config):
+    """They hold no lock: the next call would train the same folder beside them."""
+    config = tiny_config(seed=41, strategy="ddp", devices=2, batch_size=4, steps=10**4, checkpoint_every=1)
+    process = start(config)
+    while process.poll() is None and not (paths.runs() / config.name / "last.ckpt").exists():
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)  # at its end nobody holds its output any more
+    assert process.returncode == -signal.SIGKILL and not (paths.runs() / config.name / "summary.json").exists()
 
 
 @pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])
