@@ -62,13 +62,14 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
         prompt: at least one token. tokens, sampling: as in `generate`.
 
     Raises:
-        FileNotFoundError: no finished run there. ValueError: as in `generate`; the run's weights are damaged, or it is
-        no language model whose router reads tokens alone.
+        FileNotFoundError: no finished run there. ValueError: as in `generate`; the run's weights are damaged, its text
+        is another one here than its vocabulary was learned from, or it is no language model whose router reads tokens alone.
     """
     from safetensors import SafetensorError
 
     from ecmoe.config import RunConfig
     from ecmoe.data import TextData
+    from ecmoe.results import read_run
     from ecmoe.train import load_model
 
     run = Path(run)
@@ -87,6 +88,9 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
     data = TextData(config)
     data.prepare_data()
     data.setup()
+    if config.tokenizer == "bpe" and (read_run(run).summary["data"] or {}).get("digest") != data.digest:
+        raise ValueError(f"data={config.data!r} is another text here than the one that {config.name} was trained on, "
+                         "and so is its vocabulary: bring that text back")  # fmt: skip
     out = generate(model, torch.tensor([data.encode(prompt)]).long(), tokens, **sampling)
     return data.decode(out[0].tolist())
 

@@ -17,6 +17,7 @@ import torch
 from ecmoe import load_model, paths, run_or_load, train
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import TextData
+from ecmoe.generate import continue_text
 from ecmoe.lit import LitModel, learning_rate_factor
 from ecmoe.recorder import Recorder
 from ecmoe.results import not_run, read_record, read_run, write_summary
@@ -130,6 +131,16 @@ def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, t
             run_or_load(b, **call)
     shutil.copy(texts / "a" / "text.txt", texts / "b" / "text.txt")
     assert run_or_load(b).summary["val_loss"] == trained.summary["val_loss"]
+
+
+def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
+    path = texts / "a" / "text.txt"
+    config = tiny_config(seed=35, data=str(path), tokenizer="bpe", vocab_size=270, steps=2)
+    result = run_or_load(config, progress=False)
+    assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
+    path.write_text(path.read_text().upper())
+    with pytest.raises(ValueError, match="another text here than the one .* so is its vocabulary"):
+        continue_text(result.path, "The a", 2)
 
 
 def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
