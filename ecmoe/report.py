@@ -170,7 +170,7 @@ def show_verdict(
             found = f"{here}; {found}" if here and not parts else found
             least = smallest_effect(part.effect)
             if math.isfinite(least):
-                found += f"; would show: {least:.2g}{' x, or its inverse,' if part.effect.ratio else ''} or more"
+                found += f"; would show: {least:.3g}{' x, or its inverse,' if part.effect.ratio else ''} or more"
             rows.append((name, found))
         rows.append(
             ("would show", "the smallest true effect that as many values, as noisy, show with 80% power (t test)")

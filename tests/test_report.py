@@ -255,7 +255,7 @@ def test_a_verdict_shows_rule_proxy_and_noise(shown, tmp_path, monkeypatch):
     report.show_verdict(verdict(GOOD, margin=0.005), "C6", scale="gpu", differences="a small model")
     text = BeautifulSoup(shown[0], "html.parser").text
     for part in ("reproduced", "-0.03 nats per token (95% -0.04 to -0.02; 3 seeds)", "fine-tuning accuracy",
-                 "a small model", "; would show: 0.013 or more", "the smallest true effect", "undecided:"):  # fmt: skip
+                 "a small model", "; would show: 0.0131 or more", "the smallest true effect", "undecided:"):  # fmt: skip
         assert part in text
     with pytest.raises(ValueError, match="claim_id='C11': must be one of C1, C2"):
         report.show_verdict(verdict(GOOD), "C11", scale="gpu")
