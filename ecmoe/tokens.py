@@ -75,12 +75,6 @@ def load(config: Any, cache: Path | None = None, progress: bool = True) -> Token
     return _open(place)
 
 
-def peek(config: Any, cache: Path | None = None) -> dict[str, Any] | None:
-    """meta.json of the tokens of `config` if they are here, sound and of the present source; nothing is made."""
-    place = folder(config, cache)
-    return None if _trouble(config, place) else _meta(place)
-
-
 def _keys(config: Any) -> dict[str, Any]:
     return {
         "schema": SCHEMA,

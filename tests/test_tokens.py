@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ecmoe import tokens
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.tokenizer import END
-from ecmoe.tokens import load, peek, split
+from ecmoe.tokens import folder, load, split
 
 PARAGRAPHS = [f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)]
 
@@ -120,7 +120,7 @@ def test_made_once_and_again_when_the_text_changes(book, make, monkeypatch):
         patch.setattr(tokens, "_make", lambda *a: pytest.fail("tokenised again"))
         assert make(book).meta["digest"] == first["digest"]
     book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
-    assert peek(config(book), book.parent / "cache") is None
+    assert tokens._trouble(config(book), folder(config(book), book.parent / "cache")) == "the source has changed"
     assert make(book).meta["digest"] != first["digest"]
 
 
@@ -204,5 +204,5 @@ def test_every_byte_of_meta_is_checked(book, make, tmp_path):
     make(book)
     path = tokens.folder(config(book), tmp_path / "cache") / "meta.json"
     path.write_text(path.read_text().replace("not stated", "public domain"))
-    assert peek(config(book), tmp_path / "cache") is None
+    assert tokens._trouble(config(book), path.parent) == "meta.json is damaged"
     assert make(book).meta["licence"] == "not stated"
