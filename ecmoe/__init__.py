@@ -6,13 +6,13 @@ __version__ = "0.1.0"
 
 # Public name -> module. Loaded on first use, so that `ecmoe --help` needs no torch.
 _HOME = {
-    "MoE": "ecmoe.moe",
+    "MoE": "ecmoe.model.moe",
     "RunConfig": "ecmoe.config",
     "ConfigError": "ecmoe.config",
-    "build_model": "ecmoe.model",
+    "build_model": "ecmoe.model.transformer",
     "causal_routing": "ecmoe.routing",
-    "run_or_load": "ecmoe.train",
-    "load_model": "ecmoe.train",
+    "run_or_load": "ecmoe.training.run",
+    "load_model": "ecmoe.training.run",
 }
 __all__ = [*_HOME, "__version__"]
 

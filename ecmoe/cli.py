@@ -23,7 +23,7 @@ from ecmoe import __version__
 from ecmoe.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
-    from ecmoe.missing import Missing
+    from ecmoe.study.missing import Missing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +43,7 @@ def train(
     """Train a run, or load it if it is there. No CONFIG: the defaults, EC-CF2 at smoke size."""
     with _one_line(ConfigError, OSError):
         config = RunConfig.from_yaml(*(configs or []), **_assignments(changes))
-        from ecmoe.train import run_or_load
+        from ecmoe.training.run import run_or_load
 
         result = run_or_load(config)
     summary = {key: _finite(value) for key, value in result.summary.items()}
@@ -75,7 +75,7 @@ def runs(
 
     Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
     """
-    from ecmoe.missing import complete, missing
+    from ecmoe.study.missing import complete, missing
 
     with _one_line(ConfigError, OSError, ValueError):
         if jobs < 1:
@@ -114,8 +114,8 @@ def report(
     no_train: Annotated[bool, typer.Option("--no-train", help="leave missing runs as gaps")] = False,
 ) -> None:
     """Execute a notebook with parameters and render it as one HTML page."""
-    from ecmoe.execution import ReportError, execute
-    from ecmoe.parameters import ParameterError
+    from ecmoe.report.execution import ReportError, execute
+    from ecmoe.study.parameters import ParameterError
 
     with _one_line(ConfigError, ParameterError, ReportError, OSError):
         parameters = _assignments(changes)
@@ -135,11 +135,11 @@ def index(
     reports: Annotated[Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")] = None,
 ) -> None:
     """Write index.html: the scoreboard, with a list of the pages that are there."""
-    from ecmoe.parameters import check_scale
+    from ecmoe.study.parameters import check_scale
 
     with _one_line(OSError, ValueError):
         check_scale(scale)
-        from ecmoe.render import index as write_index
+        from ecmoe.report.render import index as write_index
 
         typer.echo(write_index(scale, reports))
 
@@ -150,7 +150,7 @@ def readme(
 ) -> None:
     """Fill in README.md's figure and claim table from finished reports."""
     with _one_line(OSError, ValueError):
-        from ecmoe.readme import update
+        from ecmoe.report.readme import update
 
         typer.echo("README.md " + ("changed" if update(scale) else "is up to date"))
 
@@ -166,7 +166,7 @@ def generate(
 ) -> None:
     """Continue a text with a trained run, routed causally."""
     with _one_line(ConfigError, OSError, ValueError):
-        from ecmoe.generate import continue_text
+        from ecmoe.model.generate import continue_text
 
         text = continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
     typer.echo(text)
@@ -217,7 +217,7 @@ def bench(
     All that page 08 shows, in one go: ecmoe bench --all --compile
     """
     with _one_line(ConfigError, OSError, ValueError):
-        from ecmoe import bench as benchmark
+        from ecmoe.bench import layer as benchmark
 
         if everything:
             _bench_all(scale, out, only, compiled=compiled, force=force)
@@ -226,11 +226,11 @@ def bench(
         step_sizes = sizes | {"layers": layers, "heads": heads}
         step_sizes |= {"sequence_length": sequence_length, "vocab_size": vocab_size}
         if profile:
-            from ecmoe.bench_profile import bench_profile
+            from ecmoe.bench.profile import bench_profile
 
             table = bench_profile(compiled=compiled, whole=whole, **step_sizes)
         elif step:
-            from ecmoe.bench_step import bench_step
+            from ecmoe.bench.step import bench_step
 
             table = bench_step(repeats=repeats, compiled=compiled, whole=whole, **step_sizes)
         else:
@@ -251,7 +251,7 @@ def _bench_all(scale: str | None, out: Path | None, only: str | None, *, compile
     """Measure part after part; each is kept as soon as it is there, and a part that fails stops no other."""
     import torch
 
-    from ecmoe import speed
+    from ecmoe.study import speed
 
     scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
     wanted = speed.jobs(**speed.plan(scale) | {"compiled": compiled})
@@ -286,7 +286,7 @@ def _bench_all(scale: str | None, out: Path | None, only: str | None, *, compile
 
 
 def _show_bench(table: Any) -> None:
-    from ecmoe.bench import shown
+    from ecmoe.bench.layer import shown
 
     typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
     typer.echo(shown(table))

@@ -138,9 +138,10 @@ def test_generate_continues_a_text_with_a_run(tiny_config):
 
 
 def test_missing_runs_train_side_by_side_and_one_that_fails_stops_no_other(tiny_config, tmp_path, monkeypatch):
-    from ecmoe import paths, scoreboard
-    from ecmoe.missing import missing
-    from ecmoe.results import not_run, read_record
+    from ecmoe import paths
+    from ecmoe.report import scoreboard
+    from ecmoe.study.missing import missing
+    from ecmoe.training.result import not_run, read_record
 
     monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
     first, lost, last = (tiny_config(seed=91 + i, steps=2, eval_every=2) for i in range(3))

@@ -9,14 +9,16 @@ import torch
 from matplotlib import pyplot
 from torch.nn import functional as F
 
-from ecmoe import continual, images, paths, plots
+from ecmoe import continual, paths
 from ecmoe.config import ConfigError
 from ecmoe.continual import runs as continual_runs
 from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, probabilities, relatedness
 from ecmoe.continual.learning import _moved, new_gate, new_network, split
 from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
 from ecmoe.continual.settings import APPROACHES, Settings
-from ecmoe.results import load_records
+from ecmoe.data import images
+from ecmoe.report import plots
+from ecmoe.training.result import load_records
 
 FAST = {"steps": 25, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
 DIGITS = (1, 8, 8)

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from ecmoe.execution import execute
-from ecmoe.parameters import merge_parameters
+from ecmoe.report.execution import execute
+from ecmoe.study.parameters import merge_parameters
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -51,7 +51,7 @@ def test_runs_and_shows_what_it_found(notebook, tmp_path, monkeypatch):
     assert not re.search(r"Traceback|Warning:", soup.text)
     for image in soup.find_all("img"):
         assert len(image["alt"]) > 40 and image["src"].startswith("data:image/png")
-    if "ecmoe.study" in notebook.read_text():
+    if "ecmoe.study.plan" in notebook.read_text():
         statuses = {cell.text for cell in soup.find_all("td")} & {"finished", "failed", "diverged", "not run"}
         assert statuses == {"finished"}
 

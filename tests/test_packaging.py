@@ -17,13 +17,13 @@ from packaging.version import Version
 
 import ecmoe
 from ecmoe.config import RunConfig
-from ecmoe.parameters import (
+from ecmoe.study.parameters import (
     check_parameters,
     merge_parameters,
     notebook_parameters,
     parameter_files,
 )
-from ecmoe.study import configs
+from ecmoe.study.plan import configs
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

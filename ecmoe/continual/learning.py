@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecmoe import images
 from ecmoe.config import ConfigError, bucket_size
 from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, probabilities
 from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
 from ecmoe.continual.settings import Settings
-from ecmoe.moe import MoE
+from ecmoe.data import images
+from ecmoe.model.moe import MoE
 from ecmoe.routing import ExpertChoice
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ecmoe.config import ConfigError
-from ecmoe.moe import MoE
-from ecmoe.vision import patchify
+from ecmoe.model.moe import MoE
+from ecmoe.model.vision import patchify
 
 
 class PatchNet(nn.Module):

@@ -15,11 +15,12 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from ecmoe import images, paths
+from ecmoe import paths
 from ecmoe.continual.learning import final_accuracy, forgetting, run
 from ecmoe.continual.settings import APPROACHES, SCHEMA, Settings
-from ecmoe.results import Result, by_seed, read_record, write_record
-from ecmoe.stats import paired_difference, verdict
+from ecmoe.data import images
+from ecmoe.study.stats import paired_difference, verdict
+from ecmoe.training.result import Result, by_seed, read_record, write_record
 
 ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
 
@@ -81,7 +82,7 @@ def _missing(settings: Settings, status: str = "not run", error: str | None = No
 
 def _summary(settings: Settings) -> dict[str, Any]:
     """Run, and say what was measured and how; with the keys that `report.provenance` reads."""
-    from ecmoe.train import commit, device_name  # brings Lightning, which loading doesn't need
+    from ecmoe.training.run import commit, device_name  # brings Lightning, which loading doesn't need
 
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     measured = run(settings)

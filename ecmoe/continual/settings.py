@@ -34,7 +34,7 @@ class Settings:
     """
 
     approach: str = key("expert_gate", "who learns, and how", choices=tuple(APPROACHES))
-    data: str = key("digits", "digits, cifar10 or images:PATH, see `ecmoe.images`")
+    data: str = key("digits", "digits, cifar10 or images:PATH, see `ecmoe.data.images`")
     tasks: int = key(5, "K, tasks: groups of as many classes each, in the data's order", low=2)
     seed: int = key(0, "initial values and order of the batches", low=0)
     patch: int = key(4, "side of a patch in pixels", low=1)

@@ -1,4 +1,4 @@
-"""The kernels of ecmoe/attention.py, in Triton: attention and its gradients, the bias's included.
+"""The kernels of ecmoe/model/attention.py, in Triton: attention and its gradients, the bias's included.
 
 A program holds a tile of queries (of keys, for the keys' gradients) and walks over the keys that they see (the queries
 that see them), in two loops: over far tiles, with nothing beside the products, and over near ones, with the bias.

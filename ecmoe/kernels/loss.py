@@ -1,4 +1,4 @@
-"""The passes of ecmoe/cross_entropy.py, in Triton: over a chunk of logits, a program per token; over a gradient."""
+"""The passes of ecmoe/model/cross_entropy.py, in Triton: over a chunk of logits, a program per token; over a gradient."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ecmoe.kernels import AdamW
 from ecmoe.kernels.adamw import norm
-from ecmoe.lit import clip
+from ecmoe.training.lit import clip
 from tests.kernels.oracle import DEVICE
 
 KEYS = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ecmoe import MoE, kernels
 from ecmoe.kernels import common
-from ecmoe.moe import KERNELS
+from ecmoe.model.moe import KERNELS
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
 from tests.kernels.oracle import DEVICE, WHOLE, distance, problem
 
@@ -57,8 +57,8 @@ def test_layer_is_the_plain_one_with_every_router(name, masked):
 def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch):
     moe, x, seen = layer("triton"), tokens(), []
     expected, experts = moe(x).detach(), kernels.experts
-    monkeypatch.setattr("ecmoe.moe.HELD", 2 * (B * T * 2 // E) * FF)  # two experts' h
-    monkeypatch.setattr("ecmoe.moe.SLOTS", 0)
+    monkeypatch.setattr("ecmoe.model.moe.HELD", 2 * (B * T * 2 // E) * FF)  # two experts' h
+    monkeypatch.setattr("ecmoe.model.moe.SLOTS", 0)
     monkeypatch.setattr(
         kernels, "experts", lambda x, w1, *rest, **keys: seen.append(len(w1)) or experts(x, w1, *rest, **keys)
     )
@@ -116,7 +116,7 @@ def test_what_cannot_be_is_said(monkeypatch):
     monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="CUDA device, and these are on cpu.*kernels='plain'"):
         kernels.experts(*problem(*WHOLE, torch.float32)[:5] if DEVICE == "cpu" else [torch.zeros(1)] * 5)
-    monkeypatch.setattr("ecmoe.moe.TRITON", False)
+    monkeypatch.setattr("ecmoe.model.moe.TRITON", False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         layer("triton")
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import generator, pairs, two_hundred
 
 from ecmoe.routing import Assignment
 from ecmoe.routing.assignment import pack
+from tests.routing.problems import generator, pairs, two_hundred
 
 # Two experts with three slots, four tokens; 4 marks an empty slot.
 HAND = Assignment(

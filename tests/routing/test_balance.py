@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from problems import generator, random_logits
 from scipy.stats import norm
 
 from ecmoe.routing import TokenChoice
 from ecmoe.routing.balance import importance_loss, load_loss, switch_loss, z_loss
+from tests.routing.problems import generator, random_logits
 
 D, E, N = 3, 4, 24
 LOGITS = random_logits(N, E, 0, bias=1)

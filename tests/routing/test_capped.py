@@ -5,15 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import check, problems, two_hundred
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
 from ecmoe.config import ConfigError
-from ecmoe.inspection import held_out, watched
+from ecmoe.measures.inspection import held_out, watched
 from ecmoe.routing import ExpertChoice
 from ecmoe.routing.capped import cap_report, capped_top_k, dykstra
-from ecmoe.train import run_or_load
+from ecmoe.training.run import run_or_load
+from tests.routing.problems import check, problems, two_hundred
 
 
 def optimum(S: np.ndarray, k: int, b: int) -> float:

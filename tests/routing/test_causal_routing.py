@@ -6,7 +6,6 @@ Plain expert choice must fail the same tests, or they couldn't tell.
 import pytest
 import torch
 from hypothesis import given
-from problems import check, generator, problems, random_logits, same_choice, two_hundred
 
 from ecmoe import RunConfig, build_model, causal_routing
 from ecmoe.routing import (
@@ -19,6 +18,7 @@ from ecmoe.routing import (
     TaskLevel,
     TokenChoice,
 )
+from tests.routing.problems import check, generator, problems, random_logits, same_choice, two_hundred
 
 D, E, V = 3, 4, 10
 ROUTERS = {

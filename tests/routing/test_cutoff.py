@@ -5,9 +5,9 @@ import socket
 
 import pytest
 import torch
-from problems import generator
 
 from ecmoe.routing.cutoff import RunningCutoff
+from tests.routing.problems import generator
 
 E = 3
 STEPS = torch.rand(6, 4, E, generator=generator(0))  # 6 steps, 4 pools each

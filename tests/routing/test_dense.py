@@ -2,11 +2,11 @@
 
 import torch
 from hypothesis import given
-from problems import alone, check, problems, random_logits, same_choice, two_hundred
 from torch.nn import functional as F
 
 from ecmoe import MoE
 from ecmoe.routing import Dense, ExpertChoice
+from tests.routing.problems import alone, check, problems, random_logits, same_choice, two_hundred
 
 D, HIDDEN = 3, 5
 

@@ -7,7 +7,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from problems import (
+from torch.nn import functional as F
+
+from ecmoe.config import ConfigError
+from ecmoe.routing import ExpertChoice
+from tests.routing.problems import (
     Problem,
     alone,
     check,
@@ -17,10 +21,6 @@ from problems import (
     same_choice,
     two_hundred,
 )
-from torch.nn import functional as F
-
-from ecmoe.config import ConfigError
-from ecmoe.routing import ExpertChoice
 
 D = 3
 factors = st.sampled_from([0.5, 1, 1.5, 2, 3])

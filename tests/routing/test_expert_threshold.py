@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe import MoE, causal_routing
 from ecmoe.routing import ExpertChoice, ExpertThreshold
+from tests.routing.problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 
 D, E = 3, 4
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import alone, check, problems, two_hundred
 
 from ecmoe.routing import Hash
 from ecmoe.routing.hash import balanced_table
+from tests.routing.problems import alone, check, problems, two_hundred
 
 D, V = 3, 10
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import alone, check, generator, problems, same_choice, two_hundred
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe import MoE, causal_routing
 from ecmoe.routing import KMeans
+from tests.routing.problems import alone, check, generator, problems, same_choice, two_hundred
 
 D, E = 3, 4
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 from scipy.optimize import linear_sum_assignment
 
 from ecmoe import MoE, RunConfig, causal_routing
 from ecmoe.config import ConfigError
 from ecmoe.routing import LinearAssignment, build_router
+from tests.routing.problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 
 D = 3
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import alone, check, problems, random_logits, same_choice, two_hundred
 
 from ecmoe import MoE
 from ecmoe.routing import TaskLevel
+from tests.routing.problems import alone, check, problems, random_logits, same_choice, two_hundred
 
 D, TASKS = 3, 10
 

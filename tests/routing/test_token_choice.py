@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 
 from ecmoe.routing import TokenChoice
+from tests.routing.problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 
 D = 3
 

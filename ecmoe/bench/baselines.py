@@ -1,0 +1,181 @@
+"""What expert choice is measured against: token choice on its fastest ways, ours and those of other packages.
+
+A baseline takes x (B, T, d) as `MoE` does, and computes what an `MoE` with `TokenChoice` computes:
+
+    capacity           `MoE` itself: (e, slots) tokens and a batched product; what finds no place is dropped
+    grouped_mm         `Grouped`: nothing dropped, nothing padded; torch's product over rows sorted by expert
+    ScatterMoE, Liger  the same in Triton (Tan et al. 2024; Hsu et al. 2024); measured where they are installed
+
+Letters: n tokens of width d, e experts of hidden width f, k experts that a token asks for.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecmoe.bench.clock import reason
+from ecmoe.model.moe import MoE
+from ecmoe.routing import TokenChoice
+from ecmoe.routing.balance import switch_loss
+
+FAR = 16.0  # beyond what the logits of a fresh router differ by, and the softmax still has a gradient
+
+
+class Grouped(nn.Module):
+    """Token choice that drops nothing: rows sorted by expert, one grouped product for all experts.
+
+    How many rows an expert has stays on the device, so the host waits for nothing; a gather's gradient is a gather,
+    so no sum is by atomics.
+
+    Args:
+        layer: an `MoE` with a `TokenChoice`, whose capacity doesn't count here; weights are shared.
+    """
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        if not isinstance(layer.router, TokenChoice):
+            raise TypeError(f"router is {type(layer.router).__name__}: must be a TokenChoice")
+        self.router, self.w1, self.w2 = layer.router, layer.w1, layer.w2
+        self.aux_loss: Tensor | None = None
+
+    def forward(self, x: Tensor, *_: Tensor | None) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        logits, flat = self.router.read(x.flatten(0, -2))
+        S = logits.softmax(1)  # (n, e)
+        gate, choice = S.topk(self.router.top_k, dim=1)  # (n, k)
+        if self.router.gate == "renormalized":
+            gate = gate / gate.sum(1, keepdim=True)
+        if self.training and self.router.aux_loss_weight:
+            self.aux_loss = self.router.aux_loss_weight * switch_loss(S, _counts(choice, S.shape[1]))
+        return self.experts(flat, choice, gate).view_as(x)
+
+    def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
+        """(n, d), (n, k), (n, k) -> (n, d)."""
+        kind, (n, k) = x.device.type, choice.shape
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        order = choice.flatten().argsort(stable=True)  # (n k,) requests, by expert
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))
+        ends = _counts(choice, len(self.w1)).cumsum(0, dtype=torch.int32)
+        x_in = _Take.apply(x.to(dtype), order, place, k)
+        h = F.gelu(_grouped_mm(x_in, self.w1.to(dtype), ends), approximate="tanh")
+        y = _Take.apply(_grouped_mm(h, self.w2.to(dtype), ends), place, order, 1)
+        return (y.view(n, k, -1) * gate.to(dtype)[:, :, None]).sum(1).to(x.dtype)
+
+
+class _Take(torch.autograd.Function):
+    """Rows order // k of x, where order is a permutation of the n k requests and place its inverse."""
+
+    @staticmethod
+    def forward(ctx, x, order, place, k):
+        ctx.save_for_backward(place)
+        ctx.k = k
+        return x[order // k] if k > 1 else x[order]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (place,) = ctx.saved_tensors
+        rows = gradient[place]
+        return rows.view(-1, ctx.k, rows.shape[1]).sum(1) if ctx.k > 1 else rows, None, None, None
+
+
+def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """(r, i) rows sorted by expert, (e, i, o), (e,) where each expert's rows end -> (r, o)."""
+    if rows.dtype == torch.bfloat16:
+        return torch._grouped_mm(rows, weight, offs=ends)
+    # torch compiles no other, and has none in float64.
+    starts = [0, *ends.tolist()]
+    return torch.cat([rows[a:b] @ w for a, b, w in zip(starts, starts[1:], weight, strict=False)])
+
+
+def _counts(choice: Tensor, e: int) -> Tensor:
+    """(n, k) experts -> (e,) requests. `bincount` would wait for the device, and atomics for each other."""
+    return (choice.flatten()[:, None] == torch.arange(e, device=choice.device)).sum(0)
+
+
+class Even(TokenChoice):
+    """Token choice whose choices can be forced: random, and exactly as many for each expert.
+
+    A router's own choice depends on where its training stands: near even at the start, far from it later (page 02).
+    Forced, no expert is over capacity and no capacity is left, which is the best that token choice can hope for.
+
+    Attributes:
+        forced: () float: 1: random choices, evenly spread; 0: the router's own. Set in place, it makes no other graph.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("forced", torch.zeros(()), persistent=False)
+        self.register_buffer("push", torch.empty(0), persistent=False)
+
+    def prepare(self, n: int) -> None:
+        """Draw the choices for n tokens."""
+        choice = even_choice(n, self.num_experts, self.top_k, self.weight.device)
+        self.push = torch.zeros(n, self.num_experts, device=self.weight.device).scatter(1, choice, FAR)
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, pushed towards the choice."""
+        logits, x = super().read(x)
+        return logits + self.forced * self.push, x
+
+
+def even_choice(n: int, e: int, k: int, device: torch.device | str = "cpu") -> Tensor:
+    """(n, k) random experts: each token's k differ, and each expert has n k / e tokens (within k, where e doesn't divide n)."""
+    first = torch.rand(-(-n // e), e, device=device).argsort(1)  # each e tokens take all experts, in some order
+    return torch.stack([first.roll(j, 1).flatten()[:n] for j in range(k)], 1)
+
+
+class ScatterMoE(Grouped):
+    """By scattermoe's MLP, on the same experts, in memory as it wants them: (e, out, in)."""
+
+    def __init__(self, layer: MoE) -> None:
+        from scattermoe.mlp import MLP
+
+        super().__init__(layer)
+        e, d, f = layer.w1.shape
+        with torch.device("meta"):
+            self.mlp = MLP(d, f, e, layer.router.top_k, activation=nn.GELU(approximate="tanh"))
+        self.w1, self.w2 = (nn.Parameter(w.detach().transpose(1, 2).contiguous()) for w in (layer.w1, layer.w2))
+        self.mlp.experts.weight, self.mlp.output_experts.weight = self.w1, self.w2
+
+    def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
+        """(n, d), (n, k), (n, k) -> (n, d)."""
+        return self.mlp(x, gate.to(x.dtype), choice)
+
+
+class Liger(Grouped):
+    """By Liger's fused experts, which are gated, of three matrices: two thirds of f make them cost the same."""
+
+    def __init__(self, layer: MoE) -> None:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        super().__init__(layer)
+        self.compute = LigerFusedMoEFunction.apply
+        e, d, f = layer.w1.shape
+        f = max(round(2 * f / 3 / 64), 1) * 64
+        self.w1 = nn.Parameter(layer.w1.new_empty(e, 2 * f, d).normal_(std=d**-0.5))
+        self.w2 = nn.Parameter(layer.w2.new_empty(e, d, f).normal_(std=f**-0.5))
+
+    def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
+        """(n, d), (n, k), (n, k) -> (n, d)."""
+        return self.compute(x, self.w1, self.w2, choice.int(), gate.to(x.dtype))
+
+
+PEERS = {"ScatterMoE": ("scattermoe", ScatterMoE), "Liger": ("liger_kernel", Liger)}
+
+
+def peers(layer: MoE) -> tuple[dict[str, Grouped], list[str]]:
+    """Layers by the other packages, as far as they are here; and which one isn't, and why."""
+    found, absent = {}, []
+    for name, (module, kind) in PEERS.items():
+        if find_spec(module) is None:
+            absent.append(f"{name} (not installed)")
+            continue
+        try:
+            found[name] = kind(layer)
+        except Exception as error:  # whatever another version of it raises
+            absent.append(f"{name} ({reason(error)})")
+    return found, absent

@@ -1,0 +1,188 @@
+"""How long a call takes: the one clock of every benchmark here.
+
+On a GPU calls are timed by events on the device, in bursts: one call after the other for some 50 ms, after as many
+calls that don't count as it takes for the chip to settle at what this call draws of its power. A chip that rested
+reaches clocks that it can't keep (on an H200 the six products of 0.1B/64E take 4.9 ms one at a time, and 5.7 ms in a
+row, as in training), and one that worked harder before is still held back. The queue is kept full, so that launches
+cost nothing, as in a training step: the calls that don't count let the host run ahead, and where it is slower than the
+device, that multiplies matrices until the host has. A call that itself waits for the device (a number read from it)
+empties the queue, and pays for that, as it does in training. On a CPU the clock is the host's.
+
+Calls are taken in turns, each time in another order, so that a slow moment hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from ecmoe.training.run import commit, device_name
+
+Key = TypeVar("Key", bound=tuple[str, ...])
+Call = Callable[[], object]
+
+SETTLE, BURST, MOST = 0.2, 0.05, 32  # seconds of work before the calls that count, and of these; how many at most
+SLOW = 5  # seconds after which a reader wants to know how it goes
+WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
+
+
+class Burst(NamedTuple):
+    """How a call is timed: so many in a row, after others that don't count."""
+
+    count: int = 1
+    settle: int = 0  # calls before
+    lead: float = 0.01  # or seconds for which the device multiplies, while the host runs ahead
+
+    @classmethod
+    def of(cls, call: Call, device: torch.device) -> Burst:
+        """What suits a call, which is warm already."""
+        if device.type != "cuda":
+            return cls()
+        hosts = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            hosts.append(time.perf_counter() - began)
+        host, one = min(hosts), seconds(call, device)
+        count = min(max(round(BURST / one), 1), MOST)
+        if host < 0.8 * one:
+            return cls(count, settle=math.ceil(SETTLE / one), lead=0.0)
+        return cls(count, settle=0, lead=max(2 * host * count, SETTLE))
+
+
+ONE = Burst()
+
+
+def seconds(call: Call, device: torch.device, burst: Burst = ONE) -> float:
+    """Of one call."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    for _ in range(burst.settle):
+        call()
+    if burst.lead:
+        multiply, one = _product(device)
+        for _ in range(math.ceil(burst.lead / one)):
+            multiply()
+    return _between_events(call, burst.count)
+
+
+def _between_events(call: Call, count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
+@lru_cache
+def _product(device: torch.device) -> tuple[Call, float]:
+    """What keeps a chip as warm as products do that are to be timed, and what it takes of seconds."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, a, out=out)
+
+    multiply()
+    return multiply, _between_events(multiply, 8)
+
+
+def warm_up(call: Call, device: torch.device) -> None:
+    """Call it until it is as fast as it gets."""
+    for _ in range(WARM_UP[device.type]):
+        call()
+
+
+def warmed(
+    calls: Mapping[Key, Call], absent: list[str], device: torch.device
+) -> tuple[dict[Key, Call], dict[Key, tuple[float, float] | None]]:
+    """The calls that work, warm, and the `peak_mb` of each; what doesn't work is named in `absent`, with the reason."""
+    works, memory = {}, {}
+    for key, call in calls.items():
+        began = time.perf_counter()
+        try:
+            warm_up(call, device)
+            memory[key] = peak_mb(call, device)
+            works[key] = call
+        except Exception as error:  # no memory; a compiler or another package that fails
+            absent.append(f"{', '.join(key)} ({reason(error)})")
+        if time.perf_counter() - began > SLOW:
+            _say(f"{', '.join(key)}: {time.perf_counter() - began:.0f} s to get warm")
+    return works, memory
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]
+
+
+def in_turns(calls: Mapping[Key, Call], repeats: int, device: torch.device) -> dict[Key, list[float]]:
+    """Seconds of every repeat of each call; the calls are warm already."""
+    bursts = {key: Burst.of(call, device) for key, call in calls.items()}
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    order, dice, began = list(calls), random.Random(0), time.perf_counter()
+    for turn in range(1, repeats + 1):
+        dice.shuffle(order)
+        for key in order:
+            times[key].append(seconds(calls[key], device, bursts[key]))
+        if time.perf_counter() - began > SLOW:
+            _say(f"turn {turn} of {repeats}, {time.perf_counter() - began:.0f} s")
+    return times
+
+
+def _say(progress: str) -> None:
+    print(f"[bench] {progress}", file=sys.stderr, flush=True)
+
+
+def peak_mb(call: Call, device: torch.device) -> tuple[float, float] | None:
+    """Memory before a warm call, and the most at any moment of it, in MB; None on a CPU, which doesn't tell."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return before / 1e6, torch.cuda.max_memory_allocated() / 1e6
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles of seconds, in milliseconds: ms, low_ms, high_ms."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
+
+
+def this_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, Any]:
+    """What a time belongs to; and the clock, on a GPU."""
+    found = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+    }
+    return found | ({"settled_s": SETTLE} if torch.cuda.is_available() else {})
+
+
+def compiling() -> AbstractContextManager:
+    """Let many layers that share their code be compiled side by side, each for its own sizes and numbers."""
+    torch._dynamo.reset()
+    return torch._dynamo.config.patch(specialize_float=True, recompile_limit=256, accumulated_recompile_limit=1024)

@@ -1,0 +1,90 @@
+"""`ecmoe bench --all --only growth`: the EC layer's time, forward + backward, as one size grows and the others stay.
+
+The layer is what a run gets ("auto"), beside the floor of the same sizes. A power law's exponent is least squares in
+the logarithms, with Student's interval over the sizes: it says how straight the line is, too.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from ecmoe.bench import clock as timing
+from ecmoe.bench.layer import BOTH, floor, forward_and_both, keep_freed_memory
+from ecmoe.config import bucket_size
+from ecmoe.model.moe import MoE
+from ecmoe.routing import ExpertChoice
+
+AXES = ("n", "num_experts", "capacity_factor", "d_model")
+
+
+def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *, repeats: int = 9) -> pd.DataFrame:
+    """Time the layer at each value of each axis.
+
+    Args:
+        base: n, d_model, d_ff, num_experts, capacity_factor. axes: of `AXES` -> values; f grows with d.
+
+    Returns:
+        a row per axis and value: ms with quartiles, floor_ms.
+
+    Raises:
+        ConfigError: k = n c / e is no whole number, at any of them; before anything is timed.
+        ValueError: an axis that isn't one.
+    """
+    if unknown := set(axes) - set(AXES):
+        raise ValueError(f"axes={sorted(unknown)}: must be of {', '.join(AXES)}")
+    points = []
+    for axis, values in axes.items():
+        for value in values:
+            size = dict(base) | {axis: value}
+            size["d_ff"] = base["d_ff"] * size["d_model"] // base["d_model"]
+            bucket_size(size["n"], size["num_experts"], size["capacity_factor"])
+            points.append((axis, value, size))
+    device = timing.this_device()
+    keep_freed_memory(device)
+    rows = []
+    for axis, value, size in points:
+        times = timing.in_turns(_calls(size, device), repeats, device)
+        row = {"axis": axis, "value": value} | timing.spread(times["layer"])
+        rows.append(row | {"floor_ms": 1e3 * statistics.median(times["floor"])})
+    table = pd.DataFrame(rows)
+    table.attrs["setting"] = dict(base) | {"repeats": repeats} | timing.machine()
+    return table
+
+
+def _calls(size: Mapping[str, Any], device: torch.device) -> dict[str, timing.Call]:
+    """Layer and floor, warm."""
+    n, d, e, c = (size[key] for key in ("n", "d_model", "num_experts", "capacity_factor"))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with device:
+        layer = MoE(ExpertChoice(d, e, c), d, size["d_ff"]).to(dtype)
+    x = torch.randn(1, n, d, device=device, dtype=dtype, requires_grad=True)
+    calls = {
+        "layer": forward_and_both(layer, x, layer, torch.randn_like(x))[BOTH],
+        "floor": floor(layer, x[0], bucket_size(n, e, c))[BOTH],
+    }
+    for call in calls.values():
+        timing.warm_up(call, device)
+    return calls
+
+
+def exponents(grown: pd.DataFrame) -> pd.DataFrame:
+    """The power by which time grows along each axis: axis, exponent, low, high, of_floor; and at, the fit's time at 1."""
+    rows = []
+    for axis, group in grown.groupby("axis", sort=False):
+        x = np.log(group["value"].to_numpy(float))
+        fits = [stats.linregress(x, np.log(group[column].to_numpy(float))) for column in ("ms", "floor_ms")]
+        half = stats.t.ppf(0.975, len(x) - 2) * fits[0].stderr if len(x) > 2 else np.nan
+        slope = fits[0].slope
+        rows.append({
+            "axis": axis, "exponent": slope, "low": slope - half, "high": slope + half, "of_floor": fits[1].slope,
+            "at_1": float(np.exp(fits[0].intercept)),
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=["axis", "exponent", "low", "high", "of_floor", "at_1"])

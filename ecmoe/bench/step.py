@@ -1,0 +1,247 @@
+"""`ecmoe bench --step`: a whole training step on random tokens, expert choice against token choice (claim C2).
+
+Forward, loss, backward, clipping, optimiser: what a run does, without data and logging. Arms differ in their routers
+alone, so all share one set of weights, gradients and moments, and their steps are taken in turns, on any card that
+holds one model. The learning rate is 0: the optimiser does all its work, and no step changes the next one's routing.
+
+Every arm is measured on each path: "triton", the kernels, which token choice's capacity path has too; for token
+choice "grouped_mm", which drops nothing (`bench_baselines`); and, where there are no kernels and for the two arms of
+C2, "plain"; for these two the kernels also as a CUDA graph (`ecmoe.training.cuda_graph`). The fastest is the arm's best path. Token
+choice is routed by its own router, and evenly by force, which is its best case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from ecmoe.bench import clock as timing
+from ecmoe.bench.baselines import Even, Grouped
+from ecmoe.bench.clock import Call
+from ecmoe.bench.kernels import kernels_run
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.model.transformer import flops_per_token
+from ecmoe.routing import ExpertChoice, Router
+from ecmoe.training import cuda_graph as graph
+from ecmoe.training.lit import LitModel, clip, fused_adamw
+from ecmoe.training.run import PEAK_BF16, device_name
+
+ARMS = {
+    "EC-CF2": {"router": "expert_choice", "capacity_factor": 2.0},
+    "EC-CF1": {"router": "expert_choice", "capacity_factor": 1.0},
+    "GShard top-2": {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0, "gate": "renormalized"},
+    "Switch top-1": {"router": "token_choice", "top_k": 1, "capacity_factor": 1.0},
+}
+
+PAIR = ("EC-CF2", "GShard top-2")  # of claim C2
+
+# 0.1B/64E of Table 1 with a vocabulary of 32k on a GPU; what a CPU does in seconds.
+SIZES = {
+    "cuda": {
+        "n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12,
+        "sequence_length": 1024, "vocab_size": 32_000,
+    },
+    "cpu": {
+        "n": 1024, "d_model": 64, "d_ff": 256, "num_experts": 8, "layers": 2, "heads": 4,
+        "sequence_length": 128, "vocab_size": 512,
+    },
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """What is timed: an arm, whose choice it routes by ("own" or "even"), on a path."""
+
+    arm: str
+    routing: str
+    path: str
+
+
+def bench_step(
+    *, repeats: int = 15, compiled: bool = False, whole: bool = False, narrow: bool = False, **sizes: int | None
+) -> pd.DataFrame:
+    """Time a training step of each of `ARMS`.
+
+    Args:
+        narrow: weights, gradients and moments in bfloat16 instead of float32; of C2's two arms alone.
+        repeats: steps that are timed; the median is reported. compiled: under torch.compile, block by block; whole:
+            in one graph, which takes minutes.
+        sizes: n (tokens of a step), d_model, d_ff, num_experts, layers, heads, sequence_length, vocab_size; None:
+            the device's `SIZES`.
+
+    Returns:
+        a row per arm, routing and path: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
+        device's is known), peak memory on a GPU; `attrs` hold the setting, and in samples the ms of every repeat.
+
+    Raises:
+        ConfigError: a size that no run may have. ValueError: repeats below 2.
+    """
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
+    device, configs = timing.this_device(), arms(sizes)
+    if narrow:
+        configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
+    absent: list[str] = []
+    with timing.compiling():
+        calls, memory = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
+        times = timing.in_turns(calls, repeats, device)
+    rows = [
+        row._asdict() | measured_row(configs[row.arm], samples) | {"peak_mb": memory[row] and memory[row][1]}
+        for row, samples in times.items()
+    ]
+    table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
+    table.attrs["setting"] = setting(configs, device) | {"repeats": repeats} | timing.machine()
+    table.attrs["samples"] = {", ".join(row): [1e3 * seconds for seconds in samples] for row, samples in times.items()}
+    table.attrs["absent"] = absent
+    return table
+
+
+def measured_row(config: RunConfig, samples: list[float]) -> dict[str, Any]:
+    """What a table shows of a step's seconds, one a turn."""
+    rate = config.batch_size * config.sequence_length / statistics.median(samples)
+    peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
+    return timing.spread(samples) | {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak}
+
+
+def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:
+    """The config of each arm, checked, before anything runs."""
+    size = SIZES[timing.this_device().type] | {key: value for key, value in sizes.items() if value is not None}
+    n, T = size.pop("n"), size["sequence_length"]
+    if n % T:
+        raise ConfigError(f"n={n} tokens of a step must be whole sequences of sequence_length={T}")
+    common = size | {"batch_size": n // T, "tokenizer": "bpe"}
+    return {name: RunConfig.from_dict(common | keys) for name, keys in ARMS.items()}
+
+
+def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, Any]:
+    """What all arms have in common."""
+    config = next(iter(configs.values()))
+    keys = ("d_model", "d_ff", "num_experts", "layers", "heads", "sequence_length", "vocab_size")
+    narrow = config.precision == "bf16-true"
+    parameters = "bfloat16" if narrow else "float32"
+    return {"n": config.batch_size * config.sequence_length} | {key: getattr(config, key) for key in keys} | {
+        "parameters": parameters, "products": "bfloat16" if narrow or device.type == "cuda" else "float32",
+        "optimizer": f"AdamW, {parameters} moments",
+    }  # fmt: skip
+
+
+def steps(
+    configs: Mapping[str, RunConfig],
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    whole: bool = False,
+    plain: tuple[str, ...] = PAIR,
+) -> dict[Row, Call]:
+    """A training step for every row; their weights, gradients and moments are the same tensors.
+
+    Args:
+        plain: arms that take the plain path beside the kernels'.
+    """
+    torch.manual_seed(0)
+    first = next(iter(configs.values()))
+    lit = LitModel(first).to(device)
+    if first.precision == "bf16-true":
+        lit.to(torch.bfloat16)
+    optimizer = fused_adamw(lit, lr=0.0)
+    generator = torch.Generator().manual_seed(first.seed)
+    batch = torch.randint(first.vocab_size, (first.batch_size, first.sequence_length + 1), generator=generator)
+    batch = batch.to(device)
+    calls: dict[Row, Call] = {}
+    graphs: dict[Row, Call] = {}  # come last: one that can't be captured leaves little memory to others
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    for arm, config in configs.items():
+        tokens = config.router == "token_choice"
+        paths = ["plain"] if not kernels_run(device) else ["plain", "triton"] if arm in plain else ["triton"]
+        for path in paths + ["grouped_mm"] * tokens:
+            twin = _twin(lit, config, path)
+            if compiled:
+                for module in (twin.model,) if whole else twin.model.blocks:
+                    module.compile(dynamic=False)
+            for routing in ("own", "even") if tokens else ("own",):
+                row = Row(arm, routing, path + ", compiled" * compiled)
+                even = routing == "even"
+                calls[row] = step_of(twin, optimizer, batch, even)
+                if arm in PAIR and path == "triton" and graph.capturable(twin):
+                    graphs[row._replace(path=f"{row.path}, CUDA graph")] = step_of(twin, optimizer, batch, even, pool)
+    return calls | graphs
+
+
+def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
+    """A model with the router of another config on the same parameters."""
+    twin = copy.deepcopy(lit, {id(p): p for p in lit.parameters()})
+    for block in twin.model.blocks:
+        if block.moe is None:
+            continue
+        weight = block.moe.router.weight
+        router = _router(config).to(weight.device)
+        router.weight = weight
+        if isinstance(router, Even):
+            router.prepare(config.batch_size * config.sequence_length)
+        block.moe.router = router
+        block.moe.kernels = router.kernels = "auto" if path == "grouped_mm" else path
+        if path == "grouped_mm":
+            block.moe = Grouped(block.moe)
+    twin.routers = [module for module in twin.modules() if isinstance(module, Router)]
+    return twin
+
+
+def _router(config: RunConfig) -> Router:
+    sizes = config.d_model, config.num_experts
+    if config.router == "token_choice":
+        return Even(*sizes, config.top_k, config.capacity_factor, gate=config.gate)
+    return ExpertChoice(*sizes, config.capacity_factor, gate=config.gate)
+
+
+def check_room() -> None:
+    """Raise an OutOfMemoryError unless a graph's memory has room beside that of the steps before: one that is captured in
+    part leaves no memory to them."""
+    torch.cuda.empty_cache()
+    step, (free, _) = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
+    if free < 2 * step:
+        raise torch.OutOfMemoryError(
+            f"a graph keeps the {step / 1e9:.0f} GB of a step, beside other steps: {free / 1e9:.0f} GB are free"
+        )
+
+
+def step_of(
+    lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool = False, pool: Any = None
+) -> Call:
+    """A training step on that batch. With a `pool` of memory its losses are a graph, captured in the first call; steps share it.
+
+    Args:
+        even: routers that are `Even` choose evenly.
+    """
+    layers = [block.moe for block in lit.model.blocks if block.moe is not None]
+    forced = [router.forced for router in lit.routers if isinstance(router, Even)]
+    mixed = batch.is_cuda and lit.config.precision != "bf16-true"
+
+    def step() -> None:
+        for flag in forced:
+            flag.fill_(float(even))
+        with torch.autocast("cuda", torch.bfloat16) if mixed else contextlib.nullcontext():
+            if pool is not None:
+                if lit.captured is None:
+                    check_room()
+                    lit.captured = graph.captured(lit, batch, pool)
+                loss, aux_loss = lit.captured(batch)
+            else:
+                loss = lit.loss(batch)
+                aux_loss = sum(layer.aux_loss for layer in layers if layer.aux_loss is not None)
+            loss = loss + aux_loss
+        loss.backward()
+        clip(lit.parameters(), optimizer, lit.config.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for router in lit.routers:
+            router.end_step()
+        for layer in layers:  # it ties weights to this stream, which a graph must not wait for
+            layer.aux_loss = layer.router.aux_loss = None
+
+    return step

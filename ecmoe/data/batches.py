@@ -1,0 +1,247 @@
+"""TextData: the same windows of text for every arm of a comparison, and an exact resume in mid-epoch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.data import tokens
+from ecmoe.data.classes import WindowClasses
+from ecmoe.data.corpus import about, content_digest, source_files, stat_digest
+
+_PROVENANCE = (
+    "name", "licence", "attribution", "digest", "source_sha256", "split", "tokenizer", "vocab_size", "train_tokens",
+    "val_tokens", "train_bytes", "val_bytes", "train_documents", "val_documents",
+)  # fmt: skip
+
+
+Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # windows, or windows and tasks
+
+
+def window_order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    """(windows,) the order of an epoch: a permutation, another one in each epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(windows)
+
+
+class Batches(IterableDataset):
+    """Endless batches of training windows, (B, T+1) int64, from micro-step `start` on; with `tasks`, each with its (B,) tasks.
+
+    Micro-step s of a rank depends on nothing but (seed, s, rank, world size): an epoch deals its permuted windows
+    out to all ranks, a batch each; the windows left over at its end are dropped.
+    """
+
+    def __init__(
+        self,
+        windows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        tasks: np.ndarray | None = None,
+    ):
+        self.windows, self.batch_size, self.seed, self.start = windows, batch_size, seed, start
+        self.tasks = tasks
+        self.rank, self.world = rank, world
+        self.steps_per_epoch = len(windows) // (batch_size * world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        step, epoch, order = self.start, -1, None
+        while True:
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = window_order(self.seed, epoch, len(self.windows))
+            first = (step % self.steps_per_epoch * self.world + self.rank) * self.batch_size
+            yield self.take(order[first : first + self.batch_size], step)
+            step += 1
+
+    def take(self, which: np.ndarray, step: int) -> Any:
+        """The batch of the windows `which`; micro-step `step` is for those who draw at random."""
+        windows = torch.from_numpy(self.windows[which].astype(np.int64))
+        return windows if self.tasks is None else (windows, torch.from_numpy(self.tasks[which]))
+
+
+class RunData(L.LightningDataModule):
+    """What the data of all runs share: `start_step`, micro-batches that a resumed run has already seen, and ranks.
+
+    A kind of data gives `train_batches(start, rank, world)`, `val_batches()`, the same for every run, and `digest`, which
+    a checkpoint keeps.
+    """
+
+    digest: str
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        self.config, self.start_step = config, 0
+
+    def state_dict(self) -> dict[str, str]:
+        return {"digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ConfigError: it is of other data.
+        """
+        if state["digest"] != self.digest:
+            raise ConfigError(
+                f"data={self.config.data!r} has changed since the checkpoint was written: its digest was {state['digest']} and is "
+                f"{self.digest}; bring the data back, or delete runs/{self.config.name} to begin anew"
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_batches(self.start_step, self._rank, self._world))
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(list(self.val_batches())[self._rank :: self._world])
+
+    @staticmethod
+    def _loader(batches: Any) -> DataLoader:
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _ranks(self) -> int:
+        """Those of the run, also where no trainer is attached: what it validates on depends on the config alone."""
+        return self.config.devices * self.config.num_nodes
+
+    @property
+    def _val_batches(self) -> int:
+        """Every rank validates equally often, and all of them on as much as was asked for."""
+        return -(-self.config.eval_batches // self._ranks) * self._ranks
+
+
+class TextData(RunData):
+    """The text of a config as batches of token windows; `datasets` and the tokeniser run on first use only.
+
+    Task-level routing gets the class of each sequence beside it (`ecmoe.data.classes`).
+
+    After `setup()`: digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token (of the
+    validation windows), provenance.
+
+    Raises:
+        ConfigError: the corpus is missing, or too small for a batch.
+    """
+
+    def __init__(self, config: RunConfig, cache: Path | None = None):
+        super().__init__(config)
+        self.cache = cache
+        self._tokens: tokens.Tokens | None = None
+
+    def prepare_data(self) -> None:
+        tokens.load(self.config, self.cache)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._tokens is not None:
+            return
+        config, loaded = self.config, tokens.load(self.config, self.cache)
+        self.train_windows = _windows(loaded.train, config.sequence_length)
+        windows = _windows(loaded.val, config.sequence_length)
+        self._check(
+            len(self.train_windows),
+            config.batch_size * self._ranks,
+            "training",
+            "batch_size, on every rank,",
+        )
+        count = self._val_batches * config.batch_size
+        self._check(len(windows), count, "validation", "eval_batches x batch_size")
+        which = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
+        self.val_windows = windows[which]
+        self.train_tasks = self.val_tasks = None
+        if config.router == "task_level":
+            classes = WindowClasses(self.train_windows, config.num_tasks)
+            self.train_tasks = classes.before(self.train_windows)
+            self.val_tasks = classes.before(windows)[which]
+        self.digest: str = loaded.meta["digest"]
+        self.provenance: dict[str, Any] = {key: loaded.meta.get(key) for key in _PROVENANCE} | about(config.data)
+        self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val_windows[:, 1:]].mean())
+        self.token_counts = _counts(loaded.train, config.vocab_size)
+        self._tokens = loaded
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; `\\0` ends a document."""
+        self.setup()
+        return self._tokens.tokenizer.decode(ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        self.setup()
+        return self._tokens.tokenizer.encode([text])[0].tolist()
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; many at once are faster."""
+        self.setup()
+        return [ids.tolist() for ids in self._tokens.tokenizer.encode(texts)]
+
+    def train_batches(self, start: int, rank: int, world: int) -> Batches:
+        size, seed = self.config.batch_size, self.config.seed
+        return Batches(self.train_windows, size, seed, start, rank, world, self.train_tasks)
+
+    def val_batches(self) -> Iterable[Batch]:
+        size = self.config.batch_size
+        windows = torch.from_numpy(self.val_windows.astype(np.int64)).split(size)
+        if self.val_tasks is None:
+            return windows
+        return zip(windows, torch.from_numpy(self.val_tasks).split(size), strict=True)
+
+    def _check(self, have: int, need: int, side: str, keys: str) -> None:
+        if have < need:
+            config = self.config
+            raise ConfigError(
+                f"data={config.data!r} (max_bytes={config.max_bytes}) holds {have} {side} windows of sequence_length + 1 = "
+                f"{config.sequence_length + 1} tokens, but {keys} need {need} (batch_size={config.batch_size}, eval_batches="
+                f"{config.eval_batches}): lower these or sequence_length, raise max_bytes, or take a larger corpus"
+            )
+
+
+def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:
+    """Are the data here others than those of `said`, a run's provenance? No, where they aren't here, or it doesn't say.
+
+    The source is compared, not its tokens: reading a result must not start long work. Of images, only the embedded ones
+    are looked at.
+    """
+    said = said or {}
+    if config.images:
+        from ecmoe.data.images import load
+
+        return config.data == "digits" and "digest" in said and said["digest"] != load("digits").provenance["digest"]
+    try:
+        files = source_files(config.data)
+    except ConfigError:
+        return False
+    there = said.get("source_sha256")
+    return bool(files and there) and _content_digest(stat_digest(files), tuple(files.items())) != there
+
+
+@functools.lru_cache(maxsize=64)
+def _content_digest(stat: str, files: tuple[tuple[str, Path], ...]) -> str:
+    """Read once a process and state of the files."""
+    return content_digest(dict(files))
+
+
+def _windows(ids: np.ndarray, length: int) -> np.ndarray:
+    """(windows, T+1) consecutive, non-overlapping windows of (tokens,) ids; the rest is dropped."""
+    count = len(ids) // (length + 1)
+    return ids[: count * (length + 1)].reshape(count, length + 1)
+
+
+def _counts(ids: np.ndarray, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(ids), chunk):
+        counts += np.bincount(ids[start : start + chunk], minlength=vocab_size)
+    return counts

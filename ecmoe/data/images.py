@@ -1,0 +1,188 @@
+"""Images: labelled pictures of one size, for classification; the key `data` names them.
+
+`digits` needs no download, `cifar10` comes from the Hub, and `images:PATH` is a local folder.
+
+Letters: n images of C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ecmoe import paths
+from ecmoe.config import IMAGES, IMAGES_PREFIX, ConfigError
+from ecmoe.data.corpus import NOT_STATED, about
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+HELD_OUT = 5  # where a source has no split of its own, one image in so many validates
+
+
+class Images(NamedTuple):
+    """A data set, split. The same data give the same images in the same order.
+
+    train_x, val_x: (n, C, H, W) float32 in [0, 1]. train_y, val_y: (n,) int64, places in `classes`.
+    provenance: name, licence, attribution, digest (hex, of pixels and labels), train_images, val_images, shape.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    val_x: Tensor
+    val_y: Tensor
+    classes: tuple[str, ...]
+    provenance: dict[str, Any]
+
+
+class _Split(NamedTuple):
+    """Images as they are stored: (n, H, W, C) uint8, (n,) int64."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def load(data: str) -> Images:
+    """The images that the key `data` names; the last one asked for is kept in memory.
+
+    Args:
+        data: digits, cifar10 (through `datasets`), or images:PATH, a folder of image files in a sub-folder per class
+            (perhaps below train and test), or of NAME_{train,test}.jpgs.xz with NAME_{train,test}.idx.xz: JPEGs end to
+            end, and a line `offset length label` for each.
+
+    Raises:
+        ConfigError: there are no such images, they can't be read, or they aren't all of one size.
+    """
+    if data in IMAGES:
+        return _load(data, None)
+    if not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX:
+        raise ConfigError(f"data={data!r}: images must be one of {', '.join(IMAGES)}, or {IMAGES_PREFIX}PATH")
+    folder = paths.resolve(data.removeprefix(IMAGES_PREFIX))
+    if not folder.is_dir():
+        raise ConfigError(f"data={data!r}: {folder} is no folder; it must hold a sub-folder of image files per class, "
+                          "or NAME_train.jpgs.xz and the files that go with it")  # fmt: skip
+    return _load(data, folder)
+
+
+@functools.lru_cache(maxsize=1)  # the runs of a study read the same images one after the other
+def _load(data: str, folder: Path | None) -> Images:
+    if data == "digits":
+        return _digits()
+    if data == "cifar10":
+        return _cifar10(data)
+    said = {"name": folder.name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(str(folder.resolve()))
+    packed = sorted(folder.glob("*_train.jpgs.xz"))
+    train, val, classes = _packed(data, packed[0]) if packed else _folder(data, folder)
+    return _images(train, val, classes, said)
+
+
+def _digits() -> Images:
+    """scikit-learn's copy of UCI's digits: 8 x 8 pixels of 17 greys, in the order in which they were written.
+
+    The first 1,437 train, the last 360 validate: most of these are by people who wrote none of the others.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels, labels = digits.images.astype(np.uint8)[..., None], digits.target.astype(np.int64)
+    first = 1437
+    said = {
+        "name": "Optical Recognition of Handwritten Digits (scikit-learn's copy; first 1,437 train, last 360 validate)",
+        "licence": "CC BY 4.0",
+        "attribution": "Alpaydin and Kaynak 1998, UCI Machine Learning Repository",
+    }
+    train, val = _Split(pixels[:first], labels[:first]), _Split(pixels[first:], labels[first:])
+    return _images(train, val, tuple("0123456789"), said, white=16)
+
+
+def _cifar10(data: str) -> Images:
+    """CIFAR-10 as the Hub has it: 50,000 images train, the 10,000 of the test set validate."""
+    from datasets import load_dataset
+
+    try:
+        sets = load_dataset("uoft-cs/cifar10")
+    except Exception as error:  # no network, mostly: `datasets` says so itself
+        raise ConfigError(
+            f"data={data!r}: `datasets` can't load 'uoft-cs/cifar10' ({type(error).__name__}: {error}); the Hub must be "
+            f"reachable, or give a local copy as data: {IMAGES_PREFIX}PATH, or take data: digits"
+        ) from error
+    said = {"name": "CIFAR-10", "licence": NOT_STATED,
+            "attribution": "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"}  # fmt: skip
+    train, val = (_stack(data, ((row["img"], row["label"]) for row in sets[name])) for name in ("train", "test"))
+    return _images(train, val, tuple(sets["train"].features["label"].names), said)
+
+
+def _packed(data: str, train: Path) -> tuple[_Split, _Split, tuple[str, ...]]:
+    name = train.name.removesuffix("_train.jpgs.xz")
+    splits = [_stack(data, _jpegs(data, train.with_name(f"{name}_{part}"))) for part in ("train", "test")]
+    largest = max(int(split.labels.max()) for split in splits)
+    known = CIFAR10 if name == "cifar10" else ()
+    return *splits, known if largest < len(known) else tuple(map(str, range(largest + 1)))
+
+
+def _jpegs(data: str, stem: Path) -> Iterable[tuple[Any, int]]:
+    from PIL import Image
+
+    try:
+        images = lzma.open(f"{stem}.jpgs.xz").read()
+        lines = lzma.open(f"{stem}.idx.xz", "rt").read().splitlines()
+        for line in lines:
+            offset, length, label = map(int, line.split())
+            yield Image.open(io.BytesIO(images[offset : offset + length])), label
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise ConfigError(f"data={data!r}: {stem}.jpgs.xz with {stem.name}.idx.xz can't be read ({error}); they must hold "
+                          "JPEGs end to end, and a line `offset length label` for each")  from error  # fmt: skip
+
+
+def _folder(data: str, folder: Path) -> tuple[_Split, _Split, tuple[str, ...]]:
+    from datasets import load_dataset
+
+    try:
+        sets = load_dataset("imagefolder", data_dir=str(folder), streaming=True)
+        classes = tuple(sets["train"].features["label"].names)
+    except Exception as error:  # no images, no train, no label: `datasets` finds each in its own way
+        raise ConfigError(f"data={data!r}: {folder} can't be read ({type(error).__name__}: {error}); it must hold a "
+                          "sub-folder of image files per class")  from error  # fmt: skip
+    splits = {name: _stack(data, ((row["image"], row["label"]) for row in rows)) for name, rows in sets.items()}
+    train, val = splits["train"], splits.get("validation", splits.get("test"))
+    if val is None:  # the same share of every class
+        place = np.zeros(len(train.labels), np.int64)
+        for label in range(len(classes)):
+            place[train.labels == label] = np.arange((train.labels == label).sum())
+        held = place % HELD_OUT == HELD_OUT - 1
+        train, val = (_Split(train.pixels[which], train.labels[which]) for which in (~held, held))
+    return train, val, classes
+
+
+def _stack(data: str, rows: Iterable[tuple[Any, int]]) -> _Split:
+    """Pillow's images as RGB, one below the other; they must be of one size."""
+    pixels, labels = [], []
+    for image, label in rows:
+        pixels.append(np.asarray(image.convert("RGB")))
+        labels.append(label)
+    sizes = sorted({array.shape[:2] for array in pixels})
+    if len(sizes) != 1:
+        found = " and ".join(f"{width} x {height}" for height, width in sizes[:2]) or "nothing"
+        raise ConfigError(
+            f"data={data!r}: holds images of {found} pixels, but all must be of one size: resize them first"
+        )
+    return _Split(np.stack(pixels), np.array(labels, np.int64))
+
+
+def _images(train: _Split, val: _Split, classes: tuple[str, ...], said: dict[str, str], white: int = 255) -> Images:
+    digest = hashlib.sha256()
+    tensors = []
+    for pixels, labels in (train, val):
+        digest.update(np.ascontiguousarray(pixels).tobytes() + labels.tobytes())
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        tensors += [x.div_(white), torch.from_numpy(labels)]
+    digest.update(repr(classes).encode())
+    counts = {"train_images": len(train.labels), "val_images": len(val.labels), "shape": list(tensors[0].shape[1:])}
+    return Images(*tensors, classes, {**said, "digest": digest.hexdigest()[:16], **counts})

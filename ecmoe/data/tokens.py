@@ -1,0 +1,312 @@
+"""The tokens of a corpus: made once, kept as memory-mapped files, checked against damage."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecmoe import paths
+from ecmoe.config import ConfigError
+from ecmoe.data.corpus import (
+    Corpus,
+    content_digest,
+    open_corpus,
+    source_files,
+    source_key,
+    stat_digest,
+)
+from ecmoe.data.tokenizer import BPE, END, Bytes, Tokenizer, train_bpe
+
+# Part of every cache's name: raise it when the same source would give other tokens.
+SCHEMA = 1
+VALIDATION = 0.05  # share of the text, where the source has no validation split of its own
+BPE_BYTES = 50_000_000  # BPE learns its merges from at most so much text
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised corpus. train, val: (tokens,) memory-mapped ids. meta: as in meta.json."""
+
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+
+
+def folder(config: Any, cache: Path | None = None) -> Path:
+    """Where the tokens of this config are kept: it depends on no file but only on the keys read here."""
+    keys = _keys(config)
+    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:12]
+    slug = re.sub(r"[^\w.-]+", "-", Path(keys["data"]).name).strip("-")[:40]
+    return (cache or paths.cache()) / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
+
+
+def load(config: Any, cache: Path | None = None, progress: bool = True) -> Tokens:
+    """The corpus of `config` in tokens; made on first use, while other processes wait.
+
+    Made again when a file is damaged or the source has changed; used as it is where the source isn't.
+
+    Raises:
+        ConfigError: no such source and no cache; or a damaged cache without its source.
+    """
+    from filelock import FileLock
+
+    place = folder(config, cache)
+    if _trouble(config, place):
+        if _meta(place) is None:
+            source_files(config.data)  # a typing error leaves nothing behind
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.parent / f"{place.name}.lock"):
+            trouble = _trouble(config, place)  # another process may have made it meanwhile
+            if trouble:
+                _make(config, place, trouble, progress)
+    return _open(place)
+
+
+def _keys(config: Any) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "data": source_key(config.data),
+        "max_bytes": config.max_bytes,
+        "tokenizer": config.tokenizer,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _open(place: Path) -> Tokens:
+    meta = _meta(place)
+    train, val = (np.memmap(place / f"{split}.bin", np.dtype(meta["dtype"]), "r") for split in ("train", "val"))
+    return Tokens(train, val, BPE(place / "tokenizer.json") if meta["tokenizer"] == "bpe" else Bytes(), meta)
+
+
+def _meta(place: Path) -> dict[str, Any] | None:
+    """meta.json; None if there is none, {} if it is damaged."""
+    try:
+        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        return meta if meta.pop("check") == _check(meta) else {}
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, KeyError):
+        return {}
+
+
+def _write_meta(place: Path, meta: dict[str, Any]) -> None:
+    """Last of all, by rename: what it describes is then complete."""
+    temporary = place / f"meta.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(meta | {"check": _check(meta)}, indent=1), encoding="utf-8")
+    os.replace(temporary, place / "meta.json")
+
+
+def _check(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _trouble(config: Any, place: Path) -> str | None:
+    """What is wrong with the cache, in words; None if nothing is."""
+    meta = _meta(place)
+    if meta is None:
+        return "not tokenised yet"
+    if not meta:
+        return "meta.json is damaged"
+    for name, said in meta["files"].items():
+        path = place / name
+        if not path.is_file() or path.stat().st_size != said["bytes"]:
+            return f"{name} is missing or cut"
+        if _sha256(path, path.stat().st_mtime_ns, path.stat().st_size) != said["sha256"]:
+            return f"{name} is damaged (its SHA-256 differs)"
+    try:
+        files = source_files(config.data)
+    except ConfigError:  # the source isn't here: the tokens are all there is
+        return None
+    if files and stat_digest(files) != meta["source_stat"]:
+        if content_digest(files) != meta["source_sha256"]:
+            return "the source has changed"
+        with contextlib.suppress(OSError):  # only touched; a read-only cache stays as it is
+            _write_meta(place, meta | {"source_stat": stat_digest(files)})
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    """Read once a process and state of the file."""
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
+    try:
+        files = source_files(config.data)
+        corpus = open_corpus(config.data, config.streaming or config.max_bytes > 0)  # a part: not the whole download
+    except ConfigError as error:
+        if trouble == "not tokenised yet":
+            raise
+        raise ConfigError(
+            f"data={config.data!r}: the cache {place} can't be used: {trouble}; it can't be made again: {error}"
+        ) from error
+    (place / "meta.json").unlink(missing_ok=True)
+    source = {
+        "source_stat": stat_digest(files) if files else None,
+        "source_sha256": content_digest(files) if files else None,
+    }
+    work = place / "work"
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    work.mkdir()
+    try:
+        meta = _tokenise(config, corpus, work, _bar(config.data, progress))
+        files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
+        for name in files_meta:
+            os.replace(work / name, place / name)
+        _write_meta(
+            place,
+            _keys(config) | meta | source | {"digest": _check(files_meta)[:16], "files": files_meta},
+        )
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _bar(data: str, progress: bool) -> Callable[[str, int | None], Any]:
+    from tqdm import tqdm
+
+    disable = None if progress else True  # None: quiet unless a person watches
+    return lambda what, total: tqdm(
+        desc=f"{what} {Path(data).name}",
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=disable,
+        leave=False,
+    )
+
+
+def _tokenise(config: Any, corpus: Corpus, work: Path, bar: Callable[[str, int | None], Any]) -> dict[str, Any]:
+    """Read the source once into a spool file, split it, train BPE on the training side, encode."""
+    spool = work / "spool"
+    own = corpus.validation is not None
+    with spool.open("w+b") as file:
+        with bar("reading", config.max_bytes or None) as shown:
+            lengths, hashes = _spool(corpus.train, file, config.max_bytes, shown.update)
+            is_val, rule = (np.zeros(len(lengths), bool), "the source's own") if own else split(hashes, lengths)
+            if own:
+                limit = -(-config.max_bytes // 20)  # as large a share as ours
+                more, _ = _spool(corpus.validation, file, limit, shown.update)
+                lengths = np.concatenate([lengths, more])
+                is_val = np.concatenate([is_val, np.ones(len(more), bool)])
+        if is_val.all() or not is_val.any():
+            raise ConfigError(f"data={config.data!r}: {len(lengths)} documents of {lengths.sum()} bytes are too few to split "
+                              "into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip
+        if config.tokenizer == "bpe":
+            train_bytes = int(lengths[~is_val].sum())
+            every = np.flatnonzero(~is_val)[:: max(1, -(-train_bytes // BPE_BYTES))]
+            with bar("learning BPE from", int(lengths[every].sum())) as shown:
+                texts = (text.removesuffix(END) for text in _despool(file, lengths, every, shown.update))
+                train_bpe(texts, config.vocab_size, work / "tokenizer.json")
+            tokenizer: Tokenizer = BPE(work / "tokenizer.json")
+        else:
+            tokenizer = Bytes()
+        dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+        meta = {"name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution, "dtype": dtype.name,
+                "split": rule}  # fmt: skip
+        with bar("tokenising", int(lengths.sum())) as shown:
+            for name, chosen in (
+                ("train", np.flatnonzero(~is_val)),
+                ("val", np.flatnonzero(is_val)),
+            ):
+                with (work / f"{name}.bin").open("wb") as out:
+                    count = _encode(_despool(file, lengths, chosen, shown.update), tokenizer, dtype, out)
+                meta |= {
+                    f"{name}_tokens": count,
+                    f"{name}_bytes": int(lengths[chosen].sum()),
+                    f"{name}_documents": len(chosen),
+                }
+    spool.unlink()
+    return meta
+
+
+def _spool(
+    documents: Iterable[tuple[str, str]], file: Any, max_bytes: int, shown: Callable[[int], Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Append the documents, at most `max_bytes` (0: all) of them; their lengths in bytes and their units' hashes."""
+    lengths, hashes, left = array("Q"), array("Q"), max_bytes or float("inf")
+    for unit, text in documents:
+        data = text.replace(END, "").encode(errors="replace")
+        if len(data) >= left:  # cut the last one, between characters
+            data = data[: int(left)].decode(errors="ignore").encode()
+        if data:
+            file.write(data + END.encode())
+            lengths.append(len(data) + 1)
+            hashes.append(
+                int.from_bytes(hashlib.blake2b(unit.encode(errors="replace"), digest_size=8).digest(), "little")
+            )
+            shown(len(data))
+        left -= len(data)
+        if left <= 4:  # less than a character
+            break
+    return np.array(lengths, np.int64), np.array(hashes, np.uint64)
+
+
+def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) -> tuple[np.ndarray, str]:
+    """(documents,) bool, which are validation, and the rule in words. A unit (same hash) is never split.
+
+    Units in the order of their hash fill `share` of the bytes; a corpus whose every unit is larger (a single book)
+    gives its last documents: the text next to a validation document is then seen in training at one place alone.
+    """
+    units, unit_of = np.unique(hashes, return_inverse=True)  # sorted by hash
+    sizes = np.bincount(unit_of, weights=lengths, minlength=len(units))
+    chosen, left = np.zeros(len(units), bool), share * lengths.sum()
+    for i in np.flatnonzero(sizes <= left):
+        if sizes[i] <= left:
+            chosen[i] = True
+            left -= sizes[i]
+        if left < 0.02 * share * lengths.sum():
+            break
+    if sizes[chosen].sum() > share * lengths.sum() / 2:
+        return chosen[unit_of], f"{share:.0%} of the text, whole files or documents"
+    after = lengths[::-1].cumsum()[::-1]  # bytes from here to the end
+    first = min(np.searchsorted(-after, -share * lengths.sum()), len(lengths) - 1)
+    return np.arange(len(lengths)) >= first, f"the last {share:.0%} of the text"
+
+
+def _despool(file: Any, lengths: np.ndarray, chosen: np.ndarray, shown: Callable[[int], Any]) -> Iterator[str]:
+    starts = np.cumsum(lengths) - lengths
+    for i in chosen:
+        file.seek(int(starts[i]))
+        yield file.read(int(lengths[i])).decode()
+        shown(int(lengths[i]))
+
+
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, out: Any) -> int:
+    """Write the tokens of `texts`, batch by batch over all cores; how many there are."""
+    count = 0
+    for batch in _batches(texts):
+        for ids in tokenizer.encode(batch):
+            out.write(ids.astype(dtype).tobytes())
+            count += len(ids)
+    return count
+
+
+def _batches(texts: Iterable[str], characters: int = 1 << 22) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

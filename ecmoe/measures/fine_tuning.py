@@ -1,0 +1,191 @@
+"""Fine-tune a trained run on a classification task (claim C4): the whole model, and a linear head on its last token.
+
+`fine_tuned` is a `compute` of `ecmoe.measures.measure.measure`: (model, config) -> what JSON can hold. The paper doesn't print how
+it fine-tunes; all of this is ours: one pass of the texts by a decoder, one learning rate for all arms and tasks.
+
+Letters: N examples of T tokens, padded on the right; batches of B; width d; C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from ecmoe.config import RunConfig
+from ecmoe.data import tasks
+from ecmoe.data.batches import TextData, window_order
+from ecmoe.model.transformer import Transformer
+from ecmoe.routing import Router, causal_routing
+from ecmoe.training.run import new_trainer, resolved_precision
+
+SEPARATOR = "\n"  # ends each text of an example
+ROUND = 16  # a batch's T is a multiple of it
+
+
+class Encoded(NamedTuple):
+    """Examples as a model reads them. tokens: (N, T) int64. lengths: (N,) without padding. labels: (N,)."""
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+    def batch(self, which: np.ndarray | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Some of them, no longer than the longest asks for."""
+        lengths = self.lengths[which]
+        return self.tokens[which, : -(-int(lengths.max()) // ROUND) * ROUND], lengths, self.labels[which]
+
+
+def measurement(task: str, tuning: Mapping[str, Any]) -> str:
+    """The name of a measurement: another setting is another one; where the task's files lie doesn't matter."""
+    settings = json.dumps({key: value for key, value in tuning.items() if key != "folder"}, sort_keys=True)
+    return f"fine-tuned-{task}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+
+def fine_tuned(
+    model: Transformer,
+    config: RunConfig,
+    *,
+    task: str,
+    folder: str | None = None,
+    steps: int = 300,
+    batch_size: int = 32,
+    learning_rate: float = 3e-4,
+    examples: int | None = None,
+) -> dict[str, Any]:
+    """Accuracy on a task's validation examples after fine-tuning on its training examples.
+
+    Args:
+        task, folder: as in `tasks.load`. steps: of AdamW, the first tenth warming up, then a linear decay to 0.
+        batch_size: of examples; also in validation, where expert choice's tokens compete, too.
+        examples: at most so many train, and so many validate; None: all.
+
+    Returns:
+        rows: one, with `task`, `accuracy`, `accuracy_causal` (routed by cut-offs: no other token, no other example is
+        seen), `majority` (share of the most frequent validation class), `train`, `validation` (examples), `truncated`
+        (share of examples that didn't fit into the model's sequence).
+
+    Raises:
+        ConfigError: as in `tasks.load`. ValueError: the run is of no decoder of text, or fewer examples than a batch.
+    """
+    if config.images or config.router == "task_level":
+        raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
+    train, validation = (part.first(examples) for part in tasks.load(task, folder))
+    if len(train.labels) < batch_size:
+        raise ValueError(
+            f"task {task!r}: batch_size={batch_size} is more than its {len(train.labels)} training examples"
+        )
+    data = TextData(config)
+    data.prepare_data()
+    (train, validation), truncated = _encode(data, (train, validation), config.sequence_length)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        tuned = LitFineTuning(copy.deepcopy(model), config, tasks.classes(task), learning_rate, steps)
+        batches = DataLoader(_batches(train, config.seed, steps, batch_size), batch_size=None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", module="lightning.*")
+            new_trainer(config, devices=1, max_steps=steps, gradient_clip_val=1.0).fit(tuned, batches)
+    tuned = tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    accuracy = tuned.accuracy(validation, batch_size)
+    with causal_routing(tuned.model):
+        causal = tuned.accuracy(validation, batch_size)
+    row = {"task": task, "accuracy": accuracy, "accuracy_causal": causal}
+    row |= {"majority": float(validation.labels.bincount().max() / len(validation.labels))}
+    return {"rows": [row | {"train": len(train.labels), "validation": len(validation.labels), "truncated": truncated}]}
+
+
+class LitFineTuning(L.LightningModule):
+    """A trained model and a new head: tokens, lengths -> logits of classes, (B, C)."""
+
+    def __init__(self, model: Transformer, config: RunConfig, classes: int, learning_rate: float, steps: int) -> None:
+        super().__init__()
+        self.model, self.config, self.learning_rate, self.steps = model.train(), config, learning_rate, steps
+        self.head = nn.Linear(config.d_model, classes)
+        nn.init.zeros_(self.head.weight)  # all classes alike, whatever the seed
+        nn.init.zeros_(self.head.bias)
+        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        hidden = self.model.hidden(tokens, mask=mask)  # padding takes no expert, and is in nobody's past
+        last = (lengths - 1).clamp_min(0)
+        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        tokens, lengths, labels = batch
+        loss = F.cross_entropy(self(tokens, lengths).float(), labels)
+        return loss + sum(layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for router in self.routers:
+            router.end_step()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0)
+        warm = max(self.steps // 10, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm, (self.steps - step) / max(self.steps - warm, 1))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def accuracy(self, examples: Encoded, batch_size: int) -> float:
+        """Share of the examples whose class gets the largest logit; the last batch is filled up with padding."""
+        right, kind = 0, self.device.type
+        narrow = resolved_precision(self.config).startswith("bf16")
+        for start in range(0, len(examples.labels), batch_size):
+            tokens, lengths, labels = (
+                part.to(self.device) for part in examples.batch(slice(start, start + batch_size))
+            )
+            empty = batch_size - len(labels)
+            with torch.autocast(kind, torch.bfloat16, enabled=narrow):
+                logits = self(F.pad(tokens, (0, 0, 0, empty)), F.pad(lengths, (0, empty)))
+            right += int((logits[: len(labels)].argmax(dim=1) == labels).sum())
+        return right / len(examples.labels)
+
+
+def _encode(data: TextData, parts: tuple[tasks.Examples, ...], most: int) -> tuple[list[Encoded], float]:
+    """Texts joined, each ended by a line break; where that is too long, the longest text loses its beginning. And how often."""
+    rows, cut = [], 0
+    for part in parts:
+        encoded = iter(data.encode_all([text + SEPARATOR for texts in part.texts for text in texts]))
+        pieces = [[next(encoded) for _ in texts] for texts in part.texts]
+        cut += sum(sum(map(len, some)) > most for some in pieces)
+        rows.append([_fitted(some, most) for some in pieces])
+    encoded = [_padded(some, part.labels) for some, part in zip(rows, parts, strict=True)]
+    return encoded, cut / sum(map(len, rows))
+
+
+def _fitted(pieces: list[list[int]], most: int) -> list[int]:
+    """One after the other, at most so many; the longest is cut down to the second, then both alike."""
+    while (over := sum(map(len, pieces)) - most) > 0:
+        *_, second, longest = [0, *sorted(map(len, pieces))]
+        which = max(range(len(pieces)), key=lambda i: len(pieces[i]))
+        pieces[which] = pieces[which][min(over, max(longest - second, 1)) :]
+    return [i for piece in pieces for i in piece]
+
+
+def _padded(rows: list[list[int]], labels: np.ndarray) -> Encoded:
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    tokens = F.pad(tokens, (0, -tokens.shape[1] % ROUND))
+    return Encoded(tokens, torch.tensor([len(row) for row in rows]), torch.from_numpy(labels))
+
+
+def _batches(examples: Encoded, seed: int, steps: int, batch_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Epoch after epoch in another order; what is left over at an epoch's end is dropped."""
+    a_pass = len(examples.labels) // batch_size
+    orders = [window_order(seed, epoch, len(examples.labels)) for epoch in range(-(-steps // a_pass))]
+    which = [order[i * batch_size : (i + 1) * batch_size] for order in orders for i in range(a_pass)]
+    return [examples.batch(some) for some in which[:steps]]

@@ -1,0 +1,146 @@
+"""What a trained model's routing does on held-out text: how many experts a token gets, and which tokens get many.
+
+Each function here is a `compute` of `ecmoe.measures.measure.measure`: (model, config) -> what JSON can hold.
+Letters: B sequences of T tokens, n = B T, e experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ecmoe.config import RunConfig
+from ecmoe.data.batches import TextData
+from ecmoe.model.moe import MOST_EXPERTS_COUNTED
+from ecmoe.model.transformer import Transformer
+from ecmoe.routing import Assignment
+from ecmoe.routing.capped import cap_report, capped_top_k
+from ecmoe.training.result import SHARES
+
+EXCERPT = 240  # tokens of text that a page shows
+KINDS = ("word start", "word rest", "number", "punctuation", "white space", "other")
+
+
+@contextmanager
+def watched(model: Transformer) -> Iterator[list[tuple[Tensor, Assignment]]]:
+    """A list that fills with (logits (n, e), assignment) of every MoE layer, in order, as the model runs."""
+    seen: list[tuple[Tensor, Assignment]] = []
+    routers = [layer.router for layer in model.moe_layers]
+
+    def watch(router):
+        assign = router.assign
+
+        def recorded(logits, **kwargs):
+            assignment = assign(logits, **kwargs)
+            seen.append((logits, assignment))
+            return assignment
+
+        router.assign = recorded
+
+    for router in routers:
+        watch(router)
+    try:
+        yield seen
+    finally:
+        for router in routers:
+            del router.assign  # the class's own is seen again
+
+
+def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
+    """The data of a run, and (batches B, T + 1) tokens that it was not trained on."""
+    data = TextData(config)
+    data.prepare_data()
+    data.setup()
+    return data, torch.from_numpy(data.val_windows[: batches * config.batch_size].astype(np.int64))
+
+
+@torch.no_grad()
+def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
+    """How many experts tokens get, as trained, on a batch of held-out text.
+
+    Returns:
+        kinds: a row per kind of token and MoE layer, with its share_0 ... share_8 and number of tokens.
+        words: a row per token that occurs often, with the mean number of experts over layers.
+        text, counts: an excerpt token by token, and the experts of each token in each MoE layer.
+    """
+    data, batch = held_out(config)
+    ids = batch[:, :-1]
+    device = next(model.parameters()).device
+    with watched(model) as seen:
+        model.hidden(ids.to(device))
+    n = ids.numel()
+    counts = torch.stack([assignment.experts_per_token(n).cpu() for _, assignment in seen])  # (layers, n)
+    names = {i: data.decode([i]) for i in ids.unique().tolist()}
+    texts = [names[i] for i in ids.flatten().tolist()]
+    kinds = np.array([_kind(text, before) for text, before in zip(texts, ["", *texts], strict=False)])
+    return {
+        "kinds": [
+            {"kind": kind, "layer": layer, "tokens": int(of_kind.sum())} | _shares(counts[layer][of_kind])
+            for kind in KINDS
+            if (of_kind := kinds == kind).any()
+            for layer in range(len(seen))
+        ],
+        "words": _words(ids.flatten(), counts.float().mean(0), names, least=max(20, n // 2000)),
+        "text": texts[: min(EXCERPT, ids.shape[1])],
+        "counts": counts[:, : min(EXCERPT, ids.shape[1])].tolist(),
+    }
+
+
+@torch.no_grad()
+def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, Any]:
+    """The two solvers of capped expert choice on the scores that a trained model gives held-out text.
+
+    Returns:
+        rows: one per MoE layer, cap and solver: largest errors of A's sums (tokens), tokens over the cap and empty
+            slots after TopK, and the sum of the chosen scores over that of the uncapped top-k.
+    """
+    _, batch = held_out(config)
+    with watched(model) as seen:
+        model(batch[:, :-1].to(next(model.parameters()).device))
+    rows = []
+    for layer, (logits, _) in enumerate(seen):
+        S = logits.softmax(1).T[None]  # (1, e, n)
+        k = int(S.shape[2] * config.capacity_factor / config.num_experts)
+        plain = S.topk(k, dim=2).values.sum()
+        for b in (2, 3):
+            for solver in ("feasible", "dykstra"):
+                report = cap_report(S, k, b, solver=solver)
+                G, _ = capped_top_k(S, k, b, solver=solver)
+                rows.append(
+                    {"layer": layer, "cap": b, "solver": solver, "score_kept": float(G.sum() / plain)}
+                    | {name: float(value) for name, value in report._asdict().items()}
+                )
+    return {"rows": rows, "tokens": batch[:, :-1].numel()}
+
+
+def _kind(text: str, before: str) -> str:
+    """What a token is for a reader; `before` is the token before it, which says whether a word goes on."""
+    bare = text.strip()
+    if not bare:
+        return "white space" if text else "other"
+    if bare[0].isalpha():
+        goes_on = text[0].isalpha() and before[-1:].isalpha()
+        return "word rest" if goes_on else "word start"
+    if bare[0].isdigit():
+        return "number"
+    return "punctuation" if bare[0].isascii() and bare[0].isprintable() else "other"
+
+
+def _shares(counts: Tensor) -> dict[str, float]:
+    bins = counts.clamp(max=MOST_EXPERTS_COUNTED).bincount(minlength=len(SHARES))
+    return dict(zip(SHARES, (bins / bins.sum()).tolist(), strict=True))
+
+
+def _words(ids: Tensor, experts: Tensor, names: dict[int, str], least: int) -> list[dict[str, Any]]:
+    """Tokens that occur at least `least` times, most experts first: text, occurrences, mean experts."""
+    size = int(ids.max()) + 1
+    times = ids.bincount(minlength=size)
+    mean = ids.bincount(weights=experts.double(), minlength=size) / times
+    often = (times >= least).nonzero().flatten().tolist()
+    rows = [{"token": names[i], "times": int(times[i]), "experts": float(mean[i])} for i in often]
+    return sorted(rows, key=lambda row: -row["experts"])

@@ -1,0 +1,302 @@
+"""The Transformer of section 3.4: decoder-only, the FFN of every other layer is an MoE; and its dense twin.
+
+From the paper: relative position bias in each layer, GELU-gated FFNs where there are no experts. Ours, the
+paper is silent: RMSNorm before each block, no biases, T5's buckets, tied embeddings, initial values.
+
+Letters: B sequences of T tokens, width d, h heads, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ecmoe.config import RunConfig
+from ecmoe.model.attention import Attention
+from ecmoe.model.cross_entropy import linear_cross_entropy
+from ecmoe.model.moe import MoE
+from ecmoe.routing import build_router
+
+
+def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
+    """The model of a config, its initial values drawn from config.seed.
+
+    Every parameter has a generator of its own, seeded by (seed, name): two configs with the same seed
+    start from the same values in all parameters that they share.
+
+    Args:
+        token_counts: (V,) corpus frequencies, for hash_table=balanced.
+    """
+    model = _new_model(config, token_counts)
+    if not next(model.parameters()).is_meta:
+        model.initialize(config.seed)
+    return model
+
+
+def _new_model(config: RunConfig, token_counts: Tensor | None) -> Trunk:
+    if config.images:
+        from ecmoe.model.vision import VisionTransformer  # it is made of what stands here
+
+        return VisionTransformer(config)
+    return Transformer(config, token_counts)
+
+
+class Trunk(nn.Module):
+    """An embedding, blocks, and a last norm; and how all parameters start."""
+
+    def __init__(
+        self, config: RunConfig, embedding: nn.Module, token_counts: Tensor | None = None, causal: bool = True
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(
+            Block(
+                config,
+                config.router != "dense" and layer % config.moe_every == config.moe_every - 1,
+                token_counts,
+                causal,
+            )
+            for layer in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(config.d_model)
+
+    def through(
+        self,
+        x: Tensor,
+        token_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, T, d) of the embedding -> (B, T, d), through all blocks and the last norm. The others: as in `Transformer.hidden`."""
+        update = None
+        for layer, block in enumerate(self.blocks):
+            past = None if cache is None else cache.layers[layer]
+            x, update = block(x, update, token_ids, task_ids, mask, past)
+        return self.norm(x + update)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The layers with experts, first to last; none in the dense twin."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def initialize(self, seed: int) -> None:
+        """Draw every parameter from a generator seeded by (seed, name)."""
+        with ThreadPoolExecutor() as pool:  # a core draws 100 million numbers a second, and 0.1B/64E has 1.8 billion
+            for _ in pool.map(lambda named: self._draw(seed, *named), self.named_parameters()):
+                pass
+
+    @torch.no_grad()
+    def _draw(self, seed: int, name: str, parameter: Tensor) -> None:
+        std = self._initial_std(name, parameter)
+        if std is None:
+            parameter.fill_(1.0)
+            return
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def _initial_std(self, name: str, parameter: Tensor) -> float | None:
+        """Fan-in, with the blocks' outputs scaled by (2L)^-1/2, so that the residual stream starts near 1."""
+        if name.endswith("norm.weight"):
+            return None
+        if name.endswith("relative.weight"):
+            return 0.1
+        if name == "embedding.weight":
+            return self.config.d_model**-0.5
+        out = (2 * self.config.layers) ** -0.5
+        if name.endswith("moe.w2"):
+            return parameter.shape[1] ** -0.5 * out * self.config.moe_init_scale
+        if name.endswith(("attention.out.weight", "ffn.down.weight")):
+            return parameter.shape[1] ** -0.5 * out
+        # nn.Linear keeps (out, in); experts (e, in, out) and routers (in, out) have the fan-in before last.
+        return parameter.shape[1 if name.endswith((".qkv.weight", "_up.weight")) else -2] ** -0.5
+
+
+class Transformer(Trunk):
+    """Decoder-only language model: (B, T) token ids -> (B, T, V) logits."""
+
+    def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
+        super().__init__(config, nn.Embedding(config.vocab_size, config.d_model), token_counts)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token; with targets, their mean cross-entropy instead, which needs no logits in memory.
+
+        Args:
+            targets: (B, T) int64, the next token of each. The others: as in `hidden`.
+        """
+        x = self.hidden(token_ids, task_ids, mask, cache)
+        return self.logits(x) if targets is None else linear_cross_entropy(x, self.embedding.weight, targets)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) of `hidden` -> (..., V); the output layer is the embedding (tied)."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, T, d), what the output layer reads.
+
+        Args:
+            token_ids: (B, T) int64. task_ids: (B,) or (B, T).
+            mask: (B, T) bool, False for padding, which must follow a sequence's tokens: no expert takes it, and as
+                attention looks back only, no token sees it.
+            cache: keys and values of the tokens before these; extended by these.
+
+        Raises:
+            ValueError: padding comes before a token.
+        """
+        if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("mask has padding before a token: pad on the right, attention reads all that comes before")
+        x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
+        # output layer doesn't start by repeating its input
+        return self.through(x, token_ids, task_ids, mask, cache)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, by layer: decoding computes each token once."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers: list[list[Tensor]] = [[] for _ in range(layers)]
+
+
+class Block(nn.Module):
+    """Attention, then experts or a gated FFN, each on the normalised residual stream.
+
+    The second's output is left to the next block to add: compiled, the sum is one pass with that block's norm.
+    """
+
+    def __init__(
+        self, config: RunConfig, has_experts: bool, token_counts: Tensor | None = None, causal: bool = True
+    ) -> None:
+        super().__init__()
+        self.recompute = config.activation_checkpointing
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
+        self.attention = Attention(config, causal)
+        self.moe = self.ffn = None
+        if has_experts:
+            router = build_router(config, token_counts)
+            self.moe = MoE(router, config.d_model, config.d_ff, recompute=self.recompute, kernels=config.kernels)
+        else:
+            self.ffn = GatedFFN(config.d_model, config.d_ff)
+
+    def forward(
+        self,
+        x: Tensor,
+        update: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        past: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if update is not None:
+            x = x + update
+        x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y), past), x)
+        if self.moe is not None:  # recomputes its experts itself, and keeps the routing
+            return x, self.moe(self.ffn_norm(x), token_ids, task_ids, mask)
+        return x, self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)
+
+    def _maybe_recomputed(self, function, x: Tensor) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(function, x, use_reentrant=False)
+        return function(x)
+
+
+class GatedFFN(nn.Module):
+    """GELU-gated linear unit (section 3.4; Shazeer 2020): three matrices."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(d_model, d_ff, bias=False)
+        self.value_up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.gate_up(x), approximate="tanh") * self.value_up(x))
+
+
+class Preset(NamedTuple):
+    """A row of Table 1: the config's keys, and the parameters that the paper prints."""
+
+    config: RunConfig
+    total: str
+    active: str
+
+
+def _preset(layers: int, d: int, f: int, heads: int, experts: int, total: str, active: str) -> Preset:
+    keys = dict(layers=layers, d_model=d, d_ff=f, heads=heads, sequence_length=1024, batch_size=64)
+    keys |= dict(tokenizer="bpe", vocab_size=256_000, data="c4", streaming=True)
+    router = dict(router="expert_choice", num_experts=experts) if experts else dict(router="dense")
+    return Preset(RunConfig(**keys, **router), total, active)
+
+
+TABLE_1: dict[str, Preset] = {
+    "0.1B": _preset(12, 768, 3072, 12, 0, "130M", "130M"),
+    "0.1B/16E": _preset(12, 768, 3072, 12, 16, "548M", "145M"),
+    "0.1B/32E": _preset(12, 768, 3072, 12, 32, "1.0B", "145M"),
+    "0.1B/64E": _preset(12, 768, 3072, 12, 64, "1.9B", "145M"),
+    "0.1B/128E": _preset(12, 768, 3072, 12, 128, "3.7B", "145M"),
+    "8B": _preset(32, 4096, 16384, 32, 0, "8.7B", "8.7B"),
+    "8B/64E": _preset(32, 4096, 16384, 32, 64, "143B", "9.8B"),
+}
+
+
+class Count(NamedTuple):
+    """Parameters without the embedding: all, and those that an average token passes through."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: RunConfig) -> Count:
+    """Count on the meta device: nothing is allocated, whatever the size."""
+    counts = torch.ones(config.vocab_size, device="cpu") if config.hash_table == "balanced" else None
+    if config.hash_table == "balanced":  # the table is data, not parameters
+        config = config.replace(hash_table="modulo")
+    with torch.device("meta"):
+        model = _new_model(config, counts)
+    total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
+    experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
+    return Count(total, round(total - experts + experts * experts_per_token(config) / config.num_experts))
+
+
+def experts_per_token(config: RunConfig) -> float:
+    """Experts that an average token is offered: c, top_k, 1, or e."""
+    match config.router:
+        case "expert_choice" | "expert_threshold":
+            return min(config.capacity_factor, config.num_experts)
+        case "token_choice":
+            return config.top_k
+        case "dense_moe":
+            return config.num_experts
+    return 1
+
+
+def flops_per_token(config: RunConfig) -> float:
+    """Training FLOPs of a token: 6 N_active (output layer in, embedding out) + 6 L T d of causal attention.
+
+    Of a patch: attention to all tokens takes twice as much; the head, once an image, is counted as if once a patch.
+    """
+    active = count_parameters(config).active
+    attention = 6 * config.layers * config.sequence_length * config.d_model
+    if config.images:
+        return 6 * active + 2 * attention
+    return 6 * (active + config.vocab_size * config.d_model) + attention

@@ -1,0 +1,53 @@
+"""A Vision Transformer whose every other layer has experts: patches are routed (V-MoE, Riquelme et al. 2021).
+
+The blocks are those of the language model, with attention to all patches. Ours, for a small model: RMSNorm, gated
+FFNs where there are no experts, the mean over patches in place of a class token.
+
+Letters: B images of C channels, H x W pixels; T patches of P x P pixels; width d.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ecmoe.config import RunConfig
+from ecmoe.model.transformer import Trunk
+
+
+def patchify(images: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, T, C P P): patches row by row, each channel by channel (T = H W / P^2)."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // size, size, W // size, size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * size * size)
+
+
+class PatchEmbedding(nn.Module):
+    """(B, C, H, W) in [0, 1] -> (B, T, d): a linear map of each patch, and a learned vector for each place."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.size = config.patch_size
+        self.patch = nn.Linear(config.channels * config.patch_size**2, config.d_model, bias=False)
+        self.position = nn.Parameter(torch.empty(config.sequence_length, config.d_model))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.patch(patchify(2 * images - 1, self.size)) + self.position
+
+
+class VisionTransformer(Trunk):
+    """Image classifier: (B, C, H, W) in [0, 1] -> (B, classes) logits."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config, PatchEmbedding(config), causal=False)
+        self.head = nn.Linear(config.d_model, config.classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.through(self.embedding(images)).mean(dim=1))
+
+    def _initial_std(self, name: str, parameter: Tensor) -> float | None:
+        if name == "embedding.position":
+            return 0.1  # beside patches of about 1
+        if name in ("embedding.patch.weight", "head.weight"):
+            return parameter.shape[1] ** -0.5
+        return super()._initial_std(name, parameter)

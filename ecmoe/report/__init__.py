@@ -1,0 +1,1 @@
+"""Pages: notebooks run with parameters, their figures, verdicts and the scoreboard, as HTML that sends no request."""

@@ -1,0 +1,137 @@
+"""Execute a notebook by papermill, its parameters checked first, and render it as a page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from traitlets import CaselessStrEnum, default
+
+from ecmoe.report.render import render
+from ecmoe.report.scoreboard import study_folder, verdict_folder
+from ecmoe.study.parameters import check_parameters, merge_parameters
+
+
+class ReportError(RuntimeError):
+    """A notebook that can't be read, or failed; names notebook, cell and error."""
+
+
+class _ThisPython(AsyncKernelManager):
+    """Kernels of the running interpreter: an installed `python3` kernel may be another one's.
+
+    They are reached by sockets in the file system, where these exist: nothing listens on a port.
+    """
+
+    transport = CaselessStrEnum(["tcp", "ipc"], default_value="tcp" if os.name == "nt" else "ipc")
+
+    @default("ip")
+    def _own_sockets(self) -> str:
+        # Jupyter's default is `kernel-ipc` in the working folder: kernels that run side by side would share it.
+        if self.transport != "ipc":
+            return "127.0.0.1"
+        folder = tempfile.mkdtemp(prefix="ecmoe-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return os.path.join(folder, "kernel")
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        command += ["--log-level=50"]  # its own log, not what a notebook writes
+        return KernelSpec(argv=command, display_name="Python 3", language="python")
+
+
+def execute(
+    notebook: str | Path,
+    out_html: str | Path,
+    parameter_files: Iterable[str | Path] = (),
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    train_missing: bool | None = None,
+    progress: bool = True,
+) -> Path:
+    """Run a notebook with the parameters of YAML files and render it; returns the page's path.
+
+    Args:
+        parameter_files: later ones win, key by key; below `base`, key by key too.
+        parameters: win over the files. train_missing: the notebook's parameter of that name.
+        progress: a line per cell, and what the notebook writes to stderr, to stderr.
+
+    Raises:
+        ParameterError: an unknown key, before anything runs.
+        ReportError: there is no such notebook; or a cell failed. The page, with the error on top, is then
+            `<name>.failed.html`, so that the page asked for is not taken for done.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    notebook, out_html = Path(notebook), Path(out_html)
+    values = merge_parameters(parameter_files) | dict(parameters or {})
+    if train_missing is not None:
+        values["train_missing"] = train_missing
+    try:
+        source = nbformat.read(notebook, as_version=4)
+    except Exception as error:  # nbformat has no error of its own for all that JSON can be
+        raise ReportError(
+            f"{notebook} can't be read ({type(error).__name__}: {error}): it must be a notebook, such as "
+            "notebooks/01_convergence.ipynb"
+        ) from error
+    check_parameters(source, values, notebook.name)
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    _forget(notebook.stem, str(values.get("scale", "")))
+    failed_html = out_html.with_suffix(".failed.html")
+    total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
+
+    def say(cell: Any, cell_index: int, **_: Any) -> None:
+        if progress and cell.cell_type == "code":
+            print(f"[{notebook.stem}] cell {cell_index + 1}/{total}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        executed = Path(folder) / notebook.name
+        try:
+            os.environ["ECMOE_NOTEBOOK"] = notebook.stem  # whose verdicts the kernel records
+            papermill.execute_notebook(
+                notebook,
+                executed,
+                values,
+                kernel_name="python3",
+                language="python",
+                cwd=notebook.resolve().parent,  # as in JupyterLab
+                progress_bar=False,
+                start_timeout=180,
+                kernel_manager_class=_ThisPython,
+                on_cell_start=say,
+                stderr_file=sys.stderr if progress else None,
+            )
+        except PapermillExecutionError as failure:
+            what = f"{failure.ename}: {failure.evalue}"
+            where = f"{notebook.name}, cell {failure.cell_index + 1}"
+            error = {"where": where, "what": what, "cell": failure.cell_index + 1}
+            render(executed, failed_html, error=error)
+            raise ReportError(f"{where} failed: {what} (see {failed_html})") from None
+        except Exception as failure:  # the kernel died, such as for want of memory
+            if executed.exists():
+                what = f"{type(failure).__name__}: {failure}"
+                error = {"where": notebook.name, "what": what, "cell": None}
+                render(executed, failed_html, error=error)
+            raise ReportError(f"{notebook.name} failed: {type(failure).__name__}: {failure}") from failure
+        finally:
+            os.environ.pop("ECMOE_NOTEBOOK", None)
+        render(executed, out_html)
+    failed_html.unlink(missing_ok=True)
+    return out_html
+
+
+def _forget(notebook: str, scale: str) -> None:
+    """What an earlier execution found must not outlive one that fails."""
+    if scale:
+        for folder in (verdict_folder(scale), study_folder(scale)):
+            (folder / f"{notebook}.json").unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""Recorder: the Lightning callback that writes a run's curve, checkpoints and progress, and stops what diverges."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+
+from ecmoe.training.lit import LitModel
+from ecmoe.training.result import COLUMNS
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Recorder(L.Callback):
+    """One row of `curve.csv` per validation; `last.ckpt` every `checkpoint_every` steps while the loss is finite.
+
+    Args:
+        folder: of the run. label: what progress lines call it. progress: print them.
+        sharing: runs that train side by side on the device; each counts its seconds over their number, and no rate.
+    """
+
+    def __init__(self, folder: Path, label: str, progress: bool = True, sharing: int = 1) -> None:
+        self.folder, self.label, self.progress, self.sharing = folder, label, progress, sharing
+        self.shared = sharing  # the most it has shared with, also before a resume
+        self.rows: dict[int, dict[str, float]] = {}
+        self.losses: dict[str, list[torch.Tensor]] = {}
+        self.statistics: dict[str, float] = {}
+        self.seconds = 0.0  # of training; validation, checkpoints, and a first step that compiles are left out
+        self.began: float | None = time.perf_counter()  # None: the clock stands
+        self.marked = (0, 0.0)  # step and seconds at the last validation
+        self.last_printed = 0.0
+        self.compiling = False  # is the next step the first of this process, on a device that compiles then?
+
+    # Lightning keeps these in the checkpoint, so a resumed run goes on with its own clock and curve.
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self._clock(),
+            "shared": self.shared,
+            "marked": list(self.marked),
+            "rows": list(self.rows.values()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self.marked = state["seconds"], tuple(state["marked"])
+        self.shared = max(self.shared, state.get("shared", 1))
+        self.rows = {int(row["step"]): row for row in state["rows"]}
+
+    def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
+        self.began = time.perf_counter()
+        self.compiling = module.config.compile or module.device.type == "cuda"
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if (batch_idx + 1) % module.config.accumulate:
+            return
+        if self.compiling:  # kernels at least; also in a run that goes on in another process
+            if module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
+        # Where a validation follows, the checkpoint waits for it: its row is then part of it.
+        if step % module.config.checkpoint_every == 0 and step % module.config.eval_every:
+            self._check_finite(trainer, module, step)
+            self.save(trainer)
+        self._say(trainer, module, step)
+
+    def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds, self.losses = self._clock(), {}
+        self.began = None  # the clock stands while validating
+        layers = [layer.statistics() for layer in module.model.moe_layers]
+        for name in layers[0] if layers else ():
+            values = trainer.strategy.all_gather(torch.stack([layer[name] for layer in layers]).float())
+            worst = name in ("over_capacity", "max_load")  # of the layers and ranks; the shares are means over them
+            self.statistics[name] = float(values.max() if worst else values.mean())
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        for name, value in outputs.items():
+            self.losses.setdefault(name, []).append(value.detach())
+
+    def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
+        config, step = module.config, trainer.global_step
+        every = trainer.strategy.all_gather  # a rank sees its own batches only, and all must decide alike what follows
+        sums = {name: float(every(value).double().sum()) for name, value in module.sums.items()}
+        count = sums["count"]
+        train_loss = sums["loss"] / count if count else math.nan
+        aux_loss = sums["aux_loss"] / count if count else math.nan
+        steps, seconds = step - self.marked[0], self.seconds - self.marked[1]
+        row = {
+            "step": step,
+            "tokens": step * config.tokens_per_batch,
+            "seconds": self.seconds,
+            "train_loss": train_loss,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
+            "aux_loss": aux_loss,
+            # Beside other runs, which may rest, a rate is nobody's.
+            "tokens_per_second": steps * config.tokens_per_batch / seconds
+            if steps and seconds and self.shared == 1
+            else math.nan,
+        }
+        row |= {name: float(every(torch.stack(values)).double().mean()) for name, values in self.losses.items()}
+        self.rows[step] = row | self.statistics
+        self.marked = (step, self.seconds)
+        for value in module.sums.values():
+            value.zero_()
+        self.write_curve(trainer)
+        self.began = time.perf_counter()
+        if self.progress and trainer.is_global_zero:
+            self._line(
+                step,
+                config.steps,
+                f"loss {train_loss:.4f}  validation {row['val_loss']:.4f}  {self._rate(row)}",
+                end="\n",
+            )
+        if not (math.isfinite(row["val_loss"]) and (not count or math.isfinite(train_loss))):
+            raise Diverged(f"the loss is {train_loss} (validation: {row['val_loss']}) at step {step}")
+        if step % config.checkpoint_every == 0 and step < config.steps:
+            self.save(trainer)
+
+    def curve(self) -> pd.DataFrame:
+        """All rows so far, with every column of the schema; NaN where nothing was measured."""
+        return pd.DataFrame(list(self.rows.values())).reindex(columns=COLUMNS)
+
+    def write_curve(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            temporary = self.folder / "curve.csv.tmp"
+            self.curve().to_csv(temporary, index=False)
+            os.replace(temporary, self.folder / "curve.csv")
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write last.ckpt by rename, so that a kill leaves the one before it whole; the clock stands meanwhile."""
+        self.seconds, self.began = self._clock(), None
+        temporary = self.folder / "last.ckpt.tmp"
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.folder / "last.ckpt")
+        self.began = time.perf_counter()
+
+    def _check_finite(self, trainer: L.Trainer, module: LitModel, step: int) -> None:
+        loss = float(trainer.strategy.all_gather(module.sums["loss"]).sum())
+        if not math.isfinite(loss):
+            raise Diverged(f"the training loss is {loss} before step {step}")
+
+    def _clock(self) -> float:
+        return self.seconds + ((time.perf_counter() - self.began) / self.sharing if self.began else 0.0)
+
+    @staticmethod
+    def _rate(row: dict[str, float]) -> str:
+        return f"{row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] > 0 else ""
+
+    def _say(self, trainer: L.Trainer, module: LitModel, step: int) -> None:
+        """A line that overwrites itself, on a terminal only: a log keeps one line per validation."""
+        if self.progress and trainer.is_global_zero and sys.stderr.isatty() and self._clock() - self.last_printed > 0.5:
+            self.last_printed = self._clock()
+            left = (module.config.steps - step) * self.sharing * self._clock() / max(step, 1)
+            self._line(step, module.config.steps, f"about {left:.0f} s left", end="\r")
+
+    def _line(self, step: int, steps: int, text: str, end: str) -> None:
+        print(f"[{self.label}] step {step}/{steps}  {text}", file=sys.stderr, end=end, flush=True)

@@ -1,0 +1,329 @@
+"""Finished runs: where they are kept, and how they become one tidy table.
+
+A run folder holds `config.yaml`, `curve.csv`, `model.safetensors` and `summary.json`, which is
+written last and by rename: it says "done". A record is the small, committed form of a run: one
+JSON file with summary and curve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ecmoe import paths
+from ecmoe.config import SCHEMA, ConfigError, RunConfig
+
+CURVE_POINTS = 300  # of a record; a curve is thinned to this many
+SHARES = [f"share_{j}" for j in range(9)]  # of tokens taken by exactly j experts; 8: 8 or more
+COLUMNS = [
+    "step", "tokens", "seconds", "train_loss", "learning_rate", "aux_loss", "tokens_per_second",
+    "val_loss", "val_loss_causal", "accuracy", "dropped", "over_capacity", "max_load", *SHARES,
+]  # fmt: skip
+# A table has these columns even where no run could measure them.
+MEASURED = [
+    "val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte", "train_loss", "tokens", "seconds",
+    "tokens_per_second", "mfu", "step_ms", "dropped", "over_capacity", "max_load", *SHARES,
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: what it measured (`summary`), when (`curve`), and where its weights are (`path`)."""
+
+    summary: dict[str, Any]
+    curve: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COLUMNS, dtype=float))
+    path: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Did the run finish?"""
+        return self.summary.get("status") == "finished"
+
+    def load_model(self) -> Any:
+        """The trained model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: its weights aren't here; a committed record has none.
+        """
+        from ecmoe.training.run import load_model
+
+        folder = self.path or paths.runs() / self.summary["name"]
+        if not (folder / "model.safetensors").exists():
+            raise FileNotFoundError(
+                f"no weights of {self.summary['name']} in {folder}: a record holds none; "
+                "train the run to have them: run_or_load(config, weights=True), without records"
+            )
+        return load_model(folder)
+
+
+def not_run(config: RunConfig) -> Result:
+    """The Result of a run that is missing: a gap, never a 0."""
+    return Result(
+        {"config": config.to_dict(), "name": config.name, "seed": config.seed, "schema": SCHEMA}
+        | {"status": "not run", "error": None}
+    )
+
+
+# Storage
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json` by rename: it is there whole, or not at all."""
+    write_json(Path(folder) / "summary.json", summary)
+
+
+def read_run(folder: str | Path) -> Result:
+    """The Result of a run folder.
+
+    Raises:
+        FileNotFoundError: the run isn't done (no summary.json).
+    """
+    folder = Path(folder)
+    summary = read_json(folder / "summary.json")
+    curve = folder / "curve.csv"
+    if curve.exists() and curve.stat().st_size:
+        return Result(summary, pd.read_csv(curve).reindex(columns=COLUMNS).astype(float), folder)
+    return Result(summary, path=folder)
+
+
+def write_record(path: Path, result: Result) -> None:
+    """Write the committed form of a run, its curve thinned to CURVE_POINTS, both ends kept."""
+    curve, rows = result.curve.reindex(columns=COLUMNS), len(result.curve)
+    if rows > CURVE_POINTS:
+        curve = curve.iloc[[round(i * (rows - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]]
+    columns = {name: [_rounded(x) for x in curve[name]] for name in COLUMNS}
+    write_json(Path(path), {"summary": result.summary, "curve": columns}, indent=None)
+
+
+def read_record(path: str | Path) -> Result:
+    """The Result of a committed record."""
+    record = read_json(Path(path))
+    try:
+        return Result(record["summary"], pd.DataFrame(record["curve"]).reindex(columns=COLUMNS).astype(float))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of a run ({error!r}): it must hold `summary` and `curve`") from error
+
+
+def load_records(folder: str | Path) -> list[Result]:
+    """All committed results of a folder, by name; none if there is no such folder."""
+    return [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write by rename; numpy's and torch's numbers become Python's, and what isn't finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        ConfigError: the file is damaged; says what to do.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or cut within a letter
+        raise ConfigError(f"{path} is damaged ({error}): delete it, and the run is done again") from error
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: numpy's numbers become Python's, and what isn't finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _rounded(x: float) -> float | None:
+    """Seven digits are more than a loss has, and keep a record small."""
+    return None if pd.isna(x) or math.isinf(x) else float(f"{x:.7g}")
+
+
+# One tidy table
+
+
+def arm_label(config: RunConfig | Mapping[str, Any], axes: Sequence[str] = ()) -> str:
+    """What a reader calls an arm: "EC-CF2", "EC-CF2 renormalized", "Switch top-1 c=2".
+
+    The usual settings go without saying: raw gates, batch pools, auxiliary loss of weight 0.01,
+    capacity 1.25 for top-1 and hash routing and 1 for top-k. Keys in `axes` are left out: a figure
+    has them on an axis.
+    """
+    values = RunConfig().to_dict() | (config.to_dict() if isinstance(config, RunConfig) else dict(config))
+    usual = {name: values[name] for name in axes if name in values}
+    router, top_k = values["router"], values["top_k"]
+    words: list[str] = []
+
+    def say(key: str, default: Any, text: str | None = None) -> None:
+        if values[key] != usual.get(key, default):
+            value = values[key]
+            words.append(text or f"{key}={f'{value:g}' if isinstance(value, float) else value}")
+
+    def say_capacity(default: float) -> None:
+        c = values["capacity_factor"]
+        say("capacity_factor", default, "dropless" if c is None else f"c={c:g}")
+
+    if router in ("expert_choice", "expert_threshold"):
+        cf = "" if "capacity_factor" in axes else f"-CF{values['capacity_factor']:g}"
+        cap = None if "max_experts_per_token" in axes else values["max_experts_per_token"]
+        words.append("EC" + cf if router == "expert_choice" else "Threshold" + cf)
+        if router == "expert_choice" and cap is not None:
+            words = [f"EC-CAP{cap}"] + ([] if cf in ("", "-CF2") else [f"c={values['capacity_factor']:g}"])
+            say("cap_solver", "feasible", values["cap_solver"])
+        say("gate", "softmax", values["gate"])
+        if router == "expert_choice":
+            say("pool", "batch")
+        else:
+            say("threshold_beta", 0.999, f"beta={values['threshold_beta']:g}")
+    elif router == "token_choice":
+        names = {1: "Switch top-1", 2: "GShard top-2"}
+        words.append("Token choice" if "top_k" in axes else names.get(top_k, f"Top-{top_k}"))
+        say("gate", "softmax", values["gate"])
+        say_capacity(1.25 if top_k == 1 else 1.0)
+        say("priority", "order", "batch priority")
+        say("balance", "switch", "loss-free bias" if values["balance"] == "bias" else None)
+        if values["balance"] not in ("none", "bias"):
+            say("aux_loss_weight", 0.01, f"aux={values['aux_loss_weight']:g}")
+        say("z_loss_weight", 0.0, f"z={values['z_loss_weight']:g}")
+    elif router == "hash":
+        words.append("Hash")
+        say("hash_table", "modulo", values["hash_table"])
+        say_capacity(1.25)
+    elif router == "kmeans":
+        words.append("K-means")
+        say_capacity(1.25)
+    elif router == "task_level":
+        words.append("Task level")
+        say("task_table", "learned", values["task_table"])
+    else:
+        words.append({"dense": "Dense", "dense_moe": "Dense MoE", "linear_assignment": "BASE"}.get(router, router))
+    if router != "dense":
+        say("moe_init_scale", 1.0, f"init={values['moe_init_scale']:g}")
+    return " ".join(words)
+
+
+def arm_labels(results: Sequence[Result], axes: Sequence[str] = ()) -> list[str]:
+    """A label for each result: `arm_label`, and the keys by which runs that share it differ.
+
+    So that two arms are never taken for two seeds of one: "Dense d_ff=1024", "Dense d_ff=2048".
+    """
+    identities = [_identity(result.summary["config"], axes) for result in results]
+    plain = [arm_label(result.summary["config"], axes) for result in results]
+    labels = []
+    for label, identity in zip(plain, identities, strict=True):
+        alike = [other for other, name in zip(identities, plain, strict=True) if name == label]
+        differing = [key for key in identity if any(other.get(key) != identity[key] for other in alike)]
+        labels.append(" ".join([label, *(f"{key}={identity[key]}" for key in differing)]))
+    return labels
+
+
+def _identity(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
+    try:
+        keys = RunConfig.from_dict(config).identity()
+    except ConfigError:  # a record of another schema
+        keys = dict(config)
+    return {key: value for key, value in keys.items() if key != "seed" and key not in axes}
+
+
+Study = Mapping[str, Sequence[Result]]  # as `run_study` returns it: name of an arm -> its runs
+
+
+def table(results: Iterable[Result] | Study, axes: Sequence[str] = ()) -> pd.DataFrame:
+    """One row per run and seed: `arm`, every config key, every number of summary and routing.
+
+    Args:
+        results: from `run_or_load`, or `load_records`; or a study, whose arms keep their names there. A missing or
+            diverged run is a row with NaN.
+        axes: config keys that stand on a figure's axis, and so are no part of the arm's label.
+    """
+    rows = []
+    for result, arm in _labelled(results, axes):
+        scalars = {
+            key: value
+            for key, value in (result.summary | (result.summary.get("routing") or {})).items()
+            if value is not None and not isinstance(value, (dict, list))
+        }
+        rows.append({"arm": arm, "status": "not run", **result.summary["config"], **scalars})
+    frame = pd.DataFrame(rows)
+    for column in [name for name in MEASURED if name not in frame]:
+        frame[column] = math.nan
+    frame[MEASURED] = frame[MEASURED].astype(float)
+    if "status" in frame:  # a loss of a run that broke off is no result
+        losses = ["val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte"]
+        frame.loc[frame["status"] != "finished", losses] = math.nan
+    return frame
+
+
+def _labelled(results: Iterable[Result] | Study, axes: Sequence[str]) -> list[tuple[Result, str]]:
+    if isinstance(results, Mapping):
+        return [(result, arm) for arm, by_arm in results.items() for result in by_arm]
+    results = list(results)
+    return list(zip(results, arm_labels(results, axes), strict=True))
+
+
+def curves(results: Iterable[Result] | Study, axes: Sequence[str] = ()) -> pd.DataFrame:
+    """All curves below each other: `arm`, `seed`, `status`, `name`, axes and COLUMNS; of results as `table` takes them.
+
+    A missing run is one row of NaN, so that figures can name it.
+    """
+    frames = []
+    for result, arm in _labelled(results, axes):
+        summary, curve = result.summary, result.curve.reindex(columns=COLUMNS).astype(float)
+        if not len(curve):
+            curve = pd.DataFrame([dict.fromkeys(COLUMNS, math.nan)])
+        extra = {key: summary["config"].get(key) for key in axes}
+        extra |= {key: summary[key] for key in ("seed", "status", "name")}
+        frames.append(curve.assign(arm=arm, **extra))
+    if not frames:
+        return pd.DataFrame(columns=["arm", "seed", "status", "name", *COLUMNS])
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[["arm", "seed", "status", "name", *axes, *COLUMNS]]
+
+
+def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float]:
+    """seed -> a number of the summary (or of its routing), for the finished runs of one arm."""
+    values = {}
+    for result in results:
+        if not result.ok:
+            continue
+        value = (result.summary | (result.summary.get("routing") or {})).get(key)
+        if value is not None:
+            values[int(result.summary["seed"])] = float(value)
+    return values
+
+
+def by_routing(runs: Study) -> pd.DataFrame:
+    """A row per arm, seed and routing ("as trained", "causally") with its `loss`, arms by their name in the study."""
+    rows = [
+        {
+            "arm": arm,
+            "seed": result.summary["seed"],
+            "routing": routing,
+            "loss": result.summary.get(key) if result.ok else None,
+        }
+        for arm, by_arm in runs.items()
+        for result in by_arm
+        for routing, key in (("as trained", "val_loss"), ("causally", "val_loss_causal"))
+    ]
+    return pd.DataFrame(rows, columns=["arm", "seed", "routing", "loss"]).astype({"loss": float})
+
+
+def curves_by_seed(results: Iterable[Result]) -> dict[int, pd.DataFrame]:
+    """seed -> curve, for the finished runs of one arm."""
+    return {int(result.summary["seed"]): result.curve for result in results if result.ok}

@@ -1,0 +1,116 @@
+"""Token choice on its fastest ways computes what `MoE` with token choice computes."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from ecmoe import MoE
+from ecmoe.bench import baselines as bench_baselines
+from ecmoe.bench.baselines import Even, Grouped, even_choice, peers
+from ecmoe.routing import Hash, TokenChoice
+
+
+def layer(top_k=2, gate="renormalized", n=24, dtype=torch.float64):
+    torch.manual_seed(0)
+    moe = MoE(TokenChoice(8, 4, top_k, gate=gate), 8, 16, kernels="plain").to(dtype)
+    return moe, torch.randn(2, n // 2, 8, dtype=dtype, requires_grad=True)
+
+
+def with_gradients(moe, x):
+    out = moe(x)
+    wanted = [x, moe.w1, moe.w2, moe.router.weight]
+    return [out, moe.aux_loss, *torch.autograd.grad(out.sum() + (out**2).sum() + moe.aux_loss, wanted)]
+
+
+@pytest.mark.parametrize("top_k, gate", [(1, "softmax"), (2, "renormalized"), (3, "softmax")])
+def test_grouped_is_token_choice_with_nothing_dropped(top_k, gate):
+    moe, x = layer(top_k, gate)
+    for ours, theirs in zip(with_gradients(Grouped(moe), x), with_gradients(moe, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda grouped: grouped, lambda grouped: torch.compile(grouped, backend="aot_eager", fullgraph=True)]
+)
+def test_grouped_by_torchs_product_in_one_graph(how):
+    moe, x = layer(dtype=torch.bfloat16)
+    for ours, theirs in zip(with_gradients(how(Grouped(moe)), x), with_gradients(moe, x), strict=True):
+        assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
+
+
+def test_an_expert_without_tokens():
+    moe, x = layer(top_k=1)
+    with torch.no_grad():
+        moe.router.weight[:, 2] = 0
+        moe.router.weight[0, 2] = -100.0
+    x = x.detach().abs().requires_grad_()
+    for ours, theirs in zip(with_gradients(Grouped(moe), x), with_gradients(moe, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert moe.load[2] == 0
+
+
+def test_grouped_needs_token_choice():
+    with pytest.raises(TypeError, match="Hash"):
+        Grouped(MoE(Hash(8, 4, 16), 8, 16))
+
+
+@pytest.mark.parametrize("n, e, k", [(64, 8, 2), (64, 8, 1), (60, 8, 2), (6, 8, 3)])
+def test_even_choices_differ_and_fill_all_experts_alike(n, e, k):
+    choice = even_choice(n, e, k)
+    assert all(len(set(row)) == k for row in choice.tolist())
+    load = torch.bincount(choice.flatten(), minlength=e)
+    assert load.max() - load.min() <= (0 if n % e == 0 else k)
+    assert not torch.equal(choice, even_choice(n, e, k)) or n < 8
+
+
+def test_forced_choices_drop_nothing_and_free_ones_are_the_routers():
+    torch.manual_seed(0)
+    even = MoE(Even(8, 4, 2, 1.0, gate="renormalized"), 8, 16)
+    free = MoE(TokenChoice(8, 4, 2, 1.0, gate="renormalized"), 8, 16)
+    free.load_state_dict(even.state_dict())
+    even.router.prepare(32)
+    x = torch.randn(1, 32, 8)
+    torch.testing.assert_close(even(x), free(x))
+    even.router.forced.fill_(1)
+    even(x)
+    assert even.demand.tolist() == even.load.tolist() == [16] * 4
+
+
+def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch):
+    moe, x = layer()
+    kinds = {"There": ("json", Grouped), "Broken": ("json", lambda layer: 1 / 0), "Gone": ("no_such_module", Grouped)}
+    monkeypatch.setattr(bench_baselines, "PEERS", kinds)
+    found, absent = peers(moe)
+    assert list(found) == ["There"] and absent == [
+        "Broken (ZeroDivisionError: division by zero)",
+        "Gone (not installed)",
+    ]
+
+
+def test_scattermoe_gets_the_same_experts(monkeypatch):
+    """A stand-in with ScatterMoE's interface, as its kernels need a GPU."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, e, i, o):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(e, o, i))
+
+    class MLP(torch.nn.Module):
+        def __init__(self, input_size, hidden_size, num_experts, top_k, activation):
+            super().__init__()
+            self.experts = Experts(num_experts, input_size, hidden_size)
+            self.output_experts = Experts(num_experts, hidden_size, input_size)
+            self.activation = activation
+
+        def forward(self, x, expert_p, expert_idxs):
+            h = self.activation(torch.einsum("nd,nkfd->nkf", x, self.experts.weight[expert_idxs]))
+            return torch.einsum("nkf,nkdf,nk->nd", h, self.output_experts.weight[expert_idxs], expert_p)
+
+    modules = {"scattermoe": ModuleType("scattermoe"), "scattermoe.mlp": ModuleType("scattermoe.mlp")}
+    modules["scattermoe.mlp"].MLP = MLP
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    moe, x = layer()
+    torch.testing.assert_close(bench_baselines.ScatterMoE(moe)(x), moe(x))

@@ -1,0 +1,85 @@
+"""One clock for all rows."""
+
+import time
+
+import pytest
+import torch
+
+from ecmoe.bench import clock as timing
+
+CPU = torch.device("cpu")
+
+
+def test_calls_are_taken_in_turns_each_in_another_order():
+    order = []
+    times = timing.in_turns({name: lambda name=name: order.append(name) for name in "abc"}, 20, CPU)
+    turns = {"".join(order[i : i + 3]) for i in range(0, 60, 3)}
+    assert all(sorted(turn) == list("abc") for turn in turns) and {turn[0] for turn in turns} == set("abc")
+    assert {name: len(samples) for name, samples in times.items()} == {"a": 20, "b": 20, "c": 20}
+    assert all(sample >= 0 for samples in times.values() for sample in samples)
+
+
+def test_median_and_quartiles_in_milliseconds():
+    assert timing.spread([0.003, 0.001, 0.002]) == pytest.approx({"ms": 2.0, "low_ms": 1.5, "high_ms": 2.5})
+
+
+def test_on_a_gpu_the_host_runs_ahead_and_events_tell_the_time(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "_product", lambda device: (lambda: log.append("product"), 0.004))
+    assert timing.seconds(lambda: log.append("call"), torch.device("cuda")) == pytest.approx(0.005)
+    assert log == ["product"] * 3 + ["event", "call", "event", "wait"]
+    log.clear()
+    burst = timing.Burst(count=2, settle=3, lead=0.0)  # what doesn't count comes before, and no rest between
+    assert timing.seconds(lambda: log.append("call"), torch.device("cuda"), burst) == pytest.approx(0.0025)
+    assert log == ["call"] * 3 + ["event", "call", "call", "event", "wait"]
+
+
+def test_a_slow_host_runs_ahead_and_a_fast_one_lets_no_chip_rest(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "seconds", lambda call, device: 0.01)
+    fast = timing.Burst.of(lambda: None, torch.device("cuda"))
+    assert fast.lead == 0 and fast.count == 5 and fast.settle * 0.01 >= timing.SETTLE
+    slow = timing.Burst.of(lambda: time.sleep(0.02), torch.device("cuda"))
+    assert slow.count == 5 and slow.lead >= timing.SETTLE > 5 * 0.02 and slow.settle == 0
+    slower = timing.Burst.of(lambda: time.sleep(0.05), torch.device("cuda"))
+    assert slower.lead > 5 * 0.05 > timing.SETTLE
+
+
+def test_a_cpu_tells_no_memory():
+    assert timing.peak_mb(lambda: pytest.fail("called"), CPU) is None
+
+
+def test_what_fails_is_named_and_the_rest_is_warm():
+    absent = []
+    calls = {("a", "x"): lambda: None, ("b", "y"): lambda: 1 / 0}
+    works, memory = timing.warmed(calls, absent, CPU)
+    assert list(works) == list(memory) == [("a", "x")] and absent == ["b, y (ZeroDivisionError: division by zero)"]
+
+
+def test_what_takes_long_says_how_it_goes(monkeypatch, capsys):
+    calls = {("a", "x"): lambda: None, ("b",): lambda: None}
+    timing.in_turns(timing.warmed(calls, [], CPU)[0], 2, CPU)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(timing, "SLOW", 0)
+    timing.in_turns(timing.warmed(calls, [], CPU)[0], 2, CPU)
+    assert [line.rpartition(" 0 s")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "[bench] a, x:",
+        "[bench] b:",
+        "[bench] turn 1 of 2,",
+        "[bench] turn 2 of 2,",
+    ]

@@ -1,0 +1,273 @@
+"""`ecmoe bench`: rows beside their floor, and an einsum row that computes the same thing."""
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ecmoe.bench.step as bench_step_module
+from ecmoe import MoE
+from ecmoe.bench import layer as bench
+from ecmoe.bench.kernels import _otherwise
+from ecmoe.bench.step import ARMS, arms, bench_step, steps
+from ecmoe.cli import app
+from ecmoe.routing import ExpertChoice, TokenChoice
+from ecmoe.study import speed
+from ecmoe.training.lit import LitModel
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return bench.bench_layer(n=64, d_model=8, d_ff=16, num_experts=4, repeats=2)
+
+
+def test_every_row_stands_beside_the_floor_of_its_run(measured):
+    floor = measured[measured["layer"] == "floor"].set_index("what")["ms"]
+    assert set(floor.index) == {"forward", "forward + backward"}
+    for row in measured.itertuples():
+        assert row.ms > 0 and row.low_ms <= row.ms <= row.high_ms
+        if row.what == "routing":
+            assert row.of_forward_floor == pytest.approx(row.ms / floor["forward"])
+        else:
+            assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
+    assert {"EC-CF2", "EC-CF2, one-hot einsum", "EC-CF2, cap 2", "EC-CF2, cap 3"} <= set(measured["layer"])
+    assert {f"top-2, {how}" for how in ("capacity 2 n/e", "nothing dropped", "grouped_mm")} <= set(measured["layer"])
+
+
+def test_what_a_cap_adds_is_against_the_same_path(measured):
+    ms = measured.set_index(["layer", "what"])["ms"]
+    added = measured.dropna(subset=["over_uncapped"])
+    assert set(added["layer"]) == {"EC-CF2, cap 2", "EC-CF2, cap 3"} and len(added) == 6
+    for row in added.itertuples():
+        assert row.over_uncapped == pytest.approx(row.ms / ms["EC-CF2", row.what] - 1)
+
+
+def test_the_papers_solver_is_measured_where_asked_for():
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, dykstra=True)
+    assert {"EC-CF2, cap 2 by Dykstra", "EC-CF2, cap 3 by Dykstra"} <= set(table["layer"])
+    assert table.set_index("layer").loc["EC-CF2, cap 2 by Dykstra", "over_uncapped"].notna().all()
+
+
+def test_compiled_rows(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda layer, **how: compiled.append(how) or layer)
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, compiled=True)
+    rows = {name for name in table["layer"] if "compiled" in name}
+    assert rows == {f"{name}, compiled" for name in ("EC-CF2", "top-2, capacity 2 n/e", "top-2, grouped_mm")}
+    assert compiled == 3 * [{"dynamic": False}]
+
+
+def test_what_fails_is_named_and_the_rest_is_measured(monkeypatch):
+    def fail(self, x):
+        raise RuntimeError("no kernel for this\nmore lines")
+
+    monkeypatch.setattr(bench.Grouped, "forward", fail)
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2)
+    assert "top-2, grouped_mm" not in set(table["layer"]) and "EC-CF2" in set(table["layer"])
+    assert "top-2, grouped_mm, forward (RuntimeError: no kernel for this)" in table.attrs["absent"]
+
+
+def test_the_plain_path_agrees_with_itself(measured):
+    (row,) = measured.attrs["agreement"]
+    assert row.pop("layer") == "EC-CF2" and row.pop("same_bits")
+    assert set(row) == {"output", "x", "gate", "w1", "w2", "router.weight"} and set(row.values()) == {0}
+
+
+def test_kernels_are_measured_and_held_to_the_plain_path(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(bench, "kernels_run", lambda device: True)
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=2, repeats=2, each_pass=True)
+    for name in ("EC-CF2, triton", "EC-CF2, triton-bmm"):
+        assert len(table[table["layer"] == name]) == 3  # forward, with backward, routing
+    assert "top-2, capacity 2 n/e, triton" in set(table["layer"])
+    for row in table.attrs["agreement"]:
+        assert row.pop("layer").startswith("EC-CF2") and row.pop("same_bits") is True
+        assert all(value < (1e-2 if torch.cuda.is_available() else 1e-6) for value in row.values())
+    passes = table.attrs["passes"]
+    assert not any("error" in row for row in passes) and all(row["us"] > 0 for row in passes)
+    assert {"take", "tally", "gather", "combine", "invert"} <= {row["pass"] for row in passes}
+    assert "x_in w1, bmm" in bench.shown(passes)
+    names = {row["pass"] for row in passes}
+    assert "take: CHUNK BLOCK 1024, num_warps 2" in names and not any(name.startswith("cap ") for name in names)
+
+
+def test_a_pass_cut_otherwise_computes_the_same_and_leaves_the_constant_as_it_was():
+    pytest.importorskip("triton")
+    from ecmoe import kernels
+    from ecmoe.kernels import selection
+
+    scores = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0)).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    before = dict(selection.CHUNK)
+    for cut in [{}, {"BLOCK": 512, "num_warps": 2}]:
+        places = _otherwise(lambda: kernels.select(scores, 300), "ecmoe.kernels.selection", "CHUNK", cut)
+        assert torch.equal(places, scores.topk(300).indices.sort().values)
+    assert before == selection.CHUNK
+
+
+def test_passes_need_a_gpu():
+    if not torch.cuda.is_available():
+        shown = CliRunner().invoke(app, ["bench", "--passes"])
+        assert shown.exit_code == 2 and "CUDA" in shown.stderr
+
+
+def test_absent_peers_are_named(measured):
+    assert set(measured.attrs["absent"]) <= {"ScatterMoE (not installed)", "Liger (not installed)"}
+
+
+def test_the_command_prints_a_table_and_keeps_it(tmp_path):
+    path = tmp_path / "bench.json"
+    sizes = ["--tokens", "64", "--d-model", "8", "--d-ff", "16", "--num-experts", "4", "--repeats", "2"]
+    shown = CliRunner().invoke(app, ["bench", *sizes, "--json", str(path)])
+    assert shown.exit_code == 0, shown.output
+    kept = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert kept["setting"]["d_ff"] == 16
+    assert all(row["layer"] in shown.stdout for row in kept["rows"])
+
+
+def test_a_fraction_of_a_token_is_named_before_anything_is_timed():
+    shown = CliRunner().invoke(app, ["bench", "--tokens", "33", "--num-experts", "4"])
+    assert shown.exit_code == 2 and "n=33" in shown.stderr
+
+
+def test_saved_as_json(measured, tmp_path):
+    bench.save(measured, tmp_path / "bench" / "layer.json")
+    kept = json.loads((tmp_path / "bench" / "layer.json").read_text())
+    assert kept["setting"]["n"] == 64 and len(kept["rows"]) == len(measured)
+
+
+@pytest.mark.parametrize("router", [ExpertChoice(8, 4), TokenChoice(8, 4, 2, 0.5)])
+def test_one_hot_row_computes_what_the_layer_computes(router):
+    layer = MoE(router, 8, 16).double()
+    x = torch.randn(1, 32, 8, dtype=torch.float64)
+    torch.testing.assert_close(bench.one_hot_layer(layer, x), layer(x))
+
+
+# The training step
+
+STEP = {
+    "n": 32,
+    "d_model": 8,
+    "d_ff": 16,
+    "num_experts": 4,
+    "layers": 2,
+    "heads": 2,
+    "sequence_length": 8,
+    "vocab_size": 257,
+}
+CPU = torch.device("cpu")
+
+
+def test_step_of_every_arm_is_timed():
+    table = bench_step(repeats=2, **STEP)
+    assert set(table["arm"]) == set(ARMS) and {"plain", "grouped_mm"} <= set(table["path"])
+    for row in table.itertuples():
+        assert row.low_ms <= row.ms <= row.high_ms
+        assert row.tokens_per_second == pytest.approx(32 / (row.ms / 1e3))
+        assert len(table.attrs["samples"][f"{row.arm}, {row.routing}, {row.path}"]) == 2
+    assert table.attrs["setting"]["vocab_size"] == 257 and table.attrs["absent"] == []
+
+
+def test_a_step_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(bench_step_module.Grouped, "forward", lambda *_: 1 / 0)
+    table = bench_step(repeats=2, **STEP)
+    assert set(table["path"]) == {"plain"} and len(table.attrs["absent"]) == 4
+    assert "GShard top-2, even, grouped_mm (ZeroDivisionError: division by zero)" in table.attrs["absent"]
+
+
+def test_all_steps_train_the_same_weights(monkeypatch):
+    made = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
+    calls = steps(arms(STEP), CPU)
+    (optimizer,) = made
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in weights]
+    for call in calls.values():
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+        call()
+        moments = [optimizer.state[p]["exp_avg"] for p in weights]
+        assert all(m.abs().sum() > 0 for m in moments) and len(moments) > 10  # a gradient for each
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))  # the learning rate is 0
+
+
+def test_even_routing_is_even_and_own_is_not():
+    config = arms(STEP)["GShard top-2"]
+    twin = bench_step_module._twin(LitModel(config), config, "plain")
+    (layer,) = twin.model.moe_layers
+    layer.router.weight.data[:, 0] = 0
+    tokens = torch.randint(257, (4, 9))
+    demands = []
+    for forced in (0.0, 1.0):
+        layer.router.forced.fill_(forced)
+        twin.loss(tokens)
+        demands.append(layer.router.demand.tolist())
+    assert demands[1] == [16] * 4 and demands[0] != demands[1]
+
+
+def test_the_command_times_a_step(tmp_path):
+    sizes = [
+        f
+        for key, value in STEP.items()
+        for f in ("--tokens" if key == "n" else f"--{key.replace('_', '-')}", str(value))
+    ]
+    shown = CliRunner().invoke(
+        app, ["bench", "--step", *sizes, "--repeats", "2", "--json", str(tmp_path / "step.json")]
+    )
+    assert shown.exit_code == 0, shown.output
+    kept = json.loads((tmp_path / "step.json").read_text(), parse_constant=pytest.fail)
+    assert {row["arm"] for row in kept["rows"]} == set(ARMS) and "GShard top-2" in shown.stdout
+    refused = CliRunner().invoke(app, ["bench", "--step", "--tokens", "100", "--sequence-length", "16"])
+    assert refused.exit_code == 2 and "sequence_length=16" in refused.stderr
+    shown = CliRunner().invoke(app, ["bench", "--profile", *sizes])
+    assert shown.exit_code == 0 and "experts' products" in shown.stdout
+
+
+def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "jobs", lambda **_: {"layer-a": fake, "step": lambda: 1 / 0, "growth": fake})
+    command = ["bench", "--all", "--scale", "smoke", "--out", str(tmp_path)]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 1 and "step: ZeroDivisionError" in shown.stderr and "growth: 0 s" in shown.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "layer-a.json"]
+    shown = CliRunner().invoke(app, [*command, "--only", "layer,growth"])
+    assert shown.exit_code == 0 and shown.stdout.count("is there already") == 2
+    refused = CliRunner().invoke(app, [*command, "--only", "stepp"])
+    assert refused.exit_code == 2 and "layer-a, step, growth" in refused.stderr
+
+
+def fake():
+    table = pd.DataFrame([{"ms": 1.0}])
+    table.attrs["setting"] = {}
+    return table
+
+
+@pytest.mark.parametrize(("free", "fits"), [(70, True), (69, False)])
+def test_a_graph_is_captured_where_its_memory_has_room_beside_the_steps(monkeypatch, free, fits):
+    for name, value in (
+        ("empty_cache", None),
+        ("max_memory_allocated", 58e9),
+        ("memory_allocated", 23e9),
+        ("mem_get_info", (free * 1e9, 80e9)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(torch.OutOfMemoryError, match="35 GB of a step.* 69 GB are free")
+    ):
+        bench_step_module.check_room()
+
+
+def test_measuring_needs_no_jupyter():
+    """The machine that measures has torch, and neither notebooks nor what makes pages."""
+    code = "import sys, ecmoe.cli, ecmoe.study.speed, ecmoe.study.missing, ecmoe.study.side_by_side; print([m for m in ('IPython', 'papermill', 'nbformat', 'jupyter_client', 'datasets') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

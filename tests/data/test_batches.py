@@ -1,0 +1,159 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.data import batches as data
+from ecmoe.data import tokens
+from ecmoe.data.batches import Batches, TextData, is_other_data
+
+WINDOWS = np.arange(101 * 5, dtype=np.uint16).reshape(101, 5)  # window i starts with 5 i
+
+
+def take(batches, count):
+    return [batch[:, 0] // 5 for batch in itertools.islice(batches, count)]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**40))
+def test_an_epoch_repeats_no_window_over_all_ranks(batch_size, world, seed):
+    ranks = [Batches(WINDOWS, batch_size, seed, rank=r, world=world) for r in range(world)]
+    steps = ranks[0].steps_per_epoch
+    assert steps == 101 // (batch_size * world)
+    for epoch in (0, 1):
+        seen = torch.cat([b for rank in ranks for b in take(rank, 2 * steps)[epoch * steps : (epoch + 1) * steps]])
+        assert len(seen) == len(seen.unique()) == steps * batch_size * world
+
+
+@settings(deadline=None)
+@given(st.integers(0, 70), st.integers(0, 1), st.integers(0, 9))
+def test_resume_anywhere_equals_uninterrupted(start, rank, seed):
+    whole = take(Batches(WINDOWS, 4, seed, rank=rank, world=2), 75)
+    resumed = take(Batches(WINDOWS, 4, seed, start=start, rank=rank, world=2), 75 - start)
+    assert all(torch.equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+def test_seeds_and_epochs_differ_and_ranks_deal_out_one_order():
+    first = torch.cat(take(Batches(WINDOWS, 4, seed=0), 50))
+    assert not torch.equal(first[:100], first[100:])  # another order in the second epoch
+    assert not torch.equal(first, torch.cat(take(Batches(WINDOWS, 4, seed=1), 50)))
+    # two ranks see in one step what one rank sees in two accumulated micro-batches
+    one, two = (
+        take(Batches(WINDOWS, 4, 0), 24),
+        [take(Batches(WINDOWS, 4, 0, rank=r, world=2), 12) for r in (0, 1)],
+    )
+    assert all(torch.equal(one[2 * s + r], two[r][s]) for s in range(12) for r in (0, 1))
+
+
+def test_batches_are_whole_windows():
+    for batch in itertools.islice(Batches(WINDOWS, 3, 0), 5):
+        assert batch.dtype == torch.int64 and batch.shape == (3, 5)
+        assert (batch == batch[:, :1] + torch.arange(5)).all() and (batch[:, 0] % 5 == 0).all()
+
+
+@pytest.fixture(scope="module")
+def text():
+    config = RunConfig(max_bytes=400_000, sequence_length=32, batch_size=4, eval_batches=6)
+    found = TextData(config)
+    found.prepare_data()
+    found.setup("fit")
+    return found
+
+
+def test_train_batches_are_text_of_the_training_split(text):
+    batches = list(itertools.islice(text.train_dataloader(), 4))
+    whole = bytes(np.asarray(tokens.load(text.config).train))
+    assert all(b.shape == (4, 33) and b.dtype == torch.int64 for b in batches)
+    assert all(bytes(row.tolist()) in whole for b in batches for row in b)
+    assert text.decode(batches[0][0]) == bytes(batches[0][0].tolist()).decode(errors="replace")
+    assert text.encode("def f():") == list(b"def f():")
+
+
+def test_start_step_skips_what_was_seen(text):
+    whole = list(itertools.islice(text.train_dataloader(), 8))
+    resumed = TextData(text.config)
+    resumed.setup("fit")
+    resumed.start_step = 5
+    for a, b in zip(whole[5:], resumed.train_dataloader(), strict=False):
+        assert torch.equal(a, b)
+
+
+def test_validation_is_fixed_spread_out_and_not_trained_on(text):
+    batches = list(text.val_dataloader())
+    assert [b.shape for b in batches] == [(4, 33)] * 6
+    other = TextData(text.config.replace(seed=5, router="dense"))
+    other.setup()
+    assert all(torch.equal(a, b) for a, b in zip(batches, other.val_dataloader(), strict=True))
+    val = tokens.load(text.config).val
+    rows = torch.cat(batches)
+    starts = [next(i for i in range(0, len(val), 33) if (val[i : i + 33] == row.numpy()).all()) for row in rows]
+    assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] > 0.95 * len(val) - 33  # no overlap
+
+
+def test_validation_over_ranks_is_the_validation_of_one(text, monkeypatch):
+    whole = torch.cat(list(text.val_dataloader()))
+    parts = []
+    ranks = TextData(text.config.replace(devices=3, eval_batches=5))  # the sixth: all ranks validate equally often
+    ranks.setup("fit")  # before a trainer is attached
+    assert torch.equal(torch.cat(list(ranks.val_dataloader())), whole)
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(TextData, "_rank", rank)
+        monkeypatch.setattr(TextData, "_world", 3)
+        parts.append(list(ranks.val_dataloader()))
+    assert [len(p) for p in parts] == [2, 2, 2]
+    assert torch.equal(torch.cat([b for step in zip(*parts, strict=True) for b in step]), whole)
+
+
+def test_counts_digest_and_provenance(text):
+    train = tokens.load(text.config).train
+    assert text.token_counts.dtype == np.int64 and text.token_counts.shape == (256,)
+    assert (text.token_counts == np.bincount(train, minlength=256)).all()
+    assert text.bytes_per_token == 1.0 and text.digest == text.provenance["digest"]
+    said = text.provenance
+    assert "PSF" in said["licence"] and said["attribution"] and said["vocab_size"] == 256
+    assert said["train_tokens"] == len(train) and all(said[key] is not None for key in data._PROVENANCE)
+
+
+def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():
+    config = RunConfig(max_bytes=400_000, tokenizer="bpe", vocab_size=400, sequence_length=32, batch_size=4)
+    found = TextData(config)
+    found.setup()
+    targets = torch.cat(list(found.val_dataloader()))[:, 1:]
+    size = sum(len(found.decode(row).encode()) for row in targets)
+    assert found.bytes_per_token == pytest.approx(size / targets.numel(), rel=0.01)  # a window may cut a character
+    assert found.bytes_per_token > 1.3
+
+
+@pytest.mark.parametrize("keys, named", [
+    ({"batch_size": 16384}, "training windows"), ({"eval_batches": 500}, "validation windows"),
+    ({"sequence_length": 500_000, "router": "dense"}, "training windows"),
+    ({"batch_size": 1024, "devices": 4, "num_nodes": 4}, "on every rank, need 16384"),
+])  # fmt: skip
+def test_too_small_a_corpus_names_the_keys(text, keys, named):
+    with pytest.raises(ConfigError) as error:
+        TextData(text.config.replace(**keys)).setup()
+    for word in (named, "data='stdlib'", "batch_size=", "sequence_length", "max_bytes=400000"):
+        assert word in str(error.value)
+
+
+def test_other_data_are_told_by_their_source_where_it_is_here(text):
+    assert not is_other_data(text.config, text.provenance)
+    other = {"source_sha256": "0" * 64}
+    assert is_other_data(text.config, other) and not is_other_data(text.config, None)
+    for elsewhere in ("data/nowhere.txt", "hub:a/b"):
+        assert not is_other_data(RunConfig(data=elsewhere), other)
+
+
+def test_licence_stated_after_tokenising(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("A line of text.\n\n" * 5000)
+    config = RunConfig(data=str(path), sequence_length=16, batch_size=4, eval_batches=2)
+    for licence in ("not stated", "CC0"):
+        found = TextData(config)
+        found.setup()
+        assert found.provenance["licence"] == licence
+        (tmp_path / "book.txt.about.yaml").write_text("licence: CC0")

@@ -1,0 +1,56 @@
+"""Classes of sequences: clusters of what comes before, known before the first token."""
+
+import numpy as np
+import pytest
+
+from ecmoe.data.batches import TextData
+from ecmoe.data.classes import BUCKETS, WindowClasses, frequencies
+
+RANDOM = np.random.default_rng(0)
+
+
+def text(kinds: np.ndarray) -> np.ndarray:
+    """A window of 40 tokens for each kind: kind 0 has ids below 50, kind 1 ids from 100 to 150, ..."""
+    return (RANDOM.integers(0, 50, (len(kinds), 40)) + 100 * kinds[:, None]).astype(np.uint16)
+
+
+def test_frequencies_are_those_of_a_loop():
+    windows = RANDOM.integers(0, 1000, (7, 33))
+    for row, window in zip(frequencies(windows, chunk=3), windows, strict=True):
+        expected = [sum(t % BUCKETS == b for t in window) / 33 for b in range(BUCKETS)]
+        np.testing.assert_allclose(row**2, expected, atol=1e-6)
+
+
+def test_a_class_tells_the_kind_of_the_window_before():
+    kinds = RANDOM.integers(0, 2, 300)
+    found = WindowClasses(text(kinds), 2).before(text(kinds))
+    assert found.dtype == np.int64 and found[0] == 0
+    same = found[1:] == kinds[:-1]
+    assert same.all() or (~same).all()  # which cluster is called 0 means nothing
+
+
+def test_a_class_does_not_see_its_own_window():
+    kinds = RANDOM.integers(0, 2, 50)
+    classes, windows = WindowClasses(text(kinds), 2), text(kinds)
+    changed = windows.copy()
+    changed[20] = text(1 - kinds)[20]
+    before, after = classes.before(windows), classes.before(changed)
+    assert before[20] == after[20] and before[21] != after[21]
+    assert (np.delete(before, 21) == np.delete(after, 21)).all()
+
+
+@pytest.mark.parametrize("router", ["task_level", "expert_choice"])
+def test_batches_of_task_level_routing_carry_them(tiny_config, router):
+    data = TextData(tiny_config(router=router, num_tasks=4))
+    data.prepare_data()
+    data.setup()
+    train, val = next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))
+    if router == "expert_choice":
+        assert train.shape == val.shape == (8, 17) and data.train_tasks is None
+        return
+    for windows, tasks in (train, val):
+        assert windows.shape == (8, 17) and tasks.shape == (8,)
+    assert set(data.train_tasks) == {0, 1, 2, 3}  # real text has more than one kind
+    again = TextData(tiny_config(router=router, num_tasks=4, seed=1))
+    again.setup()
+    assert (again.train_tasks == data.train_tasks).all()  # of the data, whatever the seed of the run

@@ -1,0 +1,216 @@
+import json
+import lzma
+import sys
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecmoe.config import ConfigError
+from ecmoe.data import corpus
+from ecmoe.data.corpus import blocks, content_digest, open_corpus, source_files, stat_digest
+
+
+def test_standard_library_is_over_ten_megabytes_without_its_tests():
+    files = source_files("stdlib")
+    assert sum(path.stat().st_size for path in files.values()) > 10e6
+    assert list(files) == sorted(files) and "json/decoder.py" in files
+    assert not any(set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in files)
+    library = open_corpus("stdlib")
+    assert "PSF" in library.licence and "Python Software Foundation" in library.attribution
+    assert sys.version.split()[0] in library.name
+    text = dict(library.train)["json/decoder.py"]
+    assert text == files["json/decoder.py"].read_text(encoding="utf-8")
+
+
+@given(st.lists(st.text(alphabet="ab\n", max_size=200), max_size=6), st.integers(1, 20))
+def test_blocks_are_the_text(chunks, size):
+    found = list(blocks(chunks, size))
+    assert "".join(found) == "".join(chunks)
+    assert all(found) and all(len(block) >= size for block in found[:-1])
+
+
+def test_blocks_end_at_blank_lines_whatever_the_chunks():
+    text = "".join(f"paragraph {i}\nof two lines\n\n" for i in range(200))
+    for step in (1, 7, 1000, len(text)):
+        found = list(blocks((text[i : i + step] for i in range(0, len(text), step)), size=64))
+        assert all(block.endswith("\n\n") and len(block) < 64 + 40 for block in found), step
+
+
+def test_xz_is_the_same_text(tmp_path):
+    text = "Grüße,\n\nWelt. \u2028 \x85 kein Ende\n" * 3000
+    (tmp_path / "plain.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "packed.txt.xz").write_bytes(lzma.compress(text.encode()))
+    plain = [t for _, t in open_corpus(str(tmp_path / "plain.txt")).train]
+    packed = [t for _, t in open_corpus(str(tmp_path / "packed.txt.xz")).train]
+    assert "".join(plain) == text and plain == packed and len(plain) > 1
+
+
+def test_rows_of_json_are_documents(tmp_path):
+    rows = [{"text": f"row {i}", "label": i} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    expected = [row["text"] for row in rows]
+    for name in ("a.jsonl", "b.json"):
+        assert [t for _, t in open_corpus(str(tmp_path / name)).train] == expected
+    folder = open_corpus(str(tmp_path))
+    assert [t for _, t in folder.train] == expected * 2
+
+
+def test_folder_of_texts_has_a_unit_a_file(tmp_path):
+    for name in ("z.txt", "sub/a.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"text of {name}")
+    assert list(open_corpus(str(tmp_path)).train) == [
+        ("sub/a.txt", "text of sub/a.txt"),
+        ("z.txt", "text of z.txt"),
+    ]
+
+
+def test_licence_of_local_text(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("text")
+    assert open_corpus(str(path)).licence == open_corpus(str(path)).attribution == "not stated"
+    (tmp_path / "book.txt.about.yaml").write_text("licence: CC0\nattribution: A. Author")
+    found = open_corpus(str(path))
+    assert (found.name, found.licence, found.attribution) == ("book.txt", "CC0", "A. Author")
+    for stated in (b"license: CC0", b"licence: [", "name: Grüße".encode("latin-1"), b""):
+        (tmp_path / "book.txt.about.yaml").write_bytes(stated)
+        with pytest.raises(ConfigError, match=r"data='.*book\.txt'.*book\.txt\.about\.yaml"):
+            open_corpus(str(path))
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz", "rows.jsonl.gz", "folder"])
+def test_licence_of_local_text_however_its_path_is_written(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / f"{name}.about.yaml").write_text("licence: CC0")
+    for data in (name, f"./{name}", f"{name}/", str(tmp_path / name)):
+        assert corpus.about(data) == {"licence": "CC0"}
+    monkeypatch.chdir(tmp_path / name)
+    assert corpus.about(".") == {"licence": "CC0"} and corpus.about("/") == {}
+
+
+def test_known_corpora_have_no_file_beside_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data in ("stdlib", "c4", "digits"):
+        (tmp_path / f"{data}.about.yaml").write_text("licence: CC0")
+        assert corpus.about(data) == {}
+
+
+@pytest.mark.parametrize("data, remedy", [
+    ("stdlb", "did you mean stdlib"), ("nowhere.txt", "no such file"), ("nowhere.txt.gz", "no such file"),
+    ("a/b", "no such file"),
+    ("hub:a/b/c/d", "hub:OWNER/NAME/CONFIG"), ("{folder}", "must be, or hold, files that end in .txt"),
+    ("{folder}/x.pdf", "must be, or hold, files that end in .txt"),
+])  # fmt: skip
+def test_unknown_source(data, remedy, tmp_path):
+    (tmp_path / "x.pdf").touch()
+    data = data.format(folder=tmp_path)
+    with pytest.raises(ConfigError) as error:
+        open_corpus(data)
+    assert remedy in str(error.value) and repr(data) in str(error.value) and "data=" in str(error.value)
+
+
+def test_broken_files(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(bytes(range(97, 123)) * 5000)[:-20])
+    (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
+    for name, remedy in (
+        ("latin.txt", "UTF-8"),
+        ("cut.txt.xz", "can't be read"),
+        ("other.jsonl", "body"),
+    ):
+        with pytest.raises(ConfigError, match=remedy):
+            list(open_corpus(str(tmp_path / name)).train)
+
+
+def test_digests_tell_touched_from_changed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    files = {"a.txt": path}
+    stat, content = stat_digest(files), content_digest(files)
+    path.touch()
+    assert stat_digest(files) != stat and content_digest(files) == content
+    path.write_text("two")
+    assert content_digest(files) != content
+
+
+class FakeHub:
+    """Stands in for datasets.load_dataset: what was asked for, and rows to answer with."""
+
+    def __init__(self, monkeypatch, **splits):
+        self.asked, self.splits = [], splits
+        monkeypatch.setattr(datasets, "load_dataset", self)
+
+    def __call__(self, *names, **options):
+        self.asked.append((names, options))
+        sets = {}
+        for name, texts in self.splits.items():
+            found = datasets.Dataset.from_dict({"text": texts})
+            found.info.license, found.info.citation = "mit", "@misc{x,\n  title={X}}"
+            sets[name] = found.to_iterable_dataset() if options["streaming"] else found
+        return datasets.IterableDatasetDict(sets) if options["streaming"] else datasets.DatasetDict(sets)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_c4(monkeypatch, streaming):
+    hub = FakeHub(monkeypatch, train=["one", "", "two"], validation=["three"])
+    found = open_corpus("c4", streaming)
+    assert [t for _, t in found.train] == ["one", "two"] and [t for _, t in found.validation] == ["three"]
+    assert hub.asked == [(("allenai/c4", "en"), {"streaming": streaming})]
+    assert "ODC-BY" in found.licence and "Raffel" in found.attribution
+
+
+def test_wikitext_rows_are_lines_of_articles(monkeypatch):
+    lines = [
+        "",
+        " = A = \n",
+        "",
+        " Text of a . \n",
+        " = = Part = = \n",
+        " More . \n",
+        "",
+        " = B = \n",
+        " Text . \n",
+    ]
+    hub = FakeHub(monkeypatch, train=lines, validation=lines)
+    found = [t for _, t in open_corpus("wikitext-103").train]
+    assert found == [" = A = \n\n Text of a . \n = = Part = = \n More . \n", " = B = \n Text . "]
+    assert hub.asked[0][0] == ("Salesforce/wikitext", "wikitext-103-raw-v1")
+
+
+def test_enwik8_is_read_without_its_script(monkeypatch):
+    hub = FakeHub(monkeypatch, train=["<page>\n", "\n", "x\n"])
+    found = open_corpus("enwik8")
+    assert "".join(t for _, t in found.train) == "<page>\n\nx\n" and found.validation is None
+    assert hub.asked[0][0][0] == "text" and hub.asked[0][1]["data_files"].endswith("enwik8.zip")
+
+
+@pytest.mark.parametrize("data, names", [
+    ("hub:imdb", ("imdb", None)), ("hub:owner/set", ("owner/set", None)), ("hub:owner/set/en", ("owner/set", "en")),
+])  # fmt: skip
+def test_any_data_set_of_the_hub(monkeypatch, data, names):
+    hub = FakeHub(monkeypatch, train=["one"])
+    found = open_corpus(data)
+    assert hub.asked[0][0] == names
+    assert (found.licence, found.attribution) == ("mit", "@misc{x, title={X}}")
+
+
+def test_hub_errors_name_the_key(monkeypatch):
+    def fails(*names, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(ConfigError, match="data='hub:a/b'.*no route to host.*reachable"):
+        open_corpus("hub:a/b")
+    FakeHub(monkeypatch, test=["one"])
+    with pytest.raises(ConfigError, match="no train"):
+        open_corpus("hub:a/b")
+
+
+def test_every_preset_states_licence_and_attribution():
+    assert {"c4", "wikitext-103", "enwik8"} <= set(corpus.PRESETS)
+    assert all(p.licence and p.attribution for p in corpus.PRESETS.values())

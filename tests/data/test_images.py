@@ -1,0 +1,135 @@
+"""Images: the same pictures in the same order, from every kind of source; errors that say what to do."""
+
+import io
+import lzma
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ecmoe.config import ConfigError
+from ecmoe.data import images
+
+
+def picture(value: int, size=(6, 4)) -> Image.Image:
+    return Image.new("RGB", size, (value, 0, 255))
+
+
+def folder_of(path, per_class=5, size=(6, 4)):
+    for label, name in enumerate(("cat", "dog")):
+        (path / name).mkdir(parents=True)
+        for i in range(per_class):
+            picture(20 * label + i, size).save(path / name / f"{i}.png")
+    return f"images:{path}"
+
+
+def pack(path, part: str, labels):
+    data, lines = b"", []
+    for label in labels:
+        buffer = io.BytesIO()
+        picture(100 * label).save(buffer, "JPEG", quality=95)
+        lines.append(f"{len(data)} {buffer.tell()} {label}")
+        data += buffer.getvalue()
+    (path / f"toy_{part}.jpgs.xz").write_bytes(lzma.compress(data))
+    (path / f"toy_{part}.idx.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+
+
+def test_digits_are_all_there_in_a_fixed_split():
+    from sklearn.datasets import load_digits
+
+    found, source = images.load("digits"), load_digits()
+    assert found.train_x.shape == (1437, 1, 8, 8) and found.val_x.shape == (360, 1, 8, 8)
+    assert found.train_x.dtype == torch.float32 and found.train_y.dtype == torch.int64
+    assert found.train_x.min() == 0 and found.train_x.max() == 1
+    np.testing.assert_array_equal(torch.cat([found.train_x, found.val_x])[:, 0].numpy() * 16, source.images)
+    np.testing.assert_array_equal(torch.cat([found.train_y, found.val_y]), source.target)
+    assert found.classes == tuple("0123456789") and torch.bincount(found.val_y).min() > 30
+    said = found.provenance
+    assert said["licence"] == "CC BY 4.0" and said["attribution"] and len(said["digest"]) == 16
+    assert (said["train_images"], said["val_images"], said["shape"]) == (1437, 360, [1, 8, 8])
+
+
+def test_folder_holds_out_a_fifth_of_each_class(tmp_path):
+    found = images.load(folder_of(tmp_path / "pets"))
+    assert found.classes == ("cat", "dog") and found.train_x.shape == (8, 3, 4, 6)  # 6 wide, 4 high
+    assert found.val_y.tolist() == [0, 1]
+    red = (found.val_x[:, 0, 0, 0] * 255).round().int().tolist()
+    assert red == [4, 24] and found.train_x[:, 2].min() == 1
+    assert found.provenance["name"] == "pets" and found.provenance["licence"] == "not stated"
+
+
+def test_folder_with_its_own_split_keeps_it(tmp_path):
+    folder_of(tmp_path / "train", 3)
+    folder_of(tmp_path / "test", 2)
+    found = images.load(f"images:{tmp_path}")
+    assert (len(found.train_y), len(found.val_y)) == (6, 4)
+
+
+def test_packed_jpegs(tmp_path):
+    pack(tmp_path, "train", [0, 1, 2, 1])
+    pack(tmp_path, "test", [2, 0])
+    (tmp_path.parent / f"{tmp_path.name}.about.yaml").write_text("{name: Toys, licence: CC0}")
+    found = images.load(f"images:{tmp_path}")
+    assert found.train_y.tolist() == [0, 1, 2, 1] and found.val_y.tolist() == [2, 0]
+    assert found.classes == ("0", "1", "2") and found.train_x.shape == (4, 3, 4, 6)
+    red = found.train_x[:, 0].mean(dim=(1, 2)) * 255
+    assert torch.allclose(red, torch.tensor([0.0, 100, 200, 100]), atol=4)  # JPEG is lossy
+    assert found.provenance["name"] == "Toys" and found.provenance["licence"] == "CC0"
+
+
+def test_digest_tells_other_images_apart(tmp_path):
+    digests = [
+        images.load(folder_of(tmp_path / name, n)).provenance["digest"] for name, n in (("a", 5), ("b", 5), ("c", 6))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ("digit", ["data='digit'", "digits, cifar10", "images:PATH"]),
+        ("images:", ["data='images:'", "images:PATH"]),
+        ("images:nowhere", ["data='images:nowhere'", "no folder", "sub-folder"]),
+    ],
+)
+def test_error_names_key_value_and_remedy(data, named):
+    with pytest.raises(ConfigError) as error:
+        images.load(data)
+    assert all(text in str(error.value) for text in named)
+
+
+def test_sizes_must_agree(tmp_path):
+    folder_of(tmp_path / "train", 3)
+    picture(0, (8, 8)).save(tmp_path / "train/cat/x.png")
+    with pytest.raises(ConfigError, match="6 x 4 and 8 x 8 pixels.*resize"):
+        images.load(f"images:{tmp_path}")
+
+
+def test_unreadable_folders_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="sub-folder of image files"):
+        images.load(f"images:{tmp_path}")
+    pack(tmp_path, "train", [0])
+    with pytest.raises(ConfigError, match="toy_test.idx.xz"):
+        images.load(f"images:{tmp_path}")
+
+
+def test_cifar10_comes_from_the_hub(monkeypatch):
+    import datasets
+
+    rows = [{"img": picture(i, (32, 32)), "label": i % 10} for i in range(20)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(images.CIFAR10))})
+    made = datasets.Dataset.from_list(rows, features=features)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: asked.append(path) or {"train": made, "test": made})
+    images._load.cache_clear()
+    found = images.load("cifar10")
+    assert asked == ["uoft-cs/cifar10"] and found.classes == images.CIFAR10 and found.train_x.shape == (20, 3, 32, 32)
+    images._load.cache_clear()
+
+    def offline(path):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ConfigError, match="no network.*images:PATH.*digits"):
+        images.load("cifar10")

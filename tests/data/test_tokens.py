@@ -1,0 +1,208 @@
+import hashlib
+import lzma
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.data import tokens
+from ecmoe.data.tokenizer import END
+from ecmoe.data.tokens import folder, load, split
+
+PARAGRAPHS = [f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)]
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(PARAGRAPHS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda data, **keys: load(config(data, **keys), tmp_path / "cache")
+
+
+def config(data, **keys) -> RunConfig:
+    return RunConfig.from_dict({"data": str(data)} | keys)
+
+
+@pytest.mark.parametrize("keys", [{}, {"tokenizer": "bpe", "vocab_size": 400}])
+def test_tokens_are_the_text(book, make, keys):
+    found = make(book, **keys)
+    train, val = (found.tokenizer.decode(ids) for ids in (found.train, found.val))
+    assert (train + val).replace(END, "") == "".join(PARAGRAPHS)  # a single book: its end is validation
+    assert train.endswith("\n\n" + END) and val.endswith(END)
+    meta = found.meta
+    assert meta["train_tokens"] == len(found.train) and meta["val_tokens"] == len(found.val)
+    assert meta["train_bytes"] == len(train.encode()) and meta["val_bytes"] == len(val.encode())
+    assert meta["val_documents"] == val.count(END) and meta["train_documents"] == train.count(END)
+    assert found.train.dtype == (np.uint16 if keys else np.uint8) and isinstance(found.train, np.memmap)
+    assert meta["source_sha256"] and meta["licence"] == "not stated"
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 1000)), min_size=2, max_size=60))
+def test_split_keeps_units_whole_and_is_small(documents):
+    hashes = np.array([u * 0x9E3779B97F4A7C15 % 2**64 for u, _ in documents], np.uint64)
+    lengths = np.array([n for _, n in documents])
+    is_val, rule = split(hashes, lengths)
+    assert is_val.any() and not is_val.all()
+    assert (split(hashes, lengths)[0] == is_val).all()
+    share = lengths[is_val].sum() / lengths.sum()
+    if "last" in rule:  # large units only
+        first = is_val.argmax()
+        assert is_val[first:].all() and not is_val[:first].any() and lengths[first + 1 :].sum() <= 0.05 * lengths.sum()
+    else:
+        assert share <= 0.05 and not set(hashes[is_val]) & set(hashes[~is_val])
+
+
+def test_split_does_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    hashes, lengths = rng.integers(0, 2**63, 500).astype(np.uint64), rng.integers(1, 50, 500)
+    order = rng.permutation(500)
+    is_val, _ = split(hashes, lengths)
+    assert (split(hashes[order], lengths[order])[0] == is_val[order]).all()
+    assert 0.045 < lengths[is_val].sum() / lengths.sum() <= 0.05
+
+
+def test_standard_library_is_split_by_file(make):
+    found = make("stdlib", max_bytes=2_000_000)
+    sides = [set(found.tokenizer.decode(ids).split(END)) - {""} for ids in (found.train, found.val)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    assert 0.03 < found.meta["val_bytes"] / (found.meta["train_bytes"] + found.meta["val_bytes"]) <= 0.05
+
+
+@pytest.mark.parametrize("limit", [90_000, 90_001])
+def test_max_bytes_ends_between_characters(make, tmp_path, limit):
+    (tmp_path / "x.txt").write_text("üüü\n\n" * 20_000, encoding="utf-8")
+    found = make(tmp_path / "x.txt", max_bytes=limit)
+    text = "".join(found.tokenizer.decode(ids) for ids in (found.train, found.val)).replace(END, "")
+    assert limit - 1 <= len(text.encode()) <= limit and set(text) == {"ü", "\n"}
+
+
+def test_validation_of_the_source_is_used(monkeypatch, make):
+    sets = {"train": ["train text"] * 30, "validation": ["validation text"]}
+    fake = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in sets.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: fake)
+    found = make("hub:a/b")
+    assert found.tokenizer.decode(found.val) == f"validation text{END}"
+    assert found.tokenizer.decode(found.train) == f"train text{END}" * 30
+    assert found.meta["split"] == "the source's own" and found.meta["source_sha256"] is None
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    assert make("hub:a/b").meta == found.meta  # made once
+
+
+def test_a_part_of_a_hub_data_set_is_streamed(monkeypatch, make):
+    asked = []
+
+    def fake(*names, streaming):
+        asked.append(streaming)
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(90)]}))
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    for keys in ({}, {"max_bytes": 500}, {"max_bytes": 400, "streaming": True}):
+        make("c4", **keys)
+    assert asked == [False, True, True]
+
+
+def test_made_once_and_again_when_the_text_changes(book, make, monkeypatch):
+    first = make(book).meta
+    book.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "_make", lambda *a: pytest.fail("tokenised again"))
+        assert make(book).meta["digest"] == first["digest"]
+    book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
+    assert tokens._trouble(config(book), folder(config(book), book.parent / "cache")) == "the source has changed"
+    assert make(book).meta["digest"] != first["digest"]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_damage_is_found_and_repaired(book, make, name, damage, tmp_path):
+    keys = {"tokenizer": "bpe", "vocab_size": 300, "max_bytes": 100_000}
+    place = tokens.folder(config(book, **keys), tmp_path / "cache")
+    before = make(book, **keys)
+    digest, ids, path = before.meta["digest"], before.train.copy(), place / name
+    content = bytearray(path.read_bytes())
+    if damage == "lose":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 0x55
+        path.write_bytes(content[:-3] if damage == "cut" else content)
+    after = make(book, **keys)
+    assert after.meta["digest"] == digest and (after.train == ids).all()
+    for file, said in after.meta["files"].items():
+        assert hashlib.sha256((place / file).read_bytes()).hexdigest() == said["sha256"]
+
+
+def test_cache_alone_is_enough(book, make, tmp_path):
+    before = make(book).meta["digest"]
+    book.unlink()
+    assert make(book).meta["digest"] == before
+    place = tokens.folder(config(book), tmp_path / "cache")
+    (place / "val.bin").write_bytes(b"short")
+    with pytest.raises(ConfigError, match=r"val.bin is missing or cut.*can't be made again.*no such file"):
+        make(book)
+    shutil.rmtree(place)
+    with pytest.raises(ConfigError, match="no such file"):
+        make(book)
+    assert not place.exists()
+
+
+def test_compressed_source_gives_the_same_tokens(book, make, tmp_path):
+    packed = tmp_path / "other.txt.xz"
+    packed.write_bytes(lzma.compress(book.read_bytes()))
+    assert make(packed).meta["digest"] == make(book).meta["digest"]
+
+
+def test_too_small_to_split(make, tmp_path):
+    (tmp_path / "tiny.txt").write_text("one line")
+    with pytest.raises(ConfigError, match="data=.*too few to split"):
+        make(tmp_path / "tiny.txt")
+    assert not list((tmp_path / "cache").rglob("meta.json")) and not list((tmp_path / "cache").rglob("work"))
+
+
+def test_two_processes_tokenise_once(book, tmp_path):
+    script = textwrap.dedent(f"""
+        import time
+        from ecmoe.data import tokens
+        from ecmoe.config import RunConfig
+        real = tokens._tokenise
+        def counted(*a):
+            print("made"); time.sleep(1)
+            return real(*a)
+        tokens._tokenise = counted
+        print(tokens.load(RunConfig(data={str(book)!r}), __import__("pathlib").Path({str(tmp_path)!r})).meta["digest"])
+    """)
+    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].split() for process in started]
+    assert sorted(map(len, outputs)) == [1, 2]  # one made it, both have it
+    assert outputs[0][-1] == outputs[1][-1]
+
+
+def test_names_tell_configs_apart(book, tmp_path):
+    variants = [
+        {},
+        {"max_bytes": 5000},
+        {"tokenizer": "bpe", "vocab_size": 300},
+        {"tokenizer": "bpe", "vocab_size": 301},
+    ]
+    folders = {tokens.folder(config(book, **keys), tmp_path) for keys in variants}
+    assert len(folders) == len(variants)
+    assert tokens.folder(config(book, steps=5, seed=3), tmp_path) == tokens.folder(config(book), tmp_path)
+
+
+def test_every_byte_of_meta_is_checked(book, make, tmp_path):
+    make(book)
+    path = tokens.folder(config(book), tmp_path / "cache") / "meta.json"
+    path.write_text(path.read_text().replace("not stated", "public domain"))
+    assert tokens._trouble(config(book), path.parent) == "meta.json is damaged"
+    assert make(book).meta["licence"] == "not stated"

@@ -1,0 +1,232 @@
+"""The leak's measures against oracles: information that is known, routings whose dependence is known, loops by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ecmoe import RunConfig, build_model, causal_routing, run_or_load
+from ecmoe.measures import causality
+from ecmoe.measures.inspection import held_out
+from ecmoe.measures.measure import measure_rows
+from ecmoe.measures.probe import information
+from ecmoe.report import plots
+from ecmoe.training.result import not_run
+
+N, T, C = 300, 20, 4
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    """Tokens of which each is the one before it plus 0, 1 or 2, with probabilities .5, .25, .25 (mod 4)."""
+    steps = torch.tensor([0, 0, 1, 2])[torch.randint(4, (N, T + 1), generator=generator())]
+    ids = steps.cumsum(1) % C
+    return ids[:, :-1], ids[:, 1:]
+
+
+def uniform(target):
+    return torch.full((*target.shape, C), -math.log(C))
+
+
+# The probe
+
+
+def test_random_features_hold_nothing_and_are_not_clipped(targets):
+    _, target = targets
+    bits = [
+        information(uniform(target), {"x": torch.rand(N, T, 3, generator=generator(s))}, target)["x"] for s in range(6)
+    ]
+    assert all(abs(b) < 0.01 for b in bits) and min(bits) < 0
+
+
+def test_a_feature_that_is_the_target_holds_all_of_it(targets):
+    _, target = targets
+    found = information(uniform(target), {"target": F.one_hot(target, C), "noise": torch.zeros(N, T, 1)}, target)
+    assert found["target"] == pytest.approx(2.0, abs=0.15) and abs(found["noise"]) < 1e-6
+
+
+def test_what_is_known_already_is_not_counted_again(targets):
+    current, target = targets
+    routing = {"routing": F.one_hot(current % 3, 3)}  # a function of the current token alone
+    step = torch.tensor([0.5, 0.25, 0.25, 1e-9]).log()
+    bigram = torch.stack([step.roll(shift) for shift in range(C)])
+    assert information(uniform(target), routing, target)["routing"] > 0.2
+    assert abs(information(bigram[current], routing, target)["routing"]) < 0.01
+    # The current token tells 0.5 bits of 2: its entropy is 1.5.
+    told = information(uniform(target), {"token": F.one_hot(current, C)}, target)["token"]
+    assert told == pytest.approx(0.5, abs=0.03)
+
+
+def test_too_little_text_is_an_error():
+    with pytest.raises(ValueError, match="3 sequences are too few"):
+        information(torch.zeros(3, 2, C), {}, torch.zeros(3, 2, dtype=torch.long))
+
+
+def test_classes_and_tables_count_the_training_text():
+    counts = torch.tensor([3, 9, 1, 5]).numpy()
+    class_of, covered = causality.frequent_classes(counts, 3)
+    assert class_of.tolist() == [2, 0, 2, 1] and covered == pytest.approx(14 / 18)
+    logits = torch.randn(5, 4, generator=generator())
+    p = logits.softmax(1)
+    expected = torch.stack([p[:, 1], p[:, 3], p[:, 0] + p[:, 2]], 1)
+    torch.testing.assert_close(causality.by_class(logits, class_of).exp(), expected)
+
+    class Data:
+        train_windows = torch.tensor([[0, 1, 3], [1, 3, 1]]).numpy()
+
+    unigram, bigram = causality.class_tables(Data, class_of)
+    assert unigram.exp().tolist() == pytest.approx([2.5 / 5.5, 2.5 / 5.5, 0.5 / 5.5])
+    a = causality.SMOOTHING
+    assert bigram[1].exp().tolist() == pytest.approx(
+        [a * 2.5 / 5.5 / (2 + a), (2 + a * 2.5 / 5.5) / (2 + a), a * 0.5 / 5.5 / (2 + a)]
+    )
+
+
+def test_features_say_what_an_expert_has_left():
+    taken = torch.tensor([1, 1, 0, 0], dtype=torch.bool).view(1, 1, 4, 1)  # one expert with c = 1/2: two places
+    features = causality.routing_features(taken, 0.5)[0]
+    assert features.tolist() == [[1, pytest.approx(1 / 3)], [1, 0], [0, 0]]
+    late = causality.routing_features(taken.flip(2), 0.5)[0]
+    assert late[:, 1].tolist() == [pytest.approx(2 / 3), 1, 1]
+
+
+# Through a model
+
+CONFIG = RunConfig(layers=4, d_model=16, d_ff=32, heads=2, num_experts=4, sequence_length=16, batch_size=4)
+
+
+def ids(seed):
+    return torch.randint(256, (4, 16), generator=generator(seed))
+
+
+def model_of(**keys):
+    model = build_model(CONFIG.replace(**keys)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+        model(ids(9))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "keys, later, others",
+    [
+        ({"pool": "sequence"}, True, False),
+        ({"pool": "position"}, False, True),
+        ({"pool": "batch"}, True, True),
+        ({"pool": 32, "gate": "renormalized"}, True, True),
+        ({"router": "expert_threshold"}, False, False),
+    ],
+    ids=str,
+)
+def test_what_decisions_depend_on(keys, later, others):
+    found = causality.changed_decisions(model_of(**keys), ids(0), ids(1))
+    share = {(row["change"], row["routing"]): (float(row["decisions"]), float(row["tokens"])) for row in found}
+    assert share["later tokens replaced", "causally"] == share["other sequences replaced", "causally"] == (0, 0)
+    for change, changes in (("later tokens replaced", later), ("other sequences replaced", others)):
+        decisions, tokens = share[change, "as trained"]
+        assert (0.01 < decisions <= tokens <= 1) if changes else decisions == tokens == 0
+
+
+def test_one_sequence_on_its_own_is_a_loop_by_hand():
+    model, windows = model_of(), torch.cat([ids(2), ids(3)[:, :1]], dim=1)
+    alone = []
+    with torch.no_grad():
+        for window in windows:
+            logits = model(window[None, :-1])[0]
+            alone += [-float(logits[t].log_softmax(0)[window[t + 1]]) for t in range(16)]
+    with causality.competing(model, "sequence"):
+        assert causality.loss(model, windows, 4) == pytest.approx(sum(alone) / len(alone), rel=1e-12)
+    assert model.moe_layers[0].router.pool == "batch"
+    assert causality.loss(model, windows, 4) != pytest.approx(sum(alone) / len(alone), rel=1e-6)
+
+
+def test_global_top_k_takes_the_best_pairs_of_each_sequence():
+    model = model_of()
+    with causality.global_top_k(model), torch.no_grad():
+        together, alone = model(ids(0)), torch.cat([model(row[None]) for row in ids(0)])
+        logits = torch.randn(32, 4, generator=generator(5))
+        chosen = model.moe_layers[0].router.assign(logits, batch_shape=(2, 16)).dense(32)
+    torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
+    assert not torch.allclose(together, model(ids(0)))
+    for half, S in zip(chosen.split(16), logits.softmax(1).split(16), strict=True):
+        assert torch.equal(half != 0, S.flatten().sort().values[-32] <= S)  # 16 tokens x c
+        torch.testing.assert_close(half[half != 0], S[half != 0])
+
+
+def test_measurements_of_a_run(tiny_config):
+    config = tiny_config(steps=6, pool="sequence", layers=4)
+    runs = {"sequence": [run_or_load(config, progress=False)], "none": [not_run(config.replace(seed=1))]}
+    model = runs["sequence"][0].load_model()
+
+    def information_of(model, config):
+        return causality.next_token_information(model, config, batches=6, classes=8)
+
+    told = measure_rows(runs, "told", information_of)
+    assert told["arm"].tolist() == ["sequence"] * 6 + ["none"] and told["bits"].notna().tolist() == [True] * 6 + [False]
+    assert told.groupby("given")["routing"].apply(list).tolist() == [["as trained", "causally"]] * 3
+
+    losses = {
+        r["way"]: r["loss"] for r in causality.losses_by_routing(model, config, pools=[2, "sequence", "batch"])["rows"]
+    }
+    summary, (_, windows) = runs["sequence"][0].summary, held_out(config, 2)
+    assert causality.loss(model, windows, 8) == pytest.approx(summary["val_loss"], rel=1e-5)
+    with causal_routing(model):
+        assert causality.loss(model, windows, 8) == pytest.approx(summary["val_loss_causal"], rel=1e-5)
+    # In float64 a token may go to another expert than in training's float32.
+    assert losses["as trained"] == losses["sequence"] == pytest.approx(summary["val_loss"], abs=3e-3)
+    assert losses["causally"] == pytest.approx(summary["val_loss_causal"], abs=3e-3)
+    assert len({round(loss, 9) for loss in losses.values()}) == 5
+
+    decoded = causality.decoding(model, config, tokens=5)
+    assert decoded["compared"] == 2 * 16 * 4 and decoded["changed"] == 0 and decoded["output_difference"] < 1e-12
+    assert decoded["prompt"] and decoded["continuation"]
+    with causal_routing(model):  # the model itself is left as it was
+        assert next(model.parameters()).dtype == torch.float32
+
+
+# The figures
+
+
+def test_figures_have_both_routings_their_difference_and_their_gaps():
+    rows = [("a", s, r, x + s / 10, "one") for s in (0, 1) for r, x in (("as trained", 2.0), ("causally", 2.5))]
+    frame = pd.DataFrame([*rows, ("b", 0, None, None, None)], columns=["arm", "seed", "routing", "loss", "given"])
+    plot = plots.leak(frame, "loss", "loss", "difference")
+    assert plot.data.set_index(["arm", "routing"])["mean"].loc["a"].tolist() == pytest.approx([2.05, 2.55, 0.5])
+    assert "a 2.050 as trained, 2.550 causally, difference +0.500 (0.500 to 0.500) (2 seeds). Not run: b." in plot.alt
+    turned = plots.leak(frame, "loss", "loss", "difference", causal_first=False)
+    assert turned.data["mean"][2] == pytest.approx(-0.5)
+    panels = plots.leak_by_condition(frame, "loss", "given", "loss")
+    assert panels.data["given"].unique().tolist() == ["one"] and "Not run: b." in panels.alt
+    for drawn in (plot, panels, plots.leak_by_condition(frame[frame["arm"] == "b"], "loss", "given", "loss")):
+        drawn.figure.canvas.draw()
+        assert "not run" in [text.get_text() for ax in drawn.figure.axes for text in ax.texts]
+
+
+def test_figure_of_serving_compares_seed_by_seed():
+    ways = [
+        ("as trained", 32.0, 2.0),
+        ("causally", None, 2.1),
+        ("8", 8.0, 2.5),
+        ("sequence", 16.0, 2.2),
+        ("global top-k", 16.0, 2.3),
+    ]
+    frame = pd.DataFrame(
+        [(s, way, n, loss + s) for s in (0, 1) for way, n, loss in ways], columns=["seed", "way", "pool_tokens", "loss"]
+    )
+    plot = plots.serving_cost(frame, 16)
+    plot.figure.canvas.draw()
+    assert "pools of 8 tokens 0.500" in plot.alt and "cut-offs 0.100" in plot.alt and "nothing" not in plot.alt
+    of = plot.data.set_index("way")
+    assert of["mean"]["as trained"] == 0 and of["high"]["8"] - of["low"]["8"] == pytest.approx(
+        0
+    )  # seeds a whole nat apart
+    empty = plots.serving_cost(pd.DataFrame([(0, None, None, None)], columns=frame.columns), 16)
+    empty.figure.canvas.draw()
+    assert "nothing was run" in empty.alt

@@ -1,0 +1,98 @@
+"""Fine-tuning learns what can be learned, sees no padding, and names what it can't do."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ecmoe.measures import fine_tuning
+from ecmoe.measures.fine_tuning import Encoded, LitFineTuning, fine_tuned
+from ecmoe.model.transformer import build_model
+
+ROUTERS = {
+    "EC": {},
+    "top-2": {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0, "gate": "renormalized"},
+    "dense": {"router": "dense"},
+}
+
+
+@pytest.fixture
+def shouting(tmp_path):
+    """A folder with a task that one letter decides: does the sentence end in an exclamation mark?"""
+    dice = np.random.default_rng(0)
+    (tmp_path / "cola").mkdir()
+    for split, count in (("train", 160), ("validation", 43)):
+        labels = dice.integers(0, 2, count).tolist()
+        rows = [
+            {"sentence": "".join(dice.choice(list("abc "), dice.integers(3, 12))) + ".!"[label], "label": label}
+            for label in labels
+        ]
+        (tmp_path / "cola" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("keys", ROUTERS.values(), ids=ROUTERS)
+def test_learns_an_easy_task_and_leaves_the_run_as_it_was(tiny_config, shouting, keys):
+    config = tiny_config(**keys)
+    model = build_model(config).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"task": "cola", "folder": str(shouting), "steps": 60, "batch_size": 16, "learning_rate": 1e-2}
+    (row,) = fine_tuned(model, config, **settings)["rows"]
+    assert row["accuracy"] > 0.9 > row["majority"] and row["accuracy_causal"] > 0.8
+    assert (row["train"], row["validation"], row["truncated"]) == (160, 43, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert fine_tuned(model, config, **settings)["rows"] == [row]  # the same seed
+
+
+def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
+    config = tiny_config(
+        router="hash", capacity_factor=None, precision="32-true"
+    )  # whom tokens meet there is no matter
+    tuned = LitFineTuning(build_model(config), config, 3, 1e-3, 10).eval()
+    torch.nn.init.normal_(tuned.head.weight)
+    tokens, lengths = torch.randint(1, 200, (5, 12)), torch.tensor([12, 7, 3, 9, 1])
+    together = tuned(tokens, lengths)
+    for i, length in enumerate(lengths):
+        torch.testing.assert_close(together[i : i + 1], tuned(tokens[i : i + 1, :length], lengths[i : i + 1]))
+    right = together.argmax(1)
+    assert tuned.accuracy(Encoded(tokens, lengths, right), 2) == tuned.accuracy(Encoded(tokens, lengths, right), 5) == 1
+    assert tuned.accuracy(Encoded(tokens, lengths, (right + 1) % 3), 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("pieces", "most", "fitted"),
+    [
+        ([[1, 2, 3], [4, 5]], 5, [1, 2, 3, 4, 5]),
+        ([[1, 2, 3, 4, 5, 6], [7, 8]], 5, [4, 5, 6, 7, 8]),
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], 4, [3, 4, 7, 8]),
+        ([[1, 2, 3]], 2, [2, 3]),
+    ],
+)
+def test_what_is_too_long_loses_the_beginning_of_the_longest(pieces, most, fitted):
+    assert fine_tuning._fitted(pieces, most) == fitted
+
+
+def test_epochs_take_every_example_once_in_another_order():
+    examples = Encoded(torch.arange(10)[:, None], torch.ones(10, dtype=torch.long), torch.zeros(10, dtype=torch.long))
+    batches = [batch[0].flatten().tolist() for batch in fine_tuning._batches(examples, 0, 5, 5)]
+    assert len(batches) == 5 and sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(10))
+    assert batches[:2] != batches[2:4]
+
+
+def test_a_setting_is_part_of_the_name_but_not_the_place_of_files():
+    name = fine_tuning.measurement("rte", {"steps": 10, "folder": "a"})
+    assert (
+        name
+        == fine_tuning.measurement("rte", {"folder": "b", "steps": 10})
+        != fine_tuning.measurement("rte", {"steps": 11})
+    )
+    assert name.startswith("fine-tuned-rte-")
+
+
+def test_what_cannot_be_fine_tuned_is_named(tiny_config, shouting):
+    config = tiny_config(router="task_level")
+    with pytest.raises(ValueError, match="only a language model whose router reads tokens alone"):
+        fine_tuned(None, config, task="cola", folder=str(shouting))
+    with pytest.raises(ValueError, match="task 'cola': batch_size=32 is more than its 8 training examples"):
+        fine_tuned(None, tiny_config(), task="cola", folder=str(shouting), examples=8)

@@ -1,0 +1,142 @@
+"""Less capacity without retraining: what is counted is what a loop counts, and figures show it."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ecmoe.config import RunConfig
+from ecmoe.data.image_batches import ImageData
+from ecmoe.measures import image_capacity as capacity
+from ecmoe.model.transformer import build_model
+from ecmoe.report import plots
+from ecmoe.training.result import not_run
+from ecmoe.training.run import run_or_load
+from tests.report.test_plots import drawn
+
+EC = {}
+ORDER = {"router": "token_choice", "top_k": 2, "priority": "order", "balance": "none"}
+SCORE = ORDER | {"priority": "score"}
+BASE = {
+    "data": "digits", "patch_size": 2, "sequence_length": 16, "layers": 2, "moe_every": 1, "d_model": 16, "d_ff": 32,
+    "heads": 2, "num_experts": 4, "batch_size": 20, "steps": 12, "warmup_steps": 2, "eval_every": 12, "eval_batches": 5,
+    "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+def config(keys, places: float) -> RunConfig:
+    return RunConfig.from_dict(BASE | capacity.keys_at(keys, places))
+
+
+@pytest.mark.parametrize("keys", [EC, ORDER, SCORE])
+def test_places_per_patch_mean_the_same_for_every_router(keys):
+    model = build_model(config(keys, 2.0)).eval()
+    before = [layer.router.capacity_factor for layer in model.moe_layers]
+    with capacity.at_capacity(model, 0.2):
+        _, counts = capacity.experts_per_patch(model, torch.rand(20, 1, 8, 8))
+        for layer in model.moe_layers:
+            assert layer.load.max() == 0.2 * 20 * 16 / 4  # c n / e
+    assert counts.shape == (2, 20, 16) and (counts[0].sum() == 0.2 * 20 * 16 or keys is not EC)
+    assert [layer.router.capacity_factor for layer in model.moe_layers] == before
+
+
+def test_experts_per_patch_is_what_the_layers_did():
+    model, x = build_model(config(SCORE, 0.5)).eval(), torch.rand(20, 1, 8, 8)
+    logits, counts = capacity.experts_per_patch(model, x)
+    for layer, taken in zip(model.moe_layers, counts, strict=True):
+        assert torch.bincount(taken.flatten(), minlength=9).tolist() == layer.experts_per_token.tolist()
+    assert torch.equal(logits, model(x)) and not model.moe_layers[0]._forward_pre_hooks
+
+
+def test_those_who_come_late_are_left_out_whole():
+    x = torch.rand(20, 1, 8, 8)
+    late = {}
+    for name, keys in (("order", ORDER), ("score", SCORE)):
+        model = build_model(config(keys, 2.0)).eval()
+        with capacity.at_capacity(model, 0.2):
+            late[name] = capacity.experts_per_patch(model, x)[1][0][10:]
+    assert late["order"].sum() < late["score"].sum()
+
+
+def test_a_router_without_capacity_is_refused():
+    model = build_model(config({"router": "linear_assignment"}, 2.0))
+    with pytest.raises(ValueError, match="LinearAssignment has no capacity"), capacity.at_capacity(model, 1.0):
+        pass
+    model = build_model(config({"router": "expert_threshold"}, 2.0))  # in evaluation it takes all above its cut-off
+    with pytest.raises(ValueError, match="ExpertThreshold has no capacity"), capacity.at_capacity(model, 1.0):
+        pass
+    model = build_model(config({"router": "expert_choice", "gate": "scaled"}, 2.0))
+    with pytest.raises(ValueError, match="gate='scaled'"), capacity.at_capacity(model, 1.0):
+        pass
+
+
+def test_measured_where_it_was_trained_is_what_training_found():
+    result = run_or_load(config(SCORE, 0.5), progress=False)
+    frame = capacity.sweep({"score": [result], "gone": [not_run(config(EC, 0.5))]}, [0.2, 0.5])
+    measured = frame[frame["arm"] == "score"].set_index("capacity")
+    assert measured.loc[0.5, "accuracy"] == pytest.approx(result.summary["accuracy"])
+    assert measured.loc[0.5, "val_loss"] == pytest.approx(result.summary["val_loss"], abs=1e-5)
+    assert measured.loc[0.2, "patches_left_out"] >= 0.8 > measured.loc[0.5, "patches_left_out"] >= 0.5
+    assert frame.loc[frame["arm"] == "gone", "accuracy"].isna().all()
+
+    data, model = ImageData(result.load_model().config), result.load_model()
+    data.setup()
+    left_out = []
+    with torch.no_grad(), capacity.at_capacity(model, 0.2):
+        for x, _ in data.val_dataloader():
+            counts = capacity.experts_per_patch(model, x)[1]
+            left_out += [all(counts[m, b, t] == 0 for m in range(2) for t in range(16)) for b in range(len(x))]
+    assert measured.loc[0.2, "images_left_out"] == pytest.approx(np.mean(left_out))
+
+    gallery = capacity.gallery({"score": [result], "gone": [not_run(config(EC, 0.5))]}, 0.2)
+    assert list(gallery) == ["score"] and np.shape(gallery["score"]["experts"]) == (8, 4, 4)
+    plot = drawn(plots.patches_taken(gallery, 0.2))
+    experts, x = np.array(gallery["score"]["experts"]), data.val[0]
+    assert plot.data["places_taken"].tolist() == experts.sum((1, 2)).tolist()
+    assert f"{100 * (experts > 0).mean():.0f}% of the patches" in plot.alt
+    shown = np.asarray(plot.figure.axes[0].images[0].get_array())
+    np.testing.assert_array_equal(shown, (255 * x[0, 0]).round().numpy())
+
+
+def swept(arms, seeds=(0, 1, 2), places=(0.1, 2.0)):
+    rows = [(arm, s, c, level + s / 100 + c / 10, 0.0, 0.9 - c / 4, 0.5 - c / 4)
+            for arm, level in arms.items() for s in seeds for c in places]  # fmt: skip
+    names = ["arm", "seed", "capacity", "accuracy", "val_loss", "patches_left_out", "images_left_out"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def test_differences_are_paired_by_seed():
+    frame = swept({"a": 0.5, "b": 0.4})
+    frame.loc[(frame["arm"] == "b") & (frame["seed"] == 2) & (frame["capacity"] == 0.1), "accuracy"] -= 0.03
+    table = capacity.differences({"one": frame, "few": swept({"a": 0.5, "b": math.nan}, seeds=(0,))}, [("a", "b")])
+    assert table["difference"].tolist() == ["a \N{MINUS SIGN} b"] * 2
+    assert table["c = 0.1"][0] == "+11.0 (+6.7 to +15.3)" and pd.isna(
+        table["c = 0.1"][1]
+    )  # 10, 10, 13: 11 +- 4.303 sqrt(3) / sqrt(3)
+    assert table["c = 2"][0] == "+10.0 (+10.0 to +10.0)"
+    assert capacity.differences({"one": swept({"a": 0.5, "b": 0.4}, (0,))}, [("b", "a")])["c = 2"].item() == "-10.0"
+
+
+def test_trained_at_each_capacity_reads_summaries():
+    done = run_or_load(config(SCORE, 0.5), progress=False)
+    frame = capacity.as_trained({("score", 0.5): [done], ("score", 2.0): [not_run(config(SCORE, 2.0))]})
+    assert frame["accuracy"][0] == done.summary["accuracy"] and math.isnan(frame["accuracy"][1])
+
+
+def test_figures_show_means_and_name_gaps():
+    frame = swept({"EC": 0.5, "Top-2, order of arrival": 0.4, "gone": math.nan})
+    plot = drawn(plots.accuracy_over_capacity({"not retrained": frame, "trained": frame}))
+    row = plot.data[(plot.data["arm"] == "EC") & (plot.data["capacity"] == 0.1)].iloc[0]
+    assert row["mean"] == pytest.approx(52.0) and row["seeds"] == 3
+    assert "Not retrained. EC: 52.000 at 0.1" in plot.alt and "Not run: gone" in plot.alt
+    plot = drawn(plots.left_out_over_capacity(frame))
+    assert "Images without any patch taken (%). EC: 47.500 at 0.1" in plot.alt
+    assert plot.figure.axes[0].get_ylim()[0] == 0
+
+
+def test_figures_without_runs_say_so():
+    frame = swept({"EC": math.nan})
+    assert "Not run: EC" in drawn(plots.accuracy_over_capacity({"trained": frame})).alt
+    assert "Not run" in drawn(plots.patches_taken({}, 0.2)).alt

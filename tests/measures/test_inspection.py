@@ -1,0 +1,72 @@
+"""What routing does on held-out text, against plain loops over the model's own combine weights."""
+
+import json
+
+import pytest
+import torch
+
+from ecmoe.measures import inspection
+from ecmoe.training.result import SHARES
+from ecmoe.training.run import run_or_load
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config):
+    config = tiny_config(layers=4, seed=5, sequence_length=32)
+    return run_or_load(config, progress=False).load_model(), config
+
+
+def test_counts_are_those_of_the_combine_weights(trained):
+    model, config = trained
+    found = inspection.experts_by_token(model, config)
+    assert json.loads(json.dumps(found)) == found  # it is kept as JSON
+    data, batch = inspection.held_out(config)
+    n, seen = config.batch_size * config.sequence_length, []
+    with inspection.watched(model) as routed, torch.no_grad():
+        model(batch[:, :-1])
+    for logits, assignment in routed:
+        assert logits.shape == (n, config.num_experts)
+        seen.append([int((row > 0).sum()) for row in assignment.dense(n)])
+    assert "".join(found["text"]) == data.decode(batch[0, : len(found["text"])].tolist())
+    assert found["counts"] == [layer[: len(found["text"])] for layer in seen]
+    for layer in range(2):  # all kinds together are all tokens, at c experts a token
+        rows = [row for row in found["kinds"] if row["layer"] == layer]
+        assert sum(row["tokens"] for row in rows) == n
+        mean = sum(row["tokens"] * row[share] * j for row in rows for j, share in enumerate(SHARES)) / n
+        assert mean == pytest.approx(config.capacity_factor)
+    by_hand = {}
+    for i, token in enumerate(batch[:, :-1].flatten().tolist()):
+        by_hand.setdefault(data.decode([token]), []).append((seen[0][i] + seen[1][i]) / 2)
+    for row in found["words"]:
+        values = by_hand[row["token"]]
+        assert row["times"] == len(values) >= 20
+        assert row["experts"] == pytest.approx(sum(values) / len(values))
+    assert [row["experts"] for row in found["words"]] == sorted((r["experts"] for r in found["words"]), reverse=True)
+
+
+def test_watching_ends(trained):
+    model, config = trained
+    with pytest.raises(RuntimeError), inspection.watched(model) as seen:
+        raise RuntimeError
+    model(torch.zeros(config.batch_size, 8, dtype=torch.long))
+    assert not seen and "assign" not in vars(model.moe_layers[0].router)
+
+
+@pytest.mark.parametrize(
+    "text, before, kind",
+    [(" the", ".", "word start"), ("the", "\n", "word start"), ("ing", "go", "word rest"), ("s", "'", "word start"),
+     (" 12", "a", "number"), (",", "a", "punctuation"), ("\n\n", "a", "white space"), ("\ufffd", "a", "other"),
+     ("", "a", "other"), ("é", "t", "word rest")],
+)  # fmt: skip
+def test_kinds_by_hand(text, before, kind):
+    assert inspection._kind(text, before) == kind
+
+
+def test_caps_on_trained_scores(trained):
+    model, config = trained
+    found = inspection.caps_on_trained_scores(model, config)
+    assert len(found["rows"]) == 2 * 2 * 2  # layers, caps, solvers
+    for row in found["rows"]:
+        assert 0.5 < row["score_kept"] <= 1.0001
+        if row["solver"] == "feasible":
+            assert row["over_cap"] == row["empty"] == row["row_error"] == row["column_error"] == 0

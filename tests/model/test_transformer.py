@@ -1,0 +1,122 @@
+"""The Transformer: causal where it must be, its bias and FFN as written out, sizes as printed in Table 1."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ecmoe.config import ROUTERS, RunConfig
+from ecmoe.model.moe import KERNELS
+from ecmoe.model.transformer import TABLE_1, build_model, count_parameters, flops_per_token
+
+SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
+
+
+def ids(T=12, B=2, seed=0):
+    return torch.randint(256, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_experts_are_in_every_other_layer_and_nowhere_in_the_dense_twin():
+    model = build_model(SMALL.replace(layers=4))
+    assert [block.moe is not None for block in model.blocks] == [False, True, False, True]
+    assert [block.ffn is not None for block in model.blocks] == [True, False, True, False]
+    assert build_model(SMALL.replace(router="dense")).moe_layers == []
+
+
+def test_experts_take_the_kernels_of_the_config():
+    assert [field.metadata["choices"] for field in dataclasses.fields(RunConfig) if field.name == "kernels"] == [
+        KERNELS
+    ]
+    model = build_model(SMALL.replace(kernels="triton-bmm"))
+    assert [layer.kernels for layer in model.moe_layers] == ["triton-bmm"]
+
+
+@pytest.mark.parametrize("router", ["dense", "hash"])
+def test_no_logit_sees_a_later_token(router):
+    model = build_model(SMALL.replace(router=router, capacity_factor=None)).double().eval()
+    a, b = ids(), ids(seed=1)
+    b[:, :7] = a[:, :7]
+    assert torch.allclose(model(a)[:, :7], model(b)[:, :7], atol=1e-12)
+    assert not torch.allclose(model(a)[:, 7:], model(b)[:, 7:], atol=1e-3)
+
+
+def test_gated_ffn_is_gelu_gated():
+    ffn = build_model(SMALL).blocks[0].ffn
+    x = torch.randn(3, 16)
+    gate = F.gelu(x @ ffn.gate_up.weight.T, approximate="tanh")
+    torch.testing.assert_close(ffn(x), (gate * (x @ ffn.value_up.weight.T)) @ ffn.down.weight.T)
+
+
+def test_same_seed_same_values_in_all_shared_parameters():
+    ec = dict(build_model(SMALL).named_parameters())
+    for other in (SMALL.replace(router="token_choice"), SMALL.replace(router="dense"), SMALL.replace(gate="scaled")):
+        shared = {k: v for k, v in build_model(other).named_parameters() if k in ec and v.shape == ec[k].shape}
+        assert len(shared) >= 10
+        assert all(torch.equal(v, ec[k]) for k, v in shared.items())
+    changed = dict(build_model(SMALL.replace(seed=1)).named_parameters())
+    assert not torch.equal(changed["embedding.weight"], ec["embedding.weight"])
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    config = RunConfig(sequence_length=32, batch_size=8)
+    model = build_model(config)
+    tokens = ids(33, 8)
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss.item() - math.log(256)) < 0.7  # logits of variance 1 add a half
+
+
+def test_activation_checkpointing_changes_nothing():
+    results = []
+    for recompute in (False, True):
+        model = build_model(SMALL.replace(activation_checkpointing=recompute))
+        model(ids()).square().mean().backward()
+        results.append({k: p.grad for k, p in model.named_parameters()})
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def printed(text: str) -> float:
+    return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
+
+
+@pytest.mark.parametrize("name", ["0.1B/32E", "0.1B/64E", "0.1B/128E", "8B/64E"])
+def test_totals_are_those_of_table_1(name):
+    preset = TABLE_1[name]
+    total = count_parameters(preset.config).total
+    decimals = len(preset.total[:-1].partition(".")[2])
+    assert f"{total / 1e9:.{decimals}f}B" == preset.total
+
+
+@pytest.mark.parametrize(("name", "off"), [("0.1B", 0.13), ("0.1B/16E", 0.05), ("8B", 0.02)])
+def test_the_other_rows_differ_by_what_the_paper_leaves_open(name, off):
+    assert abs(count_parameters(TABLE_1[name].config).total / printed(TABLE_1[name].total) - 1) < off
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_count_equals_the_built_model(router):
+    config = SMALL.replace(router=router)
+    model = build_model(config)
+    total = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    count = count_parameters(config)
+    assert count.total == total
+    experts = sum(m.w1.numel() + m.w2.numel() for m in model.moe_layers)
+    per_token = {"expert_choice": 2, "expert_threshold": 2, "token_choice": 2, "dense_moe": 4}.get(router, 1)
+    assert count.active == total - experts + experts * per_token // 4
+    if router == "kmeans":
+        assert count_parameters(config.replace(capacity_factor=None)) == count
+
+
+def test_padding_follows_the_tokens():
+    model, tokens = build_model(SMALL.replace(router="dense")).eval(), ids(8)
+    mask = torch.arange(12) < 8
+    padded = model(torch.cat([tokens, ids(4, seed=1)], 1), mask=mask.expand(2, 12))
+    torch.testing.assert_close(padded[:, :8], model(tokens))
+    with pytest.raises(ValueError, match="mask has padding before a token"):
+        model(ids(), mask=mask.flip(0).expand(2, 12))
+
+
+def test_flops_count_the_output_layer_and_attention():
+    config = SMALL.replace(router="dense")
+    active = count_parameters(config).active
+    assert flops_per_token(config) == 6 * (active + 256 * 16) + 6 * 2 * 12 * 16

@@ -1,0 +1,371 @@
+"""Reports, end to end: a notebook with everything in it becomes a page that is safe and complete."""
+
+import json
+import re
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from ecmoe.config import RunConfig
+from ecmoe.report import page as report
+from ecmoe.report.execution import ReportError, execute
+from ecmoe.report.render import index, page_html
+from ecmoe.study.stats import CLAIMS, Effect, verdict
+from ecmoe.training.result import Result, not_run
+
+EVIL = "<script>alert(1)</script>"
+GOOD = Effect(-0.03, -0.04, -0.02, 3, "nats per token")
+
+
+def notebook(*cells: tuple[str, str], tag: int | None = None):
+    made = []
+    for kind, source in cells:
+        new = nbformat.v4.new_markdown_cell if kind == "md" else nbformat.v4.new_code_cell
+        cell = new(source)
+        if kind == "parameters":
+            cell.metadata["tags"] = ["parameters"]
+        made.append(cell)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return nbformat.v4.new_notebook(cells=made, metadata={"kernelspec": kernel})
+
+
+PARAMETERS = 'scale: str = "smoke"  # scale\nbase: dict = {}  # keys\nwidth: float = 1.0  # width\nfail: bool = False'
+STUDY = f"""
+import sys
+import pandas as pd
+from matplotlib.figure import Figure
+from ecmoe.report import page as report
+from ecmoe.study import stats
+from ecmoe.report.plots import Plot
+figure = Figure(figsize=(2, 1)); figure.subplots().plot([1, 2])
+frame = pd.DataFrame({{"text": ["{EVIL}"], "n": [3]}})
+print("{EVIL}")
+print("a line of the log", file=sys.stderr)
+report.plumbing_only(scale)
+report.show(Plot(figure, 'rises from "1" to 2 {EVIL}', frame), "A caption {EVIL}")
+report.show_table(frame, "Words")
+effect = stats.Effect(-0.03, -0.04, -0.02, 3, "nats per token")
+report.show_verdict(stats.verdict(effect, scale=scale), "C8", scale=scale)
+report.formula(r"k = \\frac{{n c}}{{e}}", "k is n c over e")
+print(sys.executable, base, width)
+if fail:
+    raise ValueError("{EVIL} went wrong")
+"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The same notebook executed twice, well and badly: text of the pages, folder, error."""
+    folder = tmp_path_factory.mktemp("reports")
+    intro = "# The title\n\nWhat it shows, with $S \\in R^{n \\times e}$.\n\n## Part one\n\n$$k = n c / e$$\n\n## Part one\n\n## End"
+    nbformat.write(
+        notebook(("md", intro), ("parameters", PARAMETERS), ("code", STUDY)),
+        folder / "03_study.ipynb",
+    )
+    (folder / "a.yaml").write_text("scale: gpu\nwidth: 2.0\nbase: {steps: 1, seed: 2}\n")
+    (folder / "b.yaml").write_text("base: {steps: 3}\n")
+    files = [folder / "a.yaml", folder / "b.yaml"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECMOE_VERDICTS", str(folder / "verdicts"))
+        good = execute(folder / "03_study.ipynb", folder / "03_study.html", files, progress=False)
+        with pytest.raises(ReportError) as failure:
+            execute(
+                folder / "03_study.ipynb",
+                folder / "04_other.html",
+                files,
+                parameters={"fail": True},
+                progress=False,
+            )
+    return (
+        good.read_text(),
+        (folder / "04_other.failed.html").read_text(),
+        folder,
+        str(failure.value),
+    )
+
+
+def test_a_page_sends_no_request_and_runs_no_script(pages):
+    for page in pages[:2]:
+        soup = BeautifulSoup(page, "html.parser")
+        assert not soup.find("script") and not re.search(r"\bon\w+\s*=\s*[\"']", page.split("<body>")[0])
+        for element in soup.find_all(src=True):
+            assert element["src"].startswith("data:")
+        for element in soup.find_all("link"):
+            assert element["href"].startswith("data:")
+        assert "@import" not in page and "url(" not in page
+        policy = soup.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+        assert "default-src 'none'" in policy and "script-src" not in policy
+        assert {a["href"][0] for a in soup.find_all("a")} <= {
+            "#",
+            "i",
+        }  # a part of the page, or index.html
+
+
+def test_text_from_data_is_escaped_everywhere(pages):
+    for page in pages[:2]:
+        assert EVIL not in page
+        assert page.count("&lt;script&gt;alert(1)") >= 5  # stdout, alt, caption, table, error or code
+
+
+def test_a_figure_has_alt_caption_and_numbers(pages):
+    soup = BeautifulSoup(pages[0], "html.parser")
+    assert soup.find("img")["alt"] == f'rises from "1" to 2 {EVIL}'
+    assert soup.find("figcaption").text == f"A caption {EVIL}"
+    assert soup.find("details", class_="numbers").find("td").text == "3"
+    assert all(image.get("alt") for image in soup.find_all("img"))
+
+
+def test_a_page_has_title_contents_and_folded_code(pages):
+    soup = BeautifulSoup(pages[0], "html.parser")
+    assert soup.title.text == "The title" and soup.html["lang"] == "en"
+    assert soup.find("meta", {"name": "description"})["content"].startswith("What it shows")
+    links = [a["href"] for a in soup.find("nav", class_="toc").find_all("a")]
+    assert links == ["#part-one", "#part-one-2", "#end"] and all(soup.find(id=link[1:]) for link in links)
+    assert [d.find("summary").text for d in soup.find_all("details", class_="code")] == [
+        "parameters and their defaults", "parameters of this report", "code",
+    ]  # fmt: skip
+    assert not any(d.has_attr("open") for d in soup.find_all("details"))
+    assert soup.find("details", class_="log").find("pre").text.strip() == "a line of the log"
+
+
+def test_formulas_are_mathml(pages):
+    soup = BeautifulSoup(pages[0], "html.parser")
+    shown = [(m["display"], m["alttext"]) for m in soup.find_all("math")]
+    assert shown == [
+        ("inline", "S \\in R^{n \\times e}"),
+        ("block", "k = n c / e"),
+        ("block", "k is n c over e"),
+    ]
+    assert "$" not in soup.find("p").text
+
+
+def test_parameters_reach_a_kernel_of_this_python(pages):
+    assert f"{sys.executable} {{'steps': 3, 'seed': 2}} 2.0" in BeautifulSoup(pages[0], "html.parser").text
+
+
+def test_a_failed_notebook_names_its_cell_and_leaves_a_page(pages):
+    good, bad, folder, message = pages
+    assert "03_study.ipynb, cell 4 failed: ValueError" in message and "went wrong" in message
+    assert not (folder / "04_other.html").exists()  # else it would be taken for done
+    soup = BeautifulSoup(bad, "html.parser")
+    section = soup.find("section", class_="failed")
+    assert "went wrong" in section.text and soup.find(id="cell-4").find("details", class_="code").has_attr("open")
+    assert section.find("a")["href"] == "#cell-4" and "Traceback" in soup.find(id="cell-4").text
+    assert "An Exception was encountered" not in soup.text  # papermill's own note
+    assert BeautifulSoup(good, "html.parser").find("section", class_="failed") is None
+
+
+def test_the_index_lists_what_is_there(pages, tmp_path):
+    for name, text in (
+        ("03_study", pages[0]),
+        ("04_other.failed", pages[1]),
+        ("12_scoreboard", pages[0]),
+    ):
+        (tmp_path / f"{name}.html").write_text(text)
+    soup = BeautifulSoup(index("gpu", tmp_path).read_text(), "html.parser")
+    entries = soup.find("nav", class_="pages").find_all("li")
+    assert [e.find("a")["href"] for e in entries] == [
+        "03_study.html",
+        "04_other.failed.html",
+    ]
+    assert [bool(e.find(class_="mark")) for e in entries] == [False, True]
+    assert "What it shows" in entries[0].text and soup.find("h1").text == "The title"
+    (tmp_path / "12_scoreboard.html").unlink()
+    assert "not made yet" in index("gpu", tmp_path).read_text()
+
+
+def test_verdicts_are_recorded_for_the_scoreboard(pages):
+    kept = json.loads((pages[2] / "verdicts" / "03_study.json").read_text())["C8"]
+    assert kept["label"] == "reproduced" and kept["interval"] == [-0.04, -0.02] and kept["n"] == 3
+    assert kept["scale"] == "gpu" and kept["paper"] == CLAIMS["C8"].paper and "95%" in kept["rule"]
+
+
+# Parts
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook would show, as one string of HTML."""
+    pieces: list[str] = []
+    monkeypatch.setattr(report, "display", lambda data, raw: pieces.append(data["text/html"]))
+    return pieces
+
+
+def test_tables_are_escaped_and_missing_is_a_dash(shown):
+    frame = pd.DataFrame(
+        {
+            "arm": [EVIL, "b"],
+            "loss": [3.70149, np.nan],
+            "tokens": [65_000_000, 1],
+            "ok": [True, False],
+            "t": [None, "x"],
+        }
+    )
+    report.show_table(frame, "A <b>caption</b>", {"loss": ".2f"})
+    soup = BeautifulSoup(shown[0], "html.parser")
+    assert [[c.text for c in row.find_all(["th", "td"])] for row in soup.find_all("tr")] == [
+        ["arm", "loss", "tokens", "ok", "t"],
+        [EVIL, "3.70", "65,000,000", "yes", "–"],
+        ["b", "–", "1", "no", "x"],
+    ]
+    assert soup.find("caption").text == "A <b>caption</b>"
+    assert [h["scope"] for h in soup.find_all("th")] == ["col"] * 5 + ["row"] * 2
+    assert "right" in soup.find_all("td")[0]["style"] and not soup.find_all("td")[2].get("style")
+    assert "nowrap" in soup.find_all("td")[0]["style"] and "nowrap" not in soup.find_all("th")[1]["style"]
+    with pytest.raises(ValueError, match=r"formats names \['lose'\]"):
+        report.show_table(frame, formats={"lose": ".2f"})
+    report.show_table(pd.DataFrame(columns=["a"]))
+    assert "nothing" in shown[1]
+
+
+def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
+    rows = BeautifulSoup(report.table_html(pd.DataFrame({"arm": ["C1", "EC-CF2 renormalized"]})), "html.parser")
+    assert [th.get("class") for th in rows.tbody.find_all("th")] == [None, ["long"]]
+    assert "nothing" in report.table_html(pd.DataFrame())
+
+
+def test_text_is_coloured_by_count_and_escaped(shown):
+    report.show_text(["a ", EVIL, "\n"], [1, 0, 12], "A caption <b>")
+    page = BeautifulSoup(shown[0], "html.parser")
+    assert page.pre.text == f"a {EVIL}\u23ce\n" and not page.find_all(["script", "b"])
+    one, none, many = page.pre.find_all("span")
+    assert [span["title"] for span in (one, none, many)] == ["1 expert", "0 experts", "12 experts"]
+    assert "line-through" in none["style"] and "line-through" not in one["style"]
+    assert [span.text.strip() for span in page.p.find_all("span")] == ["0 experts", "1 expert", "12 experts"]
+    with pytest.raises(ValueError, match="1 tokens but 2 counts"):
+        report.show_text(["a"], [1, 2], "")
+
+
+def test_smoke_gives_no_verdict(shown, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    report.show_verdict(verdict(GOOD), "C9", scale="smoke", here="better")
+    assert "plumbing only" in shown[0] and "-0.03" not in shown[0] and "better" not in shown[0]
+    kept = json.loads((tmp_path / "01_convergence.json").read_text())["C9"]
+    assert kept["label"] == "plumbing only" and kept["effect"] is None and kept["here"] == ""
+    report.plumbing_only("gpu")
+    report.plumbing_only("smoke")
+    assert len(shown) == 2 and "say nothing" in shown[1]
+
+
+def test_a_verdict_shows_rule_proxy_and_noise(shown, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    report.show_verdict(verdict(GOOD, margin=0.005), "C6", scale="gpu", differences="a small model")
+    text = BeautifulSoup(shown[0], "html.parser").text
+    for part in ("reproduced", "-0.03 nats per token (95% -0.04 to -0.02; 3 seeds)", "fine-tuning accuracy",
+                 "a small model", "; would show: 0.0131 or more", "the smallest true effect", "undecided:"):  # fmt: skip
+        assert part in text
+    with pytest.raises(ValueError, match="claim_id='C11': must be one of C1, C2"):
+        report.show_verdict(verdict(GOOD), "C11", scale="gpu")
+
+
+def test_scoreboard_and_claim_table(shown, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    report.show_verdict(verdict(GOOD), "C9", scale="gpu", here="3.70 | 3.73")
+    report.show_verdict(verdict(Effect(-0.1, None, None, 1)), "C6", scale="gpu")
+    frame = report.scoreboard(tmp_path).set_index("id")
+    assert list(frame.index) == list(CLAIMS) and frame.loc["C1", "verdict"] == "not run"
+    assert frame.loc["C9", ["here", "verdict"]].tolist() == [
+        "3.70 | 3.73\n-0.03 nats per token (-0.04 to -0.02; 3 seeds)",
+        "reproduced",
+    ]
+    assert frame.loc["C6", ["here", "verdict"]].tolist() == ["-0.1 (1 seed, no interval)", "undecided"]
+    table = report.claim_table(tmp_path)
+    assert "| 3.70 \\| 3.73<br>-0.03 nats per token (-0.04 to -0.02; 3 seeds) | **reproduced** |" in table
+
+
+def result(seed: int, **summary) -> Result:
+    config = RunConfig(seed=seed)
+    data = {
+        "name": EVIL,
+        "licence": "PSF",
+        "digest": "ab" * 32,
+        "train_tokens": 1000,
+        "tokenizer": "bytes",
+    }
+    default = {"config": config.to_dict(), "name": config.name, "seed": seed, "status": "finished", "error": None,
+               "commit": "abc", "device": "CPU", "precision": "32-true", "world_size": 1, "seconds": 1800.0,
+               "versions": {"torch": "2.13.0"}, "started": "2026-01-02T03:04:05+00:00", "data": data}  # fmt: skip
+    return Result(default | summary)
+
+
+def test_provenance_names_what_differs_and_what_is_missing(shown):
+    report.provenance([result(0), result(1)])
+    text = BeautifulSoup(shown[0], "html.parser").text
+    assert "Mind" not in text and "1.00 hours" in text and "torch 2.13.0" in text and "licence: PSF" in text
+    assert EVIL in text and EVIL not in shown[0]
+    lost = result(
+        2,
+        status="diverged",
+        error="the loss is nan",
+        device="NVIDIA H200",
+        versions={"torch": "2.11.0"},
+    )
+    report.provenance([result(0), lost, not_run(RunConfig(seed=3))])
+    text = BeautifulSoup(shown[1], "html.parser").text
+    assert "differ in device, versions." in text and "the loss is nan" in text
+    assert "not run (1 of 3)" in text and RunConfig(seed=3).name in text
+    report.provenance([])
+
+
+def test_provenance_says_where_runs_shared_a_device(shown):
+    report.provenance([result(0), result(1, sharing=1)])
+    report.provenance([result(0), result(1, sharing=3), result(2, sharing=3)])
+    alone, shared = (BeautifulSoup(page, "html.parser") for page in shown)
+    assert "side by side" not in alone.text
+    row = shared.find("th", string="runs side by side on a device").find_next("td")
+    assert list(row.stripped_strings) == ["1", "3: seconds are the run's own over 3"]
+    columns = [[cell.text for cell in page.details.table.thead.find_all("th")] for page in (alone, shared)]
+    assert "sharing" not in columns[0] and "sharing" in columns[1] and {"seconds", "tokens"} <= set(columns[0])
+    assert len(shared.details.table.tbody.find_all("tr")) == 3 and "1,800" in shared.details.text
+
+
+def test_markdown_math_is_left_alone_by_markdown():
+    page = page_html(notebook(("md", "# T\n\n$a_i * b_i * c_i$ and $x < y$\n\n\\begin{align}a &= b\\end{align}")))
+    soup = BeautifulSoup(page, "html.parser")
+    assert not soup.find("em") and len(soup.find_all("math")) == 3
+    assert "<mo>&lt;</mo>" in page or "&lt;" in str(soup.find_all("math")[1])
+
+
+def test_the_claims_own_notebook_is_heard(tmp_path, monkeypatch, shown):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="its own")
+    monkeypatch.setenv("ECMOE_NOTEBOOK", "99_other")
+    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="another's")
+    monkeypatch.setenv("ECMOE_NOTEBOOK", "00_routing")
+    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="another's")
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == [
+        "00_routing", "02_load_balance", "99_other",
+    ]  # fmt: skip
+    assert report.scoreboard(tmp_path).set_index("id").loc["C10", "here"].startswith("its own")
+
+
+@pytest.mark.parametrize("text", ["# A README\n", "[]", "{}"])
+def test_what_is_no_notebook_is_named(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ReportError, match=r"README\.md can't be read .*: it must be a notebook"):
+        execute(tmp_path / "README.md", tmp_path / "out" / "o.html", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_execution_forgets_what_the_first_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
+    (tmp_path / "verdicts").mkdir()
+    old, other = tmp_path / "verdicts" / "a.json", tmp_path / "verdicts" / "b.json"
+    old.write_text("{}")
+    other.write_text("{}")
+    nbformat.write(notebook(("md", "# T"), ("parameters", PARAMETERS)), tmp_path / "a.ipynb")
+    execute(tmp_path / "a.ipynb", tmp_path / "a.html", parameters={"scale": "gpu"}, progress=False)
+    assert not old.exists() and other.exists()
+
+
+def test_the_scoreboard_links_only_to_reports_that_spoke(tmp_path, monkeypatch, shown):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
+    report.show_verdict(verdict(GOOD), "C6", scale="gpu")
+    report.show_scoreboard("gpu")
+    soup = BeautifulSoup(shown[-1], "html.parser")
+    assert [a["href"] for a in soup.find_all("a")] == ["05_other_routers.html"]
+    assert len(soup.find_all(class_="badge")) == len(CLAIMS)

@@ -1,0 +1,90 @@
+"""README.md: its code runs, and its figure and claim table are those of the committed results."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecmoe import MoE
+from ecmoe.report import readme
+
+README = Path(__file__).parents[2] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"<!-- test:(\w+) -->\n```python\n(.*?)```", TEXT, re.DOTALL))
+
+
+@pytest.fixture(autouse=True)
+def committed(monkeypatch):
+    """The results of this checkout, not of a test's own home."""
+    monkeypatch.setenv("ECMOE_HOME", str(README.parent))
+    monkeypatch.delenv("ECMOE_VERDICTS", raising=False)
+
+
+@pytest.mark.parametrize("name", readme.sections())
+def test_a_generated_part_is_what_the_results_give(name):
+    assert readme.part(TEXT, name).strip() == readme.sections()[name], "run `ecmoe readme`"
+
+
+def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
+    made = {"evidence": "![new]", "claims": "| new |"}
+    monkeypatch.setattr(readme, "sections", lambda scale: made)
+    monkeypatch.setattr(readme.paths, "root", lambda: tmp_path)
+    monkeypatch.setattr(readme, "PICTURES", {"evidence": ("01_convergence", lambda *_: (Drawn(), ""))})
+    page = tmp_path / "README.md"
+    marks = "{} a\n<!-- {}:begin -->\nold\n<!-- {}:end -->\n"
+    page.write_text("".join(marks.format(name, name, name) for name in made) + "last\n")
+    assert readme.update("gpu") and not readme.update("gpu")
+    for name, text in made.items():
+        assert readme.part(page.read_text(), name) == f"\n{text}\n"
+    assert page.read_text().startswith("evidence a\n") and page.read_text().endswith("\nlast\n")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="evidence:begin"):
+        readme.update("gpu")
+
+
+class Drawn:
+    """A figure that need not be drawn."""
+
+    figure = property(lambda self: self)
+
+    def savefig(self, *_, **__):
+        pass
+
+
+def test_the_layer_example_runs():
+    there = {}
+    exec(compile(EXAMPLES["layer"], "README.md", "exec"), there)
+    assert there["y"].shape == there["x"].shape
+    assert 0 <= float(there["moe"].statistics()["share_2"]) <= 1
+
+
+def test_the_router_example_is_a_router():
+    lines = (EXAMPLES["router"] + EXAMPLES["router_test"]).splitlines()
+    assert len(lines) < 30
+    there = {}
+    for name in ("router", "router_test"):
+        exec(
+            compile(EXAMPLES[name], "<README.md>", "exec"), there
+        )  # no file: hypothesis would take its text for the source
+    there["test_200_problems"]()
+    router = there["TopP"](8, 4)
+    moe = MoE(router, 8, 16)
+    x = torch.randn(2, 6, 8)
+    scores = router.logits(x).softmax(1)
+    for row, weights in zip(scores.tolist(), router.assign(router.logits(x)).dense(12).tolist(), strict=True):
+        total, kept = 0.0, set()
+        for expert in sorted(range(4), key=lambda i: -row[i]):
+            if total < router.p:
+                kept.add(expert)
+            total += row[expert]
+        assert {i for i, weight in enumerate(weights) if weight} == kept
+    moe(x).sum().backward()
+    assert router.weight.grad.abs().sum() > 0
+
+
+def test_the_run_example_trains_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    there = {}
+    exec(compile(EXAMPLES["run"], "README.md", "exec"), there)
+    assert there["result"].ok and not there["model"].training

@@ -1,0 +1,50 @@
+"""Table 1 and what it costs."""
+
+import pytest
+
+from ecmoe import paths
+from ecmoe.model.transformer import TABLE_1, flops_per_token
+from ecmoe.study import cost
+from ecmoe.training.result import Result, not_run, write_record
+
+
+def test_every_row_of_table_1_is_counted():
+    sizes = cost.table_1().set_index("model")
+    assert list(sizes.index) == list(TABLE_1)
+    assert sizes.loc["0.1B", "total_ratio"] == pytest.approx(
+        0.87, abs=0.01
+    )  # 13% off, the paper doesn't say what it counts
+    assert sizes.loc["0.1B/16E", "total_ratio"] == pytest.approx(0.96, abs=0.01)
+    assert sizes.loc["0.1B/64E", "active_ratio"] == pytest.approx(0.88, abs=0.01)
+
+
+def test_hours_follow_from_flops_and_a_stated_share(tiny_config):
+    row = cost.estimates(tokens=1e9, scale="nothing there").set_index("model").loc["0.1B/64E"]
+    assert row["at_mfu"] == "0.40, assumed"
+    assert row["gpu_hours"] == pytest.approx(1e9 * flops_per_token(TABLE_1["0.1B/64E"].config) / (0.4 * 989e12) / 3600)
+    config = tiny_config()
+    write_record(paths.records("measured") / "a.json", Result(not_run(config).summary | {"mfu": 0.2}))
+    again = cost.estimates(tokens=1e9, scale="measured").set_index("model").loc["0.1B/64E"]
+    assert again["gpu_hours"] == pytest.approx(2 * row["gpu_hours"]) and again["at_mfu"] == "0.20, median of 1 runs"
+
+
+def test_a_study_is_costed_arm_by_arm(tiny_config):
+    config = tiny_config(steps=10)
+    arms = {"EC": {}, "Dense": {"router": "dense"}}
+    rows = cost.of_study(config.to_dict(), arms, scale="nothing there").set_index("arm")
+    assert list(rows.index) == list(arms)
+    assert rows.loc["EC", "million_tokens"] == 10 * config.tokens_per_batch / 1e6
+    assert rows.loc["EC", "parameters"] > rows.loc["EC", "active_parameters"] > 0
+    assert rows.loc["Dense", "parameters"] == rows.loc["Dense", "active_parameters"]
+    hours = 10 * config.tokens_per_batch * flops_per_token(config) / (0.4 * 989e12) / 3600
+    assert rows.loc["EC", "gpu_hours"] == pytest.approx(hours)
+
+
+def test_a_study_stands_beside_the_papers_models():
+    base = {"layers": 8, "d_model": 512, "num_experts": 32, "steps": 800, "batch_size": 128, "sequence_length": 512}
+    said = cost.beside_paper(base)
+    assert said.startswith(
+        "8 layers of width 512, 32 experts, 52.4 million tokens a run, AdamW; the paper: 12 to 32 layers of width 768 to 4096, 16 to 128 experts"
+    )
+    several = cost.beside_paper(*({**base, "num_experts": e} for e in (64, 4, 32)))
+    assert several == said.replace("32 experts", "4 to 64 experts")

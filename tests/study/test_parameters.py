@@ -1,0 +1,78 @@
+"""Parameters of a notebook: merged in a known order, and held to what the notebook knows."""
+
+import nbformat
+import pytest
+
+from ecmoe.study.parameters import (
+    ParameterError,
+    check_parameters,
+    check_scale,
+    merge_parameters,
+    notebook_parameters,
+    parameter_files,
+)
+
+
+def notebook(source: str, tag: str = "parameters") -> nbformat.NotebookNode:
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [tag]})
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A page"), cell])
+
+
+def test_files_merge_key_by_key(tmp_path):
+    (tmp_path / "a.yaml").write_text("seeds: [0]\nbase: {d_model: 8, steps: 1}\nx: {a: 1}\n")
+    (tmp_path / "b.yaml").write_text("seeds: [1, 2]\nbase: {steps: 2}\nx: {b: 1}\n")
+    (tmp_path / "empty.yaml").write_text("")
+    merged = merge_parameters([tmp_path / "a.yaml", tmp_path / "b.yaml", tmp_path / "empty.yaml"])
+    assert merged == {"seeds": [1, 2], "base": {"d_model": 8, "steps": 2}, "x": {"b": 1}}
+    with pytest.raises(ParameterError, match=r"absent\.yaml"):
+        merge_parameters([tmp_path / "absent.yaml"])
+    (tmp_path / "text.yaml").write_text("only text\n")
+    with pytest.raises(ParameterError, match=r"text\.yaml' must hold `key: value` lines"):
+        merge_parameters([tmp_path / "text.yaml"])
+    (tmp_path / "latin.yaml").write_bytes("title: Grüße\n".encode("latin-1"))
+    with pytest.raises(ParameterError, match=r"parameter file .*latin\.yaml' can't be read"):
+        merge_parameters([tmp_path / "latin.yaml"])
+
+
+def test_base_holds_keys_or_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: {steps: 1}\n")
+    (tmp_path / "none.yaml").write_text("base:\n")
+    assert merge_parameters([tmp_path / "a.yaml", tmp_path / "none.yaml"]) == {"base": {"steps": 1}}
+    assert merge_parameters([tmp_path / "none.yaml"]) == {"base": {}}
+    (tmp_path / "number.yaml").write_text("base: 3\n")
+    with pytest.raises(ParameterError, match=r"number\.yaml' must hold `key: value` lines below base, but holds int"):
+        merge_parameters([tmp_path / "a.yaml", tmp_path / "number.yaml"])
+
+
+def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path):
+    for file in ("scale/big.yaml", "01_a.yaml", "02_b.yaml", "scale/big/01_a.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    found = {name: parameter_files(name, "big", tmp_path) for name in ("01_a", "02_b")}
+    assert found["01_a"] == [tmp_path / file for file in ("scale/big.yaml", "01_a.yaml", "scale/big/01_a.yaml")]
+    assert found["02_b"] == [tmp_path / file for file in ("scale/big.yaml", "02_b.yaml")]
+    assert all(file.exists() for file in parameter_files("01_convergence", "gpu"))
+
+
+def test_an_unknown_scale_names_those_that_exist(tmp_path):
+    for scale in ("gpuu", "../01_convergence", ""):
+        with pytest.raises(ParameterError, match="scale='.*': must be one of gpu, paper, smoke"):
+            parameter_files("01_convergence", scale)
+    check_scale("gpu")
+    check_scale("any", tmp_path)  # no configs, as outside a checkout
+
+
+def test_unknown_parameters_and_text_for_numbers_are_errors():
+    made = notebook(
+        "width: int = 1\nrate: float = 0.1\nfail: bool = False\nlimit: int | None = None  # a = hides nothing here"
+    )
+    assert list(notebook_parameters(made)) == ["width", "rate", "fail", "limit"]
+    check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
+    with pytest.raises(ParameterError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):
+        check_parameters(made, {"widht": 2}, "x.ipynb")
+    with pytest.raises(ParameterError, match=r"rate='1e-3' must be a float.*1\.0e-3"):
+        check_parameters(made, {"rate": "1e-3"}, "x.ipynb")
+    with pytest.raises(ParameterError, match="must be a bool"):
+        check_parameters(made, {"fail": "yes"}, "x.ipynb")
+    with pytest.raises(ParameterError, match="no cell tagged"):
+        check_parameters(notebook("x = 1", tag="other"), {"x": 2}, "x.ipynb")

@@ -1,0 +1,270 @@
+"""What 08_step_time measures is kept, belongs to its machine, and is read by rules that can be checked by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ecmoe import paths
+from ecmoe.bench import layer as bench
+from ecmoe.bench import profile as bench_profile
+from ecmoe.bench.growth import bench_growth, exponents
+from ecmoe.config import ConfigError
+from ecmoe.report import plots
+from ecmoe.report.scoreboard import claim_table, record
+from ecmoe.study import speed
+from ecmoe.study.stats import Effect, verdict
+
+TINY = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4}
+STEP = {
+    "n": 64,
+    "sequence_length": 32,
+    "d_model": 8,
+    "d_ff": 16,
+    "heads": 2,
+    "num_experts": 4,
+    "layers": 2,
+    "vocab_size": 300,
+}
+AXES = {"n": [64, 128, 256], "num_experts": [2, 4, 8], "capacity_factor": [0.5, 1.0, 2.0], "d_model": [8, 16, 32]}
+
+
+def tiny_jobs():
+    return speed.jobs({"0.1B/64E": TINY}, STEP, TINY | {"capacity_factor": 1.0}, AXES, repeats=2)
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECMOE_HOME", str(tmp_path_factory.mktemp("speed")))
+        yield speed.measured(tiny_jobs(), scale="smoke")
+
+
+def test_each_part_is_measured_and_shown(found):
+    assert set(found) == {"layer-0-1b-64e", "step", "step-bf16", "growth", "profile"}
+    layers = speed.layers(found, ["0.1B/64E"])
+    assert {"floor", "EC-CF2"} <= set(layers["layer"]) and (layers["ms"] > 0).all()
+    share = layers[layers["what"] == bench.BOTH].set_index("layer")["share_of_floor"]
+    table = speed.by_layer(layers).set_index("layer")
+    assert table["its share"]["EC-CF2"] == share["EC-CF2"] and table["its share"]["floor"] == 1
+    assert table["routing, of floor"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["layer"]))
+    assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plots.share_of_floor(layers).alt
+    steps = speed.rows(found, "step")
+    assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}
+    assert {row.routing for row in steps.itertuples() if row.arm == "GShard top-2"} == {"own", "even"}
+    assert "Switch top-1, even routing, grouped_mm" in plots.step_times(steps).alt
+    assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 2
+    assert set(speed.rows(found, "step-bf16")["arm"]) == {"EC-CF2", "GShard top-2"}
+    assert found["step-bf16"]["setting"]["parameters"] == "bfloat16" != found["step"]["setting"]["parameters"]
+    assert set(speed.agreement(found, ["0.1B/64E"])["layer"]) == {"EC-CF2"}
+    grown = speed.rows(found, "growth")
+    assert grown.groupby("axis")["value"].apply(list).to_dict() == {k: [float(v) for v in vs] for k, vs in AXES.items()}
+    assert len(plots.growth(grown, exponents(grown)).figure.axes) == 4
+    kinds = speed.rows(found, "profile")
+    assert kinds["share"].sum() == pytest.approx(1) and "experts' products" in plots.profile(kinds).alt
+
+
+def test_each_part_is_measured_once(own_home):
+    counts = []
+    table = pd.DataFrame([{"ms": 1.0}])
+    jobs = {"a": lambda: counts.append("a") or table, "b": lambda: counts.append("b") or table}
+    assert speed.measured(jobs, scale="smoke")["a"]["rows"] == [{"ms": 1.0}]
+    speed.measured(jobs, scale="smoke")
+    assert counts == ["a", "b"]
+    assert [name for name, outcome in speed.take(jobs, speed.folder("smoke"), force=True) if outcome is not None] == [
+        "a",
+        "b",
+    ]
+
+
+def test_a_part_that_fails_stops_no_other(tmp_path):
+    def fail():
+        raise RuntimeError("no memory")
+
+    outcomes = dict(speed.take({"a": fail, "b": lambda: pd.DataFrame([{"ms": 1.0}])}, tmp_path))
+    assert isinstance(outcomes["a"], RuntimeError) and outcomes["b"]["ms"][0] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("scale", ["smoke", "gpu"])
+def test_the_plan_of_a_scale_can_be_measured(scale, own_home, monkeypatch):
+    plan = speed.plan(scale)
+    assert set(speed.jobs(**plan)) >= {"step", "growth", "profile"} and paths.root() in speed.folder(scale).parents
+    monkeypatch.setattr("ecmoe.bench.clock.in_turns", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("ecmoe.bench.growth._calls", lambda *_: pytest.fail("sizes are fine"))
+    with pytest.raises(BaseException, match="sizes are fine"):  # all are checked before any is measured
+        bench_growth(plan["growth_from"], plan["growth_axes"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
+    found = speed.measured(tiny_jobs(), scale="gpu")
+    layers = speed.layers(found, ["0.1B/64E"])
+    assert layers["layer"].isna().all() and "Not run: 0.1B/64E." in plots.share_of_floor(layers).alt
+    assert speed.figures(layers).to_dict("records") == [{"size": "0.1B/64E"}]
+    assert "Not run" in plots.step_times(speed.rows(found, "step")).alt
+    assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 0
+    grown = speed.rows(found, "growth").reindex(columns=["axis", "value", "ms", "floor_ms"])
+    assert "what was not run" in plots.growth(grown, exponents(grown)).alt
+    assert "Not run" in plots.profile(speed.rows(found, "profile")).alt
+    assert (
+        speed.absent(found) == [] and not len(speed.by_layer(layers)) and not len(speed.agreement(found, ["0.1B/64E"]))
+    )
+
+
+def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monkeypatch):
+    arms = {
+        "EC": tiny_config(),
+        "Dense": tiny_config(router="dense"),
+        "Hash": tiny_config(router="hash", hash_table="balanced", compile=True),
+    }
+    monkeypatch.setattr("torch.nn.Module.compile", lambda block, **_: None)  # takes long
+    steps = speed.study_steps(arms, scale="smoke")
+    assert list(steps.index) == list(arms) and (steps["low_ms"] <= steps["ms"]).all() and (steps["ms"] > 0).all()
+    rate = arms["EC"].tokens_per_batch / (steps["ms"] / 1e3)
+    assert steps["tokens_per_second"].tolist() == pytest.approx(rate.tolist()) and "CPU" in steps.attrs["device"]
+    monkeypatch.setattr(speed, "bench_study", lambda arms: pytest.fail("measured again"))
+    seeds = {arm: config.replace(seed=5) for arm, config in arms.items()}
+    assert speed.study_steps(seeds, scale="smoke").equals(steps)  # another seed takes as long
+    with pytest.raises(BaseException, match="measured again"):
+        speed.study_steps(arms | {"EC": tiny_config(capacity_factor=1.0)}, scale="smoke")
+    absent = speed.study_steps(arms, scale="gpu", measure=False)
+    assert (
+        absent["ms"].isna().all()
+        and list(absent.index) == list(arms)
+        and absent.attrs["device"].startswith("no device yet")
+    )
+
+
+def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
+    def row(layer, what, ms, **more):
+        return {
+            "size": "A",
+            "layer": layer,
+            "what": what,
+            "ms": ms,
+            "share_of_floor": 1 / ms,
+            "peak_mb": 100 * ms,
+        } | more
+
+    rows = [
+        row("EC-CF2", bench.BOTH, 4.0),
+        row("EC-CF2, triton", bench.FORWARD, 1.5),
+        row("EC-CF2, triton", bench.BOTH, 2.0),
+        row("EC-CF2, triton", bench.ROUTING, 0.1, of_forward_floor=0.05),
+        row("EC-CF2, triton-bmm", bench.BOTH, 3.0),
+        row("EC-CF2, triton, CUDA graph", bench.BOTH, 1.0),
+        row("EC-CF2, one-hot einsum", bench.BOTH, 0.1),
+        row("EC-CF2, cap 2", bench.BOTH, 9.0, over_uncapped=1.25),
+        row("EC-CF2, cap 2, triton", bench.BOTH, 2.2, over_uncapped=0.1),
+        row("top-2, grouped_mm", bench.BOTH, 0.5),
+    ]
+    (found,) = speed.figures(pd.DataFrame(rows)).to_dict("records")
+    assert found.pop("cap 3 adds") is None or np.isnan(found.get("cap 3 adds", np.nan))
+    assert found == {
+        "size": "A", "best path": "EC-CF2, triton", "forward, share of floor": 1 / 1.5,
+        "forward + backward, share of floor": 0.5, "routing, share of forward floor": 0.05, "cap 2 adds": 0.1,
+        "memory of plain's": 0.5,
+    }  # fmt: skip
+
+
+def test_exponents_are_those_of_a_power_law():
+    rows = [{"axis": "n", "value": v, "ms": 3 * v**1.5, "floor_ms": 0.1 * v} for v in (1, 2, 8)]
+    (found,) = exponents(pd.DataFrame(rows)).to_dict("records")
+    assert [found[key] for key in ("exponent", "low", "high")] == pytest.approx([1.5] * 3)
+    assert (found["of_floor"], found["at_1"]) == pytest.approx((1.0, 3.0))
+    noisy = pd.DataFrame(rows).assign(ms=[3.0, 9.0, 60.0])
+    (found,) = exponents(noisy).to_dict("records")
+    assert found["low"] < found["exponent"] < found["high"]
+
+
+def test_growth_names_what_it_cannot_take():
+    with pytest.raises(ConfigError, match="n=33"):
+        bench_growth(TINY | {"capacity_factor": 2.0}, {"n": [64, 33]})
+    with pytest.raises(ValueError, match="layers"):
+        bench_growth(TINY | {"capacity_factor": 2.0}, {"layers": [1]})
+
+
+def test_each_arm_counts_on_its_best_path():
+    steps = pd.DataFrame(
+        [
+            ("EC", "own", "plain", 2.0),
+            ("EC", "own", "triton", 1.0),
+            ("T", "own", "plain", 1.1),
+            ("T", "even", "plain", 1.2),
+            ("T", "even", "x", 1.3),
+        ],
+        columns=["arm", "routing", "path", "ms"],
+    )
+    assert speed.best_paths(steps) == {"EC": "EC, own, triton", "T": "T, even, plain"}
+    assert speed.best_paths(steps, "own")["T"] == "T, own, plain"
+    samples = {"EC, own, triton": [1.0, 1.1], "T, even, plain": [1.2, 1.32]}
+    ratio = speed.step_ratio({"step": {"rows": steps.to_dict("records"), "samples": samples}}, "T", "EC")
+    assert ratio.mean == pytest.approx(1.2) and ratio.n == 2 and str(ratio).endswith("2 turns)")
+
+
+def test_turns_are_not_taken_for_seeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
+    effect = Effect(1.3, 1.25, 1.35, 15, "ratio", "turn")
+    found = verdict(effect, 1.2, direction="above", scale="gpu")
+    assert found.label == "reproduced" and "interval over turns" in found.rule and "seed" not in found.rule
+    record(found, "C2", "gpu")
+    (line,) = [line for line in claim_table(tmp_path / "verdicts").splitlines() if line.startswith("| C2")]
+    assert "1.3 x (1.25 to 1.35; 15 turns)" in line and "seed" not in line
+
+
+# The profile
+
+
+def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
+    def event(cat, name, ts, dur, external):
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": {"External id": external}}
+
+    events = [
+        event("cpu_op", "aten::bmm", 0, 5, 1),
+        event("cpu_op", "aten::mm", 5, 5, 2),
+        event("kernel", "nvjet_x", 100, 1000, 1),
+        event("kernel", "nvjet_x", 1600, 400, 2),
+        event("gpu_memcpy", "Memcpy DtoD", 1900, 300, 3),
+        {"ph": "M", "name": "process_name"},
+        event("gpu_user_annotation", "Optimizer.step", 0, 9000, 4),
+    ]
+    spent = bench_profile.kernel_time(events)
+    assert spent == pytest.approx({"aten::bmm nvjet_x": 1.0, "idle": 0.5, "aten::mm nvjet_x": 0.4, "Memcpy DtoD": 0.2})
+    table = bench_profile.by_kind(spent)
+    assert table["kind"].tolist() == ["experts' products", "idle", "other products", "copies and casts"]
+    assert table["share"].sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("_product_backward_kernel", "experts' products"),
+        ("aten::_grouped_mm cutlass_gemm_grouped", "experts' products"),
+        ("aten::mm nvjet_tst_128x256", "other products"),
+        ("_flash_queries_kernel", "attention"),
+        ("aten::_scaled_dot_product_flash_attention flash_fwd_kernel", "attention"),
+        ("_losses_kernel", "loss"),
+        ("_scaled_kernel", "loss"),
+        ("_squares_kernel", "optimiser"),
+        ("aten::_fused_adamw_ void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimiser"),
+        ("_logits_dw_kernel", "routing"),
+        ("_take_kernel", "routing"),
+        ("_gather_dot_kernel", "gather and combine"),
+        ("_combine_kernel", "gather and combine"),
+        ("_activate_kernel", "activation"),
+        ("triton_poi_fused_gelu_mul_3", "activation"),
+        ("triton_per_fused__to_copy_add_rms_norm_1", "norms and other passes"),
+        ("aten::copy_ void at::native::elementwise_kernel<direct_copy>", "copies and casts"),
+        ("Memset (Device)", "copies and casts"),
+        ("something else", "norms and other passes"),
+    ],
+)
+def test_kinds_of_work(name, kind):
+    assert bench_profile.kind_of(name) == kind

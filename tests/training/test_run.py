@@ -1,0 +1,411 @@
+"""run_or_load: once and only once; resumed to the last bit; failures and divergence are kept, not hidden."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from ecmoe import load_model, paths, run_or_load
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.data.batches import TextData
+from ecmoe.model.generate import continue_text
+from ecmoe.training import run as train
+from ecmoe.training.lit import LitModel, learning_rate_factor
+from ecmoe.training.recorder import Recorder
+from ecmoe.training.result import not_run, read_record, read_run, write_summary
+
+
+def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.Popen:
+    """Train in a process of its own; `code` runs first."""
+    script = textwrap.dedent(code) + textwrap.dedent(f"""
+        import torch; torch.set_num_threads(1)
+        from ecmoe import RunConfig, run_or_load
+        result = run_or_load(RunConfig.from_dict({config.to_dict()!r}))
+        print(result.summary["status"])
+    """)
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_second_call_loads_the_first(tiny_config, monkeypatch):
+    config = tiny_config(seed=11)
+    first = run_or_load(config, progress=False)
+    assert first.ok and first.path == paths.runs() / config.name
+    assert not (first.path / "last.ckpt").exists() and not list(first.path.glob("*.tmp"))
+    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    again = run_or_load(config)
+    assert again.summary == read_run(first.path).summary
+    assert again.summary["val_loss"] == first.summary["val_loss"]
+    pd.testing.assert_frame_equal(again.curve, first.curve.astype(float))
+
+
+def test_summary_says_what_ran(tiny_config):
+    config = tiny_config(seed=12)
+    result = run_or_load(config, progress=False)
+    s = result.summary
+    assert s["config"] == config.to_dict() and s["status"] == "finished" and s["error"] is None
+    assert s["tokens"] == config.steps * config.tokens_per_batch and s["steps"] == config.steps
+    assert s["bits_per_byte"] == pytest.approx(s["val_loss"] / 0.6931471805599453)  # bytes: one a token
+    assert s["perplexity"] == pytest.approx(2.718281828459045 ** s["val_loss"])
+    assert s["tokens_per_second"] > 0 and s["seconds"] > 0 and s["val_loss"] < 6
+    assert s["val_loss_causal"] != s["val_loss"]
+    assert s["data"]["licence"] and s["data"]["digest"] and s["versions"]["torch"] == torch.__version__
+    assert sum(s["routing"][f"share_{j}"] for j in range(9)) == pytest.approx(1)
+    assert result.curve["step"].tolist() == [4, 8, 10]  # every eval_every steps, and the last
+
+
+def test_the_curve_learns(tiny_config):
+    curve = run_or_load(tiny_config(seed=12), progress=False).curve
+    assert curve["val_loss"].iloc[-1] < curve["val_loss"].iloc[0]
+
+
+def test_loaded_model_has_the_recorded_loss(tiny_config):
+    config = tiny_config(seed=12)
+    result = run_or_load(config, progress=False)
+    model = result.load_model()
+    data = TextData(config)
+    data.setup("fit")
+    lit = LitModel(config)
+    lit.model = model
+    with torch.no_grad():
+        losses = [lit.loss(batch).double() for batch in data.val_dataloader()]
+    assert float(torch.stack(losses).mean()) == pytest.approx(result.summary["val_loss"], abs=1e-6)
+    assert not model.training and load_model(result.path).config == config
+
+
+def test_missing_run_is_not_trained_when_told_so(tiny_config):
+    config = tiny_config(seed=13)
+    result = run_or_load(config, train=False)
+    assert result.summary["status"] == "not run" and not result.ok
+    assert not (paths.runs() / config.name).exists()
+
+
+def test_records_come_first_and_are_added_to(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(seed=14)
+    trained = run_or_load(config, records=tmp_path, progress=False)
+    assert read_record(tmp_path / f"{config.name}.json").summary["val_loss"] == trained.summary["val_loss"]
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "elsewhere"))  # neither runs nor data here
+    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    assert run_or_load(config, records=tmp_path).summary["val_loss"] == trained.summary["val_loss"]
+
+
+def test_record_of_other_text_warns(tiny_config, tmp_path):
+    config = tiny_config(seed=14)
+    run_or_load(config, records=tmp_path, progress=False)
+    path = tmp_path / f"{config.name}.json"
+    record = json.loads(path.read_text())
+    record["summary"]["data"]["source_sha256"] = "0" * 64
+    path.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="data='stdlib' is another text here than the one that .* was trained on"):
+        run_or_load(config, records=tmp_path)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two texts, called alike."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"The {name} of it, again and again, and not the end.\n" * 6000)
+    return tmp_path
+
+
+def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, texts):
+    a, b = (tiny_config(seed=31, data=str(texts / name / "text.txt")) for name in "ab")
+    assert a.name == b.name  # a copy elsewhere is the same run
+    trained = run_or_load(a, progress=False)
+    for call in ({}, {"train": False}):
+        with pytest.raises(ConfigError, match="another text here than the one .* give the file another name"):
+            run_or_load(b, **call)
+    shutil.copy(texts / "a" / "text.txt", texts / "b" / "text.txt")
+    assert run_or_load(b).summary["val_loss"] == trained.summary["val_loss"]
+
+
+def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
+    path = texts / "a" / "text.txt"
+    config = tiny_config(seed=35, data=str(path), tokenizer="bpe", vocab_size=270, steps=2)
+    result = run_or_load(config, progress=False)
+    assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
+    path.write_text(path.read_text().upper())
+    with pytest.raises(ValueError, match="another text here than the one .* so is its vocabulary"):
+        continue_text(result.path, "The a", 2)
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
+    path = texts / "a" / "text.txt"
+    config, text = tiny_config(seed=32, data=str(path), checkpoint_every=2), path.read_text()
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "_whole_state", lambda module: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_or_load(config, progress=False)
+    path.write_text(text.upper())
+    with pytest.raises(ConfigError, match="has changed since the checkpoint was written"):
+        run_or_load(config, progress=False)
+    path.write_text(text)
+    assert run_or_load(config, progress=False).ok
+
+
+def test_the_last_checkpoint_stays_until_the_summary_is_written(tiny_config, monkeypatch, capsys):
+    config = tiny_config(seed=33, checkpoint_every=2)
+    with monkeypatch.context() as full:
+        full.setattr(train, "write_summary", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            run_or_load(config, progress=False)
+    assert run_or_load(config).ok
+    assert "goes on from step 10" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_lost_its_weights_is_trained_again_for_them(tiny_config):
+    config = tiny_config(seed=34, steps=2)
+    result = run_or_load(config, progress=False)
+    (result.path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="weights=True"):
+        run_or_load(config).load_model()
+    again = run_or_load(config, weights=True, progress=False)
+    assert again.load_model() and again.summary["val_loss"] == result.summary["val_loss"]
+
+
+def test_failed_run_keeps_its_error_and_is_tried_again(tiny_config, monkeypatch):
+    config = tiny_config(seed=15)
+    with monkeypatch.context() as broken:
+        broken.setattr(LitModel, "loss", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_or_load(config, progress=False)
+    kept = run_or_load(config, train=False).summary
+    assert kept["status"] == "failed" and "ZeroDivisionError" in kept["error"] and kept["val_loss"] is None
+    assert run_or_load(config, progress=False).ok
+
+
+def test_diverged_run_ends_as_diverged_with_its_last_good_checkpoint(tiny_config, monkeypatch):
+    config = tiny_config(seed=16, checkpoint_every=2)
+    loss, calls = LitModel.loss, []
+
+    def explode(self, batch):
+        calls.append(1)
+        return loss(self, batch) * (float("nan") if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(LitModel, "loss", explode)
+    result = run_or_load(config, progress=False)
+    assert result.summary["status"] == "diverged" and "step 4" in result.summary["error"]
+    checkpoint = torch.load(result.path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    assert run_or_load(config).summary["status"] == "diverged"
+
+
+def test_killed_and_resumed_ends_the_same_to_the_last_bit(tiny_config):
+    # A router with noise, micro-batches and a checkpoint between validations: all state must come back.
+    config = tiny_config(seed=17, router="token_choice", capacity_factor=1.0, balance="importance_load",
+                         accumulate=2, checkpoint_every=3, steps=10)  # fmt: skip
+    whole = run_or_load(config, progress=False)
+    weights = load_model(whole.path).state_dict()
+    whole.path.rename(whole.path.with_name("whole"))
+
+    process = start(config, """
+        import os, signal
+        from ecmoe.training.recorder import Recorder
+        end = Recorder.on_train_batch_end
+        def kill(self, trainer, *a):
+            end(self, trainer, *a)
+            if trainer.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)
+        Recorder.on_train_batch_end = kill
+    """)  # fmt: skip
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    folder = paths.runs() / config.name
+    assert (folder / "last.ckpt").exists() and not (folder / "summary.json").exists()
+
+    again = run_or_load(config, progress=False)
+    assert again.summary["val_loss"] == whole.summary["val_loss"]
+    resumed = load_model(again.path).state_dict()
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    same = ["step", "tokens", "train_loss", "learning_rate", "aux_loss", "val_loss", "val_loss_causal"]
+    pd.testing.assert_frame_equal(again.curve[same], whole.curve[same], check_exact=True)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_resume_right_after_a_validation(tiny_config, every):
+    config = tiny_config(seed=18 + every, checkpoint_every=every)
+    whole = run_or_load(config, progress=False)
+    whole.path.rename(whole.path.with_name(f"whole{every}"))
+    process = start(config, """
+        import os, signal
+        from ecmoe.training.recorder import Recorder
+        end = Recorder.on_train_batch_start = lambda self, trainer, *a: (
+            os.kill(os.getpid(), signal.SIGKILL) if trainer.global_step == 4 else None)
+    """)  # fmt: skip
+    process.communicate()
+    again = run_or_load(config, progress=False)
+    assert again.curve["step"].tolist() == whole.curve["step"].tolist()
+    pd.testing.assert_frame_equal(again.curve[["val_loss"]], whole.curve[["val_loss"]], check_exact=True)
+
+
+def test_two_processes_that_want_the_same_run_train_it_once(tiny_config):
+    config = tiny_config(seed=25, steps=20)
+    processes = [start(config), start(config)]
+    outputs = [process.communicate() for process in processes]
+    assert [out.strip() for out, _ in outputs] == ["finished", "finished"], outputs
+    trained = ["step 20/20" in err for _, err in outputs]
+    assert sorted(trained) == [False, True]
+
+
+def test_arms_with_the_same_seed_see_the_same_batches(tiny_config):
+    batches = []
+    for router in ("expert_choice", "dense"):
+        data = TextData(tiny_config(router=router))
+        data.setup("fit")
+        batches.append([b for _, b in zip(range(5), data.train_dataloader(), strict=False)])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": "token_choice", "capacity_factor": 1.0, "z_loss_weight": 0.001},
+        {"router": "hash", "capacity_factor": 1.0, "hash_table": "balanced"},
+        {"router": "token_choice", "capacity_factor": 0.5, "priority": "score", "balance": "importance_load"},
+        {"router": "token_choice", "capacity_factor": None, "balance": "bias", "top_k": 1},
+        {"router": "dense", "optimizer": "adafactor", "learning_rate": 0.01},
+        {"router": "dense_moe"},
+        {"router": "linear_assignment"},
+        {"router": "kmeans", "capacity_factor": 1.25},
+        {"router": "task_level", "num_tasks": 4},
+        {"router": "task_level", "num_tasks": 4, "task_table": "fixed"},
+        {"router": "expert_threshold"},
+        {"max_experts_per_token": 2},
+        {"max_experts_per_token": 3, "cap_solver": "dykstra"},
+    ],
+)
+def test_other_routers_and_optimizers_learn(tiny_config, changes):
+    result = run_or_load(tiny_config(**changes), progress=False)
+    assert result.ok and result.curve["val_loss"].iloc[-1] < result.curve["val_loss"].iloc[0]
+
+
+def test_accumulated_micro_batches_are_one_batch(tiny_config):
+    """Without competition between tokens, 2 x 4 sequences give the step of 1 x 8."""
+    whole = tiny_config(router="dense", batch_size=8, steps=3, eval_every=3, eval_batches=1)
+    halves = whole.replace(batch_size=4, accumulate=2, eval_batches=2)
+    losses = [run_or_load(config, progress=False).summary["val_loss"] for config in (whole, halves)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_cutoffs_move_once_a_step_and_never_in_evaluation(tiny_config):
+    config = tiny_config(seed=30, accumulate=2, steps=4, eval_every=1)
+    model = run_or_load(config, progress=False).load_model()
+    cutoff = model.moe_layers[0].router.cutoff
+    assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta**4) and float(cutoff.count) == 0
+
+
+def test_learning_rate_schedules():
+    constant = RunConfig(warmup_steps=10)
+    assert [learning_rate_factor(constant, s) for s in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
+    paper = RunConfig(schedule="inverse_sqrt", warmup_steps=0, constant_steps=100)
+    assert learning_rate_factor(paper, 99) == 1.0 and learning_rate_factor(paper, 399) == pytest.approx(0.5)
+    linear = RunConfig(schedule="linear", warmup_steps=0, steps=100, decay_fraction=0.2)
+    assert learning_rate_factor(linear, 79) == 1.0 and learning_rate_factor(linear, 90) == pytest.approx(0.5)
+    assert learning_rate_factor(linear, 99) == pytest.approx(0.05)
+
+
+def test_wrong_number_of_processes_is_refused(tiny_config, tmp_path):
+    (tmp_path / "c.yaml").write_text("devices: 2\nstrategy: ddp\n")
+    with pytest.raises(SystemExit, match="--nproc-per-node=2"):
+        train.main([str(tmp_path / "c.yaml")])
+
+
+def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="num_nodes=2: start torchrun --nnodes=2"):
+        run_or_load(tiny_config(num_nodes=2), progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("strategy", "eval_batches"), [("ddp", 1), ("fsdp2", 3)])
+def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches):
+    """Two gloo processes train one model; the pool is each rank's own batch. Losses are those of both."""
+    config = tiny_config(
+        seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=1, eval_batches=eval_batches
+    )
+    began = time.time()
+    result = run_or_load(config, progress=False)
+    assert result.ok, result.summary["error"]
+    assert result.summary["world_size"] == 2 and result.summary["tokens"] == 4 * 2 * 4 * config.sequence_length
+    weights = load_model(result.path).state_dict()
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+    data = TextData(config)
+    data.setup("fit")
+    lit = LitModel(config)
+    with torch.no_grad():
+        first = [lit.loss(next(iter(data.train_batches(0, rank, 2)))) for rank in (0, 1)]
+        lit.model = load_model(result.path)
+        last = [lit.loss(batch) for batch in data.val_batches()]
+    assert len(last) == eval_batches + 1  # every rank validates equally often
+    assert result.curve["train_loss"].iloc[0] == pytest.approx(float(sum(first)) / 2, abs=1e-5)
+    assert result.summary["val_loss"] == pytest.approx(float(sum(last)) / len(last), abs=1e-5)
+    assert time.time() - began < 200
+
+
+def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(seed=42, strategy="ddp", devices=2)
+    folder = paths.runs() / config.name
+    folder.mkdir(parents=True)
+    write_summary(folder, not_run(config).summary | {"status": "failed", "error": "of yesterday"})
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError, match="on 2 devices ended with code -9"):
+        run_or_load(config, progress=False)
+
+
+def test_ranks_end_with_their_caller(tiny_config):
+    """They hold no lock: the next call would train the same folder beside them."""
+    config = tiny_config(seed=41, strategy="ddp", devices=2, batch_size=4, steps=10**4, checkpoint_every=1)
+    process = start(config)
+    while process.poll() is None and not (paths.runs() / config.name / "last.ckpt").exists():
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)  # at its end nobody holds its output any more
+    assert process.returncode == -signal.SIGKILL and not (paths.runs() / config.name / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])
+def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config, compiled, kept):
+    recorder = Recorder(tmp_path, "run", progress=False)
+    module = SimpleNamespace(config=tiny_config(compile=compiled), device=torch.device("cpu"))
+    for step in (1, 2):
+        if step == 1:
+            recorder.on_train_start(None, module)
+        recorder.began -= 60  # a minute goes by
+        recorder.on_train_batch_end(
+            SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1
+        )
+    assert recorder._clock() == pytest.approx(kept + 60, abs=5) and recorder.marked == (
+        int(compiled),
+        pytest.approx(0, abs=5),
+    )
+
+
+def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config, monkeypatch):
+    assert train.sharing() == 1
+    monkeypatch.setenv("ECMOE_SHARING", "2")
+    recorder = Recorder(tmp_path, "run", progress=False, sharing=train.sharing())
+    recorder.on_train_start(None, SimpleNamespace(config=tiny_config(), device=torch.device("cpu")))
+    recorder.began -= 60  # a minute goes by
+    assert recorder._clock() == pytest.approx(30, abs=5)
+    again = Recorder(tmp_path, "run", progress=False, sharing=2)
+    again.load_state_dict(recorder.state_dict())
+    again.began = None
+    assert again._clock() == pytest.approx(30, abs=5)  # what is counted isn't divided again
