@@ -1,0 +1,37 @@
+"""The house: floors that only import downwards, no circle between files, few things at the door."""
+
+import graphlib
+import tomllib
+from pathlib import Path
+
+import grimp
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+HOUSE = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+
+
+def test_imports_go_down(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True, no_logo=True) == 0, capsys.readouterr().out
+
+
+def test_files_import_in_no_circle():
+    """Imports inside functions count too: who reads one file of a circle has to read them all."""
+    graph = grimp.build_graph("ecmoe", cache_dir=None)
+    (contract,) = HOUSE["contracts"]
+    for line in contract["ignore_imports"]:
+        importer, imported = line.split(" -> ")
+        graph.remove_import(importer=importer, imported=imported)
+    try:
+        graphlib.TopologicalSorter(
+            {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+        ).prepare()
+    except graphlib.CycleError as circle:
+        pytest.fail(" <- ".join(circle.args[1]))
+
+
+def test_few_things_lie_at_the_door():
+    entries = [path for path in (ROOT / "ecmoe").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 18, sorted(path.name for path in entries)
