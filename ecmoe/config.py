@@ -130,9 +130,9 @@ class RunConfig:
                           choices=("feasible", "dykstra"))  # fmt: skip
     priority: str = key("order", "who keeps a full expert (token choice): order of arrival, score (V-MoE)",
                         choices=("order", "score"))  # fmt: skip
-    balance: str = key("switch", "how token choice is balanced: switch (also GShard's), importance_load (V-MoE), "
-                       "bias (Wang et al. 2024), none",
-                       choices=("switch", "importance_load", "bias", "none"))  # fmt: skip
+    balance: str = key("switch", "how token choice is balanced: switch (all choices count), first_choice (GShard), "
+                       "importance_load (V-MoE), bias (Wang et al. 2024), none",
+                       choices=("switch", "first_choice", "importance_load", "bias", "none"))  # fmt: skip
     aux_loss_weight: float = key(0.01, "weight of the balance loss (GLaM: 0.01)", low=0)
     z_loss_weight: float = key(0.0, "weight of the router z-loss", low=0)
     hash_table: str = key("modulo", "hash routing: modulo (token id mod e), balanced (by corpus frequency)",

@@ -15,6 +15,11 @@ def root() -> Path:
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
+def configs() -> Path:
+    """Scales, arms, pages and the protocol: of the checkout that holds this package, wherever runs are kept."""
+    return Path(__file__).resolve().parents[1] / "configs"
+
+
 def runs() -> Path:
     """Folders of runs."""
     return root() / "runs"

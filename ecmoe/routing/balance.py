@@ -15,19 +15,23 @@ def balance_loss(
     mask: Tensor | None,
     top_k: int,
 ) -> Tensor:
-    """The balance loss called `kind`: "switch" or "importance_load"; a scalar tensor."""
+    """The balance loss called `kind`: "switch", "first_choice" or "importance_load"; a scalar tensor."""
     if mask is not None:
         logits, S, noise = logits[mask], S[mask], noise[mask]
     if kind == "switch":
         return switch_loss(S, demand)
+    if kind == "first_choice":
+        first = S.argmax(dim=1, keepdim=True) == torch.arange(S.shape[1], device=S.device)  # (n, e)
+        return switch_loss(S, first.sum(dim=0))
     return 0.5 * (importance_loss(logits.softmax(dim=1)) + load_loss(logits, logits + noise, top_k))
 
 
 def switch_loss(S: Tensor, demand: Tensor) -> Tensor:
-    """e sum_i f_i P_i: share of the requests times mean score (Switch, Eq. 4; GShard's l_aux).
+    """e sum_i f_i P_i: share of the requests times mean score (Switch, Eq. 4).
 
     Args:
-        S: (n, e) scores. demand: (e,) requests for each expert, before capacity.
+        S: (n, e) scores. demand: (e,) requests for each expert, before capacity. GShard's l_aux counts first choices alone
+            (Lepikhin et al. 2021, Algorithm 1): balance="first_choice".
 
     Returns:
         1 for a uniform router, e if all requests go to one expert that gets the whole score.

@@ -25,8 +25,8 @@ class TokenChoice(Router):
         priority: who finds a place: "order" of arrival, all first choices before second ones (GShard), or
             "score": tokens with the largest top score first (V-MoE's batch priority, Riquelme et al. 2021).
         aux_loss_weight: weight of the balance loss. z_loss_weight: weight of the router z-loss (ST-MoE).
-        balance: which balance: "switch", "importance_load" (V-MoE), "bias" (Wang et al. 2024: a bias on
-            the choice, moved by sign of the load error, no loss), "none".
+        balance: which balance: "switch" (all choices count), "first_choice" (GShard: first ones do), "importance_load"
+            (V-MoE), "bias" (Wang et al. 2024: a bias on the choice, moved by sign of the load error, no loss), "none".
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TokenChoice(Router):
         self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
         self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
         self.priority = one_of("priority", priority, ("order", "score"))
-        self.balance = one_of("balance", balance, ("switch", "importance_load", "bias", "none"))
+        self.balance = one_of("balance", balance, ("switch", "first_choice", "importance_load", "bias", "none"))
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.bias_rate = bias_rate
         self.register_buffer("bias", torch.zeros(num_experts))  # moves only with balance="bias"
@@ -92,7 +92,7 @@ class TokenChoice(Router):
 
     def _aux_loss(self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None) -> Tensor:
         loss = logits.new_zeros(())
-        if self.balance in ("switch", "importance_load") and self.aux_loss_weight:
+        if self.balance not in ("bias", "none") and self.aux_loss_weight:
             loss = loss + self.aux_loss_weight * balance_loss(self.balance, logits, S, noise, demand, mask, self.top_k)
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * z_loss(logits, mask)

@@ -197,7 +197,7 @@ def arm_label(config: RunConfig | Mapping[str, Any], axes: Sequence[str] = ()) -
         say("gate", "softmax", values["gate"])
         say_capacity(1.25 if top_k == 1 else 1.0)
         say("priority", "order", "batch priority")
-        say("balance", "switch", "loss-free bias" if values["balance"] == "bias" else None)
+        say("balance", "switch", {"bias": "loss-free bias", "first_choice": "first choices"}.get(values["balance"]))
         if values["balance"] not in ("none", "bias"):
             say("aux_loss_weight", 0.01, f"aux={values['aux_loss_weight']:g}")
         say("z_loss_weight", 0.0, f"z={values['z_loss_weight']:g}")

@@ -38,6 +38,17 @@ def test_switch_loss_counts_the_requests_that_were_routed(top_k, masked):
     assert router.aux_loss.item() == pytest.approx(0.3 * E * (f * S.mean(0)).sum())
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_gshards_loss_counts_first_choices(masked):
+    """Lepikhin et al. 2021, Algorithm 1: c_e is counted where the first expert is dispatched, top-2 or not."""
+    router = TokenChoice(D, E, 2, 0.5, aux_loss_weight=0.3, balance="first_choice")
+    router.assign(LOGITS, mask=MASK if masked else None)
+    x = (LOGITS[MASK] if masked else LOGITS).numpy()
+    S = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    f = np.bincount(S.argmax(1), minlength=E) / len(x)
+    assert router.aux_loss.item() == pytest.approx(0.3 * E * (f * S.mean(0)).sum())
+
+
 def test_importance_loss_is_the_squared_coefficient_of_variation():
     S = LOGITS.softmax(1)
     total = S.numpy().sum(0)

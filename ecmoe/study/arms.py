@@ -1,0 +1,68 @@
+"""Arms by name: configs/arms.yaml says in which keys each differs from its scale's base; nothing else names an arm."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+from ecmoe import paths
+from ecmoe.config import ConfigError, RunConfig, read_yaml
+
+MULTIPLE = {"steps": 1, "d_ff": 8}  # keys that may be a share of the base's, and of what the result is a multiple
+
+
+@cache
+def named() -> dict[str, dict[str, Any]]:
+    """Name -> keys, as configs/arms.yaml has them."""
+    return read_yaml(paths.configs() / "arms.yaml", "arms")
+
+
+def keys(name: str, base: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """The keys of RunConfig of an arm, but for its seed: base, what the arm changes, and what its scale changes of that arm.
+
+    Args:
+        base: of the scale. own: name -> keys, what the scale's `arms` has, such as a family's own learning rate.
+
+    Raises:
+        ConfigError: no arm has that name (the nearest is suggested), or its share of the base's steps is no whole number.
+    """
+    if name not in named():
+        near = difflib.get_close_matches(str(name), named(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "configs/arms.yaml names them all"
+        raise ConfigError(f"there is no arm {name!r}: {hint}")
+    changes = {**named()[name], **(own or {}).get(name, {})}
+    return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}
+
+
+def configs(
+    names: Iterable[str],
+    seeds: Iterable[int],
+    base: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[int, RunConfig]]:
+    """Name -> seed -> config. Raises ConfigError that names the arm, beside key, value and remedy."""
+    made: dict[str, dict[int, RunConfig]] = {}
+    seeds = list(seeds)
+    for name in names:
+        try:
+            made[name] = {seed: RunConfig.from_dict({**keys(name, base, own), "seed": seed}) for seed in seeds}
+        except ConfigError as error:
+            raise ConfigError(f"arm {name!r}: {error}") from error
+    return made
+
+
+def _share(name: str, key: str, value: Any, base: Mapping[str, Any]) -> Any:
+    """1/2 of the base's value; any other value as it is."""
+    if not isinstance(value, str) or key not in MULTIPLE:
+        return value
+    try:
+        whole = base.get(key, getattr(RunConfig, key)) * Fraction(value)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"arm {name!r}: {key}={value!r} must be a number, or a share such as 1/2") from error
+    if key == "steps" and whole.denominator != 1:
+        raise ConfigError(f"arm {name!r}: {value} of the scale's steps is {float(whole):g}, which is no whole number")
+    return math.ceil(whole / MULTIPLE[key]) * MULTIPLE[key]

@@ -1,0 +1,65 @@
+"""configs/arms.yaml: every arm is named once, differs from every other, and can be built at every scale."""
+
+import json
+from collections import Counter
+
+import pytest
+import yaml
+
+from ecmoe import paths
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.study import arms
+
+SCALES = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((paths.configs() / "scale").glob("*.yaml"))}
+TEXT = [name for name in arms.named() if "a patch" not in name]
+
+
+def test_a_name_is_one_arm_and_an_arm_has_one_name():
+    lines = (paths.configs() / "arms.yaml").read_text().splitlines()
+    heads = [line.split(": {")[0].rstrip(":") for line in lines if line[:1] not in ("#", " ", "")]
+    assert heads == list(arms.named())  # a key that stood twice would have won in silence
+    alike = Counter(json.dumps(keys, sort_keys=True) for name, keys in arms.named().items() if name in TEXT)
+    assert max(alike.values()) == 1
+
+
+@pytest.mark.parametrize("scale", ["smoke", "gpu"])
+def test_arms_that_differ_are_different_runs(scale):
+    """But for the base's own number of experts, which is also an arm of the sweep."""
+    base = SCALES[scale]["base"]
+    made = arms.configs(TEXT, [0], base)
+    names = Counter(by_seed[0].name for by_seed in made.values())
+    shared = [name for name, by_seed in made.items() if names[by_seed[0].name] > 1]
+    of_base = f", {base['num_experts']} experts"
+    assert all(name.endswith(of_base) or name + of_base in shared for name in shared)
+
+
+def test_an_arm_is_its_base_and_its_keys():
+    base = {"steps": 300, "d_ff": 128, "learning_rate": 0.5}
+    assert arms.keys("Dense", base) == {**base, "router": "dense"}
+    assert arms.keys("Dense", base, {"Dense": {"learning_rate": 0.1}})["learning_rate"] == 0.1
+    half = arms.keys("EC-CF2 raw, 1/2 of the steps", base)
+    assert half["steps"] == 150 and half["gate"] == "softmax" and half["learning_rate"] == 0.5
+    assert arms.keys("Dense equal FLOPs", base)["d_ff"] == 152  # 149.3, in whole multiples of 8
+    assert arms.keys("Dense equal FLOPs", {})["d_ff"] == 152  # RunConfig's own 128
+
+
+def test_a_dense_twin_of_equal_flops_has_them():
+    from ecmoe.model.transformer import count_parameters
+
+    base = SCALES["gpu"]["base"]
+    made = arms.configs(["EC-CF2 renormalized", "Dense equal FLOPs", "Dense"], [0], base)
+    active = {name: count_parameters(by_seed[0]).active for name, by_seed in made.items()}
+    assert active["Dense equal FLOPs"] == pytest.approx(active["EC-CF2 renormalized"], rel=0.005)
+    assert active["Dense"] < 0.95 * active["EC-CF2 renormalized"]
+
+
+def test_what_cannot_be_an_arm_is_said_with_its_name():
+    with pytest.raises(ConfigError, match="'EC-CF2 renormalised': did you mean 'EC-CF2 renormalized'"):
+        arms.keys("EC-CF2 renormalised", {})
+    with pytest.raises(ConfigError, match=r"1/2 of the steps.*is 1\.5, which is no whole number"):
+        arms.keys("EC-CF2 raw, 1/2 of the steps", {"steps": 3})
+    with pytest.raises(ConfigError, match="arm 'Dense': .*steps='half' must be a number"):
+        arms.configs(["Dense"], [0], {"steps": 4}, {"Dense": {"steps": "half"}})
+    with pytest.raises(ConfigError, match="arm 'EC-CF2 raw': .*capacity_factor"):
+        arms.configs(["EC-CF2 raw"], [0], {"num_experts": 3, "batch_size": 1, "sequence_length": 2})
+    assert isinstance(arms.configs(["Dense"], [7], {})["Dense"][7], RunConfig)
