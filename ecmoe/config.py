@@ -100,7 +100,8 @@ _ROUTING_KEYS = {name for names in _READS.values() for name in names}
 _NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "cuda_graph", "kernels", "activation_checkpointing"}
 # What `data` says for images; all else is text. Each kind of run leaves out what the other alone reads.
 IMAGES, IMAGES_PREFIX = ("digits", "cifar10"), "images:"
-_TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance"}
+_TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance",
+              "relative_init"}  # fmt: skip
 _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
 
 
@@ -150,6 +151,8 @@ class RunConfig:
     moe_init_scale: float = key(1.0, "scale of the MoE output at initialisation; ours, the paper is silent", low=0)
     relative_buckets: int = key(32, "buckets of the relative position bias (T5's; the paper is silent)", low=2)
     relative_max_distance: int = key(128, "distance beyond which all share a bucket (T5's)", low=2)
+    relative_init: str = key("alibi", "how the relative position bias starts: alibi (each head's falls with distance; ours, the "
+                             "paper is silent), normal (std 0.1)", choices=("alibi", "normal"))  # fmt: skip
 
     # Data
     data: str = key(

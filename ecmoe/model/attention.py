@@ -83,6 +83,21 @@ class RelativeBias(nn.Module):
         # One more, should a GPU's logarithm put the first of them into the bucket before.
         self.near = int((bucket(distances, buckets, max_distance) < buckets - 1).sum()) + 1
 
+    def falling(self) -> Tensor:
+        """(buckets, h) initial values after ALiBi (Press et al. 2022): minus a head's slope times the distance.
+
+        Head i of h has the slope 2^(-8 (i + 1) / h). A bucket's distance is the mean of its distances; the last one,
+        which has no end, takes its first. The start of training is then spent on what to look for, not on where.
+        """
+        heads = self.weight.shape[1]
+        slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
+        distances = torch.arange(max(self.buckets, self.max_distance) + 1)
+        of = bucket(distances, self.buckets, self.max_distance)
+        counts, last = of.bincount(minlength=self.buckets), self.buckets - 1
+        mean = of.bincount(weights=distances.float(), minlength=self.buckets) / counts.clamp_min(1)
+        mean[last] = distances[of == last][0]
+        return -slopes * mean[:, None]
+
     def table(self, keys: int, device: torch.device) -> Tensor:
         """(h, keys), the bias by distance."""
         return self.weight[bucket(torch.arange(keys, device=device), self.buckets, self.max_distance)].T

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe.config import RunConfig
-from ecmoe.model.attention import Attention
+from ecmoe.model.attention import Attention, RelativeBias
 from ecmoe.model.cross_entropy import linear_cross_entropy
 from ecmoe.model.moe import MoE
 from ecmoe.routing import build_router
@@ -92,6 +92,10 @@ class Trunk(nn.Module):
         with ThreadPoolExecutor() as pool:  # a core draws 100 million numbers a second, and 0.1B/64E has 1.8 billion
             for _ in pool.map(lambda named: self._draw(seed, *named), self.named_parameters()):
                 pass
+        if self.config.relative_init == "alibi":
+            for module in self.modules():
+                if isinstance(module, RelativeBias):
+                    module.weight.data.copy_(module.falling())
 
     @torch.no_grad()
     def _draw(self, seed: int, name: str, parameter: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from ecmoe.config import RunConfig
 from ecmoe.model import attention
 from ecmoe.model.attention import Attention, RelativeBias, bucket
+from ecmoe.model.transformer import build_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
@@ -44,6 +45,24 @@ def test_distances_from_near_on_share_the_last_bucket(buckets, distance):
     near = RelativeBias(1, buckets, distance).near
     found = bucket(torch.arange(1000), buckets, distance)
     assert (found[near - 1 :] == buckets - 1).all() and found[near - 2] < buckets - 1
+
+
+def test_a_heads_bias_starts_by_falling_with_distance():
+    weight = (
+        build_model(SMALL.replace(relative_buckets=6, relative_max_distance=20)).blocks[0].attention.relative.weight
+    )
+    by_bucket = {b: [] for b in range(6)}
+    for distance in range(21):
+        by_bucket[int(bucket(torch.tensor(distance), 6, 20))].append(distance)
+    for b, distances in by_bucket.items():
+        mean = distances[0] if b == 5 else sum(distances) / len(distances)
+        for h, slope in enumerate((2**-4, 2**-8)):  # 2^(-8 (h + 1) / 2)
+            assert weight[b, h].item() == pytest.approx(-slope * mean), (b, h)
+
+
+def test_a_bias_may_start_at_random_instead():
+    weights = [b.attention.relative.weight for b in build_model(SMALL.replace(relative_init="normal")).blocks]
+    assert torch.cat(weights).std().item() == pytest.approx(0.1, rel=0.25) and not torch.equal(*weights)
 
 
 # The fast path: on a GPU where there is one, else in Triton's interpreter

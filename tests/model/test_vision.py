@@ -37,18 +37,21 @@ def digits():
 # Names
 
 
-def test_records_of_text_keep_their_names():
-    """Keys that came later, and that text doesn't read, change no name."""
+def test_records_keep_their_names():
+    """Keys that came later, and that a run doesn't read, change no name."""
     for path in (Path(__file__).parents[2] / "reports/gpu/runs").glob("*.json"):
         summary = json.loads(path.read_text(encoding="utf-8"))["summary"]
-        assert RunConfig.from_dict(summary["config"]).name == summary["name"] == path.stem
+        config = RunConfig.from_dict(summary["config"])
+        if not config.images and "relative_init" not in summary["config"]:
+            continue  # of a text with another start of the position bias, which makes it another run
+        assert config.name == summary["name"] == path.stem
 
 
 def test_each_kind_of_run_is_named_by_the_keys_that_it_reads(digits):
     text = RunConfig()
     assert text.replace(patch_size=4, channels=3, classes=2, augment=True).name == text.name
     images = digits()
-    assert images.replace(vocab_size=300, max_bytes=9, relative_buckets=8).name == images.name
+    assert images.replace(vocab_size=300, max_bytes=9, relative_buckets=8, relative_init="normal").name == images.name
     assert images.replace(patch_size=4, sequence_length=4).name != images.name
     assert (
         len({images.replace(data=d).name for d in ("digits", "images:/a/pets", "images:/b/pets", "images:toys")}) == 3
