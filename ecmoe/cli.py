@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from ecmoe import __version__
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.files import parse_yaml
 
 if TYPE_CHECKING:
     from ecmoe.study.missing import Missing
@@ -354,8 +354,8 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ConfigError(f"--set {pair!r} must be key=value, such as capacity_factor=1.0")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:  # ValueError: a date or number that can't be
+            values[key.strip()] = parse_yaml(text)
+        except ConfigError as error:
             raise ConfigError(f"--set {pair!r}: {text!r} is no YAML value: {error}") from error
     return values
 

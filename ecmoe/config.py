@@ -17,15 +17,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ecmoe.files import ConfigError, read_yaml
 
 # Part of every digest: raise it when the meaning of a config or of a result changes.
 SCHEMA = 1
 LARGEST = 2**63 - 1  # the largest whole number of PyTorch
-
-
-class ConfigError(ValueError):
-    """A value that can't work, found before any work is done. Names key, value and remedy."""
 
 
 def exact(factor: float) -> Fraction:
@@ -56,18 +52,6 @@ def bucket_size(n: int, e: int, c: float) -> int:
             f"1..n, so capacity_factor in {e / n:g}..{e} (num_experts)"
         )
     return k.numerator
-
-
-def read_yaml(path: str | Path, what: str) -> Any:
-    """What a YAML file holds; `what` says in an error whose file it is.
-
-    Raises:
-        ConfigError: there is no such file, or it is no YAML in UTF-8.
-    """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date or number that can't be
-        raise ConfigError(f"{what} {str(path)!r} can't be read: {error}") from error
 
 
 def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, below: float | None = None,
@@ -297,6 +281,10 @@ class RunConfig:
             if not isinstance(keys, dict):
                 raise ConfigError(f"config {str(path)!r} must hold `key: value` lines{' below base' * below}, "
                                   f"but holds {'nothing' if keys is None else type(keys).__name__}")  # fmt: skip
+            beside = [field.name for field in dataclasses.fields(cls) if below and field.name in loaded]
+            if beside:
+                raise ConfigError(f"config {str(path)!r}: {beside[0]}={loaded[beside[0]]!r} stands beside base, where no run "
+                                  f"reads it: move it below base")  # fmt: skip
             values |= keys
         return cls.from_dict(values | changes)
 

@@ -99,6 +99,15 @@ def test_bad_files_are_named(tmp_path):
             RunConfig.from_yaml(tmp_path / "base.yaml")
 
 
+def test_keys_that_no_run_would_read_are_named(tmp_path):
+    (tmp_path / "scale.yaml").write_text("steps: 7\nbase: {d_model: 32}\n")
+    with pytest.raises(ConfigError, match=r"scale\.yaml': steps=7 stands beside base, .* move it below base"):
+        RunConfig.from_yaml(tmp_path / "scale.yaml")
+    (tmp_path / "twice.yaml").write_text("steps: 10\nsteps: 20\n")
+    with pytest.raises(ConfigError, match=r"(?s)twice\.yaml'.*key 'steps' stands twice"):
+        RunConfig.from_yaml(tmp_path / "twice.yaml")
+
+
 def test_digest_follows_what_the_run_reads_and_nothing_else():
     config = RunConfig()
     assert config.replace(seed=1).digest() != config.digest()

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ecmoe.training.run import commit, device_name
+from ecmoe.provenance import commit, device_name
 
 Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]

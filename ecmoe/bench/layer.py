@@ -27,9 +27,9 @@ from ecmoe.bench.baselines import Grouped, peers
 from ecmoe.bench.clock import Call, reason
 from ecmoe.bench.kernels import KINDS, agreement, kernels_run, passes
 from ecmoe.config import bucket_size
+from ecmoe.files import write_json
 from ecmoe.model.moe import MoE
 from ecmoe.routing import ExpertChoice, TokenChoice
-from ecmoe.training.result import write_json
 
 FORWARD, BOTH, ROUTING = "forward", "forward + backward", "routing"
 CAPS = (2, 3)  # of the experts of a token

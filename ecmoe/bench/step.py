@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,10 +27,10 @@ from ecmoe.bench.clock import Call
 from ecmoe.bench.kernels import kernels_run
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.transformer import flops_per_token
+from ecmoe.provenance import peak_flops
 from ecmoe.routing import ExpertChoice, Router
 from ecmoe.training import cuda_graph as graph
 from ecmoe.training.lit import LitModel, clip, fused_adamw
-from ecmoe.training.run import PEAK_BF16, device_name
 
 ARMS = {
     "EC-CF2": {"router": "expert_choice", "capacity_factor": 2.0},
@@ -105,8 +104,7 @@ def bench_step(
 def measured_row(config: RunConfig, samples: list[float]) -> dict[str, Any]:
     """What a table shows of a step's seconds, one a turn."""
     rate = config.batch_size * config.sequence_length / statistics.median(samples)
-    peak = next((value for kind, value in PEAK_BF16.items() if kind in device_name()), math.nan)
-    return timing.spread(samples) | {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak}
+    return timing.spread(samples) | {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak_flops()}
 
 
 def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import platform
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from ecmoe import paths
 from ecmoe.continual.learning import final_accuracy, forgetting, run
 from ecmoe.continual.settings import APPROACHES, SCHEMA, Settings
 from ecmoe.data import images
+from ecmoe.provenance import commit, device_name, versions
 from ecmoe.study.stats import paired_difference, verdict
 from ecmoe.training.result import Result, by_seed, read_record, write_record
 
@@ -82,8 +81,6 @@ def _missing(settings: Settings, status: str = "not run", error: str | None = No
 
 def _summary(settings: Settings) -> dict[str, Any]:
     """Run, and say what was measured and how; with the keys that `report.provenance` reads."""
-    from ecmoe.training.run import commit, device_name  # brings Lightning, which loading doesn't need
-
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     measured = run(settings)
     seconds = time.perf_counter() - clock
@@ -94,7 +91,7 @@ def _summary(settings: Settings) -> dict[str, Any]:
         measured |= {f"final_accuracy{suffix}": final_accuracy(matrix), f"forgetting{suffix}": forgetting(matrix)}
     return _missing(settings, status="finished").summary | measured | {
         "seconds": seconds, "device": device_name(), "precision": "32-true", "world_size": 1, "commit": commit(),
-        "versions": {name: version(name) for name in ("torch", "numpy")} | {"python": platform.python_version()},
+        "versions": versions("torch", "numpy"),
         "data": images.load(settings.data).provenance, "started": started.isoformat(timespec="seconds"),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ecmoe import paths
-from ecmoe.config import IMAGES, ConfigError, is_local, read_yaml
+from ecmoe.config import IMAGES, ConfigError, is_local
+from ecmoe.files import read_yaml
 
 # A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
 BLOCK = 1 << 14

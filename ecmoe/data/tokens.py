@@ -28,6 +28,7 @@ from ecmoe.data.corpus import (
     stat_digest,
 )
 from ecmoe.data.tokenizer import BPE, END, Bytes, Tokenizer, train_bpe
+from ecmoe.files import sha256, write_json
 
 # Part of every cache's name: raise it when the same source would give other tokens.
 SCHEMA = 1
@@ -104,9 +105,7 @@ def _meta(place: Path) -> dict[str, Any] | None:
 
 def _write_meta(place: Path, meta: dict[str, Any]) -> None:
     """Last of all, by rename: what it describes is then complete."""
-    temporary = place / f"meta.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(meta | {"check": _check(meta)}, indent=1), encoding="utf-8")
-    os.replace(temporary, place / "meta.json")
+    write_json(place / "meta.json", meta | {"check": _check(meta)})
 
 
 def _check(meta: dict[str, Any]) -> str:
@@ -141,12 +140,7 @@ def _trouble(config: Any, place: Path) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, mtime_ns: int, size: int) -> str:
     """Read once a process and state of the file."""
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
@@ -169,7 +163,7 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     work.mkdir()
     try:
         meta = _tokenise(config, corpus, work, _bar(config.data, progress))
-        files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(work.iterdir())}
+        files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir())}
         for name in files_meta:
             os.replace(work / name, place / name)
         _write_meta(

@@ -17,7 +17,8 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.training.result import Result, read_json, write_json
+from ecmoe.files import read_json, write_json
+from ecmoe.training.result import Result
 
 Compute = Callable[[Any, RunConfig], Mapping[str, Any]]
 LACKING: dict[str, dict[str, dict[str, Any]]] = {}  # run -> measurement -> how to take it

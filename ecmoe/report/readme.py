@@ -7,11 +7,11 @@ there is not what the results give.
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Callable
 from typing import Any
 
 from ecmoe import paths
+from ecmoe.files import write_text
 from ecmoe.report import plots
 from ecmoe.report.plots.parts import Plot
 from ecmoe.report.scoreboard import claim_table
@@ -36,9 +36,7 @@ def update(scale: str = "gpu") -> bool:
     for name, (notebook, draw) in PICTURES.items():
         draw(notebook, scale)[0].figure.savefig(home / image(name, scale), dpi=150, metadata={"Software": None})
     if new != old:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(new, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, new)
     return new != old
 
 

@@ -6,7 +6,6 @@ A page is one file: no script, no request, formulas as MathML, code folded away.
 from __future__ import annotations
 
 import html
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from ecmoe import paths
+from ecmoe.files import write_text
 from ecmoe.report.page import math_html
 
 _HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ def render(
         error: shown on top: {"where": text, "what": text, "cell": number or None}.
     """
     notebook = nbformat.read(ipynb, as_version=4)
-    _write(Path(out_html), page_html(notebook, error, footer))
+    write_text(Path(out_html), page_html(notebook, error, footer))
     return Path(out_html)
 
 
@@ -130,13 +130,6 @@ def _text(markup: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", markup)).replace("`", "").split())
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 # The index
 
 
@@ -170,7 +163,7 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
         cell = nbformat.v4.new_markdown_cell(f"# Reports at scale {scale}\n\nThe scoreboard is not made yet.")
         text = page_html(nbformat.v4.new_notebook(cells=[cell]))
     text = text.replace('href="index.html"', 'href="#reports"', 1).replace("<!-- pages -->", listing, 1)
-    _write(folder / "index.html", text)
+    write_text(folder / "index.html", text)
     return folder / "index.html"
 
 

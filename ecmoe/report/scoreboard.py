@@ -13,10 +13,11 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
+from ecmoe.files import read_json, write_json
 from ecmoe.measures import measure
 from ecmoe.study.claims import CLAIMS, Claim
 from ecmoe.study.stats import PLUMBING, Verdict
-from ecmoe.training.result import Result, arm_labels, read_json, write_json
+from ecmoe.training.result import Result, arm_labels
 
 DEFAULTS = RunConfig().to_dict()
 DONE = ("finished", "diverged")
@@ -70,10 +71,7 @@ def record(
     path.parent.mkdir(parents=True, exist_ok=True)
     verdicts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     verdicts[claim_id] = kept
-    temporary = path.with_suffix(".tmp")
-    text = json.dumps(dict(sorted(verdicts.items())), indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, dict(sorted(verdicts.items())))
     return kept
 
 

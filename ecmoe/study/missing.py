@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.files import read_json
 from ecmoe.measures import measure
 from ecmoe.report.scoreboard import DONE, study_folder
 from ecmoe.study.parameters import check_scale
-from ecmoe.training.result import read_json
 
 
 class Missing(NamedTuple):

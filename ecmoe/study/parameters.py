@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ecmoe.config import ConfigError, read_yaml
+from ecmoe.config import ConfigError
+from ecmoe.files import read_yaml
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -22,10 +22,10 @@ from ecmoe.bench.profile import bench_profile
 from ecmoe.bench.step import bench_step
 from ecmoe.bench.study_steps import bench_study
 from ecmoe.config import RunConfig
+from ecmoe.files import read_json
 from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.plan import configs
 from ecmoe.study.stats import Effect, interval
-from ecmoe.training.result import read_json
 
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any] | None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import lightning as L
 import pandas as pd
 import torch
 
+from ecmoe.files import written
 from ecmoe.training.lit import LitModel
 from ecmoe.training.result import COLUMNS
 
@@ -137,17 +137,17 @@ class Recorder(L.Callback):
 
     def write_curve(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
-            temporary = self.folder / "curve.csv.tmp"
-            self.curve().to_csv(temporary, index=False)
-            os.replace(temporary, self.folder / "curve.csv")
+            with written(self.folder / "curve.csv") as temporary:
+                self.curve().to_csv(temporary, index=False)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write last.ckpt by rename, so that a kill leaves the one before it whole; the clock stands meanwhile."""
         self.seconds, self.began = self._clock(), None
-        temporary = self.folder / "last.ckpt.tmp"
-        trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
-            os.replace(temporary, self.folder / "last.ckpt")
+            with written(self.folder / "last.ckpt") as temporary:
+                trainer.save_checkpoint(temporary)
+        else:  # what is sharded is gathered from all
+            trainer.save_checkpoint(self.folder / "last.ckpt")
         self.began = time.perf_counter()
 
     def _check_finite(self, trainer: L.Trainer, module: LitModel, step: int) -> None:

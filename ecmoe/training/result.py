@@ -7,9 +7,7 @@ JSON file with summary and curve.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.config import SCHEMA, ConfigError, RunConfig
+from ecmoe.files import read_json, write_json
 
 CURVE_POINTS = 300  # of a record; a curve is thinned to this many
 SHARES = [f"share_{j}" for j in range(9)]  # of tokens taken by exactly j experts; 8: 8 or more
@@ -114,40 +113,6 @@ def read_record(path: str | Path) -> Result:
 def load_records(folder: str | Path) -> list[Result]:
     """All committed results of a folder, by name; none if there is no such folder."""
     return [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
-
-
-def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
-    """Write by rename; numpy's and torch's numbers become Python's, and what isn't finite becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote.
-
-    Raises:
-        ConfigError: the file is damaged; says what to do.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or cut within a letter
-        raise ConfigError(f"{path} is damaged ({error}): delete it, and the run is done again") from error
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: numpy's numbers become Python's, and what isn't finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def _rounded(x: float) -> float | None:

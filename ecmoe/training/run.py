@@ -7,12 +7,10 @@ import gc
 import logging
 import math
 import os
-import platform
 import subprocess
 import sys
 import threading
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from ecmoe import paths
 from ecmoe.config import SCHEMA, ConfigError, RunConfig, is_local
 from ecmoe.data.batches import RunData, TextData, is_other_data
+from ecmoe.files import write_text, written
 from ecmoe.model.transformer import Trunk, build_model, count_parameters, flops_per_token
+from ecmoe.provenance import code_digest, commit, device_name, peak_flops, versions
 from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.recorder import Diverged, Recorder
 from ecmoe.training.result import (
@@ -38,9 +38,6 @@ from ecmoe.training.result import (
     write_record,
     write_summary,
 )
-
-# Dense bf16 matrix rate by device, in FLOP/s (vendors' data sheets, without sparsity).
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 
 
 def run_or_load(
@@ -215,9 +212,8 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
     state = _whole_state(module) if status == "finished" else None
     if leads:
         if state is not None:
-            temporary = folder / "model.safetensors.tmp"
-            save_file(state, temporary)
-            os.replace(temporary, folder / "model.safetensors")
+            with written(folder / "model.safetensors") as temporary:
+                save_file(state, temporary)
         write_summary(folder, summary)
         if state is not None:  # done: the weights are kept, the optimiser's state isn't
             (folder / "last.ckpt").unlink(missing_ok=True)
@@ -320,7 +316,6 @@ def _summary(
     rate = float(curve["tokens_per_second"].median()) if len(curve) else math.nan
     count = count_parameters(config)
     world = config.devices * config.num_nodes
-    peak = next((v for k, v in PEAK_BF16.items() if k in device_name()), math.nan) * world
     return {
         "config": config.to_dict(),
         "name": config.name,
@@ -339,7 +334,7 @@ def _summary(
         "seconds": last.get("seconds", math.nan),
         "tokens_per_second": rate,
         "step_ms": 1e3 * config.tokens_per_batch / rate if rate else math.nan,
-        "mfu": rate * flops_per_token(config) / peak,
+        "mfu": rate * flops_per_token(config) / (peak_flops() * world),
         "parameters": count.total,
         "active_parameters": count.active,
         "device": device_name(),
@@ -347,8 +342,8 @@ def _summary(
         "world_size": world,
         "sharing": recorder.shared,
         "commit": commit(),
-        "versions": {name: version(name) for name in ("torch", "lightning", "datasets", "tokenizers", "numpy")}
-        | {"python": platform.python_version()},
+        "code": code_digest(),
+        "versions": versions("torch", "lightning", "datasets", "tokenizers", "numpy"),
         "data": getattr(data, "provenance", None),  # a run can fail before its data is there
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -361,27 +356,6 @@ def sharing() -> int:
     return int(os.environ.get("ECMOE_SHARING", "1"))
 
 
-def device_name() -> str:
-    """The GPU's name, or the CPU's kind and cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-
-
-def commit() -> str:
-    """The checkout's commit, with "+" if files differ from it; "unknown" outside a checkout."""
-    if os.environ.get("ECMOE_COMMIT"):  # a copy without its history
-        return os.environ["ECMOE_COMMIT"]
-    source = Path(__file__).resolve().parent
-    git = ["git", "-C", str(source)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
 def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
     if is_other_data(config, result.summary.get("data")):
         said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
@@ -391,9 +365,7 @@ def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
 
 
 def _write_yaml(config: RunConfig, path: Path) -> None:
-    temporary = path.with_suffix(".yaml.tmp")
-    temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def main(arguments: list[str]) -> None:

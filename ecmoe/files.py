@@ -1,0 +1,155 @@
+"""Files: written by rename, so that each is there whole or not at all; read with path and remedy in every error."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """What a user wrote, or a file that they can mend, can't be used. Names key or path, value and remedy."""
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. It becomes `path` where the block ends well, and is gone where it doesn't.
+
+    The name holds the process's number, so that two writers never share it; the last to end wins.
+
+    Raises:
+        OSError: the disk is full; says which file and what to do.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a rename may reach the disk before what it names
+        os.replace(temporary, path)
+    except Exception as error:
+        if _disk_is_full(error, path.parent):
+            raise OSError(
+                errno.ENOSPC, f"no space left to write {path}: free some, then call again; what was finished is kept"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _disk_is_full(error: Exception, folder: Path) -> bool:
+    """Who writes tensors says it in words of their own, or not at all."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "os error 28" in str(error) or ("Writer" in str(error) and shutil.disk_usage(folder).free < 2**20)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 by rename."""
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write by rename; numpy's and torch's numbers become Python's, and what isn't finite becomes null."""
+    write_text(path, json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        ConfigError: the file is damaged; says what to do.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, or cut within a letter
+        raise damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise damaged(path, f"it holds {type(value).__name__}, not a dict")
+    return value
+
+
+def damaged(path: Path, why: object) -> ConfigError:
+    """The error to raise for a file of our own that can't be believed."""
+    return ConfigError(f"{path} is damaged ({why}): delete it, and the run is done again")
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: numpy's numbers become Python's, and what isn't finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def sha256(path: Path) -> str:
+    """64 hex digits of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """What a YAML file holds; `what` says in an error whose file it is.
+
+    Raises:
+        ConfigError: there is no such file, or it is no YAML in UTF-8; as in `parse_yaml`.
+    """
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise ConfigError(f"{what} {str(path)!r} can't be read: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML, but nothing that says something else than it seems to.
+
+    Raises:
+        ConfigError: no YAML; a key that stands twice; `010`, which YAML takes for 8, and `1:30`, which it takes for 90.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
+    except RecursionError:
+        raise ConfigError("nested too deeply") from None
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date or number that can't be
+        raise ConfigError(str(error)) from error
+
+
+def _told(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = (
+            [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node.value, list) else []
+        )
+        first = {key.value: key for key in reversed(keys)}
+        for key in keys:
+            if first[key.value] is not key:
+                raise _told(f"key {key.value!r} stands twice: leave one", key)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
+            raise _told(f"YAML takes {node.value} for {value}: write the number that you mean", node)
+        return value
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)

@@ -1,0 +1,107 @@
+"""Files: whole or not at all, whatever ends a process; and nothing of YAML that says something else than it seems to."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from ecmoe.files import ConfigError, parse_yaml, read_json, read_yaml, sha256, write_json, write_text, written
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"x": float("nan"), "t": torch.tensor(2)})
+    with pytest.raises(ZeroDivisionError), written(path) as temporary:
+        temporary.write_text("half of")
+        raise ZeroDivisionError
+    assert read_json(path) == {"x": None, "t": 2} and os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_killed_writer_leaves_what_was_there(tmp_path):
+    write_text(tmp_path / "a", "old")
+    script = f"""
+        import os, pathlib, signal
+        from ecmoe.files import written
+        with written(pathlib.Path({str(tmp_path / "a")!r})) as temporary:
+            temporary.write_text("new"); os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == -signal.SIGKILL
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_two_writers_of_one_file_never_meet(tmp_path):
+    script = f"""
+        import pathlib
+        from ecmoe.files import write_json, read_json
+        for i in range(60):
+            write_json(pathlib.Path({str(tmp_path / "a.json")!r}), dict.fromkeys(map(str, range(99)), i))
+            assert len(set(read_json(pathlib.Path({str(tmp_path / "a.json")!r})).values())) == 1
+    """
+    both = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0] and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+        RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter failed writing file data/3"),
+    ],
+)
+def test_a_full_disk_is_told_with_file_and_remedy(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    with (
+        pytest.raises(OSError, match=r"no space left to write .*a\.json: free some") as told,
+        written(tmp_path / "a.json"),
+    ):
+        raise error
+    assert told.value.errno == errno.ENOSPC and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', '{"a": "ü'.encode()[:-1], b"[1]", b"", b"[" * 100_000])
+def test_damaged_json_is_named_with_its_remedy(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.json is damaged .* delete it"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("steps: 10\nseed: 1\nsteps: 20\n", "(?s)key 'steps' stands twice.*line 3"),
+        ("base: {d_ff: 1, d_ff: 2}", "key 'd_ff' stands twice"),
+        ("arms: [{a: 1, a: 1}]", "key 'a' stands twice"),
+        ("steps: 010\n", "(?s)takes 010 for 8: .*steps: 010"),
+        ("steps: -0_7\n", "takes -0_7 for -7"),
+        ("seeds: [1, 1:30]\n", "takes 1:30 for 90"),
+        ("[" * 10_000, "nested too deeply"),
+        ("seed: 2024-13-45\n", "month must be in"),
+        ("!!python/object/apply:os.getpid []", "could not determine a constructor"),
+        ("? [1]\n: 2", "unhashable"),
+        ("a: b: c", "mapping values are not allowed"),
+    ],
+)
+def test_yaml_says_what_it_seems_to_say_or_nothing(tmp_path, text, named):
+    with pytest.raises(ConfigError, match=named):
+        parse_yaml(text)
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config '.*a\.yaml' can't be read"):
+        read_yaml(tmp_path / "a.yaml", "config")
+
+
+def test_other_yaml_is_as_ever():
+    text = "a: &x {b: 1_000, c: 0, d: 0x10}\ne:\n  <<: *x\n  b: -3\n"
+    assert parse_yaml(text) == {"a": {"b": 1000, "c": 0, "d": 16}, "e": {"b": -3, "c": 0, "d": 16}}
+
+
+def test_sha256_is_of_the_content(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1

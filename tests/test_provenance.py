@@ -1,0 +1,78 @@
+"""Provenance: the commit is ours or unknown; the digest of the code follows what is computed, and nothing else."""
+
+import math
+import shutil
+import subprocess
+
+import pytest
+
+from ecmoe import provenance
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package within a folder that is, or becomes, a repository."""
+
+    def copy(where: str):
+        place = tmp_path / where / "ecmoe"
+        shutil.copytree(provenance.PACKAGE, place, ignore=shutil.ignore_patterns("__pycache__"))
+        monkeypatch.setattr(provenance, "PACKAGE", place)
+        provenance.code_digest.cache_clear()
+        return place
+
+    monkeypatch.delenv("ECMOE_COMMIT", raising=False)
+    yield copy
+    provenance.code_digest.cache_clear()
+
+
+def git(folder, *arguments):
+    name = ("-c", "user.name=x", "-c", "user.email=x@x")
+    done = subprocess.run(["git", "-C", str(folder), *name, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_another_repositorys_commit_is_not_ours(package, tmp_path):
+    package(".venv/site-packages")
+    assert provenance.commit() == "unknown"
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "x")
+    assert provenance.commit() == "unknown"
+
+
+def test_our_commit_says_whether_files_differ_from_it(package, tmp_path, monkeypatch):
+    place = package(".")
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "x")
+    assert provenance.commit() == "unknown"  # nothing of it is in the repository
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-m", "y")
+    head = git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as within a hook of another repository
+    assert provenance.commit() == head
+    (place / "cli.py").write_text("")
+    assert provenance.commit() == head + "+"
+
+
+def test_the_digest_of_the_code_follows_what_is_computed(package):
+    place = package("copy")
+    before = provenance.code_digest()
+
+    def after(name, old, new):
+        path = place / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        provenance.code_digest.cache_clear()
+        return provenance.code_digest()
+
+    assert after("cli.py", "import", "import os\nimport") == before
+    assert after("training/lit.py", "import math", "# a comment\n\nimport math") == before
+    assert after("training/lit.py", '"""', '"""Other words: ') == before
+    changed = after("training/lit.py", "math.sqrt(", "1 * math.sqrt(")
+    assert changed != before
+    assert after("config.py", "1_000_000", "1_000_001") not in (before, changed)
+
+
+def test_peak_rates_are_found_in_a_devices_full_name():
+    assert provenance.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert math.isnan(provenance.peak_flops("CPU (x86_64, 2 cores)"))
