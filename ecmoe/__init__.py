@@ -17,9 +17,16 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
+# What `pip install .` leaves out.
+_HINT = "{} isn't installed; it comes with the extra 'study': pip install '.[study]' in a checkout of ecmoe"
+
+
 def __getattr__(name: str):
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as missing:
+            raise ModuleNotFoundError(f"ecmoe.{name}: {_HINT.format(missing.name)}", name=missing.name) from missing
     raise AttributeError(f"module 'ecmoe' has no attribute {name!r}")
 
 

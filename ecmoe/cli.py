@@ -370,7 +370,3 @@ def _finite(value: Any) -> Any:
 def main() -> None:
     """Run the command line."""
     app(prog_name="ecmoe")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

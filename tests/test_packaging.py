@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import nbformat
@@ -27,6 +27,8 @@ from ecmoe.study.plan import configs
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+STUDY = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["study"]]
 PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(
@@ -59,14 +61,16 @@ def test_version_is_the_same_everywhere():
 
 
 def test_pins_lie_in_the_ranges():
-    direct = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
-    for requirement in map(Requirement, direct):
+    for requirement in [*STUDY, *map(Requirement, EXTRAS["dev"])]:
+        if requirement.name == "ecmoe":
+            assert requirement.extras == {"study"}  # dev is everything
+            continue
         pin = PINS[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), f"{requirement} but constraints.txt has {pin}"
 
 
 def test_malicious_lightning_is_excluded():
-    lightning = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "lightning")
+    lightning = next(r for r in STUDY if r.name == "lightning")
     assert not any(lightning.specifier.contains(bad) for bad in ("2.6.2", "2.6.3"))
     assert Version(PINS["lightning"]) >= Version("2.6.4") and PINS["pytorch-lightning"] == PINS["lightning"]
 
@@ -104,7 +108,7 @@ def test_conda_takes_the_same_pins():
 
 
 def test_imports_are_declared():
-    declared = {canonicalize_name(Requirement(d).name) for d in PROJECT["dependencies"]}
+    declared = {canonicalize_name(requirement.name) for requirement in STUDY}
     # imported name -> distribution, and what comes with a declared one
     names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel", "pygments": "nbconvert",
              "jupyter_client": "ipykernel", "traitlets": "ipykernel", "markupsafe": "nbconvert"}  # fmt: skip
@@ -115,6 +119,41 @@ def test_imports_are_declared():
             modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             for module in {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) - optional - {"ecmoe"}:
                 assert canonicalize_name(names.get(module, module)) in declared, f"{path.name} imports {module}"
+
+
+LIGHT = """
+import sys
+sys.modules.update(dict.fromkeys({absent}))  # as if not installed
+import torch
+from ecmoe import MoE, RunConfig, build_model
+from ecmoe.config import ROUTERS
+from ecmoe.routing import ExpertChoice
+
+MoE(ExpertChoice(8, 4), 8, 16)(torch.randn(2, 8, 8)).sum().backward()
+tiny = RunConfig(layers=2, d_model=8, d_ff=8, heads=2, num_experts=4, sequence_length=16, batch_size=4)
+for router in ROUTERS:
+    build_model(tiny.replace(router=router))(torch.randint(256, (4, 16)), task_ids=torch.arange(4)).sum().backward()
+build_model(tiny.replace(data="digits"))(torch.randn(4, 1, 8, 8)).sum().backward()
+try:
+    from ecmoe import run_or_load
+except ModuleNotFoundError as error:
+    print(error)
+sys.argv = ["ecmoe", "train"]
+from ecmoe.__main__ import main
+main()
+"""
+
+
+def test_light_install_builds_and_runs_models_and_says_what_the_rest_needs():
+    light = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    heavy = {canonicalize_name(requirement.name) for requirement in STUDY} - light - {"filelock"}  # torch brings it
+    absent = {name for name, owners in packages_distributions().items() if heavy & set(map(canonicalize_name, owners))}
+    assert {"lightning", "pandas", "sklearn", "typer"} <= absent
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LIGHT.format(absent=sorted(absent))], capture_output=True, text=True
+    )
+    hint = "isn't installed; it comes with the extra 'study': pip install '.[study]'"
+    assert ran.returncode == 2 and hint in ran.stdout and ran.stderr.startswith("error: ") and hint in ran.stderr, ran
 
 
 # Configs and notebooks
