@@ -84,6 +84,7 @@ _ROUTING_KEYS = {name for names in _READS.values() for name in names}
 _NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "cuda_graph", "kernels", "activation_checkpointing"}
 # What `data` says for images; all else is text. Each kind of run leaves out what the other alone reads.
 IMAGES, IMAGES_PREFIX = ("digits", "cifar10"), "images:"
+MIX_PREFIX = "mix:"  # several texts, in equal shares
 _TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance",
               "relative_init"}  # fmt: skip
 _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
@@ -140,8 +141,8 @@ class RunConfig:
 
     # Data
     data: str = key(
-        "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, or a path to .txt, .txt.xz, .jsonl; images: digits, "
-        "cifar10, images:PATH")  # fmt: skip
+        "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, or a path to .txt, .txt.xz, .jsonl; mix:A,B: several of "
+        "these in equal shares; images: digits, cifar10, images:PATH")  # fmt: skip
     streaming: bool = key(False, "stream a Hub data set instead of downloading it whole")
     max_bytes: int = key(0, "read at most this much text, in bytes; 0: all", low=0)
     tokenizer: str = key("bytes", "bytes, or bpe trained on the corpus", choices=("bytes", "bpe"))
@@ -195,7 +196,11 @@ class RunConfig:
             raise ConfigError(
                 f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be one of {divisors}"
             )
-        if not Path(self.data.removeprefix(IMAGES_PREFIX)).name:  # which would name the run
+        parts = parts_of(self.data)
+        if self.data.startswith(MIX_PREFIX) and (len(set(parts)) < 2 or len(set(parts)) < len(parts) or not all(parts)):
+            raise ConfigError(f"data={self.data!r}: must be {MIX_PREFIX} and at least two texts, all different, with commas "
+                              f"between them, such as {MIX_PREFIX}data/a.txt,data/b.txt")  # fmt: skip
+        if not all(Path(part.removeprefix(IMAGES_PREFIX)).name for part in parts):  # which would name the run
             raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a name of "
                               f"its own, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
         if self.images:
@@ -302,9 +307,12 @@ class RunConfig:
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
-        if is_local(self.data):  # a copy elsewhere is the same text: the data digest tells if it is not
-            kind = IMAGES_PREFIX if self.images else ""
-            keep["data"] = kind + Path(self.data.removeprefix(kind)).name
+        # A copy elsewhere is the same text: the data digest tells if it is not.
+        kind = next((kind for kind in (IMAGES_PREFIX, MIX_PREFIX) if self.data.startswith(kind)), "")
+        names = (
+            Path(part).name if is_local(part) else part for part in parts_of(self.data.removeprefix(IMAGES_PREFIX))
+        )
+        keep["data"] = kind + ",".join(names)
         return keep
 
     def digest(self) -> str:
@@ -325,6 +333,11 @@ class RunConfig:
     def name(self) -> str:
         """`slug-digest`: the folder of the run, and the name of its record."""
         return f"{self.slug()}-{self.digest()}"
+
+
+def parts_of(data: str) -> list[str]:
+    """The texts of a mix, `mix:A,B`; else `data` alone."""
+    return data.removeprefix(MIX_PREFIX).split(",") if data.startswith(MIX_PREFIX) else [data]
 
 
 def is_local(data: str) -> bool:

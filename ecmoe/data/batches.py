@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.classes import WindowClasses
-from ecmoe.data.corpus import about, content_digest, source_files, stat_digest
+from ecmoe.data.corpus import content_digest, described, source_files, stat_digest
 
 _PROVENANCE = (
-    "name", "licence", "attribution", "digest", "source_sha256", "split", "tokenizer", "vocab_size", "train_tokens",
-    "val_tokens", "train_bytes", "val_bytes", "train_documents", "val_documents",
+    "digest", "source_sha256", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "train_bytes", "val_bytes",
+    "train_documents", "val_documents",
 )  # fmt: skip
 
 
@@ -150,27 +150,24 @@ class TextData(RunData):
         if self._tokens is not None:
             return
         config, loaded = self.config, tokens.load(self.config, self.cache)
-        self.train_windows = _windows(loaded.train, config.sequence_length)
-        windows = _windows(loaded.val, config.sequence_length)
-        self._check(
-            len(self.train_windows),
-            config.batch_size * self._ranks,
-            "training",
-            "batch_size, on every rank,",
-        )
+        train, val = (loaded.windows(ids, config.sequence_length) for ids in (loaded.train, loaded.val))
+        parts, have = val.shape[:2]
+        self.train_windows = train.reshape(-1, train.shape[2])  # `Batches` shuffles all parts together
+        self._check(len(self.train_windows), config.batch_size * self._ranks, "training", "batch_size, on every rank,")
         count = self._val_batches * config.batch_size
-        self._check(len(windows), count, "validation", "eval_batches x batch_size")
-        which = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
-        self.val_windows = windows[which]
+        self._check(have * parts, count, "validation", "eval_batches x batch_size")
+        # Spread over each part; one of each in turn, so that every batch validates on all of them.
+        which = np.linspace(0, have - 1, -(-count // parts)).round().astype(np.int64)
+        self.val_windows = val[:, which].swapaxes(0, 1).reshape(-1, val.shape[2])[:count]
         self.train_tasks = self.val_tasks = None
         if config.router == "task_level":
             classes = WindowClasses(self.train_windows, config.num_tasks)
-            self.train_tasks = classes.before(self.train_windows)
-            self.val_tasks = classes.before(windows)[which]
+            self.train_tasks = np.concatenate([classes.before(part) for part in train])
+            self.val_tasks = np.stack([classes.before(part)[which] for part in val], axis=1).ravel()[:count]
         self.digest: str = loaded.meta["digest"]
-        self.provenance: dict[str, Any] = {key: loaded.meta.get(key) for key in _PROVENANCE} | about(config.data)
+        self.provenance = {key: loaded.meta[key] for key in _PROVENANCE} | described(loaded.meta["parts"])
         self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val_windows[:, 1:]].mean())
-        self.token_counts = _counts(loaded.train, config.vocab_size)
+        self.token_counts = tokens.counts(loaded.train, config.vocab_size)
         self._tokens = loaded
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -232,16 +229,3 @@ def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:
 def _content_digest(stat: str, files: tuple[tuple[str, Path], ...]) -> str:
     """Read once a process and state of the files."""
     return content_digest(dict(files))
-
-
-def _windows(ids: np.ndarray, length: int) -> np.ndarray:
-    """(windows, T+1) consecutive, non-overlapping windows of (tokens,) ids; the rest is dropped."""
-    count = len(ids) // (length + 1)
-    return ids[: count * (length + 1)].reshape(count, length + 1)
-
-
-def _counts(ids: np.ndarray, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(ids), chunk):
-        counts += np.bincount(ids[start : start + chunk], minlength=vocab_size)
-    return counts

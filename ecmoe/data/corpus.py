@@ -1,6 +1,7 @@
 """Where text comes from: a corpus is a stream of documents with a name, a licence and an attribution.
 
-The key `data` names it: `stdlib` (on every machine with Python), a local file or folder, or a data set of the Hub.
+The key `data` names it: `stdlib` (on every machine with Python), a local file or folder, or a data set of the Hub; or
+several of them, a mix, whose parts this module takes one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ecmoe import paths
-from ecmoe.config import IMAGES, ConfigError, is_local
+from ecmoe.config import IMAGES, ConfigError, is_local, parts_of
 from ecmoe.files import read_yaml
 
 # A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
@@ -79,7 +80,7 @@ _NO_TEXT = {
 
 def source_key(data: str) -> str:
     """The value of `data`, and for `stdlib` whose: each version of Python has its own text."""
-    return f"stdlib-{platform.python_version()}" if data == "stdlib" else data
+    return ",".join(f"stdlib-{platform.python_version()}" if part == "stdlib" else part for part in parts_of(data))
 
 
 def source_files(data: str) -> dict[str, Path]:
@@ -88,6 +89,8 @@ def source_files(data: str) -> dict[str, Path]:
     Raises:
         ConfigError: there is no such file, folder or data set.
     """
+    if len(parts := parts_of(data)) > 1:
+        return {f"{i}:{name}": path for i, part in enumerate(parts) for name, path in source_files(part).items()}
     if data == "stdlib":
         return _stdlib_files()
     if data in PRESETS or re.fullmatch(r"hub:[\w.-]+(/[\w.-]+){0,2}", data):
@@ -161,6 +164,21 @@ def about(data: str) -> dict[str, str]:
     if not isinstance(stated, dict) or not set(stated) <= set(keys):
         raise ConfigError(f"data={data!r}: {beside} must hold no keys but {', '.join(keys)}; it holds {stated!r}")
     return {key: str(value) for key, value in stated.items()}
+
+
+def described(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a report says of the parts of a corpus: name, licence and attribution of all, how each is split; of a mix, its parts.
+
+    Args:
+        parts: of each `data`, name, licence, attribution, split; what a file beside it states now wins.
+    """
+    parts = [part | about(part["data"]) | {"share": 1 / len(parts)} for part in parts]
+    if len(parts) == 1:
+        return {key: parts[0][key] for key in ("name", "licence", "attribution", "split")}
+    said = {
+        key: "; ".join(f"{part['name']}: {part[key]}" for part in parts) for key in ("licence", "attribution", "split")
+    }
+    return {"name": " + ".join(f"{part['share']:.0%} {part['name']}" for part in parts), **said, "parts": parts}
 
 
 def _stdlib_files() -> dict[str, Path]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ecmoe.config import ConfigError
 
-END = "\0"  # ends every document: one byte, a token of its own
+END, END_ID = "\0", 0  # ends every document: one byte, a token of its own
 
 
 class Tokenizer(Protocol):
@@ -38,7 +38,7 @@ class Bytes:
 
 
 class BPE:
-    """Byte-level BPE (GPT-2's pre-tokenisation) by `tokenizers`. Id 0 ends a document."""
+    """Byte-level BPE (GPT-2's pre-tokenisation) by `tokenizers`."""
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Fast

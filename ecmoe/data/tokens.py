@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ecmoe import paths
-from ecmoe.config import ConfigError
+from ecmoe.config import ConfigError, parts_of
 from ecmoe.data.corpus import (
     Corpus,
     content_digest,
@@ -27,30 +27,41 @@ from ecmoe.data.corpus import (
     source_key,
     stat_digest,
 )
-from ecmoe.data.tokenizer import BPE, END, Bytes, Tokenizer, train_bpe
+from ecmoe.data.tokenizer import BPE, END, END_ID, Bytes, Tokenizer, train_bpe
 from ecmoe.files import sha256, write_json
 
 # Part of every cache's name: raise it when the same source would give other tokens.
-SCHEMA = 1
+SCHEMA = 2
 VALIDATION = 0.05  # share of the text, where the source has no validation split of its own
 BPE_BYTES = 50_000_000  # BPE learns its merges from at most so much text
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised corpus. train, val: (tokens,) memory-mapped ids. meta: as in meta.json."""
+    """A tokenised corpus.
+
+    train, val: (tokens,) memory-mapped ids; of a mix, one part after the other, each as long as the others.
+    meta: as in meta.json; `parts` says of each part where it is from.
+    """
 
     train: np.ndarray
     val: np.ndarray
     tokenizer: Tokenizer
     meta: dict[str, Any]
 
+    def windows(self, ids: np.ndarray, length: int) -> np.ndarray:
+        """(parts, windows, T+1) consecutive, non-overlapping windows of T = `length`; none reaches into the next part."""
+        ids = ids.reshape(len(self.meta["parts"]), -1)
+        count = ids.shape[1] // (length + 1)
+        return ids[:, : count * (length + 1)].reshape(len(ids), count, length + 1)
+
 
 def folder(config: Any, cache: Path | None = None) -> Path:
     """Where the tokens of this config are kept: it depends on no file but only on the keys read here."""
     keys = _keys(config)
     digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:12]
-    slug = re.sub(r"[^\w.-]+", "-", Path(keys["data"]).name).strip("-")[:40]
+    names = "-".join(Path(part).name for part in keys["data"].split(","))
+    slug = re.sub(r"[^\w.-]+", "-", names).strip("-")[:40]
     return (cache or paths.cache()) / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
 
 
@@ -146,7 +157,8 @@ def _sha256(path: Path, mtime_ns: int, size: int) -> str:
 def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     try:
         files = source_files(config.data)
-        corpus = open_corpus(config.data, config.streaming or config.max_bytes > 0)  # a part: not the whole download
+        streaming = config.streaming or config.max_bytes > 0  # a part: not the whole download
+        corpora = [open_corpus(part, streaming) for part in parts_of(config.data)]
     except ConfigError as error:
         if trouble == "not tokenised yet":
             raise
@@ -162,7 +174,7 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
     work.mkdir()
     try:
-        meta = _tokenise(config, corpus, work, _bar(config.data, progress))
+        meta = _tokenise(config, corpora, work, _bar(config.data, progress))
         files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir())}
         for name in files_meta:
             os.replace(work / name, place / name)
@@ -188,48 +200,99 @@ def _bar(data: str, progress: bool) -> Callable[[str, int | None], Any]:
     )
 
 
-def _tokenise(config: Any, corpus: Corpus, work: Path, bar: Callable[[str, int | None], Any]) -> dict[str, Any]:
-    """Read the source once into a spool file, split it, train BPE on the training side, encode."""
-    spool = work / "spool"
-    own = corpus.validation is not None
-    with spool.open("w+b") as file:
+def _tokenise(config: Any, corpora: list[Corpus], work: Path, bar: Callable[[str, int | None], Any]) -> dict[str, Any]:
+    """Read each part once into a spool file and split it, train BPE on the training sides, encode, cut to the shortest."""
+    limit = -(-config.max_bytes // len(corpora))
+    with contextlib.ExitStack() as files:
         with bar("reading", config.max_bytes or None) as shown:
-            lengths, hashes = _spool(corpus.train, file, config.max_bytes, shown.update)
-            is_val, rule = (np.zeros(len(lengths), bool), "the source's own") if own else split(hashes, lengths)
-            if own:
-                limit = -(-config.max_bytes // 20)  # as large a share as ours
-                more, _ = _spool(corpus.validation, file, limit, shown.update)
-                lengths = np.concatenate([lengths, more])
-                is_val = np.concatenate([is_val, np.ones(len(more), bool)])
-        if is_val.all() or not is_val.any():
-            raise ConfigError(f"data={config.data!r}: {len(lengths)} documents of {lengths.sum()} bytes are too few to split "
-                              "into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip
+            spools = [
+                _spooled(config, corpus, files.enter_context((work / f"spool.{i}").open("w+b")), limit, shown.update)
+                for i, corpus in enumerate(corpora)
+            ]
         if config.tokenizer == "bpe":
-            train_bytes = int(lengths[~is_val].sum())
-            every = np.flatnonzero(~is_val)[:: max(1, -(-train_bytes // BPE_BYTES))]
-            with bar("learning BPE from", int(lengths[every].sum())) as shown:
-                texts = (text.removesuffix(END) for text in _despool(file, lengths, every, shown.update))
+            share = min(BPE_BYTES // len(spools), *(int(spool.lengths[~spool.is_val].sum()) for spool in spools))
+            chosen = [spool.some(share) for spool in spools]
+            size = sum(int(spool.lengths[which].sum()) for spool, which in zip(spools, chosen, strict=True))
+            with bar("learning BPE from", size) as shown:
+                texts = (text.removesuffix(END) for spool, which in zip(spools, chosen, strict=True)
+                         for text in spool.read(which, shown.update))  # fmt: skip
                 train_bpe(texts, config.vocab_size, work / "tokenizer.json")
             tokenizer: Tokenizer = BPE(work / "tokenizer.json")
         else:
             tokenizer = Bytes()
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-        meta = {"name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution, "dtype": dtype.name,
-                "split": rule}  # fmt: skip
-        with bar("tokenising", int(lengths.sum())) as shown:
-            for name, chosen in (
-                ("train", np.flatnonzero(~is_val)),
-                ("val", np.flatnonzero(is_val)),
-            ):
-                with (work / f"{name}.bin").open("wb") as out:
-                    count = _encode(_despool(file, lengths, chosen, shown.update), tokenizer, dtype, out)
-                meta |= {
-                    f"{name}_tokens": count,
-                    f"{name}_bytes": int(lengths[chosen].sum()),
-                    f"{name}_documents": len(chosen),
-                }
-    spool.unlink()
+        parts = [
+            {"data": part, "name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution,
+             "split": spool.rule, "bytes": int(spool.lengths.sum()), "documents": len(spool.lengths)}
+            for part, corpus, spool in zip(parts_of(config.data), corpora, spools, strict=True)
+        ]  # fmt: skip
+        meta: dict[str, Any] = {"dtype": dtype.name, "parts": parts}
+        with bar("tokenising", sum(part["bytes"] for part in parts)) as shown:
+            for side, chosen in (("train", False), ("val", True)):
+                paths = [work / f"spool.{side}.{i}" for i in range(len(spools))]
+                for path, spool in zip(paths, spools, strict=True):
+                    with path.open("wb") as out:
+                        _encode(spool.read(np.flatnonzero(spool.is_val == chosen), shown.update), tokenizer, dtype, out)
+                shortest = min(path.stat().st_size for path in paths)
+                with (work / f"{side}.bin").open("wb") as whole:
+                    for path in paths:
+                        os.truncate(path, shortest)
+                        with path.open("rb") as part:
+                            shutil.copyfileobj(part, whole)
+                found = counts(np.memmap(work / f"{side}.bin", dtype, "r"), tokenizer.vocab_size)
+                meta |= {f"{side}_tokens": int(found.sum()), f"{side}_bytes": int(found @ tokenizer.byte_lengths),
+                         f"{side}_documents": int(found[END_ID])}  # fmt: skip
+    for path in work.glob("spool.*"):
+        path.unlink()
     return meta
+
+
+def counts(ids: np.ndarray, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
+    """(tokens,) ids -> (V,) int64 how often each occurs."""
+    found = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(ids), chunk):
+        found += np.bincount(ids[start : start + chunk], minlength=vocab_size)
+    return found
+
+
+@dataclass(frozen=True)
+class _Spool:
+    """Documents one after the other in a file. lengths: (documents,) bytes. is_val: (documents,) bool; rule: in words."""
+
+    file: Any
+    lengths: np.ndarray
+    is_val: np.ndarray
+    rule: str
+
+    def read(self, chosen: np.ndarray, shown: Callable[[int], Any]) -> Iterator[str]:
+        """The texts of the documents whose numbers are `chosen`."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        for i in chosen:
+            self.file.seek(int(starts[i]))
+            yield self.file.read(int(self.lengths[i])).decode()
+            shown(int(self.lengths[i]))
+
+    def some(self, size: int) -> np.ndarray:
+        """Training documents from all over the text, at most `size` bytes of them; at least one."""
+        train = np.flatnonzero(~self.is_val)
+        train = train[np.random.default_rng(0).permutation(len(train))]
+        count = np.searchsorted(self.lengths[train].cumsum(), size, side="right")
+        return np.sort(train[: max(count, 1)])
+
+
+def _spooled(config: Any, corpus: Corpus, file: Any, limit: int, shown: Callable[[int], Any]) -> _Spool:
+    """Read at most `limit` bytes (0: all) of a corpus, and decide what validates."""
+    lengths, hashes = _spool(corpus.train, file, limit, shown)
+    if corpus.validation is None:
+        is_val, rule = split(hashes, lengths)
+    else:
+        more, _ = _spool(corpus.validation, file, -(-limit // 20), shown)  # as large a share as ours
+        is_val, rule = np.arange(len(lengths) + len(more)) >= len(lengths), "the source's own"
+        lengths = np.concatenate([lengths, more])
+    if is_val.all() or not is_val.any():
+        raise ConfigError(f"data={config.data!r}: {len(lengths)} documents of {lengths.sum()} bytes of {corpus.name} are too few "
+                          "to split into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip
+    return _Spool(file, lengths, is_val, rule)
 
 
 def _spool(
@@ -276,22 +339,11 @@ def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) ->
     return np.arange(len(lengths)) >= first, f"the last {share:.0%} of the text"
 
 
-def _despool(file: Any, lengths: np.ndarray, chosen: np.ndarray, shown: Callable[[int], Any]) -> Iterator[str]:
-    starts = np.cumsum(lengths) - lengths
-    for i in chosen:
-        file.seek(int(starts[i]))
-        yield file.read(int(lengths[i])).decode()
-        shown(int(lengths[i]))
-
-
-def _encode(texts: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, out: Any) -> int:
-    """Write the tokens of `texts`, batch by batch over all cores; how many there are."""
-    count = 0
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, out: Any) -> None:
+    """Write the tokens of `texts`, batch by batch over all cores."""
     for batch in _batches(texts):
         for ids in tokenizer.encode(batch):
             out.write(ids.astype(dtype).tobytes())
-            count += len(ids)
-    return count
 
 
 def _batches(texts: Iterable[str], characters: int = 1 << 22) -> Iterator[list[str]]:

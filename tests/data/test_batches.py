@@ -115,7 +115,7 @@ def test_counts_digest_and_provenance(text):
     assert text.bytes_per_token == 1.0 and text.digest == text.provenance["digest"]
     said = text.provenance
     assert "PSF" in said["licence"] and said["attribution"] and said["vocab_size"] == 256
-    assert said["train_tokens"] == len(train) and all(said[key] is not None for key in data._PROVENANCE)
+    assert said["train_tokens"] == len(train) and all(said[key] is not None for key in (*data._PROVENANCE, "split"))
 
 
 def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():

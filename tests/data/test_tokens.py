@@ -46,7 +46,7 @@ def test_tokens_are_the_text(book, make, keys):
     assert meta["train_bytes"] == len(train.encode()) and meta["val_bytes"] == len(val.encode())
     assert meta["val_documents"] == val.count(END) and meta["train_documents"] == train.count(END)
     assert found.train.dtype == (np.uint16 if keys else np.uint8) and isinstance(found.train, np.memmap)
-    assert meta["source_sha256"] and meta["licence"] == "not stated"
+    assert meta["source_sha256"] and meta["parts"][0]["licence"] == "not stated"
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 1000)), min_size=2, max_size=60))
@@ -95,7 +95,7 @@ def test_validation_of_the_source_is_used(monkeypatch, make):
     found = make("hub:a/b")
     assert found.tokenizer.decode(found.val) == f"validation text{END}"
     assert found.tokenizer.decode(found.train) == f"train text{END}" * 30
-    assert found.meta["split"] == "the source's own" and found.meta["source_sha256"] is None
+    assert found.meta["parts"][0]["split"] == "the source's own" and found.meta["source_sha256"] is None
     monkeypatch.setattr(datasets, "load_dataset", None)
     assert make("hub:a/b").meta == found.meta  # made once
 
@@ -205,4 +205,4 @@ def test_every_byte_of_meta_is_checked(book, make, tmp_path):
     path = tokens.folder(config(book), tmp_path / "cache") / "meta.json"
     path.write_text(path.read_text().replace("not stated", "public domain"))
     assert tokens._trouble(config(book), path.parent) == "meta.json is damaged"
-    assert make(book).meta["licence"] == "not stated"
+    assert make(book).meta["parts"][0]["licence"] == "not stated"

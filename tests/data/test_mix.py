@@ -1,0 +1,124 @@
+"""A mix: as much of each text by tokens, one tokenizer, and batches of all of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.data import tokens
+from ecmoe.data.batches import TextData
+
+T = 16
+LETTERS = "ABC"
+
+
+@pytest.fixture
+def mix(tmp_path):
+    """Texts that hold one letter, each twice as long as the one before: every token tells whose it is."""
+    paths = [tmp_path / f"{letter.lower()}.txt" for letter in LETTERS]
+    for i, (path, letter) in enumerate(zip(paths, LETTERS, strict=True)):
+        path.write_text(f"{letter * 30}\n\n" * 3000 * 2**i)
+    (tmp_path / "a.txt.about.yaml").write_text("{name: All A, licence: CC0}")
+    return "mix:" + ",".join(map(str, paths))
+
+
+def config(data, **keys) -> RunConfig:
+    return RunConfig.from_dict({"data": data, "sequence_length": T, "batch_size": 6, "eval_batches": 5} | keys)
+
+
+def opened(config) -> TextData:
+    data = TextData(config)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def shares(windows) -> list[int]:
+    """How many windows are of each letter; a window of two would be in none."""
+    text = [set(bytes(row).decode()) & set(LETTERS) for row in np.asarray(windows, np.uint8)]
+    return [text.count({letter}) for letter in LETTERS]
+
+
+def test_as_much_of_each_and_no_window_of_two(mix):
+    data = opened(config(mix))
+    whole = tokens.load(data.config)
+    for ids in (whole.train, whole.val):
+        parts = np.split(ids, 3)  # in equal parts, each of one letter
+        assert [set(bytes(part).decode()) & set(LETTERS) for part in parts] == [{x} for x in LETTERS]
+    shortest = 3000 * 32
+    assert len(whole.train) + len(whole.val) == pytest.approx(3 * shortest, rel=0.1)
+    assert shares(data.train_windows) == [len(data.train_windows) // 3] * 3
+    assert len(data.train_windows) > 0.95 * len(whole.train) / (T + 1)
+
+
+def test_every_batch_sees_all_parts(mix):
+    data = opened(config(mix))
+    for batch in data.val_batches():
+        assert shares(batch) == [2, 2, 2]
+    steps = [shares(batch) for _, batch in zip(range(200), data.train_batches(0, 0, 1), strict=False)]
+    assert (
+        sum(min(step) > 0 for step in steps) > 100
+    )  # of 200: six windows drawn from three parts miss one 28% of the time
+    assert np.sum(steps, axis=0) == pytest.approx(np.full(3, 400), rel=0.15)
+
+
+def test_counts_bytes_and_provenance_are_those_of_what_is_used(mix):
+    data = opened(config(mix))
+    said = data.provenance
+    assert data.token_counts.sum() == said["train_tokens"] == said["train_bytes"]
+    each = [data.token_counts[ord(letter)] for letter in LETTERS]
+    assert min(each) > 0.98 * max(each)
+    assert said["name"] == "33% All A + 33% b.txt + 33% c.txt"
+    assert said["licence"] == "All A: CC0; b.txt: not stated; c.txt: not stated"
+    assert [part["share"] for part in said["parts"]] == [1 / 3] * 3
+    assert [part["data"] for part in said["parts"]] == mix.removeprefix("mix:").split(",")
+
+
+def test_one_tokenizer_learns_from_all_alike(mix):
+    """Of the same number of bytes, runs of each letter are as frequent: each gets as many merges, but for ties."""
+    data = opened(config(mix, tokenizer="bpe", vocab_size=270))
+    words = [data.decode([i]) for i in range(257, 270)]
+    longest = [max(len(word) for word in words if set(word) <= {letter}) for letter in LETTERS]
+    assert longest == [longest[0]] * 3 or max(longest) <= 2 * min(longest)
+    assert [set(data.decode(row)) & set(LETTERS) for row in np.split(tokens.load(data.config).val, 3)] == [
+        {letter} for letter in LETTERS
+    ]
+    assert data.bytes_per_token > 2
+
+
+def test_max_bytes_are_shared_out(mix):
+    whole = tokens.load(config(mix, max_bytes=240_000))
+    assert len(whole.train) + len(whole.val) == pytest.approx(240_000, rel=0.01)
+    assert [set(bytes(part).decode()) & set(LETTERS) for part in np.split(whole.train, 3)] == [{x} for x in LETTERS]
+
+
+def test_classes_are_those_of_the_text_before(mix):
+    data = opened(config(mix, router="task_level", num_tasks=3))
+    of = np.split(data.train_tasks, 3)
+    inside = [np.unique(part[1:]) for part in of]  # the first of a part has nothing before it
+    assert [len(kinds) for kinds in inside] == [1, 1, 1] and len(np.unique(inside)) == 3
+    assert [part[0] for part in of] == [0, 0, 0]
+    for windows, tasks in data.val_batches():
+        for letter, kind in zip(LETTERS, inside, strict=True):
+            mine = torch.tensor([ord(letter) in row for row in windows.tolist()])
+            assert set(tasks[mine].tolist()) <= {0, int(kind[0])}
+
+
+def test_order_of_parts_and_content_make_another_mix(mix, tmp_path):
+    first = opened(config(mix)).digest
+    a, b, c = mix.removeprefix("mix:").split(",")
+    assert opened(config(f"mix:{b},{a},{c}")).digest != first
+    (tmp_path / "b.txt").write_text("B" * 30_000 + "\n\nb" * 20_000)
+    assert opened(config(mix)).digest != first
+    assert config(mix).name != config(f"mix:{a},{b}").name
+
+
+@pytest.mark.parametrize("data", ["mix:", "mix:a.txt", "mix:a.txt,", "mix:a.txt,a.txt", "mix:,a.txt"])
+def test_a_mix_of_less_than_two_texts(data):
+    with pytest.raises(ConfigError, match="data='mix:.*at least two texts, all different"):
+        RunConfig(data=data)
+
+
+def test_a_part_that_is_nowhere_is_named(mix):
+    with pytest.raises(ConfigError, match="data='/nowhere/x.txt'.*no such file"):
+        opened(config(f"{mix},/nowhere/x.txt"))
