@@ -19,7 +19,8 @@ from ecmoe.continual.settings import APPROACHES, SCHEMA, Settings
 from ecmoe.data import images
 from ecmoe.provenance import commit, device_name, versions
 from ecmoe.study.stats import paired_difference, verdict
-from ecmoe.training.result import Result, by_seed, read_record, write_record
+from ecmoe.study.table import by_seed
+from ecmoe.training.result import Result, read_record, write_record
 
 ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
 

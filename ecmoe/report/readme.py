@@ -19,7 +19,8 @@ from ecmoe.study import speed
 from ecmoe.study.cost import beside_paper
 from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.plan import run_study
-from ecmoe.training.result import Result, by_routing, table
+from ecmoe.study.table import by_routing, table
+from ecmoe.training.result import Result
 
 
 def update(scale: str = "gpu") -> bool:

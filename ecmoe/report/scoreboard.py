@@ -17,7 +17,8 @@ from ecmoe.files import read_json, write_json
 from ecmoe.measures import measure
 from ecmoe.study.claims import CLAIMS, Claim
 from ecmoe.study.stats import PLUMBING, Verdict
-from ecmoe.training.result import Result, arm_labels
+from ecmoe.study.table import arm_labels
+from ecmoe.training.result import Result
 
 DEFAULTS = RunConfig().to_dict()
 DONE = ("finished", "diverged")

@@ -15,8 +15,9 @@ from ecmoe.data.batches import is_other_data
 from ecmoe.data.image_batches import ImageBatches, ImageData, shifted
 from ecmoe.model.transformer import build_model, count_parameters, flops_per_token
 from ecmoe.model.vision import patchify
+from ecmoe.study.table import table
 from ecmoe.training.recorder import Recorder
-from ecmoe.training.result import read_record, table, write_record
+from ecmoe.training.result import read_record, write_record
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from matplotlib import pyplot
 from ecmoe.config import RunConfig
 from ecmoe.report import plots
 from ecmoe.study.stats import Effect
-from ecmoe.training.result import COLUMNS, Result, curves, not_run, table
+from ecmoe.study.table import curves, table
+from ecmoe.training.result import COLUMNS, Result, not_run
 
 
 def run(config: RunConfig, loss: float, rows: int = 5, **routing: float) -> Result:

@@ -1,4 +1,4 @@
-"""Results: storage keeps what was measured, and the table never mixes up two arms."""
+"""Results: storage keeps what was measured."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.training import result as results
-from ecmoe.training.result import Result, arm_label, curves, not_run, table
+from ecmoe.training.result import Result, arm_label
 
 
 def make(config: RunConfig, loss: float = 2.0, status: str = "finished", rows: int = 3) -> Result:
@@ -117,67 +117,8 @@ def test_damage_is_named(tmp_path):
         results.read_record(tmp_path / "b.json")
 
 
-def test_table_has_a_row_per_run_and_gaps_for_what_is_missing():
-    config = RunConfig()
-    rows = [
-        make(config),
-        not_run(config.replace(seed=1)),
-        make(config.replace(seed=2), loss=9.0, status="diverged"),
-    ]
-    frame = table(rows)
-    assert frame["arm"].tolist() == ["EC-CF2"] * 3
-    assert frame["status"].tolist() == ["finished", "not run", "diverged"]
-    assert frame["val_loss"].iloc[0] == 2.0 and frame["val_loss"].iloc[1:].isna().all()
-    assert frame["dropped"].iloc[0] == 0.25 and frame["num_experts"].eq(config.num_experts).all()
-    assert frame["share_8"].isna().all() and frame["mfu"].isna().all()
-    assert table([]).empty
-
-
-def test_two_arms_are_never_two_seeds_of_one():
-    narrow, wide = RunConfig(router="dense", d_ff=128), RunConfig(router="dense", d_ff=256)
-    frame = table([make(narrow), make(wide), make(RunConfig())])
-    assert frame["arm"].tolist() == ["Dense d_ff=128", "Dense d_ff=256", "EC-CF2"]
-    assert table([make(narrow), make(wide)], axes=["d_ff"])["arm"].tolist() == ["Dense", "Dense"]
-    # Keys that the router doesn't read make no difference.
-    assert table([make(narrow), make(narrow.replace(seed=1, num_experts=4))])["arm"].tolist() == [
-        "Dense",
-        "Dense",
-    ]
-
-
-def test_a_study_names_its_arms_itself():
-    ours = [not_run(RunConfig(router="dense", d_ff=d_ff)) for d_ff in (128, 256)]
-    assert list(table(ours)["arm"]) == ["Dense d_ff=128", "Dense d_ff=256"]
-    study = {"Dense": ours[:1], "Dense, equal FLOPs": ours[1:]}
-    assert list(table(study)["arm"]) == list(curves(study)["arm"]) == list(study)
-
-
-def test_curves_are_tidy_and_name_the_missing():
-    frame = curves([make(RunConfig()), not_run(RunConfig(router="dense"))])
-    assert frame["arm"].tolist() == ["EC-CF2"] * 3 + ["Dense"]
-    assert frame["val_loss"].iloc[:3].tolist() == [3.0, 2.5, 2.0]
-    assert math.isnan(frame["val_loss"].iloc[3]) and frame["status"].iloc[3] == "not run"
-    assert curves([]).empty
-
-
-def test_by_seed_takes_finished_runs_only():
-    config = RunConfig()
-    rows = [make(config), make(config.replace(seed=1), loss=3.0), not_run(config.replace(seed=2))]
-    rows.append(make(config.replace(seed=3), status="diverged"))
-    assert results.by_seed(rows) == {0: 2.0, 1: 3.0}
-    assert results.by_seed(rows, "dropped") == {0: 0.25, 1: 0.25}
-
-
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="record holds none"):
         make(RunConfig()).load_model()
-
-
-def test_both_routings_of_a_study_stand_below_each_other():
-    done = make(RunConfig(), 2.0)
-    done.summary["val_loss_causal"] = 2.5
-    found = results.by_routing({"A": [done], "B": [not_run(RunConfig(seed=1))]})
-    assert found["arm"].tolist() == ["A", "A", "B", "B"] and found["routing"].tolist() == ["as trained", "causally"] * 2
-    assert found["loss"].tolist()[:2] == [2.0, 2.5] and found["loss"].isna().tolist() == [False, False, True, True]
