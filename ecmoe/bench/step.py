@@ -30,7 +30,7 @@ from ecmoe.model.transformer import flops_per_token
 from ecmoe.provenance import peak_flops
 from ecmoe.routing import ExpertChoice, Router
 from ecmoe.training import cuda_graph as graph
-from ecmoe.training.lit import LitModel, clip, fused_adamw
+from ecmoe.training.lit import LitModel, clip
 
 ARMS = {
     "EC-CF2": {"router": "expert_choice", "capacity_factor": 2.0},
@@ -147,7 +147,7 @@ def steps(
     lit = LitModel(first).to(device)
     if first.precision == "bf16-true":
         lit.to(torch.bfloat16)
-    optimizer = fused_adamw(lit, lr=0.0)
+    optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=True)
     generator = torch.Generator().manual_seed(first.seed)
     batch = torch.randint(first.vocab_size, (first.batch_size, first.sequence_length + 1), generator=generator)
     batch = batch.to(device)

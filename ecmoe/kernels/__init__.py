@@ -17,19 +17,17 @@ makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits 
     rows.py       gather, combine, activation            routing.py    the router's logits; scores, by expert
     selection.py  top-k without a sort                   capped.py     top-k under a cap on a token's experts
     attention.py  attention with a bias by distance      loss.py       the loss of a chunk of logits, and its gradient
-    counts.py     who got how much, for statistics       dykstra.py    the paper's way to a cap
-    adamw.py      the optimiser's pass over a tensor
+    counts.py     who got how much, for statistics       common.py     launching, operators
 
-`experts`, `logits`, `scores`, `take` and `tally` each stand for a line of the plain path, which stays the readable truth
+`experts`, `logits`, `scores`, `take` and `tally_` each stand for a line of the plain path, which stays the readable truth
 (moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
 On a GPU: `pytest tests/kernels`, then `ecmoe bench --passes` times each pass, and `ecmoe bench --all --compile` all.
 """
 
-from ecmoe.kernels.adamw import AdamW
 from ecmoe.kernels.common import INTERPRETED
-from ecmoe.kernels.counts import tally
+from ecmoe.kernels.counts import tally_
 from ecmoe.kernels.layer import experts
 from ecmoe.kernels.routing import logits, logits_and_tokens, scores
 from ecmoe.kernels.selection import select, take
 
-__all__ = ["INTERPRETED", "AdamW", "experts", "logits", "logits_and_tokens", "scores", "select", "take", "tally"]
+__all__ = ["INTERPRETED", "experts", "logits", "logits_and_tokens", "scores", "select", "take", "tally_"]

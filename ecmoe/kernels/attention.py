@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import dot
+from ecmoe.kernels.common import device_of, dot, kernel
 
 BLOCK = 128  # tokens; T must be a multiple of it
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -72,7 +72,7 @@ def forward(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
     near = min(near, T)
     out, lse = qkv.new_empty(B, T, h, width), qkv.new_empty(B, h, T, dtype=torch.float32)
     options = _options(FORWARD, width)
-    with torch.cuda.device_of(qkv):
+    with device_of(qkv):
         bias = biases(qkv, table, near, 1)
         _flash_forward_kernel[B * h * T // options["OWN"],](
             qkv, bias, out, lse, h, T, near, bias.shape[-1], width**-0.5, BLOCK=BLOCK, **options
@@ -89,7 +89,7 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor,
     own, step = options["OWN"], options["STEP"]
     distances = (triton.cdiv(near - 1, step) + 1) * step
     sums = qkv.new_zeros(B, h, T // own, distances, dtype=torch.float32)
-    with torch.cuda.device_of(qkv):
+    with device_of(qkv):
         bias = biases(qkv, table, near, 2)
         sizes = h, T, near, bias.shape[-1], width**-0.5
         _flash_queries_kernel[B * h * T // own,](
@@ -102,7 +102,7 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor,
     return dqkv, sums.sum((0, 2))
 
 
-@triton.jit
+@kernel
 def _flash_biases_kernel(table, out, T, width, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     first, head, side = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     table += head * T
@@ -144,7 +144,7 @@ def _far_keys(first, near, STEP: tl.constexpr):
     return tl.maximum(first - near + 1, 0) // STEP * STEP
 
 
-@triton.jit
+@kernel
 def _flash_forward_kernel(
     qkv, bias, out, lse, h, T, near, width, scale,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
@@ -196,7 +196,7 @@ def _attend(
     return highest, total, output
 
 
-@triton.jit
+@kernel
 def _flash_queries_kernel(
     qkv, bias, dout, out, lse, dqkv, delta, sums, h, T, near, width, scale, distances,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
@@ -260,7 +260,7 @@ def _to_queries(
     return dq
 
 
-@triton.jit
+@kernel
 def _flash_keys_kernel(
     qkv, bias, dout, lse, delta, dqkv, h, T, near, width, scale,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,

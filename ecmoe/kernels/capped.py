@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import INTERPRETED, block
+from ecmoe.kernels.common import INTERPRETED, Operator, block, device_of
 
 # Rounds of prices: without the cap, for a sample of the tokens, for all.
 UNCAPPED, SAMPLED, FULL = 4, 14, 4
@@ -57,19 +57,15 @@ def capped(scores: Tensor, k: int, b: int) -> Tensor:
 
     Exactly k tokens of each expert, at most b < e experts of each token; e k <= m b. No gradient: gather the scores.
     """
-    return _capped(scores.detach(), k, b)
+    return _capped_op(scores.detach(), k, b)
 
 
-@torch.library.custom_op("ecmoe::capped", mutates_args=())
 def _capped(scores: Tensor, k: int, b: int) -> Tensor:
-    with torch.cuda.device_of(scores):
+    with device_of(scores):
         return places(hold(scores, k, b), k)
 
 
-@_capped.register_fake
-def _(scores, k, b):
-    g, e, _ = scores.shape
-    return scores.new_empty(g, e, k, dtype=torch.int64)
+_capped_op = Operator(_capped, lambda scores, k, b: scores.new_empty(*scores.shape[:2], k, dtype=torch.int64))
 
 
 def hold(scores: Tensor, k: int, b: int) -> Tensor:

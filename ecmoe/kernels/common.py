@@ -1,28 +1,145 @@
-"""What the kernels share: where they may run, sizes of blocks, a product that the interpreter gets right."""
+"""What the kernels share: where they may run, how they are launched and become operators, sizes of blocks, a product."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # on CPU tensors, without a GPU
 _INTERPRETED = tl.constexpr(INTERPRETED)
+REMEMBERED = 4096  # launches of a kernel; causal routing has as many sizes as batches
 
 
 def check(x: Tensor) -> None:
     """Raise a RuntimeError unless the kernels can run on x."""
-    if x.device.type != "cuda" and not INTERPRETED:
+    if not x.is_cuda and not INTERPRETED:
         raise RuntimeError(
             f"kernels='triton' needs tensors on a CUDA device, and these are on {x.device.type}: move the layer and "
             f"its input to a GPU, or use kernels='plain' (for tests without a GPU, set TRITON_INTERPRET=1)"
         )
 
 
+class kernel:  # noqa: N801  it is used as triton.jit is
+    """`triton.jit`, whose launches cost half of the host's time.
+
+    Triton looks at type, alignment and divisibility of every argument of every launch, to find the binary compiled for
+    such ones; that takes longer than a small kernel runs. Here the numbers themselves and the tensors' types and
+    alignments are the key: one look-up. A number that differs goes through Triton, once.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self.jit = triton.jit(function)
+        self.known: dict[tuple, tuple[Any, tuple]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        """Launch on the current device and stream, where the tensors are."""
+        if INTERPRETED:
+            self.jit[grid](*args, **constants)
+            return
+        device = torch.cuda.current_device()
+        key = device, *constants.items(), *map(_kind, args)
+        known = self.known.get(key)
+        if known is None:
+            compiled = self.jit[grid](*args, **constants)
+            if len(self.known) >= REMEMBERED:
+                self.known.clear()
+            rest = tuple(constants[name] for name in self.jit.arg_names[len(args) :])
+            self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
+            return
+        run, function, metadata, rest = known
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        across, down, deep = (*grid, 1, 1)[:3]
+        run(across, down, deep, stream, function, metadata, None, None, None, *args, *rest)
+
+
+def _kind(argument: Any) -> Any:
+    """All that Triton could compile an argument's kernel for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
+    return argument
+
+
+class Operator:
+    """A function of tensors, and its gradient, as one step of autograd.
+
+    Under torch.compile it is a registered operator, opaque, with shapes that `fake` tells. Elsewhere it is a plain
+    autograd function, for a registered one costs 0.1 to 0.5 ms of the host's time a call.
+
+    Args:
+        function: with annotated arguments, the first of them a tensor.
+        fake: the same, for tensors without numbers; none: it returns nothing.
+        backward, setup: as for `torch.library.register_autograd`; none: no gradient passes.
+        plain: what runs elsewhere, if it is another: it may return None for a tensor that nobody will read.
+        mutates: names of the arguments that it writes to.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        fake: Callable | None = None,
+        backward: Callable | None = None,
+        setup: Callable | None = None,
+        *,
+        plain: Callable | None = None,
+        mutates: tuple[str, ...] = (),
+    ) -> None:
+        self.plain, self.__doc__ = plain or function, function.__doc__
+        registered = torch.library.custom_op(f"ecmoe::{function.__name__.strip('_')}", function, mutates_args=mutates)
+        if fake is not None:
+            registered.register_fake(fake)
+        if backward is not None:
+            registered.register_autograd(backward, setup_context=setup)
+            self.plain = _differentiable(self.plain, backward, setup)
+        self.registered = registered._opoverload
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or type(args[0]) not in _REAL:
+            return self.registered(*args)
+        return self.plain(*args)
+
+
+_REAL = (Tensor, torch.nn.Parameter)  # not what a compiler traces with
+
+
+def _differentiable(function: Callable, backward: Callable, setup: Callable) -> Callable:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):  # not split in two: torch would inspect the signature in every call
+            out = function(*args)
+            setup(ctx, args, out)
+            return out
+
+    Function.backward = staticmethod(once_differentiable(backward))
+    return Function.apply
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Where x's kernels are launched; nothing to do where it is the current device, as it is almost always."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device_of(x)
+
+
+_HERE = contextlib.nullcontext()
+
+
 def block(size: int, least: int = 1, most: int = 1 << 20) -> int:
     """The next power of two within bounds."""
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(1 << (size - 1).bit_length() if size > 0 else 0, least), most)
 
 
 def wide(x: Tensor) -> dict:

@@ -1,4 +1,4 @@
-"""`tally`: who got how much, for a layer's statistics. Two passes of whole numbers, the same in whatever order they add up."""
+"""`tally_`: who got how much, for a layer's statistics. Two passes of whole numbers, the same in whatever order they add up."""
 
 from __future__ import annotations
 
@@ -7,42 +7,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import check
+from ecmoe.kernels.common import Operator, check, device_of, kernel
 
 BLOCK = 2048
-BINS = 16  # a power of two above `most`
+BINS = 16
 
 
-def tally(token: Tensor, n: int, most: int = 8) -> tuple[Tensor, Tensor]:
-    """What each expert and each token got.
+def tally_(token: Tensor, n: int, load: Tensor, bins: Tensor) -> None:
+    """Write down what each expert and each token got.
 
     Args:
-        token: (e, k) int64, n in an empty slot. most: below 15.
-
-    Returns:
-        (e,) int32 tokens of each expert; (most + 1,) int32 tokens with 0, 1, ... most or more experts.
+        token: (e, k) int64, n in an empty slot.
+        load: (e,) gets the tokens of each expert. bins: at most 16; they get the tokens with 0, 1, ... experts, the last one
+            also those with more.
     """
     check(token)
-    return _tally(token, n, most)
+    _tally_op(token, n, load, bins)
 
 
-@torch.library.custom_op("ecmoe::tally", mutates_args=())
-def _tally(token: Tensor, n: int, most: int) -> tuple[Tensor, Tensor]:
-    (e, k), token = token.shape, token.contiguous()
+def _tally(token: Tensor, n: int, load: Tensor, bins: Tensor) -> None:
+    (e, k), token, most = token.shape, token.contiguous(), len(bins) - 1
     counts = torch.zeros(n, dtype=torch.int32, device=token.device)
-    load, bins = counts.new_empty(e), counts.new_empty(most + 1)
-    with torch.cuda.device_of(token):
+    with device_of(token):
         _count_tokens_kernel[e,](token, counts, load, bins, n, k, most, BLOCK=BLOCK, BINS=BINS)
         _count_bins_kernel[triton.cdiv(n, BLOCK),](counts, bins, n, most, BLOCK=BLOCK, BINS=BINS)
-    return load, bins
 
 
-@_tally.register_fake
-def _(token, n, most):
-    return tuple(token.new_empty(size, dtype=torch.int32) for size in (token.shape[0], most + 1))
+_tally_op = Operator(_tally, mutates=("load", "bins"))
 
 
-@triton.jit
+@kernel
 def _count_tokens_kernel(token, counts, load, bins, n, k, most, BLOCK: tl.constexpr, BINS: tl.constexpr):
     expert, total = tl.program_id(0).to(tl.int64), tl.full((), 0, tl.int32)
     for start in range(0, k, BLOCK):
@@ -52,11 +46,12 @@ def _count_tokens_kernel(token, counts, load, bins, n, k, most, BLOCK: tl.conste
         total += tl.sum((t < n).to(tl.int32))
     tl.store(load + expert, total)
     j = tl.arange(0, BINS)
-    tl.store(bins + j, tl.zeros((BINS,), tl.int32), mask=(j <= most) & (expert == 0))
+    tl.store(bins + j, tl.zeros((BINS,), bins.dtype.element_ty), mask=(j <= most) & (expert == 0))
 
 
-@triton.jit
+@kernel
 def _count_bins_kernel(counts, bins, n, most, BLOCK: tl.constexpr, BINS: tl.constexpr):
     t, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BINS)
     got = tl.minimum(tl.load(counts + t, mask=t < n, other=0), most)
-    tl.atomic_add(bins + j, tl.histogram(got, BINS, mask=t < n), mask=j <= most, sem="relaxed")
+    some = tl.histogram(got, BINS, mask=t < n).to(bins.dtype.element_ty)
+    tl.atomic_add(bins + j, some, mask=j <= most, sem="relaxed")

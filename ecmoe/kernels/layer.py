@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ecmoe.kernels.common import check
+from ecmoe.kernels.common import Operator, check, device_of
 from ecmoe.kernels.product import fusible, product, product_backward
 from ecmoe.kernels.rows import activate_, combine, gather, gather_dot_, invert, new_slope, scale_
 
@@ -33,20 +31,16 @@ def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, f
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     gate = gate.to(torch.promote_types(dtype, torch.float32))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, gate))
-    return _experts(x.to(dtype), w1, w2, token, gate, fuse, keep)[0].to(x.dtype)
+    return _experts_op(x.to(dtype), w1, w2, token, gate, fuse, keep)[0].to(x.dtype)
 
 
-# Opaque to torch.compile, with shapes that it can know.
-
-
-@torch.library.custom_op("ecmoe::experts", mutates_args=())
-def _experts(
+def _forward(
     x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, fuse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Out, and what the backward pass needs (empty unless `keep`): inverse (n, e), x_in, slope, a, y (e, k, ...), and
-    w1, w2 in the dtype of x (empty if they are in it)."""
+) -> tuple[Tensor | None, ...]:
+    """Out, and what the backward pass needs, if `keep`: inverse (n, e), x_in, slope, a, y (e, k, ...), and w1, w2 in the
+    dtype of x, unless they are in it."""
     x, token, gate = x.contiguous(), token.contiguous(), gate.contiguous()
-    with torch.cuda.device_of(x):
+    with device_of(x):
         x_in, v1, v2 = gather(x, token), w1.to(x.dtype).contiguous(), w2.to(x.dtype).contiguous()
         if fuse and fusible(x_in, v1):
             slope, a = product(x_in, v1, gate, keep=keep)
@@ -55,14 +49,31 @@ def _experts(
         y = torch.bmm(a, v2)
         inverse = invert(token, x.shape[0])
         out = combine(y, inverse)
-    kept = inverse, x_in, slope, a, y, v1, v2
-    wanted = _shapes(x, w1, token, keep)
-    return out, *(t if t.numel() and w else t.new_empty(0) for t, w in zip(kept, map(math.prod, wanted), strict=True))
+    if not keep:
+        return out, *[None] * 7
+    return out, inverse, x_in, slope, a, y, *((v1, v2) if w1.dtype != x.dtype else (None, None))
 
 
-@_experts.register_fake
-def _(x, w1, w2, token, gate, fuse, keep):
-    inverse, x_in, slope, a, y, v1, v2 = _shapes(x, w1, token, keep)
+def _experts(
+    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, fuse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_forward`, with an empty tensor where that has None."""
+    out, *kept = _forward(x, w1, w2, token, gate, fuse, keep)
+    empty = x.new_empty(0, dtype=torch.int32), x.new_empty(0), new_slope(x, False), *[x.new_empty(0) for _ in range(4)]
+    return out, *(e if t is None else t for t, e in zip(kept, empty, strict=True))
+
+
+def _fake(x, w1, w2, token, gate, fuse, keep):
+    (n, d), (e, k), f = x.shape, token.shape, w1.shape[2]
+    shapes = [
+        (n, e),
+        (e, k, d),
+        (e, k, f),
+        (e, k, f),
+        (e, k, d),
+        *([(e, d, f), (e, f, d)] if w1.dtype != x.dtype else [(0,)] * 2),
+    ]
+    inverse, x_in, slope, a, y, v1, v2 = shapes if keep else [(0,)] * 7
     return (
         torch.empty_like(x),
         x.new_empty(inverse, dtype=torch.int32),
@@ -72,16 +83,6 @@ def _(x, w1, w2, token, gate, fuse, keep):
     )
 
 
-def _shapes(x: Tensor, w1: Tensor, token: Tensor, keep: bool) -> list[tuple[int, ...]]:
-    """Of what is kept: inverse, x_in, slope, a, y, and w1, w2 in the dtype of x."""
-    (n, d), (e, k), f = x.shape, token.shape, w1.shape[2]
-    if not keep:
-        return [(0,)] * 7
-    weights = [(0,), (0,)] if w1.dtype == x.dtype else [(e, d, f), (e, f, d)]
-    return [(n, e), (e, k, d), (e, k, f), (e, k, f), (e, k, d), *weights]
-
-
-@torch.library.custom_op("ecmoe::experts_backward", mutates_args=())
 def _experts_backward(
     dout: Tensor,
     w1: Tensor,
@@ -93,8 +94,8 @@ def _experts_backward(
     slope: Tensor,
     a: Tensor,
     y: Tensor,
-    v1: Tensor,
-    v2: Tensor,
+    v1: Tensor | None,
+    v2: Tensor | None,
     fuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w2, gate, those of the weights in their dtype.
@@ -104,9 +105,9 @@ def _experts_backward(
     and fails.
     """
     gate = gate.contiguous()
-    if v1.numel() == 0:
+    if v1 is None or v1.numel() == 0:
         v1, v2 = w1.contiguous(), w2.contiguous()
-    with torch.cuda.device_of(dout):
+    with device_of(dout):
         dy, dgate = gather_dot_(dout.contiguous(), y, token.contiguous(), gate)
         dw2 = _bmm(a.transpose(1, 2), dy, w2.dtype)
         if fuse and fusible(dy, v2):
@@ -119,14 +120,8 @@ def _experts_backward(
     return dx, dw1, dw2, dgate
 
 
-@_experts_backward.register_fake
-def _(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, v1, v2, fuse):
-    return (
-        dout.new_empty(dout.shape),
-        w1.new_empty(w1.shape),
-        w2.new_empty(w2.shape),
-        gate.new_empty(gate.shape),
-    )
+def _fake_backward(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, v1, v2, fuse):
+    return tuple(t.new_empty(t.shape) for t in (dout, w1, w2, gate))
 
 
 def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +136,7 @@ def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _keep_for_backward(ctx, inputs, output):
     _, w1, w2, token, gate, ctx.fuse, _ = inputs
     _, *kept = output
-    ctx.mark_non_differentiable(*kept)
+    ctx.mark_non_differentiable(*(t for t in kept if t is not None))
     ctx.set_materialize_grads(False)  # zeros the size of h, else
     ctx.save_for_backward(w1, w2, token, gate, *kept)
 
@@ -149,8 +144,9 @@ def _keep_for_backward(ctx, inputs, output):
 def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 7
-    dx, dw1, dw2, dgate = _experts_backward(dout, *ctx.saved_tensors, ctx.fuse)
+    dx, dw1, dw2, dgate = _experts_backward_op(dout, *ctx.saved_tensors, ctx.fuse)
     return dx, dw1, dw2, None, dgate, None, None
 
 
-_experts.register_autograd(_backward, setup_context=_keep_for_backward)
+_experts_backward_op = Operator(_experts_backward, _fake_backward)
+_experts_op = Operator(_experts, _fake, _backward, _keep_for_backward, plain=_forward)

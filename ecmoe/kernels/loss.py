@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecmoe.kernels.common import device_of, kernel
+
 BLOCK, WARPS = 4096, 8
 
 
@@ -16,7 +18,7 @@ def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
     losses = z.new_empty(m, dtype=torch.float32)
     if m:
         block = min(BLOCK, triton.next_power_of_2(V))
-        with torch.cuda.device_of(z):
+        with device_of(z):
             _losses_kernel[m,](z, targets.contiguous(), losses, V, KEEP=keep, BLOCK=block, num_warps=WARPS)
     return losses
 
@@ -24,19 +26,19 @@ def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x times a tensor of one float32, rounded once."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         _scaled_kernel[triton.cdiv(x.numel(), BLOCK),](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 
-@triton.jit
+@kernel
 def _scaled_kernel(x, factor, out, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + place, mask=place < size, other=0).to(tl.float32) * tl.load(factor).to(tl.float32)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=place < size)
 
 
-@triton.jit
+@kernel
 def _losses_kernel(z, targets, losses, V, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     z += row * V

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ecmoe.kernels.common import INTERPRETED, dot
+from ecmoe.kernels.common import INTERPRETED, dot, kernel
 from ecmoe.kernels.rows import approximate, gelu, new_slope, pack, unpack
 
 
@@ -55,7 +55,7 @@ DEEPEST = 2048  # products above this take so long that cuBLAS wins by more than
 def fusible(a: Tensor, w: Tensor) -> bool:
     """Should the fused products take these? On Hopper, whose shared memory the tiles are cut for; 16 bits, rows of whole
     16 bytes for the copy engine, and not too deep."""
-    if a.shape[-1] > DEEPEST or (a.is_cuda and torch.cuda.get_device_capability(a.device)[0] != 9):
+    if a.shape[-1] > DEEPEST or (a.is_cuda and not _hopper(a.device.index)):
         return False
     narrow = a.dtype in (torch.bfloat16, torch.float16)
     whole = all(size * a.element_size() % 16 == 0 for size in w.shape[1:])
@@ -107,6 +107,11 @@ def _programs(x: Tensor, e: int, rows: int, columns: int, t: Tile) -> int:
 
 
 @lru_cache
+def _hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -142,7 +147,7 @@ def _halves(total):
     return total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1).split()
 
 
-@triton.jit
+@kernel
 def _product_kernel(
     x, w, slope, a, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr, APPROXIMATE: tl.constexpr,
@@ -169,7 +174,7 @@ def _activate(slope, a, total, g, expert, m, n, KEEP: tl.constexpr, APPROXIMATE:
         a.store([expert, m, n], (g[:, None] * value).to(a.dtype)[None])
 
 
-@triton.jit
+@kernel
 def _product_backward_kernel(
     dy, w, slope, dh, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,

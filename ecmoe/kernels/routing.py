@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ecmoe.kernels.common import block, check, dot, wide
+from ecmoe.kernels.common import Operator, block, check, device_of, dot, kernel, wide
 
 LOGITS = {"ROWS": 128, "DEPTH": 64, "num_warps": 8}
 LOGITS_DX = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
@@ -43,14 +44,14 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return _logits(x, w), x.view_as(x)
+        return _logits_op(x, w), x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlogits, dx):
-        return _logits_backward(dlogits, dx, *ctx.saved_tensors)
+        return _logits_backward_op(dlogits, dx, *ctx.saved_tensors)
 
 
-@torch.library.custom_op("ecmoe::logits", mutates_args=())
 def _logits(x: Tensor, w: Tensor) -> Tensor:
     (n, d), e = x.shape, w.shape[1]
     x, w = x.contiguous(), w.contiguous()
@@ -59,7 +60,7 @@ def _logits(x: Tensor, w: Tensor) -> Tensor:
     cut = LOGITS | {
         "DEPTH": LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2
     }  # three parts need more room
-    with torch.cuda.device_of(x):
+    with device_of(x):
         grid = (triton.cdiv(n, LOGITS["ROWS"]),)
         _logits_kernel[grid](x, _parts(w), out, n, d, e, E=E, EXACT=exact, **cut)
     return out
@@ -74,12 +75,6 @@ def _parts(w: Tensor) -> Tensor:
     return parts
 
 
-@_logits.register_fake
-def _(x, w):
-    return x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32)
-
-
-@torch.library.custom_op("ecmoe::logits_backward", mutates_args=())
 def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """dx + dlogits w^T, and w's gradient, summed in a fixed order."""
     (n, d), e = x.shape, w.shape[1]
@@ -87,7 +82,7 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     out, sums = torch.empty_like(x), triton.cdiv(n, TOKENS_PER_SUM)
     dw = w.new_empty(sums, d, e, dtype=torch.float32)
     exact, E = w.dtype == torch.bfloat16, block(e, 16)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         grid = triton.cdiv(n, LOGITS_DX["ROWS"]), triton.cdiv(d, LOGITS_DX["COLUMNS"])
         _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=E, EXACT=exact, **LOGITS_DX)
         grid = triton.cdiv(d, LOGITS_DW["COLUMNS"]), sums
@@ -95,50 +90,40 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
         return out, dw.sum(0).to(w.dtype)
 
 
-@_logits_backward.register_fake
-def _(dlogits, dx, x, w):
-    return x.new_empty(x.shape), w.new_empty(w.shape)
+_logits_op = Operator(_logits, lambda x, w: x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32))
+_logits_backward_op = Operator(_logits_backward, lambda dlogits, dx, x, w: (x.new_empty(x.shape), w.new_empty(w.shape)))
 
 
 def scores(logits: Tensor) -> Tensor:
     """(n, e) logits -> (e, n) softmax over the experts, laid out as they choose."""
     check(logits)
-    return _scores(logits)
+    return _scores_op(logits)
 
 
-@torch.library.custom_op("ecmoe::scores", mutates_args=())
 def _scores(logits: Tensor) -> Tensor:
     (n, e), logits = logits.shape, logits.contiguous()
     out = logits.new_empty(e, n)
     rows = max(SCORES // block(e), 1)
-    with torch.cuda.device_of(logits):
+    with device_of(logits):
         _scores_kernel[triton.cdiv(n, rows),](logits, out, n, e, E=block(e), ROWS=rows, **wide(logits))
     return out
 
 
-@_scores.register_fake
-def _(logits):
-    return logits.new_empty(logits.shape[1], logits.shape[0])
-
-
-@torch.library.custom_op("ecmoe::scores_backward", mutates_args=())
 def _scores_backward(dS: Tensor, S: Tensor) -> Tensor:
     (e, n), dS, S = S.shape, dS.contiguous(), S.contiguous()
     out = S.new_empty(n, e)
     rows = max(SCORES // block(e), 1)
-    with torch.cuda.device_of(S):
+    with device_of(S):
         _scores_backward_kernel[triton.cdiv(n, rows),](dS, S, out, n, e, E=block(e), ROWS=rows, **wide(S))
     return out
 
 
-@_scores_backward.register_fake
-def _(dS, S):
-    return S.new_empty(S.shape[1], S.shape[0])
-
-
-_scores.register_autograd(
-    lambda ctx, dS: _scores_backward(dS, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+_scores_backward_op = Operator(_scores_backward, lambda dS, S: S.new_empty(S.shape[1], S.shape[0]))
+_scores_op = Operator(
+    _scores,
+    lambda logits: logits.new_empty(logits.shape[1], logits.shape[0]),
+    lambda ctx, dS: _scores_backward_op(dS, *ctx.saved_tensors),
+    lambda ctx, inputs, output: ctx.save_for_backward(output),
 )
 
 
@@ -174,7 +159,7 @@ def _multiply(a, high, middle, low, total, EXACT: tl.constexpr):
         return dot(a_high, high, total)
 
 
-@triton.jit
+@kernel
 def _parts_kernel(w, parts, size, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     high, middle, low = _split(tl.load(w + place, mask=place < size, other=0))
@@ -193,7 +178,7 @@ def _load_parts(parts, place, inside, size, EXACT: tl.constexpr):
         return high, middle, tl.load(parts + 2 * size + place, mask=inside, other=0)
 
 
-@triton.jit
+@kernel
 def _logits_kernel(
     x, parts, out, n, d, e, EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -211,7 +196,7 @@ def _logits_kernel(
     tl.store(out + t[:, None] * e + expert[None, :], total, mask=inside)
 
 
-@triton.jit
+@kernel
 def _logits_dx_kernel(
     dlogits, dx, parts, out, n, d, e,
     EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -235,7 +220,7 @@ def _logits_dx_kernel(
     tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=ours)
 
 
-@triton.jit
+@kernel
 def _logits_dw_kernel(
     x, dlogits, dw, n, d, e,
     ROUND: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -258,7 +243,7 @@ def _logits_dw_kernel(
     tl.store(dw + place, total, mask=inside)
 
 
-@triton.jit
+@kernel
 def _scores_kernel(logits, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, E)
@@ -269,7 +254,7 @@ def _scores_kernel(logits, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS:
     tl.store(out + expert[None, :].to(tl.int64) * n + t[:, None], x.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _scores_backward_kernel(dS, S, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
     """S (dS - sum of S dS over the experts)."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

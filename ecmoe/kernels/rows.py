@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import INTERPRETED, block, wide
+from ecmoe.kernels.common import INTERPRETED, block, kernel, wide
 
 # Programs hold (rows, columns) at a time.
 GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
@@ -117,7 +117,7 @@ def unpack(slope):
         return slope
 
 
-@triton.jit
+@kernel
 def _gather_kernel(x, token, out, slots, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -127,7 +127,7 @@ def _gather_kernel(x, token, out, slots, n, d, ROWS: tl.constexpr, COLUMNS: tl.c
     tl.store(out + slot[:, None] * d + column[None, :], row, mask=(slot < slots)[:, None] & inside)
 
 
-@triton.jit
+@kernel
 def _gather_dot_kernel(
     dout, y, token, gate, dgate, slots, n, d, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -147,14 +147,14 @@ def _gather_dot_kernel(
     tl.store(dgate + slot, tl.where(g != 0, total / tl.where(g != 0, g, 1), 0), mask=slot < slots)
 
 
-@triton.jit
+@kernel
 def _invert_kernel(token, inverse, slots, n, e, k, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     t = tl.load(token + slot, mask=slot < slots, other=n)
     tl.store(inverse + t * e + slot // k, slot, mask=t < n)
 
 
-@triton.jit
+@kernel
 def _combine_kernel(
     rows, inverse, out, slots, n, d, e,
     E: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -182,7 +182,7 @@ def _combine_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _activate_kernel(
     h, gate, slope, slots, f, KEEP: tl.constexpr,
     WIDE: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -199,7 +199,7 @@ def _activate_kernel(
             tl.store(slope + place, pack(steepness, slope.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _scale_kernel(da, slope, gate, slots, f, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     g = tl.load(gate + slot, mask=slot < slots, other=0).to(WIDE)[:, None]

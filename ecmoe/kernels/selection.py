@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import block, check
+from ecmoe.kernels.common import Operator, block, check, device_of, kernel
 
 SEARCH = {"BLOCK": 4096, "num_warps": 16}
 GUESS = {"BLOCK": 4096, "num_warps": 8}
@@ -43,22 +43,21 @@ def take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     check(scores)
     if k == m:  # also a single score, on which Triton 3.6 fails
         return scores, torch.arange(k, device=scores.device).expand(scores.shape).contiguous(), scores.detach().amin(-1)
-    chosen, places, lowest = _take(scores.reshape(-1, m).contiguous(), k)
+    chosen, places, lowest = _take_op(scores.reshape(-1, m).contiguous(), k)
     shape = scores.shape[:-1]
     return chosen.view(*shape, k), places.view(*shape, k), lowest.view(shape)
 
 
-@torch.library.custom_op("ecmoe::take", mutates_args=())
 def _take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, m = scores.shape
     chosen, lowest = scores.new_empty(rows, k), scores.new_empty(rows)
     out = scores.new_empty(rows, k, dtype=torch.int64)
     cut = SEARCH | {"BLOCK": block(m, 16, SEARCH["BLOCK"])}
-    long = m > 2 * SAMPLE
-    chunks, room = triton.cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m) if long else 1
-    listed, low, held = (torch.empty(rows, size, dtype=torch.int32, device=scores.device) for size in (room, 1, chunks))
-    with torch.cuda.device_of(scores):
-        if long:
+    chunks, room, listed, held = 1, 1, out, out  # of a short row, where nothing is listed
+    with device_of(scores):
+        if m > 2 * SAMPLE:
+            chunks, room = triton.cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m)
+            listed, low, held = (scores.new_empty(rows, size, dtype=torch.int32) for size in (room, 1, chunks))
             share = k * SAMPLE / m
             rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
             _guess_kernel[rows,](scores, low, m, rank, rank // SLACK, SAMPLE=SAMPLE, **GUESS)
@@ -66,13 +65,12 @@ def _take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
             _list_kernel[rows, chunks](scores, low, held, listed, m, room, CHUNKS=block(chunks), **CHUNK)
         _take_kernel[rows,](
             scores, listed, held, chosen, out, lowest, m, k, room, chunks,
-            LISTED=long, CHUNKS=block(chunks), **cut,
+            LISTED=m > 2 * SAMPLE, CHUNKS=block(chunks), **cut,
         )  # fmt: skip
     return chosen, out, lowest
 
 
-@_take.register_fake
-def _(scores, k):
+def _fake(scores, k):
     rows = len(scores)
     return scores.new_empty(rows, k), scores.new_empty(rows, k, dtype=torch.int64), scores.new_empty(rows)
 
@@ -80,15 +78,18 @@ def _(scores, k):
 def _keep_for_backward(ctx, inputs, output):
     ctx.shape = inputs[0].shape
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, dchosen, *_):
+    if dchosen is None:
+        return None, None
     (places,) = ctx.saved_tensors
-    return dchosen.new_zeros(ctx.shape).scatter(1, places, dchosen), None
+    return dchosen.new_zeros(ctx.shape).scatter_(1, places, dchosen), None
 
 
-_take.register_autograd(_backward, setup_context=_keep_for_backward)
+_take_op = Operator(_take, _fake, _backward, _keep_for_backward)
 
 
 @triton.jit
@@ -159,7 +160,7 @@ def _search(scores, listed, use, stride, m, k, slack, BLOCK: tl.constexpr):
     return low, last, above, count
 
 
-@triton.jit
+@kernel
 def _guess_kernel(scores, low, m, rank, slack, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
     """A key that about k and a few more of the row should reach: the rank-th of the sample, or a little below."""
     row = tl.program_id(0).to(tl.int64)
@@ -167,7 +168,7 @@ def _guess_kernel(scores, low, m, rank, slack, SAMPLE: tl.constexpr, BLOCK: tl.c
     tl.store(low + row, key)
 
 
-@triton.jit
+@kernel
 def _count_kernel(scores, low, held, m, BLOCK: tl.constexpr):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -175,7 +176,7 @@ def _count_kernel(scores, low, held, m, BLOCK: tl.constexpr):
     tl.store(held + row * tl.num_programs(1) + chunk, tl.sum(reach.to(tl.int32)))
 
 
-@triton.jit
+@kernel
 def _list_kernel(scores, low, held, listed, m, room, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunks = tl.arange(0, CHUNKS)
@@ -186,7 +187,7 @@ def _list_kernel(scores, low, held, listed, m, room, CHUNKS: tl.constexpr, BLOCK
     tl.store(listed + row * room + target, place, mask=reach & (target < room))
 
 
-@triton.jit
+@kernel
 def _take_kernel(
     scores, listed, held, chosen, out, lowest, m, k, room, chunks,
     LISTED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,

@@ -142,17 +142,18 @@ class MoE(nn.Module):
         if mask is None and fast(self.kernels, assignment.gate):
             from ecmoe import kernels
 
-            load, bins = kernels.tally(assignment.token, n, MOST_EXPERTS_COUNTED)
+            kernels.tally_(assignment.token, n, self.load, self.experts_per_token)
+            self.tokens.fill_(n)
         else:
             load, counts = assignment.load(n), assignment.experts_per_token(n).clamp(max=MOST_EXPERTS_COUNTED)
             if mask is not None:  # padding is in no bin
                 counts = counts.masked_fill(~mask.reshape(-1), -1)
             # Comparing is faster than adding: all tokens would queue for a few bins.
             bins = (counts == torch.arange(MOST_EXPERTS_COUNTED + 1, device=counts.device)[:, None]).sum(1)
-        self.load.copy_(load)
+            self.load.copy_(load)
+            self.experts_per_token.copy_(bins)
+            self.tokens.copy_(bins.sum())
         self.demand.copy_(self.router.demand)
-        self.experts_per_token.copy_(bins)
-        self.tokens.copy_(bins.sum())
 
     def statistics(self) -> dict[str, Tensor]:
         """What the last forward did, as scalar tensors on the layer's device.

@@ -56,16 +56,11 @@ def capped_top_k(
             f"max_experts_per_token={b}: {e} experts take k={k} of n={m} tokens each, {e * k} places, but "
             f"n b = {m * b}: use at least {-(-e * k // m)}"
         )
-    if valid is None and fast(kernels, S):
+    if solver == "feasible" and valid is None and fast(kernels, S):
         from ecmoe.kernels import capped as ours
-        from ecmoe.kernels import dykstra as papers
 
         if ours.available(S, b):
-            if solver == "dykstra":
-                A = papers.dykstra(S.detach(), k, b, REGULARIZATION, ITERATIONS)
-                I = A.topk(k, dim=2).indices  # noqa: E741
-            else:
-                I = ours.capped(S, k, b)  # noqa: E741
+            I = ours.capped(S, k, b)  # noqa: E741
             return S.gather(2, I), I
     if valid is None:
         valid = torch.ones(g, m, dtype=torch.bool, device=S.device)

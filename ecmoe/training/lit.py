@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from ecmoe.config import RunConfig
 from ecmoe.model.transformer import Block, build_model
 from ecmoe.routing import Router, causal_routing
-from ecmoe.routing.router import fast
 from ecmoe.training import cuda_graph as graph
 
 
@@ -109,7 +108,7 @@ class LitModel(L.LightningModule):
             # With a GradScaler, a fused step would unscale gradients that were clipped while scaled.
             fused = self.device.type == "cuda" and c.strategy != "fsdp2" and c.precision != "16-mixed"
             keys = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
-            optimizer = fused_adamw(self, **keys) if fused else torch.optim.AdamW(self.parameters(), **keys)
+            optimizer = torch.optim.AdamW(self.parameters(), fused=fused or None, **keys)
         else:
             if c.strategy == "fsdp2":
                 warnings.warn("torch's Adafactor is known to fail on sharded parameters; use adamw", stacklevel=2)
@@ -146,25 +145,14 @@ class LitClassifier(LitModel):
         return F.cross_entropy(self.model(images).float(), labels)
 
 
-def fused_adamw(lit: LitModel, **keys: Any) -> torch.optim.AdamW:
-    """AdamW in one pass over each tensor; by our kernel where the run takes kernels, else torch's."""
-    if fast(lit.config.kernels, next(lit.parameters())):
-        from ecmoe import kernels
-
-        return kernels.AdamW(lit.parameters(), **keys)
-    return torch.optim.AdamW(lit.parameters(), fused=True, **keys)
-
-
 def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """Scale gradients down to a norm of at most max_norm, as clip_grad_norm_; call before every `optimizer.step()`.
 
-    A fused optimiser does it itself in its next step, as it reads them, which saves a pass: ours by `clip`, torch's
-    divides by its attribute grad_scale, made for GradScaler. Nothing waits for the device.
+    A fused optimiser does it itself in its next step, as it reads them, which saves a pass: it divides by its attribute
+    grad_scale, made for GradScaler. Nothing waits for the device.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    if hasattr(optimizer, "clip"):
-        optimizer.clip(max_norm)
-    elif not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
+    if not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])

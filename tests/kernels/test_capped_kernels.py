@@ -13,9 +13,8 @@ from scipy.optimize import linear_sum_assignment
 
 from ecmoe.kernels import INTERPRETED
 from ecmoe.kernels import capped as kernel
-from ecmoe.kernels import dykstra as papers
 from ecmoe.kernels.capped import capped, hold
-from ecmoe.routing.capped import capped_top_k, dykstra
+from ecmoe.routing.capped import capped_top_k
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -154,23 +153,3 @@ def test_the_capped_choice_runs_on_them_and_passes_gradients():
 def test_shapes_are_known_to_the_compiler():
     S, tests = scores("random", 2, 32, 4), ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ecmoe.capped, (S, 8, 2), test_utils=tests)
-    torch.library.opcheck(torch.ops.ecmoe.dykstra, (S, 8, 2, 0.001, 3), test_utils=tests)
-
-
-@pytest.mark.parametrize(
-    "g, e, m, k, b, iterations", [(1, 8, 300, 75, 2, 100), (2, 6, 96, 20, 3, 30), (3, 16, 40, 5, 2, 1)]
-)
-def test_the_papers_solver_takes_the_same_steps(g, e, m, k, b, iterations):
-    S = scores("peaked", g, m, e)
-    A = papers.dykstra(S, k, b, 0.001, iterations).double()
-    every = torch.ones(g, m, dtype=torch.bool, device=DEVICE)
-    target = torch.full((g,), k, device=DEVICE)
-    plain = dykstra(S.double(), target, b, every, 0.001, iterations)
-    torch.testing.assert_close(A.exp(), plain.exp(), rtol=0, atol=5e-3)
-    assert (A - plain).abs().max() < 1e-5 * plain.abs().max()
-
-
-def test_the_papers_solver_chooses_alike():
-    S = scores("random", 2, 64, 8)
-    ours, theirs = (capped_top_k(S, 16, 3, solver="dykstra", kernels=kernels) for kernels in ("triton", "plain"))
-    torch.testing.assert_close(ours[0].sum(), theirs[0].sum(), rtol=1e-3, atol=0)

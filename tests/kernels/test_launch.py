@@ -1,0 +1,103 @@
+"""How kernels are launched, and functions become operators."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ecmoe.kernels import common
+from ecmoe.kernels.common import Operator, kernel
+
+
+@kernel
+def _scaled_kernel(x, out, size, factor, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, tl.load(x + place, mask=place < size) * factor, mask=place < size)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launches of `_scaled_kernel`: those that Triton looked at, and those that went past it, with their arguments."""
+    seen = SimpleNamespace(triton=[], past=[])
+    compiled = SimpleNamespace(run=lambda *args: seen.past.append(args), function="f", packed_metadata="m")
+    jit = SimpleNamespace(arg_names=["x", "out", "size", "factor", "BLOCK"])
+
+    class Launched:
+        arg_names = jit.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *args, **keys: seen.triton.append((grid, args, keys)) or compiled
+
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "s", raising=False)
+    monkeypatch.setattr(_scaled_kernel, "jit", Launched())
+    monkeypatch.setattr(_scaled_kernel, "known", {})
+    return seen
+
+
+def test_triton_looks_at_a_launch_once(launches):
+    x, out = torch.ones(8), torch.empty(8)
+    for grid in ((1,), (1,), (2, 3)):
+        _scaled_kernel[grid](x, out, 8, 2.0, BLOCK=8, num_warps=4)
+    assert len(launches.triton) == 1
+    launch = "s", "f", "m", None, None, None, x, out, 8, 2.0, 8
+    assert launches.past == [(1, 1, 1, *launch), (2, 3, 1, *launch)]
+
+
+@pytest.mark.parametrize("other", ["type", "alignment", "number", "constant", "option", "none"])
+def test_what_may_need_another_binary_goes_through_triton(launches, other):
+    x = torch.ones(12)
+    given = {"type": x.double(), "alignment": x[1:]}.get(other, x)
+    last = None if other == "none" else 2.0
+    constants = {"BLOCK": 16 if other == "constant" else 8, "num_warps": 8 if other == "option" else 4}
+    for _ in range(2):
+        _scaled_kernel[1,](x, x, 8, 2.0, BLOCK=8, num_warps=4)
+        _scaled_kernel[1,](given, x, 9 if other == "number" else 8, last, **constants)
+    assert len(launches.triton) == len(launches.past) == 2
+    assert launches.past[-1][9] is given
+
+
+def test_launches_are_not_remembered_without_end(launches, monkeypatch):
+    monkeypatch.setattr(common, "REMEMBERED", 3)
+    for size in range(10):
+        _scaled_kernel[1,](torch.ones(8), torch.ones(8), size, 2.0, BLOCK=8)
+    assert len(_scaled_kernel.known) <= 3
+
+
+def _tripled(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    return 3 * x, x.clone() if keep else x.new_empty(0)
+
+
+tripled = Operator(
+    _tripled,
+    lambda x, keep: (torch.empty_like(x), torch.empty_like(x) if keep else x.new_empty(0)),
+    lambda ctx, dout, _: (3 * dout, None),
+    lambda ctx, inputs, output: ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None)),
+    plain=lambda x, keep: (3 * x, x.clone() if keep else None),
+)
+
+
+def test_an_operator_is_registered_under_the_compiler_alone():
+    x, graphs = torch.randn(4, requires_grad=True), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    out, kept = tripled(x, False)
+    assert kept is None and "Function" in type(out.grad_fn).__name__
+    compiled = torch.compile(lambda x: tripled(x, False)[0], backend=backend, fullgraph=True)
+    for result in (out, compiled(x)):
+        assert torch.equal(result, 3 * x)
+        assert torch.equal(torch.autograd.grad(result.sum(), x)[0], torch.full((4,), 3.0))
+    assert any(node.target is torch.ops.ecmoe.tripled.default for node in graphs[0].graph.nodes)
+
+
+def test_a_gradient_has_no_gradient():
+    x = torch.randn(4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(tripled(x, True)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
