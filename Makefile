@@ -1,4 +1,4 @@
-# make reproduce | test | report | lab | lint | wheelhouse     (make help)
+# make reproduce | test | report | check | lab | wheelhouse     (make help)
 SCALE ?= smoke
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Folder of wheels to install from, without a network; `make wheelhouse` fills it.
@@ -15,14 +15,14 @@ INDEX = $(CURDIR)/reports/$(SCALE)/index.html
 PINS := $(if $(TORCH),.venv/pins.txt,constraints.txt)
 FROM := $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 
-.PHONY: help reproduce report test lab lint wheelhouse check-python
+.PHONY: help reproduce report test check lab wheelhouse check-python
 
 help:
 	@echo 'make reproduce           set up .venv, train what is missing, make the pages; prints the index'
 	@echo 'make test                set up .venv, run the tests'
 	@echo 'make report              draw all pages again from finished runs; trains nothing'
+	@echo 'make check               within a minute: style, types, imports, tests that neither train nor start Python anew'
 	@echo 'make lab                 JupyterLab on this machine'
-	@echo 'make lint                ruff over code and notebooks'
 	@echo 'make wheelhouse          collect the wheels for a machine without a network'
 	@echo 'SCALE=smoke|gpu|paper    size of the study (now: $(SCALE))'
 
@@ -35,11 +35,13 @@ report: .venv/.installed
 test: .venv/.installed
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
+# What to run while working; `make test` is all of it.
+check: .venv/.installed
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --quick
+
 lab: .venv/.installed
 	@$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
-
-lint: .venv/.installed
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # Everything at the tested pins. Reinstalled when they change.
 .venv/.installed: pyproject.toml constraints.txt | check-python

@@ -21,7 +21,7 @@ __all__ = [*_HOME, "__version__"]
 _HINT = "{} isn't installed; it comes with the extra 'study': pip install '.[study]' in a checkout of ecmoe"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _HOME:
         try:
             return getattr(import_module(_HOME[name]), name)
@@ -30,5 +30,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'ecmoe' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -236,7 +236,7 @@ class RunConfig:
         if self.router == "linear_assignment" and (self.batch_size * self.sequence_length) % e:
             raise ConfigError(f"num_experts={e}: linear assignment gives every expert n/e tokens, so it must divide "
                               f"n=batch_size x sequence_length={self.batch_size * self.sequence_length}")  # fmt: skip
-        if self.router == "expert_choice" and b is not None and b < c:
+        if self.router == "expert_choice" and b is not None and c is not None and b < c:
             raise ConfigError(f"max_experts_per_token={b}: {e} experts take {c:g} n tokens in all, but {b} n places are "
                               f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
 
@@ -348,7 +348,7 @@ def is_local(data: str) -> bool:
 _TYPES = typing.get_type_hints(RunConfig)
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """The value as its key's type, or a ConfigError; an int is a fine float, nothing else converts."""
     hint, meta = _TYPES[field.name], field.metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -375,7 +375,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-def _remedy(value: Any, allowed: tuple) -> str:
+def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:
     """YAML reads `1e-3` as text and `no` as False: say how to write what was meant."""
     if isinstance(value, str) and {int, float} & set(allowed):
         try:

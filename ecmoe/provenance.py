@@ -65,7 +65,7 @@ def _git(*arguments: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def code_digest() -> str:
-    """12 hex digits of the code that decides the numbers of a run; comments, docstrings and line breaks don't count."""
+    """12 hex digits of the code that decides the numbers of a run; comments, docstrings, types and line breaks don't count."""
     digest = hashlib.sha256()
     for name in DECIDES:
         path = PACKAGE / name
@@ -75,17 +75,22 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+_TYPES = ("annotation", "returns", "type_comment")
+
+
 def _meaning(node: Any) -> Any:
-    """A syntax tree as lists. `ast.dump` writes the same code differently in another Python."""
+    """A syntax tree as lists, without docstrings and types. `ast.dump` writes the same code differently in another Python."""
     if isinstance(node, list):
-        return [_meaning(item) for item in node]
+        return [_meaning(item) for item in node if not (isinstance(item, ast.AnnAssign) and item.value is None)]
     if not isinstance(node, ast.AST):
         return node
     fields = dict(ast.iter_fields(node))
-    documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-    if documented and ast.get_docstring(node, clean=False) is not None:
+    if (
+        isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node, clean=False) is not None
+    ):
         fields["body"] = fields["body"][1:]
     return [
         type(node).__name__,
-        *([name, _meaning(value)] for name, value in fields.items() if value not in (None, [])),
+        *([name, _meaning(value)] for name, value in fields.items() if value not in (None, []) and name not in _TYPES),
     ]

@@ -1,6 +1,7 @@
-"""What tests share: a home of their own, one thread, and the smallest run that trains."""
+"""What tests share: a home of their own, one thread, the smallest run that trains, and a quick round without training."""
 
 import os
+import subprocess
 
 os.environ["OMP_NUM_THREADS"] = "1"  # workers of pytest-xdist share the cores; also for child processes
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -26,6 +27,35 @@ def home(tmp_path_factory):
         del os.environ["ECMOE_HOME"]
     else:
         os.environ["ECMOE_HOME"] = before
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="skip tests where they begin to train or to start Python anew"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick(request):
+    """With --quick, a test ends as skipped at its first step of training or its first Python process. No list to keep."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
+    import lightning
+
+    def fit(*_, **__):
+        pytest.skip("trains")
+
+    def start(process, args, *rest, **keys):
+        if isinstance(args, list | tuple) and os.path.basename(str(args[0])).startswith(("python", "torchrun")):
+            pytest.skip("starts Python")
+        return popen(process, args, *rest, **keys)
+
+    popen = subprocess.Popen.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning.Trainer, "fit", fit)
+        patch.setattr(subprocess.Popen, "__init__", start)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,8 @@
 """The house: floors that only import downwards, no circle between files, few things at the door."""
 
 import graphlib
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -35,3 +37,8 @@ def test_files_import_in_no_circle():
 def test_few_things_lie_at_the_door():
     entries = [path for path in (ROOT / "ecmoe").iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 18, sorted(path.name for path in entries)
+
+
+def test_types_hold():
+    checked = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout

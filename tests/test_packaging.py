@@ -69,6 +69,12 @@ def test_pins_lie_in_the_ranges():
         assert requirement.specifier.contains(pin), f"{requirement} but constraints.txt has {pin}"
 
 
+def test_hooks_before_a_commit_take_the_tested_versions():
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {hook["id"] for repo in repos for hook in repo["hooks"]} == {"ruff-check", "ruff-format", "nbstripout"}
+    assert f"v{PINS['ruff']}" in {repo["rev"] for repo in repos if "ruff" in repo["repo"]}
+
+
 def test_malicious_lightning_is_excluded():
     lightning = next(r for r in STUDY if r.name == "lightning")
     assert not any(lightning.specifier.contains(bad) for bad in ("2.6.2", "2.6.3"))
@@ -221,7 +227,7 @@ def test_commands_of_the_readme_exist():
     named = set(re.findall(r"(?m)(?:^|`|=\S+ )make (?:[A-Z_]+=\S+ )*([a-z-]+)", "\n".join(code)))
     assert {"reproduce", "test"} <= named <= targets
     assert (ROOT / ".ci/run").read_text().endswith("exec make test\n")
-    assert {"reproduce", "test", "report", "lab", "lint", "wheelhouse"} <= targets
+    assert {"reproduce", "test", "report", "check", "lab", "wheelhouse"} <= targets
     assert (ROOT / ".ci/run").stat().st_mode & 0o100
 
 

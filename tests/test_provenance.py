@@ -68,6 +68,8 @@ def test_the_digest_of_the_code_follows_what_is_computed(package):
     assert after("cli.py", "import", "import os\nimport") == before
     assert after("training/lit.py", "import math", "# a comment\n\nimport math") == before
     assert after("training/lit.py", '"""', '"""Other words: ') == before
+    assert after("model/attention.py", ": Tensor", ": torch.Tensor") == before
+    assert after("config.py", "    router: str = key(", "    router: object = key(") == before
     changed = after("training/lit.py", "math.sqrt(", "1 * math.sqrt(")
     assert changed != before
     assert after("config.py", "1_000_000", "1_000_001") not in (before, changed)
