@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import device_of, dot, kernel
+from ecmoe.kernels.common import cdiv, device_of, dot, kernel
 
 BLOCK = 128  # tokens; T must be a multiple of it
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -59,7 +59,7 @@ def biases(like: Tensor, table: Tensor, near: int, sides: int) -> Tensor:
         like: attention's input. table: (h, T) float32, the bias by distance, the last one also that of all from `near` on.
     """
     h, T = table.shape
-    width = triton.cdiv(near, BLOCK) * BLOCK + BLOCK
+    width = cdiv(near, BLOCK) * BLOCK + BLOCK
     # Of 16 bits, float16's are the right ones: biases are small, and it has 11 digits to bfloat16's 8.
     out = like.new_empty(sides, h, BLOCK, width, dtype=torch.float32 if like.dtype == torch.float32 else torch.float16)
     _flash_biases_kernel[BLOCK // 16, h, sides](table, out, T, width, BLOCK=BLOCK, ROWS=16)
@@ -87,7 +87,7 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor,
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     options = _options(QUERIES, width)
     own, step = options["OWN"], options["STEP"]
-    distances = (triton.cdiv(near - 1, step) + 1) * step
+    distances = (cdiv(near - 1, step) + 1) * step
     sums = qkv.new_zeros(B, h, T // own, distances, dtype=torch.float32)
     with device_of(qkv):
         bias = biases(qkv, table, near, 2)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import INTERPRETED, Operator, block, device_of
+from ecmoe.kernels.common import INTERPRETED, Operator, block, cdiv, device_of
 
 # Rounds of prices: without the cap, for a sample of the tokens, for all.
 UNCAPPED, SAMPLED, FULL = 4, 14, 4
@@ -93,12 +93,12 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
         jitter = JITTER_FIRST * (JITTER_LAST / JITTER_FIRST) ** fallen
         alone = r <= UNCAPPED  # without the cap, prices don't depend on each other
         damping = 1.0 if alone else DAMPING
-        _round_kernel[triton.cdiv(tokens, sizes["T"]), g](
+        _round_kernel[cdiv(tokens, sizes["T"]), g](
             *problem, jitter, counts, before, damping, r, UNCAPPED, tokens, m // tokens,
             B=block(b), CAPPED=r >= UNCAPPED, **spare, **sizes,
         )  # fmt: skip
         before = k * tokens / m
-    grid, sizes = (triton.cdiv(m, everyone["T"]), g), spare | everyone
+    grid, sizes = (cdiv(m, everyone["T"]), g), spare | everyone
     _hold_kernel[grid](*problem, JITTER_LAST, counts, before, DAMPING, ROUNDS, UNCAPPED, X, loads, **sizes)
     for r in range(REPAIRS):
         _repair_kernel[grid](*problem, JITTER_LAST, ROUNDS, X, loads, k, r, **sizes)
@@ -119,7 +119,7 @@ def places(X: Tensor, k: int) -> Tensor:
     g, e, m = X.shape
     out = torch.empty(g, e, k, dtype=torch.int64, device=X.device)
     sizes = SWEEP | {"BLOCK": block(m, 16, SWEEP["BLOCK"])}
-    _places_kernel[g * e, triton.cdiv(m, sizes["BLOCK"])](X, out, m, k, **sizes)
+    _places_kernel[g * e, cdiv(m, sizes["BLOCK"])](X, out, m, k, **sizes)
     return out
 
 

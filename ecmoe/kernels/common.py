@@ -137,9 +137,14 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
 _HERE = contextlib.nullcontext()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's takes microseconds."""
+    return -(-a // b)
+
+
 def block(size: int, least: int = 1, most: int = 1 << 20) -> int:
     """The next power of two within bounds."""
-    return min(max(1 << (size - 1).bit_length() if size > 0 else 0, least), most)
+    return min(max(1 << (size - 1).bit_length(), least), most)
 
 
 def wide(x: Tensor) -> dict:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import Operator, check, device_of, kernel
+from ecmoe.kernels.common import Operator, cdiv, check, device_of, kernel
 
 BLOCK = 2048
 BINS = 16
@@ -30,7 +29,7 @@ def _tally(token: Tensor, n: int, load: Tensor, bins: Tensor) -> None:
     counts = torch.zeros(n, dtype=torch.int32, device=token.device)
     with device_of(token):
         _count_tokens_kernel[e,](token, counts, load, bins, n, k, most, BLOCK=BLOCK, BINS=BINS)
-        _count_bins_kernel[triton.cdiv(n, BLOCK),](counts, bins, n, most, BLOCK=BLOCK, BINS=BINS)
+        _count_bins_kernel[cdiv(n, BLOCK),](counts, bins, n, most, BLOCK=BLOCK, BINS=BINS)
 
 
 _tally_op = Operator(_tally, mutates=("load", "bins"))

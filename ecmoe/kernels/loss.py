@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import device_of, kernel
+from ecmoe.kernels.common import cdiv, device_of, kernel
 
 BLOCK, WARPS = 4096, 8
 
@@ -27,7 +27,7 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x times a tensor of one float32, rounded once."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     with device_of(x):
-        _scaled_kernel[triton.cdiv(x.numel(), BLOCK),](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        _scaled_kernel[cdiv(x.numel(), BLOCK),](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ecmoe.kernels.common import INTERPRETED, dot, kernel
+from ecmoe.kernels.common import INTERPRETED, cdiv, dot, kernel
 from ecmoe.kernels.rows import approximate, gelu, new_slope, pack, unpack
 
 
@@ -102,7 +102,7 @@ def product_backward(
 
 
 def _programs(x: Tensor, e: int, rows: int, columns: int, t: Tile) -> int:
-    tiles = e * triton.cdiv(rows, t.m) * triton.cdiv(columns, t.n)
+    tiles = e * cdiv(rows, t.m) * cdiv(columns, t.n)
     return min(tiles, t.per_sm * (_multiprocessors(x.device.index) if x.is_cuda else 2))
 
 

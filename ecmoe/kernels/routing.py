@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ecmoe.kernels.common import Operator, block, check, device_of, dot, kernel, wide
+from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, dot, kernel, wide
 
 LOGITS = {"ROWS": 128, "DEPTH": 64, "num_warps": 8}
 LOGITS_DX = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
@@ -61,7 +61,7 @@ def _logits(x: Tensor, w: Tensor) -> Tensor:
         "DEPTH": LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2
     }  # three parts need more room
     with device_of(x):
-        grid = (triton.cdiv(n, LOGITS["ROWS"]),)
+        grid = (cdiv(n, LOGITS["ROWS"]),)
         _logits_kernel[grid](x, _parts(w), out, n, d, e, E=E, EXACT=exact, **cut)
     return out
 
@@ -71,7 +71,7 @@ def _parts(w: Tensor) -> Tensor:
     if w.dtype == torch.bfloat16:
         return w
     parts = w.new_empty(3, *w.shape, dtype=torch.bfloat16)
-    _parts_kernel[triton.cdiv(w.numel(), 1024),](w, parts, w.numel(), BLOCK=1024)
+    _parts_kernel[cdiv(w.numel(), 1024),](w, parts, w.numel(), BLOCK=1024)
     return parts
 
 
@@ -79,13 +79,13 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     """dx + dlogits w^T, and w's gradient, summed in a fixed order."""
     (n, d), e = x.shape, w.shape[1]
     dlogits, dx, x, w = dlogits.contiguous(), dx.contiguous(), x.contiguous(), w.contiguous()
-    out, sums = torch.empty_like(x), triton.cdiv(n, TOKENS_PER_SUM)
+    out, sums = torch.empty_like(x), cdiv(n, TOKENS_PER_SUM)
     dw = w.new_empty(sums, d, e, dtype=torch.float32)
     exact, E = w.dtype == torch.bfloat16, block(e, 16)
     with device_of(x):
-        grid = triton.cdiv(n, LOGITS_DX["ROWS"]), triton.cdiv(d, LOGITS_DX["COLUMNS"])
+        grid = cdiv(n, LOGITS_DX["ROWS"]), cdiv(d, LOGITS_DX["COLUMNS"])
         _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=E, EXACT=exact, **LOGITS_DX)
-        grid = triton.cdiv(d, LOGITS_DW["COLUMNS"]), sums
+        grid = cdiv(d, LOGITS_DW["COLUMNS"]), sums
         _logits_dw_kernel[grid](x, dlogits, dw, n, d, e, ROUND=exact, E=E, TOKENS=TOKENS_PER_SUM, **LOGITS_DW)
         return out, dw.sum(0).to(w.dtype)
 
@@ -105,7 +105,7 @@ def _scores(logits: Tensor) -> Tensor:
     out = logits.new_empty(e, n)
     rows = max(SCORES // block(e), 1)
     with device_of(logits):
-        _scores_kernel[triton.cdiv(n, rows),](logits, out, n, e, E=block(e), ROWS=rows, **wide(logits))
+        _scores_kernel[cdiv(n, rows),](logits, out, n, e, E=block(e), ROWS=rows, **wide(logits))
     return out
 
 
@@ -114,7 +114,7 @@ def _scores_backward(dS: Tensor, S: Tensor) -> Tensor:
     out = S.new_empty(n, e)
     rows = max(SCORES // block(e), 1)
     with device_of(S):
-        _scores_backward_kernel[triton.cdiv(n, rows),](dS, S, out, n, e, E=block(e), ROWS=rows, **wide(S))
+        _scores_backward_kernel[cdiv(n, rows),](dS, S, out, n, e, E=block(e), ROWS=rows, **wide(S))
     return out
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import INTERPRETED, block, kernel, wide
+from ecmoe.kernels.common import INTERPRETED, block, cdiv, kernel, wide
 
 # Programs hold (rows, columns) at a time.
 GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
@@ -23,7 +23,7 @@ def gather(x: Tensor, token: Tensor) -> Tensor:
     """P x: (n, d), (e, k) -> (e, k, d); zeros in empty slots."""
     (n, d), slots = x.shape, token.numel()
     out = x.new_empty(*token.shape, d)
-    grid = triton.cdiv(slots, GATHER["ROWS"]), triton.cdiv(d, GATHER["COLUMNS"])
+    grid = cdiv(slots, GATHER["ROWS"]), cdiv(d, GATHER["COLUMNS"])
     _gather_kernel[grid](x, token, out, slots, n, d, **GATHER)
     return out
 
@@ -36,7 +36,7 @@ def gather_dot_(dout: Tensor, y: Tensor, token: Tensor, gate: Tensor) -> tuple[T
     (n, d), slots = dout.shape, token.numel()
     dgate = torch.empty_like(gate)
     cut = GATHER_DOT | {"COLUMNS": block(d, 16, GATHER_DOT["COLUMNS"])}
-    _gather_dot_kernel[triton.cdiv(slots, cut["ROWS"]),](dout, y, token, gate, dgate, slots, n, d, **wide(y), **cut)
+    _gather_dot_kernel[cdiv(slots, cut["ROWS"]),](dout, y, token, gate, dgate, slots, n, d, **wide(y), **cut)
     return y, dgate
 
 
@@ -44,7 +44,7 @@ def invert(token: Tensor, n: int) -> Tensor:
     """(e, k) -> (n, e) int32: the slot in which expert i holds token t, in 0..e k - 1; e k where it doesn't."""
     (e, k), slots = token.shape, token.numel()
     inverse = torch.full((n, e), slots, dtype=torch.int32, device=token.device)
-    _invert_kernel[triton.cdiv(slots, 1024),](token, inverse, slots, n, e, k, BLOCK=1024)
+    _invert_kernel[cdiv(slots, 1024),](token, inverse, slots, n, e, k, BLOCK=1024)
     return inverse
 
 
@@ -53,7 +53,7 @@ def combine(rows: Tensor, inverse: Tensor) -> Tensor:
     (e, k, d), n = rows.shape, inverse.shape[0]
     out = rows.new_empty(n, d)
     cut = COMBINE | {"COLUMNS": block(d, 16, COMBINE["COLUMNS"])}
-    grid = triton.cdiv(n, cut["ROWS"]), triton.cdiv(d, cut["COLUMNS"])
+    grid = cdiv(n, cut["ROWS"]), cdiv(d, cut["COLUMNS"])
     _combine_kernel[grid](rows, inverse, out, e * k, n, d, e, E=block(e, 2), **wide(rows), **cut)
     return out
 
@@ -61,7 +61,7 @@ def combine(rows: Tensor, inverse: Tensor) -> Tensor:
 def activate_(h: Tensor, gate: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
     """slope = gelu'(h), empty unless `keep`, and a = gate gelu(h), in h's place; (e, k, f)."""
     slope, slots = new_slope(h, keep), gate.numel()
-    grid = (triton.cdiv(slots, ACTIVATION["ROWS"]),)
+    grid = (cdiv(slots, ACTIVATION["ROWS"]),)
     _activate_kernel[grid](h, gate, slope, slots, h.shape[-1], KEEP=keep, **wide(h), **approximate(h), **ACTIVATION)
     return slope, h
 
@@ -69,7 +69,7 @@ def activate_(h: Tensor, gate: Tensor, keep: bool = True) -> tuple[Tensor, Tenso
 def scale_(da: Tensor, slope: Tensor, gate: Tensor) -> Tensor:
     """dh = gate da slope, in da's place; (e, k, f)."""
     slots = gate.numel()
-    grid = (triton.cdiv(slots, ACTIVATION["ROWS"]),)
+    grid = (cdiv(slots, ACTIVATION["ROWS"]),)
     _scale_kernel[grid](da, slope, gate, slots, da.shape[-1], **wide(da), **ACTIVATION)
     return da
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import Operator, block, check, device_of, kernel
+from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, kernel
 
 SEARCH = {"BLOCK": 4096, "num_warps": 16}
 GUESS = {"BLOCK": 4096, "num_warps": 8}
@@ -56,7 +56,7 @@ def _take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     chunks, room, listed, held = 1, 1, out, out  # of a short row, where nothing is listed
     with device_of(scores):
         if m > 2 * SAMPLE:
-            chunks, room = triton.cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m)
+            chunks, room = cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m)
             listed, low, held = (scores.new_empty(rows, size, dtype=torch.int32) for size in (room, 1, chunks))
             share = k * SAMPLE / m
             rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
