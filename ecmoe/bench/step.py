@@ -30,7 +30,8 @@ from ecmoe.model.transformer import flops_per_token
 from ecmoe.provenance import peak_flops
 from ecmoe.routing import ExpertChoice, Router
 from ecmoe.training import cuda_graph as graph
-from ecmoe.training.lit import LitModel, clip
+from ecmoe.training.lit import LitModel
+from ecmoe.training.optimizer import clip
 
 ARMS = {
     "EC-CF2": {"router": "expert_choice", "capacity_factor": 2.0},

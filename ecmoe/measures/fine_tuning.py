@@ -27,7 +27,7 @@ from ecmoe.data import tasks
 from ecmoe.data.batches import TextData, window_order
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import Router, causal_routing
-from ecmoe.training.run import new_trainer, resolved_precision
+from ecmoe.training.trainer import new_trainer, repeatable, resolved_precision
 
 SEPARATOR = "\n"  # ends each text of an example
 ROUND = 16  # a batch's T is a multiple of it
@@ -92,7 +92,7 @@ def fine_tuned(
         torch.manual_seed(config.seed)
         tuned = LitFineTuning(copy.deepcopy(model), config, tasks.classes(task), learning_rate, steps)
         batches = DataLoader(_batches(train, config.seed, steps, batch_size), batch_size=None)
-        with warnings.catch_warnings():
+        with repeatable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", module="lightning.*")
             new_trainer(config, devices=1, max_steps=steps, gradient_clip_val=1.0).fit(tuned, batches)

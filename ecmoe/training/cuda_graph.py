@@ -7,19 +7,16 @@ graph repeats what it has seen once, at the same addresses: all sizes must be fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ecmoe.training.lit import LitModel
-
 Losses = Callable[..., tuple[Tensor, Tensor]]
 
 
-def capturable(lit: LitModel) -> bool:
-    """Can the step be a graph? On one GPU, with routers that read nothing from it, and one backward pass an update."""
+def capturable(lit: Any) -> bool:
+    """Can the step of a LitModel be a graph? On one GPU, with routers that read nothing from it, and one backward pass an update."""
     c = lit.config
     # A second micro-batch would write its gradients over those of the first; recomputing saves the state of a generator,
     # which a capture forbids; a GradScaler's factor is a number that changes.
@@ -31,7 +28,7 @@ def capturable(lit: LitModel) -> bool:
 class _Step(nn.Module):
     """Losses as a module: its parameters are inputs of the graph."""
 
-    def __init__(self, lit: LitModel) -> None:
+    def __init__(self, lit: Any) -> None:
         super().__init__()
         self.model = lit.model
         self.losses = lit.losses
@@ -40,7 +37,7 @@ class _Step(nn.Module):
         return self.losses(batch[0] if len(batch) == 1 else batch)
 
 
-def captured(lit: LitModel, batch: Tensor | tuple[Tensor, ...], pool: Any = None) -> Losses:
+def captured(lit: Any, batch: Tensor | tuple[Tensor, ...], pool: Any = None) -> Losses:
     """`lit.losses` as a graph, for batches of the shapes of this one; call it where training calls it, autocast included.
 
     The graph is captured after a few passes on this batch, whose traces in the model's buffers are wiped out.

@@ -1,10 +1,14 @@
-"""LitModel and LitClassifier: a run as a LightningModule. Loss, optimiser, schedule; what Lightning doesn't know."""
+"""LitModel and LitClassifier: a run as a LightningModule, for our Trainer or anyone's.
+
+    L.Trainer(max_steps=100, val_check_interval=20).fit(LitModel(config), datamodule=TextData(config))
+
+What is logged: train_loss and aux_loss each step; val_loss, val_loss_causal (or accuracy) and what the layers with experts
+did (`MoE.statistics`) at each validation.
+"""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -16,30 +20,42 @@ from ecmoe.config import RunConfig
 from ecmoe.model.transformer import Block, build_model
 from ecmoe.routing import Router, causal_routing
 from ecmoe.training import cuda_graph as graph
+from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
 
 
 class LitModel(L.LightningModule):
     """Next-token prediction.
 
     Args:
-        config: the run.
-        token_counts: (V,) corpus frequencies, for hash_table=balanced.
+        config: the run, or its keys.
+        token_counts: (V,) corpus frequencies, for hash_table=balanced; a checkpoint holds what came of them.
 
     A batch is (B, T + 1) int64: T inputs, each with the next token as target; for task-level routing with the (B,)
     tasks of its sequences. Losses are nats per token.
     """
 
-    def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
+    def __init__(self, config: RunConfig | Mapping[str, Any], token_counts: Tensor | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.model = build_model(config, token_counts)
+        self.config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
+        self.save_hyperparameters({"config": self.config.to_dict()})
+        self.counts_lack = token_counts is None and self.config.hash_table == "balanced"
+        self.model = build_model(self.config, torch.ones(self.config.vocab_size) if self.counts_lack else token_counts)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        # Sums since the last validation, on the device: reading them each step would stall the GPU.
+        # Sums since `means` was last called, on the device: reading them each step would stall the GPU.
         self.sums = {"loss": torch.zeros(()), "aux_loss": torch.zeros(()), "count": torch.zeros(())}
+        self.statistics: dict[str, Tensor] = {}  # of the layers with experts, at the last validation
         self.captured: graph.Losses | None = None  # `losses` as a CUDA graph, from the first step on
+        self.configured = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the model: (B, T) token ids -> (B, T, V) logits."""
+        return self.model(*args, **kwargs)
 
     def configure_model(self) -> None:
-        """Shard the blocks, then the rest (FSDP2); called by Lightning once the processes are up."""
+        """Shard the blocks, then the rest (FSDP2); called by Lightning once the processes are up, and at every fit or validate."""
+        if self.configured:
+            return
+        self.configured = True
         if self.config.strategy == "fsdp2":
             from torch.distributed.fsdp import fully_shard
 
@@ -55,6 +71,8 @@ class LitModel(L.LightningModule):
                     module.compile(dynamic=False)
 
     def on_fit_start(self) -> None:
+        if self.counts_lack:
+            raise ValueError("hash_table=balanced: give LitModel token_counts, as TextData has them after setup()")
         self.sums = {name: value.to(self.device) for name, value in self.sums.items()}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -66,19 +84,60 @@ class LitModel(L.LightningModule):
         self.sums["loss"] += loss.detach()
         self.sums["aux_loss"] += aux_loss.detach()
         self.sums["count"] += 1
+        if self._trainer and (self._trainer.loggers or len(self._trainer.callbacks) > 1):  # somebody listens
+            self.log_dict({"train_loss": loss.detach(), "aux_loss": aux_loss.detach()})
         return loss + aux_loss
 
+    def means(self) -> dict[str, Tensor]:
+        """train_loss and aux_loss of all ranks since this was last called; NaN where there was no step."""
+        every = self.trainer.strategy.all_gather
+        sums = {name: every(value).double().sum() for name, value in self.sums.items()}
+        for value in self.sums.values():
+            value.zero_()
+        return {"train_loss": sums["loss"] / sums["count"], "aux_loss": sums["aux_loss"] / sums["count"]}
+
+    def on_validation_epoch_start(self) -> None:
+        """Keep what the layers did in the last training step, of all ranks: what follows overwrites it."""
+        layers = [layer.statistics() for layer in self.model.moe_layers]
+        for name in layers[0] if layers else ():
+            values = self.trainer.strategy.all_gather(torch.stack([layer[name] for layer in layers]).float())
+            worst = name in ("over_capacity", "max_load")  # of the layers and ranks; the shares are means over them
+            self.statistics[name] = values.max() if worst else values.mean()
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """Loss as trained, and routed causally: by running cut-offs, nothing dropped.
+        """Loss as trained, and routed causally: by running cut-offs, nothing dropped; NaN before there are any.
 
         Never compiled: sizes of causal routing depend on the data, and each would be compiled anew.
         """
         with torch.compiler.set_stance("force_eager"):
-            loss = self.loss(batch)
-            if not self.routers:
-                return {"val_loss": loss, "val_loss_causal": loss}
-            with causal_routing(self.model):
-                return {"val_loss": loss, "val_loss_causal": self.loss(batch)}
+            return self._logged(self.evaluate(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.statistics)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """As `validation_step`, under the names test_loss and so on."""
+        with torch.compiler.set_stance("force_eager"):
+            found = {name.replace("val_", "test_"): value for name, value in self.evaluate(batch).items()}
+        return self._logged(found, batch)
+
+    def _logged(self, found: dict[str, Tensor], batch: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+        if self._trainer:
+            self.log_dict(found, batch_size=len(batch if isinstance(batch, Tensor) else batch[0]), sync_dist=True)
+        return found
+
+    def evaluate(self, batch: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+        """val_loss and val_loss_causal of a batch."""
+        loss = self.loss(batch)
+        if not self.routers:
+            return {"val_loss": loss, "val_loss_causal": loss}
+        try:
+            for router in self.routers:
+                router.check_causal()
+        except ValueError:  # no cut-offs yet, as in Lightning's check before the first step
+            return {"val_loss": loss, "val_loss_causal": torch.full_like(loss, torch.nan)}
+        with causal_routing(self.model):
+            return {"val_loss": loss, "val_loss_causal": self.loss(batch)}
 
     def losses(self, batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Loss, and the sum of the layers' auxiliary losses, which the layers then forget: they hold on to the whole pass."""
@@ -98,24 +157,19 @@ class LitModel(L.LightningModule):
         for router in self.routers:  # running statistics move once a step, also under accumulation
             router.end_step()
 
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        if self.config.gradient_clip:  # Lightning's own refuses sharded models
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """By the Trainer's own value where it has one, else by the config's gradient_clip, which also clips sharded models."""
+        if gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.config.gradient_clip:
             clip(self.parameters(), optimizer, self.config.gradient_clip)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        c = self.config
-        if c.optimizer == "adamw":
-            # With a GradScaler, a fused step would unscale gradients that were clipped while scaled.
-            fused = self.device.type == "cuda" and c.strategy != "fsdp2" and c.precision != "16-mixed"
-            keys = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
-            optimizer = torch.optim.AdamW(self.parameters(), fused=fused or None, **keys)
-        else:
-            if c.strategy == "fsdp2":
-                warnings.warn("torch's Adafactor is known to fail on sharded parameters; use adamw", stacklevel=2)
-            # No first moment (beta1 = 0, as in the paper); its second moment decays as 1 - t^-0.8.
-            optimizer = torch.optim.Adafactor(self.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(c, step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimizer = build_optimizer(self.config, self.parameters(), self.device)
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(self.config, step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What an exact resume needs beside weights, optimiser and loops; all ranks go on from the mean of their sums."""
@@ -123,7 +177,7 @@ class LitModel(L.LightningModule):
         checkpoint["sums"] = {name: every(value).mean().cpu() for name, value in self.sums.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.sums = dict(checkpoint["sums"])
+        self.sums, self.counts_lack = dict(checkpoint["sums"]), False
 
 
 class LitClassifier(LitModel):
@@ -132,7 +186,7 @@ class LitClassifier(LitModel):
     A batch is images (B, C, H, W) in [0, 1] and classes (B,) int64. Losses are nats per image.
     """
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Loss, and the share of images whose class got the largest logit."""
         images, labels = batch
         logits = self.model(images).float()
@@ -143,33 +197,3 @@ class LitClassifier(LitModel):
         """Images and classes -> mean cross-entropy in nats per image."""
         images, labels = batch
         return F.cross_entropy(self.model(images).float(), labels)
-
-
-def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Scale gradients down to a norm of at most max_norm, as clip_grad_norm_; call before every `optimizer.step()`.
-
-    A fused optimiser does it itself in its next step, as it reads them, which saves a pass: it divides by its attribute
-    grad_scale, made for GradScaler. Nothing waits for the device.
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    if not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down
-
-
-def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Share of the peak learning rate at an optimiser step (0 is the first).
-
-    A linear warm-up; then constant, or the paper's inverse square root after `constant_steps`, or a linear
-    decay to 0 over the last `decay_fraction` of the steps.
-    """
-    done = step + 1
-    warm = min(done / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-    if config.schedule == "inverse_sqrt":
-        return warm * math.sqrt(config.constant_steps / max(done, config.constant_steps))
-    if config.schedule == "linear":
-        length = max(config.decay_fraction * config.steps, 1.0)
-        return warm * min((config.steps - step) / length, 1.0)
-    return warm

@@ -34,7 +34,6 @@ class Recorder(L.Callback):
         self.shared = sharing  # the most it has shared with, also before a resume
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
-        self.statistics: dict[str, float] = {}
         self.seconds = 0.0  # of training; validation, checkpoints, and a first step that compiles are left out
         self.began: float | None = time.perf_counter()  # None: the clock stands
         self.marked = (0, 0.0)  # step and seconds at the last validation
@@ -69,8 +68,9 @@ class Recorder(L.Callback):
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
+        asked_to_stop = trainer.received_sigterm and trainer.world_size == 1  # Lightning then stops after this step
         # Where a validation follows, the checkpoint waits for it: its row is then part of it.
-        if step % module.config.checkpoint_every == 0 and step % module.config.eval_every:
+        if (step % module.config.checkpoint_every == 0 or asked_to_stop) and step % module.config.eval_every:
             self._check_finite(trainer, module, step)
             self.save(trainer)
         self._say(trainer, module, step)
@@ -80,11 +80,6 @@ class Recorder(L.Callback):
             torch.cuda.synchronize()
         self.seconds, self.losses = self._clock(), {}
         self.began = None  # the clock stands while validating
-        layers = [layer.statistics() for layer in module.model.moe_layers]
-        for name in layers[0] if layers else ():
-            values = trainer.strategy.all_gather(torch.stack([layer[name] for layer in layers]).float())
-            worst = name in ("over_capacity", "max_load")  # of the layers and ranks; the shares are means over them
-            self.statistics[name] = float(values.max() if worst else values.mean())
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -95,39 +90,35 @@ class Recorder(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
         config, step = module.config, trainer.global_step
         every = trainer.strategy.all_gather  # a rank sees its own batches only, and all must decide alike what follows
-        sums = {name: float(every(value).double().sum()) for name, value in module.sums.items()}
-        count = sums["count"]
-        train_loss = sums["loss"] / count if count else math.nan
-        aux_loss = sums["aux_loss"] / count if count else math.nan
+        trained = bool(module.sums["count"])
+        means = {name: float(value) for name, value in module.means().items()}
         steps, seconds = step - self.marked[0], self.seconds - self.marked[1]
         row = {
             "step": step,
             "tokens": step * config.tokens_per_batch,
             "seconds": self.seconds,
-            "train_loss": train_loss,
+            "train_loss": means["train_loss"],
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
-            "aux_loss": aux_loss,
+            "aux_loss": means["aux_loss"],
             # Beside other runs, which may rest, a rate is nobody's.
             "tokens_per_second": steps * config.tokens_per_batch / seconds
             if steps and seconds and self.shared == 1
             else math.nan,
         }
         row |= {name: float(every(torch.stack(values)).double().mean()) for name, values in self.losses.items()}
-        self.rows[step] = row | self.statistics
+        self.rows[step] = row | {name: float(value) for name, value in module.statistics.items()}
         self.marked = (step, self.seconds)
-        for value in module.sums.values():
-            value.zero_()
         self.write_curve(trainer)
         self.began = time.perf_counter()
         if self.progress and trainer.is_global_zero:
             self._line(
                 step,
                 config.steps,
-                f"loss {train_loss:.4f}  validation {row['val_loss']:.4f}  {self._rate(row)}",
+                f"loss {row['train_loss']:.4f}  validation {row['val_loss']:.4f}  {self._rate(row)}",
                 end="\n",
             )
-        if not (math.isfinite(row["val_loss"]) and (not count or math.isfinite(train_loss))):
-            raise Diverged(f"the loss is {train_loss} (validation: {row['val_loss']}) at step {step}")
+        if not (math.isfinite(row["val_loss"]) and (not trained or math.isfinite(row["train_loss"]))):
+            raise Diverged(f"the loss is {row['train_loss']} (validation: {row['val_loss']}) at step {step}")
         if step % config.checkpoint_every == 0 and step < config.steps:
             self.save(trainer)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import logging
 import math
 import os
 import subprocess
@@ -38,6 +37,7 @@ from ecmoe.training.result import (
     write_record,
     write_summary,
 )
+from ecmoe.training.trainer import new_trainer, repeatable, resolved_precision, strategy
 
 
 def run_or_load(
@@ -192,7 +192,7 @@ def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
             data.start_step = step * config.accumulate
             if progress and leads:
                 print(f"[{label}] goes on from step {step}", file=sys.stderr)
-        with warnings.catch_warnings():
+        with repeatable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(does not have many workers|IterableDataset).*")
             warnings.filterwarnings("ignore", module="lightning.*")
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -234,7 +234,7 @@ def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
         config,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=_strategy(config, torch.cuda.is_available()),
+        strategy=strategy(config),
         max_steps=config.steps,
         accumulate_grad_batches=config.accumulate,
         val_check_interval=config.eval_every * config.accumulate,
@@ -245,52 +245,6 @@ def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
         use_distributed_sampler=False,  # TextData deals out the batches itself
         inference_mode=False,
     )
-
-
-def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
-    """A Trainer of the run's precision, on a GPU if there is one, that keeps nothing and says nothing; `keys` are its own."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.set_float32_matmul_precision("high")
-    return L.Trainer(
-        accelerator="cuda" if cuda else "cpu",
-        precision=resolved_precision(config),
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **keys,
-    )
-
-
-def _strategy(config: RunConfig, cuda: bool) -> Any:
-    backend = "nccl" if cuda else "gloo"
-    if config.strategy == "ddp":
-        from lightning.pytorch.strategies import DDPStrategy
-
-        # Each rank's routing statistics are its own; end_step adds them up.
-        return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-    if config.strategy == "fsdp2":
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        # Lightning's "auto" takes the ranks of a node for tensor parallel: each would then train a model of its own.
-        return ModelParallelStrategy(
-            data_parallel_size=config.devices * config.num_nodes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=backend,
-        )
-    return "auto"
-
-
-def resolved_precision(config: RunConfig) -> str:
-    """The Trainer's precision: bf16 on a GPU and float32 on a CPU, unless the config says otherwise."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16-mixed" if torch.cuda.is_available() else "32-true"
 
 
 def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:

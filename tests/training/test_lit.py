@@ -1,18 +1,15 @@
-"""LitModel: its loss and its clipping, against what torch does in more passes."""
+"""LitModel: its loss, its wiring, and that it lives in anyone's Trainer."""
 
-import copy
-
+import lightning as L
 import pytest
 import torch
-from torch import nn
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from ecmoe import paths
-from ecmoe.training.lit import LitModel, clip
-from ecmoe.training.run import run_or_load
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLOSE = {"cpu": 1e-5, "cuda": 1e-4}[DEVICE]  # two orders of adding up; a GPU's products are TF32
+from ecmoe.config import RunConfig
+from ecmoe.data.batches import TextData
+from ecmoe.training.lit import LitClassifier, LitModel
 
 
 def test_loss_is_the_cross_entropy_of_the_next_tokens(tiny_config):
@@ -20,65 +17,6 @@ def test_loss_is_the_cross_entropy_of_the_next_tokens(tiny_config):
     batch = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
     logits = lit.model(batch[:, :-1])
     torch.testing.assert_close(lit.loss(batch), F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("max_norm", [0.1, 1e4])
-def test_clipping_and_a_step_are_torchs(fused, max_norm):
-    torch.manual_seed(0)
-    ours = nn.Sequential(nn.Linear(7, 9), nn.GELU(), nn.Linear(9, 3), nn.Linear(3, 3)).to(DEVICE)
-    theirs = copy.deepcopy(ours)
-    ours[3].requires_grad_(False), theirs[3].requires_grad_(False)  # no gradient
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, fused=f) for m, f in ((ours, fused), (theirs, False))]
-    for step in range(4):
-        x = (10 ** (step - 2)) * torch.randn(5, 7, device=DEVICE)  # clipped, and not
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-        clip(ours.parameters(), optimizers[0], max_norm)
-        nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    moments = [optimizer.state[model[0].weight] for model, optimizer in zip((ours, theirs), optimizers, strict=True)]
-    torch.testing.assert_close(moments[0]["exp_avg_sq"], moments[1]["exp_avg_sq"], rtol=CLOSE, atol=1e-5)
-
-
-def test_narrow_weights_are_clipped_too():
-    """A fused step reads the factor as float32, whatever the gradients are."""
-    weight = nn.Parameter(torch.ones(3, device=DEVICE, dtype=torch.bfloat16))
-    optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0, fused=True)
-    weight.grad = torch.tensor([30.0, 0.0, 40.0], device=DEVICE, dtype=torch.bfloat16)
-    clip([weight], optimizer, 1.0)
-    optimizer.step()
-    moment = optimizer.state[weight]["exp_avg"].float()
-    torch.testing.assert_close(moment, torch.tensor([0.06, 0.0, 0.08], device=DEVICE), rtol=0.01, atol=0.0)
-
-
-def test_a_gradient_that_is_no_number_stays_none():
-    weight = nn.Parameter(torch.ones(3, device=DEVICE))
-    optimizer = torch.optim.AdamW([weight], fused=True)
-    weight.grad = torch.tensor([1.0, float("nan"), 1.0], device=DEVICE)
-    clip([weight], optimizer, 1.0)
-    optimizer.step()
-    assert weight.isnan().all()  # as after clip_grad_norm_: the run is found to have diverged
-
-
-def test_a_fused_run_is_clipped_like_any_other(tiny_config, monkeypatch, tmp_path):
-    """Through Lightning: the optimiser that is given the factor is the one that steps."""
-    adamw, losses = torch.optim.AdamW, {}
-    for fused in (False, True):
-        monkeypatch.setattr(torch.optim, "AdamW", lambda *given, f=fused, **keys: adamw(*given, **keys | {"fused": f}))
-        monkeypatch.setattr(paths, "runs", lambda f=fused: tmp_path / str(f))
-        for norm in (0.001, 1000.0):
-            config = tiny_config(
-                seed=77, gradient_clip=norm, optimizer="adamw", learning_rate=1e-3, precision="32-true"
-            )
-            losses[fused, norm] = run_or_load(config, progress=False).summary["val_loss"]
-    assert losses[False, 0.001] != pytest.approx(losses[False, 1000.0], rel=2e-4)  # it matters
-    for norm in (0.001, 1000.0):
-        assert losses[True, norm] == pytest.approx(losses[False, norm], rel=CLOSE)
 
 
 def test_blocks_are_compiled_and_validation_is_not(tiny_config):
@@ -89,3 +27,101 @@ def test_blocks_are_compiled_and_validation_is_not(tiny_config):
     batch = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
     assert lit.validation_step(batch, 0)["val_loss"].isfinite()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+WINDOWS = list(torch.randint(256, (12, 8, 17), generator=torch.Generator().manual_seed(1)))
+
+
+def batches(some) -> DataLoader:
+    """As anyone has them."""
+    return DataLoader(some, batch_size=None)
+
+
+def test_a_default_trainer_checks_trains_stops_and_keeps_the_best(tiny_config, tmp_path):
+    """Nothing of ours around it: the check before the first step, loggers, ModelCheckpoint and EarlyStopping on val_loss."""
+    lit = LitModel(tiny_config(learning_rate=3e-3))
+    stop = EarlyStopping("val_loss", patience=1)
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", save_weights_only=True)
+    logger = L.pytorch.loggers.CSVLogger(tmp_path, name="csv", version="")
+    keys = QUIET | {"logger": logger, "default_root_dir": tmp_path, "log_every_n_steps": 1}
+    trainer = L.Trainer(max_epochs=3, callbacks=[stop, best], **keys)
+    trainer.fit(lit, batches(WINDOWS[:10]), batches(WINDOWS[10:]))
+    assert trainer.global_step >= 10 and best.best_model_score == stop.best_score < 6
+    logged = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_loss", "aux_loss", "val_loss", "val_loss_causal", "dropped", "max_load", "share_0"} <= set(logged)
+
+    again = LitModel.load_from_checkpoint(best.best_model_path)
+    assert again.config == lit.config
+    (found,) = L.Trainer(**QUIET).validate(again, batches(WINDOWS[10:]), verbose=False)
+    assert found["val_loss"] == pytest.approx(float(best.best_model_score), abs=1e-6)
+    assert found["val_loss_causal"] != found["val_loss"]
+    (tested,) = L.Trainer(**QUIET).test(again, batches(WINDOWS[10:]), verbose=False)
+    assert tested["test_loss"] == found["val_loss"] and tested["test_loss_causal"] == found["val_loss_causal"]
+    torch.testing.assert_close(again(WINDOWS[0]), again.model(WINDOWS[0]))
+
+
+def test_a_validation_before_any_step_has_no_causal_loss_yet(tiny_config):
+    (found,) = L.Trainer(**QUIET).validate(LitModel(tiny_config()), batches(WINDOWS[:2]), verbose=False)
+    assert found["val_loss"] > 0 and found["val_loss_causal"] != found["val_loss_causal"]
+
+
+def test_our_data_feed_anyones_trainer(tiny_config):
+    config = tiny_config(router="task_level")
+    trainer = L.Trainer(max_steps=4, val_check_interval=2, enable_checkpointing=False, **QUIET)
+    trainer.fit(LitModel(config), datamodule=TextData(config))
+    assert trainer.global_step == 4 and trainer.callback_metrics["val_loss"] > 0
+
+
+def test_images_log_their_accuracy():
+    config = RunConfig(data="digits", patch_size=2, sequence_length=16, layers=2, d_model=16, d_ff=16, heads=2, steps=2)
+    batch = (torch.rand(16, 1, 8, 8), torch.arange(16) % 10)
+    (found,) = L.Trainer(**QUIET).validate(LitClassifier(config), batches([batch]), verbose=False)
+    assert 0 <= found["accuracy"] <= 1 and "val_loss_causal" not in found
+
+
+def test_a_balanced_table_comes_from_the_corpus_or_a_checkpoint_never_from_nothing(tiny_config, tmp_path):
+    config = tiny_config(router="hash", hash_table="balanced")
+    with pytest.raises(ValueError, match="give LitModel token_counts"):
+        L.Trainer(max_steps=1, **QUIET).fit(LitModel(config), batches(WINDOWS[:1]))
+    lit = LitModel(config, torch.arange(256))
+    trainer = L.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(lit, batches(WINDOWS[:1]))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = LitModel.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert torch.equal(again.routers[0].table, lit.routers[0].table) and not again.counts_lack
+
+
+def step(lit: LitModel, **keys) -> LitModel:
+    L.Trainer(max_steps=1, barebones=True, accelerator="cpu", **keys).fit(lit, batches(WINDOWS[:1]))
+    return lit
+
+
+def test_the_auxiliary_loss_is_trained_and_the_layers_forget_it(tiny_config):
+    keys = {"router": "token_choice", "capacity_factor": 1.0}
+    lit = LitModel(tiny_config(**keys, aux_loss_weight=0.5))
+    plain = LitModel(tiny_config(**keys, aux_loss_weight=0.0))
+    total, loss = lit.training_step(WINDOWS[0], 0), plain.training_step(WINDOWS[0], 0)
+    assert lit.sums["loss"] == plain.sums["loss"] == loss
+    assert float(lit.sums["aux_loss"]) > 0.4  # two experts of four at least, so 0.5 x 1 at an even load
+    assert float(total) == pytest.approx(float(loss + lit.sums["aux_loss"]), rel=1e-6)
+    assert all(layer.aux_loss is None for layer in lit.model.moe_layers)
+    total.backward(), loss.backward()
+    weight = "blocks.1.moe.router.weight"
+    assert not torch.allclose(lit.model.get_parameter(weight).grad, plain.model.get_parameter(weight).grad)
+
+
+def test_running_statistics_move_with_the_optimisers_step(tiny_config):
+    cutoff = step(LitModel(tiny_config())).routers[0].cutoff
+    assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta) and float(cutoff.count) == 0
+
+
+@pytest.mark.parametrize("by", ["config", "trainer"])
+def test_gradients_are_clipped_by_the_config_or_by_the_trainer(tiny_config, by):
+    lit = LitModel(tiny_config(gradient_clip=0.125 if by == "config" else 1000.0))
+    before = [p.detach().clone() for p in lit.parameters()]
+    lit.configure_optimizers = lambda: torch.optim.SGD(lit.parameters(), lr=1.0)  # moves by the gradient itself
+    keys = QUIET | ({} if by == "config" else {"gradient_clip_val": 0.125})
+    L.Trainer(max_steps=1, enable_checkpointing=False, **keys).fit(lit, batches(WINDOWS[:1]))
+    moved = [p.detach() - start for p, start in zip(lit.parameters(), before, strict=True)]
+    assert float(torch.nn.utils.get_total_norm(moved)) == pytest.approx(0.125, rel=1e-3)

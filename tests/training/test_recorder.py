@@ -12,12 +12,14 @@ from ecmoe.training.recorder import Diverged, Recorder
 def trainer(other: float) -> SimpleNamespace:
     """Of rank 0 of two; whatever they exchange, rank 1 has `other`."""
     strategy = SimpleNamespace(all_gather=lambda value: torch.stack([value, torch.full_like(value, other)]))
-    return SimpleNamespace(strategy=strategy, global_step=3, is_global_zero=True, optimizers=[], save_checkpoint=None)
+    state = {"global_step": 3, "is_global_zero": True, "optimizers": [], "save_checkpoint": None}
+    return SimpleNamespace(strategy=strategy, received_sigterm=False, world_size=2, **state)
 
 
 @pytest.fixture
 def module(tiny_config):
     lit = LitModel(tiny_config(steps=3, checkpoint_every=3))
+    lit._trainer = trainer(2.0)
     lit.sums = {"loss": torch.tensor(6.0), "aux_loss": torch.tensor(0.0), "count": torch.tensor(2.0)}
     return lit
 
@@ -25,6 +27,7 @@ def module(tiny_config):
 def test_a_row_is_of_all_ranks(module, tmp_path):
     recorder = Recorder(tmp_path, "run", progress=False)
     recorder.on_validation_start(trainer(2.0), module)
+    module.on_validation_epoch_start()
     for loss in (3.0, 4.0):
         recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(loss)}, None, 0)
     recorder.on_validation_end(trainer(2.0), module)

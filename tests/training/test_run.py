@@ -19,7 +19,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.model.generate import continue_text
 from ecmoe.training import run as train
-from ecmoe.training.lit import LitModel, learning_rate_factor
+from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Recorder
 from ecmoe.training.result import not_run, read_record, read_run, write_summary
 
@@ -308,16 +308,6 @@ def test_cutoffs_move_once_a_step_and_never_in_evaluation(tiny_config):
     model = run_or_load(config, progress=False).load_model()
     cutoff = model.moe_layers[0].router.cutoff
     assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta**4) and float(cutoff.count) == 0
-
-
-def test_learning_rate_schedules():
-    constant = RunConfig(warmup_steps=10)
-    assert [learning_rate_factor(constant, s) for s in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
-    paper = RunConfig(schedule="inverse_sqrt", warmup_steps=0, constant_steps=100)
-    assert learning_rate_factor(paper, 99) == 1.0 and learning_rate_factor(paper, 399) == pytest.approx(0.5)
-    linear = RunConfig(schedule="linear", warmup_steps=0, steps=100, decay_fraction=0.2)
-    assert learning_rate_factor(linear, 79) == 1.0 and learning_rate_factor(linear, 90) == pytest.approx(0.5)
-    assert learning_rate_factor(linear, 99) == pytest.approx(0.05)
 
 
 def test_wrong_number_of_processes_is_refused(tiny_config, tmp_path):

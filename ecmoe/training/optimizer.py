@@ -1,0 +1,59 @@
+"""The optimiser of a run: which, clipped how, and at what rate when."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ecmoe.config import RunConfig
+
+
+def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, in one pass over each tensor where that can be; or Adafactor.
+
+    Torch's Adafactor has no first moment (beta1 = 0, as in the paper), and its second moment decays as 1 - t^-0.8.
+    """
+    c = config
+    if c.optimizer == "adafactor":
+        if c.strategy == "fsdp2":
+            warnings.warn("torch's Adafactor is known to fail on sharded parameters; use adamw", stacklevel=2)
+        return torch.optim.Adafactor(parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
+    # With a GradScaler, a fused step would unscale gradients that were clipped while scaled.
+    fused = device.type == "cuda" and c.strategy != "fsdp2" and c.precision != "16-mixed"
+    return torch.optim.AdamW(
+        parameters, lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=fused or None
+    )
+
+
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """Share of the peak learning rate at an optimiser step (0 is the first).
+
+    A linear warm-up; then constant, or the paper's inverse square root after `constant_steps`, or a linear
+    decay to 0 over the last `decay_fraction` of the steps.
+    """
+    done = step + 1
+    warm = min(done / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    if config.schedule == "inverse_sqrt":
+        return warm * math.sqrt(config.constant_steps / max(done, config.constant_steps))
+    if config.schedule == "linear":
+        length = max(config.decay_fraction * config.steps, 1.0)
+        return warm * min((config.steps - step) / length, 1.0)
+    return warm
+
+
+def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Scale gradients down to a norm of at most max_norm, as clip_grad_norm_; call before every `optimizer.step()`.
+
+    A fused optimiser does it itself in its next step, as it reads them, which saves a pass: it divides by its attribute
+    grad_scale, made for GradScaler. Nothing waits for the device.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    if not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down

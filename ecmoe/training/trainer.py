@@ -1,0 +1,119 @@
+"""The Lightning Trainer of a run: its precision, its strategy over ranks, and what makes its steps repeatable."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+
+from ecmoe.config import ConfigError, RunConfig
+
+
+def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
+    """A Trainer of the run's precision, on a GPU if there is one, that keeps nothing and says nothing; `keys` are its own."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    if not in_torchrun():  # Lightning would believe what another launcher, or one long gone, left in the environment
+        rank_zero_only.rank = 0
+        keys = {"plugins": [LightningEnvironment()]} | keys
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    return L.Trainer(
+        accelerator="cuda" if cuda else "cpu", precision=resolved_precision(config), max_epochs=-1, **quiet | keys
+    )
+
+
+def strategy(config: RunConfig) -> Any:
+    """How the ranks of a run work together."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if config.strategy == "ddp":
+        from lightning.pytorch.strategies import DDPStrategy
+
+        # Each rank's routing statistics are its own; end_step adds them up.
+        return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
+    if config.strategy == "fsdp2":
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        # Lightning's "auto" takes the ranks of a node for tensor parallel: each would then train a model of its own.
+        return ModelParallelStrategy(
+            data_parallel_size=config.devices * config.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    return "auto"
+
+
+def resolved_precision(config: RunConfig) -> str:
+    """The Trainer's precision: bf16 on a GPU and float32 on a CPU, unless the config says otherwise."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if torch.cuda.is_available() else "32-true"
+
+
+def check_machine(config: RunConfig) -> None:
+    """Can this machine train the run? Asked before any work is done.
+
+    Raises:
+        ConfigError: a key asks for a GPU, or for more of them, than there is.
+    """
+    if not torch.cuda.is_available():
+        if config.precision == "16-mixed":
+            raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")
+        if config.kernels.startswith("triton"):
+            raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
+    elif config.devices > torch.cuda.device_count():
+        raise ConfigError(f"devices={config.devices}: this machine has {torch.cuda.device_count()} GPUs")
+
+
+def in_torchrun() -> bool:
+    """Is this process a rank of torchrun? Rank variables of any other origin, such as a SLURM job's, say nothing of this run."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    """Of this process among those of its run."""
+    return int(os.environ["RANK"]) if in_torchrun() else 0
+
+
+def world_size() -> int:
+    """Processes of this run."""
+    return int(os.environ["WORLD_SIZE"]) if in_torchrun() else 1
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Within it, a step on a GPU computes the same bits every time, in this process and in another.
+
+    Left alone, sums whose terms many threads add at once come out in the order in which they arrive: gradients of looked-up
+    tables and of tokens that several experts took, where Inductor compiles them. Inductor also picks a reduction's shape by
+    timing it. What has no deterministic form warns. On a CPU nothing changes.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    from torch._inductor import config as inductor
+    from torch.utils import deterministic
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch takes by itself on Hopper
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = (
+            False  # a pass over all that is allocated, against a fault we don't have
+        )
+        with inductor.patch(deterministic=True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = filled
