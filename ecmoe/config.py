@@ -5,19 +5,23 @@ Letters are the paper's: n tokens compete, e experts choose, each takes k = n c 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ecmoe.files import ConfigError, read_yaml
+from ecmoe import paths
+from ecmoe.files import ConfigError, content_sha256, read_yaml, write_text
 
 # Part of every digest: raise it when the meaning of a config or of a result changes.
 SCHEMA = 1
@@ -85,6 +89,10 @@ _NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "cuda_graph", "ker
 # What `data` says for images; all else is text. Each kind of run leaves out what the other alone reads.
 IMAGES, IMAGES_PREFIX = ("digits", "cifar10"), "images:"
 MIX_PREFIX = "mix:"  # several texts, in equal shares
+KNOWN_TEXTS, HUB_PREFIX = ("stdlib", "c4", "wikitext-103", "enwik8"), "hub:"
+TEXT_FILES, ROW_FILES = (".txt", ".txt.xz", ".txt.gz"), (".jsonl", ".json", ".jsonl.xz", ".jsonl.gz")
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jpgs.xz", ".idx.xz")
+_CONTENT = re.compile(r"#[0-9a-f]{16}$")
 _TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance",
               "relative_init"}  # fmt: skip
 _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
@@ -142,7 +150,7 @@ class RunConfig:
     # Data
     data: str = key(
         "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, or a path to .txt, .txt.xz, .jsonl; mix:A,B: several of "
-        "these in equal shares; images: digits, cifar10, images:PATH")  # fmt: skip
+        "these in equal shares; images: digits, cifar10, images:PATH. Of local files their content is added, #SHA256")  # fmt: skip
     streaming: bool = key(False, "stream a Hub data set instead of downloading it whole")
     max_bytes: int = key(0, "read at most this much text, in bytes; 0: all", low=0)
     tokenizer: str = key("bytes", "bytes, or bpe trained on the corpus", choices=("bytes", "bpe"))
@@ -213,6 +221,7 @@ class RunConfig:
                 f"vocab_size={self.vocab_size} with tokenizer=bpe: must be at least 257 (256 bytes and a merge)"
             )
         self._check_routing()
+        object.__setattr__(self, "data", with_content(self.data))  # so that another text is another run
 
     def _check_images(self) -> None:
         if self.router in ("hash", "task_level"):
@@ -275,10 +284,10 @@ class RunConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, *paths: str | Path, **changes: Any) -> RunConfig:
+    def from_yaml(cls, *files: str | Path, **changes: Any) -> RunConfig:
         """A config from YAML files, later ones winning, and `changes` on top."""
         values: dict[str, Any] = {}
-        for path in paths:
+        for path in files:
             loaded = read_yaml(path, "config")
             # A scale file keeps a run's keys under `base`, beside what only notebooks read.
             below = isinstance(loaded, dict) and "base" in loaded
@@ -307,13 +316,10 @@ class RunConfig:
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
-        # A copy elsewhere is the same text: the data digest tells if it is not.
         kind = next((kind for kind in (IMAGES_PREFIX, MIX_PREFIX) if self.data.startswith(kind)), "")
-        names = (
-            Path(part).name if is_local(part) else part for part in parts_of(self.data.removeprefix(IMAGES_PREFIX))
-        )
-        keep["data"] = kind + ",".join(names)
-        return keep
+        parts = parts_of(self.data.removeprefix(IMAGES_PREFIX))
+        names = [Path(part).name if is_local(part) else part for part in parts]  # a copy elsewhere is the same text
+        return keep | {"data": kind + ",".join(names) + content_of(self.data)}
 
     def digest(self) -> str:
         """12 hex digits of identity and schema version."""
@@ -336,13 +342,76 @@ class RunConfig:
 
 
 def parts_of(data: str) -> list[str]:
-    """The texts of a mix, `mix:A,B`; else `data` alone."""
+    """The texts of a mix, `mix:A,B`; else `data` alone. Without their content."""
+    data = _CONTENT.sub("", data)
     return data.removeprefix(MIX_PREFIX).split(",") if data.startswith(MIX_PREFIX) else [data]
 
 
 def is_local(data: str) -> bool:
     """Does the key `data` look like a file or a folder, rather than a known corpus or the Hub?"""
-    return not data.startswith("hub:") and ("/" in data or data.endswith((".txt", ".xz", ".gz", ".json", ".jsonl")))
+    return not data.startswith(HUB_PREFIX) and ("/" in data or data.endswith((".txt", ".xz", ".gz", ".json", ".jsonl")))
+
+
+def content_of(data: str) -> str:
+    """`#` and 16 hex digits, what the key `data` says of its files' content; "" if nothing."""
+    found = _CONTENT.search(data)
+    return found[0] if found else ""
+
+
+def with_content(data: str) -> str:
+    """`data` and, of local files, their content: `#` and 16 hex digits of a SHA-256.
+
+    Where it is stated, it stays. Where the files aren't here, it is what they held when last read, if that is known.
+
+    Raises:
+        ConfigError: a file can't be read.
+    """
+    local = [part for part in parts_of(data) if part not in (*KNOWN_TEXTS, *IMAGES) and not part.startswith(HUB_PREFIX)]
+    if content_of(data) or not local:
+        return data
+    files = [local_files(part) for part in local]
+    if all(files):
+        named = {f"{i}:{name}": path for i, part in enumerate(files) for name, path in part.items()}
+        return f"{data}#{content_sha256(named)[:16]}"
+    remembered = _remembered(data)
+    return data + remembered.read_text() if remembered.is_file() else data
+
+
+def remember_content(data: str) -> None:
+    """Keep what `with_content` adds for a text that was read, for when it is gone and its runs and tokens are not."""
+    if content_of(data) and not (_remembered(data).is_file() and _remembered(data).read_text() == content_of(data)):
+        with contextlib.suppress(OSError):  # a cache that can't be written
+            write_text(_remembered(data), content_of(data))
+
+
+def _remembered(data: str) -> Path:
+    places = [str(_path(part)) for part in parts_of(data)]
+    return paths.cache() / "sources" / hashlib.sha256(repr(places).encode()).hexdigest()[:16]
+
+
+def local_files(data: str) -> dict[str, Path]:
+    """The files of a local text or a folder of images, by their path relative to it; none where there are none."""
+    path, kinds = _path(data), IMAGE_FILES if data.startswith(IMAGES_PREFIX) else TEXT_FILES + ROW_FILES
+    if not path.is_dir():
+        return {path.name: path} if path.is_file() and path.name.lower().endswith(kinds) else {}
+    found = {}
+    for folder, folders, names in os.walk(path, onerror=_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(folder, name) for name in names if name.lower().endswith(kinds) and not name.startswith(".")):
+            if not file.exists():
+                raise ConfigError(f"{file} is a link to nothing: mend or remove it")
+            if not file.is_file():
+                raise ConfigError(f"{file} is no regular file, so reading it may never end: remove it")
+            found[file.relative_to(path).as_posix()] = file
+    return dict(sorted(found.items()))
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise ConfigError(f"{error.filename} can't be read: {error.strerror}") from error
+
+
+def _path(data: str) -> Path:
+    return paths.resolve(data.removeprefix(IMAGES_PREFIX)).absolute()
 
 
 _TYPES = typing.get_type_hints(RunConfig)

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,32 @@ def sha256(path: Path) -> str:
     """64 hex digits of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(files: Mapping[str, Path]) -> str:
+    """64 hex digits of the content of several files and of their names; wherever they lie, whenever they were written.
+
+    Raises:
+        ConfigError: a file can't be read.
+    """
+    total = hashlib.sha256()
+    for name, path in files.items():
+        try:
+            total.update(f"{name}\0{sha256_once(path)}\n".encode(errors="surrogateescape"))
+        except OSError as error:
+            raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    return total.hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256`, read once a process as long as the file is as it was: nobody can set back its st_ctime."""
+    stat = path.stat()
+    return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=1 << 17)
+def _sha256(path: Path, *state: int) -> str:
+    return sha256(path)
 
 
 def read_yaml(path: str | Path, what: str) -> Any:

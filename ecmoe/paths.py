@@ -10,7 +10,7 @@ def root() -> Path:
     """$ECMOE_HOME, else the checkout that holds this package, else the working folder."""
     home = os.environ.get("ECMOE_HOME")
     if home:
-        return Path(home).expanduser().resolve()
+        return Path(os.path.expanduser(home)).resolve()
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
@@ -37,5 +37,5 @@ def records(scale: str) -> Path:
 
 def resolve(name: str | Path) -> Path:
     """The file or folder `name` means: relative to the working folder, else to the root."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which, unlike Path's, leaves alone the ~ of a user that isn't known
     return path if path.is_absolute() or path.exists() else root() / path

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ecmoe.config import IMAGES_PREFIX, ConfigError, key
+from ecmoe.config import IMAGES_PREFIX, ConfigError, content_of, key, parts_of, with_content
 
 # Part of every digest: raise it when the meaning of a setting or of a result changes.
 SCHEMA = 1
@@ -58,6 +58,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        object.__setattr__(self, "data", with_content(self.data))  # so that other images are another run
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
@@ -79,7 +80,7 @@ class Settings:
         """approach-seed-digest: the name of the record. The same settings are the same run."""
         values = dataclasses.asdict(self)
         if self.data.startswith(IMAGES_PREFIX):  # a copy elsewhere holds the same images
-            values["data"] = Path(self.data.removeprefix(IMAGES_PREFIX)).name
+            values["data"] = Path(*parts_of(self.data)).name + content_of(self.data)
         text = json.dumps({"schema": SCHEMA} | values, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return f"{self.approach.replace('_', '-')}-s{self.seed}-{digest}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.classes import WindowClasses
-from ecmoe.data.corpus import content_digest, described, source_files, stat_digest
+from ecmoe.data.corpus import described, source_files
+from ecmoe.files import ConfigError, content_sha256
 
 _PROVENANCE = (
     "digest", "source_sha256", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "train_bytes", "val_bytes",
@@ -165,7 +165,7 @@ class TextData(RunData):
             self.train_tasks = np.concatenate([classes.before(part) for part in train])
             self.val_tasks = np.stack([classes.before(part)[which] for part in val], axis=1).ravel()[:count]
         self.digest: str = loaded.meta["digest"]
-        self.provenance = {key: loaded.meta[key] for key in _PROVENANCE} | described(loaded.meta["parts"])
+        self.provenance = {key: loaded.meta[key] for key in _PROVENANCE} | described(config.data, loaded.meta["parts"])
         self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val_windows[:, 1:]].mean())
         self.token_counts = tokens.counts(loaded.train, config.vocab_size)
         self._tokens = loaded
@@ -213,19 +213,12 @@ def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:
     are looked at.
     """
     said = said or {}
-    if config.images:
+    if config.data == "digits":
         from ecmoe.data.images import load
 
-        return config.data == "digits" and "digest" in said and said["digest"] != load("digits").provenance["digest"]
+        return "digest" in said and said["digest"] != load("digits").provenance["digest"]
     try:
         files = source_files(config.data)
     except ConfigError:
         return False
-    there = said.get("source_sha256")
-    return bool(files and there) and _content_digest(stat_digest(files), tuple(files.items())) != there
-
-
-@functools.lru_cache(maxsize=64)
-def _content_digest(stat: str, files: tuple[tuple[str, Path], ...]) -> str:
-    """Read once a process and state of the files."""
-    return content_digest(dict(files))
+    return bool(files and said.get("source_sha256")) and content_sha256(files) != said["source_sha256"]

@@ -7,19 +7,35 @@ several of them, a mix, whose parts this module takes one by one.
 from __future__ import annotations
 
 import difflib
-import hashlib
+import gzip
+import importlib.util
+import itertools
+import json
+import lzma
 import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ecmoe import paths
-from ecmoe.config import IMAGES, ConfigError, is_local, parts_of
-from ecmoe.files import read_yaml
+from ecmoe.config import (
+    HUB_PREFIX,
+    IMAGES,
+    KNOWN_TEXTS,
+    ROW_FILES,
+    TEXT_FILES,
+    content_of,
+    is_local,
+    local_files,
+    parts_of,
+)
+from ecmoe.files import ConfigError, content_sha256, read_yaml
 
 # A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
 BLOCK = 1 << 14
@@ -66,76 +82,67 @@ PRESETS = {
                   "Mahoney, Large Text Compression Benchmark; text by the authors of English Wikipedia",
                   files="https://mattmahoney.net/dc/enwik8.zip"),
 }  # fmt: skip
-_TEXT, _JSON = (".txt", ".txt.xz", ".txt.gz"), (".jsonl", ".json", ".jsonl.xz", ".jsonl.gz")
-_NO_TEXT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "lib-dynload",
-}
+_NO_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+_NAME = r"[A-Za-z0-9]\w*(?:[.-]\w+)*"  # of an owner or a data set of the Hub: no `..`, no hidden folder
+_HUB = re.compile(f"{HUB_PREFIX}({_NAME}(?:/{_NAME})?)(?:/({_NAME}))?")
 
 
 def source_key(data: str) -> str:
-    """The value of `data`, and for `stdlib` whose: each version of Python has its own text."""
-    return ",".join(f"stdlib-{platform.python_version()}" if part == "stdlib" else part for part in parts_of(data))
+    """What the tokens of `data` depend on: names of the Hub's data sets, content of files. The key may state the content.
+
+    Raises:
+        ConfigError: as in `source_files`, but where the content is known nothing need be here.
+    """
+    named = ["" if content_of(data) and _is_files(part) and part != "stdlib" else _key(part) for part in parts_of(data)]
+    return ",".join(named) + content_of(data)
+
+
+def _key(part: str) -> str:
+    return content_sha256(part_files(part)) if _is_files(part) else part
 
 
 def source_files(data: str) -> dict[str, Path]:
-    """The local files that `data` is made of, by their path relative to it; none for the Hub.
+    """The files that `data` is made of, by part and path in it; none for the Hub.
 
     Raises:
         ConfigError: there is no such file, folder or data set.
     """
-    if len(parts := parts_of(data)) > 1:
-        return {f"{i}:{name}": path for i, part in enumerate(parts) for name, path in source_files(part).items()}
-    if data == "stdlib":
+    return {f"{i}:{name}": path for i, part in enumerate(parts_of(data)) for name, path in part_files(part).items()}
+
+
+def part_files(part: str) -> dict[str, Path]:
+    """Those of a text that is no mix, or of a folder of images, by their path in it."""
+    if part == "stdlib":
         return _stdlib_files()
-    if data in PRESETS or re.fullmatch(r"hub:[\w.-]+(/[\w.-]+){0,2}", data):
+    if not _is_files(part):
         return {}
-    path = paths.resolve(data)
-    if path.is_file() and path.name.endswith(_TEXT + _JSON):
-        return {path.name: path}
-    if path.is_dir():
-        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.name.endswith(_TEXT + _JSON)}
-        if files:
-            return dict(sorted(files.items()))
-    known = ["stdlib", *PRESETS, *IMAGES]
-    if path.exists():
-        remedy = f"it exists, but must be, or hold, files that end in {', '.join(_TEXT + _JSON)}"
-    elif is_local(data):
+    files = local_files(part)
+    if files:
+        return files
+    path, known = paths.resolve(part), ["stdlib", *PRESETS, *IMAGES]
+    if os.path.lexists(path):
+        remedy = f"{path} exists, but must be, or hold, files that end in {', '.join(TEXT_FILES + ROW_FILES)}"
+    elif is_local(part):
         remedy = f"no such file or folder, neither in {Path.cwd()} nor in {paths.root()}"
     else:
-        near = difflib.get_close_matches(data, known, n=1)
+        near = difflib.get_close_matches(part, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         remedy = f"{hint}must be one of {', '.join(known)}, hub:NAME or hub:OWNER/NAME/CONFIG, or a path"
-    raise ConfigError(f"data={data!r}: {remedy}")
+    raise ConfigError(f"data={part!r}: {remedy}")
 
 
-def stat_digest(files: dict[str, Path]) -> str:
-    """Changes when a file is touched: the cheap question."""
-    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items()]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
-
-
-def content_digest(files: dict[str, Path]) -> str:
-    """Changes when a file's content does: the sure answer."""
-    total = hashlib.sha256()
-    for name, path in files.items():
-        with path.open("rb") as file:
-            total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+def _is_files(part: str) -> bool:
+    """No data set of the Hub?"""
+    return part == "stdlib" or part not in (*KNOWN_TEXTS, *IMAGES) and not _HUB.fullmatch(part)
 
 
 def open_corpus(data: str, streaming: bool = False) -> Corpus:
-    """The corpus that the key `data` names. `streaming`: don't download a Hub data set whole.
+    """The corpus that `data`, which is no mix, names. `streaming`: don't download a Hub data set whole.
 
     Raises:
         ConfigError: there is no such corpus, or it can't be read.
     """
-    files = source_files(data)
+    files = part_files(data)
     if data == "stdlib":
         return Corpus(
             f"the standard library of Python {platform.python_version()} (without its tests)",
@@ -155,7 +162,7 @@ def about(data: str) -> dict[str, str]:
     Raises:
         ConfigError: that file can't be read, or states something else.
     """
-    if data in ("stdlib", *PRESETS, *IMAGES) or data.startswith("hub:"):
+    if data == "stdlib" or not _is_files(data):
         return {}
     beside = Path(f"{os.path.abspath(paths.resolve(data))}.about.yaml")  # without a slash at the end
     if not beside.is_file():
@@ -166,13 +173,16 @@ def about(data: str) -> dict[str, str]:
     return {key: str(value) for key, value in stated.items()}
 
 
-def described(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a report says of the parts of a corpus: name, licence and attribution of all, how each is split; of a mix, its parts.
+def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a report says of a corpus: name, licence and attribution of all its parts, how each is split; of a mix, its parts.
 
     Args:
-        parts: of each `data`, name, licence, attribution, split; what a file beside it states now wins.
+        parts: of each name, licence, attribution, split; what a file beside it states now wins.
     """
-    parts = [part | about(part["data"]) | {"share": 1 / len(parts)} for part in parts]
+    parts = [
+        part | ({"name": Path(one).name} if _is_files(one) and one != "stdlib" else {}) | about(one)
+        | {"data": one, "share": 1 / len(parts)} for one, part in zip(parts_of(data), parts, strict=True)
+    ]  # fmt: skip
     if len(parts) == 1:
         return {key: parts[0][key] for key in ("name", "licence", "attribution", "split")}
     said = {
@@ -198,23 +208,61 @@ def _stdlib_files() -> dict[str, Path]:
 
 def _local(data: str, files: dict[str, Path]) -> Iterator[tuple[str, str]]:
     """Text files in blocks of one unit a file; JSON files a row at a time, every text a unit of its own."""
-    from datasets import load_dataset
-
     for name, path in files.items():
-        kind = "text" if name.endswith(_TEXT) else "json"
-        options = {"keep_linebreaks": True} if kind == "text" else {}
-        try:
-            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-            if kind == "text":
-                chunks = ("".join(t["text"].to_pylist()) for t in rows.with_format("arrow").iter(1 << 20))
-                yield from ((name, block) for block in blocks(chunks))
-            else:
-                yield from _rows(data, rows)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever the reader meets in a broken file
-            raise ConfigError(f"data={data!r}: {path} can't be read ({type(error).__name__}: {error}); it must be "
-                              f"{'UTF-8 text' if kind == 'text' else 'JSON rows with a field text'}") from error  # fmt: skip
+        if name.lower().endswith(TEXT_FILES):
+            with _opened(f"data={data!r}", path, "UTF-8 text") as file:
+                yield from ((name, block) for block in blocks(iter(lambda file=file: file.read(1 << 20), "")))
+        else:
+            rows = json_rows(f"data={data!r}", path, ["text"])
+            yield from ((text, text) for text in (row["text"] for row in rows) if text)
+
+
+@contextmanager
+def _opened(what: str, path: Path, right: str) -> Iterator[TextIO]:
+    """A text file, perhaps compressed; whatever the reader meets in a broken one becomes a ConfigError."""
+    reader = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
+    try:
+        with reader(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except ConfigError:
+        raise
+    except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, zlib.error) as error:
+        raise ConfigError(
+            f"{what}: {path} can't be read ({type(error).__name__}: {error}); it must be {right}"
+        ) from error
+
+
+def json_rows(what: str, path: Path, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a file that holds a JSON object a line, or a list of them.
+
+    Args:
+        what: whose file it is, for errors. texts: fields that must be strings; of the others nothing is asked.
+
+    Raises:
+        ConfigError: the file can't be read, or a row is no object or lacks a text; names file and row.
+    """
+    with _opened(what, path, f"a JSON object a line, with {' and '.join(texts)}") as file:
+        first = file.readline()
+        listed = first.lstrip().startswith("[")
+        rows = json.loads(first + file.read()) if listed else itertools.chain([first], file)
+        for number, row in enumerate(rows, start=1):
+            if listed or row.strip():
+                yield _checked(f"{what}: {path}, {'row' if listed else 'line'} {number}", row, texts)
+
+
+def _checked(where: str, row: Any, texts: Sequence[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is no JSON: {error}") from error
+    for name in texts:
+        text = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            has = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise ConfigError(f"{where} has {has}, but must have a string {name!r}; it holds {text!r}")
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ConfigError(f"{where}: {name!r} holds half a character, which no text can be (a lone surrogate)")
+    return row
 
 
 def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
@@ -243,8 +291,8 @@ def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
 def _hub(data: str, streaming: bool) -> Corpus:
     hub = PRESETS.get(data)
     if hub is None:
-        path, config = re.fullmatch(r"hub:([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?", data).groups()
-        hub = Hub(path, config, data.removeprefix("hub:"), "", "")
+        path, config = _HUB.fullmatch(data).groups()
+        hub = Hub(path, config, data.removeprefix(HUB_PREFIX), "", "")
     sets = _load(data, hub, streaming)
     train = sets.get("train")
     if train is None:
@@ -252,18 +300,17 @@ def _hub(data: str, streaming: bool) -> Corpus:
     info = train.info
     licence = hub.licence or str(info.license or NOT_STATED)
     attribution = hub.attribution or " ".join((info.citation or info.homepage or NOT_STATED).split())
-    return Corpus(
-        hub.name,
-        licence,
-        attribution,
-        _hub_documents(data, hub, train),
-        _hub_documents(data, hub, sets["validation"]) if "validation" in sets else None,
-    )
+    validation = _hub_documents(data, hub, sets["validation"]) if "validation" in sets else None
+    return Corpus(hub.name, licence, attribution, _hub_documents(data, hub, train), validation)
 
 
 def _load(data: str, hub: Hub, streaming: bool) -> dict[str, Any]:
     from datasets import load_dataset
 
+    reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")
+    if os.path.exists(hub.path) or reader and not hub.files:  # `datasets` would read what lies here
+        raise ConfigError(f"data={data!r}: {hub.path!r} means files in {Path.cwd()} to `datasets`, no data set of the Hub; for "
+                          "local text give its path, such as ./text; else start from another folder")  # fmt: skip
     options: dict[str, Any] = {"streaming": streaming}
     if hub.files:
         options |= {"data_files": hub.files, "keep_linebreaks": True}
@@ -276,22 +323,13 @@ def _load(data: str, hub: Hub, streaming: bool) -> dict[str, Any]:
         ) from error
 
 
-def _hub_documents(data: str, hub: Hub, rows: Any) -> Iterator[tuple[str, str]]:
-    if hub.files:
-        return ((data, block) for block in blocks(text for _, text in _rows(data, rows)))
-    if hub.path == "Salesforce/wikitext":
-        return ((article, article) for article in _articles(text for _, text in _rows(data, rows, empty=True)))
-    return _rows(data, rows)
-
-
-def _rows(data: str, rows: Any, empty: bool = False) -> Iterator[tuple[str, str]]:
+def _hub_documents(data: str, hub: Hub, rows: Any) -> Documents:
     """A row is a document, and a unit: copies of it lie on the same side of the split."""
-    for row in rows:
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise ConfigError(f"data={data!r}: a row has the fields {', '.join(row)}, but must have a string `text`")
-        if text or empty:
-            yield text, text
+    texts = (_checked(f"data={data!r}: row {i}", row, ["text"])["text"] for i, row in enumerate(rows, start=1))
+    if hub.files:
+        return ((data, block) for block in blocks(texts))
+    documents = _articles(texts) if hub.path == "Salesforce/wikitext" else filter(None, texts)
+    return ((text, text) for text in documents)
 
 
 def _articles(lines: Iterable[str]) -> Iterator[str]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import RunConfig
 from ecmoe.data import images
 from ecmoe.data.batches import Batches, RunData
+from ecmoe.files import ConfigError
 
 
 class ImageData(RunData):

@@ -11,19 +11,23 @@ import functools
 import hashlib
 import io
 import lzma
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ecmoe import paths
-from ecmoe.config import IMAGES, IMAGES_PREFIX, ConfigError
+from ecmoe.config import IMAGES, IMAGES_PREFIX, local_files, parts_of, remember_content, with_content
 from ecmoe.data.corpus import NOT_STATED, about
+from ecmoe.files import ConfigError, content_sha256
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+VALIDATION = ("validation", "val", "test")  # names of a folder's own split; the first that is there
 HELD_OUT = 5  # where a source has no split of its own, one image in so many validates
 
 
@@ -60,27 +64,30 @@ def load(data: str) -> Images:
     Raises:
         ConfigError: there are no such images, they can't be read, or they aren't all of one size.
     """
-    if data in IMAGES:
-        return _load(data, None)
-    if not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX:
+    (data,), content = parts_of(data), with_content(data)
+    if data not in IMAGES and (not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX):
         raise ConfigError(f"data={data!r}: images must be one of {', '.join(IMAGES)}, or {IMAGES_PREFIX}PATH")
-    folder = paths.resolve(data.removeprefix(IMAGES_PREFIX))
-    if not folder.is_dir():
+    if data not in IMAGES and not (folder := paths.resolve(data.removeprefix(IMAGES_PREFIX))).is_dir():
         raise ConfigError(f"data={data!r}: {folder} is no folder; it must hold a sub-folder of image files per class, "
                           "or NAME_train.jpgs.xz and the files that go with it")  # fmt: skip
-    return _load(data, folder)
+    found = _load(data, content)
+    remember_content(content)
+    return found
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a study read the same images one after the other
-def _load(data: str, folder: Path | None) -> Images:
+def _load(data: str, content: str) -> Images:
     if data == "digits":
         return _digits()
     if data == "cifar10":
         return _cifar10(data)
+    folder, files = paths.resolve(data.removeprefix(IMAGES_PREFIX)), local_files(data)
+    packed = [path for path in files.values() if path.parent == folder and path.name.endswith("_train.jpgs.xz")]
+    train, val, classes = _packed(data, packed[0]) if packed else _folder(data, folder, files)
     said = {"name": folder.name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(str(folder.resolve()))
-    packed = sorted(folder.glob("*_train.jpgs.xz"))
-    train, val, classes = _packed(data, packed[0]) if packed else _folder(data, folder)
-    return _images(train, val, classes, said)
+    return _images(
+        train, val, classes, said | {"source_sha256": content_sha256({f"0:{n}": p for n, p in files.items()})}
+    )
 
 
 def _digits() -> Images:
@@ -115,7 +122,7 @@ def _cifar10(data: str) -> Images:
         ) from error
     said = {"name": "CIFAR-10", "licence": NOT_STATED,
             "attribution": "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"}  # fmt: skip
-    train, val = (_stack(data, ((row["img"], row["label"]) for row in sets[name])) for name in ("train", "test"))
+    train, val = (_stack(data, (("", row["img"], row["label"]) for row in sets[name])) for name in ("train", "test"))
     return _images(train, val, tuple(sets["train"].features["label"].names), said)
 
 
@@ -127,53 +134,81 @@ def _packed(data: str, train: Path) -> tuple[_Split, _Split, tuple[str, ...]]:
     return *splits, known if largest < len(known) else tuple(map(str, range(largest + 1)))
 
 
-def _jpegs(data: str, stem: Path) -> Iterable[tuple[Any, int]]:
-    from PIL import Image
-
+def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
     try:
         images = lzma.open(f"{stem}.jpgs.xz").read()
         lines = lzma.open(f"{stem}.idx.xz", "rt").read().splitlines()
-        for line in lines:
-            offset, length, label = map(int, line.split())
-            yield Image.open(io.BytesIO(images[offset : offset + length])), label
+        places = [tuple(map(int, line.split())) for line in lines]
+        yield from ((f"{stem}.jpgs.xz, image {i}", io.BytesIO(images[at : at + n]), label)
+                    for i, (at, n, label) in enumerate(places))  # fmt: skip
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise ConfigError(f"data={data!r}: {stem}.jpgs.xz with {stem.name}.idx.xz can't be read ({error}); they must hold "
                           "JPEGs end to end, and a line `offset length label` for each")  from error  # fmt: skip
 
 
-def _folder(data: str, folder: Path) -> tuple[_Split, _Split, tuple[str, ...]]:
-    from datasets import load_dataset
-
-    try:
-        sets = load_dataset("imagefolder", data_dir=str(folder), streaming=True)
-        classes = tuple(sets["train"].features["label"].names)
-    except Exception as error:  # no images, no train, no label: `datasets` finds each in its own way
-        raise ConfigError(f"data={data!r}: {folder} can't be read ({type(error).__name__}: {error}); it must hold a "
-                          "sub-folder of image files per class")  from error  # fmt: skip
-    splits = {name: _stack(data, ((row["image"], row["label"]) for row in rows)) for name, rows in sets.items()}
-    train, val = splits["train"], splits.get("validation", splits.get("test"))
-    if val is None:  # the same share of every class
+def _folder(data: str, folder: Path, files: dict[str, Path]) -> tuple[_Split, _Split, tuple[str, ...]]:
+    """CLASS/IMAGE, perhaps below train and one of VALIDATION; where there is no such, some of each class are held out."""
+    parts = {name: Path(name).parts for name in files}
+    top = {part[0] for part in parts.values()}
+    own = next((side for side in VALIDATION if {"train", side} <= top), None)
+    sides, deep = (["train"] + [own] * bool(own), 1) if "train" in top else ([""], 0)  # folders above the class
+    images = {side: [(str(files[name]), files[name], part[deep]) for name, part in parts.items()
+                     if len(part) > deep + 1 and side in ("", part[0])] for side in sides}  # fmt: skip
+    classes = sorted({label for rows in images.values() for *_, label in rows})
+    if not classes or not all(images.values()):
+        raise ConfigError(f"data={data!r}: {folder} holds no images of classes; it must hold a sub-folder of image files per "
+                          f"class, perhaps below train and one of {', '.join(VALIDATION)}")  # fmt: skip
+    splits = [
+        _stack(data, ((where, path, classes.index(label)) for where, path, label in rows)) for rows in images.values()
+    ]
+    if not own:  # the same share of every class
+        (train,) = splits
         place = np.zeros(len(train.labels), np.int64)
         for label in range(len(classes)):
             place[train.labels == label] = np.arange((train.labels == label).sum())
         held = place % HELD_OUT == HELD_OUT - 1
-        train, val = (_Split(train.pixels[which], train.labels[which]) for which in (~held, held))
-    return train, val, classes
+        splits = [_Split(train.pixels[which], train.labels[which]) for which in (~held, held)]
+    return *splits, tuple(classes)
 
 
-def _stack(data: str, rows: Iterable[tuple[Any, int]]) -> _Split:
-    """Pillow's images as RGB, one below the other; they must be of one size."""
-    pixels, labels = [], []
-    for image, label in rows:
-        pixels.append(np.asarray(image.convert("RGB")))
+def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> _Split:
+    """Images as RGB, one below the other; they must be of one size. rows: how to call it, file or Pillow's image, label."""
+    pixels, labels, size = [], [], None
+    for where, file, label in rows:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = (
+                    file if isinstance(file, Image.Image) else Image.open(file)
+                )  # reads the size, not yet the pixels
+            size = size or image.size
+            if image.size != size:
+                (w, h), (width, height) = size, image.size
+                raise ConfigError(f"data={data!r}: holds images of {w} x {h} and {width} x {height} pixels ({where}), but all "
+                                  "must be of one size: resize them first")  # fmt: skip
+            pixels.append(_rgb(image))
+        except ConfigError:
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever they meet in a damaged file
+            raise ConfigError(
+                f"data={data!r}: {where} can't be read ({type(error).__name__}: {error}): mend or remove it"
+            ) from error
         labels.append(label)
-    sizes = sorted({array.shape[:2] for array in pixels})
-    if len(sizes) != 1:
-        found = " and ".join(f"{width} x {height}" for height, width in sizes[:2]) or "nothing"
-        raise ConfigError(
-            f"data={data!r}: holds images of {found} pixels, but all must be of one size: resize them first"
-        )
+    if not pixels:
+        raise ConfigError(f"data={data!r}: holds no images")
     return _Split(np.stack(pixels), np.array(labels, np.int64))
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8. Pillow cuts off greys of 16 bits at 255: they are scaled."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("its greys have more than 16 bits")
+        return np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("its greys are fractions, of which nothing says what is white")
+    return np.asarray(image.convert("RGB"))
 
 
 def _images(train: _Split, val: _Split, classes: tuple[str, ...], said: dict[str, str], white: int = 255) -> Images:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -18,17 +17,10 @@ from typing import Any
 import numpy as np
 
 from ecmoe import paths
-from ecmoe.config import ConfigError, parts_of
-from ecmoe.data.corpus import (
-    Corpus,
-    content_digest,
-    open_corpus,
-    source_files,
-    source_key,
-    stat_digest,
-)
+from ecmoe.config import content_of, parts_of, remember_content, with_content
+from ecmoe.data.corpus import Corpus, open_corpus, source_files, source_key
 from ecmoe.data.tokenizer import BPE, END, END_ID, Bytes, Tokenizer, train_bpe
-from ecmoe.files import sha256, write_json
+from ecmoe.files import ConfigError, content_sha256, sha256, sha256_once, write_json
 
 # Part of every cache's name: raise it when the same source would give other tokens.
 SCHEMA = 2
@@ -57,10 +49,13 @@ class Tokens:
 
 
 def folder(config: Any, cache: Path | None = None) -> Path:
-    """Where the tokens of this config are kept: it depends on no file but only on the keys read here."""
-    keys = _keys(config)
-    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:12]
-    names = "-".join(Path(part).name for part in keys["data"].split(","))
+    """Where the tokens of this config are kept: it depends on the content of the text and on the keys that are read here.
+
+    Raises:
+        ConfigError: there is no such text, and its content isn't known.
+    """
+    digest = hashlib.sha256(json.dumps(_keys(config), sort_keys=True).encode()).hexdigest()[:12]
+    names = "-".join(Path(part).name for part in parts_of(config.data))
     slug = re.sub(r"[^\w.-]+", "-", names).strip("-")[:40]
     return (cache or paths.cache()) / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
 
@@ -68,29 +63,30 @@ def folder(config: Any, cache: Path | None = None) -> Path:
 def load(config: Any, cache: Path | None = None, progress: bool = True) -> Tokens:
     """The corpus of `config` in tokens; made on first use, while other processes wait.
 
-    Made again when a file is damaged or the source has changed; used as it is where the source isn't.
+    Made again when one of its files is damaged. What was made of a text is found by the text's content.
 
     Raises:
-        ConfigError: no such source and no cache; or a damaged cache without its source.
+        ConfigError: no such text and no cache; or a damaged cache without its text.
     """
     from filelock import FileLock
 
     place = folder(config, cache)
-    if _trouble(config, place):
+    if _trouble(place):
         if _meta(place) is None:
             source_files(config.data)  # a typing error leaves nothing behind
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / f"{place.name}.lock"):
-            trouble = _trouble(config, place)  # another process may have made it meanwhile
+            trouble = _trouble(place)  # another process may have made it meanwhile
             if trouble:
                 _make(config, place, trouble, progress)
+    remember_content(config.data)
     return _open(place)
 
 
 def _keys(config: Any) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "data": source_key(config.data),
+        "data": source_key(with_content(config.data)),
         "max_bytes": config.max_bytes,
         "tokenizer": config.tokenizer,
         "vocab_size": config.vocab_size,
@@ -114,16 +110,11 @@ def _meta(place: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _write_meta(place: Path, meta: dict[str, Any]) -> None:
-    """Last of all, by rename: what it describes is then complete."""
-    write_json(place / "meta.json", meta | {"check": _check(meta)})
-
-
 def _check(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _trouble(config: Any, place: Path) -> str | None:
+def _trouble(place: Path) -> str | None:
     """What is wrong with the cache, in words; None if nothing is."""
     meta = _meta(place)
     if meta is None:
@@ -134,29 +125,15 @@ def _trouble(config: Any, place: Path) -> str | None:
         path = place / name
         if not path.is_file() or path.stat().st_size != said["bytes"]:
             return f"{name} is missing or cut"
-        if _sha256(path, path.stat().st_mtime_ns, path.stat().st_size) != said["sha256"]:
+        if sha256_once(path) != said["sha256"]:
             return f"{name} is damaged (its SHA-256 differs)"
-    try:
-        files = source_files(config.data)
-    except ConfigError:  # the source isn't here: the tokens are all there is
-        return None
-    if files and stat_digest(files) != meta["source_stat"]:
-        if content_digest(files) != meta["source_sha256"]:
-            return "the source has changed"
-        with contextlib.suppress(OSError):  # only touched; a read-only cache stays as it is
-            _write_meta(place, meta | {"source_stat": stat_digest(files)})
     return None
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, mtime_ns: int, size: int) -> str:
-    """Read once a process and state of the file."""
-    return sha256(path)
 
 
 def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     try:
-        files = source_files(config.data)
+        source = source_files(config.data)
+        _check_content(config.data)
         streaming = config.streaming or config.max_bytes > 0  # a part: not the whole download
         corpora = [open_corpus(part, streaming) for part in parts_of(config.data)]
     except ConfigError as error:
@@ -166,24 +143,28 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
             f"data={config.data!r}: the cache {place} can't be used: {trouble}; it can't be made again: {error}"
         ) from error
     (place / "meta.json").unlink(missing_ok=True)
-    source = {
-        "source_stat": stat_digest(files) if files else None,
-        "source_sha256": content_digest(files) if files else None,
-    }
     work = place / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
     work.mkdir()
     try:
         meta = _tokenise(config, corpora, work, _bar(config.data, progress))
+        _check_content(config.data)  # nobody wrote while it was read
+        meta |= {"source_sha256": content_sha256(source) if source else None}
         files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir())}
         for name in files_meta:
             os.replace(work / name, place / name)
-        _write_meta(
-            place,
-            _keys(config) | meta | source | {"digest": _check(files_meta)[:16], "files": files_meta},
-        )
+        meta |= _keys(config) | {"digest": _check(files_meta)[:16], "files": files_meta}
+        write_json(place / "meta.json", meta | {"check": _check(meta)})  # last: what it describes is then complete
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_content(data: str) -> None:
+    stated, found = content_of(data), content_of(with_content(data.removesuffix(content_of(data))))
+    if stated and stated != found:
+        raise ConfigError(
+            f"data={data!r}: the text holds {found} by now, not what is stated: bring it back, or leave out {stated}"
+        )
 
 
 def _bar(data: str, progress: bool) -> Callable[[str, int | None], Any]:
@@ -222,9 +203,9 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path, bar: Callable[[str
             tokenizer = Bytes()
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         parts = [
-            {"data": part, "name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution,
-             "split": spool.rule, "bytes": int(spool.lengths.sum()), "documents": len(spool.lengths)}
-            for part, corpus, spool in zip(parts_of(config.data), corpora, spools, strict=True)
+            {"name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution, "split": spool.rule,
+             "bytes": int(spool.lengths.sum()), "documents": len(spool.lengths)}
+            for corpus, spool in zip(corpora, spools, strict=True)
         ]  # fmt: skip
         meta: dict[str, Any] = {"dtype": dtype.name, "parts": parts}
         with bar("tokenising", sum(part["bytes"] for part in parts)) as shown:

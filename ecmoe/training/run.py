@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from ecmoe import paths
-from ecmoe.config import SCHEMA, ConfigError, RunConfig, is_local
+from ecmoe.config import SCHEMA, ConfigError, RunConfig, content_of
 from ecmoe.data.batches import RunData, TextData, is_other_data
 from ecmoe.files import write_text, written
 from ecmoe.model.transformer import Trunk, build_model, count_parameters, flops_per_token
@@ -104,7 +104,7 @@ def _finished(config: RunConfig, folder: Path, weights: bool = False) -> Result 
     result = read_run(folder)
     if result.summary["status"] not in ("finished", "diverged"):
         return None
-    _check_data(config, result, warn=not is_local(config.data))
+    _check_data(config, result, warn=not content_of(config.data))
     lost = weights and result.ok and not (folder / "model.safetensors").exists()
     return None if lost else result
 
@@ -314,7 +314,7 @@ def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
     if is_other_data(config, result.summary.get("data")):
         said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
         if not warn:
-            raise ConfigError(f"{said}: give the file another name, or delete {result.path} to train anew")
+            raise ConfigError(f"{said}: bring that back, or leave out {content_of(config.data)} for a run of its own")
         warnings.warn(said, stacklevel=4)
 
 

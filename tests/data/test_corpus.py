@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from ecmoe.config import ConfigError
 from ecmoe.data import corpus
-from ecmoe.data.corpus import blocks, content_digest, open_corpus, source_files, stat_digest
+from ecmoe.data.corpus import blocks, open_corpus, part_files
 
 
 def test_standard_library_is_over_ten_megabytes_without_its_tests():
-    files = source_files("stdlib")
+    files = part_files("stdlib")
     assert sum(path.stat().st_size for path in files.values()) > 10e6
     assert list(files) == sorted(files) and "json/decoder.py" in files
     assert not any(set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in files)
@@ -125,17 +125,6 @@ def test_broken_files(tmp_path):
     ):
         with pytest.raises(ConfigError, match=remedy):
             list(open_corpus(str(tmp_path / name)).train)
-
-
-def test_digests_tell_touched_from_changed(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one")
-    files = {"a.txt": path}
-    stat, content = stat_digest(files), content_digest(files)
-    path.touch()
-    assert stat_digest(files) != stat and content_digest(files) == content
-    path.write_text("two")
-    assert content_digest(files) != content
 
 
 class FakeHub:

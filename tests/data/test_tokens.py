@@ -1,5 +1,6 @@
 import hashlib
 import lzma
+import os
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.tokenizer import END
-from ecmoe.data.tokens import folder, load, split
+from ecmoe.data.tokens import load, split
+from ecmoe.files import ConfigError
 
 PARAGRAPHS = [f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)]
 
@@ -119,9 +121,40 @@ def test_made_once_and_again_when_the_text_changes(book, make, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "_make", lambda *a: pytest.fail("tokenised again"))
         assert make(book).meta["digest"] == first["digest"]
+        copy = book.rename(book.with_name("copy.txt"))
+        assert make(copy.rename(book)).meta["digest"] == first["digest"]
     book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
-    assert tokens._trouble(config(book), folder(config(book), book.parent / "cache")) == "the source has changed"
     assert make(book).meta["digest"] != first["digest"]
+
+
+def test_text_of_the_same_size_and_time_is_another(tmp_path, make):
+    path = tmp_path / "b.txt"
+    for letter in "ab":
+        path.write_text(f"{letter * 4}\n\n" * 30_000)
+        os.utime(path, (0, 0))
+        assert bytes(make(path).train[:4]).decode() == letter * 4
+
+
+def test_text_that_changes_under_a_config_is_not_taken_for_its_own(book, make):
+    stated = config(book).data
+    book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring it back, or leave out #"):
+        make(stated)
+    assert config(book).data != stated and make(book).meta["parts"]
+
+
+def test_folder_is_known_by_what_its_files_hold(tmp_path, make):
+    for place in ("here", "there"):
+        for name in ("a.txt", "deep/b.txt"):
+            (tmp_path / place / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / "texts" / name).write_text(f"{name}\n\n" * 20_000)
+    here, there = (config(tmp_path / place / "texts", router="dense") for place in ("here", "there"))
+    assert here.name == there.name and make(here.data).meta == make(there.data).meta
+    (tmp_path / "there" / "texts" / "deep" / "b.txt").write_text("another\n\n" * 20_000)
+    assert config(tmp_path / "there" / "texts", router="dense").name != here.name
+    (tmp_path / "here" / "texts" / ".hidden.txt").touch()
+    (tmp_path / "here" / "texts" / "notes.pdf").touch()
+    assert config(tmp_path / "here" / "texts", router="dense").name == here.name
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
@@ -204,5 +237,5 @@ def test_every_byte_of_meta_is_checked(book, make, tmp_path):
     make(book)
     path = tokens.folder(config(book), tmp_path / "cache") / "meta.json"
     path.write_text(path.read_text().replace("not stated", "public domain"))
-    assert tokens._trouble(config(book), path.parent) == "meta.json is damaged"
+    assert tokens._trouble(path.parent) == "meta.json is damaged"
     assert make(book).meta["parts"][0]["licence"] == "not stated"

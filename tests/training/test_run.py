@@ -16,6 +16,7 @@ import torch
 
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
 from ecmoe.model.generate import continue_text
 from ecmoe.training import run as train
@@ -125,13 +126,17 @@ def texts(tmp_path):
 
 def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, texts):
     a, b = (tiny_config(seed=31, data=str(texts / name / "text.txt")) for name in "ab")
-    assert a.name == b.name  # a copy elsewhere is the same run
+    assert a.name != b.name
     trained = run_or_load(a, progress=False)
-    for call in ({}, {"train": False}):
-        with pytest.raises(ConfigError, match="another text here than the one .* give the file another name"):
-            run_or_load(b, **call)
+    assert run_or_load(b, train=False).summary["status"] == "not run"
     shutil.copy(texts / "a" / "text.txt", texts / "b" / "text.txt")
+    b = b.replace(data=str(texts / "b" / "text.txt"))
+    assert a.name == b.name  # a copy elsewhere is the same run
     assert run_or_load(b).summary["val_loss"] == trained.summary["val_loss"]
+    (texts / "b" / "text.txt").write_text("The end.")
+    for call in ({}, {"train": False}):
+        with pytest.raises(ConfigError, match="another text here than the one .* bring that back, or leave out #"):
+            run_or_load(b, **call)
 
 
 def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
@@ -140,7 +145,9 @@ def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
     result = run_or_load(config, progress=False)
     assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
     path.write_text(path.read_text().upper())
-    with pytest.raises(ValueError, match="another text here than the one .* so is its vocabulary"):
+    assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")  # its tokens are kept
+    shutil.rmtree(tokens.folder(config))
+    with pytest.raises(ConfigError, match="not what is stated: bring it back"):
         continue_text(result.path, "The a", 2)
 
 
@@ -152,7 +159,9 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monk
         with pytest.raises(ZeroDivisionError):
             run_or_load(config, progress=False)
     path.write_text(text.upper())
-    with pytest.raises(ConfigError, match="has changed since the checkpoint was written"):
+    assert tiny_config(seed=32, data=str(path), checkpoint_every=2).name != config.name
+    shutil.rmtree(tokens.folder(config))
+    with pytest.raises(ConfigError, match="not what is stated: bring it back"):
         run_or_load(config, progress=False)
     path.write_text(text)
     assert run_or_load(config, progress=False).ok
