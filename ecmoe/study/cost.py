@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -66,24 +66,27 @@ def beside_paper(*bases: Mapping) -> str:
     """The size of a study's runs beside the paper's models, in words, as verdicts show it.
 
     Args:
-        bases: keys of RunConfig, as in `ecmoe.study.plan.run_study`; several where the study varies the size.
+        bases: keys of RunConfig; several where the study varies the size.
     """
     ours = [RunConfig.from_dict(dict(base)) for base in bases]
     theirs = [preset.config for preset in TABLE_1.values() if preset.config.router != "dense"]
-
-    def span(configs: list[RunConfig], key: str) -> str:
-        least, most = (pick(getattr(config, key) for config in configs) for pick in (min, max))
-        return f"{least}" if least == most else f"{least} to {most}"
-
-    def size(configs: list[RunConfig]) -> str:
-        layers, width, experts = (span(configs, key) for key in ("layers", "d_model", "num_experts"))
-        return f"{layers} layers of width {width}, {experts} experts"
-
     tokens = ours[0].steps * ours[0].tokens_per_batch / 1e6
     return (
         f"{size(ours)}, {tokens:,.1f} million tokens a run, {'AdamW' if ours[0].optimizer == 'adamw' else 'Adafactor'}; "
         f"the paper: {size(theirs)}, Adafactor, a corpus of 1.6 trillion tokens, of which it doesn't say how many it saw"
     )
+
+
+def size(configs: Sequence[RunConfig]) -> str:
+    """The size of models in words: "8 layers of width 512, 16 to 128 experts"; of experts only where there are some."""
+
+    def span(key: str, of: Sequence[RunConfig]) -> str:
+        least, most = (pick(getattr(config, key) for config in of) for pick in (min, max))
+        return f"{least}" if least == most else f"{least} to {most}"
+
+    text = f"{span('layers', configs)} layers of width {span('d_model', configs)}"
+    moe = [config for config in configs if config.router != "dense"]
+    return f"{text}, {span('num_experts', moe)} experts" if moe else text
 
 
 def _hours(configs: Mapping[str, RunConfig], tokens: Mapping[str, float], scale: str) -> pd.DataFrame:

@@ -1,0 +1,189 @@
+"""The protocol: what each claim says, and how it is judged, as configs/protocol.yaml fixed it before the runs.
+
+Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022 (arXiv 2202.09368).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ecmoe import paths
+from ecmoe.config import ConfigError
+from ecmoe.files import read_yaml
+from ecmoe.study.estimate import Unit, amount
+
+SAYS = ("below", "above", "at or below", "near")
+HOW = ("difference", "steps", "time", "bench", "accuracy", "spread")
+RATIOS = ("steps", "time", "bench", "spread")
+SHARES = ("share_", "over_capacity", "dropped", "accuracy", "majority")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a claim; configs/protocol.yaml explains the keys."""
+
+    name: str
+    a: tuple[str, ...]
+    says: str
+    found: str
+    of: str
+    b: tuple[str, ...] = ()
+    how: str = "difference"
+    decides: bool = False
+    over: tuple[float, ...] = ()
+    figure: float | None = None
+    neutral: float = 0.0
+    margin: float = 0.0
+    sides: tuple[str, str] = ("below", "above")
+    or_direction: str | None = None  # the part that makes it "in direction" where it fails itself
+
+    @property
+    def unit(self) -> Unit:
+        """What its estimate is measured in."""
+        if self.how in RATIOS:
+            return Unit.RATIO
+        return Unit.SHARE if self.of.startswith(SHARES) else Unit.NATS
+
+    @property
+    def compares(self) -> bool:
+        """Is it a difference, rather than how large something is?"""
+        return bool(self.b or " - " in self.of or self.over)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All of its arms, each once; a bench has none that are trained."""
+        return () if self.how == "bench" else tuple(dict.fromkeys(self.a + self.b))
+
+    @property
+    def terms(self) -> list[tuple[int, str]]:
+        """`of` as signs and columns: "share_1 + share_2" is [(1, "share_1"), (1, "share_2")]."""
+        signed = self.of.replace(" - ", "|-").replace(" + ", "|").split("|")
+        return [(-1 if term.startswith("-") else 1, term.removeprefix("-")) for term in signed]
+
+    @property
+    def rule(self) -> str:
+        """In words, as a page shows it beside the estimate."""
+        equal = amount(self.margin, self.unit, compares=True)
+        unit = (
+            amount(self.neutral, self.unit, compares=self.compares) if self.neutral or self.unit is Unit.RATIO else "0"
+        )
+        if self.says == "near":
+            return f"within {equal} of {amount(self.figure, self.unit)}"
+        if self.says == "at or below":
+            return f"at or below {unit}; above it by {equal} or less counts as equal"
+        if self.figure is None:
+            return f"{self.says} {unit} by more than {equal}, which counts as equal"
+        return f"{self.says} {unit} (by {equal} or less counts as equal); the paper: {amount(self.figure, self.unit)}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper. paper: its figure in short. proxy: by what else it is judged. differences: from the paper."""
+
+    id: str
+    page: str
+    text: str
+    paper: str
+    where: str
+    refuted_by: str
+    differences: str
+    parts: tuple[Part, ...]
+    proxy: str = ""
+
+    @property
+    def deciding(self) -> tuple[Part, ...]:
+        """The parts that make the label; Holm's family is these, and those that can make one of them "in direction"."""
+        return tuple(part for part in self.parts if part.decides)
+
+    @property
+    def family(self) -> tuple[Part, ...]:
+        """The parts that are judged together."""
+        helping = {part.or_direction for part in self.parts}
+        return tuple(part for part in self.parts if part.decides or part.name in helping)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Every arm that it rests on, once."""
+        return tuple(dict.fromkeys(arm for part in self.parts for arm in part.arms))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What holds for all claims, and the claims by id, in the paper's order. amendments: (date, claims, what, why)."""
+
+    level: float
+    least_seeds: int
+    power: float
+    amendments: tuple[Mapping[str, Any], ...]
+    claims: Mapping[str, Claim]
+
+
+@cache
+def protocol() -> Protocol:
+    """configs/protocol.yaml.
+
+    Raises:
+        ConfigError: names claim and part, key, value, and what would be right.
+    """
+    values = read_yaml(paths.configs() / "protocol.yaml", "protocol")
+    claims = {id: _claim(id, keys, values["margins"]) for id, keys in values["claims"].items()}
+    rest = {key: values[key] for key in ("level", "least_seeds", "power")}
+    return Protocol(**rest, amendments=tuple(values["amendments"]), claims=claims)
+
+
+def find_claim(id: str) -> Claim:
+    """The claim of that id; an unknown one is an error that lists them."""
+    claims = protocol().claims
+    if id not in claims:
+        raise ConfigError(f"claim {id!r}: must be one of {', '.join(claims)}")
+    return claims[id]
+
+
+def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> Claim:
+    keys = dict(keys)
+    margins = {**margins, **keys.pop("margins", {})}
+    parts = tuple(_part(f"claim {id}", part, margins) for part in keys.pop("parts"))
+    names = [part.name for part in parts]
+    for part in parts:
+        if names.count(part.name) > 1:
+            raise ConfigError(f"claim {id}: two parts are called {part.name!r}")
+        if part.or_direction and part.or_direction not in names:
+            raise ConfigError(
+                f"claim {id}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts"
+            )
+    if not any(part.decides for part in parts):
+        raise ConfigError(f"claim {id}: no part decides")
+    return Claim(id=id, text=keys.pop("claim"), parts=parts, **keys)
+
+
+def _part(where: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> Part:
+    where = f"{where}, part {keys.get('name')!r}"
+    known = [field.name for field in dataclasses.fields(Part)]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"{where}: unknown key {key!r}: {f'did you mean {near[0]}?' if near else ', '.join(known)}"
+            )
+    for key, choices in {"says": SAYS, "how": HOW}.items():
+        if keys.get(key, choices[0]) not in choices:
+            raise ConfigError(f"{where}: {key}={keys[key]!r} must be one of {', '.join(choices)}")
+    lists = {
+        key: tuple(keys[key] if isinstance(keys[key], list) else [keys[key]])
+        for key in ("a", "b", "over", "sides")
+        if key in keys
+    }
+    part = Part(**{**keys, **lists})
+    if part.says == "near" and part.figure is None:
+        raise ConfigError(f"{where}: says=near needs a figure")
+    if part.over and len(part.over) != len(part.a):
+        raise ConfigError(f"{where}: over has {len(part.over)} numbers for {len(part.a)} arms")
+    changes: dict[str, Any] = {} if "margin" in keys else {"margin": margins[part.unit.value]}
+    if part.unit is Unit.RATIO and "neutral" not in keys:
+        changes["neutral"] = 1.0
+    return dataclasses.replace(part, **changes)

@@ -1,0 +1,87 @@
+"""The protocol: complete, readable, and about arms that exist."""
+
+import pytest
+import yaml
+
+from ecmoe import paths
+from ecmoe.config import ConfigError
+from ecmoe.study import protocol as module
+from ecmoe.study.arms import named
+from ecmoe.study.estimate import Unit
+from ecmoe.study.protocol import find_claim, protocol
+
+CLAIMS = protocol().claims
+PARTS = [(claim, part) for claim in CLAIMS.values() for part in claim.parts]
+
+
+def test_every_claim_of_the_paper_is_judged_by_a_rule_that_says_what_would_refute_it():
+    assert list(CLAIMS) == [f"C{i}" for i in range(1, 11)] + ["L1", "L2"]
+    for id, claim in CLAIMS.items():
+        assert claim.id == id and claim.text and claim.paper and claim.where and claim.refuted_by and claim.differences
+        assert (paths.configs() / f"{claim.page}.yaml").exists() and claim.deciding
+    assert CLAIMS["C5"].proxy and CLAIMS["C6"].proxy
+    assert protocol().least_seeds >= 3
+
+
+@pytest.mark.parametrize("claim, part", PARTS, ids=lambda x: getattr(x, "id", getattr(x, "name", "")))
+def test_a_part_can_be_computed_and_put_in_words(claim, part):
+    assert set(part.arms) <= set(named()) and part.margin > 0
+    assert part.found.format(size="1 nat", side="above") != part.found and part.rule
+    assert ("{side}" in part.found) == (part.compares and part.unit is not Unit.RATIO)
+    if part.how == "difference" and part.over:
+        assert len(set(part.over)) > 1
+    assert (part.name in [p.name for p in claim.family]) or not part.decides
+
+
+def test_units_and_neutral_values_follow_from_what_is_compared():
+    by_name = {(claim.id, part.name): part for claim, part in PARTS}
+    steps = by_name["C1", "steps for an equal loss, renormalized gates"]
+    assert (steps.unit, steps.neutral, steps.figure, steps.margin) == (Unit.RATIO, 1.0, 0.5, 0.02)
+    assert by_name["C7", "one or two experts"].terms == [(1, "share_1"), (1, "share_2")]
+    leak = by_name["L1", "leak of the batch"]
+    assert leak.terms == [(1, "val_loss_causal"), (-1, "val_loss")] and leak.unit is Unit.NATS and leak.compares
+    assert by_name["C4", "against the most frequent class"].margin == 0.005  # the claim's own
+    assert by_name["C2", "even routing, each on its best path"].arms == ()
+    assert len(CLAIMS["C1"].family) == len(CLAIMS["C1"].deciding) + 2  # the parts that can make it "in direction"
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"margn": 1}, "claim C1, part 'x': unknown key 'margn': did you mean margin"),
+        ({"says": "under"}, "says='under' must be one of below"),
+        ({"how": "magic"}, "how='magic' must be one of difference"),
+        ({"says": "near"}, "says=near needs a figure"),
+        ({"over": [1, 2]}, "over has 2 numbers for 1 arms"),
+        ({"or_direction": "y"}, "or_direction='y' is none of its parts"),
+        ({"decides": False}, "claim C1: no part decides"),
+    ],
+)
+def test_what_is_wrong_in_the_protocol_is_named(change, error):
+    part = {
+        "name": "x",
+        "a": "Dense",
+        "b": "BASE",
+        "of": "val_loss",
+        "says": "below",
+        "found": "{size}",
+        "decides": True,
+    }
+    keys = {"page": "p", "claim": "c", "paper": "p", "where": "4", "refuted_by": "r", "differences": "d"}
+    with pytest.raises(ConfigError, match=error):
+        module._claim("C1", {**keys, "parts": [part | change]}, {"nats per token": 0.005})
+    with pytest.raises(ConfigError, match="two parts are called 'x'"):
+        module._claim("C1", {**keys, "parts": [part, part]}, {"nats per token": 0.005})
+    assert module._claim("C1", {**keys, "parts": [part]}, {"nats per token": 0.005}).parts[0].margin == 0.005
+
+
+def test_an_unknown_claim_lists_the_known():
+    with pytest.raises(ConfigError, match="claim 'C11': must be one of C1, C2"):
+        find_claim("C11")
+
+
+def test_amendments_say_when_what_and_why():
+    written = yaml.safe_load((paths.configs() / "protocol.yaml").read_text())
+    for amendment in written["amendments"]:
+        assert set(amendment) == {"date", "claims", "what", "why"} and all(amendment.values())
+        assert set(amendment["claims"]) <= set(CLAIMS)
