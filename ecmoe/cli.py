@@ -1,4 +1,4 @@
-"""The command line: `ecmoe train | runs | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
+"""The command line: `ecmoe train | runs | run | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
 
 What is wrong with a config or a notebook is told in one line, with exit code 2. Imports wait until a
 command needs them, so that help comes at once.
@@ -14,16 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ecmoe import __version__
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import parse_yaml
-
-if TYPE_CHECKING:
-    from ecmoe.study.missing import Missing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,48 +58,72 @@ def train(
         raise typer.Exit(1)
 
 
+Scale = Annotated[str, typer.Option(help="smoke, gpu or paper")]
+
+
 @app.command()
 def runs(
     pages: Annotated[list[str] | None, typer.Argument(help="such as 01_convergence; none: all")] = None,
-    scale: Annotated[str, typer.Option(help="whose pages: gpu or paper")] = "gpu",
-    train_them: Annotated[bool, typer.Option("--train", help="train them, here and now")] = False,
-    part: Annotated[str, typer.Option(help="this share of them: 2/3, the second of three machines")] = "1/1",
-    within: Annotated[float, typer.Option(help="with --train: start no run after so many minutes")] = math.inf,
-    jobs: Annotated[int, typer.Option(help="with --train: so many side by side, spread over the GPUs")] = 1,
+    scale: Scale = "gpu",
+    missing: Annotated[bool, typer.Option("--missing", help="only those that are not done")] = False,
+    names: Annotated[bool, typer.Option("--names", help="only their names, one a line, as for xargs")] = False,
+    part: Annotated[str, typer.Option(help="this share of the plan: 2/3, the second of three machines")] = "1/1",
     arm: Annotated[list[str] | None, typer.Option(help="only arms whose name begins so, such as Hash")] = None,
+    train_them: Annotated[
+        bool, typer.Option("--train", help="train and measure what is missing, here and now")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="with --train: so many side by side")] = 1,
+    within: Annotated[float, typer.Option(help="with --train: start none after so many minutes")] = math.inf,
 ) -> None:
-    """List the runs that pages rest on and that are missing, and what is to be measured on them; or do it, without Jupyter.
+    """List the plan: the runs and measurements that pages rest on, and what is there of them; or carry it out.
 
     Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
     """
-    from ecmoe.study.missing import complete, missing
+    from ecmoe.study import engine
+    from ecmoe.study.plan import plan
 
     with _one_line(ConfigError, OSError, ValueError):
-        if jobs < 1:
-            raise ValueError(f"--jobs {jobs}: must be 1 or more runs at once")
-        if jobs > 1 and not train_them:
-            raise ValueError(f"--jobs {jobs}: must come with --train, as nothing is trained without it")
+        if not train_them and (jobs > 1 or within < math.inf):
+            raise ValueError("--jobs and --within must come with --train, as nothing is trained without it")
         first, count = _part(part)
-        wanted = [one for one in missing(scale, pages or ()) if not arm or one.arm.startswith(tuple(arm))][first::count]
-    if not train_them:
-        for one in wanted:
-            typer.echo(_named(one) + (f"  measure {', '.join(one.measures)}" if one.measures else ""))
-        typer.echo(f"{len(wanted)} missing")
-        return
-    failed, ended, began = 0, 0, time.monotonic()
-    for ended, (one, said) in enumerate(complete(wanted, scale, jobs, began + 60 * within), start=1):
-        minutes = (time.monotonic() - began) / 60
-        typer.echo(f"{ended}/{len(wanted)}, {minutes:.1f} min: {_named(one)}  {' '.join(said.split())}")
-        failed += said != "finished"
-    if ended < len(wanted):
-        typer.echo(f"{within:g} minutes are over")
-    typer.echo(f"{failed} failed")
+        wanted = [
+            one for one in plan(scale, pages or ()) if not arm or any(name.startswith(tuple(arm)) for name in one.arms)
+        ]
+        states = [(one, engine.state(one, scale)) for one in wanted[first::count]]
+    left = [one for one, state in states if not state.done]
+    if train_them:
+        raise typer.Exit(engine.train(left, scale, jobs=jobs, minutes=within))
+    for one, state in states:
+        if not (missing and state.done):
+            where = f"{one.pages[0]:24} {one.arms[0]:48} s{one.seed}"
+            typer.echo(one.name if names else f"{where:78} {one.name:46} {state}")
+    if not names:
+        typer.echo(f"{len(left)} of {len(states)} missing")
+
+
+@app.command()
+def run(
+    names: Annotated[list[str], typer.Argument(help="of runs, as `ecmoe runs` lists them; or how they begin")],
+    scale: Scale = "gpu",
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="leave them in runs/NAME; else only scale smoke does")
+    ] = False,
+) -> None:
+    """Train runs of the plan, or load them, and take the measurements that pages want of them.
+
+    Leaves reports/SCALE/runs/NAME.json and reports/SCALE/measures/NAME/*.json. The exit code is 1 if any failed.
+    """
+    from ecmoe.study import engine
+    from ecmoe.study.plan import plan
+
+    with _one_line(ConfigError, OSError, ValueError):
+        wanted = engine.find(plan(scale), names)
+    failed = 0
+    for one, said, well in engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"):
+        typer.echo(f"{one.pages[0]} {one.arms[0]} s{one.seed}  {one.name}  {' '.join(said.split())}")
+        failed += not well
     if failed:
         raise typer.Exit(1)
-
-
-def _named(one: Missing) -> str:
-    return f"{one.page:24} {one.arm:28} s{one.config.seed}  {one.config.name}"
 
 
 @app.command()

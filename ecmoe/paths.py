@@ -31,8 +31,13 @@ def cache() -> Path:
 
 
 def records(scale: str) -> Path:
-    """Small, committed records of the runs at `scale`."""
+    """Small records of the runs at `scale`."""
     return root() / "reports" / scale / "runs"
+
+
+def measures(scale: str) -> Path:
+    """What was measured on the runs at `scale`."""
+    return root() / "reports" / scale / "measures"
 
 
 def resolve(name: str | Path) -> Path:

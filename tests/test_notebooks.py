@@ -32,10 +32,8 @@ def parameters(notebook: Path, folder: Path) -> list[Path]:
         }
     if notebook.stem == "11_continual_learning":
         tiny["settings"] = merge_parameters(files[:2])["settings"] | {"steps": 3, "gate_steps": 3}
-    if notebook.stem == "14_learning_rate":
-        tiny["budget"] = TINY["steps"]
     if notebook.stem == "07_fine_tuning":
-        tiny["tuning"] = {"steps": 2, "batch_size": 4, "examples": 12}
+        tiny["measures"] = {"fine-tuned": {"task": ["lines"], "steps": 2, "batch_size": 4, "examples": 12}}
     if notebook.stem == "08_step_time":
         tiny["repeats"] = 2
     files[2].write_text(yaml.safe_dump(tiny))
@@ -51,7 +49,7 @@ def test_runs_and_shows_what_it_found(notebook, tmp_path, monkeypatch):
     assert not re.search(r"Traceback|Warning:", soup.text)
     for image in soup.find_all("img"):
         assert len(image["alt"]) > 40 and image["src"].startswith("data:image/png")
-    if "ecmoe.study.plan" in notebook.read_text():
+    if "ecmoe.study.load" in notebook.read_text():
         statuses = {cell.text for cell in soup.find_all("td")} & {"finished", "failed", "diverged", "not run"}
         assert statuses == {"finished"}
 
@@ -62,5 +60,5 @@ def test_redrawn_without_training_it_says_what_is_missing(tmp_path, monkeypatch)
     page = execute(
         notebook, tmp_path / "page.html", parameters(notebook, tmp_path), train_missing=False, progress=False
     )
-    assert "not run (5 of 5)" in BeautifulSoup(page.read_text(), "html.parser").text
+    assert "not run (4 of 4)" in BeautifulSoup(page.read_text(), "html.parser").text
     assert not list(tmp_path.glob("runs/*/curve.csv"))

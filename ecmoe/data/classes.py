@@ -7,7 +7,6 @@ so no token's routing sees a later one. Ours; Kudugunta et al. (2021) have the l
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import MiniBatchKMeans
 
 BUCKETS = 256  # token ids are counted modulo this
 FITTED = 20_000  # windows that the clusters are fitted on
@@ -21,6 +20,10 @@ class WindowClasses:
     """
 
     def __init__(self, windows: np.ndarray, num_classes: int) -> None:
+        from sklearn.cluster import (
+            MiniBatchKMeans,  # dear to import, and a machine without task-level runs need not have it
+        )
+
         some = windows[np.linspace(0, len(windows) - 1, min(len(windows), FITTED)).astype(int)]
         self.clusters = MiniBatchKMeans(num_classes, random_state=0, n_init=3).fit(frequencies(some))
 

@@ -1,3 +1,90 @@
 """What is measured on trained models, once, and kept beside their records.
 
-measure.py keeps; each other file is one question that needs a run's weights."""
+MEASURES lists what there is, a row each; measure.py takes and keeps; each other file is one question that needs a run's weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ecmoe.files import ConfigError
+
+
+class Row(NamedTuple):
+    """A measurement: who computes it, and how it may be set."""
+
+    compute: str  # "module:function" of ecmoe; function(model in evaluation mode, config, **keys) -> what JSON can hold
+    keys: tuple[str, ...] = ()  # that the function takes
+    each: str | None = None  # of a list under this key every value is a measurement of its own
+    where: tuple[str, ...] = ()  # keys that say where files lie: they change nothing that is measured
+
+
+_HERE = "ecmoe.measures"
+MEASURES = {
+    "experts-by-token": Row(f"{_HERE}.inspection:experts_by_token"),
+    "caps": Row(f"{_HERE}.inspection:caps_on_trained_scores"),
+    "dependence": Row(f"{_HERE}.causality:dependence", ("kept",)),
+    "next-token": Row(f"{_HERE}.causality:next_token_information", ("batches", "classes")),
+    "losses": Row(f"{_HERE}.causality:losses_by_routing", ("pools",)),
+    "decoding": Row(f"{_HERE}.causality:decoding", ("tokens",)),
+    "fine-tuned": Row(
+        f"{_HERE}.fine_tuning:fine_tuned",
+        ("task", "folder", "steps", "batch_size", "learning_rate", "examples"),
+        each="task",
+        where=("folder",),
+    ),
+    "accuracy-at": Row(f"{_HERE}.image_capacity:accuracy_at", ("places",), each="places"),
+    "patches-at": Row(f"{_HERE}.image_capacity:patches_at", ("places", "count"), each="places"),
+}
+
+
+class Measurement(NamedTuple):
+    """One measurement with its settings. The same settings have the same name, and so are taken once."""
+
+    what: str  # of MEASURES
+    keys: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """`what`, the value of its `each`, and a digest of the keys, where it has any: the name of a file."""
+        row = MEASURES[self.what]
+        keys = {key: value for key, value in self.keys.items() if key not in row.where}
+        words = [self.what]
+        if row.each in keys:
+            words.append(re.sub(r"[^a-z0-9]+", "-", str(keys[row.each]).lower()))
+        if keys.keys() - {row.each}:
+            words.append(hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8])
+        return "-".join(words)
+
+
+def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
+    """What a page's YAML asks for under `measures`: one measurement, or one for each value of the row's `each`.
+
+    Raises:
+        ConfigError: there is no such measurement, or it has no such key; names the nearest.
+    """
+    if what not in MEASURES:
+        raise ConfigError(f"measurement {what!r}: {_near(what, MEASURES)}")
+    row = MEASURES[what]
+    if not isinstance(keys, Mapping):
+        raise ConfigError(f"measurement {what!r} must hold `key: value` lines, but holds {keys!r}")
+    for key in keys:
+        if key not in row.keys:
+            raise ConfigError(f"measurement {what!r} has no key {key!r}: {_near(key, row.keys)}")
+    if row.each is None:
+        yield Measurement(what, dict(keys))
+        return
+    values = keys.get(row.each)
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"measurement {what!r}: {row.each}={values!r} must be a list of what it is taken for")
+    for value in values:
+        yield Measurement(what, {**keys, row.each: value})
+
+
+def _near(name: Any, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"must be one of {', '.join(known) or 'none'}"

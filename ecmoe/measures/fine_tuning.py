@@ -9,10 +9,7 @@ Letters: N examples of T tokens, padded on the right; batches of B; width d; C c
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -44,12 +41,6 @@ class Encoded(NamedTuple):
         """Some of them, no longer than the longest asks for."""
         lengths = self.lengths[which]
         return self.tokens[which, : -(-int(lengths.max()) // ROUND) * ROUND], lengths, self.labels[which]
-
-
-def measurement(task: str, tuning: Mapping[str, Any]) -> str:
-    """The name of a measurement: another setting is another one; where the task's files lie doesn't matter."""
-    settings = json.dumps({key: value for key, value in tuning.items() if key != "folder"}, sort_keys=True)
-    return f"fine-tuned-{task}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def fine_tuned(

@@ -17,7 +17,7 @@ from jupyter_client.manager import AsyncKernelManager
 from traitlets import CaselessStrEnum, default
 
 from ecmoe.report.render import render
-from ecmoe.report.scoreboard import study_folder, verdict_folder
+from ecmoe.report.scoreboard import verdict_folder
 from ecmoe.study.parameters import check_parameters, merge_parameters
 
 
@@ -133,5 +133,4 @@ def execute(
 def _forget(notebook: str, scale: str) -> None:
     """What an earlier execution found must not outlive one that fails."""
     if scale:
-        for folder in (verdict_folder(scale), study_folder(scale)):
-            (folder / f"{notebook}.json").unlink(missing_ok=True)
+        (verdict_folder(scale) / f"{notebook}.json").unlink(missing_ok=True)

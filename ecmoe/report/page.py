@@ -25,7 +25,6 @@ from ecmoe.report.scoreboard import (
     find_claim,
     load_verdicts,
     record,
-    record_study,
     scoreboard,
     studies,
     verdict_folder,
@@ -247,12 +246,9 @@ def math_html(latex: str, mode: str = "inline", alt: str = "") -> str:
 def provenance(results: Iterable[Result], *, scale: str = "") -> None:
     """Show where numbers come from: commit, versions, devices, seeds, hours, data, what is missing.
 
-    Warns if the runs behind a page differ in commit, versions, device, precision or data. With a `scale`, the
-    scoreboard's page learns which runs this one rests on.
+    Warns if the runs behind a page differ in commit, versions, device, precision or data.
     """
     results = list(results)
-    if scale:
-        record_study(results, scale)
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     versions = sorted({f"{k} {v}" for s in done for k, v in (s.get("versions") or {}).items()})
     rows = [

@@ -17,8 +17,8 @@ from ecmoe.report.plots.parts import Plot
 from ecmoe.report.scoreboard import claim_table
 from ecmoe.study import speed
 from ecmoe.study.cost import beside_paper
+from ecmoe.study.load import load
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.plan import run_study
 from ecmoe.study.table import by_routing, table
 from ecmoe.training.result import Result
 
@@ -76,8 +76,7 @@ def _study(notebook: str, scale: str) -> dict[str, Any]:
 
 
 def _runs(notebook: str, scale: str) -> dict[str, list[Result]]:
-    study = _study(notebook, scale)
-    return run_study(study["base"], study["arms"], study["seeds"], scale=scale, train=False)
+    return load(notebook, {"scale": scale, "train_missing": False})
 
 
 # A figure of a page, and what it shows.

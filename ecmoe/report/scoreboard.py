@@ -1,27 +1,22 @@
-"""Every claim's verdict in one place, and every page's runs: files that notebooks leave, and tables made of them."""
+"""Every claim's verdict in one place, and what of every page's plan is there."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ecmoe import paths
-from ecmoe.config import RunConfig
-from ecmoe.files import read_json, write_json
-from ecmoe.measures import measure
+from ecmoe.files import write_json
+from ecmoe.study import engine, plan
 from ecmoe.study.claims import CLAIMS, Claim
 from ecmoe.study.stats import PLUMBING, Verdict
-from ecmoe.study.table import arm_labels
-from ecmoe.training.result import Result
+from ecmoe.training.result import read_record
 
-DEFAULTS = RunConfig().to_dict()
-DONE = ("finished", "diverged")
 COLUMNS = ["id", "claim", "paper", "here", "verdict"]
 
 
@@ -102,53 +97,30 @@ def scoreboard(folder: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def record_study(results: Iterable[Result], scale: str, notebook: str = "") -> None:
-    """Keep which runs a page rests on, and which of them are missing, in studies/<notebook>.json."""
-    notebook = notebook or os.environ.get("ECMOE_NOTEBOOK", "")
-    if not notebook:
-        return  # run by hand: no page
-    keys = ("status", "seed", "seconds", "tokens", "device")
-    results = list(results)
-    ours = [result for result in results if "router" in result.summary["config"]]
-    labels = {r.summary["name"]: arm for r, arm in zip(ours, arm_labels(ours), strict=True)}
-    runs = {}
-    for summary in (result.summary for result in results):
-        arm = labels.get(summary["name"]) or summary["config"].get("approach", "run")  # continual learning
-        runs[summary["name"]] = {"arm": arm} | {key: summary.get(key) for key in keys}
-        lacking = measure.LACKING.pop(summary["name"], {})
-        if lacking:
-            runs[summary["name"]]["measures"] = lacking
-        if summary["name"] in labels and (lacking or summary["status"] not in DONE):  # what `missing` needs to train it
-            runs[summary["name"]]["config"] = {k: v for k, v in summary["config"].items() if v != DEFAULTS.get(k)}
-    write_json(study_folder(scale) / f"{notebook}.json", runs)
-
-
-def study_folder(scale: str) -> Path:
-    """Where pages keep what they rest on: beside the verdicts."""
-    return verdict_folder(scale).parent / "studies"
-
-
 def studies(scale: str) -> tuple[pd.DataFrame, str]:
-    """A row per page: runs that it rests on, finished, missing by arm; and the total over distinct runs, in words."""
+    """A row per page: runs of its plan, finished, missing by arm; and the total over distinct runs, in words."""
     rows, distinct = [], {}
-    for path in sorted(study_folder(scale).glob("*.json")):
-        runs = read_json(path)
-        distinct |= {name: run for name, run in runs.items() if run["status"] == "finished"}
-        done = [run for run in runs.values() if run["status"] == "finished"]
-        missing: dict[str, list[str]] = {}
-        for run in runs.values():
-            if run["status"] != "finished":
-                why = "" if run["status"] == "not run" else f" ({run['status']})"
-                missing.setdefault(run["arm"] + why, []).append(str(run["seed"]))
-            elif run.get("measures"):
-                missing.setdefault(run["arm"] + " (to be measured)", []).append(str(run["seed"]))
+    for page in plan.pages(scale):
+        planned = plan.plan(scale, [page])
+        if not planned:
+            continue
+        done, missing = {}, {}
+        for one in planned:
+            state = engine.state(one, scale)
+            summary = read_record(plan.record(one, scale)).summary if state.record else {"status": "not run"}
+            if summary["status"] == "finished":
+                done[one.name] = summary
+            why = "" if not state.record else f" ({'to be measured' if state.lacking else summary['status']})"
+            if why != " (finished)":
+                missing.setdefault(one.arms[0] + why, []).append(str(one.seed))
+        distinct |= done
         text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items())
         rows.append(
             {
-                "page": path.stem,
-                "runs": len(runs),
+                "page": page,
+                "runs": len(planned),
                 "finished": len(done),
-                "hours": sum(run["seconds"] or 0 for run in done) / 3600,
+                "hours": sum(run["seconds"] or 0 for run in done.values()) / 3600,
                 "missing (seeds)": text if done else "all of them",
             }
         )

@@ -10,7 +10,8 @@ from functools import cache
 from typing import Any
 
 from ecmoe import paths
-from ecmoe.config import ConfigError, RunConfig, read_yaml
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.files import read_yaml
 
 MULTIPLE = {"steps": 1, "d_ff": 8}  # keys that may be a share of the base's, and of what the result is a multiple
 
@@ -21,11 +22,17 @@ def named() -> dict[str, dict[str, Any]]:
     return read_yaml(paths.configs() / "arms.yaml", "arms")
 
 
+def own(scale: str) -> dict[str, dict[str, Any]]:
+    """What a scale changes of some arms, such as a family's own learning rate: configs/scale/<scale>/arms.yaml, if it is there."""
+    path = paths.configs() / "scale" / scale / "arms.yaml"
+    return read_yaml(path, "arms") if path.exists() else {}
+
+
 def keys(name: str, base: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
     """The keys of RunConfig of an arm, but for its seed: base, what the arm changes, and what its scale changes of that arm.
 
     Args:
-        base: of the scale. own: name -> keys, what the scale's `arms` has, such as a family's own learning rate.
+        base: of the scale. own: name -> keys, of `own(scale)`.
 
     Raises:
         ConfigError: no arm has that name (the nearest is suggested), or its share of the base's steps is no whole number.

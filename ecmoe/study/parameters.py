@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ecmoe.config import ConfigError
-from ecmoe.files import read_yaml
-
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from ecmoe import paths
+from ecmoe.files import ConfigError, read_yaml
 
 
 class ParameterError(ValueError):
@@ -27,7 +25,7 @@ def parameter_files(notebook: str, scale: str, configs: Path | None = None) -> l
     Raises:
         ParameterError: no such scale.
     """
-    configs = configs or _CONFIGS
+    configs = configs or paths.configs()
     check_scale(scale, configs)
     own = configs / "scale" / scale / f"{notebook}.yaml"
     return [configs / "scale" / f"{scale}.yaml", configs / f"{notebook}.yaml", *[own] * own.exists()]
@@ -39,8 +37,8 @@ def check_scale(scale: str, configs: Path | None = None) -> None:
     Raises:
         ParameterError: there are others.
     """
-    known = sorted(path.stem for path in ((configs or _CONFIGS) / "scale").glob("*.yaml"))
-    if known and scale not in known:
+    known = sorted(path.stem for path in ((configs or paths.configs()) / "scale").glob("*.yaml"))
+    if known and (not isinstance(scale, str) or scale not in known):
         raise ParameterError(f"scale={scale!r}: must be one of {', '.join(known)}")
 
 
@@ -50,7 +48,7 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
     Raises:
         ParameterError: a file can't be read, or it or its `base` holds no `key: value` lines.
     """
-    merged: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for file in files:
         try:
             values = read_yaml(file, "parameter file") or {}
@@ -63,27 +61,84 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
             raise ParameterError(
                 f"parameter file {str(file)!r} must hold `key: value` lines below base, but holds {type(base).__name__}"
             )
-        merged |= values | ({"base": merged.get("base", {}) | base} if "base" in values else {})
-    return merged
+        found = merged(found, values)
+    return found
+
+
+def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the later ones winning; `base`, a run's keys, key by key."""
+    both = {**values, **later}
+    if "base" in both:
+        both["base"] = {**(values.get("base") or {}), **(later.get("base") or {})}
+    return both
+
+
+def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True) -> dict[str, Any]:
+    """The parameters of a page: those of its scale's files, and what is given on top, checked before any work.
+
+    Args:
+        given: such as the globals() of the notebook's first cell. None means: as the files have it. What is no data, or
+            has the name of a constant or an underscore in front, is none of ours.
+        unknown: is a name that the page doesn't have an error? Not where the rest of a notebook has run already.
+
+    Raises:
+        ParameterError: an unknown scale or name; a value of another type than the files have, such as "false" for false.
+    """
+    given = {name: value for name, value in given.items() if value is not None and _is_data(name, value)}
+    scale = given.get("scale", "smoke")
+    check_scale(scale)
+    values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
+    for name, value in given.items():
+        if name in values:
+            _check_type(f"{page}: {name}", value, values[name])
+        elif unknown:
+            raise ParameterError(f"{page} has no parameter {name!r} (given: {value!r}): {_near(name, values)}")
+    return merged(values, {name: value for name, value in given.items() if name in values})
 
 
 def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> None:
-    """Every key must be in the notebook's parameters cell; a number must not be text (`1e-3`)."""
+    """Every key must be in the notebook's parameters cell, or in its page's YAML, with a value of the same kind."""
     known = notebook_parameters(notebook)
     if values and not known:
         raise ParameterError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
+    page = Path(name).stem
+    if (paths.configs() / f"{page}.yaml").exists() and "scale" in values:
+        known = merge_parameters(parameter_files(page, values["scale"])) | known
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-            raise ParameterError(f"{name} has no parameter {key!r} (given: {value!r}): {hint}")
-        default = known[key]
-        mixed = isinstance(value, str) or isinstance(value, bool) != isinstance(default, bool)
-        if isinstance(default, (int, float)) and mixed:
-            raise ParameterError(
-                f"{name}: {key}={value!r} must be a {type(default).__name__}; YAML takes 1e-3 "
-                "for text (write 1.0e-3) and no for false"
-            )
+            raise ParameterError(f"{name} has no parameter {key!r} (given: {value!r}): {_near(key, known)}")
+        _check_type(f"{name}: {key}", value, known[key])
+
+
+def _check_type(name: str, value: Any, usual: Any) -> None:
+    if usual is None or value is None:
+        return
+    if isinstance(usual, Mapping) or isinstance(usual, (list, tuple)):
+        # Arms are names, or name -> keys.
+        if (
+            not isinstance(value, (Mapping, list, tuple))
+            or isinstance(usual, Mapping)
+            and not isinstance(value, Mapping)
+        ):
+            kind = "`key: value` lines" if isinstance(usual, Mapping) else f"a list, such as {list(usual)[:3]}"
+            raise ParameterError(f"{name}={value!r} must be {kind}")
+    elif isinstance(value, bool) != isinstance(usual, bool) or not isinstance(
+        value, (int, float) if isinstance(usual, (int, float)) else type(usual)
+    ):
+        raise ParameterError(
+            f"{name}={value!r} must be a {type(usual).__name__}; YAML takes 1e-3 for text (write 1.0e-3), no for false "
+            "and 'false' for text"
+        )
+
+
+def _is_data(name: str, value: Any) -> bool:
+    plain = isinstance(value, (str, int, float, list, dict)) or value is None
+    return plain and not name.startswith("_") and not name.isupper() and name not in ("In", "Out")
+
+
+def _near(name: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
 
 
 def notebook_parameters(notebook: Any) -> dict[str, Any]:

@@ -1,87 +1,167 @@
-"""A study: arms times seeds, each a run. What notebooks call instead of a loop of their own."""
+"""plan: every run and measurement that a scale's pages rest on, from YAML alone.
+
+    configs/arms.yaml                      name of an arm -> the keys of RunConfig in which it differs
+    configs/scale/<scale>/arms.yaml        the same, where a scale needs other values
+    configs/<page>.yaml, configs/scale/... what a page rests on: `arms`, `seeds`, `base`, `vary`, `measures`
+
+No notebook is run and no torch is imported. engine.py carries the plan out, load.py reads what is there.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.training.result import Result, not_run
+from ecmoe.measures import Measurement, measurements
+from ecmoe.study import arms
+from ecmoe.study.parameters import ParameterError, check_scale, merge_parameters, merged, parameter_files
+
+Keys = Mapping[str, Any]
 
 
-def configs(
-    base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
-) -> dict[str, list[RunConfig]]:
-    """Label of the arm -> its config for each seed; all are checked before anything runs.
+@dataclass(frozen=True)
+class Planned:
+    """A run of the plan: who wants it, under which names, and what is to be measured on it."""
+
+    name: str  # of run and record: slug and digest
+    config: RunConfig
+    pages: tuple[str, ...]
+    arms: tuple[str, ...]
+    seed: int
+    measures: tuple[Measurement, ...] = field(default=())
+
+
+def plan(scale: str, pages: Sequence[str] = ()) -> list[Planned]:
+    """What the pages of a scale rest on, or some of them: each run once, page by page, seed by seed.
+
+    Raises:
+        ParameterError: no such scale or page; a file can't be read. ConfigError: an arm, key or measurement that can't
+        be; names page and arm.
+    """
+    found: dict[str, Planned] = {}
+    for page in _known(scale, pages):
+        for one in of_page(page, scale):
+            before = found.get(one.name)
+            found[one.name] = one if before is None else _both(before, one)
+    return list(found.values())
+
+
+def pages(scale: str) -> list[str]:
+    """The pages of this checkout that have a config, in their order."""
+    check_scale(scale)
+    return sorted(path.stem for path in paths.configs().glob("[0-9]*.yaml"))
+
+
+def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]:
+    """What one page rests on, seed by seed, so that a study cut short is still a paired one.
 
     Args:
-        base: RunConfig keys that all arms share. arms: label -> the keys in which the arm differs; beside them
-            `seeds`, where an arm needs others than the study's (a close comparison needs more).
-        seeds: one run of each arm for each.
+        changes: parameters that win over those of the files; `base` key by key.
+    """
+    values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
+    try:
+        for name, listed in {
+            "seeds": values.get("seeds"),
+            **{f"vary: {k}": v for k, v in (values.get("vary") or {}).items()},
+        }.items():
+            if not isinstance(listed, list | None):
+                raise ParameterError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
+        made = list(_planned(page, values, scale))
+    except (ConfigError, ParameterError) as error:
+        raise type(error)(f"page {page!r}: {error}") from error
+    return sorted(made, key=lambda one: values["seeds"].index(one.seed))
+
+
+def _planned(page: str, values: Keys, scale: str) -> Iterator[Planned]:
+    seeds, named = values.get("seeds") or [], arms_of(values, scale)
+    wanted = dict(_measures(values.get("measures") or {}, list(named), seeds))
+    for arm, by_seed in configs(values["base"], named, seeds).items():
+        for config in by_seed:
+            of_seed = tuple(wanted.get((arm, config.seed), ()))
+            yield Planned(config.name, config, (page,), (arm,), config.seed, of_seed)
+
+
+def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
+    """Name -> keys of the arms of a page: `arms`, each at all values of `vary`, where the page has that."""
+    vary = values.get("vary") or {}
+    return {
+        name + "".join(f", {key.replace('_', ' ')} {value}" for key, value in varied.items()): {**keys, **varied}
+        for name, keys in _arms(values.get("arms") or (), values["base"], arms.own(scale)).items()
+        for varied in (dict(zip(vary, chosen, strict=True)) for chosen in product(*vary.values()))
+    }
+
+
+def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
+    """Name of an arm -> its config for each seed.
+
+    Args:
+        base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs.
 
     Raises:
         ConfigError: names the arm beside key, value and remedy.
     """
-    made = {}
-    for label, changes in arms.items():
-        try:
-            keys = {**base, **changes}
-            made[label] = [RunConfig.from_dict({**keys, "seed": seed}) for seed in keys.pop("seeds", seeds)]
-        except ConfigError as error:
-            raise ConfigError(f"arm {label!r}: {error}") from error
-    return made
+    return {arm: [_config(arm, base, {**keys, "seed": seed}) for seed in seeds] for arm, keys in arms.items()}
 
 
-def with_seeds(
-    arms: Mapping[str, Mapping[str, Any]], more_seeds: Mapping[str, Sequence[int]], second_look: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """The arms, some of them with seeds of their own: label -> seeds.
+def _arms(asked: Any, base: Keys, own: Mapping[str, Keys]) -> dict[str, Keys]:
+    """A list of names; or name -> keys, for arms of one's own (no keys: by its name)."""
+    if isinstance(asked, str) or not isinstance(asked, Iterable):
+        raise ConfigError(f"arms={asked!r}: must be a list of names of configs/arms.yaml")
+    given = asked if isinstance(asked, Mapping) else dict.fromkeys(asked)
+    for name, keys in given.items():
+        if keys is not None and not isinstance(keys, Mapping):
+            raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
+    return {name: arms.keys(name, base, own) if keys is None else keys for name, keys in given.items()}
 
-    Args:
-        second_look: labels of those whose seeds were added to after a first look at their verdict (`stats.Effect.looks`).
 
-    Raises:
-        ConfigError: there is no arm of that label.
-    """
-    for key, labels in {"more_seeds": more_seeds, "second_look": second_look}.items():
-        for label in labels:
-            if label not in arms:
-                raise ConfigError(f"{key} names arm {label!r}, but the arms are {', '.join(arms)}")
-    return {
-        label: {**keys} | ({"seeds": more_seeds[label]} if label in more_seeds else {}) for label, keys in arms.items()
+def _config(arm: str, base: Keys, keys: Keys) -> RunConfig:
+    try:
+        return RunConfig.from_dict({**base, **keys})
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm!r}: {error}") from error
+
+
+def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> Iterator[tuple[tuple[str, int], list[Measurement]]]:
+    """What is measured on which arm and seed: on all of a page's, unless `arms` or `seeds` stand beside the keys."""
+    if not isinstance(asked, Mapping):
+        raise ConfigError(f"measures={asked!r}: must hold a line for each measurement, `name: {{key: value}}`")
+    wanted: dict[tuple[str, int], list[Measurement]] = {}
+    for what, keys in asked.items():
+        keys = dict(keys or {})
+        of_arms, of_seeds = keys.pop("arms", arms), keys.pop("seeds", seeds)
+        for arm in of_arms:
+            if arm not in arms:
+                raise ConfigError(f"measurement {what!r} names arm {arm!r}, but the page's are {', '.join(arms)}")
+        for how in measurements(what, keys):
+            for arm, seed in product(of_arms, of_seeds):
+                wanted.setdefault((arm, seed), []).append(how)
+    return iter(wanted.items())
+
+
+def _both(one: Planned, other: Planned) -> Planned:
+    """The same run, wanted by two pages or under two names."""
+    merged = {name: tuple(dict.fromkeys(getattr(one, name) + getattr(other, name))) for name in ("pages", "arms")} | {
+        "measures": tuple({how.name: how for how in one.measures + other.measures}.values())
     }
+    return replace(one, **merged)
 
 
-def run_study(
-    base: Mapping[str, Any],
-    arms: Mapping[str, Mapping[str, Any]],
-    seeds: Sequence[int],
-    *,
-    scale: str = "smoke",
-    train: bool = True,
-) -> dict[str, list[Result]]:
-    """Run or load every arm with every seed, seed by seed, so that a study cut short is still a paired one.
+def _known(scale: str, asked: Sequence[str]) -> list[str]:
+    known = pages(scale)
+    for page in asked:
+        if page not in known:
+            near = difflib.get_close_matches(str(page), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(known)}"
+            raise ParameterError(f"no page {page!r}: {hint}")
+    return list(asked) or known
 
-    Returns label -> a Result for each seed. A run that fails is reported and the others go on. At scale gpu and paper finished runs are looked for
-    in reports/<scale>/runs first, and new ones are added there.
-    """
-    from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to look at configs
 
-    made = configs(base, arms, seeds)
-    records = None if scale == "smoke" else paths.records(scale)
-    results: dict[str, list[Result]] = {label: [] for label in made}
-    for i in range(max(map(len, made.values()), default=0)):
-        for label, by_seed in made.items():
-            if i >= len(by_seed):
-                continue
-            config = by_seed[i]
-            try:
-                result = run_or_load(config, records=records, train=train)
-            except Exception as error:  # its run folder keeps the error too
-                print(f"[{label} s{config.seed}] failed: {error}", file=sys.stderr, flush=True)
-                result = not_run(config)
-                result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
-            results[label].append(result)
-    return results
+def record(one: Planned, scale: str) -> Path:
+    """Where the run's record is kept, once it is there."""
+    return paths.records(scale) / f"{one.name}.json"

@@ -24,7 +24,7 @@ from ecmoe.bench.study_steps import bench_study
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.plan import configs
+from ecmoe.study.plan import arms_of, configs
 from ecmoe.study.stats import Effect, interval
 
 Job = Callable[[], pd.DataFrame]
@@ -73,7 +73,8 @@ def plan(scale: str) -> dict[str, Any]:
         ParameterError: no such scale; or this is no checkout, which has the configs.
     """
     study = merge_parameters(parameter_files(STUDY, scale))
-    arms = {arm: by_seed[0] for arm, by_seed in configs(study["base"], study["arms"], study["seeds"]).items()}
+    arms = configs(study["base"], arms_of(study, scale), study["seeds"][:1])
+    arms = {arm: by_seed[0] for arm, by_seed in arms.items()}
     return {"step_sizes": {}} | merge_parameters(parameter_files(NOTEBOOK, scale)) | {"study_arms": arms}
 
 

@@ -267,7 +267,7 @@ def test_a_graph_is_captured_where_its_memory_has_room_beside_the_steps(monkeypa
 
 def test_measuring_needs_no_jupyter():
     """The machine that measures has torch, and neither notebooks nor what makes pages."""
-    code = "import sys, ecmoe.cli, ecmoe.study.speed, ecmoe.study.missing, ecmoe.study.side_by_side; print([m for m in ('IPython', 'papermill', 'nbformat', 'jupyter_client', 'datasets') if m in sys.modules])"
+    code = "import sys, ecmoe.cli, ecmoe.study.speed, ecmoe.study.engine, ecmoe.study.plan; print([m for m in ('IPython', 'papermill', 'nbformat', 'jupyter_client', 'datasets') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -80,16 +80,6 @@ def test_epochs_take_every_example_once_in_another_order():
     assert batches[:2] != batches[2:4]
 
 
-def test_a_setting_is_part_of_the_name_but_not_the_place_of_files():
-    name = fine_tuning.measurement("rte", {"steps": 10, "folder": "a"})
-    assert (
-        name
-        == fine_tuning.measurement("rte", {"folder": "b", "steps": 10})
-        != fine_tuning.measurement("rte", {"steps": 11})
-    )
-    assert name.startswith("fine-tuned-rte-")
-
-
 def test_what_cannot_be_fine_tuned_is_named(tiny_config, shouting):
     config = tiny_config(router="task_level")
     with pytest.raises(ValueError, match="only a language model whose router reads tokens alone"):

@@ -12,7 +12,7 @@ from ecmoe.data.image_batches import ImageData
 from ecmoe.measures import image_capacity as capacity
 from ecmoe.model.transformer import build_model
 from ecmoe.report import plots
-from ecmoe.training.result import not_run
+from ecmoe.study.vision import differences
 from ecmoe.training.run import run_or_load
 from tests.report.test_plots import drawn
 
@@ -27,7 +27,7 @@ BASE = {
 
 
 def config(keys, places: float) -> RunConfig:
-    return RunConfig.from_dict(BASE | capacity.keys_at(keys, places))
+    return RunConfig.from_dict(BASE | keys | {"capacity_factor": places / keys.get("top_k", 1)})
 
 
 @pytest.mark.parametrize("keys", [EC, ORDER, SCORE])
@@ -74,12 +74,11 @@ def test_a_router_without_capacity_is_refused():
 
 def test_measured_where_it_was_trained_is_what_training_found():
     result = run_or_load(config(SCORE, 0.5), progress=False)
-    frame = capacity.sweep({"score": [result], "gone": [not_run(config(EC, 0.5))]}, [0.2, 0.5])
-    measured = frame[frame["arm"] == "score"].set_index("capacity")
+    model, made = result.load_model(), config(SCORE, 0.5)
+    measured = pd.DataFrame({c: capacity.accuracy_at(model, made, places=c) for c in (0.2, 0.5)}).T
     assert measured.loc[0.5, "accuracy"] == pytest.approx(result.summary["accuracy"])
     assert measured.loc[0.5, "val_loss"] == pytest.approx(result.summary["val_loss"], abs=1e-5)
     assert measured.loc[0.2, "patches_left_out"] >= 0.8 > measured.loc[0.5, "patches_left_out"] >= 0.5
-    assert frame.loc[frame["arm"] == "gone", "accuracy"].isna().all()
 
     data, model = ImageData(result.load_model().config), result.load_model()
     data.setup()
@@ -90,8 +89,8 @@ def test_measured_where_it_was_trained_is_what_training_found():
             left_out += [all(counts[m, b, t] == 0 for m in range(2) for t in range(16)) for b in range(len(x))]
     assert measured.loc[0.2, "images_left_out"] == pytest.approx(np.mean(left_out))
 
-    gallery = capacity.gallery({"score": [result], "gone": [not_run(config(EC, 0.5))]}, 0.2)
-    assert list(gallery) == ["score"] and np.shape(gallery["score"]["experts"]) == (8, 4, 4)
+    gallery = {"score": capacity.patches_at(model, made, places=0.2)}
+    assert np.shape(gallery["score"]["experts"]) == (8, 4, 4)
     plot = drawn(plots.patches_taken(gallery, 0.2))
     experts, x = np.array(gallery["score"]["experts"]), data.val[0]
     assert plot.data["places_taken"].tolist() == experts.sum((1, 2)).tolist()
@@ -110,19 +109,13 @@ def swept(arms, seeds=(0, 1, 2), places=(0.1, 2.0)):
 def test_differences_are_paired_by_seed():
     frame = swept({"a": 0.5, "b": 0.4})
     frame.loc[(frame["arm"] == "b") & (frame["seed"] == 2) & (frame["capacity"] == 0.1), "accuracy"] -= 0.03
-    table = capacity.differences({"one": frame, "few": swept({"a": 0.5, "b": math.nan}, seeds=(0,))}, [("a", "b")])
+    table = differences({"one": frame, "few": swept({"a": 0.5, "b": math.nan}, seeds=(0,))}, [("a", "b")])
     assert table["difference"].tolist() == ["a \N{MINUS SIGN} b"] * 2
     assert table["c = 0.1"][0] == "+11.0 (+6.7 to +15.3)" and pd.isna(
         table["c = 0.1"][1]
     )  # 10, 10, 13: 11 +- 4.303 sqrt(3) / sqrt(3)
     assert table["c = 2"][0] == "+10.0 (+10.0 to +10.0)"
-    assert capacity.differences({"one": swept({"a": 0.5, "b": 0.4}, (0,))}, [("b", "a")])["c = 2"].item() == "-10.0"
-
-
-def test_trained_at_each_capacity_reads_summaries():
-    done = run_or_load(config(SCORE, 0.5), progress=False)
-    frame = capacity.as_trained({("score", 0.5): [done], ("score", 2.0): [not_run(config(SCORE, 2.0))]})
-    assert frame["accuracy"][0] == done.summary["accuracy"] and math.isnan(frame["accuracy"][1])
+    assert differences({"one": swept({"a": 0.5, "b": 0.4}, (0,))}, [("b", "a")])["c = 2"].item() == "-10.0"
 
 
 def test_figures_show_means_and_name_gaps():

@@ -1,35 +1,48 @@
 """A measurement is taken once, kept with the run, and read without weights."""
 
+import json
 import shutil
 
 import pytest
 
-from ecmoe import paths
+from ecmoe import measures, paths
+from ecmoe.config import ConfigError
+from ecmoe.measures import Measurement, Row, measurements
 from ecmoe.measures.measure import measure
 from ecmoe.training.result import not_run
 from ecmoe.training.run import run_or_load
 
+CALLS = []
 
-def weights(model, config):
+
+def weights(model, config, *, layers=1):
     assert not model.training
-    weights.calls += 1
-    return {"numbers": [sum(p.numel() for p in model.parameters())], "seed": config.seed}
+    CALLS.append(config.seed)
+    return {"numbers": [sum(p.numel() for p in model.parameters())], "seed": config.seed, "layers": layers}
 
 
-weights.calls = 0
+@pytest.fixture(autouse=True)
+def row(monkeypatch):
+    monkeypatch.setitem(measures.MEASURES, "weights", Row(f"{__name__}:weights", ("layers",)))
 
 
-@pytest.mark.parametrize("scale", ["smoke", "gpu"])
-def test_taken_once_and_read_without_weights(tiny_config, scale):
-    config = tiny_config(steps=2, seed=11)
-    records = None if scale == "smoke" else paths.records(scale)
-    result = run_or_load(config, records=records, progress=False)
-    assert measure(result, "weights", weights, scale=scale, train=False) is None
-    before = weights.calls
-    found = measure(result, "weights", weights, scale=scale)
-    assert found["seed"] == 11 and found["numbers"][0] > 1000
-    assert measure(result, "weights", weights, scale=scale, train=False) == found
-    assert weights.calls == before + 1
+def how(**keys) -> Measurement:
+    return Measurement("weights", keys)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_taken_once_and_read_without_weights(tiny_config, keep):
+    result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
+    one = how(layers=2 + keep)
+    assert measure(result, one, scale="gpu", train=False) is None
+    before = len(CALLS)
+    found = measure(result, one, scale="gpu", keep=keep)
+    assert found["seed"] == 11 and found["numbers"][0] > 1000 and found["layers"] == 2 + keep
+    assert measure(result, one, scale="gpu", train=False) == found == measure(result, one, scale="gpu")
+    assert len(CALLS) == before + 1
+    kept = paths.measures("gpu") / result.summary["name"] / f"{one.name}.json"
+    assert kept.exists() == keep  # what was found by hand never lies in reports
+    assert measure(result, how(layers=9), scale="gpu", train=False) is None  # another setting is another one
 
 
 def test_a_record_without_weights_is_trained_again(tiny_config):
@@ -38,13 +51,69 @@ def test_a_record_without_weights_is_trained_again(tiny_config):
     shutil.rmtree(paths.runs() / config.name)
     record = run_or_load(config, records=paths.records("gpu"), progress=False)
     assert record.path is None
-    assert measure(record, "again", weights, scale="gpu")["seed"] == 12
+    assert measure(record, how(), scale="gpu")["seed"] == 12
     (paths.runs() / config.name / "model.safetensors").unlink()
-    assert measure(record, "and-again", weights, scale="gpu")["seed"] == 12
+    assert measure(record, how(layers=3), scale="gpu")["seed"] == 12
 
 
-def test_what_is_missing_or_misnamed(tiny_config):
-    missing = not_run(tiny_config(seed=13))
-    assert measure(missing, "weights", weights) is None
-    with pytest.raises(ValueError, match="small letters"):
-        measure(missing, "../weights", weights)
+@pytest.mark.parametrize("change", ["a bit", "cut", "another run"])
+def test_a_damaged_file_is_named(tiny_config, change):
+    result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
+    one = how(layers={"a bit": 4, "cut": 5, "another run": 6}[change])
+    found = measure(result, one, scale="gpu", keep=True)
+    path = paths.measures("gpu") / result.summary["name"] / f"{one.name}.json"
+    text = path.read_text()
+    if change == "a bit":
+        path.write_text(text.replace(str(found["numbers"][0]), str(found["numbers"][0] ^ 1)))
+    elif change == "cut":
+        path.write_text(text[:-20])
+    else:
+        other = paths.measures("gpu") / "another" / path.name
+        other.parent.mkdir(parents=True)
+        kept = json.loads(text) | {"run": "another"}
+        del kept["sha256"]
+        path.write_text(json.dumps(kept | {"sha256": measure.__globals__["_digest"](kept)}))
+    with pytest.raises(ConfigError, match=f"{path.name}.*(is damaged|holds 'weights' of another)"):
+        measure(result, one, scale="gpu", train=False)
+
+
+def test_a_run_that_is_missing_has_none(tiny_config):
+    assert measure(not_run(tiny_config(seed=13)), how()) is None
+
+
+def test_names_say_what_and_for_what_and_hold_nothing_else():
+    one, other = measurements("accuracy-at", {"places": [0.1, 2.0]})
+    assert (one.name, other.name) == ("accuracy-at-0-1", "accuracy-at-2-0")
+    (tuned,) = measurements("fine-tuned", {"task": ["rte"], "steps": 10, "folder": "a"})
+    (moved,) = measurements("fine-tuned", {"task": ["rte"], "folder": "b", "steps": 10})
+    (longer,) = measurements("fine-tuned", {"task": ["rte"], "steps": 11})
+    assert tuned.name == moved.name != longer.name and tuned.name.startswith("fine-tuned-rte-")
+    (evil,) = measurements("fine-tuned", {"task": ["../$(x)"]})
+    assert evil.name == "fine-tuned--x-"
+
+
+@pytest.mark.parametrize(
+    ("what", "keys", "said"),
+    [
+        ("dependance", {}, "measurement 'dependance': did you mean dependence?"),
+        ("losses", {"pool": [4]}, "has no key 'pool': did you mean pools?"),
+        ("losses", [4], "must hold `key: value` lines"),
+        ("accuracy-at", {"places": 0.1}, "places=0.1 must be a list"),
+        ("fine-tuned", {"steps": 3}, "task=None must be a list"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_named(what, keys, said):
+    with pytest.raises(ConfigError) as error:
+        list(measurements(what, keys))
+    assert said in str(error.value)
+
+
+def test_every_row_names_a_function_with_these_keys():
+    import inspect
+    from importlib import import_module
+
+    for what, row in measures.MEASURES.items():
+        module, _, name = row.compute.partition(":")
+        model, config, *keys = inspect.signature(getattr(import_module(module), name)).parameters
+        assert (model, config, tuple(keys)) == ("model", "config", row.keys), what
+        assert set(row.where) | {row.each} <= {*row.keys, None}

@@ -1,16 +1,14 @@
 """What pages rest on: distinct runs, what is missing, and what they cost."""
 
-import json
-
 import pytest
 from bs4 import BeautifulSoup
 
+from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.report import page as report
 from ecmoe.report import scoreboard
-from ecmoe.report.execution import _forget
-from ecmoe.study import stats
-from ecmoe.training.result import Result, not_run
+from ecmoe.study import arms, stats
+from ecmoe.training.result import Result, not_run, write_record
 
 EC = RunConfig()
 TOP2 = RunConfig(router="token_choice", capacity_factor=1.0, gate="renormalized")
@@ -25,31 +23,32 @@ def finished(config: RunConfig, seconds: float) -> Result:
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
     """Two pages that share a run; one of them lacks two seeds of an arm, and has a run that diverged."""
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
-    shared = finished(EC, 1800)
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    configs = tmp_path / "configs"
+    (configs / "scale").mkdir(parents=True)
+    (configs / "scale/gpu.yaml").write_text("scale: gpu\nbase: {}\n")
+    (configs / "arms.yaml").write_text(
+        "EC: {}\nGShard: {router: token_choice, capacity_factor: 1.0, gate: renormalized}\n"
+    )
+    (configs / "01_a.yaml").write_text("arms: [EC]\nseeds: [0]\n")
+    (configs / "02_b.yaml").write_text("arms: [EC, GShard]\nseeds: [0, 1, 2]\n")
+    monkeypatch.setattr(paths, "configs", lambda: configs)
+    arms.named.cache_clear()
     lost = finished(EC.replace(seed=1), 60)
     lost.summary["status"] = "diverged"
-    missing = [not_run(TOP2.replace(seed=seed)) for seed in (0, 2)]
-    scoreboard.record_study([shared], "gpu", "01_a")
-    scoreboard.record_study([shared, lost, *missing, finished(TOP2.replace(seed=1), 900)], "gpu", "02_b")
-    return tmp_path / "studies"
+    for result in (finished(EC, 1800), lost, finished(TOP2.replace(seed=1), 900)):
+        write_record(paths.records("gpu") / f"{result.summary['name']}.json", result)
+    yield
+    arms.named.cache_clear()
 
 
 def test_every_page_says_what_is_missing_and_a_shared_run_counts_once(pages):
     rows, total = scoreboard.studies("gpu")
     assert rows["page"].tolist() == ["01_a", "02_b"]
-    assert rows["runs"].tolist() == [1, 5] and rows["finished"].tolist() == [1, 2]
+    assert rows["runs"].tolist() == [1, 6] and rows["finished"].tolist() == [1, 2]
     assert rows["hours"].tolist() == pytest.approx([0.5, 0.75])
-    assert rows["missing (seeds)"].tolist() == ["", "EC-CF2 (diverged) s1; GShard top-2 renormalized s0, s2"]
+    assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC (diverged) s1; EC s2"]
     assert total.startswith("2 distinct runs in all") and "4 million tokens, 0.75 hours of training on GPU" in total
-
-
-def test_a_run_of_another_kind_has_its_approach_for_a_name(pages):
-    run = Result({"config": {"approach": "joint"}, "name": "joint-s0", "seed": 0, "status": "not run"})
-    scoreboard.record_study([run, finished(EC, 1)], "gpu", "11_c")
-    assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "joint s0"
-    scoreboard.record_study([run], "gpu", "11_c")
-    assert scoreboard.studies("gpu")[0]["missing (seeds)"].iloc[-1] == "all of them"
 
 
 def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
@@ -96,20 +95,3 @@ def test_every_part_of_a_claim_stands_in_the_table_with_its_own_verdict(tmp_path
     assert row["verdict"] == "undecided" and row["here"].endswith("undecided\nc minus d: not run")
     scoreboard.record(stats.all_of({name: parts["c minus d"] for name in "abc"}), "C8", "gpu")
     assert scoreboard.scoreboard(tmp_path).set_index("id").loc["C8", ["here", "verdict"]].tolist() == ["", "not run"]
-
-
-def test_a_run_by_hand_leaves_nothing_and_a_new_execution_starts_afresh(pages, monkeypatch):
-    monkeypatch.delenv("ECMOE_NOTEBOOK", raising=False)
-    scoreboard.record_study([not_run(EC)], "gpu")
-    assert sorted(path.name for path in pages.iterdir()) == ["01_a.json", "02_b.json"]
-    monkeypatch.setenv("ECMOE_NOTEBOOK", "03_c")
-    scoreboard.record_study([not_run(EC)], "gpu")
-    assert json.loads((pages / "03_c.json").read_text())[EC.name]["status"] == "not run"
-    _forget("03_c", "gpu")
-    assert not (pages / "03_c.json").exists() and (pages / "01_a.json").exists()
-
-
-def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
-    rows, total = scoreboard.studies("gpu")
-    assert not len(rows) and total.startswith("0 distinct runs")

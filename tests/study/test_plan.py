@@ -1,64 +1,120 @@
-"""A study: all configs checked first, seed by seed, and one failure doesn't stop the rest."""
+"""The plan: what pages rest on, from YAML alone."""
+
+import subprocess
+import sys
 
 import pytest
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.study import plan as study
-from ecmoe.training import run as train
-from ecmoe.training.result import not_run
+from ecmoe.study import arms, plan
+from ecmoe.study.parameters import ParameterError
 
-ARMS = {"EC": {}, "Top-1": {"router": "token_choice", "top_k": 1}}
-
-
-def test_a_bad_arm_is_named_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(train, "run_or_load", lambda *a, **k: pytest.fail("ran"))
-    with pytest.raises(ConfigError, match="arm 'Top-1'.*top_k"):
-        study.run_study({}, ARMS | {"Top-1": {"router": "token_choice", "top_k": 99}}, [0])
-
-
-def test_seed_by_seed_and_failures_are_kept(monkeypatch, capsys):
-    asked = []
-
-    def run(config, records, train):
-        asked.append((config.router, config.seed))
-        assert records is None and train
-        if config.router == "token_choice":
-            raise RuntimeError("no disk")
-        return not_run(config)
-
-    monkeypatch.setattr(train, "run_or_load", run)
-    runs = study.run_study({"steps": 5}, ARMS, [0, 1])
-    assert asked == [("expert_choice", 0), ("token_choice", 0), ("expert_choice", 1), ("token_choice", 1)]
-    assert [r.summary["status"] for r in runs["Top-1"]] == ["failed", "failed"]
-    assert "no disk" in runs["Top-1"][0].summary["error"] and "no disk" in capsys.readouterr().err
-    assert [r.summary["config"]["steps"] for r in runs["EC"]] == [5, 5]
+LIGHT = """
+import sys
+from ecmoe.study.plan import plan
+runs = plan("gpu")
+heavy = {"torch", "lightning", "pandas", "nbformat", "papermill"} & set(sys.modules)
+sys.exit(f"imported: {heavy}" if heavy or len(runs) < 100 else 0)
+"""
 
 
-def test_larger_scales_use_committed_records(monkeypatch):
-    monkeypatch.setattr(
-        train, "run_or_load", lambda c, records, train: not_run(c) if records == paths.records("gpu") else 1 / 0
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """A scale and two pages that share a run."""
+    write = lambda name, text: (tmp_path / name).write_text(text)  # noqa: E731
+    (tmp_path / "scale/big").mkdir(parents=True)
+    write("scale/big.yaml", "scale: big\nseeds: [0, 1]\nbase: {steps: 40, d_ff: 100}\n")
+    write(
+        "arms.yaml",
+        "EC: {}\nHalf: {steps: 1/2}\nWide: {router: dense, d_ff: 7/6}\nTop: {router: token_choice, top_k: 2}\n",
     )
-    assert study.run_study({}, ARMS, [0], scale="gpu")["EC"][0].summary["status"] == "not run"
+    write("01_a.yaml", "arms: [EC, Half]\nmeasures: {decoding: {arms: [EC], seeds: [0]}, dependence: }\n")
+    write("02_b.yaml", "arms: [Top, EC]\nseeds: [1, 0]\nmeasures: {losses: {pools: [4]}}\n")
+    monkeypatch.setattr(paths, "configs", lambda: tmp_path)
+    arms.named.cache_clear()
+    yield write
+    arms.named.cache_clear()
 
 
-def test_an_arm_may_have_seeds_of_its_own(monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "run_or_load", lambda c, **_: asked.append((c.router, c.seed)) or not_run(c))
-    more = {"EC": {"seeds": [0, 1, 2]}, "Top-1": ARMS["Top-1"]}
-    runs = study.run_study({}, more, [0])
-    assert asked == [("expert_choice", 0), ("token_choice", 0), ("expert_choice", 1), ("expert_choice", 2)]
-    assert [len(runs[label]) for label in more] == [3, 1]
-    assert more["EC"] == {"seeds": [0, 1, 2]}  # as it was given
+def test_every_run_once_seed_by_seed_with_all_that_pages_want_of_it(configs):
+    runs = plan.plan("big")
+    assert [(one.arms[0], one.seed) for one in runs] == [
+        ("EC", 0), ("Half", 0), ("EC", 1), ("Half", 1), ("Top", 1), ("Top", 0),
+    ]  # fmt: skip
+    first = runs[0]
+    assert first.pages == ("01_a", "02_b") and first.name == first.config.name
+    assert [how.what for how in first.measures] == ["decoding", "dependence", "losses"]
+    assert [how.what for how in runs[2].measures] == ["dependence", "losses"]
+    assert [one.config.steps for one in runs[:2]] == [40, 20]
+    assert [one.arms[0] for one in plan.plan("big", ["02_b"])] == ["Top", "EC", "Top", "EC"]
 
 
-def test_seeds_for_an_arm_that_is_not_there_are_an_error():
-    arms = study.with_seeds(ARMS, {"EC": [0, 1, 2]})
-    assert {label: [c.seed for c in made] for label, made in study.configs({}, arms, [5]).items()} == {
-        "EC": [0, 1, 2],
-        "Top-1": [5],
-    }
-    with pytest.raises(ConfigError, match="more_seeds names arm 'EC-CF9', but the arms are EC, Top-1"):
-        study.with_seeds(ARMS, {"EC-CF9": [0]})
-    with pytest.raises(ConfigError, match="second_look names arm 'EC-CF9'"):
-        study.with_seeds(ARMS, {}, ["EC-CF9"])
+def test_a_share_is_of_the_base(configs):
+    configs("03_c.yaml", "arms: [Wide]\n")
+    assert plan.plan("big", ["03_c"])[0].config.d_ff == 120  # 116.7, in eights
+    configs("03_c.yaml", "arms: [Half]\nbase: {steps: 41}\n")
+    with pytest.raises(ConfigError, match="page '03_c': arm 'Half': 1/2 of the scale's steps is 20.5"):
+        plan.plan("big")
+
+
+def test_arms_vary_and_may_be_of_a_scale(configs):
+    configs("03_c.yaml", "arms: [EC]\nseeds: [7]\nvary: {learning_rate: [0.001, 0.002], num_experts: [4, 8]}\n")
+    configs("scale/big/arms.yaml", "EC: {beta2: 0.9}\n")
+    runs = plan.plan("big", ["03_c"])
+    assert [one.arms[0] for one in runs][:2] == [
+        "EC, learning rate 0.001, num experts 4",
+        "EC, learning rate 0.001, num experts 8",
+    ]
+    assert [(c.learning_rate, c.num_experts, c.beta2, c.seed) for c in (one.config for one in runs)][-1] == (
+        0.002,
+        8,
+        0.9,
+        7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arms: [ECC]", "there is no arm 'ECC': did you mean 'EC'?"),
+        ("arms: EC", "arms='EC': must be a list of names"),
+        ("arms: 5", "arms=5: must be a list of names"),
+        ("arms: {EC: 3}", "arm 'EC' must hold `key: value` lines, but holds 3"),
+        ("arms: {Mine: {step: 3}}", "arm 'Mine': unknown key 'step' with value 3: did you mean steps?"),
+        ("arms: {Mine: {top_k: 99, router: token_choice}}", "arm 'Mine': top_k=99"),
+        (
+            "arms: [EC]\nmeasures: {decoding: {arms: [Half]}}",
+            "measurement 'decoding' names arm 'Half', but the page's are EC",
+        ),
+        ("arms: [EC]\nmeasures: [decoding]", "measures=['decoding']: must hold a line"),
+        ("arms: [EC]\nseeds: 3", "seeds=3 must be a list"),
+        ("arms: [EC]\nvary: {steps: 3}", "vary: steps=3 must be a list"),
+    ],
+)
+def test_what_cannot_be_planned_names_the_page(configs, text, said):
+    configs("03_c.yaml", text)
+    with pytest.raises((ConfigError, ParameterError)) as error:
+        plan.plan("big")
+    assert str(error.value).startswith("page '03_c': ") and said in str(error.value)
+    assert len(plan.plan("big", ["01_a"])) == 4  # the others can be had
+
+
+def test_unknown_names_suggest_the_near_one(configs):
+    with pytest.raises(ParameterError, match="no page '01_x': did you mean 01_a"):
+        plan.plan("big", ["01_x"])
+    with pytest.raises(ParameterError, match="scale='huge': must be one of big"):
+        plan.plan("huge")
+
+
+def test_the_plan_of_this_checkout_needs_neither_torch_nor_notebooks():
+    subprocess.run([sys.executable, "-c", LIGHT], check=True)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "gpu", "paper"])
+def test_an_arm_has_one_name(scale):
+    """The same run under two names would be two arms of a figure."""
+    names = {one.name: one.arms for one in plan.plan(scale)}
+    for name, called in names.items():
+        sizes = [arm for arm in called if arm.endswith("experts")]  # 64 experts are the study's own number
+        assert len(called) - len(sizes) <= 1, (name, called)

@@ -1,0 +1,150 @@
+"""The engine room: one run of the plan trained, measured and kept; and what of the plan is there.
+
+`ecmoe run` calls it in a process of its own. Many at once, their GPUs, retries and clusters are Snakemake's (Snakefile).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ecmoe import paths
+from ecmoe.files import ConfigError
+from ecmoe.measures import Measurement
+from ecmoe.study.plan import Planned
+
+DONE = ("finished", "diverged")  # a run that diverged is a finding: nothing is left to do
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class State(NamedTuple):
+    """What is there of a planned run: its record, and which measurements it lacks."""
+
+    record: bool
+    lacking: tuple[Measurement, ...]
+
+    @property
+    def done(self) -> bool:
+        """Is there nothing left to do?"""
+        return self.record and not self.lacking
+
+    def __str__(self) -> str:
+        if not self.record:
+            return "missing"
+        return f"to measure: {', '.join(how.name for how in self.lacking)}" if self.lacking else "there"
+
+
+def state(one: Planned, scale: str) -> State:
+    """What is there, by names of files alone: `ecmoe run` reads them."""
+    kept = paths.measures(scale) / one.name
+    there = (paths.records(scale) / f"{one.name}.json").exists()
+    lacking = tuple(how for how in one.measures if not (kept / f"{how.name}.json").exists())
+    return State(there, () if there and lacking and _diverged(one, scale) else lacking)
+
+
+def _diverged(one: Planned, scale: str) -> bool:
+    """Then it has no weights that could be measured."""
+    from ecmoe.training.result import read_record
+
+    return read_record(paths.records(scale) / f"{one.name}.json").summary["status"] == "diverged"
+
+
+def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
+    """Train the run or load it, take its measurements while its weights are there, and keep both.
+
+    Args:
+        keep_weights: leave them in runs/NAME; else they go once all is measured.
+
+    Returns:
+        the status that the run ends with; or "failed: why", after all else was done.
+    """
+    from ecmoe.measures.measure import lock, measure
+    from ecmoe.training.result import write_record
+    from ecmoe.training.run import run_or_load
+
+    failed = []
+    with lock(one.name):
+        try:
+            result = run_or_load(one.config, records=paths.records(scale))
+        except Exception as error:  # its folder keeps it, too
+            return f"failed: {type(error).__name__}: {error}"
+        status = result.summary["status"]
+        if status == "diverged":
+            write_record(paths.records(scale) / f"{one.name}.json", result)
+        for how in one.measures:
+            try:
+                measure(result, how, scale=scale, keep=True)
+            except Exception as error:  # the others are still wanted
+                failed.append(f"{how.name}: {type(error).__name__}: {error}")
+        if not keep_weights and not failed:
+            (paths.runs() / one.name / "model.safetensors").unlink(missing_ok=True)
+    return f"failed: {'; '.join(failed)}" if failed else status
+
+
+def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
+    """Runs of the plan by name, or by how their name begins.
+
+    Raises:
+        ConfigError: no run, or more than one, is called so.
+    """
+    found = []
+    for name in names:
+        like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]
+        if len(like) != 1:
+            near = difflib.get_close_matches(name, [one.name for one in planned], n=1)
+            hint = (
+                f"{len(like)} runs begin so"
+                if like
+                else f"did you mean {near[0]}?"
+                if near
+                else "`ecmoe runs` lists them"
+            )
+            raise ConfigError(f"no run {name!r} in the plan: {hint}")
+        found += like
+    return found
+
+
+def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: float = float("inf")) -> int:
+    """Carry out all of it: by Snakemake, or one after the other where there is none. Returns an exit code.
+
+    Args:
+        jobs: so many runs side by side. minutes: start none after these.
+    """
+    if not planned:
+        return 0
+    if importlib.util.find_spec("snakemake") and (CHECKOUT / "Snakefile").exists():
+        command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"slot={jobs}"]
+        command += ["--config", f"scale={scale}", "--", *(str(marker(one.name, scale)) for one in planned)]
+        with subprocess.Popen(command, cwd=CHECKOUT) as process:
+            try:
+                return process.wait(None if minutes == float("inf") else 60 * minutes)
+            except subprocess.TimeoutExpired:  # what is at work ends well, and is kept
+                process.send_signal(signal.SIGTERM)
+                return process.wait()
+    return max(
+        (0 if ok else 1 for _, _, ok in in_turn(planned, scale, deadline=time.monotonic() + 60 * minutes)), default=0
+    )
+
+
+def in_turn(
+    planned: Iterable[Planned], scale: str, *, keep_weights: bool = True, deadline: float = float("inf")
+) -> Iterator[tuple[Planned, str, bool]]:
+    """One after the other: each with what `carry_out` says, as they end, and whether that is well."""
+    for one in planned:
+        if time.monotonic() > deadline:
+            return
+        said = carry_out(one, scale, keep_weights=keep_weights)
+        yield one, said, said in DONE
+
+
+def marker(name: str, scale: str) -> Path:
+    """The file that says to Snakemake that a run is done. The record is the truth; this one goes when it is read."""
+    return Path(os.path.relpath(paths.cache() / "engine" / scale / f"{name}.done", CHECKOUT))

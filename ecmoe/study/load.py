@@ -1,0 +1,114 @@
+"""load: what a page shows, read from where the engine kept it. What notebooks call in their first cell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from ecmoe import paths
+from ecmoe.config import RunConfig
+from ecmoe.measures import MEASURES, Measurement
+from ecmoe.study import plan as planning
+from ecmoe.study.parameters import page_parameters
+from ecmoe.training.result import Result, not_run, read_record
+
+_CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
+
+
+@dataclass(frozen=True)
+class Study(Mapping[str, list[Result]]):
+    """The runs of a page, as a mapping: name of an arm -> a Result for each seed.
+
+    scale, parameters (all of the page's, by name), arms (name -> keys) and what was measured stand beside them.
+    """
+
+    page: str
+    scale: str
+    parameters: dict[str, Any]
+    arms: dict[str, Mapping[str, Any]]
+    planned: list[planning.Planned]
+    train: bool
+    results: dict[str, list[Result]] = field(repr=False)
+
+    def __getitem__(self, arm: str) -> list[Result]:
+        return self.results[arm]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
+        """Arm, seed, measurement, and what it found, for every measurement of that name that the page asks for.
+
+        What is missing is None; where the study trains, it is measured now.
+        """
+        from ecmoe.measures.measure import measure
+
+        by_name = {result.summary["name"]: result for results in self.values() for result in results}
+        return [
+            (one.arms[0], one.seed, how, measure(by_name[one.name], how, scale=self.scale, train=self.train))
+            for one in self.planned
+            for how in one.measures
+            if how.what == what
+        ]
+
+    def measured(self, what: str) -> pd.DataFrame:
+        """The same as one table: the `rows` of each, or its numbers, with `arm`, `seed` and what it was taken for.
+
+        A run without the measurement is one row without values, so that figures can name the gap.
+        """
+        each, rows = MEASURES[what].each, []
+        for arm, seed, how, found in self.found(what):
+            taken = {"arm": arm, "seed": seed} | ({each: how.keys[each]} if each else {})
+            rows += [{**taken, **row} for row in ((found or {}).get("rows") or [found or {}])]
+        return pd.DataFrame(rows, columns=None if rows else ["arm", "seed"])
+
+
+def load(page: str, given: Mapping[str, Any]) -> Study:
+    """The runs of a page, in the order of its plan.
+
+    Args:
+        page: such as "03_capacity_factor". given: the notebook's globals(): its parameters, of which `scale` says whose
+            files are read, and `train_missing` whether what isn't there is trained now (into runs/, never into reports/).
+
+    Raises:
+        ParameterError, ConfigError: a parameter, arm or key that can't be; before any work.
+    """
+    parameters = page_parameters(page, given, unknown=page not in _CHECKED)
+    scale, train = parameters["scale"], parameters["train_missing"]
+    planned = planning.of_page(page, scale, parameters)
+    arms = planning.arms_of(parameters, scale)
+    _CHECKED.add(page)
+    results: dict[str, list[Result]] = {arm: [] for arm in arms}
+    for one in planned:
+        results[one.arms[0]].append(_result(one, scale, train))
+    return Study(page, scale, parameters, arms, planned, train, results)
+
+
+def _result(one: planning.Planned, scale: str, train: bool) -> Result:
+    record = planning.record(one, scale)
+    if record.exists():
+        return read_record(record)
+    folder = paths.runs() / one.name
+    if not train and not (folder / "summary.json").exists():
+        return not_run(one.config)
+    from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
+
+    try:
+        return run_or_load(one.config, train=train)
+    except Exception as error:  # its run folder keeps it too; the others are still wanted
+        print(f"[{one.arms[0]} s{one.seed}] failed: {error}", file=sys.stderr, flush=True)
+        return failed(one.config, error)
+
+
+def failed(config: RunConfig, error: Exception) -> Result:
+    """The Result of a run that failed just now."""
+    result = not_run(config)
+    result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
+    return result

@@ -1,0 +1,166 @@
+"""Planned runs are found by name, carried out one by one, and lose nothing that was done."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ecmoe import paths
+from ecmoe.cli import app
+from ecmoe.measures import Measurement
+from ecmoe.study import arms, engine, plan
+from ecmoe.study.load import load
+from ecmoe.training.result import read_record
+
+# What a bare GPU machine has not, and must not need to train and measure.
+BARE = """
+import sys
+sys.modules.update(dict.fromkeys({absent}))  # an import of these now fails
+from ecmoe.cli import main
+main()
+"""
+# matplotlib too, but torchmetrics imports what is installed.
+ABSENT = (
+    "seaborn",
+    "IPython",
+    "jupyter_client",
+    "nbformat",
+    "nbconvert",
+    "papermill",
+    "snakemake",
+    "sklearn",
+    "ecmoe.report",
+)
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def project(tmp_path, tiny_config, monkeypatch):
+    """A scale of tiny runs: two arms, one of which can't be trained where its text is absent."""
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    base = tiny_config(steps=2, eval_every=2).to_dict()
+    base = {key: base[key] for key in base if key not in ("seed", "router")}
+    configs = tmp_path / "configs"
+    (configs / "scale").mkdir(parents=True)
+    (configs / "scale/gpu.yaml").write_text(json.dumps({"scale": "gpu", "seeds": [0, 1], "base": base}))
+    (configs / "arms.yaml").write_text("EC: {}\nLost: {data: absent/text.txt}\n")
+    (configs / "01_a.yaml").write_text("arms: [EC]\nmeasures: {losses: {pools: [sequence], seeds: [1]}}\n")
+    (configs / "02_b.yaml").write_text("arms: [EC, Lost]\nseeds: [0]\n")
+    monkeypatch.setattr(paths, "configs", lambda: configs)
+    arms.named.cache_clear()
+    yield tmp_path
+    arms.named.cache_clear()
+
+
+def test_what_is_there_and_what_is_missing(project):
+    listed = call("runs")
+    assert listed.exit_code == 0 and listed.stdout.splitlines()[-1] == "3 of 3 missing"
+    first, second, lost = (one.name for one in plan.plan("gpu"))
+    assert call("runs", "--names").stdout.split() == [first, second, lost]
+    assert call("runs", "01_a", "--names").stdout.split() == [first, second]
+    assert [call("runs", "--names", "--part", f"{i}/2").stdout.split() for i in (1, 2)] == [[first, lost], [second]]
+    assert call("runs", "--names", "--arm", "Lo").stdout.split() == [lost]
+    ran = call("run", first, second, lost)
+    lines = ran.stdout.splitlines()
+    assert ran.exit_code == 1 and len(lines) == 3  # one that fails stops no other
+    assert lines[0].endswith("finished") and lines[1].endswith("finished") and "absent/text.txt" in lines[2]
+    assert call("runs", "--missing", "--names").stdout.split() == [lost]
+    assert [read_record(paths.records("gpu") / f"{name}.json").ok for name in (first, second)] == [True, True]
+    assert not list(paths.runs().glob("*/model.safetensors"))
+    (way,) = (project / "reports/gpu/measures").glob("*/*.json")
+    assert way.parent.name == second and way.name.startswith("losses-")
+    way.unlink()
+    assert call("runs", "--missing").stdout.splitlines()[-1] == "2 of 3 missing"
+    assert "to measure: losses-" in call("runs").stdout
+    assert call("run", second, "--keep-weights").exit_code == 0 and way.exists()
+    assert list(paths.runs().glob("*/model.safetensors"))
+
+
+def test_a_page_reads_what_the_engine_kept(project):
+    one = plan.plan("gpu")[1]
+    assert engine.carry_out(one, "gpu") == "finished"
+    study = load("01_a", {"scale": "gpu", "train_missing": False})
+    assert [(r.summary["seed"], r.summary["status"]) for r in study["EC"]] == [(0, "not run"), (1, "finished")]
+    measured = study.measured("losses")
+    assert (
+        set(measured["arm"]) == {"EC"}
+        and set(measured["seed"]) == {1}
+        and {"as trained", "sequence"} <= set(measured["way"])
+    )
+    assert study.parameters["seeds"] == [0, 1]
+    missing = load("01_a", {"scale": "gpu", "train_missing": False, "seeds": [5], "base": {"steps": 3}})
+    assert missing["EC"][0].summary["config"]["steps"] == 3
+
+
+def test_a_notebook_by_hand_trains_what_is_missing_and_leaves_reports_alone(project):
+    study = load("01_a", {"scale": "gpu", "seeds": [1]})
+    assert study["EC"][0].ok and len(study.measured("losses"))
+    assert not (project / "reports").exists()
+
+
+def test_a_run_that_diverged_is_a_finding(project, monkeypatch):
+    one = plan.plan("gpu")[1]
+    changed = one.config.replace(learning_rate=1e30, gradient_clip=0.0)
+    one = plan.Planned(changed.name, changed, one.pages, one.arms, one.seed, one.measures)
+    assert engine.carry_out(one, "gpu") == "diverged"
+    assert engine.state(one, "gpu").done and read_record(plan.record(one, "gpu")).summary["status"] == "diverged"
+
+
+def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project):
+    one = plan.plan("gpu")[1]
+    bad = Measurement("fine-tuned", {"task": "nosuch"})
+    one = plan.Planned(one.name, one.config, one.pages, one.arms, one.seed, (bad, *one.measures))
+    said = engine.carry_out(one, "gpu", keep_weights=False)
+    assert said.startswith("failed: fine-tuned-nosuch: ") and [
+        how.what for how in engine.state(one, "gpu").lacking
+    ] == ["fine-tuned"]
+    assert list(paths.runs().glob("*/model.safetensors"))  # still wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["runs", "01_b"], "no page '01_b'"),
+        (["runs", "--scale", "gpuu"], "scale='gpuu': must be one of gpu"),
+        (["runs", "--part", "3/2"], "--part 3/2: must be I/N"),
+        (["runs", "--jobs", 2], "--jobs and --within must come with --train"),
+        (["run", "expert-choice"], "no run 'expert-choice' in the plan: 3 runs begin so"),
+        (["run", "nosuch"], "no run 'nosuch' in the plan"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_code_2(project, arguments, said):
+    wrong = call(*arguments)
+    assert wrong.exit_code == 2 and said in wrong.stderr and wrong.stderr.count("\n") == 1 and not wrong.stdout
+
+
+def test_without_snakemake_one_after_the_other(project, monkeypatch):
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    done = call("runs", "01_a", "--train")
+    assert done.exit_code == 0, done.output
+    assert all(engine.state(one, "gpu").done for one in plan.plan("gpu", ["01_a"]))
+    assert (
+        call("runs", "--train", "--within", "-1").exit_code == 0
+        and not plan.record(plan.plan("gpu")[2], "gpu").exists()
+    )
+    assert call("runs", "--train").exit_code == 1
+
+
+def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
+    """No notebooks, no figures, no Snakemake: a run of this checkout's smoke plan, with its measurements."""
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    (one,) = [one for one in plan.plan("smoke", ["09_causality"]) if one.arms[0].endswith("pool sequence")][:1]
+    shown = subprocess.run(
+        [sys.executable, "-c", BARE.format(absent=ABSENT), "runs", "09_causality", "--scale", "smoke", "--names"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert one.name in shown.stdout.split()
+    code = "from ecmoe.measures import measure, causality, inspection, fine_tuning, image_capacity; import ecmoe.training.run, ecmoe.study.engine"
+    subprocess.run(
+        [sys.executable, "-c", BARE.format(absent=ABSENT).replace("from ecmoe.cli import main\nmain()", code)],
+        check=True,
+    )
