@@ -5,23 +5,20 @@ Letters are the paper's: n tokens compete, e experts choose, each takes k = n c 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import math
-import os
-import re
 import types
 import typing
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ecmoe import paths
-from ecmoe.files import ConfigError, content_sha256, read_yaml, write_text
+from ecmoe.files import ConfigError, read_yaml
+from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
 
 # Part of every digest: raise it when the meaning of a config or of a result changes.
 SCHEMA = 1
@@ -86,13 +83,7 @@ _READS = {
 _ROUTING_KEYS = {name for names in _READS.values() for name in names}
 # Keys that change how a run is watched or where it runs, not what it computes.
 _NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "cuda_graph", "kernels", "activation_checkpointing"}
-# What `data` says for images; all else is text. Each kind of run leaves out what the other alone reads.
-IMAGES, IMAGES_PREFIX = ("digits", "cifar10"), "images:"
-MIX_PREFIX = "mix:"  # several texts, in equal shares
-KNOWN_TEXTS, HUB_PREFIX = ("stdlib", "c4", "wikitext-103", "enwik8"), "hub:"
-TEXT_FILES, ROW_FILES = (".txt", ".txt.xz", ".txt.gz"), (".jsonl", ".json", ".jsonl.xz", ".jsonl.gz")
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jpgs.xz", ".idx.xz")
-_CONTENT = re.compile(r"#[0-9a-f]{16}$")
+# Each kind of run leaves out what the other alone reads.
 _TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance",
               "relative_init"}  # fmt: skip
 _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
@@ -339,79 +330,6 @@ class RunConfig:
     def name(self) -> str:
         """`slug-digest`: the folder of the run, and the name of its record."""
         return f"{self.slug()}-{self.digest()}"
-
-
-def parts_of(data: str) -> list[str]:
-    """The texts of a mix, `mix:A,B`; else `data` alone. Without their content."""
-    data = _CONTENT.sub("", data)
-    return data.removeprefix(MIX_PREFIX).split(",") if data.startswith(MIX_PREFIX) else [data]
-
-
-def is_local(data: str) -> bool:
-    """Does the key `data` look like a file or a folder, rather than a known corpus or the Hub?"""
-    return not data.startswith(HUB_PREFIX) and ("/" in data or data.endswith((".txt", ".xz", ".gz", ".json", ".jsonl")))
-
-
-def content_of(data: str) -> str:
-    """`#` and 16 hex digits, what the key `data` says of its files' content; "" if nothing."""
-    found = _CONTENT.search(data)
-    return found[0] if found else ""
-
-
-def with_content(data: str) -> str:
-    """`data` and, of local files, their content: `#` and 16 hex digits of a SHA-256.
-
-    Where it is stated, it stays. Where the files aren't here, it is what they held when last read, if that is known.
-
-    Raises:
-        ConfigError: a file can't be read.
-    """
-    local = [part for part in parts_of(data) if part not in (*KNOWN_TEXTS, *IMAGES) and not part.startswith(HUB_PREFIX)]
-    if content_of(data) or not local:
-        return data
-    files = [local_files(part) for part in local]
-    if all(files):
-        named = {f"{i}:{name}": path for i, part in enumerate(files) for name, path in part.items()}
-        return f"{data}#{content_sha256(named)[:16]}"
-    remembered = _remembered(data)
-    return data + remembered.read_text() if remembered.is_file() else data
-
-
-def remember_content(data: str) -> None:
-    """Keep what `with_content` adds for a text that was read, for when it is gone and its runs and tokens are not."""
-    if content_of(data) and not (_remembered(data).is_file() and _remembered(data).read_text() == content_of(data)):
-        with contextlib.suppress(OSError):  # a cache that can't be written
-            write_text(_remembered(data), content_of(data))
-
-
-def _remembered(data: str) -> Path:
-    places = [str(_path(part)) for part in parts_of(data)]
-    return paths.cache() / "sources" / hashlib.sha256(repr(places).encode()).hexdigest()[:16]
-
-
-def local_files(data: str) -> dict[str, Path]:
-    """The files of a local text or a folder of images, by their path relative to it; none where there are none."""
-    path, kinds = _path(data), IMAGE_FILES if data.startswith(IMAGES_PREFIX) else TEXT_FILES + ROW_FILES
-    if not path.is_dir():
-        return {path.name: path} if path.is_file() and path.name.lower().endswith(kinds) else {}
-    found = {}
-    for folder, folders, names in os.walk(path, onerror=_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (Path(folder, name) for name in names if name.lower().endswith(kinds) and not name.startswith(".")):
-            if not file.exists():
-                raise ConfigError(f"{file} is a link to nothing: mend or remove it")
-            if not file.is_file():
-                raise ConfigError(f"{file} is no regular file, so reading it may never end: remove it")
-            found[file.relative_to(path).as_posix()] = file
-    return dict(sorted(found.items()))
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise ConfigError(f"{error.filename} can't be read: {error.strerror}") from error
-
-
-def _path(data: str) -> Path:
-    return paths.resolve(data.removeprefix(IMAGES_PREFIX)).absolute()
 
 
 _TYPES = typing.get_type_hints(RunConfig)

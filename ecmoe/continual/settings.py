@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ecmoe.config import IMAGES_PREFIX, ConfigError, content_of, key, parts_of, with_content
+from ecmoe.config import ConfigError, key
+from ecmoe.paths import IMAGES_PREFIX, content_of, parts_of, with_content
 
 # Part of every digest: raise it when the meaning of a setting or of a result changes.
 SCHEMA = 1

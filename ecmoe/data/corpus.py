@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ecmoe import paths
-from ecmoe.config import (
+from ecmoe.files import ConfigError, content_sha256, read_yaml
+from ecmoe.paths import (
     HUB_PREFIX,
     IMAGES,
     KNOWN_TEXTS,
@@ -35,7 +36,6 @@ from ecmoe.config import (
     local_files,
     parts_of,
 )
-from ecmoe.files import ConfigError, content_sha256, read_yaml
 
 # A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
 BLOCK = 1 << 14
@@ -43,6 +43,8 @@ NOT_STATED = "not stated"
 
 # (unit, text): documents of one unit never lie on both sides of the split.
 Documents = Iterable[tuple[str, str]]
+# (where, row): a dict that is read, and how an error calls its place.
+Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _local(data: str, files: dict[str, Path]) -> Iterator[tuple[str, str]]:
                 yield from ((name, block) for block in blocks(iter(lambda file=file: file.read(1 << 20), "")))
         else:
             rows = json_rows(f"data={data!r}", path, ["text"])
-            yield from ((text, text) for text in (row["text"] for row in rows) if text)
+            yield from ((row["text"], row["text"]) for _, row in rows if row["text"])
 
 
 @contextmanager
@@ -232,7 +234,7 @@ def _opened(what: str, path: Path, right: str) -> Iterator[TextIO]:
         ) from error
 
 
-def json_rows(what: str, path: Path, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+def json_rows(what: str, path: Path, texts: Sequence[str]) -> Rows:
     """The rows of a file that holds a JSON object a line, or a list of them.
 
     Args:
@@ -243,26 +245,31 @@ def json_rows(what: str, path: Path, texts: Sequence[str]) -> Iterator[dict[str,
     """
     with _opened(what, path, f"a JSON object a line, with {' and '.join(texts)}") as file:
         first = file.readline()
-        listed = first.lstrip().startswith("[")
-        rows = json.loads(first + file.read()) if listed else itertools.chain([first], file)
-        for number, row in enumerate(rows, start=1):
-            if listed or row.strip():
-                yield _checked(f"{what}: {path}, {'row' if listed else 'line'} {number}", row, texts)
+        if first.lstrip().startswith("["):
+            yield from checked_rows(f"{what}: {path}, row", json.loads(first + file.read()), texts)
+        else:
+            yield from checked_rows(f"{what}: {path}, line", itertools.chain([first], file), texts)
 
 
-def _checked(where: str, row: Any, texts: Sequence[str]) -> dict[str, Any]:
-    try:
-        row = json.loads(row) if isinstance(row, str) else row
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is no JSON: {error}") from error
-    for name in texts:
-        text = row.get(name) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            has = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise ConfigError(f"{where} has {has}, but must have a string {name!r}; it holds {text!r}")
-        if not text.isascii() and re.search("[\ud800-\udfff]", text):
-            raise ConfigError(f"{where}: {name!r} holds half a character, which no text can be (a lone surrogate)")
-    return row
+def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:
+    """The rows, dicts or lines of JSON, each with its place; their `texts` are strings that can be written."""
+    for number, row in enumerate(rows, start=1):
+        place = f"{where} {number}"
+        if isinstance(row, str):
+            if row.isspace() or not row:
+                continue
+            try:
+                row = json.loads(row)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{place} is no JSON: {error}") from error
+        for name in texts:
+            text = row.get(name) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                has = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+                raise ConfigError(f"{place} has {has}, but must have a string {name!r}; it holds {text!r}")
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise ConfigError(f"{place}: {name!r} holds half a character, which no text can be (a lone surrogate)")
+        yield place, row
 
 
 def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
@@ -325,7 +332,7 @@ def _load(data: str, hub: Hub, streaming: bool) -> dict[str, Any]:
 
 def _hub_documents(data: str, hub: Hub, rows: Any) -> Documents:
     """A row is a document, and a unit: copies of it lie on the same side of the split."""
-    texts = (_checked(f"data={data!r}: row {i}", row, ["text"])["text"] for i, row in enumerate(rows, start=1))
+    texts = (row["text"] for _, row in checked_rows(f"data={data!r}: row", rows, ["text"]))
     if hub.files:
         return ((data, block) for block in blocks(texts))
     documents = _articles(texts) if hub.path == "Salesforce/wikitext" else filter(None, texts)

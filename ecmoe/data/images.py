@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from ecmoe import paths
-from ecmoe.config import IMAGES, IMAGES_PREFIX, local_files, parts_of, remember_content, with_content
 from ecmoe.data.corpus import NOT_STATED, about
 from ecmoe.files import ConfigError, content_sha256
+from ecmoe.paths import IMAGES, IMAGES_PREFIX, check_content, local_files, plain, remember_content, with_content
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VALIDATION = ("validation", "val", "test")  # names of a folder's own split; the first that is there
@@ -64,15 +64,15 @@ def load(data: str) -> Images:
     Raises:
         ConfigError: there are no such images, they can't be read, or they aren't all of one size.
     """
-    (data,), content = parts_of(data), with_content(data)
+    data, content = plain(data), with_content(data)
     if data not in IMAGES and (not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX):
         raise ConfigError(f"data={data!r}: images must be one of {', '.join(IMAGES)}, or {IMAGES_PREFIX}PATH")
     if data not in IMAGES and not (folder := paths.resolve(data.removeprefix(IMAGES_PREFIX))).is_dir():
         raise ConfigError(f"data={data!r}: {folder} is no folder; it must hold a sub-folder of image files per class, "
                           "or NAME_train.jpgs.xz and the files that go with it")  # fmt: skip
-    found = _load(data, content)
+    check_content(content)
     remember_content(content)
-    return found
+    return _load(data, content)
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a study read the same images one after the other

@@ -11,13 +11,14 @@ import ast
 import difflib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ecmoe import paths
-from ecmoe.config import ConfigError
-from ecmoe.data.corpus import source_files
+from ecmoe.data.corpus import Rows, checked_rows, json_rows, part_files
+from ecmoe.files import ConfigError
+from ecmoe.paths import check_content, plain, remember_content, with_content
 
 _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"  # of the Hub
 
@@ -68,7 +69,8 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
     """Training and validation examples of a task, in their source's order.
 
     Args:
-        name: one of `TASKS`, or "lines". folder: with local copies; a task that isn't there comes from the Hub.
+        name: one of `TASKS`, or "lines". folder: with local copies, perhaps with their content, PATH#SHA256; a task that
+            isn't there comes from the Hub.
 
     Raises:
         ConfigError: no such task; its files can't be read, lack a column, or hold another label.
@@ -81,9 +83,12 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
         raise ConfigError(
             f"task {name!r}: {f'did you mean {near[0]}?' if near else 'must be one of ' + ', '.join(known)}"
         )
-    task = TASKS[name]
-    sets, splits = _read(name, task, folder)
-    return tuple(_examples(name, task, sets[split], split) for split in splits)
+    local = paths.resolve(plain(str(folder))) / name if folder else None
+    if folder:
+        check_content(str(folder))
+        remember_content(with_content(str(folder)))
+    rows = _local(name, local) if local and local.is_dir() else _hub(name, local)
+    return tuple(_examples(name, side, found) for side, found in zip(("training", "validation"), rows, strict=True))
 
 
 def classes(name: str) -> int:
@@ -91,43 +96,44 @@ def classes(name: str) -> int:
     return 2 if name == OWN else TASKS[name].classes
 
 
-def _read(name: str, task: Task, folder: str | Path | None) -> tuple[Any, tuple[str, str]]:
+def _local(name: str, folder: Path) -> list[Rows]:
+    return [
+        json_rows(f"task {name!r}", folder / f"{split}.jsonl", TASKS[name].columns) for split in ("train", "validation")
+    ]
+
+
+def _hub(name: str, local: Path | None) -> list[Rows]:
     from datasets import load_dataset
 
-    local = paths.resolve(folder) / name if folder else None
     try:
-        if local is not None and local.is_dir():
-            splits = ("train", "validation")
-            return load_dataset("json", data_files={split: str(local / f"{split}.jsonl") for split in splits}), splits
-        return load_dataset(task.hub, name), ("train", task.validation)
-    except Exception as error:  # no network, no file, broken lines: `datasets` says so itself
+        sets = load_dataset(TASKS[name].hub, name)
+        sides = [(split, sets[split]) for split in ("train", TASKS[name].validation)]
+    except Exception as error:  # no network: `datasets` says so itself
         there = f"{local}/train.jsonl and validation.jsonl" if local else "a folder of local copies"
         raise ConfigError(
             f"task {name!r}: `datasets` can't load it ({type(error).__name__}: {error}); the Hub must be reachable, "
             f"or {there} be there"
         ) from error
+    return [checked_rows(f"task {name!r}: {split}", rows, TASKS[name].columns) for split, rows in sides]
 
 
-def _examples(name: str, task: Task, rows: Any, split: str) -> Examples:
-    missing = [column for column in (*task.columns, "label") if column not in rows.column_names]
-    if missing:
-        raise ConfigError(
-            f"task {name!r}: its {split} examples have no column {missing[0]!r}; they have {', '.join(rows.column_names)}"
-        )
-    labels = list(rows["label"])
-    wrong = [label for label in labels if not (isinstance(label, int) and 0 <= label < task.classes)]
-    if wrong:
-        raise ConfigError(
-            f"task {name!r}: label {wrong[0]!r} among its {split} examples; must be 0 to {task.classes - 1}, a whole number"
-        )
-    texts = list(zip(*(rows[column] for column in task.columns), strict=True))
+def _examples(name: str, side: str, rows: Rows) -> Examples:
+    texts, labels = [], []
+    for where, row in rows:
+        label = row.get("label")
+        if type(label) is not int or not 0 <= label < classes(name):
+            raise ConfigError(f"{where}: label {label!r} must be 0 to {classes(name) - 1}, a whole number")
+        texts.append(tuple(row[column] for column in TASKS[name].columns))
+        labels.append(label)
+    if not labels:
+        raise ConfigError(f"task {name!r}: has no {side} examples")
     return Examples(texts, np.array(labels, np.int64))
 
 
 @lru_cache
 def _lines() -> tuple[Examples, Examples]:
     modules = [
-        _code_and_prose(path.read_text(encoding="utf-8", errors="replace")) for path in source_files("stdlib").values()
+        _code_and_prose(path.read_text(encoding="utf-8", errors="replace")) for path in part_files("stdlib").values()
     ]
     dice, held = np.random.default_rng(0), round(OWN_VALIDATION * len(modules))
     order = dice.permutation(len(modules))

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from ecmoe import paths
-from ecmoe.config import content_of, parts_of, remember_content, with_content
 from ecmoe.data.corpus import Corpus, open_corpus, source_files, source_key
 from ecmoe.data.tokenizer import BPE, END, END_ID, Bytes, Tokenizer, train_bpe
 from ecmoe.files import ConfigError, content_sha256, sha256, sha256_once, write_json
+from ecmoe.paths import check_content, parts_of, remember_content, with_content
 
 # Part of every cache's name: raise it when the same source would give other tokens.
 SCHEMA = 2
@@ -133,7 +133,7 @@ def _trouble(place: Path) -> str | None:
 def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     try:
         source = source_files(config.data)
-        _check_content(config.data)
+        check_content(config.data)
         streaming = config.streaming or config.max_bytes > 0  # a part: not the whole download
         corpora = [open_corpus(part, streaming) for part in parts_of(config.data)]
     except ConfigError as error:
@@ -148,7 +148,7 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     work.mkdir()
     try:
         meta = _tokenise(config, corpora, work, _bar(config.data, progress))
-        _check_content(config.data)  # nobody wrote while it was read
+        check_content(config.data)  # nobody wrote while it was read
         meta |= {"source_sha256": content_sha256(source) if source else None}
         files_meta = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir())}
         for name in files_meta:
@@ -157,14 +157,6 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
         write_json(place / "meta.json", meta | {"check": _check(meta)})  # last: what it describes is then complete
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _check_content(data: str) -> None:
-    stated, found = content_of(data), content_of(with_content(data.removesuffix(content_of(data))))
-    if stated and stated != found:
-        raise ConfigError(
-            f"data={data!r}: the text holds {found} by now, not what is stated: bring it back, or leave out {stated}"
-        )
 
 
 def _bar(data: str, progress: bool) -> Callable[[str, int | None], Any]:

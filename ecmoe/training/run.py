@@ -21,10 +21,11 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from ecmoe import paths
-from ecmoe.config import SCHEMA, ConfigError, RunConfig, content_of
+from ecmoe.config import SCHEMA, ConfigError, RunConfig
 from ecmoe.data.batches import RunData, TextData, is_other_data
 from ecmoe.files import write_text, written
 from ecmoe.model.transformer import Trunk, build_model, count_parameters, flops_per_token
+from ecmoe.paths import content_of
 from ecmoe.provenance import code_digest, commit, device_name, peak_flops, versions
 from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.recorder import Diverged, Recorder

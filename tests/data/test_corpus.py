@@ -1,5 +1,6 @@
 import json
 import lzma
+import os
 import sys
 
 import datasets
@@ -7,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecmoe.config import ConfigError
 from ecmoe.data import corpus
 from ecmoe.data.corpus import blocks, open_corpus, part_files
+from ecmoe.files import ConfigError
 
 
 def test_standard_library_is_over_ten_megabytes_without_its_tests():
@@ -125,6 +126,93 @@ def test_broken_files(tmp_path):
     ):
         with pytest.raises(ConfigError, match=remedy):
             list(open_corpus(str(tmp_path / name)).train)
+
+
+@pytest.mark.parametrize(
+    "name", ["book[1].txt", "book*.txt", "book?.txt", "b{o,x}ok.txt", "a,b.txt", "x#1.txt", "{a}.jsonl"]
+)
+def test_a_path_is_no_pattern(tmp_path, name):
+    right = '{"text": "right"}\n' if name.endswith("l") else "right"
+    for other in ("book1.txt", "bookX.txt", "book.txt", "box.txt", "a.jsonl"):
+        (tmp_path / other).write_text('{"text": "wrong"}\n' if other.endswith("l") else "wrong")
+    (tmp_path / name).write_text(right)
+    assert [text for _, text in open_corpus(str(tmp_path / name)).train] == ["right"]
+    texts = [text for _, text in open_corpus(str(tmp_path)).train]
+    assert texts.count("right") == 1 and texts.count("wrong") == 5
+    (tmp_path / "in[1]").mkdir()
+    (tmp_path / name).rename(tmp_path / "in[1]" / name)
+    assert [text for _, text in open_corpus(str(tmp_path / "in[1]")).train] == ["right"]
+    with pytest.raises(ConfigError, match="no such file"):
+        open_corpus(str(tmp_path / name))
+
+
+def test_rows_need_not_be_alike(tmp_path):
+    rows = [
+        {"text": f"{i} " + "word " * 1000, "id": i if i < 2500 else f"s{i}"} | ({"new": {}} if i == 2900 else {})
+        for i in range(3000)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # more than the 10 MB of a block
+    assert [text for _, text in open_corpus(str(tmp_path / "a.jsonl")).train] == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "x\\ud83d"}', "line 3: 'text' holds half a character"),
+        ('{"text": null}', "line 3 has the fields text, but must have a string 'text'; it holds None"),
+        ('{"text": 5}', "line 3 .*it holds 5"),
+        ("[1]", "line 3 has a list, but must have a string 'text'"),
+        ('{"text": "x"', "line 3 is no JSON"),
+        ("[" * 100_000, "line 3 is no JSON"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n\n{line}\n')
+    with pytest.raises(ConfigError, match=rf"data='.*a.jsonl': .*a.jsonl, {said}"):
+        list(open_corpus(str(tmp_path / "a.jsonl")).train)
+
+
+def test_what_a_folder_may_hold_beside_texts(tmp_path):
+    (tmp_path / "d.txt").mkdir()
+    for empty in ("empty.jsonl", "empty.json", "empty.txt", ".hidden.txt", "x.pdf"):
+        (tmp_path / empty).touch()
+    (tmp_path / "a.txt").write_text("text")
+    assert list(open_corpus(str(tmp_path)).train) == [("a.txt", "text")]
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="link.txt is a link to nothing"):
+        open_corpus(str(tmp_path))
+    (tmp_path / "link.txt").unlink()
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ConfigError, match="pipe.txt is no regular file"):
+        open_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "link.txt", "d.txt"])
+def test_no_text_but_called_so(tmp_path, name):
+    (tmp_path / "d.txt").mkdir()
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ConfigError, match=f"data='.*{name}': .* exists, but must be, or hold, files that end in"):
+        open_corpus(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "data", ["hub:..", "hub:a/..", "hub:../x", "hub:.hidden", "hub:a/b/../c", "~nosuch/x", "~nosuch/x.txt"]
+)
+def test_no_name_of_the_hub_and_no_path(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"data='{data}': "):
+        open_corpus(data)
+
+
+def test_the_hub_is_never_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("txt", "owner/set"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text("local")
+    for data in ("hub:txt", "hub:owner/set", "hub:text", "hub:json"):  # the last two are readers of `datasets`
+        with pytest.raises(ConfigError, match=f"data='{data}': .*no data set of the Hub"):
+            open_corpus(data)
 
 
 class FakeHub:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ecmoe.config import ConfigError
 from ecmoe.data import images
+from ecmoe.files import ConfigError
+from ecmoe.paths import with_content
 
 
 def picture(value: int, size=(6, 4)) -> Image.Image:
@@ -83,6 +84,65 @@ def test_digest_tells_other_images_apart(tmp_path):
         images.load(folder_of(tmp_path / name, n)).provenance["digest"] for name, n in (("a", 5), ("b", 5), ("c", 6))
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_another_folder_of_the_same_name_is_another(tmp_path):
+    for place, count in (("A", 5), ("B", 6)):
+        data = folder_of(tmp_path / place / "cats", count)
+        assert len(images.load(data).train_y) == 2 * (count - 1)
+    (tmp_path / "B" / "cats" / "cat" / "5.png").unlink()
+    (tmp_path / "B" / "cats" / "dog" / "5.png").unlink()
+    assert len(images.load(data).train_y) == 8  # what is in memory is found by content
+    stated = with_content(data)
+    assert stated == f"{data}#" + with_content(f"images:{tmp_path / 'A' / 'cats'}")[-16:]
+    picture(7).save(tmp_path / "B" / "cats" / "cat" / "0.png")
+    with pytest.raises(ConfigError, match="by now, not what is stated"):
+        images.load(stated)
+
+
+@pytest.mark.parametrize("name", ["in[1]", "*", "a{b,c}"])
+def test_a_folder_is_no_pattern(tmp_path, name):
+    folder_of(tmp_path / "in1", 6)
+    folder_of(tmp_path / "ab", 6)
+    assert len(images.load(folder_of(tmp_path / name)).train_y) == 8
+    picture(0).save(tmp_path / name / "cat" / "0[1].png")
+    assert len(images.load(f"images:{tmp_path / name}").train_y) + 2 == 11
+
+
+def test_greys_of_16_bits_keep_their_shades(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for i in range(10):
+            Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / label / f"{i}.png")
+    found = images.load(f"images:{tmp_path}").train_x
+    assert found.shape == (16, 3, 8, 8)
+    np.testing.assert_allclose(found[0, 2].numpy(), ramp / 65535, atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "bomb", "float"])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, damage, monkeypatch):
+    folder_of(tmp_path)
+    path = tmp_path / "dog" / "3.png"
+    content = bytearray(path.read_bytes())
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 23)  # of 24: Pillow itself only warns
+    elif damage == "float":
+        path = tmp_path / "dog" / "9.tif"
+        Image.fromarray(np.zeros((4, 6), np.float32)).save(path)
+    else:
+        content[len(content) // 2] ^= 0x55
+        path.write_bytes({"cut": content[:-20], "flip": content, "empty": b"", "text": b"no picture"}[damage])
+    with pytest.raises(
+        ConfigError, match=rf"data='images:.*': .*{'0.png' if damage == 'bomb' else path.name} can't be read"
+    ):
+        images.load(f"images:{tmp_path}")
+
+
+def test_a_folder_of_training_images_alone_holds_some_out(tmp_path):
+    folder_of(tmp_path / "train")
+    found = images.load(f"images:{tmp_path}")
+    assert found.classes == ("cat", "dog") and (len(found.train_y), len(found.val_y)) == (8, 2)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from ecmoe.config import ConfigError
 from ecmoe.data import tasks
+from ecmoe.files import ConfigError
+from ecmoe.paths import with_content
 
 
 def write(folder, name, rows):
@@ -36,26 +37,43 @@ def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("row", "said"),
     [
-        (
-            [{"premise": "a", "label": 1}],
-            "task 'cb': its train examples have no column 'hypothesis'; they have premise, label",
-        ),
-        (
-            [{"premise": "a", "hypothesis": "b", "label": -1}],
-            "task 'cb': label -1 among its train examples; must be 0 to 2, a whole number",
-        ),
+        ({"premise": "a", "label": 1}, "the fields premise, label, but must have a string 'hypothesis'"),
+        ({"premise": "a", "hypothesis": None, "label": 1}, "must have a string 'hypothesis'; it holds None"),
+        ({"premise": "\ud83d", "hypothesis": "b", "label": 1}, "'premise' holds half a character"),
         *(
-            ([{"premise": "a", "hypothesis": "b", "label": label}], f"task 'cb': label {label!r} among its train")
-            for label in ("not", None, 0.7, 3)
+            ({"premise": "a", "hypothesis": "b", "label": label}, f"label {label!r} must be 0 to 2, a whole number")
+            for label in (-1, "not", None, 0.7, 3, True)
         ),
     ],
 )
-def test_examples_that_cannot_be(tmp_path, rows, said):
-    write(tmp_path, "cb", rows)
-    with pytest.raises(ConfigError, match=said):
+def test_an_example_that_cannot_be_is_named_with_its_file_and_line(tmp_path, row, said):
+    write(tmp_path, "cb", [{"premise": "a", "hypothesis": "b", "label": 0}, row])
+    with pytest.raises(ConfigError, match="task 'cb': .*cb/train.jsonl, line 2.*" + said):
         tasks.load("cb", tmp_path)
+
+
+def test_texts_stay_what_they_are(tmp_path):
+    write(
+        tmp_path,
+        "sst2",
+        [{"sentence": "2020-01-01", "label": 0, "idx": 3}, {"sentence": "1.0", "label": 1, "idx": "x"}],
+    )
+    assert tasks.load("sst2", tmp_path)[0].texts == [("2020-01-01",), ("1.0",)]
+    (tmp_path / "sst2" / "train.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="task 'sst2': has no training examples"):
+        tasks.load("sst2", tmp_path)
+
+
+def test_files_hold_what_is_stated(tmp_path):
+    write(tmp_path, "sst2", [{"sentence": "a", "label": 0}])
+    stated = with_content(str(tmp_path))
+    assert tasks.load("sst2", stated)[0].texts == [("a",)]
+    write(tmp_path, "sst2", [{"sentence": "b", "label": 0}])
+    assert with_content(str(tmp_path)) != stated
+    with pytest.raises(ConfigError, match="by now, not what is stated"):
+        tasks.load("sst2", stated)
 
 
 def test_a_task_that_is_nowhere_says_where_it_could_be(tmp_path, monkeypatch):

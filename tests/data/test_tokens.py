@@ -138,7 +138,7 @@ def test_text_of_the_same_size_and_time_is_another(tmp_path, make):
 def test_text_that_changes_under_a_config_is_not_taken_for_its_own(book, make):
     stated = config(book).data
     book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
-    with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring it back, or leave out #"):
+    with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring that back, or leave out #"):
         make(stated)
     assert config(book).data != stated and make(book).meta["parts"]
 
