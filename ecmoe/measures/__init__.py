@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ecmoe.files import ConfigError
+from ecmoe.paths import content_of, with_content
 
 
 class Row(NamedTuple):
@@ -20,7 +21,7 @@ class Row(NamedTuple):
     compute: str  # "module:function" of ecmoe; function(model in evaluation mode, config, **keys) -> what JSON can hold
     keys: tuple[str, ...] = ()  # that the function takes
     each: str | None = None  # of a list under this key every value is a measurement of its own
-    where: tuple[str, ...] = ()  # keys that say where files lie: they change nothing that is measured
+    where: tuple[str, ...] = ()  # keys that say where files lie: only what these hold changes what is measured
 
 
 _HERE = "ecmoe.measures"
@@ -52,7 +53,8 @@ class Measurement(NamedTuple):
     def name(self) -> str:
         """`what`, the value of its `each`, and a digest of the keys, where it has any: the name of a file."""
         row = MEASURES[self.what]
-        keys = {key: value for key, value in self.keys.items() if key not in row.where}
+        where = {key: content_of(with_content(self.keys[key])) for key in row.where if self.keys.get(key)}
+        keys = {key: value for key, value in {**self.keys, **where}.items() if key not in row.where or value}
         words = [self.what]
         if row.each in keys:
             words.append(re.sub(r"[^a-z0-9]+", "-", str(keys[row.each]).lower()))

@@ -81,6 +81,16 @@ def test_a_run_that_is_missing_has_none(tiny_config):
     assert measure(not_run(tiny_config(seed=13)), how()) is None
 
 
+def test_other_task_files_are_another_measurement(tmp_path):
+    names = []
+    for folder, text in (("a", "{}"), ("b", "{}"), ("b", "{} ")):
+        (tmp_path / folder / "rte").mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "rte" / "train.jsonl").write_text(text)
+        (one,) = measurements("fine-tuned", {"task": ["rte"], "folder": str(tmp_path / folder)})
+        names.append(one.name)
+    assert names[0] == names[1] != names[2]
+
+
 def test_names_say_what_and_for_what_and_hold_nothing_else():
     one, other = measurements("accuracy-at", {"places": [0.1, 2.0]})
     assert (one.name, other.name) == ("accuracy-at-0-1", "accuracy-at-2-0")
