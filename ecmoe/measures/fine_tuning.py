@@ -8,6 +8,7 @@ Letters: N examples of T tokens, padded on the right; batches of B; width d; C c
 
 from __future__ import annotations
 
+import base64
 import copy
 import warnings
 from typing import Any, NamedTuple
@@ -65,6 +66,8 @@ def fine_tuned(
         rows: one, with `task`, `accuracy`, `accuracy_causal` (routed by cut-offs: no other token, no other example is
         seen), `majority` (share of the most frequent validation class), `train`, `validation` (examples), `truncated`
         (share of examples that didn't fit into the model's sequence).
+        right, right_causal: which validation examples were right, a bit each (numpy.packbits, base64): arms are compared
+        example by example.
 
     Raises:
         ConfigError: as in `tasks.load`. ValueError: the run is of no decoder of text, or fewer examples than a batch.
@@ -88,12 +91,13 @@ def fine_tuned(
             warnings.filterwarnings("ignore", module="lightning.*")
             new_trainer(config, devices=1, max_steps=steps, gradient_clip_val=1.0).fit(tuned, batches)
     tuned = tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    accuracy = tuned.accuracy(validation, batch_size)
+    right = tuned.right(validation, batch_size)
     with causal_routing(tuned.model):
-        causal = tuned.accuracy(validation, batch_size)
-    row = {"task": task, "accuracy": accuracy, "accuracy_causal": causal}
+        causally = tuned.right(validation, batch_size)
+    row = {"task": task, "accuracy": float(right.double().mean()), "accuracy_causal": float(causally.double().mean())}
     row |= {"majority": float(validation.labels.bincount().max() / len(validation.labels))}
-    return {"rows": [row | {"train": len(train.labels), "validation": len(validation.labels), "truncated": truncated}]}
+    row |= {"train": len(train.labels), "validation": len(validation.labels), "truncated": truncated}
+    return {"rows": [row], "right": _packed(right), "right_causal": _packed(causally)}
 
 
 class LitFineTuning(L.LightningModule):
@@ -132,9 +136,9 @@ class LitFineTuning(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @torch.no_grad()
-    def accuracy(self, examples: Encoded, batch_size: int) -> float:
-        """Share of the examples whose class gets the largest logit; the last batch is filled up with padding."""
-        right, kind = 0, self.device.type
+    def right(self, examples: Encoded, batch_size: int) -> Tensor:
+        """(N,) Does the example's class get the largest logit? The last batch is filled up with padding."""
+        right, kind = [], self.device.type
         narrow = resolved_precision(self.config).startswith("bf16")
         for start in range(0, len(examples.labels), batch_size):
             tokens, lengths, labels = (
@@ -143,8 +147,12 @@ class LitFineTuning(L.LightningModule):
             empty = batch_size - len(labels)
             with torch.autocast(kind, torch.bfloat16, enabled=narrow):
                 logits = self(F.pad(tokens, (0, 0, 0, empty)), F.pad(lengths, (0, empty)))
-            right += int((logits[: len(labels)].argmax(dim=1) == labels).sum())
-        return right / len(examples.labels)
+            right.append(logits[: len(labels)].argmax(dim=1) == labels)
+        return torch.cat(right).cpu()
+
+
+def _packed(bits: Tensor) -> str:
+    return base64.b64encode(np.packbits(bits.numpy()).tobytes()).decode()
 
 
 def _encode(data: TextData, parts: tuple[tasks.Examples, ...], most: int) -> tuple[list[Encoded], float]:

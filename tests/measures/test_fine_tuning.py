@@ -1,14 +1,17 @@
 """Fine-tuning learns what can be learned, sees no padding, and names what it can't do."""
 
+import base64
 import json
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from ecmoe.measures import fine_tuning
 from ecmoe.measures.fine_tuning import Encoded, LitFineTuning, fine_tuned
 from ecmoe.model.transformer import build_model
+from ecmoe.training.trainer import new_trainer, repeatable
 
 ROUTERS = {
     "EC": {},
@@ -38,11 +41,14 @@ def test_learns_an_easy_task_and_leaves_the_run_as_it_was(tiny_config, shouting,
     model = build_model(config).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"task": "cola", "folder": str(shouting), "steps": 60, "batch_size": 16, "learning_rate": 1e-2}
-    (row,) = fine_tuned(model, config, **settings)["rows"]
+    found = fine_tuned(model, config, **settings)
+    (row,) = found["rows"]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(found["right"]), np.uint8), count=43)
+    assert bits.mean() == row["accuracy"]
     assert row["accuracy"] > 0.9 > row["majority"] and row["accuracy_causal"] > 0.8
     assert (row["train"], row["validation"], row["truncated"]) == (160, 43, 0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert fine_tuned(model, config, **settings)["rows"] == [row]  # the same seed
+    assert fine_tuned(model, config, **settings) == found  # the same seed
 
 
 def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
@@ -56,8 +62,49 @@ def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
     for i, length in enumerate(lengths):
         torch.testing.assert_close(together[i : i + 1], tuned(tokens[i : i + 1, :length], lengths[i : i + 1]))
     right = together.argmax(1)
-    assert tuned.accuracy(Encoded(tokens, lengths, right), 2) == tuned.accuracy(Encoded(tokens, lengths, right), 5) == 1
-    assert tuned.accuracy(Encoded(tokens, lengths, (right + 1) % 3), 2) == 0
+    labels = torch.tensor([0, 1, 0, 0, 1]) + right  # the second and the fifth are wrong
+    for batch_size in (2, 5):
+        assert tuned.right(Encoded(tokens, lengths, labels % 3), batch_size).tolist() == [True, False, True, True, False]
+
+
+def batch_of(seed, count=8):
+    """Tokens, lengths, labels, as a batch has them."""
+    dice = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 200, (count, 16), generator=dice)
+    return tokens, torch.full((count,), 16), torch.randint(3, (count,), generator=dice)
+
+
+def test_the_balance_loss_is_part_of_what_is_tuned(tiny_config):
+    config = tiny_config(router="token_choice", capacity_factor=1.0, aux_loss_weight=0.5)
+    tuned = LitFineTuning(build_model(config), config, 3, 1e-3, 10)
+    tokens, lengths, labels = batch_of(0)
+    loss = tuned.training_step((tokens, lengths, labels), 0)
+    plain = torch.nn.functional.cross_entropy(tuned(tokens, lengths), labels)
+    assert float((loss - plain).detach()) == pytest.approx(0.5, rel=0.2)  # 1 times its weight, for a router that is nearly even
+
+
+def test_the_rate_warms_up_and_decays_to_nothing(tiny_config):
+    config = tiny_config(router="dense")
+    tuned = LitFineTuning(build_model(config), config, 3, 0.5, 20)
+    made = tuned.configure_optimizers()
+    rates = []
+    for _ in range(20):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    assert rates[:3] == pytest.approx([0.25, 0.5, 0.5]) and rates[-1] == pytest.approx(0.5 / 18)
+    assert np.allclose(np.diff(rates[2:]), -0.5 / 18) and made["lr_scheduler"]["interval"] == "step"
+    assert all(group["weight_decay"] == 0 for group in made["optimizer"].param_groups)
+
+
+def test_running_statistics_move_once_a_step(tiny_config):
+    """Wang et al.'s bias moves by 0.001 a step, up or down."""
+    config = tiny_config(router="token_choice", capacity_factor=1.0, balance="bias", aux_loss_weight=0.0)
+    tuned = LitFineTuning(build_model(config), config, 3, 1e-3, 5)
+    new_trainer(config, devices=1, max_steps=5).fit(tuned, DataLoader([batch_of(i) for i in range(5)], batch_size=None))
+    bias = torch.cat([layer.router.bias for layer in tuned.model.moe_layers]) / 0.001
+    assert bias.abs().max() <= 5.01 and bias.abs().max() > 0.9
+    torch.testing.assert_close(bias, bias.round(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
