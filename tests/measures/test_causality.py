@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
 
 from ecmoe import RunConfig, build_model, causal_routing, run_or_load
-from ecmoe.measures import causality
+from ecmoe.measures import causality, probe
 from ecmoe.measures.inspection import held_out
 from ecmoe.measures.probe import information
 from ecmoe.report import plots
@@ -59,6 +60,74 @@ def test_what_is_known_already_is_not_counted_again(targets):
     # The current token tells 0.5 bits of 2: its entropy is 1.5.
     told = information(uniform(target), {"token": F.one_hot(current, C)}, target)["token"]
     assert told == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_ridge_is_chosen_on_other_text_than_is_scored():
+    """Where the two would choose differently, the choice is that of the text that isn't scored."""
+    differed = 0
+    for seed in range(12):
+        dice = generator(seed)
+        target = torch.randint(C, (10, 8), generator=dice)
+        parts = probe._parts(uniform(target), torch.randn(10, 8, 30, generator=dice), target)
+        W, tried = torch.zeros(31, C, requires_grad=True), []
+        for ridge in probe.RIDGES:
+            probe._fit(W, parts[0], ridge)
+            with torch.no_grad():
+                tried.append((float(probe._loss(W, parts[1])), float(probe._loss(W, parts[2]))))
+        stop = next((i for i in range(1, len(tried)) if tried[i][0] >= tried[i - 1][0]), len(tried))  # then it's no better
+        chosen, best = tried[stop - 1][1], min(score for _, score in tried)
+        assert probe._held_out(parts) == pytest.approx(chosen, rel=1e-5)
+        differed += chosen > best + 1e-3
+    assert differed > 2
+
+
+def test_what_routing_tells_of_coins_is_known(monkeypatch):
+    """Each token is a fair coin, the decisions as trained are the next coin and the causal ones the current one: 1 bit and none."""
+    windows = 97 + torch.randint(2, (200, 18), generator=generator())
+    counts = torch.zeros(256)
+    counts[97], counts[98] = 6, 5  # two classes: 97, and all else
+
+    class Coins:
+        token_counts, train_windows = counts.numpy(), windows.numpy()
+
+    def of_coins(model, ids):
+        causal = model.moe_layers[0].router.causal
+        mine = (windows[:, :-1] == ids[:1]).all(1).nonzero()[0, 0]  # batches are parts of the windows, in order
+        coins = windows[mine : mine + len(ids), :-1] if causal else windows[mine : mine + len(ids), 1:]
+        return model.hidden(ids), F.one_hot(coins - 97, 4).bool()[None]
+
+    monkeypatch.setattr(causality, "held_out", lambda config, batches: (Coins, windows))
+    monkeypatch.setattr(causality, "decisions", of_coins)
+    model, config = model_of(layers=2), CONFIG.replace(layers=2, sequence_length=17, batch_size=4)
+    found = causality.next_token_information(model, config, batches=1, classes=2)
+    bits = {(row["given"], row["routing"]): row["bits"] for row in found["rows"]}
+    for given in causality.GIVEN[:2]:
+        assert found["entropy"][given].item() == pytest.approx(1.0, abs=0.02)
+        assert bits[given, "as trained"] == pytest.approx(1.0, abs=0.05) and abs(bits[given, "causally"]) < 0.02
+    assert bits[causality.GIVEN[2], "as trained"] > 0.9 and abs(bits[causality.GIVEN[2], "causally"]) < 0.02
+
+
+def test_the_entropies_are_losses_of_the_same_text(tiny_config):
+    """With a class for each token: beyond the model itself it is its causal loss, beyond the current token the bigram's."""
+    config = tiny_config(steps=4)
+    model = run_or_load(config, progress=False).load_model()
+    found = causality.next_token_information(model, config, batches=4, classes=256)
+    data, windows = held_out(config.replace(eval_batches=4), 4)
+    ids, following = windows[:, :-1], windows[:, 1:-1]
+    with causal_routing(exact := causality.exact(model)), torch.no_grad():
+        losses = [
+            F.cross_entropy(exact(part)[:, :-1].flatten(0, 1), target.flatten())
+            for part, target in zip(ids.split(config.batch_size), following.split(config.batch_size), strict=True)
+        ]
+    entropy = {given: float(nats) * math.log(2) for given, nats in found["entropy"].items()}
+    assert entropy["the model, causally"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    pairs = np.zeros((256, 256))
+    np.add.at(pairs, (data.train_windows[:, :-1].ravel(), data.train_windows[:, 1:].ravel()), 1)
+    unigram = (pairs.sum(0) + 0.5) / (pairs.sum() + 128)
+    bigram = (pairs + causality.SMOOTHING * unigram) / (pairs.sum(1, keepdims=True) + causality.SMOOTHING)
+    current, following = ids[:, :-1].numpy(), following.numpy()
+    assert entropy["token frequencies"] == pytest.approx(-np.log(unigram[following]).mean(), rel=1e-4)
+    assert entropy["the current token"] == pytest.approx(-np.log(bigram[current, following]).mean(), rel=1e-4)
 
 
 def test_too_little_text_is_an_error():
