@@ -74,7 +74,9 @@ def test_the_ridge_is_chosen_on_other_text_than_is_scored():
             probe._fit(W, parts[0], ridge)
             with torch.no_grad():
                 tried.append((float(probe._loss(W, parts[1])), float(probe._loss(W, parts[2]))))
-        stop = next((i for i in range(1, len(tried)) if tried[i][0] >= tried[i - 1][0]), len(tried))  # then it's no better
+        stop = next(
+            (i for i in range(1, len(tried)) if tried[i][0] >= tried[i - 1][0]), len(tried)
+        )  # then it's no better
         chosen, best = tried[stop - 1][1], min(score for _, score in tried)
         assert probe._held_out(parts) == pytest.approx(chosen, rel=1e-5)
         differed += chosen > best + 1e-3

@@ -64,7 +64,13 @@ def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
     right = together.argmax(1)
     labels = torch.tensor([0, 1, 0, 0, 1]) + right  # the second and the fifth are wrong
     for batch_size in (2, 5):
-        assert tuned.right(Encoded(tokens, lengths, labels % 3), batch_size).tolist() == [True, False, True, True, False]
+        assert tuned.right(Encoded(tokens, lengths, labels % 3), batch_size).tolist() == [
+            True,
+            False,
+            True,
+            True,
+            False,
+        ]
 
 
 def batch_of(seed, count=8):
@@ -80,7 +86,9 @@ def test_the_balance_loss_is_part_of_what_is_tuned(tiny_config):
     tokens, lengths, labels = batch_of(0)
     loss = tuned.training_step((tokens, lengths, labels), 0)
     plain = torch.nn.functional.cross_entropy(tuned(tokens, lengths), labels)
-    assert float((loss - plain).detach()) == pytest.approx(0.5, rel=0.2)  # 1 times its weight, for a router that is nearly even
+    assert float((loss - plain).detach()) == pytest.approx(
+        0.5, rel=0.2
+    )  # 1 times its weight, for a router that is nearly even
 
 
 def test_the_rate_warms_up_and_decays_to_nothing(tiny_config):
