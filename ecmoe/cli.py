@@ -6,20 +6,20 @@ command needs them, so that help comes at once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ecmoe import __version__
+from ecmoe.bench import cli as bench
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.console import one_line as _one_line
 from ecmoe.files import parse_yaml
 
 app = typer.Typer(
@@ -193,102 +193,35 @@ def generate(
     typer.echo(text)
 
 
-Size = Annotated[int | None, typer.Option(min=1, help="default: 0.1B/64E on a GPU, small on a CPU")]
+app.add_typer(bench.app, name="bench")
 
 
-@app.command()
-def bench(
-    tokens: Size = None,
-    d_model: Size = None,
-    d_ff: Size = None,
-    num_experts: Size = None,
-    capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e; of the layer")] = 2.0,
-    repeats: Annotated[int, typer.Option(min=2, help="of each row; medians count")] = 15,
-    compiled: Annotated[bool, typer.Option("--compile", help="under torch.compile too")] = False,
-    each_pass: Annotated[bool, typer.Option("--passes", help="time each kernel alone, too (CUDA)")] = False,
-    dykstra: Annotated[bool, typer.Option("--dykstra", help="cap by the paper's solver too, which is slow")] = False,
-    step: Annotated[bool, typer.Option("--step", help="a training step instead of the layer")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="where the time of EC-CF2's training step goes")] = False,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="compile the step's model in one graph, not by blocks")
-    ] = False,
-    layers: Annotated[int | None, typer.Option(min=2, help="of the step's model")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="of the step's model")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="of the step")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=257, help="of the step")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
-    everything: Annotated[
-        bool,
-        typer.Option(
-            "--all",
-            help="all that page 08 shows, at its sizes: layers, step, growth, profile; and steps of page 01's arms",
-        ),
-    ] = False,
-    only: Annotated[
-        str | None, typer.Option(help="with --all: these parts alone, by name or how it begins: layer,step")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="with --all: the folder; default: the scale's")] = None,
-    scale: Annotated[
-        str | None, typer.Option(help="with --all: whose sizes; default: gpu with CUDA, else smoke")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="with --all: measure again what is there")] = False,
+@bench.app.command("all")
+def bench_all(
+    scale: Annotated[str | None, typer.Option(help="whose sizes; default: gpu with CUDA, else smoke")] = None,
+    only: Annotated[str | None, typer.Option(help="these parts, by name or how it begins: layer,step")] = None,
+    out: Annotated[Path | None, typer.Option(help="the folder; default: the scale's")] = None,
+    force: Annotated[bool, typer.Option("--force", help="measure again what is there")] = False,
 ) -> None:
-    """Time the MoE layer beside its floor, the six matrix products that it can't do without; or a training step.
-
-    All that page 08 shows, in one go: ecmoe bench --all --compile
-    """
-    with _one_line(ConfigError, OSError, ValueError):
-        from ecmoe.bench import layer as benchmark
-
-        if everything:
-            _bench_all(scale, out, only, compiled=compiled, force=force)
-            return
-        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts}
-        step_sizes = sizes | {"layers": layers, "heads": heads}
-        step_sizes |= {"sequence_length": sequence_length, "vocab_size": vocab_size}
-        if profile:
-            from ecmoe.bench.profile import bench_profile
-
-            table = bench_profile(compiled=compiled, whole=whole, **step_sizes)
-        elif step:
-            from ecmoe.bench.step import bench_step
-
-            table = bench_step(repeats=repeats, compiled=compiled, whole=whole, **step_sizes)
-        else:
-            table = benchmark.bench_layer(
-                **sizes,
-                capacity_factor=capacity_factor,
-                repeats=repeats,
-                compiled=compiled,
-                each_pass=each_pass,
-                dykstra=dykstra,
-            )
-        if output:
-            benchmark.save(table, output)
-    _show_bench(table)
-
-
-def _bench_all(scale: str | None, out: Path | None, only: str | None, *, compiled: bool, force: bool) -> None:
-    """Measure part after part; each is kept as soon as it is there, and a part that fails stops no other."""
+    """All that page 08 shows, and steps of page 01's arms; each part is kept at once, and one that fails stops no other."""
     import torch
 
     from ecmoe.study import speed
 
-    scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
-    wanted = speed.jobs(**speed.plan(scale) | {"compiled": compiled})
-    if only:
-        asked = only.split(",")
-        starts = tuple(start for start in asked if start not in wanted)
-        known, wanted = wanted, {name: job for name, job in wanted.items() if name in asked or name.startswith(starts)}
-        if not wanted:
-            raise ValueError(f"--only {only}: no such part; there are {', '.join(known)}")
+    with _one_line(ConfigError, OSError, ValueError):
+        scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
+        wanted = speed.jobs(**speed.plan(scale))
+        if only:
+            asked = only.split(",")
+            starts = tuple(start for start in asked if start not in wanted)
+            known, wanted = wanted, {n: job for n, job in wanted.items() if n in asked or n.startswith(starts)}
+            if not wanted:
+                raise ValueError(f"--only {only}: no such part; there are {', '.join(known)}")
     into, failed, began = out or speed.folder(scale), [], time.perf_counter()
     typer.echo(f"{', '.join(wanted)} -> {into}")
-    if (
-        torch.cuda.is_available() and len(wanted) > 1
-    ):  # what a part leaves on the GPU, or breaks there, ends with its process
-        command = [sys.executable, "-m", "ecmoe", "bench", "--all", "--scale", scale, "--out", str(into)]
-        command += ["--compile"] * compiled + ["--force"] * force
+    if torch.cuda.is_available() and len(wanted) > 1:  # what a part leaves on the GPU, or breaks, ends with its process
+        command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
+        command += ["--force"] * force
         if any([subprocess.run([*command, "--only", name]).returncode for name in wanted]):
             raise typer.Exit(1)
         return
@@ -301,24 +234,9 @@ def _bench_all(scale: str | None, out: Path | None, only: str | None, *, compile
             typer.echo(f"{name}: {type(outcome).__name__}: {outcome}", err=True)
         else:
             typer.echo(f"\n{name}: {seconds:.0f} s")
-            _show_bench(outcome)
+            bench.show(outcome)
     if failed:
         raise typer.Exit(1)
-
-
-def _show_bench(table: Any) -> None:
-    from ecmoe.bench.layer import shown
-
-    typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
-    typer.echo(shown(table))
-    for key, title in (
-        ("agreement", "relative distance from the plain path in float32, one choice of tokens"),
-        ("passes", "each pass alone"),
-    ):
-        if table.attrs.get(key):
-            typer.echo(f"\n{title}:\n{shown(table.attrs[key])}")
-    if table.attrs.get("absent"):
-        typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))
 
 
 @app.command()
@@ -344,16 +262,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-@contextlib.contextmanager
-def _one_line(*errors: type[Exception]) -> Iterator[None]:
-    """Errors that a user can mend, as one line and exit code 2."""
-    try:
-        yield
-    except errors as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _part(text: str) -> tuple[int, int]:

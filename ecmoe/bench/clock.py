@@ -1,12 +1,10 @@
 """How long a call takes: the one clock of every benchmark here.
 
-On a GPU calls are timed by events on the device, in bursts: one call after the other for some 50 ms, after as many
-calls that don't count as it takes for the chip to settle at what this call draws of its power. A chip that rested
-reaches clocks that it can't keep (on an H200 the six products of 0.1B/64E take 4.9 ms one at a time, and 5.7 ms in a
-row, as in training), and one that worked harder before is still held back. The queue is kept full, so that launches
-cost nothing, as in a training step: the calls that don't count let the host run ahead, and where it is slower than the
-device, that multiplies matrices until the host has. A call that itself waits for the device (a number read from it)
-empties the queue, and pays for that, as it does in training. On a CPU the clock is the host's.
+A call takes what it takes among its like, one after the other, as in training: the device's time or the host's,
+whichever is longer. On a GPU events on the device tell it, over some 50 ms of calls in a row, after as many that don't
+count as it takes for the chip to settle at what this call draws of its power: one that rested reaches clocks that it
+can't keep (on an H200 the six products of 0.1B/64E take 4.9 ms one at a time, and 5.7 ms in a row, as in training), and
+one that worked harder before is still held back. On a CPU the clock is the host's.
 
 Calls are taken in turns, each time in another order, so that a slow moment hits all of them alike.
 """
@@ -20,17 +18,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pandas as pd
 import torch
 
+from ecmoe.files import write_json
 from ecmoe.provenance import commit, device_name
 
 Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]
 
-SETTLE, BURST, MOST = 0.2, 0.05, 32  # seconds of work before the calls that count, and of these; how many at most
+SETTLE, BURST, MOST = 0.2, 0.05, 256  # seconds of work before the calls that count, and of these; how many at most
 SLOW = 5  # seconds after which a reader wants to know how it goes
 WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
 
@@ -39,31 +39,18 @@ class Burst(NamedTuple):
     """How a call is timed: so many in a row, after others that don't count."""
 
     count: int = 1
-    settle: int = 0  # calls before
-    lead: float = 0.01  # or seconds for which the device multiplies, while the host runs ahead
+    settle: int = 0
 
     @classmethod
     def of(cls, call: Call, device: torch.device) -> Burst:
         """What suits a call, which is warm already."""
         if device.type != "cuda":
             return cls()
-        hosts = []
-        for _ in range(3):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            call()
-            hosts.append(time.perf_counter() - began)
-        host, one = min(hosts), seconds(call, device)
-        count = min(max(round(BURST / one), 1), MOST)
-        if host < 0.8 * one:
-            return cls(count, settle=math.ceil(SETTLE / one), lead=0.0)
-        return cls(count, settle=0, lead=max(2 * host * count, SETTLE))
+        one = seconds(call, device, cls(3))
+        return cls(min(max(round(BURST / one), 1), MOST), math.ceil(SETTLE / one))
 
 
-ONE = Burst()
-
-
-def seconds(call: Call, device: torch.device, burst: Burst = ONE) -> float:
+def seconds(call: Call, device: torch.device, burst: Burst = Burst()) -> float:  # noqa: B008
     """Of one call."""
     if device.type != "cuda":
         began = time.perf_counter()
@@ -71,34 +58,18 @@ def seconds(call: Call, device: torch.device, burst: Burst = ONE) -> float:
         return time.perf_counter() - began
     for _ in range(burst.settle):
         call()
-    if burst.lead:
-        multiply, one = _product(device)
-        for _ in range(math.ceil(burst.lead / one)):
-            multiply()
-    return _between_events(call, burst.count)
-
-
-def _between_events(call: Call, count: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(count):
+    for _ in range(burst.count):
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / count
+    return start.elapsed_time(end) / 1e3 / burst.count
 
 
-@lru_cache
-def _product(device: torch.device) -> tuple[Call, float]:
-    """What keeps a chip as warm as products do that are to be timed, and what it takes of seconds."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    out = torch.empty_like(a)
-
-    def multiply() -> None:
-        torch.mm(a, a, out=out)
-
-    multiply()
-    return multiply, _between_events(multiply, 8)
+def named(key: tuple[str, ...]) -> str:
+    """What is timed, for people."""
+    return ", ".join(filter(None, key))
 
 
 def warm_up(call: Call, device: torch.device) -> None:
@@ -119,9 +90,9 @@ def warmed(
             memory[key] = peak_mb(call, device)
             works[key] = call
         except Exception as error:  # no memory; a compiler or another package that fails
-            absent.append(f"{', '.join(key)} ({reason(error)})")
+            absent.append(f"{named(key)} ({reason(error)})")
         if time.perf_counter() - began > SLOW:
-            _say(f"{', '.join(key)}: {time.perf_counter() - began:.0f} s to get warm")
+            _say(f"{named(key)}: {time.perf_counter() - began:.0f} s to get warm")
     return works, memory
 
 
@@ -186,3 +157,14 @@ def compiling() -> AbstractContextManager:
     """Let many layers that share their code be compiled side by side, each for its own sizes and numbers."""
     torch._dynamo.reset()
     return torch._dynamo.config.patch(specialize_float=True, recompile_limit=256, accumulated_recompile_limit=1024)
+
+
+def shown(rows: pd.DataFrame | list[dict]) -> str:
+    """A table as text, without empty columns."""
+    table = pd.DataFrame(rows).dropna(axis=1, how="all")
+    return table.to_string(index=False, float_format="{:.4g}".format, na_rep="")
+
+
+def save(table: pd.DataFrame, path: Path) -> None:
+    """Write what was measured, and where, as JSON."""
+    write_json(path, {**table.attrs, "rows": table.to_dict("records")})

@@ -1,4 +1,4 @@
-"""`ecmoe bench --all --only growth`: the EC layer's time, forward + backward, as one size grows and the others stay.
+"""The EC layer's time, forward + backward, as one size grows and the others stay.
 
 The layer is what a run gets ("auto"), beside the floor of the same sizes. A power law's exponent is least squares in
 the logarithms, with Student's interval over the sizes: it says how straight the line is, too.

@@ -1,21 +1,20 @@
-"""`ecmoe bench`: the layer against its floor, the six matrix products that it can't do without.
+"""The layer against its floor, the six matrix products that it can't do without, and against its rivals.
 
 Two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these experts
-can be faster. A share of 0.7 means that the layer takes 1/0.7 of the floor's time, routing included. All
-rows are measured in one run, in turns, by one clock (`ecmoe.bench.clock`: on a GPU with the queue kept full, so that a
-row is what the device does), on the same random data; times are medians.
+can be faster. A share of 0.7 means that the layer takes 1/0.7 of the floor's time, routing included. All rows are
+measured in one run, in turns, by one clock (clock.py), on the same random data; times are medians.
 
-Beside expert choice stand expert choice with a cap, and token choice on its fastest ways (`bench_baselines`). Where
-triton and a GPU are, the kernels (ecmoe/kernels) are measured too, also as a CUDA graph, with the routing alone, and
-held to the plain path in float32.
+Beside expert choice stand expert choice with a cap, and token choice on its fastest ways (baselines.py). Where triton
+and a GPU are, the kernels (ecmoe/kernels) are measured too, also as a CUDA graph, with the routing alone, and held to
+the plain path in float32.
 """
 
 from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -23,24 +22,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecmoe.bench import clock as timing
+from ecmoe.bench.agreement import agreement
 from ecmoe.bench.baselines import Grouped, peers
 from ecmoe.bench.clock import Call, reason
-from ecmoe.bench.kernels import KINDS, agreement, kernels_run, passes
 from ecmoe.config import bucket_size
-from ecmoe.files import write_json
 from ecmoe.model.moe import MoE
 from ecmoe.routing import ExpertChoice, TokenChoice
+from ecmoe.routing.router import TRITON
 
 FORWARD, BOTH, ROUTING = "forward", "forward + backward", "routing"
+EAGER, COMPILED, GRAPH = "eager", "compiled", "CUDA graph"
+PLAIN, KINDS = "plain", ("triton", "triton-bmm")
 CAPS = (2, 3)  # of the experts of a token
-# Rows that are not worth minutes of compiling: variants of others, and what no graph holds in one piece.
-NOT_COMPILED = ("bmm", "cap ", "nothing dropped", "ScatterMoE", "Liger")
 
 # n, d, f, e where nothing else is asked for: 0.1B/64E of Table 1 on a GPU, and what a CPU does in seconds.
 SIZES = {
     "cuda": {"n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64},
     "cpu": {"n": 4096, "d_model": 256, "d_ff": 1024, "num_experts": 16},
 }
+
+
+class Row(NamedTuple):
+    """What is timed: a layer ("floor", "EC-CF2", "top-2"), a variant of it, who computes, in which mode, and which part."""
+
+    layer: str
+    variant: str = ""
+    path: str = PLAIN
+    mode: str = EAGER
+    what: str = ""
+
+
+def label(layer: str, variant: str = "", path: str = PLAIN, mode: str = EAGER, what: str = "") -> str:
+    """A row's name for people; what is usual goes without saying."""
+    return timing.named((layer, variant, path.replace(PLAIN, ""), mode.replace(EAGER, ""), what))
 
 
 def bench_layer(
@@ -52,7 +66,6 @@ def bench_layer(
     capacity_factor: float = 2.0,
     repeats: int = 15,
     compiled: bool = False,
-    each_pass: bool = False,
     dykstra: bool = False,
     dtype: torch.dtype | None = None,
 ) -> pd.DataFrame:
@@ -62,20 +75,17 @@ def bench_layer(
         n: tokens. d_model, d_ff: d and f. num_experts: e. None: the device's `SIZES`.
         capacity_factor: c; token choice gets the same slots.
         repeats: of each row; the median is reported.
-        compiled: measure layers under torch.compile too.
-        each_pass: time each kernel alone, too. dykstra: cap by the paper's solver, too, which is slow.
+        compiled: measure layers under torch.compile too. dykstra: cap by the paper's solver, too, which is slow.
         dtype: of weights and tokens; None: bf16 on a GPU, float32 on a CPU.
 
     Returns:
-        a row per layer: milliseconds with quartiles, share of the floor's speed, TFLOP/s, and on a GPU the memory
+        the fields of a `Row`; milliseconds with quartiles, share of the floor's speed, TFLOP/s, and on a GPU the memory
         that a call takes at most beyond what was there before it. Routing alone (scores to assignment) has its time
         as a share of the forward floor's, of_forward_floor; a capped layer what the cap adds to the same path
-        without it, over_uncapped. `attrs` hold setting, agreement and passes (`bench_kernels`), and in absent what
-        could not be measured, and why.
+        without it, over_uncapped. `attrs` hold setting and agreement, and in absent what could not be measured, and why.
 
     Raises:
-        ConfigError: k = n c / e is no whole number.
-        ValueError: repeats below 2; each_pass where the kernels can't run.
+        ConfigError: k = n c / e is no whole number. ValueError: repeats below 2.
     """
     device = timing.this_device()
     sizes = SIZES[device.type]
@@ -84,34 +94,36 @@ def bench_layer(
     if repeats < 2:
         raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
     k = bucket_size(n, num_experts, capacity_factor)  # before any time is spent
-    if each_pass and not kernels_run(device):
-        raise ValueError("--passes times the kernels, which need triton and a CUDA GPU")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     keep_freed_memory(device)
     torch.manual_seed(0)
     x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
     with device:  # 8B/64E has 8.6 billion weights, which a CPU takes minutes to draw
-        first = MoE(ExpertChoice(d_model, num_experts, capacity_factor), d_model, d_ff, kernels="plain").to(dtype)
-    ours, capped = _expert_choice(first, dykstra)
+        first = MoE(ExpertChoice(d_model, num_experts, capacity_factor), d_model, d_ff, kernels=PLAIN).to(dtype)
+    ours = _expert_choice(first, dykstra)
     others, absent = _token_choice(first)
-    checked = agreement(ours, x, 20 if device.type == "cuda" else 2)
+    checked = agreement(
+        {row.path: layer for row, layer in ours.items() if not row.variant}, x, 20 if device.type == "cuda" else 2
+    )
     if "output" not in checked[0]:
         absent.append("agreement with float32 (no memory for it)")
 
-    layers = ours | capped | others
-    calls = {("floor", what): call for what, call in floor(first, x[0], k).items()}
     gradient = torch.randn_like(x)
-    own = floor_on_own(first, x[0].detach(), gradient[0])
-    calls |= {("floor, on the layer's numbers", what): call for what, call in own.items()}
-    for name, layer in layers.items():
-        steps = {name: layer}
-        if compiled and not any(word in name for word in NOT_COMPILED):
-            steps[f"{name}, compiled"] = torch.compile(layer, dynamic=False)
-        if layer is first and n * n * capacity_factor <= 2**28:  # P has e k n entries
-            steps[f"{name}, one-hot einsum"] = lambda x: one_hot_layer(first, x)
-        for row, step in steps.items():
-            calls |= {(row, what): call for what, call in forward_and_both(step, x, layer, gradient).items()}
-    calls |= {(name, ROUTING): _routing(layer, x[0].detach()) for name, layer in (ours | capped).items()}
+    steps: dict[Row, Callable] = {**ours, **others}
+    if compiled:
+        steps |= {
+            row._replace(mode=COMPILED): torch.compile(layer, dynamic=False)
+            for row, layer in (ours | others).items()
+            if _worth_compiling(row)
+        }
+    if n * n * capacity_factor <= 2**28:  # P has e k n entries
+        steps[Row(next(iter(ours)).layer, "one-hot einsum")] = lambda x: one_hot_layer(first, x)
+    layers = {**ours, **others}
+    calls = _rows(Row("floor"), floor(first, x[0], k))
+    calls |= _rows(Row("floor", "on the layer's numbers"), floor_on_own(first, x[0].detach(), gradient[0]))
+    for row, step in steps.items():
+        calls |= _rows(row, forward_and_both(step, x, layers.get(row._replace(mode=EAGER), first), gradient))
+    calls |= {row._replace(what=ROUTING): _routing(layer, x[0].detach()) for row, layer in ours.items()}
     with timing.compiling():
         calls, memory = timing.warmed(calls, absent, device)
         times = timing.in_turns(calls, repeats, device)
@@ -119,13 +131,11 @@ def bench_layer(
             for module in (part for layer in layers.values() for part in layer.modules()):
                 if getattr(module, "aux_loss", None) is not None:  # its graph ties x to another stream than a capture's
                     module.aux_loss = None
-            graphs = _graphs({key: call for key, call in calls.items() if key[0] in ours}, absent)
-            times |= timing.in_turns(graphs, repeats, device)
+            uncapped = {row: call for row, call in calls.items() if row._replace(what="") in ours and not row.variant}
+            times |= timing.in_turns(graphs(uncapped, absent), repeats, device)
 
     table = _table(times, memory, flops=4 * k * num_experts * d_model * d_ff)
     table.attrs |= {"absent": absent, "agreement": checked}
-    if each_pass:
-        table.attrs["passes"] = passes(n, d_model, d_ff, num_experts, capacity_factor, dtype, device, repeats)
     table.attrs["setting"] = {
         "n": n, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "capacity_factor": capacity_factor,
         "dtype": str(dtype).removeprefix("torch."), "repeats": repeats, **timing.machine(),
@@ -133,36 +143,93 @@ def bench_layer(
     return table
 
 
-def _expert_choice(first: MoE, dykstra: bool) -> tuple[dict[str, MoE], dict[str, MoE]]:
+def bench_auto(
+    sizes: Sequence[Mapping[str, int]], *, num_experts: int = 32, compiled: bool = False, repeats: int = 9
+) -> pd.DataFrame:
+    """What a run gets (`kernels="auto"`) beside the plain path, size by size: the first must never be slower.
+
+    Args:
+        sizes: of n and d_model; f is 4 d, c is 2. compiled: under torch.compile, too.
+
+    Returns:
+        a row per size, mode and part: n, d_model, mode, what, plain_ms, auto_ms, and ratio, the second over the first.
+    """
+    device, absent, rows = timing.this_device(), [], []
+    keep_freed_memory(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for size in sizes:
+        n, d = size["n"], size["d_model"]
+        bucket_size(n, num_experts, 2.0)
+        torch.manual_seed(0)
+        with device:
+            plain = MoE(ExpertChoice(d, num_experts, 2.0), d, 4 * d, kernels=PLAIN).to(dtype)
+        paths = {PLAIN: plain, "auto": _twin(plain, ExpertChoice(d, num_experts, 2.0), "auto")}
+        x = torch.randn(1, n, d, device=device, dtype=dtype, requires_grad=True)
+        calls: dict[Row, Call] = {}
+        with timing.compiling():
+            for path, layer in paths.items():
+                modes = {EAGER: layer} | ({COMPILED: torch.compile(layer, dynamic=False)} if compiled else {})
+                for mode, step in modes.items():
+                    calls |= _rows(Row("EC-CF2", "", path, mode), forward_and_both(step, x, layer, torch.randn_like(x)))
+            calls, _ = timing.warmed(calls, absent, device)
+            times = timing.in_turns(calls, repeats, device)
+            if device.type == "cuda":
+                eager = {row: call for row, call in calls.items() if row.mode == EAGER}
+                times |= timing.in_turns(graphs(eager, absent), repeats, device)
+        ms = {row: 1e3 * statistics.median(samples) for row, samples in times.items()}
+        for row in ms:
+            if row.path == PLAIN and row._replace(path="auto") in ms:
+                auto = ms[row._replace(path="auto")]
+                rows.append({"n": n, "d_model": d, "mode": row.mode, "what": row.what, "plain_ms": ms[row], "auto_ms": auto, "ratio": auto / ms[row]})  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.attrs |= {"setting": {"num_experts": num_experts, "repeats": repeats} | timing.machine(), "absent": absent}
+    return table
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Is it worth timing the kernels here: is triton installed, and is this a GPU, not Triton's interpreter?"""
+    return device.type == "cuda" and TRITON
+
+
+def _rows(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
+    return {row._replace(what=what): call for what, call in parts.items()}
+
+
+def _worth_compiling(row: Row) -> bool:
+    """Not variants of others, nor what no graph holds in one piece: that would be minutes."""
+    return row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm")))
+
+
+def _expert_choice(first: MoE, dykstra: bool) -> dict[Row, MoE]:
     """The layer on each path, and with caps; all on the weights of `first`."""
     router, kinds = first.router, KINDS if kernels_run(first.w1.device) else ()
     sizes = router.d_model, router.num_experts, router.capacity_factor
-    ec = f"EC-CF{router.capacity_factor:g}"
-    ours = {ec: first} | {f"{ec}, {kind}": _twin(first, ExpertChoice(*sizes), kind) for kind in kinds}
-    caps = {f"cap {b}": (b, "feasible") for b in CAPS if router.capacity_factor <= b < router.num_experts}
-    if dykstra:
-        caps |= {f"{name} by Dykstra": (b, "dykstra") for name, (b, _) in caps.items()}
-    capped = {}
-    for name, (b, solver) in caps.items():
-        path = kinds[0] if kinds else "plain"  # beside the kernels the plain solvers take seconds a call
-        row = f"{ec}, {name}" + (f", {path}" if path != "plain" else "")
-        capped[row] = _twin(first, ExpertChoice(*sizes, b, cap_solver=solver), path)
-    return ours, capped
+    ec = Row(f"EC-CF{router.capacity_factor:g}")
+    layers = {ec: first} | {ec._replace(path=kind): _twin(first, ExpertChoice(*sizes), kind) for kind in kinds}
+    path = kinds[0] if kinds else PLAIN  # beside the kernels the plain solvers take seconds a call
+    for solver in ("feasible", "dykstra")[: 1 + dykstra]:
+        for b in CAPS:
+            if router.capacity_factor <= b < router.num_experts:
+                capped = ec._replace(variant=f"cap {b}" + " by Dykstra" * (solver == "dykstra"), path=path)
+                layers[capped] = _twin(first, ExpertChoice(*sizes, b, cap_solver=solver), path)
+    return layers
 
 
-def _token_choice(first: MoE) -> tuple[dict[str, nn.Module], list[str]]:
+def _token_choice(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
     """Top-k with as many places as expert choice has, and with as many as are asked for; and who is absent."""
     router, kinds = first.router, KINDS[:1] if kernels_run(first.w1.device) else ()
     d, e, c = router.d_model, router.num_experts, router.capacity_factor
     k = min(max(round(c), 1), e)
-    layers: dict[str, nn.Module] = {}
-    for name, share in {f"top-{k}, capacity {c:g} n/e": c / k, f"top-{k}, nothing dropped": None}.items():
-        for path in ("plain", *kinds):
-            row = name + (f", {path}" if path != "plain" else "")
-            layers[row] = _twin(first, TokenChoice(d, e, k, share, gate="renormalized"), path)
-    found, absent = peers(layers[name])
-    layers |= {f"top-{k}, {peer}": layer for peer, layer in ({"grouped_mm": Grouped(layers[name])} | found).items()}
-    return layers, absent
+    top = Row(f"top-{k}")
+    layers: dict[Row, nn.Module] = {}
+    for variant, share in {f"capacity {c:g} n/e": c / k, "nothing dropped": None}.items():
+        for path in (PLAIN, *kinds):
+            layer = _twin(first, TokenChoice(d, e, k, share, gate="renormalized"), path)
+            layers[top._replace(variant=variant, path=path)] = layer
+    found, absent = peers(layer)
+    return layers | {
+        top._replace(variant=name): p for name, p in ({"grouped_mm": Grouped(layer)} | found).items()
+    }, absent
 
 
 def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
@@ -172,14 +239,14 @@ def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
     return layer.to(first.w1.device)
 
 
-def _graphs(calls: Mapping[tuple[str, str], Call], absent: list[str]) -> dict[tuple[str, str], Call]:
-    """The calls as CUDA graphs: their launches, recorded once; they share memory, for nobody reads their results.
+def graphs(calls: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
+    """The eager calls as CUDA graphs: their launches, recorded once; they share memory, for nobody reads their results.
 
     The first that can't be captured is the last that is tried: it leaves the allocator in a state to be left alone,
     which is why graphs come after all else.
     """
-    graphs, pool = {}, torch.cuda.graph_pool_handle()
-    for (name, what), call in calls.items():
+    captured, pool = {}, torch.cuda.graph_pool_handle()
+    for row, call in calls.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -190,29 +257,26 @@ def _graphs(calls: Mapping[tuple[str, str], Call], absent: list[str]) -> dict[tu
             with torch.cuda.graph(graph, pool=pool):
                 call()
         except RuntimeError as error:
-            absent.append(f"CUDA graphs from {name}, {what} on ({reason(error)})")
+            absent.append(f"CUDA graphs from {label(*row)} on ({reason(error)})")
             break
-        graphs[f"{name}, CUDA graph", what] = graph.replay
-    return graphs
+        captured[row._replace(mode=GRAPH)] = graph.replay
+    return captured
 
 
-def _table(
-    times: Mapping[tuple[str, str], list[float]], memory: Mapping[tuple[str, str], tuple | None], flops: float
-) -> pd.DataFrame:
+def _table(times: Mapping[Row, list[float]], memory: Mapping[Row, tuple | None], flops: float) -> pd.DataFrame:
     """Rows out of samples; flops: of the two forward products."""
-    medians = {key: statistics.median(samples) for key, samples in times.items()}
+    medians = {row: statistics.median(samples) for row, samples in times.items()}
     rows = []
-    for (name, what), samples in times.items():
-        seconds, routing = medians[name, what], what == ROUTING
-        share = medians["floor", FORWARD if routing else what] / seconds
-        uncapped = ", ".join(part for part in name.split(", ") if not part.startswith("cap "))
-        capped = uncapped != name and (uncapped, what) in medians
-        peak = memory.get((name, what))
-        rows.append({"layer": name, "what": what} | timing.spread(samples) | {
+    for row, samples in times.items():
+        took, routing = medians[row], row.what == ROUTING
+        share = medians[Row("floor", what=FORWARD if routing else row.what)] / took
+        uncapped = medians.get(row._replace(variant="")) if row.variant.startswith("cap ") else None
+        peak = memory.get(row)
+        rows.append(row._asdict() | timing.spread(samples) | {
             "share_of_floor": None if routing else share,
             "of_forward_floor": 1 / share if routing else None,
-            "over_uncapped": seconds / medians[uncapped, what] - 1 if capped else None,
-            "tflops": None if routing else flops * (1 if what == FORWARD else 3) / seconds / 1e12,
+            "over_uncapped": took / uncapped - 1 if uncapped else None,
+            "tflops": None if routing else flops * (1 if row.what == FORWARD else 3) / took / 1e12,
             "peak_mb": peak and peak[1] - peak[0],
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -304,14 +368,3 @@ def keep_freed_memory(device: torch.device) -> None:
     if device.type == "cpu":
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def shown(rows: pd.DataFrame | list[dict]) -> str:
-    """A table as text, without empty columns."""
-    table = pd.DataFrame(rows).dropna(axis=1, how="all")
-    return table.to_string(index=False, float_format="{:.4g}".format, na_rep="")
-
-
-def save(table: pd.DataFrame, path: Path) -> None:
-    """Write what was measured, and where, as JSON."""
-    write_json(path, {**table.attrs, "rows": table.to_dict("records")})

@@ -1,4 +1,4 @@
-"""`ecmoe bench --profile`: where the time of an EC-CF2 training step goes, by kind of work.
+"""Where the time of an EC-CF2 training step goes, by kind of work.
 
 torch.profiler tells which kernels ran on the GPU and which operators launched them; both names sort the time into a
 few kinds. What no kernel fills is "idle". On a CPU the operators' own time is sorted, and attention's products, which
@@ -19,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ecmoe.bench import clock as timing
+from ecmoe.bench.layer import label
 from ecmoe.bench.step import arms, setting, steps
 
 ARM = "EC-CF2"
@@ -51,17 +52,17 @@ def bench_profile(*, count: int = 3, compiled: bool = False, whole: bool = False
     device, configs = timing.this_device(), {ARM: arms(sizes)[ARM]}
     with timing.compiling():
         absent: list[str] = []
-        rows = steps(configs, device, compiled=compiled, whole=whole, plain=())
-        rows = {
-            row: step for row, step in rows.items() if "CUDA graph" not in row.path
-        }  # whose kernels have no operators
+        # Kernels of a graph have no operators.
+        rows = steps(configs, device, compiled=compiled, whole=whole, plain=(), captured=False)
         calls, _ = timing.warmed(rows, absent, device)
         times = timing.in_turns(calls, 3, device)
         best = min(times, key=lambda row: statistics.median(times[row]))
         spent = device_time(calls[best], count) if device.type == "cuda" else operator_time(calls[best], count)
     table = by_kind(spent)
     table.attrs["setting"] = (
-        setting(configs, device) | {"arm": ARM, "path": best.path, "steps": count} | timing.machine()
+        setting(configs, device)
+        | {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": count}
+        | timing.machine()
     )
     table.attrs["absent"] = absent
     table.attrs["step_ms"] = 1e3 * statistics.median(times[best])

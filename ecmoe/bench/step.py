@@ -1,13 +1,16 @@
-"""`ecmoe bench --step`: a whole training step on random tokens, expert choice against token choice (claim C2).
+"""A whole training step on random tokens, expert choice against token choice (claim C2).
 
 Forward, loss, backward, clipping, optimiser: what a run does, without data and logging. Arms differ in their routers
 alone, so all share one set of weights, gradients and moments, and their steps are taken in turns, on any card that
 holds one model. The learning rate is 0: the optimiser does all its work, and no step changes the next one's routing.
 
 Every arm is measured on each path: "triton", the kernels, which token choice's capacity path has too; for token
-choice "grouped_mm", which drops nothing (`bench_baselines`); and, where there are no kernels and for the two arms of
-C2, "plain"; for these two the kernels also as a CUDA graph (`ecmoe.training.cuda_graph`). The fastest is the arm's best path. Token
-choice is routed by its own router, and evenly by force, which is its best case.
+choice "grouped_mm", which drops nothing (baselines.py); and, where there are no kernels and for the two arms of
+C2, "plain"; for these two the kernels also as a CUDA graph (`ecmoe.training.cuda_graph`). The fastest is the arm's best
+path. Token choice is routed by its own router, and evenly by force, which is its best case.
+
+The arms of a study are timed by `bench_study`, each on the path that its runs take: it makes steps to a loss seconds to
+a loss. Runs come from several machines, and may have shared one: their own seconds compare with nobody's.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
-from ecmoe.bench.kernels import kernels_run
+from ecmoe.bench.layer import COMPILED, EAGER, GRAPH, PLAIN, kernels_run
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.transformer import flops_per_token
 from ecmoe.provenance import peak_flops
@@ -56,11 +59,12 @@ SIZES = {
 
 
 class Row(NamedTuple):
-    """What is timed: an arm, whose choice it routes by ("own" or "even"), on a path."""
+    """What is timed: an arm, whose choice it routes by ("own" or "even"), who computes, and in which mode."""
 
     arm: str
     routing: str
     path: str
+    mode: str = EAGER
 
 
 def bench_step(
@@ -76,8 +80,8 @@ def bench_step(
             the device's `SIZES`.
 
     Returns:
-        a row per arm, routing and path: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
-        device's is known), peak memory on a GPU; `attrs` hold the setting, and in samples the ms of every repeat.
+        the fields of a `Row`: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
+        device's is known), peak memory on a GPU, and in samples_ms every repeat; `attrs` hold the setting.
 
     Raises:
         ConfigError: a size that no run may have. ValueError: repeats below 2.
@@ -92,20 +96,65 @@ def bench_step(
         calls, memory = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
         times = timing.in_turns(calls, repeats, device)
     rows = [
-        row._asdict() | measured_row(configs[row.arm], samples) | {"peak_mb": memory[row] and memory[row][1]}
+        row._asdict()
+        | _measured(configs[row.arm], samples)
+        | {"peak_mb": memory[row] and memory[row][1], "samples_ms": [1e3 * seconds for seconds in samples]}
         for row, samples in times.items()
     ]
     table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
     table.attrs["setting"] = setting(configs, device) | {"repeats": repeats} | timing.machine()
-    table.attrs["samples"] = {", ".join(row): [1e3 * seconds for seconds in samples] for row, samples in times.items()}
     table.attrs["absent"] = absent
     return table
 
 
-def measured_row(config: RunConfig, samples: list[float]) -> dict[str, Any]:
+def _measured(config: RunConfig, samples: list[float]) -> dict[str, Any]:
     """What a table shows of a step's seconds, one a turn."""
     rate = config.batch_size * config.sequence_length / statistics.median(samples)
     return timing.spread(samples) | {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak_flops()}
+
+
+def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
+    """Time a step of every arm of a study, alone on the device, on random tokens and at a learning rate of 0.
+
+    Args:
+        configs: name of an arm -> its config; of text. repeats: turns; the median is reported.
+
+    Returns:
+        a row per arm, as `bench_step` has them, without memory: all arms' models are held. `attrs` hold the setting, and
+        what could not be timed.
+    """
+    device, absent = timing.this_device(), []
+    # Steps are over one by one, so their graphs can share the memory of what only a step needs.
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    with timing.compiling():
+        calls = {(arm,): _run_step(config, device, pool) for arm, config in configs.items()}
+        calls, _ = timing.warmed(calls, absent, device)
+        times = timing.in_turns(calls, repeats, device)
+    rows = [{"arm": key[0], **_measured(configs[key[0]], samples)} for key, samples in times.items()]
+    table = pd.DataFrame(rows, columns=None if rows else ["arm", "ms"])
+    table.attrs |= {"setting": {"repeats": repeats} | timing.machine(), "absent": absent}
+    return table
+
+
+def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
+    """A step on the path that a run takes: compiled and as a CUDA graph where its config says so."""
+    lit = LitModel(config, torch.ones(config.vocab_size)).to(
+        device
+    )  # what a hash table balances doesn't change its time
+    optimizer = lit.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    if config.compile:
+        for block in lit.model.blocks:
+            block.compile(dynamic=False)
+    captured = config.cuda_graph and device.type == "cuda" and graph.capturable(lit)
+    return step_of(lit, optimizer, _tokens(config, device), pool=pool if captured else None)
+
+
+def _tokens(config: RunConfig, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = config.batch_size, config.sequence_length + 1
+    return torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
 
 def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:
@@ -137,11 +186,12 @@ def steps(
     compiled: bool = False,
     whole: bool = False,
     plain: tuple[str, ...] = PAIR,
+    captured: bool = True,
 ) -> dict[Row, Call]:
     """A training step for every row; their weights, gradients and moments are the same tensors.
 
     Args:
-        plain: arms that take the plain path beside the kernels'.
+        plain: arms that take the plain path beside the kernels'. captured: as CUDA graphs, too, where that is done.
     """
     torch.manual_seed(0)
     first = next(iter(configs.values()))
@@ -149,26 +199,26 @@ def steps(
     if first.precision == "bf16-true":
         lit.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=True)
-    generator = torch.Generator().manual_seed(first.seed)
-    batch = torch.randint(first.vocab_size, (first.batch_size, first.sequence_length + 1), generator=generator)
-    batch = batch.to(device)
+    batch = _tokens(first, device)
     calls: dict[Row, Call] = {}
     graphs: dict[Row, Call] = {}  # come last: one that can't be captured leaves little memory to others
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for arm, config in configs.items():
         tokens = config.router == "token_choice"
-        paths = ["plain"] if not kernels_run(device) else ["plain", "triton"] if arm in plain else ["triton"]
+        paths = [PLAIN] if not kernels_run(device) else [PLAIN, "triton"] if arm in plain else ["triton"]
         for path in paths + ["grouped_mm"] * tokens:
             twin = _twin(lit, config, path)
             if compiled:
                 for module in (twin.model,) if whole else twin.model.blocks:
                     module.compile(dynamic=False)
             for routing in ("own", "even") if tokens else ("own",):
-                row = Row(arm, routing, path + ", compiled" * compiled)
+                row = Row(arm, routing, path, COMPILED if compiled else EAGER)
                 even = routing == "even"
                 calls[row] = step_of(twin, optimizer, batch, even)
-                if arm in PAIR and path == "triton" and graph.capturable(twin):
-                    graphs[row._replace(path=f"{row.path}, CUDA graph")] = step_of(twin, optimizer, batch, even, pool)
+                if captured and arm in PAIR and path == "triton" and graph.capturable(twin):
+                    graphs[row._replace(mode=timing.named((COMPILED * compiled, GRAPH)))] = step_of(
+                        twin, optimizer, batch, even, pool
+                    )
     return calls | graphs
 
 

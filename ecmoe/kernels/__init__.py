@@ -21,7 +21,7 @@ makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits 
 
 `experts`, `logits`, `scores`, `take` and `tally_` each stand for a line of the plain path, which stays the readable truth
 (moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
-On a GPU: `pytest tests/kernels`, then `ecmoe bench --passes` times each pass, and `ecmoe bench --all --compile` all.
+On a GPU: `pytest tests/kernels`, then `ecmoe bench layer`.
 """
 
 from ecmoe.kernels.common import INTERPRETED

@@ -2,7 +2,7 @@
 measured once on one machine, kept as JSON.
 
 A time belongs to the machine that took it. At scale gpu measurements are taken on a GPU only, and committed, so that
-the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench --all` takes them without a notebook.
+the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench all` takes them without a notebook.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 
 from ecmoe import paths
+from ecmoe.bench import clock
 from ecmoe.bench import layer as bench
 from ecmoe.bench.growth import bench_growth
 from ecmoe.bench.profile import bench_profile
-from ecmoe.bench.step import bench_step
-from ecmoe.bench.study_steps import bench_study
+from ecmoe.bench.step import bench_step, bench_study
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
 from ecmoe.study.parameters import merge_parameters, parameter_files
@@ -40,6 +40,7 @@ def jobs(
     growth_from: Mapping[str, Any],
     growth_axes: Mapping[str, Sequence[float]],
     study_arms: Mapping[str, RunConfig] | None = None,
+    auto_sizes: Sequence[Mapping[str, int]] = (),
     *,
     compiled: bool = False,
     repeats: int = 15,
@@ -50,12 +51,14 @@ def jobs(
     Args:
         layer_sizes: name -> keys of `bench_layer`. step_sizes: keys of `bench_step`.
         growth_from, growth_axes: of `bench_growth`. compiled, repeats: of all of these that have them.
-        study_arms: of `bench_study`, on the path and with the repeats that page 01 has.
+        auto_sizes: of `bench_auto`. study_arms: of `bench_study`, on the path and with the repeats that page 01 has.
     """
     found: dict[str, Job] = {
         layer_file(name): lambda keys=keys: bench.bench_layer(**{"compiled": compiled, "repeats": repeats} | keys)
         for name, keys in layer_sizes.items()
     }
+    if auto_sizes:
+        found["auto"] = lambda: bench.bench_auto(auto_sizes, compiled=compiled, repeats=repeats)
     if study_arms:
         found[study_file(study_arms)] = lambda: bench_study(study_arms)
     return found | {
@@ -97,7 +100,7 @@ def take(
         except Exception as error:  # the others are still wanted
             yield name, error
             continue
-        bench.save(table, path)
+        clock.save(table, path)
         yield name, table
 
 
@@ -122,7 +125,7 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
     found = found or {"rows": [], "setting": {}}
     rows = pd.DataFrame(found["rows"], columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
     table = rows.set_index("arm").reindex(list(arms))
-    table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench --all --only study`)")
+    table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench all --only study`)")
     return table
 
 
@@ -138,22 +141,27 @@ def layer_file(size: str) -> str:
 
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
-    """The rows of all layers, with the size's name in front. A size that isn't measured is one empty row."""
+    """The rows of all layers, with their size and their name. A size that isn't measured is one empty row."""
     tables = []
     for size in sizes:
         one = found[layer_file(size)]
-        tables.append(pd.DataFrame(one["rows"] if one else [{"layer": None}]).assign(size=size))
-    return pd.concat(tables, ignore_index=True)
+        tables.append(pd.DataFrame(one["rows"] if one else [dict.fromkeys(bench.Row._fields)]).assign(size=size))
+    found_rows = pd.concat(tables, ignore_index=True)
+    fields = found_rows.reindex(columns=["layer", "variant", "path", "mode"])
+    found_rows["name"] = [
+        bench.label(*row) if isinstance(row[0], str) else None for row in fields.itertuples(index=False)
+    ]
+    return found_rows
 
 
 def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
     """A row per size and layer, as a table shows them: forward, with backward, routing, what a cap adds, memory."""
     rows = []
-    for (size, layer), group in layers.dropna(subset=["layer"]).groupby(["size", "layer"], sort=False):
+    for (size, name), group in layers.dropna(subset=["name"]).groupby(["size", "name"], sort=False):
         of = group.drop_duplicates("what").set_index("what").reindex([bench.FORWARD, bench.BOTH, bench.ROUTING])
         of = of.reindex(columns=["ms", "share_of_floor", "of_forward_floor", "over_uncapped", "peak_mb"])
         rows.append({
-            "size": size, "layer": layer,
+            "size": size, "layer": name,
             "forward, ms": of["ms"][bench.FORWARD], "share of floor": of["share_of_floor"][bench.FORWARD],
             "with backward, ms": of["ms"][bench.BOTH], "its share": of["share_of_floor"][bench.BOTH],
             "a cap adds": of["over_uncapped"][bench.BOTH], "routing, of floor": of["of_forward_floor"][bench.ROUTING],
@@ -165,12 +173,12 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
 def agreement(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     """How far each path is from the plain one in float32, and whether it gives the same bits, at each size."""
     rows = [{"size": size} | row for size in sizes for row in (found[layer_file(size)] or {}).get("agreement", [])]
-    return pd.DataFrame(rows, columns=None if rows else ["size", "layer", "same_bits"])
+    return pd.DataFrame(rows, columns=None if rows else ["size", "path", "same_bits"])
 
 
 def rows(found: Found, name: str) -> pd.DataFrame:
-    """The rows of one file; none if it isn't measured."""
-    return pd.DataFrame((found[name] or {"rows": []})["rows"])
+    """The rows of one file, without the single samples; none if it isn't measured."""
+    return pd.DataFrame((found[name] or {"rows": []})["rows"]).drop(columns="samples_ms", errors="ignore")
 
 
 def absent(found: Found) -> list[str]:
@@ -184,46 +192,44 @@ def figures(layers: pd.DataFrame) -> pd.DataFrame:
     for size, all_rows in layers.groupby("size", sort=False):
         row: dict[str, Any] = {"size": size}
         named = all_rows.dropna(subset=["layer"])
-        # A layer of ours that runs do take: neither as a graph nor with a cap, nor the oracle.
-        ours = named[named["layer"].str.match(r"EC-CF[\d.]+(, (triton(-bmm)?|compiled))*$")]
+        # Ours, as runs take it: neither as a graph nor with a cap, nor the oracle.
+        ours = named[
+            named["layer"].astype(str).str.startswith("EC") & named["variant"].eq("") & named["mode"].ne(bench.GRAPH)
+        ]
         if len(ours):
-            both = ours[ours["what"] == bench.BOTH].set_index("layer")
-            best = both["ms"].idxmin()
-            of_best = ours[ours["layer"] == best].set_index("what")
-            uncompiled = best.removesuffix(", compiled")
-            routing = ours[(ours["what"] == bench.ROUTING) & (ours["layer"] == uncompiled)]
+            both = ours[ours["what"] == bench.BOTH].set_index(["path", "mode"])
+            path, mode = both["ms"].idxmin()
+            of_best = ours[(ours["path"] == path) & (ours["mode"] == mode)].set_index("what")
+            routing = ours[(ours["path"] == path) & (ours["what"] == bench.ROUTING)]
             row |= {
-                "best path": best,
+                "best path": of_best["name"].iloc[0],
                 "forward, share of floor": of_best["share_of_floor"].get(bench.FORWARD),
                 "forward + backward, share of floor": of_best["share_of_floor"][bench.BOTH],
                 "routing, share of forward floor": routing["of_forward_floor"].min(),
             }
-            path = uncompiled.partition(", ")[2]
             for cap in bench.CAPS:
-                name = ", ".join(filter(None, [uncompiled.partition(",")[0], f"cap {cap}", path.replace("-bmm", "")]))
-                capped = named[(named["layer"] == name) & (named["what"] == bench.BOTH)]
+                capped = named[(named["variant"] == f"cap {cap}") & (named["what"] == bench.BOTH)]
                 row[f"cap {cap} adds"] = capped["over_uncapped"].min()
-            if both["peak_mb"].notna().all():
-                plain = both["peak_mb"].iloc[0]
-                row["memory of plain's"] = both["peak_mb"][uncompiled] / plain
+            memory = both["peak_mb"]
+            if memory.notna().all() and (bench.PLAIN, bench.EAGER) in memory:
+                row["memory of plain's"] = memory[path, bench.EAGER] / memory[bench.PLAIN, bench.EAGER]
         out.append(row)
     return pd.DataFrame(out)
 
 
-def best_paths(steps: pd.DataFrame, routing: str = "even") -> dict[str, str]:
-    """Arm -> the name of its fastest row; token choice's as `routing` says."""
+def best_paths(steps: pd.DataFrame, routing: str = "even") -> pd.DataFrame:
+    """Each arm's fastest row, by arm; token choice's as `routing` says."""
     if not len(steps):
-        return {}
+        return pd.DataFrame({"arm": []}).set_index("arm")
     forced = steps[steps["routing"] == routing]["arm"].unique()
     asked = steps[(steps["routing"] == routing) | ~steps["arm"].isin(forced)]
-    best = asked.loc[asked.groupby("arm", sort=False)["ms"].idxmin()]
-    return {row.arm: ", ".join([row.arm, row.routing, row.path]) for row in best.itertuples()}
+    return asked.loc[asked.groupby("arm", sort=False)["ms"].idxmin()].set_index("arm")
 
 
 def step_ratio(found: Found, arm: str, other: str, routing: str = "even") -> Effect:
     """Time of a step of `arm` over one of `other`, each on its best path; the interval is over turns, not seeds."""
-    best = best_paths(rows(found, "step"), routing)
-    if arm not in best or other not in best:
+    best = best_paths(pd.DataFrame((found["step"] or {"rows": []})["rows"]), routing)
+    if arm not in best.index or other not in best.index:
         return interval([], "ratio", "turn")
-    a, b = (found["step"]["samples"][best[name]] for name in (arm, other))
+    a, b = best["samples_ms"][arm], best["samples_ms"][other]
     return interval((x / y for x, y in zip(a, b, strict=True)), "ratio", "turn")

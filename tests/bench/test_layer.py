@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import ecmoe.bench.step as bench_step_module
 from ecmoe import MoE
 from ecmoe.bench import layer as bench
-from ecmoe.bench.kernels import _otherwise
+from ecmoe.bench.clock import save
 from ecmoe.bench.step import ARMS, arms, bench_step, steps
 from ecmoe.cli import app
 from ecmoe.routing import ExpertChoice, TokenChoice
@@ -27,7 +27,7 @@ def measured():
 
 
 def test_every_row_stands_beside_the_floor_of_its_run(measured):
-    floor = measured[measured["layer"] == "floor"].set_index("what")["ms"]
+    floor = measured[(measured["layer"] == "floor") & (measured["variant"] == "")].set_index("what")["ms"]
     assert set(floor.index) == {"forward", "forward + backward"}
     for row in measured.itertuples():
         assert row.ms > 0 and row.low_ms <= row.ms <= row.high_ms
@@ -35,30 +35,32 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
             assert row.of_forward_floor == pytest.approx(row.ms / floor["forward"])
         else:
             assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
-    assert {"EC-CF2", "EC-CF2, one-hot einsum", "EC-CF2, cap 2", "EC-CF2, cap 3"} <= set(measured["layer"])
-    assert {f"top-2, {how}" for how in ("capacity 2 n/e", "nothing dropped", "grouped_mm")} <= set(measured["layer"])
+    variants = measured.groupby("layer")["variant"].agg(set)
+    assert variants["EC-CF2"] == {"", "one-hot einsum", "cap 2", "cap 3"}
+    assert variants["top-2"] == {"capacity 2 n/e", "nothing dropped", "grouped_mm"}
+    assert set(measured["path"]) == {"plain"} and set(measured["mode"]) == {"eager"}
 
 
 def test_what_a_cap_adds_is_against_the_same_path(measured):
-    ms = measured.set_index(["layer", "what"])["ms"]
+    ms = measured[measured["variant"] == ""].set_index(["layer", "what"])["ms"]
     added = measured.dropna(subset=["over_uncapped"])
-    assert set(added["layer"]) == {"EC-CF2, cap 2", "EC-CF2, cap 3"} and len(added) == 6
+    assert set(added["variant"]) == {"cap 2", "cap 3"} and len(added) == 6
     for row in added.itertuples():
         assert row.over_uncapped == pytest.approx(row.ms / ms["EC-CF2", row.what] - 1)
 
 
 def test_the_papers_solver_is_measured_where_asked_for():
     table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, dykstra=True)
-    assert {"EC-CF2, cap 2 by Dykstra", "EC-CF2, cap 3 by Dykstra"} <= set(table["layer"])
-    assert table.set_index("layer").loc["EC-CF2, cap 2 by Dykstra", "over_uncapped"].notna().all()
+    assert {"cap 2 by Dykstra", "cap 3 by Dykstra"} <= set(table["variant"])
+    assert table.set_index("variant").loc["cap 2 by Dykstra", "over_uncapped"].notna().all()
 
 
 def test_compiled_rows(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda layer, **how: compiled.append(how) or layer)
     table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, compiled=True)
-    rows = {name for name in table["layer"] if "compiled" in name}
-    assert rows == {f"{name}, compiled" for name in ("EC-CF2", "top-2, capacity 2 n/e", "top-2, grouped_mm")}
+    rows = table[table["mode"] == "compiled"]
+    assert set(rows["variant"]) == {"", "capacity 2 n/e", "grouped_mm"}
     assert compiled == 3 * [{"dynamic": False}]
 
 
@@ -68,53 +70,45 @@ def test_what_fails_is_named_and_the_rest_is_measured(monkeypatch):
 
     monkeypatch.setattr(bench.Grouped, "forward", fail)
     table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2)
-    assert "top-2, grouped_mm" not in set(table["layer"]) and "EC-CF2" in set(table["layer"])
-    assert "top-2, grouped_mm, forward (RuntimeError: no kernel for this)" in table.attrs["absent"]
+    assert "grouped_mm" not in set(table["variant"]) and "EC-CF2" in set(table["layer"])
+    assert "top-2, grouped_mm, plain, eager, forward (RuntimeError: no kernel for this)" in table.attrs["absent"]
 
 
 def test_the_plain_path_agrees_with_itself(measured):
     (row,) = measured.attrs["agreement"]
-    assert row.pop("layer") == "EC-CF2" and row.pop("same_bits")
+    assert row.pop("path") == "plain" and row.pop("same_bits")
     assert set(row) == {"output", "x", "gate", "w1", "w2", "router.weight"} and set(row.values()) == {0}
 
 
 def test_kernels_are_measured_and_held_to_the_plain_path(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(bench, "kernels_run", lambda device: True)
-    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=2, repeats=2, each_pass=True)
-    for name in ("EC-CF2, triton", "EC-CF2, triton-bmm"):
-        assert len(table[table["layer"] == name]) == 3  # forward, with backward, routing
-    assert "top-2, capacity 2 n/e, triton" in set(table["layer"])
+    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=2, repeats=2)
+    for path in ("plain", "triton", "triton-bmm"):
+        rows = table[(table["layer"] == "EC-CF2") & (table["variant"] == "") & (table["path"] == path)]
+        assert set(rows["what"]) == {bench.FORWARD, bench.BOTH, bench.ROUTING}
+    assert "triton" in set(table[table["variant"] == "capacity 2 n/e"]["path"])
+    assert [row.pop("path") for row in table.attrs["agreement"]] == ["plain", "triton", "triton-bmm"]
     for row in table.attrs["agreement"]:
-        assert row.pop("layer").startswith("EC-CF2") and row.pop("same_bits") is True
+        assert row.pop("same_bits") is True
         assert all(value < (1e-2 if torch.cuda.is_available() else 1e-6) for value in row.values())
-    passes = table.attrs["passes"]
-    assert not any("error" in row for row in passes) and all(row["us"] > 0 for row in passes)
-    assert {"take", "tally", "gather", "combine", "invert"} <= {row["pass"] for row in passes}
-    assert "x_in w1, bmm" in bench.shown(passes)
-    names = {row["pass"] for row in passes}
-    assert "take: CHUNK BLOCK 1024, num_warps 2" in names and not any(name.startswith("cap ") for name in names)
 
 
-def test_a_pass_cut_otherwise_computes_the_same_and_leaves_the_constant_as_it_was():
-    pytest.importorskip("triton")
-    from ecmoe import kernels
-    from ecmoe.kernels import selection
-
-    scores = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0)).to(
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    before = dict(selection.CHUNK)
-    for cut in [{}, {"BLOCK": 512, "num_warps": 2}]:
-        places = _otherwise(lambda: kernels.select(scores, 300), "ecmoe.kernels.selection", "CHUNK", cut)
-        assert torch.equal(places, scores.topk(300).indices.sort().values)
-    assert before == selection.CHUNK
+def test_what_a_run_gets_stands_beside_the_plain_path():
+    sizes = [{"n": 16, "d_model": 4}, {"n": 32, "d_model": 8}]
+    table = bench.bench_auto(sizes, num_experts=4, repeats=2)
+    modes = {"eager", "CUDA graph"} if torch.cuda.is_available() else {"eager"}
+    assert set(table["mode"]) == modes and len(table) == 4 * len(modes)
+    assert table["ratio"].tolist() == pytest.approx((table["auto_ms"] / table["plain_ms"]).tolist())
+    assert list(table[["n", "d_model"]].drop_duplicates().itertuples(index=False, name=None)) == [(16, 4), (32, 8)]
 
 
-def test_passes_need_a_gpu():
-    if not torch.cuda.is_available():
-        shown = CliRunner().invoke(app, ["bench", "--passes"])
-        assert shown.exit_code == 2 and "CUDA" in shown.stderr
+@pytest.mark.parametrize(
+    "command",
+    [[], ["--passes"], ["layer", "--step"], ["step", "--dykstra"], ["profile", "--repeats", "3"], ["step", "--whole"]],
+)
+def test_no_option_is_silently_ignored(command):
+    assert CliRunner().invoke(app, ["bench", *command]).exit_code == 2
 
 
 def test_absent_peers_are_named(measured):
@@ -124,7 +118,7 @@ def test_absent_peers_are_named(measured):
 def test_the_command_prints_a_table_and_keeps_it(tmp_path):
     path = tmp_path / "bench.json"
     sizes = ["--tokens", "64", "--d-model", "8", "--d-ff", "16", "--num-experts", "4", "--repeats", "2"]
-    shown = CliRunner().invoke(app, ["bench", *sizes, "--json", str(path)])
+    shown = CliRunner().invoke(app, ["bench", "layer", *sizes, "--json", str(path)])
     assert shown.exit_code == 0, shown.output
     kept = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert kept["setting"]["d_ff"] == 16
@@ -132,12 +126,12 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path):
 
 
 def test_a_fraction_of_a_token_is_named_before_anything_is_timed():
-    shown = CliRunner().invoke(app, ["bench", "--tokens", "33", "--num-experts", "4"])
+    shown = CliRunner().invoke(app, ["bench", "layer", "--tokens", "33", "--num-experts", "4"])
     assert shown.exit_code == 2 and "n=33" in shown.stderr
 
 
 def test_saved_as_json(measured, tmp_path):
-    bench.save(measured, tmp_path / "bench" / "layer.json")
+    save(measured, tmp_path / "bench" / "layer.json")
     kept = json.loads((tmp_path / "bench" / "layer.json").read_text())
     assert kept["setting"]["n"] == 64 and len(kept["rows"]) == len(measured)
 
@@ -170,7 +164,7 @@ def test_step_of_every_arm_is_timed():
     for row in table.itertuples():
         assert row.low_ms <= row.ms <= row.high_ms
         assert row.tokens_per_second == pytest.approx(32 / (row.ms / 1e3))
-        assert len(table.attrs["samples"][f"{row.arm}, {row.routing}, {row.path}"]) == 2
+        assert len(row.samples_ms) == 2
     assert table.attrs["setting"]["vocab_size"] == 257 and table.attrs["absent"] == []
 
 
@@ -178,7 +172,7 @@ def test_a_step_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(bench_step_module.Grouped, "forward", lambda *_: 1 / 0)
     table = bench_step(repeats=2, **STEP)
     assert set(table["path"]) == {"plain"} and len(table.attrs["absent"]) == 4
-    assert "GShard top-2, even, grouped_mm (ZeroDivisionError: division by zero)" in table.attrs["absent"]
+    assert "GShard top-2, even, grouped_mm, eager (ZeroDivisionError: division by zero)" in table.attrs["absent"]
 
 
 def test_all_steps_train_the_same_weights(monkeypatch):
@@ -218,21 +212,19 @@ def test_the_command_times_a_step(tmp_path):
         for key, value in STEP.items()
         for f in ("--tokens" if key == "n" else f"--{key.replace('_', '-')}", str(value))
     ]
-    shown = CliRunner().invoke(
-        app, ["bench", "--step", *sizes, "--repeats", "2", "--json", str(tmp_path / "step.json")]
-    )
+    shown = CliRunner().invoke(app, ["bench", "step", *sizes, "--repeats", "2", "--json", str(tmp_path / "step.json")])
     assert shown.exit_code == 0, shown.output
     kept = json.loads((tmp_path / "step.json").read_text(), parse_constant=pytest.fail)
     assert {row["arm"] for row in kept["rows"]} == set(ARMS) and "GShard top-2" in shown.stdout
-    refused = CliRunner().invoke(app, ["bench", "--step", "--tokens", "100", "--sequence-length", "16"])
+    refused = CliRunner().invoke(app, ["bench", "step", "--tokens", "100", "--sequence-length", "16"])
     assert refused.exit_code == 2 and "sequence_length=16" in refused.stderr
-    shown = CliRunner().invoke(app, ["bench", "--profile", *sizes])
+    shown = CliRunner().invoke(app, ["bench", "profile", *sizes])
     assert shown.exit_code == 0 and "experts' products" in shown.stdout
 
 
 def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "jobs", lambda **_: {"layer-a": fake, "step": lambda: 1 / 0, "growth": fake})
-    command = ["bench", "--all", "--scale", "smoke", "--out", str(tmp_path)]
+    command = ["bench", "all", "--scale", "smoke", "--out", str(tmp_path)]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 1 and "step: ZeroDivisionError" in shown.stderr and "growth: 0 s" in shown.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "layer-a.json"]

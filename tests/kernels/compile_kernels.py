@@ -61,9 +61,8 @@ def launch(n, d, f, e, k, dtype):
     rows.gather_dot_(x, dy, token, gate)
     rows.scale_(h, rows.activate_(h, gate)[0], gate)
     if dtype == torch.bfloat16:
-        for tile in product.TILES:
-            product.product(dy, w1, gate, tile=tile)
-            product.product_backward(dy, w2, rows.new_slope(h, True), gate, tile=tile)
+        product.product(dy, w1, gate)
+        product.product_backward(dy, w2, rows.new_slope(h, True), gate)
         product.product(dy, w1, gate, keep=False)
     if dtype != torch.float64:
         w, logits = torch.empty(d, e), torch.empty(n, e)

@@ -50,10 +50,10 @@ def test_each_part_is_measured_and_shown(found):
     assert set(found) == {"layer-0-1b-64e", "step", "step-bf16", "growth", "profile"}
     layers = speed.layers(found, ["0.1B/64E"])
     assert {"floor", "EC-CF2"} <= set(layers["layer"]) and (layers["ms"] > 0).all()
-    share = layers[layers["what"] == bench.BOTH].set_index("layer")["share_of_floor"]
+    share = layers[layers["what"] == bench.BOTH].set_index("name")["share_of_floor"]
     table = speed.by_layer(layers).set_index("layer")
     assert table["its share"]["EC-CF2"] == share["EC-CF2"] and table["its share"]["floor"] == 1
-    assert table["routing, of floor"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["layer"]))
+    assert table["routing, of floor"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["name"]))
     assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plots.share_of_floor(layers).alt
     steps = speed.rows(found, "step")
     assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}
@@ -62,7 +62,7 @@ def test_each_part_is_measured_and_shown(found):
     assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 2
     assert set(speed.rows(found, "step-bf16")["arm"]) == {"EC-CF2", "GShard top-2"}
     assert found["step-bf16"]["setting"]["parameters"] == "bfloat16" != found["step"]["setting"]["parameters"]
-    assert set(speed.agreement(found, ["0.1B/64E"])["layer"]) == {"EC-CF2"}
+    assert set(speed.agreement(found, ["0.1B/64E"])["path"]) == {"plain"}
     grown = speed.rows(found, "growth")
     assert grown.groupby("axis")["value"].apply(list).to_dict() == {k: [float(v) for v in vs] for k, vs in AXES.items()}
     assert len(plots.growth(grown, exponents(grown)).figure.axes) == 4
@@ -143,27 +143,25 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
 
 
 def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
-    def row(layer, what, ms, **more):
-        return {
-            "size": "A",
-            "layer": layer,
-            "what": what,
-            "ms": ms,
-            "share_of_floor": 1 / ms,
-            "peak_mb": 100 * ms,
-        } | more
+    def row(name, what, ms, **more):
+        layer, variant, path, mode = name
+        fields = {"size": "A", "layer": layer, "variant": variant, "path": path, "mode": mode}
+        fields["name"] = bench.label(*name)
+        return fields | {"what": what, "ms": ms, "share_of_floor": 1 / ms, "peak_mb": 100 * ms} | more
+
+    def ours(path="plain", variant="", mode="eager"):
+        return "EC-CF2", variant, path, mode
 
     rows = [
-        row("EC-CF2", bench.BOTH, 4.0),
-        row("EC-CF2, triton", bench.FORWARD, 1.5),
-        row("EC-CF2, triton", bench.BOTH, 2.0),
-        row("EC-CF2, triton", bench.ROUTING, 0.1, of_forward_floor=0.05),
-        row("EC-CF2, triton-bmm", bench.BOTH, 3.0),
-        row("EC-CF2, triton, CUDA graph", bench.BOTH, 1.0),
-        row("EC-CF2, one-hot einsum", bench.BOTH, 0.1),
-        row("EC-CF2, cap 2", bench.BOTH, 9.0, over_uncapped=1.25),
-        row("EC-CF2, cap 2, triton", bench.BOTH, 2.2, over_uncapped=0.1),
-        row("top-2, grouped_mm", bench.BOTH, 0.5),
+        row(ours(), bench.BOTH, 4.0),
+        row(ours("triton"), bench.FORWARD, 1.5),
+        row(ours("triton"), bench.BOTH, 2.0),
+        row(ours("triton"), bench.ROUTING, 0.1, of_forward_floor=0.05),
+        row(ours("triton-bmm"), bench.BOTH, 3.0),
+        row(ours("triton", mode="CUDA graph"), bench.BOTH, 1.0),
+        row(ours(variant="one-hot einsum"), bench.BOTH, 0.1),
+        row(ours("triton", "cap 2"), bench.BOTH, 2.2, over_uncapped=0.1),
+        row(("top-2", "grouped_mm", "plain", "eager"), bench.BOTH, 0.5),
     ]
     (found,) = speed.figures(pd.DataFrame(rows)).to_dict("records")
     assert found.pop("cap 3 adds") is None or np.isnan(found.get("cap 3 adds", np.nan))
@@ -194,18 +192,17 @@ def test_growth_names_what_it_cannot_take():
 def test_each_arm_counts_on_its_best_path():
     steps = pd.DataFrame(
         [
-            ("EC", "own", "plain", 2.0),
-            ("EC", "own", "triton", 1.0),
-            ("T", "own", "plain", 1.1),
-            ("T", "even", "plain", 1.2),
-            ("T", "even", "x", 1.3),
+            ("EC", "own", "plain", 2.0, [2.0, 2.0]),
+            ("EC", "own", "triton", 1.0, [1.0, 1.1]),
+            ("T", "own", "plain", 1.1, [1.1, 1.1]),
+            ("T", "even", "plain", 1.2, [1.2, 1.32]),
+            ("T", "even", "x", 1.3, [1.3, 1.3]),
         ],
-        columns=["arm", "routing", "path", "ms"],
+        columns=["arm", "routing", "path", "ms", "samples_ms"],
     )
-    assert speed.best_paths(steps) == {"EC": "EC, own, triton", "T": "T, even, plain"}
-    assert speed.best_paths(steps, "own")["T"] == "T, own, plain"
-    samples = {"EC, own, triton": [1.0, 1.1], "T, even, plain": [1.2, 1.32]}
-    ratio = speed.step_ratio({"step": {"rows": steps.to_dict("records"), "samples": samples}}, "T", "EC")
+    assert speed.best_paths(steps)["path"].to_dict() == {"EC": "triton", "T": "plain"}
+    assert speed.best_paths(steps)["routing"]["T"] == "even" and speed.best_paths(steps, "own")["ms"]["T"] == 1.1
+    ratio = speed.step_ratio({"step": {"rows": steps.to_dict("records")}}, "T", "EC")
     assert ratio.mean == pytest.approx(1.2) and ratio.n == 2 and str(ratio).endswith("2 turns)")
 
 

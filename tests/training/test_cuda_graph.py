@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecmoe import paths
-from ecmoe.bench.study_steps import bench_study
+from ecmoe.bench.step import bench_study
 from ecmoe.training import cuda_graph as graph
 from ecmoe.training.lit import LitModel
 from ecmoe.training.run import run_or_load

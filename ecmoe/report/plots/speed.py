@@ -21,28 +21,25 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         layers: of `speed.layers`.
     """
     sizes = list(dict.fromkeys(layers["size"]))
-    rows = layers.dropna(subset=["layer"]).reindex(
-        columns=["size", "layer", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
-    )
-    rows = rows[
-        rows["layer"].ne("floor")
-        & rows["what"].ne("routing")
-        & ~rows["layer"].str.contains("CUDA graph|Dykstra", na=False)
-    ]
-    names = list(dict.fromkeys(rows["layer"]))
+    columns = ["size", "layer", "variant", "mode", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
+    rows = layers.dropna(subset=["layer"]).reindex(columns=columns)
+    floor = rows["layer"].eq("floor") & rows["variant"].eq("")
+    aside = rows["mode"].eq("CUDA graph") | rows["variant"].astype(str).str.endswith("Dykstra")
+    rows = rows[~floor & ~aside & rows["what"].ne("routing")]
+    names = list(dict.fromkeys(rows["name"]))
     figure, axes = new_figure(1.6 + 0.3 * max(len(names), 2), len(sizes), sharey=True)
     parts = []
     for ax, size in zip(axes, sizes, strict=True):
         here = rows[rows["size"] == size]
         for what, marker, color, shift in ((FORWARD, "o", OURS, -0.14), (BOTH, "D", TOKENS, 0.14)):
             kind = here[here["what"] == what]
-            y = [names.index(name) + shift for name in kind["layer"]]
+            y = [names.index(name) + shift for name in kind["name"]]
             ax.plot(100 * kind["share_of_floor"].astype(float), y, marker, color=color, label=what, markersize=6)
         ax.set(title=size, xlim=(0, 105))
         ax.axvline(100, color="0.2", linewidth=1)
         both = here[here["what"] == BOTH]
         if len(both):
-            parts.append(f"{size}: " + ", ".join(f"{r.layer} {100 * r.share_of_floor:.0f}%" for r in both.itertuples()))
+            parts.append(f"{size}: " + ", ".join(f"{r.name} {100 * r.share_of_floor:.0f}%" for r in both.itertuples()))
         elif names:
             name_gaps(ax, [0])
     axes[len(axes) // 2].set_xlabel("share of the floor's speed (%)")  # beside each other they would touch
@@ -56,13 +53,17 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         + "."
         + missing_text(sizes, rows["size"])
     )
-    return Plot(figure, alt, rows.reset_index(drop=True))
+    shown = ["size", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
+    return Plot(figure, alt, rows[shown].rename(columns={"name": "layer"}).reset_index(drop=True))
 
 
 def step_times(steps: pd.DataFrame) -> Plot:
     """Time of a training step by arm and path: median, and the middle half of the turns; own and even routing."""
-    columns = ["arm", "path", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
+    columns = ["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
     data = steps.reindex(columns=columns)
+    data["path"] = [
+        ", ".join(part for part in pair if part != "eager") for pair in zip(data["path"], data.pop("mode"), strict=True)
+    ]
     lines = list(dict.fromkeys(zip(data["arm"], data["path"], strict=True)))
     figure, (ax,) = new_figure(1.2 + 0.34 * max(len(lines), 2))
     look = looks(data["arm"])

@@ -1,0 +1,76 @@
+"""Paths beside each other: how far each is from the plain one in float32, and whether it repeats to the bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ecmoe.model.moe import MoE
+
+
+class Shared(nn.Module):
+    """An expert choice layer whose choice of tokens is given: what two paths must agree in."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d), (e, k) -> the output, (n, d), and the gates, (e, k)."""
+        gate = self.layer.router.logits(x).softmax(1).T.gather(1, token)
+        return self.layer.experts(x, token, gate), gate
+
+
+def agreement(layers: dict[str, MoE], x: Tensor, repeats: int = 20) -> list[dict]:
+    """How far each layer is from the plain path in float32, under one shared choice of tokens.
+
+    Args:
+        layers: path -> an expert choice layer with the same weights, the first one plain. x: (1, n, d).
+        repeats: of forward and backward on the same input, for `same_bits`.
+
+    Returns:
+        a row per path: the relative norm of the difference in the output and in the gradients of x, w1, w2, the
+        router and the gates (none where there is no memory for float32); `same_bits`: whether all repeats, routing
+        included, gave the same bits.
+    """
+    first = next(iter(layers.values()))
+    with torch.no_grad():
+        token = first.router.assign(first.router.logits(x)).token
+    gradient = torch.randn_like(x[0])
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def run(layer: MoE, dtype: torch.dtype) -> dict[str, Tensor]:
+        weights = {f"layer.{name}": p.detach().to(dtype).requires_grad_() for name, p in layer.named_parameters()}
+        flat = x[0].detach().to(dtype).requires_grad_()
+        out, gate = functional_call(Shared(layer), weights, (flat, token))
+        wanted = {"x": flat, "gate": gate} | {name.removeprefix("layer."): p for name, p in weights.items()}
+        gradients = torch.autograd.grad(out, list(wanted.values()), gradient.to(dtype))
+        return {"output": out.detach()} | dict(zip(wanted, gradients, strict=True))
+
+    try:
+        expected = run(first, wide)
+    except torch.OutOfMemoryError:
+        expected = {}
+    rows = []
+    for path, layer in layers.items():
+        ours = run(layer, x.dtype) if expected else {}
+        row = {part: _distance(ours.pop(part), t) for part, t in expected.items()}
+        rows.append({"path": path} | row | {"same_bits": _same_bits(layer, x, repeats)})
+    return rows
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return float(torch.linalg.vector_norm(ours.to(theirs.dtype) - theirs) / torch.linalg.vector_norm(theirs))
+
+
+def _same_bits(layer: MoE, x: Tensor, repeats: int) -> bool:
+    x = x.detach().requires_grad_()
+    gradient = torch.randn_like(x)
+
+    def run() -> list[Tensor]:
+        out = layer(x)
+        return [out.detach(), *torch.autograd.grad(out, [x, *layer.parameters()], gradient)]
+
+    first = run()
+    return all(all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)) for _ in range(repeats - 1))

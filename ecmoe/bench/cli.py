@@ -1,0 +1,140 @@
+"""`ecmoe bench layer | step | profile | auto`; `all`, which needs the plan of a study, is added by the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ecmoe.console import one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
+
+Size = Annotated[int | None, typer.Option(min=1, help="default: 0.1B/64E on a GPU, small on a CPU")]
+Repeats = Annotated[int, typer.Option(min=2, help="of each row; medians count")]
+Compiled = Annotated[bool, typer.Option("--compile", help="under torch.compile too")]
+Whole = Annotated[bool, typer.Option("--whole", help="compile the model in one graph, not by blocks")]
+Output = Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")]
+Layers = Annotated[int | None, typer.Option(min=2, help="of the model")]
+Heads = Annotated[int | None, typer.Option(min=1, help="of the model")]
+Vocabulary = Annotated[int | None, typer.Option(min=257, help="of the model")]
+
+
+@app.command()
+def layer(
+    tokens: Size = None,
+    d_model: Size = None,
+    d_ff: Size = None,
+    num_experts: Size = None,
+    capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e")] = 2.0,
+    repeats: Repeats = 15,
+    compiled: Compiled = False,
+    dykstra: Annotated[bool, typer.Option("--dykstra", help="cap by the paper's solver too, which is slow")] = False,
+    output: Output = None,
+) -> None:
+    """The MoE layer beside its floor, the six matrix products that it can't do without, and beside its rivals."""
+    with one_line():
+        from ecmoe.bench.layer import bench_layer
+
+        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts}
+        options = {"repeats": repeats, "compiled": compiled, "dykstra": dykstra}
+        _show(bench_layer(**sizes, capacity_factor=capacity_factor, **options), output)
+
+
+@app.command()
+def auto(
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="each of these; default: 512 to 131,072")] = None,
+    d_model: Annotated[list[int] | None, typer.Option(min=1, help="with each of these; default: 256 to 4096")] = None,
+    num_experts: Annotated[int, typer.Option(min=1)] = 32,
+    repeats: Repeats = 9,
+    compiled: Compiled = False,
+    output: Output = None,
+) -> None:
+    """What a run gets beside the plain path, size by size: it must never be slower."""
+    with one_line():
+        from ecmoe.bench.layer import bench_auto
+
+        sizes = [{"n": n, "d_model": d} for d in d_model or AUTO_WIDTHS for n in tokens or AUTO_TOKENS]
+        _show(bench_auto(sizes, num_experts=num_experts, compiled=compiled, repeats=repeats), output)
+
+
+AUTO_TOKENS, AUTO_WIDTHS = (512, 2048, 8192, 32_768, 131_072), (256, 512, 1024, 2048, 4096)
+
+
+@app.command()
+def step(
+    tokens: Size = None,
+    d_model: Size = None,
+    d_ff: Size = None,
+    num_experts: Size = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    sequence_length: Size = None,
+    vocab_size: Vocabulary = None,
+    repeats: Repeats = 15,
+    compiled: Compiled = False,
+    whole: Whole = False,
+    output: Output = None,
+) -> None:
+    """A whole training step, expert choice against token choice."""
+    with one_line():
+        from ecmoe.bench.step import bench_step
+
+        _needs(whole, "--whole", compiled, "--compile")
+        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
+        sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
+        _show(bench_step(repeats=repeats, compiled=compiled, whole=whole, **sizes), output)
+
+
+@app.command()
+def profile(
+    tokens: Size = None,
+    d_model: Size = None,
+    d_ff: Size = None,
+    num_experts: Size = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    sequence_length: Size = None,
+    vocab_size: Vocabulary = None,
+    compiled: Compiled = False,
+    whole: Whole = False,
+    output: Output = None,
+) -> None:
+    """Where the time of EC-CF2's training step goes, by kind of work."""
+    with one_line():
+        from ecmoe.bench.profile import bench_profile
+
+        _needs(whole, "--whole", compiled, "--compile")
+        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
+        sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
+        _show(bench_profile(compiled=compiled, whole=whole, **sizes), output)
+
+
+def _needs(given: bool, option: str, other: bool, its: str) -> None:
+    if given and not other:
+        raise ValueError(f"{option} says how {its} compiles: give both")
+
+
+def _show(table: pd.DataFrame, output: Path | None) -> None:
+    from ecmoe.bench.clock import save
+
+    if output:
+        save(table, output)
+    show(table)
+
+
+def show(table: pd.DataFrame) -> None:
+    """Print what was measured, and where."""
+    from ecmoe.bench.clock import shown
+
+    typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
+    typer.echo(shown(table.drop(columns="samples_ms", errors="ignore")))
+    if table.attrs.get("agreement"):
+        typer.echo("\nrelative distance from the plain path in float32, one choice of tokens:")
+        typer.echo(shown(table.attrs["agreement"]))
+    if table.attrs.get("absent"):
+        typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))
