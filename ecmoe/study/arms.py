@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -60,6 +60,18 @@ def configs(
         except ConfigError as error:
             raise ConfigError(f"arm {name!r}: {error}") from error
     return made
+
+
+def size(configs: Sequence[RunConfig]) -> str:
+    """The size of models in words: "8 layers of width 512, 16 to 128 experts"; of experts only where there are some."""
+
+    def span(key: str, of: Sequence[RunConfig]) -> str:
+        least, most = (pick(getattr(config, key) for config in of) for pick in (min, max))
+        return f"{least}" if least == most else f"{least} to {most}"
+
+    text = f"{span('layers', configs)} layers of width {span('d_model', configs)}"
+    moe = [config for config in configs if config.router != "dense"]
+    return f"{text}, {span('num_experts', moe)} experts" if moe else text
 
 
 def _share(name: str, key: str, value: Any, base: Mapping[str, Any]) -> Any:

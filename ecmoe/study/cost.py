@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 
@@ -10,6 +10,7 @@ from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.model.transformer import TABLE_1, count_parameters, flops_per_token
 from ecmoe.study import plan as study
+from ecmoe.study.arms import size
 from ecmoe.study.table import table
 from ecmoe.training.result import load_records
 
@@ -75,18 +76,6 @@ def beside_paper(*bases: Mapping) -> str:
         f"{size(ours)}, {tokens:,.1f} million tokens a run, {'AdamW' if ours[0].optimizer == 'adamw' else 'Adafactor'}; "
         f"the paper: {size(theirs)}, Adafactor, a corpus of 1.6 trillion tokens, of which it doesn't say how many it saw"
     )
-
-
-def size(configs: Sequence[RunConfig]) -> str:
-    """The size of models in words: "8 layers of width 512, 16 to 128 experts"; of experts only where there are some."""
-
-    def span(key: str, of: Sequence[RunConfig]) -> str:
-        least, most = (pick(getattr(config, key) for config in of) for pick in (min, max))
-        return f"{least}" if least == most else f"{least} to {most}"
-
-    text = f"{span('layers', configs)} layers of width {span('d_model', configs)}"
-    moe = [config for config in configs if config.router != "dense"]
-    return f"{text}, {span('num_experts', moe)} experts" if moe else text
 
 
 def _hours(configs: Mapping[str, RunConfig], tokens: Mapping[str, float], scale: str) -> pd.DataFrame:

@@ -253,7 +253,7 @@ def amount(x: float, unit: Unit, *, compares: bool = False) -> str:
     if unit is Unit.NATS:
         return f"{_digits(x)} nats"
     if unit is Unit.RATIO:
-        return f"{_digits(x)} times"
+        return f"{x:.3g} times"
     return f"{_short(100 * x)} points" if compares else f"{_short(100 * x)}%"
 
 
@@ -261,6 +261,8 @@ def span(low: float, high: float, unit: Unit) -> str:
     """An interval, in the unit of the amount beside it: "0.002 to 0.006", "21 to 25"."""
     if unit is Unit.SHARE:
         return f"{_short(100 * low)} to {_short(100 * high)}"
+    if unit is Unit.RATIO:
+        return f"{low:.3g} to {high:.3g}"
     return f"{_digits(low)} to {_digits(high)}"
 
 

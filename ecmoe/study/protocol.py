@@ -68,17 +68,18 @@ class Part:
     @property
     def rule(self) -> str:
         """In words, as a page shows it beside the estimate."""
-        equal = amount(self.margin, self.unit, compares=True)
-        unit = (
-            amount(self.neutral, self.unit, compares=self.compares) if self.neutral or self.unit is Unit.RATIO else "0"
-        )
+        ratio = self.unit is Unit.RATIO
+        equal = f"{100 * self.margin:g}%" if ratio else amount(self.margin, self.unit, compares=True)
+        neutral = f"{self.neutral:g}" if ratio or not self.neutral else amount(self.neutral, self.unit)
         if self.says == "near":
             return f"within {equal} of {amount(self.figure, self.unit)}"
         if self.says == "at or below":
-            return f"at or below {unit}; above it by {equal} or less counts as equal"
+            return f"at or below {neutral}; above it by {equal} or less counts as equal"
         if self.figure is None:
-            return f"{self.says} {unit} by more than {equal}, which counts as equal"
-        return f"{self.says} {unit} (by {equal} or less counts as equal); the paper: {amount(self.figure, self.unit)}"
+            return f"{self.says} {neutral} by more than {equal}, which counts as equal"
+        return (
+            f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {amount(self.figure, self.unit)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ecmoe import paths
 from ecmoe.bench import clock
 from ecmoe.bench import layer as bench
 from ecmoe.bench.growth import bench_growth
@@ -24,14 +22,13 @@ from ecmoe.bench.step import bench_step, bench_study
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.plan import arms_of, configs
 from ecmoe.study.stats import Effect, interval
+from ecmoe.study.steps import folder, study_arms, study_file
 
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any] | None]
 
 NOTEBOOK = "08_step_time"
-STUDY = "01_convergence"  # whose claims are about seconds, too
 
 
 def jobs(
@@ -75,15 +72,7 @@ def plan(scale: str) -> dict[str, Any]:
     Raises:
         ParameterError: no such scale; or this is no checkout, which has the configs.
     """
-    study = merge_parameters(parameter_files(STUDY, scale))
-    arms = configs(study["base"], arms_of(study, scale), study["seeds"][:1])
-    arms = {arm: by_seed[0] for arm, by_seed in arms.items()}
-    return {"step_sizes": {}} | merge_parameters(parameter_files(NOTEBOOK, scale)) | {"study_arms": arms}
-
-
-def folder(scale: str) -> Path:
-    """Where measurements of a scale are kept."""
-    return paths.runs() / "bench" if scale == "smoke" else paths.root() / "reports" / scale / "bench"
+    return {"step_sizes": {}} | merge_parameters(parameter_files(NOTEBOOK, scale)) | {"study_arms": study_arms(scale)}
 
 
 def take(
@@ -127,12 +116,6 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
     table = rows.set_index("arm").reindex(list(arms))
     table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench all --only study`)")
     return table
-
-
-def study_file(arms: Mapping[str, RunConfig]) -> str:
-    """The name of the file of a study's steps: other arms, or arms of other keys, are measured anew, side by side."""
-    names = ",".join(f"{arm} {config.replace(seed=0).name}" for arm, config in arms.items())
-    return f"study-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def layer_file(size: str) -> str:

@@ -19,9 +19,13 @@ import numpy as np
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
-from ecmoe.study import estimate
+from ecmoe.study import estimate, steps
+from ecmoe.study.arms import size
 from ecmoe.study.estimate import Estimate, Unit, amount, counted, span
+from ecmoe.study.parameters import merge_parameters, parameter_files
+from ecmoe.study.plan import Planned, arms_of, configs, plan, record
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
+from ecmoe.training.result import read_record
 
 REPRODUCED, IN_DIRECTION, NO_EFFECT = "reproduced", "reproduced in direction", "no effect"
 CONTRADICTED, UNDECIDED, NOT_RUN = "contradicted", "undecided", "not run"
@@ -112,13 +116,20 @@ def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
     Raises:
         ConfigError: there is no such claim.
     """
-    about = find_claim(claim)
-    return of_evidence(about, Evidence(scale, page or about.page))
+    find_claim(claim)
+    return _judge(claim, scale, page, plan(scale))
 
 
 def judge_all(scale: str) -> dict[str, ClaimVerdict]:
     """Claim -> verdict, of all claims in the paper's order."""
-    return {claim: judge(claim, scale) for claim in protocol().claims}
+    planned = plan(scale)
+    return {claim: _judge(claim, scale, None, planned) for claim in protocol().claims}
+
+
+def _judge(claim: str, scale: str, page: str | None, planned: Sequence[Planned]) -> ClaimVerdict:
+    about = find_claim(claim)
+    further = about.arms if page in (None, about.page) else ()
+    return of_evidence(about, Evidence(scale, page or about.page, planned, further))
 
 
 def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
@@ -134,22 +145,29 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
         better = labels.get(part.or_direction or "") in (REPRODUCED, IN_DIRECTION)
         if better and labels[part.name] in (UNDECIDED, NO_EFFECT, CONTRADICTED):
             labels[part.name] = IN_DIRECTION
+    if evidence.scale == "smoke":
+        labels = {name: label if label == NOT_RUN else PLUMBING for name, label in labels.items()}
     judged = tuple(
         _judged(part, labels[part.name], estimates[part.name], levels.get(part.name, protocol().level), evidence)
         for part in parts
     )
-    label = weakest([part.label for part in judged if part.decides])
-    plumbing = evidence.scale == "smoke"
+    label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in judged if part.decides])
     return ClaimVerdict(
         claim=about.id,
         scale=evidence.scale,
-        label=PLUMBING if plumbing else label,
-        sentence=_sentence(label, judged, plumbing),
+        label=label,
+        sentence=_sentence(label, judged),
         parts=judged,
         rests_on=_rests_on(parts, judged, evidence),
-        command=f"ecmoe runs {evidence.page} --scale {evidence.scale} --train",
+        command=_command(about, evidence),
         about=about,
     )
+
+
+def _command(about: Claim, evidence: Evidence) -> str:
+    if about.arms:
+        return f"ecmoe runs {evidence.page} --scale {evidence.scale} --train"
+    return f"ecmoe bench all --scale {evidence.scale}"
 
 
 # Labels
@@ -231,24 +249,23 @@ def weakest(labels: Sequence[str]) -> str:
 class Evidence:
     """What is there of a page's arms at a scale, read from reports/<scale> when it is asked for."""
 
-    def __init__(self, scale: str, page: str) -> None:
-        self.scale, self.page = scale, page
+    def __init__(self, scale: str, page: str, everything: Sequence[Planned] = (), further: Sequence[str] = ()) -> None:
+        """everything: the plan of the scale. further: arms beside the page's own, as they would be there."""
+        self.scale, self.page, self._everything, self._further = scale, page, everything, further
 
     @cached_property
-    def planned(self) -> dict[str, dict[int, Any]]:
-        """Arm -> seed -> the planned run: the page's, and the further seeds that other pages plan of the very same arms."""
-        from ecmoe.study.plan import of_page, plan
-
-        found: dict[str, dict[int, Any]] = {}
-        for one in of_page(self.page, self.scale):
-            for arm in one.arms:
+    def planned(self) -> dict[str, dict[int, Planned]]:
+        """Arm -> seed -> the planned run: of the page's arms, by whichever page plans the very same run."""
+        values = merge_parameters(parameter_files(self.page, self.scale))
+        arms = arms_of(values, self.scale)
+        arms |= arms_of({"base": values["base"], "arms": [arm for arm in self._further if arm not in arms]}, self.scale)
+        by_config: dict[str, list[str]] = {}
+        for arm, (config,) in configs(values["base"], arms, [0]).items():
+            by_config.setdefault(config.name, []).append(arm)
+        found: dict[str, dict[int, Planned]] = {}
+        for one in self._everything:
+            for arm in by_config.get(one.config.replace(seed=0).name, ()):
                 found.setdefault(arm, {})[one.seed] = one
-        by_config: dict[str, list[dict[int, Any]]] = {}
-        for by_seed in found.values():
-            by_config.setdefault(_but_for_seed(next(iter(by_seed.values()))), []).append(by_seed)
-        for one in plan(self.scale):
-            for by_seed in by_config.get(_but_for_seed(one), ()):
-                by_seed[one.seed] = one  # with what all pages together measure on it
         return found
 
     @cached_property
@@ -267,9 +284,6 @@ class Evidence:
 
     def summaries(self, arm: str) -> dict[int, dict[str, Any]]:
         """Seed -> summary, of the runs that have a record."""
-        from ecmoe.study.plan import record
-        from ecmoe.training.result import read_record
-
         if arm not in self._summaries:
             files = {seed: record(one, self.scale) for seed, one in self.planned.get(arm, {}).items()}
             self._summaries[arm] = {s: read_record(path).summary for s, path in sorted(files.items()) if path.exists()}
@@ -317,21 +331,11 @@ class Evidence:
 
     def bench(self, a: str, b: str, routing: str) -> Estimate:
         """Time of a step of a over b's, each on its best path, turn by turn."""
-        from ecmoe.study import speed
-
-        path = speed.folder(self.scale) / "step.json"
-        effect = speed.step_ratio({"step": read_json(path) if path.exists() else None}, a, b, routing)
-        return effect
+        return steps.step_ratio(self.scale, a, b, routing)
 
     def step_time(self, a: str, b: str) -> float:
         """A step of a over a step of b, each alone on one device; NaN where that isn't measured."""
-        from ecmoe.study import speed
-
-        return speed.step_times(self.scale, a, b)
-
-
-def _but_for_seed(one: Any) -> str:
-    return one.config.replace(seed=0).name
+        return steps.step_times(self.scale, a, b)
 
 
 def _estimate(part: Part, evidence: Evidence) -> Estimate:
@@ -441,9 +445,9 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     return text
 
 
-def _sentence(label: str, judged: Sequence[JudgedPart], plumbing: bool) -> str:
+def _sentence(label: str, judged: Sequence[JudgedPart]) -> str:
     deciding = [part for part in judged if part.decides]
-    if plumbing:
+    if label == PLUMBING:
         return "A tiny model and a few steps: this shows that every part works, and says nothing about the claim."
     if label == NOT_RUN or not deciding:
         return "Not run yet."
@@ -460,8 +464,6 @@ def _sentence(label: str, judged: Sequence[JudgedPart], plumbing: bool) -> str:
 
 
 def _rests_on(parts: Sequence[Part], judged: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
-    from ecmoe.study.cost import size
-
     arms = list(dict.fromkeys(arm for part in parts if part.decides for arm in part.arms))
     runs = {
         s["name"]: s for arm in arms for s in evidence.summaries(arm).values() if s["status"] == "finished"
