@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ecmoe.files import ConfigError
+
 BUCKETS = 256  # token ids are counted modulo this
 FITTED = 20_000  # windows that the clusters are fitted on
 
@@ -17,28 +19,35 @@ class WindowClasses:
 
     Args:
         windows: (m, T+1) token ids of the training split, in the order of the corpus. num_classes: at most m.
+
+    Raises:
+        ConfigError: more classes than windows.
     """
 
     def __init__(self, windows: np.ndarray, num_classes: int) -> None:
-        from sklearn.cluster import (
-            MiniBatchKMeans,  # dear to import, and a machine without task-level runs need not have it
-        )
+        from sklearn.cluster import MiniBatchKMeans  # dear to import, and needed by task-level runs alone
 
         some = windows[np.linspace(0, len(windows) - 1, min(len(windows), FITTED)).astype(int)]
-        self.clusters = MiniBatchKMeans(num_classes, random_state=0, n_init=3).fit(frequencies(some))
+        if num_classes > len(some):
+            raise ConfigError(
+                f"num_tasks={num_classes}: must be at most the {len(some)} windows of text that classes are found in"
+            )
+        start = (
+            {"n_init": 3} if num_classes <= 64 else {"n_init": 1, "init": "random"}
+        )  # many clusters take long to place
+        self.clusters = MiniBatchKMeans(num_classes, random_state=0, **start).fit(frequencies(some))
 
-    def before(self, windows: np.ndarray) -> np.ndarray:
+    def before(self, windows: np.ndarray, chunk: int = 4096) -> np.ndarray:
         """(m, T+1) consecutive windows -> (m,) int64 class of the window before each; 0 for the first."""
-        labels = self.clusters.predict(frequencies(windows))
-        return np.concatenate([[0], labels[:-1]]).astype(np.int64)
+        parts = (windows[start : start + chunk] for start in range(0, len(windows), chunk))
+        return np.concatenate([[0], *(self.clusters.predict(frequencies(part)) for part in parts)])[:-1].astype(
+            np.int64
+        )
 
 
-def frequencies(windows: np.ndarray, chunk: int = 4096) -> np.ndarray:
+def frequencies(windows: np.ndarray) -> np.ndarray:
     """(m, T+1) token ids -> (m, BUCKETS) float32, square roots of shares: Hellinger distances, where rare tokens count."""
-    rows = []
-    for start in range(0, len(windows), chunk):
-        part = windows[start : start + chunk].astype(np.int64) % BUCKETS
-        place = part + BUCKETS * np.arange(len(part))[:, None]
-        counts = np.bincount(place.ravel(), minlength=BUCKETS * len(part)).reshape(len(part), BUCKETS)
-        rows.append(np.sqrt(counts / windows.shape[1]).astype(np.float32))
-    return np.concatenate(rows)
+    counts, row, length = np.zeros((len(windows), BUCKETS), np.uint32), np.arange(len(windows)), windows.shape[1]
+    for ids in windows.T.astype(np.int64):
+        counts[row, ids % BUCKETS] += 1
+    return np.sqrt(np.arange(length + 1) / length).astype(np.float32)[counts]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import batches as data
 from ecmoe.data import tokens
-from ecmoe.data.batches import Batches, TextData, is_other_data
+from ecmoe.data.batches import Batches, TextData, is_other_data, window_order
 
 WINDOWS = np.arange(101 * 5, dtype=np.uint16).reshape(101, 5)  # window i starts with 5 i
 
@@ -47,6 +47,11 @@ def test_seeds_and_epochs_differ_and_ranks_deal_out_one_order():
         [take(Batches(WINDOWS, 4, 0, rank=r, world=2), 12) for r in (0, 1)],
     )
     assert all(torch.equal(one[2 * s + r], two[r][s]) for s in range(12) for r in (0, 1))
+
+
+def test_no_epoch_of_a_seed_is_one_of_another_seed():
+    orders = {tuple(window_order(seed, epoch, 50)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25 and all(sorted(order) == list(range(50)) for order in orders)
 
 
 def test_batches_are_whole_windows():

@@ -1,10 +1,14 @@
 """Classes of sequences: clusters of what comes before, known before the first token."""
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from ecmoe.data.batches import TextData
 from ecmoe.data.classes import BUCKETS, WindowClasses, frequencies
+from ecmoe.files import ConfigError
 
 RANDOM = np.random.default_rng(0)
 
@@ -16,7 +20,7 @@ def text(kinds: np.ndarray) -> np.ndarray:
 
 def test_frequencies_are_those_of_a_loop():
     windows = RANDOM.integers(0, 1000, (7, 33))
-    for row, window in zip(frequencies(windows, chunk=3), windows, strict=True):
+    for row, window in zip(frequencies(windows), windows, strict=True):
         expected = [sum(t % BUCKETS == b for t in window) / 33 for b in range(BUCKETS)]
         np.testing.assert_allclose(row**2, expected, atol=1e-6)
 
@@ -37,6 +41,25 @@ def test_a_class_does_not_see_its_own_window():
     before, after = classes.before(windows), classes.before(changed)
     assert before[20] == after[20] and before[21] != after[21]
     assert (np.delete(before, 21) == np.delete(after, 21)).all()
+
+
+def test_many_short_windows_take_little_memory():
+    windows = RANDOM.integers(0, 256, (300_000, 2)).astype(np.uint8)
+    classes = WindowClasses(windows, 4)
+    tracemalloc.start()
+    found = classes.before(windows)
+    assert tracemalloc.get_traced_memory()[1] < 30e6  # all of their frequencies at once are 300 MB
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found[1:1000], classes.clusters.predict(frequencies(windows[:999])))
+
+
+def test_many_classes_are_found_in_seconds_and_too_many_are_named():
+    windows = text(RANDOM.integers(0, 20, 2000))
+    started = time.perf_counter()
+    assert len(set(WindowClasses(windows, 1000).before(windows))) > 500
+    assert time.perf_counter() - started < 5
+    with pytest.raises(ConfigError, match="num_tasks=2001: must be at most the 2000 windows"):
+        WindowClasses(windows, 2001)
 
 
 @pytest.mark.parametrize("router", ["task_level", "expert_choice"])

@@ -51,6 +51,24 @@ def test_tokens_are_the_text(book, make, keys):
     assert meta["source_sha256"] and meta["parts"][0]["licence"] == "not stated"
 
 
+def test_bpe_learns_nothing_from_what_validates(monkeypatch, make):
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), (100, 400))
+    sets = {"train": ["".join(row) for row in letters], "validation": ["zq" * 200] * 100}  # no pair is as frequent as this one
+    fake = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in sets.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: fake)
+    found = make("hub:a/b", tokenizer="bpe", vocab_size=270)
+    assert set("".join(found.tokenizer.decode([i]) for i in range(257, 270))) <= set("abcdefgh")
+    assert found.tokenizer.decode(found.val) == f"{'zq' * 200}{END}" * 100
+
+
+def test_bpe_learns_from_all_over_a_large_text(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(tokens, "BPE_BYTES", 200_000)
+    (tmp_path / "book.txt").write_text("".join(f"{letter * 2}\n\n" * 50_000 for letter in "abcde"))
+    found = make(tmp_path / "book.txt", tokenizer="bpe", vocab_size=262)
+    learned = "".join(found.tokenizer.decode([i]) for i in range(257, 262))
+    assert set("abcd") <= set(learned)  # of the first 200,000 bytes only a
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 1000)), min_size=2, max_size=60))
 def test_split_keeps_units_whole_and_is_small(documents):
     hashes = np.array([u * 0x9E3779B97F4A7C15 % 2**64 for u, _ in documents], np.uint64)

@@ -1,6 +1,7 @@
 """run_or_load: once and only once; resumed to the last bit; failures and divergence are kept, not hidden."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -143,6 +144,10 @@ def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
     path = texts / "a" / "text.txt"
     config = tiny_config(seed=35, data=str(path), tokenizer="bpe", vocab_size=270, steps=2)
     result = run_or_load(config, progress=False)
+    data = TextData(config)
+    data.setup()
+    bits = result.summary["val_loss"] / math.log(2)
+    assert data.bytes_per_token > 1.5 and result.summary["bits_per_byte"] == pytest.approx(bits / data.bytes_per_token)
     assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
     path.write_text(path.read_text().upper())
     assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")  # its tokens are kept
