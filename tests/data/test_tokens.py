@@ -53,7 +53,10 @@ def test_tokens_are_the_text(book, make, keys):
 
 def test_bpe_learns_nothing_from_what_validates(monkeypatch, make):
     letters = np.random.default_rng(0).choice(list("abcdefgh"), (100, 400))
-    sets = {"train": ["".join(row) for row in letters], "validation": ["zq" * 200] * 100}  # no pair is as frequent as this one
+    sets = {
+        "train": ["".join(row) for row in letters],
+        "validation": ["zq" * 200] * 100,
+    }  # no pair is as frequent as this one
     fake = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in sets.items()})
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: fake)
     found = make("hub:a/b", tokenizer="bpe", vocab_size=270)
