@@ -17,7 +17,6 @@ app = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, o
 Size = Annotated[int | None, typer.Option(min=1, help="default: 0.1B/64E on a GPU, small on a CPU")]
 Repeats = Annotated[int, typer.Option(min=2, help="of each row; medians count")]
 Compiled = Annotated[bool, typer.Option("--compile", help="under torch.compile too")]
-Whole = Annotated[bool, typer.Option("--whole", help="compile the model in one graph, not by blocks")]
 Output = Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")]
 Layers = Annotated[int | None, typer.Option(min=2, help="of the model")]
 Heads = Annotated[int | None, typer.Option(min=1, help="of the model")]
@@ -77,17 +76,15 @@ def step(
     vocab_size: Vocabulary = None,
     repeats: Repeats = 15,
     compiled: Compiled = False,
-    whole: Whole = False,
     output: Output = None,
 ) -> None:
     """A whole training step, expert choice against token choice."""
     with one_line():
         from ecmoe.bench.step import bench_step
 
-        _needs(whole, "--whole", compiled, "--compile")
         sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
         sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
-        _show(bench_step(repeats=repeats, compiled=compiled, whole=whole, **sizes), output)
+        _show(bench_step(repeats=repeats, compiled=compiled, **sizes), output)
 
 
 @app.command()
@@ -101,22 +98,15 @@ def profile(
     sequence_length: Size = None,
     vocab_size: Vocabulary = None,
     compiled: Compiled = False,
-    whole: Whole = False,
     output: Output = None,
 ) -> None:
     """Where the time of EC-CF2's training step goes, by kind of work."""
     with one_line():
         from ecmoe.bench.profile import bench_profile
 
-        _needs(whole, "--whole", compiled, "--compile")
         sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
         sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
-        _show(bench_profile(compiled=compiled, whole=whole, **sizes), output)
-
-
-def _needs(given: bool, option: str, other: bool, its: str) -> None:
-    if given and not other:
-        raise ValueError(f"{option} says how {its} compiles: give both")
+        _show(bench_profile(compiled=compiled, **sizes), output)
 
 
 def _show(table: pd.DataFrame, output: Path | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from ecmoe.bench import clock as timing
-from ecmoe.bench.layer import BOTH, floor, forward_and_both, keep_freed_memory
+from ecmoe.bench.layer import BOTH, floor, forward_and_both
 from ecmoe.config import bucket_size
 from ecmoe.model.moe import MoE
 from ecmoe.routing import ExpertChoice
@@ -47,7 +47,6 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
             bucket_size(size["n"], size["num_experts"], size["capacity_factor"])
             points.append((axis, value, size))
     device = timing.this_device()
-    keep_freed_memory(device)
     rows = []
     for axis, value, size in points:
         times = timing.in_turns(_calls(size, device), repeats, device)

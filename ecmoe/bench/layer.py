@@ -11,7 +11,6 @@ the plain path in float32.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -95,7 +94,6 @@ def bench_layer(
         raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
     k = bucket_size(n, num_experts, capacity_factor)  # before any time is spent
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    keep_freed_memory(device)
     torch.manual_seed(0)
     x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
     with device:  # 8B/64E has 8.6 billion weights, which a CPU takes minutes to draw
@@ -116,13 +114,11 @@ def bench_layer(
             for row, layer in (ours | others).items()
             if _worth_compiling(row)
         }
-    if n * n * capacity_factor <= 2**28:  # P has e k n entries
-        steps[Row(next(iter(ours)).layer, "one-hot einsum")] = lambda x: one_hot_layer(first, x)
     layers = {**ours, **others}
     calls = _rows(Row("floor"), floor(first, x[0], k))
     calls |= _rows(Row("floor", "on the layer's numbers"), floor_on_own(first, x[0].detach(), gradient[0]))
     for row, step in steps.items():
-        calls |= _rows(row, forward_and_both(step, x, layers.get(row._replace(mode=EAGER), first), gradient))
+        calls |= _rows(row, forward_and_both(step, x, layers[row._replace(mode=EAGER)], gradient))
     calls |= {row._replace(what=ROUTING): _routing(layer, x[0].detach()) for row, layer in ours.items()}
     with timing.compiling():
         calls, memory = timing.warmed(calls, absent, device)
@@ -155,7 +151,6 @@ def bench_auto(
         a row per size, mode and part: n, d_model, mode, what, plain_ms, auto_ms, and ratio, the second over the first.
     """
     device, absent, rows = timing.this_device(), [], []
-    keep_freed_memory(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for size in sizes:
         n, d = size["n"], size["d_model"]
@@ -340,31 +335,3 @@ def _routing(layer: MoE, x: Tensor) -> Call:
     with torch.no_grad():
         logits = layer.router.logits(x)
     return torch.no_grad()(lambda: layer.router.assign(logits))
-
-
-def one_hot_layer(layer: MoE, x: Tensor) -> Tensor:
-    """Eq. 2 to 4 as printed, by one-hot einsum: the layer's oracle, and what a TPU would run."""
-    flat = x.flatten(0, 1)
-    n = flat.shape[0]
-    token, gate = layer.router.assign(layer.router.logits(flat), batch_shape=x.shape[:2])
-    P = F.one_hot(token, n + 1)[..., :n].to(x.dtype)  # (e, k, n)
-    x_in = torch.einsum("ekn,nd->ekd", P, flat)
-    h = F.gelu(torch.einsum("ekd,edf->ekf", x_in, layer.w1), approximate="tanh")
-    y = torch.einsum("ekf,efd->ekd", h, layer.w2)
-    return torch.einsum("ekn,ek,ekd->nd", P, gate.to(x.dtype), y).view_as(x)
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, make glibc reuse large blocks, as the allocators of GPUs do.
-
-    It hands blocks above 32 MB back to the kernel at once; both the floor and the layers would then
-    mostly measure page faults. Elsewhere than on glibc nothing happens.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    if device.type == "cpu":
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)

@@ -39,11 +39,11 @@ KINDS = {
 }
 
 
-def bench_profile(*, count: int = 3, compiled: bool = False, whole: bool = False, **sizes: int | None) -> pd.DataFrame:
+def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int | None) -> pd.DataFrame:
     """Profile the fastest path of EC-CF2's training step.
 
     Args:
-        count: steps under the profiler. compiled, whole, sizes: as for `bench_step`.
+        count: steps under the profiler. compiled, sizes: as for `bench_step`.
 
     Returns:
         a row per kind of work: kind, ms of a step, share of it; and the three names that took most of it. `attrs`
@@ -53,7 +53,7 @@ def bench_profile(*, count: int = 3, compiled: bool = False, whole: bool = False
     with timing.compiling():
         absent: list[str] = []
         # Kernels of a graph have no operators.
-        rows = steps(configs, device, compiled=compiled, whole=whole, plain=(), captured=False)
+        rows = steps(configs, device, compiled=compiled, plain=(), captured=False)
         calls, _ = timing.warmed(rows, absent, device)
         times = timing.in_turns(calls, 3, device)
         best = min(times, key=lambda row: statistics.median(times[row]))

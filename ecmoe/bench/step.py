@@ -67,15 +67,12 @@ class Row(NamedTuple):
     mode: str = EAGER
 
 
-def bench_step(
-    *, repeats: int = 15, compiled: bool = False, whole: bool = False, narrow: bool = False, **sizes: int | None
-) -> pd.DataFrame:
+def bench_step(*, repeats: int = 15, compiled: bool = False, narrow: bool = False, **sizes: int | None) -> pd.DataFrame:
     """Time a training step of each of `ARMS`.
 
     Args:
         narrow: weights, gradients and moments in bfloat16 instead of float32; of C2's two arms alone.
-        repeats: steps that are timed; the median is reported. compiled: under torch.compile, block by block; whole:
-            in one graph, which takes minutes.
+        repeats: steps that are timed; the median is reported. compiled: under torch.compile, block by block.
         sizes: n (tokens of a step), d_model, d_ff, num_experts, layers, heads, sequence_length, vocab_size; None:
             the device's `SIZES`.
 
@@ -93,7 +90,7 @@ def bench_step(
         configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
     absent: list[str] = []
     with timing.compiling():
-        calls, memory = timing.warmed(steps(configs, device, compiled=compiled, whole=whole), absent, device)
+        calls, memory = timing.warmed(steps(configs, device, compiled=compiled), absent, device)
         times = timing.in_turns(calls, repeats, device)
     rows = [
         row._asdict()
@@ -184,7 +181,6 @@ def steps(
     device: torch.device,
     *,
     compiled: bool = False,
-    whole: bool = False,
     plain: tuple[str, ...] = PAIR,
     captured: bool = True,
 ) -> dict[Row, Call]:
@@ -209,8 +205,8 @@ def steps(
         for path in paths + ["grouped_mm"] * tokens:
             twin = _twin(lit, config, path)
             if compiled:
-                for module in (twin.model,) if whole else twin.model.blocks:
-                    module.compile(dynamic=False)
+                for block in twin.model.blocks:
+                    block.compile(dynamic=False)
             for routing in ("own", "even") if tokens else ("own",):
                 row = Row(arm, routing, path, COMPILED if compiled else EAGER)
                 even = routing == "even"

@@ -11,12 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 import ecmoe.bench.step as bench_step_module
-from ecmoe import MoE
 from ecmoe.bench import layer as bench
 from ecmoe.bench.clock import save
 from ecmoe.bench.step import ARMS, arms, bench_step, steps
 from ecmoe.cli import app
-from ecmoe.routing import ExpertChoice, TokenChoice
 from ecmoe.study import speed
 from ecmoe.training.lit import LitModel
 
@@ -36,7 +34,7 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
         else:
             assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
     variants = measured.groupby("layer")["variant"].agg(set)
-    assert variants["EC-CF2"] == {"", "one-hot einsum", "cap 2", "cap 3"}
+    assert variants["EC-CF2"] == {"", "cap 2", "cap 3"}
     assert variants["top-2"] == {"capacity 2 n/e", "nothing dropped", "grouped_mm"}
     assert set(measured["path"]) == {"plain"} and set(measured["mode"]) == {"eager"}
 
@@ -134,13 +132,6 @@ def test_saved_as_json(measured, tmp_path):
     save(measured, tmp_path / "bench" / "layer.json")
     kept = json.loads((tmp_path / "bench" / "layer.json").read_text())
     assert kept["setting"]["n"] == 64 and len(kept["rows"]) == len(measured)
-
-
-@pytest.mark.parametrize("router", [ExpertChoice(8, 4), TokenChoice(8, 4, 2, 0.5)])
-def test_one_hot_row_computes_what_the_layer_computes(router):
-    layer = MoE(router, 8, 16).double()
-    x = torch.randn(1, 32, 8, dtype=torch.float64)
-    torch.testing.assert_close(bench.one_hot_layer(layer, x), layer(x))
 
 
 # The training step
