@@ -6,6 +6,7 @@ What an estimate means for a claim is verdict.py's.
 
 from __future__ import annotations
 
+import bisect
 import enum
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,6 +82,20 @@ class Estimate:
             return math.nan
         return self.unit.outer(self.error * _shift(self._critical(level), self.df, power))
 
+    def seeds_for(self, margin: float, level: float = LEVEL, power: float = 0.8) -> int | None:
+        """How many seeds as noisy as these would decide the margin (`seeds_needed`); None where seeds don't tell, or 1000 don't do.
+
+        Args:
+            margin: in the unit; of a ratio what is added to 1.
+        """
+        if self.of != "seed" or self.inner(level) is None:
+            return None
+        try:
+            inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
+            return seeds_needed(self.error * math.sqrt(self.n), inner, level=level, power=power)
+        except ValueError:
+            return None
+
     def _critical(self, level: float) -> float:
         return float(scipy_stats.t.ppf((1 + level) / 2, self.df))
 
@@ -103,6 +118,9 @@ class Spread(Estimate):
         tail = (1 - level) / 2
         high, low = (math.log(scipy_stats.f.ppf(p, self.df, self.other)) / 2 for p in (tail, 1 - tail))
         return self.mean - low, self.mean - high
+
+    def seeds_for(self, margin: float, level: float = LEVEL, power: float = 0.8) -> int | None:
+        """Not said of a spread."""
 
     def smallest(self, level: float = LEVEL, power: float = 0.8) -> float:
         """The ratio of true standard deviations that would show with that power."""
@@ -127,6 +145,9 @@ class Crossed(Estimate):
             return None
         half = math.hypot(*(error * float(scipy_stats.t.ppf((1 + level) / 2, df)) for error, df in self.parts))
         return self.mean - half, self.mean + half
+
+    def seeds_for(self, margin: float, level: float = LEVEL, power: float = 0.8) -> int | None:
+        """Not said: more seeds are no more examples."""
 
     def smallest(self, level: float = LEVEL, power: float = 0.8) -> float:
         found = self.inner(level)
@@ -216,13 +237,17 @@ def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: f
     Raises:
         ValueError: more than `most` would be needed.
     """
-    for n in range(2, most + 1):
-        error, df = spread / math.sqrt(n), n - 1
-        critical = float(scipy_stats.t.ppf((1 + level) / 2, df))
-        found = float(scipy_stats.nct.sf(critical, df, margin / error)) if error else 1.0
-        if found >= power and _equal(critical, df, margin / error if error else math.inf) >= power:
-            return n
-    raise ValueError(f"a margin of {margin:g} under a spread of {spread:g} would need more than {most} seeds")
+    if not spread:
+        return 2
+
+    def decides(n: int) -> bool:
+        critical, in_errors = float(scipy_stats.t.ppf((1 + level) / 2, n - 1)), margin / (spread / math.sqrt(n))
+        found = float(scipy_stats.nct.sf(critical, n - 1, in_errors))
+        return min(found, _equal(critical, n - 1, in_errors)) >= power
+
+    if not decides(most):
+        raise ValueError(f"a margin of {margin:g} under a spread of {spread:g} would need more than {most} seeds")
+    return bisect.bisect_left(range(2, most), True, key=decides) + 2
 
 
 def _equal(critical: float, df: int, margin: float) -> float:

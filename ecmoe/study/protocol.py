@@ -84,10 +84,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper. paper: its figure in short. proxy: by what else it is judged. differences: from the paper."""
+    """A claim of the paper. short: in a few words. paper: its figure in short. proxy: by what else it is judged. differences: from the paper."""
 
     id: str
     page: str
+    short: str
     text: str
     paper: str
     where: str

@@ -40,7 +40,8 @@ class JudgedPart:
     """A part of a claim as the records have it.
 
     estimate, low, high: in `unit`; None where nothing, or too little, is there. seeds: how many. smallest: the smallest true
-    effect that they would have shown (of a ratio the factor). level: of the interval, after Holm. figure: the paper's.
+    effect that they would have shown (of a ratio the factor). needs: seeds, as noisy as these, that would decide the margin.
+    level: of the interval, after Holm. figure: the paper's.
     compares: a difference, rather than how large something is. missing: "arm s2" of the runs that it lacks.
     mixed: what differs among its runs that mustn't.
     """
@@ -55,6 +56,7 @@ class JudgedPart:
     seeds: int
     of: str
     smallest: float | None
+    needs: int | None
     level: float
     decides: bool
     compares: bool
@@ -409,7 +411,8 @@ def _judged(part: Part, label: str, found: Estimate, level: float, evidence: Evi
     return JudgedPart(
         name=part.name, label=label, sentence=_found(part, label, found, level), unit=part.unit,
         estimate=found.value if found.n else None, low=low, high=high, seeds=found.n, of=found.of,
-        smallest=smallest if math.isfinite(smallest) else None, level=level, decides=part.decides, compares=part.compares,
+        smallest=smallest if math.isfinite(smallest) else None,
+        needs=found.seeds_for(part.margin, level, protocol().power) if found.n else None, level=level, decides=part.decides, compares=part.compares,
         figure=part.figure, neutral=part.neutral, margin=part.margin, rule=part.rule,
         missing=tuple(f"{arm} s{seed}" for arm in part.arms for seed in evidence.missing(arm)),
         mixed=tuple(name for name, key in {"code": "code", "card": "device"}.items() if len({r.get(key) for r in runs}) > 1),
@@ -439,7 +442,8 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     elif label == UNDECIDED and found.of == "seed" and found.n < protocol().least_seeds:
         text += f"; a verdict needs {protocol().least_seeds} seeds"
     elif label == UNDECIDED:
-        text += ", which doesn't decide it"
+        needs = found.seeds_for(part.margin, level, protocol().power)
+        text += ", which doesn't decide it" + (f"; {needs} seeds would" if needs and needs > found.n else "")
     elif label == IN_DIRECTION and part.figure is not None:
         text += f"; the paper: {amount(part.figure, part.unit, compares=part.compares)}"
     return text

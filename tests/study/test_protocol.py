@@ -17,7 +17,15 @@ PARTS = [(claim, part) for claim in CLAIMS.values() for part in claim.parts]
 def test_every_claim_of_the_paper_is_judged_by_a_rule_that_says_what_would_refute_it():
     assert list(CLAIMS) == [f"C{i}" for i in range(1, 11)] + ["L1", "L2"]
     for id, claim in CLAIMS.items():
-        assert claim.id == id and claim.text and claim.paper and claim.where and claim.refuted_by and claim.differences
+        assert (
+            claim.id == id
+            and claim.text
+            and len(claim.short) < 70
+            and claim.paper
+            and claim.where
+            and claim.refuted_by
+            and claim.differences
+        )
         assert (paths.configs() / f"{claim.page}.yaml").exists() and claim.deciding
     assert CLAIMS["C5"].proxy and CLAIMS["C6"].proxy
     assert protocol().least_seeds >= 3
@@ -67,7 +75,7 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
         "found": "{size}",
         "decides": True,
     }
-    keys = {"page": "p", "claim": "c", "paper": "p", "where": "4", "refuted_by": "r", "differences": "d"}
+    keys = {"page": "p", "short": "s", "claim": "c", "paper": "p", "where": "4", "refuted_by": "r", "differences": "d"}
     with pytest.raises(ConfigError, match=error):
         module._claim("C1", {**keys, "parts": [part | change]}, {"nats per token": 0.005})
     with pytest.raises(ConfigError, match="two parts are called 'x'"):

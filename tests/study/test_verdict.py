@@ -419,6 +419,16 @@ def test_an_interval_is_widened_by_the_number_of_parts_and_says_what_it_could_ha
     assert first.smallest > (first.high - first.low) / 2 and first.low < first.estimate < first.high
 
 
+def test_an_undecided_part_says_how_many_seeds_would_decide_it():
+    caps = {"EC-CAP2 renormalized": seeds(3.604), "EC-CAP3 renormalized": seeds(3.6), "EC-CF2 renormalized": seeds(3.6)}
+    noisy = losses(**caps)
+    noisy["EC-CAP2 renormalized"]["val_loss"] = seeds(3.604, 0.01)
+    first = judged("C5", noisy).parts[0]
+    spread = np.std(list(seeds(0, 0.01 - 0.0004).values()), ddof=1)
+    assert first.label == UNDECIDED and first.needs == estimate.seeds_needed(spread, 0.005, level=first.level)
+    assert first.sentence.endswith(f"which doesn't decide it; {first.needs} seeds would")
+
+
 def test_all_claims_can_be_judged_with_nothing_there():
     for id, about in protocol().claims.items():
         found = of_evidence(about, Known({}, page=about.page))
