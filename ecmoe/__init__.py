@@ -11,6 +11,7 @@ _HOME = {
     "ConfigError": "ecmoe.config",
     "build_model": "ecmoe.model.transformer",
     "causal_routing": "ecmoe.routing",
+    "track": "ecmoe.model.tracking",
     "run_or_load": "ecmoe.training.run",
     "load_model": "ecmoe.training.run",
 }

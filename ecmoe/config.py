@@ -12,75 +12,26 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
-from fractions import Fraction
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ecmoe.files import ConfigError, read_yaml
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
+from ecmoe.routers import ROUTERS
 
 # Part of every digest: raise it when the meaning of a config or of a result changes.
 SCHEMA = 1
 LARGEST = 2**63 - 1  # the largest whole number of PyTorch
 
 
-def exact(factor: float) -> Fraction:
-    """The fraction that a capacity factor stands for: 1.1 is 11/10 and 4/3 is 4/3, which no float is."""
-    return Fraction(factor).limit_denominator(1_000_000)
-
-
-def bucket_size(n: int, e: int, c: float) -> int:
-    """k = n c / e (Eq. 1). The ablation is over c, so a fraction is an error, not something to round.
-
-    Args:
-        n: tokens that compete. e: experts. c: capacity factor, the average number of experts a token.
-
-    Raises:
-        ConfigError: k is no whole number, or an expert would need more than the n tokens there are.
-    """
-    k = exact(c) * n / e
-    if k.denominator != 1:
-        step = Fraction(e) / exact(c)
-        raise ConfigError(
-            f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(k):g} of "
-            f"n={n} tokens, which is no whole number: make n (batch_size x sequence_length for "
-            f"pool=batch) a multiple of {step.numerator}, or change capacity_factor or num_experts"
-        )
-    if k > n or k < 1:
-        raise ConfigError(
-            f"capacity_factor={c}: every expert would take k={int(k)} of n={n} tokens; k must lie in "
-            f"1..n, so capacity_factor in {e / n:g}..{e} (num_experts)"
-        )
-    return k.numerator
-
-
 def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, below: float | None = None,
-        choices: tuple[str, ...] | None = None) -> Any:  # fmt: skip
+        choices: Collection[str] | None = None) -> Any:  # fmt: skip
     """A key of the schema: its default, what it means, and what it may be; `high` may be reached, `below` may not."""
     meta = {"help": help, "low": low, "high": high, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=meta)
 
 
-ROUTERS = (
-    "expert_choice", "token_choice", "hash", "dense_moe", "dense", "linear_assignment", "kmeans",
-    "task_level", "expert_threshold",
-)  # fmt: skip
-
-# What a router reads. Keys that it doesn't read don't make two runs different.
-_READS = {
-    "expert_choice": ("num_experts", "capacity_factor", "gate", "pool", "max_experts_per_token", "cap_solver"),
-    "token_choice": ("num_experts", "capacity_factor", "top_k", "gate", "priority", "balance",
-                     "aux_loss_weight", "z_loss_weight"),
-    "hash": ("num_experts", "capacity_factor", "hash_table"),
-    "dense_moe": ("num_experts",),
-    "dense": (),
-    "linear_assignment": ("num_experts",),
-    "kmeans": ("num_experts", "capacity_factor"),
-    "task_level": ("num_experts", "num_tasks", "task_table"),
-    "expert_threshold": ("num_experts", "capacity_factor", "gate", "threshold_beta"),
-}  # fmt: skip
-_ROUTING_KEYS = {name for names in _READS.values() for name in names}
 # Keys that change how a run is watched or where it runs, not what it computes.
 _NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "cuda_graph", "kernels", "activation_checkpointing"}
 # Each kind of run leaves out what the other alone reads.
@@ -203,7 +154,7 @@ class RunConfig:
             raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a name of "
                               f"its own, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
         if self.images:
-            self._check_images()
+            pass
         elif self.tokenizer == "bytes" and self.vocab_size != 256:
             raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer=bytes: there are 256 bytes; "
                               "set vocab_size: 256, or tokenizer: bpe")  # fmt: skip
@@ -214,31 +165,18 @@ class RunConfig:
         self._check_routing()
         object.__setattr__(self, "data", with_content(self.data))  # so that another text is another run
 
-    def _check_images(self) -> None:
-        if self.router in ("hash", "task_level"):
-            reads = {"hash": "token ids", "task_level": "tasks"}[self.router]
-            others = ", ".join(router for router in ROUTERS if router not in ("hash", "task_level"))
-            raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {reads}, which images don't have; "
-                              f"take one of {others}")  # fmt: skip
-
     def _check_routing(self) -> None:
-        b, c, e = self.max_experts_per_token, self.capacity_factor, self.num_experts
+        row = ROUTERS[self.router]
+        if self.images and row.needs:
+            others = ", ".join(name for name, other in ROUTERS.items() if not other.needs)
+            raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(row.needs)}, which "
+                              f"images don't have; take one of {others}")  # fmt: skip
         if isinstance(self.pool, str) and self.pool not in ("batch", "sequence", "position"):
             raise ConfigError(f"pool={self.pool!r}: must be batch, sequence, position, or a whole number of tokens")
-        if self.router == "token_choice" and self.top_k > e:
-            raise ConfigError(f"top_k={self.top_k} is more than num_experts={e}: a token can't choose an expert twice")
-        if c is not None and c <= 0 and "capacity_factor" in _READS[self.router]:
+        c = self.capacity_factor
+        if c is not None and c <= 0 and "capacity_factor" in row.keys:
             raise ConfigError(f"capacity_factor={c}: must be above 0")
-        if self.router in ("expert_choice", "expert_threshold"):
-            if c is None:
-                raise ConfigError(f"capacity_factor=null: {self.router} needs a number, such as 2.0 (k = n c / e)")
-            bucket_size(self.pool_tokens, e, c)
-        if self.router == "linear_assignment" and (self.batch_size * self.sequence_length) % e:
-            raise ConfigError(f"num_experts={e}: linear assignment gives every expert n/e tokens, so it must divide "
-                              f"n=batch_size x sequence_length={self.batch_size * self.sequence_length}")  # fmt: skip
-        if self.router == "expert_choice" and b is not None and c is not None and b < c:
-            raise ConfigError(f"max_experts_per_token={b}: {e} experts take {c:g} n tokens in all, but {b} n places are "
-                              f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
+        row.check(self)
 
     @property
     def images(self) -> bool:
@@ -303,7 +241,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed: two configs with equal identities are one run."""
-        unread = _ROUTING_KEYS - set(_READS[self.router]) | (_TEXT_KEYS if self.images else _IMAGE_KEYS)
+        unread = _routing_keys() - set(ROUTERS[self.router].keys) | (_TEXT_KEYS if self.images else _IMAGE_KEYS)
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
@@ -322,7 +260,7 @@ class RunConfig:
         words = [self.router.replace("_", "-")]
         if self.router == "token_choice":
             words.append(f"top{self.top_k}")
-        if "capacity_factor" in _READS[self.router]:
+        if "capacity_factor" in ROUTERS[self.router].keys:
             words.append("c" + ("none" if self.capacity_factor is None else f"{self.capacity_factor:g}"))
         return "-".join([*words, f"s{self.seed}"])
 
@@ -330,6 +268,10 @@ class RunConfig:
     def name(self) -> str:
         """`slug-digest`: the folder of the run, and the name of its record."""
         return f"{self.slug()}-{self.digest()}"
+
+
+def _routing_keys() -> set[str]:
+    return {name for row in ROUTERS.values() for name in row.keys}
 
 
 _TYPES = typing.get_type_hints(RunConfig)

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecmoe.config import ROUTERS, ConfigError, RunConfig, bucket_size
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.routers import ROUTERS, bucket_size
 
 
 def test_bucket_size_is_equation_1():

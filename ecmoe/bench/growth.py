@@ -17,8 +17,8 @@ from scipy import stats
 
 from ecmoe.bench import clock as timing
 from ecmoe.bench.layer import BOTH, floor, forward_and_both
-from ecmoe.config import bucket_size
 from ecmoe.model.moe import MoE
+from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice
 
 AXES = ("n", "num_experts", "capacity_factor", "d_model")

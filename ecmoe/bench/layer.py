@@ -24,8 +24,8 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.agreement import agreement
 from ecmoe.bench.baselines import Grouped, peers
 from ecmoe.bench.clock import Call, reason
-from ecmoe.config import bucket_size
 from ecmoe.model.moe import MoE
+from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice, TokenChoice
 from ecmoe.routing.router import TRITON
 

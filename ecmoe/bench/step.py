@@ -29,9 +29,10 @@ from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
 from ecmoe.bench.layer import COMPILED, EAGER, GRAPH, PLAIN, kernels_run
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.model.tracking import track
 from ecmoe.model.transformer import flops_per_token
 from ecmoe.provenance import peak_flops
-from ecmoe.routing import ExpertChoice, Router
+from ecmoe.routing import ExpertChoice, Router, routers
 from ecmoe.training import cuda_graph as graph
 from ecmoe.training.lit import LitModel
 from ecmoe.training.optimizer import clip
@@ -145,7 +146,7 @@ def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
         for block in lit.model.blocks:
             block.compile(dynamic=False)
     captured = config.cuda_graph and device.type == "cuda" and graph.capturable(lit)
-    return step_of(lit, optimizer, _tokens(config, device), pool=pool if captured else None)
+    return step_of(lit, optimizer, _tokens(config, device), pool=pool if captured else None, tracked=True)
 
 
 def _tokens(config: RunConfig, device: torch.device) -> torch.Tensor:
@@ -230,10 +231,10 @@ def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
         if isinstance(router, Even):
             router.prepare(config.batch_size * config.sequence_length)
         block.moe.router = router
-        block.moe.kernels = router.kernels = "auto" if path == "grouped_mm" else path
+        block.moe.kernels = "auto" if path == "grouped_mm" else path
         if path == "grouped_mm":
             block.moe = Grouped(block.moe)
-    twin.routers = [module for module in twin.modules() if isinstance(module, Router)]
+    twin.routers = routers(twin)
     return twin
 
 
@@ -256,12 +257,17 @@ def check_room() -> None:
 
 
 def step_of(
-    lit: LitModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, even: bool = False, pool: Any = None
+    lit: LitModel,
+    optimizer: torch.optim.Optimizer,
+    batch: torch.Tensor,
+    even: bool = False,
+    pool: Any = None,
+    tracked: bool = False,
 ) -> Call:
     """A training step on that batch. With a `pool` of memory its losses are a graph, captured in the first call; steps share it.
 
     Args:
-        even: routers that are `Even` choose evenly.
+        even: routers that are `Even` choose evenly. tracked: the optimiser moves the routers' statistics already.
     """
     layers = [block.moe for block in lit.model.blocks if block.moe is not None]
     forced = [router.forced for router in lit.routers if isinstance(router, Even)]
@@ -282,11 +288,12 @@ def step_of(
             loss = loss + aux_loss
         loss.backward()
         clip(lit.parameters(), optimizer, lit.config.gradient_clip)
+        moving = None if tracked else track(lit.model, optimizer)  # for this step alone: others share the optimiser
         optimizer.step()
+        if moving is not None:
+            moving.remove()
         optimizer.zero_grad(set_to_none=True)
-        for router in lit.routers:
-            router.end_step()
         for layer in layers:  # it ties weights to this stream, which a graph must not wait for
-            layer.aux_loss = layer.router.aux_loss = None
+            layer.aux_loss = None
 
     return step

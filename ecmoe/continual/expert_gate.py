@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecmoe.model.tracking import track
+
 Fit = Callable[[Iterable[nn.Parameter], Callable[[Tensor], Tensor], int], None]
 LWF_TEMPERATURE = 2.0  # of learning without forgetting's soft targets (Li and Hoiem 2016)
 
@@ -159,10 +161,15 @@ def without_forgetting(
 
 
 def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], n: int, *, steps: int, batch_size: int,
-        learning_rate: float, after_step: Callable[[], None] = lambda: None) -> None:  # fmt: skip
-    """Take `steps` steps of Adam on batches from shuffled passes over n images; a pass's incomplete last batch is left out."""
+        learning_rate: float, routed: nn.Module | None = None) -> None:  # fmt: skip
+    """Take `steps` steps of Adam on batches from shuffled passes over n images; a pass's incomplete last batch is left out.
+
+    routed: a module whose routers have running statistics to move.
+    """
     parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    if routed is not None:
+        track(routed, optimizer)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) < batch_size:
@@ -171,4 +178,3 @@ def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], n:
         optimizer.zero_grad()
         loss(ids.to(parameters[0].device)).backward()
         optimizer.step()
-        after_step()

@@ -9,8 +9,7 @@ Letters: K tasks; n images (C, H, W); T tokens of an image, its patches, of widt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecmoe.config import ConfigError, bucket_size
+from ecmoe.config import ConfigError
 from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, probabilities
 from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
 from ecmoe.continual.settings import Settings
 from ecmoe.data import images
 from ecmoe.model.moe import MoE
-from ecmoe.routing import ExpertChoice
+from ecmoe.routers import bucket_size
+from ecmoe.routing import ExpertChoice, watched
 
 
 class Task(NamedTuple):
@@ -146,7 +146,7 @@ def _learn_in_one(tasks: list[Task], shape: Sequence[int], settings: Settings) -
         before = _experts(model)
         model.train()
         fit(model.parameters(), lambda ids, x=x, y=y: F.cross_entropy(model(x[ids]), y[ids]), len(x), steps=steps,
-            batch_size=s.batch_size, learning_rate=s.learning_rate, after_step=partial(_end_step, model))  # fmt: skip
+            batch_size=s.batch_size, learning_rate=s.learning_rate, routed=model)  # fmt: skip
         model.eval()
         moved.append(_moved(before, _experts(model), s.num_experts))
         came = tasks[: len(rows) + 1]
@@ -175,36 +175,14 @@ def _answers(model: PatchNet, tasks: list[Task], settings: Settings) -> tuple[li
     for ids in order.split(settings.batch_size):
         filled = F.pad(ids, (0, settings.batch_size - len(ids)), value=int(ids[0]))
         mask = torch.arange(len(filled), device=x.device) < len(ids)
-        with _assignments(model) as chosen:
+        with watched(model) as seen:
             logits[ids] = model(x[filled], mask)[: len(ids)]
-        for taken in chosen:  # (n, e) tokens an image that each expert took
-            counts.index_add_(0, task_of[ids], taken[: len(ids)])
+        for scores, chosen in seen:
+            taken = chosen.dense(len(scores)) > 0
+            per_image = taken.view(len(filled), -1, settings.num_experts).sum(1)[: len(ids)]
+            counts.index_add_(0, task_of[ids], per_image.to(counts.dtype))
     shares = counts / counts.sum(1, keepdim=True)
     return [logits[task_of == k] for k in range(len(tasks))], shares.tolist()
-
-
-@contextmanager
-def _assignments(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it every MoE layer notes how many tokens of each image its experts take: (n, e) each."""
-    noted: list[Tensor] = []
-
-    def note(layer: MoE, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> None:
-        B, T, d = args[0].shape
-        chosen = layer.router.assign(layer.router.logits(args[0]), batch_shape=(B, T), mask=kwargs["mask"].reshape(-1))
-        noted.append((chosen.dense(B * T) > 0).float().view(B, T, -1).sum(1))
-
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if isinstance(m, MoE)]
-    try:
-        yield noted
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _end_step(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.router.end_step()
 
 
 def _weights(expert: PatchNet) -> Tensor:

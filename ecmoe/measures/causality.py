@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
-from ecmoe.measures.inspection import held_out, watched
+from ecmoe.measures.inspection import held_out
 from ecmoe.measures.probe import information
 from ecmoe.model.generate import generate
 from ecmoe.model.transformer import KeyValueCache, Transformer
-from ecmoe.routing import Assignment, Router, causal_routing
+from ecmoe.routing import Assignment, Router, altered, causal_routing, watched
 from ecmoe.routing.assignment import pack
 
 SMOOTHING = 8.0  # tokens that the unigram counts for in the bigram; ours
@@ -233,34 +232,17 @@ def loss(model: Transformer, windows: Tensor, batch_size: int) -> float:
     return float(torch.stack(parts).mean())
 
 
-@contextmanager
-def competing(model: Transformer, pool: str | int) -> Iterator[None]:
+def competing(model: Transformer, pool: str | int) -> AbstractContextManager:
     """Within it the tokens of other pools compete than in training."""
-    routers = [layer.router for layer in model.moe_layers]
-    before = [router.pool for router in routers]
-    try:
-        for router in routers:
-            router.pool = pool
-        yield
-    finally:
-        for router, old in zip(routers, before, strict=True):
-            router.pool = old
+    return altered(model, pool=pool, rounding="exact")
 
 
-@contextmanager
-def global_top_k(model: Transformer) -> Iterator[None]:
+def global_top_k(model: Transformer) -> AbstractContextManager:
     """Within it each sequence takes the T c best of its T e pairs of token and expert (section 6's proposal).
 
     The caps that section 6 adds are left out: they bound an expert's load, and take from the best pairs.
     """
-    routers = [layer.router for layer in model.moe_layers]
-    try:
-        for router in routers:
-            router.assign = partial(_best_pairs, router)
-        yield
-    finally:
-        for router in routers:
-            del router.assign
+    return altered(model, assign=_best_pairs)
 
 
 def _best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int], **_: Any) -> Assignment:
@@ -269,9 +251,7 @@ def _best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int],
     pair = S.view(B, T * e).topk(round(T * router.capacity_factor), dim=1).indices
     token = (pair // e + T * torch.arange(B, device=S.device)[:, None]).flatten()
     expert = (pair % e).flatten()
-    assignment, demand = pack(token, expert, S[token, expert], n=n, e=e, slots=None)
-    router.demand.copy_(demand)
-    return router._weigh(assignment, n)
+    return router._weigh(pack(token, expert, S[token, expert], n=n, e=e, slots=None), n)
 
 
 def _pool_tokens(pool: str | int, config: RunConfig) -> int:
@@ -315,7 +295,7 @@ def exact(model: Transformer) -> Transformer:
     """A copy in float64 and evaluation mode, on the GPU if there is one."""
     model = copy.deepcopy(model).double().eval().to("cuda" if torch.cuda.is_available() else "cpu")
     for layer in model.moe_layers:  # the fast path is for the dtypes of training
-        layer.kernels = layer.router.kernels = "plain"
+        layer.kernels = "plain"
     return model
 
 

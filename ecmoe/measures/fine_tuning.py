@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 from ecmoe.config import RunConfig
 from ecmoe.data import tasks
 from ecmoe.data.batches import TextData, window_order
+from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Transformer
-from ecmoe.routing import Router, causal_routing
+from ecmoe.routing import causal_routing
 from ecmoe.training.trainer import new_trainer, repeatable, resolved_precision
 
 SEPARATOR = "\n"  # ends each text of an example
@@ -109,7 +110,6 @@ class LitFineTuning(L.LightningModule):
         self.head = nn.Linear(config.d_model, classes)
         nn.init.zeros_(self.head.weight)  # all classes alike, whatever the seed
         nn.init.zeros_(self.head.bias)
-        self.routers = [module for module in model.modules() if isinstance(module, Router)]
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -122,13 +122,9 @@ class LitFineTuning(L.LightningModule):
         loss = F.cross_entropy(self(tokens, lengths).float(), labels)
         return loss + sum(layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        for router in self.routers:
-            router.end_step()
-
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0)
+        track(self.model, optimizer)
         warm = max(self.steps // 10, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, (self.steps - step) / max(self.steps - warm, 1))

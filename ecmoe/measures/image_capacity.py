@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ecmoe.config import RunConfig
 from ecmoe.data.image_batches import ImageData
 from ecmoe.model.vision import VisionTransformer
-from ecmoe.routing import ExpertChoice, ExpertThreshold
+from ecmoe.routers import ROUTERS
+from ecmoe.routing import altered, watched
 
 
 @contextmanager
@@ -29,42 +30,23 @@ def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTrans
     Raises:
         ValueError: of a router that has no capacity in evaluation, or whose gates depend on it.
     """
-    routers = [layer.router for layer in model.moe_layers]
-    for router in routers:
-        if not hasattr(router, "capacity_factor") or isinstance(router, ExpertThreshold):
-            raise ValueError(
-                f"{type(router).__name__} has no capacity that could be changed: take ExpertChoice or TokenChoice"
-            )
-        if getattr(router, "gate", None) == "scaled" and isinstance(router, ExpertChoice):
-            raise ValueError("gate='scaled' is a multiple of e / c: another capacity would change the gates, too")
-    before = [router.capacity_factor for router in routers]
-    try:
-        for router in routers:
-            router.capacity_factor = places / getattr(router, "top_k", 1)
+    row, values = ROUTERS[model.config.router], model.config.to_dict()
+    if not row.capacity:
+        able = ", ".join(name for name, other in ROUTERS.items() if other.capacity)
+        raise ValueError(f"router={model.config.router!r} has no capacity that could be changed: take one of {able}")
+    if model.config.router == "expert_choice" and values["gate"] == "scaled":
+        raise ValueError("gate='scaled' is a multiple of e / c: another capacity would change the gates, too")
+    with altered(model, capacity_factor=places / row.asked(values), rounding="exact"):
         yield model
-    finally:
-        for router, factor in zip(routers, before, strict=True):
-            router.capacity_factor = factor
 
 
 @torch.no_grad()
 def experts_per_patch(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     """(B, C, H, W) -> logits (B, classes), and how many experts took each patch: (MoE layers, B, T)."""
-    seen: dict[Any, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args: seen.update({layer: args[0]})) for layer in model.moe_layers
-    ]
-    try:
+    with watched(model) as seen:
         logits = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    counts = []
-    for layer, x in seen.items():  # the same scores make the same choice
-        B, T, _ = x.shape
-        chosen = layer.router.assign(layer.router.logits(x), batch_shape=(B, T))
-        counts.append(chosen.experts_per_token(B * T).view(B, T))
-    return logits, torch.stack(counts)
+    B, T = len(images), model.config.sequence_length
+    return logits, torch.stack([chosen.experts_per_token(B * T).view(B, T) for _, chosen in seen])
 
 
 @torch.no_grad()

@@ -6,8 +6,6 @@ Letters: B sequences of T tokens, n = B T, e experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,37 +16,12 @@ from ecmoe.config import RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.model.moe import MOST_EXPERTS_COUNTED
 from ecmoe.model.transformer import Transformer
-from ecmoe.routing import Assignment
+from ecmoe.routing import watched
 from ecmoe.routing.capped import cap_report, capped_top_k
 from ecmoe.training.result import SHARES
 
 EXCERPT = 240  # tokens of text that a page shows
 KINDS = ("word start", "word rest", "number", "punctuation", "white space", "other")
-
-
-@contextmanager
-def watched(model: Transformer) -> Iterator[list[tuple[Tensor, Assignment]]]:
-    """A list that fills with (logits (n, e), assignment) of every MoE layer, in order, as the model runs."""
-    seen: list[tuple[Tensor, Assignment]] = []
-    routers = [layer.router for layer in model.moe_layers]
-
-    def watch(router):
-        assign = router.assign
-
-        def recorded(logits, **kwargs):
-            assignment = assign(logits, **kwargs)
-            seen.append((logits, assignment))
-            return assignment
-
-        router.assign = recorded
-
-    for router in routers:
-        watch(router)
-    try:
-        yield seen
-    finally:
-        for router in routers:
-            del router.assign  # the class's own is seen again
 
 
 def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:

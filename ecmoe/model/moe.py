@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ecmoe.model.tracking import expect_tracking
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
 
@@ -23,7 +24,7 @@ HELD, SLOTS = 2**28, 3
 
 
 class MoE(nn.Module):
-    """A mixture-of-experts layer: (B, T, d) -> (B, T, d).
+    """A mixture-of-experts layer: (B, T, d) -> (B, T, d), or (n, d) -> (n, d).
 
     Args:
         router: any `Router`; it alone decides which tokens an expert gets, and with what weight.
@@ -51,19 +52,29 @@ class MoE(nn.Module):
         super().__init__()
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must be the router's, {router.d_model}")
-        one_of("kernels", kernels, KERNELS)
-        if kernels.startswith("triton") and not TRITON:
+        if one_of("kernels", kernels, KERNELS).startswith("triton") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
-        self.kernels = router.kernels = kernels
         e = router.num_experts
         self.router, self.recompute = router, recompute
+        self.kernels = kernels
         self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
+        self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients
         for name, shape in [("load", e), ("demand", e), ("experts_per_token", MOST_EXPERTS_COUNTED + 1)]:
             self.register_buffer(name, torch.zeros(shape, dtype=torch.long), persistent=False)
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long), persistent=False)
         self.reset_parameters()
+        expect_tracking(self)
+
+    @property
+    def kernels(self) -> str:
+        """Who computes, the router included, which holds it."""
+        return self.router.kernels
+
+    @kernels.setter
+    def kernels(self, kind: str) -> None:
+        self.router.kernels = one_of("kernels", kind, KERNELS)
 
     def reset_parameters(self) -> None:
         """Fan-in: every expert starts with outputs of about the size of its inputs."""
@@ -76,39 +87,71 @@ class MoE(nn.Module):
         """Route and compute.
 
         Args:
-            x: (B, T, d).
+            x: (B, T, d), or (n, d) where sequences don't matter; there may be none.
             token_ids: (B, T) vocabulary ids (hash routing).
             task_ids: (B,) or (B, T) (task-level routing).
             mask: (B, T) bool, False for padding, which takes no capacity and gets 0.
 
         Returns:
-            (B, T, d); a token that no expert took gets 0 and keeps only its residual stream.
+            as x; a token that no expert took gets 0 and keeps only its residual stream.
 
         Raises:
-            ValueError: token_ids, task_ids or mask has another shape.
+            ValueError: x is of another width, or token_ids, task_ids or mask of another shape.
         """
-        B, T, d = x.shape
-        for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
-            if given is not None and given.shape != (B, T) and (name != "task_ids" or given.shape != (B,)):
-                raise ValueError(f"{name} has shape {tuple(given.shape)}: must be (B, T) = {(B, T)}, as x is (B, T, d)")
-        if task_ids is not None and task_ids.dim() == 1:
-            task_ids = task_ids[:, None].expand(B, T)
-        logits, flat = self.router.read(x.reshape(B * T, d))
-        assignment = self.router.assign(
-            logits,
-            batch_shape=(B, T),
-            token_ids=None if token_ids is None else token_ids.reshape(-1),
-            task_ids=None if task_ids is None else task_ids.reshape(-1),
-            mask=None if mask is None else mask.reshape(-1),
+        shape, d = x.shape[:-1], x.shape[-1]  # (B, T)
+        self._check_shapes(x, token_ids, task_ids, mask)
+        if task_ids is not None and task_ids.dim() < len(shape):
+            task_ids = task_ids[:, None].expand(shape)
+        token_ids, task_ids, mask = (None if t is None else t.reshape(-1) for t in (token_ids, task_ids, mask))
+        x = x.reshape(-1, d)
+        if len(x) == 0:
+            return self._nothing(x).view(*shape, d)
+        if mask is not None:
+            x = x.masked_fill(~mask[:, None], 0)  # an empty slot reads any row, and 0 times NaN is NaN
+        logits, x = self.router.read(x)
+        chosen = self.router(
+            logits, batch_shape=shape if len(shape) == 2 else None, token_ids=token_ids, task_ids=task_ids, mask=mask
         )
-        if not recomputing():
-            self.aux_loss = self.router.aux_loss if self.training else None
-            self._record(assignment, B * T, mask)
+        again = recomputing()
+        if not again:
+            self._record(chosen, len(x), mask)
+            self._keep(chosen.aux_loss)
         if self.recompute and self.training:
-            out = checkpoint(self.experts, flat, *assignment, use_reentrant=False)
+            out = checkpoint(self.experts, x, chosen.token, chosen.gate, use_reentrant=False)
         else:
-            out = self.experts(flat, *assignment)
-        return out.view(B, T, d)
+            out = self.experts(x, chosen.token, chosen.gate)
+        if again and self._leaf is not None and chosen.aux_loss is not None:
+            out = _WithLoss.apply(out, chosen.aux_loss, self._leaf)
+        return out.view(*shape, d)
+
+    def _check_shapes(self, x: Tensor, token_ids: Tensor | None, task_ids: Tensor | None, mask: Tensor | None) -> None:
+        shape = x.shape[:-1]
+        if x.dim() not in (2, 3) or x.shape[-1] != self.router.d_model:
+            raise ValueError(f"x has shape {tuple(x.shape)}: must be (B, T, {self.router.d_model}) or (n, "
+                             f"{self.router.d_model}), the router's d_model last")  # fmt: skip
+        for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
+            if given is not None and given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
+                raise ValueError(
+                    f"{name} has shape {tuple(given.shape)}: must be {tuple(shape)}, as x is {tuple(x.shape)}"
+                )
+
+    def _keep(self, aux_loss: Tensor | None) -> None:
+        """What the pass adds to the loss, in training.
+
+        Reentrant checkpointing first runs a pass without gradients. `aux_loss` is then a leaf of its own: its gradient,
+        which the loss gives it, goes on where the pass is run again.
+        """
+        self.aux_loss, self._leaf = aux_loss if self.training else None, None
+        if self.aux_loss is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.aux_loss = self._leaf = aux_loss.detach().requires_grad_()
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        """(0, d) -> (0, d), with gradients of 0 for all parameters, which other ranks may wait for."""
+        for buffer in (self.load, self.demand, self.experts_per_token, self.tokens):
+            buffer.zero_()
+        nothing = sum(p.sum() for p in self.parameters()) * 0.0
+        self._keep(nothing)
+        return x + nothing
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
@@ -135,7 +178,11 @@ class MoE(nn.Module):
         return y.new_zeros(n + 1, d).index_add(0, slots, y.view(-1, d))[:-1].to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "aux_loss": None}  # it hangs on its graph, which nobody can copy
+        return {**self.__dict__, "aux_loss": None, "_leaf": None}  # they hang on a graph, which nobody can copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        expect_tracking(self)
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
@@ -147,13 +194,13 @@ class MoE(nn.Module):
         else:
             load, counts = assignment.load(n), assignment.experts_per_token(n).clamp(max=MOST_EXPERTS_COUNTED)
             if mask is not None:  # padding is in no bin
-                counts = counts.masked_fill(~mask.reshape(-1), -1)
+                counts = counts.masked_fill(~mask, -1)
             # Comparing is faster than adding: all tokens would queue for a few bins.
             bins = (counts == torch.arange(MOST_EXPERTS_COUNTED + 1, device=counts.device)[:, None]).sum(1)
             self.load.copy_(load)
             self.experts_per_token.copy_(bins)
             self.tokens.copy_(bins.sum())
-        self.demand.copy_(self.router.demand)
+        self.demand.copy_(self.load if assignment.demand is None else assignment.demand)
 
     def statistics(self) -> dict[str, Tensor]:
         """What the last forward did, as scalar tensors on the layer's device.
@@ -170,3 +217,16 @@ class MoE(nn.Module):
             "max_load": fullest,
             "over_capacity": fullest - 1,
         } | {f"share_{j}": share[j] for j in range(MOST_EXPERTS_COUNTED + 1)}
+
+
+class _WithLoss(torch.autograd.Function):
+    """out, and a loss beside it that gets the gradient of a leaf."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, loss: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return dout, ctx.leaf.grad, None

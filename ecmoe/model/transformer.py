@@ -21,6 +21,7 @@ from ecmoe.config import RunConfig
 from ecmoe.model.attention import Attention, RelativeBias
 from ecmoe.model.cross_entropy import linear_cross_entropy
 from ecmoe.model.moe import MoE
+from ecmoe.routers import ROUTERS, experts_per_token
 from ecmoe.routing import build_router
 
 
@@ -59,7 +60,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config,
-                config.router != "dense" and layer % config.moe_every == config.moe_every - 1,
+                ROUTERS[config.router].layer is not None and layer % config.moe_every == config.moe_every - 1,
                 token_counts,
                 causal,
             )
@@ -279,19 +280,7 @@ def count_parameters(config: RunConfig) -> Count:
         model = _new_model(config, counts)
     total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
     experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
-    return Count(total, round(total - experts + experts * experts_per_token(config) / config.num_experts))
-
-
-def experts_per_token(config: RunConfig) -> float:
-    """Experts that an average token is offered: c, top_k, 1, or e."""
-    match config.router:
-        case "expert_choice" | "expert_threshold":
-            return min(config.capacity_factor, config.num_experts)
-        case "token_choice":
-            return config.top_k
-        case "dense_moe":
-            return config.num_experts
-    return 1
+    return Count(total, round(total - experts + experts * experts_per_token(config.to_dict()) / config.num_experts))
 
 
 def flops_per_token(config: RunConfig) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ecmoe.routers import ROUTERS
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.dense import Dense
 from ecmoe.routing.expert_choice import ExpertChoice
@@ -33,51 +35,68 @@ __all__ = [
     "Router",
     "TaskLevel",
     "TokenChoice",
+    "altered",
     "build_router",
     "causal_routing",
     "pack",
+    "routers",
+    "watched",
 ]
 
 
 def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Router:
-    """The router that a config names.
+    """The router that a config names, as its row in ecmoe/routers.py says.
 
     Args:
         config: a checked RunConfig.
         token_counts: (V,) how often each token id occurs in the corpus; needed by hash_table=balanced.
+
+    Raises:
+        ValueError: the dense model has no router; token_counts is missing.
     """
-    d, e, c = config.d_model, config.num_experts, config.capacity_factor
-    match config.router:
-        case "expert_choice":
-            return ExpertChoice(d, e, c, config.max_experts_per_token, config.pool, config.gate, config.cap_solver)
-        case "token_choice":
-            return TokenChoice(
-                d,
-                e,
-                config.top_k,
-                c,
-                gate=config.gate,
-                priority=config.priority,
-                aux_loss_weight=config.aux_loss_weight,
-                z_loss_weight=config.z_loss_weight,
-                balance=config.balance,
-            )
-        case "hash":
-            if config.hash_table == "balanced" and token_counts is None:
-                raise ValueError("hash_table=balanced needs token_counts, the corpus' token frequencies")
-            counts = token_counts if config.hash_table == "balanced" else None
-            return Hash(d, e, config.vocab_size, c, counts)
-        case "dense_moe":
-            return Dense(d, e)
-        case "linear_assignment":
-            return LinearAssignment(d, e)
-        case "kmeans":
-            return KMeans(d, e, c, seed=config.seed)
-        case "task_level":
-            return TaskLevel(d, e, config.num_tasks, config.task_table)
-        case "expert_threshold":
-            return ExpertThreshold(d, e, c, config.threshold_beta, config.gate)
-    raise ValueError(f"router={config.router!r} has no MoE layer")
+    row = ROUTERS[config.router]
+    if row.build is not None:
+        return row.build(row.cls, config, token_counts)
+    return row.cls(config.d_model, **{key: getattr(config, key) for key in row.keys})
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """All routers of a model, first layer to last."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
+    """A list that fills with (logits (n, e), assignment) of every MoE layer, in order, as the model runs."""
+    seen: list[tuple[Tensor, Assignment]] = []
+    hooks = [router.register_forward_hook(lambda _, args, out: seen.append((*args, out))) for router in routers(model)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
+    """Within it every router has these attributes: `altered(model, pool="sequence")`. Afterwards, those of before.
+
+    Args:
+        attributes: values; a function becomes a method, so that `assign=` replaces how a router chooses.
+    """
+    before = [(router, dict(vars(router))) for router in routers(model)]
+    try:
+        for router, _ in before:
+            for name, value in attributes.items():
+                setattr(router, name, MethodType(value, router) if callable(value) else value)
+        yield model
+    finally:
+        for router, old in before:
+            for name in attributes:
+                if name in old:
+                    setattr(router, name, old[name])
+                else:
+                    vars(router).pop(name, None)  # the class's own is seen again
 
 
 @contextmanager
@@ -90,14 +109,7 @@ def causal_routing(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: a router has no cut-offs yet.
     """
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    for router in routers:
+    for router in routers(model):
         router.check_causal()
-    before = [router.causal for router in routers]
-    try:
-        for router in routers:
-            router.causal = True
+    with altered(model, causal=True):
         yield model
-    finally:
-        for router, causal in zip(routers, before, strict=True):
-            router.causal = causal

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Assignment(NamedTuple):
-    """Which tokens each expert processes, and with what weight (I and G of Eq. 2).
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Which tokens each expert processes, and with what weight (I and G of Eq. 2); and all else that a router has to say.
 
     token: (e, k) int64, the j-th token of expert i; n (one past the last token) marks an empty slot.
     gate:  (e, k) float, its combine weight; 0 in an empty slot.
+    demand: (e,) int64, requests before any was dropped; None: none was, they are the load.
+    aux_loss: scalar to add to the loss, in training; None: nothing.
+
+    `token, gate = assignment` takes the first two.
     """
 
     token: Tensor
     gate: Tensor
+    demand: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.token, self.gate))
 
     def dense(self, n: int) -> Tensor:
         """(n, e) combine weights, 0 where a token is not routed to an expert."""
@@ -43,7 +54,11 @@ class Assignment(NamedTuple):
         token = self.token.T  # (k, e)
         table = self.gate.new_zeros(n + 1, token.shape[1]).scatter(0, token, self.gate.T)
         table = table / table.sum(1, keepdim=True).clamp_min(torch.finfo(self.gate.dtype).tiny)
-        return Assignment(self.token, table.gather(0, token).T)
+        return self.weighing(table.gather(0, token).T)
+
+    def weighing(self, gate: Tensor) -> Assignment:
+        """The same choice with other gates, (e, k)."""
+        return Assignment(self.token, gate, self.demand, self.aux_loss)
 
 
 def pack(
@@ -55,7 +70,7 @@ def pack(
     e: int,
     slots: int | None,
     limit: Tensor | None = None,
-) -> tuple[Assignment, Tensor]:
+) -> Assignment:
     """Serve requests in the order given until an expert is full; the rest is dropped.
 
     Args:
@@ -66,7 +81,7 @@ def pack(
         limit: scalar tensor, a capacity below `slots` that depends on the data.
 
     Returns:
-        the assignment, (e, slots), and the demand, (e,): requests before any was dropped.
+        (e, slots), with its demand.
 
     Raises:
         ValueError: not as many tokens as experts and gates.
@@ -87,4 +102,4 @@ def pack(
     gates = gate.new_zeros(e * slots + 1)
     tokens = tokens.index_put((slot,), token[by_expert])[:-1].view(e, slots)
     gates = gates.index_put((slot,), gate[by_expert])[:-1].view(e, slots)
-    return Assignment(tokens, gates), demand[:e]
+    return Assignment(tokens, gates, demand[:e])

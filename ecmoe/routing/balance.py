@@ -15,18 +15,19 @@ def balance_loss(
     mask: Tensor | None,
     top_k: int,
 ) -> Tensor:
-    """The balance loss called `kind`: "switch", "first_choice" or "importance_load"; a scalar tensor."""
-    if mask is not None:
-        logits, S, noise = logits[mask], S[mask], noise[mask]
+    """The balance loss called `kind`: "switch", "first_choice" or "importance_load"; a scalar tensor.
+
+    Padding, where the mask (n,) is False, takes no part; if all is padding the loss is 0.
+    """
     if kind == "switch":
-        return switch_loss(S, demand)
+        return switch_loss(S, demand, mask)
     if kind == "first_choice":
         first = S.argmax(dim=1, keepdim=True) == torch.arange(S.shape[1], device=S.device)  # (n, e)
-        return switch_loss(S, first.sum(dim=0))
-    return 0.5 * (importance_loss(logits.softmax(dim=1)) + load_loss(logits, logits + noise, top_k))
+        return switch_loss(S, _sum(first, mask), mask)
+    return 0.5 * (importance_loss(logits.softmax(dim=1), mask) + load_loss(logits, logits + noise, top_k, mask))
 
 
-def switch_loss(S: Tensor, demand: Tensor) -> Tensor:
+def switch_loss(S: Tensor, demand: Tensor, mask: Tensor | None = None) -> Tensor:
     """e sum_i f_i P_i: share of the requests times mean score (Switch, Eq. 4).
 
     Args:
@@ -38,15 +39,15 @@ def switch_loss(S: Tensor, demand: Tensor) -> Tensor:
     """
     e = S.shape[1]
     f = demand.to(S.dtype) / demand.sum().clamp_min(1)
-    return e * (f * S.mean(dim=0)).sum()
+    return e * (f * _mean(S, mask)).sum()
 
 
-def importance_loss(S: Tensor) -> Tensor:
+def importance_loss(S: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation of the experts' summed scores (V-MoE, Appendix A, Eq. 9)."""
-    return _cv_squared(S.sum(dim=0))
+    return _cv_squared(_sum(S, mask))
 
 
-def load_loss(logits: Tensor, noisy: Tensor, top_k: int) -> Tensor:
+def load_loss(logits: Tensor, noisy: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation of the experts' smooth load (V-MoE, Appendix A, Eq. 14).
 
     The load of an expert is the chance, were its noise drawn again, that it is in a token's top_k.
@@ -54,7 +55,7 @@ def load_loss(logits: Tensor, noisy: Tensor, top_k: int) -> Tensor:
     e = logits.shape[1]
     threshold = noisy.topk(top_k, dim=1).values[:, -1:]
     chance = torch.special.ndtr((logits - threshold) * e)  # P(x + eps >= threshold), eps ~ N(0, 1/e^2)
-    return _cv_squared(chance.sum(dim=0))
+    return _cv_squared(_sum(chance, mask))
 
 
 def load_noise(logits: Tensor, active: bool) -> Tensor:
@@ -64,8 +65,16 @@ def load_noise(logits: Tensor, active: bool) -> Tensor:
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared log of the softmax' normaliser (ST-MoE, Zoph et al. 2022, Eq. 5)."""
-    logits = logits if mask is None else logits[mask]
-    return logits.logsumexp(dim=1).square().mean()
+    return _mean(logits.logsumexp(dim=1).square(), mask)
+
+
+def _sum(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the tokens, (n, ...) -> (...)."""
+    return x.sum(dim=0) if mask is None else x.where(mask.view(-1, *[1] * (x.dim() - 1)), 0).sum(dim=0)
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.mean(dim=0) if mask is None else _sum(x, mask) / mask.sum().clamp_min(1)
 
 
 def _cv_squared(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ecmoe.config import ConfigError
+from ecmoe.files import ConfigError
 from ecmoe.routing.router import fast
 from ecmoe.routing.transport import transport
 
@@ -29,6 +29,7 @@ def capped_top_k(
     *,
     solver: str = "feasible",
     valid: Tensor | None = None,
+    target: Tensor | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Each expert's k tokens with no token in more than b experts.
@@ -38,8 +39,9 @@ def capped_top_k(
         k: tokens of an expert. b: the most experts of a token.
         solver: "feasible": exactly k and at most b, the sum of the chosen scores within 1% of the largest;
             "dykstra": the paper's entropy-regularised programme cut off at 100 iterations (see `Dykstra`).
-        valid: (g, m) bool, False for padding. A pool then has floor(k valid / m) tokens an expert, its first
-            places; what follows is filler.
+        valid: (g, m) bool, False for padding. A pool then has `target` tokens an expert, its first places; what follows
+            is filler.
+        target: (g,) at most k; None: floor(k valid / m).
         kernels: who computes, see `MoE`. The kernels take float32 scores without padding; their sum is within 1% of
             the largest too but where tokens fall into a few kinds of exactly equal scores, which may cost 10%.
 
@@ -56,15 +58,16 @@ def capped_top_k(
             f"max_experts_per_token={b}: {e} experts take k={k} of n={m} tokens each, {e * k} places, but "
             f"n b = {m * b}: use at least {-(-e * k // m)}"
         )
+    scores, S = S, S.detach().nan_to_num(0.0)  # a NaN is chosen last; if it is, its gate says so
     if solver == "feasible" and valid is None and fast(kernels, S):
         from ecmoe.kernels import capped as ours
 
         if ours.available(S, b):
             I = ours.capped(S, k, b)  # noqa: E741
-            return S.gather(2, I), I
+            return scores.gather(2, I), I
     if valid is None:
         valid = torch.ones(g, m, dtype=torch.bool, device=S.device)
-    target = valid.sum(1) * k // m  # (g,)
+    target = valid.sum(1) * k // m if target is None else target  # (g,)
     with torch.no_grad():
         if solver == "dykstra":
             A = dykstra(S, target, b, valid)
@@ -75,7 +78,7 @@ def capped_top_k(
         else:
             X = _feasible(S, target, b, valid)
             I = S.masked_fill(~X, -2.0).topk(k, dim=2).indices  # noqa: E741
-    return S.gather(2, I), I
+    return scores.gather(2, I), I
 
 
 def _feasible(S: Tensor, target: Tensor, b: int, valid: Tensor) -> Tensor:

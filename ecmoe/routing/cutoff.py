@@ -37,18 +37,19 @@ class RunningCutoff(RunningState):
         self.count += kth.shape[0]
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """Take what was added into the average; a step that added nothing moves nothing."""
+    def end_step(self) -> Tensor:
+        """Take what was added into the average, and say if it moved: a step that added nothing, or NaN, moves nothing."""
         if dist.is_available() and dist.is_initialized():
             both = torch.cat([self.pending, self.count[None]])
             dist.all_reduce(both)
             self.pending.copy_(both[:-1])
             self.count.copy_(both[-1])
-        average, weight = self._moved()
+        moves, (average, weight) = self._moves(), self._moved()
         self.average.copy_(average)
         self.weight.copy_(weight)
         self.pending.zero_()
         self.count.zero_()
+        return moves
 
     def value(self) -> Tensor:
         """(e,) cut-offs, with what was added since the last step counted as a step."""
@@ -57,9 +58,14 @@ class RunningCutoff(RunningState):
 
     def empty(self) -> bool:
         """Has no training batch been seen yet?"""
-        return bool((self.weight == 0) & (self.count == 0))
+        return bool((self.weight == 0) & ~self._moves())
+
+    def _moves(self) -> Tensor:
+        """Does a step begun by what was added since the last move the average? One NaN would stay in it for good."""
+        return (self.count > 0) & self.pending.isfinite().all()
 
     def _moved(self) -> tuple[Tensor, Tensor]:
-        beta = torch.where(self.count > 0, self.beta, 1.0)
-        mean = self.pending / self.count.clamp_min(1)
+        moves = self._moves()
+        beta = torch.where(moves, self.beta, 1.0)
+        mean = torch.where(moves, self.pending / self.count.clamp_min(1), 0.0)
         return beta * self.average + (1 - beta) * mean, beta * self.weight + (1 - beta)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import Router
+from ecmoe.routing.router import Router, without_padding
 
 
 class Dense(Router):
@@ -19,10 +19,8 @@ class Dense(Router):
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
-        gate = logits.softmax(dim=1).T  # (e, n)
+        gate = without_padding(logits, mask).softmax(dim=1).T  # (e, n)
         token = torch.arange(n, device=logits.device).expand(e, n)
         if mask is not None:
             token, gate = torch.where(mask, token, n), torch.where(mask, gate, 0.0)
-        assignment = Assignment(token.contiguous(), gate.contiguous())
-        self.demand.copy_(assignment.load(n))
-        return assignment
+        return Assignment(token.contiguous(), gate.contiguous())

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecmoe.config import ConfigError, bucket_size
+from ecmoe.files import ConfigError
+from ecmoe.routers import bucket_size, exact
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningCutoff
-from ecmoe.routing.router import Router, fast, one_of, recomputing
+from ecmoe.routing.router import Router, fast, one_of, without_padding
 
 
 class ExpertChoice(Router):
@@ -30,6 +31,7 @@ class ExpertChoice(Router):
             "scaled" (softmax x e/c: 1 on average for a uniform router).
         cap_solver: "feasible" (ours: no token over b, every expert full) or "dykstra" (the paper's).
         cutoff_beta: decay of the running cut-offs that causal routing uses.
+        rounding: "exact": n c / e must be whole, as a study wants; "down": any n works, by max(1, floor(n c / e)).
     """
 
     static = True
@@ -44,6 +46,7 @@ class ExpertChoice(Router):
         gate: str = "softmax",
         cap_solver: str = "feasible",
         cutoff_beta: float = 0.99,
+        rounding: str = "exact",
     ) -> None:
         super().__init__(d_model, num_experts)
         if not isinstance(pool, int):
@@ -58,30 +61,30 @@ class ExpertChoice(Router):
         self.pool = pool
         self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
         self.cap_solver = one_of("cap_solver", cap_solver, ("feasible", "dykstra"))
+        self.rounding = one_of("rounding", rounding, ("exact", "down"))
         self.cutoff = RunningCutoff(num_experts, cutoff_beta)
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
+        logits = without_padding(logits, mask)
         if self.causal:
             return self._weigh(self._above_cutoff(logits.softmax(dim=1), mask), n)
         ids = self._pools(n, batch_shape, logits.device)  # (g, m)
         pooled = self._scores(logits, ids)  # (g, e, m)
-        k = bucket_size(pooled.shape[2], e, self.capacity_factor)
+        k = self._bucket(pooled.shape[2])
+        if k == 0:  # no tokens, or too few for a cap
+            return Assignment(torch.empty(e, 0, dtype=torch.long, device=logits.device), logits.new_empty(e, 0))
         valid = None if mask is None else mask[None] if ids is None else mask[ids]  # (g, m)
         if valid is not None:
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
         G, I, lowest = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
-        if self.training and not recomputing():
+        if self.gathers:
             self.cutoff.add(lowest if valid is None else self._kth(G, valid, k))
         token = I if ids is None else ids.gather(1, I.flatten(1)).view_as(I)
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
             token, G = torch.where(filled, token, n), torch.where(filled, G, 0.0)
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
-        if valid is None:
-            self.demand.fill_(token.shape[1])
-        else:
-            self.demand.copy_((token < n).sum(1))
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
     def _scores(self, logits: Tensor, ids: Tensor | None) -> Tensor:
@@ -107,7 +110,13 @@ class ExpertChoice(Router):
             from ecmoe.routing.capped import capped_top_k
 
             G, I = capped_top_k(  # noqa: E741
-                S, k, self.max_experts_per_token, solver=self.cap_solver, valid=valid, kernels=self.kernels
+                S,
+                k,
+                self.max_experts_per_token,
+                solver=self.cap_solver,
+                valid=valid,
+                target=None if valid is None else self._valid_k(valid, k),
+                kernels=self.kernels,
             )
         return G, I, G.detach().amin(-1)
 
@@ -125,9 +134,21 @@ class ExpertChoice(Router):
         ids = ids.view(batch_shape)
         return ids if self.pool == "sequence" else ids.T
 
+    def _bucket(self, m: int) -> int:
+        """k of a pool of m tokens; none where the cap leaves less than one a expert."""
+        e, b = self.num_experts, self.max_experts_per_token
+        k = bucket_size(m, e, self.capacity_factor, self.rounding)
+        return k if b is None or self.rounding == "exact" else min(k, m * b // e)
+
     def _valid_k(self, valid: Tensor, k: int) -> Tensor:
-        """(g,) floor(valid tokens x c / e), in whole numbers: k / m is c / e."""
-        return valid.sum(1) * k // valid.shape[1]
+        """(g,) floor(valid tokens x c / e), as if they were all."""
+        share, tokens = exact(self.capacity_factor) / self.num_experts, valid.sum(1)
+        taken = tokens * share.numerator // share.denominator
+        if self.rounding == "down":
+            taken = torch.maximum(taken, tokens.clamp(max=1))
+            if self.max_experts_per_token is not None:
+                taken = torch.minimum(taken, tokens * self.max_experts_per_token // self.num_experts)
+        return taken.clamp(max=k)
 
     def _kth(self, G: Tensor, valid: Tensor, k: int) -> Tensor:
         """(g', e) the lowest score that was still taken, of the pools where any was."""
@@ -144,15 +165,13 @@ class ExpertChoice(Router):
         if mask is not None:
             take &= mask[:, None]
         token, expert = take.nonzero(as_tuple=True)
-        assignment, demand = pack(token, expert, S[token, expert], n=S.shape[0], e=S.shape[1], slots=None)
-        self.demand.copy_(demand)
-        return assignment
+        return pack(token, expert, S[token, expert], n=S.shape[0], e=S.shape[1], slots=None)
 
     def _weigh(self, chosen: Assignment, n: int) -> Assignment:
         if self.gate == "renormalized":
             return chosen.renormalized(n)
         if self.gate == "scaled":
-            return Assignment(chosen.token, chosen.gate * (self.num_experts / self.capacity_factor))
+            return chosen.weighing(chosen.gate * (self.num_experts / self.capacity_factor))
         return chosen
 
     def check_causal(self) -> None:

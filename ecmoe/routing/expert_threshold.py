@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecmoe.config import bucket_size
+from ecmoe.routers import bucket_size
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.cutoff import RunningCutoff
 from ecmoe.routing.expert_choice import ExpertChoice
-from ecmoe.routing.router import recomputing
+from ecmoe.routing.router import without_padding
 
 
 class ExpertThreshold(ExpertChoice):
@@ -26,9 +26,6 @@ class ExpertThreshold(ExpertChoice):
         warmup_steps: optimiser steps that are routed by plain expert choice, since the cut-offs of a router that
             still moves fast are old at once; ours, as the paper's depends on its schedule.
         slack: in training an expert takes at least k / slack and at most slack k tokens, its best; ours.
-
-    Attributes:
-        overflow: (e,) buffer, tokens above the cut-off that found no place in the last `assign`.
     """
 
     def __init__(
@@ -48,17 +45,15 @@ class ExpertThreshold(ExpertChoice):
             raise ValueError(f"warmup_steps={warmup_steps}: must be at least 0")
         self.cutoff = RunningCutoff(num_experts, beta)
         self.warmup_steps, self.slack = warmup_steps, slack
-        self.register_buffer("overflow", torch.zeros(num_experts, dtype=torch.long), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # that moved the cut-offs
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n = logits.shape[0]
-        S = logits.softmax(dim=1)  # (n, e)
+        S = without_padding(logits, mask).softmax(dim=1)  # (n, e)
         if self.training and not self.causal:
             return self._weigh(self._bounded(S, mask), n)
         if not self.causal and self.cutoff.empty():  # nothing learnt yet: plain expert choice
             return super().assign(logits, mask=mask)
-        self.overflow.zero_()
         return self._weigh(self._above_cutoff(S, mask), n)
 
     def _bounded(self, S: Tensor, mask: Tensor | None) -> Assignment:
@@ -77,12 +72,10 @@ class ExpertThreshold(ExpertChoice):
         least = torch.ceil(share / self.slack).long()
         most = (share * self.slack).long().clamp(max=slots)
         load = count.clamp(min=least).clamp(max=torch.minimum(most, valid.sum(1)))
-        if not recomputing():
+        if self.gathers:
             self.cutoff.add(kth)
-            self.demand.copy_(torch.maximum(count, load))
-            self.overflow.copy_(self.demand - load)
         filled = torch.arange(slots, device=S.device) < load[:, None]
-        return Assignment(torch.where(filled, token, n), torch.where(filled, G, 0.0))
+        return Assignment(torch.where(filled, token, n), torch.where(filled, G, 0.0), torch.maximum(count, load))
 
     def _threshold(self, kth: Tensor) -> Tensor:
         """(e,) the average of finished steps; while warming up, this batch's own k-th score: expert choice."""
@@ -92,8 +85,7 @@ class ExpertThreshold(ExpertChoice):
         return torch.where(warming, own, average / weight.clamp_min(torch.finfo(weight.dtype).tiny))
 
     def end_step(self) -> None:
-        self.steps += self.cutoff.count > 0
-        super().end_step()
+        self.steps += self.cutoff.end_step()
 
     def extra_repr(self) -> str:
         return (

@@ -50,9 +50,7 @@ class Hash(Router):
         if mask is not None:
             expert = torch.where(mask, expert, e)
         token = torch.arange(n, device=logits.device)
-        assignment, demand = pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
-        self.demand.copy_(demand)
-        return assignment
+        return pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
 
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.router import Router, capacity, recomputing
+from ecmoe.routing.router import Router, capacity
 
 
 class KMeans(Router):
@@ -41,7 +41,7 @@ class KMeans(Router):
         self.capacity_factor, self.beta = capacity_factor, beta
         generator = torch.Generator().manual_seed(seed)
         first = 0.1 * torch.randn(num_experts, d_model, generator=generator, device="cpu")
-        self.register_buffer("centroids", first.to(self.demand.device))
+        self.register_buffer("centroids", first.to(torch.get_default_device()))
         self.register_buffer("sums", torch.zeros(num_experts, d_model))  # averages over steps
         self.register_buffer("counts", torch.zeros(num_experts))
         self.register_buffer("pending_sums", torch.zeros(num_experts, d_model))  # of this step
@@ -55,7 +55,7 @@ class KMeans(Router):
         with torch.autocast(x.device.type, enabled=False):
             product = rows @ centroids.T
         # `assign` knows which tokens are padding, and gathers the others.
-        self._input = rows if self.training and not recomputing() else None
+        self._input = rows if self.gathers else None
         return 2 * product - rows.square().sum(1, keepdim=True) - centroids.square().sum(1), x
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
@@ -64,13 +64,11 @@ class KMeans(Router):
         expert = logits.argmax(dim=1)
         if mask is not None:
             expert = torch.where(mask, expert, e)
-        self._gather(expert, n)
+        if self.gathers:
+            self._gather(expert, n)
         slots, limit = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
         token = torch.arange(n, device=logits.device)
-        assignment, demand = pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
-        if not recomputing():
-            self.demand.copy_(demand)
-        return assignment
+        return pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
 
     @torch.no_grad()
     def _gather(self, expert: Tensor, n: int) -> None:
@@ -84,16 +82,15 @@ class KMeans(Router):
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Move the averages by what this step gathered, and the centroids to them; no tokens, no move."""
+        """Move the averages by what this step gathered, and the centroids to them."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.pending_sums)
             dist.all_reduce(self.pending_counts)
-        beta = torch.where(self.pending_counts.sum() > 0, self.beta, 1.0)
-        for average, pending in [
-            (self.sums, self.pending_sums),
-            (self.counts, self.pending_counts),
-        ]:
-            average.mul_(beta).add_((1 - beta) * pending)
+        # A step that saw no token moves nothing; nor does one that saw a NaN, which would stay for good.
+        moves = (self.pending_counts.sum() > 0) & self.pending_sums.isfinite().all()
+        beta = torch.where(moves, self.beta, 1.0)
+        for average, pending in [(self.sums, self.pending_sums), (self.counts, self.pending_counts)]:
+            average.mul_(beta).add_((1 - beta) * pending.where(moves, 0.0))
             pending.zero_()
         seen = self.counts[:, None] > 0  # a cell that was always empty stays where it is
         mean = self.sums / self.counts[:, None].clamp_min(torch.finfo(self.counts.dtype).tiny)

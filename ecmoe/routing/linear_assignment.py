@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecmoe.config import ConfigError
+from ecmoe.files import ConfigError
 from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.router import Router, recomputing
+from ecmoe.routing.router import Router, without_padding
 from ecmoe.routing.transport import transport
 
 # Of the scores' standard deviation: what a token's score may fall short of the best assignment's on average.
@@ -33,6 +33,7 @@ class LinearAssignment(Router):
             ConfigError: e doesn't divide n, in training.
         """
         n, e = logits.shape
+        logits = without_padding(logits, mask)
         if self.training and not self.causal:
             if n % e:
                 raise ConfigError(
@@ -45,10 +46,7 @@ class LinearAssignment(Router):
         if mask is not None:
             expert = torch.where(mask, expert, e)
         token = torch.arange(n, device=logits.device)
-        assignment, demand = pack(token, expert, gate, n=n, e=e, slots=slots)
-        if not recomputing():
-            self.demand.copy_(demand)
-        return assignment
+        return pack(token, expert, gate, n=n, e=e, slots=slots)
 
 
 @torch.no_grad()
@@ -61,7 +59,7 @@ def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
     # Padding that scores the same everywhere makes v a multiple of e, and goes where a token is missing.
     filler = ~valid & ((~valid).cumsum(0) <= -valid.sum() % e)
     # A constant for a token or for an expert changes no choice, but would hide the differences that do.
-    S = torch.where(valid[:, None], S, 0.0)
+    S = S.where(valid[:, None] & ~S.isnan(), 0.0)
     S = S - S.mean(dim=1, keepdim=True)
     mean = S.sum(dim=0) / valid.sum().clamp_min(1)
     seen = torch.where(valid[:, None], S - mean, 0.0)

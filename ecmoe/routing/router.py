@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecmoe.config import exact
+from ecmoe.routers import exact
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.state import RunningState
 
@@ -29,10 +29,8 @@ class Router(RunningState):
 
     Attributes:
         weight: (d, e) parameter W_g (Eq. 2), or None.
-        aux_loss: scalar tensor set by `assign` in training, or None.
-        demand: (e,) buffer, requests before capacity in the last `assign`.
         causal: set by `causal_routing`: no token's routing may see another token.
-        kernels: set by `MoE`: who computes, see `fast`.
+        kernels: who computes, see `fast`; a layer's `kernels` is its router's.
         static: does `assign` in training have sizes that depend on no data, and read nothing from the device?
     """
 
@@ -44,10 +42,8 @@ class Router(RunningState):
             raise ValueError(f"num_experts={num_experts}: must be at least 1")
         self.d_model, self.num_experts = d_model, num_experts
         self.weight = nn.Parameter(torch.empty(d_model, num_experts)) if learned else None
-        self.aux_loss: Tensor | None = None
         self.causal = False
         self.kernels = "plain"
-        self.register_buffer("demand", torch.zeros(num_experts, dtype=torch.long), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -70,6 +66,10 @@ class Router(RunningState):
 
                 return kernels.logits_and_tokens(x, self.weight)
             return x.to(dtype) @ self.weight.to(dtype), x
+
+    def forward(self, logits: Tensor, **known: Any) -> Assignment:
+        """`assign`, called as PyTorch calls a module: its hooks see every choice (see `watched`)."""
+        return self.assign(logits, **known)
 
     def assign(
         self,
@@ -95,10 +95,17 @@ class Router(RunningState):
         """Raise a ValueError if the router can't route causally yet."""
 
     def end_step(self) -> None:
-        """Called once after every optimiser step; running statistics move here."""
+        """Running statistics move here, once after every optimiser step: `ecmoe.track` sees to it."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "aux_loss": None}  # it hangs on its graph, which nobody can copy
+    @property
+    def moves(self) -> bool:
+        """Has it running statistics?"""
+        return type(self).end_step is not Router.end_step
+
+    @property
+    def gathers(self) -> bool:
+        """Do running statistics take in what `assign` sees now? In training; not again where a pass is recomputed."""
+        return self.training and not recomputing()
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}"
@@ -112,6 +119,11 @@ def fast(kernels: str, x: Tensor) -> bool:
 def recomputing() -> bool:
     """Is this forward pass a recomputation inside a backward pass (activation checkpointing)?"""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, e) with 0 where the mask, (n,), is False: what padding holds, NaN too, reaches no score and no gradient."""
+    return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
 
 
 def one_of(name: str, value: Any, choices: tuple) -> Any:

@@ -63,9 +63,7 @@ class TaskLevel(Router):
         if mask is not None:
             expert = torch.where(mask[:, None], expert, e)
         token = torch.arange(n, device=logits.device)[:, None].expand(n, self.top_k)
-        assignment, demand = pack(token.reshape(-1), expert.reshape(-1), gate.reshape(-1), n=n, e=e, slots=None)
-        self.demand.copy_(demand)
-        return assignment
+        return pack(token.reshape(-1), expert.reshape(-1), gate.reshape(-1), n=n, e=e, slots=None)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_tasks={self.num_tasks}, table={self.kind}, top_k={self.top_k}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
-from ecmoe.routing.router import Router, capacity, one_of, recomputing
+from ecmoe.routing.router import Router, capacity, one_of, without_padding
 
 
 class TokenChoice(Router):
@@ -60,6 +60,7 @@ class TokenChoice(Router):
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
         k = self.top_k
+        logits = without_padding(logits, mask)
         noise = load_noise(logits, self.balance == "importance_load" and self.training)
         S = (logits + noise).softmax(dim=1)  # (n, e)
         choice = (S + self.bias.to(S.dtype)).topk(k, dim=1).indices  # (n, k), best first
@@ -77,18 +78,13 @@ class TokenChoice(Router):
         if mask is not None:
             expert = torch.where(mask[first].repeat(k), expert, e)
         slots, limit = capacity(None if self.causal else self.capacity_factor, k, n, e, mask)
-        assignment, demand = pack(
-            first.repeat(k), expert, gate[first].T.reshape(-1), n=n, e=e, slots=slots, limit=limit
-        )
-
-        if not recomputing():
-            self.demand.copy_(demand)
-        self.aux_loss = None
-        if self.training:
-            self.aux_loss = self._aux_loss(logits, S, noise, demand, mask)
-            if self.balance == "bias" and not recomputing():
-                self.load_error += demand.float().mean() - demand.float()
-        return assignment
+        chosen = pack(first.repeat(k), expert, gate[first].T.reshape(-1), n=n, e=e, slots=slots, limit=limit)
+        demand = chosen.demand
+        if self.gathers and self.moves:
+            self.load_error += demand.float().mean() - demand.float()
+        if not self.training:
+            return chosen
+        return Assignment(*chosen, demand, self._aux_loss(logits, S, noise, demand, mask))
 
     def _aux_loss(self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None) -> Tensor:
         loss = logits.new_zeros(())
@@ -98,9 +94,13 @@ class TokenChoice(Router):
             loss = loss + self.z_loss_weight * z_loss(logits, mask)
         return loss
 
+    @property
+    def moves(self) -> bool:
+        return self.balance == "bias"
+
     def end_step(self) -> None:
         """Move the balancing bias by `bias_rate` towards experts that got too few tokens (Wang et al. 2024)."""
-        if self.balance != "bias":
+        if not self.moves:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load_error)

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.training.result import COLUMNS, SHARES, Result, arm_label
+from ecmoe.routers import arm_label
+from ecmoe.training.result import COLUMNS, SHARES, Result
 
 # A table has these columns even where no run could measure them.
 MEASURED = [
@@ -103,7 +104,8 @@ def arm_labels(results: Sequence[Result], axes: Sequence[str] = ()) -> list[str]
     So that two arms are never taken for two seeds of one: "Dense d_ff=1024", "Dense d_ff=2048".
     """
     identities = [_identity(result.summary["config"], axes) for result in results]
-    plain = [arm_label(result.summary["config"], axes) for result in results]
+    usual = RunConfig().to_dict()  # what an older record doesn't say
+    plain = [arm_label(usual | result.summary["config"], axes) for result in results]
     labels = []
     for label, identity in zip(plain, identities, strict=True):
         alike = [other for other, name in zip(identities, plain, strict=True) if name == label]

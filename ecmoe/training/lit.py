@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
+from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Block, build_model
-from ecmoe.routing import Router, causal_routing
+from ecmoe.routing import causal_routing, routers
 from ecmoe.training import cuda_graph as graph
 from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
 
@@ -40,7 +41,7 @@ class LitModel(L.LightningModule):
         self.save_hyperparameters({"config": self.config.to_dict()})
         self.counts_lack = token_counts is None and self.config.hash_table == "balanced"
         self.model = build_model(self.config, torch.ones(self.config.vocab_size) if self.counts_lack else token_counts)
-        self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        self.routers = routers(self.model)
         # Sums since `means` was last called, on the device: reading them each step would stall the GPU.
         self.sums = {"loss": torch.zeros(()), "aux_loss": torch.zeros(()), "count": torch.zeros(())}
         self.statistics: dict[str, Tensor] = {}  # of the layers with experts, at the last validation
@@ -144,18 +145,13 @@ class LitModel(L.LightningModule):
         loss = self.loss(batch)
         aux = [layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None]
         for layer in self.model.moe_layers:
-            layer.aux_loss = layer.router.aux_loss = None
+            layer.aux_loss = None
         return loss, torch.stack(aux).sum() if aux else torch.zeros_like(loss)
 
     def loss(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, T + 1) token ids -> mean cross-entropy in nats per token."""
         tokens, tasks = (batch, None) if isinstance(batch, Tensor) else batch
         return self.model(tokens[:, :-1], tasks, targets=tokens[:, 1:])
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        for router in self.routers:  # running statistics move once a step, also under accumulation
-            router.end_step()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -168,6 +164,7 @@ class LitModel(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.config, self.parameters(), self.device)
+        track(self.model, optimizer)
         factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(self.config, step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 

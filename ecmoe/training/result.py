@@ -8,7 +8,7 @@ JSON file with summary and curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,66 +113,3 @@ def load_records(folder: str | Path) -> list[Result]:
 def _rounded(x: float) -> float | None:
     """Seven digits are more than a loss has, and keep a record small."""
     return None if pd.isna(x) or math.isinf(x) else float(f"{x:.7g}")
-
-
-# What a reader calls an arm
-
-
-def arm_label(config: RunConfig | Mapping[str, Any], axes: Sequence[str] = ()) -> str:
-    """What a reader calls an arm: "EC-CF2", "EC-CF2 renormalized", "Switch top-1 c=2".
-
-    The usual settings go without saying: raw gates, batch pools, auxiliary loss of weight 0.01,
-    capacity 1.25 for top-1 and hash routing and 1 for top-k. Keys in `axes` are left out: a figure
-    has them on an axis.
-    """
-    values = RunConfig().to_dict() | (config.to_dict() if isinstance(config, RunConfig) else dict(config))
-    usual = {name: values[name] for name in axes if name in values}
-    router, top_k = values["router"], values["top_k"]
-    words: list[str] = []
-
-    def say(key: str, default: Any, text: str | None = None) -> None:
-        if values[key] != usual.get(key, default):
-            value = values[key]
-            words.append(text or f"{key}={f'{value:g}' if isinstance(value, float) else value}")
-
-    def say_capacity(default: float) -> None:
-        c = values["capacity_factor"]
-        say("capacity_factor", default, "dropless" if c is None else f"c={c:g}")
-
-    if router in ("expert_choice", "expert_threshold"):
-        cf = "" if "capacity_factor" in axes else f"-CF{values['capacity_factor']:g}"
-        cap = None if "max_experts_per_token" in axes else values["max_experts_per_token"]
-        words.append("EC" + cf if router == "expert_choice" else "Threshold" + cf)
-        if router == "expert_choice" and cap is not None:
-            words = [f"EC-CAP{cap}"] + ([] if cf in ("", "-CF2") else [f"c={values['capacity_factor']:g}"])
-            say("cap_solver", "feasible", values["cap_solver"])
-        say("gate", "softmax", values["gate"])
-        if router == "expert_choice":
-            say("pool", "batch")
-        else:
-            say("threshold_beta", 0.999, f"beta={values['threshold_beta']:g}")
-    elif router == "token_choice":
-        names = {1: "Switch top-1", 2: "GShard top-2"}
-        words.append("Token choice" if "top_k" in axes else names.get(top_k, f"Top-{top_k}"))
-        say("gate", "softmax", values["gate"])
-        say_capacity(1.25 if top_k == 1 else 1.0)
-        say("priority", "order", "batch priority")
-        say("balance", "switch", {"bias": "loss-free bias", "first_choice": "first choices"}.get(values["balance"]))
-        if values["balance"] not in ("none", "bias"):
-            say("aux_loss_weight", 0.01, f"aux={values['aux_loss_weight']:g}")
-        say("z_loss_weight", 0.0, f"z={values['z_loss_weight']:g}")
-    elif router == "hash":
-        words.append("Hash")
-        say("hash_table", "modulo", values["hash_table"])
-        say_capacity(1.25)
-    elif router == "kmeans":
-        words.append("K-means")
-        say_capacity(1.25)
-    elif router == "task_level":
-        words.append("Task level")
-        say("task_table", "learned", values["task_table"])
-    else:
-        words.append({"dense": "Dense", "dense_moe": "Dense MoE", "linear_assignment": "BASE"}.get(router, router))
-    if router != "dense":
-        say("moe_init_scale", 1.0, f"init={values['moe_init_scale']:g}")
-    return " ".join(words)

@@ -27,11 +27,11 @@ from ecmoe.files import write_text, written
 from ecmoe.model.transformer import Trunk, build_model, count_parameters, flops_per_token
 from ecmoe.paths import content_of
 from ecmoe.provenance import code_digest, commit, device_name, peak_flops, versions
+from ecmoe.routers import arm_label
 from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.recorder import Diverged, Recorder
 from ecmoe.training.result import (
     Result,
-    arm_label,
     not_run,
     read_record,
     read_run,

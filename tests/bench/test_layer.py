@@ -193,7 +193,7 @@ def test_even_routing_is_even_and_own_is_not():
     for forced in (0.0, 1.0):
         layer.router.forced.fill_(forced)
         twin.loss(tokens)
-        demands.append(layer.router.demand.tolist())
+        demands.append(layer.demand.tolist())
     assert demands[1] == [16] * 4 and demands[0] != demands[1]
 
 

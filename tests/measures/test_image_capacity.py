@@ -62,10 +62,13 @@ def test_those_who_come_late_are_left_out_whole():
 
 def test_a_router_without_capacity_is_refused():
     model = build_model(config({"router": "linear_assignment"}, 2.0))
-    with pytest.raises(ValueError, match="LinearAssignment has no capacity"), capacity.at_capacity(model, 1.0):
+    with (
+        pytest.raises(ValueError, match="router='linear_assignment' has no capacity"),
+        capacity.at_capacity(model, 1.0),
+    ):
         pass
     model = build_model(config({"router": "expert_threshold"}, 2.0))  # in evaluation it takes all above its cut-off
-    with pytest.raises(ValueError, match="ExpertThreshold has no capacity"), capacity.at_capacity(model, 1.0):
+    with pytest.raises(ValueError, match="router='expert_threshold' has no capacity"), capacity.at_capacity(model, 1.0):
         pass
     model = build_model(config({"router": "expert_choice", "gate": "scaled"}, 2.0))
     with pytest.raises(ValueError, match="gate='scaled'"), capacity.at_capacity(model, 1.0):

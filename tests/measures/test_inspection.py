@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ecmoe.measures import inspection
+from ecmoe.routing import watched
 from ecmoe.training.result import SHARES
 from ecmoe.training.run import run_or_load
 
@@ -22,7 +23,7 @@ def test_counts_are_those_of_the_combine_weights(trained):
     assert json.loads(json.dumps(found)) == found  # it is kept as JSON
     data, batch = inspection.held_out(config)
     n, seen = config.batch_size * config.sequence_length, []
-    with inspection.watched(model) as routed, torch.no_grad():
+    with watched(model) as routed, torch.no_grad():
         model(batch[:, :-1])
     for logits, assignment in routed:
         assert logits.shape == (n, config.num_experts)
@@ -46,7 +47,7 @@ def test_counts_are_those_of_the_combine_weights(trained):
 
 def test_watching_ends(trained):
     model, config = trained
-    with pytest.raises(RuntimeError), inspection.watched(model) as seen:
+    with pytest.raises(RuntimeError), watched(model) as seen:
         raise RuntimeError
     model(torch.zeros(config.batch_size, 8, dtype=torch.long))
     assert not seen and "assign" not in vars(model.moe_layers[0].router)

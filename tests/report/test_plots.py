@@ -55,11 +55,11 @@ def drawn(plot):
 @pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
 def test_loss_over_steps(runs, x):
     plot = drawn(plots.loss_over_steps(curves(runs), x=x))
-    assert plot.data["arm"].tolist() == ["EC-CF2", "GShard top-2"]
+    assert plot.data["arm"].tolist() == ["EC-CF2 raw", "GShard top-2 raw"]
     if x != "seconds":  # clocks differ, so seconds end where the fastest seed does
         assert plot.data["mean"].tolist() == pytest.approx([2.01, 2.51])
         assert plot.data["high"].tolist() == pytest.approx([2.02, 2.52])
-        assert "EC-CF2 2.010 (3 seeds); GShard top-2 2.510 (3 seeds)" in plot.alt
+        assert "EC-CF2 raw 2.010 (3 seeds); GShard top-2 raw 2.510 (3 seeds)" in plot.alt
     assert "Not run: Hash." in plot.alt
     whole, half = plot.figure.axes
     assert "Hash (not run)" in [line.get_label() for line in whole.lines]
@@ -76,7 +76,7 @@ def test_a_diverged_run_ends_where_it_broke_off():
 
 def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
     plot = drawn(plots.final_loss(table(runs)))
-    assert plot.data["arm"].tolist() == ["EC-CF2", "GShard top-2", "Hash"]
+    assert plot.data["arm"].tolist() == ["EC-CF2 raw", "GShard top-2 raw", "Hash"]
     assert plot.data["mean"].tolist()[:2] == pytest.approx([2.01, 2.51]) and plot.data["seeds"].tolist() == [3, 3, 0]
     ax = plot.figure.axes[0]
     assert "doesn't start at 0" in ax.get_xlabel() and "nats per token" in ax.get_xlabel()
@@ -89,20 +89,20 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
 def test_loss_against_a_key():
     results = [run(EC.replace(num_experts=e, seed=s), 2 + 1 / e) for e in (4, 8, 16) for s in range(2)]
     plot = drawn(plots.loss_against(table(results, axes=["num_experts"]), "num_experts"))
-    assert plot.data["arm"].unique().tolist() == ["EC-CF2"] and plot.data["num_experts"].tolist() == [4, 8, 16]
+    assert plot.data["arm"].unique().tolist() == ["EC-CF2 raw"] and plot.data["num_experts"].tolist() == [4, 8, 16]
     assert "2.250 at 4, 2.125 at 8" in plot.alt
 
 
 def test_expert_shares(runs):
     paper = {"one or two: most": 0.74, "three or four: 23%": 0.23, "3%": 0.03}
     plot = drawn(plots.expert_shares(table(runs), paper=paper))
-    assert plot.data.set_index("arm").loc["EC-CF2", ["0", "1", "3", "8+"]].tolist() == [
+    assert plot.data.set_index("arm").loc["EC-CF2 raw", ["0", "1", "3", "8+"]].tolist() == [
         0,
         75,
         25,
         0,
     ]
-    assert "EC-CF2: 0.0% none, 75.0% one or two, 25.0% three or four, 0.0% more" in plot.alt
+    assert "EC-CF2 raw: 0.0% none, 75.0% one or two, 25.0% three or four, 0.0% more" in plot.alt
     assert "The paper: one or two: most, three or four: 23%, 3%." in plot.alt and "Not run: Hash." in plot.alt
     over = drawn(plots.expert_shares_over_steps(curves(runs)))
     assert over.data["1 or 2"].eq(75).all() and "75.0% 1 or 2" in over.alt
@@ -115,7 +115,7 @@ def test_expert_shares(runs):
 def test_load_is_in_percent(runs):
     plot = drawn(plots.load(curves(runs)))
     assert plot.data.groupby("measure")["mean"].first().tolist() == pytest.approx([30, 10])
-    assert "equal share (%): EC-CF2 30.0" in plot.alt and "dropped (%): EC-CF2 10.0" in plot.alt
+    assert "equal share (%): EC-CF2 raw 30.0" in plot.alt and "dropped (%): EC-CF2 raw 10.0" in plot.alt
 
 
 def test_capacity_demand():

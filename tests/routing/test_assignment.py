@@ -55,7 +55,7 @@ def test_pack_serves_in_order(seed, n, e, slots, as_limit):
     expert = torch.randint(e + 1, (2 * n,), generator=draw)  # e: no request
     gate = torch.rand(2 * n, generator=draw)
     limited = as_limit and slots is not None  # slots is the bound, the limit is what counts
-    assignment, demand = pack(
+    assignment = pack(
         token,
         expert,
         gate,
@@ -65,7 +65,7 @@ def test_pack_serves_in_order(seed, n, e, slots, as_limit):
         limit=torch.tensor(slots) if limited else None,
     )
     held, wanted = loop_pack(token, expert, gate, n, e, slots)
-    assert demand.tolist() == wanted
+    assert assignment.demand.tolist() == wanted
     for i in range(e):
         kept = assignment.token[i] < n
         ours = list(zip(assignment.token[i][kept].tolist(), assignment.gate[i][kept].tolist(), strict=True))
@@ -74,8 +74,8 @@ def test_pack_serves_in_order(seed, n, e, slots, as_limit):
 
 
 def test_pack_of_nothing_has_a_slot():
-    assignment, demand = pack(torch.tensor([0]), torch.tensor([2]), torch.ones(1), n=1, e=2, slots=None)
-    assert assignment.token.tolist() == [[1], [1]] and demand.tolist() == [0, 0]
+    assignment = pack(torch.tensor([0]), torch.tensor([2]), torch.ones(1), n=1, e=2, slots=None)
+    assert assignment.token.tolist() == [[1], [1]] and assignment.demand.tolist() == [0, 0]
     assert pairs(assignment, 1) == {}
 
 

@@ -85,7 +85,7 @@ def test_200_problems(problem, c, b, solver):
     n, e = problem.logits.shape
     c, b = min(c, e), max(b, int(c))
     router = ExpertChoice(8, e, c, max_experts_per_token=b, cap_solver=solver)
-    found = check(router, router.assign(problem.logits, mask=problem.mask), problem)
+    found = check(router.assign(problem.logits, mask=problem.mask), problem)
     k = int(problem.valid.sum()) * int(n * c / e) // n
     assert all(sum(i == expert for _, i in found) == k for expert in range(e))  # every slot is filled
     if solver == "feasible":

@@ -52,15 +52,15 @@ def test_200_problems(problem, top_k, factor, gate, priority):
     top_k = min(top_k, e)
     router = TokenChoice(D, e, top_k, factor, gate=gate, priority=priority)
     chosen = router.assign(problem.logits, mask=problem.mask)
-    found = check(router, chosen, problem)
+    found = check(chosen, problem)
     n_valid = int(problem.valid.sum())
     capacity = None if factor is None else ceil(Fraction(str(factor)) * top_k * n_valid / e)
     expected, demand = algorithm_1(
         problem.logits[problem.valid], top_k, capacity, gate == "renormalized", priority == "score"
     )
     same_choice(alone(chosen, problem), expected * (e / top_k if gate == "scaled" else 1))
-    assert router.demand.tolist() == demand
-    assert router.demand.sum() == n_valid * top_k  # kept + dropped = all requests
+    assert chosen.demand.tolist() == demand
+    assert chosen.demand.sum() == n_valid * top_k  # kept + dropped = all requests
     if capacity is not None:
         assert chosen.load(n).tolist() == [min(count, capacity) for count in demand]
     else:
@@ -71,8 +71,8 @@ def test_by_hand():
     # Three of four tokens want expert 0 and it has ceil(1 x 1 x 4 / 2) = 2 places: the third to come is dropped.
     logits = torch.tensor([[3.0, 1], [1, 3], [4, 1], [9, 1]]).log()
     switch = TokenChoice(D, 2, 1, 1.0)
-    assert switch.assign(logits).token.tolist() == [[0, 2], [1, 4]]
-    assert switch.demand.tolist() == [3, 1]
+    chosen = switch.assign(logits)
+    assert chosen.token.tolist() == [[0, 2], [1, 4]] and chosen.demand.tolist() == [3, 1]
     torch.testing.assert_close(switch.assign(logits).gate, torch.tensor([[0.75, 0.8], [0.75, 0.0]]))
     # By score the one that wants it least goes: 0.9 and 0.8 stay, 0.75 goes.
     by_score = TokenChoice(D, 2, 1, 1.0, priority="score")

@@ -16,7 +16,7 @@ def test_table_has_a_row_per_run_and_gaps_for_what_is_missing():
         make(config.replace(seed=2), loss=9.0, status="diverged"),
     ]
     frame = table(rows)
-    assert frame["arm"].tolist() == ["EC-CF2"] * 3
+    assert frame["arm"].tolist() == ["EC-CF2 raw"] * 3
     assert frame["status"].tolist() == ["finished", "not run", "diverged"]
     assert frame["val_loss"].iloc[0] == 2.0 and frame["val_loss"].iloc[1:].isna().all()
     assert frame["dropped"].iloc[0] == 0.25 and frame["num_experts"].eq(config.num_experts).all()
@@ -27,7 +27,7 @@ def test_table_has_a_row_per_run_and_gaps_for_what_is_missing():
 def test_two_arms_are_never_two_seeds_of_one():
     narrow, wide = RunConfig(router="dense", d_ff=128), RunConfig(router="dense", d_ff=256)
     frame = table([make(narrow), make(wide), make(RunConfig())])
-    assert frame["arm"].tolist() == ["Dense d_ff=128", "Dense d_ff=256", "EC-CF2"]
+    assert frame["arm"].tolist() == ["Dense d_ff=128", "Dense d_ff=256", "EC-CF2 raw"]
     assert table([make(narrow), make(wide)], axes=["d_ff"])["arm"].tolist() == ["Dense", "Dense"]
     # Keys that the router doesn't read make no difference.
     assert table([make(narrow), make(narrow.replace(seed=1, num_experts=4))])["arm"].tolist() == [
@@ -45,7 +45,7 @@ def test_a_study_names_its_arms_itself():
 
 def test_curves_are_tidy_and_name_the_missing():
     frame = curves([make(RunConfig()), not_run(RunConfig(router="dense"))])
-    assert frame["arm"].tolist() == ["EC-CF2"] * 3 + ["Dense"]
+    assert frame["arm"].tolist() == ["EC-CF2 raw"] * 3 + ["Dense"]
     assert frame["val_loss"].iloc[:3].tolist() == [3.0, 2.5, 2.0]
     assert math.isnan(frame["val_loss"].iloc[3]) and frame["status"].iloc[3] == "not run"
     assert curves([]).empty

@@ -9,7 +9,7 @@ import pytest
 
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.training import result as results
-from ecmoe.training.result import Result, arm_label
+from ecmoe.training.result import Result
 
 
 def make(config: RunConfig, loss: float = 2.0, status: str = "finished", rows: int = 3) -> Result:
@@ -27,49 +27,6 @@ def make(config: RunConfig, loss: float = 2.0, status: str = "finished", rows: i
         "routing": {"dropped": 0.25, "share_1": 0.5},
     }
     return Result(summary, curve.reindex(columns=results.COLUMNS))
-
-
-EC, TOP2 = (
-    {"router": "expert_choice"},
-    {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0},
-)
-
-
-@pytest.mark.parametrize(
-    ("keys", "label"),
-    [
-        (EC, "EC-CF2"),
-        (EC | {"capacity_factor": 0.5}, "EC-CF0.5"),
-        (EC | {"gate": "renormalized"}, "EC-CF2 renormalized"),
-        (EC | {"pool": "sequence"}, "EC-CF2 pool=sequence"),
-        (EC | {"pool": 1024}, "EC-CF2 pool=1024"),
-        (EC | {"max_experts_per_token": 2}, "EC-CAP2"),
-        (EC | {"max_experts_per_token": 3, "cap_solver": "dykstra"}, "EC-CAP3 dykstra"),
-        (EC | {"max_experts_per_token": 2, "capacity_factor": 1.0}, "EC-CAP2 c=1"),
-        (EC | {"moe_init_scale": 4.0}, "EC-CF2 init=4"),
-        (TOP2, "GShard top-2"),
-        (TOP2 | {"gate": "renormalized"}, "GShard top-2 renormalized"),
-        (TOP2 | {"capacity_factor": None}, "GShard top-2 dropless"),
-        (TOP2 | {"capacity_factor": 4.0, "aux_loss_weight": 0.0}, "GShard top-2 c=4 aux=0"),
-        (TOP2 | {"top_k": 1, "capacity_factor": 1.25}, "Switch top-1"),
-        (TOP2 | {"priority": "score"}, "GShard top-2 batch priority"),
-        (TOP2 | {"balance": "bias"}, "GShard top-2 loss-free bias"),
-        ({"router": "hash", "capacity_factor": 1.25}, "Hash"),
-        ({"router": "hash", "capacity_factor": 1.25, "hash_table": "balanced"}, "Hash balanced"),
-        ({"router": "dense"}, "Dense"),
-        ({"router": "dense_moe"}, "Dense MoE"),
-        ({"router": "linear_assignment"}, "BASE"),
-        ({"router": "expert_threshold"}, "Threshold-CF2"),
-    ],
-)
-def test_arm_label_says_what_is_unusual(keys, label):
-    assert arm_label(keys) == label
-    assert arm_label(RunConfig(**keys)) == label
-
-
-def test_arm_label_leaves_out_what_stands_on_an_axis():
-    assert arm_label(EC | {"capacity_factor": 0.5}, axes=["capacity_factor"]) == "EC"
-    assert arm_label(TOP2 | {"capacity_factor": 8.0}, axes=["capacity_factor"]) == "GShard top-2"
 
 
 def test_a_run_survives_the_disk(tmp_path):

@@ -1,0 +1,118 @@
+"""Rows of routers: what a label says, what a config refuses, and a router that README tells how to add."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from ecmoe import routers
+from ecmoe.config import RunConfig
+from ecmoe.model.transformer import count_parameters, flops_per_token
+from ecmoe.routers import arm_label
+from ecmoe.routing import build_router
+from ecmoe.training.lit import LitModel
+
+EC, TOP2 = (
+    {"router": "expert_choice"},
+    {"router": "token_choice", "top_k": 2, "capacity_factor": 1.0},
+)
+
+
+@pytest.mark.parametrize(
+    ("keys", "label"),
+    [
+        (EC, "EC-CF2 raw"),
+        (EC | {"capacity_factor": 0.5}, "EC-CF0.5 raw"),
+        (EC | {"gate": "renormalized"}, "EC-CF2 renormalized"),
+        (EC | {"pool": "sequence"}, "EC-CF2 raw pool=sequence"),
+        (EC | {"pool": 1024}, "EC-CF2 raw pool=1024"),
+        (EC | {"max_experts_per_token": 2}, "EC-CAP2 raw"),
+        (EC | {"max_experts_per_token": 3, "cap_solver": "dykstra"}, "EC-CAP3 raw dykstra"),
+        (EC | {"max_experts_per_token": 2, "capacity_factor": 1.0}, "EC-CAP2 c=1 raw"),
+        (EC | {"moe_init_scale": 4.0}, "EC-CF2 raw init=4"),
+        (TOP2, "GShard top-2 raw"),
+        (TOP2 | {"gate": "renormalized"}, "GShard top-2 renormalized"),
+        (TOP2 | {"capacity_factor": None}, "GShard top-2 raw nothing dropped"),
+        (TOP2 | {"capacity_factor": 4.0, "aux_loss_weight": 0.0}, "GShard top-2 raw c=4 aux=0"),
+        (TOP2 | {"top_k": 1, "capacity_factor": 1.25}, "Switch top-1"),
+        (TOP2 | {"priority": "score"}, "GShard top-2 raw batch priority"),
+        (TOP2 | {"balance": "bias"}, "GShard top-2 raw loss-free bias"),
+        ({"router": "hash", "capacity_factor": 1.25}, "Hash"),
+        ({"router": "hash", "capacity_factor": 1.25, "hash_table": "balanced"}, "Hash balanced"),
+        ({"router": "dense"}, "Dense"),
+        ({"router": "dense_moe"}, "Dense MoE"),
+        ({"router": "linear_assignment"}, "BASE"),
+        ({"router": "expert_threshold"}, "Threshold-CF2 raw"),
+    ],
+)
+def test_arm_label_says_what_is_unusual(keys, label):
+    config = RunConfig(**keys)
+    assert arm_label(config) == arm_label(config.to_dict()) == label
+
+
+def test_arm_label_leaves_out_what_stands_on_an_axis():
+    assert arm_label(RunConfig(**EC, capacity_factor=0.5), axes=["capacity_factor"]) == "EC raw"
+    assert arm_label(RunConfig(**TOP2), axes=["capacity_factor", "gate"]) == "GShard top-2"
+
+
+# A router of one's own, as README tells
+
+
+@pytest.fixture
+def top_p(monkeypatch):
+    """README's router in a module of its own, and its row."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- test:(\w+) -->\n```python\n(.*?)```", text, re.DOTALL))
+    module = ModuleType("ecmoe.routing.top_p")
+    exec(blocks["router"], vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(blocks["router_row"], {})
+    yield module.TopP
+    del routers.ROUTERS["top_p"]
+
+
+def test_a_router_is_its_file_and_its_row(top_p, tiny_config):
+    config = tiny_config(router="top_p", num_experts=4)
+    assert arm_label(config) == "Top-p" and config.name.startswith("top-p-s0-")
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert config.replace(num_experts=2).name != config.name and config.replace(top_k=1).name == config.name
+    assert isinstance(build_router(config), top_p)
+    one, two = (count_parameters(config.replace(router=r)) for r in ("linear_assignment", "top_p"))
+    expert = 2 * config.d_model * config.d_ff
+    assert two.total == one.total and two.active == one.active + expert  # two of four experts
+    assert flops_per_token(config) - flops_per_token(config.replace(router="linear_assignment")) == 6 * expert
+
+    lit = LitModel(config)
+    optimizer = lit.configure_optimizers()["optimizer"]
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(8):
+        loss, aux_loss = lit.losses(tokens)
+        optimizer.zero_grad()
+        (loss + aux_loss).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert lit.model.moe_layers[0].statistics()["share_0"] == 0  # p takes at least one
+
+
+@pytest.mark.parametrize("name", routers.ROUTERS)
+def test_a_row_is_true_of_its_class(name):
+    """Keys exist, the class is built from them, and what an average token is offered is what it gets."""
+    row, config = routers.ROUTERS[name], RunConfig(router=name, capacity_factor=2.0)
+    assert set(row.keys) <= set(config.to_dict())
+    if row.layer is None:
+        with pytest.raises(ValueError, match="no router"):
+            build_router(config)
+        return
+    router = build_router(config)
+    assert type(router) is row.cls and router.num_experts == config.num_experts
+    n = 64
+    ids = torch.arange(n) % 4
+    chosen = router.assign(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)), token_ids=ids, task_ids=ids)
+    offered = chosen.load(n) if chosen.demand is None else chosen.demand
+    assert offered.sum() / n == routers.experts_per_token(config.to_dict())
+    assert row.capacity == (hasattr(router, "capacity_factor") and name != "expert_threshold")
