@@ -19,7 +19,7 @@ import typer
 from ecmoe import __version__
 from ecmoe.bench import cli as bench
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.console import one_line as _one_line
+from ecmoe.files import one_line as _one_line
 from ecmoe.files import parse_yaml
 
 app = typer.Typer(

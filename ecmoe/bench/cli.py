@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ecmoe.console import one_line
+from ecmoe.files import one_line
 
 if TYPE_CHECKING:
     import pandas as pd
