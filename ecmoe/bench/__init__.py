@@ -1,3 +1,3 @@
-"""On the clock: the layer against its floor and its rivals, its kernels one by one, and whole training steps.
+"""On the clock: the layer against its floor and its rivals, whole training steps, growth with each size, a profile.
 
 What is timed here depends on nothing that was trained. The clock is clock.py; read layer.py first."""

@@ -9,12 +9,13 @@ import pandas as pd
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.model.transformer import TABLE_1, count_parameters, flops_per_token
+from ecmoe.provenance import PEAK_BF16
 from ecmoe.study import plan as study
 from ecmoe.study.arms import size
 from ecmoe.study.table import table
 from ecmoe.training.result import load_records
 
-PEAK = 989e12  # FLOP/s in dense bf16 of an H100 or H200, NVIDIA's data sheet
+PEAK = PEAK_BF16["H100"]  # the H200's too
 ASSUMED_MFU = 0.4  # where nothing has been measured
 
 
