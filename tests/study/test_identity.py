@@ -1,0 +1,84 @@
+"""Whose results may stand for whose: every key that decides what a run computes is in its name, and no other is."""
+
+import dataclasses
+
+import pytest
+
+from ecmoe.config import RunConfig
+from ecmoe.study.table import table
+from tests.training.test_result import make
+
+# Written down from the routers' papers and constructors, not read from the package.
+ROUTING = {
+    "expert_choice": {"num_experts", "capacity_factor", "gate", "pool", "max_experts_per_token", "cap_solver"},
+    "token_choice": {
+        "num_experts", "capacity_factor", "top_k", "gate", "priority", "balance", "aux_loss_weight", "z_loss_weight",
+    },
+    "hash": {"num_experts", "capacity_factor", "hash_table"},
+    "dense_moe": {"num_experts"},
+    "dense": set(),
+    "linear_assignment": {"num_experts"},
+    "kmeans": {"num_experts", "capacity_factor"},
+    "task_level": {"num_experts", "num_tasks", "task_table"},
+    "expert_threshold": {"num_experts", "capacity_factor", "gate", "threshold_beta"},
+}  # fmt: skip
+OTHER = {  # another value of each routing key
+    "num_experts": 4, "capacity_factor": 1.0, "gate": "renormalized", "pool": "sequence", "max_experts_per_token": 3,
+    "cap_solver": "dykstra", "top_k": 1, "priority": "score", "balance": "importance_load", "aux_loss_weight": 0.5,
+    "z_loss_weight": 0.5, "hash_table": "balanced", "num_tasks": 2, "task_table": "fixed", "threshold_beta": 0.5,
+}  # fmt: skip
+DECIDES = {  # another value of every other key that decides what is computed, of a run on text
+    "layers": 2, "d_model": 32, "d_ff": 64, "heads": 2, "moe_every": 1, "moe_init_scale": 2.0, "relative_buckets": 16,
+    "relative_max_distance": 64, "relative_init": "normal", "data": "enwik8", "streaming": True, "max_bytes": 1000,
+    "tokenizer": "bpe", "vocab_size": 512, "sequence_length": 64, "seed": 1, "batch_size": 32, "accumulate": 2, "steps": 61,
+    "optimizer": "adafactor", "learning_rate": 1e-3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1, "gradient_clip": 0.5,
+    "schedule": "linear", "warmup_steps": 11, "constant_steps": 100, "decay_fraction": 0.5, "eval_batches": 4,
+    "precision": "bf16-mixed", "strategy": "ddp", "devices": 2, "num_nodes": 2,
+}  # fmt: skip
+WATCHES = {  # of how a run is watched, and where it runs
+    "eval_every": 7, "checkpoint_every": 7, "compile": True, "cuda_graph": True, "kernels": "plain",
+    "activation_checkpointing": True,
+}  # fmt: skip
+IMAGES = {"patch_size": 1, "channels": 3, "classes": 5, "augment": True}
+
+
+def test_every_key_is_looked_at():
+    keys = {field.name for field in dataclasses.fields(RunConfig)} - {"router"}
+    assert keys == {*OTHER, *DECIDES, *WATCHES, *IMAGES}
+    assert set(ROUTING) == set(next(f for f in dataclasses.fields(RunConfig) if f.name == "router").metadata["choices"])
+
+
+@pytest.mark.parametrize("router", ROUTING)
+def test_what_a_router_reads_is_in_the_name_and_nothing_else(router):
+    config = RunConfig(router=router, max_experts_per_token=2)
+    for key, value in OTHER.items():
+        other = config.replace(**{key: value})
+        assert (other.digest() != config.digest()) == (key in ROUTING[router]), key
+
+
+def test_a_solver_without_a_cap_solves_nothing():
+    assert RunConfig(cap_solver="dykstra").digest() == RunConfig().digest()
+
+
+@pytest.mark.parametrize("key", DECIDES)
+def test_what_decides_a_run_is_in_its_name(key):
+    config = RunConfig(tokenizer="bpe", vocab_size=300) if key == "vocab_size" else RunConfig()
+    changed = {key: DECIDES[key]} | ({"vocab_size": 300} if key == "tokenizer" else {})
+    other = config.replace(**changed)
+    assert other.name != config.name
+    arms = table([make(config), make(other)])["arm"]
+    assert (arms[0] != arms[1]) == (key != "seed")  # two seeds are one arm, all else is another
+
+
+@pytest.mark.parametrize("key", WATCHES)
+def test_what_watches_a_run_is_not_in_its_name(key):
+    assert RunConfig().replace(**{key: WATCHES[key]}).name == RunConfig().name
+
+
+def test_keys_of_images_are_in_the_name_of_runs_on_images_alone():
+    images = RunConfig(data="digits")
+    for key, value in IMAGES.items():
+        assert RunConfig().replace(**{key: value}).name == RunConfig().name
+        assert images.replace(**{key: value}).name != images.name, key
+    for key in ("streaming", "max_bytes"):
+        assert images.replace(**{key: DECIDES[key]}).name == images.name, key
