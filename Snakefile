@@ -6,7 +6,7 @@
 #
 # The flags that make it go on after a failure or a kill are in profiles/default. A page depends on its
 # notebook and its configs only; `make report` redraws all of them after a change of the package. Runs
-# are shared and locked one by one (ecmoe.training.run), so pages may ask for the same run at the same time.
+# are shared and locked one by one (ecmoe.training.once), so pages may ask for the same run at the same time.
 import shutil
 import sys
 from pathlib import Path

@@ -13,7 +13,7 @@ _HOME = {
     "causal_routing": "ecmoe.routing",
     "track": "ecmoe.model.tracking",
     "run_or_load": "ecmoe.training.run",
-    "load_model": "ecmoe.training.run",
+    "load_model": "ecmoe.training.result",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -40,9 +40,12 @@ def train(
     """Train a run, or load it if it is there. No CONFIG: the defaults, EC-CF2 at smoke size."""
     with _one_line(ConfigError, OSError):
         config = RunConfig.from_yaml(*(configs or []), **_assignments(changes))
+        from ecmoe.training.ranks import rank
         from ecmoe.training.run import run_or_load
 
         result = run_or_load(config)
+        if rank():  # of torchrun: the first speaks for all
+            return
     summary = {key: _finite(value) for key, value in result.summary.items()}
     if as_json:
         typer.echo(json.dumps(summary, default=str))
@@ -178,7 +181,7 @@ def readme(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="folder of a finished run, runs/NAME")],
+    run: Annotated[str, typer.Argument(help="a finished run: its folder, its name, or how that begins")],
     prompt: Annotated[str, typer.Argument(help="the text to continue")],
     tokens: Annotated[int, typer.Option(min=1, help="tokens to add")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token")] = 1.0,
@@ -187,7 +190,7 @@ def generate(
 ) -> None:
     """Continue a text with a trained run, routed causally."""
     with _one_line(ConfigError, OSError, ValueError):
-        from ecmoe.model.generate import continue_text
+        from ecmoe.training.continuation import continue_text
 
         text = continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
     typer.echo(text)

@@ -22,6 +22,13 @@ class ConfigError(ValueError):
     """What a user wrote, or a file that they can mend, can't be used. Names key or path, value and remedy."""
 
 
+class Damaged(ConfigError):
+    """A file of our own that isn't what was written. Names it, and what to do."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(f"{path} is damaged ({why}): delete it, and the run is done again")
+
+
 @contextmanager
 def one_line(*errors: type[Exception]) -> Iterator[None]:
     """A command's: say these errors (none given: of a value or a file), which a user can mend, in one line, and end with 2."""
@@ -74,29 +81,37 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
-    """Write by rename; numpy's and torch's numbers become Python's, and what isn't finite becomes null."""
-    write_text(path, json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1, sealed: bool = False) -> None:
+    """Write by rename; numpy's and torch's numbers become Python's, and what isn't finite becomes null.
+
+    Args:
+        sealed: with a check sum, `check`, by which `read_json` finds what has changed since.
+    """
+    said = dict(plain(value))
+    if sealed:
+        said["check"] = _check(said)
+    write_text(path, json.dumps(said, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote.
+def _check(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
+    """What `write_json` wrote; `sealed`: as it did.
 
     Raises:
-        ConfigError: the file is damaged; says what to do.
+        Damaged: it is not what was written.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, or cut within a letter
-        raise damaged(path, error) from error
+        raise Damaged(path, error) from error
     if not isinstance(value, dict):
-        raise damaged(path, f"it holds {type(value).__name__}, not a dict")
+        raise Damaged(path, f"it holds {type(value).__name__}, not a dict")
+    if sealed and value.pop("check", None) != _check(value):
+        raise Damaged(path, "its check sum is another: somebody or something has changed it")
     return value
-
-
-def damaged(path: Path, why: object) -> ConfigError:
-    """The error to raise for a file of our own that can't be believed."""
-    return ConfigError(f"{path} is damaged ({why}): delete it, and the run is done again")
 
 
 def plain(value: Any) -> Any:

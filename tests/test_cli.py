@@ -84,23 +84,25 @@ def test_a_damaged_run_is_named(tiny_config, tmp_path, monkeypatch):
     from ecmoe import run_or_load
 
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    config = tiny_config(steps=2, eval_every=2)
-    run = run_or_load(config, progress=False).path
-    for command, file in (
-        (["train", run / "config.yaml"], run / "summary.json"),
-        (["generate", run, "def f"], run / "model.safetensors"),
-    ):
-        file.write_bytes(file.read_bytes()[:-100])
-        wrong = call(*command)
-        assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and f"{file} is damaged" in wrong.stderr
+    run = run_or_load(tiny_config(steps=2, eval_every=2), progress=False).path
+    weights, summary = run / "model.safetensors", run / "summary.json"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    wrong = call("generate", run.name, "def f")
+    assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and f"{weights} is damaged" in wrong.stderr
+    summary.write_bytes(summary.read_bytes()[:-100])
+    again = call("train", run / "config.yaml")
+    assert again.exit_code == 0 and f"{summary} is damaged" in again.stderr and "made again now" in again.stderr
+    assert call("generate", run.name[:20], "def f", "--tokens", 1).exit_code == 0
 
 
 @pytest.mark.parametrize("changes", [
     {"data": "digits", "channels": 1, "classes": 10, "patch_size": 2}, {"router": "task_level"},
 ])  # fmt: skip
 def test_generate_refuses_what_continues_no_text(changes, tiny_config, tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(**changes).to_dict()))
+    from ecmoe.training.result import not_run, write_run
+
     (tmp_path / "model.safetensors").touch()
+    write_run(tmp_path, not_run(tiny_config(**changes)).summary | {"status": "finished"})
     wrong = call("generate", tmp_path, "hi")
     assert wrong.exit_code == 2 and "only a language model whose router reads tokens alone" in wrong.stderr
 

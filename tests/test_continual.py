@@ -284,7 +284,7 @@ def test_records_lie_in_a_folder_of_their_own(study, monkeypatch, tmp_path):
     continual.run_or_load(Settings(**FAST), scale="gpu")
     (path,) = (paths.root() / "reports/gpu/continual").glob("*.json")
     assert continual.records("gpu") == path.parent != paths.records("gpu") and load_records(paths.records("gpu")) == []
-    assert set(json.loads(path.read_text())) == {"summary", "curve"}
+    assert set(json.loads(path.read_text())) == {"summary", "curve", "check"}
 
 
 @pytest.mark.parametrize(

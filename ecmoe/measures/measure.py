@@ -59,7 +59,8 @@ def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
     import torch
 
     from ecmoe.config import RunConfig
-    from ecmoe.training.run import free_memory, load_model, run_or_load
+    from ecmoe.training.result import load_model
+    from ecmoe.training.run import free_memory, run_or_load
 
     module, _, function = MEASURES[how.what].compute.partition(":")
     compute = getattr(import_module(module), function)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -52,47 +50,6 @@ def generate(
             out = torch.cat([out, new], dim=1)
     model.train(was_training)
     return out
-
-
-def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object) -> str:
-    """The prompt and what a trained run makes of it.
-
-    Args:
-        run: folder of a finished run; its tokens must be in the cache, or its text at hand.
-        prompt: at least one token. tokens, sampling: as in `generate`.
-
-    Raises:
-        FileNotFoundError: no finished run there. ValueError: as in `generate`; the run's weights are damaged, its text
-        is another one here than its vocabulary was learned from, or it is no language model whose router reads tokens alone.
-    """
-    from safetensors import SafetensorError
-
-    from ecmoe.config import RunConfig
-    from ecmoe.data.batches import TextData
-    from ecmoe.training.result import read_run
-    from ecmoe.training.run import load_model
-
-    run = Path(run)
-    if not (run / "model.safetensors").exists():
-        raise FileNotFoundError(f"run {str(run)!r} holds no model.safetensors: name the folder of a finished run")
-    config = RunConfig.from_yaml(run / "config.yaml")
-    if config.images or config.router == "task_level":
-        raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can continue a text, "
-                         f"but it has data={config.data!r} and router={config.router!r}")  # fmt: skip
-    try:
-        model = load_model(run)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{run / 'model.safetensors'} is damaged ({error}): delete the folder, and train the run again"
-        ) from error
-    data = TextData(config)
-    data.prepare_data()
-    data.setup()
-    if config.tokenizer == "bpe" and (read_run(run).summary["data"] or {}).get("digest") != data.digest:
-        raise ValueError(f"data={config.data!r} is another text here than the one that {config.name} was trained on, "
-                         "and so is its vocabulary: bring that text back")  # fmt: skip
-    out = generate(model, torch.tensor([data.encode(prompt)]).long(), tokens, **sampling)
-    return data.decode(out[0].tolist())
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pandas as pd
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ecmoe.files import written
 from ecmoe.training.lit import LitModel
@@ -27,10 +29,19 @@ class Recorder(L.Callback):
     Args:
         folder: of the run. label: what progress lines call it. progress: print them.
         sharing: runs that train side by side on the device; each counts its seconds over their number, and no rate.
+        still_ours: asked before anything is written; raises where another process may write there, too.
     """
 
-    def __init__(self, folder: Path, label: str, progress: bool = True, sharing: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        progress: bool = True,
+        sharing: int = 1,
+        still_ours: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.label, self.progress, self.sharing = folder, label, progress, sharing
+        self.still_ours = still_ours
         self.shared = sharing  # the most it has shared with, also before a resume
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
@@ -38,6 +49,7 @@ class Recorder(L.Callback):
         self.began: float | None = time.perf_counter()  # None: the clock stands
         self.marked = (0, 0.0)  # step and seconds at the last validation
         self.last_printed = 0.0
+        self.whole_step = False  # are the micro-batches of a step all done?
         self.compiling = False  # is the next step the first of this process, on a device that compiles then?
 
     # Lightning keeps these in the checkpoint, so a resumed run goes on with its own clock and curve.
@@ -62,15 +74,15 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if (batch_idx + 1) % module.config.accumulate:
+        self.whole_step = (batch_idx + 1) % module.config.accumulate == 0
+        if not self.whole_step:
             return
         if self.compiling:  # kernels at least; also in a run that goes on in another process
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
-        asked_to_stop = trainer.received_sigterm and trainer.world_size == 1  # Lightning then stops after this step
         # Where a validation follows, the checkpoint waits for it: its row is then part of it.
-        if (step % module.config.checkpoint_every == 0 or asked_to_stop) and step % module.config.eval_every:
+        if step % module.config.checkpoint_every == 0 and step % module.config.eval_every:
             self._check_finite(trainer, module, step)
             self.save(trainer)
         self._say(trainer, module, step)
@@ -122,12 +134,19 @@ class Recorder(L.Callback):
         if step % config.checkpoint_every == 0 and step < config.steps:
             self.save(trainer)
 
+    def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
+        """Asked to end by SIGTERM, which Lightning does between two steps: keep what was done."""
+        if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1 and self.whole_step:
+            self._check_finite(trainer, module, trainer.global_step)
+            self.save(trainer)
+
     def curve(self) -> pd.DataFrame:
         """All rows so far, with every column of the schema; NaN where nothing was measured."""
         return pd.DataFrame(list(self.rows.values())).reindex(columns=COLUMNS)
 
     def write_curve(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
+            self.still_ours()
             with written(self.folder / "curve.csv") as temporary:
                 self.curve().to_csv(temporary, index=False)
 
@@ -135,6 +154,7 @@ class Recorder(L.Callback):
         """Write last.ckpt by rename, so that a kill leaves the one before it whole; the clock stands meanwhile."""
         self.seconds, self.began = self._clock(), None
         if trainer.is_global_zero:
+            self.still_ours()
             with written(self.folder / "last.ckpt") as temporary:
                 trainer.save_checkpoint(temporary)
         else:  # what is sharded is gathered from all

@@ -1,44 +1,40 @@
-"""run_or_load: train what is missing, load what is there. Also `torchrun -m ecmoe.training.run CONFIG...`."""
+"""run_or_load: train what is missing, load what is there."""
 
 from __future__ import annotations
 
 import datetime
 import gc
-import math
 import os
-import subprocess
 import sys
-import threading
 import warnings
+import zipfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pandas as pd
 import torch
 import yaml
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors.torch import save_file
 
 from ecmoe import paths
-from ecmoe.config import SCHEMA, ConfigError, RunConfig
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import RunData, TextData, is_other_data
 from ecmoe.files import write_text, written
-from ecmoe.model.transformer import Trunk, build_model, count_parameters, flops_per_token
 from ecmoe.paths import content_of
-from ecmoe.provenance import code_digest, commit, device_name, peak_flops, versions
 from ecmoe.routers import arm_label
+from ecmoe.training.gpus import sharing, slot
 from ecmoe.training.lit import LitClassifier, LitModel
+from ecmoe.training.once import StillOurs, once
+from ecmoe.training.ranks import by_torchrun, check_world, in_torchrun, rank
 from ecmoe.training.recorder import Diverged, Recorder
-from ecmoe.training.result import (
-    Result,
-    not_run,
-    read_record,
-    read_run,
-    write_record,
-    write_summary,
-)
-from ecmoe.training.trainer import new_trainer, repeatable, resolved_precision, strategy
+from ecmoe.training.result import Result, read_run, write_run
+from ecmoe.training.summary import summarize
+from ecmoe.training.trainer import check_machine, new_trainer, repeatable, resolved_precision, strategy
 
 
 def run_or_load(
@@ -48,6 +44,8 @@ def run_or_load(
     train: bool = True,
     progress: bool = True,
     weights: bool = False,
+    callbacks: Sequence[L.Callback] = (),
+    loggers: Sequence[Any] = (),
 ) -> Result:
     """The result of a run: from `records`, from `runs/`, or by training it now.
 
@@ -57,168 +55,115 @@ def run_or_load(
         train: False: a run that is missing comes back as "not run".
         progress: print a line per validation to stderr.
         weights: train a finished run again if its weights aren't here. Not with records, which have none.
+        callbacks, loggers: of Lightning, for a run that is trained now. A logger may be named: csv, tensorboard, wandb.
 
     Returns:
-        a Result whose status is finished, diverged, failed or not run. A run that failed keeps its error
-        and is tried again by the next call; one that was killed goes on from its last checkpoint.
+        a Result whose status is finished, diverged, failed, stopped (by a callback, before its last step) or not run. A run
+        that failed keeps its error and is tried again by the next call; one that was stopped or killed goes on from its last
+        checkpoint.
 
     Raises:
-        ConfigError: `data` is a local text of the same name as the run's, but another one. (Of records, and of texts that
-            are no files of yours, such as the standard library's of another Python, that is a warning.)
+        ConfigError: this machine can't train the run; or `data` is a local text of the same name as the run's, but another
+            one. (Of records, and of texts that are no files of yours, such as the standard library's of another Python,
+            that is a warning.)
+        Damaged: with train=False, a file that an earlier call kept isn't what was written. (Else the run is trained again.)
     """
-    if records is not None and (records / f"{config.name}.json").exists():
-        result = read_record(records / f"{config.name}.json")
-        _check_data(config, result, warn=True)
-        return result
-    folder = paths.runs() / config.name
-    result = _finished(config, folder, weights)
-    if result is None and not train:
-        return read_run(folder) if (folder / "summary.json").exists() else not_run(config)
-    if result is None:
-        result = _train_once(config, folder, progress, weights)
-    if records is not None and result.ok:
-        write_record(records / f"{config.name}.json", result)
-    return result
+
+    def make(folder: Path, still_ours: StillOurs) -> Result:
+        _check(config, callbacks, loggers)
+        if config.devices > 1 and not in_torchrun():
+            write_text(folder / "config.yaml", _yaml(config))
+            by_torchrun(config, folder, still_ours)
+            return read_run(folder)
+        with slot(progress) if config.devices * config.num_nodes == 1 else nullcontext() as gpu:
+            return train_run(config, folder, still_ours, progress, callbacks, loggers, gpu)
+
+    def check(result: Result, record: bool) -> None:
+        _check_data(config, result, warn=record or not content_of(config.data))
+
+    check_world(config)
+    return once(config, make, records=records, train=train, weights=weights, progress=progress, check=check)
 
 
-def free_memory() -> None:
-    """Give back what a model that is no longer used holds on a GPU: its parts point at each other, and others may share it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def train_run(
+    config: RunConfig,
+    folder: Path,
+    still_ours: StillOurs = lambda: None,
+    progress: bool = True,
+    callbacks: Sequence[L.Callback] = (),
+    loggers: Sequence[Any] = (),
+    gpu: int | None = None,
+) -> Result:
+    """Train, or go on from the last checkpoint of `folder`; its summary, written last, says how it ended.
 
-
-def load_model(path: str | Path) -> Trunk:
-    """The trained model of a run folder, in evaluation mode, its cut-offs included."""
-    path = Path(path)
-    config = RunConfig.from_yaml(path / "config.yaml")
-    counts = torch.ones(config.vocab_size) if config.hash_table == "balanced" else None  # the table is in the file
-    model = build_model(config, counts)
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    return model.eval()
-
-
-def _finished(config: RunConfig, folder: Path, weights: bool = False) -> Result | None:
-    """The run, if nothing is left to do: a failed one is to be tried again, and one without the weights that are wanted."""
-    if not (folder / "summary.json").exists():
-        return None
-    result = read_run(folder)
-    if result.summary["status"] not in ("finished", "diverged"):
-        return None
-    _check_data(config, result, warn=not content_of(config.data))
-    lost = weights and result.ok and not (folder / "model.safetensors").exists()
-    return None if lost else result
-
-
-def _train_once(config: RunConfig, folder: Path, progress: bool, weights: bool = False) -> Result:
-    """Train under the run's lock: whoever comes second finds it done."""
-    in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if config.num_nodes > 1 and not in_torchrun:
-        raise ConfigError(
-            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} -m ecmoe.training.run on every node"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if in_torchrun and os.environ.get("RANK") != "0":
-        return _train(config, folder, progress)
-    lock = FileLock(folder.parent / f"{config.name}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        if in_torchrun:
-            raise SystemExit(f"another process trains {config.name}: wait for it, then call again") from None
-        if progress:
-            print(f"[{arm_label(config)} s{config.seed}] waiting: another process trains it", file=sys.stderr)
-        held = lock.acquire()
-    with held:
-        result = _finished(config, folder, weights)
-        if result is not None:
-            return result
-        if config.devices > 1 and not in_torchrun:
-            return _train_by_torchrun(config, folder)
-        try:
-            return _train(config, folder, progress)
-        finally:
-            free_memory()
-
-
-def _train_by_torchrun(config: RunConfig, folder: Path) -> Result:
-    """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only.
-
-    They hold no lock, so they mustn't outlive this call: their input is a pipe that ends with it, however it ends.
+    Args:
+        still_ours: as in `once`. gpu: which one, where a machine has several; None: `config.devices` ranks take them in turn.
     """
-    _write_yaml(config, folder / "config.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        f"--nproc-per-node={config.devices}",
-        "-m",
-        "ecmoe.training.run",
-        str(folder / "config.yaml"),
-        "--unlocked",
-    ]
-    (folder / "summary.json").unlink(missing_ok=True)  # an earlier failure's would be taken for this try's
-    output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as torchrun:
-        code = torchrun.wait()
-    if not (folder / "summary.json").exists():
-        raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {code}")
-    return read_run(folder)
-
-
-def _end_with_caller() -> None:
-    """Where `_train_by_torchrun` is gone, or has been interrupted, its ranks would go on beside the next call's."""
-    os.read(0, 1)  # not sys.stdin, whose lock an exit waits for
-    os._exit(1)
-
-
-def _train(config: RunConfig, folder: Path, progress: bool) -> Result:
-    """Train, or go on from the last checkpoint; leaves summary.json whatever happens."""
-    started = datetime.datetime.now(datetime.UTC)
+    _share_compiled_code()
+    started, leads = datetime.datetime.now(datetime.UTC), rank() == 0
     label = f"{arm_label(config)} s{config.seed}"
-    recorder = Recorder(folder, label, progress, sharing())
-    status, error, data, module = "finished", None, None, None
-    leads = os.environ.get("RANK", "0") == "0"
     if leads:
-        _write_yaml(config, folder / "config.yaml")
+        write_text(folder / "config.yaml", _yaml(config))
+    data = open_data(config)
+    data.prepare_data()
+    data.setup("fit")
+    torch.manual_seed(config.seed)
+    module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
+    if resolved_precision(config) == "64-true":  # Lightning would restore a checkpoint in float32 first
+        module.double()
+    recorder = Recorder(folder, label, progress, sharing(), still_ours)
+    trainer = new_trainer(
+        config,
+        devices=[gpu] if gpu is not None and torch.cuda.is_available() else config.devices,
+        num_nodes=config.num_nodes,
+        strategy=strategy(config),
+        max_steps=config.steps,
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=config.eval_every * config.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=config.eval_batches,
+        num_sanity_val_steps=0,
+        callbacks=[recorder, *callbacks],
+        logger=[_logger(logger, folder) for logger in loggers],
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        default_root_dir=folder,
+        use_distributed_sampler=False,  # TextData deals out the batches itself
+        inference_mode=False,
+    )
+    checkpoint = folder / "last.ckpt"
+    step = _step_of(checkpoint, leads)
+    if step is not None:
+        data.start_step = step * config.accumulate
+        if progress and leads:
+            print(f"[{label}] goes on from step {step}", file=sys.stderr)
+    status, error = "finished", None
     try:
-        data = open_data(config)
-        data.prepare_data()
-        data.setup("fit")
-        torch.manual_seed(config.seed)
-        module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
-        trainer = _trainer(config, recorder)
-        checkpoint = folder / "last.ckpt"
-        resume = str(checkpoint) if checkpoint.exists() else None
-        if resume:
-            step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-            data.start_step = step * config.accumulate
-            if progress and leads:
-                print(f"[{label}] goes on from step {step}", file=sys.stderr)
         with repeatable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(does not have many workers|IterableDataset).*")
             warnings.filterwarnings("ignore", module="lightning.*")
+            resume = None if step is None else str(checkpoint)
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-            if config.steps not in recorder.rows:  # the last step is no multiple of eval_every
+            if trainer.global_step < config.steps:
+                status, error = "stopped", f"a callback ended it after step {trainer.global_step} of {config.steps}"
+                recorder.save(trainer)
+            elif config.steps not in recorder.rows:  # the last step is no multiple of eval_every
                 trainer.validate(module, datamodule=data, verbose=False)
     except Diverged as diverged:
         status, error = "diverged", str(diverged)
-    except KeyboardInterrupt:
-        raise
-    except Exception as failure:
-        status, error = "failed", f"{type(failure).__name__}: {failure}"
-        if leads:
-            summary = _summary(config, recorder, status, error, started, data)
-            write_summary(folder, summary)
-        raise
-    summary = _summary(config, recorder, status, error, started, data)
+    except SIGTERMException:  # which Lightning would let end with exit code 0
+        raise SystemExit(143) from None
     state = _whole_state(module) if status == "finished" else None
+    curve = recorder.curve()
+    summary = summarize(config, curve, data, started, status=status, error=error, sharing=recorder.shared)
     if leads:
+        still_ours()
         if state is not None:
             with written(folder / "model.safetensors") as temporary:
                 save_file(state, temporary)
-        write_summary(folder, summary)
+        write_run(folder, summary)
         if state is not None:  # done: the weights are kept, the optimiser's state isn't
-            (folder / "last.ckpt").unlink(missing_ok=True)
-    return Result(summary, recorder.curve(), folder)
+            checkpoint.unlink(missing_ok=True)
+    return Result(summary, curve, folder)
 
 
 def open_data(config: RunConfig) -> RunData:
@@ -230,22 +175,80 @@ def open_data(config: RunConfig) -> RunData:
     return TextData(config)
 
 
-def _trainer(config: RunConfig, recorder: Recorder) -> L.Trainer:
-    return new_trainer(
-        config,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=strategy(config),
-        max_steps=config.steps,
-        accumulate_grad_batches=config.accumulate,
-        val_check_interval=config.eval_every * config.accumulate,
-        check_val_every_n_epoch=None,
-        limit_val_batches=config.eval_batches,
-        num_sanity_val_steps=0,
-        callbacks=[recorder],
-        use_distributed_sampler=False,  # TextData deals out the batches itself
-        inference_mode=False,
-    )
+def free_memory() -> None:
+    """Give back what a model that is no longer used holds on a GPU: its parts point at each other, and others may share it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check(config: RunConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Any]) -> None:
+    """What can be known before any work is done."""
+    check_machine(config)
+    sharing()
+    if (callbacks or loggers) and config.devices > 1 and not in_torchrun():
+        raise ConfigError(f"devices={config.devices} with callbacks or loggers: they can't follow into processes of their own; "
+                          f"start torchrun --nproc-per-node={config.devices} with a script that calls run_or_load")  # fmt: skip
+    for logger in loggers:
+        if isinstance(logger, str):
+            _logger_class(logger)
+
+
+def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
+    if is_other_data(config, result.summary.get("data")):
+        said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
+        if not warn:
+            raise ConfigError(f"{said}: bring that back, or leave out {content_of(config.data)} for a run of its own")
+        warnings.warn(said, stacklevel=5)
+
+
+LOGGERS = {
+    "csv": ("CSVLogger", None),
+    "tensorboard": ("TensorBoardLogger", "tensorboard"),
+    "wandb": ("WandbLogger", "wandb"),
+}
+
+
+def _logger_class(name: str) -> Any:
+    if name not in LOGGERS:
+        raise ConfigError(f"logger {name!r}: must be one of {', '.join(LOGGERS)}, or a Logger of Lightning")
+    logger, package = LOGGERS[name]
+    if package is not None and find_spec(package) is None:
+        raise ConfigError(f"logger {name!r} needs a package: pip install {package}")
+    return getattr(L.pytorch.loggers, logger)
+
+
+def _logger(logger: Any, folder: Path) -> Any:
+    """A logger of that name writes into the run's folder."""
+    if not isinstance(logger, str):
+        return logger
+    keys = {"project": "ecmoe", "name": folder.name} if logger == "wandb" else {"name": logger, "version": ""}
+    return _logger_class(logger)(save_dir=folder, **keys)
+
+
+def _step_of(checkpoint: Path, say: bool) -> int | None:
+    """The step after which a checkpoint was written; None if there is none, or one that is damaged, which is told."""
+    if not checkpoint.exists():
+        return None
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            if archive.testzip() is not None:  # compares all parts with their CRC-32, which torch.load doesn't
+                raise zipfile.BadZipFile("a check sum is another")
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception as error:  # whatever bytes can make of a reader
+        if say:
+            print(
+                f"{checkpoint} is damaged ({error}): it is left aside, and the run begins anew",
+                file=sys.stderr,
+                flush=True,
+            )
+        return None
+
+
+def _share_compiled_code() -> None:
+    """What Inductor and Triton have compiled serves all runs of this machine: the second of a shape starts in seconds."""
+    for variable, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+        os.environ.setdefault(variable, str(paths.cache() / folder))
 
 
 def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:
@@ -257,94 +260,5 @@ def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _summary(
-    config: RunConfig,
-    recorder: Recorder,
-    status: str,
-    error: str | None,
-    started: datetime.datetime,
-    data: RunData | None,
-) -> dict[str, Any]:
-    curve = recorder.curve()
-    last = curve.iloc[-1].to_dict() if len(curve) else {}
-    val_loss = last.get("val_loss", math.nan) if status == "finished" else math.nan
-    rate = float(curve["tokens_per_second"].median()) if len(curve) else math.nan
-    count = count_parameters(config)
-    world = config.devices * config.num_nodes
-    return {
-        "config": config.to_dict(),
-        "name": config.name,
-        "seed": config.seed,
-        "schema": SCHEMA,
-        "status": status,
-        "error": error,
-        "val_loss": val_loss,
-        "val_loss_causal": last.get("val_loss_causal", math.nan) if status == "finished" else math.nan,
-        "accuracy": last.get("accuracy", math.nan) if status == "finished" else math.nan,
-        "perplexity": math.exp(val_loss) if val_loss < 700 and not config.images else math.nan,
-        "bits_per_byte": val_loss / math.log(2) / getattr(data, "bytes_per_token", math.nan),
-        "train_loss": last.get("train_loss", math.nan),
-        "steps": int(last.get("step", 0)),
-        "tokens": int(last.get("tokens", 0)),
-        "seconds": last.get("seconds", math.nan),
-        "tokens_per_second": rate,
-        "step_ms": 1e3 * config.tokens_per_batch / rate if rate else math.nan,
-        "mfu": rate * flops_per_token(config) / (peak_flops() * world),
-        "parameters": count.total,
-        "active_parameters": count.active,
-        "device": device_name(),
-        "precision": resolved_precision(config),
-        "world_size": world,
-        "sharing": recorder.shared,
-        "commit": commit(),
-        "code": code_digest(),
-        "versions": versions("torch", "lightning", "datasets", "tokenizers", "numpy"),
-        "data": getattr(data, "provenance", None),  # a run can fail before its data is there
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "routing": {k: v for k, v in last.items() if k in ("dropped", "over_capacity", "max_load") or "share_" in k},
-    }
-
-
-def sharing() -> int:
-    """Runs that train side by side on this device, said by who started them ($ECMOE_SHARING)."""
-    return int(os.environ.get("ECMOE_SHARING", "1"))
-
-
-def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
-    if is_other_data(config, result.summary.get("data")):
-        said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
-        if not warn:
-            raise ConfigError(f"{said}: bring that back, or leave out {content_of(config.data)} for a run of its own")
-        warnings.warn(said, stacklevel=4)
-
-
-def _write_yaml(config: RunConfig, path: Path) -> None:
-    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
-
-
-def main(arguments: list[str]) -> None:
-    """`python -m ecmoe.training.run CONFIG...`, alone or on every rank of torchrun."""
-    unlocked = "--unlocked" in arguments  # the caller holds the lock
-    if unlocked:
-        threading.Thread(target=_end_with_caller, daemon=True).start()
-    config = RunConfig.from_yaml(*[a for a in arguments if a != "--unlocked"])
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != config.devices * config.num_nodes:
-        raise SystemExit(
-            f"devices={config.devices} x num_nodes={config.num_nodes}, but {world} processes run: start "
-            f"torchrun --nproc-per-node={config.devices} -m ecmoe.training.run CONFIG..."
-        )
-    folder = paths.runs() / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    result = _finished(config, folder)
-    if result is None:
-        result = _train(config, folder, True) if unlocked else _train_once(config, folder, True)
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            pd.Series(result.summary)[["name", "status", "val_loss", "accuracy", "bits_per_byte", "tokens_per_second"]]
-        )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.training.ranks import in_torchrun
 
 
 def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
@@ -73,21 +74,6 @@ def check_machine(config: RunConfig) -> None:
             raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
     elif config.devices > torch.cuda.device_count():
         raise ConfigError(f"devices={config.devices}: this machine has {torch.cuda.device_count()} GPUs")
-
-
-def in_torchrun() -> bool:
-    """Is this process a rank of torchrun? Rank variables of any other origin, such as a SLURM job's, say nothing of this run."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def rank() -> int:
-    """Of this process among those of its run."""
-    return int(os.environ["RANK"]) if in_torchrun() else 0
-
-
-def world_size() -> int:
-    """Processes of this run."""
-    return int(os.environ["WORLD_SIZE"]) if in_torchrun() else 1
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Results: storage keeps what was measured."""
 
-import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import SCHEMA, ConfigError, RunConfig
+from ecmoe.files import read_json, write_json
 from ecmoe.training import result as results
 from ecmoe.training.result import Result
 
@@ -18,6 +18,7 @@ def make(config: RunConfig, loss: float = 2.0, status: str = "finished", rows: i
         "config": config.to_dict(),
         "name": config.name,
         "seed": config.seed,
+        "schema": SCHEMA,
         "status": status,
     }
     summary |= {
@@ -39,7 +40,7 @@ def test_a_run_survives_the_disk(tmp_path):
         "numpy": np.float32(0.5),
         "nested": {"x": [np.int64(1), math.inf]},
     }
-    results.write_summary(tmp_path, summary)
+    results.write_run(tmp_path, summary)
     again = results.read_run(tmp_path)
     assert again.ok and again.path == tmp_path
     assert (
@@ -63,15 +64,51 @@ def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
     assert results.load_records(tmp_path / "absent") == []
 
 
-def test_damage_is_named(tmp_path):
-    (tmp_path / "a.json").write_text('{"summary": ')
-    (tmp_path / "cut.json").write_bytes('{"summary": "ü'.encode()[:-1])
-    for name in ("a", "cut"):
-        with pytest.raises(ConfigError, match=rf"{name}\.json is damaged .* delete it"):
-            results.read_record(tmp_path / f"{name}.json")
-    (tmp_path / "b.json").write_text(json.dumps({"summary": {}}))
-    with pytest.raises(ValueError, match=r"b\.json is no record"):
-        results.read_record(tmp_path / "b.json")
+def test_every_flipped_bit_of_a_record_is_found(tmp_path):
+    path = tmp_path / "a.json"
+    result = make(RunConfig())
+    results.write_record(path, result)
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at, bit in zip(rng.integers(len(good), size=60), rng.integers(8, size=60), strict=True):
+        path.write_bytes(good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :])
+        with pytest.raises(ConfigError, match=r"a\.json is damaged .* delete it"):
+            results.read_record(path)
+            raise AssertionError(f"bit {bit} of byte {at} was believed: {path.read_bytes()[at - 20 : at + 20]}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"status": "great"}, "its status is 'great'"),
+        ({"schema": 99}, f"schema 99, where this version has {SCHEMA}"),
+        ({"name": "../../elsewhere"}, "its name is '../../elsewhere'"),
+        ({"config": None}, "says nothing of config"),
+    ],
+)
+def test_a_record_that_no_run_writes_is_not_believed(tmp_path, changes, named):
+    """Whoever wrote it sealed it, too."""
+    summary = {
+        key: value
+        for key, value in (make(RunConfig()).summary | changes).items()
+        if value is not None or key == "error"
+    }
+    write_json(tmp_path / "a.json", {"summary": summary, "curve": {}}, sealed=True)
+    with pytest.raises(ConfigError, match=f"a.json is damaged .*{named}"):
+        results.read_record(tmp_path / "a.json")
+    for broken in ({}, {"summary": {}}, {"summary": [], "curve": {}}):
+        write_json(tmp_path / "a.json", broken, sealed=True)
+        with pytest.raises(ConfigError, match=r"a\.json is damaged"):
+            results.read_record(tmp_path / "a.json")
+
+
+def test_a_changed_loss_is_not_believed(tmp_path):
+    results.write_record(tmp_path / "a.json", make(RunConfig()))
+    record = read_json(tmp_path / "a.json")
+    record["summary"]["val_loss"] = -1.0
+    write_json(tmp_path / "a.json", record)
+    with pytest.raises(ConfigError, match="its check sum is another"):
+        results.load_records(tmp_path)
 
 
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
@@ -79,3 +116,22 @@ def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="record holds none"):
         make(RunConfig()).load_model()
+
+
+def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    for name in ("dense-s0-1", "dense-s0-12", "hash-s1-3"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    runs = tmp_path / "runs"
+    assert (
+        results.find_run(runs / "hash-s1-3")
+        == results.find_run("hash-s1-3")
+        == results.find_run("h")
+        == runs / "hash-s1-3"
+    )
+    assert results.find_run("dense-s0-1") == runs / "dense-s0-1"  # a whole name, though another begins so
+    with pytest.raises(FileNotFoundError, match="'dense' is how 2 begin: dense-s0-1, dense-s0-12"):
+        results.find_run("dense")
+    for wrong in ("kmeans", ""):
+        with pytest.raises(FileNotFoundError, match="names no run; name a folder of"):
+            results.find_run(wrong)

@@ -1,6 +1,5 @@
 """run_or_load: once and only once; resumed to the last bit; failures and divergence are kept, not hidden."""
 
-import json
 import math
 import os
 import shutil
@@ -11,6 +10,7 @@ import textwrap
 import time
 from types import SimpleNamespace
 
+import lightning as L
 import pandas as pd
 import pytest
 import torch
@@ -19,11 +19,13 @@ from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
-from ecmoe.model.generate import continue_text
+from ecmoe.files import read_json, write_json
 from ecmoe.training import run as train
+from ecmoe.training.continuation import continue_text
+from ecmoe.training.gpus import sharing
 from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Recorder
-from ecmoe.training.result import not_run, read_record, read_run, write_summary
+from ecmoe.training.result import not_run, read_record, read_run, write_run
 
 
 def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.Popen:
@@ -48,7 +50,7 @@ def test_second_call_loads_the_first(tiny_config, monkeypatch):
     first = run_or_load(config, progress=False)
     assert first.ok and first.path == paths.runs() / config.name
     assert not (first.path / "last.ckpt").exists() and not list(first.path.glob("*.tmp"))
-    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "train_run", lambda *a: pytest.fail("trained again"))
     again = run_or_load(config)
     assert again.summary == read_run(first.path).summary
     assert again.summary["val_loss"] == first.summary["val_loss"]
@@ -101,7 +103,7 @@ def test_records_come_first_and_are_added_to(tiny_config, tmp_path, monkeypatch)
     trained = run_or_load(config, records=tmp_path, progress=False)
     assert read_record(tmp_path / f"{config.name}.json").summary["val_loss"] == trained.summary["val_loss"]
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "elsewhere"))  # neither runs nor data here
-    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "train_run", lambda *a: pytest.fail("trained again"))
     assert run_or_load(config, records=tmp_path).summary["val_loss"] == trained.summary["val_loss"]
 
 
@@ -109,9 +111,9 @@ def test_record_of_other_text_warns(tiny_config, tmp_path):
     config = tiny_config(seed=14)
     run_or_load(config, records=tmp_path, progress=False)
     path = tmp_path / f"{config.name}.json"
-    record = json.loads(path.read_text())
+    record = read_json(path, sealed=True)
     record["summary"]["data"]["source_sha256"] = "0" * 64
-    path.write_text(json.dumps(record))
+    write_json(path, record, sealed=True)
     with pytest.warns(UserWarning, match="data='stdlib' is another text here than the one that .* was trained on"):
         run_or_load(config, records=tmp_path)
 
@@ -175,7 +177,7 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monk
 def test_the_last_checkpoint_stays_until_the_summary_is_written(tiny_config, monkeypatch, capsys):
     config = tiny_config(seed=33, checkpoint_every=2)
     with monkeypatch.context() as full:
-        full.setattr(train, "write_summary", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
+        full.setattr(train, "write_run", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
         with pytest.raises(OSError, match="No space"):
             run_or_load(config, progress=False)
     assert run_or_load(config).ok
@@ -199,7 +201,7 @@ def test_failed_run_keeps_its_error_and_is_tried_again(tiny_config, monkeypatch)
         with pytest.raises(ZeroDivisionError):
             run_or_load(config, progress=False)
     kept = run_or_load(config, train=False).summary
-    assert kept["status"] == "failed" and "ZeroDivisionError" in kept["error"] and kept["val_loss"] is None
+    assert kept["status"] == "failed" and "ZeroDivisionError" in kept["error"] and "val_loss" not in kept
     assert run_or_load(config, progress=False).ok
 
 
@@ -217,7 +219,7 @@ def test_diverged_run_ends_as_diverged_with_its_last_good_checkpoint(tiny_config
     checkpoint = torch.load(result.path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
-    monkeypatch.setattr(train, "_train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "train_run", lambda *a: pytest.fail("trained again"))
     assert run_or_load(config).summary["status"] == "diverged"
 
 
@@ -324,10 +326,11 @@ def test_cutoffs_move_once_a_step_and_never_in_evaluation(tiny_config):
     assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta**4) and float(cutoff.count) == 0
 
 
-def test_wrong_number_of_processes_is_refused(tiny_config, tmp_path):
-    (tmp_path / "c.yaml").write_text("devices: 2\nstrategy: ddp\n")
-    with pytest.raises(SystemExit, match="--nproc-per-node=2"):
-        train.main([str(tmp_path / "c.yaml")])
+def test_wrong_number_of_processes_is_refused(tiny_config, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="3 processes run: start torchrun --nproc-per-node=2 -m ecmoe train"):
+        run_or_load(tiny_config(devices=2, strategy="ddp"))
 
 
 def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config, tmp_path, monkeypatch):
@@ -337,11 +340,11 @@ def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config,
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("strategy", "eval_batches"), [("ddp", 1), ("fsdp2", 3)])
-def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches):
+@pytest.mark.parametrize(("strategy", "eval_batches", "eval_every"), [("ddp", 1, 1), ("fsdp2", 3, 3)])
+def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches, eval_every):
     """Two gloo processes train one model; the pool is each rank's own batch. Losses are those of both."""
     config = tiny_config(
-        seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=1, eval_batches=eval_batches
+        seed=40, strategy=strategy, devices=2, batch_size=4, steps=4, eval_every=eval_every, eval_batches=eval_batches
     )
     began = time.time()
     result = run_or_load(config, progress=False)
@@ -357,7 +360,9 @@ def test_two_ranks_by_torchrun(tiny_config, strategy, eval_batches):
         lit.model = load_model(result.path)
         last = [lit.loss(batch) for batch in data.val_batches()]
     assert len(last) == eval_batches + 1  # every rank validates equally often
-    assert result.curve["train_loss"].iloc[0] == pytest.approx(float(sum(first)) / 2, abs=1e-5)
+    assert result.curve["step"].tolist() == sorted({*range(eval_every, 5, eval_every), 4})  # the last, too
+    if eval_every == 1:
+        assert result.curve["train_loss"].iloc[0] == pytest.approx(float(sum(first)) / 2, abs=1e-5)
     assert result.summary["val_loss"] == pytest.approx(float(sum(last)) / len(last), abs=1e-5)
     assert time.time() - began < 200
 
@@ -366,7 +371,7 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
     config = tiny_config(seed=42, strategy="ddp", devices=2)
     folder = paths.runs() / config.name
     folder.mkdir(parents=True)
-    write_summary(folder, not_run(config).summary | {"status": "failed", "error": "of yesterday"})
+    write_run(folder, not_run(config).summary | {"status": "failed", "error": "of yesterday"})
     (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -403,9 +408,9 @@ def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config,
 
 
 def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config, monkeypatch):
-    assert train.sharing() == 1
+    assert sharing() == 1
     monkeypatch.setenv("ECMOE_SHARING", "2")
-    recorder = Recorder(tmp_path, "run", progress=False, sharing=train.sharing())
+    recorder = Recorder(tmp_path, "run", progress=False, sharing=sharing())
     recorder.on_train_start(None, SimpleNamespace(config=tiny_config(), device=torch.device("cpu")))
     recorder.began -= 60  # a minute goes by
     assert recorder._clock() == pytest.approx(30, abs=5)
@@ -413,3 +418,128 @@ def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_pa
     again.load_state_dict(recorder.state_dict())
     again.began = None
     assert again._clock() == pytest.approx(30, abs=5)  # what is counted isn't divided again
+
+
+TINY = ["layers=2", "d_model=16", "d_ff=16", "heads=2", "num_experts=4", "batch_size=4", "sequence_length=16",
+        "eval_batches=1", "max_bytes=200000", "eval_every=20"]  # fmt: skip
+
+
+def command(tmp_path, *settings: str, **environment: str) -> subprocess.Popen:
+    """`ecmoe train` in a home of its own."""
+    call = [sys.executable, "-m", "ecmoe", "train", *(word for s in [*TINY, *settings] for word in ("--set", s))]
+    home = {"ECMOE_HOME": str(tmp_path)}
+    return subprocess.Popen(call, env=os.environ | home | environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_sigterm_ends_with_143_and_the_next_call_goes_on(tmp_path):
+    settings = ("steps=100000", "checkpoint_every=1000")
+    with command(tmp_path, *settings) as process:
+        for line in process.stderr:
+            if "step 40/" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 143 and not list(tmp_path.glob("runs/*/summary.json"))
+    with command(tmp_path, *settings) as process:
+        said = process.stderr.readline()
+        process.terminate()
+        process.communicate(timeout=60)
+    assert "goes on from step" in said and int(said.split()[-1]) >= 40  # nothing that was done is done again
+
+
+@pytest.mark.parametrize(("at", "accumulate"), [(3, 1), (4, 1), (5, 2)])  # 4: in a validation; 5: within a step
+def test_what_sigterm_ended_goes_on_to_the_last_bit(tiny_config, at, accumulate):
+    config = tiny_config(seed=65 + at, accumulate=accumulate, steps=7)
+    end = L.pytorch.callbacks.LambdaCallback(
+        on_train_batch_end=lambda trainer, *_: trainer.global_step == at and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(SystemExit) as ended:
+        run_or_load(config, callbacks=[end], progress=False)
+    folder = paths.runs() / config.name
+    assert ended.value.code == 143 and (folder / "last.ckpt").exists() == (at == 3)
+    again = run_or_load(config, progress=False)
+    weights = load_model(folder).state_dict()
+    shutil.rmtree(folder)
+    whole = run_or_load(config, progress=False)
+    assert all(torch.equal(weights[name], value) for name, value in load_model(folder).state_dict().items())
+    same = ["step", "train_loss", "val_loss", "val_loss_causal", "learning_rate"]
+    pd.testing.assert_frame_equal(again.curve[same], whole.curve[same], check_exact=True)
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+        {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "j", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3",
+         "SLURM_NODELIST": "localhost"},
+    ],
+)  # fmt: skip
+def test_rank_variables_of_others_say_nothing_of_a_run(tmp_path, left_over):
+    with command(tmp_path, "steps=2", **left_over) as process:
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert {path.name for path in tmp_path.glob("runs/*/*")} >= {"summary.json", "model.safetensors", "curve.csv"}
+
+
+def test_double_precision_is_resumed_to_the_last_bit(tiny_config, monkeypatch):
+    config = tiny_config(seed=60, precision="64-true", checkpoint_every=3, steps=6, eval_every=6)
+    whole = run_or_load(config, progress=False)
+    weights = load_model(whole.path).state_dict()
+    shutil.rmtree(whole.path)
+    with monkeypatch.context() as broken:
+        broken.setattr(LitModel, "on_validation_epoch_start", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_or_load(config, progress=False)
+    again = run_or_load(config, progress=False)
+    resumed = load_model(again.path).state_dict()
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert again.summary["val_loss"] == whole.summary["val_loss"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU can't")
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"precision": "16-mixed"}, "precision='16-mixed': needs a CUDA GPU"),
+        ({"kernels": "triton"}, "kernels='triton': needs a CUDA GPU"),
+    ],
+)
+def test_what_a_machine_cannot_do_is_said_before_any_work(tiny_config, monkeypatch, changes, named):
+    monkeypatch.setattr(TextData, "prepare_data", lambda self: pytest.fail("work began"))
+    with pytest.raises(ConfigError, match=named):
+        run_or_load(tiny_config(seed=61, **changes), progress=False)
+
+
+def test_a_wrong_number_in_the_environment_is_named(tiny_config, monkeypatch):
+    for wrong in ("abc", "0", "-1", "1.5"):
+        monkeypatch.setenv("ECMOE_SHARING", wrong)
+        with pytest.raises(ConfigError, match=f"ECMOE_SHARING={wrong}: must be a whole number, 1 or more"):
+            run_or_load(tiny_config(seed=62), progress=False)
+
+
+def test_callbacks_and_loggers_come_along(tiny_config):
+    config = tiny_config(seed=63)
+    seen = []
+    watch = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *a: seen.append(a[-1]))
+    best = L.pytorch.callbacks.ModelCheckpoint(monitor="val_loss")
+    result = run_or_load(config, callbacks=[watch, best], loggers=["csv"], progress=False)
+    assert result.ok and seen == list(range(config.steps)) and best.best_model_score > 0
+    logged = pd.read_csv(result.path / "csv" / "metrics.csv")
+    assert logged["val_loss"].dropna().tolist() == pytest.approx(result.curve["val_loss"].tolist(), abs=1e-5)
+    with pytest.raises(ConfigError, match="logger 'wandb' needs a package: pip install wandb"):
+        run_or_load(tiny_config(seed=64), loggers=["wandb"], progress=False)
+    with pytest.raises(ConfigError, match="logger 'excel': must be one of csv, tensorboard, wandb"):
+        run_or_load(tiny_config(seed=64), loggers=["excel"], progress=False)
+
+
+def test_a_run_that_a_callback_stops_is_not_finished_and_goes_on(tiny_config):
+    config = tiny_config(seed=65)
+    stop = L.pytorch.callbacks.LambdaCallback(
+        on_train_batch_end=lambda trainer, *_: setattr(trainer, "should_stop", trainer.global_step >= 6)
+    )
+    result = run_or_load(config, callbacks=[stop], progress=False)
+    assert result.summary["status"] == "stopped" and "after step 6 of 10" in result.summary["error"]
+    assert result.summary["val_loss"] != result.summary["val_loss"] and not (result.path / "model.safetensors").exists()
+    whole = run_or_load(config.replace(eval_every=10), progress=False)  # the same run, which goes on
+    shutil.rmtree(whole.path)
+    assert whole.summary["val_loss"] == run_or_load(config, progress=False).summary["val_loss"]

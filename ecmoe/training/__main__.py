@@ -1,0 +1,19 @@
+"""A rank of a run that `run_or_load` started by torchrun: `torchrun -m ecmoe.training FOLDER`. The caller holds the lock."""
+
+import sys
+from pathlib import Path
+
+from ecmoe.config import RunConfig
+from ecmoe.training.once import keep_failure
+from ecmoe.training.ranks import end_with_caller, rank
+from ecmoe.training.run import train_run
+
+end_with_caller()
+folder = Path(sys.argv[1])
+config = RunConfig.from_yaml(folder / "config.yaml")
+try:
+    train_run(config, folder)
+except Exception as failure:
+    if rank() == 0:
+        keep_failure(config, folder, failure)
+    raise

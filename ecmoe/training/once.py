@@ -1,0 +1,192 @@
+"""Once and only once: a run is found where an earlier call kept it, or made now, by one process.
+
+What is kept is believed only if it is what was written (`ecmoe.training.result`). A finished run that has to be made again,
+since its weights are gone or a file is damaged, is made beside the old files, in `again`, and takes their place when it is
+finished: whatever happens on the way, nothing that was finished is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from ecmoe import paths
+from ecmoe.files import Damaged
+from ecmoe.training.ranks import in_torchrun, rank
+from ecmoe.training.result import (
+    FILES,
+    Result,
+    check_weights,
+    not_run,
+    read_record,
+    read_run,
+    read_summary,
+    verify,
+    write_record,
+    write_run,
+)
+
+DONE = ("finished", "diverged")  # what another try would not change
+
+
+class Config(Protocol):
+    """What decides a run: the same name is the same run."""
+
+    seed: int
+
+    @property
+    def name(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+StillOurs = Callable[[], None]
+Make = Callable[[Path, StillOurs], Result]
+
+
+def once(
+    config: Config,
+    make: Make,
+    *,
+    records: Path | None = None,
+    train: bool = True,
+    weights: bool = False,
+    progress: bool = True,
+    check: Callable[[Result, bool], None] = lambda result, record: None,
+) -> Result:
+    """The result of a run: from `records`, from `runs/`, or made now.
+
+    Args:
+        make: (folder, still_ours) -> Result: computes the run, writes what it keeps into the folder, the summary last
+            (`write_run`), and goes on from what an interrupted call left there. It calls still_ours before it writes.
+        check: (result, is it a record?) -> raises or warns where a result is of other data than there are here.
+        The others: as in `ecmoe.run_or_load`.
+    """
+    record = None if records is None else Path(records) / f"{config.name}.json"
+    if record is not None and record.exists():
+        result = _of(config, read_record(record), record)
+        check(result, True)
+        return result
+    folder = paths.runs() / config.name
+    result = _done(config, folder, weights, check, say=train and progress, raises=not train)
+    if result is None and not train:
+        return read_run(folder) if (folder / "summary.json").exists() else not_run(config)
+    if result is None and rank():
+        return make(_place(folder), lambda: None)  # the first rank holds the lock
+    if result is None:
+        with lock(folder, progress) as still_ours:  # whoever comes second finds it done
+            result = _done(config, folder, weights, check, say=False) or _made(config, folder, make, still_ours)
+    if record is not None and result.ok:
+        write_record(record, result)
+    return result
+
+
+def _done(
+    config: Config, folder: Path, weights: bool, check: Callable, *, say: bool, raises: bool = False
+) -> Result | None:
+    """The run, if nothing is left to do. A failed one is tried again; so is one that is damaged, or lacks wanted weights."""
+    if not (folder / "summary.json").exists():
+        return None
+    try:
+        _take_place(folder)
+        result = _of(config, read_run(folder), folder / "summary.json")
+        if result.summary["status"] not in DONE:
+            return None
+        check(result, False)
+        if weights and result.ok:
+            check_weights(folder, result.summary)
+    except FileNotFoundError:  # no weights
+        return None
+    except Damaged as damage:
+        if raises:
+            raise
+        if say:
+            print(f"{damage}; it is made again now, beside the old files", file=sys.stderr, flush=True)
+        return None
+    return result
+
+
+def _of(config: Config, result: Result, path: Path) -> Result:
+    if result.summary["name"] != config.name:
+        raise Damaged(path, f"it holds the run {result.summary['name']}")
+    return result
+
+
+def _place(folder: Path) -> Path:
+    """Where the run is made: beside what may be finished."""
+    try:
+        done = read_run(folder).summary["status"] in DONE
+    except FileNotFoundError:
+        done = False
+    except Damaged:
+        done = True
+    return folder / "again" if done else folder
+
+
+def _made(config: Config, folder: Path, make: Make, still_ours: StillOurs) -> Result:
+    into = _place(folder)
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        result = make(into, still_ours)
+    except Exception as failure:
+        keep_failure(config, into, failure)
+        raise
+    if into != folder and result.ok:
+        _take_place(folder)
+        return read_run(folder)
+    return result
+
+
+def keep_failure(config: Config, folder: Path, failure: Exception) -> None:
+    """Say in the run's folder why it ended, unless it is finished; the next call tries again."""
+    with contextlib.suppress(OSError, Damaged):
+        if not (folder / "summary.json").exists() or read_run(folder).summary["status"] not in DONE:
+            said = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}
+            write_run(folder, not_run(config).summary | said)
+
+
+def _take_place(folder: Path) -> None:
+    """Put the files of a run that was made again in the place of the old ones; the summary last, so that a kill loses none."""
+    again = folder / "again"
+    if not (again / "summary.json").exists() or read_summary(again)["status"] != "finished":
+        return
+    for name in FILES:
+        if (again / name).exists():  # else an earlier call was killed after it had moved
+            verify(again, name, read_summary(again))
+            os.replace(again / name, folder / name)
+    os.replace(again / "summary.json", folder / "summary.json")
+    shutil.rmtree(again)
+
+
+@contextmanager
+def lock(folder: Path, progress: bool) -> Iterator[StillOurs]:
+    """Hold the run's lock, waiting for whoever has it; yields what raises once the lock's file is gone or another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f"{folder.name}.lock"
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        if in_torchrun():
+            raise SystemExit(f"another process makes {folder.name}: wait for it, then call again") from None
+        if progress:
+            print(f"[{folder.name}] waiting: another process makes it", file=sys.stderr, flush=True)
+        held.acquire()
+    try:
+        inode = path.stat().st_ino
+
+        def still_ours() -> None:
+            if not path.exists() or path.stat().st_ino != inode:
+                raise RuntimeError(f"{path} was removed while {folder.name} was made, so that another process may make it "
+                                   "too: this one stops here; call again to go on from the last checkpoint")  # fmt: skip
+
+        yield still_ours
+    finally:
+        held.release()

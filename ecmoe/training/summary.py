@@ -1,0 +1,78 @@
+"""What a training run says of itself when it ends: how, how well, how fast, of what, on what."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from typing import Any
+
+import pandas as pd
+
+from ecmoe.config import RunConfig
+from ecmoe.model.transformer import count_parameters, flops_per_token
+from ecmoe.provenance import code_digest, commit, device_name, peak_flops, versions
+from ecmoe.training.result import not_run
+from ecmoe.training.trainer import resolved_precision
+
+
+def summarize(
+    config: RunConfig,
+    curve: pd.DataFrame,
+    data: Any,
+    started: datetime.datetime,
+    *,
+    status: str,
+    error: str | None = None,
+    sharing: int = 1,
+) -> dict[str, Any]:
+    """The summary of a run that ended as `status` after the last row of `curve`. A loss stands there only if it finished.
+
+    Args:
+        data: what it was trained on, a `RunData`. sharing: runs that shared its device, itself among them.
+    """
+    last = curve.iloc[-1].to_dict() if len(curve) else {}
+    losses = {key: last.get(key, math.nan) for key in ("val_loss", "val_loss_causal", "accuracy")}
+    if status != "finished":
+        losses = dict.fromkeys(losses, math.nan)
+    val_loss = losses["val_loss"]
+    rate = float(curve["tokens_per_second"].median()) if len(curve) else math.nan
+    count, world = count_parameters(config), config.devices * config.num_nodes
+    return (
+        not_run(config).summary
+        | {
+            "status": status,
+            "error": error,
+            **losses,
+            "perplexity": math.exp(val_loss) if val_loss < 700 and not config.images else math.nan,
+            "bits_per_byte": val_loss / math.log(2) / getattr(data, "bytes_per_token", math.nan),
+            "train_loss": last.get("train_loss", math.nan),
+            "steps": int(last.get("step", 0)),
+            "tokens": int(last.get("tokens", 0)),
+            "seconds": last.get("seconds", math.nan),
+            "tokens_per_second": rate,
+            "step_ms": 1e3 * config.tokens_per_batch / rate if rate else math.nan,
+            "mfu": rate * flops_per_token(config) / (peak_flops() * world),
+            "parameters": count.total,
+            "active_parameters": count.active,
+            "precision": resolved_precision(config),
+            "world_size": world,
+            "sharing": sharing,
+            "data": data.provenance,
+            "routing": {
+                k: v for k, v in last.items() if k in ("dropped", "over_capacity", "max_load") or "share_" in k
+            },
+        }
+        | circumstances(started)
+    )
+
+
+def circumstances(started: datetime.datetime) -> dict[str, Any]:
+    """When, where and by which code: what a result needs to be believed."""
+    return {
+        "device": device_name(),
+        "commit": commit(),
+        "code": code_digest(),
+        "versions": versions("torch", "lightning", "datasets", "tokenizers", "numpy"),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,182 @@
+"""A run is made once, by one process; what is kept is believed only as it was written; what is finished is never lost."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from ecmoe import load_model, paths, run_or_load
+from ecmoe.files import ConfigError, Damaged
+from ecmoe.training import once as protocol
+from ecmoe.training import run as training
+from ecmoe.training.result import read_record, read_run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config):
+    """A finished run: its config, and a copy of its folder."""
+    config = tiny_config(seed=50, steps=4, eval_every=2)
+    result = run_or_load(config, progress=False)
+    kept = result.path.with_name("kept")
+    shutil.copytree(result.path, kept)
+    return config, kept
+
+
+@pytest.fixture
+def run(finished):
+    """The same, as new for each test."""
+    config, kept = finished
+    folder = paths.runs() / config.name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(kept, folder)
+    return config, folder
+
+
+def flip(path, rng) -> None:
+    content = bytearray(path.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "curve.csv", "config.yaml", "model.safetensors"])
+def test_every_flipped_bit_is_named_and_none_believed(run, name):
+    config, folder = run
+    good, rng = (folder / name).read_bytes(), np.random.default_rng(1)
+    for _ in range(25):
+        flip(folder / name, rng)
+        with pytest.raises(Damaged, match=f"{name} is damaged .* delete it"):
+            run_or_load(config, train=False, weights=True)
+        with pytest.raises(Damaged, match=f"{name} is damaged"):
+            load_model(folder)
+        (folder / name).write_bytes(good)
+    assert run_or_load(config, train=False).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("summary.json", lambda path: path.write_text("{}")),
+        ("summary.json", lambda path: path.write_text("")),
+        ("curve.csv", lambda path: path.write_text("step,val_loss\n1,0.1\n")),
+        ("curve.csv", lambda path: path.unlink()),
+        ("config.yaml", lambda path: path.write_text(path.read_text().replace("d_model: 16", "d_model: 32"))),
+    ],
+)
+def test_what_is_damaged_is_made_again_and_told(run, capsys, name, damage):
+    config, folder = run
+    before = read_run(folder).summary["val_loss"]
+    damage(folder / name)
+    again = run_or_load(config)
+    assert again.ok and again.summary["val_loss"] == before and again.path == folder
+    assert f"{name} is damaged" in (said := capsys.readouterr().err) and "made again now, beside the old files" in said
+    assert not (folder / "again").exists() and load_model(folder)
+
+
+def test_damaged_weights_are_made_again_where_they_are_wanted(run, capsys):
+    config, folder = run
+    weights = (folder / "model.safetensors").read_bytes()
+    flip(folder / "model.safetensors", np.random.default_rng(0))
+    assert run_or_load(config).ok and "damaged" not in capsys.readouterr().err  # nobody looks at them
+    assert run_or_load(config, weights=True).load_model()
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("ended", ["failed", "killed"])
+def test_a_finished_run_outlives_a_training_for_its_weights(run, monkeypatch, ended):
+    config, folder = run
+    (folder / "model.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def end(*_):
+        assert (folder / "again" / "curve.csv").exists()
+        raise MemoryError if ended == "failed" else KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(training, "_whole_state", end)
+        with pytest.raises((MemoryError, KeyboardInterrupt)):
+            run_or_load(config, weights=True, progress=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert run_or_load(config, train=False).ok
+    assert run_or_load(config, weights=True, progress=False).load_model() and not (folder / "again").exists()
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_between_the_moves_into_place_loses_nothing(run, monkeypatch, moves):
+    config, folder = run
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    replace, left = os.replace, [moves]
+
+    def killed(source, target):
+        if "again" in str(source) and str(target).startswith(str(folder)) and "again" not in str(target):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(protocol.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_or_load(config, weights=True, progress=False)
+    monkeypatch.setattr(training, "train_run", lambda *_: pytest.fail("trained again"))
+    assert run_or_load(config, weights=True).ok and (folder / "model.safetensors").read_bytes() == weights
+    assert not (folder / "again").exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "no archive"])
+def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(tiny_config, monkeypatch, capsys, damage):
+    config = tiny_config(seed=51, steps=4, checkpoint_every=2, eval_every=4)
+    folder = paths.runs() / config.name
+    with monkeypatch.context() as broken:
+        broken.setattr(training, "_whole_state", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_or_load(config, progress=False)
+    checkpoint = folder / "last.ckpt"
+    content = checkpoint.read_bytes()
+    weight = content.index(
+        torch.load(checkpoint, weights_only=True)["state_dict"]["model.norm.weight"].numpy().tobytes()
+    )
+    flipped = content[:weight] + bytes([content[weight] ^ 1]) + content[weight + 1 :]
+    checkpoint.write_bytes({"empty": b"", "cut": content[:-100], "flipped": flipped, "no archive": b"x" * 500}[damage])
+    again = run_or_load(config)
+    assert again.ok and "last.ckpt is damaged" in (said := capsys.readouterr().err) and "begins anew" in said
+    whole = run_or_load(config.replace(checkpoint_every=4, eval_every=2), progress=False)
+    assert again.summary["val_loss"] == whole.summary["val_loss"] and not checkpoint.exists()
+    shutil.rmtree(folder)
+
+
+def test_a_removed_lock_stops_the_run_that_held_it(tiny_config, monkeypatch):
+    config = tiny_config(seed=52)
+    save = training.Recorder.write_curve
+
+    def removed(self, trainer):
+        (paths.runs() / f"{config.name}.lock").unlink(missing_ok=True)
+        (paths.runs() / f"{config.name}.lock").touch()  # by a second process
+        save(self, trainer)
+
+    with monkeypatch.context() as meddled:
+        meddled.setattr(training.Recorder, "write_curve", removed)
+        with pytest.raises(RuntimeError, match=r"lock was removed while .* call again to go on"):
+            run_or_load(config, progress=False)
+    assert not (paths.runs() / config.name / "curve.csv").exists() and run_or_load(config, progress=False).ok
+
+
+def test_a_record_of_another_run_is_not_taken(run, tmp_path):
+    config, _ = run
+    run_or_load(config, records=tmp_path)
+    other = config.replace(seed=99)
+    shutil.copy(tmp_path / f"{config.name}.json", tmp_path / f"{other.name}.json")
+    with pytest.raises(ConfigError, match=f"{other.name}.json is damaged .it holds the run {config.name}"):
+        run_or_load(other, records=tmp_path)
+    assert read_record(tmp_path / f"{config.name}.json").ok
+
+
+def test_a_finished_run_of_another_schema_or_name_is_not_taken(run):
+    config, folder = run
+    other = config.replace(seed=98)
+    shutil.copytree(folder, paths.runs() / other.name)
+    with pytest.raises(Damaged, match="it holds the run"):
+        run_or_load(other, train=False)
+    assert run_or_load(other, progress=False).summary["seed"] == 98
