@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -136,34 +136,49 @@ def _judge(claim: str, scale: str, page: str | None, planned: Sequence[Planned])
 
 def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     """The verdict on a claim, whatever the evidence is read from."""
-    own = evidence.page == about.page
-    parts = [part for part in about.parts if own or set(part.arms) <= set(evidence.arms)]
-    estimates = {part.name: _estimate(part, evidence) for part in parts}
-    family = [part for part in about.family if part in parts]
-    levels = holm([(part, estimates[part.name]) for part in family])
-    levels = dict(zip([part.name for part in family], levels, strict=True))
-    labels = {p.name: label_of(p, estimates[p.name], levels.get(p.name, protocol().level)) for p in parts}
-    for part in parts:  # not by as much as the paper says, but on its side
-        better = labels.get(part.or_direction or "") in (REPRODUCED, IN_DIRECTION)
-        if better and labels[part.name] in (UNDECIDED, NO_EFFECT, CONTRADICTED):
-            labels[part.name] = IN_DIRECTION
+    parts = _parts(about, evidence)
+    found = {part.name: _estimate(part, evidence) for part in parts}
+    family = [part for part in parts if part.name in {one.name for one in about.family}]
+    of_family = holm([(part, found[part.name]) for part in family])
+    levels = dict.fromkeys(found, protocol().level) | {
+        part.name: level for part, level in zip(family, of_family, strict=True)
+    }
+    labels = {part.name: label_of(part, found[part.name], levels[part.name]) for part in parts}
+    judged = {
+        part.name: _judged(part, labels[part.name], found[part.name], levels[part.name], evidence) for part in parts
+    }
+    for part in parts:
+        helping = judged.get(part.or_direction or "")
+        if helping and helping.label in (REPRODUCED, IN_DIRECTION) and labels[part.name] in WEAKEST_LAST[3:]:
+            both = f"{judged[part.name].sentence}, but {helping.sentence}"  # not by as much, but on its side
+            judged[part.name] = replace(judged[part.name], label=IN_DIRECTION, sentence=both)
     if evidence.scale == "smoke":
-        labels = {name: label if label == NOT_RUN else PLUMBING for name, label in labels.items()}
-    judged = tuple(
-        _judged(part, labels[part.name], estimates[part.name], levels.get(part.name, protocol().level), evidence)
-        for part in parts
-    )
-    label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in judged if part.decides])
+        judged = {k: v if v.label == NOT_RUN else replace(v, label=PLUMBING) for k, v in judged.items()}
+        label = PLUMBING
+    else:
+        label = weakest([part.label for part in judged.values() if part.decides])
     return ClaimVerdict(
         claim=about.id,
         scale=evidence.scale,
         label=label,
-        sentence=_sentence(label, judged),
-        parts=judged,
-        rests_on=_rests_on(parts, judged, evidence),
+        sentence=_sentence(label, list(judged.values())),
+        parts=tuple(judged.values()),
+        rests_on=_rests_on(parts, list(judged.values()), evidence),
         command=_command(about, evidence),
         about=about,
     )
+
+
+def _parts(about: Claim, evidence: Evidence) -> list[Part]:
+    """All parts on the claim's own page; elsewhere those whose arms are there.
+
+    Where a part is left out that another could make "in direction", that other one decides.
+    """
+    if evidence.page == about.page:
+        return list(about.parts)
+    there = [part for part in about.parts if part.arms and set(part.arms) <= set(evidence.arms)]
+    instead = {part.or_direction for part in about.parts if part not in there}
+    return [replace(part, decides=True) if part.name in instead else part for part in there]
 
 
 def _command(about: Claim, evidence: Evidence) -> str:
@@ -432,9 +447,7 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     if inner is None:
         return f"{text} ({seeds}, no interval)"
     low, high = inner
-    if (
-        part.compares and part.unit is not Unit.RATIO and value < 0
-    ):  # as far as the size: both on the side that is named
+    if part.compares and part.unit is not Unit.RATIO and value < 0:  # like the size: towards the side that is named
         low, high = -high, -low
     text += f" ({span(low, high, part.unit)}; {seeds})"
     if label == NO_EFFECT:
