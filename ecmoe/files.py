@@ -54,18 +54,26 @@ def written(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # a rename may reach the disk before what it names
-        os.replace(temporary, path)
+        with disk_may_be_full(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # a rename may reach the disk before what it names
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_may_be_full(path: Path) -> Iterator[None]:
+    """Where it is, the error says that `path` was being written, and what to do."""
+    try:
+        yield
     except Exception as error:
         if _disk_is_full(error, path.parent):
             raise OSError(
                 errno.ENOSPC, f"no space left to write {path}: free some, then call again; what was finished is kept"
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:

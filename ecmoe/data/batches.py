@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ecmoe.config import RunConfig
 from ecmoe.data import tokens
-from ecmoe.data.classes import WindowClasses
+from ecmoe.data.clusters import TextClusters
 from ecmoe.data.corpus import described, source_files
 from ecmoe.files import ConfigError, content_sha256
+from ecmoe.paths import plain
 
 _PROVENANCE = (
     "digest", "source_sha256", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "train_bytes", "val_bytes",
@@ -120,16 +121,27 @@ class RunData(L.LightningDataModule):
         """Those of the run, also where no trainer is attached: what it validates on depends on the config alone."""
         return self.config.devices * self.config.num_nodes
 
-    @property
-    def _val_batches(self) -> int:
-        """Every rank validates equally often, and all of them on as much as was asked for."""
-        return -(-self.config.eval_batches // self._ranks) * self._ranks
+    def _enough(self, train: int, val: int, what: str) -> int:
+        """How much validates: every rank equally often, and all of them on as much as was asked for.
+
+        Raises:
+            ConfigError: there is less of it, or less than a batch of every rank to train on.
+        """
+        config, data = self.config, plain(self.config.data)
+        validated = -(-config.eval_batches // self._ranks) * self._ranks * config.batch_size
+        for side, have, need, keys in (("training", train, config.batch_size * self._ranks, "batch_size, on every rank,"),
+                                       ("validation", val, validated, "eval_batches x batch_size")):  # fmt: skip
+            if have < need:
+                raise ConfigError(f"data={data!r} has {have} {side} {what}, but {keys} need {need} (batch_size={config.batch_size}, "
+                                  f"eval_batches={config.eval_batches}, max_bytes={config.max_bytes}): lower these or "
+                                  "sequence_length, raise max_bytes, or take more data")  # fmt: skip
+        return validated
 
 
 class TextData(RunData):
     """The text of a config as batches of token windows; `datasets` and the tokeniser run on first use only.
 
-    Task-level routing gets the class of each sequence beside it (`ecmoe.data.classes`).
+    Task-level routing gets the class of each sequence beside it (`ecmoe.data.clusters`).
 
     After `setup()`: digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token (of the
     validation windows), provenance.
@@ -153,15 +165,15 @@ class TextData(RunData):
         train, val = (loaded.windows(ids, config.sequence_length) for ids in (loaded.train, loaded.val))
         parts, have = val.shape[:2]
         self.train_windows = train.reshape(-1, train.shape[2])  # `Batches` shuffles all parts together
-        self._check(len(self.train_windows), config.batch_size * self._ranks, "training", "batch_size, on every rank,")
-        count = self._val_batches * config.batch_size
-        self._check(have * parts, count, "validation", "eval_batches x batch_size")
+        count = self._enough(
+            len(self.train_windows), parts * have, f"windows of sequence_length + 1 = {val.shape[2]} tokens"
+        )
         # Spread over each part; one of each in turn, so that every batch validates on all of them.
         which = np.linspace(0, have - 1, -(-count // parts)).round().astype(np.int64)
         self.val_windows = val[:, which].swapaxes(0, 1).reshape(-1, val.shape[2])[:count]
         self.train_tasks = self.val_tasks = None
         if config.router == "task_level":
-            classes = WindowClasses(self.train_windows, config.num_tasks)
+            classes = TextClusters(self.train_windows, config.num_tasks)
             self.train_tasks = np.concatenate([classes.before(part) for part in train])
             self.val_tasks = np.stack([classes.before(part)[which] for part in val], axis=1).ravel()[:count]
         self.digest: str = loaded.meta["digest"]
@@ -177,8 +189,7 @@ class TextData(RunData):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
-        self.setup()
-        return self._tokens.tokenizer.encode([text])[0].tolist()
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; many at once are faster."""
@@ -195,15 +206,6 @@ class TextData(RunData):
         if self.val_tasks is None:
             return windows
         return zip(windows, torch.from_numpy(self.val_tasks).split(size), strict=True)
-
-    def _check(self, have: int, need: int, side: str, keys: str) -> None:
-        if have < need:
-            config = self.config
-            raise ConfigError(
-                f"data={config.data!r} (max_bytes={config.max_bytes}) holds {have} {side} windows of sequence_length + 1 = "
-                f"{config.sequence_length + 1} tokens, but {keys} need {need} (batch_size={config.batch_size}, eval_batches="
-                f"{config.eval_batches}): lower these or sequence_length, raise max_bytes, or take a larger corpus"
-            )
 
 
 def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:

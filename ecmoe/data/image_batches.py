@@ -32,12 +32,7 @@ class ImageData(RunData):
         config, loaded = self.config, images.load(self.config.data)
         check(config, loaded)
         self.train = loaded.train_x, loaded.train_y
-        count = self._val_batches * config.batch_size
-        for side, have, need, keys in (("training", len(loaded.train_y), config.batch_size * self._ranks, "batch_size"),
-                                       ("validation", len(loaded.val_y), count, "eval_batches x batch_size")):  # fmt: skip
-            if have < need:
-                raise ConfigError(f"data={config.data!r} has {have} {side} images, but {keys} need {need} (batch_size="
-                                  f"{config.batch_size}, eval_batches={config.eval_batches}): lower these")  # fmt: skip
+        count = self._enough(len(loaded.train_y), len(loaded.val_y), "images")
         which = np.linspace(0, len(loaded.val_y) - 1, count).round().astype(np.int64)
         # Some sources lie class by class: patches must compete with those of all classes, in evaluation too.
         which = np.random.default_rng(0).permutation(which)

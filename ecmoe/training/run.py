@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.data.batches import RunData, TextData, is_other_data
+from ecmoe.data import open_data
+from ecmoe.data.batches import is_other_data
 from ecmoe.files import write_text, written
 from ecmoe.paths import content_of
 from ecmoe.routers import arm_label
@@ -164,15 +165,6 @@ def train_run(
         if state is not None:  # done: the weights are kept, the optimiser's state isn't
             checkpoint.unlink(missing_ok=True)
     return Result(summary, curve, folder)
-
-
-def open_data(config: RunConfig) -> RunData:
-    """The text or the images of a config, in batches."""
-    if config.images:
-        from ecmoe.data.image_batches import ImageData
-
-        return ImageData(config)
-    return TextData(config)
 
 
 def free_memory() -> None:

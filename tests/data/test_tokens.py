@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import lzma
 import os
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from ecmoe.config import RunConfig
 from ecmoe.data import tokens
+from ecmoe.data.split import SplitText, split
 from ecmoe.data.tokenizer import END
-from ecmoe.data.tokens import load, split
+from ecmoe.data.tokens import load
 from ecmoe.files import ConfigError
 
 PARAGRAPHS = [f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)]
@@ -222,6 +224,20 @@ def test_too_small_to_split(make, tmp_path):
     with pytest.raises(ConfigError, match="data=.*too few to split"):
         make(tmp_path / "tiny.txt")
     assert not list((tmp_path / "cache").rglob("meta.json")) and not list((tmp_path / "cache").rglob("work"))
+
+
+def test_a_full_disk_says_where_and_leaves_nothing(book, make, monkeypatch, tmp_path):
+    def full(*a):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="no space left to write .*book.txt-bytes256.*free some"),
+    ):
+        patch.setattr(SplitText, "read", full)
+        make(book)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert make(book).meta
 
 
 def test_two_processes_tokenise_once(book, tmp_path):

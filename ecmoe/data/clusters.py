@@ -14,7 +14,7 @@ BUCKETS = 256  # token ids are counted modulo this
 FITTED = 20_000  # windows that the clusters are fitted on
 
 
-class WindowClasses:
+class TextClusters:
     """k-means over the token frequencies of windows, with seed 0: the classes are part of the data, not of a run.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ecmoe.data.batches import TextData
-from ecmoe.data.classes import BUCKETS, WindowClasses, frequencies
+from ecmoe.data.clusters import BUCKETS, TextClusters, frequencies
 from ecmoe.files import ConfigError
 
 RANDOM = np.random.default_rng(0)
@@ -27,7 +27,7 @@ def test_frequencies_are_those_of_a_loop():
 
 def test_a_class_tells_the_kind_of_the_window_before():
     kinds = RANDOM.integers(0, 2, 300)
-    found = WindowClasses(text(kinds), 2).before(text(kinds))
+    found = TextClusters(text(kinds), 2).before(text(kinds))
     assert found.dtype == np.int64 and found[0] == 0
     same = found[1:] == kinds[:-1]
     assert same.all() or (~same).all()  # which cluster is called 0 means nothing
@@ -35,7 +35,7 @@ def test_a_class_tells_the_kind_of_the_window_before():
 
 def test_a_class_does_not_see_its_own_window():
     kinds = RANDOM.integers(0, 2, 50)
-    classes, windows = WindowClasses(text(kinds), 2), text(kinds)
+    classes, windows = TextClusters(text(kinds), 2), text(kinds)
     changed = windows.copy()
     changed[20] = text(1 - kinds)[20]
     before, after = classes.before(windows), classes.before(changed)
@@ -45,7 +45,7 @@ def test_a_class_does_not_see_its_own_window():
 
 def test_many_short_windows_take_little_memory():
     windows = RANDOM.integers(0, 256, (300_000, 2)).astype(np.uint8)
-    classes = WindowClasses(windows, 4)
+    classes = TextClusters(windows, 4)
     tracemalloc.start()
     found = classes.before(windows)
     assert tracemalloc.get_traced_memory()[1] < 30e6  # all of their frequencies at once are 300 MB
@@ -56,10 +56,10 @@ def test_many_short_windows_take_little_memory():
 def test_many_classes_are_found_in_seconds_and_too_many_are_named():
     windows = text(RANDOM.integers(0, 20, 2000))
     started = time.perf_counter()
-    assert len(set(WindowClasses(windows, 1000).before(windows))) > 500
+    assert len(set(TextClusters(windows, 1000).before(windows))) > 500
     assert time.perf_counter() - started < 5
     with pytest.raises(ConfigError, match="num_tasks=2001: must be at most the 2000 windows"):
-        WindowClasses(windows, 2001)
+        TextClusters(windows, 2001)
 
 
 @pytest.mark.parametrize("router", ["task_level", "expert_choice"])
