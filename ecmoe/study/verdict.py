@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.files import read_json
+from ecmoe.measures.measure import measure
 from ecmoe.study import estimate, steps
 from ecmoe.study.arms import size
 from ecmoe.study.estimate import Estimate, Unit, amount, counted, span
 from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.plan import Planned, arms_of, configs, plan, record
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
-from ecmoe.training.result import read_record
+from ecmoe.training.result import Result, read_record
 
 REPRODUCED, IN_DIRECTION, NO_EFFECT = "reproduced", "reproduced in direction", "no effect"
 CONTRADICTED, UNDECIDED, NOT_RUN = "contradicted", "undecided", "not run"
@@ -329,9 +328,10 @@ class Evidence:
 
     def measured(self, arm: str, seed: int, what: str) -> list[dict[str, Any]]:
         """What was measured on a run under that name, for each of what it was to be measured for; empty, where one is missing."""
-        one = self.planned[arm][seed]
-        files = [paths.measures(self.scale) / one.name / f"{how.name}.json" for how in one.measures if how.what == what]
-        return [read_json(path) for path in files] if all(path.exists() for path in files) else []
+        one, result = self.planned[arm][seed], Result(self.summaries(arm)[seed])
+        asked = [how for how in one.measures if how.what == what]
+        found = [measure(result, how, scale=self.scale, train=False, keep=True) for how in asked]
+        return [] if None in found else found
 
     def right(self, arm: str, of: str) -> dict[int, list[np.ndarray]]:
         """Seed -> for each task, (N,): was each validation example right? of: accuracy, accuracy_causal; less the majority's share."""

@@ -9,6 +9,7 @@ import pytest
 from ecmoe import paths
 from ecmoe.config import SCHEMA, RunConfig
 from ecmoe.files import write_json
+from ecmoe.measures.measure import _keep
 from ecmoe.study import estimate, steps, verdict
 from ecmoe.study.estimate import Unit, of_values
 from ecmoe.study.plan import plan, record
@@ -498,6 +499,10 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     assert [f"EC-CAP3 renormalized s{seed}" for seed in range(3)] == list(found.parts[1].missing)
 
 
+def keep_measure(one, how, found):
+    _keep(paths.measures("gpu") / one.name / f"{how.name}.json", one.name, how, found)
+
+
 def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     arms = dict.fromkeys(("EC-CF2 renormalized", "GShard top-2 renormalized", "Switch top-1", "Dense"), 3.5)
     evidence = study(arms, "07_fine_tuning")
@@ -508,8 +513,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
                 bits = (rng.random(200) < (0.8 if arm.startswith("EC") else 0.6)).astype(np.uint8)
                 packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
                 row = {"validation": 200, "majority": 0.5, "accuracy": bits.mean()}
-                path = paths.measures("gpu") / one.name / f"{how.name}.json"
-                write_json(path, {"rows": [row], "right": packed, "right_causal": packed})
+                keep_measure(one, how, {"rows": [row], "right": packed, "right_causal": packed})
     found = judge("C4", "gpu")
     assert found.label == REPRODUCED and found.parts[0].estimate == pytest.approx(0.2, abs=0.03)
     assert found.parts[4].estimate == pytest.approx(0.3, abs=0.03) and found.rests_on.size.startswith("12 layers")
@@ -521,7 +525,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
         for how in one.measures:
             if how.what == "losses":
                 rows = [{"way": way, "loss": loss + 0.001 * one.seed} for way, loss in losses.items()]
-                write_json(paths.measures("gpu") / one.name / f"{how.name}.json", {"rows": rows})
+                keep_measure(one, how, {"rows": rows})
     assert judge("L2", "gpu").label == REPRODUCED
 
     def step(arm, routing, ms):
