@@ -104,7 +104,7 @@ class MoE(nn.Module):
             task_ids = task_ids[:, None].expand(shape)
         token_ids, task_ids, mask = (None if t is None else t.reshape(-1) for t in (token_ids, task_ids, mask))
         x = x.reshape(-1, d)
-        if len(x) == 0:
+        if x.shape[0] == 0:
             return self._nothing(x).view(*shape, d)
         if mask is not None:
             x = x.masked_fill(~mask[:, None], 0)  # an empty slot reads any row, and 0 times NaN is NaN
@@ -114,7 +114,7 @@ class MoE(nn.Module):
         )
         again = recomputing()
         if not again:
-            self._record(chosen, len(x), mask)
+            self._record(chosen, x.shape[0], mask)
             self._keep(chosen.aux_loss)
         if self.recompute and self.training:
             out = checkpoint(self.experts, x, chosen.token, chosen.gate, use_reentrant=False)
@@ -157,7 +157,7 @@ class MoE(nn.Module):
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
         # In evaluation a router may give one expert nearly all tokens, and every expert then has as many slots.
         f = self.w1.shape[2]
-        groups = 1 if torch.is_grad_enabled() else -(-token.numel() * f // max(HELD, SLOTS * len(x) * f))
+        groups = 1 if torch.is_grad_enabled() else -(-token.numel() * f // max(HELD, SLOTS * x.shape[0] * f))
         if groups <= 1:
             return self._some_experts(x, self.w1, self.w2, token, gate)
         some = (t.chunk(groups) for t in (self.w1, self.w2, token, gate))

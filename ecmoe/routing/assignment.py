@@ -86,7 +86,7 @@ def pack(
     Raises:
         ValueError: not as many tokens as experts and gates.
     """
-    if not len(token) == len(expert) == len(gate):
+    if not token.shape == expert.shape == gate.shape:
         raise ValueError(f"{len(token)} tokens, {len(expert)} experts, {len(gate)} gates: a request has one of each")
     by_expert = torch.argsort(expert, stable=True)  # keeps the order within an expert
     expert = expert[by_expert]

@@ -62,11 +62,13 @@ class Result:
 
 
 def load_model(path: str | Path) -> Trunk:
-    """The trained model of a run folder, in evaluation mode, its cut-offs included. Raises: as `Result.load_model`."""
+    """The trained model of a run folder, in evaluation mode, its cut-offs included. It takes texts of any length: the routers
+    round k down. Raises: as `Result.load_model`."""
     import torch
     from safetensors.torch import load_file
 
     from ecmoe.model.transformer import build_model
+    from ecmoe.routing import routers
 
     path = Path(path)
     check_weights(path)
@@ -76,6 +78,8 @@ def load_model(path: str | Path) -> Trunk:
     counts = torch.ones(config.vocab_size) if config.hash_table == "balanced" else None  # the table is in the file
     model = build_model(config, counts)
     model.load_state_dict(weights)
+    for router in routers(model):
+        router.rounding = "down"  # of those that have a bucket to fill
     return model.eval()
 
 

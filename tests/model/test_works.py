@@ -1,0 +1,203 @@
+"""What works with `MoE` in a model of one's own: a test for each row of README's table."""
+
+import copy
+import math
+import multiprocessing
+import socket
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from ecmoe import MoE, causal_routing, load_model, run_or_load, track
+from ecmoe.config import ConfigError
+from ecmoe.routing import ExpertChoice, TokenChoice
+
+D, E, FF = 8, 4, 16
+
+
+def expert_choice(**keys):
+    return ExpertChoice(D, E, 2.0, rounding="down", **keys)
+
+
+ROUTERS = {"expert choice": expert_choice, "token choice": lambda: TokenChoice(D, E, 2, 1.0)}
+
+
+def layer(router=expert_choice) -> MoE:
+    torch.manual_seed(0)
+    return MoE(router(), D, FF)
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed))
+
+
+# Any shape
+
+
+@pytest.mark.parametrize("shape", [(7,), (1,), (0,), (3, 5), (1, 1), (2, 0), (0, 4)])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_any_shape(router, shape):
+    moe, x = layer(router), tokens(*shape).requires_grad_()
+    out = moe(x)
+    assert out.shape == x.shape
+    loss = out.square().sum() + (0.0 if moe.aux_loss is None else moe.aux_loss)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in moe.parameters())
+    assert moe.tokens == math.prod(shape) and moe.load.sum() <= moe.demand.sum()
+    assert all(value.isfinite() for value in moe.statistics().values())
+    if len(shape) == 2:  # the pool is the batch: sequences don't matter
+        torch.testing.assert_close(moe(x.flatten(0, 1)).view_as(out), out)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16])
+def test_rounding_down_takes_the_floor_and_at_least_one(n):
+    chosen = ExpertChoice(D, E, 1.0, rounding="down").assign(tokens(n)[:, :E])
+    assert chosen.load(n).tolist() == [max(1, n // E)] * E
+    capped = ExpertChoice(D, E, 1.0, 1, rounding="down").assign(tokens(n)[:, :E])
+    assert capped.load(n).tolist() == [n // E] * E  # a token goes to one expert at most
+    if n % E:
+        with pytest.raises(ConfigError, match=r"no whole number|must lie in"):
+            ExpertChoice(D, E, 1.0).eval().assign(tokens(n)[:, :E])
+
+
+@pytest.mark.parametrize("cap", [None, 1, 3])
+def test_rounding_down_with_a_mask_routes_the_others_alone(cap):
+    router = ExpertChoice(D, E, 1.0, cap, rounding="down")
+    logits, mask = tokens(13)[:, :E], torch.arange(13) % 3 > 0
+    masked = router.assign(logits, mask=mask).dense(13)
+    torch.testing.assert_close(masked[mask], router.assign(logits[mask]).dense(int(mask.sum())))
+    assert not masked[~mask].any()
+
+
+def test_a_loaded_run_takes_any_length(tiny_config):
+    model = load_model(run_or_load(tiny_config(steps=2, eval_every=2), progress=False).path)
+    ids = torch.arange(14).view(2, 7)
+    assert model(ids[:, :7]).shape == (2, 7, 256) and model(ids[:1, :1]).isfinite().all()
+    with pytest.raises(ConfigError, match="no whole number"):  # a study doesn't round
+        run_or_load(tiny_config(sequence_length=15, batch_size=1), progress=False)
+
+
+# PyTorch's tools
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_compiles_once_for_all_lengths(router):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    moe = layer(router)
+    compiled = torch.compile(moe, backend=counter, fullgraph=True, dynamic=True)
+    for B, T in [(2, 8), (3, 5), (4, 7), (5, 11)]:
+        x = tokens(B, T)
+        torch.testing.assert_close(compiled(x), moe(x))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_exports_with_dynamic_dimensions(router):
+    moe = layer(router).eval()
+    sizes = {"x": {0: torch.export.Dim("B", min=2, max=64), 1: torch.export.Dim("T", min=2, max=512)}}
+    exported = torch.export.export(moe, (tokens(3, 8),), dynamic_shapes=sizes).module()
+    for B, T in [(3, 8), (2, 5), (7, 9)]:
+        torch.testing.assert_close(exported(tokens(B, T)), moe(tokens(B, T)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_checkpointing_changes_no_gradient_not_even_the_aux_loss(router, reentrant):
+    gradients = []
+    for again in (False, True):
+        moe, x = layer(router), tokens(2, 8).requires_grad_()
+        out = checkpoint(moe, x, use_reentrant=reentrant) if again else moe(x)
+        loss = out.square().sum()
+        if moe.aux_loss is not None:
+            loss = loss + 3 * moe.aux_loss
+        loss.backward()
+        gradients.append([x.grad, *(p.grad for p in moe.parameters()), *(b.double() for b in moe.buffers())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_bf16_learns_and_keeps_its_statistics_in_float32():
+    moe = layer().bfloat16()
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    track(moe, optimizer)
+    x = tokens(4, 8).bfloat16()
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (moe(x) - x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and moe.router.cutoff.average.dtype == torch.float32
+    assert moe.router.cutoff.weight > 0.04
+
+
+def test_copies_and_state_dicts_carry_the_cutoffs():
+    moe, x = layer(), tokens(4, 8)
+    moe(x)
+    moe.router.end_step()
+    loaded = layer()
+    loaded.load_state_dict(moe.state_dict())
+    with causal_routing(moe):
+        expected = moe.eval()(x)
+    for other in (copy.deepcopy(moe), loaded.eval()):
+        with causal_routing(other):
+            assert torch.equal(other(x), expected)
+
+
+def two_layers() -> nn.Module:
+    moe = layer()
+    return nn.Sequential(nn.Linear(D, D), moe)
+
+
+def _rank(rank: int, port: int, results) -> None:
+    """Each rank's half of a batch, by DDP and by FSDP2: the gradients and the cut-offs after a step."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = []
+    for shard in (False, True):
+        model = two_layers()
+        if shard:
+            model = fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+            wrapped = model
+        else:
+            wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        track(model, optimizer)
+        wrapped(tokens(4, 8).chunk(2)[rank]).square().mean().backward()
+        optimizer.step()
+        whole = [p.full_tensor() if shard else p for p in model.parameters()]
+        found.append([t.detach().tolist() for t in (*whole, model[1].router.cutoff.value())])
+    results.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_by_ddp_and_by_fsdp2_step_as_one_process_over_both_halves():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = [results.get(timeout=90) for _ in ranks]
+    for rank in ranks:
+        rank.join(timeout=60)
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    track(model, optimizer)
+    sum(model(half).square().mean() / 2 for half in tokens(4, 8).chunk(2)).backward()
+    optimizer.step()
+    expected = [*model.parameters(), model[1].router.cutoff.value()]
+    for by_rank in found:
+        for by_way in by_rank:
+            for value, wanted in zip(by_way, expected, strict=True):
+                torch.testing.assert_close(torch.tensor(value), wanted.detach())
