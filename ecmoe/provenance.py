@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent
 # Dense bf16 matrix rate by device, in FLOP/s (vendors' data sheets, without sparsity).
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 # What decides the numbers of a run. Not the rest: a page, a plot or a table changes no loss.
-DECIDES = ("config.py", "data", "kernels", "model", "routing", "training")
+DECIDES = ("config.py", "routers.py", "data", "kernels", "model", "routing", "training")
 
 
 def device_name() -> str:
