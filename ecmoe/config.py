@@ -75,17 +75,19 @@ class RunConfig:
                           choices=("modulo", "balanced"))  # fmt: skip
     num_tasks: int = key(4, "tasks of task-level routing; in language modelling, classes of sequences", low=1)
     task_table: str = key("learned", "task-level routing: learned or fixed", choices=("learned", "fixed"))
-    threshold_beta: float = key(0.999, "decay of the expert threshold's moving average", low=0, high=1)
+    threshold_beta: float = key(0.999, "decay of the expert threshold's moving average", low=0, below=1)
 
     # Model (section 3.4)
-    layers: int = key(4, "Transformer layers", low=1)
+    layers: int = key(4, "Transformer layers", low=1, high=10_000)
     d_model: int = key(64, "d, width", low=1)
     d_ff: int = key(128, "hidden width of an expert and of the gated FFN", low=1)
     heads: int = key(4, "attention heads", low=1)
     moe_every: int = key(2, "every which layer has experts (3.4: every other)", low=1)
     moe_init_scale: float = key(1.0, "scale of the MoE output at initialisation; ours, the paper is silent", low=0)
-    relative_buckets: int = key(32, "buckets of the relative position bias (T5's; the paper is silent)", low=2)
-    relative_max_distance: int = key(128, "distance beyond which all share a bucket (T5's)", low=2)
+    relative_buckets: int = key(
+        32, "buckets of the relative position bias (T5's; the paper is silent)", low=2, high=1_000_000
+    )
+    relative_max_distance: int = key(128, "distance beyond which all share a bucket (T5's)", low=2, high=1_000_000)
     relative_init: str = key("alibi", "how the relative position bias starts: alibi (each head's falls with distance; ours, the "
                              "paper is silent), normal (std 0.1)", choices=("alibi", "normal"))  # fmt: skip
 
@@ -142,10 +144,9 @@ class RunConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.d_model % self.heads:
-            divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
-            raise ConfigError(
-                f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be one of {divisors}"
-            )
+            near = [h for h in range(max(self.heads - 64, 1), self.heads + 65) if self.d_model % h == 0]
+            fits = " or ".join(map(str, near or [math.gcd(self.heads, self.d_model)]))
+            raise ConfigError(f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be {fits}")
         parts = parts_of(self.data)
         if self.data.startswith(MIX_PREFIX) and (len(set(parts)) < 2 or len(set(parts)) < len(parts) or not all(parts)):
             raise ConfigError(f"data={self.data!r}: must be {MIX_PREFIX} and at least two texts, all different, with commas "
@@ -189,6 +190,19 @@ class RunConfig:
         return self.batch_size * self.sequence_length * self.accumulate * self.devices * self.num_nodes
 
     @property
+    def weights_at_least(self) -> int:
+        """Numbers in the model's matrices, without building it; routers and norms not counted."""
+        experts = 0 if ROUTERS[self.router].layer is None else self.layers // self.moe_every
+        d, f = self.d_model, self.d_ff
+        ends = self.patch_size**2 * self.channels + self.classes if self.images else self.vocab_size
+        return (
+            self.layers * 4 * d * d
+            + experts * self.num_experts * 2 * d * f
+            + (self.layers - experts) * 3 * d * f
+            + ends * d
+        )
+
+    @property
     def pool_tokens(self) -> int:
         """n, the tokens that compete for an expert (Eq. 1)."""
         batch = self.batch_size * self.sequence_length
@@ -207,9 +221,7 @@ class RunConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"did you mean {near[0]}?" if near else "`ecmoe keys` lists the keys"
-                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {hint}")
+                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {meant(str(name), names)}")
         return cls(**values)
 
     @classmethod
@@ -270,6 +282,15 @@ class RunConfig:
         return f"{self.slug()}-{self.digest()}"
 
 
+def meant(name: str, names: Collection[str]) -> str:
+    """Which of the names may have been meant by another: "did you mean learning_rate?"; `lr` stands for its words' letters."""
+    short = [other for other in names if name == "".join(word[0] for word in other.split("_"))]
+    alike = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1)
+    inside = [other for other in names if len(name) > 2 and name.lower() in other]
+    near = [*short, *alike, *inside]
+    return f"did you mean {near[0]}?" if near else "`ecmoe keys` lists the keys"
+
+
 def _routing_keys() -> set[str]:
     return {name for row in ROUTERS.values() for name in row.keys}
 
@@ -285,6 +306,8 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ConfigError(f"{field.name}={value} is too large a number: must be at most {LARGEST}")
     if float in allowed and type(value) is int:
         value = float(value)
+    if isinstance(value, str) and len(value) > 4000:
+        raise ConfigError(f"{field.name}={value[:40]!r}...: is a text of {len(value)} letters")
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise ConfigError(

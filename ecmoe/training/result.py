@@ -168,7 +168,7 @@ def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:
         raise Damaged(path, f"it has schema {summary['schema']}, where this version has {SCHEMA}")
     if summary["status"] not in STATUSES:
         raise Damaged(path, f"its status is {summary['status']!r}")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", str(summary["name"])):  # it names files
+    if not re.fullmatch(r"[A-Za-z0-9._+-]+", str(summary["name"])):  # it names files
         raise Damaged(path, f"its name is {summary['name']!r}")
     return summary
 

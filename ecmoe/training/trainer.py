@@ -65,8 +65,18 @@ def check_machine(config: RunConfig) -> None:
     """Can this machine train the run? Asked before any work is done.
 
     Raises:
-        ConfigError: a key asks for a GPU, or for more of them, than there is.
+        ConfigError: a key asks for a GPU, for more of them than there are, or for more memory.
     """
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shards = config.devices * config.num_nodes if config.strategy == "fsdp2" else 1
+    needed = 2 * (2 if config.precision == "bf16-true" else 4) * config.weights_at_least // shards  # gradients, too
+    if needed > memory:
+        keys = ("layers", "d_model", "d_ff", "num_experts", "vocab_size")
+        raise ConfigError(f"{', '.join(f'{key}={getattr(config, key)}' for key in keys)}: weights and gradients alone take "
+                          f"{needed / 2**30:,.0f} GiB, and this device has {memory / 2**30:,.0f}: lower one of them")  # fmt: skip
     if not torch.cuda.is_available():
         if config.precision == "16-mixed":
             raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")

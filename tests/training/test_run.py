@@ -502,6 +502,10 @@ def test_double_precision_is_resumed_to_the_last_bit(tiny_config, monkeypatch):
     [
         ({"precision": "16-mixed"}, "precision='16-mixed': needs a CUDA GPU"),
         ({"kernels": "triton"}, "kernels='triton': needs a CUDA GPU"),
+        ({"d_ff": 10**12}, "d_ff=1000000000000, .* take .* GiB, and this device has"),
+        ({"d_model": 2**40}, "d_model=1099511627776, .* lower one of them"),
+        ({"num_experts": 10**9, "router": "dense_moe"}, "num_experts=1000000000"),
+        ({"tokenizer": "bpe", "vocab_size": 2**50}, "vocab_size=1125899906842624"),
     ],
 )
 def test_what_a_machine_cannot_do_is_said_before_any_work(tiny_config, monkeypatch, changes, named):
