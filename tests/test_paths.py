@@ -1,6 +1,11 @@
+import os
+import re
 from pathlib import Path
 
+import pytest
+
 from ecmoe import paths
+from ecmoe.files import ConfigError
 
 
 def test_home_comes_first(tmp_path, monkeypatch):
@@ -33,3 +38,69 @@ def test_resolve_prefers_the_working_folder(tmp_path, monkeypatch):
     assert paths.resolve("a.txt").resolve() == here / "a.txt"
     assert paths.resolve("b.txt").resolve() == home / "b.txt"
     assert paths.resolve(here / "c.txt") == here / "c.txt"
+
+
+def test_content_is_that_of_the_files_and_of_their_names(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place / "in").mkdir(parents=True)
+        (tmp_path / place / "x.txt").write_text("text")
+        (tmp_path / place / "in" / "y.jsonl").write_text("{}")
+    a, b = (str(tmp_path / place) for place in ("a", "b"))
+    assert re.fullmatch(re.escape(a) + "#[0-9a-f]{16}", paths.with_content(a))
+    content = paths.content_of(paths.with_content(a))
+    assert content == paths.content_of(paths.with_content(b)) != ""
+    assert content != paths.content_of(paths.with_content(f"{a}/x.txt"))
+    (tmp_path / "b" / "notes.md").write_text("no text of the corpus")
+    assert paths.content_of(paths.with_content(b)) == content
+    (tmp_path / "b" / "x.txt").rename(tmp_path / "b" / "z.txt")
+    assert paths.content_of(paths.with_content(b)) != content
+
+
+def test_content_is_read_again_when_a_file_changes_but_neither_size_nor_time(tmp_path):
+    seen = set()
+    for letter in "ab":
+        (tmp_path / "x.txt").write_text(letter)
+        os.utime(tmp_path / "x.txt", (0, 0))
+        seen.add(paths.with_content(str(tmp_path / "x.txt")))
+    assert len(seen) == 2
+
+
+def test_what_is_stated_stays_and_what_is_known_needs_no_content(tmp_path):
+    stated = f"{tmp_path}/x.txt#0123456789abcdef"
+    (tmp_path / "x.txt").write_text("text")
+    for data in (stated, "stdlib", "c4", "hub:a/b", "digits", "mix:stdlib,c4", "nowhere.txt", "images:nowhere"):
+        assert paths.with_content(data) == data
+    assert paths.plain(stated) == f"{tmp_path}/x.txt" and paths.plain("x#1.txt") == "x#1.txt"
+    with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated.*leave out #0123456789abcdef"):
+        paths.check_content(stated)
+    paths.check_content(paths.with_content(paths.plain(stated)))
+
+
+def test_a_mix_has_the_content_of_its_local_parts(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    mix = f"mix:{tmp_path}/a.txt,stdlib,{tmp_path}/b.txt"
+    assert paths.parts_of(paths.with_content(mix)) == [f"{tmp_path}/a.txt", "stdlib", f"{tmp_path}/b.txt"]
+    before = paths.content_of(paths.with_content(mix))
+    (tmp_path / "b.txt").write_text("c")
+    assert paths.content_of(paths.with_content(mix)) not in (before, "")
+    (tmp_path / "b.txt").unlink()
+    assert paths.with_content(mix) == mix  # of a text that isn't here nothing is known
+
+
+def test_a_text_that_is_gone_is_known_by_what_it_held(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
+    (tmp_path / "x.txt").write_text("text")
+    data = str(tmp_path / "x.txt")
+    known = paths.with_content(data)
+    paths.remember_content(known)
+    (tmp_path / "x.txt").unlink()
+    assert paths.with_content(data) == known
+    (tmp_path / "x.txt").write_text("another")
+    assert paths.with_content(data) != known
+
+
+def test_an_unknown_home_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not paths.resolve("~nosuch/x").exists()
+    assert paths.resolve("~").is_dir()

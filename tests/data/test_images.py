@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ecmoe.config import RunConfig
+from ecmoe.continual.settings import Settings
 from ecmoe.data import images
 from ecmoe.files import ConfigError
 from ecmoe.paths import with_content
@@ -98,6 +100,14 @@ def test_another_folder_of_the_same_name_is_another(tmp_path):
     picture(7).save(tmp_path / "B" / "cats" / "cat" / "0.png")
     with pytest.raises(ConfigError, match="by now, not what is stated"):
         images.load(stated)
+
+
+@pytest.mark.parametrize("kind", [RunConfig, Settings])
+def test_runs_on_other_images_of_the_same_name_are_other_runs(tmp_path, kind):
+    data = [folder_of(tmp_path / place / "cats", count) for place, count in (("A", 5), ("B", 6), ("C", 5))]
+    keys = {"layers": 2} if kind is RunConfig else {}
+    a, b, copy = (kind(data=one, **keys).name for one in data)
+    assert a == copy != b
 
 
 @pytest.mark.parametrize("name", ["in[1]", "*", "a{b,c}"])
