@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ecmoe.config import RunConfig
 from ecmoe.data.batches import TextData
-from ecmoe.model.moe import MOST_EXPERTS_COUNTED
+from ecmoe.model.metrics import MOST, SHARES
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import watched
 from ecmoe.routing.capped import cap_report, capped_top_k
-from ecmoe.training.result import SHARES
 
 EXCERPT = 240  # tokens of text that a page shows
 KINDS = ("word start", "word rest", "number", "punctuation", "white space", "other")
@@ -105,7 +104,7 @@ def _kind(text: str, before: str) -> str:
 
 
 def _shares(counts: Tensor) -> dict[str, float]:
-    bins = counts.clamp(max=MOST_EXPERTS_COUNTED).bincount(minlength=len(SHARES))
+    bins = counts.clamp(max=MOST).bincount(minlength=len(SHARES))
     return dict(zip(SHARES, (bins / bins.sum()).tolist(), strict=True))
 
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ecmoe.model import metrics
 from ecmoe.model.tracking import expect_tracking
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
 
 KERNELS = ("auto", "plain", "triton", "triton-bmm")
-# Shares of tokens are kept for 0, 1, ... 7 experts, and 8 or more.
-MOST_EXPERTS_COUNTED = 8
 # Numbers of h, (e, k, f), that evaluation holds at a time: so many, or those of so many slots a token if that is more.
 HELD, SLOTS = 2**28, 3
 
@@ -61,7 +60,7 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
         self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients
-        for name, shape in [("load", e), ("demand", e), ("experts_per_token", MOST_EXPERTS_COUNTED + 1)]:
+        for name, shape in [("load", e), ("demand", e), ("experts_per_token", metrics.MOST + 1)]:
             self.register_buffer(name, torch.zeros(shape, dtype=torch.long), persistent=False)
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long), persistent=False)
         self.reset_parameters()
@@ -192,31 +191,24 @@ class MoE(nn.Module):
             kernels.tally_(assignment.token, n, self.load, self.experts_per_token)
             self.tokens.fill_(n)
         else:
-            load, counts = assignment.load(n), assignment.experts_per_token(n).clamp(max=MOST_EXPERTS_COUNTED)
+            load, counts = assignment.load(n), assignment.experts_per_token(n).clamp(max=metrics.MOST)
             if mask is not None:  # padding is in no bin
                 counts = counts.masked_fill(~mask, -1)
             # Comparing is faster than adding: all tokens would queue for a few bins.
-            bins = (counts == torch.arange(MOST_EXPERTS_COUNTED + 1, device=counts.device)[:, None]).sum(1)
+            bins = (counts == torch.arange(metrics.MOST + 1, device=counts.device)[:, None]).sum(1)
             self.load.copy_(load)
             self.experts_per_token.copy_(bins)
             self.tokens.copy_(bins.sum())
         self.demand.copy_(self.load if assignment.demand is None else assignment.demand)
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the last forward did, as scalar tensors on the layer's device.
+        """What the last forward did, as scalar tensors on the layer's device: see `ecmoe.model.metrics`.
 
         dropped: share of the requests that found no place. max_load: the fullest expert's demand over the
         mean demand. over_capacity: how far its demand exceeds an equal share, max_load - 1.
         share_0 ... share_8: share of tokens processed by that many experts (8: 8 or more).
         """
-        demand = self.demand.sum().clamp_min(1).float()
-        fullest = self.demand.max() * self.demand.numel() / demand
-        share = self.experts_per_token / self.tokens.clamp_min(1)
-        return {
-            "dropped": 1 - self.load.sum() / demand,
-            "max_load": fullest,
-            "over_capacity": fullest - 1,
-        } | {f"share_{j}": share[j] for j in range(MOST_EXPERTS_COUNTED + 1)}
+        return {metric.name: metric.of(self) for metric in metrics.of_layers()}
 
 
 class _WithLoss(torch.autograd.Function):

@@ -9,14 +9,10 @@ from typing import Any
 import pandas as pd
 
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.model import metrics
 from ecmoe.routers import arm_label
-from ecmoe.training.result import COLUMNS, SHARES, Result
+from ecmoe.training.result import Result
 
-# A table has these columns even where no run could measure them.
-MEASURED = [
-    "val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte", "train_loss", "tokens", "seconds",
-    "tokens_per_second", "mfu", "step_ms", "dropped", "over_capacity", "max_load", *SHARES,
-]  # fmt: skip
 Study = Mapping[str, Sequence[Result]]  # as `run_study` returns it: name of an arm -> its runs
 
 
@@ -37,32 +33,32 @@ def table(results: Iterable[Result] | Study, axes: Sequence[str] = ()) -> pd.Dat
         }
         rows.append({"arm": arm, "status": "not run", **result.summary["config"], **scalars})
     frame = pd.DataFrame(rows)
-    for column in [name for name in MEASURED if name not in frame]:
+    measured = metrics.table()
+    for column in [name for name in measured if name not in frame]:
         frame[column] = math.nan
-    frame[MEASURED] = frame[MEASURED].astype(float)
+    frame[measured] = frame[measured].astype(float)
     if "status" in frame:  # a loss of a run that broke off is no result
-        losses = ["val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte"]
-        frame.loc[frame["status"] != "finished", losses] = math.nan
+        frame.loc[frame["status"] != "finished", metrics.results()] = math.nan
     return frame
 
 
 def curves(results: Iterable[Result] | Study, axes: Sequence[str] = ()) -> pd.DataFrame:
-    """All curves below each other: `arm`, `seed`, `status`, `name`, axes and COLUMNS; of results as `table` takes them.
+    """All curves below each other: `arm`, `seed`, `status`, `name`, axes and the columns of a curve; of results as `table` takes them.
 
     A missing run is one row of NaN, so that figures can name it.
     """
     frames = []
     for result, arm in _labelled(results, axes):
-        summary, curve = result.summary, result.curve.reindex(columns=COLUMNS).astype(float)
+        summary, curve = result.summary, result.curve.reindex(columns=metrics.curve()).astype(float)
         if not len(curve):
-            curve = pd.DataFrame([dict.fromkeys(COLUMNS, math.nan)])
+            curve = pd.DataFrame([dict.fromkeys(metrics.curve(), math.nan)])
         extra = {key: summary["config"].get(key) for key in axes}
         extra |= {key: summary[key] for key in ("seed", "status", "name")}
         frames.append(curve.assign(arm=arm, **extra))
     if not frames:
-        return pd.DataFrame(columns=["arm", "seed", "status", "name", *COLUMNS])
+        return pd.DataFrame(columns=["arm", "seed", "status", "name", *metrics.curve()])
     frame = pd.concat(frames, ignore_index=True)
-    return frame[["arm", "seed", "status", "name", *axes, *COLUMNS]]
+    return frame[["arm", "seed", "status", "name", *axes, *metrics.curve()]]
 
 
 def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float]:

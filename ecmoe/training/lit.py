@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
+from ecmoe.model import metrics
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Block, build_model
 from ecmoe.routing import causal_routing, routers
@@ -101,10 +102,9 @@ class LitModel(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Keep what the layers did in the last training step, of all ranks: what follows overwrites it."""
         layers = [layer.statistics() for layer in self.model.moe_layers]
-        for name in layers[0] if layers else ():
-            values = self.trainer.strategy.all_gather(torch.stack([layer[name] for layer in layers]).float())
-            worst = name in ("over_capacity", "max_load")  # of the layers and ranks; the shares are means over them
-            self.statistics[name] = values.max() if worst else values.mean()
+        for metric in metrics.of_layers() if layers else ():
+            values = self.trainer.strategy.all_gather(torch.stack([layer[metric.name] for layer in layers]).float())
+            self.statistics[metric.name] = values.max() if metric.worst else values.mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Loss as trained, and routed causally: by running cut-offs, nothing dropped; NaN before there are any.

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ecmoe.files import written
+from ecmoe.model import metrics
 from ecmoe.training.lit import LitModel
-from ecmoe.training.result import COLUMNS
 
 
 class Diverged(RuntimeError):
@@ -142,7 +142,7 @@ class Recorder(L.Callback):
 
     def curve(self) -> pd.DataFrame:
         """All rows so far, with every column of the schema; NaN where nothing was measured."""
-        return pd.DataFrame(list(self.rows.values())).reindex(columns=COLUMNS)
+        return pd.DataFrame(list(self.rows.values())).reindex(columns=metrics.curve())
 
     def write_curve(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:

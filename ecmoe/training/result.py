@@ -19,6 +19,7 @@ import pandas as pd
 from ecmoe import paths
 from ecmoe.config import SCHEMA, RunConfig
 from ecmoe.files import Damaged, read_json, sha256, write_json
+from ecmoe.model import metrics
 
 if TYPE_CHECKING:
     from ecmoe.model.transformer import Trunk
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 FILES = ("config.yaml", "curve.csv", "model.safetensors")  # of a run folder, beside its summary
 STATUSES = ("finished", "diverged", "failed", "stopped", "not run")
 CURVE_POINTS = 300  # of a record; a curve is thinned to this many
-SHARES = [f"share_{j}" for j in range(9)]  # of tokens taken by exactly j experts; 8: 8 or more
-COLUMNS = [
-    "step", "tokens", "seconds", "train_loss", "learning_rate", "aux_loss", "tokens_per_second",
-    "val_loss", "val_loss_causal", "accuracy", "dropped", "over_capacity", "max_load", *SHARES,
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Result:
     """One run: what it measured (`summary`), when (`curve`), and where its weights are (`path`)."""
 
     summary: dict[str, Any]
-    curve: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COLUMNS, dtype=float))
+    curve: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=metrics.curve(), dtype=float))
     path: Path | None = None
 
     @property
@@ -131,7 +127,7 @@ def read_run(folder: str | Path) -> Result:
         verify(folder, name, summary)
     if not (folder / "curve.csv").exists():
         return Result(summary, path=folder)
-    return Result(summary, pd.read_csv(folder / "curve.csv").reindex(columns=COLUMNS).astype(float), folder)
+    return Result(summary, pd.read_csv(folder / "curve.csv").reindex(columns=metrics.curve()).astype(float), folder)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -175,10 +171,10 @@ def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def write_record(path: Path, result: Result) -> None:
     """Write the committed form of a run, its curve thinned to CURVE_POINTS, both ends kept."""
-    curve, rows = result.curve.reindex(columns=COLUMNS), len(result.curve)
+    curve, rows = result.curve.reindex(columns=metrics.curve()), len(result.curve)
     if rows > CURVE_POINTS:
         curve = curve.iloc[[round(i * (rows - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]]
-    columns = {name: [_rounded(x) for x in curve[name]] for name in COLUMNS}
+    columns = {name: [_rounded(x) for x in curve[name]] for name in metrics.curve()}
     write_json(Path(path), {"summary": result.summary, "curve": columns}, indent=None, sealed=True)
 
 
@@ -191,7 +187,7 @@ def read_record(path: str | Path) -> Result:
     path = Path(path)
     record = read_json(path, sealed=True)
     try:
-        curve = pd.DataFrame(record["curve"]).reindex(columns=COLUMNS).astype(float)
+        curve = pd.DataFrame(record["curve"]).reindex(columns=metrics.curve()).astype(float)
         return Result(_checked(record["summary"], path), curve)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, Damaged):

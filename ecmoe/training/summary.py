@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ecmoe.config import RunConfig
+from ecmoe.model import metrics
 from ecmoe.model.transformer import count_parameters, flops_per_token
 from ecmoe.provenance import code_digest, commit, device_name, peak_flops, versions
 from ecmoe.training.result import not_run
@@ -31,7 +32,7 @@ def summarize(
         data: what it was trained on, a `RunData`. sharing: runs that shared its device, itself among them.
     """
     last = curve.iloc[-1].to_dict() if len(curve) else {}
-    losses = {key: last.get(key, math.nan) for key in ("val_loss", "val_loss_causal", "accuracy")}
+    losses = {key: last.get(key, math.nan) for key in metrics.results() if key in metrics.curve()}
     if status != "finished":
         losses = dict.fromkeys(losses, math.nan)
     val_loss = losses["val_loss"]
@@ -58,9 +59,7 @@ def summarize(
             "world_size": world,
             "sharing": sharing,
             "data": data.provenance,
-            "routing": {
-                k: v for k, v in last.items() if k in ("dropped", "over_capacity", "max_load") or "share_" in k
-            },
+            "routing": {metric.name: last.get(metric.name, math.nan) for metric in metrics.of_layers()} if last else {},
         }
         | circumstances(started)
     )

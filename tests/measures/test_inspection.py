@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ecmoe.measures import inspection
+from ecmoe.model.metrics import SHARES
 from ecmoe.routing import watched
-from ecmoe.training.result import SHARES
 from ecmoe.training.run import run_or_load
 
 

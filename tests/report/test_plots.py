@@ -8,10 +8,11 @@ import pytest
 from matplotlib import pyplot
 
 from ecmoe.config import RunConfig
+from ecmoe.model import metrics
 from ecmoe.report import plots
 from ecmoe.study.stats import Effect
 from ecmoe.study.table import curves, table
-from ecmoe.training.result import COLUMNS, Result, not_run
+from ecmoe.training.result import Result, not_run
 
 
 def run(config: RunConfig, loss: float, rows: int = 5, **routing: float) -> Result:
@@ -24,7 +25,7 @@ def run(config: RunConfig, loss: float, rows: int = 5, **routing: float) -> Resu
     }
     shares = {f"share_{j}": 0.0 for j in range(9)} | {"share_1": 0.75, "share_3": 0.25}
     routing = {"dropped": 0.1, "over_capacity": 0.3, **shares, **routing}
-    curve = pd.DataFrame(measured).assign(**routing).reindex(columns=COLUMNS)
+    curve = pd.DataFrame(measured).assign(**routing).reindex(columns=metrics.curve())
     summary = {
         "config": config.to_dict(),
         "name": config.name,

@@ -8,6 +8,7 @@ import pytest
 
 from ecmoe.config import SCHEMA, ConfigError, RunConfig
 from ecmoe.files import read_json, write_json
+from ecmoe.model import metrics
 from ecmoe.training import result as results
 from ecmoe.training.result import Result
 
@@ -27,7 +28,7 @@ def make(config: RunConfig, loss: float = 2.0, status: str = "finished", rows: i
         "steps": rows,
         "routing": {"dropped": 0.25, "share_1": 0.5},
     }
-    return Result(summary, curve.reindex(columns=results.COLUMNS))
+    return Result(summary, curve.reindex(columns=metrics.curve()))
 
 
 def test_a_run_survives_the_disk(tmp_path):

@@ -11,35 +11,21 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ecmoe.model.metrics import METRICS
 from ecmoe.report.plots.style import Look, looks, marks
 from ecmoe.study.stats import interval
 
-LABELS = {
-    "val_loss": "validation loss (nats per token)",
-    "val_loss_causal": "validation loss, routed causally (nats per token)",
-    "train_loss": "training loss (nats per token)",
-    "perplexity": "validation perplexity",
-    "bits_per_byte": "validation loss (bits per byte)",
-    "tokens_per_second": "training speed (tokens per second)",
-    "step_ms": "time of a training step (ms)",
-    "mfu": "share of the device's bf16 rate (MFU)",
-    "dropped": "requests dropped (%)",
-    "over_capacity": "fullest expert's demand above an equal share (%)",
-    "step": "training step",
-    "tokens": "training tokens",
-    "seconds": "training time (s)",
+LABELS = {metric.name: metric.label for metric in METRICS} | {
     "num_experts": "number of experts e",
     "capacity_factor": "capacity factor c",
     "n": "tokens n",
     "d_model": "width d",
-    "learning_rate": "learning rate",
     "moe_init_scale": "initial scale of the MoE output, times fan-in",
-    "accuracy": "validation accuracy (%)",
     "capacity": "expert places per patch",
     "patches_left_out": "patches that no expert took (%)",
     "images_left_out": "images without any patch taken (%)",
 }
-PERCENT = ("dropped", "over_capacity", "accuracy", "patches_left_out", "images_left_out")
+PERCENT = [m.name for m in METRICS if m.unit == "share"] + ["patches_left_out", "images_left_out"]
 
 
 class Plot(NamedTuple):

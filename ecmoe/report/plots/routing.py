@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from ecmoe.model.metrics import SHARES
 from ecmoe.report.plots.parts import (
     LABELS,
     Plot,
@@ -25,7 +26,6 @@ from ecmoe.report.plots.parts import (
     thousands,
 )
 from ecmoe.report.plots.style import count_colors, is_dark, legend_below, looks, new_figure
-from ecmoe.training.result import SHARES
 
 
 def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, float] | None = None) -> Plot:

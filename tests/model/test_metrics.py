@@ -1,0 +1,38 @@
+"""The one list of metrics: what is added there arrives everywhere, and what a layer tells is what it did."""
+
+import pytest
+import torch
+
+from ecmoe import MoE, run_or_load
+from ecmoe.model import metrics
+from ecmoe.model.metrics import Metric
+from ecmoe.report import plots
+from ecmoe.routing import TokenChoice
+from ecmoe.study.table import curves, table
+
+
+def test_a_new_metric_arrives_in_curve_summary_and_table(monkeypatch, tiny_config):
+    idle = Metric("idle", "experts without a token (%)", "share", of=lambda layer: (layer.load == 0).float().mean())
+    monkeypatch.setattr(metrics, "METRICS", [*metrics.METRICS, idle])
+    result = run_or_load(tiny_config(seed=71, steps=4, num_experts=4), progress=False)  # each expert takes half
+    assert result.curve["idle"].tolist() == [0.0] and result.summary["routing"]["idle"] == 0.0
+    assert table([result])["idle"].tolist() == curves([result])["idle"].tolist() == [0.0]
+
+
+def test_every_metric_has_words_for_its_axis():
+    assert {metric.name for metric in metrics.METRICS} <= set(plots.LABELS)
+    assert len({metric.name for metric in metrics.METRICS}) == len(metrics.METRICS)
+
+
+def test_over_layers_a_load_is_the_worst_and_a_share_the_mean():
+    assert [m.name for m in metrics.of_layers() if m.worst] == ["over_capacity", "max_load"]
+
+
+def test_a_layer_tells_what_it_did():
+    moe = MoE(TokenChoice(3, 3, 1, 1.0), 3, 4)
+    with torch.no_grad():
+        moe.router.weight.copy_(torch.eye(3))
+    moe(torch.eye(3)[[0, 0, 0, 0, 1, 2]] * 5)  # expert 0 has two places for four tokens
+    told = {name: float(value) for name, value in moe.statistics().items()}
+    assert told["dropped"] == pytest.approx(2 / 6) and told["share_0"] == pytest.approx(2 / 6)
+    assert told["max_load"] == 2 and told["over_capacity"] == 1 and told["share_1"] == pytest.approx(4 / 6)
