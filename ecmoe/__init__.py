@@ -1,4 +1,18 @@
-"""Mixture-of-Experts with Expert Choice Routing (Zhou et al., NeurIPS 2022), replicated and measured."""
+"""Mixture-of-Experts with Expert Choice Routing (Zhou et al., NeurIPS 2022), replicated and measured.
+
+A layer in a model of one's own:
+
+>>> import torch
+>>> from ecmoe import MoE, track
+>>> from ecmoe.routing import ExpertChoice
+>>> moe = MoE(ExpertChoice(d_model=64, num_experts=8, capacity_factor=2.0), d_model=64, d_ff=256)
+>>> optimizer = torch.optim.AdamW(moe.parameters())
+>>> handle = track(moe, optimizer)  # cut-offs move with each step
+>>> moe(torch.randn(4, 32, 64)).shape  # (B, T, d) -> (B, T, d)
+torch.Size([4, 32, 64])
+
+A model of the study, and a run of it: `build_model(RunConfig(...))` and `run_or_load(RunConfig(...))`.
+"""
 
 from importlib import import_module
 

@@ -32,7 +32,14 @@ def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
     start from the same values in all parameters that they share.
 
     Args:
-        token_counts: (V,) corpus frequencies, for hash_table=balanced.
+        config: checked already. token_counts: (V,) corpus frequencies, for hash_table=balanced.
+
+    Returns:
+        a `Transformer`, (B, T) token ids -> (B, T, V) logits; of images a `VisionTransformer`.
+
+    >>> config = RunConfig(layers=2, d_model=16, d_ff=32, heads=2, num_experts=4, sequence_length=16, batch_size=4)
+    >>> build_model(config)(torch.randint(256, (4, 16))).shape
+    torch.Size([4, 16, 256])
     """
     model = _new_model(config, token_counts)
     if not next(model.parameters()).is_meta:

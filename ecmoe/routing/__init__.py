@@ -106,6 +106,9 @@ def causal_routing(model: nn.Module) -> Iterator[nn.Module]:
     Expert choice routes by its running cut-offs, gathered by training forwards; token choice and hash
     routing see the token alone once there is no capacity.
 
+    Args:
+        model: any module with `MoE` layers in it.
+
     Raises:
         ValueError: a router has no cut-offs yet.
     """

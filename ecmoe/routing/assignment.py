@@ -19,6 +19,14 @@ class Assignment:
     aux_loss: scalar to add to the loss, in training; None: nothing.
 
     `token, gate = assignment` takes the first two.
+
+    >>> chosen = Assignment(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0.9, 0.6], [0.8, 0.0]]))  # 3: an empty slot
+    >>> chosen.dense(3)
+    tensor([[0.9000, 0.0000],
+            [0.6000, 0.0000],
+            [0.0000, 0.8000]])
+    >>> chosen.load(3), chosen.experts_per_token(3)
+    (tensor([2, 1]), tensor([1, 1, 1]))
     """
 
     token: Tensor
@@ -82,6 +90,12 @@ def pack(
 
     Returns:
         (e, slots), with its demand.
+
+    >>> token, expert = torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1])
+    >>> token, gate = pack(token, expert, torch.tensor([0.9, 0.8, 0.7]), n=3, e=2, slots=2)  # all want expert 1
+    >>> token
+    tensor([[3, 3],
+            [0, 1]])
 
     Raises:
         ValueError: not as many tokens as experts and gates.

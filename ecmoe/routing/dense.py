@@ -12,7 +12,7 @@ class Dense(Router):
     """All e experts on all n tokens: e times the compute of one expert, and nothing to balance or drop.
 
     Args:
-        d_model, num_experts: d, e.
+        d_model, num_experts, learned: as of any `Router`.
     """
 
     static = True

@@ -32,6 +32,12 @@ class ExpertChoice(Router):
         cap_solver: "feasible" (ours: no token over b, every expert full) or "dykstra" (the paper's).
         cutoff_beta: decay of the running cut-offs that causal routing uses.
         rounding: "exact": n c / e must be whole, as a study wants; "down": any n works, by max(1, floor(n c / e)).
+
+    >>> router = ExpertChoice(d_model=16, num_experts=4, capacity_factor=2.0)
+    >>> logits = router.logits(torch.randn(2, 8, 16))  # (..., d) -> (n, e), float32
+    >>> token, gate = router.assign(logits, batch_shape=(2, 8))
+    >>> logits.shape, token.shape  # k = n c / e = 16 x 2 / 4
+    (torch.Size([16, 4]), torch.Size([4, 8]))
     """
 
     static = True

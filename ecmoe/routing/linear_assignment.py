@@ -23,7 +23,7 @@ class LinearAssignment(Router):
     The gate is the sigmoid of the token's score for its expert (Lewis et al. 2021, section 3).
 
     Args:
-        d_model, num_experts: d, e; in training e must divide n.
+        d_model, num_experts, learned: as of any `Router`; in training e must divide n.
     """
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:

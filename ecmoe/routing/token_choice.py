@@ -27,6 +27,11 @@ class TokenChoice(Router):
         aux_loss_weight: weight of the balance loss. z_loss_weight: weight of the router z-loss (ST-MoE).
         balance: which balance: "switch" (all choices count), "first_choice" (GShard: first ones do), "importance_load"
             (V-MoE), "bias" (Wang et al. 2024: a bias on the choice, moved by sign of the load error, no loss), "none".
+        bias_rate: how far that bias moves in a step.
+
+    >>> switch = TokenChoice(d_model=16, num_experts=4, top_k=1, capacity_factor=1.25)
+    >>> switch.assign(torch.randn(16, 4)).token.shape  # ceil(1.25 x 1 x 16 / 4) slots
+    torch.Size([4, 5])
     """
 
     def __init__(

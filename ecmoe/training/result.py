@@ -59,7 +59,14 @@ class Result:
 
 def load_model(path: str | Path) -> Trunk:
     """The trained model of a run folder, in evaluation mode, its cut-offs included. It takes texts of any length: the routers
-    round k down. Raises: as `Result.load_model`."""
+    round k down.
+
+    Args:
+        path: the folder, runs/NAME.
+
+    Raises:
+        as `Result.load_model`.
+    """
     import torch
     from safetensors.torch import load_file
 

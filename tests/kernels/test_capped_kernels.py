@@ -113,7 +113,7 @@ def test_it_is_feasible_even_where_prices_and_repairs_fail(b, broken, monkeypatc
     if broken != "no prices":
         monkeypatch.setattr(kernel, "REPAIRS", 0)
     for kind in ("biased", "one row", "zero"):
-        S = scores(kind, 2, 96, 8)
+        S = scores(kind, 1, 96, 8)
         check(capped(S, 96 // 8, b), 96, 96 // 8, b)
 
 
