@@ -1,0 +1,62 @@
+"""watched and altered: the one way to see routing and the one to change it, in any order."""
+
+import pytest
+import torch
+from torch import nn
+
+from ecmoe import MoE
+from ecmoe.routing import Assignment, ExpertChoice, TokenChoice, altered, causal_routing, routers, watched
+
+D, E = 4, 4
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(MoE(ExpertChoice(D, E, 2.0), D, 8), MoE(TokenChoice(D, E, 2, 1.0), D, 8))
+    net(torch.randn(2, 8, D))
+    return net.eval()
+
+
+X = torch.randn(2, 8, D, generator=torch.Generator().manual_seed(0))
+
+
+def nobody(router, logits, **known) -> Assignment:
+    e, n = router.num_experts, len(logits)
+    return Assignment(torch.full((e, 1), n), logits.new_zeros(e, 1))
+
+
+def test_watching_sees_each_layer_in_order_and_what_it_was_given(model):
+    with watched(model) as seen:
+        model(X)
+    (logits, first), (_, second) = seen
+    torch.testing.assert_close(logits, X.view(16, D) @ model[0].router.weight)
+    assert first.load(16).tolist() == [8] * E and second.demand.sum() == 32
+    model(X)
+    assert len(seen) == 2
+
+
+def test_watching_and_altering_nest_in_any_order(model):
+    with altered(model, assign=nobody), watched(model) as inner:
+        assert not model(X).any()
+        with watched(model) as innermost, altered(model, capacity_factor=1.0):
+            model(X)
+    with watched(model) as outer, altered(model, assign=nobody):
+        model(X)
+    for seen in (inner, innermost, outer):
+        assert all(chosen.load(16).sum() == 0 for _, chosen in seen)
+    assert len(inner) == 4 and len(innermost) == len(outer) == 2
+    with watched(model) as seen:
+        model(X)
+    assert seen[0][1].load(16).sum() == 32
+
+
+def test_altered_gives_back_what_was_there_also_after_an_error(model):
+    ec, tc = routers(model)
+    with pytest.raises(KeyError), altered(model, capacity_factor=0.5, pool="sequence", assign=nobody):
+        with altered(model, capacity_factor=1.0), causal_routing(model):
+            assert ec.causal and tc.capacity_factor == 1.0
+        assert (ec.capacity_factor, ec.pool, ec.causal) == (0.5, "sequence", False)
+        raise KeyError
+    assert (ec.capacity_factor, ec.pool, tc.capacity_factor) == (2.0, "batch", 1.0)
+    assert "assign" not in vars(ec) and not hasattr(tc, "pool")
