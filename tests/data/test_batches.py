@@ -153,6 +153,14 @@ def test_other_data_are_told_by_their_source_where_it_is_here(text):
         assert not is_other_data(RunConfig(data=elsewhere), other)
 
 
+def test_a_checkpoint_of_other_tokens_is_not_gone_on_from(text):
+    text.load_state_dict(text.state_dict())
+    with pytest.raises(
+        ConfigError, match=f"has changed since the checkpoint.*was 0123 and is {text.digest}; .*runs/{text.config.name}"
+    ):
+        text.load_state_dict({"digest": "0123"})
+
+
 def test_licence_stated_after_tokenising(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("A line of text.\n\n" * 5000)

@@ -1,11 +1,13 @@
 """Classes of sequences: clusters of what comes before, known before the first token."""
 
+import itertools
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
 from ecmoe.data.clusters import BUCKETS, TextClusters, frequencies
 from ecmoe.files import ConfigError
@@ -74,6 +76,13 @@ def test_batches_of_task_level_routing_carry_them(tiny_config, router):
     for windows, tasks in (train, val):
         assert windows.shape == (8, 17) and tasks.shape == (8,)
     assert set(data.train_tasks) == {0, 1, 2, 3}  # real text has more than one kind
+    classes = TextClusters(data.train_windows, 4)
+    whole = tokens.load(data.config)
+    for ids, batches in ((whole.train, data.train_dataloader()), (whole.val, data.val_dataloader())):
+        (windows,) = whole.windows(ids, 16)
+        of = dict(zip(map(bytes, windows), classes.before(windows).tolist(), strict=True))
+        for batch, tasks in itertools.islice(batches, 2):
+            assert [of[bytes(row.tolist())] for row in batch] == tasks.tolist()
     again = TextData(tiny_config(router=router, num_tasks=4, seed=1))
     again.setup()
     assert (again.train_tasks == data.train_tasks).all()  # of the data, whatever the seed of the run
