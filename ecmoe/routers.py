@@ -37,7 +37,7 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
         return min(max(n * share.numerator // share.denominator, 1), n)
     if share > 1 or n * share < 1:
         raise ConfigError(
-            f"capacity_factor={c}: every expert would take k={float(min(share, 10**9)) * n:g} of n={n} tokens; k must lie in "
+            f"capacity_factor={c}: every expert would take k={float(min(share, 10**9)) * n:g} of n={n} tokens; k must lie in "  # type: ignore[arg-type]
             f"1..n, so capacity_factor in {e / n:g}..{e} (num_experts)"
         )
     if n * share.numerator % share.denominator:
@@ -87,6 +87,8 @@ class RouterRow:
 
 class Said:
     """The words of a label, and the keys that they are made of."""
+
+    words: list[str]
 
     def __init__(self, values: Mapping[str, Any], axes: Sequence[str]) -> None:
         self.values, self.axes, self.words = values, axes, []

@@ -45,6 +45,12 @@ class MoE(nn.Module):
         tokens: () tokens routed in it. experts_per_token: (9,) tokens by number of experts, 8 = 8 or more.
     """
 
+    router: Router
+    load: Tensor
+    demand: Tensor
+    experts_per_token: Tensor
+    tokens: Tensor
+
     def __init__(
         self, router: Router, d_model: int, d_ff: int, *, recompute: bool = False, kernels: str = "auto"
     ) -> None:
@@ -142,14 +148,14 @@ class MoE(nn.Module):
         """
         self.aux_loss, self._leaf = aux_loss if self.training else None, None
         if self.aux_loss is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.aux_loss = self._leaf = aux_loss.detach().requires_grad_()
+            self.aux_loss = self._leaf = aux_loss.detach().requires_grad_()  # type: ignore[union-attr]
 
     def _nothing(self, x: Tensor) -> Tensor:
         """(0, d) -> (0, d), with gradients of 0 for all parameters, which other ranks may wait for."""
         for buffer in (self.load, self.demand, self.experts_per_token, self.tokens):
             buffer.zero_()
         nothing = sum(p.sum() for p in self.parameters()) * 0.0
-        self._keep(nothing)
+        self._keep(nothing)  # type: ignore[arg-type]
         return x + nothing
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ class MoE(nn.Module):
         if groups <= 1:
             return self._some_experts(x, self.w1, self.w2, token, gate)
         some = (t.chunk(groups) for t in (self.w1, self.w2, token, gate))
-        return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))
+        return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))  # type: ignore[return-value]
 
     def _some_experts(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""
@@ -208,7 +214,7 @@ class MoE(nn.Module):
         mean demand. over_capacity: how far its demand exceeds an equal share, max_load - 1.
         share_0 ... share_8: share of tokens processed by that many experts (8: 8 or more).
         """
-        return {metric.name: metric.of(self) for metric in metrics.of_layers()}
+        return {metric.name: metric.of(self) for metric in metrics.of_layers()}  # type: ignore[misc]
 
 
 class _WithLoss(torch.autograd.Function):

@@ -34,20 +34,20 @@ def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle
         _untracked.discard(module)
     tracked = routers(model)
 
-    def end_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def end_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for router in tracked:
             router.end_step()
 
     return optimizer.register_step_post_hook(end_step)
 
 
-def expect_tracking(layer: nn.Module) -> None:
+def expect_tracking(layer: Any) -> None:
     """Warn when an optimiser moves a layer's experts a second time, and nobody its router's statistics."""
     if layer.router.moves:
         _untracked.add(layer)
 
 
-def _warn(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _untracked:
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}

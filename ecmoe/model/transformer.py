@@ -88,7 +88,7 @@ class Trunk(nn.Module):
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers[layer]
             x, update = block(x, update, token_ids, task_ids, mask, past)
-        return self.norm(x + update)
+        return self.norm(x + update)  # type: ignore[operator]
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -134,6 +134,8 @@ class Trunk(nn.Module):
 
 class Transformer(Trunk):
     """Decoder-only language model: (B, T) token ids -> (B, T, V) logits."""
+
+    embedding: nn.Embedding
 
     def __init__(self, config: RunConfig, token_counts: Tensor | None = None) -> None:
         super().__init__(config, nn.Embedding(config.vocab_size, config.d_model), token_counts)
@@ -196,6 +198,9 @@ class Block(nn.Module):
     The second's output is left to the next block to add: compiled, the sum is one pass with that block's norm.
     """
 
+    moe: MoE | None
+    ffn: GatedFFN | None
+
     def __init__(
         self, config: RunConfig, has_experts: bool, token_counts: Tensor | None = None, causal: bool = True
     ) -> None:
@@ -224,7 +229,7 @@ class Block(nn.Module):
         x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y), past), x)
         if self.moe is not None:  # recomputes its experts itself, and keeps the routing
             return x, self.moe(self.ffn_norm(x), token_ids, task_ids, mask)
-        return x, self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)
+        return x, self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)  # type: ignore[misc]
 
     def _maybe_recomputed(self, function, x: Tensor) -> Tensor:
         if self.recompute and self.training:
@@ -255,9 +260,9 @@ class Preset(NamedTuple):
 
 def _preset(layers: int, d: int, f: int, heads: int, experts: int, total: str, active: str) -> Preset:
     keys = dict(layers=layers, d_model=d, d_ff=f, heads=heads, sequence_length=1024, batch_size=64)
-    keys |= dict(tokenizer="bpe", vocab_size=256_000, data="c4", streaming=True)
+    keys |= dict(tokenizer="bpe", vocab_size=256_000, data="c4", streaming=True)  # type: ignore[dict-item]
     router = dict(router="expert_choice", num_experts=experts) if experts else dict(router="dense")
-    return Preset(RunConfig(**keys, **router), total, active)
+    return Preset(RunConfig(**keys, **router), total, active)  # type: ignore[arg-type]
 
 
 TABLE_1: dict[str, Preset] = {

@@ -20,6 +20,11 @@ class RunningCutoff(RunningState):
     ranks. All state is in buffers, so a checkpoint carries it.
     """
 
+    average: Tensor
+    weight: Tensor
+    pending: Tensor
+    count: Tensor
+
     def __init__(self, num_experts: int, beta: float) -> None:
         super().__init__()
         if not 0 <= beta < 1:

@@ -28,6 +28,8 @@ class ExpertThreshold(ExpertChoice):
         slack: in training an expert takes at least k / slack and at most slack k tokens, its best; ours.
     """
 
+    steps: Tensor
+
     def __init__(
         self,
         d_model: int,

@@ -22,6 +22,8 @@ class Hash(Router):
             (Roller et al., "balanced"); None: token id mod e, as in the paper's section 4.6.
     """
 
+    table: Tensor
+
     def __init__(
         self,
         d_model: int,

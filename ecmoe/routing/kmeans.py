@@ -27,6 +27,12 @@ class KMeans(Router):
         beta: decay of the averages. seed: of the first centroids.
     """
 
+    centroids: Tensor
+    sums: Tensor
+    counts: Tensor
+    pending_sums: Tensor
+    pending_counts: Tensor
+
     def __init__(
         self,
         d_model: int,

@@ -126,7 +126,7 @@ def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
 
 
-def one_of(name: str, value: Any, choices: tuple) -> Any:
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """The value, or a ValueError that names the argument, the value and what it may be."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, choices))}")

@@ -16,6 +16,6 @@ class RunningState(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and buffer.itemsize < min(4, before[name].itemsize):
-                self._buffers[name] = before[name].to(buffer.device)
+            if buffer is not None and buffer.is_floating_point() and buffer.itemsize < min(4, before[name].itemsize):  # type: ignore[union-attr]
+                self._buffers[name] = before[name].to(buffer.device)  # type: ignore[union-attr]
         return self

@@ -34,6 +34,9 @@ class TokenChoice(Router):
     torch.Size([4, 5])
     """
 
+    bias: Tensor
+    load_error: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -86,10 +89,10 @@ class TokenChoice(Router):
         chosen = pack(first.repeat(k), expert, gate[first].T.reshape(-1), n=n, e=e, slots=slots, limit=limit)
         demand = chosen.demand
         if self.gathers and self.moves:
-            self.load_error += demand.float().mean() - demand.float()
+            self.load_error += demand.float().mean() - demand.float()  # type: ignore[union-attr]
         if not self.training:
             return chosen
-        return Assignment(*chosen, demand, self._aux_loss(logits, S, noise, demand, mask))
+        return Assignment(*chosen, demand, self._aux_loss(logits, S, noise, demand, mask))  # type: ignore[arg-type, call-arg]
 
     def _aux_loss(self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None) -> Tensor:
         loss = logits.new_zeros(())
