@@ -212,6 +212,14 @@ def test_c1_half_the_steps_are_too_few():
     assert steps.unit is Unit.RATIO and 0.98 < steps.estimate < 1.0 and not steps.decides
 
 
+def test_an_interval_is_told_towards_the_side_that_is_named():
+    wide = losses(**CENTRE | {"EC-CF2 renormalized": seeds(3.600, 0.003)})
+    part = next(p for p in judged("C1", wide).parts if p.name == "EC-CF2 against Switch top-1")
+    assert part.estimate == pytest.approx(-0.05) and -0.058 < part.low < -0.052
+    low, high = -part.high, -part.low
+    assert f"ends 0.050 nats below Switch top-1 ({low:.3f} to {high:.3f}; 4 seeds)" in part.sentence
+
+
 def test_c1_is_reproduced_where_half_the_steps_do():
     fast = CENTRE | {HALF: seeds(3.601), "EC-CF2 raw, 1/2 of the steps": seeds(3.603)}
     assert judged("C1", losses(**fast)).label == REPRODUCED
@@ -493,9 +501,9 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     study(
         {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"
     )
-    study({"EC-CAP3 renormalized": math.nan}, "04_capped_experts", status="diverged")
+    study({"EC-CAP3 renormalized": 3.60}, "04_capped_experts", status="diverged")  # its last loss counts for nothing
     found = judge("C5", "gpu")
-    assert found.label == UNDECIDED and found.parts[1].label == NOT_RUN
+    assert found.label == UNDECIDED and found.parts[1].label == NOT_RUN and found.rests_on.runs == 7
     assert [f"EC-CAP3 renormalized s{seed}" for seed in range(3)] == list(found.parts[1].missing)
 
 
@@ -526,7 +534,19 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
             if how.what == "losses":
                 rows = [{"way": way, "loss": loss + 0.001 * one.seed} for way, loss in losses.items()]
                 keep_measure(one, how, {"rows": rows})
+            if how.what == "next-token":
+                told = [("as trained", 0.5), ("causally", 0.1)]
+                rows = [
+                    {"given": g, "routing": r, "bits": bits + 1.0 * (g == "unigram")}
+                    for g in ("unigram", "the model")
+                    for r, bits in told
+                ]
+                keep_measure(one, how, {"rows": rows})
     assert judge("L2", "gpu").label == REPRODUCED
+    knows = next(
+        p for p in judge("L1", "gpu").parts if p.name == "what the routing of the batch knows of the next token"
+    )
+    assert knows.estimate == pytest.approx(0.4 * math.log(2))  # nats, beyond the model's own prediction
 
     def step(arm, routing, ms):
         return {"arm": arm, "routing": routing, "ms": ms, "samples_ms": [ms, ms + 0.01, ms - 0.01]}
