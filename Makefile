@@ -10,8 +10,11 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
   $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; exit; }; done; echo no-python)
 BIN := .venv/bin
-SNAKEMAKE = $(BIN)/snakemake --cores $(JOBS) --config scale=$(SCALE)
-INDEX = $(CURDIR)/reports/$(SCALE)/index.html
+# The shell reads SCALE from its environment, whatever it holds. Snakemake keeps a cache in HOME, if that can be written.
+export SCALE
+SNAKEMAKE = test -w "$$HOME" || export XDG_CACHE_HOME='$(CURDIR)/.cache'; $(BIN)/snakemake --cores $(JOBS) --config "scale=$$SCALE"
+INDEX = "$(CURDIR)/reports/$$SCALE/index.html"
+PORT ?= 8888
 PINS := $(if $(TORCH),.venv/pins.txt,constraints.txt)
 FROM := $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 
@@ -22,15 +25,15 @@ help:
 	@echo 'make test                set up .venv, run the tests'
 	@echo 'make report              draw all pages again from finished runs; trains nothing'
 	@echo 'make check               within a minute: style, types, imports, tests that neither train nor start Python anew'
-	@echo 'make lab                 JupyterLab on this machine'
+	@echo 'make lab                 JupyterLab on this machine, at PORT=8888'
 	@echo 'make wheelhouse          collect the wheels for a machine without a network'
 	@echo 'SCALE=smoke|gpu|paper    size of the study (now: $(SCALE))'
 
 reproduce: .venv/.installed
-	@$(SNAKEMAKE); code=$$?; echo 'The reports begin at'; echo '$(INDEX)'; exit $$code
+	@$(SNAKEMAKE); code=$$?; echo 'The reports begin at'; echo $(INDEX); exit $$code
 
 report: .venv/.installed
-	@$(SNAKEMAKE) train_missing=false --forceall; code=$$?; echo '$(INDEX)'; exit $$code
+	@$(SNAKEMAKE) train_missing=false --forceall; code=$$?; echo $(INDEX); exit $$code
 
 test: .venv/.installed
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -41,7 +44,7 @@ check: .venv/.installed
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --quick
 
 lab: .venv/.installed
-	@$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+	@$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 # Everything at the tested pins. Reinstalled when they change.
 .venv/.installed: pyproject.toml constraints.txt | check-python

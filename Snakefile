@@ -1,82 +1,184 @@
-# Notebooks to pages: reports/<scale>/<notebook>.html, then the scoreboard and index.html.
+# The plan of a scale, carried out: runs with their measurements -> pages -> index.
 #
-#   snakemake                                  what is missing or older than its notebook or configs
+#   snakemake                                  what is missing, and what is older than its notebook, configs or records
 #   snakemake --config scale=gpu               another scale
 #   snakemake reports/smoke/01_convergence.html
+#   snakemake --profile profiles/slurm         each run a job of a cluster
 #
-# The flags that make it go on after a failure or a kill are in profiles/default. A page depends on its
-# notebook and its configs only; `make report` redraws all of them after a change of the package. Runs
-# are shared and locked one by one (ecmoe.training.once), so pages may ask for the same run at the same time.
+# The flags that make it go on after a failure or a kill are in profiles/default. What is missing is known from the plan
+# (ecmoe.study.plan) and from what lies in reports/<scale>; a record is never an output of a rule, since Snakemake removes
+# the outputs of a job that fails. `make report` draws all pages again after a change of the package.
+import math
+import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
-from ecmoe.study.parameters import parameter_files
+from ecmoe.study import engine, plan, steps
+from ecmoe.study.parameters import check_scale, parameter_files
 
-SCALE = config.get("scale", "smoke")
+SCALE = str(config.get("scale", "smoke"))
 TRAIN = str(config.get("train_missing", True)).lower() in ("true", "1", "yes")
-PYTHON = sys.executable
-SCOREBOARD = "12_scoreboard"
+try:
+    check_scale(SCALE)
+except ValueError as error:
+    sys.exit(f"error: {error}")
+ECMOE = f"{shlex.quote(sys.executable)} -m ecmoe"
 REPORTS = f"reports/{SCALE}"
-NAMES = [p.stem for p in sorted(Path("notebooks").glob("*.ipynb")) if Path(f"configs/{p.stem}.yaml").exists()]
-PAGES = [f"{REPORTS}/{name}.html" for name in NAMES]
-GPU = shutil.which("nvidia-smi") is not None
+SCOREBOARD = "12_scoreboard"
+ATTEMPTS = 3
 
-if not Path(f"configs/scale/{SCALE}.yaml").exists():
-    known = ", ".join(p.stem for p in sorted(Path("configs/scale").glob("*.yaml")))
-    sys.exit(f"scale={SCALE}: there is no configs/scale/{SCALE}.yaml; the scales are {known}")
+# A page's name in rules holds nothing that a shell or a pattern could read otherwise; files keep their own names.
+NAMES = {
+    re.sub(r"[^\w.-]", "-", path.stem): path.stem
+    for path in sorted(Path("notebooks").glob("*.ipynb"))
+    if Path(f"configs/{path.stem}.yaml").exists()
+}
+PAGES = {name: f"{REPORTS}/{name}.html" for name in NAMES}
+RUNS, DONE, MISSING = {}, {}, {}  # page -> names of runs; -> their files; name -> planned
+for page, stem in NAMES.items():
+    try:
+        planned = plan.plan(SCALE, [stem])
+    except (ValueError, OSError):  # the page itself says what is wrong, the others are made
+        planned = []
+    RUNS[page] = [one.name for one in planned]
+    DONE[page] = [str(file) for one in planned for file in engine.files(one, SCALE) if file.exists()]
+    MISSING |= {one.name: one for one in planned if not engine.state(one, SCALE).done}
+
+# What is timed: at scale gpu on a GPU alone.
+TIMED = {"01_convergence", "08_step_time"}  # pages that show it
+try:
+    TIMES = [str(file) for file in steps.files(SCALE)] if TIMED & set(NAMES) else []
+except (ValueError, OSError):
+    TIMES = []
+# Several runs side by side on a GPU are done sooner than one after the other. At smoke a run takes seconds, so that a
+# process does many of them.
+GPUS, PLACES = engine.places()
+CORES = workflow.cores or 2
+if "place" not in workflow.global_resources:  # --resources place=2 says otherwise
+    workflow.register_resource("place", GPUS * PLACES or CORES)
+AT_ONCE = workflow.global_resources["place"].value
+BENCH = str(engine.marker("bench", SCALE))
+MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, TIMES))
+JOBS = min(CORES, math.ceil(len(MISSING) / 8)) if SCALE == "smoke" and not GPUS else len(MISSING)
+NAMED = list(MISSING)
+BATCHES = {(batch[0] if len(batch) == 1 else f"batch-{i}"): batch for i in range(JOBS) if (batch := NAMED[i::JOBS])}
+MARKERS = {name: str(engine.marker(batch, SCALE)) for batch, names in BATCHES.items() for name in names}
+# A marker says that a job has ended, to this call alone: the next one asks the records again. A page that lacks something
+# rests on a newer file, too: Snakemake doesn't make what is missing in between for an output that is there.
+ASKED = Path(BENCH).with_name("asked")
+if workflow.is_main_process:
+    shutil.rmtree(ASKED.parent, ignore_errors=True)
+    ASKED.parent.mkdir(parents=True)
+    ASKED.write_text(str(time.time_ns()))  # it compares the content, too
 
 
-def parameters(name):
-    return [str(file) for file in parameter_files(name, SCALE, Path("configs"))]
+def sources(name):
+    """The notebook of a page, and its YAML files."""
+    stem = NAMES[name]
+    return [f"notebooks/{stem}.ipynb", *(str(file) for file in parameter_files(stem, SCALE, Path("configs")))]
 
 
-def command(name):
-    """The shell command that makes a page."""
-    flags = [f"-f {file}" for file in parameters(name)] + ["--no-train"] * (not TRAIN)
-    return f"report notebooks/{name}.ipynb {REPORTS}/{name}.html {' '.join(flags)}"
+def files(name):
+    """The YAML files of a page, with the flag of each."""
+    return [word for file in sources(name)[1:] for word in ("-f", file)]
+
+
+def results(name):
+    """What a page shows: markers of what is made before it, and files of what is there."""
+    made = {MARKERS[run] for run in RUNS[name] if run in MISSING} if TRAIN else set()
+    if NAMES[name] in TIMED:
+        made |= {BENCH} if MEASURE else {file for file in TIMES if os.path.exists(file)}
+    asked = any(file in (BENCH, *MARKERS.values()) for file in made)
+    return DONE[name] + sorted(made) + [str(ASKED)] * asked
+
+
+localrules: all, index
+ruleorder: bench > run
 
 
 rule all:
     input:
-        PAGES,  # each by name: a page that failed is missing though the index was made
+        list(PAGES.values()),  # each by name: a page that failed is missing though the index was made
         f"{REPORTS}/index.html",
+    params:
+        runs=f"{ECMOE} runs --scale {SCALE} --missing --check" if TRAIN and MISSING else "true",
+        times=TIMES if MEASURE else ["."],
+    shell:
+        "{params.runs} && ls {params.times:q} > /dev/null"
 
 
 rule index:
     input:
-        PAGES,
+        list(PAGES.values()),
     output:
         f"{REPORTS}/index.html",
     shell:
-        "{PYTHON:q} -m ecmoe index {SCALE} --reports {REPORTS}"
+        "{ECMOE} index {SCALE} --reports {REPORTS}"
 
 
 rule page:
     input:
-        notebook="notebooks/{name}.ipynb",
-        parameters=lambda wildcards: parameters(wildcards.name),
+        lambda wildcards: [file for file in sources(wildcards.name) if "{" not in file],
+        lambda wildcards: results(wildcards.name),
         # The scoreboard reads the verdicts that the other pages leave.
-        pages=lambda wildcards: [p for p in PAGES if SCOREBOARD not in p] if wildcards.name == SCOREBOARD else [],
+        lambda wildcards: [p for name, p in PAGES.items() if name != SCOREBOARD] if wildcards.name == SCOREBOARD else [],
     output:
         REPORTS + "/{name}.html",
     wildcard_constraints:
         name="[0-9][^/]*",
     params:
-        # Snakemake remembers it: a page drawn with gaps is made again when training is allowed.
-        command=lambda wildcards: command(wildcards.name),
-    # Two pages at a time on CPUs; one at a time on a GPU, by the limit in the profile.
-    threads: max(1, (workflow.cores or 2) // 2)
-    resources:
-        gpu=int(GPU),
+        notebook=lambda wildcards: sources(wildcards.name)[0],
+        # It would take such a name for a pattern.
+        changed=lambda wildcards: [os.stat(file).st_mtime_ns for file in sources(wildcards.name) if "{" in file],
+        files=lambda wildcards: files(wildcards.name),
     shell:
-        "{PYTHON:q} -m ecmoe {params.command}"
+        "{ECMOE} report {params.notebook:q} {output:q} {params.files:q} --no-train"
+
+
+rule bench:
+    output:
+        touch(BENCH),
+    threads: CORES if GPUS else 1
+    resources:
+        place=AT_ONCE if GPUS else 1,  # nothing beside it
+    shell:
+        "{ECMOE} bench all --scale {SCALE} || true"  # pages show the gap, and `all` says so
+
+
+rule run:
+    # Its runs may fail in the end: pages then show a gap, and `all` says so.
+    output:
+        touch(str(engine.marker("{batch}", SCALE))),
+    wildcard_constraints:
+        batch="[^/]+",
+    params:
+        names=lambda wildcards: BATCHES.get(wildcards.batch, [wildcards.batch]),
+        places=PLACES,
+    retries: ATTEMPTS - 1
+    threads: max(1, CORES // AT_ONCE)
+    resources:
+        attempt=lambda wildcards, attempt: attempt,
+        # One that found no memory beside others comes again with a GPU to itself, then with all of them.
+        place=lambda wildcards, attempt: min([1, PLACES, GPUS * PLACES or 1][attempt - 1], AT_ONCE),
+    shell:
+        "ECMOE_SHARING={params.places} {ECMOE} run {params.names:q} --scale {SCALE}"
+        " || test $? -eq 2 -o {resources.attempt} -ge {ATTEMPTS}"  # another try would find the same config
+
+
+onsuccess:
+    shutil.rmtree(Path(BENCH).parent, ignore_errors=True)
 
 
 onerror:
-    # A notebook failed: the others are done, and the scoreboard and the index say which one is missing.
+    # Something failed: the others are done, and the scoreboard and the index say which one is missing.
     if SCOREBOARD in NAMES:
-        shell("{PYTHON:q} -m ecmoe " + command(SCOREBOARD) + " || true")
-    shell("{PYTHON:q} -m ecmoe index {SCALE} --reports {REPORTS} || true")
+        scoreboard = ["report", f"notebooks/{SCOREBOARD}.ipynb", PAGES[SCOREBOARD], *files(SCOREBOARD), "--no-train"]
+        subprocess.run([sys.executable, "-m", "ecmoe", *scoreboard])
+    subprocess.run([sys.executable, "-m", "ecmoe", "index", SCALE, "--reports", REPORTS])
     for page in sorted(Path(REPORTS).glob("*.failed.html")):
         print(f"failed: {page.name.removesuffix('.failed.html')}, see {page}", file=sys.stderr)

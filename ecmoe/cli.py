@@ -70,6 +70,7 @@ def runs(
     scale: Scale = "gpu",
     missing: Annotated[bool, typer.Option("--missing", help="only those that are not done")] = False,
     names: Annotated[bool, typer.Option("--names", help="only their names, one a line, as for xargs")] = False,
+    check: Annotated[bool, typer.Option("--check", help="exit with 1 if any is not done")] = False,
     part: Annotated[str, typer.Option(help="this share of the plan: 2/3, the second of three machines")] = "1/1",
     arm: Annotated[list[str] | None, typer.Option(help="only arms whose name begins so, such as Hash")] = None,
     train_them: Annotated[
@@ -83,15 +84,14 @@ def runs(
     Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
     """
     from ecmoe.study import engine
-    from ecmoe.study.plan import plan
+    from ecmoe.study.plan import plan, sound
 
     with _one_line(ConfigError, OSError, ValueError):
         if not train_them and (jobs > 1 or within < math.inf):
             raise ValueError("--jobs and --within must come with --train, as nothing is trained without it")
         first, count = _part(part)
-        wanted = [
-            one for one in plan(scale, pages or ()) if not arm or any(name.startswith(tuple(arm)) for name in one.arms)
-        ]
+        planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
+        wanted = [one for one in planned if not arm or any(name.startswith(tuple(arm)) for name in one.arms)]
         states = [(one, engine.state(one, scale)) for one in wanted[first::count]]
     left = [one for one, state in states if not state.done]
     if train_them:
@@ -102,6 +102,12 @@ def runs(
             typer.echo(one.name if names else f"{where:78} {one.name:46} {state}")
     if not names:
         typer.echo(f"{len(left)} of {len(states)} missing")
+    for error in wrong.values():
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    if wrong:
+        raise typer.Exit(2)
+    if check and left:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -114,19 +120,15 @@ def run(
 ) -> None:
     """Train runs of the plan, or load them, and take the measurements that pages want of them.
 
-    Leaves reports/SCALE/runs/NAME.json and reports/SCALE/measures/NAME/*.json. The exit code is 1 if any failed.
+    Leaves reports/SCALE/runs/NAME.json and reports/SCALE/measures/NAME/*.json. The exit code is 1 if any failed, 2 if it
+    will always fail, since something in its config can't be.
     """
     from ecmoe.study import engine
-    from ecmoe.study.plan import plan
+    from ecmoe.study.plan import sound
 
     with _one_line(ConfigError, OSError, ValueError):
-        wanted = engine.find(plan(scale), names)
-    failed = 0
-    for one, said, well in engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"):
-        typer.echo(f"{one.pages[0]} {one.arms[0]} s{one.seed}  {one.name}  {' '.join(said.split())}")
-        failed += not well
-    if failed:
-        raise typer.Exit(1)
+        wanted = engine.find(sound(scale)[0], names)
+    raise typer.Exit(engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"))
 
 
 @app.command()

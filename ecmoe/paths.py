@@ -34,8 +34,8 @@ def root() -> Path:
 
 
 def configs() -> Path:
-    """Scales, arms, pages and the protocol: of the checkout that holds this package, wherever runs are kept."""
-    return Path(__file__).resolve().parents[1] / "configs"
+    """Scales, arms, pages and the protocol: $ECMOE_CONFIGS, else of the checkout that holds this package."""
+    return Path(os.environ.get("ECMOE_CONFIGS") or Path(__file__).resolve().parents[1] / "configs")
 
 
 def runs() -> Path:
@@ -51,6 +51,11 @@ def cache() -> Path:
 def records(scale: str) -> Path:
     """Small records of the runs at `scale`."""
     return root() / "reports" / scale / "runs"
+
+
+def continual(scale: str) -> Path:
+    """The same of continual learning, whose runs have settings of their own."""
+    return root() / "reports" / scale / "continual"
 
 
 def measures(scale: str) -> Path:

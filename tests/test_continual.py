@@ -270,11 +270,11 @@ def test_a_run_that_breaks_off_leaves_nothing(monkeypatch):
     monkeypatch.setattr(continual_runs, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         continual.run_or_load(settings)
-    assert not list(continual.records("smoke").glob(f"{settings.name}*.json*"))
+    assert not list(paths.runs().glob(f"continual/{settings.name}*.json*"))
     monkeypatch.setattr(continual_runs, "run", lambda settings: 1 / 0)
     (result,) = continual.run_study({**FAST, "seed": 77}, [77], approaches=["expert_gate"])["Expert Gate"]
     assert result.summary["status"] == "failed" and "ZeroDivisionError" in result.summary["error"]
-    assert not list(continual.records("smoke").glob(f"{settings.name}*.json*"))
+    assert not list(paths.runs().glob(f"continual/{settings.name}*.json*"))
 
 
 def test_records_lie_in_a_folder_of_their_own(study, monkeypatch, tmp_path):
@@ -282,6 +282,8 @@ def test_records_lie_in_a_folder_of_their_own(study, monkeypatch, tmp_path):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))  # other tests leave records in theirs
     monkeypatch.setattr(continual_runs, "_summary", lambda settings: result.summary)
     continual.run_or_load(Settings(**FAST), scale="gpu")
+    assert not (paths.root() / "reports").exists()  # by hand
+    continual.run_or_load(Settings(**FAST), scale="gpu", keep=True)
     (path,) = (paths.root() / "reports/gpu/continual").glob("*.json")
     assert continual.records("gpu") == path.parent != paths.records("gpu") and load_records(paths.records("gpu")) == []
     assert set(json.loads(path.read_text())) == {"summary", "curve", "check"}

@@ -1,5 +1,6 @@
 """The real Snakefile over tiny notebooks: what is remade, what is not, what a failure and a kill leave."""
 
+import html
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ def write_notebook(folder: Path, name: str, code: str = "") -> None:
         ),
         nbformat.v4.new_code_cell(RAN.format(name=name) + "\nprint('value is', value, 'training', train_missing)"),
         nbformat.v4.new_code_cell(code),
+        nbformat.v4.new_markdown_cell("It reads `value`."),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
 
@@ -44,6 +46,7 @@ def project(tmp_path_factory) -> Path:
     (folder / "notebooks").mkdir()
     (folder / "configs" / "scale").mkdir(parents=True)
     (folder / "configs/scale/smoke.yaml").write_text("scale: smoke\nseeds: [0]\nbase: {steps: 1}\n")
+    (folder / "configs/arms.yaml").write_text("EC: {}\n")
     for name, code in (("00_a", ""), ("01_b", WAITS), ("12_scoreboard", "")):
         write_notebook(folder, name, code)
         (folder / f"configs/{name}.yaml").write_text("value: 1\n")
@@ -55,7 +58,7 @@ def start(project: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         command,
         cwd=project,
-        env=os.environ | {"ECMOE_HOME": str(project)},
+        env=os.environ | {"ECMOE_HOME": str(project), "ECMOE_CONFIGS": str(project / "configs")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -132,8 +135,64 @@ def test_pipeline_from_a_kill_to_a_failure(project):
 
 
 def test_unknown_scale_is_named(project):
-    code, output, _ = snakemake(project, "--config", "scale=huge")
-    assert code != 0 and "scale=huge" in output and "the scales are smoke" in output
+    for scale in ("huge", "../scale/smoke", "$(touch hacked)"):
+        code, output, _ = snakemake(project, "--config", f"scale={scale}")
+        assert code != 0 and f"scale={scale!r}: must be one of smoke" in output and "Traceback" not in output
+    assert not (project / "hacked").exists()
+
+
+@pytest.fixture
+def study(tmp_path, tiny_config) -> Path:
+    """A page that rests on two runs, of which one can't be trained, beside pages with all that can be wrong."""
+    shutil.copy(CHECKOUT / "Snakefile", tmp_path)
+    shutil.copytree(CHECKOUT / "profiles", tmp_path / "profiles")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "configs" / "scale").mkdir(parents=True)
+    base = tiny_config(steps=2, eval_every=2).to_dict()
+    base = {key: base[key] for key in base if key not in ("seed", "router")}
+    (tmp_path / "configs/scale/smoke.yaml").write_text(yaml.safe_dump({"scale": "smoke", "seeds": [0], "base": base}))
+    (tmp_path / "configs/arms.yaml").write_text("EC: {}\nLost: {data: absent/text.txt}\n")
+    pages = {
+        "01_runs": "arms: [EC, Lost]\nmeasures: {losses: {arms: [EC], pools: [sequence]}}",
+        "02_$(touch hacked) {x} 'y'": "value: 1",
+        "04_no_json": "value: 1",
+        "05_no_yaml": "value: [1",
+        "06_unknown_arm": "arms: [ECC]",
+        "07_unknown_parameter": "value: 1\nvalu: 2",
+    }
+    for name, text in pages.items():
+        write_notebook(tmp_path, name)
+        (tmp_path / f"configs/{name}.yaml").write_text(text + "\n")
+    (tmp_path / "notebooks/04_no_json.ipynb").write_text("{")
+    return tmp_path
+
+
+def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
+    code, output, ran = snakemake(study)
+    assert code != 0 and not (study / "hacked").exists(), output
+    assert ran == sorted(["01_runs", "02_$(touch", "hacked)", "{x}", "'y'"]), output
+    for name in ("01_runs", "02_--touch-hacked---x---y-", "index"):
+        assert page(study, name).exists(), output
+    for name in ("04_no_json", "05_no_yaml", "06_unknown_arm", "07_unknown_parameter"):
+        assert f"failed: {name}, see" in output and f"{name}.failed.html" in page(study, "index").read_text()
+    assert "no arm 'ECC': did you mean 'EC'?" in html.unescape(page(study, "06_unknown_arm.failed").read_text())
+    assert "absent/text.txt" in output  # of the run that failed
+    assert len(list((study / "reports/smoke/runs").glob("*.json"))) == 1
+    assert len(list((study / "reports/smoke/measures").glob("*/losses-*.json"))) == 1
+    shown = page(study, "01_runs").stat().st_mtime
+
+    (study / "configs/arms.yaml").write_text("EC: {}\nLost: {router: dense}\n")  # now it can be trained
+    code, output, ran = snakemake(study, "reports/smoke/01_runs.html")
+    assert (code, ran) == (0, ["01_runs"]), output
+    assert (
+        len(list((study / "reports/smoke/runs").glob("*.json"))) == 2 and page(study, "01_runs").stat().st_mtime > shown
+    )
+    assert not list((study / ".cache/engine").rglob("*.done"))
+    code, output, ran = snakemake(study, "reports/smoke/01_runs.html")
+    assert (code, ran) == (0, []), output
+    (study / "configs/06_unknown_arm.yaml").write_text("arms: [EC]\nseeds: [1]\n")
+    code, output, _ = snakemake(study, "--profile", "profiles/slurm", "--dry-run", "reports/smoke/06_unknown_arm.html")
+    assert code == 0 and "run" in output, output
 
 
 def test_every_notebook_has_its_config():

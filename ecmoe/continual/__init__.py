@@ -1,26 +1,24 @@
-"""Continual learning: tasks arrive in sequence. Expert Gate, one expert a task, beside one network with and without experts."""
+"""Continual learning: tasks arrive in sequence. Expert Gate, one expert a task, beside one network with and without experts.
 
-from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, probabilities, relatedness
-from ecmoe.continual.learning import final_accuracy, forgetting, run, split
-from ecmoe.continual.patchnet import PatchNet
-from ecmoe.continual.runs import (
-    ORACLE,
-    by_approach,
-    by_task,
-    compare,
-    mean_matrix,
-    origins,
-    records,
-    retained,
-    run_or_load,
-    run_study,
-    table,
-    with_oracle,
-)
-from ecmoe.continual.settings import APPROACHES, Settings
+Public names are loaded on first use, so that settings can be planned without torch."""
 
-__all__ = [
-    "APPROACHES", "ORACLE", "ExpertGate", "Gate", "PatchNet", "Settings", "by_approach", "by_task", "compare",
-    "final_accuracy", "fit", "forgetting", "mean_matrix", "origins", "probabilities", "records", "relatedness", "retained",
-    "run", "run_or_load", "run_study", "split", "table", "with_oracle",
-]  # fmt: skip
+from importlib import import_module
+
+_HOME = {
+    "expert_gate": ("ExpertGate", "Gate", "fit", "probabilities", "relatedness"),
+    "learning": ("final_accuracy", "forgetting", "run", "split"),
+    "patchnet": ("PatchNet",),
+    "runs": (
+        "ORACLE", "by_approach", "by_task", "compare", "mean_matrix", "origins", "records", "retained", "run_or_load", "run_study",
+        "table", "with_oracle",
+    ),
+    "settings": ("APPROACHES", "Settings"),
+}  # fmt: skip
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE)
+
+
+def __getattr__(name: str):
+    if name in _MODULE:
+        return getattr(import_module(f"ecmoe.continual.{_MODULE[name]}"), name)
+    raise AttributeError(f"module 'ecmoe.continual' has no attribute {name!r}")

@@ -25,17 +25,18 @@ from ecmoe.training.result import Result, read_record, write_record
 ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
 
 
-def run_or_load(settings: Settings, *, scale: str = "smoke", train: bool = True) -> Result:
+def run_or_load(settings: Settings, *, scale: str = "smoke", train: bool = True, keep: bool = False) -> Result:
     """The result of a run: kept from an earlier call, or computed now.
 
     Args:
-        scale: at smoke it is kept in runs/continual, else in reports/<scale>/continual, to be committed.
-        train: False: what is missing comes back as "not run".
+        scale: whose records are looked at first. train: False: what is missing comes back as "not run".
+        keep: in reports/<scale>/continual, as the engine does; else in runs/continual.
 
     Returns:
         a Result without curve or weights. Its record is written last and by rename: it is there whole, or not at all.
     """
-    path = records(scale) / f"{settings.name}.json"
+    places = [folder / f"{settings.name}.json" for folder in (records(scale), paths.runs() / "continual")]
+    path = next((place for place in places[: 2 - keep] if place.exists()), places[1 - keep])
     if path.exists():
         return read_record(path)
     if not train:
@@ -49,7 +50,7 @@ def run_or_load(settings: Settings, *, scale: str = "smoke", train: bool = True)
 
 def records(scale: str) -> Path:
     """The folder of this study's records: never that of the runs that have a RunConfig."""
-    return paths.runs() / "continual" if scale == "smoke" else paths.root() / "reports" / scale / "continual"
+    return paths.continual(scale)
 
 
 def run_study(settings: Mapping[str, Any], seeds: Sequence[int], *, approaches: Sequence[str] = tuple(APPROACHES),

@@ -16,9 +16,12 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import CaselessStrEnum, default
 
+from ecmoe import paths
+from ecmoe.files import ConfigError
 from ecmoe.report.render import render
 from ecmoe.report.scoreboard import verdict_folder
-from ecmoe.study.parameters import check_parameters, merge_parameters
+from ecmoe.study.parameters import ParameterError, check_parameters, merge_parameters, merged
+from ecmoe.study.plan import of_page
 
 
 class ReportError(RuntimeError):
@@ -49,6 +52,16 @@ class _ThisPython(AsyncKernelManager):
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
+def _read(notebook: Path) -> Any:
+    try:
+        return nbformat.read(notebook, as_version=4)
+    except Exception as error:  # nbformat has no error of its own for all that JSON can be
+        raise ReportError(
+            f"{notebook} can't be read ({type(error).__name__}: {error}): it must be a notebook, such as "
+            "notebooks/01_convergence.ipynb"
+        ) from error
+
+
 def execute(
     notebook: str | Path,
     out_html: str | Path,
@@ -74,20 +87,26 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
 
     notebook, out_html = Path(notebook), Path(out_html)
-    values = merge_parameters(parameter_files) | dict(parameters or {})
-    if train_missing is not None:
-        values["train_missing"] = train_missing
+    failed_html = out_html.with_suffix(".failed.html")
     try:
-        source = nbformat.read(notebook, as_version=4)
-    except Exception as error:  # nbformat has no error of its own for all that JSON can be
-        raise ReportError(
-            f"{notebook} can't be read ({type(error).__name__}: {error}): it must be a notebook, such as "
-            "notebooks/01_convergence.ipynb"
-        ) from error
-    check_parameters(source, values, notebook.name)
+        values = merged(merge_parameters(parameter_files), parameters or {})
+        if train_missing is not None:
+            values["train_missing"] = train_missing
+        source = _read(notebook)
+        check_parameters(source, values, notebook.name)
+        if (paths.configs() / f"{notebook.stem}.yaml").exists():
+            of_page(notebook.stem, values.get("scale", "smoke"), values)  # an arm that can't be is named at once
+    except (ReportError, ConfigError, ParameterError) as error:  # the list of pages names it, too
+        if notebook.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                empty = Path(folder) / "empty.ipynb"
+                nbformat.write(
+                    nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {notebook.stem}")]), empty
+                )
+                render(empty, failed_html, error={"where": notebook.name, "what": str(error), "cell": None})
+        raise
     out_html.parent.mkdir(parents=True, exist_ok=True)
     _forget(notebook.stem, str(values.get("scale", "")))
-    failed_html = out_html.with_suffix(".failed.html")
     total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
 
     def say(cell: Any, cell_index: int, **_: Any) -> None:
@@ -95,11 +114,11 @@ def execute(
             print(f"[{notebook.stem}] cell {cell_index + 1}/{total}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        executed = Path(folder) / notebook.name
+        executed = Path(folder) / "executed.ipynb"
         try:
             os.environ["ECMOE_NOTEBOOK"] = notebook.stem  # whose verdicts the kernel records
             papermill.execute_notebook(
-                notebook,
+                source,  # not its path, in which papermill would fill in {names}
                 executed,
                 values,
                 kernel_name="python3",

@@ -111,5 +111,5 @@ def _shares(notebook: str, scale: str) -> tuple[Plot, str]:
 PICTURES: dict[str, tuple[str, Callable[[str, str], tuple[Plot, str]]]] = {
     "evidence": ("01_convergence", _ends),
     "causality": ("09_causality", _leaks),
-    "speed": (speed.NOTEBOOK, _shares),
+    "speed": (speed.SPEED, _shares),
 }

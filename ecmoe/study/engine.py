@@ -8,18 +8,19 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ecmoe import paths
-from ecmoe.files import ConfigError
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.measures import Measurement
-from ecmoe.study.plan import Planned
+from ecmoe.study.plan import Planned, record
 
 DONE = ("finished", "diverged")  # a run that diverged is a finding: nothing is left to do
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -42,11 +43,16 @@ class State(NamedTuple):
         return f"to measure: {', '.join(how.name for how in self.lacking)}" if self.lacking else "there"
 
 
+def files(one: Planned, scale: str) -> list[Path]:
+    """Where a planned run and its measurements are kept, once they are there."""
+    kept = paths.measures(scale) / one.name
+    return [record(one, scale), *(kept / f"{how.name}.json" for how in one.measures)]
+
+
 def state(one: Planned, scale: str) -> State:
     """What is there, by names of files alone: `ecmoe run` reads them."""
-    kept = paths.measures(scale) / one.name
-    there = (paths.records(scale) / f"{one.name}.json").exists()
-    lacking = tuple(how for how in one.measures if not (kept / f"{how.name}.json").exists())
+    there, *measured = (path.exists() for path in files(one, scale))
+    lacking = tuple(how for how, kept in zip(one.measures, measured, strict=True) if not kept)
     return State(there, () if there and lacking and _diverged(one, scale) else lacking)
 
 
@@ -54,7 +60,7 @@ def _diverged(one: Planned, scale: str) -> bool:
     """Then it has no weights that could be measured."""
     from ecmoe.training.result import read_record
 
-    return read_record(paths.records(scale) / f"{one.name}.json").summary["status"] == "diverged"
+    return read_record(record(one, scale)).summary["status"] == "diverged"
 
 
 def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
@@ -73,12 +79,16 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
     failed = []
     with lock(one.name):
         try:
+            if not isinstance(one.config, RunConfig):
+                from ecmoe.continual import run_or_load as learn
+
+                return learn(one.config, scale=scale, keep=True).summary["status"]
             result = run_or_load(one.config, records=paths.records(scale))
         except Exception as error:  # its folder keeps it, too
             return f"failed: {type(error).__name__}: {error}"
         status = result.summary["status"]
         if status == "diverged":
-            write_record(paths.records(scale) / f"{one.name}.json", result)
+            write_record(record(one, scale), result)
         for how in one.measures:
             try:
                 measure(result, how, scale=scale, keep=True)
@@ -112,6 +122,16 @@ def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
     return found
 
 
+def places() -> tuple[int, int]:
+    """GPUs of this machine that may be used, and how many runs share one ($ECMOE_SLOTS); no torch is imported."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        chosen = ",".join(line for line in listed.stdout.splitlines() if line.startswith("GPU "))
+    gpus = len([gpu for gpu in (chosen or "").split(",") if gpu.strip() not in ("", "-1")])
+    return gpus, int(os.environ.get("ECMOE_SLOTS", "4")) if gpus else 1
+
+
 def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: float = float("inf")) -> int:
     """Carry out all of it: by Snakemake, or one after the other where there is none. Returns an exit code.
 
@@ -121,7 +141,7 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: flo
     if not planned:
         return 0
     if importlib.util.find_spec("snakemake") and (CHECKOUT / "Snakefile").exists():
-        command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"slot={jobs}"]
+        command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"place={jobs}"]
         command += ["--config", f"scale={scale}", "--", *(str(marker(one.name, scale)) for one in planned)]
         with subprocess.Popen(command, cwd=CHECKOUT) as process:
             try:
@@ -129,22 +149,27 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: flo
             except subprocess.TimeoutExpired:  # what is at work ends well, and is kept
                 process.send_signal(signal.SIGTERM)
                 return process.wait()
-    return max(
-        (0 if ok else 1 for _, _, ok in in_turn(planned, scale, deadline=time.monotonic() + 60 * minutes)), default=0
-    )
+    return in_turn(planned, scale, keep_weights=scale == "smoke", deadline=time.monotonic() + 60 * minutes)
 
 
 def in_turn(
     planned: Iterable[Planned], scale: str, *, keep_weights: bool = True, deadline: float = float("inf")
-) -> Iterator[tuple[Planned, str, bool]]:
-    """One after the other: each with what `carry_out` says, as they end, and whether that is well."""
+) -> int:
+    """One after the other, a line on each as it ends; returns an exit code.
+
+    0: each is done. 1: one failed, and may go well another time. 2: what failed can't be, by its config.
+    """
+    failed = set()
     for one in planned:
         if time.monotonic() > deadline:
-            return
-        said = carry_out(one, scale, keep_weights=keep_weights)
-        yield one, said, said in DONE
+            break
+        said = " ".join(carry_out(one, scale, keep_weights=keep_weights).split())
+        print(f"{one.pages[0]} {one.arms[0]} s{one.seed}  {one.name}  {said}", flush=True)
+        if said not in DONE:
+            failed.add(2 if said.startswith("failed: ConfigError") else 1)
+    return min(failed, default=0)
 
 
 def marker(name: str, scale: str) -> Path:
-    """The file that says to Snakemake that a run is done. The record is the truth; this one goes when it is read."""
-    return Path(os.path.relpath(paths.cache() / "engine" / scale / f"{name}.done", CHECKOUT))
+    """The file that says to Snakemake that a run is done. The record is the truth; this one is gone at the end."""
+    return paths.cache() / "engine" / scale / f"{name}.done"

@@ -18,6 +18,7 @@ from typing import Any
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.continual.settings import APPROACHES, Settings
 from ecmoe.measures import Measurement, measurements
 from ecmoe.study import arms
 from ecmoe.study.parameters import ParameterError, check_scale, merge_parameters, merged, parameter_files
@@ -30,7 +31,7 @@ class Planned:
     """A run of the plan: who wants it, under which names, and what is to be measured on it."""
 
     name: str  # of run and record: slug and digest
-    config: RunConfig
+    config: RunConfig | Settings
     pages: tuple[str, ...]
     arms: tuple[str, ...]
     seed: int
@@ -50,6 +51,18 @@ def plan(scale: str, pages: Sequence[str] = ()) -> list[Planned]:
             before = found.get(one.name)
             found[one.name] = one if before is None else _both(before, one)
     return list(found.values())
+
+
+def sound(scale: str) -> tuple[list[Planned], dict[str, Exception]]:
+    """The plan of all pages that can be planned, and what is wrong with the others: one of them stops no other's runs."""
+    good, wrong = [], {}
+    for page in pages(scale):
+        try:
+            of_page(page, scale)
+            good.append(page)
+        except (ConfigError, ParameterError, OSError) as error:
+            wrong[page] = error
+    return plan(scale, good) if good else [], wrong
 
 
 def pages(scale: str) -> list[str]:
@@ -85,6 +98,10 @@ def _planned(page: str, values: Keys, scale: str) -> Iterator[Planned]:
         for config in by_seed:
             of_seed = tuple(wanted.get((arm, config.seed), ()))
             yield Planned(config.name, config, (page,), (arm,), config.seed, of_seed)
+    for approach, label in APPROACHES.items() if "settings" in values else ():  # continual learning's
+        for seed in seeds:
+            settings = Settings.from_dict({**values["settings"], "approach": approach, "seed": seed})
+            yield Planned(settings.name, settings, (page,), (label,), seed)
 
 
 def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
@@ -164,4 +181,5 @@ def _known(scale: str, asked: Sequence[str]) -> list[str]:
 
 def record(one: Planned, scale: str) -> Path:
     """Where the run's record is kept, once it is there."""
-    return paths.records(scale) / f"{one.name}.json"
+    folder = paths.records(scale) if isinstance(one.config, RunConfig) else paths.continual(scale)
+    return folder / f"{one.name}.json"

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ecmoe import paths
 from ecmoe.bench import clock
 from ecmoe.bench import layer as bench
 from ecmoe.bench.growth import bench_growth
@@ -23,12 +24,10 @@ from ecmoe.config import RunConfig
 from ecmoe.files import read_json
 from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.stats import Effect, interval
-from ecmoe.study.steps import folder, study_arms, study_file
+from ecmoe.study.steps import SPEED, folder, layer_file, study_arms, study_file
 
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any] | None]
-
-NOTEBOOK = "08_step_time"
 
 
 def jobs(
@@ -72,7 +71,7 @@ def plan(scale: str) -> dict[str, Any]:
     Raises:
         ParameterError: no such scale; or this is no checkout, which has the configs.
     """
-    return {"step_sizes": {}} | merge_parameters(parameter_files(NOTEBOOK, scale)) | {"study_arms": study_arms(scale)}
+    return {"step_sizes": {}} | merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
 
 
 def take(
@@ -94,13 +93,18 @@ def take(
 
 
 def measured(wanted: Mapping[str, Job], *, scale: str, measure: bool = True) -> dict[str, dict[str, Any] | None]:
-    """Each job's rows and attributes, measured now where it is missing and this machine may; else None."""
+    """Each job's rows and attributes, measured now where it is missing and this machine may; else None.
+
+    What is measured here lies in runs/bench; only the engine's `ecmoe bench all` writes to reports.
+    """
+    places = folder(scale), paths.runs() / "bench" / scale
+    kept = {name: [place / f"{name}.json" for place in places] for name in wanted}
     if measure and (scale == "smoke" or torch.cuda.is_available()):
-        for _, outcome in take(wanted, folder(scale)):
+        missing = {name: job for name, job in wanted.items() if not any(path.exists() for path in kept[name])}
+        for _, outcome in take(missing, places[1]):
             if isinstance(outcome, Exception):
                 raise outcome
-    files = {name: folder(scale) / f"{name}.json" for name in wanted}
-    return {name: read_json(path) if path.exists() else None for name, path in files.items()}
+    return {name: next((read_json(p) for p in found if p.exists()), None) for name, found in kept.items()}
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
@@ -116,11 +120,6 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
     table = rows.set_index("arm").reindex(list(arms))
     table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench all --only study`)")
     return table
-
-
-def layer_file(size: str) -> str:
-    """The name of a layer's file."""
-    return "layer-" + "".join(letter if letter.isalnum() else "-" for letter in size.lower())
 
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:

@@ -19,9 +19,25 @@ from ecmoe.study.plan import arms_of, configs
 STUDY = "01_convergence"  # whose claims are about seconds, too
 
 
+SPEED = "08_step_time"
+
+
 def folder(scale: str) -> Path:
-    """Where measurements of a scale are kept."""
-    return paths.runs() / "bench" if scale == "smoke" else paths.root() / "reports" / scale / "bench"
+    """Where the engine keeps what was timed at a scale."""
+    return paths.root() / "reports" / scale / "bench"
+
+
+def files(scale: str) -> list[Path]:
+    """Where all that pages of a scale want timed is kept, once it is there: `speed.jobs` takes each."""
+    wanted = merge_parameters(parameter_files(SPEED, scale))
+    names = [layer_file(size) for size in wanted["layer_sizes"]] + ["auto"] * bool(wanted.get("auto_sizes"))
+    names += [study_file(study_arms(scale)), "step", "step-bf16", "growth", "profile"]
+    return [folder(scale) / f"{name}.json" for name in names]
+
+
+def layer_file(size: str) -> str:
+    """The name of a layer's file."""
+    return "layer-" + "".join(letter if letter.isalnum() else "-" for letter in size.lower())
 
 
 def study_arms(scale: str) -> dict[str, RunConfig]:

@@ -67,7 +67,7 @@ def test_what_is_there_and_what_is_missing(project):
     assert call("runs", "--names", "--arm", "Lo").stdout.split() == [lost]
     ran = call("run", first, second, lost)
     lines = ran.stdout.splitlines()
-    assert ran.exit_code == 1 and len(lines) == 3  # one that fails stops no other
+    assert ran.exit_code == 2 and len(lines) == 3  # one that fails stops no other
     assert lines[0].endswith("finished") and lines[1].endswith("finished") and "absent/text.txt" in lines[2]
     assert call("runs", "--missing", "--names").stdout.split() == [lost]
     assert [read_record(paths.records("gpu") / f"{name}.json").ok for name in (first, second)] == [True, True]
@@ -147,7 +147,7 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
         call("runs", "--train", "--within", "-1").exit_code == 0
         and not plan.record(plan.plan("gpu")[2], "gpu").exists()
     )
-    assert call("runs", "--train").exit_code == 1
+    assert call("runs", "--train").exit_code == 2
 
 
 def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):

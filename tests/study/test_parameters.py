@@ -9,6 +9,7 @@ from ecmoe.study.parameters import (
     check_scale,
     merge_parameters,
     notebook_parameters,
+    page_parameters,
     parameter_files,
 )
 
@@ -76,3 +77,39 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
         check_parameters(made, {"fail": "yes"}, "x.ipynb")
     with pytest.raises(ParameterError, match="no cell tagged"):
         check_parameters(notebook("x = 1", tag="other"), {"x": 2}, "x.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"scale": "gpuu"}, "scale='gpuu': must be one of gpu, paper, smoke"),
+        ({"scale": 3}, "scale=3: must be one of"),
+        ({"train_missing": "false"}, "train_missing='false' must be a bool"),
+        ({"seeds": 3}, "seeds=3 must be a list, such as"),
+        ({"arms": 5}, "arms=5 must be a list"),
+        ({"base": [1]}, "base=[1] must be `key: value` lines"),
+        ({"sed": [3]}, "has no parameter 'sed' (given: [3]): did you mean seeds?"),
+        ({"factor": 4}, "has no parameter 'factor'"),
+    ],
+)
+def test_what_a_notebook_is_given_is_checked_before_any_work(given, said):
+    with pytest.raises(ParameterError) as error:
+        page_parameters("03_capacity_factor", given)
+    assert said in str(error.value)
+
+
+def test_what_a_notebook_is_given_wins_over_its_files():
+    unset = {"scale": "smoke", "seeds": None, "arms": None, "_private": 3, "SHARES": ["share_0"], "pytest": pytest}
+    values = page_parameters("03_capacity_factor", unset)
+    assert values["seeds"] == [0] and values["train_missing"] is True and "Switch top-1" in values["arms"]
+    assert values["base"]["data"] == "stdlib" and set(values) <= {"scale", "seeds", "base", "arms", "train_missing"}
+    changed = page_parameters(
+        "03_capacity_factor", {"seeds": [5], "base": {"steps": 7}, "arms": {"mine": {"top_k": 1}}}
+    )
+    assert (
+        changed["seeds"] == [5]
+        and changed["base"] == values["base"] | {"steps": 7}
+        and list(changed["arms"]) == ["mine"]
+    )
+    late = {"rows": [1], "seeds": [5]}  # what a notebook has made by now
+    assert page_parameters("03_capacity_factor", late, unknown=False)["seeds"] == [5]
