@@ -63,7 +63,7 @@ def _sum(x: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor
             if z.is_cuda and z.dtype != wide:
                 torch.addmm(dw, z.T, x[part], out_dtype=wide, out=dw)
             else:
-                dw += z.T @ x[part]
+                dw += z.T.to(wide) @ x[part].to(wide)
     return losses.sum(), dx, dw.to(weight.dtype)
 
 

@@ -39,9 +39,8 @@ def capped_top_k(
         k: tokens of an expert. b: the most experts of a token.
         solver: "feasible": exactly k and at most b, the sum of the chosen scores within 1% of the largest;
             "dykstra": the paper's entropy-regularised programme cut off at 100 iterations (see `Dykstra`).
-        valid: (g, m) bool, False for padding. A pool then has `target` tokens an expert, its first places; what follows
-            is filler.
-        target: (g,) at most k; None: floor(k valid / m).
+        valid: (g, m) bool, False for padding. A pool then has `target` (g,) tokens an expert, at most k, in its first
+            places; what follows is filler.
         kernels: who computes, see `MoE`. The kernels take float32 scores without padding; their sum is within 1% of
             the largest too but where tokens fall into a few kinds of exactly equal scores, which may cost 10%.
 
@@ -66,8 +65,7 @@ def capped_top_k(
             I = ours.capped(S, k, b)  # noqa: E741
             return scores.gather(2, I), I
     if valid is None:
-        valid = torch.ones(g, m, dtype=torch.bool, device=S.device)
-    target = valid.sum(1) * k // m if target is None else target  # (g,)
+        valid, target = S.new_ones(g, m, dtype=torch.bool), torch.full((g,), k, device=S.device)
     with torch.no_grad():
         if solver == "dykstra":
             A = dykstra(S, target, b, valid)

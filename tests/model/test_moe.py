@@ -192,6 +192,13 @@ def test_routing_is_float32_under_bfloat16(dtype):
     assert torch.equal(seen[0], x @ moe.router.weight.float())
 
 
+def test_a_layer_of_ones_own_starts_by_fan_in():
+    moe = MoE(ExpertChoice(48, 8), 48, 80)
+    assert moe.w1.std().item() == pytest.approx(48**-0.5, rel=0.05)
+    assert moe.w2.std().item() == pytest.approx(80**-0.5, rel=0.05)
+    assert moe.router.weight.std().item() == pytest.approx(48**-0.5, rel=0.15)
+
+
 def test_a_router_of_another_width_is_refused():
     with pytest.raises(ValueError, match="d_model=16"):
         MoE(ExpertChoice(D, E), 16, FF)

@@ -49,6 +49,32 @@ def test_gated_ffn_is_gelu_gated():
     torch.testing.assert_close(ffn(x), (gate * (x @ ffn.value_up.weight.T)) @ ffn.down.weight.T)
 
 
+def test_each_block_adds_to_the_stream_and_the_norm_comes_last():
+    model, tokens = build_model(SMALL.replace(layers=3)).double(), ids()
+    x = model.embedding.weight[tokens]
+    for block in model.blocks:
+        x = x + block.attention(block.attention_norm(x))
+        x = x + (block.ffn or block.moe)(block.ffn_norm(x))
+    torch.testing.assert_close(model.hidden(tokens), model.norm(x))
+    torch.testing.assert_close(model(tokens), model.norm(x) @ model.embedding.weight.T)
+
+
+def test_initial_values_keep_the_stream_near_1():
+    """Fan-in; what adds to the residual stream is scaled by (2 L)^-1/2, and experts by moe_init_scale besides."""
+    d, f, scale = 64, 96, 4.0
+    model = build_model(RunConfig(layers=2, d_model=d, d_ff=f, moe_init_scale=scale, relative_init="normal"))
+    expected = {
+        "embedding.weight": d**-0.5, "blocks.0.attention.qkv.weight": d**-0.5, "blocks.1.attention.out.weight": (4 * d) ** -0.5,
+        "blocks.0.attention.relative.weight": 0.1, "blocks.0.ffn.gate_up.weight": d**-0.5,
+        "blocks.0.ffn.value_up.weight": d**-0.5, "blocks.0.ffn.down.weight": (4 * f) ** -0.5, "blocks.1.moe.w1": d**-0.5,
+        "blocks.1.moe.w2": scale * (4 * f) ** -0.5, "blocks.1.moe.router.weight": d**-0.5,
+    }  # fmt: skip
+    named = dict(model.named_parameters())
+    for name, std in expected.items():
+        assert named[name].std().item() == pytest.approx(std, rel=0.12), name
+    assert all((p == 1).all() for name, p in named.items() if name.endswith("norm.weight"))
+
+
 def test_same_seed_same_values_in_all_shared_parameters():
     ec = dict(build_model(SMALL).named_parameters())
     for other in (SMALL.replace(router="token_choice"), SMALL.replace(router="dense"), SMALL.replace(gate="scaled")):

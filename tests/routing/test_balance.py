@@ -112,7 +112,7 @@ def test_bias_moves_once_a_step_against_the_load_and_leaves_the_gates():
     assert router.bias.tolist() == [-0.5, 0, 0.5, 0.5]
     router.end_step()  # nothing seen since
     assert router.bias.tolist() == [-0.5, 0, 0.5, 0.5]
-    router.bias.copy_(torch.tensor([-9.0, 0, 0, 0]))
+    router.bias.copy_(torch.tensor([-9.0, 0.25, 0.5, 0.125]))
     chosen = router.assign(logits)
     assert chosen.load(8)[0] == 0
     S = logits.softmax(1)

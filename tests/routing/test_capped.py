@@ -179,3 +179,8 @@ def test_the_papers_solver_reports_how_far_it_is_from_its_constraints():
     assert paper.empty == ours.empty == 0
     assert ours.over_cap == ours.row_error == ours.column_error == 0
     assert paper.over_cap > 0 and max(paper.row_error, paper.column_error) > 0.01
+
+
+def test_the_papers_solver_has_the_papers_settings():
+    S, k, every = scores("random", 64, 8), torch.tensor([16]), torch.ones(1, 64, dtype=torch.bool)
+    assert torch.equal(dykstra(S, k, 2, every), dykstra(S, k, 2, every, regularization=0.001, iterations=100))

@@ -45,6 +45,16 @@ def test_the_first_step_is_its_mean_and_counts_before_it_ends():
     torch.testing.assert_close(cutoff.value(), STEPS[0].mean(0))
 
 
+def test_what_a_step_has_added_counts_before_it_ends():
+    cutoff, ended = run(1), run(1)
+    for c in (cutoff, ended):
+        c.add(STEPS[2][:1])
+        c.add(STEPS[3])
+    ended.end_step()
+    torch.testing.assert_close(cutoff.value(), ended.value())
+    assert not torch.allclose(cutoff.value(), run(1).value())
+
+
 def test_a_step_without_batches_moves_nothing():
     cutoff = run(1)
     before = cutoff.value()
