@@ -99,7 +99,9 @@ class RunConfig:
     max_bytes: int = key(0, "read at most this much text, in bytes; 0: all", low=0)
     tokenizer: str = key("bytes", "bytes, or bpe trained on the corpus", choices=("bytes", "bpe"))
     vocab_size: int = key(256, "V; bytes: 256", low=2)
-    sequence_length: int = key(128, "T, tokens of a sequence (the paper: 1024); of an image, its patches", low=1)
+    sequence_length: int = key(
+        128, "T, tokens of a sequence (the paper: 1024); of an image, its patches", low=1, high=2**24
+    )
     patch_size: int = key(2, "pixels on a side of a patch (images)", low=1)
     channels: int = key(1, "colours of a pixel (images): 1 or 3", low=1)
     classes: int = key(10, "classes to tell apart (images)", low=2)
@@ -112,10 +114,10 @@ class RunConfig:
     steps: int = key(60, "optimiser steps", low=1)
     optimizer: str = key("adamw", "adamw (ours), adafactor (the paper's kind; decay t^-0.8 for its 0.99)",
                          choices=("adamw", "adafactor"))  # fmt: skip
-    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0)
+    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0, high=1e6)
     beta1: float = key(0.9, "AdamW; ours (the paper's Adafactor: 0)", low=0, below=1)
     beta2: float = key(0.99, "AdamW (the paper's Adafactor: 0.99)", low=0, below=1)
-    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0)
+    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0, high=1e6)
     gradient_clip: float = key(1.0, "largest gradient norm (GLaM: 1.0); 0: none", low=0)
     schedule: str = key("constant", "after the warm-up: constant, inverse_sqrt (the paper's), linear (decay to 0)",
                         choices=("constant", "inverse_sqrt", "linear"))  # fmt: skip

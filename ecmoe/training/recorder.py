@@ -81,8 +81,10 @@ class Recorder(L.Callback):
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
-        # Where a validation follows, the checkpoint waits for it: its row is then part of it.
-        if step % module.config.checkpoint_every == 0 and step % module.config.eval_every:
+        # Where a validation follows, the checkpoint waits for it: its row is then part of it. After the last step there is
+        # none: the validation that follows also says what the layers did in that step, which no checkpoint holds.
+        between = step % module.config.eval_every and step < module.config.steps
+        if step % module.config.checkpoint_every == 0 and between:
             self._check_finite(trainer, module, step)
             self.save(trainer)
         self._say(trainer, module, step)

@@ -1,0 +1,82 @@
+"""What a summary says: of the last row, of the tokens that there were, of a run that finished."""
+
+import datetime
+import math
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from ecmoe import paths, run_or_load
+from ecmoe.model.transformer import flops_per_token
+from ecmoe.provenance import code_digest
+from ecmoe.training import run as training
+from ecmoe.training import summary as summaries
+from ecmoe.training.lit import LitModel
+from ecmoe.training.recorder import Recorder
+from ecmoe.training.summary import summarize
+
+CURVE = pd.DataFrame({
+    "step": [4, 8, 10], "tokens": [400, 800, 1000], "seconds": [1.0, 2.0, 3.0], "train_loss": [3.0, 2.5, 2.6],
+    "tokens_per_second": [100.0, 400.0, 900.0], "val_loss": [3.0, 2.0, 2.25], "val_loss_causal": [3.5, 2.5, 2.75],
+    "dropped": [0.5, 0.25, 0.125], "share_3": [0.0, 0.1, 0.2],
+})  # fmt: skip
+DATA = SimpleNamespace(bytes_per_token=4.0, provenance={"name": "a text"})
+NOW = datetime.datetime.now(datetime.UTC)
+
+
+def test_it_says_what_the_last_row_says_though_an_earlier_one_was_better(tiny_config, monkeypatch):
+    monkeypatch.setattr(summaries, "peak_flops", lambda: 1e9)
+    config = tiny_config()
+    said = summarize(config, CURVE, DATA, NOW, status="finished", sharing=2)
+    assert (said["val_loss"], said["val_loss_causal"], said["train_loss"]) == (2.25, 2.75, 2.6)
+    assert said["perplexity"] == pytest.approx(math.exp(2.25))
+    assert said["bits_per_byte"] == pytest.approx(2.25 / math.log(2) / 4)  # nats a token, 4 bytes a token
+    assert (said["steps"], said["tokens"], said["seconds"]) == (10, 1000, 3.0)
+    assert said["tokens_per_second"] == 400 and said["step_ms"] == pytest.approx(1e3 * 8 * 16 / 400)
+    assert said["mfu"] == pytest.approx(400 * flops_per_token(config) / 1e9)
+    assert said["routing"] == {"dropped": 0.125, "share_3": 0.2} and said["sharing"] == 2
+    assert said["code"] == code_digest() and said["data"] == {"name": "a text"}
+
+
+@pytest.mark.parametrize("status", ["diverged", "stopped"])
+def test_a_run_that_broke_off_has_no_loss(tiny_config, status):
+    said = summarize(tiny_config(), CURVE, DATA, NOW, status=status, error="why")
+    assert all(
+        math.isnan(said[key]) for key in ("val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte")
+    )
+    assert said["status"] == status and said["error"] == "why" and said["steps"] == 10
+
+
+def test_it_is_written_after_all_that_it_names(tiny_config, monkeypatch):
+    config, order = tiny_config(seed=70, steps=2, eval_every=2), []
+    folder = paths.runs() / config.name
+    for name in ("save_file", "write_run"):
+        write = getattr(training, name)
+        monkeypatch.setattr(training, name, lambda *a, n=name, w=write: (order.append((n, sorted(p.name for p in folder.glob("*.*")))), w(*a)))  # fmt: skip
+    run_or_load(config, progress=False)
+    assert [name for name, _ in order] == ["save_file", "write_run"]
+    assert not any("summary" in name for name in order[0][1]) and "model.safetensors" in order[1][1]
+
+
+def test_a_rows_means_are_of_the_steps_since_the_last_row(tiny_config, tmp_path):
+    lit = LitModel(tiny_config())
+    lit._trainer = SimpleNamespace(strategy=SimpleNamespace(all_gather=lambda value: value[None]))
+    for losses in ([3.0, 5.0], [1.0]):
+        for loss in losses:
+            lit.sums["loss"] += loss
+            lit.sums["aux_loss"] += loss / 4
+            lit.sums["count"] += 1
+        assert {name: float(value) for name, value in lit.means().items()} == {
+            "train_loss": sum(losses) / len(losses), "aux_loss": sum(losses) / len(losses) / 4
+        }  # fmt: skip
+    assert all(torch.isnan(value) for value in lit.means().values())
+
+
+def test_a_resumed_curve_has_the_rows_of_before(tmp_path):
+    recorder = Recorder(tmp_path, "run", progress=False)
+    recorder.rows = {4: {"step": 4, "val_loss": 3.0}}
+    again = Recorder(tmp_path, "run", progress=False)
+    again.load_state_dict(recorder.state_dict())
+    assert again.curve()[["step", "val_loss"]].to_numpy().tolist() == [[4, 3.0]]
