@@ -139,8 +139,8 @@ class RunConfig:
     activation_checkpointing: bool = key(False, "recompute attention and experts in the backward pass")
     strategy: str = key("auto", "auto, ddp, fsdp2; with several ranks the pool is each rank's batch",
                         choices=("auto", "ddp", "fsdp2"))  # fmt: skip
-    devices: int = key(1, "processes of a node; more than one: torchrun -m ecmoe train", low=1)
-    num_nodes: int = key(1, "nodes", low=1)
+    devices: int = key(1, "processes of a node; more than one: torchrun -m ecmoe train", low=1, high=1024)
+    num_nodes: int = key(1, "nodes", low=1, high=65_536)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
