@@ -15,12 +15,13 @@ from typing import Any
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.files import read_yaml
+from ecmoe.measures import MEASURES
+from ecmoe.model.metrics import METRICS
 from ecmoe.study.estimate import Unit, amount
 
 SAYS = ("below", "above", "at or below", "near")
 HOW = ("difference", "steps", "time", "bench", "accuracy", "spread")
 RATIOS = ("steps", "time", "bench", "spread")
-SHARES = ("share_", "over_capacity", "dropped", "accuracy", "majority")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Part:
         """What its estimate is measured in."""
         if self.how in RATIOS:
             return Unit.RATIO
-        return Unit.SHARE if self.of.startswith(SHARES) else Unit.NATS
+        share = next((metric.unit == "share" for metric in METRICS if metric.name == self.terms[0][1]), False)
+        return Unit.SHARE if share or self.how == "accuracy" else Unit.NATS
 
     @property
     def compares(self) -> bool:
@@ -181,6 +183,11 @@ def _part(where: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> 
         if key in keys
     }
     part = Part(**{**keys, **lists})
+    if part.how not in ("bench", "accuracy"):
+        for _, column in part.terms:
+            what, _, row = column.partition("/")
+            if what not in (MEASURES if row else [metric.name for metric in METRICS]):
+                raise ConfigError(f"{where}: of={part.of!r}: there is no {'measurement' if row else 'metric'} {what!r}")
     if part.says == "near" and part.figure is None:
         raise ConfigError(f"{where}: says=near needs a figure")
     if part.over and len(part.over) != len(part.a):
