@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from ecmoe import paths
-from ecmoe.files import ConfigError, read_json, write_json
+from ecmoe.files import Damaged, read_json, write_json
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.training.result import Result
 
@@ -32,7 +30,7 @@ def measure(
         the dict; None where there is none: the run isn't finished, or nothing was kept and `train` is False.
 
     Raises:
-        ConfigError: what was kept is damaged, or of another run; names the file.
+        Damaged: what was kept has changed since, or is of another run; names the file.
     """
     if not result.ok:
         return None
@@ -45,7 +43,7 @@ def measure(
     if train:
         with lock(name):  # whoever comes second finds it done
             if not any(path.exists() for path in places):
-                _keep(places[-1], name, how, _computed(result, how))
+                write(places[-1], name, how, _computed(result, how))
     return next((_read(path, name, how) for path in places if path.exists()), None)
 
 
@@ -74,20 +72,13 @@ def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
         free_memory()
 
 
-def _keep(path: Path, run: str, how: Measurement, found: Mapping[str, Any]) -> None:
-    write_json(path, {"run": run, "what": how.what, "keys": how.keys, "found": found})
-    kept = read_json(path)  # its numbers as JSON has them
-    write_json(path, kept | {"sha256": _digest(kept)})
+def write(path: Path, run: str, how: Measurement, found: Mapping[str, Any]) -> None:
+    """Keep what a measurement found of a run, with what it is and a check sum."""
+    write_json(path, {"run": run, "what": how.what, "keys": how.keys, "found": found}, sealed=True)
 
 
 def _read(path: Path, run: str, how: Measurement) -> dict[str, Any]:
-    kept = read_json(path)
-    if kept.pop("sha256", None) != _digest(kept):
-        raise ConfigError(f"{path} is damaged (not what was measured): delete it, and it is measured again")
-    if (kept["run"], kept["what"]) != (run, how.what):
-        raise ConfigError(f"{path} holds {kept['what']!r} of {kept['run']}: delete it, and it is measured again")
+    kept = read_json(path, sealed=True)
+    if (kept.get("run"), kept.get("what")) != (run, how.what):
+        raise Damaged(path, f"it holds {kept.get('what')!r} of {kept.get('run')}")
     return kept["found"]
-
-
-def _digest(kept: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

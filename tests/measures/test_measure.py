@@ -1,12 +1,11 @@
 """A measurement is taken once, kept with the run, and read without weights."""
 
-import json
 import shutil
 
 import pytest
 
 from ecmoe import measures, paths
-from ecmoe.config import ConfigError
+from ecmoe.files import ConfigError, Damaged, read_json, write_json
 from ecmoe.measures import Measurement, Row, measurements
 from ecmoe.measures.measure import measure
 from ecmoe.training.result import not_run
@@ -68,12 +67,8 @@ def test_a_damaged_file_is_named(tiny_config, change):
     elif change == "cut":
         path.write_text(text[:-20])
     else:
-        other = paths.measures("gpu") / "another" / path.name
-        other.parent.mkdir(parents=True)
-        kept = json.loads(text) | {"run": "another"}
-        del kept["sha256"]
-        path.write_text(json.dumps(kept | {"sha256": measure.__globals__["_digest"](kept)}))
-    with pytest.raises(ConfigError, match=f"{path.name}.*(is damaged|holds 'weights' of another)"):
+        write_json(path, read_json(path, sealed=True) | {"run": "another"}, sealed=True)
+    with pytest.raises(Damaged, match=f"{path.name}.*(check sum|Unterminated|holds 'weights' of another)"):
         measure(result, one, scale="gpu", train=False)
 
 

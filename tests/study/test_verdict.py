@@ -9,7 +9,7 @@ import pytest
 from ecmoe import paths
 from ecmoe.config import SCHEMA, RunConfig
 from ecmoe.files import write_json
-from ecmoe.measures.measure import _keep
+from ecmoe.measures import measure
 from ecmoe.study import estimate, steps, verdict
 from ecmoe.study.estimate import Unit, of_values
 from ecmoe.study.plan import plan, record
@@ -508,7 +508,7 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
 
 
 def keep_measure(one, how, found):
-    _keep(paths.measures("gpu") / one.name / f"{how.name}.json", one.name, how, found)
+    measure.write(paths.measures("gpu") / one.name / f"{how.name}.json", one.name, how, found)
 
 
 def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
