@@ -18,7 +18,7 @@ from typing import Any
 
 from ecmoe.files import ConfigError, read_yaml
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
-from ecmoe.routers import ROUTERS
+from ecmoe.routers import ROUTERS, RouterRow
 
 # Part of every digest: raise it when the meaning of a config or of a result changes.
 SCHEMA = 1
@@ -169,10 +169,10 @@ class RunConfig:
         object.__setattr__(self, "data", with_content(self.data))  # so that another text is another run
 
     def _check_routing(self) -> None:
-        row = ROUTERS[self.router]
-        if self.images and row.needs:
-            others = ", ".join(name for name, other in ROUTERS.items() if not other.needs)
-            raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(row.needs)}, which "
+        row = self.row
+        if self.images and self.needs:
+            others = ", ".join(name for name, other in ROUTERS.items() if not other.needs(vars(self)))
+            raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(self.needs)}, which "
                               f"images don't have; take one of {others}")  # fmt: skip
         if isinstance(self.pool, str) and self.pool not in ("batch", "sequence", "position"):
             raise ConfigError(f"pool={self.pool!r}: must be batch, sequence, position, or a whole number of tokens")
@@ -180,6 +180,16 @@ class RunConfig:
         if c is not None and c <= 0 and "capacity_factor" in row.keys:
             raise ConfigError(f"capacity_factor={c}: must be above 0")
         row.check(self)
+
+    @property
+    def row(self) -> RouterRow:
+        """What its router is."""
+        return ROUTERS[self.router]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What its router reads beside the tokens: "token ids", "token counts", "tasks"."""
+        return self.row.needs(vars(self))
 
     @property
     def images(self) -> bool:
@@ -255,7 +265,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed: two configs with equal identities are one run."""
-        unread = _routing_keys() - set(ROUTERS[self.router].keys) | (_TEXT_KEYS if self.images else _IMAGE_KEYS)
+        unread = _routing_keys() - set(self.row.keys) | (_TEXT_KEYS if self.images else _IMAGE_KEYS)
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
@@ -272,9 +282,9 @@ class RunConfig:
     def slug(self) -> str:
         """What a reader looks for in a folder of runs: router, its main setting, seed."""
         words = [self.router.replace("_", "-")]
-        if self.router == "token_choice":
+        if "top_k" in self.row.keys:
             words.append(f"top{self.top_k}")
-        if "capacity_factor" in ROUTERS[self.router].keys:
+        if "capacity_factor" in self.row.keys:
             words.append("c" + ("none" if self.capacity_factor is None else f"{self.capacity_factor:g}"))
         return "-".join([*words, f"s{self.seed}"])
 

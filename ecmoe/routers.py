@@ -60,7 +60,8 @@ class RouterRow:
         label: says of a `Said` what its arms differ in.
         experts_per_token: of a config's keys, how many experts an average token is offered; FLOPs follow.
         build: class, config, (V,) token counts -> the router; None: the class takes d_model and `keys` by name.
-        needs: what else it reads of a batch: "token ids", "tasks". Images have neither.
+        needs: of a config's keys, what else it reads: "token ids" and "tasks" of a batch, which images don't have;
+            "token counts" of the corpus.
         capacity: has an expert so many places, set by capacity_factor, in evaluation?
         asked: of a config's keys, how many experts a token asks for; capacity_factor is a multiple of it.
         check: of a config that can't work, raises ConfigError with key, value and remedy.
@@ -71,7 +72,7 @@ class RouterRow:
     label: Callable[[Said], None]
     experts_per_token: Callable[[Mapping[str, Any]], float] = lambda values: 1
     build: Callable[..., Any] | None = None
-    needs: tuple[str, ...] = ()
+    needs: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
     capacity: bool = False
     asked: Callable[[Mapping[str, Any]], int] = lambda values: 1
     check: Callable[[Any], None] = lambda config: None
@@ -254,7 +255,7 @@ ROUTERS: dict[str, RouterRow] = {
         ("num_experts", "capacity_factor", "hash_table"),
         _hash,
         build=_build_hash,
-        needs=("token ids",),
+        needs=lambda values: ("token ids", "token counts") if values["hash_table"] == "balanced" else ("token ids",),
         capacity=True,
     ),
     "dense_moe": RouterRow(
@@ -282,7 +283,7 @@ ROUTERS: dict[str, RouterRow] = {
         ("num_experts", "num_tasks", "task_table"),
         _task_level,
         build=lambda cls, c, _: cls(c.d_model, c.num_experts, c.num_tasks, c.task_table),
-        needs=("tasks",),
+        needs=lambda values: ("tasks",),
     ),
     "expert_threshold": RouterRow(
         "ecmoe.routing.expert_threshold:ExpertThreshold",

@@ -172,7 +172,7 @@ class TextData(RunData):
         which = np.linspace(0, have - 1, -(-count // parts)).round().astype(np.int64)
         self.val_windows = val[:, which].swapaxes(0, 1).reshape(-1, val.shape[2])[:count]
         self.train_tasks = self.val_tasks = None
-        if config.router == "task_level":
+        if "tasks" in config.needs:
             classes = TextClusters(self.train_windows, config.num_tasks)
             self.train_tasks = np.concatenate([classes.before(part) for part in train])
             self.val_tasks = np.stack([classes.before(part)[which] for part in val], axis=1).ravel()[:count]

@@ -209,10 +209,10 @@ def losses_by_routing(
     _, windows = held_out(config, config.eval_batches)
     windows = _on(model, windows)
     ways: list[tuple[str, int | None, AbstractContextManager]] = [
-        ("as trained", config.pool_tokens if config.router == "expert_choice" else None, nullcontext()),
+        ("as trained", config.pool_tokens if "pool" in config.row.keys else None, nullcontext()),
         ("causally", None, causal_routing(model)),
     ]
-    if config.router == "expert_choice":  # a threshold has no pool, and takes no top-k
+    if "pool" in config.row.keys:  # a threshold has no pool, and takes no top-k
         for pool in pools:
             ways.append((str(pool), _pool_tokens(pool, config), competing(model, pool)))
         ways.append(("global top-k", config.sequence_length, global_top_k(model)))

@@ -73,7 +73,7 @@ def fine_tuned(
     Raises:
         ConfigError: as in `tasks.load`. ValueError: the run is of no decoder of text, or fewer examples than a batch.
     """
-    if config.images or config.router == "task_level":
+    if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
     train, validation = (part.first(examples) for part in tasks.load(task, folder))
     if len(train.labels) < batch_size:

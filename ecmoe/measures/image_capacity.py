@@ -30,7 +30,7 @@ def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTrans
     Raises:
         ValueError: of a router that has no capacity in evaluation, or whose gates depend on it.
     """
-    row, values = ROUTERS[model.config.router], model.config.to_dict()
+    row, values = model.config.row, model.config.to_dict()
     if not row.capacity:
         able = ", ".join(name for name, other in ROUTERS.items() if other.capacity)
         raise ValueError(f"router={model.config.router!r} has no capacity that could be changed: take one of {able}")

@@ -21,7 +21,7 @@ from ecmoe.config import RunConfig
 from ecmoe.model.attention import Attention, RelativeBias
 from ecmoe.model.cross_entropy import linear_cross_entropy
 from ecmoe.model.moe import MoE
-from ecmoe.routers import ROUTERS, experts_per_token
+from ecmoe.routers import experts_per_token
 from ecmoe.routing import build_router
 
 
@@ -67,7 +67,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config,
-                ROUTERS[config.router].layer is not None and layer % config.moe_every == config.moe_every - 1,
+                config.row.layer is not None and layer % config.moe_every == config.moe_every - 1,
                 token_counts,
                 causal,
             )
@@ -285,11 +285,10 @@ class Count(NamedTuple):
 
 def count_parameters(config: RunConfig) -> Count:
     """Count on the meta device: nothing is allocated, whatever the size."""
-    counts = torch.ones(config.vocab_size, device="cpu") if config.hash_table == "balanced" else None
-    if config.hash_table == "balanced":  # the table is data, not parameters
+    if "token counts" in config.needs:  # the table is data, not parameters
         config = config.replace(hash_table="modulo")
     with torch.device("meta"):
-        model = _new_model(config, counts)
+        model = _new_model(config, None)
     total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
     experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
     return Count(total, round(total - experts + experts * experts_per_token(config.to_dict()) / config.num_experts))

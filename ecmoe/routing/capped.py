@@ -64,7 +64,7 @@ def capped_top_k(
         if ours.available(S, b):
             I = ours.capped(S, k, b)  # noqa: E741
             return scores.gather(2, I), I
-    if valid is None:
+    if valid is None or target is None:
         valid, target = S.new_ones(g, m, dtype=torch.bool), torch.full((g,), k, device=S.device)
     with torch.no_grad():
         if solver == "dykstra":

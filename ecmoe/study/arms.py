@@ -70,7 +70,7 @@ def size(configs: Sequence[RunConfig]) -> str:
         return f"{least}" if least == most else f"{least} to {most}"
 
     text = f"{span('layers', configs)} layers of width {span('d_model', configs)}"
-    moe = [config for config in configs if config.router != "dense"]
+    moe = [config for config in configs if config.row.layer is not None]
     return f"{text}, {span('num_experts', moe)} experts" if moe else text
 
 

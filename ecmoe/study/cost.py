@@ -71,7 +71,7 @@ def beside_paper(*bases: Mapping) -> str:
         bases: keys of RunConfig; several where the study varies the size.
     """
     ours = [RunConfig.from_dict(dict(base)) for base in bases]
-    theirs = [preset.config for preset in TABLE_1.values() if preset.config.router != "dense"]
+    theirs = [preset.config for preset in TABLE_1.values() if preset.config.row.layer is not None]
     tokens = ours[0].steps * ours[0].tokens_per_batch / 1e6
     return (
         f"{size(ours)}, {tokens:,.1f} million tokens a run, {'AdamW' if ours[0].optimizer == 'adamw' else 'Adafactor'}; "

@@ -28,7 +28,7 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
     check_weights(folder)
     summary = read_run(folder).summary
     config = RunConfig.from_dict(summary["config"])
-    if config.images or config.router == "task_level":
+    if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can continue a text, "
                          f"but it has data={config.data!r} and router={config.router!r}")  # fmt: skip
     model = load_model(folder)

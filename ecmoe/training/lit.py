@@ -40,8 +40,7 @@ class LitModel(L.LightningModule):
         super().__init__()
         self.config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
         self.save_hyperparameters({"config": self.config.to_dict()})
-        balanced = self.config.router == "hash" and self.config.hash_table == "balanced"
-        self.counts_lack = balanced and token_counts is None
+        self.counts_lack = token_counts is None and "token counts" in self.config.needs
         self.model = build_model(self.config, torch.ones(self.config.vocab_size) if self.counts_lack else token_counts)
         self.routers = routers(self.model)
         # Sums since `means` was last called, on the device: reading them each step would stall the GPU.

@@ -78,7 +78,7 @@ def load_model(path: str | Path) -> Trunk:
     summary = read_run(path).summary
     weights = load_file(check_weights(path, summary))
     config = RunConfig.from_dict(summary["config"])
-    counts = torch.ones(config.vocab_size) if config.hash_table == "balanced" else None  # the table is in the file
+    counts = torch.ones(config.vocab_size) if "token counts" in config.needs else None  # the table is in the file
     model = build_model(config, counts)
     model.load_state_dict(weights)
     for router in routers(model):
