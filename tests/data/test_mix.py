@@ -7,6 +7,7 @@ import torch
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
+from ecmoe.data.tokenizer import END
 
 T = 16
 LETTERS = "ABC"
@@ -84,6 +85,16 @@ def test_one_tokenizer_learns_from_all_alike(mix):
         {letter} for letter in LETTERS
     ]
     assert data.bytes_per_token > 2
+
+
+def test_the_tokenizer_reads_as_much_of_each(mix, monkeypatch):
+    read, train = [], tokens.train_bpe
+    monkeypatch.setattr(tokens, "BPE_BYTES", 240_000)
+    monkeypatch.setattr(tokens, "train_bpe", lambda texts, *a: train(read.extend(texts) or read, *a))
+    tokens.load(config(mix, tokenizer="bpe", vocab_size=265))
+    each = [sum(len(text) for text in read if letter in text) for letter in LETTERS]
+    assert min(each) > 60_000 and max(each) <= 80_000 and max(each) - min(each) < 17_000  # but for a document
+    assert not any(END in text for text in read)
 
 
 def test_max_bytes_are_shared_out(mix):

@@ -125,6 +125,15 @@ def test_validation_of_the_source_is_used(monkeypatch, make):
     assert make("hub:a/b").meta == found.meta  # made once
 
 
+def test_a_part_of_a_source_validates_on_as_large_a_share_as_ours(monkeypatch, make):
+    sets = {side: [f"{side} {i:03}" for i in range(900)] for side in ("train", "validation")}
+    fake = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in sets.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: fake)
+    meta = make("hub:a/b", max_bytes=4000).meta
+    sizes = [meta[f"{side}_bytes"] - meta[f"{side}_documents"] for side in ("train", "val")]  # without the end of each
+    assert sizes == [pytest.approx(4000, abs=14), pytest.approx(200, abs=14)]
+
+
 def test_a_part_of_a_hub_data_set_is_streamed(monkeypatch, make):
     asked = []
 
