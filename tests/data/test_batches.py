@@ -153,6 +153,17 @@ def test_other_data_are_told_by_their_source_where_it_is_here(text):
         assert not is_other_data(RunConfig(data=elsewhere), other)
 
 
+def test_a_copy_has_its_own_name_and_the_same_tokens(tmp_path):
+    said = []
+    for name in ("books", "novels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("A line of text.\n\n" * 5000)
+        found = TextData(RunConfig(data=str(tmp_path / name), sequence_length=16, batch_size=4, eval_batches=2))
+        found.setup()
+        said.append(found.provenance)
+    assert [one["name"] for one in said] == ["books", "novels"] and said[0]["digest"] == said[1]["digest"]
+
+
 def test_a_checkpoint_of_other_tokens_is_not_gone_on_from(text):
     text.load_state_dict(text.state_dict())
     with pytest.raises(

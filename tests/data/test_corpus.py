@@ -59,6 +59,11 @@ def test_rows_of_json_are_documents(tmp_path):
     assert [t for _, t in folder.train] == expected * 2
 
 
+def test_rows_without_text_are_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    assert list(open_corpus(str(tmp_path / "a.jsonl")).train) == [("one", "one"), ("two", "two")]
+
+
 def test_folder_of_texts_has_a_unit_a_file(tmp_path):
     for name in ("z.txt", "sub/a.txt"):
         path = tmp_path / name

@@ -88,6 +88,23 @@ def test_digest_tells_other_images_apart(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_digest_covers_labels_and_names_of_classes(tmp_path):
+    digests = set()
+    for name, labels in (("toy", [0, 1, 2, 1]), ("toy", [1, 0, 2, 1]), ("cifar10", [0, 1, 2, 1])):
+        folder = tmp_path / f"{name}{labels[0]}"
+        folder.mkdir()
+        for part in ("train", "test"):
+            pack(folder, part, [0, 1, 2, 1])
+            lines = lzma.open(folder / f"toy_{part}.idx.xz", "rt").read().split("\n")
+            lines = [f"{line[:-1]}{label}" for line, label in zip(lines, labels, strict=True)]
+            (folder / f"{name}_{part}.idx.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+            (folder / f"toy_{part}.jpgs.xz").rename(folder / f"{name}_{part}.jpgs.xz")
+        found = images.load(f"images:{folder}")
+        assert found.train_y.tolist() == labels
+        digests.add(found.provenance["digest"])
+    assert len(digests) == 3
+
+
 def test_another_folder_of_the_same_name_is_another(tmp_path):
     for place, count in (("A", 5), ("B", 6)):
         data = folder_of(tmp_path / place / "cats", count)

@@ -1,0 +1,28 @@
+"""Batches of images: augmented by draws that no two ranks, steps or seeds share."""
+
+import numpy as np
+import torch
+
+from ecmoe.data.image_batches import ImageBatches, shifted
+
+X, Y = torch.rand(40, 3, 16, 16), torch.arange(40)
+
+
+def batch(seed=0, rank=0, step=0, augment=True):
+    return ImageBatches(X, Y, augment, 32, seed, 0, rank, 2).take(np.arange(32), step)[0]
+
+
+def test_draws_are_of_seed_rank_and_step_alone():
+    first = batch()
+    assert torch.equal(first, batch()) and torch.equal(batch(augment=False), X[:32])
+    for other in (batch(seed=1), batch(rank=1), batch(step=1)):
+        assert not torch.equal(first, other)
+
+
+def test_an_image_is_moved_by_at_most_an_eighth_of_its_side_and_may_be_mirrored():
+    x = torch.zeros(400, 1, 16, 16)
+    x[:, :, 8, 4] = 1
+    _, _, rows, columns = shifted(x, np.random.default_rng(0)).nonzero(as_tuple=True)
+    assert len(rows) == 400 and set(rows.tolist()) == set(range(6, 11))
+    assert set(columns.tolist()) == {*range(2, 7), *range(9, 14)}
+    assert 150 < (columns < 8).sum() < 250
