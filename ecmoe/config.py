@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ecmoe.files import ConfigError, read_yaml
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
@@ -25,11 +25,64 @@ SCHEMA = 1
 LARGEST = 2**63 - 1  # the largest whole number of PyTorch
 
 
-def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, below: float | None = None,
-        choices: Collection[str] | None = None) -> Any:  # fmt: skip
-    """A key of the schema: its default, what it means, and what it may be; `high` may be reached, `below` may not."""
-    meta = {"help": help, "low": low, "high": high, "below": below, "choices": choices}
+def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None,
+        below: float | None = None, choices: Collection[str] | None = None) -> Any:  # fmt: skip
+    """A key of a schema: its default, what it means, and what it may be; low and high may be reached, above and below may not."""
+    meta = {"help": help, "low": low, "high": high, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=meta)
+
+
+class Schema:
+    """What schemas of runs share: frozen dataclasses of flat keys (`key`), checked when they are made."""
+
+    def check_keys(self) -> None:
+        """Raise a ConfigError where a key's value can't be; an int becomes the float that it should be."""
+        types = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, _checked(field, types[field.name], getattr(self, field.name)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From flat keys; an unknown one is an error that names its nearest neighbour."""
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in names:
+                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {meant(str(name), names)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys and values, in the order of the schema."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def replace(self, **changes: Any) -> Self:
+        """The same but for `changes`; checked like any other."""
+        return self.from_dict(self.to_dict() | changes)
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that decide what is computed: two configs with equal identities are one run."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """12 hex digits of identity and schema version."""
+        text = json.dumps({"schema": SCHEMA} | self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def slug(self) -> str:
+        """What a reader looks for in a folder of runs."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """`slug-digest`: the folder of the run, and the name of its record."""
+        return f"{self.slug()}-{self.digest()}"
+
+
+def bare_data(data: str) -> str:
+    """What a key `data` says without saying where it lies: a copy elsewhere is the same text, or images."""
+    kind = next((kind for kind in (IMAGES_PREFIX, MIX_PREFIX) if data.startswith(kind)), "")
+    parts = parts_of(data.removeprefix(IMAGES_PREFIX))
+    names = [Path(part).name if is_local(part) or kind == IMAGES_PREFIX else part for part in parts]
+    return kind + ",".join(names) + content_of(data)
 
 
 # Keys that change how a run is watched or where it runs, not what it computes.
@@ -41,7 +94,7 @@ _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Schema):
     """Everything that decides what a training run computes, as flat keys. `ecmoe keys` lists them.
 
     The default is EC-CF2 on the embedded corpus at smoke size.
@@ -114,10 +167,10 @@ class RunConfig:
     steps: int = key(60, "optimiser steps", low=1)
     optimizer: str = key("adamw", "adamw (ours), adafactor (the paper's kind; decay t^-0.8 for its 0.99)",
                          choices=("adamw", "adafactor"))  # fmt: skip
-    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0, high=1e6)
+    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0, high=1e38)
     beta1: float = key(0.9, "AdamW; ours (the paper's Adafactor: 0)", low=0, below=1)
     beta2: float = key(0.99, "AdamW (the paper's Adafactor: 0.99)", low=0, below=1)
-    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0, high=1e6)
+    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0, high=1e38)
     gradient_clip: float = key(1.0, "largest gradient norm (GLaM: 1.0); 0: none", low=0)
     schedule: str = key("constant", "after the warm-up: constant, inverse_sqrt (the paper's), linear (decay to 0)",
                         choices=("constant", "inverse_sqrt", "linear"))  # fmt: skip
@@ -143,8 +196,7 @@ class RunConfig:
     num_nodes: int = key(1, "nodes", low=1, high=65_536)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        self.check_keys()
         if self.d_model % self.heads:
             near = [h for h in range(max(self.heads - 64, 1), self.heads + 65) if self.d_model % h == 0]
             fits = " or ".join(map(str, near or [math.gcd(self.heads, self.d_model)]))
@@ -228,15 +280,6 @@ class RunConfig:
         return {"batch": batch, "sequence": self.sequence_length, "position": self.batch_size}[self.pool]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """A config from flat keys; an unknown one is an error that names its nearest neighbour."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {meant(str(name), names)}")
-        return cls(**values)
-
-    @classmethod
     def from_yaml(cls, *files: str | Path, **changes: Any) -> RunConfig:
         """A config from YAML files, later ones winning, and `changes` on top."""
         values: dict[str, Any] = {}
@@ -255,29 +298,13 @@ class RunConfig:
             values |= keys
         return cls.from_dict(values | changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All keys and values, in the order of the schema."""
-        return dataclasses.asdict(self)
-
-    def replace(self, **changes: Any) -> RunConfig:
-        """The same config but for `changes`; checked like any other."""
-        return RunConfig.from_dict(self.to_dict() | changes)
-
     def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed: two configs with equal identities are one run."""
         unread = _routing_keys() - set(self.row.keys) | (_TEXT_KEYS if self.images else _IMAGE_KEYS)
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
-        kind = next((kind for kind in (IMAGES_PREFIX, MIX_PREFIX) if self.data.startswith(kind)), "")
-        parts = parts_of(self.data.removeprefix(IMAGES_PREFIX))
-        names = [Path(part).name if is_local(part) else part for part in parts]  # a copy elsewhere is the same text
-        return keep | {"data": kind + ",".join(names) + content_of(self.data)}
-
-    def digest(self) -> str:
-        """12 hex digits of identity and schema version."""
-        text = json.dumps({"schema": SCHEMA} | self.identity(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return keep | {"data": bare_data(self.data)}
 
     def slug(self) -> str:
         """What a reader looks for in a folder of runs: router, its main setting, seed."""
@@ -287,11 +314,6 @@ class RunConfig:
         if "capacity_factor" in self.row.keys:
             words.append("c" + ("none" if self.capacity_factor is None else f"{self.capacity_factor:g}"))
         return "-".join([*words, f"s{self.seed}"])
-
-    @property
-    def name(self) -> str:
-        """`slug-digest`: the folder of the run, and the name of its record."""
-        return f"{self.slug()}-{self.digest()}"
 
 
 def meant(name: str, names: Collection[str]) -> str:
@@ -307,12 +329,9 @@ def _routing_keys() -> set[str]:
     return {name for row in ROUTERS.values() for name in row.keys}
 
 
-_TYPES = typing.get_type_hints(RunConfig)
-
-
-def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """The value as its key's type, or a ConfigError; an int is a fine float, nothing else converts."""
-    hint, meta = _TYPES[field.name], field.metadata
+    meta = field.metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(value) is int and abs(value) > LARGEST:
         raise ConfigError(f"{field.name}={value} is too large a number: must be at most {LARGEST}")
@@ -334,6 +353,8 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
             raise ConfigError(f"{field.name}={value!r}: must be at least {meta['low']:g}")
         if meta["high"] is not None and value > meta["high"]:
             raise ConfigError(f"{field.name}={value!r}: must be at most {meta['high']:g}")
+        if meta["above"] is not None and value <= meta["above"]:
+            raise ConfigError(f"{field.name}={value!r}: must be above {meta['above']:g}")
         if meta["below"] is not None and value >= meta["below"]:
             raise ConfigError(f"{field.name}={value!r}: must be below {meta['below']:g}")
     return value

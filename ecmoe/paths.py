@@ -53,11 +53,6 @@ def records(scale: str) -> Path:
     return root() / "reports" / scale / "runs"
 
 
-def continual(scale: str) -> Path:
-    """The same of continual learning, whose runs have settings of their own."""
-    return root() / "reports" / scale / "continual"
-
-
 def measures(scale: str) -> Path:
     """What was measured on the runs at `scale`."""
     return root() / "reports" / scale / "measures"

@@ -8,10 +8,7 @@ _HOME = {
     "expert_gate": ("ExpertGate", "Gate", "fit", "probabilities", "relatedness"),
     "learning": ("final_accuracy", "forgetting", "run", "split"),
     "patchnet": ("PatchNet",),
-    "runs": (
-        "ORACLE", "by_approach", "by_task", "compare", "mean_matrix", "origins", "records", "retained", "run_or_load", "run_study",
-        "table", "with_oracle",
-    ),
+    "runs": ("run_or_load",),
     "settings": ("APPROACHES", "Settings"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

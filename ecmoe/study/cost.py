@@ -80,7 +80,7 @@ def beside_paper(*bases: Mapping) -> str:
 
 
 def _hours(configs: Mapping[str, RunConfig], tokens: Mapping[str, float], scale: str) -> pd.DataFrame:
-    measured = table(load_records(paths.records(scale)))
+    measured = table(r for r in load_records(paths.records(scale)) if "router" in r.summary["config"])
     rates = measured["mfu"].dropna() if len(measured) else pd.Series(dtype=float)
     share = float(rates.median()) if len(rates) else ASSUMED_MFU
     flops = {name: flops_per_token(config) for name, config in configs.items()}

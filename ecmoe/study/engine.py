@@ -82,7 +82,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
             if not isinstance(one.config, RunConfig):
                 from ecmoe.continual import run_or_load as learn
 
-                return learn(one.config, scale=scale, keep=True).summary["status"]
+                return learn(one.config, records=paths.records(scale)).summary["status"]
             result = run_or_load(one.config, records=paths.records(scale))
         except Exception as error:  # its folder keeps it, too
             return f"failed: {type(error).__name__}: {error}"

@@ -181,5 +181,4 @@ def _known(scale: str, asked: Sequence[str]) -> list[str]:
 
 def record(one: Planned, scale: str) -> Path:
     """Where the run's record is kept, once it is there."""
-    folder = paths.records(scale) if isinstance(one.config, RunConfig) else paths.continual(scale)
-    return folder / f"{one.name}.json"
+    return paths.records(scale) / f"{one.name}.json"

@@ -1,12 +1,10 @@
 """Continual learning against loops and numbers done by hand; what must hold of tasks in sequence; runs that are kept."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot
 from torch.nn import functional as F
 
 from ecmoe import continual, paths
@@ -17,8 +15,8 @@ from ecmoe.continual.learning import _moved, new_gate, new_network, split
 from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
 from ecmoe.continual.settings import APPROACHES, Settings
 from ecmoe.data import images
-from ecmoe.report import plots
-from ecmoe.training.result import load_records
+from ecmoe.files import Damaged
+from ecmoe.training.result import read_record
 
 FAST = {"steps": 25, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
 DIGITS = (1, 8, 8)
@@ -26,8 +24,11 @@ DIGITS = (1, 8, 8)
 
 @pytest.fixture(scope="module")
 def study():
-    """Every approach on split digits, one seed: some seconds in all."""
-    return continual.run_study({**FAST, "steps": 40}, [0])
+    """The summary of every approach on split digits, one seed: some seconds in all."""
+    return {
+        label: continual.run_or_load(Settings(approach=approach, **FAST | {"steps": 40})).summary
+        for approach, label in APPROACHES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_forgetting_against_a_loop(study):
     assert continual.forgetting(A) == pytest.approx(((0.9 - 0.4) + (0.8 - 0.9)) / 2)
     assert math.isnan(continual.forgetting([[None, None], [0.5, 0.5]]))
     for label in ("Expert Gate", "one dense network", "one EC network"):
-        summary = study[label][0].summary
+        summary = study[label]
         A, lost = summary["accuracy"], []
         for k in range(4):
             lost.append(A[k][k] - A[4][k])
@@ -207,33 +208,31 @@ def test_moved_by_hand():
 
 
 def test_one_network_forgets_and_expert_gate_does_not(study):
-    shown = continual.with_oracle(study)
-    final = {label: results[0].summary["final_accuracy"] for label, results in shown.items()}
+    final = {label: summary["final_accuracy"] for label, summary in study.items()}
     for label in ("one dense network", "one EC network"):
-        summary = study[label][0].summary
+        summary = study[label]
         assert summary["forgetting"] > 0.5 and max(summary["accuracy"][4][:4]) < 0.5 < summary["accuracy"][4][4]
     assert final["Expert Gate"] > 0.8 and final["joint, dense"] > 0.8
-    oracle = shown["oracle gate"][0].summary
-    assert oracle["forgetting"] == 0  # the same expert, unchanged, looks at the same images
+    gate = study["Expert Gate"]
+    assert gate["forgetting_task_known"] == 0  # the same expert, unchanged, looks at the same images
     # Where the gate is right both say the same; where it is wrong Expert Gate is, as no other expert knows the task's classes.
-    wrong = 1 - study["Expert Gate"][0].summary["gate_right"]
-    assert 0 <= final["oracle gate"] - final["Expert Gate"] <= wrong + 1e-6
+    assert 0 <= gate["final_accuracy_task_known"] - gate["final_accuracy"] <= 1 - gate["gate_right"] + 1e-6
 
 
 def test_what_training_moves(study):
-    moved = study["Expert Gate"][0].summary["moved"]
+    moved = study["Expert Gate"]["moved"]
     assert all(value in (0, None) for row in moved for value in row) and sum(v == 0 for row in moved for v in row) == 10
-    for row in study["one EC network"][0].summary["moved"]:
+    for row in study["one EC network"]["moved"]:
         assert min(row) > 0.01  # every expert works on every task
     for row in (
-        np.array(study["one EC network"][0].summary["expert_shares"]),
-        np.array(study["Expert Gate"][0].summary["confusion"]),
+        np.array(study["one EC network"]["expert_shares"]),
+        np.array(study["Expert Gate"]["confusion"]),
     ):
         np.testing.assert_allclose(row.sum(1), 1, rtol=1e-5)
 
 
 def test_gate_right_is_the_diagonal_of_the_confusion(study):
-    summary = study["Expert Gate"][0].summary
+    summary = study["Expert Gate"]
     assert summary["gate_right"] == pytest.approx(np.mean([summary["confusion"][k][k] for k in range(5)]))
     assert [summary["relatedness"][k][k] for k in range(5)] == [1.0] * 5
 
@@ -254,39 +253,42 @@ def test_the_same_settings_give_the_same_numbers():
 
 def test_a_run_is_found_again(study, monkeypatch):
     monkeypatch.setattr(continual_runs, "run", lambda settings: pytest.fail("it was computed again"))
-    again = continual.run_study({**FAST, "steps": 40}, [0])
-    for label, (result,) in study.items():
-        assert again[label][0].summary == result.summary and result.ok
-    missing = continual.run_study({**FAST, "steps": 61}, [0], train=False)
-    assert {results[0].summary["status"] for results in missing.values()} == {"not run"}
+    for summary in study.values():
+        again = continual.run_or_load(Settings.from_dict(summary["config"]))
+        assert again.summary == summary and again.ok
+    missing = continual.run_or_load(Settings(seed=61, **FAST), train=False)
+    assert missing.summary["status"] == "not run"
 
 
-def test_a_run_that_breaks_off_leaves_nothing(monkeypatch):
+def test_a_run_that_breaks_off_is_made_again(monkeypatch):
     settings = Settings(seed=77, **FAST)
 
     def killed(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(continual_runs, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        continual.run_or_load(settings)
-    assert not list(paths.runs().glob(f"continual/{settings.name}*.json*"))
-    monkeypatch.setattr(continual_runs, "run", lambda settings: 1 / 0)
-    (result,) = continual.run_study({**FAST, "seed": 77}, [77], approaches=["expert_gate"])["Expert Gate"]
-    assert result.summary["status"] == "failed" and "ZeroDivisionError" in result.summary["error"]
-    assert not list(paths.runs().glob(f"continual/{settings.name}*.json*"))
+    with monkeypatch.context() as broken:
+        broken.setattr(continual_runs, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            continual.run_or_load(settings)
+        assert continual.run_or_load(settings, train=False).summary["status"] == "not run"
+        broken.setattr(continual_runs, "run", lambda settings: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            continual.run_or_load(settings)
+        kept = continual.run_or_load(settings, train=False).summary
+        assert kept["status"] == "failed" and "ZeroDivisionError" in kept["error"]
+    assert continual.run_or_load(settings).ok
 
 
-def test_records_lie_in_a_folder_of_their_own(study, monkeypatch, tmp_path):
-    (result,) = study["Expert Gate"]
-    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))  # other tests leave records in theirs
-    monkeypatch.setattr(continual_runs, "_summary", lambda settings: result.summary)
-    continual.run_or_load(Settings(**FAST), scale="gpu")
-    assert not (paths.root() / "reports").exists()  # by hand
-    continual.run_or_load(Settings(**FAST), scale="gpu", keep=True)
-    (path,) = (paths.root() / "reports/gpu/continual").glob("*.json")
-    assert continual.records("gpu") == path.parent != paths.records("gpu") and load_records(paths.records("gpu")) == []
-    assert set(json.loads(path.read_text())) == {"summary", "curve", "check"}
+def test_a_run_is_kept_like_any_other(study, tmp_path):
+    summary = study["Expert Gate"]
+    settings = Settings.from_dict(summary["config"])
+    result = continual.run_or_load(settings, records=tmp_path)
+    assert read_record(tmp_path / f"{settings.name}.json").summary == result.summary
+    assert {"commit", "code", "device", "versions", "started", "finished", "data", "schema"} <= set(summary)
+    path = paths.runs() / settings.name / "summary.json"
+    path.write_text(path.read_text().replace('"finished"', '"finishes"'))
+    with pytest.raises(Damaged, match="summary.json is damaged"):
+        continual.run_or_load(settings, train=False)
 
 
 @pytest.mark.parametrize(
@@ -325,64 +327,6 @@ def test_a_name_says_what_was_run():
     assert len(names) == 2 * len(APPROACHES) and Settings().name.startswith("expert-gate-s0-")
     here, there = (Settings(data=f"images:{folder}/cifar10").name for folder in ("a", "b"))
     assert here == there != Settings(data="images:a/other").name
-
-
-# Figures and tables
-
-
-def drawn(plot):
-    plot.figure.canvas.draw()
-    assert plot.alt and not pyplot.get_fignums()
-    return plot
-
-
-def test_figures_show_what_was_measured(study):
-    shown = continual.with_oracle(study)
-    plot = drawn(plots.retention(continual.retained(shown)))
-    row = plot.data.query("approach == 'one dense network' and task == 'task 1' and after == 5")
-    assert row["mean"].item() == pytest.approx(100 * study["one dense network"][0].summary["accuracy"][4][0])
-    assert "one dense network: task 1" in plot.alt and "Not run" not in plot.alt
-    plot = drawn(plots.kept_and_lost(continual.table(shown)))
-    assert set(plot.data["approach"]) == set(shown) and "joint, dense" not in plot.alt.split("Forgetting")[1]
-    gate, ec = study["Expert Gate"], study["one EC network"]
-    tasks = gate[0].summary["task_names"]
-    confusion, related = (continual.mean_matrix(gate, name) for name in ("confusion", "relatedness"))
-    assert (
-        f"{100 * gate[0].summary['gate_right']:.1f}% of a task's images"
-        in drawn(plots.gate_choices(confusion, related, tasks)).alt
-    )
-    matrices = (
-        continual.mean_matrix(gate, "moved"),
-        continual.mean_matrix(ec, "moved"),
-        continual.mean_matrix(ec, "expert_shares"),
-    )
-    assert "that were there by 0%." in drawn(plots.overwritten(*matrices, tasks)).alt
-
-
-def test_gaps_are_named():
-    nothing = continual.with_oracle(continual.run_study({"steps": 12345}, [0, 1], train=False))
-    for plot in (plots.retention(continual.retained(nothing)), plots.kept_and_lost(continual.table(nothing))):
-        assert "Not run: Expert Gate, oracle gate" in drawn(plot).alt
-    for plot in (plots.gate_choices(None, None, []), plots.overwritten(None, None, None, [])):
-        assert drawn(plot).alt.startswith("Not run: ")
-    assert continual.by_task(nothing)["all tasks"].isna().all()
-    assert set(continual.compare(nothing, "gpu")["answer"]) == {"not run"}
-    assert len(continual.origins(nothing["Expert Gate"])) == 0
-
-
-def test_tables(study):
-    shown = continual.with_oracle(study)
-    tasks = continual.by_task(shown).set_index("approach")
-    last = study["one EC network"][0].summary["accuracy"][4]
-    assert tasks.loc["one EC network"].tolist() == pytest.approx([*last, sum(last) / 5])
-    means = continual.by_approach(shown).set_index("approach")
-    assert means.loc["oracle gate", "forgetting"] == 0 and math.isnan(means.loc["oracle gate", "gate_right"])
-    rows = continual.compare(shown, "gpu")
-    assert (
-        rows["answer"].tolist() == ["undecided"] * len(rows) and rows["difference"][0] > 50
-    )  # one seed has no interval
-    assert set(continual.compare(shown, "smoke")["answer"]) == {"plumbing only"}
-    assert continual.origins(study["Expert Gate"])["how"][0] == "scratch"
 
 
 def test_patchnet_reads_patches_where_they_are():

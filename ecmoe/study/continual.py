@@ -1,0 +1,179 @@
+"""Continual learning's study: its approaches times seeds, and what its page reads of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ecmoe import paths
+from ecmoe.continual import APPROACHES, Settings, run_or_load
+from ecmoe.study.stats import paired_difference, verdict
+from ecmoe.study.table import by_seed
+from ecmoe.training.result import Result, not_run, read_record
+
+ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
+
+
+def run_study(settings: Mapping[str, Any], seeds: Sequence[int], *, approaches: Sequence[str] = tuple(APPROACHES),
+              scale: str = "smoke", train: bool = True) -> dict[str, list[Result]]:  # fmt: skip
+    """Run or load every approach with every seed; all settings are checked before anything runs.
+
+    Args:
+        scale: whose records are read first. train: False: what is missing comes back as "not run"; else it is computed now,
+            into runs/.
+
+    Returns:
+        label of the approach -> a Result for each seed. A run that fails is reported and the others go on.
+    """
+    made = {
+        APPROACHES[a]: [Settings.from_dict({**settings, "approach": a, "seed": seed}) for seed in seeds]
+        for a in approaches
+    }
+    results: dict[str, list[Result]] = {label: [] for label in made}
+    for i in range(len(seeds)):
+        for label, configs in made.items():
+            record = paths.records(scale) / f"{configs[i].name}.json"
+            try:
+                result = read_record(record) if record.exists() else run_or_load(configs[i], train=train)
+            except Exception as error:  # its run folder keeps it too; the others are still wanted
+                print(f"[{label} s{seeds[i]}] failed: {error}", file=sys.stderr, flush=True)
+                result = not_run(configs[i])
+                result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
+            results[label].append(result)
+    return results
+
+
+def with_oracle(runs: Mapping[str, list[Result]]) -> dict[str, list[Result]]:
+    """The runs, and beside Expert Gate its experts under an oracle gate: the same networks, told the task."""
+    shown: dict[str, list[Result]] = {}
+    for label, results in runs.items():
+        shown[label] = results
+        if label == APPROACHES["expert_gate"]:
+            shown[ORACLE] = [Result(_told(result.summary)) for result in results]
+    return shown
+
+
+def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("accuracy", "final_accuracy", "forgetting")
+    told = {name: summary[f"{name}_task_known"] for name in names if f"{name}_task_known" in summary}
+    return {**summary, **told, "gate_right": None}  # it is not asked
+
+
+def table(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """One row per approach and seed: final accuracy and forgetting, without and with the task known, and the network's size."""
+    columns = [
+        "final_accuracy",
+        "forgetting",
+        "final_accuracy_task_known",
+        "forgetting_task_known",
+        "gate_right",
+        "parameters",
+        "seconds",
+    ]
+    rows = [
+        {"approach": label, "seed": r.summary["seed"], "status": r.summary["status"]}
+        | {c: r.summary.get(c) for c in columns}
+        for label, results in runs.items()
+        for r in results
+    ]
+    frame = pd.DataFrame(rows, columns=["approach", "seed", "status", *columns])
+    return frame.astype(dict.fromkeys(columns, float))
+
+
+def by_approach(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """One row per approach: what `table` has, mean over the seeds that finished, and their number."""
+    frame, numbers = table(runs), [c for c in table({}).columns if c not in ("approach", "seed", "status")]
+    means = frame.groupby("approach", sort=False)[numbers].mean()
+    finished = (frame["status"] == "finished").groupby(frame["approach"], sort=False).sum()
+    return means.assign(seeds=finished).reset_index()[["approach", "seeds", *numbers]]
+
+
+def by_task(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """One row per approach: accuracy on each task after the last, and their mean; means over seeds."""
+    rows = []
+    for label, results in runs.items():
+        last = pd.DataFrame(
+            [dict(zip(r.summary["task_names"], r.summary["accuracy"][-1], strict=True)) for r in results if r.ok]
+        )
+        rows.append(
+            {"approach": label} | last.mean().to_dict() | {"all tasks": last.mean(axis=1).mean() if len(last) else None}
+        )
+    frame = pd.DataFrame(rows)
+    return frame[["approach", *(c for c in frame.columns if c not in ("approach", "all tasks")), "all tasks"]]
+
+
+COMPARED = (
+    ("final_accuracy", "expert_gate", "above", "shared"), ("forgetting", "expert_gate", "below", "shared"),
+    ("final_accuracy", "expert_gate", "above", "expert_choice"), ("forgetting", "expert_gate", "below", "expert_choice"),
+    ("forgetting", "expert_choice", "below", "shared"), ("forgetting_task_known", "expert_choice", "below", "shared"),
+    ("final_accuracy", "oracle", "above", "expert_gate"), ("final_accuracy", "joint", "above", "expert_gate"),
+)  # fmt: skip
+
+
+def compare(runs: Mapping[str, list[Result]], scale: str) -> pd.DataFrame:
+    """The questions of this study, each with its effect over paired seeds: is it above, or below, that of the other?
+
+    Args:
+        runs: of `with_oracle`. scale: at smoke there are effects, but no answers.
+
+    Returns:
+        columns measure, of, is it, that of, difference (percentage points), 95% interval, seeds, answer.
+    """
+    answers = {"reproduced": "yes", "not reproduced": "no"}
+    labels, rows = APPROACHES | {"oracle": ORACLE}, []
+    for measure, one, direction, other in COMPARED:
+        a, b = ({seed: 100 * v for seed, v in by_seed(runs[labels[x]], measure).items()} for x in (one, other))
+        found = verdict(paired_difference(a, b, "points"), direction=direction, scale=scale)
+        effect = found.effect
+        low, high, n = effect.low, effect.high, effect.n
+        rows.append({
+            "measure": measure.replace("_", " "), "of": labels[one], "is it": direction, "that of": labels[other],
+            "difference": effect.mean, "95% interval": effect.interval if low is None else f"{low:.1f} to {high:.1f}", "seeds": n,
+            "answer": answers.get(found.label, found.label),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
+    """Accuracies one below the other: approach, seed, `after` (tasks learned), `task`, accuracy; a missing run is a row of NaN."""
+    rows: list[dict[str, Any]] = []
+    for label, results in runs.items():
+        for r in results:
+            same = {"approach": label, "seed": r.summary["seed"]}
+            cells = [
+                (t + 1, k + 1, value)
+                for t, row in enumerate(r.summary.get("accuracy", []))
+                for k, value in enumerate(row)
+            ]
+            rows += [same | {"after": t, "task": k, "accuracy": v} for t, k, v in cells if v is not None] or [same]
+    return pd.DataFrame(rows, columns=["approach", "seed", "after", "task", "accuracy"]).astype({"accuracy": float})
+
+
+def mean_matrix(results: Iterable[Result], name: str) -> pd.DataFrame | None:
+    """Mean over seeds of a matrix of the summary, such as confusion; None if there is none. Its cells that are None are NaN."""
+    there = [pd.DataFrame(r.summary[name], dtype=float) for r in results if r.ok and name in r.summary]
+    return sum(there) / len(there) if there else None
+
+
+def origins(results: Iterable[Result]) -> pd.DataFrame:
+    """Where Expert Gate's experts started: one row per task, the source task of each seed, mean relatedness, fine-tuning or LwF."""
+    rows = [
+        {"task": name, "started from": "nothing" if o["task"] is None else r.summary["task_names"][o["task"]],
+         "relatedness": o["related"], "how": o["how"]}
+        for r in results if r.ok
+        for name, o in zip(r.summary["task_names"], r.summary["origins"], strict=True)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["task", "started from", "relatedness", "how"]).astype({"relatedness": float})
+    many = {"started from": _counted, "relatedness": "mean", "how": _counted}
+    return frame.groupby("task", sort=False).agg(many).reset_index()
+
+
+def _counted(names: pd.Series) -> str:
+    """ "0, 1 (2 seeds); 4, 5 (1 seed)"; only the name where all seeds agree."""
+    counts = names.value_counts()
+    if len(counts) == 1:
+        return str(counts.index[0])
+    return "; ".join(f"{name} ({n} seed{'s' * (n > 1)})" for name, n in counts.items())
