@@ -55,8 +55,7 @@ try:
     TIMES = [str(file) for file in steps.files(SCALE)] if TIMED & set(NAMES) else []
 except (ValueError, OSError):
     TIMES = []
-# Several runs side by side on a GPU are done sooner than one after the other. At smoke a run takes seconds, so that a
-# process does many of them.
+# Several runs side by side on a GPU are done sooner than one after the other.
 GPUS, PLACES = engine.places()
 CORES = workflow.cores or 2
 if "place" not in workflow.global_resources:  # --resources place=2 says otherwise
@@ -64,9 +63,12 @@ if "place" not in workflow.global_resources:  # --resources place=2 says otherwi
 AT_ONCE = workflow.global_resources["place"].value
 BENCH = str(engine.marker("bench", SCALE))
 MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, TIMES))
-JOBS = min(CORES, math.ceil(len(MISSING) / 8)) if SCALE == "smoke" and not GPUS else len(MISSING)
-NAMED = list(MISSING)
-BATCHES = {(batch[0] if len(batch) == 1 else f"batch-{i}"): batch for i in range(JOBS) if (batch := NAMED[i::JOBS])}
+# A process takes seconds to start, so on one machine it does several runs; at smoke, where these take seconds too, its whole
+# share. On a cluster each run is a job.
+MOST = 1 if workflow.nodes else len(MISSING) if SCALE == "smoke" else 4
+SIZE = max(1, min(MOST, math.ceil(len(MISSING) / AT_ONCE)))
+NAMED = [list(MISSING)[i : i + SIZE] for i in range(0, len(MISSING), SIZE)]
+BATCHES = {batch[0] if len(batch) == 1 else f"batch-{i}": batch for i, batch in enumerate(NAMED)}
 MARKERS = {name: str(engine.marker(batch, SCALE)) for batch, names in BATCHES.items() for name in names}
 # A marker says that a job has ended, to this call alone: the next one asks the records again. A page that lacks something
 # rests on a newer file, too: Snakemake doesn't make what is missing in between for an output that is there.
