@@ -18,7 +18,8 @@ from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
 
 KERNELS = ("auto", "plain", "triton", "triton-bmm")
-# Numbers of h, (e, k, f), that evaluation holds at a time: so many, or those of so many slots a token if that is more.
+# Without a capacity one expert may get nearly all tokens, and every expert then has as many slots. Evaluation computes
+# experts in groups, so that h, (e, k, f), holds at most HELD numbers at a time, or SLOTS rows a token if that is more.
 HELD, SLOTS = 2**28, 3
 
 
@@ -141,26 +142,25 @@ class MoE(nn.Module):
                 )
 
     def _keep(self, aux_loss: Tensor | None) -> None:
-        """What the pass adds to the loss, in training.
+        """What the pass adds to the loss.
 
         Reentrant checkpointing first runs a pass without gradients. `aux_loss` is then a leaf of its own: its gradient,
         which the loss gives it, goes on where the pass is run again.
         """
-        self.aux_loss, self._leaf = aux_loss if self.training else None, None
-        if self.aux_loss is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.aux_loss = self._leaf = aux_loss.detach().requires_grad_()  # type: ignore[union-attr]
+        self.aux_loss, self._leaf = aux_loss, None
+        if aux_loss is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.aux_loss = self._leaf = aux_loss.detach().requires_grad_()
 
     def _nothing(self, x: Tensor) -> Tensor:
         """(0, d) -> (0, d), with gradients of 0 for all parameters, which other ranks may wait for."""
         for buffer in (self.load, self.demand, self.experts_per_token, self.tokens):
             buffer.zero_()
-        nothing = sum(p.sum() for p in self.parameters()) * 0.0
-        self._keep(nothing)  # type: ignore[arg-type]
+        nothing = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
+        self._keep(nothing if self.training else None)
         return x + nothing
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
-        # In evaluation a router may give one expert nearly all tokens, and every expert then has as many slots.
         f = self.w1.shape[2]
         groups = 1 if torch.is_grad_enabled() else -(-token.numel() * f // max(HELD, SLOTS * x.shape[0] * f))
         if groups <= 1:
@@ -170,7 +170,7 @@ class MoE(nn.Module):
 
     def _some_experts(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""
-        if fast(self.kernels, x):
+        if token.numel() and fast(self.kernels, x):
             from ecmoe import kernels
 
             return kernels.experts(x, w1, w2, token, gate, fuse=self.kernels != "triton-bmm")
@@ -191,7 +191,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
-        if mask is None and fast(self.kernels, assignment.gate):
+        if mask is None and assignment.gate.numel() and fast(self.kernels, assignment.gate):
             from ecmoe import kernels
 
             kernels.tally_(assignment.token, n, self.load, self.experts_per_token)

@@ -162,10 +162,11 @@ def test_a_gradient_is_scaled_in_float32(dtype, path):
         from ecmoe.kernels.loss import scaled
 
     x = torch.randn(70, 131, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-    factor = torch.tensor(1 / 65_521, device=DEVICE)
+    factor = torch.tensor(1.0038 / 65_536, device=DEVICE)  # just between two numbers of bf16
     for given in (x, x.T):
         exact = given.double() * factor.double()
-        assert distance(scaled(given, factor), exact) < 1.05 * distance((given.float() * factor).to(dtype), exact)
+        bound = 1.05 if path == "plain" or DEVICE == "cuda" else 1.8  # the interpreter cuts off instead of rounding
+        assert distance(scaled(given, factor), exact) <= bound * distance((given.float() * factor).to(dtype), exact)
 
 
 def test_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
