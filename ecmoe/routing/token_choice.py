@@ -92,7 +92,7 @@ class TokenChoice(Router):
             self.load_error += demand.float().mean() - demand.float()  # type: ignore[union-attr]
         if not self.training:
             return chosen
-        return Assignment(*chosen, demand, self._aux_loss(logits, S, noise, demand, mask))  # type: ignore[arg-type, call-arg]
+        return Assignment(chosen.token, chosen.gate, demand, self._aux_loss(logits, S, noise, demand, mask))  # type: ignore[arg-type]
 
     def _aux_loss(self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None) -> Tensor:
         loss = logits.new_zeros(())
