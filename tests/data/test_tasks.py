@@ -1,6 +1,7 @@
 """Tasks: what an example is, where it comes from, and what is wrong with one that isn't."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -84,9 +85,35 @@ def test_a_task_that_is_nowhere_says_where_it_could_be(tmp_path, monkeypatch):
         tasks.load("sst")
 
 
-def test_lines_of_the_library_are_told_apart_and_no_module_is_on_both_sides():
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Ten modules whose lines say which they are of."""
+    files = {}
+    for i in range(10):
+        prose, code = (
+            "\n".join(f"{kind} number {j:02} of module_{i}" for j in range(30)) for kind in ("prose", "# note")
+        )
+        code += "\n" + "\n".join(f"name_{j} = 'code of module_{i}'" for j in range(30))
+        files[f"{i}.py"] = tmp_path / f"{i}.py"
+        files[f"{i}.py"].write_text(f'"""\n{prose}\n"""\n{code}\n')
+    monkeypatch.setattr(tasks, "part_files", lambda data: files)
+    tasks._lines.cache_clear()
+    yield
+    tasks._lines.cache_clear()
+
+
+def test_no_module_is_on_both_sides_and_each_gives_as_many_lines_of_each_kind(library):
+    train, validation = tasks.load("lines")
+    of = [[re.search(r"module_\d", text)[0] for (text,) in part.texts] for part in (train, validation)]
+    assert [len(set(modules)) for modules in of] == [8, 2] and not set(of[0]) & set(of[1])
+    assert {of[0].count(module) for module in of[0]} == {2 * tasks.OF_MODULE}
+    for (text,), label in zip(train.texts, train.labels, strict=True):
+        assert text.startswith(("name_", "prose")[label])
+
+
+def test_lines_of_the_library_are_told_apart():
     code, prose = tasks._code_and_prose(
-        '''"""A module of some length, in prose."""\nimport something_long_enough\n# a comment that is no code at all\nshort = 1\n'''
+        '''"""A module of some length, in prose."""\nimport something_long_enough\nshort = 1\n'''
     )
     assert code == ["import something_long_enough"] and prose == ['"""A module of some length, in prose."""']
     assert tasks._code_and_prose("def (") == ([], [])
