@@ -94,11 +94,11 @@ def test_cutoff_is_the_kth_largest_score_so_a_training_batch_is_routed_as_in_tra
 
 
 def test_cutoffs_average_pools_and_leave_out_padding():
-    logits = random_logits(12, 2, 0)
-    mask = torch.ones(2, 6, dtype=torch.bool)
-    mask[1, 4:] = False
+    logits = random_logits(18, 2, 0)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 4:] = mask[2] = False
     router = ExpertChoice(D, 2, 1.0, pool="sequence")
-    router.assign(logits, batch_shape=(2, 6), mask=mask.flatten())
+    router.assign(logits, batch_shape=(3, 6), mask=mask.flatten())
     S = logits.softmax(1)
     expected = (S[:6].sort(0).values[-3] + S[6:10].sort(0).values[-2]) / 2
     torch.testing.assert_close(router.cutoff.value(), expected.float())
