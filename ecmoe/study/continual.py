@@ -10,8 +10,10 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.continual import APPROACHES, Settings, run_or_load
-from ecmoe.study.stats import paired_difference, verdict
+from ecmoe.study import estimate
+from ecmoe.study.estimate import Unit, span
 from ecmoe.study.table import by_seed
+from ecmoe.study.verdict import NOT_RUN, PLUMBING, UNDECIDED
 from ecmoe.training.result import Result, not_run, read_record
 
 ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
@@ -120,21 +122,26 @@ def compare(runs: Mapping[str, list[Result]], scale: str) -> pd.DataFrame:
         runs: of `with_oracle`. scale: at smoke there are effects, but no answers.
 
     Returns:
-        columns measure, of, is it, that of, difference (percentage points), 95% interval, seeds, answer.
+        columns measure, of, is it, that of, difference (percentage points), 95% interval, seeds, answer: yes where the whole
+        interval is on that side of 0, no where it is on the other.
     """
-    answers = {"reproduced": "yes", "not reproduced": "no"}
     labels, rows = APPROACHES | {"oracle": ORACLE}, []
-    for measure, one, direction, other in COMPARED:
-        a, b = ({seed: 100 * v for seed, v in by_seed(runs[labels[x]], measure).items()} for x in (one, other))
-        found = verdict(paired_difference(a, b, "points"), direction=direction, scale=scale)
-        effect = found.effect
-        low, high, n = effect.low, effect.high, effect.n
+    for measure, one, side, other in COMPARED:
+        a, b = (by_seed(runs[labels[x]], measure) for x in (one, other))
+        effect = estimate.of_values((a[seed] - b[seed] for seed in estimate.shared(a, b)), Unit.SHARE)
+        ends = effect.interval()
         rows.append({
-            "measure": measure.replace("_", " "), "of": labels[one], "is it": direction, "that of": labels[other],
-            "difference": effect.mean, "95% interval": effect.interval if low is None else f"{low:.1f} to {high:.1f}", "seeds": n,
-            "answer": answers.get(found.label, found.label),
+            "measure": measure.replace("_", " "), "of": labels[one], "is it": side, "that of": labels[other],
+            "difference": 100 * effect.value, "95% interval": span(*ends, Unit.SHARE) if ends else "none", "seeds": effect.n,
+            "answer": PLUMBING if scale == "smoke" else NOT_RUN if not effect.n else _answer(ends, side),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _answer(ends: tuple[float, float] | None, side: str) -> str:
+    if ends is None or ends[0] <= 0 <= ends[1]:
+        return UNDECIDED
+    return "yes" if (ends[0] > 0) == (side == "above") else "no"
 
 
 def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:

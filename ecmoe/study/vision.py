@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from ecmoe.study.stats import paired_difference
+from ecmoe.study import estimate
+from ecmoe.study.estimate import Unit
 
 
 def differences(panels: Mapping[str, pd.DataFrame], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -25,9 +26,11 @@ def differences(panels: Mapping[str, pd.DataFrame], pairs: Sequence[tuple[str, s
             row = {"models": panel, "difference": f"{a} \u2212 {b}"}
             for c in sorted(frame["capacity"].unique()):
                 at = measured[measured["capacity"] == c].set_index("seed")
-                by_seed = [(100 * at.loc[at["arm"] == arm, "accuracy"]).to_dict() for arm in (a, b)]
-                effect = paired_difference(*by_seed, "points")
-                between = "" if effect.low is None else f" ({effect.low:+.1f} to {effect.high:+.1f})"
-                row[f"c = {c:g}"] = f"{effect.mean:+.1f}{between}" if effect.n else None
+                ours, theirs = (at.loc[at["arm"] == arm, "accuracy"].to_dict() for arm in (a, b))
+                shared = estimate.shared(ours, theirs)
+                effect = estimate.of_values((ours[seed] - theirs[seed] for seed in shared), Unit.SHARE)
+                ends = effect.interval()
+                between = f" ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else ""
+                row[f"c = {c:g}"] = f"{100 * effect.value:+.1f}{between}" if effect.n else None
             rows.append(row)
     return pd.DataFrame(rows)
