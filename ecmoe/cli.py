@@ -165,7 +165,7 @@ def index(
 
     with _one_line(OSError, ValueError):
         check_scale(scale)
-        from ecmoe.report.render import index as write_index
+        from ecmoe.report.index import index as write_index
 
         typer.echo(write_index(scale, reports))
 

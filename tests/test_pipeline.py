@@ -194,5 +194,5 @@ def test_every_notebook_has_its_config():
     """The Snakefile takes notebooks that have a config: one without would be left out in silence."""
     notebooks = {path.stem for path in (CHECKOUT / "notebooks").glob("*.ipynb")}
     configs = {path.stem for path in (CHECKOUT / "configs").glob("[0-9]*.yaml")}
-    assert notebooks == configs and "12_scoreboard" in notebooks
+    assert notebooks == configs and "01_convergence" in notebooks
     assert yaml.safe_load((CHECKOUT / "profiles/default/config.yaml").read_text())["keep-going"] is True

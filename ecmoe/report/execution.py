@@ -19,7 +19,6 @@ from traitlets import CaselessStrEnum, default
 from ecmoe import paths
 from ecmoe.files import ConfigError
 from ecmoe.report.render import render
-from ecmoe.report.scoreboard import verdict_folder
 from ecmoe.study.parameters import ParameterError, check_parameters, merge_parameters, merged
 from ecmoe.study.plan import of_page
 
@@ -34,16 +33,20 @@ class _ThisPython(AsyncKernelManager):
     They are reached by sockets in the file system, where these exist: nothing listens on a port.
     """
 
-    transport = CaselessStrEnum(["tcp", "ipc"], default_value="tcp" if os.name == "nt" else "ipc")
+    transport = CaselessStrEnum(["tcp", "ipc"])
+
+    @default("transport")
+    def _by_files_if_possible(self) -> str:
+        self._folder = _short_folder()
+        return "ipc" if self._folder else "tcp"
 
     @default("ip")
     def _own_sockets(self) -> str:
         # Jupyter's default is `kernel-ipc` in the working folder: kernels that run side by side would share it.
         if self.transport != "ipc":
             return "127.0.0.1"
-        folder = tempfile.mkdtemp(prefix="ecmoe-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return os.path.join(folder, "kernel")
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return os.path.join(self._folder, "kernel")
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -60,6 +63,19 @@ def _read(notebook: Path) -> Any:
             f"{notebook} can't be read ({type(error).__name__}: {error}): it must be a notebook, such as "
             "notebooks/01_convergence.ipynb"
         ) from error
+
+
+def _short_folder() -> str | None:
+    """A new folder for sockets, whose names may have some 100 characters in all: a long $TMPDIR has no room for them."""
+    for parent in (tempfile.gettempdir(), "/tmp", "/dev/shm") if os.name == "posix" else ():
+        try:
+            folder = tempfile.mkdtemp(prefix="ecmoe-", dir=parent)
+        except OSError:
+            continue
+        if len(os.fsencode(folder)) < 80:
+            return folder
+        os.rmdir(folder)
+    return None
 
 
 def execute(
@@ -103,10 +119,10 @@ def execute(
                 nbformat.write(
                     nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {notebook.stem}")]), empty
                 )
-                render(empty, failed_html, error={"where": notebook.name, "what": str(error), "cell": None})
+                problem = {"where": notebook.name, "what": str(error), "cell": None}
+                render(empty, failed_html, error=problem, source=notebook)
         raise
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    _forget(notebook.stem, str(values.get("scale", "")))
     total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
 
     def say(cell: Any, cell_index: int, **_: Any) -> None:
@@ -116,7 +132,6 @@ def execute(
     with tempfile.TemporaryDirectory() as folder:
         executed = Path(folder) / "executed.ipynb"
         try:
-            os.environ["ECMOE_NOTEBOOK"] = notebook.stem  # whose verdicts the kernel records
             papermill.execute_notebook(
                 source,  # not its path, in which papermill would fill in {names}
                 executed,
@@ -134,22 +149,14 @@ def execute(
             what = f"{failure.ename}: {failure.evalue}"
             where = f"{notebook.name}, cell {failure.cell_index + 1}"
             error = {"where": where, "what": what, "cell": failure.cell_index + 1}
-            render(executed, failed_html, error=error)
+            render(executed, failed_html, error=error, source=notebook)
             raise ReportError(f"{where} failed: {what} (see {failed_html})") from None
         except Exception as failure:  # the kernel died, such as for want of memory
             if executed.exists():
                 what = f"{type(failure).__name__}: {failure}"
                 error = {"where": notebook.name, "what": what, "cell": None}
-                render(executed, failed_html, error=error)
+                render(executed, failed_html, error=error, source=notebook)
             raise ReportError(f"{notebook.name} failed: {type(failure).__name__}: {failure}") from failure
-        finally:
-            os.environ.pop("ECMOE_NOTEBOOK", None)
-        render(executed, out_html)
+        render(executed, out_html, source=notebook)
     failed_html.unlink(missing_ok=True)
     return out_html
-
-
-def _forget(notebook: str, scale: str) -> None:
-    """What an earlier execution found must not outlive one that fails."""
-    if scale:
-        (verdict_folder(scale) / f"{notebook}.json").unlink(missing_ok=True)

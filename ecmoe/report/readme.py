@@ -1,4 +1,4 @@
-"""The parts of README.md that are made of committed results: its figures and the claim table.
+"""The parts of README.md that are made of committed results: the answer, its figure, the claims, the layer's speed.
 
 Each lies between two marks, such as <!-- claims:begin --> and <!-- claims:end -->; a test fails when what lies
 there is not what the results give.
@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 from ecmoe import paths
 from ecmoe.files import write_text
 from ecmoe.report import plots
 from ecmoe.report.plots.parts import Plot
-from ecmoe.report.scoreboard import claim_table
+from ecmoe.report.scoreboard import claim_table, effects
 from ecmoe.study import speed
-from ecmoe.study.cost import beside_paper
-from ecmoe.study.load import load
-from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.table import by_routing, table
-from ecmoe.training.result import Result
+from ecmoe.study.verdict import ClaimVerdict, judge_all
 
 
 def update(scale: str = "gpu") -> bool:
@@ -34,8 +30,10 @@ def update(scale: str = "gpu") -> bool:
     old = new = path.read_text(encoding="utf-8")
     for name, text in sections(scale).items():
         new = new.replace(f"{_mark(name, 'begin')}{part(new, name)}", f"{_mark(name, 'begin')}\n{text}\n")
-    for name, (notebook, draw) in PICTURES.items():
-        draw(notebook, scale)[0].figure.savefig(home / image(name, scale), dpi=150, metadata={"Software": None})
+    for name, draw in PICTURES.items():
+        plot, _ = draw(scale)
+        if plot.figure is not None:
+            plot.figure.savefig(home / image(name, scale), dpi=150, metadata={"Software": None})
     if new != old:
         write_text(path, new)
     return new != old
@@ -43,15 +41,12 @@ def update(scale: str = "gpu") -> bool:
 
 def sections(scale: str = "gpu") -> dict[str, str]:
     """Name of a part -> the Markdown that the committed results give."""
-    found = {}
-    for name, (notebook, draw) in PICTURES.items():
-        plot, caption = draw(notebook, scale)
+    found = {"claims": claim_table(_verdicts(scale), f"reports/{scale}/scoreboard.md#{{claim}}")}
+    for name, draw in PICTURES.items():
+        plot, caption = draw(scale)
         shown = f'<img src="{image(name, scale)}" alt="{html.escape(plot.alt)}">'
-        found[name] = f"{shown}\n\n{caption} From [{notebook}](reports/{scale}/{notebook}.html)."
-    size = beside_paper(_study("01_convergence", scale)["base"])
-    return found | {
-        "claims": f"{claim_table(paths.root() / 'reports' / scale / 'verdicts')}\n\nHere, but for C2 and C3: {size}."
-    }
+        found[name] = f"{shown}\n\n{caption}" if plot.figure is not None else f"Not run yet: {caption}"
+    return found
 
 
 def image(name: str, scale: str) -> str:
@@ -71,33 +66,21 @@ def _mark(name: str, which: str) -> str:
     return f"<!-- {name}:{which} -->"
 
 
-def _study(notebook: str, scale: str) -> dict[str, Any]:
-    return merge_parameters(parameter_files(notebook, scale, paths.root() / "configs"))
+@cache
+def _verdicts(scale: str) -> dict[str, ClaimVerdict]:
+    return judge_all(scale)
 
 
-def _runs(notebook: str, scale: str) -> dict[str, list[Result]]:
-    return load(notebook, {"scale": scale, "train_missing": False})
+# A figure, and what it shows.
 
 
-# A figure of a page, and what it shows.
-
-
-def _ends(notebook: str, scale: str) -> tuple[Plot, str]:
-    return plots.final_loss(table(_runs(notebook, scale))), (
-        "Validation loss at the end of training: a tick per seed, the mean, its 95% interval."
+def _evidence(scale: str) -> tuple[Plot, str]:
+    return effects(_verdicts(scale)), (
+        "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals, colours: verdicts."
     )
 
 
-def _leaks(notebook: str, scale: str) -> tuple[Plot, str]:
-    labels = "validation loss (nats per token)", "causally minus as trained (nats per token)"
-    plot = plots.leak(by_routing(_runs(notebook, scale)), "loss", *labels)
-    return plot, (
-        "The same weights, routed as trained and causally, by running cut-offs that see one token alone; right of 0, the loss as trained owes something "
-        "to tokens of the future."
-    )
-
-
-def _shares(notebook: str, scale: str) -> tuple[Plot, str]:
+def _shares(scale: str) -> tuple[Plot, str]:
     plan = speed.plan(scale)
     found = speed.measured(speed.jobs(**plan), scale=scale, measure=False)
     size = next(iter(plan["layer_sizes"]))
@@ -108,8 +91,4 @@ def _shares(notebook: str, scale: str) -> tuple[Plot, str]:
     )
 
 
-PICTURES: dict[str, tuple[str, Callable[[str, str], tuple[Plot, str]]]] = {
-    "evidence": ("01_convergence", _ends),
-    "causality": ("09_causality", _leaks),
-    "speed": (speed.SPEED, _shares),
-}
+PICTURES: dict[str, Callable[[str], tuple[Plot, str]]] = {"evidence": _evidence, "speed": _shares}

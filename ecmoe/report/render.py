@@ -1,15 +1,16 @@
-"""Executed notebooks as pages, by nbconvert with a template of our own, and the index of them.
+"""Executed notebooks as pages, by nbconvert with a template of our own.
 
-A page is one file: no script, no request, formulas as MathML, code folded away.
+A page is one file: no script, no request, formulas as MathML, code folded away. The list of pages is `index`'s.
 """
 
 from __future__ import annotations
 
-import html
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 from nbconvert.exporters import HTMLExporter
@@ -17,61 +18,85 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
-from ecmoe import paths
 from ecmoe.files import write_text
-from ecmoe.report.page import math_html
+from ecmoe.report.markup import math_html, text_of
 
 _HERE = Path(__file__).parent
-_SCOREBOARD = "12_scoreboard"
+_LABELS = {
+    "parameters": "parameters and their defaults",
+    "injected-parameters": "parameters of this report",
+    "try": "yours to change",
+}
+FOOTER = "Made from a notebook; this page sends no request and runs no script."
 
 
 def render(
     ipynb: str | Path,
     out_html: str | Path,
     error: Mapping[str, Any] | None = None,
-    footer: str = "",
+    source: str | Path | None = None,
 ) -> Path:
     """Render an executed notebook as a page, written by rename.
 
     Args:
         error: shown on top: {"where": text, "what": text, "cell": number or None}.
+        source: the notebook as it lies in notebooks/; the page links to it and to the pages of its neighbours.
     """
+    out_html = Path(out_html)
     notebook = nbformat.read(ipynb, as_version=4)
-    write_text(Path(out_html), page_html(notebook, error, footer))
-    return Path(out_html)
+    links = {} if source is None else {"ways": ways(Path(source)), "source": _relative(Path(source), out_html.parent)}
+    write_text(out_html, page_html(notebook, error, **links))
+    return out_html
 
 
-def page_html(notebook: Any, error: Mapping[str, Any] | None = None, footer: str = "") -> str:
-    """An executed notebook as a page of HTML."""
+def page_html(
+    notebook: Any,
+    error: Mapping[str, Any] | None = None,
+    ways: Sequence[Mapping[str, str]] = (),
+    source: str = "",
+    parts: Mapping[str, str] | None = None,
+    **more: str,
+) -> str:
+    """An executed notebook as a page of HTML.
+
+    Args:
+        ways: to the pages before and after, each with `href`, `rel` and `text`. source: address of the notebook.
+        parts: heading -> HTML that follows the cells. more: footer; script and script_digest (base64 of its SHA-256), of the
+            one script that may run.
+    """
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.page = {"number": number}
+    notebook.cells = _answer_first(notebook.cells)
     toc: list[dict[str, Any]] = []
     markdown = MarkdownWithMath(renderer=_Markdown(toc))
     title = description = ""
-    for number, cell in enumerate(notebook.cells, 1):
-        cell.page = {"number": number, "opens": False}
+    for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.page["html"] = markdown.render(cell.source)
-            if not title and (heading := re.search(r"^#\s+(.+)$", cell.source, re.MULTILINE)):
-                title, cell.page["opens"] = heading[1].strip(), True
+            if not title and (heading := _heading(cell.source)):
+                title = heading
                 paragraph = re.search(r"<p>(.*?)</p>", cell.page["html"], re.DOTALL)
-                description = _text(paragraph[1]) if paragraph else ""
+                description = text_of(paragraph[1]) if paragraph else ""
         elif cell.cell_type == "code":
             tags = cell.metadata.get("tags", [])
-            names = {
-                "parameters": "parameters and their defaults",
-                "injected-parameters": "parameters of this report",
-            }
-            cell.page["label"] = next((names[tag] for tag in tags if tag in names), "code")
-            cell.page["failed"] = bool(error) and error["cell"] == number
+            cell.page["label"] = next((_LABELS[tag] for tag in tags if tag in _LABELS), "code")
+            cell.page["failed"] = bool(error) and error["cell"] == cell.page["number"]
+            cell.page["read"] = "read" in tags  # its code is what there is to read
             _join_streams(cell)
+            cell.page["quiet"] = not cell.outputs and not cell.page["read"]
+    sections = [{"id": _anchor(name, toc), "heading": name, "html": html} for name, html in (parts or {}).items()]
     page = {
-        "title": _text(title) or "Report",
+        "title": text_of(title) or "Report",
         "description": description,
         "toc": [heading for heading in toc if heading["level"] in (2, 3)],
         "css": _css(),
         "error": error,
-        "footer": footer or "Made from a notebook; this page sends no request and runs no script.",
-    }
+        "ways": list(ways),
+        "source": source,
+        "parts": sections,
+        "footer": FOOTER,
+    } | more
     priority = ["text/html", "image/png", "text/plain"]
     exporter = HTMLExporter(
         config=Config({"NbConvertBase": {"display_data_priority": priority}}),
@@ -79,6 +104,30 @@ def page_html(notebook: Any, error: Mapping[str, Any] | None = None, footer: str
         extra_template_basedirs=[str(_HERE)],
     )
     return exporter.from_notebook_node(notebook, {"page": page})[0]
+
+
+def _answer_first(cells: list[Any]) -> list[Any]:
+    """The cell tagged `answer` right below the title, whatever had to be loaded for it."""
+    return cells[:1] + sorted(cells[1:], key=lambda cell: "answer" not in cell.metadata.get("tags", []))
+
+
+def ways(source: Path) -> list[dict[str, str]]:
+    """To the pages of the notebooks before and after this one, by their number."""
+    all_of_them = sorted(source.parent.glob("[0-9][0-9]_*.ipynb"))
+    if source not in all_of_them:
+        return []
+    at, found = all_of_them.index(source), []
+    for rel, other, form in (("prev", at - 1, "\u2190 {}"), ("next", at + 1, "{} \u2192")):
+        if 0 <= other < len(all_of_them):
+            name = all_of_them[other].stem
+            found.append({"rel": rel, "href": f"{quote(name)}.html", "text": form.format(short_title(name))})
+    return found
+
+
+def short_title(name: str) -> str:
+    """ "03_capacity_factor" -> "03 Capacity factor", as links have it."""
+    number, _, words = name.partition("_")
+    return f"{number} {words.replace('_', ' ').capitalize()}"
 
 
 class _Markdown(IPythonRenderer):
@@ -89,11 +138,10 @@ class _Markdown(IPythonRenderer):
         self.toc = toc
 
     def heading(self, text: str, level: int, **attrs: Any) -> str:
-        plain = re.sub(r"[^\w]+", "-", _text(text).lower()).strip("-") or "section"
-        taken = sum(entry["plain"] == plain for entry in self.toc)
-        name = f"{plain}-{taken + 1}" if taken else plain
-        self.toc.append({"id": name, "plain": plain, "level": level, "html": re.sub(r"</?a[^>]*>", "", text)})
-        return f'<h{level} id="{name}">{text}</h{level}>\n'
+        return f'<h{level} id="{_anchor(text, self.toc, level)}">{text}</h{level}>\n'
+
+    def table(self, text: str) -> str:
+        return f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{text}</table></div>\n'
 
     def block_math(self, body: str) -> str:
         return math_html(body.strip(), "block")
@@ -103,6 +151,15 @@ class _Markdown(IPythonRenderer):
 
     def latex_environment(self, name: str, body: str) -> str:
         return math_html(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+
+
+def _anchor(text: str, toc: list[dict[str, Any]], level: int = 2) -> str:
+    """An id for a heading, which is added to the contents."""
+    plain = re.sub(r"[^\w]+", "-", text_of(text).lower()).strip("-") or "section"
+    taken = sum(entry["plain"] == plain for entry in toc)
+    name = f"{plain}-{taken + 1}" if taken else plain
+    toc.append({"id": name, "plain": plain, "level": level, "html": re.sub(r"</?a[^>]*>", "", text)})
+    return name
 
 
 def _join_streams(cell: Any) -> None:
@@ -121,52 +178,14 @@ def _css() -> str:
         style: HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
         for style in ("default", "github-dark")
     }
-    dark = f"@media (prefers-color-scheme: dark) {{\n{code['github-dark']}\n}}"
+    dark = f"@media screen and (prefers-color-scheme: dark) {{\n{code['github-dark']}\n}}"
     return "\n".join([code["default"], dark, (_HERE / "template" / "style.css").read_text(encoding="utf-8")])
 
 
-def _text(markup: str) -> str:
-    """Markup without its tags, on one line."""
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", markup)).replace("`", "").split())
-
-
-# The index
-
-
-def index(scale: str, reports: str | Path | None = None) -> Path:
-    """Write `index.html`: the scoreboard's page, and below it a list of all pages that are there.
-
-    Args:
-        scale: smoke, gpu or paper. reports: the folder; default: reports/<scale>.
-    """
-    folder = Path(reports) if reports else paths.root() / "reports" / scale
-    entries = []
-    scoreboard = folder / f"{_SCOREBOARD}.html"
-    for path in sorted(set(folder.glob("[0-9]*.html")) - {scoreboard}):  # which the index itself is
-        text = path.read_text(encoding="utf-8")
-        failed = path.name.endswith(".failed.html")
-        if failed and path.with_name(path.name.replace(".failed.html", ".html")).exists():
-            continue
-        title = _first(text, r"<title>([^<]*)</title>")
-        about = _first(text, r'<meta content="([^"]*)" name="description"')
-        mark = ' <strong class="mark">failed</strong>' if failed else ""
-        link = f'<a href="{html.escape(path.name)}">{title or html.escape(path.stem)}</a>'
-        entries.append(f"<li>{link}{mark}<small>{about}</small></li>")
-    listing = (
-        '<nav class="pages" aria-label="Reports">'
-        f'<h2 id="reports">Reports at scale {html.escape(scale)}</h2>'
-        f"<ul>{''.join(entries) or '<li>none yet</li>'}</ul></nav>"
-    )
-    if scoreboard.exists():
-        text = scoreboard.read_text(encoding="utf-8")
-    else:
-        cell = nbformat.v4.new_markdown_cell(f"# Reports at scale {scale}\n\nThe scoreboard is not made yet.")
-        text = page_html(nbformat.v4.new_notebook(cells=[cell]))
-    text = text.replace('href="index.html"', 'href="#reports"', 1).replace("<!-- pages -->", listing, 1)
-    write_text(folder / "index.html", text)
-    return folder / "index.html"
-
-
-def _first(text: str, pattern: str) -> str:
-    found = re.search(pattern, text)
+def _heading(source: str) -> str:
+    found = re.search(r"^#\s+(.+)$", source, re.MULTILINE)
     return found[1].strip() if found else ""
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())

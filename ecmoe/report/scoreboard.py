@@ -1,100 +1,113 @@
-"""Every claim's verdict in one place, and what of every page's plan is there."""
+"""All claims at a glance: a tally, every effect on one scale, a line for each claim that unfolds to its parts."""
 
 from __future__ import annotations
 
-import json
+import html
 import math
-import os
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 import pandas as pd
+from markupsafe import Markup
 
-from ecmoe import paths
-from ecmoe.files import write_json
+from ecmoe.report.answer import found, judged_html, rests_html
+from ecmoe.report.markup import COLORS, badge, folded, table_html
+from ecmoe.report.plots.effects import all_effects
+from ecmoe.report.plots.parts import Plot
 from ecmoe.study import engine, plan
-from ecmoe.study.claims import CLAIMS, Claim
-from ecmoe.study.stats import PLUMBING, Verdict
+from ecmoe.study.estimate import Unit
+from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 from ecmoe.training.result import read_record
 
-COLUMNS = ["id", "claim", "paper", "here", "verdict"]
+Verdicts = Mapping[str, ClaimVerdict]
 
 
-def find_claim(claim_id: str) -> Claim:
-    """The claim of that id; an unknown one is an error that lists them."""
-    if claim_id not in CLAIMS:
-        raise ValueError(f"claim_id={claim_id!r}: must be one of {', '.join(CLAIMS)}")
-    return CLAIMS[claim_id]
-
-
-def verdict_folder(scale: str) -> Path:
-    """Where verdicts are kept: $ECMOE_VERDICTS, or reports/<scale>/verdicts."""
-    folder = os.environ.get("ECMOE_VERDICTS")
-    return Path(folder) if folder else paths.root() / "reports" / scale / "verdicts"
-
-
-def record(
-    verdict: Verdict,
-    claim_id: str,
-    scale: str,
-    here: str = "",
-    differences: str = "",
-    notebook: str = "",
-) -> dict[str, Any]:
-    """Keep a verdict for the scoreboard, in `<notebook>.json`; returns what was kept."""
-    claim = find_claim(claim_id)
-    notebook = notebook or os.environ.get("ECMOE_NOTEBOOK") or claim.notebook
-    effect = verdict.effect
-    plumbing = verdict.label == PLUMBING
-    known = effect.n > 0 and not plumbing
-    kept = {
-        "claim": claim_id,
-        "label": verdict.label,
-        "effect": effect.mean if known and math.isfinite(effect.mean) else None,
-        "unit": effect.unit,
-        "interval": [effect.low, effect.high] if known and effect.low is not None else None,
-        "n": effect.n,
-        "of": effect.of,
-        "rule": verdict.rule,
-        "rules_out": verdict.rules_out if known else None,
-        "paper": claim.paper,
-        "here": "" if plumbing or verdict.label == "not run" else "\n".join(_lines(verdict, here)),
-        "differences": differences,
-        "notebook": notebook,
-        "scale": scale,
-    }
-    path = verdict_folder(scale) / f"{notebook}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    verdicts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    verdicts[claim_id] = kept
-    write_json(path, dict(sorted(verdicts.items())))
-    return kept
-
-
-def load_verdicts(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """claim id -> what a notebook recorded. Where two speak, the claim's own is heard."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        for claim_id, kept in json.loads(path.read_text(encoding="utf-8")).items():
-            own = claim_id in CLAIMS and CLAIMS[claim_id].notebook == kept["notebook"]
-            if claim_id not in found or own:
-                found[claim_id] = kept
-    return found
-
-
-def scoreboard(folder: str | Path) -> pd.DataFrame:
-    """A row per claim of the paper: id, claim, paper, here, verdict; `here` has a line for each part of the claim.
+def scoreboard_html(verdicts: Verdicts, pages: Collection[str]) -> str:
+    """The claims of a scale.
 
     Args:
-        folder: of verdict files. A claim without one is "not run".
+        verdicts: of `verdict.judge_all`. pages: names of those that are there, to link to.
     """
-    verdicts = load_verdicts(folder)
-    rows = []
-    for claim in CLAIMS.values():
-        kept = verdicts.get(claim.id, {"label": "not run", "here": ""})
-        proxy = f" ({claim.proxy})" if claim.proxy else ""
-        rows.append((claim.id, claim.text + proxy, claim.paper, kept["here"], kept["label"]))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    tally = Counter(verdict.label for verdict in verdicts.values())
+    chips = "".join(f"<li>{badge(label)} {tally[label]}</li>" for label in COLORS if tally[label])
+    plot, shown = effects(verdicts), ""
+    if plot.figure is not None:
+        numbers = folded("numbers of this figure", table_html(plot.data))
+        caption = "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals, colours: verdicts."
+        shown = (
+            f'<figure><div class="plot" tabindex="0" role="region" aria-label="figure">{plot.svg()}</div>'
+            f"<figcaption>{caption}</figcaption></figure>{numbers}"
+        )
+    lines = "".join(_line(verdict, pages) for verdict in verdicts.values())
+    return f'<ul class="tally" aria-label="Verdicts">{chips}</ul><ul class="claims">{lines}</ul>{shown}'
+
+
+def effects(verdicts: Verdicts) -> Plot:
+    """All deciding parts, in nats and in percent: of a share, or of what a ratio is over 1; above 0 on the claim's side."""
+    rows: dict[str, list[tuple]] = {"difference in loss (nats per token)": [], "percent": []}
+    for verdict in verdicts.values():
+        for part in verdict.deciding if verdict.label != PLUMBING else ():
+            if part.estimate is None:  # the line of its claim says so
+                continue
+            says = next(of.says for of in verdict.about.parts if of.name == part.name)
+            low, high = (math.nan if x is None else x for x in (part.low, part.high))
+            name = f"{verdict.claim} {part.name}"
+            unit = "difference in loss (nats per token)" if part.unit is Unit.NATS else "percent"
+            rows[unit].append((name, *_turned(part, says, part.estimate, low, high), part.label))
+    columns = ["name", "mean", "low", "high", "label"]
+    return all_effects({unit: pd.DataFrame(of, columns=columns) for unit, of in rows.items()}, COLORS)
+
+
+def _turned(part: JudgedPart, says: str, value: float, low: float, high: float) -> tuple[float, float, float]:
+    """From no effect (of a value that is claimed: from that), the paper's side above 0."""
+    scale = 1.0 if part.unit is Unit.NATS else 100.0
+    from_here = part.figure if says == "near" and part.figure is not None else part.neutral
+    moved = [scale * (x - from_here) for x in (value, low, high)]
+    if says in ("below", "at or below"):
+        moved = [-moved[0], -moved[2], -moved[1]]
+    return moved[0], moved[1], moved[2]
+
+
+def _line(verdict: ClaimVerdict, pages: Collection[str]) -> str:
+    about = verdict.about
+    page = f'<p><a href="{about.page}.html">Page {html.escape(about.page)}</a></p>' if about.page in pages else ""
+    said = "" if verdict.label == PLUMBING else f"<p>{html.escape(verdict.sentence)}</p>{rests_html(verdict)}"
+    return (
+        f'<li id="{verdict.claim}"><details><summary><b>{verdict.claim}</b><span>{html.escape(about.text)}</span>{badge(verdict.label)}</summary>'
+        f"{said}{page}{judged_html(verdict)}</details></li>"
+    )
+
+
+def claim_table(verdicts: Verdicts, link: str) -> str:
+    """A line for each claim as Markdown, for the README.
+
+    Args:
+        link: to where a claim is judged, with {claim} in lower case.
+    """
+    lines = ["| | the paper | here |", "|---|---|---|"]
+    for verdict in verdicts.values():
+        name = f"[{verdict.claim}]({link.format(claim=verdict.claim.lower())})"
+        lines.append(_row(name, verdict.about.text, verdict.label))
+    return "\n".join(lines)
+
+
+def scoreboard_markdown(verdicts: Verdicts, scale: str) -> str:
+    """The claims with their deciding parts as Markdown, which GitHub shows where it shows no HTML."""
+    lines = [f"# What the paper claims, and what holds here at scale {scale}", ""]
+    lines.append("Generated by `ecmoe index`; the pages beside it say more, in a browser.")
+    for verdict in verdicts.values():
+        lines += ["", f"## {verdict.claim}", "", f"**{verdict.label}.** {verdict.about.text}.", ""]
+        if verdict.rests_on.runs:
+            lines += [f"{verdict.sentence} Rests on {verdict.rests_on}.", ""]
+        else:
+            lines += [f"To run it: `{verdict.command}`", ""]
+        lines += ["| part | found | seeds | reproduced if | verdict |", "|---|---|---|---|---|"]
+        lines += [_row(part.name, found(part), str(part.seeds), part.rule, part.label) for part in verdict.deciding]
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def studies(scale: str) -> tuple[pd.DataFrame, str]:
@@ -102,8 +115,6 @@ def studies(scale: str) -> tuple[pd.DataFrame, str]:
     rows, distinct = [], {}
     for page in plan.pages(scale):
         planned = plan.plan(scale, [page])
-        if not planned:
-            continue
         done, missing = {}, {}
         for one in planned:
             state = engine.state(one, scale)
@@ -115,38 +126,20 @@ def studies(scale: str) -> tuple[pd.DataFrame, str]:
                 missing.setdefault(one.arms[0] + why, []).append(str(one.seed))
         distinct |= done
         text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items())
-        rows.append(
-            {
-                "page": page,
-                "runs": len(planned),
-                "finished": len(done),
-                "hours": sum(run["seconds"] or 0 for run in done.values()) / 3600,
-                "missing (seeds)": text if done else "all of them",
-            }
-        )
+        if planned:
+            hours = sum(run["seconds"] or 0 for run in done.values()) / 3600
+            rows.append((page, len(planned), len(done), hours, text if done else "all of them"))
     hours = sum(run["seconds"] or 0 for run in distinct.values()) / 3600
     tokens = sum(run["tokens"] or 0 for run in distinct.values())
     devices = ", ".join(sorted({run["device"] for run in distinct.values() if run["device"]})) or "no device"
-    total = (
-        f"{len(distinct)} distinct runs in all, shared between pages: {tokens / 1e6:,.0f} million tokens, "
-        f"{hours:.2f} hours of training on {devices}."
-    )
+    total = f"{len(distinct)} distinct runs, shared between pages: {tokens / 1e6:,.0f} million tokens, {hours:.2f} hours of training on {devices}."
     return pd.DataFrame(rows, columns=["page", "runs", "finished", "hours", "missing (seeds)"]), total
 
 
-def claim_table(verdicts: pd.DataFrame | str | Path) -> str:
-    """The scoreboard as a Markdown table, for the README."""
-    frame = verdicts if isinstance(verdicts, pd.DataFrame) else scoreboard(verdicts)
-    lines = ["| | claim | paper | here (95% interval; seeds) | verdict |", "|---|---|---|---|---|"]
-    for row in frame.itertuples():
-        verdict = row.verdict if row.verdict in ("not run", PLUMBING) else f"**{row.verdict}**"
-        cells = (row.id, row.claim, row.paper, row.here, verdict)
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def _lines(verdict: Verdict, here: str) -> list[str]:
-    """What was found: in words, if there are any; the effect, or each part's; and whether it misses the paper's figure."""
-    found = [f"{name}: {part}" for name, part in verdict.parts] or [str(verdict.effect)]
-    missed = [] if verdict.rules_out is None else [f"rules out the paper's {verdict.rules_out:g}"]
-    return [here] * bool(here) + [line.replace("(95% ", "(") for line in found] + missed
+def studies_html(scale: str) -> str:
+    """What every page of that scale rests on, what is missing, and the command that trains it."""
+    rows, total = studies(scale)
+    link = Markup('<a href="{0}.html">{0}</a>')
+    again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
+    caption = f"{total} \u201c{again}\u201d trains what is missing, and nothing else."
+    return table_html(rows, caption, {"page": link.format, "hours": ".2f"})

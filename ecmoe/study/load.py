@@ -112,3 +112,19 @@ def failed(config: RunConfig, error: Exception) -> Result:
     result = not_run(config)
     result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
     return result
+
+
+def beside(study: Study, mine: Mapping[str, Any], name: str = "yours") -> Study:
+    """The study and one more arm, trained now with its first seed: to try what a changed line does.
+
+    Args:
+        mine: keys of RunConfig in which the arm differs from the study's base. name: what figures call it.
+    """
+    arms = {**study.arms, name: dict(mine)}
+    given = {
+        "scale": study.scale,
+        "base": study.parameters["base"],
+        "seeds": study.parameters["seeds"][:1],
+        "arms": arms,
+    }
+    return load(study.page, given)

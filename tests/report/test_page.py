@@ -1,6 +1,5 @@
 """Reports, end to end: a notebook with everything in it becomes a page that is safe and complete."""
 
-import json
 import re
 import sys
 
@@ -13,44 +12,40 @@ from bs4 import BeautifulSoup
 from ecmoe.config import RunConfig
 from ecmoe.report import page as report
 from ecmoe.report.execution import ReportError, execute
-from ecmoe.report.render import index, page_html
-from ecmoe.study.stats import CLAIMS, Effect, verdict
+from ecmoe.report.markup import table_html
+from ecmoe.report.render import page_html
 from ecmoe.training.result import Result, not_run
 
 EVIL = "<script>alert(1)</script>"
-GOOD = Effect(-0.03, -0.04, -0.02, 3, "nats per token")
 
 
-def notebook(*cells: tuple[str, str], tag: int | None = None):
+def notebook(*cells: tuple[str, str]):
     made = []
     for kind, source in cells:
         new = nbformat.v4.new_markdown_cell if kind == "md" else nbformat.v4.new_code_cell
         cell = new(source)
-        if kind == "parameters":
-            cell.metadata["tags"] = ["parameters"]
+        if kind in ("parameters", "answer", "read"):
+            cell.metadata["tags"] = [kind]
         made.append(cell)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return nbformat.v4.new_notebook(cells=made, metadata={"kernelspec": kernel})
 
 
 PARAMETERS = 'scale: str = "smoke"  # scale\nbase: dict = {}  # keys\nwidth: float = 1.0  # width\nfail: bool = False'
+ANSWER = f"page.finding('It holds by 3 {EVIL}', 'two seeds')"
 STUDY = f"""
 import sys
 import pandas as pd
 from matplotlib.figure import Figure
-from ecmoe.report import page as report
-from ecmoe.study import stats
+from ecmoe.report import page
 from ecmoe.report.plots import Plot
 figure = Figure(figsize=(2, 1)); figure.subplots().plot([1, 2])
 frame = pd.DataFrame({{"text": ["{EVIL}"], "n": [3]}})
 print("{EVIL}")
 print("a line of the log", file=sys.stderr)
-report.plumbing_only(scale)
-report.show(Plot(figure, 'rises from "1" to 2 {EVIL}', frame), "A caption {EVIL}")
-report.show_table(frame, "Words")
-effect = stats.Effect(-0.03, -0.04, -0.02, 3, "nats per token")
-report.show_verdict(stats.verdict(effect, scale=scale), "C8", scale=scale)
-report.formula(r"k = \\frac{{n c}}{{e}}", "k is n c over e")
+page.show(Plot(figure, 'rises from "1" to 2 {EVIL}', frame), "A caption {EVIL}")
+page.show_table(frame, "Words")
+page.formula(r"k = \\frac{{n c}}{{e}}", "k is n c over e")
 print(sys.executable, base, width)
 if fail:
     raise ValueError("{EVIL} went wrong")
@@ -62,19 +57,18 @@ def pages(tmp_path_factory):
     """The same notebook executed twice, well and badly: text of the pages, folder, error."""
     folder = tmp_path_factory.mktemp("reports")
     intro = "# The title\n\nWhat it shows, with $S \\in R^{n \\times e}$.\n\n## Part one\n\n$$k = n c / e$$\n\n## Part one\n\n## End"
-    nbformat.write(
-        notebook(("md", intro), ("parameters", PARAMETERS), ("code", STUDY)),
-        folder / "03_study.ipynb",
-    )
+    for name in ("02_before", "03_study", "04_other"):
+        cells = [("md", intro), ("parameters", PARAMETERS), ("code", STUDY), ("answer", ANSWER)]
+        nbformat.write(notebook(*cells), folder / f"{name}.ipynb")
     (folder / "a.yaml").write_text("scale: gpu\nwidth: 2.0\nbase: {steps: 1, seed: 2}\n")
     (folder / "b.yaml").write_text("base: {steps: 3}\n")
     files = [folder / "a.yaml", folder / "b.yaml"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ECMOE_VERDICTS", str(folder / "verdicts"))
+        patch.setenv("ECMOE_HOME", str(folder))
         good = execute(folder / "03_study.ipynb", folder / "03_study.html", files, progress=False)
         with pytest.raises(ReportError) as failure:
             execute(
-                folder / "03_study.ipynb",
+                folder / "04_other.ipynb",
                 folder / "04_other.html",
                 files,
                 parameters={"fail": True},
@@ -96,13 +90,30 @@ def test_a_page_sends_no_request_and_runs_no_script(pages):
             assert element["src"].startswith("data:")
         for element in soup.find_all("link"):
             assert element["href"].startswith("data:")
-        assert "@import" not in page and "url(" not in page
+        assert "@import" not in page and not re.search(r"url\((?!#)", page)  # a clip path of this page, at most
         policy = soup.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
         assert "default-src 'none'" in policy and "script-src" not in policy
-        assert {a["href"][0] for a in soup.find_all("a")} <= {
-            "#",
-            "i",
-        }  # a part of the page, or index.html
+        away = {a["href"] for a in soup.find_all("a") if ":" in a["href"]}
+        assert away == {"https://arxiv.org/abs/2202.09368"}
+
+
+def test_a_page_leads_to_its_neighbours_and_its_notebook(pages):
+    soup = BeautifulSoup(pages[0], "html.parser")
+    assert [(a["rel"], a["href"], a.text) for a in soup.nav.find_all("a", rel=["prev", "next"])] == [
+        (["prev"], "02_before.html", "\u2190 02 Before"), (["next"], "04_other.html", "04 Other \u2192"),
+    ]  # fmt: skip
+    assert soup.find("a", string="Notebook")["href"] == "03_study.ipynb"
+    assert soup.find("a", string="Contents")["href"] == "#contents" and soup.find(id="contents")
+
+
+def test_the_answer_comes_first_and_code_after_what_it_shows(pages):
+    soup = BeautifulSoup(pages[0], "html.parser")
+    order = [cell["id"] for cell in soup.find_all("div", class_="cell")]
+    assert order == ["cell-1", "cell-5", "cell-2", "cell-3", "cell-4"]  # the injected parameters are the third
+    study = soup.find(id="cell-4")
+    assert study.find("figure").sourceline < study.find("details", class_="code").sourceline
+    read = page_html(notebook(("md", "# T"), ("read", "1 + 1")))
+    assert BeautifulSoup(read, "html.parser").find("details", class_="code").has_attr("open")
 
 
 def test_text_from_data_is_escaped_everywhere(pages):
@@ -113,20 +124,19 @@ def test_text_from_data_is_escaped_everywhere(pages):
 
 def test_a_figure_has_alt_caption_and_numbers(pages):
     soup = BeautifulSoup(pages[0], "html.parser")
-    assert soup.find("img")["alt"] == f'rises from "1" to 2 {EVIL}'
+    assert soup.find("svg")["aria-label"] == f'rises from "1" to 2 {EVIL}' and soup.find("svg")["role"] == "img"
     assert soup.find("figcaption").text == f"A caption {EVIL}"
     assert soup.find("details", class_="numbers").find("td").text == "3"
-    assert all(image.get("alt") for image in soup.find_all("img"))
 
 
 def test_a_page_has_title_contents_and_folded_code(pages):
     soup = BeautifulSoup(pages[0], "html.parser")
     assert soup.title.text == "The title" and soup.html["lang"] == "en"
     assert soup.find("meta", {"name": "description"})["content"].startswith("What it shows")
-    links = [a["href"] for a in soup.find("nav", class_="toc").find_all("a")]
+    links = [a["href"] for a in soup.find("nav", class_="contents").find_all("a")]
     assert links == ["#part-one", "#part-one-2", "#end"] and all(soup.find(id=link[1:]) for link in links)
     assert [d.find("summary").text for d in soup.find_all("details", class_="code")] == [
-        "parameters and their defaults", "parameters of this report", "code",
+        "code", "parameters and their defaults", "parameters of this report", "code",
     ]  # fmt: skip
     assert not any(d.has_attr("open") for d in soup.find_all("details"))
     assert soup.find("details", class_="log").find("pre").text.strip() == "a line of the log"
@@ -149,7 +159,7 @@ def test_parameters_reach_a_kernel_of_this_python(pages):
 
 def test_a_failed_notebook_names_its_cell_and_leaves_a_page(pages):
     good, bad, folder, message = pages
-    assert "03_study.ipynb, cell 4 failed: ValueError" in message and "went wrong" in message
+    assert "04_other.ipynb, cell 4 failed: ValueError" in message and "went wrong" in message
     assert not (folder / "04_other.html").exists()  # else it would be taken for done
     soup = BeautifulSoup(bad, "html.parser")
     section = soup.find("section", class_="failed")
@@ -159,31 +169,6 @@ def test_a_failed_notebook_names_its_cell_and_leaves_a_page(pages):
     assert BeautifulSoup(good, "html.parser").find("section", class_="failed") is None
 
 
-def test_the_index_lists_what_is_there(pages, tmp_path):
-    for name, text in (
-        ("03_study", pages[0]),
-        ("04_other.failed", pages[1]),
-        ("12_scoreboard", pages[0]),
-    ):
-        (tmp_path / f"{name}.html").write_text(text)
-    soup = BeautifulSoup(index("gpu", tmp_path).read_text(), "html.parser")
-    entries = soup.find("nav", class_="pages").find_all("li")
-    assert [e.find("a")["href"] for e in entries] == [
-        "03_study.html",
-        "04_other.failed.html",
-    ]
-    assert [bool(e.find(class_="mark")) for e in entries] == [False, True]
-    assert "What it shows" in entries[0].text and soup.find("h1").text == "The title"
-    (tmp_path / "12_scoreboard.html").unlink()
-    assert "not made yet" in index("gpu", tmp_path).read_text()
-
-
-def test_verdicts_are_recorded_for_the_scoreboard(pages):
-    kept = json.loads((pages[2] / "verdicts" / "03_study.json").read_text())["C8"]
-    assert kept["label"] == "reproduced" and kept["interval"] == [-0.04, -0.02] and kept["n"] == 3
-    assert kept["scale"] == "gpu" and kept["paper"] == CLAIMS["C8"].paper and "95%" in kept["rule"]
-
-
 # Parts
 
 
@@ -191,7 +176,7 @@ def test_verdicts_are_recorded_for_the_scoreboard(pages):
 def shown(monkeypatch):
     """What a notebook would show, as one string of HTML."""
     pieces: list[str] = []
-    monkeypatch.setattr(report, "display", lambda data, raw: pieces.append(data["text/html"]))
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: pieces.append(data["text/html"]))
     return pieces
 
 
@@ -223,9 +208,9 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
 
 
 def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
-    rows = BeautifulSoup(report.table_html(pd.DataFrame({"arm": ["C1", "EC-CF2 renormalized"]})), "html.parser")
+    rows = BeautifulSoup(table_html(pd.DataFrame({"arm": ["C1", "EC-CF2 renormalized"]})), "html.parser")
     assert [th.get("class") for th in rows.tbody.find_all("th")] == [None, ["long"]]
-    assert "nothing" in report.table_html(pd.DataFrame())
+    assert "nothing" in table_html(pd.DataFrame())
 
 
 def test_text_is_coloured_by_count_and_escaped(shown):
@@ -240,43 +225,6 @@ def test_text_is_coloured_by_count_and_escaped(shown):
         report.show_text(["a"], [1, 2], "")
 
 
-def test_smoke_gives_no_verdict(shown, tmp_path, monkeypatch):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
-    report.show_verdict(verdict(GOOD), "C9", scale="smoke", here="better")
-    assert "plumbing only" in shown[0] and "-0.03" not in shown[0] and "better" not in shown[0]
-    kept = json.loads((tmp_path / "01_convergence.json").read_text())["C9"]
-    assert kept["label"] == "plumbing only" and kept["effect"] is None and kept["here"] == ""
-    report.plumbing_only("gpu")
-    report.plumbing_only("smoke")
-    assert len(shown) == 2 and "say nothing" in shown[1]
-
-
-def test_a_verdict_shows_rule_proxy_and_noise(shown, tmp_path, monkeypatch):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
-    report.show_verdict(verdict(GOOD, margin=0.005), "C6", scale="gpu", differences="a small model")
-    text = BeautifulSoup(shown[0], "html.parser").text
-    for part in ("reproduced", "-0.03 nats per token (95% -0.04 to -0.02; 3 seeds)", "fine-tuning accuracy",
-                 "a small model", "; would show: 0.0131 or more", "the smallest true effect", "undecided:"):  # fmt: skip
-        assert part in text
-    with pytest.raises(ValueError, match="claim_id='C11': must be one of C1, C2"):
-        report.show_verdict(verdict(GOOD), "C11", scale="gpu")
-
-
-def test_scoreboard_and_claim_table(shown, tmp_path, monkeypatch):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
-    report.show_verdict(verdict(GOOD), "C9", scale="gpu", here="3.70 | 3.73")
-    report.show_verdict(verdict(Effect(-0.1, None, None, 1)), "C6", scale="gpu")
-    frame = report.scoreboard(tmp_path).set_index("id")
-    assert list(frame.index) == list(CLAIMS) and frame.loc["C1", "verdict"] == "not run"
-    assert frame.loc["C9", ["here", "verdict"]].tolist() == [
-        "3.70 | 3.73\n-0.03 nats per token (-0.04 to -0.02; 3 seeds)",
-        "reproduced",
-    ]
-    assert frame.loc["C6", ["here", "verdict"]].tolist() == ["-0.1 (1 seed, no interval)", "undecided"]
-    table = report.claim_table(tmp_path)
-    assert "| 3.70 \\| 3.73<br>-0.03 nats per token (-0.04 to -0.02; 3 seeds) | **reproduced** |" in table
-
-
 def result(seed: int, **summary) -> Result:
     config = RunConfig(seed=seed)
     data = {
@@ -287,7 +235,7 @@ def result(seed: int, **summary) -> Result:
         "tokenizer": "bytes",
     }
     default = {"config": config.to_dict(), "name": config.name, "seed": seed, "status": "finished", "error": None,
-               "commit": "abc", "device": "CPU", "precision": "32-true", "world_size": 1, "seconds": 1800.0,
+               "commit": "abc", "code": "c0de", "device": "CPU", "precision": "32-true", "world_size": 1, "seconds": 1800.0,
                "versions": {"torch": "2.13.0"}, "started": "2026-01-02T03:04:05+00:00", "data": data}  # fmt: skip
     return Result(default | summary)
 
@@ -307,7 +255,10 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     report.provenance([result(0), lost, not_run(RunConfig(seed=3))])
     text = BeautifulSoup(shown[1], "html.parser").text
     assert "differ in device, versions." in text and "the loss is nan" in text
-    assert "not run (1 of 3)" in text and RunConfig(seed=3).name in text
+    assert "1 of 3 runs" in text
+    report.provenance([result(0, commit="def"), result(1, code="beef")])
+    assert "differ in code." in shown[2]  # two commits whose code decides the same are no matter
+    report.provenance({"an arm": [not_run(RunConfig())]})
     report.provenance([])
 
 
@@ -316,8 +267,8 @@ def test_provenance_says_where_runs_shared_a_device(shown):
     report.provenance([result(0), result(1, sharing=3), result(2, sharing=3)])
     alone, shared = (BeautifulSoup(page, "html.parser") for page in shown)
     assert "side by side" not in alone.text
-    row = shared.find("th", string="runs side by side on a device").find_next("td")
-    assert list(row.stripped_strings) == ["1", "3: seconds are the run's own over 3"]
+    row = shared.find("th", string=re.compile("^runs side by side on a device")).find_next("td")
+    assert list(row.stripped_strings) == ["3"]
     columns = [[cell.text for cell in page.details.table.thead.find_all("th")] for page in (alone, shared)]
     assert "sharing" not in columns[0] and "sharing" in columns[1] and {"seconds", "tokens"} <= set(columns[0])
     assert len(shared.details.table.tbody.find_all("tr")) == 3 and "1,800" in shared.details.text
@@ -330,42 +281,9 @@ def test_markdown_math_is_left_alone_by_markdown():
     assert "<mo>&lt;</mo>" in page or "&lt;" in str(soup.find_all("math")[1])
 
 
-def test_the_claims_own_notebook_is_heard(tmp_path, monkeypatch, shown):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
-    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="its own")
-    monkeypatch.setenv("ECMOE_NOTEBOOK", "99_other")
-    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="another's")
-    monkeypatch.setenv("ECMOE_NOTEBOOK", "00_routing")
-    report.show_verdict(verdict(GOOD), "C10", scale="gpu", here="another's")
-    assert sorted(path.stem for path in tmp_path.glob("*.json")) == [
-        "00_routing", "02_load_balance", "99_other",
-    ]  # fmt: skip
-    assert report.scoreboard(tmp_path).set_index("id").loc["C10", "here"].startswith("its own")
-
-
 @pytest.mark.parametrize("text", ["# A README\n", "[]", "{}"])
 def test_what_is_no_notebook_is_named(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(ReportError, match=r"README\.md can't be read .*: it must be a notebook"):
         execute(tmp_path / "README.md", tmp_path / "out" / "o.html", progress=False)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_second_execution_forgets_what_the_first_found(tmp_path, monkeypatch):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path / "verdicts"))
-    (tmp_path / "verdicts").mkdir()
-    old, other = tmp_path / "verdicts" / "a.json", tmp_path / "verdicts" / "b.json"
-    old.write_text("{}")
-    other.write_text("{}")
-    nbformat.write(notebook(("md", "# T"), ("parameters", PARAMETERS)), tmp_path / "a.ipynb")
-    execute(tmp_path / "a.ipynb", tmp_path / "a.html", parameters={"scale": "gpu"}, progress=False)
-    assert not old.exists() and other.exists()
-
-
-def test_the_scoreboard_links_only_to_reports_that_spoke(tmp_path, monkeypatch, shown):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
-    report.show_verdict(verdict(GOOD), "C6", scale="gpu")
-    report.show_scoreboard("gpu")
-    soup = BeautifulSoup(shown[-1], "html.parser")
-    assert [a["href"] for a in soup.find_all("a")] == ["05_other_routers.html"]
-    assert len(soup.find_all(class_="badge")) == len(CLAIMS)

@@ -1,14 +1,14 @@
-"""What pages rest on: distinct runs, what is missing, and what they cost."""
+"""All claims at a glance, and what pages rest on: distinct runs, what is missing, what they cost."""
 
 import pytest
 from bs4 import BeautifulSoup
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.report import page as report
 from ecmoe.report import scoreboard
-from ecmoe.study import arms, stats
+from ecmoe.study import arms
 from ecmoe.training.result import Result, not_run, write_record
+from tests.study.test_verdict import judged, losses, seeds
 
 EC = RunConfig()
 TOP2 = RunConfig(router="token_choice", capacity_factor=1.0, gate="renormalized")
@@ -48,50 +48,72 @@ def test_every_page_says_what_is_missing_and_a_shared_run_counts_once(pages):
     assert rows["runs"].tolist() == [1, 6] and rows["finished"].tolist() == [1, 2]
     assert rows["hours"].tolist() == pytest.approx([0.5, 0.75])
     assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC (diverged) s1; EC s2"]
-    assert total.startswith("2 distinct runs in all") and "4 million tokens, 0.75 hours of training on GPU" in total
+    assert total.startswith("2 distinct runs, shared") and "4 million tokens, 0.75 hours of training on GPU" in total
 
 
-def test_shown_with_the_command_that_repeats_it(pages, monkeypatch):
-    shown = []
-    monkeypatch.setattr(report, "display", lambda data, raw: shown.append(data["text/html"]))
-    report.show_studies("gpu")
-    page = BeautifulSoup(shown[0], "html.parser")
+def test_shown_with_the_command_that_repeats_it(pages):
+    page = BeautifulSoup(scoreboard.studies_html("gpu"), "html.parser")
     assert "make reproduce SCALE=gpu" in page.caption.text
     assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"]
 
 
-@pytest.mark.parametrize(
-    ("high", "said"),
-    [
-        (1.06, "1.02 x the steps (0.98 to 1.06; 6 seeds)\nrules out the paper's 0.5"),
-        (None, "1.02 x the steps (1 seed, no interval)"),
-    ],
-)
-def test_a_figure_of_the_paper_that_is_ruled_out_stands_in_the_table(tmp_path, monkeypatch, high, said):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
-    effect = stats.Effect(1.02, high and 0.98, high, 6 if high else 1, "ratio of steps")
-    scoreboard.record(stats.verdict(effect, 0.5, scale="gpu"), "C1", "gpu")
-    assert scoreboard.scoreboard(tmp_path).set_index("id")["here"]["C1"] == said
-    assert ("rules out" in scoreboard.claim_table(tmp_path)) is bool(high)
+# Claims
+
+HASH = {"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}
 
 
-def test_every_part_of_a_claim_stands_in_the_table_with_its_own_verdict(tmp_path, monkeypatch):
-    monkeypatch.setenv("ECMOE_VERDICTS", str(tmp_path))
-    parts = {
-        "a minus b": stats.verdict(stats.Effect(-0.03, -0.04, -0.02, 6, "nats per token"), scale="gpu"),
-        "b minus c": stats.verdict(stats.Effect(-0.01, -0.03, 0.01, 3, "nats per token"), scale="gpu"),
-        "c minus d": stats.verdict(stats.interval([]), scale="gpu"),
-    }
-    scoreboard.record(stats.all_of({name: parts[name] for name in ("a minus b", "b minus c")}), "C8", "gpu")
-    row = scoreboard.scoreboard(tmp_path).set_index("id").loc["C8"]
-    assert row["here"] == (
-        "a minus b: -0.03 nats per token (-0.04 to -0.02; 6 seeds) reproduced\n"
-        "b minus c: -0.01 nats per token (-0.03 to 0.01; 3 seeds) undecided"
+@pytest.fixture(scope="module")
+def verdicts():
+    """Two claims of which one was run, and one of a ratio that is 1."""
+    claims = {"C1": judged("C1", {}), "C6": judged("C6", losses(**HASH))}
+    return claims | {"C2": judged("C2", {}, bench={"even": [1.0, 1.002, 0.998, 1.001]})}
+
+
+def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
+    page = BeautifulSoup(scoreboard.scoreboard_html(verdicts, {"05_other_routers"}), "html.parser")
+    assert {li.span.text: li.text.split()[-1] for li in page.find(class_="tally").find_all("li")} == {
+        "reproduced": "1", "no effect": "1", "not run": "1",
+    }  # fmt: skip
+    lines = page.find(class_="claims").find_all("li", recursive=False)
+    assert [line["id"] for line in lines] == ["C1", "C6", "C2"] and not any(
+        line.details.has_attr("open") for line in lines
     )
-    assert "6 seeds) reproduced<br>b minus c" in scoreboard.claim_table(tmp_path)
-    assert row["verdict"] == "undecided"
-    scoreboard.record(stats.all_of(parts), "C8", "gpu")
-    row = scoreboard.scoreboard(tmp_path).set_index("id").loc["C8"]
-    assert row["verdict"] == "undecided" and row["here"].endswith("undecided\nc minus d: not run")
-    scoreboard.record(stats.all_of({name: parts["c minus d"] for name in "abc"}), "C8", "gpu")
-    assert scoreboard.scoreboard(tmp_path).set_index("id").loc["C8", ["here", "verdict"]].tolist() == ["", "not run"]
+    assert [line.summary.find(class_="badge").text for line in lines] == ["not run", "reproduced", "no effect"]
+    assert "EC-CF2 reaches GShard" in lines[0].summary.text and verdicts["C6"].sentence in lines[1].text
+    assert [a["href"] for a in page.find_all("a")] == ["05_other_routers.html"]  # there are no other pages
+
+
+def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
+    plot = scoreboard.effects(verdicts)
+    shown = plot.data.set_index("name")
+    assert shown.loc["C6 modulo against EC-CF2", "mean"] == pytest.approx(0.02)  # the paper: hash above
+    assert shown.loc["C2 even routing, each on its best path", ["mean", "unit"]].tolist() == [
+        pytest.approx(0.025, abs=1e-3),
+        "percent",
+    ]
+    assert not shown.index.str.startswith("C1").any()
+    below = scoreboard.effects({"C9": judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7)}))})
+    row = below.data.set_index("name").loc["C9 loss against the twin of equal width"]
+    assert row["mean"] == pytest.approx(0.1) and row["low"] <= row["mean"] <= row["high"]  # the paper: EC below
+    assert scoreboard.effects({"C1": verdicts["C1"]}).figure is None
+
+
+def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
+    lines = scoreboard.claim_table(verdicts, "reports/gpu/scoreboard.md#{claim}").splitlines()
+    assert len(lines) == 2 + len(verdicts)
+    assert lines[3] == "| [C6](reports/gpu/scoreboard.md#c6) | Hash routing is worse than expert choice | reproduced |"
+    text = scoreboard.scoreboard_markdown(verdicts, "gpu")
+    assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
+    assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
+
+
+def test_smoke_judges_nothing():
+    found = {"C6": judged("C6", losses(**HASH), scale="smoke")}
+    page = BeautifulSoup(scoreboard.scoreboard_html(found, ()), "html.parser")
+    assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text and not page.find("svg")
+
+
+def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    rows, total = scoreboard.studies("gpu")
+    assert (rows["finished"] == 0).all() and total.startswith("0 distinct runs")

@@ -1,44 +1,61 @@
-"""How figures look: one colour and marker per arm, the same in every figure of every report."""
+"""How figures look: one colour and marker per arm, the same in every figure of every report; on white and on black.
+
+A figure is drawn under matplotlib's own defaults and ours, whatever a user's matplotlibrc says.
+"""
 
 from __future__ import annotations
 
+import io
+import re
 import zlib
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import matplotlib.style
 import numpy as np
+from markupsafe import escape
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches; a page shows it 900 pixels wide
-# Okabe and Ito's palette without yellow, then Tol's dark tones: told apart with any colour vision.
+# What a page draws in the colours of its text and of its paper, so that a figure is right in the dark, too.
+INK, LINE, PAPER = "#1d2126", "#d8dde3", "#fefefe"
+_IN_PAGE = {INK: "currentColor", LINE: "var(--line, #d8dde3)", PAPER: "var(--paper, #fff)"}
+GREY = "#7f868f"
+_RC = {
+    "font.size": 10, "axes.titlesize": 11, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.8,
+    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white",
+    "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "ecmoe",
+}  # fmt: skip
+# Okabe and Ito's palette without yellow and black, then Tol's: told apart with any colour vision, on white and on black.
 _PALETTE = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255",
-    "#44AA99", "#999933", "#661100", "#6F6F6F",
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA4499", "#44AA99", "#999933", "#CC6677",
 )  # fmt: skip
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 # The arms that are in nearly every figure; all others get theirs by their name.
 _KNOWN = {
     "EC-CF2": ("#0072B2", "o"),
     "EC": ("#0072B2", "o"),
-    "EC-CF1.5": ("#44AA99", "h"),
+    "EC-CF1.5": ("#44AA99", "p"),
     "EC-CF1": ("#009E73", "^"),
     "EC-CF0.5": ("#56B4E9", "v"),
-    "EC-CAP2": ("#882255", "<"),
+    "EC-CAP2": ("#AA4499", "<"),
     "EC-CAP3": ("#999933", ">"),
     "GShard top-2": ("#D55E00", "s"),
     "Switch top-1": ("#E69F00", "D"),
-    "Hash": ("#CC79A7", "X"),
-    "Dense": ("#000000", "P"),
+    "Hash modulo": ("#CC79A7", "X"),
+    "Dense": (INK, "P"),
 }
-# Gates that aren't raw: their lines, and how white their marks are.
-_GATES = {"": ("-", 0.0), "renormalized": ("--", 1.0), "scaled": (":", 0.6)}
+# What a name says of the gate: its line, and whether its marks are hollow.
+_GATES = {"renormalized": ("-", False), "raw": ("--", True), "scaled": (":", True)}
 
 
 class Look(NamedTuple):
-    """Colour, marker, line of an arm, and what its marks are filled with; gates that aren't raw have broken lines."""
+    """Colour, marker, line of an arm, and what its marks are filled with: raw and scaled gates have broken lines."""
 
     color: str
     marker: str
@@ -49,20 +66,20 @@ class Look(NamedTuple):
 def looks(arms: Iterable[str]) -> dict[str, Look]:
     """The look of each arm: its colour goes by its name, and no two in a figure are alike."""
     arms, found = list(dict.fromkeys(arms)), {}
-    gates = {arm: next((word for word in arm.split() if word in _GATES), "") for arm in arms}
-    names = {arm: " ".join(word for word in arm.split() if word != gates[arm]) for arm in arms}
     # Those that have a colour take it first; by name, so that another order of the arms changes none.
-    for arm in sorted(arms, key=lambda arm: (names[arm] not in _KNOWN, arm)):
-        name, (line, white), attempt = names[arm], _GATES[gates[arm]], 0
+    for arm in sorted(arms, key=lambda arm: (_without_gate(arm) not in _KNOWN, arm)):
+        name, attempt = _without_gate(arm), 0
+        line, hollow = next((look for gate, look in _GATES.items() if gate in arm.split()), ("-", False))
         color, marker = _KNOWN.get(name) or _by_name(name, 0)
-        while any((look.color, look.line) == (color, line) for look in found.values()):
-            attempt += 1
+        while any((look.color, look.line) == (color, line) for look in found.values()) and attempt < len(_PALETTE):
+            attempt += 1  # more arms than colours: the marker tells
             color, marker = _by_name(name, attempt)
-            if attempt == len(_PALETTE):  # more arms than colours: the marker tells
-                break
-        fill = to_hex([channel + white * (1 - channel) for channel in to_rgb(color)])
-        found[arm] = Look(color, marker, line, fill)
+        found[arm] = Look(color, marker, line, PAPER if hollow else color)
     return {arm: found[arm] for arm in arms}
+
+
+def _without_gate(arm: str) -> str:
+    return " ".join(word for word in arm.split() if word not in _GATES)
 
 
 def _by_name(name: str, attempt: int) -> tuple[str, str]:
@@ -72,12 +89,7 @@ def _by_name(name: str, attempt: int) -> tuple[str, str]:
 
 def marks(look: Look) -> dict[str, object]:
     """matplotlib's arguments for an arm's markers."""
-    return {
-        "color": look.color,
-        "marker": look.marker,
-        "markerfacecolor": look.fill,
-        "markeredgecolor": look.color,
-    }
+    return {"color": look.color, "marker": look.marker, "markerfacecolor": look.fill, "markeredgecolor": look.color}
 
 
 def count_colors(n: int = 9) -> list[str]:
@@ -90,32 +102,54 @@ def is_dark(color: str) -> bool:
     return float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) < 0.5
 
 
+@contextmanager
+def plain() -> Iterator[None]:
+    """matplotlib as we want it, whatever a user's matplotlibrc says; as it was, afterwards."""
+    with matplotlib.style.context(_RC, after_reset=True):
+        yield
+
+
+class PlainFigure(Figure):
+    """A figure that draws itself under `plain`, whoever asks for it: ticks are made while it is drawn."""
+
+    def draw(self, renderer: Any) -> None:
+        """As `Figure.draw`."""
+        with plain():
+            super().draw(renderer)
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        """As `Figure.savefig`."""
+        with plain():
+            super().savefig(*args, **kwargs)
+
+
 def new_figure(height: float, columns: int = 1, rows: int = 1, **kwargs: object) -> tuple[Figure, list[Axes]]:
     """A figure of page width and its axes in a flat list; no pyplot, so nothing shows by itself."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="0.9", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.title.set_fontsize(11)
-    return figure, axes
+    with plain():
+        figure = PlainFigure(figsize=(WIDTH, height), layout="constrained")
+        return figure, list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+
+
+def svg_of(figure: Figure, alt: str) -> str:
+    """The figure as SVG that stands in a page: its text is text, its ink that of the page; the same bytes each time."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # two figures of a page would share these names
+    text = re.sub(r"font-family: [^;]*; ?", "", text)  # the page's own
+    view = re.search(r'viewBox="([^"]+)"', text)[1]
+    for color, in_page in _IN_PAGE.items():
+        text = text.replace(color, in_page)
+    attributes = f'viewBox="{view}" role="img" aria-label="{escape(alt)}"'
+    return re.sub(
+        r"<svg [^>]*>", lambda _: f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {attributes}>', text, count=1
+    )
 
 
 def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
-    """One legend for the whole figure, under it, where it can hide nothing; no scale where nothing is."""
-    for panel in [panel for panel in figure.axes if panel.get_visible()]:
-        drawn = panel.patches or panel.images or any(collection.get_paths() for collection in panel.collections)
-        if not drawn and not any(np.isfinite(line.get_ydata(orig=False)).any() for line in panel.lines):
-            # Not by set_xticks: panels that share an axis would lose theirs too.
-            panel.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
-            panel.text(0.5, 0.5, "not run", transform=panel.transAxes, ha="center", color="0.4")
+    """One legend for the whole figure, under it, where it can hide nothing."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=min(columns, len(labels)),
-            frameon=False,
-        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))

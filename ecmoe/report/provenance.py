@@ -1,0 +1,89 @@
+"""Where the numbers of a page come from: commit, versions, devices, seeds, hours, data, and what is missing."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ecmoe.report.markup import folded, show_html, table_html
+from ecmoe.training.result import Result
+
+Study = Mapping[str, Sequence[Result]]
+
+
+def provenance(study: Study | Iterable[Result]) -> None:
+    """Show where numbers come from; warns if the runs behind a page differ in code, versions, device, precision or data."""
+    results = [r for by_arm in study.values() for r in by_arm] if isinstance(study, Mapping) else list(study)
+    done = [r.summary for r in results if r.summary["status"] != "not run"]
+    data = [s["data"] for s in done if s.get("data")]
+    starts = sorted(s["started"][:10] for s in done if s.get("started"))
+    rows: dict[str, Iterable[Any]] = {
+        "code": _distinct(done, "code"),
+        "commit": _distinct(done, "commit"),
+        "device": _distinct(done, "device"),
+        "precision": _distinct(done, "precision"),
+        "versions": {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done},
+        "data": {_data_text(d) for d in data},
+        "processes (the pool is each one's batch)": _distinct(done, "world_size") - {"1"},
+        "runs side by side on a device (seconds are a run's own over their number)": _distinct(done, "sharing", 1)
+        - {"1"},
+        "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
+        "training time": [_hours(sum(s.get("seconds") or 0 for s in done))],
+        "tokens trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
+        "trained": [f"{starts[0]} to {starts[-1]}" if starts else "never"],
+    }
+    for status in ("diverged", "failed"):
+        rows[status] = [r.summary["name"] + _because(r.summary) for r in results if r.summary["status"] == status]
+    rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
+    if not done:
+        rows = {"not run": [f"any of {len(results)} runs"]}
+    shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}
+    # A commit may differ in what decides no number: the digest of the code that does is what counts, where runs have it.
+    mixed = [name for name in ("code", "device", "precision", "versions") if len(shown.get(name, ())) > 1]
+    mixed += ["commit"] * ("unknown" in shown.get("code", ()) and len(shown.get("commit", ())) > 1)
+    mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
+    warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{"<br>".join(map(html.escape, values))}</td></tr>'
+        for name, values in shown.items()
+    )
+    note = f'<p class="warning" role="note"><strong>Mind:</strong> {html.escape(warning)}</p>' if warning else ""
+    table = f'<div class="scroll" tabindex="0" role="region" aria-label="provenance"><table class="provenance"><tbody>{body}</tbody></table></div>'
+    markup = note + table + (folded("seconds and tokens of each run", table_html(_costs(results))) if done else "")
+    text = "\n".join([warning, *(f"{name}: {'; '.join(values)}" for name, values in shown.items())])
+    show_html(markup, text)
+
+
+def _costs(results: Sequence[Result]) -> pd.DataFrame:
+    """A row per finished run: what it took, and where."""
+    keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
+    rows = [{key: result.summary.get(key) for key in keys} for result in results if result.ok]
+    frame = pd.DataFrame(rows, columns=keys).fillna({"sharing": 1})
+    return frame.drop(columns="sharing") if (frame["sharing"] == 1).all() else frame
+
+
+def _distinct(summaries: list[dict[str, Any]], key: str, default: Any = "unknown") -> set[str]:
+    return {str(s.get(key, default)) for s in summaries}
+
+
+def _because(summary: Mapping[str, Any]) -> str:
+    return f": {summary['error']}" if summary.get("error") else ""
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"
+
+
+def _data_text(data: Mapping[str, Any]) -> str:
+    tokens, unit = data.get("train_tokens"), data.get("tokenizer", "tokens")
+    size = f"{tokens:,} training tokens ({unit}, vocabulary {data.get('vocab_size')})" if tokens else ""
+    if data.get("train_images"):
+        shape = " x ".join(map(str, data["shape"]))
+        size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
+    licence = f"licence: {data.get('licence', 'unknown')}"
+    digest = f"digest {str(data.get('digest', 'unknown'))[:12]}"
+    parts = [data.get("name", "unknown"), data.get("attribution", ""), licence, size, digest]
+    return "; ".join(str(part) for part in parts if part)

@@ -1,0 +1,89 @@
+"""The answer of a page and how it was judged: what they say is what the verdict says, at every label."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from ecmoe.report import answer
+from ecmoe.report.markup import COLORS
+from ecmoe.study import verdict
+from tests.study.test_verdict import judged, losses, seeds
+
+HASH = {"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}
+
+
+def soup(markup: str) -> BeautifulSoup:
+    return BeautifulSoup(markup, "html.parser")
+
+
+def test_label_sentence_and_what_it_rests_on():
+    found = judged("C6", losses(**HASH))
+    page = soup(answer.answer_html(found))
+    assert page.find(class_="badge").text == found.label == "reproduced" and page.strong.text == "C6"
+    assert page.find(class_="said").text == found.sentence and "0.020 nats above EC-CF2" in found.sentence
+    assert page.find(class_="rests").text == f"Rests on {found.rests_on}." and not page.find(class_="warning")
+
+
+def test_not_run_is_one_line_with_its_command():
+    page = soup(answer.answer_html(judged("C6", {})))
+    assert (
+        page.find(class_="badge").text == "not run"
+        and page.code.text == "ecmoe runs 05_other_routers --scale gpu --train"
+    )
+    assert not page.find(class_="rests")
+
+
+def test_runs_that_differ_in_what_they_must_not_are_marked():
+    found = judged("C6", losses(**HASH))
+    rests_on = dataclasses.replace(found.rests_on, mixed=("card", "code"))
+    page = soup(answer.answer_html(dataclasses.replace(found, rests_on=rests_on)))
+    assert "differ in kind of device and code" in page.find(class_="warning").text
+
+
+def test_how_it_was_judged_has_every_part_with_its_rule():
+    found = judged("C6", losses(**HASH))
+    page = soup(answer.judged_html(found))
+    deciding, beside = page.find_all("table")
+    assert [row.th.text for row in deciding.tbody.find_all("tr")] == [part.name for part in found.deciding]
+    assert [row.th.text for row in beside.tbody.find_all("tr")] == [
+        part.name for part in found.parts if not part.decides
+    ]
+    assert beside.find_parent("details") and not deciding.find_parent("details")
+    cells = [cell.text for cell in deciding.tbody.tr.find_all("td")]
+    part = found.deciding[0]
+    assert (
+        cells[1].startswith("+0.020 nats (0.0")
+        and cells[2] == "4 seeds"
+        and cells[3] == part.rule
+        and cells[0] == part.label
+    )
+    named = {dt.text: dt.find_next("dd").text for dt in page.find_all("dt")}
+    assert named["refuted by"] == found.about.refuted_by and named["differs from the paper"] == found.about.differences
+    assert named["amendments"] == "none" and "Holm" in named["rules"] and "80% power" in named["rules"]
+
+
+def test_smoke_shows_rules_and_no_number():
+    found = judged("C6", losses(**HASH), scale="smoke")
+    page = soup(answer.answer_html(found) + answer.judged_html(found))
+    assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text
+    assert {th.text for th in page.thead.find_all("th")} == {"part", "reproduced if"}
+
+
+def test_every_label_has_a_colour_on_which_white_can_be_read():
+    from tests.report.test_plots import _luminance
+
+    for label in verdict.LABELS:
+        assert 1.05 / (_luminance(COLORS[label]) + 0.05) > 4.5, label
+
+
+def test_a_difference_is_paired_and_says_its_sign():
+    rows = [(arm, seed, loss + seed) for arm, loss in (("a", 2.0), ("b", 2.5)) for seed in (0, 1, 2)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "loss"])
+    assert answer.difference(frame, "loss", "a", "b") == "\u22120.500 nats (-0.500 to -0.500; 3 seeds)"
+    assert answer.difference(frame, "loss", "b", "a", unit="share") == "+50 points (50 to 50; 3 seeds)"
+    assert answer.difference(frame[frame["seed"] == 0], "loss", "a", "b") == "\u22120.500 nats (1 seed)"
+    assert answer.difference(frame, "loss", "a", "c") == "(not run)"
+    with pytest.raises(KeyError):
+        answer.difference(frame, "lost", "a", "b")

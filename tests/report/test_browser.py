@@ -1,0 +1,150 @@
+"""Pages in a real browser: on a phone and a desk, in the dark and on paper, by keyboard, and without a network."""
+
+import nbformat
+import pandas as pd
+import pytest
+
+from ecmoe.report import index as index_module
+from ecmoe.report import page, plots
+from ecmoe.report.render import render
+from tests.report.browser import CHROMIUM, Browser
+from tests.study.test_verdict import judged, losses, seeds
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt install chromium): pages are not tried in a browser"
+)
+INTRO = "# A title of a page that is long enough to need two lines on a phone\n\nWhat it is about, in a sentence or two.\n\n| a | b |\n|---|---|\n| c | d |"
+
+
+def show_something():
+    arms, seeds = ("EC-CF2 renormalized", "GShard top-2 raw", "Dense"), range(3)
+    rows = [(arm, seed, 4 + len(arm) / 100 + seed / 1e3) for arm in arms for seed in seeds]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "val_loss"])
+    said = "Expert choice ends 0.020 nats below GShard top-2 (0.015 to 0.025; 3 seeds)."
+    page.finding(said, "9 runs of 52 million tokens", "reproduced")
+    page.show(plots.final_loss(frame), "A caption that is long enough to be wrapped on a phone, and on a desk, too.")
+    wide = pd.concat([frame] * 4, axis=1).set_axis([f"a_long_name_{i}" for i in range(12)], axis=1)
+    page.show_table(wide, "A wide table")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two pages as notebooks leave them, and the index over them and over claims of known verdicts."""
+    folder = tmp_path_factory.mktemp("pages")
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+        show_something()
+    outputs = [nbformat.v4.new_output("display_data", data=data) for data in shown]
+    for name in ("01_one", "02_two"):
+        cells = [
+            nbformat.v4.new_markdown_cell(INTRO),
+            nbformat.v4.new_code_cell("1 + 1", outputs=outputs, metadata={"tags": ["answer"]}),
+        ]
+        cells += [
+            nbformat.v4.new_markdown_cell(f"## Part {i}\n\nSome words on capacity {'and more ' * 60}.")
+            for i in range(5)
+        ]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+    for name in ("01_one", "02_two"):
+        render(folder / f"{name}.ipynb", folder / f"{name}.html", source=folder / f"{name}.ipynb")
+    found = {
+        "C1": judged("C1", {}),
+        "C6": judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)})),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "judge_all", lambda scale: found)
+        index_module.index("gpu", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("browser")) as tab:
+        yield tab
+
+
+def top(tab, selector: str) -> float:
+    return tab.js(f"document.querySelector({selector!r}).getBoundingClientRect().top")
+
+
+PAGES = ["01_one.html", "index.html"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_sideways_scroll_and_every_badge_is_seen(folder, tab, name, width):
+    tab.open(folder / name, width)
+    assert tab.js("document.documentElement.scrollWidth") <= width
+    boxes = tab.js(
+        "[...document.querySelectorAll('main .badge')].filter(b => b.checkVisibility({contentVisibilityAuto: true})).map(b => b.getBoundingClientRect()).map(b => [b.left, b.right])"
+    )
+    assert len(boxes) >= 1 and all(left >= 0 and right <= width for left, right in boxes)
+    labels = tab.js("[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)")
+    assert min(labels) >= 8  # pixels: small, and still read
+
+
+def test_the_answer_comes_first(folder, tab):
+    tab.open(folder / "01_one.html", 1280)
+    assert top(tab, ".badge") <= 600 and top(tab, "figure") <= 1400
+    tab.open(folder / "index.html", 1280)
+    assert top(tab, ".tally") <= 600 and top(tab, "figure") <= 1400
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_request_leaves(folder, tab, name):
+    tab.open(folder / name, 1280)
+    tab.js("window.scrollTo(0, 1e5)")
+    assert [address for address in tab.asked if not address.startswith("data:")] == [(folder / name).resolve().as_uri()]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_can_be_opened_is_reached_by_keyboard_and_the_focus_is_seen(folder, tab, name):
+    tab.open(folder / name, 1280)
+    tab.press("Tab")
+    assert (
+        tab.js("document.activeElement.className") == "skip"
+        and tab.js("document.activeElement.getBoundingClientRect().left") >= 0
+    )
+    reached = set()
+    for _ in range(60):
+        tab.press("Tab")
+        reached.add(tab.js("document.activeElement.tagName + ' ' + document.activeElement.className"))
+    assert {"SUMMARY ", "A "} <= reached and {"DIV plot", "DIV scroll"} & reached
+    tab.js("document.querySelector('main summary').focus()")
+    assert tab.js("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    tab.press("Enter")
+    assert tab.js("document.activeElement.parentElement.open") is True
+
+
+def test_in_the_dark_figures_are_no_white_slabs(folder, tab):
+    tab.open(folder / "01_one.html", 1280, dark=True)
+    paper = tab.js("getComputedStyle(document.documentElement).backgroundColor")
+    assert paper == "rgb(22, 25, 29)"
+    whites = (
+        "[...document.querySelectorAll('svg *')].filter(e => getComputedStyle(e).fill == 'rgb(255, 255, 255)').length"
+    )
+    assert tab.js(whites) == 0
+    assert tab.js("getComputedStyle(document.querySelector('svg text')).fill") == "rgb(227, 230, 234)"  # the page's ink
+
+
+def test_on_paper_nothing_is_cut_off(folder, tab):
+    for name in PAGES:
+        tab.open(folder / name, 720, media="print")
+        assert tab.js("document.documentElement.scrollWidth") <= 720
+        assert tab.js("getComputedStyle(document.querySelector('nav.top')).display") == "none"
+        wide = tab.js(
+            "[...document.querySelectorAll('main table, main svg, main .badge')].map(e => e.getBoundingClientRect().right)"
+        )
+        assert max(wide) <= 722
+
+
+def test_the_search_finds_words_of_every_page(folder, tab):
+    tab.open(folder / "index.html", 1280)
+    tab.js("document.getElementById('words').focus()")
+    for letter in "capac":
+        tab.do("Input.insertText", text=letter)
+    found = tab.js("[...document.querySelectorAll('.hits a')].map(a => a.getAttribute('href'))")
+    assert {"01_one.html#part-0", "02_two.html#part-4"} <= set(found)
+    tab.do("Input.insertText", text=" nowhere")
+    assert "No page has" in tab.js("document.querySelector('.hits').textContent")
