@@ -60,17 +60,11 @@ def test_runs_and_shows_what_it_found(notebook, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_cells_are_few_and_short_and_the_answer_stands_in_one(notebook):
+def test_the_answer_stands_in_one_cell_below_a_short_opening(notebook):
     cells = nbformat.read(notebook, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    assert len(code) <= 12 and all(len(cell.source.splitlines()) <= 25 for cell in code)
-    assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 120  # as wide as Lab
-    assert cells[0].source.startswith("# ") and cells[1].metadata.tags == ["parameters"]
-    (answer,) = [cell for cell in code if "answer" in cell.metadata.get("tags", [])]
-    assert not any(cell.outputs or cell.execution_count for cell in code)
-    paragraphs = cells[0].source.split("\n\n")
-    assert len(" ".join(paragraphs[1:])) < 650, "the verdict would stand too far down"
+    (answer,) = [cell for cell in cells if "answer" in cell.metadata.get("tags", [])]
     assert re.search(r"page\.(answer|finding)\(", answer.source) and "page.show(" in answer.source
+    assert len(cells[0].source.partition("\n\n")[2]) < 650, "the verdict would stand too far down"
 
 
 def test_redrawn_without_training_it_says_what_is_missing(tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def test_imports_are_declared():
     declared = {canonicalize_name(requirement.name) for requirement in STUDY}
     # imported name -> distribution, and what comes with a declared one
     names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel", "pygments": "nbconvert",
-             "jupyter_client": "ipykernel", "traitlets": "ipykernel", "markupsafe": "nbconvert"}  # fmt: skip
+             "jupyter_client": "ipykernel", "traitlets": "ipykernel", "markupsafe": "nbconvert", "bs4": "nbconvert"}  # fmt: skip
     optional = {"triton", "scattermoe", "liger_kernel"}
     for path in (ROOT / "ecmoe").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -193,8 +193,9 @@ def test_notebook_is_stripped_short_and_has_parameters(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
-    assert len(notebook.cells) <= 14
-    assert max(len(cell.source.splitlines()) for cell in code) <= 25
+    assert len(notebook.cells) <= 12
+    lines = [line for cell in code for line in cell.source.splitlines()]
+    assert max(len(cell.source.splitlines()) for cell in code) <= 25 and max(map(len, lines)) <= 120  # as wide as Lab
     opening = notebook.cells[0]
     assert opening.cell_type == "markdown" and opening.source.startswith("# ")
     (parameters,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
@@ -202,7 +203,7 @@ def test_notebook_is_stripped_short_and_has_parameters(path):
         if line and not line.startswith("#"):
             # papermill's --help-notebook loses a help comment with a `=`, and a type with a `|`.
             assert re.fullmatch(r"\w+: [\w\[\], ]+ = .+  # [^=|]+", line), line
-    assert {"scale", "base", "seeds", "train_missing"} <= set(notebook_parameters(notebook))
+    assert "scale" in notebook_parameters(notebook)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -41,10 +41,10 @@ def finding(said: str, rests_on: str = "", label: str = "") -> None:
 
 def judged(scale: str, *claims: str) -> None:
     """Show how each claim was judged: its parts, the rule of each, what it could have seen, what would refute it."""
-    for claim in claims:
-        verdict = judge(claim, scale)
-        text = "\n".join(f"{part.name}: {part.label}. {part.sentence}" for part in verdict.parts)
-        show_html(f'<h3 id="judged-{claim}">{claim}</h3>{judged_html(verdict)}', f"{claim}\n{text}")
+    verdicts = [judge(claim, scale) for claim in claims]
+    each = "".join(f'<h3 id="judged-{v.claim}">{v.claim}</h3>{judged_html(v)}' for v in verdicts)
+    text = "\n".join(f"{v.claim}, {part.name}: {part.label}. {part.sentence}" for v in verdicts for part in v.parts)
+    show_html(f'<h2 id="judged">How it was judged</h2>{each}', text)
 
 
 def answer_html(verdict: ClaimVerdict) -> str:

@@ -20,7 +20,8 @@ from bs4 import BeautifulSoup, Tag
 from ecmoe import paths
 from ecmoe.files import write_text
 from ecmoe.report.render import page_html
-from ecmoe.report.scoreboard import scoreboard_html, scoreboard_markdown, studies_html
+from ecmoe.report.scoreboard import answer_html, scoreboard_html, scoreboard_markdown, studies_html
+from ecmoe.study.answer import answer
 from ecmoe.study.verdict import judge_all
 
 _SCRIPT = Path(__file__).parent / "template" / "search.js"
@@ -36,7 +37,8 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)
     parts = {
-        "What holds": scoreboard_html(verdicts, {page["name"] for page in pages}),
+        "What holds": answer_html(answer(scale, verdicts))
+        + scoreboard_html(verdicts, {page["name"] for page in pages}),
         "All pages": _listing(pages),
         "Search": _search(pages),
         "What was run, and what is missing": studies_html(scale),

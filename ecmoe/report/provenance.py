@@ -14,8 +14,12 @@ from ecmoe.training.result import Result
 Study = Mapping[str, Sequence[Result]]
 
 
-def provenance(study: Study | Iterable[Result]) -> None:
-    """Show where numbers come from; warns if the runs behind a page differ in code, versions, device, precision or data."""
+def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
+    """Show where numbers come from; warns if the runs behind a page differ in code, versions, device, precision or data.
+
+    Args:
+        differences: from the paper, as far as they concern the whole page.
+    """
     results = [r for by_arm in study.values() for r in by_arm] if isinstance(study, Mapping) else list(study)
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
@@ -52,7 +56,10 @@ def provenance(study: Study | Iterable[Result]) -> None:
     )
     note = f'<p class="warning" role="note"><strong>Mind:</strong> {html.escape(warning)}</p>' if warning else ""
     table = f'<div class="scroll" tabindex="0" role="region" aria-label="provenance"><table class="provenance"><tbody>{body}</tbody></table></div>'
-    markup = note + table + (folded("seconds and tokens of each run", table_html(_costs(results))) if done else "")
+    about = f"<p>{html.escape(differences)}</p>" if differences else ""
+    markup = f'<h2 id="provenance">Where it comes from</h2>{about}{note}{table}' + (
+        folded("seconds and tokens of each run", table_html(_costs(results))) if done else ""
+    )
     text = "\n".join([warning, *(f"{name}: {'; '.join(values)}" for name, values in shown.items())])
     show_html(markup, text)
 

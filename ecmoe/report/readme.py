@@ -16,6 +16,7 @@ from ecmoe.report import plots
 from ecmoe.report.plots.parts import Plot
 from ecmoe.report.scoreboard import claim_table, effects
 from ecmoe.study import speed
+from ecmoe.study.answer import answer
 from ecmoe.study.verdict import ClaimVerdict, judge_all
 
 
@@ -46,6 +47,7 @@ def sections(scale: str = "gpu") -> dict[str, str]:
         plot, caption = draw(scale)
         shown = f'<img src="{image(name, scale)}" alt="{html.escape(plot.alt)}">'
         found[name] = f"{shown}\n\n{caption}" if plot.figure is not None else f"Not run yet: {caption}"
+    found["evidence"] = f"{answer(scale, _verdicts(scale))}\n\n{found['evidence']}"
     return found
 
 

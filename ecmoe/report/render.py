@@ -84,6 +84,7 @@ def page_html(
             cell.page["failed"] = bool(error) and error["cell"] == cell.page["number"]
             cell.page["read"] = "read" in tags  # its code is what there is to read
             _join_streams(cell)
+            toc += [{"id": id, "plain": id, "level": 2, "html": text} for id, text in _shown_headings(cell)]
             cell.page["quiet"] = not cell.outputs and not cell.page["read"]
     sections = [{"id": _anchor(name, toc), "heading": name, "html": html} for name, html in (parts or {}).items()]
     page = {
@@ -160,6 +161,12 @@ def _anchor(text: str, toc: list[dict[str, Any]], level: int = 2) -> str:
     name = f"{plain}-{taken + 1}" if taken else plain
     toc.append({"id": name, "plain": plain, "level": level, "html": re.sub(r"</?a[^>]*>", "", text)})
     return name
+
+
+def _shown_headings(cell: Any) -> list[tuple[str, str]]:
+    """Id and text of the headings that a cell shows."""
+    shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
+    return re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', shown)
 
 
 def _join_streams(cell: Any) -> None:

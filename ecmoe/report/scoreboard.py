@@ -15,11 +15,18 @@ from ecmoe.report.markup import COLORS, badge, folded, table_html
 from ecmoe.report.plots.effects import all_effects
 from ecmoe.report.plots.parts import Plot
 from ecmoe.study import engine, plan
+from ecmoe.study.answer import Answer
 from ecmoe.study.estimate import Unit
 from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 from ecmoe.training.result import read_record
 
 Verdicts = Mapping[str, ClaimVerdict]
+
+
+def answer_html(answer: Answer) -> str:
+    """The answer in three sentences, and its cost."""
+    said = "".join(f'<p class="said">{html.escape(sentence)}</p>' for sentence in answer.sentences)
+    return f'<section class="answer">{said}<p class="rests">{html.escape(answer.cost.replace("`", ""))}</p></section>'
 
 
 def scoreboard_html(verdicts: Verdicts, pages: Collection[str]) -> str:
@@ -73,7 +80,7 @@ def _line(verdict: ClaimVerdict, pages: Collection[str]) -> str:
     page = f'<p><a href="{about.page}.html">Page {html.escape(about.page)}</a></p>' if about.page in pages else ""
     said = "" if verdict.label == PLUMBING else f"<p>{html.escape(verdict.sentence)}</p>{rests_html(verdict)}"
     return (
-        f'<li id="{verdict.claim}"><details><summary><b>{verdict.claim}</b><span>{html.escape(about.text)}</span>{badge(verdict.label)}</summary>'
+        f'<li id="{verdict.claim}"><details><summary><b>{verdict.claim}</b><span>{html.escape(about.short)}</span>{badge(verdict.label)}</summary>'
         f"{said}{page}{judged_html(verdict)}</details></li>"
     )
 
@@ -87,7 +94,7 @@ def claim_table(verdicts: Verdicts, link: str) -> str:
     lines = ["| | the paper | here |", "|---|---|---|"]
     for verdict in verdicts.values():
         name = f"[{verdict.claim}]({link.format(claim=verdict.claim.lower())})"
-        lines.append(_row(name, verdict.about.text, verdict.label))
+        lines.append(_row(name, verdict.about.short, verdict.label))
     return "\n".join(lines)
 
 

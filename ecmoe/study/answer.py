@@ -66,7 +66,7 @@ def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimV
     at = f"At {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens, " if size else ""
     good, partly = by_label[REPRODUCED], by_label[IN_DIRECTION]
     if not good and not partly:
-        return f"{at}none of the paper's {len(found)} claims holds."
+        return f"{at}{'none' if at else 'None'} of the paper's {len(found)} claims holds."
     parts = [f"{len(good)} of the paper's {len(found)} claims hold{'s' * (len(good) == 1)}" + _listed(good)]
     if partly:
         parts.append(f"{len(partly)} hold{'s' * (len(partly) == 1)} in direction, but not by as much" + _listed(partly))

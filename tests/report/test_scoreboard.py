@@ -79,7 +79,7 @@ def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
         line.details.has_attr("open") for line in lines
     )
     assert [line.summary.find(class_="badge").text for line in lines] == ["not run", "reproduced", "no effect"]
-    assert "EC-CF2 reaches GShard" in lines[0].summary.text and verdicts["C6"].sentence in lines[1].text
+    assert "EC-CF2 needs half" in lines[0].summary.text and verdicts["C6"].sentence in lines[1].text
     assert [a["href"] for a in page.find_all("a")] == ["05_other_routers.html"]  # there are no other pages
 
 
@@ -101,7 +101,7 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
     lines = scoreboard.claim_table(verdicts, "reports/gpu/scoreboard.md#{claim}").splitlines()
     assert len(lines) == 2 + len(verdicts)
-    assert lines[3] == "| [C6](reports/gpu/scoreboard.md#c6) | Hash routing is worse than expert choice | reproduced |"
+    assert lines[3] == "| [C6](reports/gpu/scoreboard.md#c6) | hash routing is worse than EC | reproduced |"
     text = scoreboard.scoreboard_markdown(verdicts, "gpu")
     assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
     assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
