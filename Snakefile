@@ -29,7 +29,6 @@ except ValueError as error:
     sys.exit(f"error: {error}")
 ECMOE = f"{shlex.quote(sys.executable)} -m ecmoe"
 REPORTS = f"reports/{SCALE}"
-SCOREBOARD = "12_scoreboard"
 ATTEMPTS = 3
 
 # A page's name in rules holds nothing that a shell or a pattern could read otherwise; files keep their own names.
@@ -127,8 +126,6 @@ rule page:
     input:
         lambda wildcards: [file for file in sources(wildcards.name) if "{" not in file],
         lambda wildcards: results(wildcards.name),
-        # The scoreboard reads the verdicts that the other pages leave.
-        lambda wildcards: [p for name, p in PAGES.items() if name != SCOREBOARD] if wildcards.name == SCOREBOARD else [],
     output:
         REPORTS + "/{name}.html",
     wildcard_constraints:
@@ -177,10 +174,7 @@ onsuccess:
 
 
 onerror:
-    # Something failed: the others are done, and the scoreboard and the index say which one is missing.
-    if SCOREBOARD in NAMES:
-        scoreboard = ["report", f"notebooks/{SCOREBOARD}.ipynb", PAGES[SCOREBOARD], *files(SCOREBOARD), "--no-train"]
-        subprocess.run([sys.executable, "-m", "ecmoe", *scoreboard])
+    # Something failed: the others are done, and the index says which one is missing.
     subprocess.run([sys.executable, "-m", "ecmoe", "index", SCALE, "--reports", REPORTS])
     for page in sorted(Path(REPORTS).glob("*.failed.html")):
         print(f"failed: {page.name.removesuffix('.failed.html')}, see {page}", file=sys.stderr)
