@@ -14,6 +14,7 @@ from ecmoe.data import images
 from ecmoe.training.once import StillOurs, once
 from ecmoe.training.result import Result, not_run, read_run, write_run
 from ecmoe.training.summary import circumstances
+from ecmoe.training.trainer import repeatable
 
 
 def run_or_load(
@@ -37,7 +38,8 @@ def run_or_load(
 def summarize(settings: Settings, progress: bool = True) -> dict[str, Any]:
     """Run, and say what was measured and how."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    measured = run(settings)
+    with repeatable():
+        measured = run(settings)
     seconds = time.perf_counter() - clock
     if progress:
         print(f"[{APPROACHES[settings.approach]} s{settings.seed}] accuracy {final_accuracy(measured['accuracy']):.3f}, {seconds:.0f} s",

@@ -1,8 +1,8 @@
-"""A GPU for a run, and how many share it.
+"""A place on a GPU for a run, and how many share it.
 
 Several runs side by side on one GPU are done sooner than one after the other: a small run waits for its host more than
-for its GPU. Where several GPUs are visible, a run takes the one with the fewest; each holds a slot, a lock in the cache
-folder, so that runs of any processes on the machine find their places without knowing of each other.
+for its GPU. A run takes a place on the GPU with the fewest, a lock in the cache folder, so that runs of any processes on
+the machine find their places, and count each other, without knowing of each other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,50 +22,65 @@ from ecmoe import paths
 from ecmoe.files import ConfigError
 
 
-@contextmanager
-def slot(say: bool = True) -> Iterator[int]:
-    """Hold a place on a GPU, waiting for one if all are taken ($ECMOE_SLOTS runs a GPU, else 4); yields the GPU's number.
+class Place:
+    """Where a run is. gpu: its number; None: on the CPU, or on several GPUs, for which nobody else asks.
 
-    0, and nothing to hold, where there is one GPU or none: who starts the runs knows how many.
+    others: the locks of the other places on it.
     """
+
+    def __init__(self, gpu: int | None = None, others: list[Path] | None = None) -> None:
+        self.gpu, self.others = gpu, others or []
+
+    def sharing(self) -> int:
+        """Runs on this device now, this one among them; at least as many as who started it says ($ECMOE_SHARING)."""
+        return max(number("ECMOE_SHARING", 1), 1 + sum(map(_taken, self.others)))
+
+
+@contextmanager
+def place(say: bool = True) -> Iterator[Place]:
+    """Hold a place, waiting for one if all are taken ($ECMOE_SLOTS runs a GPU, else 4). There is no end of them on a CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus < 2:
-        yield 0
+    if not gpus:
+        yield Place()
         return
     names = [
         str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(gpus)
     ]  # CUDA_VISIBLE_DEVICES may renumber
-    found = _free(names)
+    slots, folder = number("ECMOE_SLOTS", 4), paths.cache() / "gpus"
+    folder.mkdir(parents=True, exist_ok=True)
+    of_gpu = [[folder / f"{name}-{slot}.lock" for slot in range(slots)] for name in names]
+    found = _find(of_gpu)
     if found is None and say:
-        print(f"waiting for a place on one of {gpus} GPUs ($ECMOE_SLOTS: runs a GPU)", file=sys.stderr, flush=True)
+        print(f"waiting for a place on {gpus} GPU{'s' * (gpus > 1)} of {slots} runs each ($ECMOE_SLOTS)", file=sys.stderr, flush=True)  # fmt: skip
     while found is None:
         time.sleep(1)
-        found = _free(names)
-    gpu, lock = found
-    if say:
+        found = _find(of_gpu)
+    gpu, mine, lock = found
+    if say and gpus > 1:
         print(f"GPU {gpu} of {gpus}: {names[gpu]}", file=sys.stderr, flush=True)
     try:
-        yield gpu
+        yield Place(gpu, [path for path in of_gpu[gpu] if path != mine])
     finally:
         lock.release()
 
 
-def _free(names: list[str]) -> tuple[int, FileLock] | None:
-    """A GPU and the lock of its place, held now: the first place of every GPU before the second of any."""
-    folder = paths.cache() / "gpus"
-    folder.mkdir(parents=True, exist_ok=True)
-    for place in range(number("ECMOE_SLOTS", 4)):
-        for gpu, name in enumerate(names):
-            lock = FileLock(folder / f"{name}-{place}.lock")
+def _find(of_gpu: list[list[Path]]) -> tuple[int, Path, FileLock] | None:
+    """A GPU, and the lock of its place, held now: the first place of every GPU before the second of any."""
+    for slot in zip(*of_gpu, strict=True):
+        for gpu, path in enumerate(slot):
+            lock = FileLock(path)
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
-                return gpu, lock
+                return gpu, path, lock
     return None
 
 
-def sharing() -> int:
-    """Runs that train side by side on this device, said by who started them ($ECMOE_SHARING)."""
-    return number("ECMOE_SHARING", 1)
+def _taken(path: Path) -> bool:
+    try:
+        FileLock(path).acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    return False
 
 
 def number(variable: str, default: int) -> int:

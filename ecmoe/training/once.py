@@ -37,6 +37,10 @@ from ecmoe.training.result import (
 DONE = ("finished", "diverged")  # what another try would not change
 
 
+class LostLock(OSError):
+    """The run's lock is gone: another process may make the run, and this one must not write any more."""
+
+
 class Config(Protocol):
     """What decides a run: the same name is the same run."""
 
@@ -134,7 +138,11 @@ def _made(config: Config, folder: Path, make: Make, still_ours: StillOurs) -> Re
     into = _place(folder)
     into.mkdir(parents=True, exist_ok=True)
     try:
+        for left in into.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
         result = make(into, still_ours)
+    except LostLock:
+        raise
     except Exception as failure:
         keep_failure(config, into, failure)
         raise
@@ -184,7 +192,7 @@ def lock(folder: Path, progress: bool) -> Iterator[StillOurs]:
 
         def still_ours() -> None:
             if not path.exists() or path.stat().st_ino != inode:
-                raise RuntimeError(f"{path} was removed while {folder.name} was made, so that another process may make it "
+                raise LostLock(f"{path} was removed while {folder.name} was made, so that another process may make it "
                                    "too: this one stops here; call again to go on from the last checkpoint")  # fmt: skip
 
         yield still_ours

@@ -28,7 +28,7 @@ class Recorder(L.Callback):
 
     Args:
         folder: of the run. label: what progress lines call it. progress: print them.
-        sharing: runs that train side by side on the device; each counts its seconds over their number, and no rate.
+        sharing: how many runs train side by side on the device now; each counts its seconds over their number, and no rate.
         still_ours: asked before anything is written; raises where another process may write there, too.
     """
 
@@ -37,12 +37,13 @@ class Recorder(L.Callback):
         folder: Path,
         label: str,
         progress: bool = True,
-        sharing: int = 1,
+        sharing: Callable[[], int] = lambda: 1,
         still_ours: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.label, self.progress, self.sharing = folder, label, progress, sharing
+        self.folder, self.label, self.progress = folder, label, progress
+        self.count, self.sharing = sharing, sharing()
         self.still_ours = still_ours
-        self.shared = sharing  # the most it has shared with, also before a resume
+        self.shared = self.sharing  # the most it has shared with, also before a resume
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.seconds = 0.0  # of training; validation, checkpoints, and a first step that compiles are left out
@@ -92,7 +93,9 @@ class Recorder(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self.sharing = max(self.sharing, self.count())
         self.seconds, self.losses = self._clock(), {}
+        self.shared, self.sharing = max(self.shared, self.sharing), self.count()
         self.began = None  # the clock stands while validating
 
     def on_validation_batch_end(

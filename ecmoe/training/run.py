@@ -28,7 +28,7 @@ from ecmoe.data.batches import is_other_data
 from ecmoe.files import write_text, written
 from ecmoe.paths import content_of
 from ecmoe.routers import arm_label
-from ecmoe.training.gpus import sharing, slot
+from ecmoe.training.gpus import Place, number, place
 from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.once import StillOurs, once
 from ecmoe.training.ranks import by_torchrun, check_world, in_torchrun, rank
@@ -76,8 +76,9 @@ def run_or_load(
             write_text(folder / "config.yaml", _yaml(config))
             by_torchrun(config, folder, still_ours)
             return read_run(folder)
-        with slot(progress) if config.devices * config.num_nodes == 1 else nullcontext() as gpu:
-            return train_run(config, folder, still_ours, progress, callbacks, loggers, gpu)
+        alone = config.devices * config.num_nodes == 1
+        with place(progress) if alone else nullcontext(Place()) as where:
+            return train_run(config, folder, still_ours, progress, callbacks, loggers, where)
 
     def check(result: Result, record: bool) -> None:
         _check_data(config, result, warn=record or not content_of(config.data))
@@ -93,14 +94,15 @@ def train_run(
     progress: bool = True,
     callbacks: Sequence[L.Callback] = (),
     loggers: Sequence[Any] = (),
-    gpu: int | None = None,
+    where: Place | None = None,
 ) -> Result:
     """Train, or go on from the last checkpoint of `folder`; its summary, written last, says how it ended.
 
     Args:
-        still_ours: as in `once`. gpu: which one, where a machine has several; None: `config.devices` ranks take them in turn.
+        still_ours: as in `once`. where: its GPU; None: its `config.devices` ranks take a GPU each.
     """
     _share_compiled_code()
+    where = where or Place()
     started, leads = datetime.datetime.now(datetime.UTC), rank() == 0
     label = f"{arm_label(config)} s{config.seed}"
     if leads:
@@ -112,10 +114,10 @@ def train_run(
     module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
     if resolved_precision(config) == "64-true":  # Lightning would restore a checkpoint in float32 first
         module.double()
-    recorder = Recorder(folder, label, progress, sharing(), still_ours)
+    recorder = Recorder(folder, label, progress, where.sharing, still_ours)
     trainer = new_trainer(
         config,
-        devices=[gpu] if gpu is not None and torch.cuda.is_available() else config.devices,
+        devices=config.devices if where.gpu is None else [where.gpu],
         num_nodes=config.num_nodes,
         strategy=strategy(config),
         max_steps=config.steps,
@@ -177,7 +179,7 @@ def free_memory() -> None:
 def _check(config: RunConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Any]) -> None:
     """What can be known before any work is done."""
     check_machine(config)
-    sharing()
+    number("ECMOE_SHARING", 1)
     if (callbacks or loggers) and config.devices > 1 and not in_torchrun():
         raise ConfigError(f"devices={config.devices} with callbacks or loggers: they can't follow into processes of their own; "
                           f"start torchrun --nproc-per-node={config.devices} with a script that calls run_or_load")  # fmt: skip

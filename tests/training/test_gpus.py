@@ -21,30 +21,38 @@ def three(monkeypatch, tmp_path):
     monkeypatch.setenv("ECMOE_SLOTS", "2")
 
 
-def test_runs_spread_over_the_gpus_and_wait_when_all_are_full(three, monkeypatch, capsys):
+def test_runs_spread_over_the_gpus_count_each_other_and_wait_when_all_are_full(three, monkeypatch, capsys):
     with ExitStack() as held:
-        assert [held.enter_context(gpus.slot()) for _ in range(5)] == [0, 1, 2, 0, 1]
-        with gpus.slot() as last:
-            assert last == 2 and "GPU 2 of 3: GPU-b" in capsys.readouterr().err
+        places = [held.enter_context(gpus.place()) for _ in range(5)]
+        assert [place.gpu for place in places] == [0, 1, 2, 0, 1]
+        assert [place.sharing() for place in places] == [2, 2, 1, 2, 2]
+        with gpus.place() as last:
+            assert last.gpu == 2 and last.sharing() == 2 and "GPU 2 of 3: GPU-b" in capsys.readouterr().err
             monkeypatch.setattr(gpus.time, "sleep", lambda _: held.close())  # while it waits, the others end
-            with gpus.slot() as again:
-                assert again == 0 and "waiting for a place on one of 3 GPUs" in capsys.readouterr().err
+            with gpus.place() as again:
+                assert again.gpu == 0 and again.sharing() == 1
+                assert "waiting for a place on 3 GPUs of 2 runs each ($ECMOE_SLOTS)" in capsys.readouterr().err
 
 
 def test_a_place_is_free_again_after_a_failure(three):
     for _ in range(3):
-        with pytest.raises(ZeroDivisionError), gpus.slot() as gpu:
+        with pytest.raises(ZeroDivisionError), gpus.place() as place:
             raise ZeroDivisionError
-        assert gpu == 0
+        assert place.gpu == 0
 
 
-def test_one_gpu_or_none_has_no_places(monkeypatch, three):
+def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with gpus.slot() as one, gpus.slot() as other, gpus.slot() as third:
-        assert one == other == third == 0
+    with gpus.place() as one, gpus.place() as other:
+        assert one.gpu == other.gpu == 0 and one.sharing() == other.sharing() == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with gpus.place() as one, gpus.place() as other, gpus.place() as third:
+        assert one.gpu is other.gpu is third.gpu is None and one.sharing() == 1
+        monkeypatch.setenv("ECMOE_SHARING", "3")  # who started them knows
+        assert third.sharing() == 3
 
 
 def test_a_wrong_number_of_places_is_named(three, monkeypatch):
     monkeypatch.setenv("ECMOE_SLOTS", "many")
-    with pytest.raises(ConfigError, match="ECMOE_SLOTS=many: must be a whole number, 1 or more"), gpus.slot():
+    with pytest.raises(ConfigError, match="ECMOE_SLOTS=many: must be a whole number, 1 or more"), gpus.place():
         pass

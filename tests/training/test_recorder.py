@@ -18,7 +18,7 @@ def trainer(other: float) -> SimpleNamespace:
 
 @pytest.fixture
 def module(tiny_config):
-    lit = LitModel(tiny_config(steps=3, checkpoint_every=3))
+    lit = LitModel(tiny_config(steps=5, checkpoint_every=3))
     lit._trainer = trainer(2.0)
     lit.sums = {"loss": torch.tensor(6.0), "aux_loss": torch.tensor(0.0), "count": torch.tensor(2.0)}
     return lit

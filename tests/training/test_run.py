@@ -22,7 +22,6 @@ from ecmoe.data.batches import TextData
 from ecmoe.files import read_json, write_json
 from ecmoe.training import run as train
 from ecmoe.training.continuation import continue_text
-from ecmoe.training.gpus import sharing
 from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Recorder
 from ecmoe.training.result import not_run, read_record, read_run, write_run
@@ -407,14 +406,16 @@ def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config,
     )
 
 
-def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config, monkeypatch):
-    assert sharing() == 1
-    monkeypatch.setenv("ECMOE_SHARING", "2")
-    recorder = Recorder(tmp_path, "run", progress=False, sharing=sharing())
+def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config):
+    there = [2]
+    recorder = Recorder(tmp_path, "run", progress=False, sharing=lambda: there[0])
     recorder.on_train_start(None, SimpleNamespace(config=tiny_config(), device=torch.device("cpu")))
     recorder.began -= 60  # a minute goes by
     assert recorder._clock() == pytest.approx(30, abs=5)
-    again = Recorder(tmp_path, "run", progress=False, sharing=2)
+    there[0] = 1
+    recorder.on_validation_start(None, None)  # the other has ended meanwhile, nobody knows when
+    assert recorder.seconds == pytest.approx(30, abs=5) and recorder.shared == 2 and recorder.sharing == 1
+    again = Recorder(tmp_path, "run", progress=False, sharing=lambda: 2)
     again.load_state_dict(recorder.state_dict())
     again.began = None
     assert again._clock() == pytest.approx(30, abs=5)  # what is counted isn't divided again
