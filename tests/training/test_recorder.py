@@ -12,7 +12,7 @@ from ecmoe.training.recorder import Diverged, Recorder
 def trainer(other: float) -> SimpleNamespace:
     """Of rank 0 of two; whatever they exchange, rank 1 has `other`."""
     strategy = SimpleNamespace(all_gather=lambda value: torch.stack([value, torch.full_like(value, other)]))
-    state = {"global_step": 3, "is_global_zero": True, "optimizers": [], "save_checkpoint": None}
+    state = {"global_step": 3, "is_global_zero": True, "optimizers": [], "save_checkpoint": lambda path: path.touch()}
     return SimpleNamespace(strategy=strategy, received_sigterm=False, world_size=2, **state)
 
 
