@@ -95,7 +95,7 @@ class ExpertChoice(Router):
 
     def _scores(self, logits: Tensor, ids: Tensor | None) -> Tensor:
         """S of the tokens ids (g, m), (g, e, m): each token spreads 1 over the experts."""
-        if fast(self.kernels, logits):
+        if fast(self.kernels, logits, logits.shape[0] * self.d_model):
             from ecmoe.kernels import scores
 
             S = scores(logits)  # (e, n)
@@ -107,7 +107,7 @@ class ExpertChoice(Router):
         """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding; and
         the lowest of these scores, (g, e)."""
         if self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts:
-            if fast(self.kernels, S) and valid is None:
+            if valid is None and fast(self.kernels, S, S.shape[0] * S.shape[2] * self.d_model):
                 from ecmoe.kernels import take
 
                 return take(S, k)

@@ -25,6 +25,7 @@ NEAR = 512  # tokens of an expert that may move along a path, those that lose le
 CHUNK = 2**25  # numbers in memory at once
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would unroll hundreds of rounds, for minutes
 def transport(
     S: Tensor,
     target: Tensor,

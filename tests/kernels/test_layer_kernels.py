@@ -1,15 +1,17 @@
 """`MoE` on the kernels against `MoE` without."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ecmoe import MoE, kernels
+from ecmoe import MoE, RunConfig, kernels
 from ecmoe.kernels import common
 from ecmoe.model.moe import KERNELS
-from ecmoe.routing import ExpertChoice, Hash, TokenChoice
+from ecmoe.routers import ROUTERS as ROUTERS_BY_NAME
+from ecmoe.routing import Assignment, ExpertChoice, Hash, TokenChoice, build_router, router
 from tests.kernels.oracle import DEVICE, WHOLE, distance, problem
 
 D, FF, E, B, T = 16, 32, 4, 2, 12
@@ -109,6 +111,26 @@ def test_autocast_takes_the_products_down_and_the_routing_not():
     assert 0 < distance(out, expected) < 1e-2
 
 
+def test_auto_is_plain_where_launches_count(monkeypatch):
+    x, stream = SimpleNamespace(is_cuda=True, device="cuda"), SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def small_is_fast() -> bool:
+        assert router.fast("auto", x, 16_384 * 512) and router.fast("auto", x) and router.fast("triton", x, 1)
+        return router.fast("auto", x, 8192 * 256)
+
+    assert not small_is_fast()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert small_is_fast()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    stream.cuda_stream = 7  # as where a graph is captured
+    assert small_is_fast()
+    x.is_cuda = False
+    assert not router.fast("auto", x, 16_384 * 512)
+
+
 def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(ValueError, match="kernels='fast': must be one of auto, plain, triton"):
         layer("fast")
@@ -134,6 +156,46 @@ def test_the_layer_compiles_whole():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+EC, TOP = {"router": "expert_choice", "capacity_factor": 2.0}, {"router": "token_choice", "capacity_factor": 1.0}
+CHOICES = [  # every line of every router that a compiled step may pass
+    EC | {"gate": "renormalized", "pool": "sequence"},
+    EC | {"gate": "scaled", "pool": 8, "max_experts_per_token": 2},
+    EC | {"pool": "position", "max_experts_per_token": 2, "cap_solver": "dykstra"},
+    TOP | {"top_k": 2, "gate": "renormalized", "balance": "switch", "z_loss_weight": 0.1},
+    TOP | {"top_k": 1, "gate": "softmax", "balance": "bias"},
+    TOP | {"top_k": 2, "gate": "scaled", "balance": "importance_load", "priority": "score"},
+    TOP | {"top_k": 2, "balance": "first_choice", "capacity_factor": None},
+    *(
+        {"router": name}
+        for name, row in ROUTERS_BY_NAME.items()
+        if row.layer and name not in ("expert_choice", "token_choice")
+    ),
+]
+
+
+@pytest.mark.parametrize("keys", CHOICES, ids=lambda keys: " ".join(map(str, keys.values())))
+def test_the_layer_compiles_with_every_router(keys, monkeypatch):
+    config = RunConfig(
+        **keys, d_model=D, d_ff=FF, num_experts=E, sequence_length=8, batch_size=2, vocab_size=256, num_tasks=2
+    )
+    torch._dynamo.reset()
+    static = build_router(config).static
+    moe = layer("triton" if static else "plain", lambda: build_router(config))
+    x = torch.randn(2, 8, D, device=DEVICE, requires_grad=True)
+    ids, tasks = torch.arange(16, device=DEVICE).view(2, 8), torch.arange(2, device=DEVICE)
+    monkeypatch.setattr(Assignment, "__iter__", None)  # which torch 2.11 can't compile
+    if not static:  # in parts, for its sizes are read from the device
+        assert torch.compile(moe, backend="eager")(x, ids, tasks).shape == x.shape
+        return
+    # Tracing is all of it: a graph that was caught whole need not run.
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="caught whole"):
+        torch.compile(moe, backend=_caught, fullgraph=True)(x, ids, tasks)
+
+
+def _caught(graph, inputs):
+    raise RuntimeError("caught whole")
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
