@@ -1,1 +1,5 @@
-"""Arms, seeds and claims: which runs a page rests on, their table, and the verdict that follows from it."""
+"""Which runs a page rests on, and what follows from them.
+
+arms, plan: names and YAML -> runs and measurements. engine: carries them out. load, table: what is there. estimate, protocol,
+verdict: what it says of a claim; answer: of all claims, in three sentences. cost, speed, steps: what it takes.
+"""

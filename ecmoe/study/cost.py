@@ -11,7 +11,6 @@ from ecmoe.config import RunConfig
 from ecmoe.model.transformer import TABLE_1, count_parameters, flops_per_token
 from ecmoe.provenance import PEAK_BF16
 from ecmoe.study import plan as study
-from ecmoe.study.arms import size
 from ecmoe.study.table import table
 from ecmoe.training.result import load_records
 
@@ -62,21 +61,6 @@ def of_study(base: Mapping, arms: Mapping[str, Mapping], scale: str = "gpu") -> 
     table.insert(1, "parameters", [count.total for count in counts])
     table.insert(2, "active_parameters", [count.active for count in counts])
     return table
-
-
-def beside_paper(*bases: Mapping) -> str:
-    """The size of a study's runs beside the paper's models, in words, as verdicts show it.
-
-    Args:
-        bases: keys of RunConfig; several where the study varies the size.
-    """
-    ours = [RunConfig.from_dict(dict(base)) for base in bases]
-    theirs = [preset.config for preset in TABLE_1.values() if preset.config.row.layer is not None]
-    tokens = ours[0].steps * ours[0].tokens_per_batch / 1e6
-    return (
-        f"{size(ours)}, {tokens:,.1f} million tokens a run, {'AdamW' if ours[0].optimizer == 'adamw' else 'Adafactor'}; "
-        f"the paper: {size(theirs)}, Adafactor, a corpus of 1.6 trillion tokens, of which it doesn't say how many it saw"
-    )
 
 
 def _hours(configs: Mapping[str, RunConfig], tokens: Mapping[str, float], scale: str) -> pd.DataFrame:

@@ -23,7 +23,6 @@ from ecmoe.bench.step import bench_step, bench_study
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.stats import Effect, interval
 from ecmoe.study.steps import SPEED, folder, layer_file, study_arms, study_file
 
 Job = Callable[[], pd.DataFrame]
@@ -197,21 +196,3 @@ def figures(layers: pd.DataFrame) -> pd.DataFrame:
                 row["memory of plain's"] = memory[path, bench.EAGER] / memory[bench.PLAIN, bench.EAGER]
         out.append(row)
     return pd.DataFrame(out)
-
-
-def best_paths(steps: pd.DataFrame, routing: str = "even") -> pd.DataFrame:
-    """Each arm's fastest row, by arm; token choice's as `routing` says."""
-    if not len(steps):
-        return pd.DataFrame({"arm": []}).set_index("arm")
-    forced = steps[steps["routing"] == routing]["arm"].unique()
-    asked = steps[(steps["routing"] == routing) | ~steps["arm"].isin(forced)]
-    return asked.loc[asked.groupby("arm", sort=False)["ms"].idxmin()].set_index("arm")
-
-
-def step_ratio(found: Found, arm: str, other: str, routing: str = "even") -> Effect:
-    """Time of a step of `arm` over one of `other`, each on its best path; the interval is over turns, not seeds."""
-    best = best_paths(pd.DataFrame((found["step"] or {"rows": []})["rows"]), routing)
-    if arm not in best.index or other not in best.index:
-        return interval([], "ratio", "turn")
-    a, b = best["samples_ms"][arm], best["samples_ms"][other]
-    return interval((x / y for x, y in zip(a, b, strict=True)), "ratio", "turn")

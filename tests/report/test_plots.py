@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 import xml.etree.ElementTree as xml
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,7 +17,6 @@ from ecmoe.config import RunConfig
 from ecmoe.model import metrics
 from ecmoe.report import plots
 from ecmoe.report.plots import style
-from ecmoe.study.stats import Effect
 from ecmoe.study.table import curves, table
 from ecmoe.training.result import Result, not_run
 
@@ -152,6 +152,13 @@ def test_a_leak_is_the_difference_of_two_routings_of_one_seed():
     )
     panels = drawn(plots.leak_by_condition(frame.assign(change="other text"), "loss", "change", "loss (nats)"))
     assert "other text, a, causally 5.500" in panels.alt
+
+
+class Effect(NamedTuple):
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
 
 
 def test_differences_say_which_side_they_are_on():

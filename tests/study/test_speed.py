@@ -10,8 +10,9 @@ from ecmoe.bench import layer as bench
 from ecmoe.bench import profile as bench_profile
 from ecmoe.bench.growth import bench_growth, exponents
 from ecmoe.config import ConfigError
+from ecmoe.files import write_json
 from ecmoe.report import plots
-from ecmoe.study import speed
+from ecmoe.study import speed, steps
 
 TINY = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4}
 STEP = {
@@ -57,7 +58,6 @@ def test_each_part_is_measured_and_shown(found):
     assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}
     assert {row.routing for row in steps.itertuples() if row.arm == "GShard top-2"} == {"own", "even"}
     assert "Switch top-1, even routing, grouped_mm" in plots.step_times(steps).alt
-    assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 2
     assert set(speed.rows(found, "step-bf16")["arm"]) == {"EC-CF2", "GShard top-2"}
     assert found["step-bf16"]["setting"]["parameters"] == "bfloat16" != found["step"]["setting"]["parameters"]
     assert set(speed.agreement(found, ["0.1B/64E"])["path"]) == {"plain"}
@@ -66,6 +66,14 @@ def test_each_part_is_measured_and_shown(found):
     assert len(plots.growth(grown, exponents(grown)).figure.axes) == 4
     kinds = speed.rows(found, "profile")
     assert kinds["share"].sum() == pytest.approx(1) and "experts' products" in plots.profile(kinds).alt
+
+
+def test_verdicts_read_the_steps_that_the_bench_kept(found, own_home):
+    write_json(steps.folder("smoke") / "step.json", found["step"])
+    for routing in ("even", "own"):
+        ratio = steps.step_ratio("smoke", "GShard top-2", "EC-CF2", routing)
+        assert ratio.n == 2 and ratio.value > 0 and ratio.of == "turn"
+    assert steps.step_ratio("smoke", "no such arm", "EC-CF2").n == 0
 
 
 def test_each_part_is_measured_once(own_home):
@@ -107,7 +115,6 @@ def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     assert layers["layer"].isna().all() and "Not run: 0.1B/64E." in plots.share_of_floor(layers).alt
     assert speed.figures(layers).to_dict("records") == [{"size": "0.1B/64E"}]
     assert "not run" in plots.step_times(speed.rows(found, "step")).alt
-    assert speed.step_ratio(found, "GShard top-2", "EC-CF2").n == 0
     grown = speed.rows(found, "growth").reindex(columns=["axis", "value", "ms", "floor_ms"])
     assert "not run" in plots.growth(grown, exponents(grown)).alt
     assert "not run" in plots.profile(speed.rows(found, "profile")).alt
@@ -185,23 +192,6 @@ def test_growth_names_what_it_cannot_take():
         bench_growth(TINY | {"capacity_factor": 2.0}, {"n": [64, 33]})
     with pytest.raises(ValueError, match="layers"):
         bench_growth(TINY | {"capacity_factor": 2.0}, {"layers": [1]})
-
-
-def test_each_arm_counts_on_its_best_path():
-    steps = pd.DataFrame(
-        [
-            ("EC", "own", "plain", 2.0, [2.0, 2.0]),
-            ("EC", "own", "triton", 1.0, [1.0, 1.1]),
-            ("T", "own", "plain", 1.1, [1.1, 1.1]),
-            ("T", "even", "plain", 1.2, [1.2, 1.32]),
-            ("T", "even", "x", 1.3, [1.3, 1.3]),
-        ],
-        columns=["arm", "routing", "path", "ms", "samples_ms"],
-    )
-    assert speed.best_paths(steps)["path"].to_dict() == {"EC": "triton", "T": "plain"}
-    assert speed.best_paths(steps)["routing"]["T"] == "even" and speed.best_paths(steps, "own")["ms"]["T"] == 1.1
-    ratio = speed.step_ratio({"step": {"rows": steps.to_dict("records")}}, "T", "EC")
-    assert ratio.mean == pytest.approx(1.2) and ratio.n == 2 and str(ratio).endswith("2 turns)")
 
 
 # The profile
