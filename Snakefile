@@ -46,7 +46,8 @@ for page, stem in NAMES.items():
         planned = []
     RUNS[page] = [one.name for one in planned]
     DONE[page] = [str(file) for one in planned for file in engine.files(one, SCALE) if file.exists()]
-    MISSING |= {one.name: one for one in planned if not engine.state(one, SCALE).done}
+    if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the pages that are asked for
+        MISSING |= {one.name: one for one in planned if not engine.state(one, SCALE).done}
 
 # What is timed: at scale gpu on a GPU alone.
 TIMED = {"01_convergence", "08_step_time"}  # pages that show it
