@@ -12,9 +12,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 
+from ecmoe.config import RunConfig
+
 if not torch.cuda.is_available():  # ecmoe/kernels then run in the interpreter; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")
+if INTERPRETED:
     from triton.runtime import interpreter
 
     # Twice as fast, and the same: a device function of ours finds the language patched by the launch, so it is not
@@ -30,8 +33,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     interpreter.InterpretedFunction.__call__ = call
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-
-from ecmoe.config import RunConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,14 +50,13 @@ def home(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--quick", action="store_true", help="skip tests where they begin to train or to start Python anew"
-    )
+    help = "skip tests where they begin to train, to interpret a kernel or to start Python"
+    parser.addoption("--quick", action="store_true", help=help)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick(request):
-    """With --quick, a test ends as skipped at its first step of training or its first Python process. No list to keep."""
+    """With --quick, a test ends as skipped where it begins to train, to interpret a kernel or to start Python. No list to keep."""
     if not request.config.getoption("--quick"):
         yield
         return
@@ -64,6 +64,9 @@ def quick(request):
 
     def fit(*_, **__):
         pytest.skip("trains")
+
+    def interpret(*_, **__):
+        pytest.skip("interprets a kernel")
 
     def start(process, args, *rest, **keys):
         if isinstance(args, list | tuple) and os.path.basename(str(args[0])).startswith(("python", "torchrun")):
@@ -73,6 +76,8 @@ def quick(request):
     popen = subprocess.Popen.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lightning.Trainer, "fit", fit)
+        if INTERPRETED:
+            patch.setattr(interpreter.GridExecutor, "__call__", interpret)
         patch.setattr(subprocess.Popen, "__init__", start)
         yield
 
