@@ -29,7 +29,7 @@ from ecmoe.training.result import read_run
 torch.set_num_threads(1)
 TINY = {
     "layers": 2, "d_model": 16, "d_ff": 16, "heads": 2, "num_experts": 4, "batch_size": 4, "sequence_length": 16,
-    "eval_batches": 1, "max_bytes": 200_000, "steps": 36, "eval_every": 7, "checkpoint_every": 5,
+    "eval_batches": 1, "max_bytes": 200_000, "steps": 24, "eval_every": 7, "checkpoint_every": 5,
 }  # fmt: skip
 KINDS = {
     "float32": {"router": "token_choice", "balance": "importance_load", "capacity_factor": 1.0},
@@ -38,7 +38,7 @@ KINDS = {
     "fsdp2": {"strategy": "fsdp2", "devices": 2, "steps": 12},
 }
 FULL = {"float32": 60, "64-true": 10, "retraining": 10, "fsdp2": 10}
-SHORT = {"float32": 3, "64-true": 1, "retraining": 2, "fsdp2": 0}
+SHORT = {"float32": 2, "64-true": 0, "retraining": 1, "fsdp2": 0}
 
 
 def start(config: RunConfig, **keys) -> int:
