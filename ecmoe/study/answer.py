@@ -65,9 +65,13 @@ def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimV
     size = size or next((v.rests_on for v in found if v.rests_on.runs), None)
     at = f"At {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens, " if size else ""
     good, partly = by_label[REPRODUCED], by_label[IN_DIRECTION]
+    run = len(found) - len(by_label[NOT_RUN])
+    claims = f" of the paper's {len(found)} claims"
+    if run < len(found):
+        at, claims = f"Of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far: {at[:1].lower()}{at[1:]}", ""
     if not good and not partly:
-        return f"{at}{'none' if at else 'None'} of the paper's {len(found)} claims holds."
-    parts = [f"{len(good)} of the paper's {len(found)} claims hold{'s' * (len(good) == 1)}" + _listed(good)]
+        return f"{at}{'none' if at else 'None'}{claims} holds."
+    parts = [f"{len(good)}{claims} hold{'s' * (len(good) == 1)}" + _listed(good)]
     if partly:
         parts.append(f"{len(partly)} hold{'s' * (len(partly) == 1)} in direction, but not by as much" + _listed(partly))
     text = f"{at}{', and '.join(parts)}."
@@ -79,14 +83,15 @@ def _does_not(by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
         CONTRADICTED: "the opposite was found for {}",
         NO_EFFECT: "no effect was found for {}",
         UNDECIDED: "{} undecided",
-        NOT_RUN: "{} not run",
+        NOT_RUN: "{} not run yet",
     }
     parts = []
     for label, text in said.items():
         some = by_label[label]
         if some:
             count = f"{len(some)}" if "for" in text else f"{len(some)} {'is' if len(some) == 1 else 'are'}"
-            parts.append(text.format(count) + _listed(some))
+            names = f" ({', '.join(v.claim for v in some)})" if label == NOT_RUN else _listed(some)
+            parts.append(text.format(count) + names)
     if not parts:
         return "None is contradicted, undecided or without an effect."
     text = "; ".join(parts) + "."

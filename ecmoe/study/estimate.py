@@ -278,7 +278,7 @@ def amount(x: float, unit: Unit, *, compares: bool = False) -> str:
     if unit is Unit.NATS:
         return f"{_digits(x)} nats"
     if unit is Unit.RATIO:
-        return f"{x:.3g} times"
+        return f"{_ratio(x)} times"
     return f"{_short(100 * x)} points" if compares else f"{_short(100 * x)}%"
 
 
@@ -287,13 +287,18 @@ def span(low: float, high: float, unit: Unit) -> str:
     if unit is Unit.SHARE:
         return f"{_short(100 * low)} to {_short(100 * high)}"
     if unit is Unit.RATIO:
-        return f"{low:.3g} to {high:.3g}"
+        return f"{_ratio(low)} to {_ratio(high)}"
     return f"{_digits(low)} to {_digits(high)}"
 
 
 def counted(n: int, of: str) -> str:
     """ "1 seed", "4 seeds"."""
     return f"{n} {of}{'' if n == 1 else 's'}"
+
+
+def _ratio(x: float) -> str:
+    """Three decimals where they say something: 1.002 isn't 1, and the paper's 1.2 has no more."""
+    return f"{x:.3f}".rstrip("0").rstrip(".")
 
 
 def _digits(x: float) -> str:

@@ -26,14 +26,14 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
     found = answer("gpu", verdicts(numbers, bench={"even": [1.08, 1.081, 1.079]}, step_time=1.1))
     holds, does_not, choice = found.sentences
     assert holds == (
-        "At 4 layers of width 64, 8 experts, trained on 0 million tokens, 2 of the paper's 12 claims hold (C5: a cap of 2 experts "
+        "Of the paper's 12 claims 5 were run so far: at 4 layers of width 64, 8 experts, trained on 0 million tokens, 2 hold (C5: a cap of 2 experts "
         "costs quality; C9: EC beats dense models, and sooner), and 1 holds in direction, but not by as much "
         "(C2: a GShard step takes 20% longer)."
     )
     assert does_not.startswith(
         "The opposite was found for 1 (C1: EC-CF2 needs half of GShard's steps, and both beat Switch); "
     )
-    assert "7 are not run (C3: " in does_not
+    assert "7 are not run yet (C3, " in does_not
     assert choice.startswith(
         "For a choice of router: with renormalized gates, EC-CF2 ends 0.001 nats below GShard top-2 after as many"
     )

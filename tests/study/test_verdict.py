@@ -244,7 +244,7 @@ def test_c2_is_a_ratio_over_turns():
     found = judged("C2", {}, bench={"even": [1.08, 1.081, 1.079]})
     assert found.label == IN_DIRECTION
     assert found.sentence == (
-        "A GShard top-2 step takes 1.08 times the time of an EC-CF2 step (1.08 to 1.08; 3 turns); the paper: 1.2 times."
+        "A GShard top-2 step takes 1.08 times the time of an EC-CF2 step (1.078 to 1.082; 3 turns); the paper: 1.2 times."
     )
     assert judged("C2", {}, bench={"even": [1.001, 1.002, 1.0]}).label == NO_EFFECT
     assert judged("C2", {}).label == NOT_RUN and judged("C2", {}).sentence == "Not run yet."
