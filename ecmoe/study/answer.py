@@ -68,7 +68,10 @@ def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimV
     run = len(found) - len(by_label[NOT_RUN])
     claims = f" of the paper's {len(found)} claims"
     if run < len(found):
-        at, claims = f"Of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far: {at[:1].lower()}{at[1:]}", ""
+        at, claims = (
+            f"Of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far: {at[:1].lower()}{at[1:]}",
+            "",
+        )
     if not good and not partly:
         return f"{at}{'none' if at else 'None'}{claims} holds."
     parts = [f"{len(good)}{claims} hold{'s' * (len(good) == 1)}" + _listed(good)]
