@@ -133,18 +133,19 @@ def assert_near(found, expected, near, tolerance):
 # Tiles are of 64: at T=256 some hold far distances alone where near is up to 129, at T=384 where it is 130 too.
 @pytest.mark.parametrize(
     ("B", "T", "near"),
-    [(2, 128, near) for near in (1, 2, 65, 66, 114, 130, 1000)]
+    [(1, 128, near) for near in (1, 2, 65, 114, 130, 1000)]
+    + [(2, 128, 66)]
     + [(1, 256, near) for near in (1, 2, 65, 66, 114, 1000)]
     + [(1, 384, 130)],
 )
 def test_output_and_gradients_are_those_of_attention_as_written_out(kernels, B, T, near):
-    given = problem(B, T, near=near)
+    given = problem(B, T, h=2 if near == 66 else 1, near=near)  # an interpreted head takes seconds
     assert_near(ours(*given, near), oracle(*given), near, TOLERANCE[DTYPE])
 
 
 @pytest.mark.parametrize("width", [16, 64, 128])
 def test_heads_of_every_width_in_bf16(kernels, width):
-    given = problem(B=1, T=256, h=2, width=width, dtype=torch.bfloat16)
+    given = problem(B=1, T=256, h=2 if width == 64 else 1, width=width, dtype=torch.bfloat16)
     assert_near(ours(*given), oracle(*given), 114, TOLERANCE[torch.bfloat16])
 
 
@@ -153,13 +154,13 @@ def test_tiles_may_have_any_size(kernels, monkeypatch, own, step):
     for name in ("FORWARD", "QUERIES", "KEYS"):
         tile = kernels.Tile(own, own if name == "QUERIES" else step, 4, 2, 2)
         monkeypatch.setattr(kernels, name, {64: tile})
-    given = problem(B=1, near=70)
+    given = problem(B=1, h=1, near=70)
     assert_near(ours(*given, 70), oracle(*given), 70, TOLERANCE[DTYPE])
 
 
 def test_far_bias_may_be_large(kernels):
     """It is subtracted before anything is rounded."""
-    qkv, table, gradient = problem(B=1)
+    qkv, table, gradient = problem(B=1, h=1)
     expected = ours(qkv, table, gradient)
     with torch.no_grad():
         table += 1024
@@ -167,7 +168,7 @@ def test_far_bias_may_be_large(kernels):
 
 
 def test_the_same_input_gives_the_same_bits_in_any_layout(kernels):
-    qkv, table, gradient = problem(T=128)
+    qkv, table, gradient = problem(B=1, T=128)
     first = ours(qkv, table, gradient)
     scattered = gradient.transpose(1, 2).contiguous().transpose(1, 2)
     for a, b in zip(first, ours(qkv.mT.contiguous().mT, table.T.contiguous().T, scattered), strict=True):
@@ -175,7 +176,7 @@ def test_the_same_input_gives_the_same_bits_in_any_layout(kernels):
 
 
 def test_operators_are_what_they_say(kernels):
-    qkv, table, gradient = problem(B=1, T=128)
+    qkv, table, gradient = problem(B=1, T=128, h=1)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.ecmoe.attention, (qkv, table, 50), test_utils=tests)
     out, lse = (t.detach() for t in attention.fast_attention(qkv, table, 50))
