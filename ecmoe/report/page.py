@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from ecmoe.report.answer import answer, difference, finding, judged
-from ecmoe.report.markup import Format, badge, folded, math_html, show_html, table_html
+from ecmoe.report.markup import Format, folded, math_html, show_html, table_html
 from ecmoe.report.plots.parts import Plot
 from ecmoe.report.plots.style import count_colors, is_dark
 from ecmoe.report.provenance import provenance
 
 __all__ = [
-    "answer", "difference", "finding", "formula", "judged", "plumbing_only", "provenance", "show", "show_runs", "show_table", "show_text",
+    "answer", "difference", "finding", "formula", "judged", "provenance", "show", "show_runs", "show_table", "show_text",
 ]  # fmt: skip
 
 
@@ -86,15 +86,6 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str, unit: 
         f"<figcaption>{html.escape(caption)}</figcaption></figure>",
         f"{caption}\n" + " ".join(f"{text!r}:{count}" for text, count in pairs),
     )
-
-
-def plumbing_only(scale: str) -> None:
-    """At scale "smoke": say that the page shows that everything runs, and nothing else."""
-    if scale == "smoke":
-        text = (
-            "A tiny model and a few steps show that all parts work together. The numbers say nothing about the paper."
-        )
-        show_html(f'<p class="banner">{badge("plumbing only")} {text}</p>', f"Plumbing only. {text}")
 
 
 def formula(latex: str, alt: str = "") -> None:

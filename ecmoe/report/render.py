@@ -173,6 +173,8 @@ def _join_streams(cell: Any) -> None:
     """One log per cell, however many pieces its lines came in, after what the cell shows."""
     outputs, logs = [], []
     for output in cell.outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue  # a bar that has come to its end
         is_log = output.output_type == "stream" and output.name == "stderr"
         (logs if is_log else outputs).append(output)
     if logs:

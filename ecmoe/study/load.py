@@ -14,6 +14,7 @@ from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
+from ecmoe.study.progress import Progress, over
 from ecmoe.training.result import Result, not_run, read_record
 
 _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
@@ -86,22 +87,29 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     arms = planning.arms_of(parameters, scale)
     _CHECKED.add(page)
     results: dict[str, list[Result]] = {arm: [] for arm in arms}
-    for one in planned:
-        results[one.arms[0]].append(_result(one, scale, train))
+    waiting = [one for one in planned if train and not _there(one, scale)]
+    with over(waiting) as progress:
+        for one in planned:
+            results[one.arms[0]].append(_result(one, scale, train, progress if one in waiting else None))
     return Study(page, scale, parameters, arms, planned, train, results)
 
 
-def _result(one: planning.Planned, scale: str, train: bool) -> Result:
+def _there(one: planning.Planned, scale: str) -> bool:
+    """Is the run kept as a record, or finished in runs/?"""
+    return planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists()
+
+
+def _result(one: planning.Planned, scale: str, train: bool, progress: Progress | None) -> Result:
     record = planning.record(one, scale)
     if record.exists():
         return read_record(record)
-    folder = paths.runs() / one.name
-    if not train and not (folder / "summary.json").exists():
+    if not train and not _there(one, scale):
         return not_run(one.config)
     from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
 
     try:
-        return run_or_load(one.config, train=train)
+        watching = progress.watching(one) if progress else []
+        return run_or_load(one.config, train=train, progress=False, callbacks=watching)
     except Exception as error:  # its run folder keeps it too; the others are still wanted
         print(f"[{one.arms[0]} s{one.seed}] failed: {error}", file=sys.stderr, flush=True)
         return failed(one.config, error)
