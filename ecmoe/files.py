@@ -97,11 +97,12 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1, sea
     """
     said = dict(plain(value))
     if sealed:
-        said["check"] = _check(said)
+        said["check"] = check_sum(said)
     write_text(path, json.dumps(said, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def _check(value: Mapping[str, Any]) -> str:
+def check_sum(value: Mapping[str, Any]) -> str:
+    """16 hex digits of a value of JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -117,7 +118,7 @@ def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
         raise Damaged(path, error) from error
     if not isinstance(value, dict):
         raise Damaged(path, f"it holds {type(value).__name__}, not a dict")
-    if sealed and value.pop("check", None) != _check(value):
+    if sealed and value.pop("check", None) != check_sum(value):
         raise Damaged(path, "its check sum is another: somebody or something has changed it")
     return value
 

@@ -18,9 +18,6 @@ __all__ = ["open_data"]
 def open_data(config: RunConfig) -> RunData:
     """The text or the images of a config, in batches.
 
-    Args:
-        config: its keys under "Data", `batch_size`, `eval_batches`, `seed`, and how many ranks there are.
-
     Returns:
         a LightningDataModule. After `prepare_data()` and `setup()`: batches of token windows (B, T+1) int64, with tasks (B,)
         beside them for task-level routing; or of images (B, C, H, W) float32 in [0, 1] with classes (B,).

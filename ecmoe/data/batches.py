@@ -18,12 +18,8 @@ from ecmoe.data.corpus import described, source_files
 from ecmoe.files import ConfigError, content_sha256
 from ecmoe.paths import plain
 
-_PROVENANCE = (
-    "digest", "source_sha256", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "train_bytes", "val_bytes",
-    "train_documents", "val_documents",
-)  # fmt: skip
-
-
+_PROVENANCE = ("digest", "source_sha256", "tokenizer", "vocab_size",
+               *(f"{side}_{what}" for what in ("tokens", "bytes", "documents") for side in ("train", "val")))  # fmt: skip
 Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # windows, or windows and tasks
 
 
@@ -34,24 +30,14 @@ def window_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 
 class Batches(IterableDataset):
     """Endless batches of training windows, (B, T+1) int64, from micro-step `start` on; with `tasks`, each with its (B,) tasks.
-
     Micro-step s of a rank depends on nothing but (seed, s, rank, world size): an epoch deals its permuted windows
     out to all ranks, a batch each; the windows left over at its end are dropped.
     """
 
-    def __init__(
-        self,
-        windows: np.ndarray,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        tasks: np.ndarray | None = None,
-    ):
+    def __init__(self, windows: np.ndarray, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1,
+                 tasks: np.ndarray | None = None):  # fmt: skip
         self.windows, self.batch_size, self.seed, self.start = windows, batch_size, seed, start
-        self.tasks = tasks
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.tasks = rank, world, tasks
         self.steps_per_epoch = len(windows) // (batch_size * world)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -73,9 +59,7 @@ class Batches(IterableDataset):
 class RunData(L.LightningDataModule):
     """What the data of all runs share: `start_step`, micro-batches that a resumed run has already seen, and ranks.
 
-    A kind of data gives `train_batches(start, rank, world)`, `val_batches()`, the same for every run, and `digest`, which
-    a checkpoint keeps.
-    """
+    A kind of data gives `train_batches(start, rank, world)`, `val_batches()` and `digest`, which a checkpoint keeps."""
 
     digest: str
 
@@ -87,11 +71,7 @@ class RunData(L.LightningDataModule):
         return {"digest": self.digest}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ConfigError: it is of other data.
-        """
+        """Go on from a checkpoint; a ConfigError where it is of other data."""
         if state["digest"] != self.digest:
             raise ConfigError(
                 f"data={self.config.data!r} has changed since the checkpoint was written: its digest was {state['digest']} and is "
@@ -122,11 +102,7 @@ class RunData(L.LightningDataModule):
         return self.config.devices * self.config.num_nodes
 
     def _enough(self, train: int, val: int, what: str) -> int:
-        """How much validates: every rank equally often, and all of them on as much as was asked for.
-
-        Raises:
-            ConfigError: there is less of it, or less than a batch of every rank to train on.
-        """
+        """How much validates: every rank equally often, together as much as was asked for; a ConfigError if there is less."""
         config, data = self.config, plain(self.config.data)
         validated = -(-config.eval_batches // self._ranks) * self._ranks * config.batch_size
         for side, have, need, keys in (("training", train, config.batch_size * self._ranks, "batch_size, on every rank,"),
@@ -140,8 +116,6 @@ class RunData(L.LightningDataModule):
 
 class TextData(RunData):
     """The text of a config as batches of token windows; `datasets` and the tokeniser run on first use only.
-
-    Task-level routing gets the class of each sequence beside it (`ecmoe.data.clusters`).
 
     After `setup()`: digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token (of the
     validation windows), provenance.
@@ -211,9 +185,7 @@ class TextData(RunData):
 def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:
     """Are the data here others than those of `said`, a run's provenance? No, where they aren't here, or it doesn't say.
 
-    The source is compared, not its tokens: reading a result must not start long work. Of images, only the embedded ones
-    are looked at.
-    """
+    The source is compared, not its tokens: reading a result must not start long work. Of images, only `digits` is."""
     said = said or {}
     if config.data == "digits":
         from ecmoe.data.images import load

@@ -15,14 +15,7 @@ FITTED = 20_000  # windows that the clusters are fitted on
 
 
 class TextClusters:
-    """k-means over the token frequencies of windows, with seed 0: the classes are part of the data, not of a run.
-
-    Args:
-        windows: (m, T+1) token ids of the training split, in the order of the corpus. num_classes: at most m.
-
-    Raises:
-        ConfigError: more classes than windows.
-    """
+    """k-means over the token frequencies of training windows, (m, T+1), with seed 0: classes are part of the data, not of a run."""
 
     def __init__(self, windows: np.ndarray, num_classes: int) -> None:
         from sklearn.cluster import MiniBatchKMeans  # dear to import, and needed by task-level runs alone
@@ -32,17 +25,15 @@ class TextClusters:
             raise ConfigError(
                 f"num_tasks={num_classes}: must be at most the {len(some)} windows of text that classes are found in"
             )
-        start = (
-            {"n_init": 3} if num_classes <= 64 else {"n_init": 1, "init": "random"}
-        )  # many clusters take long to place
+        # Many clusters take long to place.
+        start = {"n_init": 3} if num_classes <= 64 else {"n_init": 1, "init": "random"}
         self.clusters = MiniBatchKMeans(num_classes, random_state=0, **start).fit(frequencies(some))
 
     def before(self, windows: np.ndarray, chunk: int = 4096) -> np.ndarray:
         """(m, T+1) consecutive windows -> (m,) int64 class of the window before each; 0 for the first."""
         parts = (windows[start : start + chunk] for start in range(0, len(windows), chunk))
-        return np.concatenate([[0], *(self.clusters.predict(frequencies(part)) for part in parts)])[:-1].astype(
-            np.int64
-        )
+        found = [self.clusters.predict(frequencies(part)) for part in parts]
+        return np.concatenate([[0], *found])[:-1].astype(np.int64)
 
 
 def frequencies(windows: np.ndarray) -> np.ndarray:

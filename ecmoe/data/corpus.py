@@ -49,11 +49,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents and what must be said of them.
-
-    name: for a report. licence, attribution: "not stated" if the source doesn't say.
-    train: (unit, text) pairs. validation: the source's own validation documents, or None: ours is split off.
-    """
+    """Documents and what a report must say of them; validation: the source's own, or None: ours is split off."""
 
     name: str
     licence: str
@@ -90,17 +86,13 @@ _HUB = re.compile(f"{HUB_PREFIX}({_NAME}(?:/{_NAME})?)(?:/({_NAME}))?")
 
 
 def source_key(data: str) -> str:
-    """What the tokens of `data` depend on: names of the Hub's data sets, content of files. The key may state the content.
-
-    Raises:
-        ConfigError: as in `source_files`, but where the content is known nothing need be here.
-    """
-    named = ["" if content_of(data) and _is_files(part) and part != "stdlib" else _key(part) for part in parts_of(data)]
-    return ",".join(named) + content_of(data)
-
-
-def _key(part: str) -> str:
-    return content_sha256(part_files(part)) if _is_files(part) else part
+    """What the tokens of `data` depend on: names of the Hub's data sets, content of files, which the key may state."""
+    stated, named = content_of(data), []
+    for part in parts_of(data):
+        files = _is_files(part)
+        known = files and stated and part != "stdlib"  # then nothing need be here
+        named.append("" if known else content_sha256(part_files(part)) if files else part)
+    return ",".join(named) + stated
 
 
 def source_files(data: str) -> dict[str, Path]:
@@ -139,11 +131,7 @@ def _is_files(part: str) -> bool:
 
 
 def open_corpus(data: str, streaming: bool = False) -> Corpus:
-    """The corpus that `data`, which is no mix, names. `streaming`: don't download a Hub data set whole.
-
-    Raises:
-        ConfigError: there is no such corpus, or it can't be read.
-    """
+    """The corpus that `data`, which is no mix, names. `streaming`: don't download a Hub data set whole."""
     files = part_files(data)
     if data == "stdlib":
         return Corpus(
@@ -159,11 +147,7 @@ def open_corpus(data: str, streaming: bool = False) -> Corpus:
 
 
 def about(data: str) -> dict[str, str]:
-    """name, licence and attribution of local text, as far as `PATH.about.yaml` beside it states them.
-
-    Raises:
-        ConfigError: that file can't be read, or states something else.
-    """
+    """name, licence and attribution of local text, as far as `PATH.about.yaml` beside it states them."""
     if data == "stdlib" or not _is_files(data):
         return {}
     beside = Path(f"{os.path.abspath(paths.resolve(data))}.about.yaml")  # without a slash at the end
@@ -176,21 +160,17 @@ def about(data: str) -> dict[str, str]:
 
 
 def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a report says of a corpus: name, licence and attribution of all its parts, how each is split; of a mix, its parts.
-
-    Args:
-        parts: of each name, licence, attribution, split; what a file beside it states now wins.
-    """
+    """What a report says of a corpus, of whose parts tokens know name, licence, attribution, split; a file beside one now wins."""
     parts = [
         part | ({"name": Path(one).name} if _is_files(one) and one != "stdlib" else {}) | about(one)
         | {"data": one, "share": 1 / len(parts)} for one, part in zip(parts_of(data), parts, strict=True)
     ]  # fmt: skip
     if len(parts) == 1:
         return {key: parts[0][key] for key in ("name", "licence", "attribution", "split")}
-    said = {
-        key: "; ".join(f"{part['name']}: {part[key]}" for part in parts) for key in ("licence", "attribution", "split")
-    }
-    return {"name": " + ".join(f"{part['share']:.0%} {part['name']}" for part in parts), **said, "parts": parts}
+    said = {"name": " + ".join(f"{part['share']:.0%} {part['name']}" for part in parts)}
+    for key in ("licence", "attribution", "split"):
+        said[key] = "; ".join(f"{part['name']}: {part[key]}" for part in parts)
+    return said | {"parts": parts}
 
 
 def _stdlib_files() -> dict[str, Path]:
@@ -199,10 +179,8 @@ def _stdlib_files() -> dict[str, Path]:
     files = {}
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in _NO_TEXT]
-        for name in names:
-            if name.endswith(".py"):
-                path = Path(folder, name)
-                files[path.relative_to(root).as_posix()] = path
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            files[path.relative_to(root).as_posix()] = path
     if not files:
         raise ConfigError(f"data='stdlib': this Python keeps no source in {root}; give a path to a .txt file instead")
     return dict(sorted(files.items()))
@@ -235,14 +213,7 @@ def _opened(what: str, path: Path, right: str) -> Iterator[TextIO]:
 
 
 def json_rows(what: str, path: Path, texts: Sequence[str]) -> Rows:
-    """The rows of a file that holds a JSON object a line, or a list of them.
-
-    Args:
-        what: whose file it is, for errors. texts: fields that must be strings; of the others nothing is asked.
-
-    Raises:
-        ConfigError: the file can't be read, or a row is no object or lacks a text; names file and row.
-    """
+    """The rows of a file that holds a JSON object a line, or a list of them; `texts` must be strings. Errors name file and row."""
     with _opened(what, path, f"a JSON object a line, with {' and '.join(texts)}") as file:
         first = file.readline()
         if first.lstrip().startswith("["):
@@ -273,9 +244,7 @@ def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:
 
 
 def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
-    """A text in documents of at least `size` characters that end at a blank line; a text without any
-    is cut at a line's end, or else anywhere, before 8 `size`. Joined they are the text.
-    """
+    """A text in documents of `size` to 8 `size` characters that end at a blank line, else a line's end, else anywhere."""
     rest = ""
     for chunk in chunks:
         rest += chunk
@@ -312,21 +281,24 @@ def _hub(data: str, streaming: bool) -> Corpus:
 
 
 def _load(data: str, hub: Hub, streaming: bool) -> dict[str, Any]:
-    from datasets import load_dataset
-
     reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")
     if os.path.exists(hub.path) or reader and not hub.files:  # `datasets` would read what lies here
         raise ConfigError(f"data={data!r}: {hub.path!r} means files in {Path.cwd()} to `datasets`, no data set of the Hub; for "
                           "local text give its path, such as ./text; else start from another folder")  # fmt: skip
-    options: dict[str, Any] = {"streaming": streaming}
-    if hub.files:
-        options |= {"data_files": hub.files, "keep_linebreaks": True}
+    options = {"data_files": hub.files, "keep_linebreaks": True} if hub.files else {}
+    right = "it must be a data set of the Hub (hub:OWNER/NAME or hub:OWNER/NAME/CONFIG), and the Hub must be reachable"
+    return dict(from_hub(f"data={data!r}", right, hub.path, hub.config, streaming=streaming, **options))
+
+
+def from_hub(what: str, right: str, path: str, *config: str | None, **options: Any) -> Any:
+    """`datasets.load_dataset`; its errors (no network, no such data set, a gated one) say whose data these are and what is right."""
+    from datasets import load_dataset
+
     try:
-        return dict(load_dataset(hub.path, hub.config, **options))
-    except Exception as error:  # no network, no such data set or config, a gated one: all say so themselves
+        return load_dataset(path, *config, **options)
+    except Exception as error:
         raise ConfigError(
-            f"data={data!r}: `datasets` can't load {hub.path!r} ({type(error).__name__}: {error}); it must be a data "
-            "set of the Hub (hub:OWNER/NAME or hub:OWNER/NAME/CONFIG), and the Hub must be reachable"
+            f"{what}: `datasets` can't load {path!r} ({type(error).__name__}: {error}); {right}"
         ) from error
 
 

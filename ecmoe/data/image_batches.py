@@ -19,11 +19,7 @@ from ecmoe.files import ConfigError
 class ImageData(RunData):
     """Batches of images (B, C, H, W) float32 in [0, 1] and their classes (B,) int64.
 
-    After `setup()`: digest (hex, of pixels and labels), provenance, classes.
-
-    Raises:
-        ConfigError: no such images, too few for a batch, or keys that don't fit them.
-    """
+    After `setup()`: digest (hex, of pixels and labels), provenance, classes."""
 
     def prepare_data(self) -> None:
         images.load(self.config.data)
@@ -49,11 +45,7 @@ class ImageData(RunData):
 
 
 class ImageBatches(Batches):
-    """Endless batches of training images and classes; augmented by draws of (seed, rank, step) alone.
-
-    Args:
-        x, y: images and classes. augment: see `shifted`. The others are those of `Batches`.
-    """
+    """Endless batches of training images x and classes y, perhaps `shifted` by draws of (seed, rank, step); see `Batches`."""
 
     def __init__(self, x: Tensor, y: Tensor, augment: bool, *batches: int):
         super().__init__(y, *batches)

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ecmoe import paths
-from ecmoe.data.corpus import NOT_STATED, about
+from ecmoe.data.corpus import NOT_STATED, about, from_hub
 from ecmoe.files import ConfigError, content_sha256
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, check_content, local_files, plain, remember_content, with_content
 
@@ -54,15 +54,10 @@ class _Split(NamedTuple):
 
 
 def load(data: str) -> Images:
-    """The images that the key `data` names; the last one asked for is kept in memory.
+    """The images that the key `data` names; the last ones asked for are kept in memory.
 
-    Args:
-        data: digits, cifar10 (through `datasets`), or images:PATH, a folder of image files in a sub-folder per class
-            (perhaps below train and test), or of NAME_{train,test}.jpgs.xz with NAME_{train,test}.idx.xz: JPEGs end to
-            end, and a line `offset length label` for each.
-
-    Raises:
-        ConfigError: there are no such images, they can't be read, or they aren't all of one size.
+    images:PATH is a folder of image files in a sub-folder per class (perhaps below train and test), or of
+    NAME_{train,test}.jpgs.xz with NAME_{train,test}.idx.xz: JPEGs end to end, and a line `offset length label` for each.
     """
     data, content = plain(data), with_content(data)
     if data not in IMAGES and (not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX):
@@ -85,16 +80,12 @@ def _load(data: str, content: str) -> Images:
     packed = [path for path in files.values() if path.parent == folder and path.name.endswith("_train.jpgs.xz")]
     train, val, classes = _packed(data, packed[0]) if packed else _folder(data, folder, files)
     said = {"name": folder.name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(str(folder.resolve()))
-    return _images(
-        train, val, classes, said | {"source_sha256": content_sha256({f"0:{n}": p for n, p in files.items()})}
-    )
+    said["source_sha256"] = content_sha256({f"0:{name}": path for name, path in files.items()})
+    return _images(train, val, classes, said)
 
 
 def _digits() -> Images:
-    """scikit-learn's copy of UCI's digits: 8 x 8 pixels of 17 greys, in the order in which they were written.
-
-    The first 1,437 train, the last 360 validate: most of these are by people who wrote none of the others.
-    """
+    """scikit-learn's copy of UCI's digits, 8 x 8 pixels of 17 greys; most of the last are by people who wrote none of the first."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -111,15 +102,8 @@ def _digits() -> Images:
 
 def _cifar10(data: str) -> Images:
     """CIFAR-10 as the Hub has it: 50,000 images train, the 10,000 of the test set validate."""
-    from datasets import load_dataset
-
-    try:
-        sets = load_dataset("uoft-cs/cifar10")
-    except Exception as error:  # no network, mostly: `datasets` says so itself
-        raise ConfigError(
-            f"data={data!r}: `datasets` can't load 'uoft-cs/cifar10' ({type(error).__name__}: {error}); the Hub must be "
-            f"reachable, or give a local copy as data: {IMAGES_PREFIX}PATH, or take data: digits"
-        ) from error
+    right = f"the Hub must be reachable, or give a local copy as data: {IMAGES_PREFIX}PATH, or take data: digits"
+    sets = from_hub(f"data={data!r}", right, "uoft-cs/cifar10")
     said = {"name": "CIFAR-10", "licence": NOT_STATED,
             "attribution": "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"}  # fmt: skip
     train, val = (_stack(data, (("", row["img"], row["label"]) for row in sets[name])) for name in ("train", "test"))
@@ -178,9 +162,8 @@ def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> _Split:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = (
-                    file if isinstance(file, Image.Image) else Image.open(file)
-                )  # reads the size, not yet the pixels
+                # Reads the size, not yet the pixels.
+                image = file if isinstance(file, Image.Image) else Image.open(file)
             size = size or image.size
             if image.size != size:
                 (w, h), (width, height) = size, image.size
@@ -190,9 +173,8 @@ def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> _Split:
         except ConfigError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever they meet in a damaged file
-            raise ConfigError(
-                f"data={data!r}: {where} can't be read ({type(error).__name__}: {error}): mend or remove it"
-            ) from error
+            told = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"data={data!r}: {where} can't be read ({told}): mend or remove it") from error
         labels.append(label)
     if not pixels:
         raise ConfigError(f"data={data!r}: holds no images")

@@ -19,10 +19,7 @@ VALIDATION = 0.05  # share of the text, where the source has no validation split
 
 @dataclass(frozen=True)
 class SplitText:
-    """Documents one after the other in a file, each ended by END.
-
-    lengths: (documents,) bytes. is_val: (documents,) bool, which validate; rule: why these, in words.
-    """
+    """Documents in a file, each ended by END. lengths: (documents,) bytes. is_val: (documents,) bool; rule: why these, in words."""
 
     file: BinaryIO
     lengths: np.ndarray

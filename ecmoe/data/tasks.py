@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ecmoe import paths
-from ecmoe.data.corpus import Rows, checked_rows, json_rows, part_files
+from ecmoe.data.corpus import Rows, checked_rows, from_hub, json_rows, part_files
 from ecmoe.files import ConfigError
 from ecmoe.paths import check_content, plain, remember_content, with_content
 
@@ -24,14 +24,10 @@ _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"  # of the Hub
 
 
 class Task(NamedTuple):
-    """Where a task comes from.
+    """Where a task comes from."""
 
-    hub: a data set of the Hub; its config is the task's name. columns: of text, in reading order; what is asked comes last.
-    classes: labels are 0 ... classes - 1. validation: the name of that split.
-    """
-
-    hub: str
-    columns: tuple[str, ...]
+    hub: str  # a data set whose config is the task's name
+    columns: tuple[str, ...]  # of text, in reading order; what is asked comes last
     classes: int
     validation: str = "validation"
 
@@ -66,14 +62,9 @@ class Examples(NamedTuple):
 
 
 def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Examples]:
-    """Training and validation examples of a task, in their source's order.
+    """Training and validation examples of one of `TASKS`, or of "lines", in their source's order.
 
-    Args:
-        name: one of `TASKS`, or "lines". folder: with local copies, perhaps with their content, PATH#SHA256; a task that
-            isn't there comes from the Hub.
-
-    Raises:
-        ConfigError: no such task; its files can't be read, lack a column, or hold another label.
+    folder: with local copies, perhaps with their content, PATH#SHA256; a task that isn't there comes from the Hub.
     """
     if name == OWN:
         return _lines()
@@ -97,24 +88,15 @@ def classes(name: str) -> int:
 
 
 def _local(name: str, folder: Path) -> list[Rows]:
-    return [
-        json_rows(f"task {name!r}", folder / f"{split}.jsonl", TASKS[name].columns) for split in ("train", "validation")
-    ]
+    paths_of = (folder / f"{split}.jsonl" for split in ("train", "validation"))
+    return [json_rows(f"task {name!r}", path, TASKS[name].columns) for path in paths_of]
 
 
 def _hub(name: str, local: Path | None) -> list[Rows]:
-    from datasets import load_dataset
-
-    try:
-        sets = load_dataset(TASKS[name].hub, name)
-        sides = [(split, sets[split]) for split in ("train", TASKS[name].validation)]
-    except Exception as error:  # no network: `datasets` says so itself
-        there = f"{local}/train.jsonl and validation.jsonl" if local else "a folder of local copies"
-        raise ConfigError(
-            f"task {name!r}: `datasets` can't load it ({type(error).__name__}: {error}); the Hub must be reachable, "
-            f"or {there} be there"
-        ) from error
-    return [checked_rows(f"task {name!r}: {split}", rows, TASKS[name].columns) for split, rows in sides]
+    there = f"{local}/train.jsonl and validation.jsonl" if local else "a folder of local copies"
+    task, what = TASKS[name], f"task {name!r}"
+    sets = from_hub(what, f"the Hub must be reachable, or {there} be there", task.hub, name)
+    return [checked_rows(f"{what}: {side}", sets[side], task.columns) for side in ("train", task.validation)]
 
 
 def _examples(name: str, side: str, rows: Rows) -> Examples:
@@ -132,9 +114,8 @@ def _examples(name: str, side: str, rows: Rows) -> Examples:
 
 @lru_cache
 def _lines() -> tuple[Examples, Examples]:
-    modules = [
-        _code_and_prose(path.read_text(encoding="utf-8", errors="replace")) for path in part_files("stdlib").values()
-    ]
+    sources = (path.read_text(encoding="utf-8", errors="replace") for path in part_files("stdlib").values())
+    modules = [_code_and_prose(source) for source in sources]
     dice, held = np.random.default_rng(0), round(OWN_VALIDATION * len(modules))
     order = dice.permutation(len(modules))
     parts = []

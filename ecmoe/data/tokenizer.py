@@ -56,11 +56,7 @@ class BPE:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learn merges and write them to `path` as JSON.
-
-    Raises:
-        ConfigError: the text is too small for so many tokens.
-    """
+    """Learn merges and write them to `path` as JSON; a ConfigError where the text is too small for so many tokens."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

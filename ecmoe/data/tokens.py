@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,7 +18,17 @@ from ecmoe import paths
 from ecmoe.data.corpus import Corpus, open_corpus, source_files, source_key
 from ecmoe.data.split import SplitText
 from ecmoe.data.tokenizer import BPE, END, END_ID, Bytes, Tokenizer, train_bpe
-from ecmoe.files import ConfigError, content_sha256, disk_may_be_full, sha256, sha256_once, write_json
+from ecmoe.files import (
+    ConfigError,
+    Damaged,
+    check_sum,
+    content_sha256,
+    disk_may_be_full,
+    read_json,
+    sha256,
+    sha256_once,
+    write_json,
+)
 from ecmoe.paths import check_content, parts_of, remember_content, with_content
 
 # Part of every cache's name: raise it when the same source would give other tokens.
@@ -31,11 +39,7 @@ Bar = Callable[[str, int | None], Any]  # (what is done, bytes to do) -> a progr
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised corpus.
-
-    train, val: (tokens,) memory-mapped ids; of a mix, one part after the other, each as long as the others.
-    meta: as in meta.json; `parts` says of each part where it is from.
-    """
+    """A tokenised corpus: (tokens,) memory-mapped ids, of a mix one part after the other, all as long; meta: as in meta.json."""
 
     train: np.ndarray
     val: np.ndarray
@@ -50,25 +54,17 @@ class Tokens:
 
 
 def folder(config: Any, cache: Path | None = None) -> Path:
-    """Where the tokens of this config are kept: it depends on the content of the text and on the keys that are read here.
-
-    Raises:
-        ConfigError: there is no such text, and its content isn't known.
-    """
-    digest = hashlib.sha256(json.dumps(_keys(config), sort_keys=True).encode()).hexdigest()[:12]
+    """Where the tokens of this config are kept: it depends on the content of the text and on the keys that are read here."""
+    digest = check_sum(_keys(config))[:12]
     names = "-".join(Path(part).name for part in parts_of(config.data))
     slug = re.sub(r"[^\w.-]+", "-", names).strip("-")[:40]
     return (cache or paths.cache()) / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
 
 
-def load(config: Any, cache: Path | None = None, progress: bool = True) -> Tokens:
+def load(config: Any, cache: Path | None = None) -> Tokens:
     """The corpus of `config` in tokens; made on first use, while other processes wait.
 
-    Made again when one of its files is damaged. What was made of a text is found by the text's content.
-
-    Raises:
-        ConfigError: no such text and no cache; or a damaged cache without its text.
-    """
+    Made again when one of its files is damaged. A ConfigError: no such text, and no cache that is whole."""
     from filelock import FileLock
 
     place = folder(config, cache)
@@ -79,40 +75,26 @@ def load(config: Any, cache: Path | None = None, progress: bool = True) -> Token
         with FileLock(place.parent / f"{place.name}.lock"):
             trouble = _trouble(place)  # another process may have made it meanwhile
             if trouble:
-                _make(config, place, trouble, progress)
+                _make(config, place, trouble)
     remember_content(config.data)
-    return _open(place)
-
-
-def _keys(config: Any) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "data": source_key(with_content(config.data)),
-        "max_bytes": config.max_bytes,
-        "tokenizer": config.tokenizer,
-        "vocab_size": config.vocab_size,
-    }
-
-
-def _open(place: Path) -> Tokens:
     meta = _meta(place)
     train, val = (np.memmap(place / f"{split}.bin", np.dtype(meta["dtype"]), "r") for split in ("train", "val"))
     return Tokens(train, val, BPE(place / "tokenizer.json") if meta["tokenizer"] == "bpe" else Bytes(), meta)
 
 
+def _keys(config: Any) -> dict[str, Any]:
+    read = {key: getattr(config, key) for key in ("max_bytes", "tokenizer", "vocab_size")}
+    return {"schema": SCHEMA, "data": source_key(with_content(config.data)), **read}
+
+
 def _meta(place: Path) -> dict[str, Any] | None:
     """meta.json; None if there is none, {} if it is damaged."""
     try:
-        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        return meta if meta.pop("check") == _check(meta) else {}
+        return read_json(place / "meta.json", sealed=True)
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, KeyError):
+    except Damaged:
         return {}
-
-
-def _check(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _trouble(place: Path) -> str | None:
@@ -131,7 +113,7 @@ def _trouble(place: Path) -> str | None:
     return None
 
 
-def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
+def _make(config: Any, place: Path, trouble: str) -> None:
     try:
         source = source_files(config.data)
         check_content(config.data)
@@ -149,25 +131,23 @@ def _make(config: Any, place: Path, trouble: str, progress: bool) -> None:
     work.mkdir()
     try:
         with disk_may_be_full(place):
-            meta = _tokenise(config, corpora, work, _bar(config.data, progress))
+            meta = _tokenise(config, corpora, work, _bar(config.data))
         check_content(config.data)  # nobody wrote while it was read
         meta |= {"source_sha256": content_sha256(source) if source else None}
-        files = {
-            p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir()) if p.is_file()
-        }
-        for name in files:
-            os.replace(work / name, place / name)
-        meta |= _keys(config) | {"digest": _check(files)[:16], "files": files}
-        write_json(place / "meta.json", meta | {"check": _check(meta)})  # last: what it describes is then complete
+        made = [path for path in sorted(work.iterdir()) if path.is_file()]
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in made}
+        for path in made:
+            os.replace(path, place / path.name)
+        meta |= _keys(config) | {"digest": check_sum(files), "files": files}
+        write_json(place / "meta.json", meta, sealed=True)  # last: what it describes is then complete
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _bar(data: str, progress: bool) -> Bar:
+def _bar(data: str) -> Bar:
     from tqdm import tqdm
 
-    # None: quiet unless a person watches
-    watched = {"unit": "B", "unit_scale": True, "leave": False, "disable": None if progress else True}
+    watched = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: quiet unless a person watches
     return lambda what, total: tqdm(desc=f"{what} {Path(*parts_of(data)[:1]).name}", total=total, **watched)
 
 
