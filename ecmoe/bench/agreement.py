@@ -23,16 +23,11 @@ class Shared(nn.Module):
 
 
 def agreement(layers: dict[str, MoE], x: Tensor, repeats: int = 20) -> list[dict]:
-    """How far each layer is from the plain path in float32, under one shared choice of tokens.
-
-    Args:
-        layers: path -> an expert choice layer with the same weights, the first one plain. x: (1, n, d).
-        repeats: of forward and backward on the same input, for `same_bits`.
+    """How far each layer (path -> one with the same weights, the first one plain) is from the plain path in float32 on x, (1, n, d).
 
     Returns:
-        a row per path: the relative norm of the difference in the output and in the gradients of x, w1, w2, the
-        router and the gates (none where there is no memory for float32); `same_bits`: whether all repeats, routing
-        included, gave the same bits.
+        a row per path: the relative norm of the difference in the output and in each gradient, under one shared choice of
+        tokens (none where there is no memory for float32); `same_bits`: whether all repeats, routing included, were equal.
     """
     first = next(iter(layers.values()))
     with torch.no_grad():
@@ -55,13 +50,9 @@ def agreement(layers: dict[str, MoE], x: Tensor, repeats: int = 20) -> list[dict
     rows = []
     for path, layer in layers.items():
         ours = run(layer, x.dtype) if expected else {}
-        row = {part: _distance(ours.pop(part), t) for part, t in expected.items()}
+        row = {part: float((ours.pop(part).to(t.dtype) - t).norm() / t.norm()) for part, t in expected.items()}
         rows.append({"path": path} | row | {"same_bits": _same_bits(layer, x, repeats)})
     return rows
-
-
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return float(torch.linalg.vector_norm(ours.to(theirs.dtype) - theirs) / torch.linalg.vector_norm(theirs))
 
 
 def _same_bits(layer: MoE, x: Tensor, repeats: int) -> bool:

@@ -1,6 +1,6 @@
 """What expert choice is measured against: token choice on its fastest ways, ours and those of other packages.
 
-A baseline takes x (B, T, d) as `MoE` does, and computes what an `MoE` with `TokenChoice` computes:
+Each computes what an `MoE` with `TokenChoice` computes:
 
     capacity           `MoE` itself: (e, slots) tokens and a batched product; what finds no place is dropped
     grouped_mm         `Grouped`: nothing dropped, nothing padded; torch's product over rows sorted by expert
@@ -29,10 +29,7 @@ class Grouped(nn.Module):
     """Token choice that drops nothing: rows sorted by expert, one grouped product for all experts.
 
     How many rows an expert has stays on the device, so the host waits for nothing; a gather's gradient is a gather,
-    so no sum is by atomics.
-
-    Args:
-        layer: an `MoE` with a `TokenChoice`, whose capacity doesn't count here; weights are shared.
+    so no sum is by atomics. `layer` has a `TokenChoice`, whose capacity doesn't count here; weights are shared.
     """
 
     def __init__(self, layer: MoE) -> None:
@@ -99,11 +96,8 @@ def _counts(choice: Tensor, e: int) -> Tensor:
 class Even(TokenChoice):
     """Token choice whose choices can be forced: random, and exactly as many for each expert.
 
-    A router's own choice depends on where its training stands: near even at the start, far from it later (page 02).
-    Forced, no expert is over capacity and no capacity is left, which is the best that token choice can hope for.
-
-    Attributes:
-        forced: () float: 1: random choices, evenly spread; 0: the router's own. Set in place, it makes no other graph.
+    A router's own choice depends on where its training stands. Forced, no expert is over capacity and no capacity is left,
+    which is the best that token choice can hope for. `forced`, 1 or 0, is set in place, so that it makes no other graph.
     """
 
     def __init__(self, *args, **kwargs) -> None:

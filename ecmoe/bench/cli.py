@@ -41,7 +41,7 @@ def layer(
 
         sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts}
         options = {"repeats": repeats, "compiled": compiled, "dykstra": dykstra}
-        _show(bench_layer(**sizes, capacity_factor=capacity_factor, **options), output)
+        show(bench_layer(**sizes, capacity_factor=capacity_factor, **options), output)
 
 
 @app.command()
@@ -58,7 +58,7 @@ def auto(
         from ecmoe.bench.layer import bench_auto
 
         sizes = [{"n": n, "d_model": d} for d in d_model or AUTO_WIDTHS for n in tokens or AUTO_TOKENS]
-        _show(bench_auto(sizes, num_experts=num_experts, compiled=compiled, repeats=repeats), output)
+        show(bench_auto(sizes, num_experts=num_experts, compiled=compiled, repeats=repeats), output)
 
 
 AUTO_TOKENS, AUTO_WIDTHS = (512, 2048, 8192, 32_768, 131_072), (256, 512, 1024, 2048, 4096)
@@ -84,7 +84,7 @@ def step(
 
         sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
         sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
-        _show(bench_step(repeats=repeats, compiled=compiled, **sizes), output)
+        show(bench_step(repeats=repeats, compiled=compiled, **sizes), output)
 
 
 @app.command()
@@ -106,21 +106,15 @@ def profile(
 
         sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
         sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
-        _show(bench_profile(compiled=compiled, **sizes), output)
+        show(bench_profile(compiled=compiled, **sizes), output)
 
 
-def _show(table: pd.DataFrame, output: Path | None) -> None:
-    from ecmoe.bench.clock import save
+def show(table: pd.DataFrame, output: Path | None = None) -> None:
+    """Print what was measured, and where; and keep it in a file."""
+    from ecmoe.bench.clock import save, shown
 
     if output:
         save(table, output)
-    show(table)
-
-
-def show(table: pd.DataFrame) -> None:
-    """Print what was measured, and where."""
-    from ecmoe.bench.clock import shown
-
     typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
     typer.echo(shown(table.drop(columns="samples_ms", errors="ignore")))
     if table.attrs.get("agreement"):

@@ -2,9 +2,8 @@
 
 A call takes what it takes among its like, one after the other, as in training: the device's time or the host's,
 whichever is longer. On a GPU events on the device tell it, over some 50 ms of calls in a row, after as many that don't
-count as it takes for the chip to settle at what this call draws of its power: one that rested reaches clocks that it
-can't keep (on an H200 the six products of 0.1B/64E take 4.9 ms one at a time, and 5.7 ms in a row, as in training), and
-one that worked harder before is still held back. On a CPU the clock is the host's.
+count as it takes for the chip to settle at what this call draws of its power (on an H200 the six products of 0.1B/64E
+take 4.9 ms one at a time, and 5.7 ms in a row). On a CPU the clock is the host's.
 
 Calls are taken in turns, each time in another order, so that a slow moment hits all of them alike.
 """
@@ -137,20 +136,27 @@ def spread(samples: list[float]) -> dict[str, float]:
     return {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
 
 
+def check_repeats(repeats: int) -> None:
+    """Raise a ValueError where they are too few."""
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
+
+
 def this_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def products_in(device: torch.device) -> torch.dtype:
+    """What layers are timed in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def machine() -> dict[str, Any]:
     """What a time belongs to; and the clock, on a GPU."""
-    found = {
-        "device": device_name(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-    }
-    return found | ({"settled_s": SETTLE} if torch.cuda.is_available() else {})
+    settled = {"settled_s": SETTLE} if torch.cuda.is_available() else {}
+    threads = torch.get_num_threads()
+    return {"device": device_name(), "torch": torch.__version__, "threads": threads, "commit": commit()} | settled
 
 
 def compiling() -> AbstractContextManager:

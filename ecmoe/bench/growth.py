@@ -25,17 +25,10 @@ AXES = ("n", "num_experts", "capacity_factor", "d_model")
 
 
 def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *, repeats: int = 9) -> pd.DataFrame:
-    """Time the layer at each value of each axis.
+    """Time the layer at each value of each axis: a row with ms, quartiles and floor_ms.
 
-    Args:
-        base: n, d_model, d_ff, num_experts, capacity_factor. axes: of `AXES` -> values; f grows with d.
-
-    Returns:
-        a row per axis and value: ms with quartiles, floor_ms.
-
-    Raises:
-        ConfigError: k = n c / e is no whole number, at any of them; before anything is timed.
-        ValueError: an axis that isn't one.
+    base: n, d_model, d_ff, num_experts, capacity_factor. axes: of `AXES` -> values; f grows with d. A ConfigError, before
+    anything is timed, where k = n c / e is no whole number.
     """
     if unknown := set(axes) - set(AXES):
         raise ValueError(f"axes={sorted(unknown)}: must be of {', '.join(AXES)}")
@@ -60,7 +53,7 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
 def _calls(size: Mapping[str, Any], device: torch.device) -> dict[str, timing.Call]:
     """Layer and floor, warm."""
     n, d, e, c = (size[key] for key in ("n", "d_model", "num_experts", "capacity_factor"))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = timing.products_in(device)
     torch.manual_seed(0)
     with device:
         layer = MoE(ExpertChoice(d, e, c), d, size["d_ff"]).to(dtype)
@@ -81,9 +74,6 @@ def exponents(grown: pd.DataFrame) -> pd.DataFrame:
         x = np.log(group["value"].to_numpy(float))
         fits = [stats.linregress(x, np.log(group[column].to_numpy(float))) for column in ("ms", "floor_ms")]
         half = stats.t.ppf(0.975, len(x) - 2) * fits[0].stderr if len(x) > 2 else np.nan
-        slope = fits[0].slope
-        rows.append({
-            "axis": axis, "exponent": slope, "low": slope - half, "high": slope + half, "of_floor": fits[1].slope,
-            "at_1": float(np.exp(fits[0].intercept)),
-        })  # fmt: skip
+        slope, at_1 = fits[0].slope, float(np.exp(fits[0].intercept))
+        rows.append((axis, slope, slope - half, slope + half, fits[1].slope, at_1))
     return pd.DataFrame(rows, columns=["axis", "exponent", "low", "high", "of_floor", "at_1"])

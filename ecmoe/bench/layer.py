@@ -66,55 +66,42 @@ def bench_layer(
     repeats: int = 15,
     compiled: bool = False,
     dykstra: bool = False,
-    dtype: torch.dtype | None = None,
 ) -> pd.DataFrame:
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
 
     Args:
-        n: tokens. d_model, d_ff: d and f. num_experts: e. None: the device's `SIZES`.
-        capacity_factor: c; token choice gets the same slots.
-        repeats: of each row; the median is reported.
-        compiled: measure layers under torch.compile too. dykstra: cap by the paper's solver, too, which is slow.
-        dtype: of weights and tokens; None: bf16 on a GPU, float32 on a CPU.
+        n, d_model, d_ff, num_experts: None: the device's `SIZES`. capacity_factor: c; token choice gets the same slots.
+        repeats: of each row, at least 2. compiled: under torch.compile too. dykstra: cap by the paper's slow solver, too.
 
     Returns:
         the fields of a `Row`; milliseconds with quartiles, share of the floor's speed, TFLOP/s, and on a GPU the memory
         that a call takes at most beyond what was there before it. Routing alone (scores to assignment) has its time
         as a share of the forward floor's, of_forward_floor; a capped layer what the cap adds to the same path
         without it, over_uncapped. `attrs` hold setting and agreement, and in absent what could not be measured, and why.
-
-    Raises:
-        ConfigError: k = n c / e is no whole number. ValueError: repeats below 2.
     """
     device = timing.this_device()
     sizes = SIZES[device.type]
     n, d_model = n or sizes["n"], d_model or sizes["d_model"]
     d_ff, num_experts = d_ff or sizes["d_ff"], num_experts or sizes["num_experts"]
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
+    timing.check_repeats(repeats)
     k = bucket_size(n, num_experts, capacity_factor)  # before any time is spent
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = timing.products_in(device)
     torch.manual_seed(0)
     x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
     with device:  # 8B/64E has 8.6 billion weights, which a CPU takes minutes to draw
         first = MoE(ExpertChoice(d_model, num_experts, capacity_factor), d_model, d_ff, kernels=PLAIN).to(dtype)
     ours = _expert_choice(first, dykstra)
     others, absent = _token_choice(first)
-    checked = agreement(
-        {row.path: layer for row, layer in ours.items() if not row.variant}, x, 20 if device.type == "cuda" else 2
-    )
+    paths = {row.path: layer for row, layer in ours.items() if not row.variant}
+    checked = agreement(paths, x, 20 if device.type == "cuda" else 2)
     if "output" not in checked[0]:
         absent.append("agreement with float32 (no memory for it)")
 
     gradient = torch.randn_like(x)
-    steps: dict[Row, Callable] = {**ours, **others}
-    if compiled:
-        steps |= {
-            row._replace(mode=COMPILED): torch.compile(layer, dynamic=False)
-            for row, layer in (ours | others).items()
-            if _worth_compiling(row)
-        }
     layers = {**ours, **others}
+    steps: dict[Row, Callable] = dict(layers)
+    for row in filter(_worth_compiling, layers if compiled else ()):
+        steps[row._replace(mode=COMPILED)] = torch.compile(layers[row], dynamic=False)
     calls = _rows(Row("floor"), floor(first, x[0], k))
     calls |= _rows(Row("floor", "on the layer's numbers"), floor_on_own(first, x[0].detach(), gradient[0]))
     for row, step in steps.items():
@@ -142,16 +129,13 @@ def bench_layer(
 def bench_auto(
     sizes: Sequence[Mapping[str, int]], *, num_experts: int = 32, compiled: bool = False, repeats: int = 9
 ) -> pd.DataFrame:
-    """What a run gets (`kernels="auto"`) beside the plain path, size by size: the first must never be slower.
-
-    Args:
-        sizes: of n and d_model; f is 4 d, c is 2. compiled: under torch.compile, too.
+    """What a run gets (`kernels="auto"`) beside the plain path, by size (n and d_model; f is 4 d, c is 2): it must never be slower.
 
     Returns:
         a row per size, mode and part: n, d_model, mode, what, plain_ms, auto_ms, and ratio, the second over the first.
     """
     device, absent, rows = timing.this_device(), [], []
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = timing.products_in(device)
     for size in sizes:
         n, d = size["n"], size["d_model"]
         bucket_size(n, num_experts, 2.0)
@@ -222,9 +206,8 @@ def _token_choice(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
             layer = _twin(first, TokenChoice(d, e, k, share, gate="renormalized"), path)
             layers[top._replace(variant=variant, path=path)] = layer
     found, absent = peers(layer)
-    return layers | {
-        top._replace(variant=name): p for name, p in ({"grouped_mm": Grouped(layer)} | found).items()
-    }, absent
+    dropless = {"grouped_mm": Grouped(layer)} | found
+    return layers | {top._replace(variant=name): other for name, other in dropless.items()}, absent
 
 
 def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
@@ -235,11 +218,9 @@ def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
 
 
 def graphs(calls: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
-    """The eager calls as CUDA graphs: their launches, recorded once; they share memory, for nobody reads their results.
+    """The eager calls as CUDA graphs; they share memory, for nobody reads their results.
 
-    The first that can't be captured is the last that is tried: it leaves the allocator in a state to be left alone,
-    which is why graphs come after all else.
-    """
+    They come after all else, and the first that can't be captured is the last: it leaves the allocator in no good state."""
     captured, pool = {}, torch.cuda.graph_pool_handle()
     for row, call in calls.items():
         stream = torch.cuda.Stream()

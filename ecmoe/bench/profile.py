@@ -40,10 +40,7 @@ KINDS = {
 
 
 def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int | None) -> pd.DataFrame:
-    """Profile the fastest path of EC-CF2's training step.
-
-    Args:
-        count: steps under the profiler. compiled, sizes: as for `bench_step`.
+    """Profile `count` steps of EC-CF2 on its fastest path; compiled, sizes: as for `bench_step`.
 
     Returns:
         a row per kind of work: kind, ms of a step, share of it; and the three names that took most of it. `attrs`
@@ -59,13 +56,9 @@ def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int | None
         best = min(times, key=lambda row: statistics.median(times[row]))
         spent = device_time(calls[best], count) if device.type == "cuda" else operator_time(calls[best], count)
     table = by_kind(spent)
-    table.attrs["setting"] = (
-        setting(configs, device)
-        | {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": count}
-        | timing.machine()
-    )
-    table.attrs["absent"] = absent
-    table.attrs["step_ms"] = 1e3 * statistics.median(times[best])
+    said = {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": count}
+    table.attrs["setting"] = setting(configs, device) | said | timing.machine()
+    table.attrs |= {"absent": absent, "step_ms": 1e3 * statistics.median(times[best])}
     return table
 
 
@@ -87,22 +80,18 @@ def device_time(call: timing.Call, count: int) -> dict[str, float]:
 
 def kernel_time(events: list[dict]) -> dict[str, float]:
     """Milliseconds by "operator kernel" of a Chrome trace; and idle, between the first kernel and the last."""
-    operators = {
-        event["args"]["External id"]: event["name"]
-        for event in events
-        if event.get("cat") == "cpu_op" and "External id" in event.get("args", {})
-    }
+    called = (event for event in events if event.get("cat") == "cpu_op" and "External id" in event.get("args", {}))
+    operators = {event["args"]["External id"]: event["name"] for event in called}
     spent: dict[str, float] = defaultdict(float)
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    busy_until = None
+    busy_until = min((event["ts"] for event in kernels), default=0)
     for event in sorted(kernels, key=lambda event: event["ts"]):
         operator = operators.get(event.get("args", {}).get("External id"), "")
-        start, end = event["ts"], event["ts"] + event["dur"]
-        if busy_until is not None:
-            spent[IDLE] += max(start - busy_until, 0) / 1e3
-            start = max(start, busy_until)  # what runs beside another kernel costs no time
-        spent[f"{operator} {event['name']}".strip()] += max(end - start, 0) / 1e3
-        busy_until = max(end, busy_until or end)
+        end = event["ts"] + event["dur"]
+        spent[IDLE] += max(event["ts"] - busy_until, 0) / 1e3
+        # What runs beside another kernel costs no time.
+        spent[f"{operator} {event['name']}".strip()] += max(end - max(event["ts"], busy_until), 0) / 1e3
+        busy_until = max(end, busy_until)
     return dict(spent)
 
 
@@ -116,9 +105,7 @@ def operator_time(call: timing.Call, count: int) -> dict[str, float]:
 
 def kind_of(name: str) -> str:
     """The kind of work of an "operator kernel"."""
-    if name == IDLE:
-        return IDLE
-    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower()))
+    return name if name == IDLE else next(kind for kind, how in KINDS.items() if re.search(how, name.lower()))
 
 
 def by_kind(spent: dict[str, float]) -> pd.DataFrame:
@@ -126,10 +113,9 @@ def by_kind(spent: dict[str, float]) -> pd.DataFrame:
     kinds: dict[str, dict[str, float]] = defaultdict(dict)
     for name, ms in spent.items():
         kinds[kind_of(name)][name] = ms
-    total = sum(spent.values())
-    rows = []
+    total, rows = sum(spent.values()), []
     for kind, names in kinds.items():
-        most = sorted(names, key=names.__getitem__, reverse=True)[:3]
+        most = "; ".join(name[:60] for name in sorted(names, key=names.__getitem__, reverse=True)[:3])
         ms = sum(names.values())
-        rows.append({"kind": kind, "ms": ms, "share": ms / total, "most": "; ".join(name[:60] for name in most)})
+        rows.append({"kind": kind, "ms": ms, "share": ms / total, "most": most})
     return pd.DataFrame(rows).sort_values("ms", ascending=False, ignore_index=True)

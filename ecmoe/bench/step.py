@@ -72,20 +72,15 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, narrow: bool = Fals
     """Time a training step of each of `ARMS`.
 
     Args:
+        repeats: steps that are timed, at least 2. compiled: under torch.compile, block by block.
         narrow: weights, gradients and moments in bfloat16 instead of float32; of C2's two arms alone.
-        repeats: steps that are timed; the median is reported. compiled: under torch.compile, block by block.
-        sizes: n (tokens of a step), d_model, d_ff, num_experts, layers, heads, sequence_length, vocab_size; None:
-            the device's `SIZES`.
+        sizes: instead of those of the device in `SIZES`.
 
     Returns:
         the fields of a `Row`: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
         device's is known), peak memory on a GPU, and in samples_ms every repeat; `attrs` hold the setting.
-
-    Raises:
-        ConfigError: a size that no run may have. ValueError: repeats below 2.
     """
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
+    timing.check_repeats(repeats)
     device, configs = timing.this_device(), arms(sizes)
     if narrow:
         configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
@@ -93,15 +88,12 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, narrow: bool = Fals
     with timing.compiling():
         calls, memory = timing.warmed(steps(configs, device, compiled=compiled), absent, device)
         times = timing.in_turns(calls, repeats, device)
-    rows = [
-        row._asdict()
-        | _measured(configs[row.arm], samples)
-        | {"peak_mb": memory[row] and memory[row][1], "samples_ms": [1e3 * seconds for seconds in samples]}
-        for row, samples in times.items()
-    ]
+    rows = []
+    for row, samples in times.items():
+        took = _measured(configs[row.arm], samples) | {"peak_mb": memory[row] and memory[row][1]}
+        rows.append(row._asdict() | took | {"samples_ms": [1e3 * seconds for seconds in samples]})
     table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
-    table.attrs["setting"] = setting(configs, device) | {"repeats": repeats} | timing.machine()
-    table.attrs["absent"] = absent
+    table.attrs |= {"setting": setting(configs, device) | {"repeats": repeats} | timing.machine(), "absent": absent}
     return table
 
 
@@ -112,14 +104,10 @@ def _measured(config: RunConfig, samples: list[float]) -> dict[str, Any]:
 
 
 def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
-    """Time a step of every arm of a study, alone on the device, on random tokens and at a learning rate of 0.
-
-    Args:
-        configs: name of an arm -> its config; of text. repeats: turns; the median is reported.
+    """Time a step of every arm of a study (name -> config, of text), on random tokens and at a learning rate of 0.
 
     Returns:
-        a row per arm, as `bench_step` has them, without memory: all arms' models are held. `attrs` hold the setting, and
-        what could not be timed.
+        a row per arm, as `bench_step` has them, without memory: all arms' models are held.
     """
     device, absent = timing.this_device(), []
     # Steps are over one by one, so their graphs can share the memory of what only a step needs.
@@ -138,7 +126,7 @@ def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
     """A step on the path that a run takes: compiled and as a CUDA graph where its config says so."""
     lit = LitModel(config, torch.ones(config.vocab_size)).to(
         device
-    )  # what a hash table balances doesn't change its time
+    )  # how a hash table balances doesn't change its time
     optimizer = lit.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -168,7 +156,7 @@ def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:
 def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, Any]:
     """What all arms have in common."""
     config = next(iter(configs.values()))
-    keys = ("d_model", "d_ff", "num_experts", "layers", "heads", "sequence_length", "vocab_size")
+    keys = [key for key in SIZES["cpu"] if key != "n"]
     narrow = config.precision == "bf16-true"
     parameters = "bfloat16" if narrow else "float32"
     return {"n": config.batch_size * config.sequence_length} | {key: getattr(config, key) for key in keys} | {
@@ -213,9 +201,8 @@ def steps(
                 even = routing == "even"
                 calls[row] = step_of(twin, optimizer, batch, even)
                 if captured and arm in PAIR and path == "triton" and graph.capturable(twin):
-                    graphs[row._replace(mode=timing.named((COMPILED * compiled, GRAPH)))] = step_of(
-                        twin, optimizer, batch, even, pool
-                    )
+                    mode = timing.named((COMPILED * compiled, GRAPH))
+                    graphs[row._replace(mode=mode)] = step_of(twin, optimizer, batch, even, pool)
     return calls | graphs
 
 
