@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -9,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,12 @@ class Damaged(ConfigError):
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(f"{path} is damaged ({why}): delete it, and the run is done again")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """For an error: which of the names may have been meant, or all of them."""
+    near = difflib.get_close_matches(str(name), known := list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"must be one of {', '.join(known) or 'none'}"
 
 
 @contextmanager

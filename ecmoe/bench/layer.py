@@ -2,11 +2,8 @@
 
 Two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these experts
 can be faster. A share of 0.7 means that the layer takes 1/0.7 of the floor's time, routing included. All rows are
-measured in one run, in turns, by one clock (clock.py), on the same random data; times are medians.
-
-Beside expert choice stand expert choice with a cap, and token choice on its fastest ways (baselines.py). Where triton
-and a GPU are, the kernels (ecmoe/kernels) are measured too, also as a CUDA graph, with the routing alone, and held to
-the plain path in float32.
+measured in one run, in turns, by one clock (clock.py), on the same random data; times are medians. On a GPU with triton
+the kernels are measured too, also as a CUDA graph, with the routing alone, and held to the plain path in float32.
 """
 
 from __future__ import annotations
@@ -267,11 +264,8 @@ def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
 
 
 def floor_on_own(layer: MoE, x: Tensor, gradient: Tensor) -> dict[str, Call]:
-    """The same six products, on the numbers that the layer has there.
-
-    Half of what leaves a GELU is near 0. A chip at the limit of its power takes another time for that than for random
-    numbers, so that a layer can pass its floor on those.
-    """
+    """The same six products, on the numbers that the layer has there: half of what leaves a GELU is near 0, and a chip at the
+    limit of its power takes another time for that than for random numbers."""
     with torch.no_grad():
         token, gate = layer.router.assign(layer.router.logits(x))
         gate = gate[..., None].to(x.dtype)

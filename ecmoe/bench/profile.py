@@ -1,8 +1,7 @@
 """Where the time of an EC-CF2 training step goes, by kind of work.
 
-torch.profiler tells which kernels ran on the GPU and which operators launched them; both names sort the time into a
-few kinds. What no kernel fills is "idle". On a CPU the operators' own time is sorted, and attention's products, which
-are batched ones there, count among the experts'.
+torch.profiler tells which kernels ran on the GPU and which operators launched them; both names sort the time. What no
+kernel fills is "idle". On a CPU operators' own time is sorted; attention's products, batched there, count as experts'.
 """
 
 from __future__ import annotations

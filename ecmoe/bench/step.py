@@ -4,13 +4,12 @@ Forward, loss, backward, clipping, optimiser: what a run does, without data and 
 alone, so all share one set of weights, gradients and moments, and their steps are taken in turns, on any card that
 holds one model. The learning rate is 0: the optimiser does all its work, and no step changes the next one's routing.
 
-Every arm is measured on each path: "triton", the kernels, which token choice's capacity path has too; for token
-choice "grouped_mm", which drops nothing (baselines.py); and, where there are no kernels and for the two arms of
-C2, "plain"; for these two the kernels also as a CUDA graph (`ecmoe.training.cuda_graph`). The fastest is the arm's best
-path. Token choice is routed by its own router, and evenly by force, which is its best case.
+Every arm is measured on each path: "triton", the kernels; for token choice "grouped_mm", which drops nothing; and, where
+there are no kernels and for the two arms of C2, "plain"; for these two the kernels also as a CUDA graph. The fastest is the
+arm's best path. Token choice is routed by its own router, and evenly by force, which is its best case.
 
-The arms of a study are timed by `bench_study`, each on the path that its runs take: it makes steps to a loss seconds to
-a loss. Runs come from several machines, and may have shared one: their own seconds compare with nobody's.
+The arms of a study are timed by `bench_study`, each on the path that its runs take: runs come from several machines, and
+may have shared one, so that their own seconds compare with nobody's.
 """
 
 from __future__ import annotations
@@ -173,11 +172,7 @@ def steps(
     plain: tuple[str, ...] = PAIR,
     captured: bool = True,
 ) -> dict[Row, Call]:
-    """A training step for every row; their weights, gradients and moments are the same tensors.
-
-    Args:
-        plain: arms that take the plain path beside the kernels'. captured: as CUDA graphs, too, where that is done.
-    """
+    """A training step for every row, on the same weights, gradients and moments; `plain`: arms that take that path, too."""
     torch.manual_seed(0)
     first = next(iter(configs.values()))
     lit = LitModel(first).to(device)
@@ -233,14 +228,12 @@ def _router(config: RunConfig) -> Router:
 
 
 def check_room() -> None:
-    """Raise an OutOfMemoryError unless a graph's memory has room beside that of the steps before: one that is captured in
-    part leaves no memory to them."""
+    """Raise an OutOfMemoryError unless a graph has room beside the steps before: one captured in part leaves them none."""
     torch.cuda.empty_cache()
     step, (free, _) = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
     if free < 2 * step:
-        raise torch.OutOfMemoryError(
-            f"a graph keeps the {step / 1e9:.0f} GB of a step, beside other steps: {free / 1e9:.0f} GB are free"
-        )
+        needs = f"the {step / 1e9:.0f} GB of a step, beside other steps"
+        raise torch.OutOfMemoryError(f"a graph keeps {needs}: {free / 1e9:.0f} GB are free")
 
 
 def step_of(
@@ -252,10 +245,7 @@ def step_of(
     tracked: bool = False,
 ) -> Call:
     """A training step on that batch. With a `pool` of memory its losses are a graph, captured in the first call; steps share it.
-
-    Args:
-        even: routers that are `Even` choose evenly. tracked: the optimiser moves the routers' statistics already.
-    """
+    even: routers that are `Even` choose evenly. tracked: the optimiser moves the routers' statistics already."""
     layers = [block.moe for block in lit.model.blocks if block.moe is not None]
     forced = [router.forced for router in lit.routers if isinstance(router, Even)]
     mixed = batch.is_cuda and lit.config.precision != "bf16-true"

@@ -24,11 +24,7 @@ LWF_TEMPERATURE = 2.0  # of learning without forgetting's soft targets (Li and H
 
 
 class Gate(nn.Module):
-    """Undercomplete one-layer autoencoder of pixels in [0, 1]: ReLU code, sigmoid output (section 3.1).
-
-    Args:
-        pixels: D. code: hidden units, fewer than D.
-    """
+    """Undercomplete one-layer autoencoder of D pixels in [0, 1]: ReLU code of fewer units, sigmoid output (section 3.1)."""
 
     def __init__(self, pixels: int, code: int) -> None:
         super().__init__()
@@ -68,9 +64,6 @@ class ExpertGate(nn.Module):
         new_expert: number of classes -> a network with `features(images) -> (n, d)` and a linear `head`.
         pixels: D. code: hidden units of a gate.
         temperature: t of `probabilities`. threshold: of relatedness, above which an expert learns without forgetting.
-
-    Attributes:
-        origins: an `Origin` for each expert.
     """
 
     def __init__(self, new_expert: Callable[[int], nn.Module], pixels: int, code: int,
@@ -86,14 +79,11 @@ class ExpertGate(nn.Module):
         """Learn a task: its gate, then an expert that starts from the most related one.
 
         Args:
-            x: (n, C, H, W). y: (n,) classes.
-            held: (n,) bool: images that don't train the gate, but measure relatedness.
+            x: (n, C, H, W). y: (n,) classes. held: (n,) bool: images that don't train the gate, but measure relatedness.
             fit_gate, fit_expert: (parameters, loss of the images `ids`, n) -> None; see `fit`.
         """
         gate, seen = Gate(self.pixels, self.code).to(x.device), x[~held].flatten(1)
-        fit_gate(
-            gate.parameters(), lambda ids: F.binary_cross_entropy_with_logits(gate(seen[ids]), seen[ids]), len(seen)
-        )
+        fit_gate(gate.parameters(), lambda i: F.binary_cross_entropy_with_logits(gate(seen[i]), seen[i]), len(seen))
         self.gates.append(gate.requires_grad_(False))
         classes, local = y.unique(return_inverse=True)
         related = self.relatedness(x[held])[:-1]  # to each earlier task
@@ -108,11 +98,8 @@ class ExpertGate(nn.Module):
         if teacher is None:
             fit_expert(expert.parameters(), lambda ids: F.cross_entropy(expert(x[ids]), local[ids]), len(x))
         else:
-            fit_expert(
-                [*expert.parameters(), *old_head.parameters()],
-                without_forgetting(expert, old_head, teacher, x, local),
-                len(x),
-            )
+            loss = without_forgetting(expert, old_head, teacher, x, local)
+            fit_expert([*expert.parameters(), *old_head.parameters()], loss, len(x))
         self.experts.append(expert.requires_grad_(False))
         self.classes.append(classes)
         self.origins.append(origin)
@@ -129,14 +116,7 @@ class ExpertGate(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Classify.
-
-        Args:
-            x: (n, C, H, W). expert: (n,) which expert looks at an image; None: the gates decide.
-
-        Returns:
-            (n,) classes, and (n,) the experts that gave them.
-        """
+        """(n, C, H, W), perhaps (n,) which expert looks at an image, else the gates decide -> (n,) classes, (n,) their experts."""
         if expert is None:
             expert = probabilities(self.errors(x), self.temperature).argmax(1)  # = lowest error
         said = torch.empty_like(expert)
@@ -163,9 +143,7 @@ def without_forgetting(
 def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], n: int, *, steps: int, batch_size: int,
         learning_rate: float, routed: nn.Module | None = None) -> None:  # fmt: skip
     """Take `steps` steps of Adam on batches from shuffled passes over n images; a pass's incomplete last batch is left out.
-
-    routed: a module whose routers have running statistics to move.
-    """
+    routed: a module whose routers have running statistics to move."""
     parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     if routed is not None:

@@ -39,17 +39,14 @@ class Task(NamedTuple):
 
 
 def split(data: images.Images, settings: Settings, device: torch.device | str = "cpu") -> list[Task]:
-    """The tasks: neighbouring classes together, none in two tasks.
-
-    Raises:
-        ConfigError: the classes don't divide evenly, or a task has too few images for a batch.
-    """
+    """The tasks: neighbouring classes together, none in two tasks."""
     K, classes = settings.tasks, len(data.classes)
     if classes % K:
-        fits = [k for k in range(2, classes + 1) if classes % k == 0]
-        raise ConfigError(
-            f"tasks={K} doesn't divide the {classes} classes of data={settings.data!r}: may be one of {fits}"
+        fits, of = (
+            [k for k in range(2, classes + 1) if classes % k == 0],
+            f"{classes} classes of data={settings.data!r}",
         )
+        raise ConfigError(f"tasks={K} doesn't divide the {of}: may be one of {fits}")
     tasks = []
     for group in torch.arange(classes).view(K, -1):
         train, val = torch.isin(data.train_y, group), torch.isin(data.val_y, group)
@@ -68,10 +65,9 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Returns:
         accuracy: K rows, after each task, of K accuracies, one a task; None for a task that hasn't come yet, and in all
-        rows but the last of joint training. accuracy_task_known: the same, told the task of an image. And of Expert Gate:
-        confusion (row: task, column: expert; shares of the task's images), relatedness, origins, right_probability; of
-        expert choice: expert_shares (row: task, column: expert; shares of its tokens); of all that have experts: moved,
-        by how much a task's training moved each expert, relative to its weights before; None: it wasn't there.
+        rows but the last of joint training. accuracy_task_known: the same, told the task of an image. Of Expert Gate:
+        confusion (row: task, column: expert; shares of images), relatedness, origins, right_probability; of expert choice:
+        expert_shares (the same, of tokens); of both: moved, by how much a task's training moved each expert, relatively.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = images.load(settings.data)
@@ -164,9 +160,7 @@ def _learn_in_one(tasks: list[Task], shape: Sequence[int], settings: Settings) -
 def _answers(model: PatchNet, tasks: list[Task], settings: Settings) -> tuple[list[Tensor], list[list[float]]]:
     """Logits of each task's validation images, and the share of each task's tokens by expert.
 
-    Experts choose among the tokens of a batch, so images of all tasks come mixed in batches as large as in training; the last one
-    is filled up with images that are masked.
-    """
+    Experts choose within a batch, so images of all tasks come mixed in batches as in training; the last is filled up, masked."""
     x = torch.cat([task.val_x for task in tasks])
     task_of = torch.cat([torch.full_like(task.val_y, k) for k, task in enumerate(tasks)])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -192,11 +186,8 @@ def _weights(expert: PatchNet) -> Tensor:
 
 def _experts(model: PatchNet) -> list[Tensor]:
     """A vector of weights for each expert of the expert choice layers; none in a dense network."""
-    layers = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
-    return [
-        torch.cat([w[i].detach().flatten() for m in layers for w in (m.w1, m.w2)])
-        for i in range(len(layers and layers[0].w1))
-    ]
+    weights = [w.detach() for block in model.blocks if isinstance(block.ffn, MoE) for w in (block.ffn.w1, block.ffn.w2)]
+    return [torch.cat([w.flatten() for w in of_one]) for of_one in zip(*weights, strict=True)]
 
 
 def _moved(before: list[Tensor], after: list[Tensor], experts: int) -> list[float | None]:

@@ -21,9 +21,6 @@ class PatchNet(nn.Module):
     Args:
         shape: (C, H, W). patch: side of a patch, which must divide both sides of the image.
         make_ffn: () -> an FFN (n, T, d) -> (n, T, d), or an `MoE`; called for each of the `layers` blocks.
-
-    Attributes:
-        tokens: T. head: the last, linear layer.
     """
 
     def __init__(
@@ -32,9 +29,8 @@ class PatchNet(nn.Module):
         super().__init__()
         C, H, W = shape
         if H % patch or W % patch:
-            raise ConfigError(
-                f"patch={patch} doesn't divide images of {H} x {W} pixels: use a number that divides both sides"
-            )
+            size = f"{H} x {W} pixels"
+            raise ConfigError(f"patch={patch} doesn't divide images of {size}: use a number that divides both sides")
         self.patch, self.tokens = patch, H * W // patch**2
         self.embed, self.position = nn.Linear(C * patch**2, d), nn.Parameter(0.02 * torch.randn(self.tokens, d))
         self.blocks = nn.ModuleList(Block(self.tokens, d, make_ffn()) for _ in range(layers))

@@ -20,11 +20,7 @@ from ecmoe.training.trainer import repeatable
 def run_or_load(
     settings: Settings, *, records: Path | None = None, train: bool = True, progress: bool = True
 ) -> Result:
-    """The result of a run: from `records`, from `runs/`, or computed now; as `ecmoe.run_or_load`.
-
-    Returns:
-        a Result without curve or weights. Of a run that was interrupted nothing is left: it takes seconds to minutes.
-    """
+    """As `ecmoe.run_or_load`, but a Result without curve or weights; of a run that was interrupted nothing is left."""
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
         summary = summarize(settings, progress)

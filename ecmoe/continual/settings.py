@@ -19,11 +19,7 @@ APPROACHES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Schema):
-    """Everything that decides what a run computes.
-
-    Raises:
-        ConfigError: on construction, with key, value and what would be right.
-    """
+    """Everything that decides what a run computes."""
 
     approach: str = key("expert_gate", "who learns, and how", choices=tuple(APPROACHES))
     data: str = key("digits", "digits, cifar10 or images:PATH, see `ecmoe.data.images`")
@@ -32,9 +28,7 @@ class Settings(Schema):
     patch: int = key(4, "side of a patch in pixels", low=1)
     layers: int = key(1, "blocks: mixing of tokens, then an FFN or an expert choice layer", low=1)
     d_model: int = key(32, "d, width of a token", low=1)
-    d_ff: int = key(
-        32, "hidden width of the FFN of Expert Gate's experts; the other networks get what makes them as large", low=1
-    )
+    d_ff: int = key(32, "hidden width of Expert Gate's experts; the other networks get what makes them as large", low=1)
     num_experts: int = key(5, "e, experts of an expert choice layer", low=1)
     capacity_factor: float = key(2.0, "c of expert choice", above=0)
     steps: int = key(100, "steps for each task; joint training: as many in all", low=1)

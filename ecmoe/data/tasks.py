@@ -8,7 +8,6 @@ standard library: is a line code, or prose of a docstring?
 from __future__ import annotations
 
 import ast
-import difflib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 
 from ecmoe import paths
 from ecmoe.data.corpus import Rows, checked_rows, from_hub, json_rows, part_files
-from ecmoe.files import ConfigError
+from ecmoe.files import ConfigError, nearest
 from ecmoe.paths import check_content, plain, remember_content, with_content
 
 _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"  # of the Hub
@@ -69,11 +68,7 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
     if name == OWN:
         return _lines()
     if name not in TASKS:
-        known = [*TASKS, OWN]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(
-            f"task {name!r}: {f'did you mean {near[0]}?' if near else 'must be one of ' + ', '.join(known)}"
-        )
+        raise ConfigError(f"task {name!r}: {nearest(name, [*TASKS, OWN])}")
     local = paths.resolve(plain(str(folder))) / name if folder else None
     if folder:
         check_content(str(folder))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -13,19 +12,8 @@ from ecmoe.config import ConfigError
 END, END_ID = "\0", 0  # ends every document: one byte, a token of its own
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back: decode(encode([text])[0]) is the text."""
-
-    vocab_size: int
-    byte_lengths: np.ndarray
-    """(V,) bytes of text that a token stands for."""
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-
 class Bytes:
-    """UTF-8 bytes are the tokens."""
+    """UTF-8 bytes are the tokens. byte_lengths: (V,) bytes of text that a token stands for."""
 
     vocab_size = 256
     byte_lengths = np.ones(256, np.int64)
@@ -53,6 +41,9 @@ class BPE:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+Tokenizer = Bytes | BPE  # decode(encode([text])[0]) is the text
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:

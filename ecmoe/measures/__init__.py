@@ -4,14 +4,11 @@ MEASURES lists what there is, a row each; measure.py takes and keeps; each other
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ecmoe.files import ConfigError
+from ecmoe.files import ConfigError, check_sum, nearest
 from ecmoe.paths import content_of, with_content
 
 
@@ -37,7 +34,7 @@ MEASURES = {
         ("task", "folder", "steps", "batch_size", "learning_rate", "examples"),
         each="task",
         where=("folder",),
-    ),
+    ),  # fmt: skip
     "accuracy-at": Row(f"{_HERE}.image_capacity:accuracy_at", ("places",), each="places"),
     "patches-at": Row(f"{_HERE}.image_capacity:patches_at", ("places", "count"), each="places"),
 }
@@ -59,24 +56,20 @@ class Measurement(NamedTuple):
         if row.each in keys:
             words.append(re.sub(r"[^a-z0-9]+", "-", str(keys[row.each]).lower()))
         if keys.keys() - {row.each}:
-            words.append(hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8])
+            words.append(check_sum(keys)[:8])
         return "-".join(words)
 
 
 def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
-    """What a page's YAML asks for under `measures`: one measurement, or one for each value of the row's `each`.
-
-    Raises:
-        ConfigError: there is no such measurement, or it has no such key; names the nearest.
-    """
+    """What a page's YAML asks for under `measures`: one measurement, or one for each value of the row's `each`."""
     if what not in MEASURES:
-        raise ConfigError(f"measurement {what!r}: {_near(what, MEASURES)}")
+        raise ConfigError(f"measurement {what!r}: {nearest(what, MEASURES)}")
     row = MEASURES[what]
     if not isinstance(keys, Mapping):
         raise ConfigError(f"measurement {what!r} must hold `key: value` lines, but holds {keys!r}")
     for key in keys:
         if key not in row.keys:
-            raise ConfigError(f"measurement {what!r} has no key {key!r}: {_near(key, row.keys)}")
+            raise ConfigError(f"measurement {what!r} has no key {key!r}: {nearest(key, row.keys)}")
     if row.each is None:
         yield Measurement(what, dict(keys))
         return
@@ -85,8 +78,3 @@ def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
         raise ConfigError(f"measurement {what!r}: {row.each}={values!r} must be a list of what it is taken for")
     for value in values:
         yield Measurement(what, {**keys, row.each: value})
-
-
-def _near(name: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"did you mean {near[0]}?" if near else f"must be one of {', '.join(known) or 'none'}"

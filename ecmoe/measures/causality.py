@@ -53,10 +53,7 @@ def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[
 
     The second half of every sequence is replaced by other held-out text, and the decisions on the first half are
     compared; then all sequences but one, and that one's decisions are compared (`kept` times, another one each).
-
-    Returns:
-        rows: one per change ("later tokens replaced", "other sequences replaced") and routing, with `decisions`, the share of the
-            decisions (L x e a token) that changed, and `tokens`, the share of tokens of which any did.
+    A row per change and routing has the share of `decisions` (L x e a token) that changed, and of `tokens` of which any did.
     """
     model = exact(model)
     _, windows = held_out(config, 2)
@@ -85,13 +82,8 @@ def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int 
 
 def _shares(change: str, routing: str, changed: Tensor) -> dict[str, Any]:
     """changed: (L, sequences, positions, e) bool."""
-    tokens = changed.any(dim=-1).any(dim=0)
-    return {
-        "change": change,
-        "routing": routing,
-        "decisions": changed.double().mean(),
-        "tokens": tokens.double().mean(),
-    }
+    tokens = changed.any(dim=-1).any(dim=0).double().mean()
+    return {"change": change, "routing": routing, "decisions": changed.double().mean(), "tokens": tokens}
 
 
 # What routing tells of the next token ---------------------------------------------------------------
@@ -103,10 +95,9 @@ def next_token_information(
     """Bits about the next token in the routing of a token, as trained and causally, by what is known besides.
 
     The probe (`ecmoe.measures.probe`) reads a token's own decisions, and for each expert and layer the share of the sequence's
-    remaining tokens that it still has places for, had it T c / e: both are known at the token from routing alone.
-    What it holds beyond the unigram may be the current token, or what the model causally knows of the next one. So it
-    is asked again beyond the bigram of the training text, and beyond the model's own prediction when routed causally:
-    what the decisions as trained still hold there, and the causal ones don't, comes from tokens not yet seen.
+    remaining tokens that it still has places for. What it holds beyond the unigram may be the current token, or what the model
+    causally knows of the next one. So it is asked again beyond the bigram of the training text, and beyond the model's own
+    prediction when routed causally: what only the decisions as trained still hold there comes from tokens not yet seen.
 
     Args:
         batches: of held-out text. classes: C, the most frequent tokens, each a class, and one class for all others.
@@ -127,7 +118,8 @@ def next_token_information(
             with routed(model):
                 hidden, taken = decisions(model, batch[:, :-1])
             features[routing].append(routing_features(taken, config.capacity_factor))
-        predicted.append(_predicted(model, hidden[:, :-1], class_of))  # causal: the last of ROUTINGS
+        with torch.no_grad():  # causal: the last of ROUTINGS; the logits of a whole batch take 8 GB in float64
+            predicted += [by_class(model.logits(part), class_of) for part in hidden[:, :-1].split(8)]
     # The last token's next one takes no part in the pool.
     current, target = windows[:, :-2], class_of[windows[:, 1:-1]]
     unigram, bigram = (table.to(windows.device) for table in class_tables(data, class_of.cpu()))
@@ -144,12 +136,6 @@ def next_token_information(
         for routing, bits in information(log_p, read, target).items():
             rows.append({"given": given, "routing": routing, "bits": bits})
     return {"rows": rows, "entropy": entropy, "classes": bigram.shape[1], "covered": covered, "tokens": target.numel()}
-
-
-@torch.no_grad()
-def _predicted(model: Transformer, hidden: Tensor, class_of: Tensor) -> Tensor:
-    """(B, T, d) -> (B, T, C) log-probabilities of classes; the logits of a whole batch take 8 GB in float64."""
-    return torch.cat([by_class(model.logits(part), class_of) for part in hidden.split(8)])
 
 
 def routing_features(taken: Tensor, c: float) -> Tensor:
@@ -195,15 +181,9 @@ def class_tables(data: Any, class_of: Tensor) -> tuple[Tensor, Tensor]:
 def losses_by_routing(
     model: Transformer, config: RunConfig, *, pools: Sequence[str | int] = ("sequence", "batch")
 ) -> dict[str, Any]:
-    """Validation loss of the same weights and text, however they are routed.
+    """Validation loss (nats per token) of the same weights and text: as trained, causally, in each pool, and by global top-k.
 
-    Args:
-        pools: which tokens compete: as in RunConfig, and any number of tokens that divides a sequence: a
-            serving batch that small. Pools of "sequence" are a batch of one, routed by plain expert choice.
-
-    Returns:
-        rows: `way`, `pool_tokens` (None where no tokens compete) and `loss` (nats per token). The ways: "as trained",
-            "causally", each pool, and "global top-k".
+    pools: which tokens compete: as in RunConfig, and any number of tokens that divides a sequence: a serving batch that small.
     """
     model = exact(model)
     _, windows = held_out(config, config.eval_batches)
@@ -214,21 +194,20 @@ def losses_by_routing(
     ]
     if "pool" in config.row.keys:  # a threshold has no pool, and takes no top-k
         for pool in pools:
-            ways.append((str(pool), _pool_tokens(pool, config), competing(model, pool)))
+            tokens = pool if isinstance(pool, int) else config.replace(pool=pool).pool_tokens
+            ways.append((str(pool), tokens, competing(model, pool)))
         ways.append(("global top-k", config.sequence_length, global_top_k(model)))
     rows = []
-    for way, tokens, routed in ways:
+    for way, competitors, routed in ways:
         with routed:
-            rows.append({"way": way, "pool_tokens": tokens, "loss": loss(model, windows, config.batch_size)})
+            rows.append({"way": way, "pool_tokens": competitors, "loss": loss(model, windows, config.batch_size)})
     return {"rows": rows}
 
 
 @torch.no_grad()
 def loss(model: Transformer, windows: Tensor, batch_size: int) -> float:
     """(N, T + 1) tokens, routed in batches of batch_size sequences -> nats per token."""
-    parts = []
-    for batch in windows.split(batch_size):
-        parts.append(model(batch[:, :-1], targets=batch[:, 1:]))
+    parts = [model(batch[:, :-1], targets=batch[:, 1:]) for batch in windows.split(batch_size)]
     return float(torch.stack(parts).mean())
 
 
@@ -252,10 +231,6 @@ def _best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int],
     token = (pair // e + T * torch.arange(B, device=S.device)[:, None]).flatten()
     expert = (pair % e).flatten()
     return router._weigh(pack(token, expert, S[token, expert], n=n, e=e, slots=None), n)
-
-
-def _pool_tokens(pool: str | int, config: RunConfig) -> int:
-    return pool if isinstance(pool, int) else config.replace(pool=pool).pool_tokens
 
 
 # Generation -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Fine-tune a trained run on a classification task (claim C4): the whole model, and a linear head on its last token.
 
-`fine_tuned` is a `compute` of `ecmoe.measures.measure.measure`: (model, config) -> what JSON can hold. The paper doesn't print how
-it fine-tunes; all of this is ours: one pass of the texts by a decoder, one learning rate for all arms and tasks.
+The paper doesn't print how it fine-tunes; all of this is ours: one pass of the texts by a decoder, one learning rate for all
+arms and tasks.
 
 Letters: N examples of T tokens, padded on the right; batches of B; width d; C classes.
 """
@@ -64,22 +64,15 @@ def fine_tuned(
         examples: at most so many train, and so many validate; None: all.
 
     Returns:
-        rows: one, with `task`, `accuracy`, `accuracy_causal` (routed by cut-offs: no other token, no other example is
-        seen), `majority` (share of the most frequent validation class), `train`, `validation` (examples), `truncated`
-        (share of examples that didn't fit into the model's sequence).
-        right, right_causal: which validation examples were right, a bit each (numpy.packbits, base64): arms are compared
-        example by example.
-
-    Raises:
-        ConfigError: as in `tasks.load`. ValueError: the run is of no decoder of text, or fewer examples than a batch.
+        rows: one; `accuracy_causal` is routed by cut-offs, `majority` the share of the most frequent class, `truncated` of
+        examples that didn't fit into the model's sequence. right, right_causal: which validation examples were right, a bit
+        each (numpy.packbits, base64): arms are compared example by example.
     """
     if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
     train, validation = (part.first(examples) for part in tasks.load(task, folder))
-    if len(train.labels) < batch_size:
-        raise ValueError(
-            f"task {task!r}: batch_size={batch_size} is more than its {len(train.labels)} training examples"
-        )
+    if (has := len(train.labels)) < batch_size:
+        raise ValueError(f"task {task!r}: batch_size={batch_size} is more than its {has} training examples")
     data = TextData(config)
     data.prepare_data()
     (train, validation), truncated = _encode(data, (train, validation), config.sequence_length)
@@ -108,8 +101,8 @@ class LitFineTuning(L.LightningModule):
         super().__init__()
         self.model, self.config, self.learning_rate, self.steps = model.train(), config, learning_rate, steps
         self.head = nn.Linear(config.d_model, classes)
-        nn.init.zeros_(self.head.weight)  # all classes alike, whatever the seed
-        nn.init.zeros_(self.head.bias)
+        for p in self.head.parameters():
+            nn.init.zeros_(p)  # all classes alike, whatever the seed
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -137,9 +130,8 @@ class LitFineTuning(L.LightningModule):
         right, kind = [], self.device.type
         narrow = resolved_precision(self.config).startswith("bf16")
         for start in range(0, len(examples.labels), batch_size):
-            tokens, lengths, labels = (
-                part.to(self.device) for part in examples.batch(slice(start, start + batch_size))
-            )
+            batch = examples.batch(slice(start, start + batch_size))
+            tokens, lengths, labels = (part.to(self.device) for part in batch)
             empty = batch_size - len(labels)
             with torch.autocast(kind, torch.bfloat16, enabled=narrow):
                 logits = self(F.pad(tokens, (0, 0, 0, empty)), F.pad(lengths, (0, empty)))

@@ -25,11 +25,7 @@ from ecmoe.routing import altered, watched
 
 @contextmanager
 def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTransformer]:
-    """Within it every MoE layer has `places` expert places per patch.
-
-    Raises:
-        ValueError: of a router that has no capacity in evaluation, or whose gates depend on it.
-    """
+    """Within it every MoE layer has `places` expert places per patch."""
     row, values = model.config.row, model.config.to_dict()
     if not row.capacity:
         able = ", ".join(name for name, other in ROUTERS.items() if other.capacity)
@@ -57,17 +53,16 @@ def accuracy_at(model: VisionTransformer, config: RunConfig, *, places: float) -
     patch in any layer.
     """
     data, device = _validation(model, config)
-    sums = dict.fromkeys(("accuracy", "val_loss", "patches_left_out", "images_left_out"), 0.0)
-    batches = list(data.val_batches())
+    batches = []
     with at_capacity(model, places):
-        for x, y in batches:
+        for x, y in data.val_batches():
             y = y.to(device)
             logits, counts = experts_per_patch(model, x.to(device))
-            sums["accuracy"] += float((logits.argmax(1) == y).double().mean())
-            sums["val_loss"] += float(F.cross_entropy(logits, y))
-            sums["patches_left_out"] += float((counts == 0).double().mean())
-            sums["images_left_out"] += float((counts == 0).all(2).all(0).double().mean())
-    return {name: value / len(batches) for name, value in sums.items()}
+            right, left_out = (logits.argmax(1) == y).double(), counts == 0
+            found = right, F.cross_entropy(logits, y), left_out.double(), left_out.all(2).all(0).double()
+            batches.append([float(value.mean()) for value in found])
+    names = ("accuracy", "val_loss", "patches_left_out", "images_left_out")
+    return {name: sum(values) / len(batches) for name, values in zip(names, zip(*batches, strict=True), strict=True)}
 
 
 @torch.no_grad()

@@ -33,13 +33,7 @@ def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
 
 @torch.no_grad()
 def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
-    """How many experts tokens get, as trained, on a batch of held-out text.
-
-    Returns:
-        kinds: a row per kind of token and MoE layer, with its share_0 ... share_8 and number of tokens.
-        words: a row per token that occurs often, with the mean number of experts over layers.
-        text, counts: an excerpt token by token, and the experts of each token in each MoE layer.
-    """
+    """How many experts tokens get, as trained, on a batch of held-out text: by kind and layer, of frequent ones, in an excerpt."""
     data, batch = held_out(config)
     ids = batch[:, :-1]
     device = next(model.parameters()).device
@@ -65,11 +59,9 @@ def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, Any]:
-    """The two solvers of capped expert choice on the scores that a trained model gives held-out text.
+    """The two solvers of capped expert choice on the scores that a trained model gives held-out text, by layer, cap and solver.
 
-    Returns:
-        rows: one per MoE layer, cap and solver: largest errors of A's sums (tokens), tokens over the cap and empty
-            slots after TopK, and the sum of the chosen scores over that of the uncapped top-k.
+    Beside `cap_report`, score_kept: the sum of the chosen scores over that of the uncapped top-k.
     """
     _, batch = held_out(config)
     with watched(model) as seen:
@@ -83,10 +75,8 @@ def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, A
             for solver in ("feasible", "dykstra"):
                 report = cap_report(S, k, b, solver=solver)
                 G, _ = capped_top_k(S, k, b, solver=solver)
-                rows.append(
-                    {"layer": layer, "cap": b, "solver": solver, "score_kept": float(G.sum() / plain)}
-                    | {name: float(value) for name, value in report._asdict().items()}
-                )
+                row = {"layer": layer, "cap": b, "solver": solver, "score_kept": float(G.sum() / plain)}
+                rows.append(row | {name: float(value) for name, value in report._asdict().items()})
     return {"rows": rows, "tokens": batch[:, :-1].numel()}
 
 

@@ -18,28 +18,18 @@ from ecmoe.training.result import Result
 def measure(
     result: Result, how: Measurement, *, scale: str = "smoke", train: bool = True, keep: bool = False
 ) -> dict[str, Any] | None:
-    """What a measurement finds of a finished run's model: kept from an earlier call, or computed now.
+    """What a measurement finds of a finished run's model: kept from an earlier call, or computed now; None where there is none.
 
     Args:
-        result: of `run_or_load`.
         scale: whose pages ask: what reports/<scale>/measures has is read first.
         train: False: nothing is computed. Else a run whose weights aren't here, as of a record, is trained again.
         keep: in reports/<scale>/measures, as the engine does; else in the run's own folder.
-
-    Returns:
-        the dict; None where there is none: the run isn't finished, or nothing was kept and `train` is False.
-
-    Raises:
-        Damaged: what was kept has changed since, or is of another run; names the file.
     """
     if not result.ok:
         return None
     name = result.summary["name"]
-    places = [
-        folder / f"{how.name}.json" for folder in (paths.measures(scale) / name, paths.runs() / name / "measures")
-    ]
-    if keep:
-        places = places[:1]
+    folders = [paths.measures(scale) / name, paths.runs() / name / "measures"][: 1 if keep else 2]
+    places = [folder / f"{how.name}.json" for folder in folders]
     if train:
         with lock(name):  # whoever comes second finds it done
             if not any(path.exists() for path in places):
@@ -63,8 +53,7 @@ def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
     module, _, function = MEASURES[how.what].compute.partition(":")
     compute = getattr(import_module(module), function)
     config = RunConfig.from_dict(result.summary["config"])
-    model = load_model(run_or_load(config, weights=True).path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run_or_load(config, weights=True).path).to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return compute(model, config, **how.keys)
     finally:

@@ -23,14 +23,11 @@ TRAIN, SELECT = 0.6, 0.2  # shares of the sequences; the rest is scored
 
 
 class Sample(NamedTuple):
-    """Some tokens.
+    """Some tokens."""
 
-    known: (n, C) log-probabilities of the target before the features are read. features: (n, m). target: (n,) int64.
-    """
-
-    known: Tensor
-    features: Tensor
-    target: Tensor
+    known: Tensor  # (n, C) log-probabilities of the target before the features are read
+    features: Tensor  # (n, m)
+    target: Tensor  # (n,) int64
 
 
 def information(known: Tensor, features: Mapping[str, Tensor], target: Tensor) -> dict[str, float]:
@@ -41,9 +38,6 @@ def information(known: Tensor, features: Mapping[str, Tensor], target: Tensor) -
 
     Whole sequences are dealt out by a fixed shuffle: 60% to train on, 20% to choose the ridge by, 20% to score. The
     probe without features has an intercept too, so that correcting `known` as a whole counts as nothing.
-
-    Raises:
-        ValueError: fewer than 4 sequences.
     """
     nothing = target.new_zeros(*target.shape, 0)
     blind = _held_out(_parts(known, nothing, target))
