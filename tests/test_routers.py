@@ -116,3 +116,17 @@ def test_a_row_is_true_of_its_class(name):
     offered = chosen.load(n) if chosen.demand is None else chosen.demand
     assert offered.sum() / n == routers.experts_per_token(config.to_dict())
     assert row.capacity == (hasattr(router, "capacity_factor") and name != "expert_threshold")
+
+
+@pytest.mark.parametrize("name", [name for name, row in routers.ROUTERS.items() if row.layer is not None])
+def test_a_router_is_built_from_the_keys_that_make_it_another_run_and_no_others(name):
+    read, config = set(), RunConfig(router=name)
+
+    class Spy:
+        def __getattr__(self, key):
+            read.add(key)
+            return getattr(config, key)
+
+    build_router(Spy())
+    of_routers = {key for row in routers.ROUTERS.values() for key in row.keys}
+    assert read & of_routers == set(routers.ROUTERS[name].keys)
