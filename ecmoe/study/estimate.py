@@ -291,6 +291,11 @@ def span(low: float, high: float, unit: Unit) -> str:
     return f"{_digits(low)} to {_digits(high)}"
 
 
+def tolerance(margin: float, unit: Unit) -> str:
+    """What counts as equal: "0.005 nats", "2.0 points", and of ratios "2%"."""
+    return f"{100 * margin:g}%" if unit is Unit.RATIO else amount(margin, unit, compares=True)
+
+
 def counted(n: int, of: str) -> str:
     """ "1 seed", "4 seeds"."""
     return f"{n} {of}{'' if n == 1 else 's'}"

@@ -17,7 +17,7 @@ from ecmoe.config import ConfigError
 from ecmoe.files import read_yaml
 from ecmoe.measures import MEASURES
 from ecmoe.model.metrics import METRICS
-from ecmoe.study.estimate import Unit, amount
+from ecmoe.study.estimate import Unit, amount, tolerance
 
 SAYS = ("below", "above", "at or below", "near")
 HOW = ("difference", "steps", "time", "bench", "accuracy", "spread")
@@ -71,7 +71,7 @@ class Part:
     def rule(self) -> str:
         """In words, as a page shows it beside the estimate."""
         ratio = self.unit is Unit.RATIO
-        equal = f"{100 * self.margin:g}%" if ratio else amount(self.margin, self.unit, compares=True)
+        equal = tolerance(self.margin, self.unit)
         neutral = f"{self.neutral:g}" if ratio or not self.neutral else amount(self.neutral, self.unit)
         if self.says == "near":
             return f"within {equal} of {amount(self.figure, self.unit)}"

@@ -64,6 +64,19 @@ def step_ratio(scale: str, arm: str, other: str, routing: str = "even") -> Estim
     return estimate.of_values((x / y for x, y in zip(a, b, strict=False)), Unit.RATIO, "turn")
 
 
+def setting(scale: str) -> tuple[str, str]:
+    """Of the steps of `step_ratio`: the models' size in words, and the device."""
+    path = folder(scale) / "step.json"
+    found = read_json(path).get("setting", {}) if path.exists() else {}
+    keys = ("layers", "d_model", "num_experts")
+    size = (
+        "{} layers of width {}, {} experts".format(*(found[key] for key in keys))
+        if set(keys) <= set(found)
+        else "one model"
+    )
+    return size, found.get("device", "an unknown device")
+
+
 def step_times(scale: str, arm: str, other: str) -> float:
     """A step of an arm of the study over one of another, each alone on one device; NaN where that isn't measured."""
     ms = {row["arm"]: row["ms"] for row in _rows(folder(scale) / f"{study_file(study_arms(scale))}.json")}

@@ -20,7 +20,7 @@ from ecmoe.config import RunConfig
 from ecmoe.measures.measure import measure
 from ecmoe.study import estimate, steps
 from ecmoe.study.arms import size
-from ecmoe.study.estimate import Estimate, Unit, amount, counted, span
+from ecmoe.study.estimate import Estimate, Unit, amount, counted, span, tolerance
 from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.plan import Planned, arms_of, configs, plan, record
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
@@ -69,7 +69,7 @@ class JudgedPart:
 
 @dataclass(frozen=True)
 class RestsOn:
-    """What a verdict rests on. mixed: "code", "card": what differs within a deciding comparison."""
+    """What a verdict rests on: runs, or turns of a bench. mixed: "code", "card": what differs within a deciding comparison."""
 
     size: str
     tokens: int
@@ -78,8 +78,11 @@ class RestsOn:
     cards: tuple[str, ...]
     codes: tuple[str, ...]
     mixed: tuple[str, ...]
+    turns: int = 0
 
     def __str__(self) -> str:
+        if self.turns:
+            return f"{counted(self.turns, 'turn')} of training steps of {self.size}, on {', '.join(self.cards)}"
         if not self.runs:
             return "no run"
         seeds = f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
@@ -350,6 +353,10 @@ class Evidence:
         """Time of a step of a over b's, each on its best path, turn by turn."""
         return steps.step_ratio(self.scale, a, b, routing)
 
+    def bench_setting(self) -> tuple[str, str]:
+        """The size of the models whose steps were timed, and the device."""
+        return steps.setting(self.scale)
+
     def step_time(self, a: str, b: str) -> float:
         """A step of a over a step of b, each alone on one device; NaN where that isn't measured."""
         return steps.step_times(self.scale, a, b)
@@ -451,7 +458,7 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
         low, high = -high, -low
     text += f" ({span(low, high, part.unit)}; {seeds})"
     if label == NO_EFFECT:
-        text += f", which counts as equal (by {amount(part.margin, part.unit, compares=True)} or less)"
+        text += f", which counts as equal (by {tolerance(part.margin, part.unit)} or less)"
     elif label == UNDECIDED and found.of == "seed" and found.n < protocol().least_seeds:
         text += f"; a verdict needs {protocol().least_seeds} seeds"
     elif label == UNDECIDED:
@@ -481,6 +488,10 @@ def _sentence(label: str, judged: Sequence[JudgedPart]) -> str:
 
 
 def _rests_on(parts: Sequence[Part], judged: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
+    turns = max((part.seeds for part in judged if part.decides and part.of == "turn"), default=0)
+    if turns:
+        size_of, card = evidence.bench_setting()
+        return RestsOn(size_of, 0, (), 0, (card,), (), (), turns)
     arms = list(dict.fromkeys(arm for part in parts if part.decides for arm in part.arms))
     runs = {
         s["name"]: s for arm in arms for s in evidence.summaries(arm).values() if s["status"] == "finished"

@@ -246,7 +246,9 @@ def test_c2_is_a_ratio_over_turns():
     assert found.sentence == (
         "A GShard top-2 step takes 1.08 times the time of an EC-CF2 step (1.078 to 1.082; 3 turns); the paper: 1.2 times."
     )
-    assert judged("C2", {}, bench={"even": [1.001, 1.002, 1.0]}).label == NO_EFFECT
+    level = judged("C2", {}, bench={"even": [1.001, 1.002, 1.0]})
+    assert level.label == NO_EFFECT and level.sentence.endswith("which counts as equal (by 2% or less).")
+    assert str(found.rests_on) == "3 turns of training steps of one model, on an unknown device"
     assert judged("C2", {}).label == NOT_RUN and judged("C2", {}).sentence == "Not run yet."
 
 
@@ -552,8 +554,11 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
         return {"arm": arm, "routing": routing, "ms": ms, "samples_ms": [ms, ms + 0.01, ms - 0.01]}
 
     rows = [step("EC-CF2", "own", 10.0), step("EC-CF2", "own", 11.0), step("GShard top-2", "even", 11.0)]
-    write_json(steps.folder("gpu") / "step.json", {"rows": [*rows, step("GShard top-2", "own", 9.0)]})
+    setting = {"layers": 12, "d_model": 768, "num_experts": 64, "device": "NVIDIA H100"}
+    rows = [*rows, step("GShard top-2", "own", 9.0)]
+    write_json(steps.folder("gpu") / "step.json", {"rows": rows, "setting": setting})
     found = judge("C2", "gpu")
+    assert str(found.rests_on) == "3 turns of training steps of 12 layers of width 768, 64 experts, on NVIDIA H100"
     assert found.parts[0].estimate == pytest.approx(1.1, rel=1e-3) and found.parts[1].estimate == pytest.approx(
         0.9, rel=1e-3
     )
