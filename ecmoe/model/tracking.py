@@ -51,7 +51,9 @@ def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[
     if not _untracked:
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in [layer for layer in _untracked if id(layer.w1) in moved]:
+    for layer in [
+        layer for layer in _untracked if id(layer.w1) in moved and layer.router.moves
+    ]:  # it may have another now
         if layer not in _stepped:
             _stepped.add(layer)
             continue
