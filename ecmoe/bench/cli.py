@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,32 +16,46 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
 
-Size = Annotated[int | None, typer.Option(min=1, help="default: 0.1B/64E on a GPU, small on a CPU")]
+SIZE = "default: 0.1B/64E on a GPU, small on a CPU"
 Repeats = Annotated[int, typer.Option(min=2, help="of each row; medians count")]
 Compiled = Annotated[bool, typer.Option("--compile", help="under torch.compile too")]
 Output = Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")]
-Layers = Annotated[int | None, typer.Option(min=2, help="of the model")]
-Heads = Annotated[int | None, typer.Option(min=1, help="of the model")]
-Vocabulary = Annotated[int | None, typer.Option(min=257, help="of the model")]
+# Keys of the benchmarks -> the least that they may be.
+OF_LAYER = {"n": 1, "d_model": 1, "d_ff": 1, "num_experts": 1}
+OF_MODEL = OF_LAYER | {"layers": 2, "heads": 1, "sequence_length": 1, "vocab_size": 257}
+
+
+def sized(keys: dict[str, int]) -> Callable[[Callable], Callable]:
+    """Decorate a command: its `**sizes` become an option for each of these keys."""
+
+    def decorate(command: Callable) -> Callable:
+        *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+        for key, least in reversed(keys.items()):
+            flag = "--tokens" if key == "n" else f"--{key.replace('_', '-')}"
+            command.__annotations__[key] = kind = Annotated[int | None, typer.Option(flag, min=least, help=SIZE)]
+            own.insert(
+                0, inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=kind)
+            )
+        command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 @app.command()
+@sized(OF_LAYER)
 def layer(
-    tokens: Size = None,
-    d_model: Size = None,
-    d_ff: Size = None,
-    num_experts: Size = None,
     capacity_factor: Annotated[float, typer.Option(help="c; k is n c / e")] = 2.0,
     repeats: Repeats = 15,
     compiled: Compiled = False,
     dykstra: Annotated[bool, typer.Option("--dykstra", help="cap by the paper's solver too, which is slow")] = False,
     output: Output = None,
+    **sizes: int | None,
 ) -> None:
     """The MoE layer beside its floor, the six matrix products that it can't do without, and beside its rivals."""
     with one_line():
         from ecmoe.bench.layer import bench_layer
 
-        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts}
         options = {"repeats": repeats, "compiled": compiled, "dykstra": dykstra}
         show(bench_layer(**sizes, capacity_factor=capacity_factor, **options), output)
 
@@ -65,47 +81,22 @@ AUTO_TOKENS, AUTO_WIDTHS = (512, 2048, 8192, 32_768, 131_072), (256, 512, 1024, 
 
 
 @app.command()
-def step(
-    tokens: Size = None,
-    d_model: Size = None,
-    d_ff: Size = None,
-    num_experts: Size = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    sequence_length: Size = None,
-    vocab_size: Vocabulary = None,
-    repeats: Repeats = 15,
-    compiled: Compiled = False,
-    output: Output = None,
-) -> None:
+@sized(OF_MODEL)
+def step(repeats: Repeats = 15, compiled: Compiled = False, output: Output = None, **sizes: int | None) -> None:
     """A whole training step, expert choice against token choice."""
     with one_line():
         from ecmoe.bench.step import bench_step
 
-        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
-        sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
         show(bench_step(repeats=repeats, compiled=compiled, **sizes), output)
 
 
 @app.command()
-def profile(
-    tokens: Size = None,
-    d_model: Size = None,
-    d_ff: Size = None,
-    num_experts: Size = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    sequence_length: Size = None,
-    vocab_size: Vocabulary = None,
-    compiled: Compiled = False,
-    output: Output = None,
-) -> None:
+@sized(OF_MODEL)
+def profile(compiled: Compiled = False, output: Output = None, **sizes: int | None) -> None:
     """Where the time of EC-CF2's training step goes, by kind of work."""
     with one_line():
         from ecmoe.bench.profile import bench_profile
 
-        sizes = {"n": tokens, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "layers": layers}
-        sizes |= {"heads": heads, "sequence_length": sequence_length, "vocab_size": vocab_size}
         show(bench_profile(compiled=compiled, **sizes), output)
 
 

@@ -97,8 +97,10 @@ def bench_layer(
     gradient = torch.randn_like(x)
     layers = {**ours, **others}
     steps: dict[Row, Callable] = dict(layers)
-    for row in filter(_worth_compiling, layers if compiled else ()):
-        steps[row._replace(mode=COMPILED)] = torch.compile(layers[row], dynamic=False)
+    for row, layer in layers.items() if compiled else ():
+        # Not variants of others, nor what no graph holds in one piece: that would be minutes.
+        if row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm"))):
+            steps[row._replace(mode=COMPILED)] = torch.compile(layer, dynamic=False)
     calls = _rows(Row("floor"), floor(first, x[0], k))
     calls |= _rows(Row("floor", "on the layer's numbers"), floor_on_own(first, x[0].detach(), gradient[0]))
     for row, step in steps.items():
@@ -169,11 +171,6 @@ def kernels_run(device: torch.device) -> bool:
 
 def _rows(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
     return {row._replace(what=what): call for what, call in parts.items()}
-
-
-def _worth_compiling(row: Row) -> bool:
-    """Not variants of others, nor what no graph holds in one piece: that would be minutes."""
-    return row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm")))
 
 
 def _expert_choice(first: MoE, dykstra: bool) -> dict[Row, MoE]:

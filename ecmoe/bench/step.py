@@ -207,24 +207,18 @@ def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
     for block in twin.model.blocks:
         if block.moe is None:
             continue
-        weight = block.moe.router.weight
-        router = _router(config).to(weight.device)
-        router.weight = weight
-        if isinstance(router, Even):
+        weight, sizes = block.moe.router.weight, (config.d_model, config.num_experts)
+        router: Router = ExpertChoice(*sizes, config.capacity_factor, gate=config.gate)
+        if config.router == "token_choice":
+            router = Even(*sizes, config.top_k, config.capacity_factor, gate=config.gate).to(weight.device)
             router.prepare(config.batch_size * config.sequence_length)
-        block.moe.router = router
+        router.weight = weight
+        block.moe.router = router.to(weight.device)
         block.moe.kernels = "auto" if path == "grouped_mm" else path
         if path == "grouped_mm":
             block.moe = Grouped(block.moe)
     twin.routers = routers(twin)
     return twin
-
-
-def _router(config: RunConfig) -> Router:
-    sizes = config.d_model, config.num_experts
-    if config.router == "token_choice":
-        return Even(*sizes, config.top_k, config.capacity_factor, gate=config.gate)
-    return ExpertChoice(*sizes, config.capacity_factor, gate=config.gate)
 
 
 def check_room() -> None:

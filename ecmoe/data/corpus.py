@@ -96,11 +96,7 @@ def source_key(data: str) -> str:
 
 
 def source_files(data: str) -> dict[str, Path]:
-    """The files that `data` is made of, by part and path in it; none for the Hub.
-
-    Raises:
-        ConfigError: there is no such file, folder or data set.
-    """
+    """The files that `data` is made of, by part and path in it; none for the Hub. A ConfigError where there is no such text."""
     return {f"{i}:{name}": path for i, part in enumerate(parts_of(data)) for name, path in part_files(part).items()}
 
 
@@ -258,10 +254,9 @@ def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
             start = end
         rest = rest[start:]
     while rest:  # shorter than 8 sizes: the same cuts
-        end = rest.find("\n\n", size)
-        end = end + 2 if end > 0 else len(rest)
-        yield rest[:end]
-        rest = rest[end:]
+        before, blank, after = rest[size:].partition("\n\n")
+        yield rest[:size] + before + blank
+        rest = after
 
 
 def _hub(data: str, streaming: bool) -> Corpus:
@@ -314,11 +309,9 @@ def _hub_documents(data: str, hub: Hub, rows: Any) -> Documents:
 def _articles(lines: Iterable[str]) -> Iterator[str]:
     """WikiText has a line a row; an article begins at a heading of the first level, ` = Title = `."""
     article: list[str] = []
-    for line in lines:
-        if re.fullmatch(r" = [^=].* = \n?", line):
+    for line in itertools.chain(lines, [None]):
+        if line is None or re.fullmatch(r" = [^=].* = \n?", line):
             if any(article):
                 yield "\n".join(article)
             article = []
-        article.append(line.rstrip("\n"))
-    if any(article):
-        yield "\n".join(article)
+        article.append((line or "").rstrip("\n"))

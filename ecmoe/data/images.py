@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -147,10 +148,7 @@ def _folder(data: str, folder: Path, files: dict[str, Path]) -> tuple[_Split, _S
     ]
     if not own:  # the same share of every class
         (train,) = splits
-        place = np.zeros(len(train.labels), np.int64)
-        for label in range(len(classes)):
-            place[train.labels == label] = np.arange((train.labels == label).sum())
-        held = place % HELD_OUT == HELD_OUT - 1
+        held = pd.Series(train.labels).groupby(train.labels).cumcount().to_numpy() % HELD_OUT == HELD_OUT - 1
         splits = [_Split(train.pixels[which], train.labels[which]) for which in (~held, held)]
     return *splits, tuple(classes)
 

@@ -150,8 +150,7 @@ def routing_features(taken: Tensor, c: float) -> Tensor:
 def frequent_classes(counts: np.ndarray, classes: int) -> tuple[Tensor, float]:
     """(V,) class of each token: its rank by frequency, the last class for all others; and the share of text not in that."""
     C = min(classes, len(counts))
-    rank = np.empty(len(counts), np.int64)
-    rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+    rank = np.argsort(-counts, kind="stable").argsort()
     return torch.from_numpy(rank.clip(max=C - 1)), float(counts[rank < C - 1].sum() / counts.sum())
 
 

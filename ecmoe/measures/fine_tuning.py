@@ -145,14 +145,16 @@ def _packed(bits: Tensor) -> str:
 
 def _encode(data: TextData, parts: tuple[tasks.Examples, ...], most: int) -> tuple[list[Encoded], float]:
     """Texts joined, each ended by a line break; where that is too long, the longest text loses its beginning. And how often."""
-    rows, cut = [], 0
+    found, cut = [], []
     for part in parts:
-        encoded = iter(data.encode_all([text + SEPARATOR for texts in part.texts for text in texts]))
-        pieces = [[next(encoded) for _ in texts] for texts in part.texts]
-        cut += sum(sum(map(len, some)) > most for some in pieces)
-        rows.append([_fitted(some, most) for some in pieces])
-    encoded = [_padded(some, part.labels) for some, part in zip(rows, parts, strict=True)]
-    return encoded, cut / sum(map(len, rows))
+        ids = iter(data.encode_all([text + SEPARATOR for texts in part.texts for text in texts]))
+        pieces = [[next(ids) for _ in texts] for texts in part.texts]
+        cut += [sum(map(len, some)) > most for some in pieces]
+        rows = [torch.tensor(_fitted(some, most)) for some in pieces]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % ROUND))
+        found.append(Encoded(tokens, torch.tensor([len(row) for row in rows]), torch.from_numpy(part.labels)))
+    return found, sum(cut) / len(cut)
 
 
 def _fitted(pieces: list[list[int]], most: int) -> list[int]:
@@ -162,12 +164,6 @@ def _fitted(pieces: list[list[int]], most: int) -> list[int]:
         which = max(range(len(pieces)), key=lambda i: len(pieces[i]))
         pieces[which] = pieces[which][min(over, max(longest - second, 1)) :]
     return [i for piece in pieces for i in piece]
-
-
-def _padded(rows: list[list[int]], labels: np.ndarray) -> Encoded:
-    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    tokens = F.pad(tokens, (0, -tokens.shape[1] % ROUND))
-    return Encoded(tokens, torch.tensor([len(row) for row in rows]), torch.from_numpy(labels))
 
 
 def _batches(examples: Encoded, seed: int, steps: int, batch_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -100,9 +100,8 @@ def _shares(counts: Tensor) -> dict[str, float]:
 
 def _words(ids: Tensor, experts: Tensor, names: dict[int, str], least: int) -> list[dict[str, Any]]:
     """Tokens that occur at least `least` times, most experts first: text, occurrences, mean experts."""
-    size = int(ids.max()) + 1
-    times = ids.bincount(minlength=size)
-    mean = ids.bincount(weights=experts.double(), minlength=size) / times
+    times = ids.bincount()
+    mean = ids.bincount(weights=experts.double()) / times
     often = (times >= least).nonzero().flatten().tolist()
     rows = [{"token": names[i], "times": int(times[i]), "experts": float(mean[i])} for i in often]
     return sorted(rows, key=lambda row: -row["experts"])
