@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ecmoe.routing import routers
 
-_untracked: WeakSet[nn.Module] = WeakSet()  # layers whose statistics nobody has moved yet
-_stepped: WeakSet[nn.Module] = WeakSet()  # those of them that an optimiser has moved once
+_untracked: WeakSet[Any] = WeakSet()  # layers whose statistics nobody has moved yet
+_stepped: WeakSet[Any] = WeakSet()  # those of them that an optimiser has moved once
 
 
 def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -51,9 +51,9 @@ def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[
     if not _untracked:
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in [
-        layer for layer in _untracked if id(layer.w1) in moved and layer.router.moves
-    ]:  # it may have another now
+    for layer in [layer for layer in _untracked if id(layer.w1) in moved]:
+        if not layer.router.moves:  # it may have another router now
+            continue
         if layer not in _stepped:
             _stepped.add(layer)
             continue

@@ -12,7 +12,6 @@ from ecmoe import RunConfig, build_model, causal_routing, run_or_load
 from ecmoe.measures import causality, probe
 from ecmoe.measures.inspection import held_out
 from ecmoe.measures.probe import information
-from ecmoe.report import plots
 
 N, T, C = 300, 20, 4
 
@@ -257,41 +256,3 @@ def test_measurements_of_a_run(tiny_config):
 
 
 # The figures
-
-
-def test_figures_have_both_routings_their_difference_and_their_gaps():
-    rows = [("a", s, r, x + s / 10, "one") for s in (0, 1) for r, x in (("as trained", 2.0), ("causally", 2.5))]
-    frame = pd.DataFrame([*rows, ("b", 0, None, None, None)], columns=["arm", "seed", "routing", "loss", "given"])
-    plot = plots.leak(frame, "loss", "loss", "difference")
-    assert plot.data.set_index(["arm", "routing"])["mean"].loc["a"].tolist() == pytest.approx([2.05, 2.55, 0.5])
-    assert "a 2.050 as trained, 2.550 causally, difference +0.500 (0.500 to 0.500) (2 seeds). Not run: b." in plot.alt
-    turned = plots.leak(frame, "loss", "loss", "difference", causal_first=False)
-    assert turned.data["mean"][2] == pytest.approx(-0.5)
-    panels = plots.leak_by_condition(frame, "loss", "given", "loss")
-    assert panels.data["given"].unique().tolist() == ["one"] and "Not run: b." in panels.alt
-    for drawn in (plot, panels, plots.leak_by_condition(frame[frame["arm"] == "b"], "loss", "given", "loss")):
-        drawn.figure.canvas.draw()
-        assert "not run" in [text.get_text() for ax in drawn.figure.axes for text in ax.texts]
-
-
-def test_figure_of_serving_compares_seed_by_seed():
-    ways = [
-        ("as trained", 32.0, 2.0),
-        ("causally", None, 2.1),
-        ("8", 8.0, 2.5),
-        ("sequence", 16.0, 2.2),
-        ("global top-k", 16.0, 2.3),
-    ]
-    frame = pd.DataFrame(
-        [(s, way, n, loss + s) for s in (0, 1) for way, n, loss in ways], columns=["seed", "way", "pool_tokens", "loss"]
-    )
-    plot = plots.serving_cost(frame, 16)
-    plot.figure.canvas.draw()
-    assert "pools of 8 tokens 0.500" in plot.alt and "cut-offs 0.100" in plot.alt and "nothing" not in plot.alt
-    of = plot.data.set_index("way")
-    assert of["mean"]["as trained"] == 0 and of["high"]["8"] - of["low"]["8"] == pytest.approx(
-        0
-    )  # seeds a whole nat apart
-    empty = plots.serving_cost(pd.DataFrame([(0, None, None, None)], columns=frame.columns), 16)
-    empty.figure.canvas.draw()
-    assert "nothing was run" in empty.alt

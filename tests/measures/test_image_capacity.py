@@ -119,20 +119,3 @@ def test_differences_are_paired_by_seed():
     )  # 10, 10, 13: 11 +- 4.303 sqrt(3) / sqrt(3)
     assert table["c = 2"][0] == "+10.0 (+10.0 to +10.0)"
     assert differences({"one": swept({"a": 0.5, "b": 0.4}, (0,))}, [("b", "a")])["c = 2"].item() == "-10.0"
-
-
-def test_figures_show_means_and_name_gaps():
-    frame = swept({"EC": 0.5, "Top-2, order of arrival": 0.4, "gone": math.nan})
-    plot = drawn(plots.accuracy_over_capacity({"not retrained": frame, "trained": frame}))
-    row = plot.data[(plot.data["arm"] == "EC") & (plot.data["capacity"] == 0.1)].iloc[0]
-    assert row["mean"] == pytest.approx(52.0) and row["seeds"] == 3
-    assert "Not retrained. EC: 52.000 at 0.1" in plot.alt and "Not run: gone" in plot.alt
-    plot = drawn(plots.left_out_over_capacity(frame))
-    assert "Images without any patch taken (%). EC: 47.500 at 0.1" in plot.alt
-    assert plot.figure.axes[0].get_ylim()[0] == 0
-
-
-def test_figures_without_runs_say_so():
-    frame = swept({"EC": math.nan})
-    assert "Not run: EC" in drawn(plots.accuracy_over_capacity({"trained": frame})).alt
-    assert "Not run" in drawn(plots.patches_taken({}, 0.2)).alt

@@ -268,3 +268,31 @@ def test_nothing_at_all_is_no_figure():
         plots.profile(pd.DataFrame()),
     ):
         assert plot.figure is None and re.search("not run", plot.alt)
+
+
+def test_serving_compares_seed_by_seed():
+    ways = [
+        ("as trained", 32.0, 2.0),
+        ("causally", None, 2.1),
+        ("8", 8.0, 2.5),
+        ("sequence", 16.0, 2.2),
+        ("global top-k", 16.0, 2.3),
+    ]
+    rows = [(s, way, n, loss + s) for s in (0, 1) for way, n, loss in ways]
+    frame = pd.DataFrame(rows, columns=["seed", "way", "pool_tokens", "loss"])
+    plot = drawn(plots.serving_cost(frame, 16))
+    assert "pools of 8 tokens 0.500" in plot.alt and "one sequence, by cut-offs 0.100" in plot.alt
+    of = plot.data.set_index("way")
+    assert of["mean"]["as trained"] == 0 and of["high"]["8"] == pytest.approx(of["low"]["8"])  # seeds a whole nat apart
+    assert "not run" in plots.serving_cost(frame.assign(loss=math.nan), 16).alt
+
+
+def test_accuracy_over_capacity_shows_means_and_names_gaps():
+    values = {"EC": 0.5, "gone": math.nan}
+    rows = [(arm, s, c, x + s / 100) for arm, x in values.items() for s in range(3) for c in (0.1, 2.0)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "capacity", "accuracy"])
+    plot = drawn(plots.over_capacity({"trained": (frame, "accuracy")}, "accuracy"))
+    row = plot.data[(plot.data["arm"] == "EC") & (plot.data["capacity"] == 0.1)].iloc[0]
+    assert row["mean"] == pytest.approx(51.0) and row["seeds"] == 3
+    assert "Not run: gone" in plot.alt
+    assert "not run" in plots.over_capacity({"trained": (frame[frame["arm"] == "gone"], "accuracy")}).alt

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from ecmoe.report.plots.draw import lines, series_text
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing, sentence
+from ecmoe.report.plots.parts import LABELS, Plot, drawn, missing_text, nothing, sentence
 from ecmoe.report.plots.style import looks, new_figure
 
 
@@ -36,10 +36,12 @@ def over_capacity(panels: Mapping[str, tuple[pd.DataFrame, str]], label: str = "
         said.append(f"{sentence(title)}. {series_text(data, 'capacity')}.")
         frames.append(data.assign(panel=title))
     axes[0].set_ylabel(label)
+    there = pd.concat(frames, ignore_index=True)
     return Plot(
         figure,
-        f"{sentence(label or 'what is left out')} by {LABELS['capacity']}. {' '.join(said)}",
-        pd.concat(frames, ignore_index=True),
+        f"{sentence(label or 'what is left out')} by {LABELS['capacity']}. {' '.join(said)}"
+        + missing_text(arms, there["arm"]),
+        there,
     )
 
 
