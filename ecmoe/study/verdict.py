@@ -22,7 +22,7 @@ from ecmoe.study import estimate, steps
 from ecmoe.study.arms import size
 from ecmoe.study.estimate import Estimate, Unit, amount, counted, span, tolerance
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.plan import Planned, arms_of, configs, plan, record
+from ecmoe.study.plan import Planned, arms_of, configs, plan, record, sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
 from ecmoe.training.result import Result, read_record
 
@@ -126,7 +126,7 @@ def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
 
 def judge_all(scale: str) -> dict[str, ClaimVerdict]:
     """Claim -> verdict, of all claims in the paper's order."""
-    planned = plan(scale)
+    planned, _ = sound(scale)  # a page that can't be planned hides no claim of another
     return {claim: _judge(claim, scale, None, planned) for claim in protocol().claims}
 
 

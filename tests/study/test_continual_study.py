@@ -40,7 +40,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(monkeypatch):
 
 
 def drawn(plot):
-    plot.figure.canvas.draw()
+    if plot.figure is not None:  # where nothing was run there is none
+        plot.figure.canvas.draw()
     assert plot.alt and not pyplot.get_fignums()
     return plot
 
@@ -73,7 +74,7 @@ def test_gaps_are_named():
     for plot in (plots.retention(continual.retained(nothing)), plots.kept_and_lost(continual.table(nothing))):
         assert "Not run: Expert Gate, oracle gate" in drawn(plot).alt
     for plot in (plots.gate_choices(None, None, []), plots.overwritten(None, None, None, [])):
-        assert drawn(plot).alt.startswith("Not run: ")
+        assert "not run" in drawn(plot).alt
     assert continual.by_task(nothing)["all tasks"].isna().all()
     assert set(continual.compare(nothing, "gpu")["answer"]) == {"not run"}
     assert len(continual.origins(nothing["Expert Gate"])) == 0

@@ -15,11 +15,11 @@ from ecmoe.training.result import read_record, read_run
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_config):
+def finished(tiny_config, tmp_path_factory):
     """A finished run: its config, and a copy of its folder."""
     config = tiny_config(seed=50, steps=4, eval_every=2)
     result = run_or_load(config, progress=False)
-    kept = result.path.with_name("kept")
+    kept = tmp_path_factory.mktemp("once") / "kept"  # a worker may set the module up twice
     shutil.copytree(result.path, kept)
     return config, kept
 

@@ -134,11 +134,8 @@ def overwritten(
         ("EC layer: tokens taken (%)", shares, "at the end an expert takes {} of a task's tokens" + even, 100.0),
     ):
         percent = None if matrix is None else 100 * matrix
-        span = (
-            ""
-            if matrix is None
-            else f"{np.nanmin(percent.to_numpy(float)):.0f}% to {np.nanmax(percent.to_numpy(float)):.0f}%"
-        )
+        ends = [] if percent is None else [f"{end(percent.to_numpy(float)):.0f}%" for end in (np.nanmin, np.nanmax)]
+        span = " to ".join(dict.fromkeys(ends))
         panels.append(Panel(title, percent, "expert", finding.format(span), top=darkest))
     return _matrices(panels, tasks, "task")
 
