@@ -13,6 +13,9 @@ import nbformat
 import pytest
 import yaml
 
+from ecmoe.report.execution import ReportError, execute
+from ecmoe.study.parameters import parameter_files
+
 CHECKOUT = Path(__file__).parents[1]
 RAN = "with open('../ran.txt', 'a') as file:\n    file.write({name!r} + '\\n')"
 # The first execution never ends: it waits to be killed.
@@ -201,3 +204,16 @@ def test_every_notebook_has_its_config():
     configs = {path.stem for path in (CHECKOUT / "configs").glob("[0-9]*.yaml")}
     assert notebooks == configs and "01_convergence" in notebooks
     assert yaml.safe_load((CHECKOUT / "profiles/default/config.yaml").read_text())["keep-going"] is True
+
+
+@pytest.mark.parametrize("scale", ["smoke", "gpu"])
+@pytest.mark.parametrize("notebook", sorted(CHECKOUT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebook_takes_what_the_pipeline_gives(notebook, scale, tmp_path, monkeypatch):
+    """The pipeline's parameters and its --no-train pass the check of every notebook: only then is it executed."""
+
+    def execute_notebook(*_, **__):
+        raise RuntimeError("the check is passed")
+
+    monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
+    with pytest.raises(ReportError, match="the check is passed"):
+        execute(notebook, tmp_path / "page.html", parameter_files(notebook.stem, scale), train_missing=False)

@@ -91,7 +91,7 @@ def execute(
 
     Args:
         parameter_files: later ones win, key by key; below `base`, key by key too.
-        parameters: win over the files. train_missing: the notebook's parameter of that name.
+        parameters: win over the files. train_missing: the notebook's parameter of that name, where it has one.
         progress: a line per cell, and what the notebook writes to stderr, to stderr.
 
     Raises:
@@ -106,9 +106,11 @@ def execute(
     failed_html = out_html.with_suffix(".failed.html")
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
-        if train_missing is not None:
-            values["train_missing"] = train_missing
         source = _read(notebook)
+        if train_missing is not None and any(
+            "train_missing" in cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", ())
+        ):
+            values["train_missing"] = train_missing
         check_parameters(source, values, notebook.name)
         if (paths.configs() / f"{notebook.stem}.yaml").exists():
             of_page(notebook.stem, values.get("scale", "smoke"), values)  # an arm that can't be is named at once
