@@ -78,7 +78,7 @@ def _load(data: str, content: str) -> Images:
     if data == "cifar10":
         return _cifar10(data)
     folder, files = paths.resolve(data.removeprefix(IMAGES_PREFIX)), local_files(data)
-    packed = [path for path in files.values() if path.parent == folder and path.name.endswith("_train.jpgs.xz")]
+    packed = [path for name, path in files.items() if "/" not in name and name.endswith("_train.jpgs.xz")]
     train, val, classes = _packed(data, packed[0]) if packed else _folder(data, folder, files)
     said = {"name": folder.name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(str(folder.resolve()))
     said["source_sha256"] = content_sha256({f"0:{name}": path for name, path in files.items()})

@@ -69,11 +69,13 @@ def test_folder_with_its_own_split_keeps_it(tmp_path):
     assert (len(found.train_y), len(found.val_y)) == (6, 4)
 
 
-def test_packed_jpegs(tmp_path):
+@pytest.mark.parametrize("place", ["{}", "."])
+def test_packed_jpegs(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
     pack(tmp_path, "train", [0, 1, 2, 1])
     pack(tmp_path, "test", [2, 0])
     (tmp_path.parent / f"{tmp_path.name}.about.yaml").write_text("{name: Toys, licence: CC0}")
-    found = images.load(f"images:{tmp_path}")
+    found = images.load(f"images:{place.format(tmp_path)}")
     assert found.train_y.tolist() == [0, 1, 2, 1] and found.val_y.tolist() == [2, 0]
     assert found.classes == ("0", "1", "2") and found.train_x.shape == (4, 3, 4, 6)
     red = found.train_x[:, 0].mean(dim=(1, 2)) * 255
