@@ -1,4 +1,4 @@
-"""The command line: `ecmoe train | runs | run | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
+"""The command line: `ecmoe train | runs | run | again | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
 
 What is wrong with a config or a notebook is told in one line, with exit code 2. Imports wait until a
 command needs them, so that help comes at once.
@@ -129,6 +129,31 @@ def run(
     with _one_line(ConfigError, OSError, ValueError):
         wanted = engine.find(sound(scale)[0], names)
     raise typer.Exit(engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"))
+
+
+@app.command()
+def again(
+    names: Annotated[list[str], typer.Argument(help="of recorded runs; or how they begin")],
+    scale: Scale = "gpu",
+    steps: Annotated[int | None, typer.Option(min=1, help="stop at the first validation after so many steps")] = None,
+) -> None:
+    """Train recorded runs anew, aside, and compare their curves: does this machine reproduce the numbers?
+
+    The exit code is 1 if one differs. On the card of the record, what was found is kept in reports/SCALE/repeats: it shows
+    whether two versions of the code compute the same.
+    """
+    from ecmoe.study import engine, repeats
+    from ecmoe.study.plan import sound
+
+    with _one_line(ConfigError, OSError, ValueError):
+        equal = True
+        for run in engine.find(sound(scale)[0], names):
+            one = repeats.again(run.name, scale, steps)
+            equal &= one["equal"]
+            by = "; ".join(f"{column} by up to {most:.3g}" for column, most in one["differs"].items())
+            said = f"{one['rows']} rows are equal" if one["equal"] else f"of {one['rows']} rows some differ: {by}"
+            typer.echo(f"{run.name}  code {one['recorded']} -> {one['code']}  {one['device']}  {said}")
+    raise typer.Exit(int(not equal))
 
 
 @app.command()

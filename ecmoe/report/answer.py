@@ -68,6 +68,9 @@ def rests_html(verdict: ClaimVerdict) -> str:
     if verdict.rests_on.mixed:
         what = " and ".join({"code": "code", "card": "kind of device"}[name] for name in verdict.rests_on.mixed)
         lines.append(f'<p class="warning"><strong>Mind:</strong> runs that are compared differ in {what}.</p>')
+    if repeats := verdict.rests_on.repeats:
+        said = "Its runs come from several versions of the code. Repeats, equal to the last digit, show that these compute the same"
+        lines.append(f'<p class="rests">{said}: {html.escape(", ".join(repeats))}.</p>')
     return "".join(lines)
 
 

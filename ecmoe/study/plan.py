@@ -19,6 +19,7 @@ from typing import Any
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual.settings import APPROACHES, Settings
+from ecmoe.files import read_yaml
 from ecmoe.measures import Measurement, measurements
 from ecmoe.study import arms
 from ecmoe.study.parameters import ParameterError, check_scale, merge_parameters, merged, parameter_files
@@ -39,18 +40,26 @@ class Planned:
 
 
 def plan(scale: str, pages: Sequence[str] = ()) -> list[Planned]:
-    """What the pages of a scale rest on, or some of them: each run once, page by page, seed by seed.
+    """What the pages of a scale rest on, or some of them: each run once, in the order of configs/order.yaml, seed by seed.
 
     Raises:
         ParameterError: no such scale or page; a file can't be read. ConfigError: an arm, key or measurement that can't
         be; names page and arm.
     """
     found: dict[str, Planned] = {}
-    for page in _known(scale, pages):
+    asked = _known(scale, pages)
+    for page in asked:
         for one in of_page(page, scale):
             before = found.get(one.name)
             found[one.name] = one if before is None else _both(before, one)
-    return list(found.values())
+    file = paths.configs() / "order.yaml"
+    blocks = [set(block) for block in (read_yaml(file, "order of runs") if file.exists() else [])]
+    blocks += [{page} for page in asked]
+
+    def place(one: Planned) -> tuple[int, int]:
+        return next(i for i, block in enumerate(blocks) if block & {*one.pages, *one.arms}), one.seed
+
+    return sorted(found.values(), key=place)
 
 
 def sound(scale: str) -> tuple[list[Planned], dict[str, Exception]]:

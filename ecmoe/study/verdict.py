@@ -18,7 +18,7 @@ import numpy as np
 
 from ecmoe.config import RunConfig
 from ecmoe.measures.measure import measure
-from ecmoe.study import estimate, steps
+from ecmoe.study import estimate, repeats, steps
 from ecmoe.study.arms import size
 from ecmoe.study.estimate import Estimate, Unit, amount, counted, span, tolerance
 from ecmoe.study.parameters import merge_parameters, parameter_files
@@ -42,7 +42,7 @@ class JudgedPart:
     effect that they would have shown (of a ratio the factor). needs: seeds, as noisy as these, that would decide the margin.
     level: of the interval, after Holm. figure: the paper's.
     compares: a difference, rather than how large something is. missing: "arm s2" of the runs that it lacks.
-    mixed: what differs among its runs that mustn't.
+    mixed: what differs among its runs that mustn't. repeats: runs whose repeats show that their codes compute the same.
     """
 
     name: str
@@ -65,6 +65,7 @@ class JudgedPart:
     rule: str
     missing: tuple[str, ...]
     mixed: tuple[str, ...]
+    repeats: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class RestsOn:
     codes: tuple[str, ...]
     mixed: tuple[str, ...]
     turns: int = 0
+    repeats: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.turns:
@@ -308,6 +310,11 @@ class Evidence:
             self._summaries[arm] = {s: read_record(path).summary for s, path in sorted(files.items()) if path.exists()}
         return self._summaries[arm]
 
+    @cached_property
+    def repeats(self) -> list[dict[str, Any]]:
+        """Runs of the scale that were trained again, as `ecmoe again` kept them."""
+        return repeats.kept(self.scale)
+
     def missing(self, arm: str) -> list[int]:
         """Seeds that are planned and not there, or broke off."""
         done = {seed for seed, summary in self.summaries(arm).items() if summary["status"] == "finished"}
@@ -430,6 +437,8 @@ def _judged(part: Part, label: str, found: Estimate, level: float, evidence: Evi
     low, high = interval or (None, None)
     smallest = found.smallest(level, protocol().power) if found.n else math.nan
     runs = [summary for arm in part.arms for summary in evidence.summaries(arm).values()]
+    linked = repeats.linked(runs, evidence.repeats)
+    mixed = {"code": linked is None, "card": len({run.get("device") for run in runs}) > 1}
     return JudgedPart(
         name=part.name, label=label, sentence=_found(part, label, found, level), unit=part.unit,
         estimate=found.value if found.n else None, low=low, high=high, seeds=found.n, of=found.of,
@@ -437,7 +446,7 @@ def _judged(part: Part, label: str, found: Estimate, level: float, evidence: Evi
         needs=found.seeds_for(part.margin, level, protocol().power) if found.n else None, level=level, decides=part.decides, compares=part.compares,
         figure=part.figure, neutral=part.neutral, margin=part.margin, rule=part.rule,
         missing=tuple(f"{arm} s{seed}" for arm in part.arms for seed in evidence.missing(arm)),
-        mixed=tuple(name for name, key in {"code": "code", "card": "device"}.items() if len({r.get(key) for r in runs}) > 1),
+        mixed=tuple(what for what, differs in mixed.items() if differs), repeats=tuple(linked or ()),
     )  # fmt: skip
 
 
@@ -509,4 +518,5 @@ def _rests_on(parts: Sequence[Part], judged: Sequence[JudgedPart], evidence: Evi
         cards=distinct("device"),
         codes=distinct("code"),
         mixed=tuple(sorted({name for part in judged if part.decides for name in part.mixed})),
+        repeats=tuple(sorted({run for part in judged if part.decides for run in part.repeats})),
     )

@@ -7,6 +7,7 @@ import pytest
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
+from ecmoe.files import read_yaml
 from ecmoe.study import arms, plan
 from ecmoe.study.parameters import ParameterError
 
@@ -40,7 +41,7 @@ def configs(tmp_path, monkeypatch):
 def test_every_run_once_seed_by_seed_with_all_that_pages_want_of_it(configs):
     runs = plan.plan("big")
     assert [(one.arms[0], one.seed) for one in runs] == [
-        ("EC", 0), ("Half", 0), ("EC", 1), ("Half", 1), ("Top", 1), ("Top", 0),
+        ("EC", 0), ("Half", 0), ("EC", 1), ("Half", 1), ("Top", 0), ("Top", 1),
     ]  # fmt: skip
     first = runs[0]
     assert first.pages == ("01_a", "02_b") and first.name == first.config.name
@@ -48,6 +49,18 @@ def test_every_run_once_seed_by_seed_with_all_that_pages_want_of_it(configs):
     assert [how.what for how in runs[2].measures] == ["dependence", "losses"]
     assert [one.config.steps for one in runs[:2]] == [40, 20]
     assert [one.arms[0] for one in plan.plan("big", ["02_b"])] == ["Top", "EC", "Top", "EC"]
+
+
+def test_blocks_come_in_their_order_each_seed_whole_before_the_next(configs):
+    configs("order.yaml", "- [Top]\n- [02_b, Half]\n")
+    assert [(one.arms[0], one.seed) for one in plan.plan("big")] == [
+        ("Top", 0), ("Top", 1), ("EC", 0), ("Half", 0), ("EC", 1), ("Half", 1),
+    ]  # fmt: skip
+
+
+def test_the_order_names_pages_and_arms_that_there_are():
+    known = {*plan.pages("gpu"), *arms.named()}
+    assert all(set(block) <= known for block in read_yaml(paths.configs() / "order.yaml", "order"))
 
 
 def test_a_share_is_of_the_base(configs):

@@ -55,7 +55,7 @@ class Known(verdict.Evidence):
     def summaries(self, arm):
         columns = self.numbers.get(arm, {})
         ran = sorted(set().union(*columns.values())) if columns else []
-        common = {"device": "H100", "code": "c0de"} | self.more.get("summary", {})
+        common = {"device": "H100", "code": "c0de", "config": {"router": arm.split()[0]}} | self.more.get("summary", {})
         return {s: {"name": f"{arm} {s}", "seed": s, "status": "finished"} | common for s in ran}
 
     def values(self, arm, column):

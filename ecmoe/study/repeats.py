@@ -1,0 +1,115 @@
+"""Repeats: a recorded run, trained anew aside, shows whether this code on this card ends in the same numbers.
+
+Evidence is gathered over weeks while code is tidied. The same code repeats a run to the last digit on one kind of card; so
+where other code repeats it, too, both compute the same, and their runs may be compared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ecmoe import paths
+from ecmoe.config import ConfigError, RunConfig
+from ecmoe.files import read_json, write_json
+from ecmoe.provenance import code_digest, device_name
+from ecmoe.training.result import Result, read_record, write_record
+
+COMPARED = ("train_loss", "val_loss", "val_loss_causal")  # columns of a curve, with all digits that a record keeps
+
+
+def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
+    """Train a recorded run anew, aside, and compare its curve; nothing of the record is touched.
+
+    Args:
+        steps: stop at the first validation after so many steps of its schedule; None: at its end.
+
+    Returns:
+        run, router, device, recorded (code of the record), code, rows that were compared, equal, differs (where, and by how
+        much). Kept in reports/SCALE/repeats where the card is the record's: elsewhere it says nothing of the code.
+
+    Raises:
+        ConfigError: no such record, or one that isn't trained in this process. Damaged: it isn't what was written.
+    """
+    path = paths.records(scale) / f"{name}.json"
+    if not path.exists():
+        raise ConfigError(f"{name}: has no record in {path.parent} that could be repeated; `ecmoe run` makes one")
+    record = read_record(path)
+    if "router" not in record.summary["config"] or record.summary.get("world_size", 1) > 1:
+        raise ConfigError(f"{name}: only runs of one process, of text or images, are repeated")
+    config = RunConfig.from_dict(record.summary["config"])
+    curve = _trained(config, config.steps if steps is None else steps, record)
+    ours, theirs = (of.curve.set_index("step")[list(COMPARED)] for of in (curve, record))
+    ours = ours[ours.index.isin(theirs.index)]
+    differs = (ours - theirs.loc[ours.index]).abs().max().loc[lambda most: most > 0]
+    found = {
+        "run": name, "router": config.router, "device": device_name(), "recorded": record.summary["code"],
+        "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and ours.equals(theirs.loc[ours.index]),
+        "differs": differs.to_dict(),
+    }  # fmt: skip
+    if found["device"] == record.summary["device"]:
+        write_json(folder(scale) / f"{name}-{found['code']}.json", found, sealed=True)
+    return found
+
+
+def _trained(config: RunConfig, steps: int, record: Result) -> Result:
+    import lightning as L
+    import pandas as pd
+
+    from ecmoe.training.gpus import place
+    from ecmoe.training.run import train_run
+
+    class Enough(Exception):
+        pass
+
+    class Stop(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if trainer.global_step >= steps:  # its row is written
+                raise Enough
+
+    paths.cache().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=paths.cache()) as aside, place() as where:
+        try:
+            train_run(config, Path(aside), callbacks=[Stop()], where=where)
+        except Enough:
+            pass
+        write_record(Path(aside) / "record.json", Result(record.summary, pd.read_csv(Path(aside) / "curve.csv")))
+        return read_record(Path(aside) / "record.json")
+
+
+def folder(scale: str) -> Path:
+    """Where repeats are kept, a file each, so that those of several machines add up."""
+    return paths.records(scale).with_name("repeats")
+
+
+def kept(scale: str) -> list[dict[str, Any]]:
+    """All repeats of a scale. Raises Damaged: as `again`."""
+    return [read_json(path, sealed=True) for path in sorted(folder(scale).glob("*.json"))]
+
+
+def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The repeats which show that the codes of all these runs (summaries) compute the same; None where that isn't shown.
+
+    Two codes do so on a card if all repeats of one by the other were equal there, with at least one for each router of the runs.
+    """
+    codes, cards = ({run.get(key) for run in runs} for key in ("code", "device"))
+    if len(codes) < 2:
+        return []
+    routers, shown = {run["config"]["router"] for run in runs}, []
+    for card in cards:
+        by_pair = defaultdict(list)
+        for one in repeats:
+            if one["device"] == card:
+                by_pair[frozenset((one["recorded"], one["code"]))].append(one)
+        same = [{code} for code in codes]  # sets of codes that compute the same
+        for pair, those in by_pair.items():
+            if all(one["equal"] for one in those) and routers <= {one["router"] for one in those}:
+                met = [some for some in same if some & pair]
+                same = [some for some in same if not some & pair] + [set(pair).union(*met)]
+                shown += [one["run"] for one in those if len(pair) > 1]
+        if not any(codes <= together for together in same):
+            return None
+    return shown

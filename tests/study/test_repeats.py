@@ -1,0 +1,73 @@
+"""A recorded run trained anew: equal where the code computes the same; and which codes that shows to be one."""
+
+
+import pytest
+from typer.testing import CliRunner
+
+from ecmoe import paths, run_or_load
+from ecmoe.cli import app
+from ecmoe.config import ConfigError
+from ecmoe.files import Damaged
+from ecmoe.study import plan, repeats
+from ecmoe.training.result import Result, read_record, write_record
+
+
+def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    config = tiny_config(steps=6, eval_every=2)
+    run_or_load(config, records=paths.records("gpu"), progress=False)
+    record = paths.records("gpu") / f"{config.name}.json"
+    before, runs = record.read_bytes(), sorted(paths.runs().rglob("*"))
+    found = repeats.again(config.name, "gpu")
+    assert found["equal"] and found["rows"] == 3 and found["differs"] == {} and found["router"] == "expert_choice"
+    assert repeats.kept("gpu") == [found] and found["recorded"] == found["code"]
+    assert repeats.again(config.name, "gpu", steps=3)["rows"] == 2  # a validation follows every second step
+
+    kept = read_record(record)
+    other = kept.curve.assign(val_loss=kept.curve["val_loss"] + [0, 0, 1e-6])
+    write_record(record, Result(kept.summary | {"code": "before"}, other))
+    monkeypatch.setattr(plan, "sound", lambda scale: ([plan.Planned(config.name, config, (), (), 0)], {}))
+    again = ["again", config.name[:-3], "--scale", "gpu"]
+    assert CliRunner().invoke(app, [*again, "--steps", "4"]).exit_code == 0  # equal so far
+    told = CliRunner().invoke(app, again)
+    assert told.exit_code == 1 and "of 3 rows some differ: val_loss by up to 1e-06" in told.stdout
+    assert [one["equal"] for one in repeats.kept("gpu")] == [False]
+    monkeypatch.setattr(repeats, "device_name", lambda: "another")  # says nothing of the code
+    assert not repeats.again(config.name, "gpu", steps=2)["differs"] and not repeats.kept("gpu")[0]["equal"]
+
+    write_record(record, kept)
+    assert record.read_bytes() == before and sorted(paths.runs().rglob("*")) == runs
+    with pytest.raises(ConfigError, match="nobody: has no record"):
+        repeats.again("nobody", "gpu")
+    (file,) = repeats.folder("gpu").iterdir()
+    file.write_text(file.read_text().replace("false", "true"))
+    with pytest.raises(Damaged, match="check sum"):
+        repeats.kept("gpu")
+
+
+def run(code, router="dense", device="H100"):
+    return {"code": code, "device": device, "config": {"router": router}}
+
+
+def repeat(recorded, code, router="dense", device="H100", equal=True):
+    return {"run": f"{router} {recorded}", "recorded": recorded, "code": code, "router": router, "device": device, "equal": equal}
+
+
+@pytest.mark.parametrize(
+    ("runs", "kept", "shown"),
+    [
+        ([run("a"), run("a", "hash")], [], []),  # nothing to show
+        ([run("a"), run("b")], [], None),
+        ([run("a"), run("b")], [repeat("a", "b")], ["dense a"]),
+        ([run("b"), run("a")], [repeat("a", "b")], ["dense a"]),  # either way round
+        ([run("a"), run("c")], [repeat("a", "b"), repeat("c", "b")], ["dense a", "dense c"]),  # by way of a third
+        ([run("a"), run("b")], [repeat("a", "b"), repeat("a", "b", equal=False)], None),
+        ([run("a"), run("b")], [repeat("a", "b", device="H200")], None),
+        ([run("a"), run("b"), run("b", device="H200")], [repeat("a", "b")], None),  # shown on one card of two
+        ([run("a"), run("b", "hash")], [repeat("a", "b")], None),  # nothing is known of hash routing
+        ([run("a"), run("b", "hash")], [repeat("a", "b"), repeat("a", "b", "hash")], ["dense a", "hash a"]),
+        ([run("a"), run("b"), run("c")], [repeat("a", "b"), repeat("a", "a")], None),
+    ],
+)  # fmt: skip
+def test_codes_are_one_where_repeats_of_every_router_link_them(runs, kept, shown):
+    assert repeats.linked(runs, kept) == shown
