@@ -1,6 +1,5 @@
 """A recorded run trained anew: equal where the code computes the same; and which codes that shows to be one."""
 
-
 import pytest
 from typer.testing import CliRunner
 
@@ -50,7 +49,14 @@ def run(code, router="dense", device="H100"):
 
 
 def repeat(recorded, code, router="dense", device="H100", equal=True):
-    return {"run": f"{router} {recorded}", "recorded": recorded, "code": code, "router": router, "device": device, "equal": equal}
+    return {
+        "run": f"{router} {recorded}",
+        "recorded": recorded,
+        "code": code,
+        "router": router,
+        "device": device,
+        "equal": equal,
+    }
 
 
 @pytest.mark.parametrize(
