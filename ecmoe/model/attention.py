@@ -100,7 +100,10 @@ class RelativeBias(nn.Module):
 
     def table(self, keys: int, device: torch.device) -> Tensor:
         """(h, keys), the bias by distance."""
-        return self.weight[bucket(torch.arange(keys, device=device), self.buckets, self.max_distance)].T
+        of = bucket(torch.arange(keys, device=device), self.buckets, self.max_distance)
+        # A sum with one term, not a look-up, whose gradient a GPU would have to sort before it adds it up in a fixed order.
+        chosen = torch.arange(self.buckets, device=device)[:, None, None] == of  # (buckets, 1, keys)
+        return (self.weight[:, :, None] * chosen).sum(0)
 
     def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(h, queries, keys), -inf where the key lies in the future; the last query is the last key's token."""

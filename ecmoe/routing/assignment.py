@@ -110,10 +110,12 @@ def pack(
     if slots is None:
         slots = max(int(demand[:e].max()), 1)
     full = place >= (slots if limit is None else limit.clamp(max=slots))
-    # Everything without a place goes to one spare slot behind the last, which is cut off.
-    slot = torch.where(full | (expert == e), e * slots, expert * slots + place)
-    tokens = torch.full((e * slots + 1,), n, dtype=torch.long, device=token.device)
-    gates = gate.new_zeros(e * slots + 1)
-    tokens = tokens.index_put((slot,), token[by_expert])[:-1].view(e, slots)
-    gates = gates.index_put((slot,), gate[by_expert])[:-1].view(e, slots)
+    # What has no place goes to a spare slot of its own behind the last, all cut off: a GPU that repeats its bits writes one
+    # after the other what shares a slot.
+    spare = e * slots + torch.arange(len(expert), device=expert.device)
+    slot = torch.where(full | (expert == e), spare, expert * slots + place)
+    tokens = torch.full((e * slots + len(expert),), n, dtype=torch.long, device=token.device)
+    gates = gate.new_zeros(e * slots + len(expert))
+    tokens = tokens.index_put((slot,), token[by_expert])[: e * slots].view(e, slots)
+    gates = gates.index_put((slot,), gate[by_expert])[: e * slots].view(e, slots)
     return Assignment(tokens, gates, demand[:e])

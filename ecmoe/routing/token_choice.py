@@ -79,14 +79,15 @@ class TokenChoice(Router):
             gate = gate * (e / k)
 
         # Requests: all first choices, then all second ones; tokens within by priority.
-        first = torch.arange(n, device=S.device)
+        token, chooses = torch.arange(n, device=S.device), mask
         if self.priority == "score":
-            first = S.detach().amax(dim=1).argsort(descending=True, stable=True)
-        expert = choice[first].T.reshape(-1)
-        if mask is not None:
-            expert = torch.where(mask[first].repeat(k), expert, e)
+            token = S.detach().amax(dim=1).argsort(descending=True, stable=True)
+            choice, gate, chooses = choice[token], gate[token], None if mask is None else mask[token]
+        expert = choice.T.reshape(-1)
+        if chooses is not None:
+            expert = torch.where(chooses.repeat(k), expert, e)
         slots, limit = capacity(None if self.causal else self.capacity_factor, k, n, e, mask)
-        chosen = pack(first.repeat(k), expert, gate[first].T.reshape(-1), n=n, e=e, slots=slots, limit=limit)
+        chosen = pack(token.repeat(k), expert, gate.T.reshape(-1), n=n, e=e, slots=slots, limit=limit)
         demand = chosen.demand
         if self.gathers and self.moves:
             self.load_error += demand.float().mean() - demand.float()  # type: ignore[union-attr]
