@@ -23,7 +23,7 @@ _HOME = {
     "MoE": "ecmoe.model.moe",
     "RunConfig": "ecmoe.config",
     "ConfigError": "ecmoe.config",
-    "build_model": "ecmoe.model.transformer",
+    "build_model": "ecmoe.model.build",
     "causal_routing": "ecmoe.routing",
     "track": "ecmoe.model.tracking",
     "run_or_load": "ecmoe.training.run",

@@ -10,7 +10,7 @@ import torch
 
 from ecmoe import routers
 from ecmoe.config import RunConfig
-from ecmoe.model.transformer import count_parameters, flops_per_token
+from ecmoe.model.build import count_parameters, flops_per_token
 from ecmoe.routers import arm_label
 from ecmoe.routing import build_router
 from ecmoe.training.lit import LitModel

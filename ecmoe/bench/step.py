@@ -28,8 +28,8 @@ from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
 from ecmoe.bench.layer import COMPILED, EAGER, GRAPH, PLAIN, kernels_run
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.model.build import flops_per_token
 from ecmoe.model.tracking import track
-from ecmoe.model.transformer import flops_per_token
 from ecmoe.provenance import peak_flops
 from ecmoe.routing import ExpertChoice, Router, routers
 from ecmoe.training import cuda_graph as graph

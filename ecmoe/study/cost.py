@@ -8,7 +8,7 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.model.transformer import TABLE_1, count_parameters, flops_per_token
+from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.provenance import PEAK_BF16
 from ecmoe.study import plan as study
 from ecmoe.study.table import table

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
 from ecmoe.model import metrics
+from ecmoe.model.build import build_model
 from ecmoe.model.tracking import track
-from ecmoe.model.transformer import Block, build_model
+from ecmoe.model.transformer import Block
 from ecmoe.routing import causal_routing, routers
 from ecmoe.training import cuda_graph as graph
 from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor

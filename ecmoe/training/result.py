@@ -70,7 +70,7 @@ def load_model(path: str | Path) -> Trunk:
     import torch
     from safetensors.torch import load_file
 
-    from ecmoe.model.transformer import build_model
+    from ecmoe.model.build import build_model
     from ecmoe.routing import routers
 
     path = Path(path)

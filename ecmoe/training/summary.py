@@ -10,7 +10,7 @@ import pandas as pd
 
 from ecmoe.config import RunConfig
 from ecmoe.model import metrics
-from ecmoe.model.transformer import count_parameters, flops_per_token
+from ecmoe.model.build import count_parameters, flops_per_token
 from ecmoe.provenance import code_digest, commit, device_name, peak_flops, versions
 from ecmoe.training.result import not_run
 from ecmoe.training.trainer import resolved_precision

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ecmoe.measures import fine_tuning
 from ecmoe.measures.fine_tuning import Encoded, LitFineTuning, fine_tuned
-from ecmoe.model.transformer import build_model
+from ecmoe.model.build import build_model
 from ecmoe.training.trainer import new_trainer
 
 ROUTERS = {

@@ -10,7 +10,7 @@ import torch
 from ecmoe.config import RunConfig
 from ecmoe.data.image_batches import ImageData
 from ecmoe.measures import image_capacity as capacity
-from ecmoe.model.transformer import build_model
+from ecmoe.model.build import build_model
 from ecmoe.report import plots
 from ecmoe.study.vision import differences
 from ecmoe.training.run import run_or_load

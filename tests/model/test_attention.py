@@ -8,7 +8,7 @@ import torch
 from ecmoe.config import RunConfig
 from ecmoe.model import attention
 from ecmoe.model.attention import Attention, RelativeBias, bucket
-from ecmoe.model.transformer import build_model
+from ecmoe.model.build import build_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)

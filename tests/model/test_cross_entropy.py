@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
 from ecmoe.model import cross_entropy
+from ecmoe.model.build import build_model
 from ecmoe.model.cross_entropy import linear_cross_entropy, losses_
-from ecmoe.model.transformer import build_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from ecmoe.config import ROUTERS, RunConfig
+from ecmoe.model.build import TABLE_1, build_model, count_parameters, flops_per_token
 from ecmoe.model.moe import KERNELS
-from ecmoe.model.transformer import TABLE_1, build_model, count_parameters, flops_per_token
 
 SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
 

@@ -13,7 +13,7 @@ from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import is_other_data
 from ecmoe.data.image_batches import ImageBatches, ImageData, shifted
-from ecmoe.model.transformer import build_model, count_parameters, flops_per_token
+from ecmoe.model.build import build_model, count_parameters, flops_per_token
 from ecmoe.model.vision import patchify
 from ecmoe.study.table import table
 from ecmoe.training.recorder import Recorder

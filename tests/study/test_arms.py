@@ -44,7 +44,7 @@ def test_an_arm_is_its_base_and_its_keys():
 
 
 def test_a_dense_twin_of_equal_flops_has_them():
-    from ecmoe.model.transformer import count_parameters
+    from ecmoe.model.build import count_parameters
 
     base = SCALES["gpu"]["base"]
     made = arms.configs(["EC-CF2 renormalized", "Dense equal FLOPs", "Dense"], [0], base)

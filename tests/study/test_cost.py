@@ -3,7 +3,7 @@
 import pytest
 
 from ecmoe import paths
-from ecmoe.model.transformer import TABLE_1, flops_per_token
+from ecmoe.model.build import TABLE_1, flops_per_token
 from ecmoe.study import cost
 from ecmoe.training.result import Result, not_run, write_record
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ecmoe import paths, run_or_load
-from ecmoe.model.transformer import flops_per_token
+from ecmoe.model.build import flops_per_token
 from ecmoe.provenance import code_digest
 from ecmoe.training import run as training
 from ecmoe.training import summary as summaries
