@@ -112,8 +112,8 @@ class RunConfig(Schema):
     top_k: int = key(2, "experts that a token chooses (token choice): Switch 1, GShard 2", low=1)
     gate: str = key("softmax", "combine weights: softmax (Eq. 4), renormalized over a token's experts, "
                     "scaled (softmax x e/c)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
-    pool: str | int = key("batch", "tokens that compete (expert choice): batch, sequence, position, or a number "
-                          "of tokens (whole sequences)", low=1)  # fmt: skip
+    pool: str | int = key("batch", "tokens that compete (expert choice): batch (of all ranks), rank (each rank's own), "
+                          "sequence, position, or a number of tokens (whole sequences)", low=1)  # fmt: skip
     max_experts_per_token: int | None = key(None, "b of capped expert choice (3.3); null: no cap", low=1)
     cap_solver: str = key("feasible", "how the cap is met: feasible (ours), dykstra (the paper's, to the letter)",
                           choices=("feasible", "dykstra"))  # fmt: skip
@@ -190,7 +190,8 @@ class RunConfig(Schema):
     kernels: str = key("auto", "who computes an MoE layer: plain (PyTorch, any device), triton, triton-bmm (Triton, on a "
                        "CUDA GPU), auto (the layer decides)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
     activation_checkpointing: bool = key(False, "recompute attention and experts in the backward pass")
-    strategy: str = key("auto", "auto, ddp, fsdp2; with several ranks the pool is each rank's batch",
+    strategy: str = key("auto", "how several ranks share a run: ddp (each has all weights), fsdp2 (each a part of every "
+                        "weight), auto (ddp)",
                         choices=("auto", "ddp", "fsdp2"))  # fmt: skip
     devices: int = key(1, "processes of a node; more than one: torchrun -m ecmoe train", low=1, high=1024)
     num_nodes: int = key(1, "nodes", low=1, high=65_536)
@@ -226,8 +227,8 @@ class RunConfig(Schema):
             others = ", ".join(name for name, other in ROUTERS.items() if not other.needs(vars(self)))
             raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(self.needs)}, which "
                               f"images don't have; take one of {others}")  # fmt: skip
-        if isinstance(self.pool, str) and self.pool not in ("batch", "sequence", "position"):
-            raise ConfigError(f"pool={self.pool!r}: must be batch, sequence, position, or a whole number of tokens")
+        if isinstance(self.pool, str) and self.pool not in ("batch", "rank", "sequence", "position"):
+            raise ConfigError(f"pool={self.pool!r}: must be batch, rank, sequence, position, or a whole number of tokens")
         c = self.capacity_factor
         if c is not None and c <= 0 and "capacity_factor" in row.keys:
             raise ConfigError(f"capacity_factor={c}: must be above 0")
@@ -251,7 +252,12 @@ class RunConfig(Schema):
     @property
     def tokens_per_batch(self) -> int:
         """Tokens of an optimiser step, over all ranks."""
-        return self.batch_size * self.sequence_length * self.accumulate * self.devices * self.num_nodes
+        return self.batch_size * self.sequence_length * self.accumulate * self.ranks
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train it together."""
+        return self.devices * self.num_nodes
 
     @property
     def weights_at_least(self) -> int:
@@ -277,7 +283,9 @@ class RunConfig(Schema):
                     f"{batch} tokens of a batch (batch_size x sequence_length)"
                 )
             return self.pool
-        return {"batch": batch, "sequence": self.sequence_length, "position": self.batch_size}[self.pool]
+        if self.pool == "position":
+            return self.batch_size * self.ranks
+        return {"batch": batch * self.ranks, "rank": batch, "sequence": self.sequence_length}[self.pool]
 
     @classmethod
     def from_yaml(cls, *files: str | Path, **changes: Any) -> RunConfig:
@@ -304,6 +312,8 @@ class RunConfig(Schema):
         if self.max_experts_per_token is None:
             unread = unread | {"cap_solver"}
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
+        if self.ranks == 1 and keep.get("pool") == "rank":
+            keep["pool"] = "batch"
         return keep | {"data": bare_data(self.data)}
 
     def slug(self) -> str:

@@ -7,9 +7,9 @@ other token (Expert Threshold, arXiv 2603.11535: an exponential moving average o
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ecmoe.routing.ranks import add_up
 from ecmoe.routing.state import RunningState
 
 
@@ -44,11 +44,7 @@ class RunningCutoff(RunningState):
     @torch.no_grad()
     def end_step(self) -> Tensor:
         """Take what was added into the average, and say if it moved: a step that added nothing, or NaN, moves nothing."""
-        if dist.is_available() and dist.is_initialized():
-            both = torch.cat([self.pending, self.count[None]])
-            dist.all_reduce(both)
-            self.pending.copy_(both[:-1])
-            self.count.copy_(both[-1])
+        add_up(self.pending, self.count)
         moves, (average, weight) = self._moves(), self._moved()
         self.average.copy_(average)
         self.weight.copy_(weight)

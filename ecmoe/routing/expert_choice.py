@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ecmoe.files import ConfigError
 from ecmoe.routers import bucket_size, exact
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningCutoff
+from ecmoe.routing.ranks import gathered, own, ranks
 from ecmoe.routing.router import Router, fast, one_of, without_padding
 
 
@@ -26,7 +28,8 @@ class ExpertChoice(Router):
         capacity_factor: c, the average number of experts a token.
         max_experts_per_token: b, the most experts a token may get; None: no cap.
         pool: which tokens compete: "batch" (the paper), "sequence", "position" (the same position of all
-            sequences), or a number of tokens, whole sequences together.
+            sequences), or a number of tokens, whole sequences together. Batch and sequences are those of all ranks of
+            the process group, which must route together, in evaluation too; "rank": of each rank's own batch.
         gate: "softmax" (Eq. 4 as printed), "renormalized" over the experts that took the token,
             "scaled" (softmax x e/c: 1 on average for a uniform router).
         cap_solver: "feasible" (ours: no token over b, every expert full) or "dykstra" (the paper's).
@@ -56,7 +59,7 @@ class ExpertChoice(Router):
     ) -> None:
         super().__init__(d_model, num_experts)
         if not isinstance(pool, int):
-            one_of("pool", pool, ("batch", "sequence", "position"))
+            one_of("pool", pool, ("batch", "rank", "sequence", "position"))
         if max_experts_per_token is not None and max_experts_per_token < capacity_factor:
             raise ConfigError(
                 f"max_experts_per_token={max_experts_per_token} is below capacity_factor={capacity_factor}: "
@@ -76,20 +79,25 @@ class ExpertChoice(Router):
         if self.causal:
             return self._weigh(self._above_cutoff(logits.softmax(dim=1), mask), n)
         ids = self._pools(n, batch_shape, logits.device)  # (g, m)
-        pooled = self._scores(logits, ids)  # (g, e, m)
+        S = pooled = self._scores(logits, ids)  # (g, e, m)
+        valid = None if mask is None else mask[None] if ids is None else mask[ids]  # (g, m)
+        across = self.pool in ("batch", "position") and ranks() > 1
+        if across:
+            pooled, valid = gathered(S), None if valid is None else gathered(valid)
         k = self._bucket(pooled.shape[2])
         if k == 0:  # no tokens, or too few for a cap
             return Assignment(torch.empty(e, 0, dtype=torch.long, device=logits.device), logits.new_empty(e, 0))
-        valid = None if mask is None else mask[None] if ids is None else mask[ids]  # (g, m)
         if valid is not None:
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
         G, I, lowest = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
         if self.gathers:
             self.cutoff.add(lowest if valid is None else self._kth(G, valid, k))
-        token = I if ids is None else ids.gather(1, I.flatten(1)).view_as(I)
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
-            token, G = torch.where(filled, token, n), torch.where(filled, G, 0.0)
+            I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)  # noqa: E741
+        if across:
+            G, I = own(S, I)  # noqa: E741
+        token = I if ids is None else F.pad(ids, (0, 1), value=n).gather(1, I.flatten(1)).view_as(I)
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
@@ -128,7 +136,7 @@ class ExpertChoice(Router):
 
     def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor | None:
         """(g, m) token ids: which tokens compete with each other; None: all of them."""
-        if self.pool == "batch":
+        if self.pool in ("batch", "rank"):
             return None
         ids = torch.arange(n, device=device)
         if isinstance(self.pool, int):

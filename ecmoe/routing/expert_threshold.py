@@ -40,7 +40,7 @@ class ExpertThreshold(ExpertChoice):
         warmup_steps: int = 10,
         slack: float = 2.0,
     ) -> None:
-        super().__init__(d_model, num_experts, capacity_factor, gate=gate)
+        super().__init__(d_model, num_experts, capacity_factor, pool="rank", gate=gate)
         if slack < 1:
             raise ValueError(f"slack={slack}: must be at least 1")
         if warmup_steps < 0:

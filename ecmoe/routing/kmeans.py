@@ -6,10 +6,10 @@ Letters: n tokens x of width d, e experts with centroids c (e, d).
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, capacity
 
 
@@ -89,9 +89,7 @@ class KMeans(Router):
     @torch.no_grad()
     def end_step(self) -> None:
         """Move the averages by what this step gathered, and the centroids to them."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.pending_sums)
-            dist.all_reduce(self.pending_counts)
+        add_up(self.pending_sums, self.pending_counts)
         # A step that saw no token moves nothing; nor does one that saw a NaN, which would stay for good.
         moves = (self.pending_counts.sum() > 0) & self.pending_sums.isfinite().all()
         beta = torch.where(moves, self.beta, 1.0)

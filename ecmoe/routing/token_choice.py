@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
+from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, capacity, one_of, without_padding
 
 
@@ -111,8 +112,7 @@ class TokenChoice(Router):
         """Move the balancing bias by `bias_rate` towards experts that got too few tokens (Wang et al. 2024)."""
         if not self.moves:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.load_error)
+        add_up(self.load_error)
         self.bias += self.bias_rate * self.load_error.sign()
         self.load_error.zero_()
 

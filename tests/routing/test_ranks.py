@@ -1,4 +1,4 @@
-"""Two ranks move running statistics as one process that saw both batches."""
+"""Two ranks move running statistics, and fill pools, as one process that saw both batches."""
 
 import multiprocessing
 import socket
@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from ecmoe.routing import ExpertThreshold, KMeans, TokenChoice
+from ecmoe.routing import ExpertChoice, ExpertThreshold, KMeans, TokenChoice
 
 D, E = 3, 4
 ROUTERS = {
@@ -29,11 +29,42 @@ def moved(name: str, batches) -> dict[str, list]:
     return {key: router.state_dict()[key].tolist() for key in statistics}
 
 
+POOLS = {
+    "batch": {},
+    "capped": {"max_experts_per_token": 2},
+    "position": {"pool": "position", "capacity_factor": 1.0},
+    "renormalized": {"gate": "renormalized"},
+}
+LOGITS = torch.randn(2, 2, 3 * 8, E, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # batches of ranks
+MASK = torch.rand(2, 2, 3 * 8, generator=torch.Generator().manual_seed(2)) > 0.3
+
+
+def chosen(logits: torch.Tensor, mask: torch.Tensor, **keys) -> dict[str, list]:
+    """Combine weights, their gradients, and the cut-offs after steps that see these batches each; without padding and with."""
+    router = ExpertChoice(D, E, **{"rounding": "down"} | keys)
+    logits = logits.clone().requires_grad_()
+    weights = [
+        router.assign(x, batch_shape=(len(x) // 8, 8), mask=m).dense(len(x))
+        for step in zip(logits, mask, strict=True)
+        for x, m in [(step[0], None), step]
+    ]
+    (torch.stack(weights) * torch.arange(1, E + 1)).square().sum().backward()
+    router.end_step()
+    return {
+        "weights": torch.stack(weights).tolist(),
+        "gradients": logits.grad.tolist(),
+        "cutoffs": router.cutoff.average.tolist(),
+    }
+
+
 def _rank(rank: int, port: int, results) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results.put({name: moved(name, STEPS[:, rank : rank + 1]) for name in ROUTERS})
+    found = {name: moved(name, STEPS[:, rank : rank + 1]) for name in ROUTERS}
+    found |= {name: chosen(LOGITS[:, rank], MASK[:, rank], **keys) for name, keys in POOLS.items()}
+    found["rank"] = chosen(LOGITS[:, rank], MASK[:, rank], pool="rank")
+    results.put((rank, found))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -48,7 +79,7 @@ def by_rank():
     ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    found = [results.get(timeout=60) for _ in ranks]
+    found = dict(results.get(timeout=60) for _ in ranks)
     for rank in ranks:
         rank.join(timeout=60)
     return found
@@ -59,3 +90,18 @@ def test_two_ranks_are_one_process(by_rank, name):
     assert by_rank[0][name] == by_rank[1][name]
     for key, value in moved(name, STEPS).items():
         torch.testing.assert_close(torch.tensor(by_rank[0][name][key]), torch.tensor(value))
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_tokens_of_two_ranks_compete_as_those_of_one_process(by_rank, name):
+    one = chosen(LOGITS.flatten(1, 2), MASK.flatten(1, 2), **POOLS[name])
+    for key in ("weights", "gradients"):
+        both = [a + b for a, b in zip(by_rank[0][name][key], by_rank[1][name][key], strict=True)]
+        assert both == one[key]
+    assert by_rank[0][name]["cutoffs"] == by_rank[1][name]["cutoffs"] == one["cutoffs"]
+
+
+def test_a_pool_of_a_rank_is_its_own_batch(by_rank):
+    for rank in (0, 1):
+        alone = chosen(LOGITS[:, rank], MASK[:, rank])
+        assert by_rank[rank]["rank"]["weights"] == alone["weights"] != by_rank[rank]["batch"]["weights"]

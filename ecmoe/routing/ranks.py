@@ -1,0 +1,53 @@
+"""What routers of several ranks know of each other: sums of statistics, and pools of all ranks' tokens.
+
+Letters: R ranks, g pools of m tokens of a rank, e experts, S (g, e, m) scores. A pool of all ranks has R m places, rank
+after rank, as one process has that is given all their batches in that order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+from torch.nn import functional as F
+
+STEPS = 8  # sizes between what a rank wins on average and twice that: each is compiled once
+
+
+def ranks() -> int:
+    """R; 1 where no process group is."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Each becomes its sum over all ranks, in place."""
+    if ranks() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def gathered(S: Tensor) -> Tensor:
+    """(..., m) of every rank -> (..., R m), without gradients; all ranks must call it, with as many tokens."""
+    return functional.all_gather_tensor(S.detach().contiguous(), S.dim() - 1, dist.group.WORLD)
+
+
+@torch.compiler.disable
+def own(S: Tensor, I: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """What a rank's own tokens won: their scores and places, (g, e, s), in the order of I; score 0 and place m in empty slots.
+
+    Args:
+        S: (g, e, m) the rank's own scores; gradients pass to those that are chosen.
+        I: (g, e, k) places chosen in the pools of all ranks; R m is none.
+
+    s is the same on all ranks: what the luckiest of them won of an expert, rounded up to one of few sizes.
+    """
+    R, m, k = ranks(), S.shape[2], I.shape[2]
+    owner = I // m
+    won = max(int((owner == rank).sum(2).max()) for rank in range(R))  # reads numbers from the device
+    step = -(-k // (STEPS * R))
+    s = min(-(-won // step) * step, k, m)
+    mine = owner == dist.get_rank()
+    slot = torch.where(mine, mine.cumsum(2) - 1, s)  # the others' all lie in one behind the last, which is cut off
+    places = torch.full_like(I[..., :1], m).repeat(1, 1, s + 1).scatter(2, slot, torch.where(mine, I % m, m))[..., :s]
+    return F.pad(S, (0, 1)).gather(2, places), places
