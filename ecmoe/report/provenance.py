@@ -31,7 +31,7 @@ def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
         "precision": _distinct(done, "precision"),
         "versions": {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done},
         "data": {_data_text(d) for d in data},
-        "processes (the pool is each one's batch)": _distinct(done, "world_size") - {"1"},
+        "processes": _distinct(done, "world_size") - {"1"},
         "runs side by side on a device (seconds are a run's own over their number)": _distinct(done, "sharing", 1)
         - {"1"},
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
