@@ -228,7 +228,9 @@ class RunConfig(Schema):
             raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(self.needs)}, which "
                               f"images don't have; take one of {others}")  # fmt: skip
         if isinstance(self.pool, str) and self.pool not in ("batch", "rank", "sequence", "position"):
-            raise ConfigError(f"pool={self.pool!r}: must be batch, rank, sequence, position, or a whole number of tokens")
+            raise ConfigError(
+                f"pool={self.pool!r}: must be batch, rank, sequence, position, or a whole number of tokens"
+            )
         c = self.capacity_factor
         if c is not None and c <= 0 and "capacity_factor" in row.keys:
             raise ConfigError(f"capacity_factor={c}: must be above 0")

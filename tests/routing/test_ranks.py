@@ -35,7 +35,9 @@ POOLS = {
     "position": {"pool": "position", "capacity_factor": 1.0},
     "renormalized": {"gate": "renormalized"},
 }
-LOGITS = torch.randn(2, 2, 3 * 8, E, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # batches of ranks
+LOGITS = torch.randn(
+    2, 2, 3 * 8, E, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+)  # batches of ranks
 MASK = torch.rand(2, 2, 3 * 8, generator=torch.Generator().manual_seed(2)) > 0.3
 
 

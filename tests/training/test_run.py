@@ -354,7 +354,9 @@ def test_two_ranks_by_torchrun_are_one_process_over_both_batches(tiny_config, st
     assert time.time() - began < 200
     one = run_or_load(tiny_config(**keys, batch_size=8, eval_batches=eval_batches // 2), progress=False)
     assert result.summary["world_size"] == 2 and result.summary["tokens"] == one.summary["tokens"]
-    assert result.curve["step"].tolist() == one.curve["step"].tolist() == sorted({*range(eval_every, 21, eval_every), 20})
+    assert (
+        result.curve["step"].tolist() == one.curve["step"].tolist() == sorted({*range(eval_every, 21, eval_every), 20})
+    )
     for name in ("train_loss", "aux_loss", "val_loss", "val_loss_causal", "share_1"):
         assert result.curve[name].tolist() == pytest.approx(one.curve[name].tolist(), abs=1e-4), name
     weights = load_model(one.path).state_dict()
