@@ -29,10 +29,10 @@ def add_up(*tensors: Tensor) -> None:
 
 def gathered(S: Tensor) -> Tensor:
     """(..., m) of every rank -> (..., R m), without gradients; all ranks must call it, with as many tokens."""
-    return functional.all_gather_tensor(S.detach().contiguous(), S.dim() - 1, dist.group.WORLD)
+    return functional.all_gather_tensor(S.detach().contiguous(), S.dim() - 1, dist.group.WORLD)  # type: ignore[arg-type]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def own(S: Tensor, I: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
     """What a rank's own tokens won: their scores and places, (g, e, s), in the order of I; score 0 and place m in empty slots.
 

@@ -137,7 +137,7 @@ def test_a_fraction_is_an_error_and_names_it(n, c, wrong):
     [
         (lambda: ExpertChoice(D, 4, 8.0).assign(torch.zeros(8, 4)), "k=16 of n=8"),
         (lambda: ExpertChoice(D, 4, 2.0, 1), "max_experts_per_token=1"),
-        (lambda: ExpertChoice(D, 4, pool="page"), "pool='page'.*batch, sequence, position"),
+        (lambda: ExpertChoice(D, 4, pool="page"), "pool='page'.*batch, rank, sequence, position"),
         (lambda: ExpertChoice(D, 4, gate="sigmoid"), "gate='sigmoid'.*softmax"),
         (lambda: ExpertChoice(D, 4, cap_solver="greedy"), "cap_solver='greedy'"),
         (lambda: ExpertChoice(D, 4, pool=3).assign(torch.zeros(8, 4)), "pool=3.*n=8"),
