@@ -11,6 +11,7 @@ from typing import Any
 from ecmoe.continual.learning import final_accuracy, forgetting, run
 from ecmoe.continual.settings import APPROACHES, Settings
 from ecmoe.data import images
+from ecmoe.training.gpus import place
 from ecmoe.training.once import StillOurs, once
 from ecmoe.training.result import Result, not_run, read_run, write_run
 from ecmoe.training.summary import circumstances
@@ -23,7 +24,8 @@ def run_or_load(
     """As `ecmoe.run_or_load`, but a Result without curve or weights; of a run that was interrupted nothing is left."""
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
-        summary = summarize(settings, progress)
+        with place(progress):
+            summary = summarize(settings, progress)
         still_ours()
         write_run(folder, summary)
         return read_run(folder)  # as a later call will see it

@@ -83,7 +83,7 @@ def fine_tuned(
         with repeatable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", module="lightning.*")
-            new_trainer(config, devices=1, max_steps=steps, gradient_clip_val=1.0).fit(tuned, batches)
+            new_trainer(config, max_steps=steps, gradient_clip_val=1.0).fit(tuned, batches)
     tuned = tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     right = tuned.right(validation, batch_size)
     with causal_routing(tuned.model):

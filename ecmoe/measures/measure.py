@@ -47,18 +47,21 @@ def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
     import torch
 
     from ecmoe.config import RunConfig
+    from ecmoe.training.gpus import place
     from ecmoe.training.result import load_model
     from ecmoe.training.run import free_memory, run_or_load
 
     module, _, function = MEASURES[how.what].compute.partition(":")
     compute = getattr(import_module(module), function)
     config = RunConfig.from_dict(result.summary["config"])
-    model = load_model(run_or_load(config, weights=True).path).to("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return compute(model, config, **how.keys)
-    finally:
-        del model
-        free_memory()
+    run = run_or_load(config, weights=True).path
+    with place(say=False):
+        model = load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return compute(model, config, **how.keys)
+        finally:
+            del model
+            free_memory()
 
 
 def write(path: Path, run: str, how: Measurement, found: Mapping[str, Any]) -> None:

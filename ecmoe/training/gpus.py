@@ -38,7 +38,8 @@ class Place:
 
 @contextmanager
 def place(say: bool = True) -> Iterator[Place]:
-    """Hold a place, waiting for one if all are taken ($ECMOE_SLOTS runs a GPU, else 4). There is no end of them on a CPU."""
+    """Hold a place, waiting for one if all are taken ($ECMOE_SLOTS runs a GPU, else 4); within it, "cuda" is its GPU. There is no
+    end of them on a CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         yield Place()
@@ -59,7 +60,8 @@ def place(say: bool = True) -> Iterator[Place]:
     if say and gpus > 1:
         print(f"GPU {gpu} of {gpus}: {names[gpu]}", file=sys.stderr, flush=True)
     try:
-        yield Place(gpu, [path for path in of_gpu[gpu] if path != mine])
+        with torch.cuda.device(gpu):
+            yield Place(gpu, [path for path in of_gpu[gpu] if path != mine])
     finally:
         lock.release()
 

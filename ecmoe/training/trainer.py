@@ -18,7 +18,7 @@ from ecmoe.training.ranks import in_torchrun
 
 
 def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
-    """A Trainer of the run's precision, on a GPU if there is one, that keeps nothing and says nothing; `keys` are its own."""
+    """A Trainer of the run's precision, on the current GPU if there is one, that keeps nothing and says nothing; `keys` are its own."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
@@ -27,7 +27,13 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
     if not in_torchrun():  # Lightning would believe what another launcher, or one long gone, left in the environment
         rank_zero_only.rank = 0
         keys = {"plugins": [LightningEnvironment()]} | keys
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    quiet = dict(
+        devices=[torch.cuda.current_device()] if cuda else 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     return L.Trainer(
         accelerator="cuda" if cuda else "cpu", precision=resolved_precision(config), max_epochs=-1, **quiet | keys
     )

@@ -1,6 +1,7 @@
 """A measurement is taken once, kept with the run, and read without weights."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -8,6 +9,7 @@ from ecmoe import measures, paths
 from ecmoe.files import ConfigError, Damaged, read_json, write_json
 from ecmoe.measures import Measurement, Row, measurements
 from ecmoe.measures.measure import measure
+from ecmoe.training import gpus
 from ecmoe.training.result import not_run
 from ecmoe.training.run import run_or_load
 
@@ -70,6 +72,26 @@ def test_a_damaged_file_is_named(tiny_config, change):
         write_json(path, read_json(path, sealed=True) | {"run": "another"}, sealed=True)
     with pytest.raises(Damaged, match=f"{path.name}.*(check sum|Unterminated|holds 'weights' of another)"):
         measure(result, one, scale="gpu", train=False)
+
+
+def test_the_model_lies_on_a_gpu_of_its_own(tiny_config, monkeypatch):
+    held = []
+
+    @contextmanager
+    def place(say):
+        held.append("a place")
+        yield
+        held.append("given back")
+
+    def compute(model, config, **keys):
+        held.append("computed")
+        return {}
+
+    result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
+    monkeypatch.setattr(gpus, "place", place)
+    monkeypatch.setattr(f"{__name__}.weights", compute)
+    measure(result, how(layers=7))
+    assert held == ["a place", "computed", "given back"]
 
 
 def test_a_run_that_is_missing_has_none(tiny_config):

@@ -1,6 +1,6 @@
 """Places on GPUs: the emptiest first, never more than there are, found by processes that don't know of each other."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +13,22 @@ from ecmoe.training import gpus
 
 @pytest.fixture
 def three(monkeypatch, tmp_path):
-    """Three GPUs, renumbered."""
+    """Three GPUs, renumbered; the current one is the last of the list."""
+    current = [0]
+
+    @contextmanager
+    def device(gpu):
+        current.append(gpu)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(paths, "cache", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid=f"GPU-{'cab'[gpu]}"))
     monkeypatch.setenv("ECMOE_SLOTS", "2")
+    return current
 
 
 def test_runs_spread_over_the_gpus_count_each_other_and_wait_when_all_are_full(three, monkeypatch, capsys):
@@ -27,7 +37,7 @@ def test_runs_spread_over_the_gpus_count_each_other_and_wait_when_all_are_full(t
         assert [place.gpu for place in places] == [0, 1, 2, 0, 1]
         assert [place.sharing() for place in places] == [2, 2, 1, 2, 2]
         with gpus.place() as last:
-            assert last.gpu == 2 and last.sharing() == 2 and "GPU 2 of 3: GPU-b" in capsys.readouterr().err
+            assert three[-1] == last.gpu == 2 and last.sharing() == 2 and "GPU 2 of 3: GPU-b" in capsys.readouterr().err
             monkeypatch.setattr(gpus.time, "sleep", lambda _: held.close())  # while it waits, the others end
             with gpus.place() as again:
                 assert again.gpu == 0 and again.sharing() == 1
