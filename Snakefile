@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from ecmoe.study import engine, plan, steps
+from ecmoe.study import engine, plan, speed
 from ecmoe.study.parameters import check_scale, parameter_files
 
 SCALE = str(config.get("scale", "smoke"))
@@ -52,7 +52,7 @@ for page, stem in NAMES.items():
 # What is timed: at scale gpu on a GPU alone.
 TIMED = {"01_convergence", "08_step_time"}  # pages that show it
 try:
-    TIMES = [str(file) for file in steps.files(SCALE)] if TIMED & set(NAMES) else []
+    TIMES = [str(file) for file in speed.files(SCALE)] if TIMED & set(NAMES) else []
 except (ValueError, OSError):
     TIMES = []
 # Several runs side by side on a GPU are done sooner than one after the other.

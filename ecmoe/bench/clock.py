@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 import torch
 
+from ecmoe.bench.rows import named
 from ecmoe.files import write_json
 from ecmoe.provenance import commit, device_name
 
@@ -64,11 +65,6 @@ def seconds(call: Call, device: torch.device, burst: Burst = Burst()) -> float: 
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / burst.count
-
-
-def named(key: tuple[str, ...]) -> str:
-    """What is timed, for people."""
-    return ", ".join(filter(None, key))
 
 
 def warm_up(call: Call, device: torch.device) -> None:

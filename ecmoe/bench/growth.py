@@ -16,7 +16,8 @@ import torch
 from scipy import stats
 
 from ecmoe.bench import clock as timing
-from ecmoe.bench.layer import BOTH, floor, forward_and_both
+from ecmoe.bench.layer import floor, forward_and_both
+from ecmoe.bench.rows import BOTH
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice

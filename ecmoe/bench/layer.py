@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -21,36 +20,19 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.agreement import agreement
 from ecmoe.bench.baselines import Grouped, peers
 from ecmoe.bench.clock import Call, reason
+from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, PLAIN, ROUTING, Row, label
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice, TokenChoice
 from ecmoe.routing.router import TRITON
 
-FORWARD, BOTH, ROUTING = "forward", "forward + backward", "routing"
-EAGER, COMPILED, GRAPH = "eager", "compiled", "CUDA graph"
-PLAIN, KINDS = "plain", ("triton", "triton-bmm")
-CAPS = (2, 3)  # of the experts of a token
+KINDS = ("triton", "triton-bmm")
 
 # n, d, f, e where nothing else is asked for: 0.1B/64E of Table 1 on a GPU, and what a CPU does in seconds.
 SIZES = {
     "cuda": {"n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64},
     "cpu": {"n": 4096, "d_model": 256, "d_ff": 1024, "num_experts": 16},
 }
-
-
-class Row(NamedTuple):
-    """What is timed: a layer ("floor", "EC-CF2", "top-2"), a variant of it, who computes, in which mode, and which part."""
-
-    layer: str
-    variant: str = ""
-    path: str = PLAIN
-    mode: str = EAGER
-    what: str = ""
-
-
-def label(layer: str, variant: str = "", path: str = PLAIN, mode: str = EAGER, what: str = "") -> str:
-    """A row's name for people; what is usual goes without saying."""
-    return timing.named((layer, variant, path.replace(PLAIN, ""), mode.replace(EAGER, ""), what))
 
 
 def bench_layer(

@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ecmoe.bench import clock as timing
-from ecmoe.bench.layer import label
+from ecmoe.bench.rows import label
 from ecmoe.bench.step import arms, setting, steps
 
 ARM = "EC-CF2"

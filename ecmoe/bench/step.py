@@ -26,7 +26,8 @@ import torch
 from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
-from ecmoe.bench.layer import COMPILED, EAGER, GRAPH, PLAIN, kernels_run
+from ecmoe.bench.layer import kernels_run
+from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.build import flops_per_token
 from ecmoe.model.tracking import track

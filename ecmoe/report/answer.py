@@ -133,7 +133,7 @@ def found(part: JudgedPart) -> str:
 def _seeds(part: JudgedPart) -> str:
     if not part.seeds:
         return "\u2013"
-    return counted(part.seeds, part.of) + (f"; without {', '.join(part.missing)}" if part.missing else "")
+    return counted(part.seeds, part.effect.of) + (f"; without {', '.join(part.missing)}" if part.missing else "")
 
 
 def _seen(part: JudgedPart) -> str:

@@ -1,5 +1,5 @@
 """What takes how long: layers, training steps, growth and a profile for 08_step_time, and the steps of a study's arms; each
-measured once on one machine, kept as JSON.
+measured once on one machine, kept as JSON, and read without torch.
 
 A time belongs to the machine that took it. At scale gpu measurements are taken on a GPU only, and committed, so that
 the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench all` takes them without a notebook.
@@ -7,24 +7,25 @@ the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench 
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from ecmoe import paths
-from ecmoe.bench import clock
-from ecmoe.bench import layer as bench
-from ecmoe.bench.growth import bench_growth
-from ecmoe.bench.profile import bench_profile
-from ecmoe.bench.step import bench_step, bench_study
+from ecmoe.bench.rows import BOTH, CAPS, EAGER, FORWARD, GRAPH, PLAIN, ROUTING, Row, label
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
+from ecmoe.study import estimate
+from ecmoe.study.estimate import Estimate, Unit
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.steps import SPEED, folder, layer_file, study_arms, study_file
+from ecmoe.study.plan import arms_of, configs
 
+STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any] | None]
 
@@ -48,20 +49,23 @@ def jobs(
         growth_from, growth_axes: of `bench_growth`. compiled, repeats: of all of these that have them.
         auto_sizes: of `bench_auto`. study_arms: of `bench_study`, on the path and with the repeats that page 01 has.
     """
-    found: dict[str, Job] = {
-        layer_file(name): lambda keys=keys: bench.bench_layer(**{"compiled": compiled, "repeats": repeats} | keys)
-        for name, keys in layer_sizes.items()
-    }
+    usual = {"compiled": compiled, "repeats": repeats}
+    found = {layer_file(name): _job("layer:bench_layer", **usual | keys) for name, keys in layer_sizes.items()}
     if auto_sizes:
-        found["auto"] = lambda: bench.bench_auto(auto_sizes, compiled=compiled, repeats=repeats)
+        found["auto"] = _job("layer:bench_auto", auto_sizes, **usual)
     if study_arms:
-        found[study_file(study_arms)] = lambda: bench_study(study_arms)
+        found[study_file(study_arms)] = _job("step:bench_study", study_arms)
     return found | {
-        "step": lambda: bench_step(repeats=repeats, compiled=compiled, **step_sizes),
-        "step-bf16": lambda: bench_step(repeats=repeats, compiled=compiled, narrow=True, **step_sizes),
-        "growth": lambda: bench_growth(growth_from, growth_axes, repeats=repeats),
-        "profile": lambda: bench_profile(compiled=compiled, **step_sizes),
+        "step": _job("step:bench_step", **usual | step_sizes),
+        "step-bf16": _job("step:bench_step", narrow=True, **usual | step_sizes),
+        "growth": _job("growth:bench_growth", growth_from, growth_axes, repeats=repeats),
+        "profile": _job("profile:bench_profile", compiled=compiled, **step_sizes),
     }
+
+
+def _job(what: str, *arguments: Any, **keys: Any) -> Job:
+    module, _, function = what.partition(":")
+    return lambda: getattr(import_module(f"ecmoe.bench.{module}"), function)(*arguments, **keys)
 
 
 def plan(scale: str) -> dict[str, Any]:
@@ -73,22 +77,49 @@ def plan(scale: str) -> dict[str, Any]:
     return {"step_sizes": {}} | merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
 
 
+def folder(scale: str) -> Path:
+    """Where the engine keeps what was timed at a scale."""
+    return paths.records(scale).with_name("bench")
+
+
+def files(scale: str) -> list[Path]:
+    """Where all that pages of a scale want timed is kept, once it is there."""
+    return [folder(scale) / f"{name}.json" for name in jobs(**plan(scale))]
+
+
+def layer_file(size: str) -> str:
+    """The name of a layer's file."""
+    return "layer-" + "".join(letter if letter.isalnum() else "-" for letter in size.lower())
+
+
+def study_arms(scale: str) -> dict[str, RunConfig]:
+    """The arms whose steps are timed side by side: name -> config of a seed."""
+    study = merge_parameters(parameter_files(STUDY, scale))
+    made = configs(study["base"], arms_of(study, scale), study["seeds"][:1])
+    return {arm: by_seed[0] for arm, by_seed in made.items()}
+
+
+def study_file(arms: Mapping[str, RunConfig]) -> str:
+    """The name of the file of a study's steps: other arms, or arms of other keys, are measured anew, side by side."""
+    names = ",".join(f"{arm} {config.replace(seed=0).name}" for arm, config in arms.items())
+    return f"study-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+
+
 def take(
     wanted: Mapping[str, Job], into: Path, *, force: bool = False
 ) -> Iterator[tuple[str, pd.DataFrame | Exception | None]]:
     """Measure job after job, and keep each at once: name and table; None: it is there already; or what went wrong."""
+    from ecmoe.bench import clock
+
     for name, job in wanted.items():
-        path = into / f"{name}.json"
-        if path.exists() and not force:
-            yield name, None
-            continue
-        try:
-            table = job()
-        except Exception as error:  # the others are still wanted
-            yield name, error
-            continue
-        clock.save(table, path)
-        yield name, table
+        path, outcome = into / f"{name}.json", None
+        if force or not path.exists():
+            try:
+                outcome = job()
+                clock.save(outcome, path)
+            except Exception as error:  # the others are still wanted
+                outcome = error
+        yield name, outcome
 
 
 def measured(wanted: Mapping[str, Job], *, scale: str, measure: bool = True) -> dict[str, dict[str, Any] | None]:
@@ -98,12 +129,49 @@ def measured(wanted: Mapping[str, Job], *, scale: str, measure: bool = True) -> 
     """
     places = folder(scale), paths.runs() / "bench" / scale
     kept = {name: [place / f"{name}.json" for place in places] for name in wanted}
-    if measure and (scale == "smoke" or torch.cuda.is_available()):
-        missing = {name: job for name, job in wanted.items() if not any(path.exists() for path in kept[name])}
+    missing = {name: job for name, job in wanted.items() if not any(path.exists() for path in kept[name])}
+    if measure and missing and (scale == "smoke" or import_module("torch").cuda.is_available()):
         for _, outcome in take(missing, places[1]):
             if isinstance(outcome, Exception):
                 raise outcome
     return {name: next((read_json(p) for p in found if p.exists()), None) for name, found in kept.items()}
+
+
+# As verdicts and page 01 read it
+
+
+def step_ratio(scale: str, arm: str, other: str, routing: str = "even") -> Estimate:
+    """Time of a step of `arm` over one of `other`, each on its best path, turn by turn.
+
+    Args:
+        routing: of token choice, whose rows are taken both "even" and by its "own" router.
+    """
+
+    def best(name: str) -> list[float]:
+        of_arm = [row for row in _kept(scale, "step").get("rows", []) if row["arm"] == name]
+        asked = [row for row in of_arm if row["routing"] == routing] or of_arm
+        return min(asked, key=lambda row: row["ms"]).get("samples_ms", []) if asked else []
+
+    pairs = zip(best(arm), best(other), strict=False)
+    return estimate.of_values((x / y for x, y in pairs), Unit.RATIO, "turn")
+
+
+def setting(scale: str) -> tuple[str, str]:
+    """Of the steps of `step_ratio`: the models' size in words, and the device."""
+    found = _kept(scale, "step").get("setting", {})
+    size = "{layers} layers of width {d_model}, {num_experts} experts".format_map(found) if found else "one model"
+    return size, found.get("device", "an unknown device")
+
+
+def step_times(scale: str, arm: str, other: str) -> float:
+    """A step of an arm of the study over one of another, each alone on one device; NaN where that isn't measured."""
+    ms = {row["arm"]: row["ms"] for row in _kept(scale, study_file(study_arms(scale))).get("rows", [])}
+    return ms[arm] / ms[other] if arm in ms and other in ms else math.nan
+
+
+def _kept(scale: str, name: str) -> dict[str, Any]:
+    path = folder(scale) / f"{name}.json"
+    return read_json(path) if path.exists() else {}
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
@@ -113,12 +181,20 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
         measure: now, where it is missing and this machine may.
     """
     name = study_file(arms)
-    found = measured({name: lambda: bench_study(arms)}, scale=scale, measure=measure)[name]
-    found = found or {"rows": [], "setting": {}}
-    rows = pd.DataFrame(found["rows"], columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
-    table = rows.set_index("arm").reindex(list(arms))
-    table.attrs["device"] = found["setting"].get("device", "no device yet (`ecmoe bench all --only study`)")
+    found = measured({name: _job("step:bench_study", arms)}, scale=scale, measure=measure)
+    table = rows(found, name).reindex(columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
+    table = table.set_index("arm").reindex(list(arms)).astype(float)
+    setting = (found[name] or {}).get("setting", {})
+    table.attrs["device"] = setting.get("device", "no device yet (`ecmoe bench all --only study`)")
     return table
+
+
+# As page 08 shows it
+
+
+def rows(found: Found, name: str) -> pd.DataFrame:
+    """The rows of one file, without the single samples; none if it isn't measured."""
+    return pd.DataFrame((found[name] or {"rows": []})["rows"]).drop(columns="samples_ms", errors="ignore")
 
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
@@ -126,28 +202,24 @@ def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     tables = []
     for size in sizes:
         one = found[layer_file(size)]
-        tables.append(pd.DataFrame(one["rows"] if one else [dict.fromkeys(bench.Row._fields)]).assign(size=size))
-    found_rows = pd.concat(tables, ignore_index=True)
-    fields = found_rows.reindex(columns=["layer", "variant", "path", "mode"])
-    found_rows["name"] = [
-        bench.label(*row) if isinstance(row[0], str) else None for row in fields.itertuples(index=False)
-    ]
-    return found_rows
+        table = pd.DataFrame(one["rows"] if one else [dict.fromkeys(Row._fields)]).assign(size=size)
+        parts = table[[*Row._fields[:4]]].itertuples(index=False)
+        tables.append(table.assign(name=[label(*row) if one else None for row in parts]))
+    return pd.concat(tables, ignore_index=True)
 
 
 def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
     """A row per size and layer, as a table shows them: forward, with backward, routing, what a cap adds, memory."""
+    columns = {
+        "forward, ms": (FORWARD, "ms"), "share of floor": (FORWARD, "share_of_floor"),
+        "with backward, ms": (BOTH, "ms"), "its share": (BOTH, "share_of_floor"), "a cap adds": (BOTH, "over_uncapped"),
+        "routing, of floor": (ROUTING, "of_forward_floor"), "peak MB": (BOTH, "peak_mb"),
+    }  # fmt: skip
     rows = []
     for (size, name), group in layers.dropna(subset=["name"]).groupby(["size", "name"], sort=False):
-        of = group.drop_duplicates("what").set_index("what").reindex([bench.FORWARD, bench.BOTH, bench.ROUTING])
-        of = of.reindex(columns=["ms", "share_of_floor", "of_forward_floor", "over_uncapped", "peak_mb"])
-        rows.append({
-            "size": size, "layer": name,
-            "forward, ms": of["ms"][bench.FORWARD], "share of floor": of["share_of_floor"][bench.FORWARD],
-            "with backward, ms": of["ms"][bench.BOTH], "its share": of["share_of_floor"][bench.BOTH],
-            "a cap adds": of["over_uncapped"][bench.BOTH], "routing, of floor": of["of_forward_floor"][bench.ROUTING],
-            "peak MB": of["peak_mb"][bench.BOTH],
-        })  # fmt: skip
+        of = group.drop_duplicates("what").set_index("what").reindex([FORWARD, BOTH, ROUTING])
+        of = of.reindex(columns=list(dict.fromkeys(column for _, column in columns.values())))
+        rows.append({"size": size, "layer": name} | {shown: of.loc[at] for shown, at in columns.items()})
     return pd.DataFrame(rows, columns=None if rows else ["size", "layer"]).dropna(axis=1, how="all")
 
 
@@ -157,11 +229,6 @@ def agreement(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["size", "path", "same_bits"])
 
 
-def rows(found: Found, name: str) -> pd.DataFrame:
-    """The rows of one file, without the single samples; none if it isn't measured."""
-    return pd.DataFrame((found[name] or {"rows": []})["rows"]).drop(columns="samples_ms", errors="ignore")
-
-
 def absent(found: Found) -> list[str]:
     """What could not be measured, and why."""
     return list(dict.fromkeys(line for one in found.values() for line in (one or {}).get("absent", [])))
@@ -169,30 +236,29 @@ def absent(found: Found) -> list[str]:
 
 def figures(layers: pd.DataFrame) -> pd.DataFrame:
     """The figures asked of our layer, a row per size: its best path, shares of the floor, routing, caps, memory."""
-    out = []
-    for size, all_rows in layers.groupby("size", sort=False):
-        row: dict[str, Any] = {"size": size}
-        named = all_rows.dropna(subset=["layer"])
-        # Ours, as runs take it: neither as a graph nor with a cap, nor the oracle.
-        ours = named[
-            named["layer"].astype(str).str.startswith("EC") & named["variant"].eq("") & named["mode"].ne(bench.GRAPH)
-        ]
-        if len(ours):
-            both = ours[ours["what"] == bench.BOTH].set_index(["path", "mode"])
-            path, mode = both["ms"].idxmin()
-            of_best = ours[(ours["path"] == path) & (ours["mode"] == mode)].set_index("what")
-            routing = ours[(ours["path"] == path) & (ours["what"] == bench.ROUTING)]
-            row |= {
-                "best path": of_best["name"].iloc[0],
-                "forward, share of floor": of_best["share_of_floor"].get(bench.FORWARD),
-                "forward + backward, share of floor": of_best["share_of_floor"][bench.BOTH],
-                "routing, share of forward floor": routing["of_forward_floor"].min(),
-            }
-            for cap in bench.CAPS:
-                capped = named[(named["variant"] == f"cap {cap}") & (named["what"] == bench.BOTH)]
-                row[f"cap {cap} adds"] = capped["over_uncapped"].min()
-            memory = both["peak_mb"]
-            if memory.notna().all() and (bench.PLAIN, bench.EAGER) in memory:
-                row["memory of plain's"] = memory[path, bench.EAGER] / memory[bench.PLAIN, bench.EAGER]
-        out.append(row)
-    return pd.DataFrame(out)
+    return pd.DataFrame([{"size": size} | _figures(rows) for size, rows in layers.groupby("size", sort=False)])
+
+
+def _figures(rows: pd.DataFrame) -> dict[str, Any]:
+    named = rows.dropna(subset=["layer"])
+    # Ours, as runs take it: neither as a graph nor with a cap, nor the oracle.
+    ours = named[named["layer"].astype(str).str.startswith("EC") & named["variant"].eq("") & named["mode"].ne(GRAPH)]
+    if not len(ours):
+        return {}
+    both = ours[ours["what"] == BOTH].set_index(["path", "mode"])
+    path, mode = both["ms"].idxmin()
+    of_path = ours[ours["path"] == path]
+    of_best = of_path[of_path["mode"] == mode].set_index("what")
+    found = {
+        "best path": of_best["name"].iloc[0],
+        "forward, share of floor": of_best["share_of_floor"].get(FORWARD),
+        "forward + backward, share of floor": of_best["share_of_floor"][BOTH],
+        "routing, share of forward floor": of_path[of_path["what"] == ROUTING]["of_forward_floor"].min(),
+    }
+    for cap in CAPS:
+        capped = named[(named["variant"] == f"cap {cap}") & (named["what"] == BOTH)]
+        found[f"cap {cap} adds"] = capped["over_uncapped"].min()
+    memory = both["peak_mb"]
+    if memory.notna().all() and (PLAIN, EAGER) in memory:
+        found["memory of plain's"] = memory[path, EAGER] / memory[PLAIN, EAGER]
+    return found

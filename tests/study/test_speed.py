@@ -12,7 +12,7 @@ from ecmoe.bench.growth import bench_growth, exponents
 from ecmoe.config import ConfigError
 from ecmoe.files import write_json
 from ecmoe.report import plots
-from ecmoe.study import speed, steps
+from ecmoe.study import speed
 
 TINY = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4}
 STEP = {
@@ -69,11 +69,11 @@ def test_each_part_is_measured_and_shown(found):
 
 
 def test_verdicts_read_the_steps_that_the_bench_kept(found, own_home):
-    write_json(steps.folder("smoke") / "step.json", found["step"])
+    write_json(speed.folder("smoke") / "step.json", found["step"])
     for routing in ("even", "own"):
-        ratio = steps.step_ratio("smoke", "GShard top-2", "EC-CF2", routing)
+        ratio = speed.step_ratio("smoke", "GShard top-2", "EC-CF2", routing)
         assert ratio.n == 2 and ratio.value > 0 and ratio.of == "turn"
-    assert steps.step_ratio("smoke", "no such arm", "EC-CF2").n == 0
+    assert speed.step_ratio("smoke", "no such arm", "EC-CF2").n == 0
 
 
 def test_each_part_is_measured_once(own_home):
@@ -134,7 +134,7 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
     assert list(steps.index) == list(arms) and (steps["low_ms"] <= steps["ms"]).all() and (steps["ms"] > 0).all()
     rate = arms["EC"].tokens_per_batch / (steps["ms"] / 1e3)
     assert steps["tokens_per_second"].tolist() == pytest.approx(rate.tolist()) and "CPU" in steps.attrs["device"]
-    monkeypatch.setattr(speed, "bench_study", lambda arms: pytest.fail("measured again"))
+    monkeypatch.setattr("ecmoe.bench.step.bench_study", lambda arms: pytest.fail("measured again"))
     seeds = {arm: config.replace(seed=5) for arm, config in arms.items()}
     assert speed.study_steps(seeds, scale="smoke").equals(steps)  # another seed takes as long
     with pytest.raises(BaseException, match="measured again"):

@@ -1,0 +1,155 @@
+"""What the records of a scale say of a part of a claim: its estimate. Nothing here trains or measures; what isn't there is missing."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ecmoe.config import RunConfig
+from ecmoe.measures.measure import measure
+from ecmoe.study import estimate, repeats, speed
+from ecmoe.study.estimate import Estimate, Unit
+from ecmoe.study.parameters import merge_parameters, parameter_files
+from ecmoe.study.plan import Planned, arms_of, configs, record
+from ecmoe.study.protocol import Part
+from ecmoe.training.result import Result, read_record
+
+
+class Evidence:
+    """What is there of a page's arms at a scale, read from reports/<scale> when it is asked for."""
+
+    def __init__(self, scale: str, page: str, everything: Sequence[Planned] = (), further: Sequence[str] = ()) -> None:
+        """everything: the plan of the scale. further: arms beside the page's own, as they would be there."""
+        self.scale, self.page, self._everything, self._further = scale, page, everything, further
+        self._summaries: dict[str, dict[int, dict[str, Any]]] = {}
+
+    @cached_property
+    def planned(self) -> dict[str, dict[int, Planned]]:
+        """Arm -> seed -> the planned run: of the page's arms, by whichever page plans the very same run."""
+        values = merge_parameters(parameter_files(self.page, self.scale))
+        arms = arms_of(values, self.scale)
+        arms |= arms_of({"base": values["base"], "arms": [arm for arm in self._further if arm not in arms]}, self.scale)
+        by_config: dict[str, list[str]] = {}
+        for arm, (config,) in configs(values["base"], arms, [0]).items():
+            by_config.setdefault(config.name, []).append(arm)
+        found: dict[str, dict[int, Planned]] = {}
+        for one in self._everything:
+            for arm in by_config.get(one.config.replace(seed=0).name, ()):
+                found.setdefault(arm, {})[one.seed] = one
+        return found
+
+    def config(self, arm: str) -> RunConfig | None:
+        """Of its first seed; None: not planned."""
+        by_seed = self.planned.get(arm)
+        return by_seed[min(by_seed)].config if by_seed else None
+
+    def summaries(self, arm: str) -> dict[int, dict[str, Any]]:
+        """Seed -> summary, of the runs that have a record."""
+        if arm not in self._summaries:
+            files = {seed: record(one, self.scale) for seed, one in self.planned.get(arm, {}).items()}
+            self._summaries[arm] = {s: read_record(path).summary for s, path in sorted(files.items()) if path.exists()}
+        return self._summaries[arm]
+
+    def finished(self, arm: str) -> dict[int, dict[str, Any]]:
+        """The same, without those that broke off."""
+        return {seed: summary for seed, summary in self.summaries(arm).items() if summary["status"] == "finished"}
+
+    def missing(self, arm: str) -> list[int]:
+        """Seeds that are planned and not there, or broke off."""
+        return sorted(set(self.planned.get(arm, {})) - set(self.finished(arm)))
+
+    @cached_property
+    def repeats(self) -> list[dict[str, Any]]:
+        """Runs of the scale that were trained again, as `ecmoe again` kept them."""
+        return repeats.kept(self.scale)
+
+    def values(self, arm: str, column: str) -> dict[int, float]:
+        """Seed -> a number of the summary, or `what/row` of a measurement; of finished runs."""
+        what, _, row = column.partition("/")
+        numbers = {
+            seed: _of_rows(self.measured(arm, seed, what), what, row)
+            if row
+            else (summary | (summary.get("routing") or {})).get(column)
+            for seed, summary in self.finished(arm).items()
+        }
+        return {seed: float(x) for seed, x in numbers.items() if x is not None and math.isfinite(x)}
+
+    def measured(self, arm: str, seed: int, what: str) -> list[dict[str, Any]]:
+        """What was measured on a run under that name, for each of what it was to be measured for; empty, where one is missing."""
+        one, result = self.planned[arm][seed], Result(self.summaries(arm)[seed])
+        asked = [how for how in one.measures if how.what == what]
+        found = [measure(result, how, scale=self.scale, train=False, keep=True) for how in asked]
+        return [] if None in found else found
+
+    def right(self, arm: str, of: str) -> dict[int, list[np.ndarray]]:
+        """Seed -> for each task, (N,): was each validation example right? of: accuracy, accuracy_causal; less the majority's share."""
+        which, _, less = of.partition(" - ")
+        key = {"accuracy": "right", "accuracy_causal": "right_causal"}[which]
+        found = {}
+        for seed in self.values(arm, "val_loss"):
+            tasks = self.measured(arm, seed, "fine-tuned")
+            if tasks and all(key in task for task in tasks):
+                found[seed] = [
+                    _bits(task[key], task["rows"][0]) - (task["rows"][0][less] if less else 0.0) for task in tasks
+                ]
+        return found
+
+    def step_ratio(self, a: str, b: str, routing: str) -> Estimate:
+        """Time of a step of a over b's, each on its best path, turn by turn."""
+        return speed.step_ratio(self.scale, a, b, routing)
+
+    def step_time(self, a: str, b: str) -> float:
+        """A step of a over a step of b, each alone on one device; NaN where that isn't measured."""
+        return speed.step_times(self.scale, a, b)
+
+    def estimate(self, part: Part) -> Estimate:
+        """Of a part, as its `how` says."""
+        if part.how == "bench":
+            return self.step_ratio(part.a[0], part.b[0], part.of)
+        if part.how == "accuracy":
+            return self._accuracy(part)
+        a, b = ([self._by_seed(part, arm) for arm in arms] for arms in (part.a, part.b))
+        if part.how == "spread":
+            return estimate.spread_ratio(a[0].values(), b[0].values())
+        seeds = estimate.shared(*a, *b)
+        if part.how == "difference":
+            return estimate.of_values((_one(part, s, a) - (_one(part, s, b) if b else 0.0) for s in seeds), part.unit)
+        # The share of its steps at which a reaches b's loss; as time, times what a step of a takes over one of b.
+        shares = [estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds]
+        found = estimate.of_values(shares, Unit.RATIO)
+        return found.times(self.step_time(part.a[-1], part.b[0])) if part.how == "time" else found
+
+    def _by_seed(self, part: Part, arm: str) -> dict[int, float]:
+        """Seed -> what `of` asks for."""
+        terms = [(sign, self.values(arm, column)) for sign, column in part.terms]
+        return {seed: sum(sign * of[seed] for sign, of in terms) for seed in estimate.shared(*(of for _, of in terms))}
+
+    def _accuracy(self, part: Part) -> Estimate:
+        a = self.right(part.a[0], part.of)
+        b = self.right(part.b[0], part.of) if part.b else {seed: [0.0] * len(tasks) for seed, tasks in a.items()}
+        pairs = [zip(a[seed], b[seed], strict=True) for seed in estimate.shared(a, b)]
+        return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs], part.unit)
+
+
+def _one(part: Part, seed: int, arms: Sequence[Mapping[int, float]]) -> float:
+    """A seed's mean over arms, or their slope."""
+    values = [arm[seed] for arm in arms]
+    return estimate.slope(values, part.over) if part.over else float(np.mean(values))
+
+
+def _of_rows(found: Sequence[Mapping[str, Any]], what: str, row: str) -> float | None:
+    """The number of a measurement's row: a loss by way of routing; bits of the probe beyond the model's own prediction, in nats."""
+    rows = found[0]["rows"] if found else []
+    if what == "losses":
+        return next((r["loss"] for r in rows if r["way"] == row), None)
+    beyond = rows[-1]["given"] if rows else None  # the last, which alone tells a leak from honest prediction
+    return next((r["bits"] * math.log(2) for r in rows if r["routing"] == row and r["given"] == beyond), None)
+
+
+def _bits(packed: str, row: Mapping[str, Any]) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=row["validation"]).astype(float)
