@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,9 +131,14 @@ def local_files(data: str) -> dict[str, Path]:
     path, kinds = _path(data), IMAGE_FILES if data.startswith(IMAGES_PREFIX) else TEXT_FILES + ROW_FILES
     if not path.is_dir():
         return {path.name: path} if path.is_file() and path.name.lower().endswith(kinds) else {}
+    return files_below(path, kinds)
+
+
+def files_below(path: Path, kinds: tuple[str, ...], without: Collection[str] = ()) -> dict[str, Path]:
+    """Files of a folder that end so, by their path relative to it; none that are hidden, or in folders that are or are called so."""
     found = {}
     for folder, folders, names in os.walk(path, onerror=_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
         for file in (Path(folder, name) for name in names if name.lower().endswith(kinds) and not name.startswith(".")):
             if not file.exists():
                 raise ConfigError(f"{file} is a link to nothing: mend or remove it")

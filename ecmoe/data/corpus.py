@@ -6,7 +6,6 @@ several of them, a mix, whose parts this module takes one by one.
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import importlib.util
 import itertools
@@ -17,14 +16,13 @@ import platform
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from ecmoe import paths
-from ecmoe.files import ConfigError, content_sha256, read_yaml
+from ecmoe.files import ConfigError, content_sha256, nearest, read_yaml
 from ecmoe.paths import (
     HUB_PREFIX,
     IMAGES,
@@ -32,6 +30,7 @@ from ecmoe.paths import (
     ROW_FILES,
     TEXT_FILES,
     content_of,
+    files_below,
     is_local,
     local_files,
     parts_of,
@@ -47,8 +46,7 @@ Documents = Iterable[tuple[str, str]]
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """Documents and what a report must say of them; validation: the source's own, or None: ours is split off."""
 
     name: str
@@ -58,16 +56,15 @@ class Corpus:
     validation: Documents | None = None
 
 
-@dataclass(frozen=True)
-class Hub:
+class Hub(NamedTuple):
     """A data set of the Hub that `datasets` reads without running code of its author."""
 
     path: str
     config: str | None
     name: str
-    licence: str
-    attribution: str
-    files: str | None = None
+    licence: str = ""  # "": as the Hub has it
+    attribution: str = ""
+    options: Mapping[str, Any] = {}
 
 
 PRESETS = {
@@ -78,9 +75,10 @@ PRESETS = {
     # The Hub's enwik8 is a script, which `datasets` no longer runs: read its source through the text loader.
     "enwik8": Hub("text", None, "enwik8", "GFDL 1.2; CC BY-SA 3.0",
                   "Mahoney, Large Text Compression Benchmark; text by the authors of English Wikipedia",
-                  files="https://mattmahoney.net/dc/enwik8.zip"),
+                  {"data_files": "https://mattmahoney.net/dc/enwik8.zip", "keep_linebreaks": True}),
 }  # fmt: skip
-_NO_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+# The library's tests are most of its text, and absent on some systems.
+_NO_TEXT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload")
 _NAME = r"[A-Za-z0-9]\w*(?:[.-]\w+)*"  # of an owner or a data set of the Hub: no `..`, no hidden folder
 _HUB = re.compile(f"{HUB_PREFIX}({_NAME}(?:/{_NAME})?)(?:/({_NAME}))?")
 
@@ -89,9 +87,8 @@ def source_key(data: str) -> str:
     """What the tokens of `data` depend on: names of the Hub's data sets, content of files, which the key may state."""
     stated, named = content_of(data), []
     for part in parts_of(data):
-        files = _is_files(part)
-        known = files and stated and part != "stdlib"  # then nothing need be here
-        named.append("" if known else content_sha256(part_files(part)) if files else part)
+        known = stated and _is_local(part)  # then nothing need be here
+        named.append("" if known else content_sha256(files) if (files := part_files(part)) else part)
     return ",".join(named) + stated
 
 
@@ -103,27 +100,27 @@ def source_files(data: str) -> dict[str, Path]:
 def part_files(part: str) -> dict[str, Path]:
     """Those of a text that is no mix, or of a folder of images, by their path in it."""
     if part == "stdlib":
-        return _stdlib_files()
-    if not _is_files(part):
+        files, path = files_below(Path(sysconfig.get_path("stdlib")), (".py",), _NO_TEXT), None
+    elif not _is_local(part):
         return {}
-    files = local_files(part)
+    else:
+        files, path = local_files(part), paths.resolve(part)
     if files:
         return files
-    path, known = paths.resolve(part), ["stdlib", *PRESETS, *IMAGES]
-    if os.path.lexists(path):
+    if path is None:
+        remedy = "this Python keeps no source; give a path to a .txt file instead"
+    elif os.path.lexists(path):
         remedy = f"{path} exists, but must be, or hold, files that end in {', '.join(TEXT_FILES + ROW_FILES)}"
     elif is_local(part):
         remedy = f"no such file or folder, neither in {Path.cwd()} nor in {paths.root()}"
     else:
-        near = difflib.get_close_matches(part, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        remedy = f"{hint}must be one of {', '.join(known)}, hub:NAME or hub:OWNER/NAME/CONFIG, or a path"
+        remedy = nearest(part, [*KNOWN_TEXTS, *IMAGES, "hub:NAME", "hub:OWNER/NAME/CONFIG", "a path"])
     raise ConfigError(f"data={part!r}: {remedy}")
 
 
-def _is_files(part: str) -> bool:
-    """No data set of the Hub?"""
-    return part == "stdlib" or part not in (*KNOWN_TEXTS, *IMAGES) and not _HUB.fullmatch(part)
+def _is_local(part: str) -> bool:
+    """A file or a folder, here or not?"""
+    return part not in (*KNOWN_TEXTS, *IMAGES) and not _HUB.fullmatch(part)
 
 
 def open_corpus(data: str, streaming: bool = False) -> Corpus:
@@ -136,50 +133,34 @@ def open_corpus(data: str, streaming: bool = False) -> Corpus:
             "Python Software Foundation and contributors",
             ((name, path.read_text(encoding="utf-8", errors="replace")) for name, path in files.items()),
         )
-    if files:
-        said = {"name": Path(data).name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(data)
-        return Corpus(**said, train=_local(data, files))
-    return _hub(data, streaming)
+    return Corpus(**about(data), train=_local(data, files)) if files else _hub(data, streaming)
 
 
 def about(data: str) -> dict[str, str]:
-    """name, licence and attribution of local text, as far as `PATH.about.yaml` beside it states them."""
-    if data == "stdlib" or not _is_files(data):
-        return {}
-    beside = Path(f"{os.path.abspath(paths.resolve(data))}.about.yaml")  # without a slash at the end
+    """name, licence and attribution of local files; `PATH.about.yaml` beside them may state them."""
+    path = os.path.abspath(paths.resolve(data))  # without a slash at the end
+    said = {"name": os.path.basename(path), "licence": NOT_STATED, "attribution": NOT_STATED}
+    beside = Path(f"{path}.about.yaml")
     if not beside.is_file():
-        return {}
-    keys, stated = ("name", "licence", "attribution"), read_yaml(beside, f"data={data!r}:")
-    if not isinstance(stated, dict) or not set(stated) <= set(keys):
-        raise ConfigError(f"data={data!r}: {beside} must hold no keys but {', '.join(keys)}; it holds {stated!r}")
-    return {key: str(value) for key, value in stated.items()}
+        return said
+    stated = read_yaml(beside, f"data={data!r}:")
+    if not isinstance(stated, dict) or not set(stated) <= set(said):
+        raise ConfigError(f"data={data!r}: {beside} must hold no keys but {', '.join(said)}; it holds {stated!r}")
+    return said | {key: str(value) for key, value in stated.items()}
 
 
 def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """What a report says of a corpus, of whose parts tokens know name, licence, attribution, split; a file beside one now wins."""
     parts = [
-        part | ({"name": Path(one).name} if _is_files(one) and one != "stdlib" else {}) | about(one)
-        | {"data": one, "share": 1 / len(parts)} for one, part in zip(parts_of(data), parts, strict=True)
-    ]  # fmt: skip
+        part | (about(one) if _is_local(one) else {}) | {"data": one, "share": 1 / len(parts)}
+        for one, part in zip(parts_of(data), parts, strict=True)
+    ]
     if len(parts) == 1:
         return {key: parts[0][key] for key in ("name", "licence", "attribution", "split")}
     said = {"name": " + ".join(f"{part['share']:.0%} {part['name']}" for part in parts)}
     for key in ("licence", "attribution", "split"):
         said[key] = "; ".join(f"{part['name']}: {part[key]}" for part in parts)
     return said | {"parts": parts}
-
-
-def _stdlib_files() -> dict[str, Path]:
-    """The library's .py files. Its tests are most of its text and absent on some systems: left out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = {}
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in _NO_TEXT]
-        for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            files[path.relative_to(root).as_posix()] = path
-    if not files:
-        raise ConfigError(f"data='stdlib': this Python keeps no source in {root}; give a path to a .txt file instead")
-    return dict(sorted(files.items()))
 
 
 def _local(data: str, files: dict[str, Path]) -> Iterator[tuple[str, str]]:
@@ -203,9 +184,8 @@ def _opened(what: str, path: Path, right: str) -> Iterator[TextIO]:
     except ConfigError:
         raise
     except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, zlib.error) as error:
-        raise ConfigError(
-            f"{what}: {path} can't be read ({type(error).__name__}: {error}); it must be {right}"
-        ) from error
+        told = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{what}: {path} can't be read ({told}); it must be {right}") from error
 
 
 def json_rows(what: str, path: Path, texts: Sequence[str]) -> Rows:
@@ -223,7 +203,7 @@ def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:
     for number, row in enumerate(rows, start=1):
         place = f"{where} {number}"
         if isinstance(row, str):
-            if row.isspace() or not row:
+            if not row.strip():
                 continue
             try:
                 row = json.loads(row)
@@ -242,47 +222,36 @@ def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:
 def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
     """A text in documents of `size` to 8 `size` characters that end at a blank line, else a line's end, else anywhere."""
     rest = ""
-    for chunk in chunks:
-        rest += chunk
-        start = 0
-        while len(rest) - start > 8 * size:
-            end = rest.find("\n\n", start + size, start + 8 * size)
-            if end < 0:
-                end = rest.find("\n", start + size, start + 8 * size) - 1
-            end = end + 2 if end > 0 else start + size
+    for chunk in itertools.chain(chunks, [None]):
+        rest, start = rest + (chunk or ""), 0
+        while len(rest) - start > (0 if chunk is None else 8 * size):
+            reach = start + size, start + 8 * size
+            end = rest.find("\n\n", *reach) + 2
+            if end < 2:
+                end = len(rest) if chunk is None else rest.find("\n", *reach) + 1 or start + size
             yield rest[start:end]
             start = end
         rest = rest[start:]
-    while rest:  # shorter than 8 sizes: the same cuts
-        before, blank, after = rest[size:].partition("\n\n")
-        yield rest[:size] + before + blank
-        rest = after
 
 
 def _hub(data: str, streaming: bool) -> Corpus:
-    hub = PRESETS.get(data)
-    if hub is None:
-        path, config = _HUB.fullmatch(data).groups()
-        hub = Hub(path, config, data.removeprefix(HUB_PREFIX), "", "")
-    sets = _load(data, hub, streaming)
-    train = sets.get("train")
-    if train is None:
-        raise ConfigError(f"data={data!r}: has splits {', '.join(sets)}, but no train")
-    info = train.info
+    hub, what = (
+        PRESETS.get(data) or Hub(*_HUB.fullmatch(data).groups(), data.removeprefix(HUB_PREFIX)),
+        f"data={data!r}",
+    )
+    reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")
+    if os.path.exists(hub.path) or reader and not hub.options:  # `datasets` would read what lies here
+        raise ConfigError(f"{what}: {hub.path!r} means files in {Path.cwd()} to `datasets`, no data set of the Hub; for "
+                          "local text give its path, such as ./text; else start from another folder")  # fmt: skip
+    right = "it must be a data set of the Hub (hub:OWNER/NAME or hub:OWNER/NAME/CONFIG), and the Hub must be reachable"
+    sets = dict(from_hub(what, right, hub.path, hub.config, streaming=streaming, **hub.options))
+    if "train" not in sets:
+        raise ConfigError(f"{what}: has splits {', '.join(sets)}, but no train")
+    info = sets["train"].info
     licence = hub.licence or str(info.license or NOT_STATED)
     attribution = hub.attribution or " ".join((info.citation or info.homepage or NOT_STATED).split())
-    validation = _hub_documents(data, hub, sets["validation"]) if "validation" in sets else None
-    return Corpus(hub.name, licence, attribution, _hub_documents(data, hub, train), validation)
-
-
-def _load(data: str, hub: Hub, streaming: bool) -> dict[str, Any]:
-    reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")
-    if os.path.exists(hub.path) or reader and not hub.files:  # `datasets` would read what lies here
-        raise ConfigError(f"data={data!r}: {hub.path!r} means files in {Path.cwd()} to `datasets`, no data set of the Hub; for "
-                          "local text give its path, such as ./text; else start from another folder")  # fmt: skip
-    options = {"data_files": hub.files, "keep_linebreaks": True} if hub.files else {}
-    right = "it must be a data set of the Hub (hub:OWNER/NAME or hub:OWNER/NAME/CONFIG), and the Hub must be reachable"
-    return dict(from_hub(f"data={data!r}", right, hub.path, hub.config, streaming=streaming, **options))
+    sides = {side: _hub_documents(data, hub, sets[side]) for side in ("train", "validation") if side in sets}
+    return Corpus(hub.name, licence, attribution, **sides)
 
 
 def from_hub(what: str, right: str, path: str, *config: str | None, **options: Any) -> Any:
@@ -292,15 +261,14 @@ def from_hub(what: str, right: str, path: str, *config: str | None, **options: A
     try:
         return load_dataset(path, *config, **options)
     except Exception as error:
-        raise ConfigError(
-            f"{what}: `datasets` can't load {path!r} ({type(error).__name__}: {error}); {right}"
-        ) from error
+        told = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{what}: `datasets` can't load {path!r} ({told}); {right}") from error
 
 
 def _hub_documents(data: str, hub: Hub, rows: Any) -> Documents:
     """A row is a document, and a unit: copies of it lie on the same side of the split."""
     texts = (row["text"] for _, row in checked_rows(f"data={data!r}: row", rows, ["text"]))
-    if hub.files:
+    if hub.options:
         return ((data, block) for block in blocks(texts))
     documents = _articles(texts) if hub.path == "Salesforce/wikitext" else filter(None, texts)
     return ((text, text) for text in documents)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
 from ecmoe.data import images
-from ecmoe.data.batches import Batches, RunData
+from ecmoe.data.batches import Batch, Batches, RunData
 from ecmoe.files import ConfigError
 
 
@@ -27,35 +26,22 @@ class ImageData(RunData):
     def setup(self, stage: str | None = None) -> None:
         config, loaded = self.config, images.load(self.config.data)
         check(config, loaded)
-        self.train = loaded.train_x, loaded.train_y
         count = self._enough(len(loaded.train_y), len(loaded.val_y), "images")
         which = np.linspace(0, len(loaded.val_y) - 1, count).round().astype(np.int64)
         # Some sources lie class by class: patches must compete with those of all classes, in evaluation too.
         which = np.random.default_rng(0).permutation(which)
-        self.val = loaded.val_x[which], loaded.val_y[which]
-        self.digest: str = loaded.provenance["digest"]
+        self.train, self.val = (loaded.train_x, loaded.train_y), (loaded.val_x[which], loaded.val_y[which])
+        self.batches = AugmentedBatches if config.augment else Batches
         self.provenance, self.classes = loaded.provenance, loaded.classes
-
-    def train_batches(self, start: int, rank: int, world: int) -> Batches:
-        config = self.config
-        return ImageBatches(*self.train, config.augment, config.batch_size, config.seed, start, rank, world)
-
-    def val_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        return zip(*(part.split(self.config.batch_size) for part in self.val), strict=True)
+        self.digest = loaded.provenance["digest"]
 
 
-class ImageBatches(Batches):
-    """Endless batches of training images x and classes y, perhaps `shifted` by draws of (seed, rank, step); see `Batches`."""
+class AugmentedBatches(Batches):
+    """Batches of images and classes, the images `shifted` by draws of (seed, rank, step)."""
 
-    def __init__(self, x: Tensor, y: Tensor, augment: bool, *batches: int):
-        super().__init__(y, *batches)
-        self.x, self.y, self.augment = x, y, augment
-
-    def take(self, which: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
-        x, y = self.x[which], self.y[which]
-        if self.augment:
-            x = shifted(x, np.random.default_rng([self.seed, self.rank, step, 1]))
-        return x, y
+    def take(self, which: np.ndarray, step: int) -> Batch:
+        x, y = super().take(which, step)
+        return shifted(x, np.random.default_rng([self.seed, self.rank, step, 1])), y
 
 
 def shifted(x: Tensor, draw: np.random.Generator) -> Tensor:
@@ -75,16 +61,14 @@ def shifted(x: Tensor, draw: np.random.Generator) -> Tensor:
 def check(config: RunConfig, loaded: images.Images) -> None:
     """Raise a ConfigError that names the right value where a key doesn't fit the images."""
     channels, height, width = loaded.train_x.shape[1:]
-    size, side = f"{height} x {width}", config.patch_size
+    size, side = f"{height} x {width} pixels", config.patch_size
     if height % side or width % side:
         shared = math.gcd(height, width)
         fitting = [p for p in range(1, shared + 1) if shared % p == 0]
-        raise ConfigError(
-            f"patch_size={side}: must divide the {size} pixels of data={config.data!r}; may be one of {fitting}"
-        )
+        raise ConfigError(f"patch_size={side}: must divide the {size} of data={config.data!r}; may be one of {fitting}")
     patches = (height // side) * (width // side)
     for name, right, why in (
-        ("sequence_length", patches, f"images of {size} pixels have {patches} patches of patch_size={side}"),
+        ("sequence_length", patches, f"images of {size} have {patches} patches of patch_size={side}"),
         ("channels", channels, f"its pixels have {channels}"),
         ("classes", len(loaded.classes), f"it has {len(loaded.classes)}"),
     ):

@@ -30,6 +30,7 @@ from ecmoe.paths import IMAGES, IMAGES_PREFIX, check_content, local_files, plain
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VALIDATION = ("validation", "val", "test")  # names of a folder's own split; the first that is there
 HELD_OUT = 5  # where a source has no split of its own, one image in so many validates
+Stored = tuple[np.ndarray, np.ndarray]  # images as they lie on disk: (n, H, W, C) uint8, (n,) int64
 
 
 class Images(NamedTuple):
@@ -45,13 +46,6 @@ class Images(NamedTuple):
     val_y: Tensor
     classes: tuple[str, ...]
     provenance: dict[str, Any]
-
-
-class _Split(NamedTuple):
-    """Images as they are stored: (n, H, W, C) uint8, (n,) int64."""
-
-    pixels: np.ndarray
-    labels: np.ndarray
 
 
 def load(data: str) -> Images:
@@ -77,12 +71,11 @@ def _load(data: str, content: str) -> Images:
         return _digits()
     if data == "cifar10":
         return _cifar10(data)
-    folder, files = paths.resolve(data.removeprefix(IMAGES_PREFIX)), local_files(data)
+    folder, files = data.removeprefix(IMAGES_PREFIX), local_files(data)
     packed = [path for name, path in files.items() if "/" not in name and name.endswith("_train.jpgs.xz")]
-    train, val, classes = _packed(data, packed[0]) if packed else _folder(data, folder, files)
-    said = {"name": folder.name, "licence": NOT_STATED, "attribution": NOT_STATED} | about(str(folder.resolve()))
-    said["source_sha256"] = content_sha256({f"0:{name}": path for name, path in files.items()})
-    return _images(train, val, classes, said)
+    train, val, classes = _packed(data, packed[0]) if packed else _folder(data, files)
+    source = content_sha256({f"0:{name}": path for name, path in files.items()})
+    return _images(train, val, classes, about(folder) | {"source_sha256": source})
 
 
 def _digits() -> Images:
@@ -91,13 +84,12 @@ def _digits() -> Images:
 
     digits = load_digits()
     pixels, labels = digits.images.astype(np.uint8)[..., None], digits.target.astype(np.int64)
-    first = 1437
     said = {
         "name": "Optical Recognition of Handwritten Digits (scikit-learn's copy; first 1,437 train, last 360 validate)",
         "licence": "CC BY 4.0",
         "attribution": "Alpaydin and Kaynak 1998, UCI Machine Learning Repository",
     }
-    train, val = _Split(pixels[:first], labels[:first]), _Split(pixels[first:], labels[first:])
+    train, val = ((pixels[side], labels[side]) for side in (slice(1437), slice(1437, None)))
     return _images(train, val, tuple("0123456789"), said, white=16)
 
 
@@ -107,14 +99,14 @@ def _cifar10(data: str) -> Images:
     sets = from_hub(f"data={data!r}", right, "uoft-cs/cifar10")
     said = {"name": "CIFAR-10", "licence": NOT_STATED,
             "attribution": "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"}  # fmt: skip
-    train, val = (_stack(data, (("", row["img"], row["label"]) for row in sets[name])) for name in ("train", "test"))
+    train, val = (_stack(data, (("", row["img"], row["label"]) for row in sets[side])) for side in ("train", "test"))
     return _images(train, val, tuple(sets["train"].features["label"].names), said)
 
 
-def _packed(data: str, train: Path) -> tuple[_Split, _Split, tuple[str, ...]]:
+def _packed(data: str, train: Path) -> tuple[Stored, Stored, tuple[str, ...]]:
     name = train.name.removesuffix("_train.jpgs.xz")
-    splits = [_stack(data, _jpegs(data, train.with_name(f"{name}_{part}"))) for part in ("train", "test")]
-    largest = max(int(split.labels.max()) for split in splits)
+    splits = [_stack(data, _jpegs(data, train.with_name(f"{name}_{side}"))) for side in ("train", "test")]
+    largest = max(int(labels.max()) for _, labels in splits)
     known = CIFAR10 if name == "cifar10" else ()
     return *splits, known if largest < len(known) else tuple(map(str, range(largest + 1)))
 
@@ -122,8 +114,7 @@ def _packed(data: str, train: Path) -> tuple[_Split, _Split, tuple[str, ...]]:
 def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
     try:
         images = lzma.open(f"{stem}.jpgs.xz").read()
-        lines = lzma.open(f"{stem}.idx.xz", "rt").read().splitlines()
-        places = [tuple(map(int, line.split())) for line in lines]
+        places = [tuple(map(int, line.split())) for line in lzma.open(f"{stem}.idx.xz", "rt")]
         yield from ((f"{stem}.jpgs.xz, image {i}", io.BytesIO(images[at : at + n]), label)
                     for i, (at, n, label) in enumerate(places))  # fmt: skip
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
@@ -131,56 +122,51 @@ def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
                           "JPEGs end to end, and a line `offset length label` for each")  from error  # fmt: skip
 
 
-def _folder(data: str, folder: Path, files: dict[str, Path]) -> tuple[_Split, _Split, tuple[str, ...]]:
+def _folder(data: str, files: dict[str, Path]) -> tuple[Stored, Stored, tuple[str, ...]]:
     """CLASS/IMAGE, perhaps below train and one of VALIDATION; where there is no such, some of each class are held out."""
     parts = {name: Path(name).parts for name in files}
     top = {part[0] for part in parts.values()}
-    own = next((side for side in VALIDATION if {"train", side} <= top), None)
-    sides, deep = (["train"] + [own] * bool(own), 1) if "train" in top else ([""], 0)  # folders above the class
-    images = {side: [(str(files[name]), files[name], part[deep]) for name, part in parts.items()
-                     if len(part) > deep + 1 and side in ("", part[0])] for side in sides}  # fmt: skip
-    classes = sorted({label for rows in images.values() for *_, label in rows})
-    if not classes or not all(images.values()):
-        raise ConfigError(f"data={data!r}: {folder} holds no images of classes; it must hold a sub-folder of image files per "
-                          f"class, perhaps below train and one of {', '.join(VALIDATION)}")  # fmt: skip
-    splits = [
-        _stack(data, ((where, path, classes.index(label)) for where, path, label in rows)) for rows in images.values()
-    ]
+    own = [side for side in VALIDATION if {"train", side} <= top][:1]
+    sides = ["train", *own] if "train" in top else [""]
+    deep = len(sides[0]) > 0  # folders above the class
+    images = [[(str(files[name]), files[name], part[deep]) for name, part in parts.items()
+               if len(part) > deep + 1 and side in ("", part[0])] for side in sides]  # fmt: skip
+    classes = sorted({label for rows in images for *_, label in rows})
+    if not classes or not all(images):
+        raise ConfigError(f"data={data!r}: holds no images of classes; it must hold a sub-folder of image files per class, "
+                          f"perhaps below train and one of {', '.join(VALIDATION)}")  # fmt: skip
+    splits = [_stack(data, ((where, path, classes.index(label)) for where, path, label in rows)) for rows in images]
     if not own:  # the same share of every class
-        (train,) = splits
-        held = pd.Series(train.labels).groupby(train.labels).cumcount().to_numpy() % HELD_OUT == HELD_OUT - 1
-        splits = [_Split(train.pixels[which], train.labels[which]) for which in (~held, held)]
+        ((pixels, labels),) = splits
+        held = pd.Series(labels).groupby(labels).cumcount().to_numpy() % HELD_OUT == HELD_OUT - 1
+        splits = [(pixels[which], labels[which]) for which in (~held, held)]
     return *splits, tuple(classes)
 
 
-def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> _Split:
+def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> Stored:
     """Images as RGB, one below the other; they must be of one size. rows: how to call it, file or Pillow's image, label."""
-    pixels, labels, size = [], [], None
+    pixels, labels = [], []
     for where, file, label in rows:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                # Reads the size, not yet the pixels.
-                image = file if isinstance(file, Image.Image) else Image.open(file)
-            size = size or image.size
-            if image.size != size:
-                (w, h), (width, height) = size, image.size
-                raise ConfigError(f"data={data!r}: holds images of {w} x {h} and {width} x {height} pixels ({where}), but all "
-                                  "must be of one size: resize them first")  # fmt: skip
-            pixels.append(_rgb(image))
-        except ConfigError:
-            raise
+            pixels.append(_rgb(file))
         except Exception as error:  # Pillow's decoders raise whatever they meet in a damaged file
             told = f"{type(error).__name__}: {error}"
             raise ConfigError(f"data={data!r}: {where} can't be read ({told}): mend or remove it") from error
+        (h, w, _), (height, width, _) = pixels[0].shape, pixels[-1].shape
+        if (h, w) != (height, width):
+            raise ConfigError(f"data={data!r}: holds images of {w} x {h} and {width} x {height} pixels ({where}), but all "
+                              "must be of one size: resize them first")  # fmt: skip
         labels.append(label)
     if not pixels:
         raise ConfigError(f"data={data!r}: holds no images")
-    return _Split(np.stack(pixels), np.array(labels, np.int64))
+    return np.stack(pixels), np.array(labels, np.int64)
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8. Pillow cuts off greys of 16 bits at 255: they are scaled."""
+def _rgb(file: Any) -> np.ndarray:
+    """(H, W, 3) uint8 of a file or an image. Pillow cuts off greys of 16 bits at 255: they are scaled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = file if isinstance(file, Image.Image) else Image.open(file)
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
@@ -191,13 +177,12 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _images(train: _Split, val: _Split, classes: tuple[str, ...], said: dict[str, str], white: int = 255) -> Images:
-    digest = hashlib.sha256()
-    tensors = []
+def _images(train: Stored, val: Stored, classes: tuple[str, ...], said: dict[str, str], white: int = 255) -> Images:
+    digest, tensors = hashlib.sha256(), []
     for pixels, labels in (train, val):
         digest.update(np.ascontiguousarray(pixels).tobytes() + labels.tobytes())
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         tensors += [x.div_(white), torch.from_numpy(labels)]
     digest.update(repr(classes).encode())
-    counts = {"train_images": len(train.labels), "val_images": len(val.labels), "shape": list(tensors[0].shape[1:])}
+    counts = {"train_images": len(train[1]), "val_images": len(val[1]), "shape": list(tensors[0].shape[1:])}
     return Images(*tensors, classes, {**said, "digest": digest.hexdigest()[:16], **counts})

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 
-from ecmoe.data.corpus import Corpus
+from ecmoe.data.corpus import Corpus, Documents
 from ecmoe.data.tokenizer import END
 
 VALIDATION = 0.05  # share of the text, where the source has no validation split of its own
+Shown = Callable[[int], object]  # is told of bytes that were read
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class SplitText:
     rule: str
 
     @classmethod
-    def read(cls, corpus: Corpus, file: BinaryIO, limit: int, shown: Callable[[int], object]) -> SplitText:
-        """Read a corpus, at most `limit` bytes of it (0: all), into `file`; `shown` is told of bytes read."""
+    def read(cls, corpus: Corpus, file: BinaryIO, limit: int, shown: Shown) -> SplitText:
+        """Read a corpus, at most `limit` bytes of it (0: all), into `file`."""
         lengths, hashes = _write(corpus.train, file, limit, shown)
         if corpus.validation is None:
             return cls(file, lengths, *split(hashes, lengths))
@@ -50,7 +51,7 @@ class SplitText:
         count = np.searchsorted(self.lengths[shuffled].cumsum(), size, side="right")
         return np.sort(shuffled[: max(count, 1)])
 
-    def documents(self, numbers: np.ndarray, shown: Callable[[int], object]) -> Iterator[str]:
+    def documents(self, numbers: np.ndarray, shown: Shown) -> Iterator[str]:
         """The documents of these numbers."""
         starts = np.cumsum(self.lengths) - self.lengths
         for i in numbers:
@@ -59,11 +60,9 @@ class SplitText:
             shown(int(self.lengths[i]))
 
 
-def _write(
-    documents: Iterable[tuple[str, str]], file: BinaryIO, limit: int, shown: Callable[[int], object]
-) -> tuple[np.ndarray, np.ndarray]:
+def _write(documents: Documents, file: BinaryIO, limit: int, shown: Shown) -> tuple[np.ndarray, np.ndarray]:
     """Append the documents, at most `limit` bytes (0: all) of them; their lengths in bytes and their units' hashes."""
-    lengths, hashes, left = array("Q"), array("Q"), limit or float("inf")
+    lengths, hashes, left = array("Q"), bytearray(), limit or float("inf")
     for unit, text in documents:
         data = text.replace(END, "").encode(errors="replace")
         if len(data) >= left:  # cut the last one, between characters
@@ -71,13 +70,12 @@ def _write(
         if data:
             file.write(data + END.encode())
             lengths.append(len(data) + 1)
-            hashed = hashlib.blake2b(unit.encode(errors="replace"), digest_size=8).digest()
-            hashes.append(int.from_bytes(hashed, "little"))
+            hashes += hashlib.blake2b(unit.encode(errors="replace"), digest_size=8).digest()
             shown(len(data))
         left -= len(data)
         if left <= 4:  # less than a character
             break
-    return np.array(lengths, np.int64), np.array(hashes, np.uint64)
+    return np.array(lengths, np.int64), np.frombuffer(hashes, "<u8")
 
 
 def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) -> tuple[np.ndarray, str]:

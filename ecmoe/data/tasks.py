@@ -69,12 +69,18 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
         return _lines()
     if name not in TASKS:
         raise ConfigError(f"task {name!r}: {nearest(name, [*TASKS, OWN])}")
-    local = paths.resolve(plain(str(folder))) / name if folder else None
+    task, what, there = TASKS[name], f"task {name!r}", "a folder of local copies"
     if folder:
         check_content(str(folder))
         remember_content(with_content(str(folder)))
-    rows = _local(name, local) if local and local.is_dir() else _hub(name, local)
-    return tuple(_examples(name, side, found) for side, found in zip(("training", "validation"), rows, strict=True))
+        local = paths.resolve(plain(str(folder))) / name
+        if local.is_dir():
+            sides = (json_rows(what, local / f"{side}.jsonl", task.columns) for side in ("train", "validation"))
+            return tuple(_examples(name, rows) for rows in sides)
+        there = f"{local}/train.jsonl and validation.jsonl"
+    sets = from_hub(what, f"the Hub must be reachable, or {there} be there", task.hub, name)
+    sides = (checked_rows(f"{what}: {side}", sets[side], task.columns) for side in ("train", task.validation))
+    return tuple(_examples(name, rows) for rows in sides)
 
 
 def classes(name: str) -> int:
@@ -82,19 +88,7 @@ def classes(name: str) -> int:
     return 2 if name == OWN else TASKS[name].classes
 
 
-def _local(name: str, folder: Path) -> list[Rows]:
-    paths_of = (folder / f"{split}.jsonl" for split in ("train", "validation"))
-    return [json_rows(f"task {name!r}", path, TASKS[name].columns) for path in paths_of]
-
-
-def _hub(name: str, local: Path | None) -> list[Rows]:
-    there = f"{local}/train.jsonl and validation.jsonl" if local else "a folder of local copies"
-    task, what = TASKS[name], f"task {name!r}"
-    sets = from_hub(what, f"the Hub must be reachable, or {there} be there", task.hub, name)
-    return [checked_rows(f"{what}: {side}", sets[side], task.columns) for side in ("train", task.validation)]
-
-
-def _examples(name: str, side: str, rows: Rows) -> Examples:
+def _examples(name: str, rows: Rows) -> Examples:
     texts, labels = [], []
     for where, row in rows:
         label = row.get("label")
@@ -103,7 +97,7 @@ def _examples(name: str, side: str, rows: Rows) -> Examples:
         texts.append(tuple(row[column] for column in TASKS[name].columns))
         labels.append(label)
     if not labels:
-        raise ConfigError(f"task {name!r}: has no {side} examples")
+        raise ConfigError(f"task {name!r}: has no examples to train on, or none to validate on")
     return Examples(texts, np.array(labels, np.int64))
 
 

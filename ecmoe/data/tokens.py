@@ -7,8 +7,9 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ecmoe.paths import check_content, parts_of, remember_content, with_content
 # Part of every cache's name: raise it when the same source would give other tokens.
 SCHEMA = 2
 BPE_BYTES = 50_000_000  # BPE learns its merges from at most so much text
-Bar = Callable[[str, int | None], Any]  # (what is done, bytes to do) -> a progress bar
+NEW = "not tokenised yet"
 
 
 @dataclass(frozen=True)
@@ -53,33 +54,12 @@ class Tokens:
         return ids[:, : count * (length + 1)].reshape(len(ids), count, length + 1)
 
 
-def folder(config: Any, cache: Path | None = None) -> Path:
+def folder(config: Any) -> Path:
     """Where the tokens of this config are kept: it depends on the content of the text and on the keys that are read here."""
-    digest = check_sum(_keys(config))[:12]
     names = "-".join(Path(part).name for part in parts_of(config.data))
     slug = re.sub(r"[^\w.-]+", "-", names).strip("-")[:40]
-    return (cache or paths.cache()) / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
-
-
-def load(config: Any, cache: Path | None = None) -> Tokens:
-    """The corpus of `config` in tokens; made on first use, while other processes wait.
-
-    Made again when one of its files is damaged. A ConfigError: no such text, and no cache that is whole."""
-    from filelock import FileLock
-
-    place = folder(config, cache)
-    if _trouble(place):
-        if _meta(place) is None:
-            source_files(config.data)  # a typing error leaves nothing behind
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.parent / f"{place.name}.lock"):
-            trouble = _trouble(place)  # another process may have made it meanwhile
-            if trouble:
-                _make(config, place, trouble)
-    remember_content(config.data)
-    meta = _meta(place)
-    train, val = (np.memmap(place / f"{split}.bin", np.dtype(meta["dtype"]), "r") for split in ("train", "val"))
-    return Tokens(train, val, BPE(place / "tokenizer.json") if meta["tokenizer"] == "bpe" else Bytes(), meta)
+    digest = check_sum(_keys(config))[:12]
+    return paths.cache() / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
 
 
 def _keys(config: Any) -> dict[str, Any]:
@@ -87,30 +67,36 @@ def _keys(config: Any) -> dict[str, Any]:
     return {"schema": SCHEMA, "data": source_key(with_content(config.data)), **read}
 
 
-def _meta(place: Path) -> dict[str, Any] | None:
-    """meta.json; None if there is none, {} if it is damaged."""
-    try:
-        return read_json(place / "meta.json", sealed=True)
-    except FileNotFoundError:
-        return None
-    except Damaged:
-        return {}
+def load(config: Any) -> Tokens:
+    """The corpus of `config` in tokens; made on first use, while other processes wait.
+
+    Made again when one of its files is damaged. A ConfigError: no such text, and no cache that is whole."""
+    from filelock import FileLock
+
+    place = folder(config)
+    if trouble := _trouble(place):
+        if trouble == NEW:
+            source_files(config.data)  # a typing error leaves nothing behind
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.parent / f"{place.name}.lock"):
+            if trouble := _trouble(place):  # else another process has made it meanwhile
+                _make(config, place, trouble)
+    remember_content(config.data)
+    meta = read_json(place / "meta.json")
+    train, val = (np.memmap(place / f"{side}.bin", np.dtype(meta["dtype"]), "r") for side in ("train", "val"))
+    return Tokens(train, val, BPE(place / "tokenizer.json") if meta["tokenizer"] == "bpe" else Bytes(), meta)
 
 
 def _trouble(place: Path) -> str | None:
     """What is wrong with the cache, in words; None if nothing is."""
-    meta = _meta(place)
-    if meta is None:
-        return "not tokenised yet"
-    if not meta:
+    try:
+        files = read_json(place / "meta.json", sealed=True)["files"]
+    except FileNotFoundError:
+        return NEW
+    except Damaged:
         return "meta.json is damaged"
-    for name, said in meta["files"].items():
-        path = place / name
-        if not path.is_file() or path.stat().st_size != said["bytes"]:
-            return f"{name} is missing or cut"
-        if sha256_once(path) != said["sha256"]:
-            return f"{name} is damaged (its SHA-256 differs)"
-    return None
+    whole = {name: (place / name).is_file() and sha256_once(place / name) == files[name]["sha256"] for name in files}
+    return next((f"{name} is missing or damaged" for name in files if not whole[name]), None)
 
 
 def _make(config: Any, place: Path, trouble: str) -> None:
@@ -120,99 +106,82 @@ def _make(config: Any, place: Path, trouble: str) -> None:
         streaming = config.streaming or config.max_bytes > 0  # a part: not the whole download
         corpora = [open_corpus(part, streaming) for part in parts_of(config.data)]
     except ConfigError as error:
-        if trouble == "not tokenised yet":
+        if trouble == NEW:
             raise
-        raise ConfigError(
-            f"data={config.data!r}: the cache {place} can't be used: {trouble}; it can't be made again: {error}"
-        ) from error
+        told = f"the cache {place} can't be used: {trouble}; it can't be made again: {error}"
+        raise ConfigError(f"data={config.data!r}: {told}") from error
     (place / "meta.json").unlink(missing_ok=True)
     work = place / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
     work.mkdir()
     try:
         with disk_may_be_full(place):
-            meta = _tokenise(config, corpora, work, _bar(config.data))
+            meta = _tokenise(config, corpora, work)
         check_content(config.data)  # nobody wrote while it was read
-        meta |= {"source_sha256": content_sha256(source) if source else None}
         made = [path for path in sorted(work.iterdir()) if path.is_file()]
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in made}
         for path in made:
             os.replace(path, place / path.name)
+        meta |= {"source_sha256": content_sha256(source) if source else None}
         meta |= _keys(config) | {"digest": check_sum(files), "files": files}
         write_json(place / "meta.json", meta, sealed=True)  # last: what it describes is then complete
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _bar(data: str) -> Bar:
+def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
+    """Read and split each corpus, train BPE on the training sides, encode, cut all to the shortest; what meta.json says of it."""
     from tqdm import tqdm
 
-    watched = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: quiet unless a person watches
-    return lambda what, total: tqdm(desc=f"{what} {Path(*parts_of(data)[:1]).name}", total=total, **watched)
-
-
-def _tokenise(config: Any, corpora: list[Corpus], work: Path, bar: Bar) -> dict[str, Any]:
-    """Read and split each corpus, train BPE on the training sides, encode, cut all to the shortest; what meta.json says of it."""
+    # disable=None: quiet unless a person watches.
+    bar = partial(tqdm, unit="B", unit_scale=True, leave=False, disable=None)
     (spools := work / "spools").mkdir()
     limit = -(-config.max_bytes // len(corpora))
     with contextlib.ExitStack() as files:
-        with bar("reading", config.max_bytes or None) as shown:
+        with bar(desc=f"reading {config.data}", total=config.max_bytes or None) as shown:
             spooled = [files.enter_context((spools / str(i)).open("w+b")) for i in range(len(corpora))]
             texts = [SplitText.read(c, file, limit, shown.update) for c, file in zip(corpora, spooled, strict=True)]
         for corpus, text in zip(corpora, texts, strict=True):
             if text.is_val.all() or not text.is_val.any():
                 raise ConfigError(f"data={config.data!r}: {len(text.lengths)} documents of {text.lengths.sum()} bytes of {corpus.name} "
                                   "are too few to split into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip
-        tokenizer = _learned(config, texts, work, bar) if config.tokenizer == "bpe" else Bytes()
+        tokenizer: Tokenizer = Bytes()
+        if config.tokenizer == "bpe":  # learned from as many bytes of each text, none of which validates
+            share = min(BPE_BYTES // len(texts), *(int(text.lengths[text.train()].sum()) for text in texts))
+            with bar(desc="learning BPE", total=share * len(texts)) as shown:
+                documents = (
+                    d.removesuffix(END) for text in texts for d in text.documents(text.some(share), shown.update)
+                )
+                train_bpe(documents, config.vocab_size, work / "tokenizer.json")
+            tokenizer = BPE(work / "tokenizer.json")
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         meta: dict[str, Any] = {"dtype": dtype.name, "parts": [
             {"name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution, "split": text.rule,
              "bytes": int(text.lengths.sum()), "documents": len(text.lengths)}
             for corpus, text in zip(corpora, texts, strict=True)
         ]}  # fmt: skip
-        with bar("tokenising", sum(part["bytes"] for part in meta["parts"])) as shown:
+        with bar(desc=f"tokenising {config.data}", total=sum(part["bytes"] for part in meta["parts"])) as shown:
             for side, numbers in (("train", SplitText.train), ("val", SplitText.val)):
-                encoded = [spools / f"{side}.{i}" for i in range(len(texts))]
-                for path, text in zip(encoded, texts, strict=True):
+                encoded = []
+                for i, text in enumerate(texts):
+                    path = spools / f"{side}.{i}"
                     _encode(text.documents(numbers(text), shown.update), tokenizer, dtype, path)
-                _join(encoded, work / f"{side}.bin")
+                    encoded.append(np.memmap(path, dtype, "r"))
+                with (work / f"{side}.bin").open("wb") as out:
+                    for ids in encoded:
+                        out.write(ids[: min(map(len, encoded))])
                 found = counts(np.memmap(work / f"{side}.bin", dtype, "r"), tokenizer.vocab_size)
                 meta |= {f"{side}_tokens": int(found.sum()), f"{side}_bytes": int(found @ tokenizer.byte_lengths),
                          f"{side}_documents": int(found[END_ID])}  # fmt: skip
     return meta
 
 
-def _learned(config: Any, texts: list[SplitText], work: Path, bar: Bar) -> BPE:
-    """BPE, learned from as many bytes of each text, none of which validates."""
-    share = min(BPE_BYTES // len(texts), *(int(text.lengths[text.train()].sum()) for text in texts))
-    with bar("learning BPE from", share * len(texts)) as shown:
-        documents = (d.removesuffix(END) for text in texts for d in text.documents(text.some(share), shown.update))
-        train_bpe(documents, config.vocab_size, work / "tokenizer.json")
-    return BPE(work / "tokenizer.json")
-
-
-def _encode(documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, path: Path, size: int = 1 << 22) -> None:
-    """Write the tokens of `documents`, batch by batch of `size` characters over all cores."""
+def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, path: Path) -> None:
+    """Write the tokens of `documents`, so many at a time over all cores."""
     with path.open("wb") as out:
-        batch, characters = [], 0
-        for document in itertools.chain(documents, [None]):
-            if document is not None:
-                batch.append(document)
-                characters += len(document)
-            if document is None or characters >= size:
-                for ids in tokenizer.encode(batch):
-                    out.write(ids.astype(dtype).tobytes())
-                batch, characters = [], 0
-
-
-def _join(parts: list[Path], whole: Path) -> None:
-    """One after the other, each cut to the shortest."""
-    shortest = min(part.stat().st_size for part in parts)
-    with whole.open("wb") as out:
-        for part in parts:
-            os.truncate(part, shortest)
-            with part.open("rb") as file:
-                shutil.copyfileobj(file, out)
+        while some := list(itertools.islice(documents, 256)):
+            for ids in tokenizer.encode(some):
+                out.write(ids.astype(dtype))
 
 
 def counts(ids: np.ndarray, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:

@@ -165,7 +165,7 @@ def class_tables(data: Any, class_of: Tensor) -> tuple[Tensor, Tensor]:
     """log p(class) (C,) and log p(class | token before) (V, C), of the training text; the latter smoothed by the former."""
     V, C = len(class_of), int(class_of.max()) + 1
     counts = np.zeros(V * C, np.int64)
-    for windows in np.array_split(data.train_windows, max(1, len(data.train_windows) // 4096)):
+    for windows in np.array_split(data.train[0], max(1, len(data.train[0]) // 4096)):
         pairs = windows[:, :-1].astype(np.int64) * C + class_of.numpy()[windows[:, 1:]]
         counts += np.bincount(pairs.ravel(), minlength=V * C)
     pairs = torch.from_numpy(counts).view(V, C).double()
@@ -256,8 +256,8 @@ def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict
     prompt = ids[:, : ids.shape[1] // 2]
     out = generate(model, prompt, tokens, temperature=0.8, top_k=40)[0].tolist()
     return {
-        "prompt": data.decode(out[: prompt.shape[1]]),
-        "continuation": data.decode(out[prompt.shape[1] :]),
+        "prompt": data.tokenizer.decode(out[: prompt.shape[1]]),
+        "continuation": data.tokenizer.decode(out[prompt.shape[1] :]),
         "compared": routed.numel(),
         "changed": (routed != each).sum(),
         "output_difference": (whole - stepped).abs().max(),

@@ -147,7 +147,7 @@ def _encode(data: TextData, parts: tuple[tasks.Examples, ...], most: int) -> tup
     """Texts joined, each ended by a line break; where that is too long, the longest text loses its beginning. And how often."""
     found, cut = [], []
     for part in parts:
-        ids = iter(data.encode_all([text + SEPARATOR for texts in part.texts for text in texts]))
+        ids = iter(data.tokenizer.encode([text + SEPARATOR for texts in part.texts for text in texts]))
         pieces = [[next(ids) for _ in texts] for texts in part.texts]
         cut += [sum(map(len, some)) > most for some in pieces]
         rows = [torch.tensor(_fitted(some, most)) for some in pieces]

@@ -28,7 +28,7 @@ def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
     data = TextData(config)
     data.prepare_data()
     data.setup()
-    return data, torch.from_numpy(data.val_windows[: batches * config.batch_size].astype(np.int64))
+    return data, torch.from_numpy(data.val[0][: batches * config.batch_size].astype(np.int64))
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
         model.hidden(ids.to(device))
     n = ids.numel()
     counts = torch.stack([assignment.experts_per_token(n).cpu() for _, assignment in seen])  # (layers, n)
-    names = {i: data.decode([i]) for i in ids.unique().tolist()}
+    names = {i: data.tokenizer.decode([i]) for i in ids.unique().tolist()}
     texts = [names[i] for i in ids.flatten().tolist()]
     kinds = np.array([_kind(text, before) for text, before in zip(texts, ["", *texts], strict=False)])
     return {

@@ -38,5 +38,5 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
     if config.tokenizer == "bpe" and (summary["data"] or {}).get("digest") != data.digest:
         raise ValueError(f"data={config.data!r} is another text here than the one that {config.name} was trained on, "
                          "and so is its vocabulary: bring that text back")  # fmt: skip
-    out = generate(model, torch.tensor([data.encode(prompt)]).long(), tokens, **sampling)
-    return data.decode(out[0].tolist())
+    out = generate(model, torch.tensor(data.tokenizer.encode([prompt])[0].tolist()).long()[None], tokens, **sampling)
+    return data.tokenizer.decode(out[0].tolist())

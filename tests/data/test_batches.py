@@ -21,7 +21,7 @@ def take(batches, count):
 @settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**40))
 def test_an_epoch_repeats_no_window_over_all_ranks(batch_size, world, seed):
-    ranks = [Batches(WINDOWS, batch_size, seed, rank=r, world=world) for r in range(world)]
+    ranks = [Batches([WINDOWS], batch_size, seed, rank=r, world=world) for r in range(world)]
     steps = ranks[0].steps_per_epoch
     assert steps == 101 // (batch_size * world)
     for epoch in (0, 1):
@@ -32,19 +32,19 @@ def test_an_epoch_repeats_no_window_over_all_ranks(batch_size, world, seed):
 @settings(deadline=None)
 @given(st.integers(0, 70), st.integers(0, 1), st.integers(0, 9))
 def test_resume_anywhere_equals_uninterrupted(start, rank, seed):
-    whole = take(Batches(WINDOWS, 4, seed, rank=rank, world=2), 75)
-    resumed = take(Batches(WINDOWS, 4, seed, start=start, rank=rank, world=2), 75 - start)
+    whole = take(Batches([WINDOWS], 4, seed, rank=rank, world=2), 75)
+    resumed = take(Batches([WINDOWS], 4, seed, start=start, rank=rank, world=2), 75 - start)
     assert all(torch.equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
 
 
 def test_seeds_and_epochs_differ_and_ranks_deal_out_one_order():
-    first = torch.cat(take(Batches(WINDOWS, 4, seed=0), 50))
+    first = torch.cat(take(Batches([WINDOWS], 4, seed=0), 50))
     assert not torch.equal(first[:100], first[100:])  # another order in the second epoch
-    assert not torch.equal(first, torch.cat(take(Batches(WINDOWS, 4, seed=1), 50)))
+    assert not torch.equal(first, torch.cat(take(Batches([WINDOWS], 4, seed=1), 50)))
     # two ranks see in one step what one rank sees in two accumulated micro-batches
     one, two = (
-        take(Batches(WINDOWS, 4, 0), 24),
-        [take(Batches(WINDOWS, 4, 0, rank=r, world=2), 12) for r in (0, 1)],
+        take(Batches([WINDOWS], 4, 0), 24),
+        [take(Batches([WINDOWS], 4, 0, rank=r, world=2), 12) for r in (0, 1)],
     )
     assert all(torch.equal(one[2 * s + r], two[r][s]) for s in range(12) for r in (0, 1))
 
@@ -55,7 +55,7 @@ def test_no_epoch_of_a_seed_is_one_of_another_seed():
 
 
 def test_batches_are_whole_windows():
-    for batch in itertools.islice(Batches(WINDOWS, 3, 0), 5):
+    for batch in itertools.islice(Batches([WINDOWS], 3, 0), 5):
         assert batch.dtype == torch.int64 and batch.shape == (3, 5)
         assert (batch == batch[:, :1] + torch.arange(5)).all() and (batch[:, 0] % 5 == 0).all()
 
@@ -74,8 +74,8 @@ def test_train_batches_are_text_of_the_training_split(text):
     whole = bytes(np.asarray(tokens.load(text.config).train))
     assert all(b.shape == (4, 33) and b.dtype == torch.int64 for b in batches)
     assert all(bytes(row.tolist()) in whole for b in batches for row in b)
-    assert text.decode(batches[0][0]) == bytes(batches[0][0].tolist()).decode(errors="replace")
-    assert text.encode("def f():") == list(b"def f():")
+    assert text.tokenizer.decode(batches[0][0]) == bytes(batches[0][0].tolist()).decode(errors="replace")
+    assert text.tokenizer.encode(["def f():"])[0].tolist() == list(b"def f():")
 
 
 def test_start_step_skips_what_was_seen(text):
@@ -106,8 +106,7 @@ def test_validation_over_ranks_is_the_validation_of_one(text, monkeypatch):
     ranks.setup("fit")  # before a trainer is attached
     assert torch.equal(torch.cat(list(ranks.val_dataloader())), whole)
     for rank in (0, 1, 2):
-        monkeypatch.setattr(TextData, "_rank", rank)
-        monkeypatch.setattr(TextData, "_world", 3)
+        monkeypatch.setattr(TextData, "_place", (rank, 3))
         parts.append(list(ranks.val_dataloader()))
     assert [len(p) for p in parts] == [2, 2, 2]
     assert torch.equal(torch.cat([b for step in zip(*parts, strict=True) for b in step]), whole)
@@ -128,7 +127,7 @@ def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():
     found = TextData(config)
     found.setup()
     targets = torch.cat(list(found.val_dataloader()))[:, 1:]
-    size = sum(len(found.decode(row).encode()) for row in targets)
+    size = sum(len(found.tokenizer.decode(row).encode()) for row in targets)
     assert found.bytes_per_token == pytest.approx(size / targets.numel(), rel=0.01)  # a window may cut a character
     assert found.bytes_per_token > 1.3
 

@@ -71,12 +71,12 @@ def test_batches_of_task_level_routing_carry_them(tiny_config, router):
     data.setup()
     train, val = next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))
     if router == "expert_choice":
-        assert train.shape == val.shape == (8, 17) and data.train_tasks is None
+        assert train.shape == val.shape == (8, 17) and len(data.train) == 1
         return
     for windows, tasks in (train, val):
         assert windows.shape == (8, 17) and tasks.shape == (8,)
-    assert set(data.train_tasks) == {0, 1, 2, 3}  # real text has more than one kind
-    classes = TextClusters(data.train_windows, 4)
+    assert set(data.train[1]) == {0, 1, 2, 3}  # real text has more than one kind
+    classes = TextClusters(data.train[0], 4)
     whole = tokens.load(data.config)
     for ids, batches in ((whole.train, data.train_dataloader()), (whole.val, data.val_dataloader())):
         (windows,) = whole.windows(ids, 16)
@@ -85,4 +85,4 @@ def test_batches_of_task_level_routing_carry_them(tiny_config, router):
             assert [of[bytes(row.tolist())] for row in batch] == tasks.tolist()
     again = TextData(tiny_config(router=router, num_tasks=4, seed=1))
     again.setup()
-    assert (again.train_tasks == data.train_tasks).all()  # of the data, whatever the seed of the run
+    assert (again.train[1] == data.train[1]).all()  # of the data, whatever the seed of the run

@@ -94,16 +94,17 @@ def test_licence_of_local_text_however_its_path_is_written(name, tmp_path, monke
     (tmp_path / name).mkdir()
     (tmp_path / f"{name}.about.yaml").write_text("licence: CC0")
     for data in (name, f"./{name}", f"{name}/", str(tmp_path / name)):
-        assert corpus.about(data) == {"licence": "CC0"}
+        assert corpus.about(data) == {"name": name, "licence": "CC0", "attribution": "not stated"}
     monkeypatch.chdir(tmp_path / name)
-    assert corpus.about(".") == {"licence": "CC0"} and corpus.about("/") == {}
+    assert corpus.about(".")["licence"] == "CC0" and corpus.about("/")["licence"] == "not stated"
 
 
 def test_known_corpora_have_no_file_beside_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for data in ("stdlib", "c4", "digits"):
+    for data in ("stdlib", "c4"):
         (tmp_path / f"{data}.about.yaml").write_text("licence: CC0")
-        assert corpus.about(data) == {}
+        made = {"name": data, "licence": "its own", "attribution": "its own", "split": "ours"}
+        assert corpus.described(data, [made]) == made
 
 
 @pytest.mark.parametrize("data, remedy", [

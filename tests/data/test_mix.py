@@ -48,8 +48,8 @@ def test_as_much_of_each_and_no_window_of_two(mix):
         assert [set(bytes(part).decode()) & set(LETTERS) for part in parts] == [{x} for x in LETTERS]
     shortest = 3000 * 32
     assert len(whole.train) + len(whole.val) == pytest.approx(3 * shortest, rel=0.1)
-    assert shares(data.train_windows) == [len(data.train_windows) // 3] * 3
-    assert len(data.train_windows) > 0.95 * len(whole.train) / (T + 1)
+    assert shares(data.train[0]) == [len(data.train[0]) // 3] * 3
+    assert len(data.train[0]) > 0.95 * len(whole.train) / (T + 1)
 
 
 def test_every_batch_sees_all_parts(mix):
@@ -78,10 +78,10 @@ def test_counts_bytes_and_provenance_are_those_of_what_is_used(mix):
 def test_one_tokenizer_learns_from_all_alike(mix):
     """Of the same number of bytes, runs of each letter are as frequent: each gets as many merges, but for ties."""
     data = opened(config(mix, tokenizer="bpe", vocab_size=270))
-    words = [data.decode([i]) for i in range(257, 270)]
+    words = [data.tokenizer.decode([i]) for i in range(257, 270)]
     longest = [max(len(word) for word in words if set(word) <= {letter}) for letter in LETTERS]
     assert longest == [longest[0]] * 3 or max(longest) <= 2 * min(longest)
-    assert [set(data.decode(row)) & set(LETTERS) for row in np.split(tokens.load(data.config).val, 3)] == [
+    assert [set(data.tokenizer.decode(row)) & set(LETTERS) for row in np.split(tokens.load(data.config).val, 3)] == [
         {letter} for letter in LETTERS
     ]
     assert data.bytes_per_token > 2
@@ -105,7 +105,7 @@ def test_max_bytes_are_shared_out(mix):
 
 def test_classes_are_those_of_the_text_before(mix):
     data = opened(config(mix, router="task_level", num_tasks=3))
-    of = np.split(data.train_tasks, 3)
+    of = np.split(data.train[1], 3)
     inside = [np.unique(part[1:]) for part in of]  # the first of a part has nothing before it
     assert [len(kinds) for kinds in inside] == [1, 1, 1] and len(np.unique(inside)) == 3
     assert [part[0] for part in of] == [0, 0, 0]

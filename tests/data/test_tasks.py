@@ -63,7 +63,7 @@ def test_texts_stay_what_they_are(tmp_path):
     )
     assert tasks.load("sst2", tmp_path)[0].texts == [("2020-01-01",), ("1.0",)]
     (tmp_path / "sst2" / "train.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="task 'sst2': has no training examples"):
+    with pytest.raises(ConfigError, match="task 'sst2': has no examples to train on"):
         tasks.load("sst2", tmp_path)
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.split import SplitText, split
@@ -31,8 +32,9 @@ def book(tmp_path):
 
 
 @pytest.fixture
-def make(tmp_path):
-    return lambda data, **keys: load(config(data, **keys), tmp_path / "cache")
+def make(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "cache", lambda: tmp_path / "cache")
+    return lambda data, **keys: load(config(data, **keys))
 
 
 def config(data, **keys) -> RunConfig:
@@ -193,7 +195,7 @@ def test_folder_is_known_by_what_its_files_hold(tmp_path, make):
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
 def test_damage_is_found_and_repaired(book, make, name, damage, tmp_path):
     keys = {"tokenizer": "bpe", "vocab_size": 300, "max_bytes": 100_000}
-    place = tokens.folder(config(book, **keys), tmp_path / "cache")
+    place = tokens.folder(config(book, **keys))
     before = make(book, **keys)
     digest, ids, path = before.meta["digest"], before.train.copy(), place / name
     content = bytearray(path.read_bytes())
@@ -212,9 +214,9 @@ def test_cache_alone_is_enough(book, make, tmp_path):
     before = make(book).meta["digest"]
     book.unlink()
     assert make(book).meta["digest"] == before
-    place = tokens.folder(config(book), tmp_path / "cache")
+    place = tokens.folder(config(book))
     (place / "val.bin").write_bytes(b"short")
-    with pytest.raises(ConfigError, match=r"val.bin is missing or cut.*can't be made again.*no such file"):
+    with pytest.raises(ConfigError, match=r"val.bin is missing or damaged.*can't be made again.*no such file"):
         make(book)
     shutil.rmtree(place)
     with pytest.raises(ConfigError, match="no such file"):
@@ -259,9 +261,11 @@ def test_two_processes_tokenise_once(book, tmp_path):
             print("made"); time.sleep(1)
             return real(*a)
         tokens._tokenise = counted
-        print(tokens.load(RunConfig(data={str(book)!r}), __import__("pathlib").Path({str(tmp_path)!r})).meta["digest"])
+        print(tokens.load(RunConfig(data={str(book)!r})).meta["digest"])
     """)
-    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    home = os.environ | {"ECMOE_HOME": str(tmp_path)}
+    run = [sys.executable, "-c", script]
+    started = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True, env=home) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].split() for process in started]
     assert sorted(map(len, outputs)) == [1, 2]  # one made it, both have it
     assert outputs[0][-1] == outputs[1][-1]
@@ -274,14 +278,14 @@ def test_names_tell_configs_apart(book, tmp_path):
         {"tokenizer": "bpe", "vocab_size": 300},
         {"tokenizer": "bpe", "vocab_size": 301},
     ]
-    folders = {tokens.folder(config(book, **keys), tmp_path) for keys in variants}
+    folders = {tokens.folder(config(book, **keys)) for keys in variants}
     assert len(folders) == len(variants)
-    assert tokens.folder(config(book, steps=5, seed=3), tmp_path) == tokens.folder(config(book), tmp_path)
+    assert tokens.folder(config(book, steps=5, seed=3)) == tokens.folder(config(book))
 
 
 def test_every_byte_of_meta_is_checked(book, make, tmp_path):
     make(book)
-    path = tokens.folder(config(book), tmp_path / "cache") / "meta.json"
+    path = tokens.folder(config(book)) / "meta.json"
     path.write_text(path.read_text().replace("not stated", "public domain"))
     assert tokens._trouble(path.parent) == "meta.json is damaged"
     assert make(book).meta["parts"][0]["licence"] == "not stated"

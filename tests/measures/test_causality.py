@@ -89,7 +89,7 @@ def test_what_routing_tells_of_coins_is_known(monkeypatch):
     counts[97], counts[98] = 6, 5  # two classes: 97, and all else
 
     class Coins:
-        token_counts, train_windows = counts.numpy(), windows.numpy()
+        token_counts, train = counts.numpy(), [windows.numpy()]
 
     def of_coins(model, ids):
         causal = model.moe_layers[0].router.causal
@@ -123,7 +123,7 @@ def test_the_entropies_are_losses_of_the_same_text(tiny_config):
     entropy = {given: float(nats) * math.log(2) for given, nats in found["entropy"].items()}
     assert entropy["the model, causally"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
     pairs = np.zeros((256, 256))
-    np.add.at(pairs, (data.train_windows[:, :-1].ravel(), data.train_windows[:, 1:].ravel()), 1)
+    np.add.at(pairs, (data.train[0][:, :-1].ravel(), data.train[0][:, 1:].ravel()), 1)
     unigram = (pairs.sum(0) + 0.5) / (pairs.sum() + 128)
     bigram = (pairs + causality.SMOOTHING * unigram) / (pairs.sum(1, keepdims=True) + causality.SMOOTHING)
     current, following = ids[:, :-1].numpy(), following.numpy()
@@ -146,7 +146,7 @@ def test_classes_and_tables_count_the_training_text():
     torch.testing.assert_close(causality.by_class(logits, class_of).exp(), expected)
 
     class Data:
-        train_windows = torch.tensor([[0, 1, 3], [1, 3, 1]]).numpy()
+        train = [torch.tensor([[0, 1, 3], [1, 3, 1]]).numpy()]
 
     unigram, bigram = causality.class_tables(Data, class_of)
     assert unigram.exp().tolist() == pytest.approx([2.5 / 5.5, 2.5 / 5.5, 0.5 / 5.5])

@@ -28,7 +28,7 @@ def test_counts_are_those_of_the_combine_weights(trained):
     for logits, assignment in routed:
         assert logits.shape == (n, config.num_experts)
         seen.append([int((row > 0).sum()) for row in assignment.dense(n)])
-    assert "".join(found["text"]) == data.decode(batch[0, : len(found["text"])].tolist())
+    assert "".join(found["text"]) == data.tokenizer.decode(batch[0, : len(found["text"])].tolist())
     assert found["counts"] == [layer[: len(found["text"])] for layer in seen]
     for layer in range(2):  # all kinds together are all tokens, at c experts a token
         rows = [row for row in found["kinds"] if row["layer"] == layer]
@@ -37,7 +37,7 @@ def test_counts_are_those_of_the_combine_weights(trained):
         assert mean == pytest.approx(config.capacity_factor)
     by_hand = {}
     for i, token in enumerate(batch[:, :-1].flatten().tolist()):
-        by_hand.setdefault(data.decode([token]), []).append((seen[0][i] + seen[1][i]) / 2)
+        by_hand.setdefault(data.tokenizer.decode([token]), []).append((seen[0][i] + seen[1][i]) / 2)
     for row in found["words"]:
         values = by_hand[row["token"]]
         assert row["times"] == len(values) >= 20

@@ -12,7 +12,7 @@ import torch
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import is_other_data
-from ecmoe.data.image_batches import ImageBatches, ImageData, shifted
+from ecmoe.data.image_batches import AugmentedBatches, ImageData, shifted
 from ecmoe.model.build import build_model, count_parameters, flops_per_token
 from ecmoe.model.vision import patchify
 from ecmoe.study.table import table
@@ -153,8 +153,8 @@ def test_shifted_is_a_loop_over_images():
 
 def test_augmented_batches_resume_where_they_were():
     x, y = torch.rand(50, 1, 8, 8), torch.arange(50)
-    first = [b for _, b in zip(range(9), ImageBatches(x, y, True, 5, 0), strict=False)]
-    later = [b for _, b in zip(range(5), ImageBatches(x, y, True, 5, 0, 4), strict=False)]
+    first = [b for _, b in zip(range(9), AugmentedBatches((x, y), 5, 0), strict=False)]
+    later = [b for _, b in zip(range(5), AugmentedBatches((x, y), 5, 0, 4), strict=False)]
     for (a, i), (b, j) in zip(first[4:], later, strict=True):
         assert torch.equal(a, b) and torch.equal(i, j)
     assert not any(torch.equal(a, x[i]) for a, i in first)
