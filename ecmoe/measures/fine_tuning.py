@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ecmoe.config import RunConfig
-from ecmoe.data import tasks
-from ecmoe.data.batches import TextData, window_order
+from ecmoe.data import tasks, tokens
+from ecmoe.data.batches import window_order
+from ecmoe.data.tokenizer import Tokenizer
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import causal_routing
@@ -73,9 +74,8 @@ def fine_tuned(
     train, validation = (part.first(examples) for part in tasks.load(task, folder))
     if (has := len(train.labels)) < batch_size:
         raise ValueError(f"task {task!r}: batch_size={batch_size} is more than its {has} training examples")
-    data = TextData(config)
-    data.prepare_data()
-    (train, validation), truncated = _encode(data, (train, validation), config.sequence_length)
+    tokenizer = tokens.load(config).tokenizer
+    (train, validation), truncated = _encode(tokenizer, (train, validation), config.sequence_length)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         tuned = LitFineTuning(copy.deepcopy(model), config, tasks.classes(task), learning_rate, steps)
@@ -143,11 +143,11 @@ def _packed(bits: Tensor) -> str:
     return base64.b64encode(np.packbits(bits.numpy()).tobytes()).decode()
 
 
-def _encode(data: TextData, parts: tuple[tasks.Examples, ...], most: int) -> tuple[list[Encoded], float]:
+def _encode(tokenizer: Tokenizer, parts: tuple[tasks.Examples, ...], most: int) -> tuple[list[Encoded], float]:
     """Texts joined, each ended by a line break; where that is too long, the longest text loses its beginning. And how often."""
     found, cut = [], []
     for part in parts:
-        ids = iter(data.tokenizer.encode([text + SEPARATOR for texts in part.texts for text in texts]))
+        ids = iter(tokenizer.encode([text + SEPARATOR for texts in part.texts for text in texts]))
         pieces = [[next(ids) for _ in texts] for texts in part.texts]
         cut += [sum(map(len, some)) > most for some in pieces]
         rows = [torch.tensor(_fitted(some, most)) for some in pieces]

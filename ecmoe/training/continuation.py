@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ecmoe.config import RunConfig
-from ecmoe.data.batches import TextData
+from ecmoe.data.tokens import load as load_tokens
 from ecmoe.model.generate import generate
 from ecmoe.training.result import check_weights, find_run, load_model, read_run
 
@@ -32,11 +32,10 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can continue a text, "
                          f"but it has data={config.data!r} and router={config.router!r}")  # fmt: skip
     model = load_model(folder)
-    data = TextData(config)
-    data.prepare_data()
-    data.setup()
-    if config.tokenizer == "bpe" and (summary["data"] or {}).get("digest") != data.digest:
+    loaded = load_tokens(config)
+    if config.tokenizer == "bpe" and (summary["data"] or {}).get("digest") != loaded.meta["digest"]:
         raise ValueError(f"data={config.data!r} is another text here than the one that {config.name} was trained on, "
                          "and so is its vocabulary: bring that text back")  # fmt: skip
-    out = generate(model, torch.tensor(data.tokenizer.encode([prompt])[0].tolist()).long()[None], tokens, **sampling)
-    return data.tokenizer.decode(out[0].tolist())
+    ids = loaded.tokenizer.encode([prompt])[0]
+    out = generate(model, torch.tensor(ids.tolist()).long()[None], tokens, **sampling)
+    return loaded.tokenizer.decode(out[0].tolist())
