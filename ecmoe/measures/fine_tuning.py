@@ -148,7 +148,7 @@ def _encode(tokenizer: Tokenizer, parts: tuple[tasks.Examples, ...], most: int) 
     found, cut = [], []
     for part in parts:
         ids = iter(tokenizer.encode([text + SEPARATOR for texts in part.texts for text in texts]))
-        pieces = [[next(ids) for _ in texts] for texts in part.texts]
+        pieces = [[next(ids).tolist() for _ in texts] for texts in part.texts]
         cut += [sum(map(len, some)) > most for some in pieces]
         rows = [torch.tensor(_fitted(some, most)) for some in pieces]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
