@@ -379,6 +379,8 @@ def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:
             number = float(value)
         except ValueError:
             return ""
+        if not math.isfinite(number):
+            return ""
         if float in allowed:
             mantissa, _, exponent = f"{number:e}".partition("e")
             return f": write {float(mantissa):.12g}{'' if '.' in f'{float(mantissa):.12g}' else '.0'}e{int(exponent)} (YAML takes {value} for text)"

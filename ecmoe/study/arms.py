@@ -78,8 +78,11 @@ def _share(name: str, key: str, value: Any, base: Mapping[str, Any]) -> Any:
     """1/2 of the base's value; any other value as it is."""
     if not isinstance(value, str) or key not in MULTIPLE:
         return value
+    whole = base.get(key, getattr(RunConfig, key))
+    if not isinstance(whole, int):
+        raise ConfigError(f"base: {key}={whole!r} must be a whole number: arm {name!r} has {value} of it")
     try:
-        whole = base.get(key, getattr(RunConfig, key)) * Fraction(value)
+        whole *= Fraction(value)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"arm {name!r}: {key}={value!r} must be a number, or a share such as 1/2") from error
     if key == "steps" and whole.denominator != 1:

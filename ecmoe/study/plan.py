@@ -88,16 +88,24 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
     """
     values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
     try:
-        for name, listed in {
-            "seeds": values.get("seeds"),
-            **{f"vary: {k}": v for k, v in (values.get("vary") or {}).items()},
-        }.items():
-            if not isinstance(listed, list | None):
-                raise ParameterError(f"{name}={listed!r} must be a list, such as [{listed!r}]")
+        _check_list("seeds", [] if values.get("seeds") is None else values["seeds"], int)
+        for key, listed in (values.get("vary") or {}).items():
+            _check_list(f"vary: {key}", listed)
         made = list(_planned(page, values, scale))
     except (ConfigError, ParameterError) as error:
         raise type(error)(f"page {page!r}: {error}") from error
     return sorted(made, key=lambda one: values["seeds"].index(one.seed))
+
+
+def _check_list(name: str, value: Any, of: type = object) -> None:
+    """Raise a ParameterError where it is no list of such items."""
+    if not isinstance(value, list | tuple):
+        raise ParameterError(f"{name}={value!r} must be a list, such as [{value!r}]")
+    for item in value:
+        if not isinstance(item, of) or isinstance(item, bool) and of is int:
+            raise ParameterError(
+                f"{name}={value!r} must be a list of {'whole numbers' if of is int else 'names'}, not of {item!r}"
+            )
 
 
 def _planned(page: str, values: Keys, scale: str) -> Iterator[Planned]:
@@ -139,6 +147,7 @@ def _arms(asked: Any, base: Keys, own: Mapping[str, Keys]) -> dict[str, Keys]:
     """A list of names; or name -> keys, for arms of one's own (no keys: by its name)."""
     if isinstance(asked, str) or not isinstance(asked, Iterable):
         raise ConfigError(f"arms={asked!r}: must be a list of names of configs/arms.yaml")
+    _check_list("arms", list(asked), str)
     given = asked if isinstance(asked, Mapping) else dict.fromkeys(asked)
     for name, keys in given.items():
         if keys is not None and not isinstance(keys, Mapping):
@@ -159,8 +168,12 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> Iterator[tup
         raise ConfigError(f"measures={asked!r}: must hold a line for each measurement, `name: {{key: value}}`")
     wanted: dict[tuple[str, int], list[Measurement]] = {}
     for what, keys in asked.items():
+        if not isinstance(keys or {}, Mapping):
+            raise ParameterError(f"measures: {what}={keys!r} must hold `key: value` lines, or nothing")
         keys = dict(keys or {})
         of_arms, of_seeds = keys.pop("arms", arms), keys.pop("seeds", seeds)
+        _check_list(f"measures: {what}: arms", of_arms, str)
+        _check_list(f"measures: {what}: seeds", of_seeds, int)
         for arm in of_arms:
             if arm not in arms:
                 raise ConfigError(f"measurement {what!r} names arm {arm!r}, but the page's are {', '.join(arms)}")

@@ -103,6 +103,13 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
         ("arms: [EC]\nmeasures: [decoding]", "measures=['decoding']: must hold a line"),
         ("arms: [EC]\nseeds: 3", "seeds=3 must be a list"),
         ("arms: [EC]\nvary: {steps: 3}", "vary: steps=3 must be a list"),
+        ("arms: [EC]\nvary: {steps: }", "vary: steps=None must be a list"),
+        ("arms: [Half]\nbase: {steps: 1e-3}", "base: steps='1e-3' must be a whole number: arm 'Half' has 1/2 of it"),
+        ("arms: [{}]", "arms=[{}] must be a list of names"),
+        ("arms: [EC]\nseeds: [[]]", "seeds=[[]] must be a list of whole numbers"),
+        ("arms: [EC]\nmeasures: {decoding: x}", "measures: decoding='x' must hold `key: value` lines"),
+        ("arms: [EC]\nmeasures: {decoding: {arms: 5}}", "measures: decoding: arms=5 must be a list"),
+        ("arms: [EC]\nmeasures: {decoding: {seeds: [a]}}", "measures: decoding: seeds=['a'] must be a list of whole"),
     ],
 )
 def test_what_cannot_be_planned_names_the_page(configs, text, said):
