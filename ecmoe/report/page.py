@@ -13,7 +13,7 @@ import pandas as pd
 from ecmoe.report.answer import answer, difference, finding, judged
 from ecmoe.report.markup import Format, folded, math_html, show_html, table_html
 from ecmoe.report.plots.parts import Plot
-from ecmoe.report.plots.style import count_colors, is_dark
+from ecmoe.report.plots.style import count_colors, on_color
 from ecmoe.report.provenance import provenance
 
 __all__ = [
@@ -71,7 +71,7 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str, unit: 
 
     def mark(text: str, count: int) -> str:
         color = colors[min(count, len(colors) - 1)]
-        style = f"background:{color};color:{'#fff' if is_dark(color) else '#000'}"
+        style = f"background:{color};color:{on_color(color)}"
         style += ";text-decoration:line-through" * (not count)
         return f'<span style="{style}" title="{times(count)}">{html.escape(text)}</span>'
 

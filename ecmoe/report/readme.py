@@ -34,7 +34,7 @@ def update(scale: str = "gpu") -> bool:
     for name, draw in PICTURES.items():
         plot, _ = draw(scale)
         if plot.figure is not None:
-            plot.figure.savefig(home / image(name, scale), dpi=150, metadata={"Software": None})
+            plot.save(home / image(name, scale))
     if new != old:
         write_text(path, new)
     return new != old

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from ecmoe.report.plots.draw import heat, lines, points, rows_text
-from ecmoe.report.plots.parts import Plot, drawn, missing_text, nothing, sentence
+from ecmoe.report.plots.draw import heat, lines, points
+from ecmoe.report.plots.parts import Plot, drawn, missing_text, nothing, rows_text, sentence
 from ecmoe.report.plots.style import GREY, Look, new_figure
 
 
@@ -29,7 +29,7 @@ def retention(accuracies: pd.DataFrame) -> Plot:
     there = there.assign(percent=100 * there["accuracy"], task=[f"task {k:g}" for k in there["task"]])
     tasks = sorted(there["task"].unique())
     colors = [to_hex(color) for color in colormaps["viridis"](np.linspace(0.15, 0.85, len(tasks)))]
-    shown = {task: Look(colors[i], "osD^vPX<>p"[i % 10], "-", colors[i]) for i, task in enumerate(tasks)}
+    shown = {task: Look(colors[i], "osD^vPX<>p"[i % 10]) for i, task in enumerate(tasks)}
     measured = [name for name in approaches if name in set(there["approach"])]
     figure, axes = new_figure(
         2.9 * ((len(measured) + 1) // 2), min(2, len(measured)), (len(measured) + 1) // 2, sharey=True

@@ -1,23 +1,62 @@
 """The four ways in which figures here are drawn: lines, points, ranges and heat maps, from long tables, by seaborn.
 
 By hand stays what seaborn has no word for: names at the ends of lines (a reader needs no legend), ranges whose intervals were
-computed elsewhere (a verdict's own), and the sentence that says what is missing.
+computed elsewhere (a verdict's own), and the sentence that says what is missing. `panels` puts them side by side.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from ecmoe.report.plots.parts import LABELS, bounds, factor, interval_text, over_seeds, seeds_text, short, thousands
-from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, looks, marks
+from ecmoe.report.plots.parts import LABELS, Plot, bounds, factor, missing_text, over_seeds, sentence, thousands
+from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, legend_below, looks, new_figure
 
 _DASHES = {"-": "", "--": (4, 2), ":": (1, 1.5)}
+
+
+def panels(
+    what: str,
+    each: Mapping[str, Callable[[Axes], tuple[pd.DataFrame, str]]],
+    height: float,
+    arms: Iterable[str] = (),
+    measured: Iterable[str] = (),
+    *,
+    rows: int = 1,
+    key: str = "panel",
+    ylabel: str = "",
+    legend: int = 0,
+    **kwargs: object,
+) -> Plot:
+    """A figure whose panels draw themselves, each saying what it shows; their numbers become one table.
+
+    Args:
+        what: the figure shows. each: title ("" for an only one) -> what draws on the axes, and returns numbers and words.
+        arms, measured: those that should be there, and are. key: the table's column of titles. legend: its columns, of the
+            first panel's names. kwargs: of matplotlib's `subplots`.
+    """
+    figure, axes = new_figure(height, -(-len(each) // rows), rows, **kwargs)
+    frames, said = [], []
+    for ax, (title, draw) in zip(axes, each.items(), strict=False):
+        data, words = draw(ax)
+        if title:
+            ax.set_title(title)
+            data, words = data.assign(**{key: title}), f"{sentence(title)}: {words}"
+        frames.append(data)
+        said.append(f"{words}.")
+    for ax in axes[len(each) :]:
+        ax.set_visible(False)
+    if ylabel:
+        axes[0].set_ylabel(ylabel)
+    if legend:
+        legend_below(figure, axes[0], legend)
+    alt = f"{sentence(what)}{'.' if '' not in each else ':'} {' '.join(said)}{missing_text(arms, measured)}"
+    return Plot(figure, alt, pd.concat(frames, ignore_index=True))
 
 
 def lines(
@@ -32,14 +71,14 @@ def lines(
     ticks_at_values: bool = False,
     shown: Mapping[str, Look] | None = None,
     named: bool = True,
-    hidden: str | None = None,
+    level: str | None = None,
 ) -> pd.DataFrame:
     """A line per arm: the mean, and its 95% interval over seeds; each named where it ends.
 
     Args:
         frame: a row per arm, seed and x. by: the column that makes lines.
         reference: an arm that the others are shown as differences to, seed by seed.
-        log: x in powers of two. ticks_at_values: and nowhere else. hidden: a name that is written, but has no line here.
+        log: x in powers of two. ticks_at_values: and nowhere else. level: an arm with one x, drawn across, dashed.
 
     Returns:
         by, x, mean, low, high, seeds.
@@ -55,86 +94,88 @@ def lines(
     data = over_seeds(frame, [by, x], y).sort_values([by, x], ignore_index=True)
     if not names:
         return data
-    bars = ticks_at_values
+    across, there = frame[by] == level, {name: shown[name] for name in names}
     sns.lineplot(
-        frame[frame[by] != hidden], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
-        palette={name: shown[name].color for name in names}, markers=bars and {name: shown[name].marker for name in names},
-        dashes={name: _DASHES[shown[name].line] for name in names}, errorbar=bounds, err_style="bars" if bars else "band",
-        err_kws={} if bars else {"alpha": 0.18, "linewidth": 0}, markersize=7, markeredgecolor=PAPER,
+        frame[~across], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
+        palette={name: look.color for name, look in there.items()}, dashes={name: _DASHES[look.line] for name, look in there.items()},
+        markers=ticks_at_values and {name: look.marker for name, look in there.items()}, markersize=7, markeredgecolor=PAPER,
+        errorbar=bounds, err_style="bars" if ticks_at_values else "band", err_kws={} if ticks_at_values else {"alpha": 0.18, "linewidth": 0},
     )  # fmt: skip
+    if across.any():
+        ax.axhline(frame.loc[across, y].mean(), color=shown[level].color, linestyle="--", linewidth=1.4)
     if log:
         ax.set_xscale("log", base=2)
     if ticks_at_values:
-        values = sorted(frame.loc[frame[by] != hidden, x].unique())
+        values = sorted(frame.loc[~across, x].unique())
         ax.set_xticks(values, [f"{v:g}" for v in values])
         ax.minorticks_off()
     else:
         ax.xaxis.set_major_formatter(thousands)
     ax.set(xlabel=LABELS.get(x, x), ylabel="")
     if named:
-        ends = {name: data[data[by] == name].iloc[-1] for name in names}
-        places = {name: (end[x], end["mean"], shown[name].color) for name, end in ends.items()}
-        if reference is not None:
-            places[reference] = (frame[x].max(), 0.0, INK)
-        name_ends(ax, places)
+        ends = data.groupby(by)["mean"].last().loc[names].to_dict()
+        name_ends(ax, ends | ({} if reference is None else {reference: 0.0}), shown)
     return data
 
 
-def name_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write each line's name beside its end: name -> (x, y, colour); none over another."""
+def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) -> None:
+    """Write each line's name beside its end, name -> y; none over another."""
     low, high = ax.get_ylim()
     gap = 0.062 * (high - low) * 3.3 / max(ax.figure.get_size_inches()[1] - 1, 1)
-    order = sorted(ends, key=lambda name: ends[name][1])
-    at = [ends[name][1] for name in order]
+    order = sorted(ends, key=ends.get)
+    at = [ends[name] for name in order]
     for i in range(1, len(at)):  # push up what is too near, then all back to the middle
         at[i] = max(at[i], at[i - 1] + gap)
-    at = [y - (np.mean(at) - np.mean([ends[name][1] for name in order])) for y in at]
+    at = [y - (np.mean(at) - np.mean(list(ends.values()))) for y in at]
     for name, y in zip(order, at, strict=True):
-        x, _, color = ends[name]
-        text = "\n".join(textwrap.wrap(name, 30))
         ax.annotate(
-            text, (1, y), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
-            color=color, fontsize=9, annotation_clip=False, linespacing=0.95,
+            "\n".join(textwrap.wrap(name, 30)), (1, y), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            va="center", color=shown[name].color if name in shown else INK, fontsize=9, annotation_clip=False, linespacing=0.95,
         )  # fmt: skip
 
 
-def points(ax: Axes, frame: pd.DataFrame, value: str, *, by: str = "arm", order: Sequence[str]) -> pd.DataFrame:
+def points(
+    ax: Axes,
+    frame: pd.DataFrame,
+    value: str,
+    *,
+    by: str = "arm",
+    order: Sequence[str],
+    pairs: Mapping[str, Look] | None = None,
+    hue: str | None = None,
+) -> pd.DataFrame:
     """A row per arm: a tick for each seed, the mean, its 95% interval.
 
     Args:
         frame: a row per arm and seed. order: of the rows, from the top.
+        hue, pairs: a column that makes several points of a row, in place of ticks: its values and their looks.
 
     Returns:
-        by, mean, low, high, seeds, in that order.
+        by (and hue), mean, low, high, seeds, in that order.
     """
-    frame = frame.assign(**{value: frame[value] * factor(value)})
-    shown, there = looks(order), frame.dropna(subset=[value])
-    palette = {name: shown[name].color for name in order}
-    common = {"data": there, "x": value, "y": by, "order": order, "ax": ax}
+    there = frame.assign(**{value: frame[value] * factor(value)}).dropna(subset=[value])
+    shown = pairs or looks(order)
     if len(there):
-        sns.stripplot(
-            **common, hue=by, palette=palette, legend=False, marker="|", size=9, linewidth=1.2, jitter=False, alpha=0.7
-        )
-        for name in order:  # one by one: seaborn gives all points of a plot one filling
-            here = there[there[by] == name]
-            if len(here):
-                sns.pointplot(here, x=value, y=by, order=order, ax=ax, errorbar=bounds, linestyle="none",
-                              markersize=7, linewidth=2, **marks(shown[name]))  # fmt: skip
-    data = over_seeds(frame, [by], value).set_index(by).reindex(order).reset_index()
-    name_gaps(ax, [i for i, n in enumerate(data["seeds"]) if not n > 0])
+        common = {"data": there, "x": value, "y": by, "order": order, "ax": ax, "legend": False} | {
+            "hue": hue or by, "hue_order": list(shown), "palette": {name: look.color for name, look in shown.items()},
+        }  # fmt: skip
+        if not hue:
+            sns.stripplot(**common, marker="|", size=9, linewidth=1.2, jitter=False, alpha=0.7)
+        sns.pointplot(**common, markers=[look.marker for look in shown.values()], dodge=0.25 if hue else False,
+                      errorbar=bounds, linestyle="none", markersize=7, linewidth=2)  # fmt: skip
+    data = over_seeds(there, [by, *[hue] * bool(hue)], value)
+    data = data.set_index(by).reindex(order).reset_index() if not hue else data
+    name_gaps(ax, [y for y, name in enumerate(order) if name not in set(there[by])])
     ax.set_yticks(range(len(order)), order)
     ax.set(ylabel="", ylim=(len(order) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
     return data
 
 
-def ranges(ax: Axes, data: pd.DataFrame, colors: Sequence[str], markers: Sequence[str]) -> None:
+def ranges(ax: Axes, data: pd.DataFrame, colors: Sequence[str]) -> None:
     """A row each of `data`: name, mean, low, high, an interval that is known already; a mark and its bar."""
-    for y, (row, color, marker) in enumerate(zip(data.itertuples(), colors, markers, strict=True)):
-        if not np.isnan(row.mean):
-            ax.plot([row.low, row.high], [y, y], color=color, linewidth=2)
-            ax.plot([row.mean], [y], marker, color=color, markersize=8)
-    name_gaps(ax, [y for y, mean in enumerate(data["mean"]) if np.isnan(mean)])
+    ax.hlines(range(len(data)), data["low"], data["high"], color=colors, linewidth=2)
+    ax.scatter(data["mean"], range(len(data)), c=colors, s=64, zorder=3)
     ax.set_yticks(range(len(data)), data["name"])
     ax.set_ylim(max(len(data), 1) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
@@ -155,25 +196,3 @@ def name_gaps(ax: Axes, rows: Sequence[int]) -> None:
     """Write "not run" where an arm has no measurement."""
     for y in rows:
         ax.text(0.01, y, "not run", transform=ax.get_yaxis_transform(), va="center", color=GREY, style="italic")
-
-
-def ends_text(data: pd.DataFrame, x: str, by: str = "arm") -> str:
-    """Where each line ends, lowest first."""
-    last = data.groupby(by, sort=False).tail(1).sort_values("mean")
-    return "; ".join(f"{row[by]} {short(row['mean'])}{interval_text(row)} at {row[x]:g}, {seeds_text(row['seeds'])}"
-                     for _, row in last.iterrows())  # fmt: skip
-
-
-def rows_text(data: pd.DataFrame, by: str = "arm") -> str:
-    """What each row shows, in the order of the figure."""
-    measured = data[data["seeds"] > 0]
-    return "; ".join(f"{row[by]} {short(row['mean'])}{interval_text(row)}, {seeds_text(row['seeds'])}"
-                     for _, row in measured.iterrows())  # fmt: skip
-
-
-def series_text(data: pd.DataFrame, x: str, by: str = "arm") -> str:
-    """What each line shows at each x."""
-    return "; ".join(
-        f"{name}: " + ", ".join(f"{short(row['mean'])}{interval_text(row)} at {row[x]:g}" for _, row in rows.iterrows())
-        for name, rows in data[data["seeds"] > 0].groupby(by, sort=False)
-    )

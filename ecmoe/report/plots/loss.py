@@ -1,43 +1,67 @@
-"""Figures of loss: over training, at its end, and against a setting."""
+"""Figures of what was measured: over training or a setting, as lines; and at the end of training, a row per arm."""
 
 from __future__ import annotations
 
-import pandas as pd
+from collections.abc import Sequence
 
-from ecmoe.report.plots.draw import ends_text, lines, points, rows_text, series_text
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, factor, missing_text, nothing, sentence
-from ecmoe.report.plots.style import looks, new_figure
+import pandas as pd
+from matplotlib.axes import Axes
+
+from ecmoe.report.plots.draw import lines, panels, points
+from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing, rows_text, series_text
+from ecmoe.report.plots.style import INK, looks
 
 
 @drawn
-def loss_over_steps(curves: pd.DataFrame, reference: str | None = None, column: str = "val_loss") -> Plot:
-    """Loss over training, a line per arm; against `reference`, seed by seed, where it is given: small gaps are then seen.
+def over(
+    frame: pd.DataFrame,
+    x: str,
+    columns: str | Sequence[str] = "val_loss",
+    *,
+    reference: str | None = None,
+    level: str | None = None,
+    log: bool = True,
+) -> Plot:
+    """Measured columns over "step", or over a setting with few values: a panel each, a line per arm, 95% intervals over seeds.
 
     Args:
-        curves: of `table.curves`: arm, seed, step and losses.
+        frame: of `table.curves`, or a row per arm, seed and x.
+        reference: an arm that the others are shown as differences to, seed by seed: small gaps are then seen.
+        level: an arm with one x, that others are read against: a line across, and no point. log: a setting in powers of two.
     """
-    arms = list(dict.fromkeys(curves["arm"]))
-    what = LABELS[column] + (f" minus that of {reference}" if reference else "")
-    there = curves.dropna(subset=["step", column])
+    columns = [columns] if isinstance(columns, str) else list(columns)
+    arms, setting = list(dict.fromkeys(frame["arm"])), x != "step"
+    minus = f" minus that of {reference}" if reference else ""
+    what = f"{' and '.join(LABELS[column] for column in columns)}{minus} over {LABELS[x]}"
+    there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
     if not len(there) or (reference and reference not in set(there["arm"])):
         return nothing(what, arms)
-    figure, (ax,) = new_figure(4.4)
-    if reference:  # the first steps, where all lose ten times as much, would flatten the rest
+    if reference and not setting:  # the first steps, where all lose ten times as much, would flatten the rest
         there = there[there["step"] >= 0.25 * there["step"].max()]
-    data = lines(ax, there, "step", column, reference=reference)
-    ax.set_ylabel("\nminus that of ".join(what.split(" minus that of ")))
-    measured = {*data["arm"], *([reference] if reference else [])}
-    return Plot(figure, f"{sentence(what)}, over training; at the end, lowest first: {ends_text(data, 'step')}."
-                + missing_text(arms, measured), data)  # fmt: skip
+
+    def draw(ax: Axes, column: str) -> tuple[pd.DataFrame, str]:
+        named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
+        data = lines(ax, there, x, column, reference=reference, level=level, log=setting and log, ticks_at_values=setting,
+                     shown=None if reference else looks(arms), named=named)  # fmt: skip
+        if setting:
+            return data, series_text(data, x)
+        ends = data.groupby("arm", sort=False).tail(1).sort_values("mean")
+        return data, f"at the end, lowest first: {rows_text(ends, at=x)}"
+
+    if len(columns) == 1:
+        each = {"": lambda ax: draw(ax, columns[0])}
+    else:
+        each = {LABELS[column]: lambda ax, column=column: draw(ax, column) for column in columns}
+    plot = panels(what, each, 4.2 if len(columns) == 1 else 4.0, arms, [*there["arm"]], key="measure",
+                  ylabel=LABELS[columns[0]] + minus.replace(" minus", "\nminus") if len(columns) == 1 else "")  # fmt: skip
+    for ax in plot.figure.axes if len(columns) > 1 else ():
+        ax.set_ylim(bottom=0)
+    return plot
 
 
 @drawn
 def final_loss(
-    table: pd.DataFrame,
-    column: str = "val_loss",
-    by: str = "arm",
-    reference: str | None = None,
-    lowest_first: bool = True,
+    table: pd.DataFrame, column: str = "val_loss", reference: str | None = None, lowest_first: bool = True
 ) -> Plot:
     """What each arm ends with: a tick per seed, the mean and its 95% interval, sorted.
 
@@ -47,43 +71,26 @@ def final_loss(
     """
     what = LABELS.get(column, column)
     if reference:
-        base = table[table[by] == reference].set_index("seed")[column]
-        table = table[table[by] != reference]
+        base = table[table["arm"] == reference].set_index("seed")[column]
+        table = table[table["arm"] != reference]
         table = table.assign(**{column: table[column] - table["seed"].map(base)})
         what += f" minus that of {reference}"
-    names = list(dict.fromkeys(table[by]))
-    means = table.groupby(by, sort=False)[column].mean()
-    if not means.notna().any():
-        return nothing(what, names)
+    means = table.groupby("arm", sort=False)[column].mean()
     order = list(means.sort_values(ascending=lowest_first, na_position="last").index)
-    figure, (ax,) = new_figure(1.2 + 0.4 * max(len(order), 2))
-    data = points(ax, table, column, by=by, order=order)
-    if reference:
-        ax.axvline(0, color=ax.xaxis.label.get_color(), linewidth=1)
-    low, high = ax.get_xlim()
-    ax.set_xlabel(what + ("" if low <= 0 <= high else "; the axis doesn't start at 0"))
-    return Plot(figure, f"{sentence(what)}: {rows_text(data, by)}." + missing_text(order, means.dropna().index), data)
+    return rows(table, column, what, order, difference=bool(reference))
 
 
-@drawn
-def loss_against(
-    table: pd.DataFrame, x: str, column: str = "val_loss", by: str = "arm", log: bool = True, level: str | None = None
-) -> Plot:
-    """A measured column against a setting, such as num_experts: mean and 95% interval per arm.
-
-    Args:
-        table: a row per arm, seed and x. x: a column with numbers. log: x in powers of two.
-        level: an arm with one x, that others are read against: a line across, and no point.
-    """
-    what, names = f"{LABELS.get(column, column)} against {LABELS.get(x, x)}", list(dict.fromkeys(table[by]))
+def rows(table: pd.DataFrame, column: str, what: str, order: Sequence[str], *, difference: bool) -> Plot:
+    """A row per arm: a tick per seed, the mean, its 95% interval; of differences with a line at 0."""
     if not table[column].notna().any():
-        return nothing(what, names)
-    across = table[table[by] == level] if level else table.iloc[:0]
-    figure, (ax,) = new_figure(4.2)
-    data = lines(ax, table, x, column, by=by, log=log, ticks_at_values=True, hidden=level)
-    if across[column].notna().any():
-        ax.axhline(
-            across[column].mean() * factor(column), color=looks([level])[level].color, linestyle="--", linewidth=1.4
-        )
-    ax.set_ylabel(LABELS.get(column, column))
-    return Plot(figure, f"{sentence(what)}. {series_text(data, x, by)}." + missing_text(names, data[by]), data)
+        return nothing(what, order)
+
+    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+        data = points(ax, table, column, order=order)
+        if difference:
+            ax.axvline(0, color=INK, linewidth=1)
+        low, high = ax.get_xlim()
+        ax.set_xlabel(what + ("" if low <= 0 <= high else "; the axis doesn't start at 0"))
+        return data, rows_text(data)
+
+    return panels(what, {"": draw}, 1.3 + 0.4 * max(len(order), 2), order, table.dropna(subset=column)["arm"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ecmoe.model.metrics import METRICS
 from ecmoe.report.plots.style import plain, svg_of
-from ecmoe.study.estimate import of_values
+from ecmoe.study.estimate import counted, of_values
 
 LABELS = {metric.name: metric.label for metric in METRICS} | {
     "steps": "training steps in all",
@@ -26,6 +26,7 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
     "images_left_out": "images without any patch taken (%)",
 }
 PERCENT = [m.name for m in METRICS if m.unit == "share"] + ["patches_left_out", "images_left_out"]
+drawn = plain()  # a decorator: draw under our own settings of matplotlib, not a user's
 
 
 class Plot(NamedTuple):
@@ -39,16 +40,10 @@ class Plot(NamedTuple):
         """The figure for a page."""
         return svg_of(self.figure, self.alt)
 
-
-def drawn(make: Callable[..., Plot]) -> Callable[..., Plot]:
-    """Draw under our own settings of matplotlib, not a user's."""
-
-    @functools.wraps(make)
-    def in_plain_style(*args: object, **kwargs: object) -> Plot:
-        with plain():
-            return make(*args, **kwargs)
-
-    return in_plain_style
+    @drawn
+    def save(self, path: Path) -> None:
+        """The figure as a PNG, for where a page can't be shown; the same bytes each time."""
+        self.figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def nothing(what: str, arms: Sequence[str] = ()) -> Plot:
@@ -81,20 +76,37 @@ def short(x: float) -> str:
     return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
 
 
-def seeds_text(n: float) -> str:
-    """ "1 seed", "3 seeds"."""
-    return f"{n:.0f} seed{'' if n == 1 else 's'}"
+def number(row: object) -> str:
+    """A row's mean, and its interval in brackets, where there is one."""
+    known = row.low is not None and not math.isnan(row.low)
+    return short(row.mean) + (f" ({short(row.low)} to {short(row.high)})" if known else "")
 
 
-def interval_text(row: object) -> str:
-    """A row's interval in brackets, or nothing."""
-    low, high = row.low, row.high
-    return "" if low is None or math.isnan(low) else f" ({short(low)} to {short(high)})"
+def rows_text(data: pd.DataFrame, by: str = "arm", at: str | None = None) -> str:
+    """What each row shows, in the order of the figure. at: a column with where that is."""
+    return "; ".join(
+        f"{name} {number(row)}" + (f" at {getattr(row, at):g}" if at else "") + f", {counted(row.seeds, 'seed')}"
+        for name, row in _rows(data, by)
+    )
 
 
-def missing_text(arms: Sequence[str], measured: Sequence[str]) -> str:
+def series_text(data: pd.DataFrame, x: str, by: str = "arm") -> str:
+    """What each line shows at each x."""
+    said: dict[str, list[str]] = {}
+    for name, row in _rows(data, by):
+        said.setdefault(name, []).append(f"{number(row)} at {getattr(row, x):g}")
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in said.items())
+
+
+def _rows(data: pd.DataFrame, by: str) -> Iterable[tuple[str, object]]:
+    measured = data[data["seeds"] > 0].astype({"seeds": int})
+    return zip(measured[by], measured.itertuples(), strict=True)
+
+
+def missing_text(arms: Iterable[str], measured: Iterable[str]) -> str:
     """A sentence that names the arms without a measurement."""
-    missing = [str(arm) for arm in arms if arm not in set(measured)]
+    measured = set(measured)
+    missing = [str(arm) for arm in arms if arm not in measured]
     return f" Not run: {', '.join(missing)}." if missing else ""
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, missing_text, nothing, sentence
-from ecmoe.report.plots.style import GREY, INK, PAPER, legend_below, looks, marks, new_figure
+from ecmoe.report.plots.draw import panels
+from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing
+from ecmoe.report.plots.style import GREY, INK, PAPER, looks
 
 FORWARD, BOTH = "forward", "forward + backward"
 _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
@@ -36,50 +38,49 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         return nothing(what, sizes)
     rows["percent"] = 100 * rows["share_of_floor"].astype(float)
     names = list(dict.fromkeys(rows["name"]))
-    figure, axes = new_figure(1.6 + 0.28 * max(len(names), 2), len(sizes), sharey=True)
-    for ax, size in zip(axes, sizes, strict=True):
-        sns.pointplot(rows[rows["size"] == size], x="percent", y="name", hue="what", order=names, hue_order=list(_COLORS), palette=_COLORS,
+
+    def draw(ax: Axes, size: str) -> tuple[pd.DataFrame, str]:
+        here = rows[rows["size"] == size]
+        sns.pointplot(here, x="percent", y="name", hue="what", order=names, hue_order=list(_COLORS), palette=_COLORS,
                       markers=["o", "D"], dodge=0.3, linestyle="none", errorbar=None, markersize=6, ax=ax)  # fmt: skip
         ax.get_legend().remove()
         ax.axvline(100, color=INK, linewidth=1)
-        ax.set(title=size, xlim=(0, 105), xlabel="", ylabel="")
-        ax.tick_params(axis="y", labelsize=9)
-    axes[len(axes) // 2].set_xlabel("share of the floor's speed (%)")  # beside each other they would touch
-    legend_below(figure, axes[0])
-    both = rows[rows["what"] == BOTH]
-    said = "; ".join(
-        f"{size}: " + ", ".join(f"{r.name} {r.percent:.0f}%" for r in own.itertuples())
-        for size, own in both.groupby("size", sort=False)
-    )
-    data = rows[["size", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
-    return Plot(figure, f"{sentence(what)}, {BOTH}. {said}.{missing_text(sizes, rows['size'])}", data)
+        # Written once: beside each other they would touch.
+        ax.set(xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * (size == sizes[len(sizes) // 2]))
+        said = ", ".join(f"{row.name} {row.percent:.0f}%" for row in here[here["what"] == BOTH].itertuples())
+        shown = here[["name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
+        return shown, said
+
+    each = {size: lambda ax, size=size: draw(ax, size) for size in sizes}
+    height = 1.6 + 0.28 * max(len(names), 2)
+    return panels(f"{what}, {BOTH}", each, height, sizes, rows["size"], key="size", legend=2, sharey=True)
 
 
 @drawn
 def step_times(steps: pd.DataFrame) -> Plot:
     """Time of a training step by arm and path: median, and the middle half of the turns; own and even routing."""
-    data = steps.reindex(
-        columns=["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
-    )
-    data = data.dropna(subset=["ms"]).reset_index(drop=True)
+    columns = ["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
+    data = steps.reindex(columns=columns).dropna(subset=["ms"]).reset_index(drop=True)
     both = zip(data["path"], data.pop("mode"), strict=True)
     data["path"] = [", ".join(part for part in pair if part != "eager") for pair in both]
     if not len(data):
         return nothing("time of a training step")
     lines, shown = list(dict.fromkeys(zip(data["arm"], data["path"], strict=True))), looks(data["arm"])
-    figure, (ax,) = new_figure(1.2 + 0.32 * max(len(lines), 2))
-    for row in data.itertuples():
-        y = lines.index((row.arm, row.path)) + (0.15 if row.routing == "even" else -0.15)
-        fill = {"markerfacecolor": PAPER} if row.routing == "even" else {}
-        ax.plot([row.low_ms, row.high_ms], [y, y], color=shown[row.arm].color, linewidth=2)
-        ax.plot([row.ms], [y], linestyle="", markersize=7, **marks(shown[row.arm]) | fill)
-    for label, fill in (("routed by its own router", GREY), ("routed evenly, by force", PAPER)):
-        ax.plot([], [], "o", color=GREY, markerfacecolor=fill, markersize=7, label=label)
-    ax.set_yticks(range(len(lines)), [", ".join(line) for line in lines])
-    ax.set(ylim=(len(lines) - 0.5, -0.5), xlabel="time of a training step (ms); the axis doesn't start at 0")
-    legend_below(figure, ax)
-    said = "; ".join(f"{row.arm}, {row.routing} routing, {row.path} {row.ms:.1f} ms" for row in data.itertuples())
-    return Plot(figure, f"Time of a training step, median. {said}.", data)
+
+    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+        for row in data.itertuples():
+            color, marker, _ = shown[row.arm]
+            y = lines.index((row.arm, row.path)) + (0.15 if row.routing == "even" else -0.15)
+            fill = PAPER if row.routing == "even" else color
+            ax.plot([row.low_ms, row.high_ms], [y, y], color=color, linewidth=2)
+            ax.plot([row.ms], [y], marker, color=color, markersize=7, markerfacecolor=fill)
+        for label, fill in (("routed by its own router", GREY), ("routed evenly, by force", PAPER)):
+            ax.plot([], [], "o", color=GREY, markerfacecolor=fill, markersize=7, label=label)
+        ax.set_yticks(range(len(lines)), [", ".join(line) for line in lines])
+        ax.set(ylim=(len(lines) - 0.5, -0.5), xlabel="time of a training step (ms); the axis doesn't start at 0")
+        return data, "; ".join(f"{r.arm}, {r.routing} routing, {r.path} {r.ms:.1f} ms" for r in data.itertuples())
+
+    return panels("time of a training step, median", {"": draw}, 1.2 + 0.32 * max(len(lines), 2), legend=2)
 
 
 @drawn
@@ -91,26 +92,28 @@ def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
     """
     if not len(exponents):
         return nothing("how the time of the EC layer grows")
-    figure, panels = new_figure(3.6, len(exponents), sharey=True)
-    for ax, fit in zip(panels, exponents.itertuples(), strict=True):
+
+    def draw(ax: Axes, fit: object) -> tuple[pd.DataFrame, str]:
         here = grown[grown["axis"] == fit.axis].sort_values("value")
         x = here["value"].astype(float)
         ax.plot(x, here["floor_ms"], "--", color=GREY, label="floor: six products")
         ax.plot(x, fit.at_1 * x**fit.exponent, "-", color=_COLORS[FORWARD], linewidth=1.5, label="fitted power")
         ax.vlines(x, here["low_ms"], here["high_ms"], color=_COLORS[FORWARD])
         ax.plot(x, here["ms"], "o", color=_COLORS[FORWARD], label="EC layer")
-        ax.set(xscale="log", yscale="log", xlabel=LABELS[fit.axis] + (", f = 4 d" if fit.axis == "d_model" else ""))
-        ax.set_title(f"power {fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})", fontsize=9.5)
-        ax.set_xticks(x, [f"{v / 1024:g}k" if v >= 8192 and v % 1024 == 0 else f"{v:g}" for v in x], fontsize=8)
+        ax.set(xscale="log", yscale="log")
+        ax.set_xlabel(f"power {fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})", fontsize=9)
+        ax.set_xticks(x, [f"{v / 1024:g}k" if v >= 8192 and v % 1024 == 0 else f"{v:g}" for v in x], fontsize=9)
         ax.xaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[0].set_ylabel("forward + backward (ms)")
-    legend_below(figure, panels[0])
-    said = "; ".join(f"{LABELS[row.axis]} to the power {row.exponent:.2f}" for row in exponents.itertuples())
-    data = grown.reindex(columns=["axis", "value", "ms", "low_ms", "high_ms", "floor_ms"])
-    return Plot(figure, f"Time of the EC layer, forward + backward, grows with {said}.", data)
+        shown = here.reindex(columns=["axis", "value", "ms", "low_ms", "high_ms", "floor_ms"])
+        return shown, f"to the power {fit.exponent:.2f}"
+
+    each = {LABELS[fit.axis] + (", f = 4 d" if fit.axis == "d_model" else ""): lambda ax, fit=fit: draw(ax, fit)
+            for fit in exponents.itertuples()}  # fmt: skip
+    return panels("how the time of the EC layer, forward + backward, grows", each, 3.6,
+                  ylabel="forward + backward (ms)", legend=3, sharey=True)  # fmt: skip
 
 
 @drawn
@@ -120,17 +123,18 @@ def profile(kinds: pd.DataFrame) -> Plot:
     Args:
         kinds: of `bench_profile`.
     """
-    data = kinds.reindex(columns=["kind", "ms", "share", "most"])
+    data, what = kinds.reindex(columns=["kind", "ms", "share", "most"]), "where the time of a training step goes"
     if not len(data):
-        return nothing("where the time of a training step goes")
-    percent = data.assign(percent=100 * data["share"].astype(float))
-    figure, (ax,) = new_figure(1.1 + 0.3 * max(len(data), 2))
-    sns.barplot(percent, x="percent", y="kind", hue=percent["kind"].eq("idle"), palette={True: GREY, False: _COLORS[FORWARD]},
-                legend=False, dodge=False, errorbar=None, ax=ax)  # fmt: skip
-    for y, row in enumerate(percent.itertuples()):
-        ax.annotate(f"{row.ms:.1f} ms", (row.percent, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    ax.margins(x=0.12)
-    ax.set(xlabel="share of a training step's time (%)", ylabel="")
-    ax.grid(axis="y", visible=False)
-    said = "; ".join(f"{row.kind} {100 * row.share:.0f}%" for row in data.itertuples())
-    return Plot(figure, f"Where the time of a training step goes. {said}.", data)
+        return nothing(what)
+
+    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+        colors = [GREY if kind == "idle" else _COLORS[FORWARD] for kind in data["kind"]]
+        bars = ax.barh(data["kind"], 100 * data["share"].astype(float), color=colors)
+        ax.bar_label(bars, [f"{ms:.1f} ms" for ms in data["ms"]], padding=4, fontsize=9)
+        ax.margins(x=0.12)
+        ax.invert_yaxis()
+        ax.set(xlabel="share of a training step's time (%)")
+        ax.grid(axis="y", visible=False)
+        return data, "; ".join(f"{row.kind} {100 * row.share:.0f}%" for row in data.itertuples())
+
+    return panels(what, {"": draw}, 1.1 + 0.3 * max(len(data), 2))

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -26,7 +26,7 @@ INK, LINE, PAPER = "#1d2126", "#d8dde3", "#fefefe"
 _IN_PAGE = {INK: "currentColor", LINE: "var(--line, #d8dde3)", PAPER: "var(--paper, #fff)"}
 GREY = "#7f868f"
 _RC = {
-    "font.size": 10, "axes.titlesize": 11, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+    "font.size": 10, "axes.titlesize": 10, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.8,
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white",
     "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "ecmoe",
@@ -50,17 +50,15 @@ _KNOWN = {
     "Hash modulo": ("#CC79A7", "X"),
     "Dense": (INK, "P"),
 }
-# What a name says of the gate: its line, and whether its marks are hollow.
-_GATES = {"renormalized": ("-", False), "raw": ("--", True), "scaled": (":", True)}
+_GATES = {"renormalized": "-", "raw": "--", "scaled": ":"}  # what a name says of the gate: its line
 
 
 class Look(NamedTuple):
-    """Colour, marker, line of an arm, and what its marks are filled with: raw and scaled gates have broken lines."""
+    """Colour, marker and line of an arm."""
 
     color: str
     marker: str
-    line: str
-    fill: str
+    line: str = "-"
 
 
 def looks(arms: Iterable[str]) -> dict[str, Look]:
@@ -68,13 +66,12 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
     arms, found = list(dict.fromkeys(arms)), {}
     # Those that have a colour take it first; by name, so that another order of the arms changes none.
     for arm in sorted(arms, key=lambda arm: (_without_gate(arm) not in _KNOWN, arm)):
-        name, attempt = _without_gate(arm), 0
-        line, hollow = next((look for gate, look in _GATES.items() if gate in arm.split()), ("-", False))
-        color, marker = _KNOWN.get(name) or _by_name(name, 0)
-        while any((look.color, look.line) == (color, line) for look in found.values()) and attempt < len(_PALETTE):
-            attempt += 1  # more arms than colours: the marker tells
-            color, marker = _by_name(name, attempt)
-        found[arm] = Look(color, marker, line, PAPER if hollow else color)
+        name, line = _without_gate(arm), next((_GATES[word] for word in arm.split() if word in _GATES), "-")
+        start, count = zlib.crc32(name.encode()), len(_PALETTE)
+        by_name = [(_PALETTE[i % count], _MARKERS[(i + i // count) % count]) for i in range(start, start + count)]
+        mine = [_KNOWN[name], *by_name[1:]] if name in _KNOWN else by_name
+        taken = {(look.color, look.line) for look in found.values()}
+        found[arm] = Look(*next((one for one in mine if (one[0], line) not in taken), mine[-1]), line)
     return {arm: found[arm] for arm in arms}
 
 
@@ -82,54 +79,30 @@ def _without_gate(arm: str) -> str:
     return " ".join(word for word in arm.split() if word not in _GATES)
 
 
-def _by_name(name: str, attempt: int) -> tuple[str, str]:
-    i = zlib.crc32(name.encode()) + attempt
-    return _PALETTE[i % len(_PALETTE)], _MARKERS[(i + i // len(_PALETTE)) % len(_MARKERS)]
-
-
-def marks(look: Look) -> dict[str, object]:
-    """matplotlib's arguments for an arm's markers."""
-    return {"color": look.color, "marker": look.marker, "markerfacecolor": look.fill, "markeredgecolor": look.color}
-
-
 def count_colors(n: int = 9) -> list[str]:
     """Ordered colours for 0, 1, ... n - 1 experts a token, light to dark; grey for none at all."""
     return ["#c7c7c7", *(to_hex(color) for color in colormaps["viridis_r"](np.linspace(0.05, 1.0, n - 1)))]
 
 
-def is_dark(color: str) -> bool:
-    """Does white text stand out from this colour better than black?"""
-    return float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) < 0.5
+def on_color(color: str) -> str:
+    """The ink that is read best on this colour, white or black."""
+    return "#fff" if np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.5 else "#000"
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """matplotlib as we want it, whatever a user's matplotlibrc says; as it was, afterwards."""
+    """matplotlib as we want it, whatever a user's matplotlibrc says; as it was, afterwards. Or a decorator: `@plain()`."""
     with matplotlib.style.context(_RC, after_reset=True):
         yield
 
 
-class PlainFigure(Figure):
-    """A figure that draws itself under `plain`, whoever asks for it: ticks are made while it is drawn."""
-
-    def draw(self, renderer: Any) -> None:
-        """As `Figure.draw`."""
-        with plain():
-            super().draw(renderer)
-
-    def savefig(self, *args: Any, **kwargs: Any) -> None:
-        """As `Figure.savefig`."""
-        with plain():
-            super().savefig(*args, **kwargs)
-
-
 def new_figure(height: float, columns: int = 1, rows: int = 1, **kwargs: object) -> tuple[Figure, list[Axes]]:
     """A figure of page width and its axes in a flat list; no pyplot, so nothing shows by itself."""
-    with plain():
-        figure = PlainFigure(figsize=(WIDTH, height), layout="constrained")
-        return figure, list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
 
 
+@plain()  # ticks are made while a figure is drawn
 def svg_of(figure: Figure, alt: str) -> str:
     """The figure as SVG that stands in a page: its text is text, its ink that of the page; the same bytes each time."""
     buffer = io.StringIO()

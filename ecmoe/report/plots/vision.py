@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from ecmoe.report.plots.draw import lines, series_text
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, missing_text, nothing, sentence
+from ecmoe.report.plots.draw import lines
+from ecmoe.report.plots.parts import LABELS, Plot, drawn, missing_text, nothing, sentence, series_text
 from ecmoe.report.plots.style import looks, new_figure
 
 
@@ -66,12 +66,12 @@ def patches_taken(galleries: Mapping[str, Mapping[str, Any]], places: float) -> 
         for j, (truth, guess) in enumerate(zip(found["truth"], found["guess"], strict=True)):
             ax, experts = axes[i * count + j], np.array(found["experts"][j])
             _image(ax, pixels[j], experts)
-            ax.set_xlabel(guess if guess == truth else f"{guess} (wrong)", fontsize=8)
+            ax.set_xlabel(guess if guess == truth else f"{guess} (wrong)", fontsize=9)
             if i == 1:
                 _image(axes[j], pixels[j])
                 axes[j].set_title(truth, fontsize=9)
             rows.append((arm, j + 1, truth, guess, 100 * float((experts > 0).mean()), int(experts.sum())))
-        axes[i * count].set_ylabel(arm.replace(", ", ",\n"), fontsize=8)
+        axes[i * count].set_ylabel(arm.replace(", ", ",\n"), fontsize=9)
     data = pd.DataFrame(rows, columns=["arm", "image", "class", "guess", "patches_taken_percent", "places_taken"])
     for arm, own in data.groupby("arm", sort=False):
         taken, right = own["patches_taken_percent"], (own["class"] == own["guess"]).sum()
@@ -94,5 +94,5 @@ def _image(ax: Axes, image: np.ndarray, experts: np.ndarray | None = None) -> No
         if not n:
             ax.add_patch(Rectangle((x, y), width, height, facecolor="0.72", edgecolor="0.8", linewidth=0.5))
         elif n > 1:
-            text = ax.text(x + width / 2, y + height / 2, str(n), ha="center", va="center", fontsize=7, color="white")
+            text = ax.text(x + width / 2, y + height / 2, str(n), ha="center", va="center", fontsize=9, color="white")
             text.set_path_effects([withStroke(linewidth=2, foreground="black")])
