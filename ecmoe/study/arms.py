@@ -13,7 +13,8 @@ from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import read_yaml
 
-MULTIPLE = {"steps": 1, "d_ff": 8}  # keys that may be a share of the base's, and of what the result is a multiple
+# Keys that may be a share of the base's, and of what the result is a multiple; None: it must come out whole.
+SHARES = {"steps": None, "warmup_steps": None, "batch_size": None, "d_ff": 8}
 
 
 @cache
@@ -35,7 +36,7 @@ def keys(name: str, base: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]
         base: of the scale. own: name -> keys, of `own(scale)`.
 
     Raises:
-        ConfigError: no arm has that name (the nearest is suggested), or its share of the base's steps is no whole number.
+        ConfigError: no arm has that name (the nearest is suggested), or its share of one of the base's keys is no whole number.
     """
     if name not in named():
         near = difflib.get_close_matches(str(name), named(), n=1)
@@ -76,15 +77,16 @@ def size(configs: Sequence[RunConfig]) -> str:
 
 def _share(name: str, key: str, value: Any, base: Mapping[str, Any]) -> Any:
     """1/2 of the base's value; any other value as it is."""
-    if not isinstance(value, str) or key not in MULTIPLE:
+    if not isinstance(value, str) or key not in SHARES:
         return value
     whole = base.get(key, getattr(RunConfig, key))
     if not isinstance(whole, int):
         raise ConfigError(f"base: {key}={whole!r} must be a whole number: arm {name!r} has {value} of it")
     try:
-        whole *= Fraction(value)
+        share = whole * Fraction(value)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"arm {name!r}: {key}={value!r} must be a number, or a share such as 1/2") from error
-    if key == "steps" and whole.denominator != 1:
-        raise ConfigError(f"arm {name!r}: {value} of the scale's steps is {float(whole):g}, which is no whole number")
-    return math.ceil(whole / MULTIPLE[key]) * MULTIPLE[key]
+    multiple = SHARES[key] or 1
+    if SHARES[key] is None and share.denominator != 1:
+        raise ConfigError(f"arm {name!r}: {value} of the scale's {key} is {float(share):g}, which is no whole number")
+    return math.ceil(share / multiple) * multiple

@@ -56,7 +56,7 @@ def test_a_dense_twin_of_equal_flops_has_them():
 def test_what_cannot_be_an_arm_is_said_with_its_name():
     with pytest.raises(ConfigError, match="'EC-CF2 renormalised': did you mean 'EC-CF2 renormalized'"):
         arms.keys("EC-CF2 renormalised", {})
-    with pytest.raises(ConfigError, match=r"1/2 of the steps.*is 1\.5, which is no whole number"):
+    with pytest.raises(ConfigError, match=r"1/2 of the scale.s steps is 1\.5, which is no whole number"):
         arms.keys("EC-CF2 raw, 1/2 of the steps", {"steps": 3})
     with pytest.raises(ConfigError, match="arm 'Dense': .*steps='half' must be a number"):
         arms.configs(["Dense"], [0], {"steps": 4}, {"Dense": {"steps": "half"}})
