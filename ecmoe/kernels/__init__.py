@@ -14,20 +14,22 @@ float32, without atomics: the same input gives the same bits. x_in, a, slope and
 makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits where a is kept in 16. Shapes depend on no data and nothing waits for the device: CUDA graphs, torch.compile.
 
     layer.py      the operator above                     product.py    its two fused products
-    rows.py       gather, combine, activation            routing.py    the router's logits; scores, by expert
+    choice.py     a layer of expert choice at once       routing.py    the router's logits
+    rows.py       gather, combine, activation
     selection.py  top-k without a sort                   capped.py     top-k under a cap on a token's experts
     attention.py  attention with a bias by distance      loss.py       the loss of a chunk of logits, and its gradient
     counts.py     who got how much, for statistics       common.py     launching, operators
 
-`experts`, `logits`, `scores`, `take` and `tally_` each stand for a line of the plain path, which stays the readable truth
+`experts`, `logits`, `select` and `tally_` each stand for a line of the plain path, which stays the readable truth
 (moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
 On a GPU: `pytest tests/kernels`, then `ecmoe bench layer`.
 """
 
+from ecmoe.kernels.choice import expert_choice
 from ecmoe.kernels.common import INTERPRETED
 from ecmoe.kernels.counts import tally_
 from ecmoe.kernels.layer import experts
-from ecmoe.kernels.routing import logits, logits_and_tokens, scores
-from ecmoe.kernels.selection import select, take
+from ecmoe.kernels.routing import logits, logits_and_tokens
+from ecmoe.kernels.selection import select
 
-__all__ = ["INTERPRETED", "experts", "logits", "logits_and_tokens", "scores", "select", "take", "tally_"]
+__all__ = ["INTERPRETED", "expert_choice", "experts", "logits", "logits_and_tokens", "select", "tally_"]

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # on CPU tensors, without a GPU
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_REAL = (Tensor, torch.nn.Parameter)  # not what a compiler traces with
 REMEMBERED = 4096  # launches of a kernel; causal routing has as many sizes as batches
 
 
@@ -49,7 +50,10 @@ class kernel:  # noqa: N801  it is used as triton.jit is
             self.jit[grid](*args, **constants)
             return
         device = torch.cuda.current_device()
-        key = device, *constants.items(), *map(_kind, args)
+        # All that Triton could compile for: of tensors type and alignment, of descriptors type and block, numbers themselves.
+        key = (device, *constants.items(), *[
+            (a.dtype, a.data_ptr() & 15) if type(a) in _REAL else getattr(a, "kind", a) for a in args
+        ])  # fmt: skip
         known = self.known.get(key)
         if known is None:
             compiled = self.jit[grid](*args, **constants)
@@ -59,18 +63,16 @@ class kernel:  # noqa: N801  it is used as triton.jit is
             self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
             return
         run, function, metadata, rest = known
-        stream = torch._C._cuda_getCurrentRawStream(device)
         across, down, deep = (*grid, 1, 1)[:3]
+        stream = torch._C._cuda_getCurrentRawStream(device)
         run(across, down, deep, stream, function, metadata, None, None, None, *args, *rest)
 
 
-def _kind(argument: Any) -> Any:
-    """All that Triton could compile an argument's kernel for."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, *argument.block_shape
-    return argument
+def described(base: Tensor, block: list[int]) -> TensorDescriptor:
+    """A contiguous tensor for the copy engine, in blocks; `TensorDescriptor` checks what holds here, for 10 us."""
+    out = object.__new__(TensorDescriptor)
+    vars(out).update(base=base, shape=base.shape, strides=base.stride(), block_shape=block, kind=(base.dtype, *block))
+    return out
 
 
 class Operator:
@@ -110,9 +112,6 @@ class Operator:
         if torch.compiler.is_compiling() or type(args[0]) not in _REAL:
             return self.registered(*args)
         return self.plain(*args)
-
-
-_REAL = (Tensor, torch.nn.Parameter)  # not what a compiler traces with
 
 
 def _differentiable(function: Callable, backward: Callable, setup: Callable) -> Callable:

@@ -34,8 +34,15 @@ def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, f
     return _experts_op(x.to(dtype), w1, w2, token, gate, fuse, keep)[0].to(x.dtype)
 
 
-def _forward(
-    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, fuse: bool, keep: bool
+def experts_forward(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    token: Tensor,
+    gate: Tensor,
+    fuse: bool,
+    keep: bool,
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Out, and what the backward pass needs, if `keep`: inverse (n, e), x_in, slope, a, y (e, k, ...), and w1, w2 in the
     dtype of x, unless they are in it."""
@@ -47,7 +54,7 @@ def _forward(
         else:
             slope, a = activate_(torch.bmm(x_in, v1), gate, keep)
         y = torch.bmm(a, v2)
-        inverse = invert(token, x.shape[0])
+        inverse = invert(token, x.shape[0]) if inverse is None else inverse
         out = combine(y, inverse)
     if not keep:
         return out, *[None] * 7
@@ -57,8 +64,8 @@ def _forward(
 def _experts(
     x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, fuse: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_forward`, with an empty tensor where that has None."""
-    out, *kept = _forward(x, w1, w2, token, gate, fuse, keep)
+    """`experts_forward`, with an empty tensor where that has None."""
+    out, *kept = experts_forward(x, w1, w2, token, gate, fuse, keep)
     empty = x.new_empty(0, dtype=torch.int32), x.new_empty(0), new_slope(x, False), *[x.new_empty(0) for _ in range(4)]
     return out, *(e if t is None else t for t, e in zip(kept, empty, strict=True))
 
@@ -83,7 +90,7 @@ def _fake(x, w1, w2, token, gate, fuse, keep):
     )
 
 
-def _experts_backward(
+def experts_backward(
     dout: Tensor,
     w1: Tensor,
     w2: Tensor,
@@ -148,5 +155,5 @@ def _backward(ctx, dout, *_):
     return dx, dw1, dw2, None, dgate, None, None
 
 
-_experts_backward_op = Operator(_experts_backward, _fake_backward)
-_experts_op = Operator(_experts, _fake, _backward, _keep_for_backward, plain=_forward)
+_experts_backward_op = Operator(experts_backward, _fake_backward)
+_experts_op = Operator(_experts, _fake, _backward, _keep_for_backward, plain=experts_forward)

@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ecmoe.kernels.common import INTERPRETED, cdiv, dot, kernel
+from ecmoe.kernels.common import INTERPRETED, cdiv, described, dot, kernel
 from ecmoe.kernels.rows import approximate, gelu, new_slope, pack, unpack
 
 
@@ -58,10 +57,10 @@ def product(x_in: Tensor, w1: Tensor, gate: Tensor, *, keep: bool = True, tile: 
     a = x_in.new_empty(e, k, f)
     slope = new_slope(a, keep)
     _product_kernel[_programs(x_in, e, k, f, t),](
-        TensorDescriptor.from_tensor(x_in, [1, t.m, t.k]),
-        TensorDescriptor.from_tensor(w1, [1, t.k, t.n]),
-        TensorDescriptor.from_tensor(slope, [1, t.m, t.slice]) if keep else None,
-        TensorDescriptor.from_tensor(a, [1, t.m, t.slice]),
+        described(x_in, [1, t.m, t.k]),
+        described(w1, [1, t.k, t.n]),
+        described(slope, [1, t.m, t.slice]) if keep else None,
+        described(a, [1, t.m, t.slice]),
         gate,
         e, k, COLUMNS=f, DEPTH=d,
         M=t.m, N=t.n, K=t.k, KEEP=keep, **approximate(x_in), **t.options(),
@@ -77,10 +76,10 @@ def product_backward(
     (e, k, d), f = dy.shape, w2.shape[1]
     dh = dy.new_empty(e, k, f) if out is None else out
     _product_backward_kernel[_programs(dy, e, k, f, t),](
-        TensorDescriptor.from_tensor(dy, [1, t.m, t.k]),
-        TensorDescriptor.from_tensor(w2, [1, t.n, t.k]),
+        described(dy, [1, t.m, t.k]),
+        described(w2, [1, t.n, t.k]),
         slope,
-        TensorDescriptor.from_tensor(dh, [1, t.m, t.slice]),
+        described(dh, [1, t.m, t.slice]),
         gate,
         e, k, COLUMNS=f, DEPTH=d,
         M=t.m, N=t.n, K=t.k, **t.options(),

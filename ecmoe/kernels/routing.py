@@ -1,4 +1,4 @@
-"""The router's products in float32, and its softmax laid out by expert.
+"""The router's products, in float32.
 
 Letters: n tokens x of width d, e experts, w (d, e) the router's weight.
 """
@@ -11,14 +11,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, dot, kernel, wide
+from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, dot, kernel
 
 LOGITS = {"ROWS": 128, "DEPTH": 64, "num_warps": 8}
 LOGITS_DX = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 LOGITS_DW = {"ROWS": 32, "COLUMNS": 128, "num_warps": 8}
 TOKENS_PER_SUM = 1024  # of the partial sums of the router's gradient
 MOST_EXPERTS = 128  # of `logits`: more would not fit into shared memory
-SCORES = 4096  # numbers of a program
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,16 +52,19 @@ class _Logits(torch.autograd.Function):
 
 
 def _logits(x: Tensor, w: Tensor) -> Tensor:
-    (n, d), e = x.shape, w.shape[1]
-    x, w = x.contiguous(), w.contiguous()
-    out = x.new_empty(n, e, dtype=torch.float32)
-    exact, E = w.dtype == torch.bfloat16, block(e, 16)
-    cut = LOGITS | {
-        "DEPTH": LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2
-    }  # three parts need more room
     with device_of(x):
-        grid = (cdiv(n, LOGITS["ROWS"]),)
-        _logits_kernel[grid](x, _parts(w), out, n, d, e, E=E, EXACT=exact, **cut)
+        return product(x.contiguous(), w.contiguous())
+
+
+def product(x: Tensor, w: Tensor, inverse: Tensor | None = None, empty: int = 0) -> Tensor:
+    """(n, e) logits of contiguous (n, d) tokens, (d, e) weights; with `inverse`, (n, e) int32, their softmax over the experts
+    instead, laid out as they choose, (e, n), and `inverse` is filled with `empty`."""
+    (n, d), e = x.shape, w.shape[1]
+    out = x.new_empty((n, e) if inverse is None else (e, n), dtype=torch.float32)
+    exact, E = w.dtype == torch.bfloat16, block(e, 16)
+    depth = LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2  # three parts need more room
+    cut = LOGITS | {"E": E, "EXACT": exact, "DEPTH": depth}
+    _logits_kernel[cdiv(n, LOGITS["ROWS"]),](x, _parts(w), out, inverse, empty, n, d, e, **cut)
     return out
 
 
@@ -76,55 +78,27 @@ def _parts(w: Tensor) -> Tensor:
 
 
 def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """dx + dlogits w^T, and w's gradient, summed in a fixed order."""
+    with device_of(x):
+        return product_backward(dlogits.contiguous(), dx.contiguous(), x.contiguous(), w.contiguous())
+
+
+def product_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """dx + dlogits w^T, and w's gradient, summed in a fixed order; of contiguous tensors."""
     (n, d), e = x.shape, w.shape[1]
-    dlogits, dx, x, w = dlogits.contiguous(), dx.contiguous(), x.contiguous(), w.contiguous()
     out, sums = torch.empty_like(x), cdiv(n, TOKENS_PER_SUM)
     dw = w.new_empty(sums, d, e, dtype=torch.float32)
     exact, E = w.dtype == torch.bfloat16, block(e, 16)
-    with device_of(x):
-        grid = cdiv(n, LOGITS_DX["ROWS"]), cdiv(d, LOGITS_DX["COLUMNS"])
-        _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=E, EXACT=exact, **LOGITS_DX)
-        grid = cdiv(d, LOGITS_DW["COLUMNS"]), sums
-        _logits_dw_kernel[grid](x, dlogits, dw, n, d, e, ROUND=exact, E=E, TOKENS=TOKENS_PER_SUM, **LOGITS_DW)
-        return out, dw.sum(0).to(w.dtype)
+    grid = cdiv(n, LOGITS_DX["ROWS"]), cdiv(d, LOGITS_DX["COLUMNS"])
+    _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=E, EXACT=exact, **LOGITS_DX)
+    grid = cdiv(d, LOGITS_DW["COLUMNS"]), sums
+    _logits_dw_kernel[grid](x, dlogits, dw, n, d, e, ROUND=exact, E=E, TOKENS=TOKENS_PER_SUM, **LOGITS_DW)
+    total = torch.empty_like(w)
+    _sum_kernel[cdiv(d * e, 256),](dw, total, sums, d * e, BLOCK=256)
+    return out, total
 
 
 _logits_op = Operator(_logits, lambda x, w: x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32))
 _logits_backward_op = Operator(_logits_backward, lambda dlogits, dx, x, w: (x.new_empty(x.shape), w.new_empty(w.shape)))
-
-
-def scores(logits: Tensor) -> Tensor:
-    """(n, e) logits -> (e, n) softmax over the experts, laid out as they choose."""
-    check(logits)
-    return _scores_op(logits)
-
-
-def _scores(logits: Tensor) -> Tensor:
-    (n, e), logits = logits.shape, logits.contiguous()
-    out = logits.new_empty(e, n)
-    rows = max(SCORES // block(e), 1)
-    with device_of(logits):
-        _scores_kernel[cdiv(n, rows),](logits, out, n, e, E=block(e), ROWS=rows, **wide(logits))
-    return out
-
-
-def _scores_backward(dS: Tensor, S: Tensor) -> Tensor:
-    (e, n), dS, S = S.shape, dS.contiguous(), S.contiguous()
-    out = S.new_empty(n, e)
-    rows = max(SCORES // block(e), 1)
-    with device_of(S):
-        _scores_backward_kernel[cdiv(n, rows),](dS, S, out, n, e, E=block(e), ROWS=rows, **wide(S))
-    return out
-
-
-_scores_backward_op = Operator(_scores_backward, lambda dS, S: S.new_empty(S.shape[1], S.shape[0]))
-_scores_op = Operator(
-    _scores,
-    lambda logits: logits.new_empty(logits.shape[1], logits.shape[0]),
-    lambda ctx, dS: _scores_backward_op(dS, *ctx.saved_tensors),
-    lambda ctx, inputs, output: ctx.save_for_backward(output),
-)
 
 
 @triton.jit
@@ -180,8 +154,9 @@ def _load_parts(parts, place, inside, size, EXACT: tl.constexpr):
 
 @kernel
 def _logits_kernel(
-    x, parts, out, n, d, e, EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-):
+    x, parts, out, inverse, empty, n, d, e,
+    EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, E)
     total = tl.zeros((ROWS, E), tl.float32)
@@ -193,7 +168,14 @@ def _logits_kernel(
         high, middle, low = _load_parts(parts, column[:, None] * e + expert[None, :], inside, d * e, EXACT)
         total = _multiply(tokens, high, middle, low, total, EXACT)
     inside = (t < n)[:, None] & (expert < e)[None, :]
-    tl.store(out + t[:, None] * e + expert[None, :], total, mask=inside)
+    place = t[:, None] * e + expert[None, :]
+    if inverse is not None:
+        total = tl.where((expert < e)[None, :], total, float("-inf"))
+        total = tl.exp(total - tl.max(total, 1)[:, None])
+        total = total / tl.sum(total, 1)[:, None]
+        tl.store(inverse + place, tl.zeros((ROWS, E), tl.int32) + empty, mask=inside)
+        place = expert[None, :].to(tl.int64) * n + t[:, None]
+    tl.store(out + place, total, mask=inside)
 
 
 @kernel
@@ -244,24 +226,10 @@ def _logits_dw_kernel(
 
 
 @kernel
-def _scores_kernel(logits, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    expert = tl.arange(0, E)
-    inside = (t < n)[:, None] & (expert < e)[None, :]
-    x = tl.load(logits + t[:, None] * e + expert[None, :], mask=inside, other=float("-inf")).to(WIDE)
-    x = tl.exp(x - tl.maximum(tl.max(x, 1), -1e38)[:, None])  # rows beyond the last have no largest
-    x = x / tl.maximum(tl.sum(x, 1), 1.0)[:, None]  # and no sum; the others' is at least exp(0)
-    tl.store(out + expert[None, :].to(tl.int64) * n + t[:, None], x.to(out.dtype.element_ty), mask=inside)
-
-
-@kernel
-def _scores_backward_kernel(dS, S, out, n, e, WIDE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
-    """S (dS - sum of S dS over the experts)."""
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    expert = tl.arange(0, E)
-    inside = (t < n)[:, None] & (expert < e)[None, :]
-    place = expert[None, :].to(tl.int64) * n + t[:, None]
-    s = tl.load(S + place, mask=inside, other=0).to(WIDE)
-    ds = tl.load(dS + place, mask=inside, other=0).to(WIDE)
-    ds = s * (ds - tl.sum(s * ds, 1)[:, None])
-    tl.store(out + t[:, None] * e + expert[None, :], ds.to(out.dtype.element_ty), mask=inside)
+def _sum_kernel(parts, out, count, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(count):
+        total += tl.load(parts + place, mask=place < size, other=0)
+        parts += size
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)

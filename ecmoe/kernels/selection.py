@@ -1,4 +1,4 @@
-"""`take`: the k highest of each row, without a sort, in rising order of place; `select`: their places alone.
+"""`select`: the places of the k highest of each row, without a sort, in rising order.
 
 Radix select: a score's key is an int32 that orders as the score does, and the k-th key is pinned down two bits at a
 time, by counting how many keys lie above, from the first bit on in which keys differ. One program a row can do that,
@@ -22,6 +22,7 @@ CHUNK = {"BLOCK": 1024, "num_warps": 2}
 SAMPLE = 4096  # keys of a row that guess; rows up to twice as long are searched at once
 DEVIATIONS = 6  # of the sample's count: how many more than k the guess aims at
 SLACK = 8  # it may overshoot by a 1/SLACK of that, and so ends sooner
+BINS = tl.constexpr(16)  # room for those of a layer's statistics
 LONGEST = 1 << 21  # of a row: three counts are added up in 63 bits
 
 
@@ -31,65 +32,53 @@ def select(scores: Tensor, k: int) -> Tensor:
     Of equal scores the first are taken. Float32 only, and rows of less than 2^21; others take `torch.topk`, whose
     order is another.
     """
-    return take(scores.detach(), k)[1]
-
-
-def take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., m) -> the k highest scores of each row and their places, (..., k), as `select`; and the lowest of them, (...)."""
-    m = scores.shape[-1]
+    m, scores = scores.shape[-1], scores.detach()
     if scores.dtype != torch.float32 or m >= LONGEST:
-        chosen, places = scores.topk(k, dim=-1)
-        return chosen, places, chosen.detach().amin(-1)
+        return scores.topk(k, dim=-1).indices
     check(scores)
     if k == m:  # also a single score, on which Triton 3.6 fails
-        return scores, torch.arange(k, device=scores.device).expand(scores.shape).contiguous(), scores.detach().amin(-1)
-    chosen, places, lowest = _take_op(scores.reshape(-1, m).contiguous(), k)
-    shape = scores.shape[:-1]
-    return chosen.view(*shape, k), places.view(*shape, k), lowest.view(shape)
+        return torch.arange(k, device=scores.device).expand(scores.shape).contiguous()
+    return _select_op(scores.reshape(-1, m).contiguous(), k).view(*scores.shape[:-1], k)
 
 
-def _take(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, m = scores.shape
-    chosen, lowest = scores.new_empty(rows, k), scores.new_empty(rows)
-    out = scores.new_empty(rows, k, dtype=torch.int64)
-    cut = SEARCH | {"BLOCK": block(m, 16, SEARCH["BLOCK"])}
-    chunks, room, listed, held = 1, 1, out, out  # of a short row, where nothing is listed
+def _select(scores: Tensor, k: int) -> Tensor:
     with device_of(scores):
-        if m > 2 * SAMPLE:
-            chunks, room = cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m)
-            listed, low, held = (scores.new_empty(rows, size, dtype=torch.int32) for size in (room, 1, chunks))
-            share = k * SAMPLE / m
-            rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
-            _guess_kernel[rows,](scores, low, m, rank, rank // SLACK, SAMPLE=SAMPLE, **GUESS)
-            _count_kernel[rows, chunks](scores, low, held, m, **CHUNK)
-            _list_kernel[rows, chunks](scores, low, held, listed, m, room, CHUNKS=block(chunks), **CHUNK)
-        _take_kernel[rows,](
-            scores, listed, held, chosen, out, lowest, m, k, room, chunks,
-            LISTED=m > 2 * SAMPLE, CHUNKS=block(chunks), **cut,
-        )  # fmt: skip
-    return chosen, out, lowest
+        return choose(scores, k)
 
 
-def _fake(scores, k):
-    rows = len(scores)
-    return scores.new_empty(rows, k), scores.new_empty(rows, k, dtype=torch.int64), scores.new_empty(rows)
+_select_op = Operator(_select, lambda scores, k: scores.new_empty(len(scores), k, dtype=torch.int64))
 
 
-def _keep_for_backward(ctx, inputs, output):
-    ctx.shape = inputs[0].shape
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+def choose(
+    scores: Tensor,
+    k: int,
+    inverse: Tensor | None = None,
+    cutoff: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    bins: Tensor | None = None,
+) -> Tensor:
+    """`select` of contiguous (rows, m) scores, k < m; and what else is ready to be written down then, if it is given.
 
-
-def _backward(ctx, dchosen, *_):
-    if dchosen is None:
-        return None, None
-    (places,) = ctx.saved_tensors
-    return dchosen.new_zeros(ctx.shape).scatter_(1, places, dchosen), None
-
-
-_take_op = Operator(_take, _fake, _backward, _keep_for_backward)
+    Args:
+        inverse: (m, rows) int32, filled with rows k: gets the slot of each place in each row that chose it.
+        cutoff: (rows,) and (): get each row's lowest chosen score, and 1, added.
+        bins: is set to zeros.
+    """
+    rows, m = scores.shape
+    out = scores.new_empty(rows, k, dtype=torch.int64)
+    chunks, room, listed, held = 1, 1, out, out  # of a short row, where nothing is listed
+    if m > 2 * SAMPLE:
+        chunks, room = cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m)
+        listed, low, held = (scores.new_empty(rows, size, dtype=torch.int32) for size in (room, 1, chunks))
+        share = k * SAMPLE / m
+        rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
+        _guess_kernel[rows,](scores, low, m, rank, rank // SLACK, SAMPLE=SAMPLE, **GUESS)
+        _count_kernel[rows, chunks](scores, low, held, m, **CHUNK)
+        _list_kernel[rows, chunks](scores, low, held, listed, m, room, CHUNKS=block(chunks), **CHUNK)
+    _take_kernel[rows,](
+        scores, listed, held, out, inverse, *cutoff, bins, m, k, room, chunks, 0 if bins is None else len(bins) - 1,
+        LISTED=m > 2 * SAMPLE, CHUNKS=block(chunks), BLOCK=block(m, 16, SEARCH["BLOCK"]), num_warps=SEARCH["num_warps"],
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -189,14 +178,13 @@ def _list_kernel(scores, low, held, listed, m, room, CHUNKS: tl.constexpr, BLOCK
 
 @kernel
 def _take_kernel(
-    scores, listed, held, chosen, out, lowest, m, k, room, chunks,
+    scores, listed, held, out, inverse, pending, pools, bins, m, k, room, chunks, most,
     LISTED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scores += row * m
     listed += row * room
     out += row * k
-    chosen += row * k
     use = LISTED
     if LISTED:
         chunk = tl.arange(0, CHUNKS)
@@ -216,11 +204,17 @@ def _take_kernel(
             rank = equal + tl.cumsum(between) - between
             taken = taken & ((key > last) | (rank < k - above))
             equal += tl.sum(between)
-        value = tl.load(scores + place, mask=taken, other=float("inf"))
-        least = tl.minimum(least, value)
         one = taken.to(tl.int32)
         target = written + tl.cumsum(one) - one
         tl.store(out + target, place.to(tl.int64), mask=taken)
-        tl.store(chosen + target, value, mask=taken)
+        if inverse is not None:
+            slot = (row * k + target).to(tl.int32)
+            tl.store(inverse + place.to(tl.int64) * tl.num_programs(0) + row, slot, mask=taken)
+        if pending is not None:
+            least = tl.minimum(least, tl.load(scores + place, mask=taken, other=float("inf")))
         written += tl.sum(one)
-    tl.store(lowest + row, tl.min(least))
+    if pending is not None:
+        tl.store(pending + row, tl.load(pending + row) + tl.min(least))
+        tl.store(pools, tl.load(pools) + 1, mask=row == 0)
+    if bins is not None:
+        tl.store(bins + tl.arange(0, BINS), tl.zeros((BINS,), tl.int64), mask=(row == 0) & (tl.arange(0, BINS) <= most))

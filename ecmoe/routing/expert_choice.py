@@ -79,7 +79,8 @@ class ExpertChoice(Router):
         if self.causal:
             return self._weigh(self._above_cutoff(logits.softmax(dim=1), mask), n)
         ids = self._pools(n, batch_shape, logits.device)  # (g, m)
-        S = pooled = self._scores(logits, ids)  # (g, e, m)
+        S = logits.softmax(dim=1).T  # each token spreads 1 over the experts
+        S = pooled = S[None] if ids is None else S[:, ids].transpose(0, 1)  # (g, e, m)
         valid = None if mask is None else mask[None] if ids is None else mask[ids]  # (g, m)
         across = self.pool in ("batch", "position") and ranks() > 1
         if across:
@@ -101,25 +102,17 @@ class ExpertChoice(Router):
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
-    def _scores(self, logits: Tensor, ids: Tensor | None) -> Tensor:
-        """S of the tokens ids (g, m), (g, e, m): each token spreads 1 over the experts."""
-        if fast(self.kernels, logits, logits.shape[0] * self.d_model):
-            from ecmoe.kernels import scores
-
-            S = scores(logits)  # (e, n)
-        else:
-            S = logits.softmax(dim=1).T
-        return S[None] if ids is None else S[:, ids].transpose(0, 1)
-
     def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding; and
         the lowest of these scores, (g, e)."""
-        if self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts:
+        if self._uncapped:
             if valid is None and fast(self.kernels, S, S.shape[0] * S.shape[2] * self.d_model):
-                from ecmoe.kernels import take
+                from ecmoe.kernels import select
 
-                return take(S, k)
-            G, I = S.topk(k, dim=2)  # noqa: E741
+                I = select(S, k)  # noqa: E741
+                G = _At.apply(S, I)
+            else:
+                G, I = S.topk(k, dim=2)  # noqa: E741
         else:
             from ecmoe.routing.capped import capped_top_k
 
@@ -133,6 +126,10 @@ class ExpertChoice(Router):
                 kernels=self.kernels,
             )
         return G, I, G.detach().amin(-1)
+
+    @property
+    def _uncapped(self) -> bool:
+        return self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts
 
     def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor | None:
         """(g, m) token ids: which tokens compete with each other; None: all of them."""
@@ -173,7 +170,7 @@ class ExpertChoice(Router):
     def _above_cutoff(self, S: Tensor, mask: Tensor | None) -> Assignment:
         """Every expert takes every token at or above its cut-off: each decision sees one token alone."""
         take = self.cutoff.value().to(S.dtype) <= S  # (n, e)
-        if self.max_experts_per_token is not None and self.max_experts_per_token < self.num_experts:
+        if not self._uncapped:
             best = S.topk(self.max_experts_per_token, dim=1).indices
             take &= torch.zeros_like(take).scatter(1, best, True)
         if mask is not None:
@@ -181,12 +178,33 @@ class ExpertChoice(Router):
         token, expert = take.nonzero(as_tuple=True)
         return pack(token, expert, S[token, expert], n=S.shape[0], e=S.shape[1], slots=None)
 
+    @property
+    def scale(self) -> float | None:
+        """What multiplies a score to make it a gate; None: a token's gates add up to 1."""
+        return {"softmax": 1.0, "scaled": self.num_experts / self.capacity_factor, "renormalized": None}[self.gate]
+
     def _weigh(self, chosen: Assignment, n: int) -> Assignment:
-        if self.gate == "renormalized":
+        if self.scale is None:
             return chosen.renormalized(n)
-        if self.gate == "scaled":
-            return chosen.weighing(chosen.gate * (self.num_experts / self.capacity_factor))
-        return chosen
+        return chosen if self.gate == "softmax" else chosen.weighing(chosen.gate * self.scale)
+
+    def at_once(self, x: Tensor) -> int:
+        """k, if `kernels.expert_choice` may route and compute (n, d) tokens in one step, else 0.
+
+        One pool of all tokens, without a cap, and nobody who looks at a choice or makes another.
+        """
+        if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not x.shape[0]:
+            return 0
+        changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
+        alone = self.pool == "rank" or self.pool == "batch" and ranks() == 1
+        if self.causal or changed or not alone or not self._uncapped:
+            return 0
+        if not fast(self.kernels, x, x.numel()):
+            return 0
+        from ecmoe.kernels.choice import available
+
+        k = self._bucket(x.shape[0])
+        return k if available(x, self.weight, k) else 0
 
     def check_causal(self) -> None:
         if self.cutoff.empty():
@@ -203,3 +221,17 @@ class ExpertChoice(Router):
             f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, "
             f"max_experts_per_token={self.max_experts_per_token}, pool={self.pool}, gate={self.gate}"
         )
+
+
+class _At(torch.autograd.Function):
+    """S.gather(2, I) of places that differ: no two gradients meet, so none is added, in whatever order."""
+
+    @staticmethod
+    def forward(ctx, S: Tensor, I: Tensor) -> Tensor:  # noqa: E741
+        ctx.save_for_backward(I)
+        ctx.shape = S.shape
+        return S.gather(2, I)
+
+    @staticmethod
+    def backward(ctx, dG: Tensor) -> tuple[Tensor, None]:
+        return dG.new_zeros(ctx.shape).scatter(2, *ctx.saved_tensors, dG), None

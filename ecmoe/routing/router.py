@@ -67,6 +67,10 @@ class Router(RunningState):
                 return kernels.logits_and_tokens(x, self.weight)
             return x.to(dtype) @ self.weight.to(dtype), x
 
+    def at_once(self, x: Tensor) -> int:
+        """See `ExpertChoice`; here 0."""
+        return 0
+
     def forward(self, logits: Tensor, **known: Any) -> Assignment:
         """`assign`, called as PyTorch calls a module: its hooks see every choice (see `watched`)."""
         return self.assign(logits, **known)

@@ -37,6 +37,7 @@ kernel.launch = lambda self, grid, *args, **constants: self.jit[grid](*args, **c
 from ecmoe.kernels import (  # noqa: E402
     attention,
     capped,
+    choice,
     counts,
     loss,
     product,
@@ -45,7 +46,7 @@ from ecmoe.kernels import (  # noqa: E402
     selection,
 )
 
-for part in (routing, selection, counts):
+for part in (routing, selection, counts, choice):
     part.check = lambda x: None
 for part in (product, rows):
     part.approximate = lambda x: {"APPROXIMATE": x.dtype == torch.bfloat16}
@@ -69,10 +70,16 @@ def launch(n, d, f, e, k, dtype):
         for weight in (w, w.bfloat16()):
             torch.ops.ecmoe.logits(x, weight)
             torch.ops.ecmoe.logits_backward(logits, x, x, weight)
-        torch.ops.ecmoe.scores_backward(logits.T, torch.ops.ecmoe.scores(logits))
         selection.select(logits.T, k)
         counts.tally_(token, n, torch.empty(e, dtype=torch.long), torch.empty(9, dtype=torch.long))
         selection.select(torch.empty(1, 3 * selection.SAMPLE), k)
+        whole = [t.clone().requires_grad_() for t in (x, w, w1, w2)]
+        seen = [torch.empty(size, dtype=torch.long) for size in (e, e, 1, 9)]
+        for scale in (1.0, None):
+            out = choice.expert_choice(
+                *whole, k, scale=scale, cutoff=(torch.empty(e), torch.empty(())), statistics=seen
+            )
+            out.sum().backward()
 
 
 def launch_attention(width):

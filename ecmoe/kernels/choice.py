@@ -1,0 +1,148 @@
+"""`expert_choice`: a whole layer, its router included, as one step of autograd.
+
+Each kernel costs the host as much as 40 us, whatever it computes. Where nobody looks at what lies between, half of them go:
+the logits' kernel makes the scores and clears the table `inverse` (who holds which token, and in which slot), the top-k
+fills it in, and gates and statistics are read off it. The plain path is `Router.read`, `ExpertChoice.assign`, `MoE.experts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ecmoe.kernels import layer, routing
+from ecmoe.kernels.common import block, cdiv, check, device_of, kernel
+from ecmoe.kernels.selection import BINS, LONGEST, choose
+
+NUMBERS = 2048  # of a program, tokens x experts
+
+
+def available(x: Tensor, weight: Tensor, k: int) -> bool:
+    """Can `expert_choice` take (n, d) tokens, (d, e) router weights, and k tokens an expert?"""
+    types = x.dtype in (torch.bfloat16, torch.float32) and weight.dtype in (torch.bfloat16, torch.float32)
+    return types and 0 < k < len(x) < LONGEST and weight.shape[1] <= routing.MOST_EXPERTS
+
+
+def expert_choice(
+    x: Tensor,
+    weight: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    k: int,
+    *,
+    scale: float | None = 1.0,
+    cutoff: tuple[Tensor, Tensor] | None = None,
+    statistics: Sequence[Tensor] | None = None,
+    fuse: bool = True,
+) -> Tensor:
+    """Every expert takes the k of all tokens that score highest for it, Eq. 1 to 4.
+
+    Args:
+        x: (n, d). weight: (d, e), the router's. w1: (e, d, f). w2: (e, f, d).
+        scale: of the gates; None: a token's add up to 1.
+        cutoff: (e,) and (), each expert's lowest chosen score, and 1, are added; None: nothing is.
+        statistics: of the layer, (e,) load, (e,) demand, () tokens, at most 16 bins as in `tally_`, all int64, are written;
+            None: nothing is.
+        fuse: as in `experts`.
+
+    Returns:
+        (n, d), in the dtype of x.
+    """
+    check(x)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, w1, w2))
+    return _Layer.apply(x, weight, w1, w2, k, scale, cutoff or (None, None), statistics, fuse, dtype, keep)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, w1, w2, k, scale, cutoff, statistics, fuse, dtype, keep):
+        with device_of(x):
+            x, weight, e = x.contiguous(), weight.contiguous(), weight.shape[1]
+            inverse = x.new_empty(len(x), e, dtype=torch.int32)
+            S = routing.product(x, weight, inverse, e * k)
+            token = choose(S, k, inverse, cutoff, None if statistics is None else statistics[-1])
+            gate = _weigh(S, inverse, k, scale, statistics)
+            out, *kept = layer.experts_forward(x.to(dtype), w1, w2, token, gate, fuse, keep, inverse)
+        if keep:
+            ctx.scale, ctx.fuse = scale, fuse
+            ctx.save_for_backward(x, weight, S, w1, w2, token, gate, *kept)
+        return out.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, S, w1, w2, token, gate, inverse, x_in, *kept = ctx.saved_tensors
+        with device_of(x):
+            dx, dw1, dw2, dgate = layer.experts_backward(
+                dout.to(x_in.dtype), w1, w2, token, gate, inverse, x_in, *kept, ctx.fuse
+            )
+            dlogits = _weigh_backward(dgate, S, inverse, ctx.scale)
+            dx, dweight = routing.product_backward(dlogits, dx, x, weight)
+        return dx, dweight, dw1, dw2, *[None] * 7
+
+
+def _weigh(S: Tensor, inverse: Tensor, k: int, scale: float | None, statistics: Sequence[Tensor] | None) -> Tensor:
+    """(e, n) scores -> (e, k) gates."""
+    (e, n), gate = S.shape, S.new_empty(len(S), k)
+    load, demand, tokens, bins = statistics or [None] * 4
+    rows = max(NUMBERS // block(e), 1)
+    _weigh_kernel[cdiv(n, rows),](
+        S, inverse, gate, load, demand, tokens, bins, n, e, k, scale, 0 if bins is None else len(bins) - 1,
+        E=block(e), ROWS=rows,
+    )  # fmt: skip
+    return gate
+
+
+def _weigh_backward(dgate: Tensor, S: Tensor, inverse: Tensor, scale: float | None) -> Tensor:
+    """(e, k) -> (n, e): through the gates and the softmax."""
+    (e, n), out = S.shape, S.new_empty(*inverse.shape)
+    rows = max(NUMBERS // block(e), 1)
+    _weigh_backward_kernel[cdiv(n, rows),](dgate, S, inverse, out, n, e, dgate.numel(), scale, E=block(e), ROWS=rows)
+    return out
+
+
+@kernel
+def _weigh_kernel(
+    S, inverse, gate, load, demand, tokens, bins, n, e, k, scale, most, E: tl.constexpr, ROWS: tl.constexpr
+):
+    t, expert = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, E)
+    inside = (t < n)[:, None] & (expert < e)[None, :]
+    slot = tl.load(inverse + t[:, None] * e + expert[None, :], mask=inside, other=e * k)
+    held = slot < e * k
+    s = tl.load(S + expert[None, :].to(tl.int64) * n + t[:, None], mask=held, other=0)
+    if scale is None:
+        s = s / tl.maximum(tl.sum(s, 1), 1.1754943508222875e-38)[:, None]
+    else:
+        s *= scale
+    tl.store(gate + slot, s, mask=held)
+    if bins is not None:
+        got, j = tl.minimum(tl.sum(held.to(tl.int32), 1), most), tl.arange(0, BINS)
+        some = tl.histogram(got, BINS, mask=t < n).to(tl.int64)
+        tl.atomic_add(bins + j, some, mask=j <= most, sem="relaxed")
+        first = (expert < e) & (tl.program_id(0) == 0)
+        tl.store(load + expert, tl.zeros((E,), tl.int64) + k, mask=first)
+        tl.store(demand + expert, tl.zeros((E,), tl.int64) + k, mask=first)
+        tl.store(tokens, n)
+
+
+@kernel
+def _weigh_backward_kernel(dgate, S, inverse, out, n, e, slots, scale, E: tl.constexpr, ROWS: tl.constexpr):
+    t, expert = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, E)
+    inside = (t < n)[:, None] & (expert < e)[None, :]
+    place = t[:, None] * e + expert[None, :]
+    slot = tl.load(inverse + place, mask=inside, other=slots)
+    ds = tl.load(dgate + slot, mask=slot < slots, other=0)
+    s = tl.load(S + expert[None, :].to(tl.int64) * n + t[:, None], mask=inside, other=0)
+    if scale is None:  # of s / sum s over those that hold the token
+        own = tl.where(slot < slots, s, 0.0)
+        total = tl.maximum(tl.sum(own, 1), 1.1754943508222875e-38)[:, None]
+        ds = tl.where(slot < slots, ds - tl.sum(own / total * ds, 1)[:, None], 0.0) / total
+    else:
+        ds *= scale
+    tl.store(out + place, s * (ds - tl.sum(s * ds, 1)[:, None]), mask=inside)
