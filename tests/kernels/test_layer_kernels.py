@@ -64,12 +64,10 @@ def test_layer_is_the_plain_one_with_every_router(name, masked):
 )
 def test_a_layer_at_once_is_the_one_in_steps(dtype, autocast):
     results, steps = [], []
-    for looks in (nullcontext, lambda: watched(moe)):
-        moe, x = (
-            layer("triton", lambda: ExpertChoice(D, E, 2.0, gate="renormalized"), dtype),
-            tokens(dtype).requires_grad_(),
-        )
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), looks():
+    for seen in (False, True):
+        moe = layer("triton", lambda: ExpertChoice(D, E, 2.0, gate="renormalized"), dtype)
+        x = tokens(dtype).requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), watched(moe) if seen else nullcontext():
             out = moe(x)
         steps.append(out.grad_fn.next_functions[0][0].name())
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, *moe.parameters()])))
