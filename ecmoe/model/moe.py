@@ -5,6 +5,7 @@ Letters: n tokens of width d, e experts of hidden width f, k slots of an expert.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -115,13 +116,19 @@ class MoE(nn.Module):
             return self._nothing(x).view(*shape, d)
         if mask is not None:
             x = x.masked_fill(~mask[:, None], 0)  # an empty slot reads any row, and 0 times NaN is NaN
-        elif (k := self._whole() and self.router.at_once(x)) and self._groups(len(self.w1) * k, x) == 1:
-            return self._at_once(x, k).view(*shape, d)
+        again = recomputing()
+        if mask is None and self._whole():
+            record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
+            fuse = self.kernels != "triton-bmm"
+            out = self.router.at_once(x, self.w1, self.w2, self._room(x), statistics=record, fuse=fuse)
+            if out is not None:
+                if not again:
+                    self._keep(None)
+                return out.view(*shape, d)
         logits, x = self.router.read(x)
         chosen = self.router(
             logits, batch_shape=shape if len(shape) == 2 else None, token_ids=token_ids, task_ids=task_ids, mask=mask
         )
-        again = recomputing()
         if not again:
             self._record(chosen, x.shape[0], mask)
             self._keep(chosen.aux_loss)
@@ -137,20 +144,6 @@ class MoE(nn.Module):
         """Does the layer hold all its experts, and compute them once?"""
         here = all(type(w) in (Tensor, nn.Parameter) for w in (self.w1, self.w2))
         return here and len(self.w1) == self.router.num_experts and not (self.recompute and self.training)
-
-    def _at_once(self, x: Tensor, k: int) -> Tensor:
-        """`forward` on a GPU where nothing is asked between: see `ExpertChoice.at_once`."""
-        from ecmoe import kernels
-
-        router, again = self.router, recomputing()
-        if not again:
-            self._keep(None)
-        return kernels.expert_choice(
-            x, router.weight, self.w1, self.w2, k, scale=router.scale,
-            cutoff=(router.cutoff.pending, router.cutoff.count) if router.gathers else None,
-            statistics=None if again else (self.load, self.demand, self.tokens, self.experts_per_token),
-            fuse=self.kernels != "triton-bmm",
-        )  # fmt: skip
 
     def _check_shapes(self, x: Tensor, token_ids: Tensor | None, task_ids: Tensor | None, mask: Tensor | None) -> None:
         shape = x.shape[:-1]
@@ -183,16 +176,15 @@ class MoE(nn.Module):
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
-        groups = self._groups(token.numel(), x)
-        if groups == 1:
+        groups = -(-token.numel() // self._room(x))
+        if groups <= 1:
             return self._some_experts(x, self.w1, self.w2, token, gate)
         some = (t.chunk(groups) for t in (self.w1, self.w2, token, gate))
         return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))  # type: ignore[return-value]
 
-    def _groups(self, slots: int, x: Tensor) -> int:
-        """Of experts, which are computed one after the other."""
-        f = self.w1.shape[2]
-        return 1 if torch.is_grad_enabled() else max(-(-slots * f // max(HELD, SLOTS * x.shape[0] * f)), 1)
+    def _room(self, x: Tensor) -> int:
+        """Slots that may be computed at a time."""
+        return sys.maxsize if torch.is_grad_enabled() else max(HELD // self.w1.shape[2], SLOTS * x.shape[0])
 
     def _some_experts(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""

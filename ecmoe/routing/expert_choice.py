@@ -8,6 +8,8 @@ The top-k over tokens sees the whole pool, past and future: in a decoder the los
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,7 +107,7 @@ class ExpertChoice(Router):
     def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding; and
         the lowest of these scores, (g, e)."""
-        if self._uncapped:
+        if (cap := self._cap) is None:
             if valid is None and fast(self.kernels, S, S.shape[0] * S.shape[2] * self.d_model):
                 from ecmoe.kernels import select
 
@@ -119,7 +121,7 @@ class ExpertChoice(Router):
             G, I = capped_top_k(  # noqa: E741
                 S,
                 k,
-                self.max_experts_per_token,
+                cap,
                 solver=self.cap_solver,
                 valid=valid,
                 target=None if valid is None else self._valid_k(valid, k),
@@ -128,8 +130,10 @@ class ExpertChoice(Router):
         return G, I, G.detach().amin(-1)
 
     @property
-    def _uncapped(self) -> bool:
-        return self.max_experts_per_token is None or self.max_experts_per_token >= self.num_experts
+    def _cap(self) -> int | None:
+        """b, where it can keep a token from an expert."""
+        b = self.max_experts_per_token
+        return b if b is not None and b < self.num_experts else None
 
     def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor | None:
         """(g, m) token ids: which tokens compete with each other; None: all of them."""
@@ -170,8 +174,8 @@ class ExpertChoice(Router):
     def _above_cutoff(self, S: Tensor, mask: Tensor | None) -> Assignment:
         """Every expert takes every token at or above its cut-off: each decision sees one token alone."""
         take = self.cutoff.value().to(S.dtype) <= S  # (n, e)
-        if not self._uncapped:
-            best = S.topk(self.max_experts_per_token, dim=1).indices
+        if (cap := self._cap) is not None:
+            best = S.topk(cap, dim=1).indices
             take &= torch.zeros_like(take).scatter(1, best, True)
         if mask is not None:
             take &= mask[:, None]
@@ -188,23 +192,21 @@ class ExpertChoice(Router):
             return chosen.renormalized(n)
         return chosen if self.gate == "softmax" else chosen.weighing(chosen.gate * self.scale)
 
-    def at_once(self, x: Tensor) -> int:
-        """k, if `kernels.expert_choice` may route and compute (n, d) tokens in one step, else 0.
-
-        One pool of all tokens, without a cap, and nobody who looks at a choice or makes another.
-        """
-        if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not x.shape[0]:
-            return 0
+    def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:
+        """As in `Router`, for `more` of `kernels.expert_choice`: one pool of all tokens, without a cap, and nobody who looks
+        at a choice or makes another."""
+        if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
+            return None
         changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
         alone = self.pool == "rank" or self.pool == "batch" and ranks() == 1
-        if self.causal or changed or not alone or not self._uncapped:
-            return 0
-        if not fast(self.kernels, x, x.numel()):
-            return 0
-        from ecmoe.kernels.choice import available
+        if self.causal or changed or not alone or self._cap is not None or not fast(self.kernels, x, x.numel()):
+            return None
+        from ecmoe.kernels import choice
 
-        k = self._bucket(x.shape[0])
-        return k if available(x, self.weight, k) else 0
+        k, cutoff = self._bucket(len(x)), (self.cutoff.pending, self.cutoff.count) if self.gathers else None
+        if k * self.num_experts > room or self.weight is None or not choice.available(x, self.weight, k):
+            return None
+        return choice.expert_choice(x, self.weight, w1, w2, k, scale=self.scale, cutoff=cutoff, **more)
 
     def check_causal(self) -> None:
         if self.cutoff.empty():
@@ -234,4 +236,5 @@ class _At(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dG: Tensor) -> tuple[Tensor, None]:
-        return dG.new_zeros(ctx.shape).scatter(2, *ctx.saved_tensors, dG), None
+        (I,) = ctx.saved_tensors  # noqa: E741
+        return dG.new_zeros(ctx.shape).scatter(2, I, dG), None

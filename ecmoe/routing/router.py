@@ -67,9 +67,9 @@ class Router(RunningState):
                 return kernels.logits_and_tokens(x, self.weight)
             return x.to(dtype) @ self.weight.to(dtype), x
 
-    def at_once(self, x: Tensor) -> int:
-        """See `ExpertChoice`; here 0."""
-        return 0
+    def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:
+        """What the layer returns for (n, d) tokens, if routing and experts can be one step for at most `room` slots."""
+        return None
 
     def forward(self, logits: Tensor, **known: Any) -> Assignment:
         """`assign`, called as PyTorch calls a module: its hooks see every choice (see `watched`)."""
