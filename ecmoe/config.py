@@ -167,10 +167,10 @@ class RunConfig(Schema):
     steps: int = key(60, "optimiser steps", low=1)
     optimizer: str = key("adamw", "adamw (ours), adafactor (the paper's kind; decay t^-0.8 for its 0.99)",
                          choices=("adamw", "adafactor"))  # fmt: skip
-    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0, high=1e38)
+    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0, high=1e30)
     beta1: float = key(0.9, "AdamW; ours (the paper's Adafactor: 0)", low=0, below=1)
     beta2: float = key(0.99, "AdamW (the paper's Adafactor: 0.99)", low=0, below=1)
-    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0, high=1e38)
+    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0, high=1e6)
     gradient_clip: float = key(1.0, "largest gradient norm (GLaM: 1.0); 0: none", low=0)
     schedule: str = key("constant", "after the warm-up: constant, inverse_sqrt (the paper's), linear (decay to 0)",
                         choices=("constant", "inverse_sqrt", "linear"))  # fmt: skip
