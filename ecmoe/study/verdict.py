@@ -8,8 +8,9 @@ Nothing here trains, measures or needs a notebook: what isn't there is "not run"
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ecmoe.study import repeats, speed
 from ecmoe.study.arms import size
@@ -192,9 +193,9 @@ def _parts(about: Claim, evidence: Evidence) -> list[Part]:
 
 def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> JudgedPart:
     label = label_of(part, found, level)
-    runs = [summary for arm in part.arms for summary in evidence.summaries(arm).values()]
-    linked = repeats.linked(runs, evidence.repeats)
-    mixed = {"code": linked is None, "card": len({run.get("device") for run in runs}) > 1}
+    together = _compared(part, evidence)
+    linked = [repeats.linked(runs, evidence.repeats) for runs in together]
+    mixed = {"code": None in linked, "card": any(len({run.get("device") for run in runs}) > 1 for runs in together)}
     return JudgedPart(
         **vars(part),
         label=label,
@@ -203,8 +204,20 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
         level=level,
         missing=tuple(f"{arm} s{seed}" for arm in part.arms for seed in evidence.missing(arm)),
         mixed=tuple(what for what, differs in mixed.items() if differs),
-        repeats=tuple(linked or ()),
+        repeats=tuple(sorted({run for shown in linked for run in shown or ()})),
     )
+
+
+def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
+    """The summaries that are held against each other: arms are, seed by seed; where spreads are compared, seeds are, too.
+
+    A seed on another card, or with other code, than the next is as good a block as any: its arms share what it adds.
+    """
+    by_seed: dict[int, list[Mapping[str, Any]]] = {}
+    for arm in part.arms:
+        for seed, summary in evidence.summaries(arm).items():
+            by_seed.setdefault(seed, []).append(summary)
+    return [sum(by_seed.values(), [])] if part.how == "spread" else list(by_seed.values())
 
 
 def _rests_on(deciding: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:

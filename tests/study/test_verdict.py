@@ -417,6 +417,18 @@ def test_runs_of_two_codes_or_cards_are_marked():
     assert next(p for p in found.parts if p.name == "a balanced table against EC-CF2").mixed == ()
 
 
+def test_a_seed_may_be_trained_elsewhere_than_the_next_but_not_than_its_pair():
+    class Elsewhere(Known):
+        def summaries(self, arm):
+            there = super().summaries(arm)
+            return {s: one | {"code": "0ther", "device": "H200"} if s == 0 else one for s, one in there.items()}
+
+    numbers = losses(**{"Hash modulo": seeds(3.7), "EC-CF2 renormalized": seeds(3.6)})
+    found = of_evidence(find_claim("C6"), Elsewhere(numbers, page="05_other_routers"))
+    assert found.parts[0].mixed == ()
+    assert next(p for p in found.parts if p.name == "spread over seeds").mixed == ("code", "card")
+
+
 def test_another_page_judges_the_parts_whose_arms_it_trains():
     paper_size = {a: CENTRE[a] for a in ("EC-CF2 renormalized", "GShard top-2 renormalized", "Switch top-1", "Dense")}
     found = of_evidence(find_claim("C1"), Known(losses(**paper_size), page="07_fine_tuning"))
