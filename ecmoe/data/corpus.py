@@ -23,18 +23,6 @@ from typing import Any, NamedTuple, TextIO
 
 from ecmoe import paths
 from ecmoe.files import ConfigError, content_sha256, nearest, read_yaml
-from ecmoe.paths import (
-    HUB_PREFIX,
-    IMAGES,
-    KNOWN_TEXTS,
-    ROW_FILES,
-    TEXT_FILES,
-    content_of,
-    files_below,
-    is_local,
-    local_files,
-    parts_of,
-)
 
 # A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
 BLOCK = 1 << 14
@@ -80,13 +68,13 @@ PRESETS = {
 # The library's tests are most of its text, and absent on some systems.
 _NO_TEXT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload")
 _NAME = r"[A-Za-z0-9]\w*(?:[.-]\w+)*"  # of an owner or a data set of the Hub: no `..`, no hidden folder
-_HUB = re.compile(f"{HUB_PREFIX}({_NAME}(?:/{_NAME})?)(?:/({_NAME}))?")
+_HUB = re.compile(f"{paths.HUB_PREFIX}({_NAME}(?:/{_NAME})?)(?:/({_NAME}))?")
 
 
 def source_key(data: str) -> str:
     """What the tokens of `data` depend on: names of the Hub's data sets, content of files, which the key may state."""
-    stated, named = content_of(data), []
-    for part in parts_of(data):
+    stated, named = paths.content_of(data), []
+    for part in paths.parts_of(data):
         known = stated and _is_local(part)  # then nothing need be here
         named.append("" if known else content_sha256(files) if (files := part_files(part)) else part)
     return ",".join(named) + stated
@@ -94,33 +82,37 @@ def source_key(data: str) -> str:
 
 def source_files(data: str) -> dict[str, Path]:
     """The files that `data` is made of, by part and path in it; none for the Hub. A ConfigError where there is no such text."""
-    return {f"{i}:{name}": path for i, part in enumerate(parts_of(data)) for name, path in part_files(part).items()}
+    return {
+        f"{i}:{name}": path for i, part in enumerate(paths.parts_of(data)) for name, path in part_files(part).items()
+    }
 
 
 def part_files(part: str) -> dict[str, Path]:
     """Those of a text that is no mix, or of a folder of images, by their path in it."""
     if part == "stdlib":
-        files, path = files_below(Path(sysconfig.get_path("stdlib")), (".py",), _NO_TEXT), None
+        files, path = paths.files_below(Path(sysconfig.get_path("stdlib")), (".py",), _NO_TEXT), None
     elif not _is_local(part):
         return {}
     else:
-        files, path = local_files(part), paths.resolve(part)
+        files, path = paths.local_files(part), paths.resolve(part)
     if files:
         return files
     if path is None:
         remedy = "this Python keeps no source; give a path to a .txt file instead"
     elif os.path.lexists(path):
-        remedy = f"{path} exists, but must be, or hold, files that end in {', '.join(TEXT_FILES + ROW_FILES)}"
-    elif is_local(part):
+        remedy = (
+            f"{path} exists, but must be, or hold, files that end in {', '.join(paths.TEXT_FILES + paths.ROW_FILES)}"
+        )
+    elif paths.is_local(part):
         remedy = f"no such file or folder, neither in {Path.cwd()} nor in {paths.root()}"
     else:
-        remedy = nearest(part, [*KNOWN_TEXTS, *IMAGES, "hub:NAME", "hub:OWNER/NAME/CONFIG", "a path"])
+        remedy = nearest(part, [*paths.KNOWN_TEXTS, *paths.IMAGES, "hub:NAME", "hub:OWNER/NAME/CONFIG", "a path"])
     raise ConfigError(f"data={part!r}: {remedy}")
 
 
 def _is_local(part: str) -> bool:
     """A file or a folder, here or not?"""
-    return part not in (*KNOWN_TEXTS, *IMAGES) and not _HUB.fullmatch(part)
+    return part not in (*paths.KNOWN_TEXTS, *paths.IMAGES) and not _HUB.fullmatch(part)
 
 
 def open_corpus(data: str, streaming: bool = False) -> Corpus:
@@ -153,7 +145,7 @@ def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """What a report says of a corpus, of whose parts tokens know name, licence, attribution, split; a file beside one now wins."""
     parts = [
         part | (about(one) if _is_local(one) else {}) | {"data": one, "share": 1 / len(parts)}
-        for one, part in zip(parts_of(data), parts, strict=True)
+        for one, part in zip(paths.parts_of(data), parts, strict=True)
     ]
     if len(parts) == 1:
         return {key: parts[0][key] for key in ("name", "licence", "attribution", "split")}
@@ -166,7 +158,7 @@ def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _local(data: str, files: dict[str, Path]) -> Iterator[tuple[str, str]]:
     """Text files in blocks of one unit a file; JSON files a row at a time, every text a unit of its own."""
     for name, path in files.items():
-        if name.lower().endswith(TEXT_FILES):
+        if name.lower().endswith(paths.TEXT_FILES):
             with _opened(f"data={data!r}", path, "UTF-8 text") as file:
                 yield from ((name, block) for block in blocks(iter(lambda file=file: file.read(1 << 20), "")))
         else:
@@ -236,7 +228,7 @@ def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
 
 def _hub(data: str, streaming: bool) -> Corpus:
     hub, what = (
-        PRESETS.get(data) or Hub(*_HUB.fullmatch(data).groups(), data.removeprefix(HUB_PREFIX)),
+        PRESETS.get(data) or Hub(*_HUB.fullmatch(data).groups(), data.removeprefix(paths.HUB_PREFIX)),
         f"data={data!r}",
     )
     reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")

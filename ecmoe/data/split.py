@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from ecmoe.data.corpus import Corpus, Documents
 from ecmoe.data.tokenizer import END
 
 VALIDATION = 0.05  # share of the text, where the source has no validation split of its own
-Shown = Callable[[int], object]  # is told of bytes that were read
 
 
-@dataclass(frozen=True)
-class SplitText:
+class SplitText(NamedTuple):
     """Documents in a file, each ended by END. lengths: (documents,) bytes. is_val: (documents,) bool; rule: why these, in words."""
 
     file: BinaryIO
@@ -28,53 +26,50 @@ class SplitText:
     rule: str
 
     @classmethod
-    def read(cls, corpus: Corpus, file: BinaryIO, limit: int, shown: Shown) -> SplitText:
+    def read(cls, corpus: Corpus, file: BinaryIO, limit: int) -> SplitText:
         """Read a corpus, at most `limit` bytes of it (0: all), into `file`."""
-        lengths, hashes = _write(corpus.train, file, limit, shown)
+        lengths, hashes = _write(corpus.train, file, limit)
         if corpus.validation is None:
             return cls(file, lengths, *split(hashes, lengths))
-        more, _ = _write(corpus.validation, file, math.ceil(limit * VALIDATION), shown)  # as large a share as ours
+        more, _ = _write(corpus.validation, file, math.ceil(limit * VALIDATION))  # as large a share as ours
         is_val = np.arange(len(lengths) + len(more)) >= len(lengths)
         return cls(file, np.concatenate([lengths, more]), is_val, "the source's own")
 
-    def train(self) -> np.ndarray:
-        """Numbers of the documents that train."""
-        return np.flatnonzero(~self.is_val)
-
-    def val(self) -> np.ndarray:
-        """Numbers of those that validate."""
-        return np.flatnonzero(self.is_val)
-
     def some(self, size: int) -> np.ndarray:
         """Numbers of documents that train, from all over the text: at most `size` bytes, but at least one document."""
-        shuffled = np.random.default_rng(0).permutation(self.train())
+        shuffled = np.random.default_rng(0).permutation(np.flatnonzero(~self.is_val))
         count = np.searchsorted(self.lengths[shuffled].cumsum(), size, side="right")
         return np.sort(shuffled[: max(count, 1)])
 
-    def documents(self, numbers: np.ndarray, shown: Shown) -> Iterator[str]:
-        """The documents of these numbers."""
+    def documents(self, numbers: np.ndarray, what: str) -> Iterator[str]:
+        """The documents of these numbers; `what` is said of it to those who wait."""
         starts = np.cumsum(self.lengths) - self.lengths
-        for i in numbers:
-            self.file.seek(int(starts[i]))
-            yield self.file.read(int(self.lengths[i])).decode()
-            shown(int(self.lengths[i]))
+        with _bar(self.file, "read", what, int(self.lengths[numbers].sum())) as file:
+            for i in numbers:
+                file.seek(int(starts[i]))
+                yield file.read(int(self.lengths[i])).decode()
 
 
-def _write(documents: Documents, file: BinaryIO, limit: int, shown: Shown) -> tuple[np.ndarray, np.ndarray]:
+def _bar(file: BinaryIO, method: str, what: str, total: int | None) -> Any:
+    """The file; how many bytes it has read or written is shown where a person watches."""
+    return tqdm.wrapattr(file, method, total, desc=what, leave=False, disable=None)
+
+
+def _write(documents: Documents, file: BinaryIO, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Append the documents, at most `limit` bytes (0: all) of them; their lengths in bytes and their units' hashes."""
     lengths, hashes, left = array("Q"), bytearray(), limit or float("inf")
-    for unit, text in documents:
-        data = text.replace(END, "").encode(errors="replace")
-        if len(data) >= left:  # cut the last one, between characters
-            data = data[: int(left)].decode(errors="ignore").encode()
-        if data:
-            file.write(data + END.encode())
-            lengths.append(len(data) + 1)
-            hashes += hashlib.blake2b(unit.encode(errors="replace"), digest_size=8).digest()
-            shown(len(data))
-        left -= len(data)
-        if left <= 4:  # less than a character
-            break
+    with _bar(file, "write", "reading text", limit or None) as out:
+        for unit, text in documents:
+            data = text.replace(END, "").encode(errors="replace")
+            if len(data) >= left:  # cut the last one, between characters
+                data = data[: int(left)].decode(errors="ignore").encode()
+            if data:
+                out.write(data + END.encode())
+                lengths.append(len(data) + 1)
+                hashes += hashlib.blake2b(unit.encode(errors="replace"), digest_size=8).digest()
+            left -= len(data)
+            if left <= 4:  # less than a character
+                break
     return np.array(lengths, np.int64), np.frombuffer(hashes, "<u8")
 
 

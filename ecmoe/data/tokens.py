@@ -8,10 +8,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +36,7 @@ BPE_BYTES = 50_000_000  # BPE learns its merges from at most so much text
 NEW = "not tokenised yet"
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """A tokenised corpus: (tokens,) memory-mapped ids, of a mix one part after the other, all as long; meta: as in meta.json."""
 
     train: np.ndarray
@@ -131,28 +128,24 @@ def _make(config: Any, place: Path, trouble: str) -> None:
 
 def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
     """Read and split each corpus, train BPE on the training sides, encode, cut all to the shortest; what meta.json says of it."""
-    from tqdm import tqdm
-
-    # disable=None: quiet unless a person watches.
-    bar = partial(tqdm, unit="B", unit_scale=True, leave=False, disable=None)
     (spools := work / "spools").mkdir()
     limit = -(-config.max_bytes // len(corpora))
     with contextlib.ExitStack() as files:
-        with bar(desc=f"reading {config.data}", total=config.max_bytes or None) as shown:
-            spooled = [files.enter_context((spools / str(i)).open("w+b")) for i in range(len(corpora))]
-            texts = [SplitText.read(c, file, limit, shown.update) for c, file in zip(corpora, spooled, strict=True)]
+        texts = [
+            SplitText.read(corpus, files.enter_context((spools / str(i)).open("w+b")), limit)
+            for i, corpus in enumerate(corpora)
+        ]
         for corpus, text in zip(corpora, texts, strict=True):
             if text.is_val.all() or not text.is_val.any():
                 raise ConfigError(f"data={config.data!r}: {len(text.lengths)} documents of {text.lengths.sum()} bytes of {corpus.name} "
                                   "are too few to split into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip
         tokenizer: Tokenizer = Bytes()
         if config.tokenizer == "bpe":  # learned from as many bytes of each text, none of which validates
-            share = min(BPE_BYTES // len(texts), *(int(text.lengths[text.train()].sum()) for text in texts))
-            with bar(desc="learning BPE", total=share * len(texts)) as shown:
-                documents = (
-                    d.removesuffix(END) for text in texts for d in text.documents(text.some(share), shown.update)
-                )
-                train_bpe(documents, config.vocab_size, work / "tokenizer.json")
+            share = min(BPE_BYTES // len(texts), *(int(text.lengths[~text.is_val].sum()) for text in texts))
+            documents = (
+                d.removesuffix(END) for text in texts for d in text.documents(text.some(share), "learning BPE")
+            )
+            train_bpe(documents, config.vocab_size, work / "tokenizer.json")
             tokenizer = BPE(work / "tokenizer.json")
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         meta: dict[str, Any] = {"dtype": dtype.name, "parts": [
@@ -160,19 +153,18 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
              "bytes": int(text.lengths.sum()), "documents": len(text.lengths)}
             for corpus, text in zip(corpora, texts, strict=True)
         ]}  # fmt: skip
-        with bar(desc=f"tokenising {config.data}", total=sum(part["bytes"] for part in meta["parts"])) as shown:
-            for side, numbers in (("train", SplitText.train), ("val", SplitText.val)):
-                encoded = []
-                for i, text in enumerate(texts):
-                    path = spools / f"{side}.{i}"
-                    _encode(text.documents(numbers(text), shown.update), tokenizer, dtype, path)
-                    encoded.append(np.memmap(path, dtype, "r"))
-                with (work / f"{side}.bin").open("wb") as out:
-                    for ids in encoded:
-                        out.write(ids[: min(map(len, encoded))])
-                found = counts(np.memmap(work / f"{side}.bin", dtype, "r"), tokenizer.vocab_size)
-                meta |= {f"{side}_tokens": int(found.sum()), f"{side}_bytes": int(found @ tokenizer.byte_lengths),
-                         f"{side}_documents": int(found[END_ID])}  # fmt: skip
+        for side in ("train", "val"):
+            encoded = []
+            for i, text in enumerate(texts):
+                numbers, path = np.flatnonzero(text.is_val == (side == "val")), spools / f"{side}.{i}"
+                _encode(text.documents(numbers, f"tokenising {side}"), tokenizer, dtype, path)
+                encoded.append(np.memmap(path, dtype, "r"))
+            with (work / f"{side}.bin").open("wb") as out:
+                for ids in encoded:
+                    out.write(ids[: min(map(len, encoded))])
+            found = counts(np.memmap(work / f"{side}.bin", dtype, "r"), tokenizer.vocab_size)
+            meta |= {f"{side}_tokens": int(found.sum()), f"{side}_bytes": int(found @ tokenizer.byte_lengths),
+                     f"{side}_documents": int(found[END_ID])}  # fmt: skip
     return meta
 
 
