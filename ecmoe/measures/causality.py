@@ -1,7 +1,7 @@
 """What expert choice's top-k sees of other tokens, what it gains by that, and how it is served without.
 
-Each public function with (model, config) is a `compute` of `ecmoe.measures.measure.measure`. All of them work on a copy of the
-model in float64, in which a decision that doesn't depend on a token can't be flipped by rounding either.
+All is measured on a copy of the model in float64, in which a decision that doesn't depend on a token can't be flipped by
+rounding either.
 
 Letters: B sequences of T tokens, n = B T, e experts, c capacity factor, L MoE layers, V vocabulary, C classes.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
+from ecmoe.data.batches import TextData
 from ecmoe.measures.inspection import held_out
 from ecmoe.measures.probe import information
 from ecmoe.model.generate import generate
@@ -55,9 +56,8 @@ def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[
     compared; then all sequences but one, and that one's decisions are compared (`kept` times, another one each).
     A row per change and routing has the share of `decisions` (L x e a token) that changed, and of `tokens` of which any did.
     """
-    model = exact(model)
-    _, windows = held_out(config, 2)
-    ids, other = _on(model, windows[:, :-1]).chunk(2)
+    model, _, windows = _opened(model, config, 2)
+    ids, other = windows[:, :-1].chunk(2)
     return {"rows": changed_decisions(model, ids, other, kept)}
 
 
@@ -106,9 +106,7 @@ def next_token_information(
         rows: one per `given` and `routing`, with `bits`. entropy: bits per token of the next one by `given`, before
         any probe. classes, covered: C, and the share of next tokens with a class of their own. tokens: probed.
     """
-    model = exact(model)
-    data, windows = held_out(config.replace(eval_batches=batches), batches)
-    windows = _on(model, windows)
+    model, data, windows = _opened(model, config.replace(eval_batches=batches), batches)
     class_of, covered = frequent_classes(data.token_counts, classes)
     class_of = class_of.to(windows.device)
     features: dict[str, list[Tensor]] = {routing: [] for routing in ROUTINGS}
@@ -123,15 +121,10 @@ def next_token_information(
     # The last token's next one takes no part in the pool.
     current, target = windows[:, :-2], class_of[windows[:, 1:-1]]
     unigram, bigram = (table.to(windows.device) for table in class_tables(data, class_of.cpu()))
-    known = {
-        GIVEN[0]: lambda: unigram.expand(*target.shape, -1),
-        GIVEN[1]: lambda: bigram[current],
-        GIVEN[2]: lambda: torch.cat(predicted),
-    }
+    known = (unigram.expand(*target.shape, -1), bigram[current], torch.cat(predicted))
     read = {routing: torch.cat(parts) for routing, parts in features.items()}
     rows, entropy = [], {}
-    for given, of in known.items():
-        log_p = of()
+    for given, log_p in zip(GIVEN, known, strict=True):
         entropy[given] = F.nll_loss(log_p.flatten(0, 1), target.flatten()) / math.log(2)
         for routing, bits in information(log_p, read, target).items():
             rows.append({"given": given, "routing": routing, "bits": bits})
@@ -184,9 +177,7 @@ def losses_by_routing(
 
     pools: which tokens compete: as in RunConfig, and any number of tokens that divides a sequence: a serving batch that small.
     """
-    model = exact(model)
-    _, windows = held_out(config, config.eval_batches)
-    windows = _on(model, windows)
+    model, _, windows = _opened(model, config, config.eval_batches)
     ways: list[tuple[str, int | None, AbstractContextManager]] = [
         ("as trained", config.pool_tokens if "pool" in config.row.keys else None, nullcontext()),
         ("causally", None, causal_routing(model)),
@@ -243,9 +234,8 @@ def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict
         prompt, continuation: text. compared: decisions (T L e) of a held-out sequence, routed whole and token by token.
         changed: how many differ. output_difference, output_size: largest difference and largest size of a logit.
     """
-    model = exact(model)
-    data, windows = held_out(config)
-    ids = _on(model, windows[:1, :-1])
+    model, data, windows = _opened(model, config)
+    ids = windows[:1, :-1]
     with causal_routing(model):
         hidden, routed = decisions(model, ids)
         whole, cache = model.logits(hidden), KeyValueCache(len(model.blocks))
@@ -273,5 +263,7 @@ def exact(model: Transformer) -> Transformer:
     return model
 
 
-def _on(model: Transformer, ids: Tensor) -> Tensor:
-    return ids.to(model.embedding.weight.device)
+def _opened(model: Transformer, config: RunConfig, batches: int = 1) -> tuple[Transformer, TextData, Tensor]:
+    """An exact copy, the data of its run, and held-out windows, (batches B, T + 1), where it is."""
+    model, (data, windows) = exact(model), held_out(config, batches)
+    return model, data, windows.to(model.embedding.weight.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import copy
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -22,28 +22,17 @@ from torch.utils.data import DataLoader
 
 from ecmoe.config import RunConfig
 from ecmoe.data import tasks, tokens
-from ecmoe.data.batches import window_order
+from ecmoe.data.batches import Batches, batch_of
 from ecmoe.data.tokenizer import Tokenizer
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import causal_routing
-from ecmoe.training.trainer import new_trainer, repeatable, resolved_precision
+from ecmoe.training.trainer import new_trainer, repeatable
 
 SEPARATOR = "\n"  # ends each text of an example
 ROUND = 16  # a batch's T is a multiple of it
-
-
-class Encoded(NamedTuple):
-    """Examples as a model reads them. tokens: (N, T) int64. lengths: (N,) without padding. labels: (N,)."""
-
-    tokens: Tensor
-    lengths: Tensor
-    labels: Tensor
-
-    def batch(self, which: np.ndarray | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Some of them, no longer than the longest asks for."""
-        lengths = self.lengths[which]
-        return self.tokens[which, : -(-int(lengths.max()) // ROUND) * ROUND], lengths, self.labels[which]
+# Examples as a model reads them: (N, T) tokens, (N,) lengths without padding, (N,) labels; int64.
+Encoded = tuple[Tensor, Tensor, Tensor]
 
 
 def fine_tuned(
@@ -71,27 +60,24 @@ def fine_tuned(
     """
     if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
-    train, validation = (part.first(examples) for part in tasks.load(task, folder))
-    if (has := len(train.labels)) < batch_size:
+    sides = [part.first(examples) for part in tasks.load(task, folder)]
+    if (has := len(sides[0].labels)) < batch_size:
         raise ValueError(f"task {task!r}: batch_size={batch_size} is more than its {has} training examples")
-    tokenizer = tokens.load(config).tokenizer
-    (train, validation), truncated = _encode(tokenizer, (train, validation), config.sequence_length)
-    with torch.random.fork_rng():
+    (train, validation), truncated = _encode(tokens.load(config).tokenizer, sides, config.sequence_length)
+    with torch.random.fork_rng(), repeatable(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", module="lightning.*")
         torch.manual_seed(config.seed)
         tuned = LitFineTuning(copy.deepcopy(model), config, tasks.classes(task), learning_rate, steps)
-        batches = DataLoader(_batches(train, config.seed, steps, batch_size), batch_size=None)
-        with repeatable(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", module="lightning.*")
-            new_trainer(config, max_steps=steps, gradient_clip_val=1.0).fit(tuned, batches)
-    tuned = tuned.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    right = tuned.right(validation, batch_size)
-    with causal_routing(tuned.model):
-        causally = tuned.right(validation, batch_size)
-    row = {"task": task, "accuracy": float(right.double().mean()), "accuracy_causal": float(causally.double().mean())}
-    row |= {"majority": float(validation.labels.bincount().max() / len(validation.labels))}
-    row |= {"train": len(train.labels), "validation": len(validation.labels), "truncated": truncated}
-    return {"rows": [row], "right": _packed(right), "right_causal": _packed(causally)}
+        trainer = new_trainer(config, devices=1, max_steps=steps, gradient_clip_val=1.0, inference_mode=False)
+        trainer.fit(tuned, DataLoader(Batches(train, batch_size, config.seed), batch_size=None))
+        found = right(trainer, tuned, validation, batch_size)
+        with causal_routing(tuned.model):
+            causally = right(trainer, tuned, validation, batch_size)
+    row = {"task": task, "accuracy": float(found.double().mean()), "accuracy_causal": float(causally.double().mean())}
+    row |= {"majority": float(validation[2].bincount().max() / len(found))}
+    row |= {"train": len(train[2]), "validation": len(found), "truncated": truncated}
+    return {"rows": [row], "right": _packed(found), "right_causal": _packed(causally)}
 
 
 class LitFineTuning(L.LightningModule):
@@ -99,10 +85,15 @@ class LitFineTuning(L.LightningModule):
 
     def __init__(self, model: Transformer, config: RunConfig, classes: int, learning_rate: float, steps: int) -> None:
         super().__init__()
-        self.model, self.config, self.learning_rate, self.steps = model.train(), config, learning_rate, steps
+        self.model, self.learning_rate, self.steps = model.train(), learning_rate, steps
         self.head = nn.Linear(config.d_model, classes)
         for p in self.head.parameters():
             nn.init.zeros_(p)  # all classes alike, whatever the seed
+
+    def on_before_batch_transfer(self, batch: Encoded, dataloader_idx: int) -> Encoded:
+        """A batch is no longer than its longest example asks for."""
+        tokens, lengths, labels = batch
+        return tokens[:, : -(-int(lengths.max()) // ROUND) * ROUND], lengths, labels
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -110,10 +101,15 @@ class LitFineTuning(L.LightningModule):
         last = (lengths - 1).clamp_min(0)
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Encoded, batch_idx: int) -> Tensor:
         tokens, lengths, labels = batch
         loss = F.cross_entropy(self(tokens, lengths).float(), labels)
         return loss + sum(layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None)
+
+    def predict_step(self, batch: Encoded, batch_idx: int) -> Tensor:
+        """(B,) Does the example's class get the largest logit?"""
+        tokens, lengths, labels = batch
+        return self(tokens, lengths).argmax(dim=1) == labels
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0)
@@ -124,36 +120,30 @@ class LitFineTuning(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @torch.no_grad()
-    def right(self, examples: Encoded, batch_size: int) -> Tensor:
-        """(N,) Does the example's class get the largest logit? The last batch is filled up with padding."""
-        right, kind = [], self.device.type
-        narrow = resolved_precision(self.config).startswith("bf16")
-        for start in range(0, len(examples.labels), batch_size):
-            batch = examples.batch(slice(start, start + batch_size))
-            tokens, lengths, labels = (part.to(self.device) for part in batch)
-            empty = batch_size - len(labels)
-            with torch.autocast(kind, torch.bfloat16, enabled=narrow):
-                logits = self(F.pad(tokens, (0, 0, 0, empty)), F.pad(lengths, (0, empty)))
-            right.append(logits[: len(labels)].argmax(dim=1) == labels)
-        return torch.cat(right).cpu()
+
+def right(trainer: L.Trainer, tuned: LitFineTuning, examples: Encoded, batch_size: int) -> Tensor:
+    """(N,) Which examples are classified rightly; the last batch is filled up with padding."""
+    N = len(examples[0])
+    filled = [F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -N % batch_size)) for x in examples]
+    batches = [batch_of(filled, slice(i, i + batch_size)) for i in range(0, N, batch_size)]
+    return torch.cat(trainer.predict(tuned, DataLoader(batches, batch_size=None)))[:N].cpu()
 
 
 def _packed(bits: Tensor) -> str:
     return base64.b64encode(np.packbits(bits.numpy()).tobytes()).decode()
 
 
-def _encode(tokenizer: Tokenizer, parts: tuple[tasks.Examples, ...], most: int) -> tuple[list[Encoded], float]:
+def _encode(tokenizer: Tokenizer, sides: list[tasks.Examples], most: int) -> tuple[list[Encoded], float]:
     """Texts joined, each ended by a line break; where that is too long, the longest text loses its beginning. And how often."""
     found, cut = [], []
-    for part in parts:
+    for part in sides:
         ids = iter(tokenizer.encode([text + SEPARATOR for texts in part.texts for text in texts]))
         pieces = [[next(ids).tolist() for _ in texts] for texts in part.texts]
         cut += [sum(map(len, some)) > most for some in pieces]
         rows = [torch.tensor(_fitted(some, most)) for some in pieces]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         tokens = F.pad(tokens, (0, -tokens.shape[1] % ROUND))
-        found.append(Encoded(tokens, torch.tensor([len(row) for row in rows]), torch.from_numpy(part.labels)))
+        found.append((tokens, torch.tensor([len(row) for row in rows]), torch.from_numpy(part.labels)))
     return found, sum(cut) / len(cut)
 
 
@@ -164,11 +154,3 @@ def _fitted(pieces: list[list[int]], most: int) -> list[int]:
         which = max(range(len(pieces)), key=lambda i: len(pieces[i]))
         pieces[which] = pieces[which][min(over, max(longest - second, 1)) :]
     return [i for piece in pieces for i in piece]
-
-
-def _batches(examples: Encoded, seed: int, steps: int, batch_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Epoch after epoch in another order; what is left over at an epoch's end is dropped."""
-    a_pass = len(examples.labels) // batch_size
-    orders = [window_order(seed, epoch, len(examples.labels)) for epoch in range(-(-steps // a_pass))]
-    which = [order[i * batch_size : (i + 1) * batch_size] for order in orders for i in range(a_pass)]
-    return [examples.batch(some) for some in which[:steps]]

@@ -1,6 +1,5 @@
 """What a trained model's routing does on held-out text: how many experts a token gets, and which tokens get many.
 
-Each function here is a `compute` of `ecmoe.measures.measure.measure`: (model, config) -> what JSON can hold.
 Letters: B sequences of T tokens, n = B T, e experts.
 """
 

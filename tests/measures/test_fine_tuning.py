@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ecmoe.measures import fine_tuning
-from ecmoe.measures.fine_tuning import Encoded, LitFineTuning, fine_tuned
+from ecmoe.measures.fine_tuning import LitFineTuning, fine_tuned
 from ecmoe.model.build import build_model
 from ecmoe.training.trainer import new_trainer
 
@@ -63,14 +63,10 @@ def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
         torch.testing.assert_close(together[i : i + 1], tuned(tokens[i : i + 1, :length], lengths[i : i + 1]))
     right = together.argmax(1)
     labels = torch.tensor([0, 1, 0, 0, 1]) + right  # the second and the fifth are wrong
+    trainer = new_trainer(config, devices=1)
     for batch_size in (2, 5):
-        assert tuned.right(Encoded(tokens, lengths, labels % 3), batch_size).tolist() == [
-            True,
-            False,
-            True,
-            True,
-            False,
-        ]
+        found = fine_tuning.right(trainer, tuned, (tokens, lengths, labels % 3), batch_size)
+        assert found.tolist() == [True, False, True, True, False]
 
 
 def batch_of(seed, count=8):
@@ -126,13 +122,6 @@ def test_running_statistics_move_once_a_step(tiny_config):
 )
 def test_what_is_too_long_loses_the_beginning_of_the_longest(pieces, most, fitted):
     assert fine_tuning._fitted(pieces, most) == fitted
-
-
-def test_epochs_take_every_example_once_in_another_order():
-    examples = Encoded(torch.arange(10)[:, None], torch.ones(10, dtype=torch.long), torch.zeros(10, dtype=torch.long))
-    batches = [batch[0].flatten().tolist() for batch in fine_tuning._batches(examples, 0, 5, 5)]
-    assert len(batches) == 5 and sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(10))
-    assert batches[:2] != batches[2:4]
 
 
 def test_what_cannot_be_fine_tuned_is_named(tiny_config, shouting):
