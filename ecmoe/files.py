@@ -30,10 +30,10 @@ class Damaged(ConfigError):
         super().__init__(f"{path} is damaged ({why}): delete it, and the run is done again")
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
-    """For an error: which of the names may have been meant, or all of them."""
+def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
+    """For an error: which of the names may have been meant; else all of them, or where they are `listed`."""
     near = difflib.get_close_matches(str(name), known := list(known), n=1)
-    return f"did you mean {near[0]}?" if near else f"must be one of {', '.join(known) or 'none'}"
+    return f"did you mean {near[0]}?" if near else listed or f"must be one of {', '.join(known) or 'none'}"
 
 
 @contextmanager

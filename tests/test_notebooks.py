@@ -83,7 +83,7 @@ WRONG = {
     "text for a boolean": ("train_missing='false'", "train_missing='false' must be a bool"),
     "a number for a list": ("seeds=3", "seeds=3 must be a list"),
     "an unknown scale": ("scale='gpuu'", "scale='gpuu': must be one of"),
-    "an unknown arm": ("arms=['EC-CF2 renormalised']", "did you mean 'EC-CF2 renormalized'"),
+    "an unknown arm": ("arms=['EC-CF2 renormalised']", "did you mean EC-CF2 renormalized"),
 }
 
 

@@ -5,6 +5,7 @@ Every number comes from verdicts and records, so README and index can't say what
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,13 @@ CHOICE = (
     ("C2", "even routing, each on its best path"),
     ("C9", "loss against the twin of equal FLOPs"),
 )
+# What is said of claims with that label: how many, and which.
+NOT = {
+    CONTRADICTED: "the opposite was found for {n} ({said})",
+    NO_EFFECT: "no effect was found for {n} ({said})",
+    UNDECIDED: "{n} {are} undecided ({said})",
+    NOT_RUN: "{n} {are} not run yet ({ids})",
+}
 
 
 @dataclass(frozen=True)
@@ -39,69 +47,51 @@ def answer(scale: str, verdicts: Mapping[str, ClaimVerdict] | None = None) -> An
         verdicts: of `judge_all`, where they are at hand.
     """
     found = list((judge_all(scale) if verdicts is None else verdicts).values())
-    by_label = {
-        label: [v for v in found if v.label == label]
-        for label in (REPRODUCED, IN_DIRECTION, NO_EFFECT, CONTRADICTED, UNDECIDED, NOT_RUN, PLUMBING)
-    }
-    cost = _cost(scale)
+    by_label: dict[str, list[ClaimVerdict]] = defaultdict(list)
+    for verdict in found:
+        by_label[verdict.label].append(verdict)
     if by_label[PLUMBING]:
-        return Answer(("Scale smoke shows that every part works, and says nothing about the paper.",), cost)
-    if len(by_label[NOT_RUN]) == len(found):
-        return Answer(("Nothing was run yet.",), cost)
-    return Answer((_holds(found, by_label), _does_not(by_label), _choice(found)), cost)
+        sentences = ("Scale smoke shows that every part works, and says nothing about the paper.",)
+    elif len(by_label[NOT_RUN]) == len(found):
+        sentences = ("Nothing was run yet.",)
+    else:
+        sentences = _holds(found, by_label), _does_not(by_label), _choice(found)
+    return Answer(tuple(text[0].upper() + text[1:] for text in sentences), _cost(scale))
 
 
 def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
-    size = next((v.rests_on for v in found if v.claim == "C1" and v.rests_on.runs), None)
-    size = size or next((v.rests_on for v in found if v.rests_on.runs), None)
-    at = f"At {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens, " if size else ""
+    of_runs = [v for v in found if v.rests_on.runs]
+    size = next((v.rests_on for v in of_runs if v.claim == "C1"), of_runs[0].rests_on if of_runs else None)
+    at = f"at {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens, " if size else ""
     good, partly = by_label[REPRODUCED], by_label[IN_DIRECTION]
-    run = len(found) - len(by_label[NOT_RUN])
-    claims = f" of the paper's {len(found)} claims"
+    run, claims = len(found) - len(by_label[NOT_RUN]), f" of the paper's {len(found)} claims"
     if run < len(found):
-        at, claims = (
-            f"Of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far: {at[:1].lower()}{at[1:]}",
-            "",
-        )
+        at, claims = f"of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far: {at}", ""
     if not good and not partly:
-        return f"{at}{'none' if at else 'None'}{claims} holds."
-    parts = [f"{len(good)}{claims} hold{'s' * (len(good) == 1)}" + _listed(good)]
+        return f"{at}none{claims} holds."
+    parts = [f"{len(good)}{claims} hold{'s' * (len(good) == 1)}" + f" ({_said(good)})" * bool(good)]
     if partly:
-        parts.append(f"{len(partly)} hold{'s' * (len(partly) == 1)} in direction, but not by as much" + _listed(partly))
-    text = f"{at}{', and '.join(parts)}."
-    return text[0].upper() + text[1:]
+        parts.append(f"{len(partly)} hold{'s' * (len(partly) == 1)} in direction, but not by as much ({_said(partly)})")
+    return f"{at}{', and '.join(parts)}."
 
 
 def _does_not(by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
-    said = {
-        CONTRADICTED: "the opposite was found for {}",
-        NO_EFFECT: "no effect was found for {}",
-        UNDECIDED: "{} undecided",
-        NOT_RUN: "{} not run yet",
-    }
     parts = []
-    for label, text in said.items():
-        some = by_label[label]
-        if some:
-            count = f"{len(some)}" if "for" in text else f"{len(some)} {'is' if len(some) == 1 else 'are'}"
-            names = f" ({', '.join(v.claim for v in some)})" if label == NOT_RUN else _listed(some)
-            parts.append(text.format(count) + names)
-    if not parts:
-        return "None is contradicted, undecided or without an effect."
-    text = "; ".join(parts) + "."
-    return text[0].upper() + text[1:]
+    for label, text in NOT.items():
+        if some := by_label[label]:
+            are, ids = "is" if len(some) == 1 else "are", ", ".join(v.claim for v in some)
+            parts.append(text.format(n=len(some), are=are, said=_said(some), ids=ids))
+    return "; ".join(parts) + "." if parts else "None is contradicted, undecided or without an effect."
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
-    sentences = {(v.claim, part.name): part for v in found for part in v.parts}
-    parts = [sentences[key].sentence for key in CHOICE if key in sentences and sentences[key].estimate is not None]
-    if not parts:
-        return "What that means for a choice of router, no run tells yet."
-    return f"For a choice of router: {'; '.join(parts)}."
+    parts = {(v.claim, part.name): part for v in found for part in v.parts if part.seeds}
+    said = "; ".join(parts[key].sentence for key in CHOICE if key in parts)
+    return f"For a choice of router: {said}." if said else "What that means for a choice of router, no run tells yet."
 
 
-def _listed(verdicts: Sequence[ClaimVerdict]) -> str:
-    return f" ({'; '.join(f'{v.claim}: {v.about.short}' for v in verdicts)})" if verdicts else ""
+def _said(verdicts: Sequence[ClaimVerdict]) -> str:
+    return "; ".join(f"{v.claim}: {v.about.short}" for v in verdicts)
 
 
 def _cost(scale: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Any
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import read_yaml
+from ecmoe.files import nearest, read_yaml
 
 # Keys that may be a share of the base's, and of what the result is a multiple; None: it must come out whole.
 SHARES = {"steps": None, "warmup_steps": None, "batch_size": None, "d_ff": 8}
@@ -39,28 +38,10 @@ def keys(name: str, base: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]
         ConfigError: no arm has that name (the nearest is suggested), or its share of one of the base's keys is no whole number.
     """
     if name not in named():
-        near = difflib.get_close_matches(str(name), named(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "configs/arms.yaml names them all"
+        hint = nearest(name, named(), "configs/arms.yaml names them all")
         raise ConfigError(f"there is no arm {name!r}: {hint}")
     changes = {**named()[name], **(own or {}).get(name, {})}
     return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}
-
-
-def configs(
-    names: Iterable[str],
-    seeds: Iterable[int],
-    base: Mapping[str, Any],
-    own: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, dict[int, RunConfig]]:
-    """Name -> seed -> config. Raises ConfigError that names the arm, beside key, value and remedy."""
-    made: dict[str, dict[int, RunConfig]] = {}
-    seeds = list(seeds)
-    for name in names:
-        try:
-            made[name] = {seed: RunConfig.from_dict({**keys(name, base, own), "seed": seed}) for seed in seeds}
-        except ConfigError as error:
-            raise ConfigError(f"arm {name!r}: {error}") from error
-    return made
 
 
 def size(configs: Sequence[RunConfig]) -> str:

@@ -10,8 +10,7 @@ from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.provenance import PEAK_BF16
-from ecmoe.study import plan as study
-from ecmoe.study.table import table
+from ecmoe.study.plan import configs
 from ecmoe.training.result import load_records
 
 PEAK = PEAK_BF16["H100"]  # the H200's too
@@ -22,18 +21,12 @@ def table_1() -> pd.DataFrame:
     """Table 1: our counts, without the embedding, beside the printed ones; a row per model."""
     rows = []
     for name, preset in TABLE_1.items():
-        counted = count_parameters(preset.config)
-        rows.append(
-            {
-                "model": name,
-                "total": counted.total,
-                "printed_total": _number(preset.total),
-                "total_ratio": counted.total / _number(preset.total),
-                "active": counted.active,
-                "printed_active": _number(preset.active),
-                "active_ratio": counted.active / _number(preset.active),
-            }
-        )
+        row, counted = {"model": name}, count_parameters(preset.config)
+        for which in ("total", "active"):
+            ours, text = getattr(counted, which), getattr(preset, which)
+            printed = float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]  # "1.9B"
+            row |= {which: ours, f"printed_{which}": printed, f"{which}_ratio": ours / printed}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -43,44 +36,36 @@ def estimates(tokens: float = 100e9, scale: str = "gpu") -> pd.DataFrame:
     Args:
         tokens: of the training run. scale: see `of_study`.
     """
-    configs = {name: preset.config for name, preset in TABLE_1.items()}
-    return _hours(configs, dict.fromkeys(configs, tokens), scale).rename(columns={"arm": "model"})
+    rows = _hours({name: preset.config for name, preset in TABLE_1.items()}, scale, tokens)
+    return rows.drop(columns=["parameters", "active_parameters"]).rename(columns={"arm": "model"})
 
 
 def of_study(base: Mapping, arms: Mapping[str, Mapping], scale: str = "gpu") -> pd.DataFrame:
     """What one run of each arm takes: parameters, training FLOPs of a token, tokens, GPU hours.
 
     Args:
-        base, arms: as in `ecmoe.study.plan.run_study`.
+        base, arms: as in `ecmoe.study.plan.configs`.
         scale: whose committed runs give the share of the GPU's bf16 rate; without any the share is
             assumed, and the table says so.
     """
-    configs = {label: by_seed[0] for label, by_seed in study.configs(base, arms, [0]).items()}
-    table = _hours(configs, {label: c.steps * c.tokens_per_batch for label, c in configs.items()}, scale)
-    counts = [count_parameters(config) for config in configs.values()]
-    table.insert(1, "parameters", [count.total for count in counts])
-    table.insert(2, "active_parameters", [count.active for count in counts])
-    return table
+    return _hours({arm: by_seed[0] for arm, by_seed in configs(base, arms, [0]).items()}, scale)
 
 
-def _hours(configs: Mapping[str, RunConfig], tokens: Mapping[str, float], scale: str) -> pd.DataFrame:
-    measured = table(r for r in load_records(paths.records(scale)) if "router" in r.summary["config"])
-    rates = measured["mfu"].dropna() if len(measured) else pd.Series(dtype=float)
-    share = float(rates.median()) if len(rates) else ASSUMED_MFU
-    flops = {name: flops_per_token(config) for name, config in configs.items()}
-    rows = [
-        {
-            "arm": name,
-            "gflops_per_token": flops[name] / 1e9,
-            "million_tokens": tokens[name] / 1e6,
-            "gpu_hours": tokens[name] * flops[name] / (share * PEAK) / 3600,
-            "at_mfu": f"{share:.2f}, " + (f"median of {len(rates)} runs" if len(rates) else "assumed"),
-        }
-        for name in configs
-    ]
+def _hours(configs: Mapping[str, RunConfig], scale: str, tokens: float | None = None) -> pd.DataFrame:
+    rates = [rate for r in load_records(paths.records(scale)) if (rate := r.summary.get("mfu"))]
+    share = float(pd.Series(rates).median()) if rates else ASSUMED_MFU
+    rows = []
+    for name, config in configs.items():
+        flops, count, n = flops_per_token(config), count_parameters(config), tokens or config.steps * config.tokens_per_batch
+        rows.append(
+            {
+                "arm": name,
+                "parameters": count.total,
+                "active_parameters": count.active,
+                "gflops_per_token": flops / 1e9,
+                "million_tokens": n / 1e6,
+                "gpu_hours": n * flops / (share * PEAK) / 3600,
+                "at_mfu": f"{share:.2f}, " + (f"median of {len(rates)} runs" if rates else "assumed"),
+            }
+        )
     return pd.DataFrame(rows)
-
-
-def _number(text: str) -> float:
-    """ "1.9B" -> 1.9e9."""
-    return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]

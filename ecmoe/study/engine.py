@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.files import nearest
 from ecmoe.measures import Measurement
 from ecmoe.study.plan import Planned, record
 
@@ -105,18 +105,11 @@ def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
     Raises:
         ConfigError: no run, or more than one, is called so.
     """
-    found = []
+    found, names_of = [], [one.name for one in planned]
     for name in names:
         like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]
         if len(like) != 1:
-            near = difflib.get_close_matches(name, [one.name for one in planned], n=1)
-            hint = (
-                f"{len(like)} runs begin so"
-                if like
-                else f"did you mean {near[0]}?"
-                if near
-                else "`ecmoe runs` lists them"
-            )
+            hint = f"{len(like)} runs begin so" if like else nearest(name, names_of, "`ecmoe runs` lists them")
             raise ConfigError(f"no run {name!r} in the plan: {hint}")
         found += like
     return found
@@ -149,9 +142,7 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: flo
             except subprocess.TimeoutExpired:  # what is at work ends well, and is kept
                 process.send_signal(signal.SIGTERM)
                 return process.wait()
-        return code or int(
-            not all(state(one, scale).done for one in planned)
-        )  # pages are drawn with gaps: that is no failure
+        return code or int(not all(state(one, scale).done for one in planned))  # a page with gaps is no failure
     return in_turn(planned, scale, keep_weights=scale == "smoke", deadline=time.monotonic() + 60 * minutes)
 
 

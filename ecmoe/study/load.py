@@ -10,11 +10,10 @@ from typing import Any
 import pandas as pd
 
 from ecmoe import paths
-from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
-from ecmoe.study.progress import Progress, over
+from ecmoe.study.progress import over
 from ecmoe.training.result import Result, not_run, read_record
 
 _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
@@ -87,39 +86,27 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     arms = planning.arms_of(parameters, scale)
     _CHECKED.add(page)
     results: dict[str, list[Result]] = {arm: [] for arm in arms}
-    waiting = [one for one in planned if train and not _there(one, scale)]
-    with over(waiting) as progress:
-        for one in planned:
-            results[one.arms[0]].append(_result(one, scale, train, progress if one in waiting else None))
+    there = [planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists() for one in planned]
+    waiting = [one for one, done in zip(planned, there, strict=True) if train and not done]
+    with over(waiting) as watching:
+        for one, done in zip(planned, there, strict=True):
+            if train or done:
+                found = _result(one, scale, train, watching(one) if one in waiting else [])
+            results[one.arms[0]].append(found if train or done else not_run(one.config))
     return Study(page, scale, parameters, arms, planned, train, results)
 
 
-def _there(one: planning.Planned, scale: str) -> bool:
-    """Is the run kept as a record, or finished in runs/?"""
-    return planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists()
-
-
-def _result(one: planning.Planned, scale: str, train: bool, progress: Progress | None) -> Result:
+def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]) -> Result:
     record = planning.record(one, scale)
     if record.exists():
         return read_record(record)
-    if not train and not _there(one, scale):
-        return not_run(one.config)
     from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
 
     try:
-        watching = progress.watching(one) if progress else []
-        return run_or_load(one.config, train=train, progress=False, callbacks=watching)
+        return run_or_load(one.config, train=train, progress=False, callbacks=callbacks)
     except Exception as error:  # its run folder keeps it too; the others are still wanted
         print(f"[{one.arms[0]} s{one.seed}] failed: {error}", file=sys.stderr, flush=True)
-        return failed(one.config, error)
-
-
-def failed(config: RunConfig, error: Exception) -> Result:
-    """The Result of a run that failed just now."""
-    result = not_run(config)
-    result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
-    return result
+        return Result(not_run(one.config).summary | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
 
 
 def beside(study: Study, mine: Mapping[str, Any], name: str = "yours") -> Study:
@@ -129,10 +116,5 @@ def beside(study: Study, mine: Mapping[str, Any], name: str = "yours") -> Study:
         mine: keys of RunConfig in which the arm differs from the study's base. name: what figures call it.
     """
     arms = {**study.arms, name: dict(mine)}
-    given = {
-        "scale": study.scale,
-        "base": study.parameters["base"],
-        "seeds": study.parameters["seeds"][:1],
-        "arms": arms,
-    }
-    return load(study.page, given)
+    base, seeds = study.parameters["base"], study.parameters["seeds"][:1]
+    return load(study.page, {"scale": study.scale, "base": base, "seeds": seeds, "arms": arms})

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ecmoe import paths
-from ecmoe.files import ConfigError, read_yaml
+from ecmoe.files import ConfigError, nearest, read_yaml
 
 PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # what a plan is made of
 
@@ -56,13 +55,11 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
             values = read_yaml(file, "parameter file") or {}
         except ConfigError as error:
             raise ParameterError(str(error)) from error
+        must = f"parameter file {str(file)!r} must hold `key: value` lines"
         if not isinstance(values, dict):
-            raise ParameterError(f"parameter file {str(file)!r} must hold `key: value` lines")
-        base = values.get("base") or {}
-        if not isinstance(base, dict):
-            raise ParameterError(
-                f"parameter file {str(file)!r} must hold `key: value` lines below base, but holds {type(base).__name__}"
-            )
+            raise ParameterError(must)
+        if not isinstance(values.get("base") or {}, dict):
+            raise ParameterError(f"{must} below base, but holds {type(values['base']).__name__}")
         found = merged(found, values)
     return found
 
@@ -86,16 +83,13 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
     Raises:
         ParameterError: an unknown scale or name; a value of another type than the files have, such as "false" for false.
     """
-    given = {name: value for name, value in given.items() if value is not None and _is_data(name, value)}
+    given = {name: value for name, value in given.items() if _is_parameter(name, value)}
     scale = given.get("scale", "smoke")
     check_scale(scale)
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
-    for name, value in given.items():
-        if name in values:
-            _check_type(f"{page}: {name}", value, values[name])
-        elif unknown:
-            raise ParameterError(f"{page} has no parameter {name!r} (given: {value!r}): {_near(name, values)}")
-    return merged(values, {name: value for name, value in given.items() if name in values})
+    ours = {name: value for name, value in given.items() if name in values}
+    _check(page, given if unknown else ours, values)
+    return merged(values, ours)
 
 
 def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> None:
@@ -108,41 +102,32 @@ def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> Non
         usual = merge_parameters(parameter_files(page, values["scale"]))
         code = "\n".join(cell.source for cell in notebook.cells)
         known = {key: usual[key] for key in usual if key in PLANNED or f'"{key}"' in code} | known
-    for key, value in values.items():
-        if key not in known:
-            raise ParameterError(f"{name} has no parameter {key!r} (given: {value!r}): {_near(key, known)}")
-        _check_type(f"{name}: {key}", value, known[key])
+    _check(name, values, known)
 
 
-def _check_type(name: str, value: Any, usual: Any) -> None:
-    if usual is None or value is None:
-        return
-    if isinstance(usual, Mapping) or isinstance(usual, (list, tuple)):
-        # Arms are names, or name -> keys.
-        if (
-            not isinstance(value, (Mapping, list, tuple))
-            or isinstance(usual, Mapping)
-            and not isinstance(value, Mapping)
-        ):
-            kind = "`key: value` lines" if isinstance(usual, Mapping) else f"a list, such as {list(usual)[:3]}"
-            raise ParameterError(f"{name}={value!r} must be {kind}")
-    elif isinstance(value, bool) != isinstance(usual, bool) or not isinstance(
-        value, (int, float) if isinstance(usual, (int, float)) else type(usual)
-    ):
-        raise ParameterError(
-            f"{name}={value!r} must be a {type(usual).__name__}; YAML takes 1e-3 for text (write 1.0e-3), no for false "
-            "and 'false' for text"
-        )
+def _check(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """A name must be known, and its value of the usual one's kind; None stands for anything."""
+    for name, value in given.items():
+        if name not in known:
+            near = nearest(name, known, f"it has {', '.join(known)}")
+            raise ParameterError(f"{where} has no parameter {name!r} (given: {value!r}): {near}")
+        usual = known[name]
+        if usual is None or value is None:
+            continue
+        number, text = isinstance(usual, (int, float)), f"{where}: {name}={value!r} must be"
+        if isinstance(usual, Mapping):
+            if not isinstance(value, Mapping):
+                raise ParameterError(f"{text} `key: value` lines")
+        elif isinstance(usual, (list, tuple)):
+            if not isinstance(value, (Mapping, list, tuple)):  # arms are names, or name -> keys
+                raise ParameterError(f"{text} a list, such as {list(usual)[:3]}")
+        elif isinstance(value, bool) != isinstance(usual, bool) or not isinstance(value, (int, float) if number else type(usual)):
+            wrong = "YAML takes 1e-3 for text (write 1.0e-3), no for false and 'false' for text"
+            raise ParameterError(f"{text} a {type(usual).__name__}; {wrong}")
 
 
-def _is_data(name: str, value: Any) -> bool:
-    plain = isinstance(value, (str, int, float, list, dict)) or value is None
-    return plain and not name.startswith("_") and not name.isupper() and name not in ("In", "Out")
-
-
-def _near(name: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+def _is_parameter(name: str, value: Any) -> bool:
+    return isinstance(value, (str, int, float, list, dict)) and name[0] != "_" and not name.isupper() and name not in ("In", "Out")
 
 
 def notebook_parameters(notebook: Any) -> dict[str, Any]:
@@ -151,15 +136,12 @@ def notebook_parameters(notebook: Any) -> dict[str, Any]:
     Read by Python's own parser: papermill's misses names whose comment has a `=`, or `int | None`.
     """
     found: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if "parameters" not in cell.metadata.get("tags", []):
-            continue
-        for line in ast.parse(cell.source).body:
-            targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
-            for target in targets:
-                if isinstance(target, ast.Name):
-                    try:
-                        found[target.id] = ast.literal_eval(line.value)
-                    except (ValueError, TypeError):
-                        found[target.id] = None
+    tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    for line in (line for source in tagged for line in ast.parse(source).body):
+        for target in line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]:
+            if isinstance(target, ast.Name):
+                try:
+                    found[target.id] = ast.literal_eval(line.value)
+                except (ValueError, TypeError):
+                    found[target.id] = None
     return found

@@ -9,7 +9,6 @@ No notebook is run and no torch is imported. engine.py carries the plan out, loa
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -19,7 +18,7 @@ from typing import Any
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual.settings import APPROACHES, Settings
-from ecmoe.files import read_yaml
+from ecmoe.files import nearest, read_yaml
 from ecmoe.measures import Measurement, measurements
 from ecmoe.study import arms
 from ecmoe.study.parameters import ParameterError, check_scale, merge_parameters, merged, parameter_files
@@ -46,32 +45,33 @@ def plan(scale: str, pages: Sequence[str] = ()) -> list[Planned]:
         ParameterError: no such scale or page; a file can't be read. ConfigError: an arm, key or measurement that can't
         be; names page and arm.
     """
+    return _in_order({page: of_page(page, scale) for page in _known(scale, pages)})
+
+
+def sound(scale: str) -> tuple[list[Planned], dict[str, Exception]]:
+    """The plan of all pages that can be planned, and what is wrong with the others: one of them stops no other's runs."""
+    good: dict[str, list[Planned]] = {}
+    wrong: dict[str, Exception] = {}
+    for page in pages(scale):
+        try:
+            good[page] = of_page(page, scale)
+        except (ConfigError, ParameterError, OSError) as error:
+            wrong[page] = error
+    return _in_order(good), wrong
+
+
+def _in_order(by_page: Mapping[str, Sequence[Planned]]) -> list[Planned]:
     found: dict[str, Planned] = {}
-    asked = _known(scale, pages)
-    for page in asked:
-        for one in of_page(page, scale):
-            before = found.get(one.name)
-            found[one.name] = one if before is None else _both(before, one)
+    for one in (one for of_page in by_page.values() for one in of_page):
+        found[one.name] = _both(found[one.name], one) if one.name in found else one
     file = paths.configs() / "order.yaml"
     blocks = [set(block) for block in (read_yaml(file, "order of runs") if file.exists() else [])]
-    blocks += [{page} for page in asked]
+    blocks += [{page} for page in by_page]
 
     def place(one: Planned) -> tuple[int, int]:
         return next(i for i, block in enumerate(blocks) if block & {*one.pages, *one.arms}), one.seed
 
     return sorted(found.values(), key=place)
-
-
-def sound(scale: str) -> tuple[list[Planned], dict[str, Exception]]:
-    """The plan of all pages that can be planned, and what is wrong with the others: one of them stops no other's runs."""
-    good, wrong = [], {}
-    for page in pages(scale):
-        try:
-            of_page(page, scale)
-            good.append(page)
-        except (ConfigError, ParameterError, OSError) as error:
-            wrong[page] = error
-    return plan(scale, good) if good else [], wrong
 
 
 def pages(scale: str) -> list[str]:
@@ -110,7 +110,7 @@ def _check_list(name: str, value: Any, of: type = object) -> None:
 
 def _planned(page: str, values: Keys, scale: str) -> Iterator[Planned]:
     seeds, named = values.get("seeds") or [], arms_of(values, scale)
-    wanted = dict(_measures(values.get("measures") or {}, list(named), seeds))
+    wanted = _measures(values.get("measures") or {}, list(named), seeds)
     for arm, by_seed in configs(values["base"], named, seeds).items():
         for config in by_seed:
             of_seed = tuple(wanted.get((arm, config.seed), ()))
@@ -140,7 +140,13 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
     Raises:
         ConfigError: names the arm beside key, value and remedy.
     """
-    return {arm: [_config(arm, base, {**keys, "seed": seed}) for seed in seeds] for arm, keys in arms.items()}
+    made = {}
+    for arm, keys in arms.items():
+        try:
+            made[arm] = [RunConfig.from_dict({**base, **keys, "seed": seed}) for seed in seeds]
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm!r}: {error}") from error
+    return made
 
 
 def _arms(asked: Any, base: Keys, own: Mapping[str, Keys]) -> dict[str, Keys]:
@@ -155,14 +161,7 @@ def _arms(asked: Any, base: Keys, own: Mapping[str, Keys]) -> dict[str, Keys]:
     return {name: arms.keys(name, base, own) if keys is None else keys for name, keys in given.items()}
 
 
-def _config(arm: str, base: Keys, keys: Keys) -> RunConfig:
-    try:
-        return RunConfig.from_dict({**base, **keys})
-    except ConfigError as error:
-        raise ConfigError(f"arm {arm!r}: {error}") from error
-
-
-def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> Iterator[tuple[tuple[str, int], list[Measurement]]]:
+def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[str, int], list[Measurement]]:
     """What is measured on which arm and seed: on all of a page's, unless `arms` or `seeds` stand beside the keys."""
     if not isinstance(asked, Mapping):
         raise ConfigError(f"measures={asked!r}: must hold a line for each measurement, `name: {{key: value}}`")
@@ -180,24 +179,21 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> Iterator[tup
         for how in measurements(what, keys):
             for arm, seed in product(of_arms, of_seeds):
                 wanted.setdefault((arm, seed), []).append(how)
-    return iter(wanted.items())
+    return wanted
 
 
 def _both(one: Planned, other: Planned) -> Planned:
     """The same run, wanted by two pages or under two names."""
-    merged = {name: tuple(dict.fromkeys(getattr(one, name) + getattr(other, name))) for name in ("pages", "arms")} | {
-        "measures": tuple({how.name: how for how in one.measures + other.measures}.values())
-    }
-    return replace(one, **merged)
+    pages, arms = (tuple(dict.fromkeys(of(one) + of(other))) for of in (lambda x: x.pages, lambda x: x.arms))
+    measures = {how.name: how for how in one.measures + other.measures}
+    return replace(one, pages=pages, arms=arms, measures=tuple(measures.values()))
 
 
 def _known(scale: str, asked: Sequence[str]) -> list[str]:
     known = pages(scale)
     for page in asked:
         if page not in known:
-            near = difflib.get_close_matches(str(page), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(known)}"
-            raise ParameterError(f"no page {page!r}: {hint}")
+            raise ParameterError(f"no page {page!r}: {nearest(page, known)}")
     return list(asked) or known
 
 

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ecmoe.study.plan import Planned
 
 
-class Progress:
-    """Counts optimiser steps over all runs, since runs differ in how many they have."""
-
-    def __init__(self, waiting: Sequence[Planned], bar: Any) -> None:
-        self.waiting, self.bar = [one.name for one in waiting], bar
-
-    def watching(self, one: Planned) -> list[Any]:
-        """What `run_or_load` calls back while this run trains."""
-        import lightning as L
-
-        bar = self.bar
-        bar.set_description(f"run {self.waiting.index(one.name) + 1} of {len(self.waiting)}, {one.arms[0]} s{one.seed}")
-
-        class Watch(L.Callback):
-            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-                bar.update(trainer.global_step - bar.n + done)
-
-            def on_validation_end(self, trainer: Any, *_: Any) -> None:
-                if "val_loss" in trainer.callback_metrics:
-                    bar.set_postfix(loss=f"{float(trainer.callback_metrics['val_loss']):.3f}")
-
-        done = bar.n
-        return [Watch()]
-
-
 @contextmanager
-def over(waiting: Sequence[Planned]) -> Iterator[Progress]:
-    """The bar, in a notebook a widget; none where nothing waits."""
+def over(waiting: Sequence[Planned]) -> Iterator[Callable[[Planned], list[Any]]]:
+    """The bar, in a notebook a widget; none where nothing waits. Yields: run -> the callbacks that it is trained with.
+
+    It counts optimiser steps over all runs, since runs differ in how many they have.
+    """
     from tqdm.auto import tqdm
 
-    steps = sum(one.config.steps for one in waiting)
+    names, steps = [one.name for one in waiting], sum(one.config.steps for one in waiting)
     with tqdm(total=steps, unit="step", disable=not waiting) as bar:
-        yield Progress(waiting, bar)
+
+        def watching(one: Planned) -> list[Any]:
+            import lightning as L  # not needed to read what is there
+
+            bar.set_description(f"run {names.index(one.name) + 1} of {len(names)}, {one.arms[0]} s{one.seed}")
+            done = bar.n
+
+            class Watch(L.Callback):
+                def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                    bar.update(trainer.global_step - bar.n + done)
+
+                def on_validation_end(self, trainer: Any, *_: Any) -> None:
+                    if "val_loss" in trainer.callback_metrics:
+                        bar.set_postfix(loss=f"{float(trainer.callback_metrics['val_loss']):.3f}")
+
+            return [Watch()]
+
+        yield watching

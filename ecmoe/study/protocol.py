@@ -6,21 +6,21 @@ Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022 (arXi
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.files import read_yaml
+from ecmoe.files import nearest, read_yaml
 from ecmoe.measures import MEASURES
 from ecmoe.model.metrics import METRICS
 from ecmoe.study.estimate import Unit, amount, tolerance
 
 SAYS = ("below", "above", "at or below", "near")
 HOW = ("difference", "steps", "time", "bench", "accuracy", "spread")
+LISTS = ("a", "b", "over", "sides")
 RATIOS = ("steps", "time", "bench", "spread")
 
 
@@ -79,9 +79,8 @@ class Part:
             return f"at or below {neutral}; above it by {equal} or less counts as equal"
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
-        return (
-            f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {amount(self.figure, self.unit)}"
-        )
+        figure = amount(self.figure, self.unit)
+        return f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {figure}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Protocol:
     level: float
     least_seeds: int
     power: float
-    amendments: tuple[Mapping[str, Any], ...]
+    amendments: Sequence[Mapping[str, Any]]
     claims: Mapping[str, Claim]
 
 
@@ -136,8 +135,8 @@ def protocol() -> Protocol:
     """
     values = read_yaml(paths.configs() / "protocol.yaml", "protocol")
     claims = {id: _claim(id, keys, values["margins"]) for id, keys in values["claims"].items()}
-    rest = {key: values[key] for key in ("level", "least_seeds", "power")}
-    return Protocol(**rest, amendments=tuple(values["amendments"]), claims=claims)
+    rest = {key: values[key] for key in ("level", "least_seeds", "power", "amendments")}
+    return Protocol(**rest, claims=claims)
 
 
 def find_claim(id: str) -> Claim:
@@ -156,10 +155,8 @@ def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> Cl
     for part in parts:
         if names.count(part.name) > 1:
             raise ConfigError(f"claim {id}: two parts are called {part.name!r}")
-        if part.or_direction and part.or_direction not in names:
-            raise ConfigError(
-                f"claim {id}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts"
-            )
+        if part.or_direction not in (None, *names):
+            raise ConfigError(f"claim {id}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts")
     if not any(part.decides for part in parts):
         raise ConfigError(f"claim {id}: no part decides")
     return Claim(id=id, text=keys.pop("claim"), parts=parts, **keys)
@@ -170,29 +167,19 @@ def _part(where: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> 
     known = [field.name for field in dataclasses.fields(Part)]
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(
-                f"{where}: unknown key {key!r}: {f'did you mean {near[0]}?' if near else ', '.join(known)}"
-            )
+            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, known)}")
     for key, choices in {"says": SAYS, "how": HOW}.items():
         if keys.get(key, choices[0]) not in choices:
             raise ConfigError(f"{where}: {key}={keys[key]!r} must be one of {', '.join(choices)}")
-    lists = {
-        key: tuple(keys[key] if isinstance(keys[key], list) else [keys[key]])
-        for key in ("a", "b", "over", "sides")
-        if key in keys
-    }
-    part = Part(**{**keys, **lists})
-    if part.how not in ("bench", "accuracy"):
-        for _, column in part.terms:
-            what, _, row = column.partition("/")
-            if what not in (MEASURES if row else [metric.name for metric in METRICS]):
-                raise ConfigError(f"{where}: of={part.of!r}: there is no {'measurement' if row else 'metric'} {what!r}")
+    lists = {key: keys[key] if isinstance(keys[key], list) else [keys[key]] for key in LISTS if key in keys}
+    part = Part(**{**keys, **{key: tuple(values) for key, values in lists.items()}})
+    for _, column in part.terms if part.how not in ("bench", "accuracy") else ():
+        what, _, row = column.partition("/")
+        if what not in (MEASURES if row else [metric.name for metric in METRICS]):
+            raise ConfigError(f"{where}: of={part.of!r}: there is no {'measurement' if row else 'metric'} {what!r}")
     if part.says == "near" and part.figure is None:
         raise ConfigError(f"{where}: says=near needs a figure")
     if part.over and len(part.over) != len(part.a):
         raise ConfigError(f"{where}: over has {len(part.over)} numbers for {len(part.a)} arms")
-    changes: dict[str, Any] = {} if "margin" in keys else {"margin": margins[part.unit.value]}
-    if part.unit is Unit.RATIO and "neutral" not in keys:
-        changes["neutral"] = 1.0
-    return dataclasses.replace(part, **changes)
+    usual = {"margin": margins[part.unit.value], "neutral": 1.0 if part.unit is Unit.RATIO else 0.0}
+    return dataclasses.replace(part, **{key: value for key, value in usual.items() if key not in keys})

@@ -16,7 +16,7 @@ def test_a_new_metric_arrives_in_curve_summary_and_table(monkeypatch, tiny_confi
     monkeypatch.setattr(metrics, "METRICS", [*metrics.METRICS, idle])
     result = run_or_load(tiny_config(seed=71, steps=4, num_experts=4), progress=False)  # each expert takes half
     assert result.curve["idle"].tolist() == [0.0] and result.summary["routing"]["idle"] == 0.0
-    assert table([result])["idle"].tolist() == curves([result])["idle"].tolist() == [0.0]
+    assert table({"EC": [result]})["idle"].tolist() == curves({"EC": [result]})["idle"].tolist() == [0.0]
 
 
 def test_every_metric_has_words_for_its_axis():

@@ -184,7 +184,7 @@ def test_a_run_classifies_and_its_accuracy_is_what_a_loop_counts(digits, tmp_pat
     assert total == 100 and s["accuracy"] == pytest.approx(float(right) / total)
 
     record = read_record(tmp_path / f"{config.name}.json")
-    assert table([record])["accuracy"].item() == s["accuracy"]
+    assert table({"EC": [record]})["accuracy"].item() == s["accuracy"]
     write_record(tmp_path / "again.json", record)
 
 

@@ -1,5 +1,6 @@
 """The bar of a page that trains: it counts steps over all runs, and says which run it is and its last loss."""
 
+import inspect
 from types import SimpleNamespace
 
 from ecmoe.config import RunConfig
@@ -13,13 +14,13 @@ def planned(seed: int) -> Planned:
 
 
 def test_steps_are_counted_over_all_runs(capsys):
-    with over([planned(0), planned(1)]) as progress:
+    with over([planned(0), planned(1)]) as watching:
         for one, steps in ((planned(0), (4, 10)), (planned(1), (3,))):
-            (watch,) = progress.watching(one)
+            (watch,) = watching(one)
             for step in steps:
                 watch.on_train_batch_end(SimpleNamespace(global_step=step))
             watch.on_validation_end(SimpleNamespace(callback_metrics={"val_loss": 2.5}))
-        bar = progress.bar
+        bar = inspect.getclosurevars(watching).nonlocals["bar"]
         assert (bar.n, bar.total) == (13, 20)
         assert bar.desc.startswith("run 2 of 2, EC s1") and "loss=2.500" in bar.postfix
 
