@@ -56,7 +56,11 @@ def _hours(configs: Mapping[str, RunConfig], scale: str, tokens: float | None = 
     share = float(pd.Series(rates).median()) if rates else ASSUMED_MFU
     rows = []
     for name, config in configs.items():
-        flops, count, n = flops_per_token(config), count_parameters(config), tokens or config.steps * config.tokens_per_batch
+        flops, count, n = (
+            flops_per_token(config),
+            count_parameters(config),
+            tokens or config.steps * config.tokens_per_batch,
+        )
         rows.append(
             {
                 "arm": name,

@@ -86,7 +86,9 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     arms = planning.arms_of(parameters, scale)
     _CHECKED.add(page)
     results: dict[str, list[Result]] = {arm: [] for arm in arms}
-    there = [planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists() for one in planned]
+    there = [
+        planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists() for one in planned
+    ]
     waiting = [one for one, done in zip(planned, there, strict=True) if train and not done]
     with over(waiting) as watching:
         for one, done in zip(planned, there, strict=True):

@@ -121,13 +121,20 @@ def _check(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> No
         elif isinstance(usual, (list, tuple)):
             if not isinstance(value, (Mapping, list, tuple)):  # arms are names, or name -> keys
                 raise ParameterError(f"{text} a list, such as {list(usual)[:3]}")
-        elif isinstance(value, bool) != isinstance(usual, bool) or not isinstance(value, (int, float) if number else type(usual)):
+        elif isinstance(value, bool) != isinstance(usual, bool) or not isinstance(
+            value, (int, float) if number else type(usual)
+        ):
             wrong = "YAML takes 1e-3 for text (write 1.0e-3), no for false and 'false' for text"
             raise ParameterError(f"{text} a {type(usual).__name__}; {wrong}")
 
 
 def _is_parameter(name: str, value: Any) -> bool:
-    return isinstance(value, (str, int, float, list, dict)) and name[0] != "_" and not name.isupper() and name not in ("In", "Out")
+    return (
+        isinstance(value, (str, int, float, list, dict))
+        and name[0] != "_"
+        and not name.isupper()
+        and name not in ("In", "Out")
+    )
 
 
 def notebook_parameters(notebook: Any) -> dict[str, Any]:

@@ -156,7 +156,9 @@ def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> Cl
         if names.count(part.name) > 1:
             raise ConfigError(f"claim {id}: two parts are called {part.name!r}")
         if part.or_direction not in (None, *names):
-            raise ConfigError(f"claim {id}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts")
+            raise ConfigError(
+                f"claim {id}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts"
+            )
     if not any(part.decides for part in parts):
         raise ConfigError(f"claim {id}: no part decides")
     return Claim(id=id, text=keys.pop("claim"), parts=parts, **keys)
