@@ -134,8 +134,7 @@ def read_run(folder: str | Path) -> Result:
         verify(folder, name, summary)
     if not (folder / "curve.csv").exists():
         return Result(summary, path=folder)
-    curve = pd.read_csv(folder / "curve.csv", float_precision="round_trip")
-    return Result(summary, curve.reindex(columns=metrics.curve()).astype(float), folder)
+    return Result(summary, pd.read_csv(folder / "curve.csv").reindex(columns=metrics.curve()).astype(float), folder)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
