@@ -191,8 +191,8 @@ class RunConfig(Schema):
                        "CUDA GPU), auto (the layer decides)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
     activation_checkpointing: bool = key(False, "recompute attention and experts in the backward pass")
     strategy: str = key("auto", "how several ranks share a run: ddp (each has all weights), fsdp2 (each a part of every "
-                        "weight), auto (ddp)",
-                        choices=("auto", "ddp", "fsdp2"))  # fmt: skip
+                        "weight), ep (each some of the experts, the rest as fsdp2), auto (ddp)",
+                        choices=("auto", "ddp", "fsdp2", "ep"))  # fmt: skip
     devices: int = key(1, "processes of a node; more than one: torchrun -m ecmoe train", low=1, high=1024)
     num_nodes: int = key(1, "nodes", low=1, high=65_536)
 
@@ -231,6 +231,12 @@ class RunConfig(Schema):
             raise ConfigError(
                 f"pool={self.pool!r}: must be batch, rank, sequence, position, or a whole number of tokens"
             )
+        if self.strategy == "ep" and (row.layer is None or self.num_experts % self.ranks):
+            raise ConfigError(f"strategy='ep' with router={self.router!r}, num_experts={self.num_experts}: each of devices x num_nodes="
+                              f"{self.ranks} ranks holds as many experts; make num_experts a multiple of that, or take fsdp2")  # fmt: skip
+        if self.sharded and self.optimizer == "adafactor":
+            raise ConfigError(f"optimizer='adafactor' with strategy={self.strategy!r}: torch's reads a whole matrix, and a rank "
+                              "has a part of it; take adamw, or strategy: ddp")  # fmt: skip
         c = self.capacity_factor
         if c is not None and c <= 0 and "capacity_factor" in row.keys:
             raise ConfigError(f"capacity_factor={c}: must be above 0")
@@ -255,6 +261,11 @@ class RunConfig(Schema):
     def tokens_per_batch(self) -> int:
         """Tokens of an optimiser step, over all ranks."""
         return self.batch_size * self.sequence_length * self.accumulate * self.ranks
+
+    @property
+    def sharded(self) -> bool:
+        """Has each rank a part of the weights only?"""
+        return self.strategy in ("fsdp2", "ep")
 
     @property
     def ranks(self) -> int:

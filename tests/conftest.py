@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import multiprocessing
 import os
+import socket
 import subprocess
 from importlib.util import find_spec
 
@@ -11,6 +13,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ecmoe.config import RunConfig
 
@@ -86,6 +89,34 @@ def quick(request):
 def exact_products():
     """Oracles multiply in float32, whatever a run before has allowed (training on a GPU allows TF32)."""
     torch.set_float32_matmul_precision("highest")
+
+
+def _rank(rank: int, port: int, work, results) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results.put((rank, work(rank)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """`two_ranks(work)`: [work(0), work(1)], each in a process of a gloo group of two; what it returns must be no tensor."""
+
+    def run(work) -> list:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        ranks = [context.Process(target=_rank, args=(rank, port, work, results)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        found = dict(results.get(timeout=90) for _ in ranks)
+        for rank in ranks:
+            rank.join(timeout=60)
+        return [found[0], found[1]]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ class MoE(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
+        self.exchange: Any = None  # `expert_parallel.Exchange` where other ranks hold some experts
         self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients
         for name, shape in [("load", e), ("demand", e), ("experts_per_token", metrics.MOST + 1)]:
             self.register_buffer(name, torch.zeros(shape, dtype=torch.long), persistent=False)
@@ -120,7 +121,7 @@ class MoE(nn.Module):
         if mask is None and self._whole():
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
             fuse = self.kernels != "triton-bmm"
-            out = self.router.at_once(x, self.w1, self.w2, self._room(x), statistics=record, fuse=fuse)
+            out = self.router.at_once(x, self.w1, self.w2, self.room(x), statistics=record, fuse=fuse)
             if out is not None:
                 if not again:
                     self._keep(None)
@@ -142,8 +143,7 @@ class MoE(nn.Module):
 
     def _whole(self) -> bool:
         """Does the layer hold all its experts, and compute them once?"""
-        here = all(type(w) in (Tensor, nn.Parameter) for w in (self.w1, self.w2))
-        return here and len(self.w1) == self.router.num_experts and not (self.recompute and self.training)
+        return self.exchange is None and not (self.recompute and self.training)
 
     def _check_shapes(self, x: Tensor, token_ids: Tensor | None, task_ids: Tensor | None, mask: Tensor | None) -> None:
         shape = x.shape[:-1]
@@ -176,13 +176,19 @@ class MoE(nn.Module):
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
-        groups = -(-token.numel() // self._room(x))
+        if self.exchange is not None:
+            return self.exchange(self, x, token, gate)
+        return self.compute(x, self.w1, self.w2, token, gate)
+
+    def compute(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+        """`experts`, with the weights of these experts."""
+        groups = -(-token.numel() // self.room(x))
         if groups <= 1:
-            return self._some_experts(x, self.w1, self.w2, token, gate)
-        some = (t.chunk(groups) for t in (self.w1, self.w2, token, gate))
+            return self._some_experts(x, w1, w2, token, gate)
+        some = (t.chunk(groups) for t in (w1, w2, token, gate))
         return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))  # type: ignore[return-value]
 
-    def _room(self, x: Tensor) -> int:
+    def room(self, x: Tensor) -> int:
         """Slots that may be computed at a time."""
         return sys.maxsize if torch.is_grad_enabled() else max(HELD // self.w1.shape[2], SLOTS * x.shape[0])
 

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from ecmoe.config import RunConfig
 from ecmoe.model import metrics
 from ecmoe.model.build import build_model
+from ecmoe.model.expert_parallel import share_experts
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Block
 from ecmoe.routing import causal_routing, routers
 from ecmoe.training import cuda_graph as graph
 from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
+from ecmoe.training.trainer import reduced_dtype
 
 
 class LitModel(L.LightningModule):
@@ -59,19 +61,26 @@ class LitModel(L.LightningModule):
         if self.configured:
             return
         self.configured = True
-        if self.config.strategy == "fsdp2":
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = self.device_mesh["data_parallel"]
-            for module in self.model.modules():
-                if isinstance(module, Block):
-                    fully_shard(module, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+        if self.config.sharded:
+            self._shard(self.device_mesh["data_parallel"])
         if self.config.compile:  # two kinds of blocks compile in seconds, the whole model in a minute
             torch.compiler.reset()  # another run's numbers, such as its capacity factor, would become variables
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile(dynamic=False)
+
+    def _shard(self, mesh: Any) -> None:
+        """Experts by rank (expert parallelism), all else by FSDP2, block by block."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        ours = (
+            share_experts(self.model, mesh, self.trainer.strategy.root_device)
+            if self.config.strategy == "ep"
+            else set()
+        )
+        policy = MixedPrecisionPolicy(reduce_dtype=reduced_dtype(self.config))
+        for module in (*(m for m in self.model.modules() if isinstance(m, Block)), self.model):
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ours)
 
     def on_fit_start(self) -> None:
         if self.counts_lack:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ecmoe.config import RunConfig
 
@@ -19,11 +19,9 @@ def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: tor
     """
     c = config
     if c.optimizer == "adafactor":
-        if c.strategy == "fsdp2":
-            warnings.warn("torch's Adafactor is known to fail on sharded parameters; use adamw", stacklevel=2)
         return torch.optim.Adafactor(parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
     # With a GradScaler, a fused step would unscale gradients that were clipped while scaled.
-    fused = device.type == "cuda" and c.strategy != "fsdp2" and c.precision != "16-mixed"
+    fused = device.type == "cuda" and c.precision != "16-mixed"
     return torch.optim.AdamW(
         parameters, lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=fused or None
     )
@@ -56,4 +54,6 @@ def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_nor
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if isinstance(norm, DTensor):  # of all ranks' parts
+            norm = norm.full_tensor()
         optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down

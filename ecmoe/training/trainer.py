@@ -44,20 +44,39 @@ def strategy(config: RunConfig) -> Any:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if config.strategy == "ddp":
         from lightning.pytorch.strategies import DDPStrategy
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+        from torch.nn.parallel import DistributedDataParallel
 
-        # Each rank's routing statistics are its own; end_step adds them up.
-        return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-    if config.strategy == "fsdp2":
+        class DDP(DDPStrategy):
+            def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+                # Lightning's own does this on a side stream, on which each gradient would then wait for its parameter.
+                return DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
+
+        # Dynamo would cut each compiled block where a bucket ends; a block is little enough to wait for.
+        torch._dynamo.config.optimize_ddp = False
+        return DDP(
+            process_group_backend=backend,
+            broadcast_buffers=False,  # each rank's routing statistics are its own; end_step adds them up
+            gradient_as_bucket_view=True,
+            static_graph=config.accumulate == 1,  # nor would it see a step whose first micro-batches aren't reduced
+            ddp_comm_hook=bf16_compress_hook if reduced_dtype(config) else None,
+        )
+    if config.sharded:
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         # Lightning's "auto" takes the ranks of a node for tensor parallel: each would then train a model of its own.
         return ModelParallelStrategy(
-            data_parallel_size=config.devices * config.num_nodes,
+            data_parallel_size=config.ranks,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=backend,
         )
     return "auto"
+
+
+def reduced_dtype(config: RunConfig) -> torch.dtype | None:
+    """Of gradients on their way between ranks: as their factors were, in half the time. None: their own."""
+    return torch.bfloat16 if resolved_precision(config) == "bf16-mixed" else None
 
 
 def resolved_precision(config: RunConfig) -> str:
@@ -77,7 +96,7 @@ def check_machine(config: RunConfig) -> None:
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    shards = config.devices * config.num_nodes if config.strategy == "fsdp2" else 1
+    shards = config.ranks if config.sharded else 1
     needed = 2 * (2 if config.precision == "bf16-true" else 4) * config.weights_at_least // shards  # gradients, too
     if needed > memory:
         keys = ("layers", "d_model", "d_ff", "num_experts", "vocab_size")

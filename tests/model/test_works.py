@@ -2,13 +2,13 @@
 
 import copy
 import math
-import multiprocessing
-import socket
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -154,50 +154,32 @@ def two_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(D, D), moe)
 
 
-def _rank(rank: int, port: int, results) -> None:
-    """Each rank's half of a batch, by DDP and by FSDP2: the gradients and the cut-offs after a step."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+def test_two_ranks_by_ddp_and_by_fsdp2_step_as_one_process_over_both_halves(two_ranks):
+    def work(rank: int) -> list:
+        """This half of a batch, by DDP and by FSDP2: the weights and the cut-offs after a step."""
+        found = []
+        for shard in (False, True):
+            model = two_layers()
+            if shard:
+                model = fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+                wrapped = model
+            else:
+                wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            track(model, optimizer)
+            wrapped(tokens(4, 8).chunk(2)[rank]).square().mean().backward()
+            optimizer.step()
+            whole = [p.full_tensor() if shard else p for p in model.parameters()]
+            found.append([t.detach().tolist() for t in (*whole, model[1].router.cutoff.value())])
+        return found
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = []
-    for shard in (False, True):
-        model = two_layers()
-        if shard:
-            model = fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-            wrapped = model
-        else:
-            wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        track(model, optimizer)
-        wrapped(tokens(4, 8).chunk(2)[rank]).square().mean().backward()
-        optimizer.step()
-        whole = [p.full_tensor() if shard else p for p in model.parameters()]
-        found.append([t.detach().tolist() for t in (*whole, model[1].router.cutoff.value())])
-    results.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_ranks_by_ddp_and_by_fsdp2_step_as_one_process_over_both_halves():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    found = [results.get(timeout=90) for _ in ranks]
-    for rank in ranks:
-        rank.join(timeout=60)
     model = two_layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     track(model, optimizer)
-    sum(model(half).square().mean() / 2 for half in tokens(4, 8).chunk(2)).backward()
+    model(tokens(4, 8)).square().mean().backward()
     optimizer.step()
     expected = [*model.parameters(), model[1].router.cutoff.value()]
-    for by_rank in found:
+    for by_rank in two_ranks(work):
         for by_way in by_rank:
             for value, wanted in zip(by_way, expected, strict=True):
                 torch.testing.assert_close(torch.tensor(value), wanted.detach())

@@ -1,8 +1,5 @@
 """Two ranks move running statistics, and fill pools, as one process that saw both batches."""
 
-import multiprocessing
-import socket
-
 import pytest
 import torch
 
@@ -59,32 +56,14 @@ def chosen(logits: torch.Tensor, mask: torch.Tensor, **keys) -> dict[str, list]:
     }
 
 
-def _rank(rank: int, port: int, results) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = {name: moved(name, STEPS[:, rank : rank + 1]) for name in ROUTERS}
-    found |= {name: chosen(LOGITS[:, rank], MASK[:, rank], **keys) for name, keys in POOLS.items()}
-    found["rank"] = chosen(LOGITS[:, rank], MASK[:, rank], pool="rank")
-    results.put((rank, found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def by_rank():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    found = dict(results.get(timeout=60) for _ in ranks)
-    for rank in ranks:
-        rank.join(timeout=60)
-    return found
+def by_rank(two_ranks):
+    def work(rank: int) -> dict[str, dict]:
+        found = {name: moved(name, STEPS[:, rank : rank + 1]) for name in ROUTERS}
+        found |= {name: chosen(LOGITS[:, rank], MASK[:, rank], **keys) for name, keys in POOLS.items()}
+        return found | {"rank": chosen(LOGITS[:, rank], MASK[:, rank], pool="rank")}
+
+    return two_ranks(work)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -343,7 +343,7 @@ def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config,
 TWENTY = {"seed": 40, "steps": 20, "max_experts_per_token": 2}
 
 
-@pytest.mark.parametrize(("strategy", "eval_batches", "eval_every"), [("ddp", 4, 10), ("fsdp2", 6, 8)])
+@pytest.mark.parametrize(("strategy", "eval_batches", "eval_every"), [("ddp", 4, 10), ("fsdp2", 6, 8), ("ep", 4, 10)])
 def test_two_ranks_by_torchrun_are_one_process_over_both_batches(tiny_config, strategy, eval_batches, eval_every):
     """Two gloo processes train one model; the tokens of both compete. With 20 steps, 8 and 16 leave one at the end."""
     keys = TWENTY | {"eval_every": eval_every}

@@ -1,0 +1,93 @@
+"""Experts shared out to two ranks compute what one process does that holds all of them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ecmoe import MoE, causal_routing
+from ecmoe.model.expert_parallel import share_experts
+from ecmoe.routing import ExpertChoice, Hash, TokenChoice
+
+D, E, FF, V = 8, 4, 16, 11
+ROUTERS = {
+    "expert choice": lambda: ExpertChoice(D, E, 2.0),
+    "of a rank's pool": lambda: ExpertChoice(D, E, 2.0, pool="rank"),
+    "token choice, dropping": lambda: TokenChoice(D, E, 2, 1.0),
+    "token choice, all kept": lambda: TokenChoice(D, E, 2),
+    "hash": lambda: Hash(D, E, V),
+}
+X = torch.randn(4, 8, D, generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(V, (4, 8), generator=torch.Generator().manual_seed(0))
+
+
+def layer(name: str) -> MoE:
+    torch.manual_seed(0)
+    return MoE(ROUTERS[name](), D, FF)
+
+
+def stepped(moe: MoE, x: torch.Tensor, ids: torch.Tensor) -> dict:
+    """Outputs in training, in evaluation and routed causally; gradients of the input and the weights."""
+    x = x.clone().requires_grad_()
+    out = moe(x, ids)
+    (out * torch.arange(1.0, D + 1)).square().mean().backward()
+    whole = [w.grad.full_tensor() if hasattr(w.grad, "full_tensor") else w.grad for w in (moe.w1, moe.w2)]
+    router = moe.router.weight if moe.router.weight is None else moe.router.weight.grad
+    moe.router.end_step()
+    moe.eval()
+    with torch.no_grad():
+        evaluated = moe(x, ids)
+        with causal_routing(moe):
+            causal = moe(x, ids)
+    found = {
+        "out": out,
+        "dx": x.grad,
+        "evaluated": evaluated,
+        "causal": causal,
+        "w1": whole[0],
+        "w2": whole[1],
+        "router": router,
+    }
+    return {key: None if t is None else t.detach().tolist() for key, t in found.items()}
+
+
+@pytest.fixture(scope="module")
+def by_rank(two_ranks):
+    def work(rank: int) -> dict:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        found = {}
+        for name in ROUTERS:
+            moe = layer(name)
+            assert len(share_experts(moe, mesh, torch.device("cpu"))) == 2
+            assert moe.w1.to_local().shape == (E // 2, D, FF)
+            found[name] = stepped(moe, X.chunk(2)[rank], IDS.chunk(2)[rank])
+        return found
+
+    return two_ranks(work)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_two_ranks_are_one_process(by_rank, name):
+    ranks = [by_rank[rank][name] for rank in (0, 1)]
+    if name == "expert choice":  # the tokens of both compete
+        one = stepped(layer(name), X, IDS)
+        halves = [{key: value for key, value in one.items()}]
+    else:
+        moe = layer(name)
+        halves = [stepped(layer(name), x, ids) for x, ids in zip(X.chunk(2), IDS.chunk(2), strict=True)]
+        del moe
+    for key in ("out", "evaluated", "dx"):
+        ours = torch.cat([torch.tensor(rank[key]) for rank in ranks])
+        wanted = torch.cat([torch.tensor(half[key]) for half in halves])
+        scale = 2 if key == "dx" and len(halves) == 1 else 1  # a rank's loss is the mean over half as many tokens
+        torch.testing.assert_close(ours, wanted * scale)
+    for key in ("w1", "w2"):
+        wanted = sum(torch.tensor(half[key]) for half in halves) / len(halves)
+        for rank in ranks:
+            torch.testing.assert_close(torch.tensor(rank[key]), wanted)
+    if halves[0]["router"] is not None:
+        ours = sum(torch.tensor(rank["router"]) for rank in ranks) / 2  # as data parallelism puts them together
+        torch.testing.assert_close(ours, sum(torch.tensor(half["router"]) for half in halves) / len(halves))
+    if len(halves) == 1:
+        torch.testing.assert_close(
+            torch.cat([torch.tensor(r["causal"]) for r in ranks]), torch.tensor(halves[0]["causal"])
+        )
