@@ -112,10 +112,10 @@ def pack(
     full = place >= (slots if limit is None else limit.clamp(max=slots))
     # What has no place goes to a spare slot of its own behind the last, all cut off: a GPU that repeats its bits writes one
     # after the other what shares a slot.
-    spare = e * slots + torch.arange(len(expert), device=expert.device)
+    spare = e * slots + torch.arange(expert.numel(), device=expert.device)
     slot = torch.where(full | (expert == e), spare, expert * slots + place)
-    tokens = torch.full((e * slots + len(expert),), n, dtype=torch.long, device=token.device)
-    gates = gate.new_zeros(e * slots + len(expert))
+    tokens = torch.full((e * slots + expert.numel(),), n, dtype=torch.long, device=token.device)
+    gates = gate.new_zeros(e * slots + expert.numel())
     tokens = tokens.index_put((slot,), token[by_expert])[: e * slots].view(e, slots)
     gates = gates.index_put((slot,), gate[by_expert])[: e * slots].view(e, slots)
     return Assignment(tokens, gates, demand[:e])

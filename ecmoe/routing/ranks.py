@@ -44,10 +44,10 @@ def own(S: Tensor, I: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
     """
     R, m, k = ranks(), S.shape[2], I.shape[2]
     owner = I // m
-    won = max(int((owner == rank).sum(2).max()) for rank in range(R))  # reads numbers from the device
+    won = int(torch.stack([(owner == rank).sum(2).max() for rank in range(R)]).max())  # waits for the device
     step = -(-k // (STEPS * R))
     s = min(-(-won // step) * step, k, m)
     mine = owner == dist.get_rank()
-    slot = torch.where(mine, mine.cumsum(2) - 1, s)  # the others' all lie in one behind the last, which is cut off
-    places = torch.full_like(I[..., :1], m).repeat(1, 1, s + 1).scatter(2, slot, torch.where(mine, I % m, m))[..., :s]
+    first = (~mine).byte().argsort(dim=2, stable=True)[..., :s]  # the own before the others'
+    places = torch.where(mine, I % m, m).gather(2, first)
     return F.pad(S, (0, 1)).gather(2, places), places
