@@ -99,7 +99,8 @@ class ExpertChoice(Router):
             filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
             I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)  # noqa: E741
         if across:
-            G, I = own(S, I)  # noqa: E741
+            I = own(I, S.shape[2])  # noqa: E741
+            G = _At.apply(F.pad(S, (0, 1)), I)
         token = I if ids is None else F.pad(ids, (0, 1), value=n).gather(1, I.flatten(1)).view_as(I)
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)

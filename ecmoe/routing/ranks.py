@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
-from torch.nn import functional as F
 
 STEPS = 8  # sizes between what a rank wins on average and twice that: each is compiled once
 
@@ -33,21 +32,18 @@ def gathered(S: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def own(S: Tensor, I: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """What a rank's own tokens won: their scores and places, (g, e, s), in the order of I; score 0 and place m in empty slots.
+def own(I: Tensor, m: int) -> Tensor:  # noqa: E741
+    """Places, (g, e, s), that a rank's own tokens have of those chosen, (g, e, k), in the pools of all ranks, in that order.
 
-    Args:
-        S: (g, e, m) the rank's own scores; gradients pass to those that are chosen.
-        I: (g, e, k) places chosen in the pools of all ranks; R m is none.
+    R m is no place, and m the place of an empty slot.
 
     s is the same on all ranks: what the luckiest of them won of an expert, rounded up to one of few sizes.
     """
-    R, m, k = ranks(), S.shape[2], I.shape[2]
+    R, k = ranks(), I.shape[2]
     owner = I // m
     won = int(torch.stack([(owner == rank).sum(2).max() for rank in range(R)]).max())  # waits for the device
     step = -(-k // (STEPS * R))
     s = min(-(-won // step) * step, k, m)
     mine = owner == dist.get_rank()
     first = (~mine).byte().argsort(dim=2, stable=True)[..., :s]  # the own before the others'
-    places = torch.where(mine, I % m, m).gather(2, first)
-    return F.pad(S, (0, 1)).gather(2, places), places
+    return torch.where(mine, I % m, m).gather(2, first)
