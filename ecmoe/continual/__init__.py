@@ -1,21 +1,8 @@
 """Continual learning: tasks arrive in sequence. Expert Gate, one expert a task, beside one network with and without experts.
 
-Public names are loaded on first use, so that settings can be planned without torch."""
+settings.py is the schema of a run, runs.py makes or finds one, learning.py learns and measures, expert_gate.py and
+patchnet.py are the networks."""
 
-from importlib import import_module
+from ecmoe.continual.settings import APPROACHES, Settings
 
-_HOME = {
-    "expert_gate": ("ExpertGate", "Gate", "fit", "probabilities", "relatedness"),
-    "learning": ("final_accuracy", "forgetting", "run", "split"),
-    "patchnet": ("PatchNet",),
-    "runs": ("run_or_load",),
-    "settings": ("APPROACHES", "Settings"),
-}  # fmt: skip
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE)
-
-
-def __getattr__(name: str):
-    if name in _MODULE:
-        return getattr(import_module(f"ecmoe.continual.{_MODULE[name]}"), name)
-    raise AttributeError(f"module 'ecmoe.continual' has no attribute {name!r}")
+__all__ = ["APPROACHES", "Settings"]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecmoe.continual.settings import Settings
 from ecmoe.model.tracking import track
 
-Fit = Callable[[Iterable[nn.Parameter], Callable[[Tensor], Tensor], int], None]
 LWF_TEMPERATURE = 2.0  # of learning without forgetting's soft targets (Li and Hoiem 2016)
 
 
@@ -62,44 +62,41 @@ class ExpertGate(nn.Module):
 
     Args:
         new_expert: number of classes -> a network with `features(images) -> (n, d)` and a linear `head`.
-        pixels: D. code: hidden units of a gate.
-        temperature: t of `probabilities`. threshold: of relatedness, above which an expert learns without forgetting.
+        pixels: D. settings: of gates and of training.
     """
 
-    def __init__(self, new_expert: Callable[[int], nn.Module], pixels: int, code: int,
-                 temperature: float = 2.0, threshold: float = 0.85) -> None:  # fmt: skip
+    def __init__(self, new_expert: Callable[[int], nn.Module], pixels: int, settings: Settings) -> None:
         super().__init__()
-        self.new_expert, self.pixels, self.code = new_expert, pixels, code
-        self.temperature, self.threshold = temperature, threshold
+        self.new_expert, self.pixels, self.settings = new_expert, pixels, settings
         self.gates, self.experts = nn.ModuleList(), nn.ModuleList()
         self.classes: list[Tensor] = []  # (classes of a task,) each: what an expert's outputs mean
         self.origins: list[Origin] = []
 
-    def learn(self, x: Tensor, y: Tensor, held: Tensor, fit_gate: Fit, fit_expert: Fit) -> None:
+    def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
         """Learn a task: its gate, then an expert that starts from the most related one.
 
         Args:
             x: (n, C, H, W). y: (n,) classes. held: (n,) bool: images that don't train the gate, but measure relatedness.
-            fit_gate, fit_expert: (parameters, loss of the images `ids`, n) -> None; see `fit`.
         """
-        gate, seen = Gate(self.pixels, self.code).to(x.device), x[~held].flatten(1)
-        fit_gate(gate.parameters(), lambda i: F.binary_cross_entropy_with_logits(gate(seen[i]), seen[i]), len(seen))
+        s = self.settings
+        gate, seen = Gate(self.pixels, s.code).to(x.device), x[~held].flatten(1)
+        fit(gate.parameters(), lambda ids: F.binary_cross_entropy_with_logits(gate(seen[ids]), seen[ids]),
+            len(seen), s.gate_steps, s.batch_size, s.gate_learning_rate)  # fmt: skip
         self.gates.append(gate.requires_grad_(False))
         classes, local = y.unique(return_inverse=True)
         related = self.relatedness(x[held])[:-1]  # to each earlier task
-        expert, teacher = self.new_expert(len(classes)).to(x.device), None
-        origin = Origin(None, None, "scratch")
+        expert, origin, old_head = self.new_expert(len(classes)).to(x.device), Origin(None, None, "scratch"), None
         if len(related):
             a = int(related.argmax())
-            teacher = self.experts[a] if related[a] > self.threshold else None
+            origin = Origin(a, float(related[a]), "LwF" if related[a] > s.threshold else "fine-tuning")
             head, expert = expert.head, copy.deepcopy(self.experts[a]).requires_grad_(True)
             expert.head, old_head = head, expert.head
-            origin = Origin(a, float(related[a]), "fine-tuning" if teacher is None else "LwF")
-        if teacher is None:
-            fit_expert(expert.parameters(), lambda ids: F.cross_entropy(expert(x[ids]), local[ids]), len(x))
+        if origin.how == "LwF":
+            loss = without_forgetting(expert, old_head, self.experts[a], x, local)
+            learnt = [*expert.parameters(), *old_head.parameters()]
         else:
-            loss = without_forgetting(expert, old_head, teacher, x, local)
-            fit_expert([*expert.parameters(), *old_head.parameters()], loss, len(x))
+            loss, learnt = lambda ids: F.cross_entropy(expert(x[ids]), local[ids]), expert.parameters()
+        fit(learnt, loss, len(x), s.steps, s.batch_size, s.learning_rate)
         self.experts.append(expert.requires_grad_(False))
         self.classes.append(classes)
         self.origins.append(origin)
@@ -118,7 +115,7 @@ class ExpertGate(nn.Module):
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(n, C, H, W), perhaps (n,) which expert looks at an image, else the gates decide -> (n,) classes, (n,) their experts."""
         if expert is None:
-            expert = probabilities(self.errors(x), self.temperature).argmax(1)  # = lowest error
+            expert = probabilities(self.errors(x), self.settings.temperature).argmax(1)  # = lowest error
         said = torch.empty_like(expert)
         for k in expert.unique().tolist():  # an expert sees its own images alone
             chosen = expert == k
@@ -140,7 +137,7 @@ def without_forgetting(
     return loss
 
 
-def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], n: int, *, steps: int, batch_size: int,
+def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], n: int, steps: int, batch_size: int,
         learning_rate: float, routed: nn.Module | None = None) -> None:  # fmt: skip
     """Take `steps` steps of Adam on batches from shuffled passes over n images; a pass's incomplete last batch is left out.
     routed: a module whose routers have running statistics to move."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,8 @@ from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice, watched
 
+Accuracies = Sequence[Sequence[float | None]]  # a row after each task, with one of each task
+
 
 class Task(NamedTuple):
     """Images of a group of classes: x (n, C, H, W) float32, y (n,) int64; `held` (n,) bool, see `Settings.held_out`."""
@@ -40,21 +41,18 @@ class Task(NamedTuple):
 
 def split(data: images.Images, settings: Settings, device: torch.device | str = "cpu") -> list[Task]:
     """The tasks: neighbouring classes together, none in two tasks."""
-    K, classes = settings.tasks, len(data.classes)
+    K, classes, of_data = settings.tasks, len(data.classes), f"data={settings.data!r}"
     if classes % K:
-        fits, of = (
-            [k for k in range(2, classes + 1) if classes % k == 0],
-            f"{classes} classes of data={settings.data!r}",
-        )
-        raise ConfigError(f"tasks={K} doesn't divide the {of}: may be one of {fits}")
+        fits = [k for k in range(2, classes + 1) if classes % k == 0]
+        raise ConfigError(f"tasks={K} doesn't divide the {classes} classes of {of_data}: may be one of {fits}")
     tasks = []
     for group in torch.arange(classes).view(K, -1):
         train, val = torch.isin(data.train_y, group), torch.isin(data.val_y, group)
         x, y = data.train_x[train], data.train_y[train]
         held = torch.arange(len(x)) % settings.held_out == 0
-        if (~held).sum() < settings.batch_size:
-            raise ConfigError(f"batch_size={settings.batch_size}: is more than the {int((~held).sum())} training images of a task "
-                              f"of data={settings.data!r}; lower it, or tasks={K}")  # fmt: skip
+        if (seen := int((~held).sum())) < settings.batch_size:
+            raise ConfigError(f"batch_size={settings.batch_size}: is more than the {seen} training images of a task "
+                              f"of {of_data}; lower it, or tasks={K}")  # fmt: skip
         parts = (group, x, y, held, data.val_x[val], data.val_y[val])
         tasks.append(Task(*(part.to(device) for part in parts)))
     return tasks
@@ -69,25 +67,54 @@ def run(settings: Settings) -> dict[str, Any]:
         confusion (row: task, column: expert; shares of images), relatedness, origins, right_probability; of expert choice:
         expert_shares (the same, of tokens); of both: moved, by how much a task's training moved each expert, relatively.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = images.load(settings.data)
-    tasks = split(data, settings, device)
+    s, data = settings, images.load(settings.data)
+    tasks = split(data, s, "cuda" if torch.cuda.is_available() else "cpu")
+    K, shape = len(tasks), tuple(data.train_x.shape[1:])
     with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        learn = _learn_by_gates if settings.approach == "expert_gate" else _learn_in_one
-        measured = learn(tasks, tuple(data.train_x.shape[1:]), settings)
-    return measured | {"task_names": [", ".join(data.classes[c] for c in task.classes) for task in tasks]}
+        torch.manual_seed(s.seed)
+        gated, lessons, steps = s.approach == "expert_gate", tasks, s.steps
+        model = new_gate(shape, s) if gated else new_network(shape, K, len(data.classes), s).to(tasks[0].x.device)
+        if s.approach.startswith("joint"):
+            lessons, steps = [Task(*map(torch.cat, zip(*tasks, strict=True)))], K * s.steps
+        rows, known, moved = [[None] * K] * (K - len(lessons)), [[None] * K] * (K - len(lessons)), []
+        for lesson in lessons:
+            before = _experts(model)
+            if gated:
+                model.learn(lesson.x, lesson.y, lesson.held)
+            else:
+                model.train()
+                fit(model.parameters(), lambda ids, t=lesson: F.cross_entropy(model(t.x[ids]), t.y[ids]), len(lesson.x), steps,
+                    s.batch_size, s.learning_rate, routed=model)  # fmt: skip
+                model.eval()
+            moved.append(_moved(before, _experts(model), K if gated else s.num_experts))
+            came = tasks[: len(rows) + 1]
+            said, told, shares = (_asked_by_gates if gated else _asked)(model, came, s)
+            rows.append(_accuracies(said, tasks))
+            known.append(_accuracies(told, tasks))
+    found = {"accuracy": rows, "accuracy_task_known": known, "parameters": count(model)}
+    found["tokens"] = K * s.steps * s.batch_size * (model.experts[0] if gated else model).tokens
+    found["task_names"] = [", ".join(data.classes[c] for c in task.classes) for task in tasks]
+    if gated:
+        trust = [probabilities(model.errors(task.val_x), s.temperature)[:, k] for k, task in enumerate(tasks)]
+        found |= {
+            "moved": moved, "confusion": shares.tolist(), "gate_right": float(shares.diagonal().mean()),
+            "relatedness": [model.relatedness(task.x[task.held], k).tolist() for k, task in enumerate(tasks)],
+            "origins": [origin._asdict() for origin in model.origins],
+            "right_probability": float(torch.cat(trust).mean()),
+        }  # fmt: skip
+    elif s.approach.endswith("expert_choice"):
+        found |= {"moved": moved, "expert_shares": shares.tolist()}
+    return found
 
 
 def new_gate(shape: Sequence[int], settings: Settings) -> ExpertGate:
     """An Expert Gate that knows no task yet, for images of shape (C, H, W)."""
-    d, f = settings.d_model, settings.d_ff
-    if settings.code >= math.prod(shape):
+    pixels, d, f = math.prod(shape), settings.d_model, settings.d_ff
+    if settings.code >= pixels:
         raise ConfigError(
-            f"code={settings.code}: a gate of images with {math.prod(shape)} pixels needs fewer hidden units, or it copies them"
+            f"code={settings.code}: a gate of images with {pixels} pixels needs fewer hidden units, or it copies them"
         )
-    return ExpertGate(lambda classes: _net(shape, classes, settings, lambda: dense_ffn(d, f)), math.prod(shape),
-                      settings.code, settings.temperature, settings.threshold)  # fmt: skip
+    return ExpertGate(lambda classes: _net(shape, classes, settings, lambda: dense_ffn(d, f)), pixels, settings)
 
 
 def new_network(shape: Sequence[int], tasks: int, classes: int, settings: Settings) -> PatchNet:
@@ -95,70 +122,30 @@ def new_network(shape: Sequence[int], tasks: int, classes: int, settings: Settin
     expert = new_gate(shape, settings).new_expert(classes // tasks)
     size = tasks * (count(expert) + count(Gate(math.prod(shape), settings.code)))
     d, e, c = settings.d_model, settings.num_experts, settings.capacity_factor
-    if settings.approach.endswith("expert_choice"):
-        bucket_size(settings.batch_size * expert.tokens, e, c)  # an error that names the keys, before any training
-        return as_large(lambda f: _net(shape, classes, settings, lambda: MoE(ExpertChoice(d, e, c), d, f)), size)
-    return as_large(lambda f: _net(shape, classes, settings, lambda: dense_ffn(d, f)), size)
+    if not settings.approach.endswith("expert_choice"):
+        return as_large(lambda f: _net(shape, classes, settings, lambda: dense_ffn(d, f)), size)
+    bucket_size(settings.batch_size * expert.tokens, e, c)  # an error that names the keys, before any training
+    return as_large(lambda f: _net(shape, classes, settings, lambda: MoE(ExpertChoice(d, e, c), d, f)), size)
 
 
 def _net(shape: Sequence[int], classes: int, settings: Settings, make_ffn: Callable[[], nn.Module]) -> PatchNet:
     return PatchNet(shape, classes, settings.patch, settings.d_model, settings.layers, make_ffn)
 
 
-def _learn_by_gates(tasks: list[Task], shape: Sequence[int], settings: Settings) -> dict[str, Any]:
-    model = new_gate(shape, settings)
-    s = settings
-    fit_gate = partial(fit, steps=s.gate_steps, batch_size=s.batch_size, learning_rate=s.gate_learning_rate)
-    fit_expert = partial(fit, steps=s.steps, batch_size=s.batch_size, learning_rate=s.learning_rate)
-    rows, known, moved = [], [], []
-    for t, task in enumerate(tasks):
-        before = [_weights(expert) for expert in model.experts]
-        model.learn(task.x, task.y, task.held, fit_gate, fit_expert)
-        after = [_weights(expert) for expert in model.experts]
-        moved.append(_moved(before, after, len(tasks)))
-        picks = [model(task.val_x) for task in tasks[: t + 1]]
-        told = [model(task.val_x, torch.full_like(task.val_y, k))[0] for k, task in enumerate(tasks[: t + 1])]
-        rows.append(_accuracies([said for said, _ in picks], tasks))
-        known.append(_accuracies(told, tasks))
-    confusion = torch.stack([expert.bincount(minlength=len(tasks)) / len(expert) for _, expert in picks])
-    trust = [probabilities(model.errors(task.val_x), s.temperature)[:, k] for k, task in enumerate(tasks)]
-    return {
-        "accuracy": rows, "accuracy_task_known": known, "moved": moved, "confusion": confusion.tolist(),
-        "relatedness": [model.relatedness(task.x[task.held], k).tolist() for k, task in enumerate(tasks)],
-        "origins": [origin._asdict() for origin in model.origins],
-        "gate_right": float(confusion.diagonal().mean()), "right_probability": float(torch.cat(trust).mean()),
-        "parameters": count(model), "tokens": len(tasks) * s.steps * s.batch_size * model.experts[0].tokens,
-    }  # fmt: skip
+Asked = tuple[list[Tensor], list[Tensor], Tensor]  # classes said, classes said when told the task, (tasks, e) shares
 
 
-def _learn_in_one(tasks: list[Task], shape: Sequence[int], settings: Settings) -> dict[str, Any]:
-    K, s = len(tasks), settings
-    model = new_network(shape, K, sum(len(task.classes) for task in tasks), s).to(tasks[0].x.device)
-    lessons = [(task.x, task.y, s.steps) for task in tasks]
-    if s.approach.startswith("joint"):
-        lessons = [(torch.cat([task.x for task in tasks]), torch.cat([task.y for task in tasks]), K * s.steps)]
-    rows, known, moved = [[None] * K] * (K - len(lessons)), [[None] * K] * (K - len(lessons)), []
-    for x, y, steps in lessons:
-        before = _experts(model)
-        model.train()
-        fit(model.parameters(), lambda ids, x=x, y=y: F.cross_entropy(model(x[ids]), y[ids]), len(x), steps=steps,
-            batch_size=s.batch_size, learning_rate=s.learning_rate, routed=model)  # fmt: skip
-        model.eval()
-        moved.append(_moved(before, _experts(model), s.num_experts))
-        came = tasks[: len(rows) + 1]
-        logits, shares = _answers(model, came, s)
-        rows.append(_accuracies([said.argmax(1) for said in logits], tasks))
-        told = [task.classes[said[:, task.classes].argmax(1)] for said, task in zip(logits, came, strict=True)]
-        known.append(_accuracies(told, tasks))
-    found = {"accuracy": rows, "accuracy_task_known": known, "parameters": count(model)}
-    if s.approach.endswith("expert_choice"):
-        found |= {"moved": moved, "expert_shares": shares}
-    return found | {"tokens": K * s.steps * s.batch_size * model.tokens}
+def _asked_by_gates(model: ExpertGate, tasks: list[Task], settings: Settings) -> Asked:
+    """Of each task's validation images: what is said, what when told the task, and the share of images by expert."""
+    picks = [model(task.val_x) for task in tasks]
+    told = [model(task.val_x, torch.full_like(task.val_y, k))[0] for k, task in enumerate(tasks)]
+    shares = [expert.bincount(minlength=len(tasks)) / len(expert) for _, expert in picks]
+    return [said for said, _ in picks], told, torch.stack(shares)
 
 
 @torch.no_grad()
-def _answers(model: PatchNet, tasks: list[Task], settings: Settings) -> tuple[list[Tensor], list[list[float]]]:
-    """Logits of each task's validation images, and the share of each task's tokens by expert.
+def _asked(model: PatchNet, tasks: list[Task], settings: Settings) -> Asked:
+    """The same of one network, and the share of tokens by expert.
 
     Experts choose within a batch, so images of all tasks come mixed in batches as in training; the last is filled up, masked."""
     x = torch.cat([task.val_x for task in tasks])
@@ -175,19 +162,19 @@ def _answers(model: PatchNet, tasks: list[Task], settings: Settings) -> tuple[li
             taken = chosen.dense(len(scores)) > 0
             per_image = taken.view(len(filled), -1, settings.num_experts).sum(1)[: len(ids)]
             counts.index_add_(0, task_of[ids], per_image.to(counts.dtype))
-    shares = counts / counts.sum(1, keepdim=True)
-    return [logits[task_of == k] for k in range(len(tasks))], shares.tolist()
+    of_task = [logits[task_of == k] for k in range(len(tasks))]
+    told = [task.classes[said[:, task.classes].argmax(1)] for said, task in zip(of_task, tasks, strict=True)]
+    return [said.argmax(1) for said in of_task], told, counts / counts.sum(1, keepdim=True)
 
 
-def _weights(expert: PatchNet) -> Tensor:
-    """All FFN weights of a network, in one vector."""
-    return torch.cat([p.detach().flatten() for block in expert.blocks for p in block.ffn.parameters()])
-
-
-def _experts(model: PatchNet) -> list[Tensor]:
-    """A vector of weights for each expert of the expert choice layers; none in a dense network."""
-    weights = [w.detach() for block in model.blocks if isinstance(block.ffn, MoE) for w in (block.ffn.w1, block.ffn.w2)]
-    return [torch.cat([w.flatten() for w in of_one]) for of_one in zip(*weights, strict=True)]
+def _experts(model: ExpertGate | PatchNet) -> list[Tensor]:
+    """A vector of FFN weights for each expert; none in a dense network."""
+    if isinstance(model, ExpertGate):
+        weights = [[p for block in expert.blocks for p in block.ffn.parameters()] for expert in model.experts]
+    else:
+        ffns = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
+        weights = zip(*(w for ffn in ffns for w in (ffn.w1, ffn.w2)), strict=True)
+    return [torch.cat([w.detach().flatten() for w in of_one]) for of_one in weights]
 
 
 def _moved(before: list[Tensor], after: list[Tensor], experts: int) -> list[float | None]:
@@ -201,12 +188,12 @@ def _accuracies(said: list[Tensor], tasks: list[Task]) -> list[float | None]:
     return right + [None] * (len(tasks) - len(right))
 
 
-def final_accuracy(accuracy: Sequence[Sequence[float | None]]) -> float:
+def final_accuracy(accuracy: Accuracies) -> float:
     """Mean over tasks, after the last."""
     return sum(accuracy[-1]) / len(accuracy)
 
 
-def forgetting(accuracy: Sequence[Sequence[float | None]]) -> float:
+def forgetting(accuracy: Accuracies) -> float:
     """Mean over all tasks but the last: accuracy right after it was learned, minus accuracy at the end; NaN for joint training."""
     lost = [row[k] - end for k, (row, end) in enumerate(zip(accuracy, accuracy[-1], strict=True)) if row[k] is not None]
     return sum(lost[:-1]) / (len(lost) - 1) if len(lost) > 1 else math.nan

@@ -29,8 +29,9 @@ class PatchNet(nn.Module):
         super().__init__()
         C, H, W = shape
         if H % patch or W % patch:
-            size = f"{H} x {W} pixels"
-            raise ConfigError(f"patch={patch} doesn't divide images of {size}: use a number that divides both sides")
+            raise ConfigError(
+                f"patch={patch} doesn't divide images of {H} x {W} pixels: use a number that divides both sides"
+            )
         self.patch, self.tokens = patch, H * W // patch**2
         self.embed, self.position = nn.Linear(C * patch**2, d), nn.Parameter(0.02 * torch.randn(self.tokens, d))
         self.blocks = nn.ModuleList(Block(self.tokens, d, make_ffn()) for _ in range(layers))
@@ -44,7 +45,6 @@ class PatchNet(nn.Module):
         return self.norm(h.mean(1))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n, C, H, W), mask (n,) -> (n, classes)."""
         return self.head(self.features(x, mask))
 
 
@@ -60,9 +60,9 @@ class Block(nn.Module):
         """(n, T, d), mask (n,) -> (n, T, d)."""
         h = h + self.mix(self.norm1(h).transpose(1, 2)).transpose(1, 2)
         x = self.norm2(h)
-        if not isinstance(self.ffn, MoE):
+        if mask is None or not isinstance(self.ffn, MoE):
             return h + self.ffn(x)
-        return h + self.ffn(x, mask=None if mask is None else mask[:, None].expand(x.shape[:2]))
+        return h + self.ffn(x, mask=mask[:, None].expand(x.shape[:2]))
 
 
 def dense_ffn(d: int, f: int) -> nn.Module:

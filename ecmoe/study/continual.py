@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from ecmoe import paths
-from ecmoe.continual import APPROACHES, Settings, run_or_load
+from ecmoe.continual import APPROACHES, Settings
+from ecmoe.continual.runs import run_or_load
 from ecmoe.study import estimate
 from ecmoe.study.estimate import Unit, span
 from ecmoe.study.table import by_seed

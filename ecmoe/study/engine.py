@@ -80,7 +80,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
     with lock(one.name):
         try:
             if not isinstance(one.config, RunConfig):
-                from ecmoe.continual import run_or_load as learn
+                from ecmoe.continual.runs import run_or_load as learn
 
                 return learn(one.config, records=paths.records(scale)).summary["status"]
             result = run_or_load(one.config, records=paths.records(scale))
