@@ -269,6 +269,26 @@ def bench_all(
         raise typer.Exit(1)
 
 
+@bench.app.command("scaling")
+def bench_scaling(
+    scale: Annotated[str | None, typer.Option(help="whose sizes; default: gpu with CUDA, else smoke")] = None,
+    devices: Annotated[list[int] | None, typer.Option(min=1, help="each of these; default: as page 08")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="each of these: ddp, fsdp2, ep")] = None,
+    out: Annotated[Path | None, typer.Option(help="the folder; default: the scale's")] = None,
+) -> None:
+    """Tokens per second of training on one GPU and on several, by every strategy, against as many times one."""
+    import torch
+
+    from ecmoe.bench import scaling
+    from ecmoe.study import speed
+
+    with _one_line(ConfigError, OSError, ValueError):
+        scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
+        given = {"devices": devices, "strategies": strategy}
+        asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}
+        bench.show(scaling.bench_scaling(**asked), (out or speed.folder(scale)) / "scaling.json")
+
+
 @app.command()
 def keys() -> None:
     """List the keys of a run: name, default, meaning."""

@@ -77,6 +77,12 @@ def plan(scale: str) -> dict[str, Any]:
     return {"step_sizes": {}} | merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
 
 
+def scaling(scale: str) -> dict[str, Any]:
+    """Arguments of `bench_scaling` at a scale: `scaling` of 08_step_time, whose `base` wins over that of the scale."""
+    values = merge_parameters(parameter_files(SPEED, scale))
+    return values["scaling"] | {"base": values["base"] | values["scaling"].get("base", {})}
+
+
 def folder(scale: str) -> Path:
     """Where the engine keeps what was timed at a scale."""
     return paths.records(scale).with_name("bench")

@@ -68,6 +68,8 @@ class Recorder(L.Callback):
         self.rows = {int(row["step"]): row for row in state["rows"]}
 
     def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self.began = time.perf_counter()
         self.compiling = module.config.compile or module.device.type == "cuda"
 

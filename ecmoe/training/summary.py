@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pandas as pd
+import torch
 
 from ecmoe.config import RunConfig
 from ecmoe.model import metrics
@@ -53,6 +54,7 @@ def summarize(
             "tokens_per_second": rate,
             "step_ms": 1e3 * config.tokens_per_batch / rate if rate else math.nan,
             "mfu": rate * flops_per_token(config) / (peak_flops() * world),
+            "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else math.nan,
             "parameters": count.total,
             "active_parameters": count.active,
             "precision": resolved_precision(config),

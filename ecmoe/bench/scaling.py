@@ -1,0 +1,78 @@
+"""How training grows with GPUs: short runs, as `ecmoe train` makes them, on one and on several, by every strategy.
+
+Each rank has the batch of the one, so that twice the GPUs do twice the tokens in a step: at best in the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from ecmoe import paths
+from ecmoe.bench import clock as timing
+from ecmoe.config import RunConfig
+from ecmoe.files import write_text
+from ecmoe.training.gpus import place
+from ecmoe.training.ranks import by_torchrun
+from ecmoe.training.result import Result, read_run
+from ecmoe.training.run import free_memory, train_run
+from ecmoe.training.trainer import check_machine
+
+EVERY = 10  # steps of a sample
+
+
+def bench_scaling(
+    base: Mapping[str, Any], devices: Sequence[int] = (1, 2), strategies: Sequence[str] = ("ddp", "fsdp2", "ep"), *,
+    repeats: int = 7,
+) -> pd.DataFrame:  # fmt: skip
+    """Train for some steps on each number of devices, by each strategy where there are several.
+
+    Args:
+        base: keys of RunConfig, the batch that of a rank. repeats: samples of `EVERY` steps, after one that doesn't count.
+
+    Returns:
+        a row per strategy and number: milliseconds of a step with quartiles, tokens per second, of_ideal (of one device's times
+        their number), and the memory of the first rank at most. `attrs` hold the setting, and in absent what could not be trained.
+    """
+    timing.check_repeats(repeats)
+    length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
+    rows, absent = [], []
+    for n in devices:
+        for strategy in strategies if n > 1 else ("auto",):
+            try:
+                config = RunConfig.from_dict({**base, **length, "devices": n, "strategy": strategy})
+                result = _trained(config)
+            except Exception as error:  # a GPU too few, no memory: the others are still wanted
+                absent.append(f"{strategy} on {n} ({timing.reason(error)})")
+                continue
+            rates = result.curve["tokens_per_second"].iloc[1:]
+            took = timing.spread((config.tokens_per_batch / rates).tolist())
+            row = {"strategy": strategy, "devices": n} | took | {"tokens_per_second": rates.median()}
+            rows.append(row | {"peak_mb": result.summary["peak_mb"]})
+    table = pd.DataFrame(rows, columns=None if rows else ["strategy", "devices", "tokens_per_second"])
+    one = table.loc[table["devices"] == 1, "tokens_per_second"]
+    table["of_ideal"] = table["tokens_per_second"] / table["devices"] / (one.iloc[0] if len(one) else float("nan"))
+    table.attrs |= {"setting": {**base, "repeats": repeats} | timing.machine(), "absent": absent}
+    return table
+
+
+def _trained(config: RunConfig) -> Result:
+    """In a folder that nobody finds: it is timed anew each time."""
+    check_machine(config)
+    free_memory()  # of the run before
+    paths.cache().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=paths.cache()) as name:
+        if config.devices == 1:
+            with place() as where:
+                return train_run(config, Path(name), where=where)
+        write_text(Path(name) / "config.yaml", yaml.safe_dump(config.to_dict()))
+        by_torchrun(config, Path(name), lambda: None)
+        result = read_run(Path(name))
+    if not result.ok:
+        raise RuntimeError(result.summary["error"])
+    return result
