@@ -135,10 +135,14 @@ def local_files(data: str) -> dict[str, Path]:
 
 
 def files_below(path: Path, kinds: tuple[str, ...], without: Collection[str] = ()) -> dict[str, Path]:
-    """Files of a folder that end so, by their path relative to it; none that are hidden, or in folders that are or are called so."""
+    """Files of a folder that end so, by their path relative to it; none that are hidden, or in folders that are or are called so.
+    Links are followed."""
     found = {}
-    for folder, folders, names in os.walk(path, onerror=_unreadable):
+    for folder, folders, names in os.walk(path, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        for link in (Path(folder, name) for name in folders if Path(folder, name).is_symlink()):
+            if link.resolve() in {above.resolve() for above in link.parents}:
+                raise ConfigError(f"{link} is a link to a folder that holds it: remove it")
         for file in (Path(folder, name) for name in names if name.lower().endswith(kinds) and not name.startswith(".")):
             if not file.exists():
                 raise ConfigError(f"{file} is a link to nothing: mend or remove it")

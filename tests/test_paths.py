@@ -104,3 +104,18 @@ def test_an_unknown_home_is_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not paths.resolve("~nosuch/x").exists()
     assert paths.resolve("~").is_dir()
+
+
+def test_a_linked_folder_is_part_of_the_text_but_one_that_holds_itself_is_named(tmp_path):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "else" / "b.txt").write_text("b")
+    (tmp_path / "text" / "a.txt").write_text("a")
+    (tmp_path / "text" / "linked").symlink_to(tmp_path / "else")
+    assert list(paths.local_files(str(tmp_path / "text"))) == ["a.txt", "linked/b.txt"]
+    before = paths.with_content(str(tmp_path / "text"))
+    (tmp_path / "else" / "b.txt").write_text("c")
+    assert paths.with_content(str(tmp_path / "text")) != before
+    (tmp_path / "else" / "round").symlink_to(tmp_path / "text")
+    with pytest.raises(ConfigError, match="text/linked/round is a link to a folder that holds it"):
+        paths.local_files(str(tmp_path / "text"))
