@@ -18,18 +18,17 @@ makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits 
     rows.py       gather, combine, activation
     selection.py  top-k without a sort                   capped.py     top-k under a cap on a token's experts
     attention.py  attention with a bias by distance      loss.py       the loss of a chunk of logits, and its gradient
-    counts.py     who got how much, for statistics       common.py     launching, operators
+    common.py     launching, operators
 
-`experts`, `logits`, `select` and `tally_` each stand for a line of the plain path, which stays the readable truth
+`experts`, `logits` and `select` each stand for a line of the plain path, which stays the readable truth
 (moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
 On a GPU: `pytest tests/kernels`, then `ecmoe bench layer`.
 """
 
 from ecmoe.kernels.choice import expert_choice
 from ecmoe.kernels.common import INTERPRETED
-from ecmoe.kernels.counts import tally_
 from ecmoe.kernels.layer import experts
-from ecmoe.kernels.routing import logits, logits_and_tokens
+from ecmoe.kernels.routing import logits
 from ecmoe.kernels.selection import select
 
-__all__ = ["INTERPRETED", "expert_choice", "experts", "logits", "logits_and_tokens", "select", "tally_"]
+__all__ = ["INTERPRETED", "expert_choice", "experts", "logits", "select"]

@@ -1,4 +1,4 @@
-"""Capped expert choice on a GPU, in Triton: `transport`'s problem in some thirty launches and no wait for the device.
+"""Capped expert choice on a GPU, in Triton: `transport`'s problem in 25 launches and no wait for the device.
 
 Letters: g pools of m tokens, e experts, k tokens of an expert, b the cap, S (g, e, m) scores, X (g, e, m) who holds
 whom; E is e rounded up to a power of two, T the tokens of a program.
@@ -9,9 +9,8 @@ whom; E is e rounded up to a power of two, T the tokens of a program.
             cap out, to find the order of magnitude; most ask a sample of the tokens, the last ones all.
     hold    every token its b best at these prices. With places to spare (m b > e k) a place that stays free has a
             price too, and stays free where nothing is worth more.
-    repair  experts with more than k give tokens to those with fewer. Each surplus place is paired with a missing
-            one and given to one program, which makes the cheapest such move among its T tokens.
-    settle  what found no token there moves in token order, an exact number each time: nothing, almost always.
+    settle  experts with more than k give tokens, about one in a thousand, to those with fewer: first tokens that
+            lose little by it, then others, in token order, an exact number each time.
 
 Feasible for any scores. No token ever has more than b < e. If fewer than e k places are held, a token has a place
 free, and takes an expert that it doesn't hold; if more are, an expert with more than k drops one. Once e k are, let
@@ -19,7 +18,7 @@ u have more than k and v fewer: at least load_u - load_v of u's tokens are not v
 can move from u to v, and then one of the two is done. `settle` thus ends within b + 2 e sweeps over the tokens.
 Counts are integers, the same in whatever order they are added: the same scores give the same choice.
 
-The sum of scores loses what the jitter that parts equal tokens and the repairs, of one place in a thousand, cost.
+The sum of scores loses what the jitter that parts equal tokens and those moves cost.
 """
 
 from __future__ import annotations
@@ -37,11 +36,12 @@ ROUNDS = UNCAPPED + SAMPLED + FULL
 SAMPLE, SAMPLE_LEAST = 8192, 1024  # tokens of all pools together; of one pool at least
 JITTER_FIRST, JITTER_LAST = 0.2, 5e-3  # of the mean score
 DAMPING = 0.7
-REPAIRS = 2
+CHEAP = tl.constexpr(0.05)  # of the mean score: what a token may lose that moves first
 # T E numbers of a program, where all tokens are asked, and where a sample is.
 MOST_TOKENS = 512  # T: three counts of them are added up in 30 bits
 TILE = {"ELEMENTS": 4096, "num_warps": 4}
 SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}
+SETTLE = {"BLOCK": 1024, "num_warps": 4}
 SWEEP = {"BLOCK": 4096, "num_warps": 8}
 MOST_EXPERTS = 512
 
@@ -78,8 +78,7 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
     state = scores.new_zeros(ROUNDS + 1, g, 2, e + 1)
     state[0, :, 1] = 4 * unit[:, None]
     counts = torch.zeros(ROUNDS, g, 9, e + 1, dtype=torch.int32, device=scores.device)
-    # How many tokens each expert holds, and by how many a repair changes that.
-    loads = torch.zeros(REPAIRS + 1, g, e, dtype=torch.int32, device=scores.device)
+    loads = torch.zeros(g, e, dtype=torch.int32, device=scores.device)  # how many tokens each expert holds
     problem = (scores, *scores.stride(), e, m, unit, state)
     spare = {"b": b, "SPARE": m * b > e * k}
 
@@ -100,10 +99,7 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
         before = k * tokens / m
     grid, sizes = (cdiv(m, everyone["T"]), g), spare | everyone
     _hold_kernel[grid](*problem, JITTER_LAST, counts, before, DAMPING, ROUNDS, UNCAPPED, X, loads, **sizes)
-    for r in range(REPAIRS):
-        _repair_kernel[grid](*problem, JITTER_LAST, ROUNDS, X, loads, k, r, **sizes)
-    sizes |= {"STAGES": REPAIRS + 1} | SWEEP
-    _settle_kernel[1, g](*problem, JITTER_LAST, ROUNDS, X, loads, k, **sizes)
+    _settle_kernel[1, g](*problem, JITTER_LAST, ROUNDS, X, loads, k, **sizes | SETTLE)
     return X
 
 
@@ -175,22 +171,17 @@ def _price(state, counts, pool, node, e, unit, target, damping, r, first):
 
 
 @triton.jit
-def _count(counts, row: tl.constexpr, gain, scale, node, e):
-    """Add to rows `row` to row + 2 of (9, e + 1) counts how many gains (T, nodes) reach their thresholds."""
-    three = tl.zeros(gain.shape, tl.int32)
-    for i in tl.static_range(3):
-        threshold = _threshold(tl.full((1,), row + i, tl.int32)) * scale
-        three += (gain >= threshold[None, :]).to(tl.int32) << (10 * i)
-    three = tl.sum(three, 0)  # three sums in one: none reaches 2^10
-    for i in tl.static_range(3):
-        count = (three >> (10 * i)) & 1023
-        tl.atomic_add(counts + (row + i) * (e + 1) + node, count, mask=(node <= e) & (count > 0), sem="relaxed")
-
-
-@triton.jit
-def _count_all(counts, gain, scale, node, e):
-    for i in tl.static_range(3):
-        _count(counts, 3 * i, gain, scale, node, e)
+def _count(counts, gain, scale, node, e):
+    """Add to (9, e + 1) counts how many gains (T, nodes) reach their thresholds."""
+    for row in tl.static_range(0, 9, 3):
+        three = tl.zeros(gain.shape, tl.int32)
+        for i in tl.static_range(3):
+            threshold = _threshold(tl.full((1,), row + i, tl.int32)) * scale
+            three += (gain >= threshold[None, :]).to(tl.int32) << (10 * i)
+        three = tl.sum(three, 0)  # three sums in one: none reaches 2^10
+        for i in tl.static_range(3):
+            count = (three >> (10 * i)) & 1023
+            tl.atomic_add(counts + (row + i) * (e + 1) + node, count, mask=(node <= e) & (count > 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["r", "first"])
@@ -220,12 +211,12 @@ def _round_kernel(
             rest = tl.where(rest < last[:, None], rest, float("-inf"))
         other = tl.max(rest, 1)
         if SPARE:
-            _count_all(
+            _count(
                 counts, best - free[None, :], free_scale + tl.zeros((B,), tl.float32), e + tl.zeros((B,), tl.int32), e
             )
             last, other = tl.maximum(last, tl.max(free)), tl.maximum(other, tl.max(free))
         gain -= tl.where(gain >= last[:, None], other[:, None], last[:, None])
-    _count_all(counts, tl.where(inside, gain, float("-inf")), scale, expert, e)
+    _count(counts, tl.where(inside, gain, float("-inf")), scale, expert, e)
 
 
 @triton.jit(do_not_specialize=["r", "first"])
@@ -259,87 +250,16 @@ def _at(X, pool, e, m, token, expert):
     return X + (pool.to(tl.int64) * e + expert[None, :]) * m + token[:, None]
 
 
-@triton.jit
-def _share(first, last, program, programs):
-    """How many of the numbers first..last - 1 leave `program` when divided by `programs`."""
-    return (last + programs - 1 - program) // programs - (first + programs - 1 - program) // programs
-
-
-@triton.jit(do_not_specialize=["r", "repair"])
-def _repair_kernel(
-    scores, sg, se, sm, e, m, units, state, jitter, r, X, loads, k, repair,
-    b: tl.constexpr, SPARE: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Moves from experts with more than k to those with fewer; `e` more or fewer are places that stay free.
-
-    Surplus places are numbered, and so are missing ones; a number is a move, and goes to the program that it leaves
-    when divided by their number. In another repair it goes to another.
-    """
-    pool, pools, programs = tl.program_id(1), tl.num_programs(1), tl.num_programs(0)
-    expert = tl.arange(0, E)
-    load = tl.zeros((E,), tl.int32)
-    for stage in range(repair + 1):
-        load += tl.load(loads + (stage * pools + pool) * e + expert, mask=expert < e, other=0)
-    excess = tl.where(expert < e, load - k, 0)
-    total = tl.sum(excess)
-    surplus, missing = tl.maximum(excess, 0), tl.maximum(-excess, 0)
-    program = (tl.program_id(0) + repair * 37) % programs
-    last, all = tl.cumsum(surplus), tl.sum(surplus)
-    give = _share(last - surplus, last, program, programs)
-    give_free = _share(all, all + tl.maximum(-total, 0), program, programs)
-    last, all = tl.cumsum(missing), tl.sum(missing)
-    take = _share(last - missing, last, program, programs)
-    take_free = _share(all, all + tl.maximum(total, 0), program, programs)
-    left = tl.sum(give) + give_free
-    if left > 0:
-        token, change = tl.program_id(0) * T + tl.arange(0, T), tl.zeros((E,), tl.int32)
-        inside = (token < m)[:, None] & (expert < e)[None, :]
-        held = tl.load(_at(X, pool, e, m, token, expert), mask=inside, other=0) != 0
-        price = state + (r * pools + pool) * 2 * (e + 1)
-        R = _offers(scores, sg, se, sm, pool, token, expert, inside, tl.load(units + pool), jitter)
-        R -= tl.load(price + expert, mask=expert < e, other=0.0)[None, :]
-        free = tl.load(price + e)
-        while left > 0:
-            worth = tl.where(held & (give > 0)[None, :], R, float("inf"))
-            source, least = tl.argmin(worth, 1), tl.min(worth, 1)
-            worth = tl.where(inside & ~held & (take > 0)[None, :], R, float("-inf"))
-            target, most = tl.argmax(worth, 1), tl.max(worth, 1)
-            if SPARE:
-                frees = (token < m) & (tl.sum(held.to(tl.int32), 1) < b) & (give_free > 0) & (free < least)
-                source, least = tl.where(frees, E, source), tl.where(frees, free, least)
-                frees = (take_free > 0) & (free > most)
-                target, most = tl.where(frees, E, target), tl.where(frees, free, most)
-            gain = most - least
-            if tl.max(gain) > float("-inf"):
-                moved = tl.arange(0, T) == tl.argmax(gain, 0)
-                u, v = tl.sum(tl.where(moved, source, 0)), tl.sum(tl.where(moved, target, 0))
-                held = (held & ~(moved[:, None] & (expert == u)[None, :])) | (moved[:, None] & (expert == v)[None, :])
-                given, taken = (expert == u).to(tl.int32), (expert == v).to(tl.int32)
-                give, take, change = give - given, take - taken, change + taken - given
-                give_free -= (u == E).to(tl.int32)
-                take_free -= (v == E).to(tl.int32)
-                left -= 1
-            else:
-                left = 0
-        tl.store(_at(X, pool, e, m, token, expert), held.to(tl.int8), mask=inside)
-        loads += ((repair + 1) * pools + pool) * e
-        tl.atomic_add(loads + expert, change, mask=(expert < e) & (change != 0), sem="relaxed")
-
-
 @triton.jit(do_not_specialize=["r"])
 def _settle_kernel(
     scores, sg, se, sm, e, m, units, state, jitter, r, X, loads, k,
-    b: tl.constexpr, SPARE: tl.constexpr, STAGES: tl.constexpr,
-    E: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    b: tl.constexpr, SPARE: tl.constexpr, E: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a pool: `settle` above."""
     pool, pools = tl.program_id(1), tl.num_programs(1)
     expert, offset = tl.arange(0, E), tl.arange(0, BLOCK)
-    load = tl.zeros((E,), tl.int32)
-    for stage in tl.static_range(STAGES):
-        load += tl.load(loads + (stage * pools + pool) * e + expert, mask=expert < e, other=0)
-    excess = tl.where(expert < e, load - k, 0)
-    total = tl.sum(excess)
+    excess = tl.load(loads + pool * e + expert, mask=expert < e, other=k) - k
+    total, unit = tl.sum(excess), tl.load(units + pool)
     if SPARE:
         while total < 0:  # each token with a free place takes its best other expert
             price = tl.load(state + (r * pools + pool) * 2 * (e + 1) + expert, mask=expert < e, other=0.0)
@@ -351,7 +271,7 @@ def _settle_kernel(
                 held = tl.load(_at(X, pool, e, m, token, expert), mask=inside, other=0) != 0
                 can = ((token < m) & (tl.sum(held.to(tl.int32), 1) < b)).to(tl.int32)
                 can = (can > 0) & (tl.cumsum(can) <= -total)
-                R = _offers(scores, sg, se, sm, pool, token, expert, inside, tl.load(units + pool), jitter)
+                R = _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter)
                 best = tl.argmax(tl.where(inside & ~held, R - price[None, :], float("-inf")), 1)
                 takes = can[:, None] & (best[:, None] == expert[None, :])
                 tl.store(_at(X, pool, e, m, token, expert), takes.to(tl.int8), mask=takes)
@@ -367,12 +287,18 @@ def _settle_kernel(
         drop = total > 0
         amount = tl.where(drop, tl.minimum(most, total), tl.minimum(most, -least))
         source, target = X + u.to(tl.int64) * m, X + v.to(tl.int64) * m
-        left, start = amount, 0
-        while (left > 0) & (start < m):
+        at, price = scores + pool.to(tl.int64) * sg, state + (r * pools + pool) * 2 * (e + 1)
+        rise = tl.load(price + v) - tl.load(price + u)
+        left, start, cheap = amount, 0, ~drop  # first tokens that lose next to nothing
+        while (left > 0) & ((start < m) | cheap):
+            cheap &= start < m
+            start = tl.where(start < m, start, 0)
             token = start + offset
             can = tl.load(source + token, mask=token < m, other=0) != 0
-            held = tl.load(target + token, mask=token < m, other=0) != 0
-            can = (can & (drop | ~held)).to(tl.int32)
+            can &= drop | (tl.load(target + token, mask=token < m, other=0) == 0)
+            gain = tl.load(at + v.to(tl.int64) * se + token.to(tl.int64) * sm, mask=can, other=0)
+            gain -= tl.load(at + u.to(tl.int64) * se + token.to(tl.int64) * sm, mask=can, other=0)
+            can = (can & (~cheap | (gain - rise + unit * CHEAP > 0))).to(tl.int32)
             moves = (can > 0) & (tl.cumsum(can) <= left)
             tl.store(source + token, tl.zeros((BLOCK,), tl.int8), mask=moves)
             tl.store(target + token, tl.full((BLOCK,), 1, tl.int8), mask=moves & ~drop)

@@ -45,8 +45,8 @@ def expert_choice(
         x: (n, d). weight: (d, e), the router's. w1: (e, d, f). w2: (e, f, d).
         scale: of the gates; None: a token's add up to 1.
         cutoff: (e,) and (), each expert's lowest chosen score, and 1, are added; None: nothing is.
-        statistics: of the layer, (e,) load, (e,) demand, () tokens, at most 16 bins as in `tally_`, all int64, are written;
-            None: nothing is.
+        statistics: of the layer, (e,) load, (e,) demand, () tokens, at most 16 bins, all int64, are written: bins
+            count the tokens with 0, 1, ... experts, the last one also those with more. None: nothing is.
         fuse: as in `experts`.
 
     Returns:
@@ -68,7 +68,7 @@ class _Layer(torch.autograd.Function):
             S = routing.product(x, weight, inverse, e * k)
             token = choose(S, k, inverse, cutoff, None if statistics is None else statistics[-1])
             gate = _weigh(S, inverse, k, scale, statistics)
-            out, *kept = layer.experts_forward(x.to(dtype), w1, w2, token, gate, fuse, keep, inverse)
+            out, *kept = layer.experts_forward(x.to(dtype), w1, w2, token, gate, inverse, fuse, keep)
         if keep:
             ctx.scale, ctx.fuse = scale, fuse
             ctx.save_for_backward(x, weight, S, w1, w2, token, gate, *kept)

@@ -83,26 +83,20 @@ class Operator:
 
     Args:
         function: with annotated arguments, the first of them a tensor.
-        fake: the same, for tensors without numbers; none: it returns nothing.
+        fake: the same, for tensors without numbers.
         backward, setup: as for `torch.library.register_autograd`; none: no gradient passes.
-        plain: what runs elsewhere, if it is another: it may return None for a tensor that nobody will read.
-        mutates: names of the arguments that it writes to.
     """
 
     def __init__(
         self,
         function: Callable,
-        fake: Callable | None = None,
+        fake: Callable,
         backward: Callable | None = None,
         setup: Callable | None = None,
-        *,
-        plain: Callable | None = None,
-        mutates: tuple[str, ...] = (),
     ) -> None:
-        self.plain, self.__doc__ = plain or function, function.__doc__
-        registered = torch.library.custom_op(f"ecmoe::{function.__name__.strip('_')}", function, mutates_args=mutates)
-        if fake is not None:
-            registered.register_fake(fake)
+        self.plain = function
+        registered = torch.library.custom_op(f"ecmoe::{function.__name__.strip('_')}", function, mutates_args=())
+        registered.register_fake(fake)
         if backward is not None:
             registered.register_autograd(backward, setup_context=setup)
             self.plain = _differentiable(self.plain, backward, setup)

@@ -31,21 +31,14 @@ def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, f
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     gate = gate.to(torch.promote_types(dtype, torch.float32))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, gate))
-    return _experts_op(x.to(dtype), w1, w2, token, gate, fuse, keep)[0].to(x.dtype)
+    return _experts_op(x.to(dtype), w1, w2, token, gate, None, fuse, keep)[0].to(x.dtype)
 
 
 def experts_forward(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    token: Tensor,
-    gate: Tensor,
-    fuse: bool,
-    keep: bool,
-    inverse: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Out, and what the backward pass needs, if `keep`: inverse (n, e), x_in, slope, a, y (e, k, ...), and w1, w2 in the
-    dtype of x, unless they are in it."""
+    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, inverse: Tensor | None, fuse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Out, and what the backward pass needs, empty unless `keep`: inverse (n, e), x_in, slope, a, y (e, k, ...), and w1, w2
+    in the dtype of x, empty if they are in it."""
     x, token, gate = x.contiguous(), token.contiguous(), gate.contiguous()
     with device_of(x):
         x_in, v1, v2 = gather(x, token), w1.to(x.dtype).contiguous(), w2.to(x.dtype).contiguous()
@@ -57,37 +50,22 @@ def experts_forward(
         inverse = invert(token, x.shape[0]) if inverse is None else inverse
         out = combine(y, inverse)
     if not keep:
-        return out, *[None] * 7
-    return out, inverse, x_in, slope, a, y, *((v1, v2) if w1.dtype != x.dtype else (None, None))
+        inverse, x_in, a, y = inverse.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    if not keep or w1.dtype == x.dtype:
+        v1, v2 = x.new_empty(0), x.new_empty(0)
+    return out, inverse, x_in, slope, a, y, v1, v2
 
 
-def _experts(
-    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, fuse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`experts_forward`, with an empty tensor where that has None."""
-    out, *kept = experts_forward(x, w1, w2, token, gate, fuse, keep)
-    empty = x.new_empty(0, dtype=torch.int32), x.new_empty(0), new_slope(x, False), *[x.new_empty(0) for _ in range(4)]
-    return out, *(e if t is None else t for t, e in zip(kept, empty, strict=True))
-
-
-def _fake(x, w1, w2, token, gate, fuse, keep):
+def _fake(x, w1, w2, token, gate, inverse, fuse, keep):
     (n, d), (e, k), f = x.shape, token.shape, w1.shape[2]
-    shapes = [
-        (n, e),
-        (e, k, d),
-        (e, k, f),
-        (e, k, f),
-        (e, k, d),
-        *([(e, d, f), (e, f, d)] if w1.dtype != x.dtype else [(0,)] * 2),
-    ]
-    inverse, x_in, slope, a, y, v1, v2 = shapes if keep else [(0,)] * 7
-    return (
-        torch.empty_like(x),
-        x.new_empty(inverse, dtype=torch.int32),
-        x.new_empty(x_in),
-        new_slope(x.new_empty(slope), True),
-        *(x.new_empty(shape) for shape in (a, y, v1, v2)),
+    h, y, kept = (
+        x.new_empty((e, k, f) if keep else 0),
+        x.new_empty((e, k, d) if keep else 0),
+        keep and w1.dtype != x.dtype,
     )
+    weights = [torch.empty_like(w, dtype=x.dtype) if kept else x.new_empty(0) for w in (w1, w2)]
+    table = x.new_empty((n, e) if keep else 0, dtype=torch.int32)
+    return torch.empty_like(x), table, y, new_slope(h, True), h, torch.empty_like(y), *weights
 
 
 def experts_backward(
@@ -101,8 +79,8 @@ def experts_backward(
     slope: Tensor,
     a: Tensor,
     y: Tensor,
-    v1: Tensor | None,
-    v2: Tensor | None,
+    v1: Tensor,
+    v2: Tensor,
     fuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w2, gate, those of the weights in their dtype.
@@ -112,7 +90,7 @@ def experts_backward(
     and fails.
     """
     gate = gate.contiguous()
-    if v1 is None or v1.numel() == 0:
+    if not v1.numel():
         v1, v2 = w1.contiguous(), w2.contiguous()
     with device_of(dout):
         dy, dgate = gather_dot_(dout.contiguous(), y, token.contiguous(), gate)
@@ -141,19 +119,18 @@ def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keep_for_backward(ctx, inputs, output):
-    _, w1, w2, token, gate, ctx.fuse, _ = inputs
-    _, *kept = output
-    ctx.mark_non_differentiable(*(t for t in kept if t is not None))
+    (_, w1, w2, token, gate, _, ctx.fuse, _), (_, *kept) = inputs, output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # zeros the size of h, else
     ctx.save_for_backward(w1, w2, token, gate, *kept)
 
 
 def _backward(ctx, dout, *_):
     if dout is None:
-        return (None,) * 7
+        return (None,) * 8
     dx, dw1, dw2, dgate = _experts_backward_op(dout, *ctx.saved_tensors, ctx.fuse)
-    return dx, dw1, dw2, None, dgate, None, None
+    return dx, dw1, dw2, None, dgate, None, None, None
 
 
 _experts_backward_op = Operator(experts_backward, _fake_backward)
-_experts_op = Operator(_experts, _fake, _backward, _keep_for_backward, plain=experts_forward)
+_experts_op = Operator(experts_forward, _fake, _backward, _keep_for_backward)

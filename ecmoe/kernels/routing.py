@@ -20,18 +20,14 @@ TOKENS_PER_SUM = 1024  # of the partial sums of the router's gradient
 MOST_EXPERTS = 128  # of `logits`: more would not fit into shared memory
 
 
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """(n, d) tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision.
+def logits(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, d) tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision; and x: whoever goes on with this x
+    adds up its two gradients in one pass, not in one more.
 
     bf16 numbers multiply exactly in tensor cores and add up in float32; a float32 number goes in as the sum of
     three of them (`_split`), so that weights in bf16 take a third of the products. float64 and float16 take the plain
     product.
     """
-    return logits_and_tokens(x, weight)[0]
-
-
-def logits_and_tokens(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits`, and x: whoever goes on with this x adds up its two gradients in one pass, not in one more."""
     if x.dtype not in (torch.bfloat16, torch.float32) or weight.shape[1] > MOST_EXPERTS:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.to(dtype) @ weight.to(dtype), x
@@ -61,20 +57,12 @@ def product(x: Tensor, w: Tensor, inverse: Tensor | None = None, empty: int = 0)
     instead, laid out as they choose, (e, n), and `inverse` is filled with `empty`."""
     (n, d), e = x.shape, w.shape[1]
     out = x.new_empty((n, e) if inverse is None else (e, n), dtype=torch.float32)
-    exact, E = w.dtype == torch.bfloat16, block(e, 16)
-    depth = LOGITS["DEPTH"] if exact or E <= 64 else LOGITS["DEPTH"] // 2  # three parts need more room
-    cut = LOGITS | {"E": E, "EXACT": exact, "DEPTH": depth}
-    _logits_kernel[cdiv(n, LOGITS["ROWS"]),](x, _parts(w), out, inverse, empty, n, d, e, **cut)
+    E = block(e, 16)
+    depth = (
+        LOGITS["DEPTH"] if w.dtype == torch.bfloat16 or E <= 64 else LOGITS["DEPTH"] // 2
+    )  # three parts need more room
+    _logits_kernel[cdiv(n, LOGITS["ROWS"]),](x, w, out, inverse, empty, n, d, e, E=E, **LOGITS | {"DEPTH": depth})
     return out
-
-
-def _parts(w: Tensor) -> Tensor:
-    """(d, e) -> (3, d, e) bf16, which add up to w: split once, not by every program; w itself if it is bf16."""
-    if w.dtype == torch.bfloat16:
-        return w
-    parts = w.new_empty(3, *w.shape, dtype=torch.bfloat16)
-    _parts_kernel[cdiv(w.numel(), 1024),](w, parts, w.numel(), BLOCK=1024)
-    return parts
 
 
 def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,11 +75,13 @@ def product_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     (n, d), e = x.shape, w.shape[1]
     out, sums = torch.empty_like(x), cdiv(n, TOKENS_PER_SUM)
     dw = w.new_empty(sums, d, e, dtype=torch.float32)
-    exact, E = w.dtype == torch.bfloat16, block(e, 16)
+    E = block(e, 16)
     grid = cdiv(n, LOGITS_DX["ROWS"]), cdiv(d, LOGITS_DX["COLUMNS"])
-    _logits_dx_kernel[grid](dlogits, dx, _parts(w), out, n, d, e, E=E, EXACT=exact, **LOGITS_DX)
+    _logits_dx_kernel[grid](dlogits, dx, w, out, n, d, e, E=E, **LOGITS_DX)
     grid = cdiv(d, LOGITS_DW["COLUMNS"]), sums
-    _logits_dw_kernel[grid](x, dlogits, dw, n, d, e, ROUND=exact, E=E, TOKENS=TOKENS_PER_SUM, **LOGITS_DW)
+    _logits_dw_kernel[grid](
+        x, dlogits, dw, n, d, e, ROUND=w.dtype == torch.bfloat16, E=E, TOKENS=TOKENS_PER_SUM, **LOGITS_DW
+    )
     total = torch.empty_like(w)
     _sum_kernel[cdiv(d * e, 256),](dw, total, sums, d * e, BLOCK=256)
     return out, total
@@ -111,11 +101,13 @@ def _split(x):
 
 
 @triton.jit
-def _multiply(a, high, middle, low, total, EXACT: tl.constexpr):
-    """total + a (high + middle + low) to float32's precision, small terms first; a in bf16 or float32.
-
-    EXACT: + a high alone.
-    """
+def _multiply(a, w, total, ROUND: tl.constexpr):
+    """total + a w to float32's precision, each in bf16 or float32, small terms first; ROUND: w to bf16."""
+    if w.dtype == tl.bfloat16:
+        high, middle, low = w, w, w
+    else:
+        high, middle, low = _split(w)
+    EXACT: tl.constexpr = ROUND or w.dtype == tl.bfloat16
     if a.dtype == tl.bfloat16:
         if not EXACT:
             total = dot(a, low, total)
@@ -134,28 +126,9 @@ def _multiply(a, high, middle, low, total, EXACT: tl.constexpr):
 
 
 @kernel
-def _parts_kernel(w, parts, size, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    high, middle, low = _split(tl.load(w + place, mask=place < size, other=0))
-    tl.store(parts + place, high, mask=place < size)
-    tl.store(parts + size + place, middle, mask=place < size)
-    tl.store(parts + 2 * size + place, low, mask=place < size)
-
-
-@triton.jit
-def _load_parts(parts, place, inside, size, EXACT: tl.constexpr):
-    high = tl.load(parts + place, mask=inside, other=0)
-    if EXACT:
-        return high, high, high
-    else:
-        middle = tl.load(parts + size + place, mask=inside, other=0)
-        return high, middle, tl.load(parts + 2 * size + place, mask=inside, other=0)
-
-
-@kernel
 def _logits_kernel(
-    x, parts, out, inverse, empty, n, d, e,
-    EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    x, w, out, inverse, empty, n, d, e,
+    E: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, E)
@@ -165,8 +138,8 @@ def _logits_kernel(
         inside = (t < n)[:, None] & (column < d)[None, :]
         tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
         inside = (column < d)[:, None] & (expert < e)[None, :]
-        high, middle, low = _load_parts(parts, column[:, None] * e + expert[None, :], inside, d * e, EXACT)
-        total = _multiply(tokens, high, middle, low, total, EXACT)
+        weight = tl.load(w + column[:, None] * e + expert[None, :], mask=inside, other=0)
+        total = _multiply(tokens, weight, total, False)
     inside = (t < n)[:, None] & (expert < e)[None, :]
     place = t[:, None] * e + expert[None, :]
     if inverse is not None:
@@ -180,8 +153,8 @@ def _logits_kernel(
 
 @kernel
 def _logits_dx_kernel(
-    dlogits, dx, parts, out, n, d, e,
-    EXACT: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dlogits, dx, w, out, n, d, e,
+    E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dx + dlogits w^T."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -189,16 +162,15 @@ def _logits_dx_kernel(
     known = (t < n)[:, None] & (expert < e)[None, :]
     left = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=known, other=0)
     inside = (column < d)[None, :] & (expert < e)[:, None]
-    weight = column[None, :] * e + expert[:, None]
+    weight = tl.load(w + column[None, :] * e + expert[:, None], mask=inside, other=0)
     place = t[:, None] * d + column[None, :]
     ours = (t < n)[:, None] & (column < d)[None, :]
     other = tl.load(dx + place, mask=ours, other=0).to(tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
-        total = dot(left.to(tl.bfloat16), tl.load(parts + weight, mask=inside, other=0), total)
+        total = dot(left.to(tl.bfloat16), weight.to(tl.bfloat16), total)
     else:
-        high, middle, low = _load_parts(parts, weight, inside, d * e, EXACT)
-        total = _multiply(left, high, middle, low, total, EXACT)
+        total = _multiply(left, weight, total, False)
     tl.store(out + place, (total + other).to(out.dtype.element_ty), mask=ours)
 
 
@@ -218,8 +190,7 @@ def _logits_dw_kernel(
         tokens = tl.load(x + t[:, None] * d + column[None, :], mask=inside, other=0)
         inside = (t < n)[:, None] & (expert < e)[None, :]
         gradient = tl.load(dlogits + t[:, None] * e + expert[None, :], mask=inside, other=0)
-        high, middle, low = _split(gradient)
-        total = _multiply(tokens.T, high, middle, low, total, ROUND)
+        total = _multiply(tokens.T, gradient, total, ROUND)
     inside = (column < d)[:, None] & (expert < e)[None, :]
     place = (tl.program_id(1).to(tl.int64) * d + column[:, None]) * e + expert[None, :]
     tl.store(dw + place, total, mask=inside)

@@ -215,20 +215,14 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
-        if mask is None and assignment.gate.numel() and fast(self.kernels, assignment.gate, n * self.w1.shape[1]):
-            from ecmoe import kernels
-
-            kernels.tally_(assignment.token, n, self.load, self.experts_per_token)
-            self.tokens.fill_(n)
-        else:
-            load, counts = assignment.load(n), assignment.experts_per_token(n).clamp(max=metrics.MOST)
-            if mask is not None:  # padding is in no bin
-                counts = counts.masked_fill(~mask, -1)
-            # Comparing is faster than adding: all tokens would queue for a few bins.
-            bins = (counts == torch.arange(metrics.MOST + 1, device=counts.device)[:, None]).sum(1)
-            self.load.copy_(load)
-            self.experts_per_token.copy_(bins)
-            self.tokens.copy_(bins.sum())
+        counts = assignment.experts_per_token(n).clamp(max=metrics.MOST)
+        if mask is not None:  # padding is in no bin
+            counts = counts.masked_fill(~mask, -1)
+        # Comparing is faster than adding: all tokens would queue for a few bins.
+        bins = (counts == torch.arange(metrics.MOST + 1, device=counts.device)[:, None]).sum(1)
+        self.load.copy_(assignment.load(n))
+        self.experts_per_token.copy_(bins)
+        self.tokens.copy_(bins.sum())
         self.demand.copy_(self.load if assignment.demand is None else assignment.demand)
 
     def statistics(self) -> dict[str, Tensor]:

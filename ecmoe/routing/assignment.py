@@ -46,8 +46,8 @@ class Assignment:
 
     def experts_per_token(self, n: int) -> Tensor:
         """(n,) int64: how many experts took each token. A slot counts also where its gate is 0."""
-        counts = torch.zeros(n + 1, dtype=torch.long, device=self.token.device)
-        return counts.index_add(0, self.token.reshape(-1), torch.ones_like(self.token).reshape(-1))[:n]
+        held = torch.zeros(n + 1, len(self.token), dtype=torch.int8, device=self.token.device)
+        return held.scatter(0, self.token.T, 1)[:n].sum(1)
 
     def load(self, n: int) -> Tensor:
         """(e,) int64: tokens that each expert processes, empty slots left out."""

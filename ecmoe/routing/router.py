@@ -64,7 +64,7 @@ class Router(RunningState):
             if fast(self.kernels, x, x.numel()):
                 from ecmoe import kernels
 
-                return kernels.logits_and_tokens(x, self.weight)
+                return kernels.logits(x, self.weight)
             return x.to(dtype) @ self.weight.to(dtype), x
 
     def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:

@@ -38,7 +38,6 @@ from ecmoe.kernels import (  # noqa: E402
     attention,
     capped,
     choice,
-    counts,
     loss,
     product,
     routing,
@@ -46,7 +45,7 @@ from ecmoe.kernels import (  # noqa: E402
     selection,
 )
 
-for part in (routing, selection, counts, choice):
+for part in (routing, selection, choice):
     part.check = lambda x: None
 for part in (product, rows):
     part.approximate = lambda x: {"APPROXIMATE": x.dtype == torch.bfloat16}
@@ -71,7 +70,6 @@ def launch(n, d, f, e, k, dtype):
             torch.ops.ecmoe.logits(x, weight)
             torch.ops.ecmoe.logits_backward(logits, x, x, weight)
         selection.select(logits.T, k)
-        counts.tally_(token, n, torch.empty(e, dtype=torch.long), torch.empty(9, dtype=torch.long))
         selection.select(torch.empty(1, 3 * selection.SAMPLE), k)
         whole = [t.clone().requires_grad_() for t in (x, w, w1, w2)]
         seen = [torch.empty(size, dtype=torch.long) for size in (e, e, 1, 9)]

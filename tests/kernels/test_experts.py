@@ -96,7 +96,7 @@ def test_the_same_input_gives_the_same_bits():
 
 def test_without_gradients_nothing_is_kept():
     x, w1, w2, token, gate, _ = problem(*WHOLE, torch.float32)
-    out, *kept = torch.ops.ecmoe.experts(x, w1, w2, token, gate, True, False)
+    out, *kept = torch.ops.ecmoe.experts_forward(x, w1, w2, token, gate, None, True, False)
     assert all(t.numel() == 0 for t in kept)
     with torch.no_grad():
         assert torch.equal(kernels.experts(x, w1, w2, token, gate), out)
@@ -118,10 +118,10 @@ def test_operators_say_their_shapes(keep):
     tests = (
         ("test_schema", "test_faketensor", "test_aot_dispatch_static") if keep else ("test_schema", "test_faketensor")
     )
-    given = (x, w1, w2, token, gate, True, keep)
-    torch.library.opcheck(torch.ops.ecmoe.experts, given, test_utils=tests)
+    given = (x, w1, w2, token, gate, None, True, keep)
+    torch.library.opcheck(torch.ops.ecmoe.experts_forward, given, test_utils=tests)
     if keep:
-        kept = [t.detach() for t in torch.ops.ecmoe.experts(*given)[1:]]
+        kept = [t.detach() for t in torch.ops.ecmoe.experts_forward(*given)[1:]]
         given = (gradient, w1.detach(), w2.detach(), token, gate.detach(), *kept, True)
         torch.library.opcheck(torch.ops.ecmoe.experts_backward, given, test_utils=("test_faketensor",))
 
