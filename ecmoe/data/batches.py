@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ecmoe.config import RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.clusters import TextClusters
-from ecmoe.data.corpus import described, source_files
-from ecmoe.files import ConfigError, content_sha256
+from ecmoe.data.corpus import described, source_sha256
+from ecmoe.files import ConfigError
 from ecmoe.paths import plain
 
 _PROVENANCE = ("digest", "source_sha256", "tokenizer", "vocab_size",
@@ -170,9 +170,9 @@ def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:
     if config.data == "digits":
         from ecmoe.data.images import load
 
-        return "digest" in said and said["digest"] != load("digits").provenance["digest"]
+        return said.get("digest") not in (None, load("digits").provenance["digest"])
     try:
-        files = source_files(config.data)
+        source = source_sha256(config.data)
     except ConfigError:
         return False
-    return bool(files and said.get("source_sha256")) and content_sha256(files) != said["source_sha256"]
+    return source is not None and said.get("source_sha256") not in (None, source)

@@ -80,29 +80,24 @@ def source_key(data: str) -> str:
     return ",".join(named) + stated
 
 
-def source_files(data: str) -> dict[str, Path]:
-    """The files that `data` is made of, by part and path in it; none for the Hub. A ConfigError where there is no such text."""
-    return {
-        f"{i}:{name}": path for i, part in enumerate(paths.parts_of(data)) for name, path in part_files(part).items()
-    }
+def source_sha256(data: str) -> str | None:
+    """64 hex digits of the files that `data` is made of; None of the Hub's. A ConfigError where there is no such text."""
+    parts = enumerate(map(part_files, paths.parts_of(data)))
+    files = {f"{i}:{name}": path for i, part in parts for name, path in part.items()}
+    return content_sha256(files) if files else None
 
 
 def part_files(part: str) -> dict[str, Path]:
-    """Those of a text that is no mix, or of a folder of images, by their path in it."""
+    """The files of a text that is no mix, or of a folder of images, by their path in it; none of the Hub's."""
     if part == "stdlib":
-        files, path = paths.files_below(Path(sysconfig.get_path("stdlib")), (".py",), _NO_TEXT), None
-    elif not _is_local(part):
+        return paths.files_below(Path(sysconfig.get_path("stdlib")), (".py",), _NO_TEXT)
+    if not _is_local(part):
         return {}
-    else:
-        files, path = paths.local_files(part), paths.resolve(part)
-    if files:
+    if files := paths.local_files(part):
         return files
-    if path is None:
-        remedy = "this Python keeps no source; give a path to a .txt file instead"
-    elif os.path.lexists(path):
-        remedy = (
-            f"{path} exists, but must be, or hold, files that end in {', '.join(paths.TEXT_FILES + paths.ROW_FILES)}"
-        )
+    if os.path.lexists(path := paths.resolve(part)):
+        kinds = ", ".join(paths.TEXT_FILES + paths.ROW_FILES)
+        remedy = f"{path} exists, but must be, or hold, files that end in {kinds}"
     elif paths.is_local(part):
         remedy = f"no such file or folder, neither in {Path.cwd()} nor in {paths.root()}"
     else:

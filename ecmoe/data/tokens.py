@@ -14,20 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ecmoe import paths
-from ecmoe.data.corpus import Corpus, open_corpus, source_files, source_key
+from ecmoe.data.corpus import Corpus, open_corpus, source_key, source_sha256
 from ecmoe.data.split import SplitText
 from ecmoe.data.tokenizer import BPE, END, END_ID, Bytes, Tokenizer, train_bpe
-from ecmoe.files import (
-    ConfigError,
-    Damaged,
-    check_sum,
-    content_sha256,
-    disk_may_be_full,
-    read_json,
-    sha256,
-    sha256_once,
-    write_json,
-)
+from ecmoe.files import ConfigError, Damaged, check_sum, disk_may_be_full, read_json, sha256, sha256_once, write_json
 from ecmoe.paths import check_content, parts_of, remember_content, with_content
 
 # Part of every cache's name: raise it when the same source would give other tokens.
@@ -71,11 +61,9 @@ def load(config: Any) -> Tokens:
     from filelock import FileLock
 
     place = folder(config)
-    if trouble := _trouble(place):
-        if trouble == NEW:
-            source_files(config.data)  # a typing error leaves nothing behind
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.parent / f"{place.name}.lock"):
+    if _trouble(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{place}.lock"):
             if trouble := _trouble(place):  # else another process has made it meanwhile
                 _make(config, place, trouble)
     remember_content(config.data)
@@ -98,7 +86,7 @@ def _trouble(place: Path) -> str | None:
 
 def _make(config: Any, place: Path, trouble: str) -> None:
     try:
-        source = source_files(config.data)
+        source = source_sha256(config.data)
         check_content(config.data)
         streaming = config.streaming or config.max_bytes > 0  # a part: not the whole download
         corpora = [open_corpus(part, streaming) for part in parts_of(config.data)]
@@ -110,7 +98,7 @@ def _make(config: Any, place: Path, trouble: str) -> None:
     (place / "meta.json").unlink(missing_ok=True)
     work = place / "work"
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-    work.mkdir()
+    work.mkdir(parents=True)
     try:
         with disk_may_be_full(place):
             meta = _tokenise(config, corpora, work)
@@ -119,8 +107,7 @@ def _make(config: Any, place: Path, trouble: str) -> None:
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in made}
         for path in made:
             os.replace(path, place / path.name)
-        meta |= {"source_sha256": content_sha256(source) if source else None}
-        meta |= _keys(config) | {"digest": check_sum(files), "files": files}
+        meta |= _keys(config) | {"source_sha256": source, "digest": check_sum(files), "files": files}
         write_json(place / "meta.json", meta, sealed=True)  # last: what it describes is then complete
     finally:
         shutil.rmtree(work, ignore_errors=True)
