@@ -1,4 +1,4 @@
-"""How long a call takes: the one clock of every benchmark here.
+"""How long a call takes: the one clock, and the one loop, of every benchmark here.
 
 A call takes what it takes among its like, one after the other, as in training: the device's time or the host's,
 whichever is longer. On a GPU events on the device tell it, over some 50 ms of calls in a row, after as many that don't
@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,83 +34,86 @@ SLOW = 5  # seconds after which a reader wants to know how it goes
 WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
 
 
-class Burst(NamedTuple):
-    """How a call is timed: so many in a row, after others that don't count."""
+class Timed(NamedTuple):
+    """Seconds of every repeat of each call; (memory before a warm call, the most at any moment of it) in MB, None on a CPU;
+    and what could not be timed, with the reason."""
 
-    count: int = 1
-    settle: int = 0
-
-    @classmethod
-    def of(cls, call: Call, device: torch.device) -> Burst:
-        """What suits a call, which is warm already."""
-        if device.type != "cuda":
-            return cls()
-        one = seconds(call, device, cls(3))
-        return cls(min(max(round(BURST / one), 1), MOST), math.ceil(SETTLE / one))
+    times: dict[Any, list[float]]
+    memory: dict[Any, tuple[float, float] | None]
+    absent: list[str]
 
 
-def seconds(call: Call, device: torch.device, burst: Burst = Burst()) -> float:  # noqa: B008
+def timed(
+    calls: Mapping[Key, Call], repeats: int, then: Callable[[Mapping[Key, Call], list[str]], Mapping[Key, Call]] = lambda *_: {}
+) -> Timed:  # fmt: skip
+    """Time the calls in turns, once each is warm; what doesn't work is named, and the rest is timed.
+
+    Args:
+        then: (the calls that work, absent) -> calls that are timed after all others, on a GPU alone.
+    """
+    check_repeats(repeats)
+    device, absent, works, memory = this_device(), [], {}, {}
+    torch._dynamo.reset()
+    # Let many layers that share their code be compiled side by side, each for its own sizes and numbers.
+    limits = {"recompile_limit": 256, "accumulated_recompile_limit": 1024}
+    with torch._dynamo.config.patch(specialize_float=True, **limits):
+        for key, call in calls.items():
+            began = time.perf_counter()
+            try:
+                warm_up(call, device)
+                memory[key] = peak_mb(call, device)
+                works[key] = call
+            except Exception as error:  # no memory; a compiler or another package that fails
+                absent.append(f"{named(key)} ({reason(error)})")
+            _say(f"{named(key)}: {{:.0f}} s to get warm", began)
+        times = in_turns(works, repeats, device)
+        if device.type == "cuda":
+            times |= in_turns(then(works, absent), repeats, device)
+    return Timed(times, memory, absent)
+
+
+def in_turns(calls: Mapping[Key, Call], repeats: int, device: torch.device) -> dict[Key, list[float]]:
+    """Seconds of every repeat of each call; the calls are warm already."""
+    bursts = {key: burst(call, device) for key, call in calls.items()}
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    order, dice, began = list(calls), random.Random(0), time.perf_counter()
+    for turn in range(1, repeats + 1):
+        dice.shuffle(order)
+        for key in order:
+            times[key].append(seconds(calls[key], device, *bursts[key]))
+        _say(f"turn {turn} of {repeats}, {{:.0f}} s", began)
+    return times
+
+
+def burst(call: Call, device: torch.device) -> tuple[int, int]:
+    """How a call, which is warm already, is timed: so many in a row, after so many that don't count."""
+    if device.type != "cuda":
+        return 1, 0
+    one = seconds(call, device, 3)
+    return min(max(round(BURST / one), 1), MOST), math.ceil(SETTLE / one)
+
+
+def seconds(call: Call, device: torch.device, count: int = 1, settle: int = 0) -> float:
     """Of one call."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
-    for _ in range(burst.settle):
+    for _ in range(settle):
         call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(burst.count):
+    for _ in range(count):
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / burst.count
+    return start.elapsed_time(end) / 1e3 / count
 
 
 def warm_up(call: Call, device: torch.device) -> None:
     """Call it until it is as fast as it gets."""
     for _ in range(WARM_UP[device.type]):
         call()
-
-
-def warmed(
-    calls: Mapping[Key, Call], absent: list[str], device: torch.device
-) -> tuple[dict[Key, Call], dict[Key, tuple[float, float] | None]]:
-    """The calls that work, warm, and the `peak_mb` of each; what doesn't work is named in `absent`, with the reason."""
-    works, memory = {}, {}
-    for key, call in calls.items():
-        began = time.perf_counter()
-        try:
-            warm_up(call, device)
-            memory[key] = peak_mb(call, device)
-            works[key] = call
-        except Exception as error:  # no memory; a compiler or another package that fails
-            absent.append(f"{named(key)} ({reason(error)})")
-        if time.perf_counter() - began > SLOW:
-            _say(f"{named(key)}: {time.perf_counter() - began:.0f} s to get warm")
-    return works, memory
-
-
-def reason(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]
-
-
-def in_turns(calls: Mapping[Key, Call], repeats: int, device: torch.device) -> dict[Key, list[float]]:
-    """Seconds of every repeat of each call; the calls are warm already."""
-    bursts = {key: Burst.of(call, device) for key, call in calls.items()}
-    times: dict[Key, list[float]] = {key: [] for key in calls}
-    order, dice, began = list(calls), random.Random(0), time.perf_counter()
-    for turn in range(1, repeats + 1):
-        dice.shuffle(order)
-        for key in order:
-            times[key].append(seconds(calls[key], device, bursts[key]))
-        if time.perf_counter() - began > SLOW:
-            _say(f"turn {turn} of {repeats}, {time.perf_counter() - began:.0f} s")
-    return times
-
-
-def _say(progress: str) -> None:
-    print(f"[bench] {progress}", file=sys.stderr, flush=True)
 
 
 def peak_mb(call: Call, device: torch.device) -> tuple[float, float] | None:
@@ -124,6 +126,16 @@ def peak_mb(call: Call, device: torch.device) -> tuple[float, float] | None:
     call()
     torch.cuda.synchronize()
     return before / 1e6, torch.cuda.max_memory_allocated() / 1e6
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]
+
+
+def _say(progress: str, began: float) -> None:
+    if (took := time.perf_counter() - began) > SLOW:
+        print(f"[bench] {progress.format(took)}", file=sys.stderr, flush=True)
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -148,17 +160,18 @@ def products_in(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def machine() -> dict[str, Any]:
-    """What a time belongs to; and the clock, on a GPU."""
+def tabled(rows: list[dict], absent: list[str], setting: Mapping[str, Any], **more: Any) -> pd.DataFrame:
+    """What was timed, with `setting`, and what a time belongs to, in `attrs`."""
+    table = pd.DataFrame(rows, columns=None if rows else ["ms"])
     settled = {"settled_s": SETTLE} if torch.cuda.is_available() else {}
-    threads = torch.get_num_threads()
-    return {"device": device_name(), "torch": torch.__version__, "threads": threads, "commit": commit()} | settled
-
-
-def compiling() -> AbstractContextManager:
-    """Let many layers that share their code be compiled side by side, each for its own sizes and numbers."""
-    torch._dynamo.reset()
-    return torch._dynamo.config.patch(specialize_float=True, recompile_limit=256, accumulated_recompile_limit=1024)
+    machine = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+    }
+    table.attrs |= {"setting": {**setting, **machine, **settled}, "absent": absent, **more}
+    return table
 
 
 def shown(rows: pd.DataFrame | list[dict]) -> str:

@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
 from ecmoe.bench import clock as timing
-from ecmoe.bench.layer import floor, forward_and_both
+from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
 from ecmoe.bench.rows import BOTH
-from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
-from ecmoe.routing import ExpertChoice
 
 AXES = ("n", "num_experts", "capacity_factor", "d_model")
 
@@ -34,38 +31,20 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
     if unknown := set(axes) - set(AXES):
         raise ValueError(f"axes={sorted(unknown)}: must be of {', '.join(AXES)}")
     points = []
-    for axis, values in axes.items():
-        for value in values:
-            size = dict(base) | {axis: value}
-            size["d_ff"] = base["d_ff"] * size["d_model"] // base["d_model"]
-            bucket_size(size["n"], size["num_experts"], size["capacity_factor"])
-            points.append((axis, value, size))
-    device = timing.this_device()
-    rows = []
-    for axis, value, size in points:
-        times = timing.in_turns(_calls(size, device), repeats, device)
-        row = {"axis": axis, "value": value} | timing.spread(times["layer"])
-        rows.append(row | {"floor_ms": 1e3 * statistics.median(times["floor"])})
-    table = pd.DataFrame(rows)
-    table.attrs["setting"] = dict(base) | {"repeats": repeats} | timing.machine()
-    return table
-
-
-def _calls(size: Mapping[str, Any], device: torch.device) -> dict[str, timing.Call]:
-    """Layer and floor, warm."""
-    n, d, e, c = (size[key] for key in ("n", "d_model", "num_experts", "capacity_factor"))
-    dtype = timing.products_in(device)
-    torch.manual_seed(0)
-    with device:
-        layer = MoE(ExpertChoice(d, e, c), d, size["d_ff"]).to(dtype)
-    x = torch.randn(1, n, d, device=device, dtype=dtype, requires_grad=True)
-    calls = {
-        "layer": forward_and_both(layer, x, layer, torch.randn_like(x))[BOTH],
-        "floor": floor(layer, x[0], bucket_size(n, e, c))[BOTH],
-    }
-    for call in calls.values():
-        timing.warm_up(call, device)
-    return calls
+    for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
+        size = dict(base) | {axis: value}
+        size["d_ff"] = base["d_ff"] * size["d_model"] // base["d_model"]
+        points.append((axis, value, size, bucket_size(size["n"], size["num_experts"], size["capacity_factor"])))
+    rows, absent = [], []
+    for axis, value, size, k in points:
+        layer, x, gradient = layer_and_input(**size, kernels="auto")
+        both = forward_and_both(layer, x, layer, gradient)[BOTH]
+        found = timing.timed({("layer",): both, ("floor",): floor(layer, x[0], k)[BOTH]}, repeats)
+        absent += found.absent
+        if len(found.times) == 2:
+            row = {"axis": axis, "value": value} | timing.spread(found.times["layer",])
+            rows.append(row | {"floor_ms": 1e3 * statistics.median(found.times["floor",])})
+    return timing.tabled(rows, absent, dict(base) | {"repeats": repeats})
 
 
 def exponents(grown: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ecmoe.bench import clock as timing
 from ecmoe.bench.agreement import agreement
 from ecmoe.bench.baselines import Grouped, peers
-from ecmoe.bench.clock import Call, reason
+from ecmoe.bench.clock import Call
 from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, PLAIN, ROUTING, Row, label
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
@@ -36,21 +36,13 @@ SIZES = {
 
 
 def bench_layer(
-    *,
-    n: int | None = None,
-    d_model: int | None = None,
-    d_ff: int | None = None,
-    num_experts: int | None = None,
-    capacity_factor: float = 2.0,
-    repeats: int = 15,
-    compiled: bool = False,
-    dykstra: bool = False,
-) -> pd.DataFrame:
+    *, capacity_factor: float = 2.0, repeats: int = 15, compiled: bool = False, dykstra: bool = False, **sizes: int | None
+) -> pd.DataFrame:  # fmt: skip
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
 
     Args:
-        n, d_model, d_ff, num_experts: None: the device's `SIZES`. capacity_factor: c; token choice gets the same slots.
-        repeats: of each row, at least 2. compiled: under torch.compile too. dykstra: cap by the paper's slow solver, too.
+        capacity_factor: c; token choice gets the same slots. repeats: of each row, at least 2. compiled: under torch.compile
+            too. dykstra: cap by the paper's slow solver, too. sizes: n, d_model, d_ff, num_experts; None: the device's `SIZES`.
 
     Returns:
         the fields of a `Row`; milliseconds with quartiles, share of the floor's speed, TFLOP/s, and on a GPU the memory
@@ -59,52 +51,43 @@ def bench_layer(
         without it, over_uncapped. `attrs` hold setting and agreement, and in absent what could not be measured, and why.
     """
     device = timing.this_device()
-    sizes = SIZES[device.type]
-    n, d_model = n or sizes["n"], d_model or sizes["d_model"]
-    d_ff, num_experts = d_ff or sizes["d_ff"], num_experts or sizes["num_experts"]
+    size = (
+        SIZES[device.type]
+        | {key: value for key, value in sizes.items() if value}
+        | {"capacity_factor": capacity_factor}
+    )
     timing.check_repeats(repeats)
-    k = bucket_size(n, num_experts, capacity_factor)  # before any time is spent
-    dtype = timing.products_in(device)
-    torch.manual_seed(0)
-    x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
-    with device:  # 8B/64E has 8.6 billion weights, which a CPU takes minutes to draw
-        first = MoE(ExpertChoice(d_model, num_experts, capacity_factor), d_model, d_ff, kernels=PLAIN).to(dtype)
+    k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # before any time is spent
+    first, x, gradient = layer_and_input(**size)
     ours = _expert_choice(first, dykstra)
     others, absent = _token_choice(first)
-    paths = {row.path: layer for row, layer in ours.items() if not row.variant}
-    checked = agreement(paths, x, 20 if device.type == "cuda" else 2)
+    checked = agreement({row.path: layer for row, layer in ours.items() if not row.variant}, x, 20 if x.is_cuda else 2)
     if "output" not in checked[0]:
         absent.append("agreement with float32 (no memory for it)")
 
-    gradient = torch.randn_like(x)
     layers = {**ours, **others}
     steps: dict[Row, Callable] = dict(layers)
     for row, layer in layers.items() if compiled else ():
         # Not variants of others, nor what no graph holds in one piece: that would be minutes.
         if row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm"))):
             steps[row._replace(mode=COMPILED)] = torch.compile(layer, dynamic=False)
-    calls = _rows(Row("floor"), floor(first, x[0], k))
-    calls |= _rows(Row("floor", "on the layer's numbers"), floor_on_own(first, x[0].detach(), gradient[0]))
+    calls = _parts(Row("floor"), floor(first, x[0], k))
+    calls |= _parts(Row("floor", "on the layer's numbers"), floor_on_own(first, x[0].detach(), gradient[0]))
     for row, step in steps.items():
-        calls |= _rows(row, forward_and_both(step, x, layers[row._replace(mode=EAGER)], gradient))
+        calls |= _parts(row, forward_and_both(step, x, layers[row._replace(mode=EAGER)], gradient))
     calls |= {row._replace(what=ROUTING): _routing(layer, x[0].detach()) for row, layer in ours.items()}
-    with timing.compiling():
-        calls, memory = timing.warmed(calls, absent, device)
-        times = timing.in_turns(calls, repeats, device)
-        if device.type == "cuda":  # they show what launching costs; token choice may read from the device
-            for module in (part for layer in layers.values() for part in layer.modules()):
-                if getattr(module, "aux_loss", None) is not None:  # its graph ties x to another stream than a capture's
-                    module.aux_loss = None
-            uncapped = {row: call for row, call in calls.items() if row._replace(what="") in ours and not row.variant}
-            times |= timing.in_turns(graphs(uncapped, absent), repeats, device)
 
-    table = _table(times, memory, flops=4 * k * num_experts * d_model * d_ff)
-    table.attrs |= {"absent": absent, "agreement": checked}
-    table.attrs["setting"] = {
-        "n": n, "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "capacity_factor": capacity_factor,
-        "dtype": str(dtype).removeprefix("torch."), "repeats": repeats, **timing.machine(),
-    }  # fmt: skip
-    return table
+    def uncapped(works: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
+        for module in (part for layer in layers.values() for part in layer.modules()):
+            if getattr(module, "aux_loss", None) is not None:  # its graph ties x to another stream than a capture's
+                module.aux_loss = None
+        wanted = {row: call for row, call in works.items() if row._replace(what="") in ours and not row.variant}
+        return graphs(wanted, absent)  # they show what launching costs; token choice may read from the device
+
+    found = timing.timed(calls, repeats, uncapped)
+    setting = size | {"dtype": str(x.dtype).removeprefix("torch."), "repeats": repeats}
+    rows = _rows(found, flops=4 * k * size["num_experts"] * size["d_model"] * size["d_ff"])
+    return timing.tabled(rows, absent + found.absent, setting, agreement=checked)
 
 
 def bench_auto(
@@ -115,35 +98,40 @@ def bench_auto(
     Returns:
         a row per size, mode and part: n, d_model, mode, what, plain_ms, auto_ms, and ratio, the second over the first.
     """
-    device, absent, rows = timing.this_device(), [], []
-    dtype = timing.products_in(device)
+    absent, rows = [], []
     for size in sizes:
-        n, d = size["n"], size["d_model"]
-        bucket_size(n, num_experts, 2.0)
-        torch.manual_seed(0)
-        with device:
-            plain = MoE(ExpertChoice(d, num_experts, 2.0), d, 4 * d, kernels=PLAIN).to(dtype)
-        paths = {PLAIN: plain, "auto": _twin(plain, ExpertChoice(d, num_experts, 2.0), "auto")}
-        x = torch.randn(1, n, d, device=device, dtype=dtype, requires_grad=True)
+        bucket_size(size["n"], num_experts, 2.0)
+    for size in sizes:
+        plain, x, gradient = layer_and_input(**size, d_ff=4 * size["d_model"], num_experts=num_experts)
+        auto = _twin(plain, ExpertChoice(size["d_model"], num_experts, 2.0), "auto")
         calls: dict[Row, Call] = {}
-        with timing.compiling():
-            for path, layer in paths.items():
-                modes = {EAGER: layer} | ({COMPILED: torch.compile(layer, dynamic=False)} if compiled else {})
-                for mode, step in modes.items():
-                    calls |= _rows(Row("EC-CF2", "", path, mode), forward_and_both(step, x, layer, torch.randn_like(x)))
-            calls, _ = timing.warmed(calls, absent, device)
-            times = timing.in_turns(calls, repeats, device)
-            if device.type == "cuda":
-                eager = {row: call for row, call in calls.items() if row.mode == EAGER}
-                times |= timing.in_turns(graphs(eager, absent), repeats, device)
-        ms = {row: 1e3 * statistics.median(samples) for row, samples in times.items()}
-        for row in ms:
-            if row.path == PLAIN and row._replace(path="auto") in ms:
-                auto = ms[row._replace(path="auto")]
-                rows.append({"n": n, "d_model": d, "mode": row.mode, "what": row.what, "plain_ms": ms[row], "auto_ms": auto, "ratio": auto / ms[row]})  # fmt: skip
-    table = pd.DataFrame(rows)
-    table.attrs |= {"setting": {"num_experts": num_experts, "repeats": repeats} | timing.machine(), "absent": absent}
-    return table
+        for path, layer in {PLAIN: plain, "auto": auto}.items():
+            for mode in (EAGER, COMPILED)[: 1 + compiled]:
+                step = torch.compile(layer, dynamic=False) if mode == COMPILED else layer
+                calls |= _parts(Row("EC-CF2", "", path, mode), forward_and_both(step, x, layer, gradient))
+        found = timing.timed(
+            calls, repeats, lambda works, no: graphs({r: c for r, c in works.items() if r.mode == EAGER}, no)
+        )
+        absent += found.absent
+        ms = {row: 1e3 * statistics.median(samples) for row, samples in found.times.items()}
+        for row in [row for row in ms if row.path == PLAIN]:
+            if took := ms.get(row._replace(path="auto")):
+                took = {"plain_ms": ms[row], "auto_ms": took, "ratio": took / ms[row]}
+                rows.append({**size, "mode": row.mode, "what": row.what, **took})
+    return timing.tabled(rows, absent, {"num_experts": num_experts, "repeats": repeats})
+
+
+def layer_and_input(
+    *, n: int, d_model: int, d_ff: int, num_experts: int, capacity_factor: float = 2.0, kernels: str = PLAIN
+) -> tuple[MoE, Tensor, Tensor]:
+    """A layer of expert choice, and (1, n, d) as its input and as the gradient of its output."""
+    device = timing.this_device()
+    dtype = timing.products_in(device)
+    torch.manual_seed(0)
+    x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
+    with device:  # 8B/64E has 8.6 billion weights, which a CPU takes minutes to draw
+        layer = MoE(ExpertChoice(d_model, num_experts, capacity_factor), d_model, d_ff, kernels=kernels).to(dtype)
+    return layer, x, torch.randn_like(x)
 
 
 def kernels_run(device: torch.device) -> bool:
@@ -151,7 +139,7 @@ def kernels_run(device: torch.device) -> bool:
     return device.type == "cuda" and TRITON
 
 
-def _rows(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
+def _parts(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
     return {row._replace(what=what): call for what, call in parts.items()}
 
 
@@ -209,21 +197,20 @@ def graphs(calls: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
             with torch.cuda.graph(graph, pool=pool):
                 call()
         except RuntimeError as error:
-            absent.append(f"CUDA graphs from {label(*row)} on ({reason(error)})")
+            absent.append(f"CUDA graphs from {label(*row)} on ({timing.reason(error)})")
             break
         captured[row._replace(mode=GRAPH)] = graph.replay
     return captured
 
 
-def _table(times: Mapping[Row, list[float]], memory: Mapping[Row, tuple | None], flops: float) -> pd.DataFrame:
-    """Rows out of samples; flops: of the two forward products."""
-    medians = {row: statistics.median(samples) for row, samples in times.items()}
+def _rows(found: timing.Timed, flops: float) -> list[dict]:
+    """Out of samples; flops: of the two forward products."""
+    medians = {row: statistics.median(samples) for row, samples in found.times.items()}
     rows = []
-    for row, samples in times.items():
-        took, routing = medians[row], row.what == ROUTING
+    for row, samples in found.times.items():
+        took, routing, peak = medians[row], row.what == ROUTING, found.memory.get(row)
         share = medians[Row("floor", what=FORWARD if routing else row.what)] / took
         uncapped = medians.get(row._replace(variant="")) if row.variant.startswith("cap ") else None
-        peak = memory.get(row)
         rows.append(row._asdict() | timing.spread(samples) | {
             "share_of_floor": None if routing else share,
             "of_forward_floor": 1 / share if routing else None,
@@ -231,7 +218,7 @@ def _table(times: Mapping[Row, list[float]], memory: Mapping[Row, tuple | None],
             "tflops": None if routing else flops * (1 if row.what == FORWARD else 3) / took / 1e12,
             "peak_mb": peak and peak[1] - peak[0],
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return rows
 
 
 def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:

@@ -46,35 +46,28 @@ def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int | None
         hold the setting with the path, and step_ms, the step's time without the profiler.
     """
     device, configs = timing.this_device(), {ARM: arms(sizes)[ARM]}
-    with timing.compiling():
-        absent: list[str] = []
-        # Kernels of a graph have no operators.
-        rows = steps(configs, device, compiled=compiled, plain=(), captured=False)
-        calls, _ = timing.warmed(rows, absent, device)
-        times = timing.in_turns(calls, 3, device)
-        best = min(times, key=lambda row: statistics.median(times[row]))
-        spent = device_time(calls[best], count) if device.type == "cuda" else operator_time(calls[best], count)
-    table = by_kind(spent)
-    said = {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": count}
-    table.attrs["setting"] = setting(configs, device) | said | timing.machine()
-    table.attrs |= {"absent": absent, "step_ms": 1e3 * statistics.median(times[best])}
-    return table
-
-
-def device_time(call: timing.Call, count: int) -> dict[str, float]:
-    """Milliseconds of a call by "operator kernel", from a trace of `count` calls on a GPU; and idle."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    # Kernels of a graph have no operators.
+    calls = steps(configs, device, compiled=compiled, plain=(), captured=False)
+    found = timing.timed(calls, 3)
+    medians = {row: statistics.median(samples) for row, samples in found.times.items()}
+    best = min(medians, key=medians.__getitem__)
+    cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
         for _ in range(count):
-            call()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    spent = kernel_time(events)
+            calls[best]()
+        if cuda:
+            torch.cuda.synchronize()
+    if cuda:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            profiler.export_chrome_trace(file.name)
+            spent = kernel_time(json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"])
+    else:  # by operator, children left out
+        spent = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
     if not spent:
         raise RuntimeError("torch.profiler saw no kernels: CUPTI, which counts them, doesn't run on this machine")
-    return {name: ms / count for name, ms in spent.items()}
+    said = {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": count}
+    shares = by_kind({name: ms / count for name, ms in spent.items()}).to_dict("records")
+    return timing.tabled(shares, found.absent, setting(configs, device) | said, step_ms=1e3 * medians[best])
 
 
 def kernel_time(events: list[dict]) -> dict[str, float]:
@@ -92,14 +85,6 @@ def kernel_time(events: list[dict]) -> dict[str, float]:
         spent[f"{operator} {event['name']}".strip()] += max(end - max(event["ts"], busy_until), 0) / 1e3
         busy_until = max(end, busy_until)
     return dict(spent)
-
-
-def operator_time(call: timing.Call, count: int) -> dict[str, float]:
-    """Milliseconds of a call by operator, children left out, on a CPU."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(count):
-            call()
-    return {event.key: event.self_cpu_time_total / 1e3 / count for event in profiler.key_averages()}
 
 
 def kind_of(name: str) -> str:

@@ -54,10 +54,10 @@ def bench_scaling(
             took = timing.spread((config.tokens_per_batch / rates).tolist())
             row = {"strategy": strategy, "devices": n} | took | {"tokens_per_second": rates.median()}
             rows.append(row | {"peak_mb": result.summary["peak_mb"]})
-    table = pd.DataFrame(rows, columns=None if rows else ["strategy", "devices", "tokens_per_second"])
-    one = table.loc[table["devices"] == 1, "tokens_per_second"]
-    table["of_ideal"] = table["tokens_per_second"] / table["devices"] / (one.iloc[0] if len(one) else float("nan"))
-    table.attrs |= {"setting": {**base, "repeats": repeats} | timing.machine(), "absent": absent}
+    table = timing.tabled(rows, absent, {**base, "repeats": repeats})
+    if rows:
+        one = table.loc[table["devices"] == 1, "tokens_per_second"]
+        table["of_ideal"] = table["tokens_per_second"] / table["devices"] / (one.iloc[0] if len(one) else float("nan"))
     return table
 
 

@@ -27,7 +27,7 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
 from ecmoe.bench.layer import kernels_run
-from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN
+from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN, named
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.build import flops_per_token
 from ecmoe.model.tracking import track
@@ -84,23 +84,12 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, narrow: bool = Fals
     device, configs = timing.this_device(), arms(sizes)
     if narrow:
         configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
-    absent: list[str] = []
-    with timing.compiling():
-        calls, memory = timing.warmed(steps(configs, device, compiled=compiled), absent, device)
-        times = timing.in_turns(calls, repeats, device)
-    rows = []
-    for row, samples in times.items():
-        took = _measured(configs[row.arm], samples) | {"peak_mb": memory[row] and memory[row][1]}
-        rows.append(row._asdict() | took | {"samples_ms": [1e3 * seconds for seconds in samples]})
-    table = pd.DataFrame(rows, columns=None if rows else [*Row._fields, "ms"])
-    table.attrs |= {"setting": setting(configs, device) | {"repeats": repeats} | timing.machine(), "absent": absent}
-    return table
-
-
-def _measured(config: RunConfig, samples: list[float]) -> dict[str, Any]:
-    """What a table shows of a step's seconds, one a turn."""
-    rate = config.batch_size * config.sequence_length / statistics.median(samples)
-    return timing.spread(samples) | {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak_flops()}
+    found = timing.timed(steps(configs, device, compiled=compiled), repeats)
+    rows = [
+        row._asdict() | {"peak_mb": (memory := found.memory[row]) and memory[1]} | _measured(configs[row.arm], samples)
+        for row, samples in found.times.items()
+    ]
+    return timing.tabled(rows, found.absent, setting(configs, device) | {"repeats": repeats})
 
 
 def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
@@ -109,24 +98,24 @@ def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.Da
     Returns:
         a row per arm, as `bench_step` has them, without memory: all arms' models are held.
     """
-    device, absent = timing.this_device(), []
+    device = timing.this_device()
     # Steps are over one by one, so their graphs can share the memory of what only a step needs.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    with timing.compiling():
-        calls = {(arm,): _run_step(config, device, pool) for arm, config in configs.items()}
-        calls, _ = timing.warmed(calls, absent, device)
-        times = timing.in_turns(calls, repeats, device)
-    rows = [{"arm": key[0], **_measured(configs[key[0]], samples)} for key, samples in times.items()]
-    table = pd.DataFrame(rows, columns=None if rows else ["arm", "ms"])
-    table.attrs |= {"setting": {"repeats": repeats} | timing.machine(), "absent": absent}
-    return table
+    found = timing.timed({(arm,): _run_step(config, device, pool) for arm, config in configs.items()}, repeats)
+    rows = [{"arm": arm} | _measured(configs[arm], samples) for (arm,), samples in found.times.items()]
+    return timing.tabled(rows, found.absent, {"repeats": repeats})
+
+
+def _measured(config: RunConfig, samples: list[float]) -> dict[str, Any]:
+    """What a table shows of a step's seconds, one a turn."""
+    rate = config.batch_size * config.sequence_length / statistics.median(samples)
+    took = {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak_flops()}
+    return timing.spread(samples) | took | {"samples_ms": [1e3 * seconds for seconds in samples]}
 
 
 def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
     """A step on the path that a run takes: compiled and as a CUDA graph where its config says so."""
-    lit = LitModel(config, torch.ones(config.vocab_size)).to(
-        device
-    )  # how a hash table balances doesn't change its time
+    lit = LitModel(config, torch.ones(config.vocab_size)).to(device)  # how a hash table balances costs no time
     optimizer = lit.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -197,7 +186,7 @@ def steps(
                 even = routing == "even"
                 calls[row] = step_of(twin, optimizer, batch, even)
                 if captured and arm in PAIR and path == "triton" and graph.capturable(twin):
-                    mode = timing.named((COMPILED * compiled, GRAPH))
+                    mode = named((COMPILED * compiled, GRAPH))
                     graphs[row._replace(mode=mode)] = step_of(twin, optimizer, batch, even, pool)
     return calls | graphs
 

@@ -44,15 +44,14 @@ def log(monkeypatch):
 
 
 def test_on_a_gpu_calls_follow_each_other_and_events_tell_the_time(log):
-    burst = timing.Burst(count=2, settle=3)  # what doesn't count comes before, and no rest between
-    assert timing.seconds(lambda: log.append("call"), torch.device("cuda"), burst) == pytest.approx(0.015)
+    call = lambda: log.append("call")  # noqa: E731  what doesn't count comes before, and no rest between
+    assert timing.seconds(call, torch.device("cuda"), count=2, settle=3) == pytest.approx(0.015)
     assert log == ["call"] * 3 + ["event", "call", "call", "event", "wait"]
 
 
 def test_a_burst_is_as_long_as_it_takes_the_chip_to_settle(log):
-    burst = timing.Burst.of(lambda: None, torch.device("cuda"))
-    assert burst == (5, 20)  # of 0.01 s each
-    assert timing.Burst.of(lambda: None, CPU) == (1, 0)
+    assert timing.burst(lambda: None, torch.device("cuda")) == (5, 20)  # of 0.01 s each
+    assert timing.burst(lambda: None, CPU) == (1, 0)
 
 
 def test_a_cpu_tells_no_memory():
@@ -60,18 +59,18 @@ def test_a_cpu_tells_no_memory():
 
 
 def test_what_fails_is_named_and_the_rest_is_warm():
-    absent = []
-    calls = {("a", "x"): lambda: None, ("b", "y"): lambda: 1 / 0}
-    works, memory = timing.warmed(calls, absent, CPU)
-    assert list(works) == list(memory) == [("a", "x")] and absent == ["b, y (ZeroDivisionError: division by zero)"]
+    times, memory, absent = timing.timed({("a", "x"): lambda: None, ("b", "y"): lambda: 1 / 0}, 2)
+    assert list(times) == list(memory) == [("a", "x")] and absent == ["b, y (ZeroDivisionError: division by zero)"]
+    with pytest.raises(ValueError, match="repeats=1: must be at least 2"):
+        timing.timed({}, 1)
 
 
 def test_what_takes_long_says_how_it_goes(monkeypatch, capsys):
     calls = {("a", "x"): lambda: None, ("b",): lambda: None}
-    timing.in_turns(timing.warmed(calls, [], CPU)[0], 2, CPU)
+    timing.timed(calls, 2)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(timing, "SLOW", 0)
-    timing.in_turns(timing.warmed(calls, [], CPU)[0], 2, CPU)
+    timing.timed(calls, 2)
     assert [line.rpartition(" 0 s")[0] for line in capsys.readouterr().err.splitlines()] == [
         "[bench] a, x:",
         "[bench] b:",

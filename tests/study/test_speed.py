@@ -103,7 +103,7 @@ def test_the_plan_of_a_scale_can_be_measured(scale, own_home, monkeypatch):
     plan = speed.plan(scale)
     assert set(speed.jobs(**plan)) >= {"step", "growth", "profile"} and paths.root() in speed.folder(scale).parents
     monkeypatch.setattr("ecmoe.bench.clock.in_turns", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr("ecmoe.bench.growth._calls", lambda *_: pytest.fail("sizes are fine"))
+    monkeypatch.setattr("ecmoe.bench.growth.layer_and_input", lambda **_: pytest.fail("sizes are fine"))
     with pytest.raises(BaseException, match="sizes are fine"):  # all are checked before any is measured
         bench_growth(plan["growth_from"], plan["growth_axes"])
 
