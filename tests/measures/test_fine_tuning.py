@@ -69,6 +69,32 @@ def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
         assert found.tolist() == [True, False, True, True, False]
 
 
+def test_padding_takes_no_places_of_experts(tiny_config):
+    config = tiny_config(precision="32-true")
+    tuned = LitFineTuning(build_model(config), config, 3, 1e-3, 10).eval()
+    torch.nn.init.normal_(tuned.head.weight)
+    tokens, lengths = torch.randint(1, 200, (4, 16)), torch.tensor([16, 6, 4, 6])
+    other = torch.where(torch.arange(16) < lengths[:, None], tokens, 250)
+    assert torch.equal(tuned(tokens, lengths), tuned(other, lengths))
+
+
+def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_config, shouting, monkeypatch):
+    config, seen = tiny_config(), {"norms": [], "causal": []}
+
+    def clipped(tuned, *_, gradient_clip_val, **__):
+        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1e-9)  # nothing moves, if this clips
+        seen["norms"].append(gradient_clip_val)
+
+    def predicted(tuned, batch, batch_idx):
+        seen["causal"].append(tuned.model.moe_layers[0].router.causal)
+        return batch[2] == 0
+
+    monkeypatch.setattr(LitFineTuning, "configure_gradient_clipping", clipped)
+    monkeypatch.setattr(LitFineTuning, "predict_step", predicted)
+    fine_tuned(build_model(config), config, task="cola", folder=str(shouting), steps=2, batch_size=22)
+    assert seen == {"norms": [1.0, 1.0], "causal": [False, False, True, True]}
+
+
 def batch_of(seed, count=8):
     """Tokens, lengths, labels, as a batch has them."""
     dice = torch.Generator().manual_seed(seed)

@@ -133,8 +133,9 @@ def test_count_equals_the_built_model(router):
         assert count_parameters(config.replace(capacity_factor=None)) == count
 
 
-def test_padding_follows_the_tokens():
-    model, tokens = build_model(SMALL.replace(router="dense")).eval(), ids(8)
+@pytest.mark.parametrize("router", ["dense", "expert_choice"])
+def test_padding_follows_the_tokens(router):
+    model, tokens = build_model(SMALL.replace(router=router)).eval(), ids(8)
     mask = torch.arange(12) < 8
     padded = model(torch.cat([tokens, ids(4, seed=1)], 1), mask=mask.expand(2, 12))
     torch.testing.assert_close(padded[:, :8], model(tokens))

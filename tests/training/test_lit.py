@@ -111,6 +111,20 @@ def test_the_auxiliary_loss_is_trained_and_the_layers_forget_it(tiny_config):
     assert not torch.allclose(lit.model.get_parameter(weight).grad, plain.model.get_parameter(weight).grad)
 
 
+def test_the_auxiliary_losses_of_all_layers_are_added(tiny_config):
+    lit, seen = LitModel(tiny_config(router="token_choice", capacity_factor=1.0, layers=4)), []
+    for layer in lit.model.moe_layers:
+        layer.register_forward_hook(lambda layer, inputs, out: seen.append(float(layer.aux_loss)))
+    _, aux_loss = lit.losses(WINDOWS[0])
+    assert len(seen) == 2 and float(aux_loss) == pytest.approx(sum(seen), rel=1e-6)
+
+
+def test_the_first_step_has_the_first_rate(tiny_config):
+    made = LitModel(tiny_config(learning_rate=0.5, warmup_steps=4)).configure_optimizers()
+    (group,) = made["optimizer"].param_groups
+    assert group["lr"] == pytest.approx(0.125) and made["lr_scheduler"]["interval"] == "step"
+
+
 def test_running_statistics_move_with_the_optimisers_step(tiny_config):
     cutoff = step(LitModel(tiny_config())).routers[0].cutoff
     assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta) and float(cutoff.count) == 0
