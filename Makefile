@@ -44,7 +44,8 @@ check: .venv/.installed
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --quick
 
 lab: .venv/.installed
-	@$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	@$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) --ContentsManager.pre_save_hook=ecmoe.report.lab.as_written \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 # Everything at the tested pins. Reinstalled when they change.
 .venv/.installed: pyproject.toml constraints.txt | check-python
