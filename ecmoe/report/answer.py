@@ -1,20 +1,22 @@
 """The answer on top of a page: verdict, one sentence, what it rests on; and, further down, how it was judged.
 
-What it says comes from `ecmoe.study.verdict` alone, which reads protocol and records: a notebook adds nothing to it.
+What it says of a claim comes from `ecmoe.study.verdict` alone, which reads protocol and records: a notebook adds nothing to it.
 """
 
 from __future__ import annotations
 
-import html
-import math
 from collections.abc import Sequence
 
 import pandas as pd
+from markupsafe import Markup
 
-from ecmoe.report.markup import badge, folded, show_html, table_html
+from ecmoe.report.markup import badge, markup, show_html, table_html
 from ecmoe.study.estimate import Unit, amount, counted, of_values, span
+from ecmoe.study.label import NOT_RUN, PLUMBING
 from ecmoe.study.protocol import protocol
-from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, judge
+from ecmoe.study.verdict import ClaimVerdict, JudgedPart, judge
+
+NOTHING = "(not run)"
 
 
 def answer(scale: str, *claims: str) -> None:
@@ -28,96 +30,62 @@ def answer(scale: str, *claims: str) -> None:
         show_html(answer_html(verdict), f"{claim}: {verdict.label}. {verdict.sentence}")
 
 
-def finding(said: str, rests_on: str = "", label: str = "") -> None:
+def finding(said: str, rests_on: str = "", *, page: str = "", scale: str = "", ran: bool = True) -> None:
     """Show what a page found that judges no claim of the paper: one sentence with its number.
 
     Args:
-        said: the sentence. rests_on: seeds, tokens, size. label: on a badge, where there is something to decide.
+        said: the sentence. rests_on: seeds, tokens, size. page, scale: of what has to be run for it, where something has;
+            at smoke it says nothing. ran: is there anything?
     """
-    chip = f"<p>{badge(label)}</p>" if label else ""
-    rests = f'<p class="rests">Rests on {html.escape(rests_on)}.</p>' if rests_on else ""
-    show_html(f'<section class="answer">{chip}<p class="said">{html.escape(said)}</p>{rests}</section>', said)
+    label = PLUMBING if scale == "smoke" else "finding" if ran else NOT_RUN
+    if not ran:
+        said = f"Nothing of this page was run at scale {scale}."
+    missing = page and (not ran or NOTHING in said)
+    more = markup("not_run", f"ecmoe runs {page} --scale {scale} --train") if missing else ""
+    show_html(markup("answer", label, said, "", markup("rests_on", rests_on) if rests_on else more), said)
 
 
 def judged(scale: str, *claims: str) -> None:
     """Show how each claim was judged: its parts, the rule of each, what it could have seen, what would refute it."""
     verdicts = [judge(claim, scale) for claim in claims]
-    each = "".join(f'<h3 id="judged-{v.claim}">{v.claim}</h3>{judged_html(v)}' for v in verdicts)
     text = "\n".join(f"{v.claim}, {part.name}: {part.label}. {part.sentence}" for v in verdicts for part in v.parts)
-    show_html(f'<h2 id="judged">How it was judged</h2>{each}', text)
+    show_html(markup("judged_claims", [(v.claim, judged_html(v)) for v in verdicts]), text)
 
 
-def answer_html(verdict: ClaimVerdict) -> str:
+def answer_html(verdict: ClaimVerdict) -> Markup:
     """A claim's label, sentence, and what it rests on."""
-    claim = "" if verdict.label == PLUMBING else f" <strong>{html.escape(verdict.claim)}</strong>"
-    return (
-        f'<section class="answer"><p>{badge(verdict.label)}{claim}</p>'
-        f'<p class="said">{html.escape(verdict.sentence)}</p>{rests_html(verdict)}</section>'
-    )
+    claim = "" if verdict.label == PLUMBING else verdict.claim
+    return markup("answer", verdict.label, verdict.sentence, claim, markup("rests", verdict))
 
 
-def rests_html(verdict: ClaimVerdict) -> str:
-    """What a verdict rests on; how to run what is missing; and a warning where its runs differ in what they mustn't."""
-    if verdict.label == PLUMBING:
-        return ""
-    lines = []
-    if verdict.rests_on.runs:
-        lines.append(f'<p class="rests">Rests on {html.escape(str(verdict.rests_on))}.</p>')
-    if verdict.label == NOT_RUN or any(part.label == NOT_RUN for part in verdict.deciding):
-        lines.append(f'<p class="not-run">To run what is missing: <code>{html.escape(verdict.command)}</code></p>')
-    if verdict.rests_on.mixed:
-        what = " and ".join({"code": "code", "card": "kind of device"}[name] for name in verdict.rests_on.mixed)
-        lines.append(f'<p class="warning"><strong>Mind:</strong> runs that are compared differ in {what}.</p>')
-    if repeats := verdict.rests_on.repeats:
-        said = "Its runs come from several versions of the code. Repeats, equal to the last digit, show that these compute the same"
-        lines.append(f'<p class="rests">{said}: {html.escape(", ".join(repeats))}.</p>')
-    return "".join(lines)
-
-
-def judged_html(verdict: ClaimVerdict) -> str:
+def judged_html(verdict: ClaimVerdict) -> Markup:
     """The parts of a claim in a table, those that decide nothing folded; below, the claim and the rules for all."""
-    about, level = verdict.about, 100 * protocol().level
+    about, rules = verdict.about, protocol()
     beside = [part for part in verdict.parts if not part.decides]
+    amended = [f"{one['date']}: {one['what']} ({one['why']})" for one in rules.amendments if about.id in one["claims"]]
     names = {
         "the claim": f"{about.text} (section {about.where})",
         "the paper": about.paper,
         "refuted by": about.refuted_by,
         "proxy": about.proxy,
         "differs from the paper": about.differences,
-        "rules": f"Fixed in configs/protocol.yaml before the runs. The parts that decide are held to {level:g}% together (Holm); fewer than "
-        f"{protocol().least_seeds} seeds give no verdict; the weakest part is the claim's. Could have seen: the smallest true effect that as "
-        f"many seeds, as noisy, show with {100 * protocol().power:g}% power.",
-        "amendments": "; ".join(
-            f"{one['date']}: {one['what']} ({one['why']})" for one in protocol().amendments if about.id in one["claims"]
-        )
-        or "none",
+        "rules": f"Fixed in configs/protocol.yaml before the runs. The parts that decide are held to {100 * rules.level:g}% together (Holm); fewer "
+        f"than {rules.least_seeds} seeds give no verdict; the weakest part is the claim's. Could have seen: the smallest true effect that as "
+        f"many seeds, as noisy, show with {100 * rules.power:g}% power.",
+        "amendments": "; ".join(amended) or "none",
     }
-    listed = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in names.items() if v)
-    more = (
-        folded(f"{len(beside)} comparisons beside it, which decide nothing", parts_html(beside, verdict.label))
-        if beside
-        else ""
-    )
-    return f"{parts_html(verdict.deciding, verdict.label)}{more}<dl>{listed}</dl>"
+    tables = [parts_html(parts, verdict.label) for parts in (verdict.deciding, beside)]
+    return markup("judged", *tables, len(beside), names)
 
 
-def parts_html(parts: Sequence[JudgedPart], label: str) -> str:
+def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     """A row for each part: what was found, and by which rule it has its label."""
-    rows = [
-        {
-            "part": part.name,
-            "verdict": part.label,
-            "found": found(part),
-            "seeds": _seeds(part),
-            "reproduced if": part.rule,
-            "could have seen": _seen(part),
-        }
-        for part in parts
-    ]
-    frame = pd.DataFrame(rows)
+    names = ["part", "verdict", "found", "seeds", "reproduced if", "could have seen"]
+    rows = [(part.name, part.label, found(part), _seeds(part), part.rule, _seen(part)) for part in parts]
+    frame = pd.DataFrame(rows, columns=names)
     if label == PLUMBING:  # numbers of smoke say nothing
-        frame = frame[["part", "reproduced if"]]
-    return table_html(frame, "", {} if label == PLUMBING else {"verdict": badge})
+        return table_html(frame[["part", "reproduced if"]])
+    return table_html(frame, "", {"verdict": badge})
 
 
 def found(part: JudgedPart) -> str:
@@ -130,22 +98,20 @@ def found(part: JudgedPart) -> str:
     return size if part.low is None else f"{size} ({span(part.low, part.high, part.unit)})"
 
 
-def _seeds(part: JudgedPart) -> str:
+def _seeds(part: JudgedPart) -> str | None:
     if not part.seeds:
-        return "\u2013"
+        return None
     return counted(part.seeds, part.effect.of) + (f"; without {', '.join(part.missing)}" if part.missing else "")
 
 
-def _seen(part: JudgedPart) -> str:
-    if part.smallest is None or not math.isfinite(part.smallest):
-        return "\u2013"
-    return amount(part.smallest, part.unit, compares=True)
+def _seen(part: JudgedPart) -> str | None:
+    return None if part.smallest is None else amount(part.smallest, part.unit, compares=True)
 
 
 def difference(
     frame: pd.DataFrame, value: str, a: str, b: str, *, by: str = "arm", unit: str = "nats per token"
 ) -> str:
-    """How much more a has than b, over the seeds that both have: "+0.004 nats (0.002 to 0.006; 3 seeds)"; or "not run".
+    """How much more a has than b, over the seeds that both have: "+0.004 nats (0.002 to 0.006; 3 seeds)"; or "(not run)".
 
     Args:
         frame: a row per arm and seed. value: the column; shares are of 1. by: the column of a and b. unit: of `Unit`.
@@ -154,7 +120,7 @@ def difference(
     unit = Unit(unit)
     found = of_values((of[a] - of[b]).dropna(), unit)
     if not found.n:
-        return "(not run)"
+        return NOTHING
     inner = found.interval()
     between = f"{span(*inner, unit)}; " if inner else ""
     sign = "+" if found.value > 0 else "\u2212" if found.value < 0 else ""

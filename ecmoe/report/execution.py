@@ -19,7 +19,7 @@ from traitlets import CaselessStrEnum, default
 from ecmoe import paths
 from ecmoe.files import ConfigError
 from ecmoe.report.render import render
-from ecmoe.study.parameters import ParameterError, check_parameters, merge_parameters, merged
+from ecmoe.study.parameters import ParameterError, check_parameters, merge_parameters, merged, notebook_parameters
 from ecmoe.study.plan import of_page
 
 
@@ -30,23 +30,20 @@ class ReportError(RuntimeError):
 class _ThisPython(AsyncKernelManager):
     """Kernels of the running interpreter: an installed `python3` kernel may be another one's.
 
-    They are reached by sockets in the file system, where these exist: nothing listens on a port.
+    They are reached by sockets in the file system, where these exist: nothing listens on a port. In a folder of its own, as
+    Jupyter's default is the working folder, which kernels that run side by side would share; and in /tmp, as the name of a
+    socket may have some 100 characters in all.
     """
 
-    transport = CaselessStrEnum(["tcp", "ipc"])
-
-    @default("transport")
-    def _by_files_if_possible(self) -> str:
-        self._folder = _short_folder()
-        return "ipc" if self._folder else "tcp"
+    transport = CaselessStrEnum(["tcp", "ipc"], "ipc" if os.path.isdir("/tmp") else "tcp")
 
     @default("ip")
     def _own_sockets(self) -> str:
-        # Jupyter's default is `kernel-ipc` in the working folder: kernels that run side by side would share it.
         if self.transport != "ipc":
             return "127.0.0.1"
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        return os.path.join(self._folder, "kernel")
+        folder = tempfile.mkdtemp(prefix="ecmoe-", dir="/tmp")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return os.path.join(folder, "kernel")
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -63,19 +60,6 @@ def _read(notebook: Path) -> Any:
             f"{notebook} can't be read ({type(error).__name__}: {error}): it must be a notebook, such as "
             "notebooks/01_convergence.ipynb"
         ) from error
-
-
-def _short_folder() -> str | None:
-    """A new folder for sockets, whose names may have some 100 characters in all: a long $TMPDIR has no room for them."""
-    for parent in (tempfile.gettempdir(), "/tmp", "/dev/shm") if os.name == "posix" else ():
-        try:
-            folder = tempfile.mkdtemp(prefix="ecmoe-", dir=parent)
-        except OSError:
-            continue
-        if len(os.fsencode(folder)) < 80:
-            return folder
-        os.rmdir(folder)
-    return None
 
 
 def execute(
@@ -104,25 +88,22 @@ def execute(
 
     notebook, out_html = Path(notebook), Path(out_html)
     failed_html = out_html.with_suffix(".failed.html")
+
+    def fail(executed: Any, what: str, where: str = notebook.name, cell: int | None = None) -> None:
+        render(executed, failed_html, error={"where": where, "what": what, "cell": cell}, source=notebook)
+
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
         source = _read(notebook)
-        if train_missing is not None and any(
-            "train_missing" in cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", ())
-        ):
+        if train_missing is not None and "train_missing" in notebook_parameters(source):
             values["train_missing"] = train_missing
         check_parameters(source, values, notebook.name)
         if (paths.configs() / f"{notebook.stem}.yaml").exists():
             of_page(notebook.stem, values.get("scale", "smoke"), values)  # an arm that can't be is named at once
     except (ReportError, ConfigError, ParameterError) as error:  # the list of pages names it, too
         if notebook.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                empty = Path(folder) / "empty.ipynb"
-                nbformat.write(
-                    nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {notebook.stem}")]), empty
-                )
-                problem = {"where": notebook.name, "what": str(error), "cell": None}
-                render(empty, failed_html, error=problem, source=notebook)
+            title = nbformat.v4.new_markdown_cell(f"# {notebook.stem}")
+            fail(nbformat.v4.new_notebook(cells=[title]), str(error))
         raise
     out_html.parent.mkdir(parents=True, exist_ok=True)
     total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
@@ -148,17 +129,15 @@ def execute(
                 stderr_file=sys.stderr if progress else None,
             )
         except PapermillExecutionError as failure:
-            what = f"{failure.ename}: {failure.evalue}"
-            where = f"{notebook.name}, cell {failure.cell_index + 1}"
-            error = {"where": where, "what": what, "cell": failure.cell_index + 1}
-            render(executed, failed_html, error=error, source=notebook)
+            what, cell = f"{failure.ename}: {failure.evalue}", failure.cell_index + 1
+            where = f"{notebook.name}, cell {cell}"
+            fail(nbformat.read(executed, as_version=4), what, where, cell)
             raise ReportError(f"{where} failed: {what} (see {failed_html})") from None
         except Exception as failure:  # the kernel died, such as for want of memory
+            what = f"{type(failure).__name__}: {failure}"
             if executed.exists():
-                what = f"{type(failure).__name__}: {failure}"
-                error = {"where": notebook.name, "what": what, "cell": None}
-                render(executed, failed_html, error=error, source=notebook)
-            raise ReportError(f"{notebook.name} failed: {type(failure).__name__}: {failure}") from failure
-        render(executed, out_html, source=notebook)
+                fail(nbformat.read(executed, as_version=4), what)
+            raise ReportError(f"{notebook.name} failed: {what}") from failure
+        render(nbformat.read(executed, as_version=4), out_html, source=notebook)
     failed_html.unlink(missing_ok=True)
     return out_html

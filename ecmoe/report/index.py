@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup
 
 from ecmoe import paths
 from ecmoe.files import write_text
+from ecmoe.report.markup import TEMPLATE, markup
 from ecmoe.report.render import page_html
-from ecmoe.report.scoreboard import answer_html, scoreboard_html, scoreboard_markdown, studies_html
+from ecmoe.report.scoreboard import scoreboard_html, scoreboard_markdown, studies_html
 from ecmoe.study.answer import answer
 from ecmoe.study.verdict import judge_all
 
-_SCRIPT = Path(__file__).parent / "template" / "search.js"
 _LONGEST = 4000  # characters of a section that can be found
 
 
@@ -37,14 +35,16 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)
     parts = {
-        "What holds": answer_html(answer(scale, verdicts))
+        "What holds": markup("what_holds", answer(scale, verdicts))
         + scoreboard_html(verdicts, {page["name"] for page in pages}),
-        "All pages": _listing(pages),
-        "Search": _search(pages),
+        "All pages": markup("listing", pages),
+        "Search": markup(
+            "search", [[page["file"], page["title"], *part] for page in pages for part in page["sections"]]
+        ),
         "What was run, and what is missing": studies_html(scale),
     }
     title = f"# Expert choice routing: what the paper claims, and what holds here\n\nAt scale `{scale}`."
-    script = _SCRIPT.read_text(encoding="utf-8")
+    script = (TEMPLATE / "search.js").read_text(encoding="utf-8")
     text = page_html(
         nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(title)]),
         parts=parts,
@@ -77,46 +77,18 @@ def _pages(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _sections(soup: BeautifulSoup) -> Iterator[tuple[str, str, str]]:
     """Id, heading and text of each section; of figures what their alternative text says, of code nothing."""
-    main = soup.find("main")
-    if not isinstance(main, Tag):
-        return
-    for element in main.select("details.code, details.log, math, nav, style"):
+    for element in soup.select("details.code, details.log, math, nav, style"):
         element.decompose()
-    for svg in main.find_all("svg"):
+    for svg in soup.select("svg"):
         svg.replace_with(svg.get("aria-label", ""))
-    anchor, heading, words = "main", "", []
-    for element in main.find_all(
-        ["h1", "h2", "h3", "p", "li", "figcaption", "caption", "td", "th", "dt", "dd", "figure"]
-    ):
-        if element.name in ("h1", "h2", "h3"):
-            if words:
-                yield anchor, heading, " ".join(" ".join(words).split())[:_LONGEST]
-            anchor, heading, words = element.get("id", "main"), element.get_text(), []
-        elif not element.find_parent(["p", "li", "td", "th", "dd", "figure"]):
-            words.append(element.get_text(" "))
-    yield anchor, heading, " ".join(" ".join(words).split())[:_LONGEST]
-
-
-def _listing(pages: list[dict[str, Any]]) -> str:
-    entries = []
-    for page in pages:
-        mark = ' <strong class="mark">failed</strong>' if page["failed"] else ""
-        link = f'<a href="{html.escape(page["file"])}">{html.escape(page["title"])}</a>'
-        entries.append(f"<li>{link}{mark}<small>{html.escape(page['about'])}</small></li>")
-    return f'<nav class="pages" aria-label="Reports"><ul>{"".join(entries) or "<li>none yet</li>"}</ul></nav>'
-
-
-def _search(pages: list[dict[str, Any]]) -> str:
-    words = [
-        [page["file"], page["title"], anchor, heading, text]
-        for page in pages
-        for anchor, heading, text in page["sections"]
-    ]
-    data = json.dumps(words, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        '<form class="search" role="search"><label for="words">Words on any page</label>'
-        '<input id="words" type="search" autocomplete="off" placeholder="capacity factor"></form>'
-        "<noscript><p>The search needs a script, which this browser doesn't run.</p></noscript>"
-        '<ul class="hits" aria-live="polite"></ul>'
-        f'<script type="application/json" id="search-index">{data}</script>'
-    )
+    for main in soup.select("main"):
+        anchor, heading, words = "main", "", []
+        for piece in main.find_all(string=True):
+            title = piece.find_parent(["h1", "h2", "h3"])
+            if title is not None and title.get_text() != heading:
+                if words:
+                    yield anchor, heading, " ".join(" ".join(words).split())[:_LONGEST]
+                anchor, heading, words = title.get("id", "main"), title.get_text(), []
+            elif title is None:
+                words.append(piece)
+        yield anchor, heading, " ".join(" ".join(words).split())[:_LONGEST]

@@ -1,4 +1,4 @@
-"""Pieces of pages as HTML: tables, formulas, badges. Text that comes from data is escaped; nothing needs a script."""
+"""Pieces of pages as HTML, drawn by the macros of template/parts.html.j2, which escape what comes in; nothing needs a script."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import html
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+TEMPLATE = Path(__file__).parent / "template"
 Format = str | Callable[[Any], str]
 # Of verdicts: white on them has a contrast above 4.5, and as marks they are seen on white and on black.
 COLORS = {
@@ -19,18 +23,30 @@ COLORS = {
     "no effect": "#7a5195",
     "contradicted": "#c0392b",
     "undecided": "#866a00",
+    "finding": "#2f6fb0",
     "not run": "#5f6368",
     "plumbing only": "#5f6368",
 }
 
 
+@cache
+def _macros() -> Any:
+    environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
+    environment.globals["colors"] = COLORS
+    return environment.get_template("parts.html.j2").module
+
+
+def markup(name: str, *args: Any, **kwargs: Any) -> Markup:
+    """What a macro of parts.html.j2 makes of its arguments; all of them are escaped but Markup."""
+    return getattr(_macros(), name)(*args, **kwargs)
+
+
 def badge(label: str) -> Markup:
     """A verdict's label on its colour."""
-    style = f"background:{COLORS.get(label, '#5f6368')};color:#fff;padding:.1em .7em;border-radius:1em;font-weight:600"
-    return Markup('<span class="badge" style="{}">{}</span>').format(style, label)
+    return markup("badge", label)
 
 
-def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None) -> str:
+def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None) -> Markup:
     """A table: escaped, numbers to the right, the first column heading its row; what is missing is a dash, never a 0.
 
     Args:
@@ -42,29 +58,9 @@ def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, For
     unknown = [name for name in formats if name not in frame.columns]
     if unknown:
         raise ValueError(f"formats names {unknown}, but the columns are {list(frame.columns)}")
-    numeric = [_is_numeric(frame[name]) for name in frame.columns]
-    head = "".join(
-        f'<th scope="col"{_right(number, heading=True)}>{html.escape(str(name).replace("_", " "))}</th>'
-        for name, number in zip(frame.columns, numeric, strict=True)
-    )
-    columns = [[_cell(v, formats.get(name) or _by_size(frame[name])) for v in frame[name]] for name in frame.columns]
-    body = []
-    for i, cells in enumerate(zip(*columns, strict=True)):
-        marked = [f"<td{_right(number)}>{cell}</td>" for cell, number in zip(cells, numeric, strict=True)]
-        wide = ' class="long"' * (len(str(frame.iat[i, 0])) > 12)  # wraps, but not to a word a line
-        marked[0] = f'<th scope="row"{wide}{_right(numeric[0])}>{cells[0]}</th>'
-        body.append(f"<tr>{''.join(marked)}</tr>")
-    heading = f"<caption><span>{html.escape(caption)}</span></caption>" if caption else ""
-    rows = "".join(body) or f'<tr><td colspan="{max(1, len(frame.columns))}">nothing</td></tr>'
-    table = f"<table>{heading}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption or "table")}">{table}</div>'
-    )
-
-
-def folded(summary: str, inside: str) -> str:
-    """What a reader opens to see."""
-    return f'<details class="numbers"><summary>{html.escape(summary)}</summary>{inside}</details>'
+    heads = [(str(name).replace("_", " "), _is_numeric(frame[name])) for name in frame.columns]
+    cells = [[_cell(v, formats.get(name) or _by_size(frame[name])) for v in frame[name]] for name in frame.columns]
+    return markup("table", heads, list(zip(*cells, strict=True)), caption)
 
 
 def math_html(latex: str, mode: str = "inline", alt: str = "") -> str:
@@ -78,11 +74,6 @@ def math_html(latex: str, mode: str = "inline", alt: str = "") -> str:
 def text_of(markup: str) -> str:
     """Markup without its tags, on one line."""
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", markup)).replace("`", "").split())
-
-
-def _right(number: bool, heading: bool = False) -> str:
-    whole = "" if heading else ";white-space:nowrap"  # a number in two lines is read as two
-    return f' style="text-align:right{whole}"' if number else ""
 
 
 def _is_numeric(column: pd.Series) -> bool:
@@ -103,17 +94,16 @@ def _by_size(column: pd.Series) -> Format:
 
 def _cell(value: Any, how: Format) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-        return '<span title="not measured">\u2013</span>'
+        return Markup('<span title="not measured">\u2013</span>')
     if isinstance(value, bool):
         return "yes" if value else "no"
     if callable(how):
-        shown = how(value)
-        return shown if isinstance(shown, Markup) else html.escape(str(shown))
-    return html.escape(how.format(value) if "{" in how else format(value, how))
+        return how(value)
+    return how.format(value) if "{" in how else format(value, how)
 
 
-def show_html(markup: str, text: str) -> None:
+def show_html(shown: str, text: str) -> None:
     """Show HTML in a notebook, and a plain text where there is none."""
     from IPython.display import display
 
-    display({"text/html": markup, "text/plain": text}, raw=True)
+    display({"text/html": str(shown), "text/plain": text}, raw=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from ecmoe.report.markup import folded, show_html, table_html
+from ecmoe.report.markup import markup, show_html, table_html
 from ecmoe.training.result import Result
 
 Study = Mapping[str, Sequence[Result]]
@@ -24,12 +23,9 @@ def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
     starts = sorted(s["started"][:10] for s in done if s.get("started"))
-    rows: dict[str, Iterable[Any]] = {
-        "code": _distinct(done, "code"),
-        "commit": _distinct(done, "commit"),
-        "device": _distinct(done, "device"),
-        "precision": _distinct(done, "precision"),
-        "versions": {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done},
+    same = {key: _distinct(done, key) for key in ("code", "commit", "device", "precision")}
+    same["versions"] = {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done}
+    rows: dict[str, Iterable[Any]] = same | {
         "data": {_data_text(d) for d in data},
         "processes": _distinct(done, "world_size") - {"1"},
         "runs side by side on a device (seconds are a run's own over their number)": _distinct(done, "sharing", 1)
@@ -40,28 +36,20 @@ def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
         "trained": [f"{starts[0]} to {starts[-1]}" if starts else "never"],
     }
     for status in ("diverged", "failed"):
-        rows[status] = [r.summary["name"] + _because(r.summary) for r in results if r.summary["status"] == status]
+        lost = [s for s in done if s["status"] == status]
+        rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
     shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}
     # A commit may differ in what decides no number: the digest of the code that does is what counts, where runs have it.
-    mixed = [name for name in ("code", "device", "precision", "versions") if len(shown.get(name, ())) > 1]
+    mixed = [name for name in same if name != "commit" and len(shown.get(name, ())) > 1]
     mixed += ["commit"] * ("unknown" in shown.get("code", ()) and len(shown.get("commit", ())) > 1)
     mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
     warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{"<br>".join(map(html.escape, values))}</td></tr>'
-        for name, values in shown.items()
-    )
-    note = f'<p class="warning" role="note"><strong>Mind:</strong> {html.escape(warning)}</p>' if warning else ""
-    table = f'<div class="scroll" tabindex="0" role="region" aria-label="provenance"><table class="provenance"><tbody>{body}</tbody></table></div>'
-    about = f"<p>{html.escape(differences)}</p>" if differences else ""
-    markup = f'<h2 id="provenance">Where it comes from</h2>{about}{note}{table}' + (
-        folded("seconds and tokens of each run", table_html(_costs(results))) if done else ""
-    )
+    costs = table_html(_costs(results)) if done else ""
     text = "\n".join([warning, *(f"{name}: {'; '.join(values)}" for name, values in shown.items())])
-    show_html(markup, text)
+    show_html(markup("provenance", shown, differences, warning, costs), text)
 
 
 def _costs(results: Sequence[Result]) -> pd.DataFrame:
@@ -76,10 +64,6 @@ def _distinct(summaries: list[dict[str, Any]], key: str, default: Any = "unknown
     return {str(s.get(key, default)) for s in summaries}
 
 
-def _because(summary: Mapping[str, Any]) -> str:
-    return f": {summary['error']}" if summary.get("error") else ""
-
-
 def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"
 
@@ -90,7 +74,12 @@ def _data_text(data: Mapping[str, Any]) -> str:
     if data.get("train_images"):
         shape = " x ".join(map(str, data["shape"]))
         size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
-    licence = f"licence: {data.get('licence', 'unknown')}"
-    digest = f"digest {str(data.get('digest', 'unknown'))[:12]}"
-    parts = [data.get("name", "unknown"), data.get("attribution", ""), licence, size, digest]
+    licence, digest = data.get("licence", "unknown"), str(data.get("digest", "unknown"))[:12]
+    parts = [
+        data.get("name", "unknown"),
+        data.get("attribution", ""),
+        f"licence: {licence}",
+        size,
+        f"digest {digest}",
+    ]
     return "; ".join(str(part) for part in parts if part)

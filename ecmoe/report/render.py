@@ -12,26 +12,28 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import nbformat
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from ecmoe.files import write_text
-from ecmoe.report.markup import math_html, text_of
+from ecmoe.report.markup import TEMPLATE, math_html, text_of
 
-_HERE = Path(__file__).parent
 _LABELS = {
     "parameters": "parameters and their defaults",
     "injected-parameters": "parameters of this report",
     "try": "yours to change",
 }
+_NBCONVERT = {
+    "NbConvertBase": {"display_data_priority": ["text/html", "image/png", "text/plain"]},
+    "CoalesceStreamsPreprocessor": {"enabled": True},  # one log a cell, however many pieces it came in
+}
 FOOTER = "Made from a notebook; this page sends no request and runs no script."
 
 
 def render(
-    ipynb: str | Path,
+    notebook: Any,
     out_html: str | Path,
     error: Mapping[str, Any] | None = None,
     source: str | Path | None = None,
@@ -43,7 +45,6 @@ def render(
         source: the notebook as it lies in notebooks/; the page links to it and to the pages of its neighbours.
     """
     out_html = Path(out_html)
-    notebook = nbformat.read(ipynb, as_version=4)
     links = {} if source is None else {"ways": ways(Path(source)), "source": _relative(Path(source), out_html.parent)}
     write_text(out_html, page_html(notebook, error, **links))
     return out_html
@@ -67,15 +68,16 @@ def page_html(
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for number, cell in enumerate(notebook.cells, 1):
         cell.page = {"number": number}
-    notebook.cells = _answer_first(notebook.cells)
+    # The cell tagged `answer` stands right below the title, whatever had to be loaded for it.
+    notebook.cells[1:] = sorted(notebook.cells[1:], key=lambda cell: "answer" not in cell.metadata.get("tags", []))
     toc: list[dict[str, Any]] = []
     markdown = MarkdownWithMath(renderer=_Markdown(toc))
     title = description = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.page["html"] = markdown.render(cell.source)
-            if not title and (heading := _heading(cell.source)):
-                title = heading
+            if not title and (heading := re.search(r"^#\s+(.+)$", cell.source, re.MULTILINE)):
+                title = heading[1].strip()
                 paragraph = re.search(r"<p>(.*?)</p>", cell.page["html"], re.DOTALL)
                 description = text_of(paragraph[1]) if paragraph else ""
         elif cell.cell_type == "code":
@@ -83,8 +85,10 @@ def page_html(
             cell.page["label"] = next((_LABELS[tag] for tag in tags if tag in _LABELS), "code")
             cell.page["failed"] = bool(error) and error["cell"] == cell.page["number"]
             cell.page["read"] = "read" in tags  # its code is what there is to read
-            _join_streams(cell)
-            toc += [{"id": id, "plain": id, "level": 2, "html": text} for id, text in _shown_headings(cell)]
+            _order(cell)
+            shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
+            headings = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', shown)
+            toc += [{"id": id, "plain": id, "level": 2, "html": text} for id, text in headings]
             cell.page["quiet"] = not cell.outputs and not cell.page["read"]
     sections = [{"id": _anchor(name, toc), "heading": name, "html": html} for name, html in (parts or {}).items()]
     page = {
@@ -98,22 +102,14 @@ def page_html(
         "parts": sections,
         "footer": FOOTER,
     } | more
-    priority = ["text/html", "image/png", "text/plain"]
     exporter = HTMLExporter(
-        config=Config({"NbConvertBase": {"display_data_priority": priority}}),
-        template_name="template",
-        extra_template_basedirs=[str(_HERE)],
+        config=Config(_NBCONVERT), template_name="template", extra_template_basedirs=[str(TEMPLATE.parent)]
     )
     return exporter.from_notebook_node(notebook, {"page": page})[0]
 
 
-def _answer_first(cells: list[Any]) -> list[Any]:
-    """The cell tagged `answer` right below the title, whatever had to be loaded for it."""
-    return cells[:1] + sorted(cells[1:], key=lambda cell: "answer" not in cell.metadata.get("tags", []))
-
-
 def ways(source: Path) -> list[dict[str, str]]:
-    """To the pages of the notebooks before and after this one, by their number."""
+    """To the pages of the notebooks before and after this one, by their number; "03_capacity_factor" is "03 Capacity factor"."""
     all_of_them = sorted(source.parent.glob("[0-9][0-9]_*.ipynb"))
     if source not in all_of_them:
         return []
@@ -121,14 +117,10 @@ def ways(source: Path) -> list[dict[str, str]]:
     for rel, other, form in (("prev", at - 1, "\u2190 {}"), ("next", at + 1, "{} \u2192")):
         if 0 <= other < len(all_of_them):
             name = all_of_them[other].stem
-            found.append({"rel": rel, "href": f"{quote(name)}.html", "text": form.format(short_title(name))})
+            number, _, words = name.partition("_")
+            text = form.format(f"{number} {words.replace('_', ' ').capitalize()}")
+            found.append({"rel": rel, "href": f"{quote(name)}.html", "text": text})
     return found
-
-
-def short_title(name: str) -> str:
-    """ "03_capacity_factor" -> "03 Capacity factor", as links have it."""
-    number, _, words = name.partition("_")
-    return f"{number} {words.replace('_', ' ').capitalize()}"
 
 
 class _Markdown(IPythonRenderer):
@@ -163,23 +155,10 @@ def _anchor(text: str, toc: list[dict[str, Any]], level: int = 2) -> str:
     return name
 
 
-def _shown_headings(cell: Any) -> list[tuple[str, str]]:
-    """Id and text of the headings that a cell shows."""
-    shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
-    return re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', shown)
-
-
-def _join_streams(cell: Any) -> None:
-    """One log per cell, however many pieces its lines came in, after what the cell shows."""
-    outputs, logs = [], []
-    for output in cell.outputs:
-        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
-            continue  # a bar that has come to its end
-        is_log = output.output_type == "stream" and output.name == "stderr"
-        (logs if is_log else outputs).append(output)
-    if logs:
-        logs[0].text = "".join(output.text for output in logs)
-    cell.outputs = outputs + logs[:1]
+def _order(cell: Any) -> None:
+    """What a cell shows, then its log; no bar that has come to its end."""
+    shown = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    cell.outputs = sorted(shown, key=lambda output: output.get("name") == "stderr")
 
 
 def _css() -> str:
@@ -188,12 +167,7 @@ def _css() -> str:
         for style in ("default", "github-dark")
     }
     dark = f"@media screen and (prefers-color-scheme: dark) {{\n{code['github-dark']}\n}}"
-    return "\n".join([code["default"], dark, (_HERE / "template" / "style.css").read_text(encoding="utf-8")])
-
-
-def _heading(source: str) -> str:
-    found = re.search(r"^#\s+(.+)$", source, re.MULTILINE)
-    return found[1].strip() if found else ""
+    return "\n".join([code["default"], dark, (TEMPLATE / "style.css").read_text(encoding="utf-8")])
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -21,7 +21,7 @@ def show_something():
     rows = [(arm, seed, 4 + len(arm) / 100 + seed / 1e3) for arm in arms for seed in seeds]
     frame = pd.DataFrame(rows, columns=["arm", "seed", "val_loss"])
     said = "Expert choice ends 0.020 nats below GShard top-2 (0.015 to 0.025; 3 seeds)."
-    page.finding(said, "9 runs of 52 million tokens", "reproduced")
+    page.finding(said, "9 runs of 52 million tokens")
     page.show(plots.final_loss(frame), "A caption that is long enough to be wrapped on a phone, and on a desk, too.")
     wide = pd.concat([frame] * 4, axis=1).set_axis([f"a_long_name_{i}" for i in range(12)], axis=1)
     page.show_table(wide, "A wide table")
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
     for name in ("01_one", "02_two"):
-        render(folder / f"{name}.ipynb", folder / f"{name}.html", source=folder / f"{name}.ipynb")
+        render(nbformat.read(folder / f"{name}.ipynb", 4), folder / f"{name}.html", source=folder / f"{name}.ipynb")
     found = {
         "C1": judged("C1", {}),
         "C6": judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)})),
