@@ -47,7 +47,7 @@ class Drawn:
 
     figure = property(lambda self: self)
 
-    def savefig(self, *_, **__):
+    def save(self, _):
         pass
 
 
