@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # 512 tokens a batch: as many as the largest pool of 09_causality, and a whole k for all experts.
 TINY = {
     "layers": 2, "d_model": 16, "d_ff": 32, "heads": 2, "sequence_length": 32, "batch_size": 16, "max_bytes": 400_000,
-    "steps": 4, "warmup_steps": 1, "eval_every": 2, "eval_batches": 2,
+    "steps": 4, "warmup_steps": 2, "eval_every": 2, "eval_batches": 2,
 }  # fmt: skip
 
 
