@@ -30,9 +30,9 @@ KINDS = {
     "loss": r"_losses_kernel|_scaled_kernel|log_softmax|logsumexp|nll_loss",
     "other products": r"nvjet|gemm|cutlass|cublas|xmma|aten::(mm|addmm|matmul|linear)\b",
     "optimiser": r"adam|_squares_kernel|multi_tensor_apply|foreach|clip_grad|vector_norm|lpnorm",
-    "routing": r"ecmoe::(logits|select)|_(logits|weigh|guess|count|list|take|place|invert)_|_sum_kernel|topk|sort|radix|searchsorted",
+    "routing": r"ecmoe::(logits|select)|_(logits|weigh|guess|list|take|place|invert)_|_sum_kernel|topk|sort|radix|searchsorted",
     "gather and combine": r"_gather|_combine|gather|scatter|index",
-    "activation": r"_activate|_scale_kernel|gelu",
+    "activation": r"_activate|gelu",
     "copies and casts": r"memcpy|memset|direct_copy|aten::(copy_|_to_copy|to|cat|fill_|zero_)",
     "norms and other passes": r"",
 }

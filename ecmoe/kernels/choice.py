@@ -18,7 +18,7 @@ from ecmoe.kernels import layer, routing
 from ecmoe.kernels.common import block, cdiv, check, device_of, kernel
 from ecmoe.kernels.selection import BINS, LONGEST, choose
 
-NUMBERS = 2048  # of a program, tokens x experts
+NUMBERS = 2048  # of a program
 
 
 def available(x: Tensor, weight: Tensor, k: int) -> bool:
@@ -59,15 +59,37 @@ def expert_choice(
     return _Layer.apply(x, weight, w1, w2, k, scale, cutoff or (None, None), statistics, fuse, dtype, keep)
 
 
+def _cut(n: int, e: int) -> tuple[tuple[int], dict]:
+    """Programs, and their tokens x experts."""
+    rows = max(NUMBERS // block(e), 1)
+    return (cdiv(n, rows),), {"E": block(e), "ROWS": rows}
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, w1, w2, k, scale, cutoff, statistics, fuse, dtype, keep):
         with device_of(x):
-            x, weight, e = x.contiguous(), weight.contiguous(), weight.shape[1]
-            inverse = x.new_empty(len(x), e, dtype=torch.int32)
+            (n, e), x, weight = (len(x), weight.shape[1]), x.contiguous(), weight.contiguous()
+            inverse = x.new_empty(n, e, dtype=torch.int32)
             S = routing.product(x, weight, inverse, e * k)
-            token = choose(S, k, inverse, cutoff, None if statistics is None else statistics[-1])
-            gate = _weigh(S, inverse, k, scale, statistics)
+            load, demand, tokens, bins = statistics or [None] * 4
+            token, gate = choose(S, k, inverse, cutoff, bins), S.new_empty(e, k)
+            grid, cut = _cut(n, e)
+            _weigh_kernel[grid](
+                S,
+                inverse,
+                gate,
+                load,
+                demand,
+                tokens,
+                bins,
+                n,
+                e,
+                k,
+                scale,
+                0 if bins is None else len(bins) - 1,
+                **cut,
+            )
             out, *kept = layer.experts_forward(x.to(dtype), w1, w2, token, gate, inverse, fuse, keep)
         if keep:
             ctx.scale, ctx.fuse = scale, fuse
@@ -82,29 +104,11 @@ class _Layer(torch.autograd.Function):
             dx, dw1, dw2, dgate = layer.experts_backward(
                 dout.to(x_in.dtype), w1, w2, token, gate, inverse, x_in, *kept, ctx.fuse
             )
-            dlogits = _weigh_backward(dgate, S, inverse, ctx.scale)
+            (n, e), dlogits = inverse.shape, S.new_empty(*inverse.shape)
+            grid, cut = _cut(n, e)
+            _weigh_backward_kernel[grid](dgate, S, inverse, dlogits, n, e, dgate.numel(), ctx.scale, **cut)
             dx, dweight = routing.product_backward(dlogits, dx, x, weight)
         return dx, dweight, dw1, dw2, *[None] * 7
-
-
-def _weigh(S: Tensor, inverse: Tensor, k: int, scale: float | None, statistics: Sequence[Tensor] | None) -> Tensor:
-    """(e, n) scores -> (e, k) gates."""
-    (e, n), gate = S.shape, S.new_empty(len(S), k)
-    load, demand, tokens, bins = statistics or [None] * 4
-    rows = max(NUMBERS // block(e), 1)
-    _weigh_kernel[cdiv(n, rows),](
-        S, inverse, gate, load, demand, tokens, bins, n, e, k, scale, 0 if bins is None else len(bins) - 1,
-        E=block(e), ROWS=rows,
-    )  # fmt: skip
-    return gate
-
-
-def _weigh_backward(dgate: Tensor, S: Tensor, inverse: Tensor, scale: float | None) -> Tensor:
-    """(e, k) -> (n, e): through the gates and the softmax."""
-    (e, n), out = S.shape, S.new_empty(*inverse.shape)
-    rows = max(NUMBERS // block(e), 1)
-    _weigh_backward_kernel[cdiv(n, rows),](dgate, S, inverse, out, n, e, dgate.numel(), scale, E=block(e), ROWS=rows)
-    return out
 
 
 @kernel

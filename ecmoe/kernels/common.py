@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # on CPU tensors, without a GPU
@@ -76,48 +75,24 @@ def described(base: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 class Operator:
-    """A function of tensors, and its gradient, as one step of autograd.
+    """A function of tensors that torch.compile takes for one step, with shapes that `fake` tells.
 
-    Under torch.compile it is a registered operator, opaque, with shapes that `fake` tells. Elsewhere it is a plain
-    autograd function, for a registered one costs 0.1 to 0.5 ms of the host's time a call.
+    Elsewhere it is just called, for a registered operator costs 0.1 to 0.5 ms of the host's time a call. Gradients are the
+    business of an autograd function around it, which the compiler sees through.
 
     Args:
         function: with annotated arguments, the first of them a tensor.
         fake: the same, for tensors without numbers.
-        backward, setup: as for `torch.library.register_autograd`; none: no gradient passes.
     """
 
-    def __init__(
-        self,
-        function: Callable,
-        fake: Callable,
-        backward: Callable | None = None,
-        setup: Callable | None = None,
-    ) -> None:
-        self.plain = function
+    def __init__(self, function: Callable, fake: Callable) -> None:
         registered = torch.library.custom_op(f"ecmoe::{function.__name__.strip('_')}", function, mutates_args=())
         registered.register_fake(fake)
-        if backward is not None:
-            registered.register_autograd(backward, setup_context=setup)
-            self.plain = _differentiable(self.plain, backward, setup)
-        self.registered = registered._opoverload
+        self.function, self.registered = function, registered._opoverload
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(args[0]) not in _REAL:
-            return self.registered(*args)
-        return self.plain(*args)
-
-
-def _differentiable(function: Callable, backward: Callable, setup: Callable) -> Callable:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):  # not split in two: torch would inspect the signature in every call
-            out = function(*args)
-            setup(ctx, args, out)
-            return out
-
-    Function.backward = staticmethod(once_differentiable(backward))
-    return Function.apply
+        real = type(args[0]) in _REAL and not torch.compiler.is_compiling()
+        return (self.function if real else self.registered)(*args)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

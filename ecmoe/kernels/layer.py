@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ecmoe.kernels.common import Operator, check, device_of
 from ecmoe.kernels.product import fusible, product, product_backward
@@ -31,7 +32,7 @@ def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, f
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     gate = gate.to(torch.promote_types(dtype, torch.float32))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, gate))
-    return _experts_op(x.to(dtype), w1, w2, token, gate, None, fuse, keep)[0].to(x.dtype)
+    return _Experts.apply(x.to(dtype), w1, w2, token, gate, fuse, keep).to(x.dtype)
 
 
 def experts_forward(
@@ -118,19 +119,19 @@ def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(a, b).to(dtype)
 
 
-def _keep_for_backward(ctx, inputs, output):
-    (_, w1, w2, token, gate, _, ctx.fuse, _), (_, *kept) = inputs, output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # zeros the size of h, else
-    ctx.save_for_backward(w1, w2, token, gate, *kept)
+_experts_op, _experts_backward_op = Operator(experts_forward, _fake), Operator(experts_backward, _fake_backward)
 
 
-def _backward(ctx, dout, *_):
-    if dout is None:
-        return (None,) * 8
-    dx, dw1, dw2, dgate = _experts_backward_op(dout, *ctx.saved_tensors, ctx.fuse)
-    return dx, dw1, dw2, None, dgate, None, None, None
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, w2, token, gate, fuse, keep):
+        out, *kept = _experts_op(x, w1, w2, token, gate, None, fuse, keep)
+        ctx.fuse = fuse
+        ctx.save_for_backward(w1, w2, token, gate, *kept)
+        return out
 
-
-_experts_backward_op = Operator(experts_backward, _fake_backward)
-_experts_op = Operator(experts_forward, _fake, _backward, _keep_for_backward)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        dx, dw1, dw2, dgate = _experts_backward_op(dout, *ctx.saved_tensors, ctx.fuse)
+        return dx, dw1, dw2, None, dgate, None, None

@@ -16,7 +16,6 @@ from ecmoe.kernels.common import INTERPRETED, block, cdiv, kernel, wide
 GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 GATHER_DOT = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
 COMBINE = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 1}
-ACTIVATION = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 4}
 
 
 def gather(x: Tensor, token: Tensor) -> Tensor:
@@ -60,18 +59,19 @@ def combine(rows: Tensor, inverse: Tensor) -> Tensor:
 
 def activate_(h: Tensor, gate: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
     """slope = gelu'(h), empty unless `keep`, and a = gate gelu(h), in h's place; (e, k, f)."""
-    slope, slots = new_slope(h, keep), gate.numel()
-    grid = (cdiv(slots, ACTIVATION["ROWS"]),)
-    _activate_kernel[grid](h, gate, slope, slots, h.shape[-1], KEEP=keep, **wide(h), **approximate(h), **ACTIVATION)
+    slope = new_slope(h, keep)
+    _activate_kernel[gate.numel(),](h, gate, slope, h.shape[-1], FORWARD=True, KEEP=keep, **_activation(h))
     return slope, h
 
 
 def scale_(da: Tensor, slope: Tensor, gate: Tensor) -> Tensor:
     """dh = gate da slope, in da's place; (e, k, f)."""
-    slots = gate.numel()
-    grid = (cdiv(slots, ACTIVATION["ROWS"]),)
-    _scale_kernel[grid](da, slope, gate, slots, da.shape[-1], **wide(da), **ACTIVATION)
+    _activate_kernel[gate.numel(),](da, gate, slope, da.shape[-1], FORWARD=False, KEEP=False, **_activation(da))
     return da
+
+
+def _activation(h: Tensor) -> dict:
+    return wide(h) | approximate(h) | {"COLUMNS": 1024, "num_warps": 4}
 
 
 def new_slope(h: Tensor, keep: bool) -> Tensor:
@@ -184,29 +184,19 @@ def _combine_kernel(
 
 @kernel
 def _activate_kernel(
-    h, gate, slope, slots, f, KEEP: tl.constexpr,
-    WIDE: tl.constexpr, APPROXIMATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    h, gate, slope, f, FORWARD: tl.constexpr, KEEP: tl.constexpr,
+    WIDE: tl.constexpr, APPROXIMATE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    g = tl.load(gate + slot, mask=slot < slots, other=0).to(WIDE)[:, None]
+    slot = tl.program_id(0).to(tl.int64)
+    g = tl.load(gate + slot).to(WIDE)
     for start in range(0, f, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        place = slot[:, None] * f + column[None, :]
-        inside = (slot < slots)[:, None] & (column < f)[None, :]
-        value, steepness = gelu(tl.load(h + place, mask=inside, other=0).to(WIDE), APPROXIMATE)
+        place, inside = slot * f + column, column < f
+        value = tl.load(h + place, mask=inside, other=0).to(WIDE)
+        if FORWARD:
+            value, steepness = gelu(value, APPROXIMATE)
+            if KEEP:
+                tl.store(slope + place, pack(steepness, slope.dtype.element_ty), mask=inside)
+        else:
+            value *= unpack(tl.load(slope + place, mask=inside, other=0))
         tl.store(h + place, (g * value).to(h.dtype.element_ty), mask=inside)
-        if KEEP:
-            tl.store(slope + place, pack(steepness, slope.dtype.element_ty), mask=inside)
-
-
-@kernel
-def _scale_kernel(da, slope, gate, slots, f, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    g = tl.load(gate + slot, mask=slot < slots, other=0).to(WIDE)[:, None]
-    for start in range(0, f, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        place = slot[:, None] * f + column[None, :]
-        inside = (slot < slots)[:, None] & (column < f)[None, :]
-        steepness = unpack(tl.load(slope + place, mask=inside, other=0))
-        dh = g * tl.load(da + place, mask=inside, other=0).to(WIDE) * steepness
-        tl.store(da + place, dh.to(da.dtype.element_ty), mask=inside)

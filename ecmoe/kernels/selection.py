@@ -72,8 +72,8 @@ def choose(
         share = k * SAMPLE / m
         rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
         _guess_kernel[rows,](scores, low, m, rank, rank // SLACK, SAMPLE=SAMPLE, **GUESS)
-        _count_kernel[rows, chunks](scores, low, held, m, **CHUNK)
-        _list_kernel[rows, chunks](scores, low, held, listed, m, room, CHUNKS=block(chunks), **CHUNK)
+        for count in (True, False):
+            _list_kernel[rows, chunks](scores, low, held, listed, m, room, COUNT=count, CHUNKS=block(chunks), **CHUNK)
     _take_kernel[rows,](
         scores, listed, held, out, inverse, *cutoff, bins, m, k, room, chunks, 0 if bins is None else len(bins) - 1,
         LISTED=m > 2 * SAMPLE, CHUNKS=block(chunks), BLOCK=block(m, 16, SEARCH["BLOCK"]), num_warps=SEARCH["num_warps"],
@@ -158,22 +158,19 @@ def _guess_kernel(scores, low, m, rank, slack, SAMPLE: tl.constexpr, BLOCK: tl.c
 
 
 @kernel
-def _count_kernel(scores, low, held, m, BLOCK: tl.constexpr):
+def _list_kernel(scores, low, held, listed, m, room, COUNT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """COUNT: how many places of each chunk hold a key of at least `low`; then which, in rising order, as far as there is room."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = chunk * BLOCK + tl.arange(0, BLOCK)
     reach = (_keys(scores + row * m, place, place < m) >= tl.load(low + row)) & (place < m)
-    tl.store(held + row * tl.num_programs(1) + chunk, tl.sum(reach.to(tl.int32)))
-
-
-@kernel
-def _list_kernel(scores, low, held, listed, m, room, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    chunks = tl.arange(0, CHUNKS)
-    before = tl.sum(tl.load(held + row * tl.num_programs(1) + chunks, mask=chunks < chunk, other=0))
-    place = chunk * BLOCK + tl.arange(0, BLOCK)
-    reach = (_keys(scores + row * m, place, place < m) >= tl.load(low + row)) & (place < m)
-    target = before + tl.cumsum(reach.to(tl.int32)) - 1
-    tl.store(listed + row * room + target, place, mask=reach & (target < room))
+    held += row * tl.num_programs(1)
+    if COUNT:
+        tl.store(held + chunk, tl.sum(reach.to(tl.int32)))
+    else:
+        chunks = tl.arange(0, CHUNKS)
+        before = tl.sum(tl.load(held + chunks, mask=chunks < chunk, other=0))
+        target = before + tl.cumsum(reach.to(tl.int32)) - 1
+        tl.store(listed + row * room + target, place, mask=reach & (target < room))
 
 
 @kernel

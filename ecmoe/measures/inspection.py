@@ -16,7 +16,7 @@ from ecmoe.data.batches import TextData
 from ecmoe.model.metrics import MOST, SHARES
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import watched
-from ecmoe.routing.capped import cap_report, capped_top_k
+from ecmoe.routing.capped import capped_top_k, dykstra
 
 EXCERPT = 240  # tokens of text that a page shows
 KINDS = ("word start", "word rest", "number", "punctuation", "white space", "other")
@@ -60,7 +60,9 @@ def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
 def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, Any]:
     """The two solvers of capped expert choice on the scores that a trained model gives held-out text, by layer, cap and solver.
 
-    Beside `cap_report`, score_kept: the sum of the chosen scores over that of the uncapped top-k.
+    score_kept: the sum of the chosen scores over that of the uncapped top-k. over_cap: tokens in more experts than the cap.
+    row_error, column_error: largest |row sum of A - k|, and largest excess of a column sum over the cap, of section 3.3's A
+    ("feasible": of the choice itself). empty: slots that hold no token.
     """
     _, batch = held_out(config)
     with watched(model) as seen:
@@ -72,10 +74,18 @@ def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, A
         plain = S.topk(k, dim=2).values.sum()
         for b in (2, 3):
             for solver in ("feasible", "dykstra"):
-                report = cap_report(S, k, b, solver=solver)
-                G, _ = capped_top_k(S, k, b, solver=solver)
-                row = {"layer": layer, "cap": b, "solver": solver, "score_kept": float(G.sum() / plain)}
-                rows.append(row | {name: float(value) for name, value in report._asdict().items()})
+                G, I = capped_top_k(S, k, b, solver=solver)  # noqa: E741
+                A = X = torch.zeros_like(S).scatter(2, I, 1.0)
+                if solver == "dykstra":
+                    every = torch.ones_like(S[:, 0], dtype=torch.bool)
+                    A = dykstra(S, torch.full((1,), k, device=S.device), b, every).exp()
+                found = {
+                    "score_kept": G.sum() / plain, "row_error": (A.sum(2) - k).abs().max(),
+                    "column_error": (A.sum(1) - b).clamp_min(0).max(), "over_cap": (X.sum(1) > b).sum(),
+                    "empty": I.numel() - X.sum(),
+                }  # fmt: skip
+                where = {"layer": layer, "cap": b, "solver": solver}
+                rows.append(where | {name: float(value) for name, value in found.items()})
     return {"rows": rows, "tokens": batch[:, :-1].numel()}
 
 

@@ -10,7 +10,6 @@ solves it, near enough without the transport solver's many small steps.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,33 +110,3 @@ def dykstra(
         column = ((Z - row - box).logsumexp(1, keepdim=True) - math.log(b)).clamp_min(0)  # at most b
         box = (Z - row - column).clamp_min(0)  # at most 1
     return Z - row - column - box
-
-
-class CapReport(NamedTuple):
-    """How far from its constraints a capped choice is; scalar tensors, the worst or the sum over pools.
-
-    row_error, column_error: largest |row sum of A - k|, and largest excess of a column sum over b.
-    over_cap: tokens in more than b experts. empty: slots that hold no token.
-    """
-
-    row_error: Tensor
-    column_error: Tensor
-    over_cap: Tensor
-    empty: Tensor
-
-
-def cap_report(S: Tensor, k: int, b: int, *, solver: str = "dykstra") -> CapReport:
-    """Measure a solver on (g, e, m) scores; A of "feasible" is its own choice, of zeros and ones."""
-    g, e, m = S.shape
-    _, I = capped_top_k(S, k, b, solver=solver)  # noqa: E741
-    X = torch.zeros_like(S).scatter(2, I, 1.0)
-    A = X
-    if solver == "dykstra":
-        valid = torch.ones(g, m, dtype=torch.bool, device=S.device)
-        A = dykstra(S, torch.full((g,), k, device=S.device), b, valid).exp()
-    return CapReport(
-        (A.sum(2) - k).abs().max(),
-        (A.sum(1) - b).clamp_min(0).max(),
-        (X.sum(1) > b).sum(),
-        g * e * k - X.sum().long(),
-    )

@@ -6,11 +6,26 @@ other token (Expert Threshold, arXiv 2603.11535: an exponential moving average o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecmoe.routing.ranks import add_up
-from ecmoe.routing.state import RunningState
+
+
+class RunningState(nn.Module):
+    """A module whose floating buffers never fall below float32: `module.to(bfloat16)` and Lightning's `bf16-true` move them and
+    cast the parameters only. A moving average in 16 bits stands still, as its steps round to nothing.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.itemsize < min(4, before[name].itemsize):  # type: ignore[union-attr]
+                self._buffers[name] = before[name].to(buffer.device)  # type: ignore[union-attr]
+        return self
 
 
 class RunningCutoff(RunningState):

@@ -219,12 +219,6 @@ class ExpertChoice(Router):
     def end_step(self) -> None:
         self.cutoff.end_step()
 
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, "
-            f"max_experts_per_token={self.max_experts_per_token}, pool={self.pool}, gate={self.gate}"
-        )
-
 
 class _At(torch.autograd.Function):
     """S.gather(2, I) of places that differ: no two gradients meet, so none is added, in whatever order."""

@@ -88,9 +88,3 @@ class ExpertThreshold(ExpertChoice):
 
     def end_step(self) -> None:
         self.steps += self.cutoff.end_step()
-
-    def extra_repr(self) -> str:
-        return (
-            f"d_model={self.d_model}, num_experts={self.num_experts}, capacity_factor={self.capacity_factor}, "
-            f"beta={self.cutoff.beta}, gate={self.gate}, warmup_steps={self.warmup_steps}"
-        )

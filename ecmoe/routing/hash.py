@@ -7,8 +7,8 @@ import heapq
 import torch
 from torch import Tensor
 
-from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.router import Router, capacity
+from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.router import Router, by_token, capacity
 
 
 class Hash(Router):
@@ -46,13 +46,8 @@ class Hash(Router):
         if token_ids is None:
             raise ValueError("hash routing needs token_ids: pass moe(x, token_ids=...)")
         n, e = logits.shape
-        expert = self.table[token_ids.reshape(-1)]
-        factor = None if self.causal else self.capacity_factor
-        slots, limit = capacity(factor, 1, n, e, mask)
-        if mask is not None:
-            expert = torch.where(mask, expert, e)
-        token = torch.arange(n, device=logits.device)
-        return pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
+        places = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
+        return by_token(self.table[token_ids.reshape(-1)], logits.new_ones(n), e, mask, *places)
 
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.ranks import add_up
-from ecmoe.routing.router import Router, capacity
+from ecmoe.routing.router import Router, by_token, capacity
 
 
 class KMeans(Router):
@@ -66,15 +66,11 @@ class KMeans(Router):
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
-        logits = logits.detach()
-        expert = logits.argmax(dim=1)
-        if mask is not None:
-            expert = torch.where(mask, expert, e)
+        expert = logits.detach().argmax(dim=1)
         if self.gathers:
-            self._gather(expert, n)
-        slots, limit = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
-        token = torch.arange(n, device=logits.device)
-        return pack(token, expert, logits.new_ones(n), n=n, e=e, slots=slots, limit=limit)
+            self._gather(expert if mask is None else torch.where(mask, expert, e), n)
+        places = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
+        return by_token(expert, logits.new_ones(n), e, mask, *places)
 
     @torch.no_grad()
     def _gather(self, expert: Tensor, n: int) -> None:
@@ -99,6 +95,3 @@ class KMeans(Router):
         seen = self.counts[:, None] > 0  # a cell that was always empty stays where it is
         mean = self.sums / self.counts[:, None].clamp_min(torch.finfo(self.counts.dtype).tiny)
         self.centroids.copy_(torch.where(seen, mean, self.centroids))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, beta={self.beta}"

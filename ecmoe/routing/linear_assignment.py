@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ecmoe.files import ConfigError
-from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.router import Router, without_padding
+from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.router import Router, by_token, without_padding
 from ecmoe.routing.transport import transport
 
 # Of the scores' standard deviation: what a token's score may fall short of the best assignment's on average.
@@ -42,11 +42,7 @@ class LinearAssignment(Router):
             slots, expert = n // e, _balanced(logits.detach(), mask)
         else:
             slots, expert = None, logits.argmax(dim=1)
-        gate = logits.gather(1, expert[:, None])[:, 0].sigmoid()
-        if mask is not None:
-            expert = torch.where(mask, expert, e)
-        token = torch.arange(n, device=logits.device)
-        return pack(token, expert, gate, n=n, e=e, slots=slots)
+        return by_token(expert, logits.gather(1, expert[:, None])[:, 0].sigmoid(), e, mask, slots)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scor
 
 from __future__ import annotations
 
+import inspect
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ecmoe.routers import exact
-from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.state import RunningState
+from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.cutoff import RunningState
 
 TRITON = find_spec("triton") is not None
 
@@ -112,7 +113,8 @@ class Router(RunningState):
         return self.training and not recomputing()
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, num_experts={self.num_experts}"
+        kept = {name: getattr(self, name, ...) for name in inspect.signature(type(self)).parameters}
+        return ", ".join(f"{name}={value}" for name, value in kept.items() if type(value) in (int, float, str))
 
 
 # On an H100 the layer (EC-CF2, e 32, bf16; n 512 to 131,072, d 256 to 4096) took 0.40 to 1.01 of plain PyTorch's time in 23 of 26
@@ -159,6 +161,18 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, choices))}")
     return value
+
+
+def by_token(
+    expert: Tensor, gate: Tensor, e: int, mask: Tensor | None, slots: int | None, limit: Tensor | None = None
+) -> Assignment:
+    """`pack` with the experts, and their gates, that each of n tokens asks for, both (n, r) or (n,); none where mask is False."""
+    expert = expert if expert.dim() == 2 else expert[:, None]
+    if mask is not None:
+        expert = torch.where(mask[:, None], expert, e)
+    token = torch.arange(len(expert), device=expert.device)[:, None].expand_as(expert)
+    request = token.reshape(-1), expert.reshape(-1), gate.reshape(-1)
+    return pack(*request, n=len(expert), e=e, slots=slots, limit=limit)
 
 
 def capacity(

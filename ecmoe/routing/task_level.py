@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.router import Router, one_of
+from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.router import Router, by_token, one_of
 
 
 class TaskLevel(Router):
@@ -52,18 +52,10 @@ class TaskLevel(Router):
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if task_ids is None:
             raise ValueError("task-level routing needs task_ids: pass moe(x, task_ids=...)")
-        n, e = logits.shape
         task = task_ids.reshape(-1)
         if self.kind == "learned":
             gate, expert = self.table.softmax(dim=1).topk(self.top_k, dim=1)  # (num_tasks, top_k)
         else:
             expert = self.table
             gate = torch.full_like(expert, 1 / self.top_k, dtype=logits.dtype)
-        expert, gate = expert[task], gate[task].to(logits.dtype)  # (n, top_k)
-        if mask is not None:
-            expert = torch.where(mask[:, None], expert, e)
-        token = torch.arange(n, device=logits.device)[:, None].expand(n, self.top_k)
-        return pack(token.reshape(-1), expert.reshape(-1), gate.reshape(-1), n=n, e=e, slots=None)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_tasks={self.num_tasks}, table={self.kind}, top_k={self.top_k}"
+        return by_token(expert[task], gate[task].to(logits.dtype), logits.shape[1], mask, None)  # (n, top_k)

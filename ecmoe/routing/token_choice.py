@@ -115,9 +115,3 @@ class TokenChoice(Router):
         add_up(self.load_error)
         self.bias += self.bias_rate * self.load_error.sign()
         self.load_error.zero_()
-
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, top_k={self.top_k}, capacity_factor={self.capacity_factor}, "
-            f"gate={self.gate}, priority={self.priority}, balance={self.balance}"
-        )
