@@ -61,6 +61,15 @@ def test_what_is_known_already_is_not_counted_again(targets):
     assert told == pytest.approx(0.5, abs=0.03)
 
 
+def test_features_are_scaled_by_what_trains():
+    x = torch.randn(10, 8, 3, generator=generator(0)) * 5 + 2
+    train, select, score = probe._parts(x, x, torch.zeros(10, 8, dtype=torch.long))
+    torch.testing.assert_close(train.features.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(train.features.square().mean(0), torch.ones(3))
+    for part in (select, score):
+        torch.testing.assert_close(part.features * train.known.std(0, correction=0) + train.known.mean(0), part.known)
+
+
 def test_the_ridge_is_chosen_on_other_text_than_is_scored():
     """Where the two would choose differently, the choice is that of the text that isn't scored."""
     differed = 0

@@ -12,7 +12,8 @@ from sklearn.cluster import KMeans as SklearnKMeans
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe import MoE, causal_routing
-from ecmoe.routing import KMeans
+from ecmoe.config import RunConfig
+from ecmoe.routing import KMeans, build_router
 from tests.routing.problems import alone, check, generator, problems, same_choice, two_hundred
 
 D, E = 3, 4
@@ -177,3 +178,8 @@ def test_a_cast_to_16_bits_leaves_the_clusters_what_they_are():
             router.assign(router.logits(tokens(64, seed)))
             router.end_step()
     assert same_state(state(narrow), state(wide)) and narrow.centroids.dtype == torch.float32
+
+
+def test_the_first_centroids_follow_from_the_seed_of_a_run():
+    first, again, other = (build_router(RunConfig(router="kmeans", seed=seed)).centroids for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)

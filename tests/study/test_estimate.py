@@ -101,6 +101,8 @@ def test_crossed_is_the_mean_over_tasks_of_means_over_examples():
     seeds = np.var([(2 / 3 + 1) / 2, 0.5], ddof=1) / 2
     examples = np.var([1.0, 0.5, 1.0], ddof=1) / 3 / 4
     assert found.error == pytest.approx(math.sqrt(seeds + examples))
+    half = math.hypot(reference.t.ppf(0.975, 1) * math.sqrt(seeds), reference.t.ppf(0.975, 2) * math.sqrt(examples))
+    assert found.interval() == pytest.approx((found.value - half, found.value + half))  # 1 and 3 - 1 degrees of freedom
     assert estimate.crossed([]).n == 0 and estimate.crossed(a[:1]).interval() is None
 
 
@@ -135,6 +137,12 @@ def test_seeds_that_are_needed_decide_the_margin_as_often_as_they_say():
     assert estimate.seeds_needed(0.003, margin, level=0.9875) > estimate.seeds_needed(0.003, margin)
     with pytest.raises(ValueError, match="more than 50 seeds"):
         estimate.seeds_needed(1.0, margin, most=50)
+
+
+def test_seeds_of_a_ratio_decide_a_factor():
+    found = of_values([1.0, 1.3, 1.7, 0.9], Unit.RATIO)
+    spread = float(np.log([1.0, 1.3, 1.7, 0.9]).std(ddof=1))
+    assert found.seeds_for(1.0) == estimate.seeds_needed(spread, math.log(2)) != estimate.seeds_needed(spread, 1.0)
 
 
 # Numbers in words

@@ -54,6 +54,12 @@ def test_what_a_router_reads_is_in_the_name_and_nothing_else(router):
         assert (other.digest() != config.digest()) == (key in ROUTING[router]), key
 
 
+def test_another_meaning_of_configs_is_another_run(monkeypatch):
+    before = RunConfig().name
+    monkeypatch.setattr("ecmoe.config.SCHEMA", 10**6)
+    assert RunConfig().name != before
+
+
 def test_a_solver_without_a_cap_solves_nothing():
     assert RunConfig(cap_solver="dykstra").digest() == RunConfig().digest()
 

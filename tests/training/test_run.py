@@ -315,8 +315,9 @@ def test_accumulated_micro_batches_are_one_batch(tiny_config):
     """Without competition between tokens, 2 x 4 sequences give the step of 1 x 8."""
     whole = tiny_config(router="dense", batch_size=8, steps=3, eval_every=3, eval_batches=1)
     halves = whole.replace(batch_size=4, accumulate=2, eval_batches=2)
-    losses = [run_or_load(config, progress=False).summary["val_loss"] for config in (whole, halves)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    results = [run_or_load(config, progress=False) for config in (whole, halves)]
+    assert results[0].summary["val_loss"] == pytest.approx(results[1].summary["val_loss"], abs=1e-4)
+    assert [result.curve["tokens"].tolist() for result in results] == [[3 * 8 * 16]] * 2
 
 
 def test_cutoffs_move_once_a_step_and_never_in_evaluation(tiny_config):

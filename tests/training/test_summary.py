@@ -28,14 +28,14 @@ NOW = datetime.datetime.now(datetime.UTC)
 
 def test_it_says_what_the_last_row_says_though_an_earlier_one_was_better(tiny_config, monkeypatch):
     monkeypatch.setattr(summaries, "peak_flops", lambda: 1e9)
-    config = tiny_config()
+    config = tiny_config(accumulate=3, devices=2, strategy="ddp")
     said = summarize(config, CURVE, DATA, NOW, status="finished", sharing=2)
     assert (said["val_loss"], said["val_loss_causal"], said["train_loss"]) == (2.25, 2.75, 2.6)
     assert said["perplexity"] == pytest.approx(math.exp(2.25))
     assert said["bits_per_byte"] == pytest.approx(2.25 / math.log(2) / 4)  # nats a token, 4 bytes a token
     assert (said["steps"], said["tokens"], said["seconds"]) == (10, 1000, 3.0)
-    assert said["tokens_per_second"] == 400 and said["step_ms"] == pytest.approx(1e3 * 8 * 16 / 400)
-    assert said["mfu"] == pytest.approx(400 * flops_per_token(config) / 1e9)
+    assert said["tokens_per_second"] == 400 and said["step_ms"] == pytest.approx(1e3 * 8 * 16 * 3 * 2 / 400)
+    assert said["mfu"] == pytest.approx(400 * flops_per_token(config) / 2e9)
     assert said["routing"]["dropped"] == 0.125 and said["routing"]["share_3"] == 0.2 and said["sharing"] == 2
     assert said["code"] == code_digest() and said["data"] == {"name": "a text"}
 
@@ -76,7 +76,7 @@ def test_a_rows_means_are_of_the_steps_since_the_last_row(tiny_config, tmp_path)
 
 def test_a_resumed_curve_has_the_rows_of_before(tmp_path):
     recorder = Recorder(tmp_path, "run", progress=False)
-    recorder.rows = {4: {"step": 4, "val_loss": 3.0}}
+    recorder.rows, recorder.marked = {4: {"step": 4, "val_loss": 3.0}}, (4, 2.5)
     again = Recorder(tmp_path, "run", progress=False)
     again.load_state_dict(recorder.state_dict())
-    assert again.curve()[["step", "val_loss"]].to_numpy().tolist() == [[4, 3.0]]
+    assert again.curve()[["step", "val_loss"]].to_numpy().tolist() == [[4, 3.0]] and again.marked == (4, 2.5)
