@@ -53,7 +53,7 @@ def test_runs_and_shows_what_it_found(notebook, tmp_path, monkeypatch):
         assert answer.find(class_="badge").text == "plumbing only"
     for figure in soup.find_all("svg"):
         assert len(figure["aria-label"]) > 40
-    if "ecmoe.study.load" in notebook.read_text():
+    if "page.show_runs(" in notebook.read_text():
         (runs,) = [line.text for line in soup.find_all("summary") if line.text.endswith("runs, one by one")]
         assert runs.split()[0] == runs.split()[2] != "0"
     assert not (tmp_path / "reports").exists()  # which the pipeline alone writes

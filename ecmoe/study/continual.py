@@ -1,52 +1,20 @@
-"""Continual learning's study: its approaches times seeds, and what its page reads of them."""
+"""What page 11 reads of the runs of continual learning."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 
-from ecmoe import paths
-from ecmoe.continual import APPROACHES, Settings
-from ecmoe.continual.runs import run_or_load
+from ecmoe.continual import APPROACHES
 from ecmoe.study import estimate
 from ecmoe.study.estimate import Unit, span
 from ecmoe.study.table import by_seed
 from ecmoe.study.verdict import NOT_RUN, PLUMBING, UNDECIDED
-from ecmoe.training.result import Result, not_run, read_record
+from ecmoe.training.result import Result
 
 ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
-
-
-def run_study(settings: Mapping[str, Any], seeds: Sequence[int], *, approaches: Sequence[str] = tuple(APPROACHES),
-              scale: str = "smoke", train: bool = True) -> dict[str, list[Result]]:  # fmt: skip
-    """Run or load every approach with every seed; all settings are checked before anything runs.
-
-    Args:
-        scale: whose records are read first. train: False: what is missing comes back as "not run"; else it is computed now,
-            into runs/.
-
-    Returns:
-        label of the approach -> a Result for each seed. A run that fails is reported and the others go on.
-    """
-    made = {
-        APPROACHES[a]: [Settings.from_dict({**settings, "approach": a, "seed": seed}) for seed in seeds]
-        for a in approaches
-    }
-    results: dict[str, list[Result]] = {label: [] for label in made}
-    for i in range(len(seeds)):
-        for label, configs in made.items():
-            record = paths.records(scale) / f"{configs[i].name}.json"
-            try:
-                result = read_record(record) if record.exists() else run_or_load(configs[i], train=train)
-            except Exception as error:  # its run folder keeps it too; the others are still wanted
-                print(f"[{label} s{seeds[i]}] failed: {error}", file=sys.stderr, flush=True)
-                result = not_run(configs[i])
-                result.summary.update(status="failed", error=f"{type(error).__name__}: {error}")
-            results[label].append(result)
-    return results
 
 
 def with_oracle(runs: Mapping[str, list[Result]]) -> dict[str, list[Result]]:

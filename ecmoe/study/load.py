@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from ecmoe import paths
+from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
@@ -85,7 +86,7 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     planned = planning.of_page(page, scale, parameters)
     arms = planning.arms_of(parameters, scale)
     _CHECKED.add(page)
-    results: dict[str, list[Result]] = {arm: [] for arm in arms}
+    results: dict[str, list[Result]] = {arm: [] for arm in (*arms, *(one.arms[0] for one in planned))}
     there = [
         planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists() for one in planned
     ]
@@ -102,10 +103,14 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
     record = planning.record(one, scale)
     if record.exists():
         return read_record(record)
-    from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
-
     try:
-        return run_or_load(one.config, train=train, progress=False, callbacks=callbacks)
+        if isinstance(one.config, RunConfig):
+            from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
+
+            return run_or_load(one.config, train=train, progress=False, callbacks=callbacks)
+        from ecmoe.continual.runs import run_or_load as learn
+
+        return learn(one.config, train=train, progress=False)
     except Exception as error:  # its run folder keeps it too; the others are still wanted
         print(f"[{one.arms[0]} s{one.seed}] failed: {error}", file=sys.stderr, flush=True)
         return Result(not_run(one.config).summary | {"status": "failed", "error": f"{type(error).__name__}: {error}"})

@@ -17,14 +17,16 @@ def over(waiting: Sequence[Planned]) -> Iterator[Callable[[Planned], list[Any]]]
     """
     from tqdm.auto import tqdm
 
-    names, steps = [one.name for one in waiting], sum(one.config.steps for one in waiting)
-    with tqdm(total=steps, unit="step", disable=not waiting) as bar:
+    names, steps = [one.name for one in waiting], [one.config.steps for one in waiting]
+    with tqdm(total=sum(steps), unit="step", disable=not waiting) as bar:
 
         def watching(one: Planned) -> list[Any]:
             import lightning as L  # not needed to read what is there
 
-            bar.set_description(f"run {names.index(one.name) + 1} of {len(names)}, {one.arms[0]} s{one.seed}")
-            done = bar.n
+            number = names.index(one.name)
+            bar.set_description(f"run {number + 1} of {len(names)}, {one.arms[0]} s{one.seed}")
+            done = sum(steps[:number])
+            bar.update(done - bar.n)  # of a run that ended early, or calls nobody back
 
             class Watch(L.Callback):
                 def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -6,37 +6,47 @@ import pytest
 from matplotlib import pyplot
 
 from ecmoe import paths
+from ecmoe.continual import runs
 from ecmoe.report import plots
 from ecmoe.study import continual
-from ecmoe.training.result import write_record
+from ecmoe.study.load import load
+from ecmoe.study.parameters import page_parameters
+from ecmoe.training.result import not_run, write_record
 
 FAST = {"steps": 25, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
+
+
+def study_of(seeds, train=True, scale="smoke", **changes):
+    settings = page_parameters("11_continual_learning", {"scale": scale})["settings"] | {
+        "data": "digits",
+        "patch": 4,
+        **FAST,
+        **changes,
+    }
+    return load("11_continual_learning", {"scale": scale, "seeds": seeds, "settings": settings, "train_missing": train})
 
 
 @pytest.fixture(scope="module")
 def study():
     """Every approach on split digits, one seed: some seconds in all."""
-    return continual.run_study({**FAST, "steps": 40}, [0])
+    return study_of([0], steps=40)
 
 
 def test_records_are_read_first_and_by_hand_none_is_written(study, monkeypatch, tmp_path):
     (result,) = study["Expert Gate"]
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    write_record(paths.records("gpu") / f"{result.summary['name']}.json", result)
-    monkeypatch.setattr(continual, "run_or_load", lambda settings, train: pytest.fail("it was computed again"))
-    keys = {"approaches": ["expert_gate"], "scale": "gpu"}
-    (found,) = continual.run_study({**FAST, "steps": 40}, [0], **keys)["Expert Gate"]
-    assert found.summary["accuracy"] == result.summary["accuracy"]
-    monkeypatch.undo()
-    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    assert continual.run_study(FAST, [5], **keys)["Expert Gate"][0].ok
-    assert len(list(paths.records("gpu").iterdir())) == 1
+    write_record(paths.records("smoke") / f"{result.summary['name']}.json", result)
+    monkeypatch.setattr(runs, "run_or_load", lambda settings, **_: not_run(settings))
+    found = study_of([0], steps=40)
+    assert found["Expert Gate"][0].summary["accuracy"] == result.summary["accuracy"]
+    assert [found[name][0].summary["status"] for name in list(found)[1:]] == ["not run"] * 4
+    assert len(list(paths.records("smoke").iterdir())) == 1
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(continual, "run_or_load", lambda settings, train: 1 / 0)
-    (result,) = continual.run_study({**FAST, "seed": 77}, [77], approaches=["expert_gate"])["Expert Gate"]
-    assert result.summary["status"] == "failed" and "ZeroDivisionError" in result.summary["error"]
+    monkeypatch.setattr(runs, "run_or_load", lambda settings, **_: 1 / 0)
+    for (result,) in study_of([77]).values():
+        assert result.summary["status"] == "failed" and "ZeroDivisionError" in result.summary["error"]
 
 
 def drawn(plot):
@@ -70,7 +80,7 @@ def test_figures_show_what_was_measured(study):
 
 
 def test_gaps_are_named():
-    nothing = continual.with_oracle(continual.run_study({"steps": 12345}, [0, 1], train=False))
+    nothing = continual.with_oracle(study_of([0, 1], train=False, steps=12345))
     for plot in (plots.retention(continual.retained(nothing)), plots.kept_and_lost(continual.table(nothing))):
         assert "Not run: Expert Gate, oracle gate" in drawn(plot).alt
     for plot in (plots.gate_choices(None, None, []), plots.overwritten(None, None, None, [])):
