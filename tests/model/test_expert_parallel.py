@@ -1,5 +1,7 @@
 """Experts shared out to two ranks compute what one process does that holds all of them."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from ecmoe import MoE, causal_routing
 from ecmoe.model.expert_parallel import share_experts
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 D, E, FF, V = 8, 4, 16, 11
 ROUTERS = {
     "expert choice": lambda: ExpertChoice(D, E, 2.0),
@@ -20,9 +23,9 @@ X = torch.randn(4, 8, D, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(V, (4, 8), generator=torch.Generator().manual_seed(0))
 
 
-def layer(name: str) -> MoE:
+def layer(name: str, kernels: str = "plain") -> MoE:
     torch.manual_seed(0)
-    return MoE(ROUTERS[name](), D, FF)
+    return MoE(ROUTERS[name](), D, FF, kernels=kernels)
 
 
 def stepped(moe: MoE, x: torch.Tensor, ids: torch.Tensor) -> dict:
@@ -60,6 +63,10 @@ def by_rank(two_ranks):
             assert len(share_experts(moe, mesh, torch.device("cpu"))) == 2
             assert moe.w1.to_local().shape == (E // 2, D, FF)
             found[name] = stepped(moe, X.chunk(2)[rank], IDS.chunk(2)[rank])
+        if INTERPRETED:
+            moe = layer("of a rank's pool", kernels="triton")
+            share_experts(moe, mesh, torch.device("cpu"))
+            found["by kernels"] = stepped(moe, X.chunk(2)[rank], IDS.chunk(2)[rank])
         return found
 
     return two_ranks(work)
@@ -68,13 +75,8 @@ def by_rank(two_ranks):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_two_ranks_are_one_process(by_rank, name):
     ranks = [by_rank[rank][name] for rank in (0, 1)]
-    if name == "expert choice":  # the tokens of both compete
-        one = stepped(layer(name), X, IDS)
-        halves = [{key: value for key, value in one.items()}]
-    else:
-        moe = layer(name)
-        halves = [stepped(layer(name), x, ids) for x, ids in zip(X.chunk(2), IDS.chunk(2), strict=True)]
-        del moe
+    parts = 1 if name == "expert choice" else 2  # there the tokens of both compete
+    halves = [stepped(layer(name), x, ids) for x, ids in zip(X.chunk(parts), IDS.chunk(parts), strict=True)]
     for key in ("out", "evaluated", "dx"):
         ours = torch.cat([torch.tensor(rank[key]) for rank in ranks])
         wanted = torch.cat([torch.tensor(half[key]) for half in halves])
@@ -91,3 +93,10 @@ def test_two_ranks_are_one_process(by_rank, name):
         torch.testing.assert_close(
             torch.cat([torch.tensor(r["causal"]) for r in ranks]), torch.tensor(halves[0]["causal"])
         )
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels take no tensor on a CPU here")
+def test_kernels_compute_the_same(by_rank):
+    for rank in by_rank:
+        for key, value in rank["by kernels"].items():
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(rank["of a rank's pool"][key]))
