@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
@@ -70,30 +69,28 @@ class Exchange:
         e, R, dtype = len(token), self.ranks, x.dtype
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows, back = _gathered(layer.kernels, _Times.apply(x, R), token)
+        rows, back = _gathered(layer.kernels, x, token)
         # (R e/R s, d): slots of all ranks, rank after rank; `slot` sorts them by expert.
         slot = torch.arange(len(rows), device=x.device).view(R, e // R, -1).transpose(0, 1).reshape(e // R, -1)
-        gates = self._sent(_Times.apply(gate, R)).view(-1)[slot]
+        gates = _Sent.apply(gate, self.group, R).view(-1)[slot]
         w1, w2 = (w.to_local() for w in (layer.w1, layer.w2))  # type: ignore[attr-defined]
-        y = layer.compute(self._sent(rows), w1, w2, slot, gates)
-        return _Times.apply(back(self._sent(y)), 1 / R).to(dtype)
-
-    def _sent(self, rows: Tensor) -> Tensor:
-        """The first part of the rows to the first rank, and so on; what the ranks sent, in their order."""
-        return all_to_all_single(torch.empty_like(rows), rows.contiguous(), group=self.group)
+        y = layer.compute(_Sent.apply(rows, self.group, R), w1, w2, slot, gates)
+        return back(_Sent.apply(y, self.group, 1 / R)).to(dtype)
 
 
-class _Times(torch.autograd.Function):
-    """x, whose gradient is multiplied by a factor."""
+class _Sent(torch.autograd.Function):
+    """The first part of the rows to the first rank, and so on: what the ranks sent, in their order. Gradients go back times a factor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, factor: float) -> Tensor:
+        ctx.group, ctx.factor = group, factor
+        rows = rows.contiguous()
+        dist.all_to_all_single(out := torch.empty_like(rows), rows, group=group)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return dout * ctx.factor, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        return _Sent.apply(dout, ctx.group, 1.0).mul_(ctx.factor), None, None
 
 
 def _gathered(kind: str, x: Tensor, token: Tensor) -> tuple[Tensor, Any]:
