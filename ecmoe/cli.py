@@ -10,7 +10,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from ecmoe import __version__
 from ecmoe.bench import cli as bench
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import one_line as _one_line
-from ecmoe.files import parse_yaml
+from ecmoe.files import parse_yaml, plain
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mixture-of-Experts with Expert Choice Routing: train runs, make reports.",
 )
+# Of a run's summary.
+SHOWN = ("name", "status", "error", "val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte", "tokens",
+         "seconds", "tokens_per_second", "mfu", "device", "path")  # fmt: skip
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the files")]
 
 
@@ -46,17 +48,12 @@ def train(
         result = run_or_load(config)
         if rank():  # of torchrun: the first speaks for all
             return
-    summary = {key: _finite(value) for key, value in result.summary.items()}
+    summary = plain(result.summary)
     if as_json:
-        typer.echo(json.dumps(summary, default=str))
-    else:
-        wanted = ("name", "status", "error", "val_loss", "val_loss_causal", "accuracy", "perplexity")
-        wanted += ("bits_per_byte", "tokens", "seconds", "tokens_per_second", "mfu", "device")
-        for key in wanted:
-            if summary.get(key) is not None:
-                value = summary[key]
-                typer.echo(f"{key:18} {f'{value:.6g}' if isinstance(value, float) else value}")
-        typer.echo(f"{'path':18} {result.path}")
+        typer.echo(json.dumps(summary))
+    for key in () if as_json else SHOWN:
+        if (value := (summary | {"path": result.path}).get(key)) is not None:
+            typer.echo(f"{key:18} {f'{value:.6g}' if isinstance(value, float) else value}")
     if not result.ok:
         raise typer.Exit(1)
 
@@ -170,13 +167,7 @@ def report(
 
     with _one_line(ConfigError, ParameterError, ReportError, OSError):
         parameters = _assignments(changes)
-        execute(
-            notebook,
-            page,
-            files or [],
-            parameters=parameters,
-            train_missing=False if no_train else None,
-        )
+        execute(notebook, page, files or [], parameters=parameters, train_missing=False if no_train else None)
     typer.echo(page)
 
 
@@ -240,33 +231,28 @@ def bench_all(
 
     with _one_line(ConfigError, OSError, ValueError):
         scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
-        wanted = speed.jobs(**speed.plan(scale))
-        if only:
-            asked = only.split(",")
-            starts = tuple(start for start in asked if start not in wanted)
-            known, wanted = wanted, {n: job for n, job in wanted.items() if n in asked or n.startswith(starts)}
-            if not wanted:
-                raise ValueError(f"--only {only}: no such part; there are {', '.join(known)}")
-    into, failed, began = out or speed.folder(scale), [], time.perf_counter()
+        known = speed.jobs(**speed.plan(scale))
+        asked = only.split(",") if only else [""]
+        starts = tuple(start for start in asked if start not in known)
+        wanted = {name: job for name, job in known.items() if name in asked or name.startswith(starts)}
+        if not wanted:
+            raise ValueError(f"--only {only}: no such part; there are {', '.join(known)}")
+    into, failed = out or speed.folder(scale), False
     typer.echo(f"{', '.join(wanted)} -> {into}")
     if torch.cuda.is_available() and len(wanted) > 1:  # what a part leaves on the GPU, or breaks, ends with its process
         command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
         command += ["--force"] * force
-        if any([subprocess.run([*command, "--only", name]).returncode for name in wanted]):
-            raise typer.Exit(1)
-        return
+        raise typer.Exit(int(any([subprocess.run([*command, "--only", name]).returncode for name in wanted])))
     for name, outcome in speed.take(wanted, into, force=force):
-        seconds, began = time.perf_counter() - began, time.perf_counter()
         if outcome is None:
             typer.echo(f"{name}: is there already (--force measures again)")
         elif isinstance(outcome, Exception):
-            failed.append(name)
+            failed = True
             typer.echo(f"{name}: {type(outcome).__name__}: {outcome}", err=True)
         else:
-            typer.echo(f"\n{name}: {seconds:.0f} s")
+            typer.echo(f"\n{name}:")
             bench.show(outcome)
-    if failed:
-        raise typer.Exit(1)
+    raise typer.Exit(int(failed))
 
 
 @bench.app.command("scaling")
@@ -337,13 +323,6 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(f"--set {pair!r}: {text!r} is no YAML value: {error}") from error
     return values
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> None:

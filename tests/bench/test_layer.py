@@ -217,7 +217,7 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "jobs", lambda **_: {"layer-a": fake, "step": lambda: 1 / 0, "growth": fake})
     command = ["bench", "all", "--scale", "smoke", "--out", str(tmp_path)]
     shown = CliRunner().invoke(app, command)
-    assert shown.exit_code == 1 and "step: ZeroDivisionError" in shown.stderr and "growth: 0 s" in shown.stdout
+    assert shown.exit_code == 1 and "step: ZeroDivisionError" in shown.stderr and "growth:" in shown.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "layer-a.json"]
     shown = CliRunner().invoke(app, [*command, "--only", "layer,growth"])
     assert shown.exit_code == 0 and shown.stdout.count("is there already") == 2
