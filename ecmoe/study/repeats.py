@@ -6,11 +6,14 @@ where other code repeats it, too, both compute the same, and their runs may be c
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import pandas as pd
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
@@ -41,8 +44,8 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     if "router" not in record.summary["config"] or record.summary.get("world_size", 1) > 1:
         raise ConfigError(f"{name}: only runs of one process, of text or images, are repeated")
     config = RunConfig.from_dict(record.summary["config"])
-    curve = _trained(config, config.steps if steps is None else steps, record)
-    ours, theirs = (of.curve.set_index("step")[list(COMPARED)] for of in (curve, record))
+    curve = _curve(config, steps or config.steps, record)
+    ours, theirs = (of.set_index("step")[list(COMPARED)] for of in (curve, record.curve))
     ours = ours[ours.index.isin(theirs.index)]
     differs = (ours - theirs.loc[ours.index]).abs().max().loc[lambda most: most > 0]
     found = {
@@ -55,9 +58,9 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     return found
 
 
-def _trained(config: RunConfig, steps: int, record: Result) -> Result:
+def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
+    """Trained now, with the digits of a record."""
     import lightning as L
-    import pandas as pd
 
     from ecmoe.training.gpus import place
     from ecmoe.training.run import train_run
@@ -72,12 +75,14 @@ def _trained(config: RunConfig, steps: int, record: Result) -> Result:
 
     paths.cache().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=paths.cache()) as aside, place() as where:
-        try:
-            train_run(config, Path(aside), callbacks=[Stop()], where=where)
-        except Enough:
-            pass
-        write_record(Path(aside) / "record.json", Result(record.summary, pd.read_csv(Path(aside) / "curve.csv")))
-        return read_record(Path(aside) / "record.json")
+        folder = Path(aside)
+        with contextlib.suppress(Enough):
+            train_run(config, folder, callbacks=[Stop()], where=where)
+        write_record(
+            folder / "record.json",
+            Result(record.summary, pd.read_csv(folder / "curve.csv", float_precision="round_trip")),
+        )
+        return read_record(folder / "record.json").curve
 
 
 def folder(scale: str) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ecmoe import paths
-from ecmoe.bench.rows import BOTH, CAPS, EAGER, FORWARD, GRAPH, PLAIN, ROUTING, Row, label
+from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
 from ecmoe.study import estimate
@@ -238,33 +238,3 @@ def agreement(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
 def absent(found: Found) -> list[str]:
     """What could not be measured, and why."""
     return list(dict.fromkeys(line for one in found.values() for line in (one or {}).get("absent", [])))
-
-
-def figures(layers: pd.DataFrame) -> pd.DataFrame:
-    """The figures asked of our layer, a row per size: its best path, shares of the floor, routing, caps, memory."""
-    return pd.DataFrame([{"size": size} | _figures(rows) for size, rows in layers.groupby("size", sort=False)])
-
-
-def _figures(rows: pd.DataFrame) -> dict[str, Any]:
-    named = rows.dropna(subset=["layer"])
-    # Ours, as runs take it: neither as a graph nor with a cap, nor the oracle.
-    ours = named[named["layer"].astype(str).str.startswith("EC") & named["variant"].eq("") & named["mode"].ne(GRAPH)]
-    if not len(ours):
-        return {}
-    both = ours[ours["what"] == BOTH].set_index(["path", "mode"])
-    path, mode = both["ms"].idxmin()
-    of_path = ours[ours["path"] == path]
-    of_best = of_path[of_path["mode"] == mode].set_index("what")
-    found = {
-        "best path": of_best["name"].iloc[0],
-        "forward, share of floor": of_best["share_of_floor"].get(FORWARD),
-        "forward + backward, share of floor": of_best["share_of_floor"][BOTH],
-        "routing, share of forward floor": of_path[of_path["what"] == ROUTING]["of_forward_floor"].min(),
-    }
-    for cap in CAPS:
-        capped = named[(named["variant"] == f"cap {cap}") & (named["what"] == BOTH)]
-        found[f"cap {cap} adds"] = capped["over_uncapped"].min()
-    memory = both["peak_mb"]
-    if memory.notna().all() and (PLAIN, EAGER) in memory:
-        found["memory of plain's"] = memory[path, EAGER] / memory[PLAIN, EAGER]
-    return found

@@ -36,48 +36,24 @@ from ecmoe.study.protocol import Claim, Part, find_claim, protocol
 class JudgedPart(Part):
     """A part of a claim as the records have it.
 
-    level: of its interval, after Holm. missing: "arm s2" of the runs that it lacks. mixed: "code", "card": what differs among
-    its runs that mustn't. repeats: runs whose repeats show that their codes compute the same.
+    estimate, low, high: in `unit`; None where nothing, or too little, is there. level: of the interval, after Holm. seeds: how
+    many, or turns of a bench. smallest: the smallest true effect that they would have shown (of a ratio the factor).
+    missing: "arm s2" of the runs that it lacks. mixed: "code", "card": what differs among its runs that mustn't. repeats: runs
+    whose repeats show that their codes compute the same.
     """
 
     label: str
     sentence: str
     effect: Estimate
     level: float
+    estimate: float | None
+    low: float | None
+    high: float | None
+    seeds: int
+    smallest: float | None
     missing: tuple[str, ...]
     mixed: tuple[str, ...]
     repeats: tuple[str, ...]
-
-    @property
-    def estimate(self) -> float | None:
-        """In `unit`; None, as the interval, where nothing, or too little, is there."""
-        return self.effect.value if self.seeds else None
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the interval."""
-        return (self.effect.interval(self.level) or (None, None))[0]
-
-    @property
-    def high(self) -> float | None:
-        """Upper end."""
-        return (self.effect.interval(self.level) or (None, None))[1]
-
-    @property
-    def seeds(self) -> int:
-        """How many seeds, or turns of a bench, it is a mean over."""
-        return self.effect.n
-
-    @property
-    def smallest(self) -> float | None:
-        """The smallest true effect that they would have shown; of a ratio the factor."""
-        found = self.effect.smallest(self.level, protocol().power)
-        return found if math.isfinite(found) else None
-
-    @property
-    def needs(self) -> int | None:
-        """Seeds, as noisy as these, that would decide the margin."""
-        return self.effect.seeds_for(self.margin, self.level, protocol().power)
 
 
 @dataclass(frozen=True)
@@ -196,12 +172,19 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
     together = _compared(part, evidence)
     linked = [repeats.linked(runs, evidence.repeats) for runs in together]
     mixed = {"code": None in linked, "card": any(len({run.get("device") for run in runs}) > 1 for runs in together)}
+    low, high = found.interval(level) or (None, None)
+    smallest = found.smallest(level, protocol().power)
     return JudgedPart(
         **vars(part),
         label=label,
         sentence=_found(part, label, found, level),
         effect=found,
         level=level,
+        estimate=found.value if found.n else None,
+        low=low,
+        high=high,
+        seeds=found.n,
+        smallest=smallest if math.isfinite(smallest) else None,
         missing=tuple(f"{arm} s{seed}" for arm in part.arms for seed in evidence.missing(arm)),
         mixed=tuple(what for what, differs in mixed.items() if differs),
         repeats=tuple(sorted({run for shown in linked for run in shown or ()})),

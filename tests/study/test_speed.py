@@ -1,6 +1,5 @@
 """What 08_step_time measures is kept, belongs to its machine, and is read by rules that can be checked by hand."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -113,7 +112,6 @@ def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     found = speed.measured(tiny_jobs(), scale="gpu")
     layers = speed.layers(found, ["0.1B/64E"])
     assert layers["layer"].isna().all() and "Not run: 0.1B/64E." in plots.share_of_floor(layers).alt
-    assert speed.figures(layers).to_dict("records") == [{"size": "0.1B/64E"}]
     assert "not run" in plots.step_times(speed.rows(found, "step")).alt
     grown = speed.rows(found, "growth").reindex(columns=["axis", "value", "ms", "floor_ms"])
     assert "not run" in plots.growth(grown, exponents(grown)).alt
@@ -145,36 +143,6 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
         and list(absent.index) == list(arms)
         and absent.attrs["device"].startswith("no device yet")
     )
-
-
-def test_the_figures_asked_for_are_of_the_best_path_that_a_run_may_take():
-    def row(name, what, ms, **more):
-        layer, variant, path, mode = name
-        fields = {"size": "A", "layer": layer, "variant": variant, "path": path, "mode": mode}
-        fields["name"] = bench.label(*name)
-        return fields | {"what": what, "ms": ms, "share_of_floor": 1 / ms, "peak_mb": 100 * ms} | more
-
-    def ours(path="plain", variant="", mode="eager"):
-        return "EC-CF2", variant, path, mode
-
-    rows = [
-        row(ours(), bench.BOTH, 4.0),
-        row(ours("triton"), bench.FORWARD, 1.5),
-        row(ours("triton"), bench.BOTH, 2.0),
-        row(ours("triton"), bench.ROUTING, 0.1, of_forward_floor=0.05),
-        row(ours("triton-bmm"), bench.BOTH, 3.0),
-        row(ours("triton", mode="CUDA graph"), bench.BOTH, 1.0),
-        row(ours(variant="one-hot einsum"), bench.BOTH, 0.1),
-        row(ours("triton", "cap 2"), bench.BOTH, 2.2, over_uncapped=0.1),
-        row(("top-2", "grouped_mm", "plain", "eager"), bench.BOTH, 0.5),
-    ]
-    (found,) = speed.figures(pd.DataFrame(rows)).to_dict("records")
-    assert found.pop("cap 3 adds") is None or np.isnan(found.get("cap 3 adds", np.nan))
-    assert found == {
-        "size": "A", "best path": "EC-CF2, triton", "forward, share of floor": 1 / 1.5,
-        "forward + backward, share of floor": 0.5, "routing, share of forward floor": 0.05, "cap 2 adds": 0.1,
-        "memory of plain's": 0.5,
-    }  # fmt: skip
 
 
 def test_exponents_are_those_of_a_power_law():
