@@ -6,17 +6,17 @@ Letters are the paper's: n tokens compete, e experts choose, each takes k = n c 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import types
 import typing
 from collections.abc import Collection, Mapping
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Self
 
-from ecmoe.files import ConfigError, read_yaml
+from ecmoe.files import ConfigError, nearest, read_yaml
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
 from ecmoe.routers import ROUTERS, RouterRow
 
@@ -47,7 +47,9 @@ class Schema:
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in values:
             if name not in names:
-                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {meant(str(name), names)}")
+                raise ConfigError(
+                    f"unknown key {name!r} with value {values[name]!r}: {nearest(name, names, '`ecmoe keys` lists the keys')}"
+                )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -339,13 +341,7 @@ class RunConfig(Schema):
         return "-".join([*words, f"s{self.seed}"])
 
 
-def meant(name: str, names: Collection[str]) -> str:
-    """Which of the names may have been meant by another: "did you mean learning_rate?"; `lr` stands for its words' letters."""
-    short = [other for other in names if name == "".join(word[0] for word in other.split("_"))]
-    alike = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1)
-    inside = [other for other in names if len(name) > 2 and name.lower() in other]
-    near = [*short, *alike, *inside]
-    return f"did you mean {near[0]}?" if near else "`ecmoe keys` lists the keys"
+_BOUNDS = {"low": (ge, "at least"), "high": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
 
 def _routing_keys() -> set[str]:
@@ -372,14 +368,9 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{field.name}={value!r}: must be one of {', '.join(meta['choices'])}")
     if type(value) in (int, float):
-        if meta["low"] is not None and value < meta["low"]:
-            raise ConfigError(f"{field.name}={value!r}: must be at least {meta['low']:g}")
-        if meta["high"] is not None and value > meta["high"]:
-            raise ConfigError(f"{field.name}={value!r}: must be at most {meta['high']:g}")
-        if meta["above"] is not None and value <= meta["above"]:
-            raise ConfigError(f"{field.name}={value!r}: must be above {meta['above']:g}")
-        if meta["below"] is not None and value >= meta["below"]:
-            raise ConfigError(f"{field.name}={value!r}: must be below {meta['below']:g}")
+        for bound, (holds, words) in _BOUNDS.items():
+            if meta[bound] is not None and not holds(value, meta[bound]):
+                raise ConfigError(f"{field.name}={value!r}: must be {words} {meta[bound]:g}")
     return value
 
 

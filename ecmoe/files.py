@@ -32,7 +32,10 @@ class Damaged(ConfigError):
 
 def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
     """For an error: which of the names may have been meant; else all of them, or where they are `listed`."""
-    near = difflib.get_close_matches(str(name), known := list(known), n=1)
+    name, known = str(name), list(known)
+    near = [other for other in known if name == "".join(word[:1] for word in other.split("_"))]  # lr: learning_rate
+    near += difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    near += [other for other in known if len(name) > 2 and name.lower() in other]
     return f"did you mean {near[0]}?" if near else listed or f"must be one of {', '.join(known) or 'none'}"
 
 

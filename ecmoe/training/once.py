@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -41,22 +41,12 @@ class LostLock(OSError):
     """The run's lock is gone: another process may make the run, and this one must not write any more."""
 
 
-class Config(Protocol):
-    """What decides a run: the same name is the same run."""
-
-    seed: int
-
-    @property
-    def name(self) -> str: ...
-    def to_dict(self) -> dict[str, Any]: ...
-
-
 StillOurs = Callable[[], None]
 Make = Callable[[Path, StillOurs], Result]
 
 
 def once(
-    config: Config,
+    config: Any,
     make: Make,
     *,
     records: Path | None = None,
@@ -68,6 +58,7 @@ def once(
     """The result of a run: from `records`, from `runs/`, or made now.
 
     Args:
+        config: a `Schema`: what decides a run; the same name is the same run.
         make: (folder, still_ours) -> Result: computes the run, writes what it keeps into the folder, the summary last
             (`write_run`), and goes on from what an interrupted call left there. It calls still_ours before it writes.
         check: (result, is it a record?) -> raises or warns where a result is of other data than there are here.
@@ -93,7 +84,7 @@ def once(
 
 
 def _done(
-    config: Config, folder: Path, weights: bool, check: Callable, *, say: bool, raises: bool = False
+    config: Any, folder: Path, weights: bool, check: Callable, *, say: bool, raises: bool = False
 ) -> Result | None:
     """The run, if nothing is left to do. A failed one is tried again; so is one that is damaged, or lacks wanted weights."""
     if not (folder / "summary.json").exists():
@@ -117,7 +108,7 @@ def _done(
     return result
 
 
-def _of(config: Config, result: Result, path: Path) -> Result:
+def _of(config: Any, result: Result, path: Path) -> Result:
     if result.summary["name"] != config.name:
         raise Damaged(path, f"it holds the run {result.summary['name']}")
     return result
@@ -134,7 +125,7 @@ def _place(folder: Path) -> Path:
     return folder / "again" if done else folder
 
 
-def _made(config: Config, folder: Path, make: Make, still_ours: StillOurs) -> Result:
+def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Result:
     into = _place(folder)
     into.mkdir(parents=True, exist_ok=True)
     try:
@@ -152,7 +143,7 @@ def _made(config: Config, folder: Path, make: Make, still_ours: StillOurs) -> Re
     return result
 
 
-def keep_failure(config: Config, folder: Path, failure: Exception) -> None:
+def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
     """Say in the run's folder why it ended, unless it is finished; the next call tries again."""
     with contextlib.suppress(OSError, Damaged):
         if not (folder / "summary.json").exists() or read_run(folder).summary["status"] not in DONE:

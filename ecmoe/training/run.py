@@ -10,7 +10,6 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def run_or_load(
     """
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
-        _check(config, callbacks, loggers)
+        _check(config, folder, callbacks, loggers)
         if config.devices > 1 and not in_torchrun():
             write_text(folder / "config.yaml", _yaml(config))
             by_torchrun(config, folder, still_ours)
@@ -176,7 +175,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _check(config: RunConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Any]) -> None:
+def _check(config: RunConfig, folder: Path, callbacks: Sequence[L.Callback], loggers: Sequence[Any]) -> None:
     """What can be known before any work is done."""
     check_machine(config)
     number("ECMOE_SHARING", 1)
@@ -184,8 +183,7 @@ def _check(config: RunConfig, callbacks: Sequence[L.Callback], loggers: Sequence
         raise ConfigError(f"devices={config.devices} with callbacks or loggers: they can't follow into processes of their own; "
                           f"start torchrun --nproc-per-node={config.devices} with a script that calls run_or_load")  # fmt: skip
     for logger in loggers:
-        if isinstance(logger, str):
-            _logger_class(logger)
+        _logger(logger, folder)
 
 
 def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
@@ -196,28 +194,20 @@ def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
         warnings.warn(said, stacklevel=5)
 
 
-LOGGERS = {
-    "csv": ("CSVLogger", None),
-    "tensorboard": ("TensorBoardLogger", "tensorboard"),
-    "wandb": ("WandbLogger", "wandb"),
-}
-
-
-def _logger_class(name: str) -> Any:
-    if name not in LOGGERS:
-        raise ConfigError(f"logger {name!r}: must be one of {', '.join(LOGGERS)}, or a Logger of Lightning")
-    logger, package = LOGGERS[name]
-    if package is not None and find_spec(package) is None:
-        raise ConfigError(f"logger {name!r} needs a package: pip install {package}")
-    return getattr(L.pytorch.loggers, logger)
+LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
 
 
 def _logger(logger: Any, folder: Path) -> Any:
     """A logger of that name writes into the run's folder."""
     if not isinstance(logger, str):
         return logger
+    if logger not in LOGGERS:
+        raise ConfigError(f"logger {logger!r}: must be one of {', '.join(LOGGERS)}, or a Logger of Lightning")
     keys = {"project": "ecmoe", "name": folder.name} if logger == "wandb" else {"name": logger, "version": ""}
-    return _logger_class(logger)(save_dir=folder, **keys)
+    try:
+        return getattr(L.pytorch.loggers, LOGGERS[logger])(save_dir=folder, **keys)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"logger {logger!r} needs a package: pip install {logger}") from error
 
 
 def _step_of(checkpoint: Path, say: bool) -> int | None:
