@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,15 +36,8 @@ def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
     """One row per approach and seed: final accuracy and forgetting, without and with the task known, and the network's size."""
-    columns = [
-        "final_accuracy",
-        "forgetting",
-        "final_accuracy_task_known",
-        "forgetting_task_known",
-        "gate_right",
-        "parameters",
-        "seconds",
-    ]
+    columns = ["final_accuracy", "forgetting", "final_accuracy_task_known", "forgetting_task_known", "gate_right",
+               "parameters", "seconds"]  # fmt: skip
     rows = [
         {"approach": label, "seed": r.summary["seed"], "status": r.summary["status"]}
         | {c: r.summary.get(c) for c in columns}
@@ -64,16 +58,9 @@ def by_approach(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
 
 def by_task(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
     """One row per approach: accuracy on each task after the last, and their mean; means over seeds."""
-    rows = []
-    for label, results in runs.items():
-        last = pd.DataFrame(
-            [dict(zip(r.summary["task_names"], r.summary["accuracy"][-1], strict=True)) for r in results if r.ok]
-        )
-        rows.append(
-            {"approach": label} | last.mean().to_dict() | {"all tasks": last.mean(axis=1).mean() if len(last) else None}
-        )
-    frame = pd.DataFrame(rows)
-    return frame[["approach", *(c for c in frame.columns if c not in ("approach", "all tasks")), "all tasks"]]
+    cells = retained(runs)
+    last = cells[cells["after"] == cells["after"].max()].pivot_table("accuracy", "approach", "name", sort=False)
+    return last.assign(**{"all tasks": last.mean(axis=1)}).reindex(list(runs)).rename_axis("approach").reset_index()
 
 
 COMPARED = (
@@ -114,18 +101,14 @@ def _answer(ends: tuple[float, float] | None, side: str) -> str:
 
 
 def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
-    """Accuracies one below the other: approach, seed, `after` (tasks learned), `task`, accuracy; a missing run is a row of NaN."""
-    rows: list[dict[str, Any]] = []
+    """Accuracies one below the other: approach, seed, `after` (tasks learned), `task`, its name, accuracy; a missing run is a row of NaN."""
+    columns, rows = ["approach", "seed", "after", "task", "name", "accuracy"], []
     for label, results in runs.items():
         for r in results:
-            same = {"approach": label, "seed": r.summary["seed"]}
-            cells = [
-                (t + 1, k + 1, value)
-                for t, row in enumerate(r.summary.get("accuracy", []))
-                for k, value in enumerate(row)
-            ]
-            rows += [same | {"after": t, "task": k, "accuracy": v} for t, k, v in cells if v is not None] or [same]
-    return pd.DataFrame(rows, columns=["approach", "seed", "after", "task", "accuracy"]).astype({"accuracy": float})
+            grid, names = enumerate(r.summary.get("accuracy", ()), 1), r.summary.get("task_names")
+            cells = [(after, k + 1, names[k], x) for after, row in grid for k, x in enumerate(row) if x is not None]
+            rows += [(label, r.summary["seed"], *cell) for cell in cells or [(math.nan,) * 4]]
+    return pd.DataFrame(rows, columns=columns).astype({"accuracy": float})
 
 
 def mean_matrix(results: Iterable[Result], name: str) -> pd.DataFrame | None:
