@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
+from latex2mathml.converter import convert
 from markupsafe import Markup
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -63,12 +64,9 @@ def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, For
     return markup("table", heads, list(zip(*cells, strict=True)), caption)
 
 
-def math_html(latex: str, mode: str = "inline", alt: str = "") -> str:
-    """LaTeX as MathML, which browsers draw by themselves; `mode`: "inline" or "block"; `alt` says it in words."""
-    from latex2mathml.converter import convert
-
-    mathml = convert(latex, display=mode)
-    return mathml.replace("<math ", f'<math alttext="{html.escape(alt or latex)}" ', 1)
+def math_html(latex: str, mode: str = "inline") -> str:
+    """LaTeX as MathML, which browsers draw by themselves; `mode`: "inline" or "block"."""
+    return convert(latex, display=mode).replace("<math ", f'<math alttext="{html.escape(latex)}" ', 1)
 
 
 def text_of(markup: str) -> str:

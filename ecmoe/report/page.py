@@ -1,4 +1,4 @@
-"""What a notebook shows: figures with alternative text, tables, text, formulas. The answer on top is `answer`'s.
+"""What a notebook shows: figures with alternative text, tables, text. The answer on top is `answer`'s.
 
 Everything is HTML that needs no script and no network, with a plain text beside it.
 """
@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from ecmoe.report.answer import NOTHING, answer, difference, finding, judged
-from ecmoe.report.markup import Format, markup, math_html, show_html, table_html
+from ecmoe.report.markup import Format, markup, show_html, table_html
 from ecmoe.report.plots.parts import Plot
-from ecmoe.report.plots.style import count_colors, on_color
+from ecmoe.report.plots.style import COUNT_COLORS, on_color
 from ecmoe.report.provenance import provenance
 from ecmoe.study.estimate import counted
 
 __all__ = [
-    "answer", "difference", "finding", "formula", "judged", "provenance", "show", "show_runs", "show_table", "show_text",
+    "answer", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text",
 ]  # fmt: skip
 
 
@@ -68,10 +68,9 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str, unit: 
     """
     if len(tokens) != len(counts):
         raise ValueError(f"{len(tokens)} tokens but {len(counts)} counts: there must be one for each")
-    colors = count_colors()
 
     def piece(text: str, count: int) -> tuple[str, str, str]:
-        color = colors[min(count, len(colors) - 1)]
+        color = COUNT_COLORS[min(count, len(COUNT_COLORS) - 1)]
         struck = ";text-decoration:line-through" * (not count)
         return text, f"background:{color};color:{on_color(color)}{struck}", counted(count, unit)
 
@@ -81,8 +80,3 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str, unit: 
     show_html(
         markup("text", pieces, key, caption), f"{caption}\n" + " ".join(f"{text!r}:{count}" for text, count in pairs)
     )
-
-
-def formula(latex: str, alt: str = "") -> None:
-    """Show a formula as MathML, which browsers draw by themselves; `alt` says it in words."""
-    show_html(math_html(latex, "block", alt), alt or latex)

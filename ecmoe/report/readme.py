@@ -14,7 +14,7 @@ from ecmoe import paths
 from ecmoe.files import write_text
 from ecmoe.report import plots
 from ecmoe.report.plots.parts import Plot
-from ecmoe.report.scoreboard import claim_table, effects
+from ecmoe.report.scoreboard import CAPTION, claim_table, effects
 from ecmoe.study import speed
 from ecmoe.study.answer import answer
 from ecmoe.study.verdict import ClaimVerdict, judge_all
@@ -30,7 +30,8 @@ def update(scale: str = "gpu") -> bool:
     path = home / "README.md"
     old = new = path.read_text(encoding="utf-8")
     for name, text in sections(scale).items():
-        new = new.replace(f"{_mark(name, 'begin')}{part(new, name)}", f"{_mark(name, 'begin')}\n{text}\n")
+        begin, _, end = _parts(new, name)
+        new = f"{begin}\n{text}\n{end}"
     for name, draw in PICTURES.items():
         plot, _ = draw(scale)
         if plot.figure is not None:
@@ -58,14 +59,16 @@ def image(name: str, scale: str) -> str:
 
 def part(text: str, name: str) -> str:
     """What lies between the marks of that name."""
-    begin, end = _mark(name, "begin"), _mark(name, "end")
+    return _parts(text, name)[1]
+
+
+def _parts(text: str, name: str) -> tuple[str, str, str]:
+    """What stands up to the first mark, with it; between the two; and from the second on."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"README.md must hold {begin} and then {end}, once each")
-    return text.split(begin)[1].split(end)[0]
-
-
-def _mark(name: str, which: str) -> str:
-    return f"<!-- {name}:{which} -->"
+    (before, rest), after = text.split(begin), text.split(end)[1]
+    return before + begin, rest.split(end)[0], end + after
 
 
 @cache
@@ -77,9 +80,7 @@ def _verdicts(scale: str) -> dict[str, ClaimVerdict]:
 
 
 def _evidence(scale: str) -> tuple[Plot, str]:
-    return effects(_verdicts(scale)), (
-        "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals, colours: verdicts."
-    )
+    return effects(_verdicts(scale)), CAPTION
 
 
 def _shares(scale: str) -> tuple[Plot, str]:

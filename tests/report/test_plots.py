@@ -152,7 +152,7 @@ def test_a_leak_is_the_difference_of_two_routings_of_one_seed():
         -0.5
     )
     panels = drawn(plots.leak_by_condition(frame.assign(change="other text"), "loss", "change", "loss (nats)"))
-    assert re.search("Other text: .*; a, causally 5.500", panels.alt)
+    assert re.search("other text: .*; a, causally 5.500", panels.alt)
 
 
 def test_all_effects_have_one_scale_a_unit():

@@ -63,7 +63,7 @@ def test_figures_show_what_was_measured(study):
     assert row["mean"].item() == pytest.approx(100 * study["one dense network"][0].summary["accuracy"][4][0])
     assert "one dense network: task 1" in plot.alt and "Not run" not in plot.alt
     plot = drawn(plots.kept_and_lost(continual.table(shown)))
-    assert set(plot.data["approach"]) == set(shown) and "joint, dense" not in plot.alt.split("Forgetting")[1]
+    assert set(plot.data["approach"]) == set(shown) and "joint, dense" not in plot.alt.split("forgetting (")[1]
     gate, ec = study["Expert Gate"], study["one EC network"]
     tasks = gate[0].summary["task_names"]
     confusion, related = (continual.mean_matrix(gate, name) for name in ("confusion", "relatedness"))

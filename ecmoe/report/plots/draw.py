@@ -46,7 +46,7 @@ def panels(
         data, words = draw(ax)
         if title:
             ax.set_title(title)
-            data, words = data.assign(**{key: title}), f"{sentence(title)}: {words}"
+            data, words = data.assign(**{key: title}), f"{title}: {words}"
         frames.append(data)
         said.append(f"{words}.")
     for ax in axes[len(each) :]:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from ecmoe.model.metrics import SHARES
 from ecmoe.report.plots.draw import heat, name_gaps, panels
 from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing
-from ecmoe.report.plots.style import LINE, PAPER, count_colors, on_color
+from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, on_color
 
 
 @drawn
@@ -30,8 +30,8 @@ def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, floa
         return nothing(what, list(data.index))
 
     def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
-        data.fillna(0.0).plot.barh(stacked=True, ax=ax, color=count_colors(), edgecolor=PAPER, width=0.8, legend=False)
-        for bars, color in zip(list(ax.containers), count_colors(), strict=True):
+        data.fillna(0.0).plot.barh(stacked=True, ax=ax, color=COUNT_COLORS, edgecolor=PAPER, width=0.8, legend=False)
+        for bars, color in zip(list(ax.containers), COUNT_COLORS, strict=True):
             texts = [f"{width:.0f}%" if width >= 4.3 else "" for width in bars.datavalues]
             ax.bar_label(bars, texts, label_type="center", fontsize=9, color=on_color(color))
         left, rows = 0.0, [*data.index]
@@ -70,7 +70,7 @@ def expert_shares_over_steps(curves: pd.DataFrame, arm: str) -> Plot:
     data = pd.DataFrame({name: 100 * means[columns].sum(axis=1) for name, columns in groups.items()})
 
     def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
-        ax.stackplot(data.index, data.T, labels=data.columns, colors=[count_colors()[i] for i in (0, 2, 4, 7)])
+        ax.stackplot(data.index, data.T, labels=data.columns, colors=[COUNT_COLORS[i] for i in (0, 2, 4, 7)])
         ax.set(
             xlim=(data.index.min(), data.index.max()),
             ylim=(0, 100),

@@ -79,9 +79,8 @@ def _without_gate(arm: str) -> str:
     return " ".join(word for word in arm.split() if word not in _GATES)
 
 
-def count_colors(n: int = 9) -> list[str]:
-    """Ordered colours for 0, 1, ... n - 1 experts a token, light to dark; grey for none at all."""
-    return ["#c7c7c7", *(to_hex(color) for color in colormaps["viridis_r"](np.linspace(0.05, 1.0, n - 1)))]
+# For 0, 1, ... 7, 8 or more experts a token, light to dark; grey for none at all.
+COUNT_COLORS = ["#c7c7c7", *map(to_hex, colormaps["viridis_r"](np.linspace(0.05, 1.0, 8)))]
 
 
 def on_color(color: str) -> str:

@@ -12,37 +12,34 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from ecmoe.report.plots.draw import lines
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, missing_text, nothing, sentence, series_text
+from ecmoe.report.plots.draw import lines, panels
+from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing, series_text
 from ecmoe.report.plots.style import looks, new_figure
 
 
 @drawn
-def over_capacity(panels: Mapping[str, tuple[pd.DataFrame, str]], label: str = "") -> Plot:
+def over_capacity(columns: Mapping[str, tuple[pd.DataFrame, str]], label: str = "") -> Plot:
     """A measured column against expert places per patch: a panel each, mean and 95% interval per arm.
 
     Args:
-        panels: title -> (a row per arm, seed and capacity; the column). label: of the vertical axes; "": the titles say it.
+        columns: title -> (a row per arm, seed and capacity; the column). label: of the vertical axes; "": the titles say it.
     """
-    arms = list(dict.fromkeys(arm for frame, _ in panels.values() for arm in frame["arm"]))
-    if not any(frame[column].notna().any() for frame, column in panels.values()):
-        return nothing(label or ", ".join(panels), arms)
-    figure, axes = new_figure(4.0, len(panels), sharey=bool(label))
-    frames, said = [], []
-    for ax, (title, (frame, column)) in zip(axes, panels.items(), strict=True):
-        last = ax is axes[len(panels) - 1]
-        data = lines(ax, frame, "capacity", column, log=True, ticks_at_values=True, shown=looks(arms), named=last)
-        ax.set_title(title, fontsize=10)
-        said.append(f"{sentence(title)}. {series_text(data, 'capacity')}.")
-        frames.append(data.assign(panel=title))
-    axes[0].set_ylabel(label)
-    there = pd.concat(frames, ignore_index=True)
-    return Plot(
-        figure,
-        f"{sentence(label or 'what is left out')} by {LABELS['capacity']}. {' '.join(said)}"
-        + missing_text(arms, there["arm"]),
-        there,
-    )
+    arms = list(dict.fromkeys(arm for frame, _ in columns.values() for arm in frame["arm"]))
+    there = [arm for frame, column in columns.values() for arm in frame.loc[frame[column].notna(), "arm"]]
+    what = f"{label or 'what is left out'} by {LABELS['capacity']}"
+    if not there:
+        return nothing(what, arms)
+
+    def draw(ax: Axes, title: str) -> tuple[pd.DataFrame, str]:
+        frame, column = columns[title]
+        data = lines(
+            ax, frame, "capacity", column, log=True, ticks_at_values=True, shown=looks(arms), named=title == last
+        )
+        return data, series_text(data, "capacity")
+
+    last = list(columns)[-1]
+    each = {title: lambda ax, title=title: draw(ax, title) for title in columns}
+    return panels(what, each, 4.0, arms, there, ylabel=label, sharey=bool(label))
 
 
 @drawn
