@@ -159,41 +159,32 @@ def _flash_forward_kernel(
     total, output = tl.zeros((OWN,), tl.float32), tl.zeros((OWN, WIDTH), tl.float32)
     far = _far_keys(first, near, STEP)
     scale *= _LOG2E
-    highest, total, output = _attend(
-        highest, total, output, q, qkv, bias, h, width, scale, 0, far, False, STEP, FAR_STAGES
-    )  # fmt: skip
-    highest, total, output = _attend(
-        highest, total, output, q, qkv, bias, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES
-    )  # fmt: skip
+    # Online softmax. Key 0 comes first, which all see: `highest` is finite from then on.
+    for NEAR in tl.static_range(2):
+        start, stop = far if NEAR else 0, first + OWN if NEAR else far
+        for key in tl.range(start, stop, STEP, num_stages=NEAR_STAGES if NEAR else FAR_STAGES):
+            k = tl.load(_tile(qkv + h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+            v = tl.load(_tile(qkv + 2 * h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+            score = _product(q, k)
+            if NEAR:
+                score = score * scale + tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
+                higher = tl.maximum(highest, tl.max(score, 1))
+                p = tl.exp2(score - higher[:, None])
+            else:  # a multiplication a score less
+                higher = tl.maximum(highest, tl.max(score, 1) * scale)
+                p = tl.exp2(score * scale - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            total = total * shrink + tl.sum(p, 1)
+            output = dot(p.to(v.dtype), v, output * shrink[:, None])
+            highest = higher
     out += (b * T * h + head) * WIDTH
     tl.store(_tile(out, first, h * WIDTH, OWN, WIDTH), (output / total[:, None]).to(out.dtype.element_ty))
     tl.store(lse + (b * h + head) * T + first + tl.arange(0, OWN), highest + tl.log2(total))
 
 
 @triton.jit
-def _attend(
-    highest, total, output, q, qkv, bias, h, width, scale, start, stop,
-    NEAR: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over keys from start to stop. Key 0 comes first, which all see: `highest` is finite from then on."""
-    OWN: tl.constexpr = q.shape[0]
-    WIDTH: tl.constexpr = q.shape[1]
-    for key in tl.range(start, stop, STEP, num_stages=STAGES):
-        k = tl.load(_tile(qkv + h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
-        v = tl.load(_tile(qkv + 2 * h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
-        score = _product(q, k)
-        if NEAR:
-            score = score * scale + tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
-            higher = tl.maximum(highest, tl.max(score, 1))
-            p = tl.exp2(score - higher[:, None])
-        else:  # a multiplication a score less
-            higher = tl.maximum(highest, tl.max(score, 1) * scale)
-            p = tl.exp2(score * scale - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(p, 1)
-        output = dot(p.to(v.dtype), v, output * shrink[:, None])
-        highest = higher
-    return highest, total, output
+def _add_both(a, b, c, d):
+    return a + c, b + d
 
 
 @kernel
@@ -218,46 +209,26 @@ def _flash_queries_kernel(
     far = _far_keys(first, near, STEP)
     dq = tl.zeros((OWN, WIDTH), tl.float32)
     sums += tl.program_id(0).to(tl.int64) * distances + first
-    dq = _to_queries(
-        dq, q, gradient, logs, inner, qkv, bias, sums, h, width, scale, 0, far, False, STEP, FAR_STAGES
-    )  # fmt: skip
-    dq = _to_queries(
-        dq, q, gradient, logs, inner, qkv, bias, sums, h, width, scale, far, first + OWN, True, STEP, NEAR_STAGES
-    )  # fmt: skip
-    dqkv += (b * T * 3 * h + head) * WIDTH
-    tl.store(_tile(dqkv, first, 3 * h * WIDTH, OWN, WIDTH), (dq * scale).to(dqkv.dtype.element_ty))
-
-
-@triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _to_queries(
-    dq, q, gradient, logs, inner, qkv, bias, sums, h, width, scale, start, stop,
-    NEAR: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dS k, added up over keys from start to stop; of near ones also dS by distance."""
-    OWN: tl.constexpr = q.shape[0]
-    WIDTH: tl.constexpr = q.shape[1]
     row, column = tl.arange(0, OWN)[:, None], tl.arange(0, STEP)[None, :]
     above_before = tl.zeros((STEP,), tl.float32)
-    for key in tl.range(start, stop, STEP, num_stages=STAGES):
-        k = tl.load(_tile(qkv + h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
-        v = tl.load(_tile(qkv + 2 * h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
-        score = _product(q, k) * (scale * _LOG2E) - logs[:, None]
-        if NEAR:
-            score += tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
-        ds = tl.exp2(score) * (_product(gradient, v) - inner[:, None])
-        dq = dot(ds.to(k.dtype), k, dq)
-        if NEAR:  # column j of `turned` holds distance first - key + j, and above its diagonal STEP less
-            turned = tl.gather(ds, (row - column) & (STEP - 1), 1)
-            below, above = tl.where(row >= column, turned, 0.0), tl.where(row < column, turned, 0.0)
-            below, above = tl.reduce((below, above), 0, _add_both)
-            tl.store(sums - key + tl.arange(0, STEP), below + above_before)
-            above_before = above
-    return dq
+    for NEAR in tl.static_range(2):
+        start, stop = far if NEAR else 0, first + OWN if NEAR else far
+        for key in tl.range(start, stop, STEP, num_stages=NEAR_STAGES if NEAR else FAR_STAGES):
+            k = tl.load(_tile(qkv + h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+            v = tl.load(_tile(qkv + 2 * h * WIDTH, key, 3 * h * WIDTH, STEP, WIDTH))
+            score = _product(q, k) * (scale * _LOG2E) - logs[:, None]
+            if NEAR:
+                score += tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
+            ds = tl.exp2(score) * (_product(gradient, v) - inner[:, None])
+            dq = dot(ds.to(k.dtype), k, dq)
+            if NEAR:  # column j of `turned` holds distance first - key + j, and above its diagonal STEP less
+                turned = tl.gather(ds, (row - column) & (STEP - 1), 1)
+                below, above = tl.where(row >= column, turned, 0.0), tl.where(row < column, turned, 0.0)
+                below, above = tl.reduce((below, above), 0, _add_both)
+                tl.store(sums - key + tl.arange(0, STEP), below + above_before)
+                above_before = above
+    dqkv += (b * T * 3 * h + head) * WIDTH
+    tl.store(_tile(dqkv, first, 3 * h * WIDTH, OWN, WIDTH), (dq * scale).to(dqkv.dtype.element_ty))
 
 
 @kernel
@@ -278,30 +249,19 @@ def _flash_keys_kernel(
     bias += head * BLOCK * width - first
     far = tl.minimum(tl.cdiv(first + OWN - 1 + near, STEP) * STEP, T)  # from the last key on
     dk, dv = tl.zeros((OWN, WIDTH), tl.float32), tl.zeros((OWN, WIDTH), tl.float32)
-    dk, dv = _to_keys(dk, dv, k, v, qkv, dout, lse, delta, bias, h, width, scale, first, far, True, STEP, NEAR_STAGES)
-    dk, dv = _to_keys(dk, dv, k, v, qkv, dout, lse, delta, bias, h, width, scale, far, T, False, STEP, FAR_STAGES)
+    for FAR in tl.static_range(2):  # keys are the rows, so that nothing is transposed
+        start, stop = far if FAR else first, T if FAR else far
+        for query in tl.range(start, stop, STEP, num_stages=FAR_STAGES if FAR else NEAR_STAGES):
+            q = tl.load(_tile(qkv, query, 3 * h * WIDTH, STEP, WIDTH))
+            gradient = tl.load(_tile(dout, query, h * WIDTH, STEP, WIDTH))
+            at = query + tl.arange(0, STEP)
+            score = _product(k, q) * (scale * _LOG2E) - tl.load(lse + at)[None, :]
+            if not FAR:
+                score += tl.load(_tile(bias + query, 0, width, OWN, STEP)).to(tl.float32)
+            p = tl.exp2(score)
+            dv = dot(p.to(gradient.dtype), gradient, dv)
+            ds = p * (_product(v, gradient) - tl.load(delta + at)[None, :])
+            dk = dot(ds.to(q.dtype), q, dk)
     dqkv += (b * T * 3 * h + head) * WIDTH
     tl.store(_tile(dqkv + h * WIDTH, first, 3 * h * WIDTH, OWN, WIDTH), (dk * scale).to(dqkv.dtype.element_ty))
     tl.store(_tile(dqkv + 2 * h * WIDTH, first, 3 * h * WIDTH, OWN, WIDTH), dv.to(dqkv.dtype.element_ty))
-
-
-@triton.jit
-def _to_keys(
-    dk, dv, k, v, qkv, dout, lse, delta, bias, h, width, scale, start, stop,
-    NEAR: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dS^T q and P^T dout, added up over queries from start to stop; keys are the rows, so that nothing is transposed."""
-    OWN: tl.constexpr = k.shape[0]
-    WIDTH: tl.constexpr = k.shape[1]
-    for query in tl.range(start, stop, STEP, num_stages=STAGES):
-        q = tl.load(_tile(qkv, query, 3 * h * WIDTH, STEP, WIDTH))
-        gradient = tl.load(_tile(dout, query, h * WIDTH, STEP, WIDTH))
-        at = query + tl.arange(0, STEP)
-        score = _product(k, q) * (scale * _LOG2E) - tl.load(lse + at)[None, :]
-        if NEAR:
-            score += tl.load(_tile(bias + query, 0, width, OWN, STEP)).to(tl.float32)
-        p = tl.exp2(score)
-        dv = dot(p.to(gradient.dtype), gradient, dv)
-        ds = p * (_product(v, gradient) - tl.load(delta + at)[None, :])
-        dk = dot(ds.to(q.dtype), q, dk)
-    return dk, dv
