@@ -25,7 +25,7 @@ ARM = "EC-CF2"
 IDLE = "idle"
 # The first pattern that is found in "operator kernel", in lower case, names the kind.
 KINDS = {
-    "experts' products": r"bmm|grouped_mm|_product_kernel|_product_backward",
+    "experts' products": r"bmm|grouped_mm|_product_kernel",
     "attention": r"flash|fmha|scaled_dot_product",
     "loss": r"_losses_kernel|_scaled_kernel|log_softmax|logsumexp|nll_loss",
     "other products": r"nvjet|gemm|cutlass|cublas|xmma|aten::(mm|addmm|matmul|linear)\b",

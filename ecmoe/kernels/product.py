@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ecmoe.kernels.common import INTERPRETED, cdiv, described, dot, kernel
 from ecmoe.kernels.rows import approximate, gelu, new_slope, pack, unpack
@@ -52,19 +53,11 @@ def fusible(a: Tensor, w: Tensor) -> bool:
 
 def product(x_in: Tensor, w1: Tensor, gate: Tensor, *, keep: bool = True, tile: Tile = TILE) -> tuple[Tensor, Tensor]:
     """slope = gelu'(h) and a = gate gelu(h) of h = x_in w1, both (e, k, f); slope is empty unless `keep`."""
-    t = tile
-    (e, k, d), f = x_in.shape, w1.shape[2]
-    a = x_in.new_empty(e, k, f)
-    slope = new_slope(a, keep)
-    _product_kernel[_programs(x_in, e, k, f, t),](
-        described(x_in, [1, t.m, t.k]),
-        described(w1, [1, t.k, t.n]),
-        described(slope, [1, t.m, t.slice]) if keep else None,
-        described(a, [1, t.m, t.slice]),
-        gate,
-        e, k, COLUMNS=f, DEPTH=d,
-        M=t.m, N=t.n, K=t.k, KEEP=keep, **approximate(x_in), **t.options(),
-    )  # fmt: skip
+    a = x_in.new_empty(*gate.shape, w1.shape[2])
+    slope, t = new_slope(a, keep), tile
+    _launch(
+        x_in, described(w1, [1, t.k, t.n]), described(slope, [1, t.m, t.slice]) if keep else None, a, gate, t, False
+    )
     return slope, a
 
 
@@ -72,24 +65,26 @@ def product_backward(
     dy: Tensor, w2: Tensor, slope: Tensor, gate: Tensor, *, out: Tensor | None = None, tile: Tile = TILE
 ) -> Tensor:
     """dh = gate (dy w2^T) slope, (e, k, f), into `out` if given."""
-    t = tile
-    (e, k, d), f = dy.shape, w2.shape[1]
-    dh = dy.new_empty(e, k, f) if out is None else out
-    _product_backward_kernel[_programs(dy, e, k, f, t),](
-        described(dy, [1, t.m, t.k]),
-        described(w2, [1, t.n, t.k]),
-        slope,
-        described(dh, [1, t.m, t.slice]),
-        gate,
-        e, k, COLUMNS=f, DEPTH=d,
-        M=t.m, N=t.n, K=t.k, **t.options(),
-    )  # fmt: skip
+    dh = dy.new_empty(*gate.shape, w2.shape[1]) if out is None else out
+    _launch(dy, described(w2, [1, tile.n, tile.k]), slope, dh, gate, tile, True)
     return dh
 
 
-def _programs(x: Tensor, e: int, rows: int, columns: int, t: Tile) -> int:
+def _launch(
+    x: Tensor,
+    w: TensorDescriptor,
+    slope: Tensor | TensorDescriptor | None,
+    out: Tensor,
+    gate: Tensor,
+    t: Tile,
+    back: bool,
+) -> None:
+    (e, rows, depth), columns = x.shape, out.shape[2]
     tiles = e * cdiv(rows, t.m) * cdiv(columns, t.n)
-    return min(tiles, t.per_sm * (_multiprocessors(x.device.index) if x.is_cuda else 2))
+    _product_kernel[min(tiles, t.per_sm * (_multiprocessors(x.device.index) if x.is_cuda else 2)),](
+        described(x, [1, t.m, t.k]), w, slope, described(out, [1, t.m, t.slice]), gate, e, rows,
+        COLUMNS=columns, DEPTH=depth, M=t.m, N=t.n, K=t.k, BACKWARD=back, **approximate(x), **t.options(),
+    )  # fmt: skip
 
 
 @lru_cache
@@ -135,16 +130,23 @@ def _halves(total):
 
 @kernel
 def _product_kernel(
-    x, w, slope, a, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr, APPROXIMATE: tl.constexpr,
+    x, w, slope, out, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         expert, m, n = _tile(tile, rows, COLUMNS, M, N)
-        total = _multiply(x, w, expert, m, n, DEPTH, M, N, K, False)
-        row = m * M + tl.arange(0, M)
-        g = tl.load(gate + expert.to(tl.int64) * rows + row, mask=row < rows, other=0)
-        _activate(slope, a, total, g, expert, m * M, n * N, KEEP, APPROXIMATE)
+        total = _multiply(x, w, expert, m, n, DEPTH, M, N, K, BACKWARD)
+        row, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)
+        place = expert.to(tl.int64) * rows + row
+        g = tl.load(gate + place, mask=row < rows, other=0)
+        if BACKWARD:
+            # The whole tile at once, and by ordinary loads: slices that the copy engine brings are each waited for.
+            inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+            steepness = tl.load(slope + place[:, None] * COLUMNS + column[None, :], mask=inside, other=0)
+            _scale(out, total, steepness, g, expert, m * M, n * N)
+        else:
+            _activate(slope, out, total, g, expert, m * M, n * N, slope is not None, APPROXIMATE)
 
 
 @triton.jit
@@ -158,24 +160,6 @@ def _activate(slope, a, total, g, expert, m, n, KEEP: tl.constexpr, APPROXIMATE:
         if KEEP:
             slope.store([expert, m, n], pack(steepness, slope.dtype)[None])
         a.store([expert, m, n], (g[:, None] * value).to(a.dtype)[None])
-
-
-@kernel
-def _product_backward_kernel(
-    dy, w, slope, dh, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        expert, m, n = _tile(tile, rows, COLUMNS, M, N)
-        total = _multiply(dy, w, expert, m, n, DEPTH, M, N, K, True)
-        row, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)
-        place = expert.to(tl.int64) * rows + row
-        g = tl.load(gate + place, mask=row < rows, other=0)
-        # The whole tile at once, and by ordinary loads: slices that the copy engine brings are each waited for.
-        inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-        steepness = tl.load(slope + place[:, None] * COLUMNS + column[None, :], mask=inside, other=0)
-        _scale(dh, total, steepness, g, expert, m * M, n * N)
 
 
 @triton.jit

@@ -188,7 +188,7 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
 @pytest.mark.parametrize(
     "name, kind",
     [
-        ("_product_backward_kernel", "experts' products"),
+        ("_product_kernel", "experts' products"),
         ("aten::_grouped_mm cutlass_gemm_grouped", "experts' products"),
         ("aten::mm nvjet_tst_128x256", "other products"),
         ("_flash_queries_kernel", "attention"),
