@@ -1,16 +1,18 @@
 """Continual learning against loops and numbers done by hand; what must hold of tasks in sequence; runs that are kept."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.continual import expert_gate, runs
-from ecmoe.continual.expert_gate import ExpertGate, Gate, probabilities, relatedness
+from ecmoe.continual.expert_gate import ExpertGate, Gate, probabilities, relatedness, without_forgetting
 from ecmoe.continual.learning import _moved, final_accuracy, forgetting, new_gate, new_network, run, split
 from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
 from ecmoe.continual.settings import APPROACHES, Settings
@@ -332,3 +334,17 @@ def test_patchnet_reads_patches_where_they_are():
     x = torch.rand(1, 1, 4, 4)
     assert net(x).shape == (1, 2) and net.tokens == 4
     assert not torch.allclose(net(x), net(x.flip(3)))  # places count
+
+
+def test_learning_without_forgetting_adds_the_old_answers_at_temperature_2():
+    """Li and Hoiem 2016, Eq. 2 and 3: probabilities to the power of 1/2, normalised, of teacher and student alike."""
+    dice = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 4, generator=dice), torch.tensor([0, 1, 1, 0, 1, 0])
+    teacher, old_head, head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 2)
+    expert = SimpleNamespace(features=lambda x: x.tanh(), head=head)
+    ids = torch.tensor([4, 0, 1])
+    old, new = (p.softmax(1).sqrt() for p in (teacher(x[ids]), old_head(x[ids].tanh())))
+    old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
+    own = -head(x[ids].tanh()).log_softmax(1)[torch.arange(3), y[ids]].mean()
+    expected = own - (old * new.log()).sum(1).mean()
+    torch.testing.assert_close(without_forgetting(expert, old_head, teacher, x, y)(ids), expected)
