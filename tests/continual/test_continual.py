@@ -348,3 +348,14 @@ def test_learning_without_forgetting_adds_the_old_answers_at_temperature_2():
     own = -head(x[ids].tanh()).log_softmax(1)[torch.arange(3), y[ids]].mean()
     expected = own - (old * new.log()).sum(1).mean()
     torch.testing.assert_close(without_forgetting(expert, old_head, teacher, x, y)(ids), expected)
+
+
+def test_a_gate_never_trains_on_the_images_that_measure_relatedness(monkeypatch):
+    settings = Settings(**FAST)
+    (task, *_), losses, measured = split(images.load("digits"), settings), [], []
+    x = torch.where(task.held[:, None, None, None], torch.nan, task.x)  # a held image would make a loss NaN
+    monkeypatch.setattr(expert_gate, "fit", lambda learnt, loss, n, *_, **__: losses.append(loss(torch.arange(n))))
+    monkeypatch.setattr(ExpertGate, "relatedness", lambda gates, x: (measured.append(x), torch.ones(1))[1])
+    new_gate(DIGITS, settings).learn(x, task.y, task.held)
+    assert losses[0].isfinite() and losses[1].isnan()  # the expert sees all
+    assert measured[0].isnan().all() and len(measured[0]) == task.held.sum()
