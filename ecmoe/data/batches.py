@@ -116,7 +116,7 @@ class RunData(L.LightningDataModule):
     def _enough(self, train: int, val: int, what: str) -> int:
         """How much validates: every rank equally often, together as much as was asked for; a ConfigError if there is less."""
         config = self.config
-        ranks = config.devices * config.num_nodes  # also where no trainer is attached: it depends on the config alone
+        ranks = config.ranks  # also where no trainer is attached: it depends on the config alone
         validated = -(-config.eval_batches // ranks) * ranks * config.batch_size
         for side, have, need, keys in (("training", train, config.batch_size * ranks, "batch_size, on every rank,"),
                                        ("validation", val, validated, "eval_batches x batch_size")):  # fmt: skip

@@ -11,8 +11,9 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,14 +23,15 @@ from ecmoe import paths
 from ecmoe.files import ConfigError
 
 
+@dataclass
 class Place:
     """Where a run is. gpu: its number; None: on the CPU, or on several GPUs, for which nobody else asks.
 
     others: the locks of the other places on it.
     """
 
-    def __init__(self, gpu: int | None = None, others: list[Path] | None = None) -> None:
-        self.gpu, self.others = gpu, others or []
+    gpu: int | None = None
+    others: Sequence[Path] = ()
 
     def sharing(self) -> int:
         """Runs on this device now, this one among them; at least as many as who started it says ($ECMOE_SHARING)."""
@@ -44,9 +46,8 @@ def place(say: bool = True) -> Iterator[Place]:
     if not gpus:
         yield Place()
         return
-    names = [
-        str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(gpus)
-    ]  # CUDA_VISIBLE_DEVICES may renumber
+    # CUDA_VISIBLE_DEVICES may renumber them.
+    names = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(gpus)]
     slots, folder = number("ECMOE_SLOTS", 4), paths.cache() / "gpus"
     folder.mkdir(parents=True, exist_ok=True)
     of_gpu = [[folder / f"{name}-{slot}.lock" for slot in range(slots)] for name in names]

@@ -32,16 +32,17 @@ def check_world(config: RunConfig) -> None:
     Raises:
         ConfigError: torchrun started another number; or the run wants several machines.
     """
-    wanted, there = config.devices * config.num_nodes, int(os.environ["WORLD_SIZE"]) if in_torchrun() else None
+    there, start = (
+        os.environ["WORLD_SIZE"] if in_torchrun() else None,
+        f"--nproc-per-node={config.devices} -m ecmoe train CONFIG",
+    )
     if there is None and config.num_nodes > 1:
         raise ConfigError(
-            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} "
-            f"--nproc-per-node={config.devices} -m ecmoe train CONFIG on every node"
+            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} {start} on every node"
         )
-    if there not in (None, wanted):
+    if there not in (None, str(config.ranks)):
         raise ConfigError(
-            f"devices={config.devices} x num_nodes={config.num_nodes}, but {there} processes run: start "
-            f"torchrun --nproc-per-node={config.devices} -m ecmoe train CONFIG"
+            f"devices={config.devices} x num_nodes={config.num_nodes}, but {there} processes run: start torchrun {start}"
         )
 
 

@@ -75,8 +75,7 @@ def run_or_load(
             write_text(folder / "config.yaml", _yaml(config))
             by_torchrun(config, folder, still_ours)
             return read_run(folder)
-        alone = config.devices * config.num_nodes == 1
-        with place(progress) if alone else nullcontext(Place()) as where:
+        with place(progress) if config.ranks == 1 else nullcontext(Place()) as where:
             return train_run(config, folder, still_ours, progress, callbacks, loggers, where)
 
     def check(result: Result, record: bool) -> None:

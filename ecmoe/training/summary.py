@@ -38,7 +38,7 @@ def summarize(
         losses = dict.fromkeys(losses, math.nan)
     val_loss = losses["val_loss"]
     rate = float(curve["tokens_per_second"].median()) if len(curve) else math.nan
-    count, world = count_parameters(config), config.devices * config.num_nodes
+    count, world = count_parameters(config), config.ranks
     return (
         not_run(config).summary
         | {
