@@ -73,14 +73,13 @@ class LitModel(L.LightningModule):
         """Experts by rank (expert parallelism), all else by FSDP2, block by block."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        ours = (
-            share_experts(self.model, mesh, self.trainer.strategy.root_device)
-            if self.config.strategy == "ep"
-            else set()
-        )
-        policy = MixedPrecisionPolicy(reduce_dtype=reduced_dtype(self.config))
+        by_expert = self.config.strategy == "ep"
+        experts = share_experts(self.model, mesh, self.trainer.strategy.root_device) if by_expert else set()
+        how = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=reduced_dtype(self.config)), "ignored_params": experts}
+        if by_expert:  # what is left is small: kept whole until the backward pass, it travels once less
+            how["reshard_after_forward"] = False
         for module in (*(m for m in self.model.modules() if isinstance(m, Block)), self.model):
-            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ours)
+            fully_shard(module, mesh=mesh, **how)
 
     def on_fit_start(self) -> None:
         if self.counts_lack:
