@@ -96,7 +96,7 @@ class _Sent(torch.autograd.Function):
 def _gathered(kind: str, x: Tensor, token: Tensor) -> tuple[Tensor, Any]:
     """P x, (e s, d), and the function P^T of such rows; an empty slot (token n) reads any row, and is added to none."""
     n, d = x.shape
-    if fast(kind, x, x.numel()):
+    if fast(kind, x):
         from ecmoe.kernels.rows import invert
 
         inverse = invert(token, n)

@@ -34,8 +34,8 @@ class MoE(nn.Module):
             again there (activation checkpointing; the chosen tokens stay the same).
         kernels: who computes. "plain": this file and the routers', on any device. "triton": ecmoe/kernels, the
             same results within rounding on a CUDA GPU, the same bits every time; "triton-bmm": as that, with all
-            products by torch.bmm. "auto": "triton" on a GPU where it is installed and isn't slower (`routing.router.fast`),
-            else "plain".
+            products by torch.bmm. "auto": "triton" on a GPU where it is installed (see
+            `routing.router.fast`), else "plain".
 
     Raises:
         ValueError: the router has another width, or kernels has no such value.
@@ -194,7 +194,7 @@ class MoE(nn.Module):
 
     def _some_experts(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""
-        if token.numel() and fast(self.kernels, x, x.numel()):
+        if token.numel() and fast(self.kernels, x):
             from ecmoe import kernels
 
             return kernels.experts(x, w1, w2, token, gate, fuse=self.kernels != "triton-bmm")

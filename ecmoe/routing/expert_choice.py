@@ -109,7 +109,7 @@ class ExpertChoice(Router):
         """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding; and
         the lowest of these scores, (g, e)."""
         if (cap := self._cap) is None:
-            if valid is None and fast(self.kernels, S, S.shape[0] * S.shape[2] * self.d_model):
+            if valid is None and fast(self.kernels, S):
                 from ecmoe.kernels import select
 
                 I = select(S, k)  # noqa: E741
@@ -200,7 +200,7 @@ class ExpertChoice(Router):
             return None
         changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
         alone = self.pool == "rank" or self.pool == "batch" and ranks() == 1
-        if self.causal or changed or not alone or self._cap is not None or not fast(self.kernels, x, x.numel()):
+        if self.causal or changed or not alone or self._cap is not None or not fast(self.kernels, x):
             return None
         from ecmoe.kernels import choice
 

@@ -62,7 +62,7 @@ class Router(RunningState):
         if self.weight is None:
             return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device), x
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie and flip
-            if fast(self.kernels, x, x.numel()):
+            if fast(self.kernels, x):
                 from ecmoe import kernels
 
                 return kernels.logits(x, self.weight)
@@ -117,33 +117,14 @@ class Router(RunningState):
         return ", ".join(f"{name}={value}" for name, value in kept.items() if type(value) in (int, float, str))
 
 
-# On an H100 the layer (EC-CF2, e 32, bf16; n 512 to 131,072, d 256 to 4096) took 0.40 to 1.01 of plain PyTorch's time in 23 of 26
-# measurements, launched kernel by kernel; as a CUDA graph at most 0.98 in all. The others: 1.32 forward and 1.24 with the
-# backward pass at n 8192, d 256; 1.09 with it at n 512, d 1024. Launching is all the time at such sizes, and differs by a third
-# from one measurement to the next, so the bound, the largest n d of these, leaves to plain also what kernels may be faster at.
-LAUNCHES_COUNT = 2**21
+def fast(kernels: str, x: Tensor) -> bool:
+    """Do the kernels of ecmoe/kernels compute on x? "plain": never; "triton", "triton-bmm": always; "auto": on CUDA, where
+    triton is.
 
-
-def fast(kernels: str, x: Tensor, numbers: int | None = None) -> bool:
-    """Do the kernels of ecmoe/kernels compute on x?
-
-    "plain": never. "triton", "triton-bmm": always. "auto": on CUDA, where triton is; but not few numbers, n d of the layer's
-    input, whose kernels Python launches one by one. None: not few.
+    On an H200 the layer (EC-CF2, e 32, bf16; n 512 to 32,768, d 256 to 4096) took 0.26 to 0.97 of plain PyTorch's time, forward
+    and with the backward pass, launched kernel by kernel and as a CUDA graph: `ecmoe bench auto`.
     """
-    if kernels != "auto":
-        return kernels != "plain"
-    if not x.is_cuda or not TRITON:
-        return False
-    return torch.compiler.is_compiling() or numbers is None or numbers > LAUNCHES_COUNT or not _one_by_one(x)
-
-
-def _one_by_one(x: Tensor) -> bool:
-    """Are kernels launched as Python calls them, and may sums run in any order?
-
-    CUDA graphs are warmed up and captured on a stream of their own. Who wants the same bits every time gets kernels: plain
-    PyTorch sorts for that.
-    """
-    return torch.cuda.current_stream(x.device).cuda_stream == 0 and not torch.are_deterministic_algorithms_enabled()
+    return kernels != "plain" and (kernels != "auto" or x.is_cuda and TRITON)
 
 
 def recomputing() -> bool:

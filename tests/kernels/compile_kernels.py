@@ -64,6 +64,9 @@ def launch(n, d, f, e, k, dtype):
         product.product(dy, w1, gate)
         product.product_backward(dy, w2, rows.new_slope(h, True), gate)
         product.product(dy, w1, gate, keep=False)
+        deep = torch.empty(e, k, 2048, dtype=dtype)
+        product.product(deep, torch.empty(e, 2048, f, dtype=dtype), gate)
+        product.product_backward(deep, torch.empty(e, f, 2048, dtype=dtype), rows.new_slope(h, True), gate)
     if dtype != torch.float64:
         w, logits = torch.empty(d, e), torch.empty(n, e)
         for weight in (w, w.bfloat16()):
