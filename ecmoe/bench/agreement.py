@@ -32,36 +32,29 @@ def agreement(layers: dict[str, MoE], x: Tensor, repeats: int = 20) -> list[dict
     first = next(iter(layers.values()))
     with torch.no_grad():
         token = first.router.assign(first.router.logits(x)).token
-    gradient = torch.randn_like(x[0])
-    wide = torch.promote_types(x.dtype, torch.float32)
+    gradient = torch.randn_like(x)
 
-    def run(layer: MoE, dtype: torch.dtype) -> dict[str, Tensor]:
+    def shared(layer: MoE, dtype: torch.dtype) -> dict[str, Tensor]:
         weights = {f"layer.{name}": p.detach().to(dtype).requires_grad_() for name, p in layer.named_parameters()}
         flat = x[0].detach().to(dtype).requires_grad_()
         out, gate = functional_call(Shared(layer), weights, (flat, token))
         wanted = {"x": flat, "gate": gate} | {name.removeprefix("layer."): p for name, p in weights.items()}
-        gradients = torch.autograd.grad(out, list(wanted.values()), gradient.to(dtype))
+        gradients = torch.autograd.grad(out, list(wanted.values()), gradient[0].to(dtype))
         return {"output": out.detach()} | dict(zip(wanted, gradients, strict=True))
 
+    def once(layer: MoE) -> list[Tensor]:
+        out = layer(x)
+        return [out.detach(), *torch.autograd.grad(out, [x, *layer.parameters()], gradient)]
+
     try:
-        expected = run(first, wide)
+        expected = shared(first, torch.promote_types(x.dtype, torch.float32))
     except torch.OutOfMemoryError:
         expected = {}
     rows = []
     for path, layer in layers.items():
-        ours = run(layer, x.dtype) if expected else {}
-        row = {part: float((ours.pop(part).to(t.dtype) - t).norm() / t.norm()) for part, t in expected.items()}
-        rows.append({"path": path} | row | {"same_bits": _same_bits(layer, x, repeats)})
+        ours = shared(layer, x.dtype) if expected else {}
+        apart = {part: float((ours.pop(part).to(t.dtype) - t).norm() / t.norm()) for part, t in expected.items()}
+        bits = once(layer)
+        same = all(all(map(torch.equal, bits, once(layer))) for _ in range(repeats - 1))
+        rows.append({"path": path} | apart | {"same_bits": same})
     return rows
-
-
-def _same_bits(layer: MoE, x: Tensor, repeats: int) -> bool:
-    x = x.detach().requires_grad_()
-    gradient = torch.randn_like(x)
-
-    def run() -> list[Tensor]:
-        out = layer(x)
-        return [out.detach(), *torch.autograd.grad(out, [x, *layer.parameters()], gradient)]
-
-    first = run()
-    return all(all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)) for _ in range(repeats - 1))

@@ -30,13 +30,13 @@ def sized(keys: dict[str, int]) -> Callable[[Callable], Callable]:
 
     def decorate(command: Callable) -> Callable:
         *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-        for key, least in reversed(keys.items()):
+        sizes = []
+        for key, least in keys.items():
             flag = "--tokens" if key == "n" else f"--{key.replace('_', '-')}"
             command.__annotations__[key] = kind = Annotated[int | None, typer.Option(flag, min=least, help=SIZE)]
-            own.insert(
-                0, inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=kind)
-            )
-        command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+            sizes.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        command.__signature__ = inspect.Signature(sizes + own)  # type: ignore[attr-defined]
         return command
 
     return decorate
