@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 
 from ecmoe.report.markup import markup, show_html, table_html
+from ecmoe.study import repeats
+from ecmoe.study.load import Study as Page
 from ecmoe.training.result import Result
 
 Study = Mapping[str, Sequence[Result]]
@@ -39,11 +41,14 @@ def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
         lost = [s for s in done if s["status"] == status]
         rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
+    linked = repeats.linked(done, repeats.kept(study.scale)) if isinstance(study, Page) else None
+    rows["repeats, equal to the last digit, that show that these codes compute the same"] = set(linked or ())
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
     shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}
     # A commit may differ in what decides no number: the digest of the code that does is what counts, where runs have it.
-    mixed = [name for name in same if name != "commit" and len(shown.get(name, ())) > 1]
+    passed = ("commit", "code") if linked else ("commit",)
+    mixed = [name for name in same if name not in passed and len(shown.get(name, ())) > 1]
     mixed += ["commit"] * ("unknown" in shown.get("code", ()) and len(shown.get("commit", ())) > 1)
     mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
     warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""

@@ -103,7 +103,7 @@ def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any
     codes, cards = ({run.get(key) for run in runs} for key in ("code", "device"))
     if len(codes) < 2:
         return []
-    routers, shown = {run["config"]["router"] for run in runs}, []
+    routers, shown = {run["config"].get("router") for run in runs}, []
     for card in cards:
         by_pair = defaultdict(list)
         for one in repeats:

@@ -6,8 +6,10 @@ from typer.testing import CliRunner
 from ecmoe import paths, run_or_load
 from ecmoe.cli import app
 from ecmoe.config import ConfigError
-from ecmoe.files import Damaged
+from ecmoe.files import Damaged, write_json
+from ecmoe.report.provenance import provenance
 from ecmoe.study import plan, repeats
+from ecmoe.study.load import Study
 from ecmoe.training.result import Result, read_record, write_record
 
 
@@ -77,3 +79,16 @@ def repeat(recorded, code, router="dense", device="H100", equal=True):
 )  # fmt: skip
 def test_codes_are_one_where_repeats_of_every_router_link_them(runs, kept, shown):
     assert repeats.linked(runs, kept) == shown
+
+
+def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    made = [run(code) | {"name": f"r{code}", "seed": 0, "status": "finished"} for code in "ab"]
+    study = Study("01_a", "gpu", {}, {}, [], False, {"EC": [Result(one) for one in made]})
+    said = []
+    monkeypatch.setattr("ecmoe.report.provenance.show_html", lambda html, text: said.append(text))
+    provenance(study)
+    assert "differ in code" in said[0]
+    write_json(repeats.folder("gpu") / "one.json", repeat("a", "b"), sealed=True)
+    provenance(study)
+    assert "differ" not in said[1] and "compute the same: dense a" in said[1]
