@@ -121,9 +121,11 @@ def _code_and_prose(source: str) -> tuple[list[str], list[str]]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # the library has files that are wrong on purpose
         return [], []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)]
-    prose = {i for text in texts for i in range(text.lineno, text.end_lineno + 1)}
+    prose, nodes, documented = set(), [tree], (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in nodes:  # no definition lies within an expression
+        nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False):
+            prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     code, said = [], []
     for i, line in enumerate(map(str.strip, source.splitlines()), start=1):
         if len(line) >= SHORTEST and not line.startswith("#"):
