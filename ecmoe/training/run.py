@@ -230,8 +230,14 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
 
 def _share_compiled_code() -> None:
     """What Inductor and Triton have compiled serves all runs of this machine: the second of a shape starts in seconds."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     for variable, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
-        os.environ.setdefault(variable, str(paths.cache() / folder))
+        if os.environ.get(variable) in (
+            None,
+            default_cache_dir(),
+        ):  # which an import of torch's may have set, and nobody else
+            os.environ[variable] = str(paths.cache() / folder)
 
 
 def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:
