@@ -111,6 +111,8 @@ def lines(
         ax.minorticks_off()
     else:
         ax.xaxis.set_major_formatter(thousands)
+    if data["mean"].max() >= 1e4:
+        ax.yaxis.set_major_formatter(thousands)
     ax.set(xlabel=LABELS.get(x, x), ylabel="")
     if named:
         ends = data.groupby(by)["mean"].last().loc[names].to_dict()

@@ -19,6 +19,7 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
     "num_experts": "number of experts e",
     "capacity_factor": "capacity factor c",
     "n": "tokens n",
+    "devices": "GPUs",
     "d_model": "width d",
     "moe_init_scale": "initial scale of the MoE output, times fan-in",
     "capacity": "expert places per patch",
