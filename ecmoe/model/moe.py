@@ -215,7 +215,13 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
-        counts = assignment.experts_per_token(n).clamp(max=metrics.MOST)
+        token = assignment.token
+        if token.numel() and fast(self.kernels, token) and not torch.compiler.is_compiling():
+            from ecmoe.kernels.rows import invert  # where sums are to come in a fixed order, torch would sort
+
+            counts = (invert(token.contiguous(), n) < token.numel()).sum(1).clamp(max=metrics.MOST)
+        else:
+            counts = assignment.experts_per_token(n).clamp(max=metrics.MOST)
         if mask is not None:  # padding is in no bin
             counts = counts.masked_fill(~mask, -1)
         # Comparing is faster than adding: all tokens would queue for a few bins.
