@@ -25,9 +25,8 @@ KINDS = ("word start", "word rest", "number", "punctuation", "white space", "oth
 def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
     """The data of a run, and (batches B, T + 1) tokens that it was not trained on."""
     data = TextData(config)
-    data.prepare_data()
     data.setup()
-    return data, torch.from_numpy(data.val[0][: batches * config.batch_size].astype(np.int64))
+    return data, torch.cat(data.val_batches()[:batches])
 
 
 @torch.no_grad()
