@@ -34,7 +34,8 @@ def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
     """For an error: which of the names may have been meant; else all of them, or where they are `listed`."""
     name, known = str(name), list(known)
     near = [other for other in known if name == "".join(word[:1] for word in other.split("_"))]  # lr: learning_rate
-    near += difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    alike = {other.lower().replace("-", "_"): other for other in known}
+    near += [alike[word] for word in difflib.get_close_matches(name.lower().replace("-", "_"), alike, n=1)]
     near += [other for other in known if len(name) > 2 and name.lower() in other]
     return f"did you mean {near[0]}?" if near else listed or f"must be one of {', '.join(known) or 'none'}"
 

@@ -49,7 +49,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     ours = ours[ours.index.isin(theirs.index)]
     differs = (ours - theirs.loc[ours.index]).abs().max().loc[lambda most: most > 0]
     found = {
-        "run": name, "router": config.router, "device": device_name(), "recorded": record.summary["code"],
+        "run": name, "router": config.router, "device": device_name(), "recorded": record.summary.get("code"),
         "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and ours.equals(theirs.loc[ours.index]),
         "differs": differs.to_dict(),
     }  # fmt: skip
