@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecmoe.kernels.common import INTERPRETED, block, cdiv, kernel, wide
+from ecmoe.kernels.common import INTERPRETED, block, cdiv, device_of, kernel, wide
 
 # Programs hold (rows, columns) at a time.
 GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
@@ -43,7 +43,8 @@ def invert(token: Tensor, n: int) -> Tensor:
     """(e, k) -> (n, e) int32: the slot in which expert i holds token t, in 0..e k - 1; e k where it doesn't."""
     (e, k), slots = token.shape, token.numel()
     inverse = torch.full((n, e), slots, dtype=torch.int32, device=token.device)
-    _invert_kernel[cdiv(slots, 1024),](token, inverse, slots, n, e, k, BLOCK=1024)
+    with device_of(token):
+        _invert_kernel[cdiv(slots, 1024),](token, inverse, slots, n, e, k, BLOCK=1024)
     return inverse
 
 
