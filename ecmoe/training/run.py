@@ -228,15 +228,13 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
         return None
 
 
+TORCHS = "torchinductor_"  # how the folder begins that torch takes by itself, and which an import may have set
+
+
 def _share_compiled_code() -> None:
     """What Inductor and Triton have compiled serves all runs of this machine: the second of a shape starts in seconds."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     for variable, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
-        if os.environ.get(variable) in (
-            None,
-            default_cache_dir(),
-        ):  # which an import of torch's may have set, and nobody else
+        if Path(os.environ.get(variable, TORCHS)).name.startswith(TORCHS):
             os.environ[variable] = str(paths.cache() / folder)
 
 

@@ -25,6 +25,7 @@ from ecmoe.training.continuation import continue_text
 from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Recorder
 from ecmoe.training.result import not_run, read_record, read_run, write_run
+from ecmoe.training.run import _share_compiled_code
 
 
 def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.Popen:
@@ -519,6 +520,14 @@ def test_a_wrong_number_in_the_environment_is_named(tiny_config, monkeypatch):
         monkeypatch.setenv("ECMOE_SHARING", wrong)
         with pytest.raises(ConfigError, match=f"ECMOE_SHARING={wrong}: must be a whole number, 1 or more"):
             run_or_load(tiny_config(seed=62), progress=False)
+
+
+def test_compiled_code_lies_in_the_cache_unless_a_user_says_where(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_somebody")  # as imports of torch's do
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    _share_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(paths.cache() / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
 def test_callbacks_and_loggers_come_along(tiny_config):
