@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from ecmoe.report.plots.draw import heat, lines, panels, points
-from ecmoe.report.plots.parts import Plot, drawn, nothing, rows_text
+from ecmoe.report.plots.parts import Plot, nothing, rows_text
 from ecmoe.report.plots.style import GREY, Look
 
 
-@drawn
 def retention(accuracies: pd.DataFrame) -> Plot:
     """Accuracy on each task over the sequence: a panel per approach, a line per task from where it was learned.
 
@@ -24,8 +23,6 @@ def retention(accuracies: pd.DataFrame) -> Plot:
     """
     approaches, what = list(dict.fromkeys(accuracies["approach"])), "accuracy on each task while more are learned"
     there = accuracies.dropna(subset=["accuracy"])
-    if not len(there):
-        return nothing(what, approaches)
     there = there.assign(percent=100 * there["accuracy"], task=[f"task {k:g}" for k in there["task"]])
     tasks = sorted(there["task"].unique())
     colors = colormaps["viridis"](np.linspace(0.15, 0.85, len(tasks)))
@@ -37,13 +34,22 @@ def retention(accuracies: pd.DataFrame) -> Plot:
         ends = data.groupby("task", sort=False)["mean"].agg(["first", "last"])
         return data, ", ".join(f"{task} {end['first']:.0f}% then {end['last']:.0f}%" for task, end in ends.iterrows())
 
-    each = {name: lambda ax, here=here: draw(ax, here) for name, here in there.groupby("approach", sort=False)}
-    rows = (len(each) + 1) // 2
-    return panels(f"{what}, right after it was learned and after the last", each, 2.9 * rows, approaches, there["approach"],
-                  rows=rows, key="approach", ylabel="accuracy (%)", sharey=True)  # fmt: skip
+    each = dict(iter(there.groupby("approach", sort=False)))
+    rows, what = (len(each) + 1) // 2, f"{what}, right after it was learned and after the last"
+    return panels(
+        what,
+        draw,
+        each,
+        2.9 * rows,
+        approaches,
+        there["approach"],
+        rows=rows,
+        key="approach",
+        ylabel="accuracy (%)",
+        sharey=True,
+    )
 
 
-@drawn
 def kept_and_lost(table: pd.DataFrame) -> Plot:
     """Final accuracy and forgetting by approach: a tick per seed, the mean, its 95% interval.
 
@@ -52,8 +58,6 @@ def kept_and_lost(table: pd.DataFrame) -> Plot:
     """
     approaches = list(dict.fromkeys(table["approach"]))
     ran, what = table.loc[table["final_accuracy"].notna(), "approach"], "accuracy after all tasks, and forgetting"
-    if not len(ran):
-        return nothing(what, approaches)
 
     def draw(ax: Axes, column: str) -> tuple[pd.DataFrame, str]:
         percent = table.assign(**{column: 100 * table[column]})
@@ -65,11 +69,9 @@ def kept_and_lost(table: pd.DataFrame) -> Plot:
         return data, rows_text(data, "approach")
 
     each = {"accuracy after all tasks (%)": "final_accuracy", "forgetting (percentage points)": "forgetting"}
-    each = {title: lambda ax, column=column: draw(ax, column) for title, column in each.items()}
-    return panels(what, each, 1.4 + 0.4 * max(2, len(approaches)), approaches, ran, key="measure", sharey=True)
+    return panels(what, draw, each, 1.4 + 0.4 * max(2, len(approaches)), approaches, ran, key="measure", sharey=True)
 
 
-@drawn
 def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, tasks: Sequence[str]) -> Plot:
     """Which expert the gates send a task's images to, and how related they find the tasks.
 
@@ -92,7 +94,6 @@ def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, t
     return _matrices(what, each, tasks, "images of task")
 
 
-@drawn
 def overwritten(
     gate: pd.DataFrame | None, ec: pd.DataFrame | None, shares: pd.DataFrame | None, tasks: Sequence[str]
 ) -> Plot:
@@ -126,7 +127,8 @@ def _matrices(
 ) -> Plot:
     """Heat maps side by side, a row per task. each: title -> matrix, what it shows, what columns are, form of a number, the darkest."""
 
-    def draw(ax: Axes, matrix: pd.DataFrame | None, finding: str, columns: str, form: str, top: float) -> tuple:
+    def draw(ax: Axes, given: tuple) -> tuple[pd.DataFrame, str]:
+        matrix, finding, columns, form, top = given
         if matrix is None:
             ax.set_axis_off()
             ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", color=GREY, style="italic")
@@ -136,5 +138,4 @@ def _matrices(
         ax.set_xlabel(columns)
         return named.rename_axis("task").reset_index(), finding
 
-    drawers = {title: lambda ax, given=given: draw(ax, *given) for title, given in each.items()}
-    return panels(what, drawers, 1.5 + 0.42 * max(4, len(tasks)), ylabel=rows)
+    return panels(what, draw, each, 1.5 + 0.42 * max(4, len(tasks)), ylabel=rows)

@@ -7,25 +7,38 @@ computed elsewhere (a verdict's own), and the sentence that says what is missing
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from ecmoe.report.plots.parts import LABELS, Plot, bounds, factor, missing_text, over_seeds, sentence, thousands
-from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, legend_below, looks, new_figure
+from ecmoe.report.plots.parts import (
+    LABELS,
+    Plot,
+    bounds,
+    factor,
+    missing_text,
+    nothing,
+    over_seeds,
+    sentence,
+    thousands,
+)
+from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, legend_below, looks, new_figure, plain
 
 _DASHES = {"-": "", "--": (4, 2), ":": (1, 1.5)}
 
 
+@plain()
 def panels(
     what: str,
-    each: Mapping[str, Callable[[Axes], tuple[pd.DataFrame, str]]],
+    draw: Callable[[Axes, Any], tuple[pd.DataFrame, str]],
+    each: Mapping[str, Any],
     height: float,
     arms: Iterable[str] = (),
-    measured: Iterable[str] = (),
+    measured: Collection[str] | None = None,
     *,
     rows: int = 1,
     key: str = "panel",
@@ -36,14 +49,16 @@ def panels(
     """A figure whose panels draw themselves, each saying what it shows; their numbers become one table.
 
     Args:
-        what: the figure shows. each: title ("" for an only one) -> what draws on the axes, and returns numbers and words.
-        arms, measured: those that should be there, and are. key: the table's column of titles. legend: its columns, of the
-            first panel's names. kwargs: of matplotlib's `subplots`.
+        what: the figure shows. each: title ("" for an only one) -> what `draw` gets beside the axes; it returns numbers and words.
+        arms, measured: those that should be there, and are; where none is, there is no figure. key: the table's column of
+            titles. legend: its columns, of the first panel's names. kwargs: of matplotlib's `subplots`.
     """
+    if not each or (measured is not None and not len(measured)):
+        return nothing(what, list(arms))
     figure, axes = new_figure(height, -(-len(each) // rows), rows, **kwargs)
     frames, said = [], []
-    for ax, (title, draw) in zip(axes, each.items(), strict=False):
-        data, words = draw(ax)
+    for ax, (title, given) in zip(axes, each.items(), strict=False):
+        data, words = draw(ax, given)
         if title:
             ax.set_title(title)
             data, words = data.assign(**{key: title}), f"{title}: {words}"
@@ -55,7 +70,8 @@ def panels(
         axes[0].set_ylabel(ylabel)
     if legend:
         legend_below(figure, axes[0], legend)
-    alt = f"{sentence(what)}{'.' if '' not in each else ':'} {' '.join(said)}{missing_text(arms, measured)}"
+    missing = missing_text(arms, arms if measured is None else measured)
+    alt = f"{sentence(what)}{'.' if '' not in each else ':'} {' '.join(said)}{missing}"
     return Plot(figure, alt, pd.concat(frames, ignore_index=True))
 
 

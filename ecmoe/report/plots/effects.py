@@ -8,11 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ecmoe.report.plots.draw import panels, ranges
-from ecmoe.report.plots.parts import Plot, drawn, nothing, number
+from ecmoe.report.plots.parts import Plot, number
 from ecmoe.report.plots.style import GREY, INK
 
 
-@drawn
 def all_effects(units: Mapping[str, pd.DataFrame], colors: Mapping[str, str]) -> Plot:
     """A panel for each unit, all of it on that panel's one scale, right is what the paper says.
 
@@ -21,8 +20,7 @@ def all_effects(units: Mapping[str, pd.DataFrame], colors: Mapping[str, str]) ->
         colors: label of a verdict -> its colour.
     """
 
-    def draw(ax: Axes, unit: str) -> tuple[pd.DataFrame, str]:
-        rows = units[unit]
+    def draw(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         ax.axvline(0, color=INK, linewidth=1)
         ranges(ax, rows, [colors.get(label, GREY) for label in rows["label"]])
         # An interval of few seeds may be hundreds wide: the marks decide how far the axis goes.
@@ -31,11 +29,7 @@ def all_effects(units: Mapping[str, pd.DataFrame], colors: Mapping[str, str]) ->
         ax.tick_params(axis="y", labelsize=9)
         return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
-    heights = {unit: len(rows) + 1.5 for unit, rows in units.items() if len(rows)}
-    if not heights:
-        return nothing("all effects")
-    return panels(
-        "effects, above 0 where they are on the paper's side",
-        {unit: lambda ax, unit=unit: draw(ax, unit) for unit in heights},
-        0.6 + 0.27 * sum(heights.values()), rows=len(heights), key="unit", height_ratios=list(heights.values()),
-    )  # fmt: skip
+    there = {unit: rows for unit, rows in units.items() if len(rows)}
+    heights = [len(rows) + 1.5 for rows in there.values()]
+    what = "effects, above 0 where they are on the paper's side"
+    return panels(what, draw, there, 0.6 + 0.27 * sum(heights), rows=len(there), key="unit", height_ratios=heights)

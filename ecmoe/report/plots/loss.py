@@ -8,11 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ecmoe.report.plots.draw import lines, panels, points
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing, rows_text, series_text
+from ecmoe.report.plots.parts import LABELS, Plot, rows_text, series_text
 from ecmoe.report.plots.style import INK, looks
 
 
-@drawn
 def over(
     frame: pd.DataFrame,
     x: str,
@@ -34,8 +33,7 @@ def over(
     minus = f" minus that of {reference}" if reference else ""
     what = f"{' and '.join(LABELS[column] for column in columns)}{minus} over {LABELS[x]}"
     there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
-    if not len(there) or (reference and reference not in set(there["arm"])):
-        return nothing(what, arms)
+    measured = set(there["arm"]) if reference is None or reference in set(there["arm"]) else ()
     if reference and not setting:  # the first steps, where all lose ten times as much, would flatten the rest
         there = there[there["step"] >= 0.25 * there["step"].max()]
 
@@ -43,23 +41,19 @@ def over(
         named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
         data = lines(ax, there, x, column, reference=reference, level=level, log=setting and log, ticks_at_values=setting,
                      shown=None if reference else looks(arms), named=named)  # fmt: skip
+        if len(columns) > 1:
+            ax.set_ylim(bottom=0)
         if setting:
             return data, series_text(data, x)
         ends = data.groupby("arm", sort=False).tail(1).sort_values("mean")
         return data, f"at the end, lowest first: {rows_text(ends, at=x)}"
 
-    if len(columns) == 1:
-        each = {"": lambda ax: draw(ax, columns[0])}
-    else:
-        each = {LABELS[column]: lambda ax, column=column: draw(ax, column) for column in columns}
-    plot = panels(what, each, 4.2 if len(columns) == 1 else 4.0, arms, [*there["arm"]], key="measure",
-                  ylabel=LABELS[columns[0]] + minus.replace(" minus", "\nminus") if len(columns) == 1 else "")  # fmt: skip
-    for ax in plot.figure.axes if len(columns) > 1 else ():
-        ax.set_ylim(bottom=0)
-    return plot
+    several = len(columns) > 1
+    each = {LABELS[column] if several else "": column for column in columns}
+    ylabel = "" if several else LABELS[columns[0]] + minus.replace(" minus", "\nminus")
+    return panels(what, draw, each, 4.2, arms, measured, key="measure", ylabel=ylabel)
 
 
-@drawn
 def final_loss(
     table: pd.DataFrame, column: str = "val_loss", reference: str | None = None, lowest_first: bool = True
 ) -> Plot:
@@ -82,10 +76,8 @@ def final_loss(
 
 def rows(table: pd.DataFrame, column: str, what: str, order: Sequence[str], *, difference: bool) -> Plot:
     """A row per arm: a tick per seed, the mean, its 95% interval; of differences with a line at 0."""
-    if not table[column].notna().any():
-        return nothing(what, order)
 
-    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+    def draw(ax: Axes, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         data = points(ax, table, column, order=order)
         if difference:
             ax.axvline(0, color=INK, linewidth=1)
@@ -93,4 +85,5 @@ def rows(table: pd.DataFrame, column: str, what: str, order: Sequence[str], *, d
         ax.set_xlabel(what + ("" if low <= 0 <= high else "; the axis doesn't start at 0"))
         return data, rows_text(data)
 
-    return panels(what, {"": draw}, 1.3 + 0.4 * max(len(order), 2), order, table.dropna(subset=column)["arm"])
+    measured = table.loc[table[column].notna(), "arm"]
+    return panels(what, draw, {"": table}, 1.3 + 0.4 * max(len(order), 2), order, measured)

@@ -27,7 +27,6 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
     "images_left_out": "images without any patch taken (%)",
 }
 PERCENT = [m.name for m in METRICS if m.unit == "share"] + ["patches_left_out", "images_left_out"]
-drawn = plain()  # a decorator: draw under our own settings of matplotlib, not a user's
 
 
 class Plot(NamedTuple):
@@ -41,7 +40,7 @@ class Plot(NamedTuple):
         """The figure for a page."""
         return svg_of(self.figure, self.alt)
 
-    @drawn
+    @plain()
     def save(self, path: Path) -> None:
         """The figure as a PNG, for where a page can't be shown; the same bytes each time."""
         self.figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -10,11 +10,10 @@ from matplotlib.axes import Axes
 
 from ecmoe.model.metrics import SHARES
 from ecmoe.report.plots.draw import heat, name_gaps, panels
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing
+from ecmoe.report.plots.parts import LABELS, Plot
 from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, on_color
 
 
-@drawn
 def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, float] | None = None) -> Plot:
     """Share of tokens by how many experts processed them (C7): a stacked bar per arm.
 
@@ -26,10 +25,8 @@ def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, floa
     names = [*map(str, range(8)), "8+"]
     data = (100 * table.groupby(by, sort=False)[SHARES].mean()).set_axis(names, axis=1)
     there, what = data.dropna(how="all"), "share of tokens by the number of experts that processed them"
-    if not len(there):
-        return nothing(what, list(data.index))
 
-    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+    def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         data.fillna(0.0).plot.barh(stacked=True, ax=ax, color=COUNT_COLORS, edgecolor=PAPER, width=0.8, legend=False)
         for bars, color in zip(list(ax.containers), COUNT_COLORS, strict=True):
             texts = [f"{width:.0f}%" if width >= 4.3 else "" for width in bars.datavalues]
@@ -55,21 +52,18 @@ def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, floa
         )  # fmt: skip
         return data.reset_index(), said + (f". The paper: {', '.join(paper)}" if paper else "")
 
-    return panels(what, {"": draw}, 1.5 + 0.5 * (len(data) + bool(paper)), data.index, there.index, legend=9)
+    return panels(what, draw, {"": data}, 1.5 + 0.5 * (len(data) + bool(paper)), data.index, there.index, legend=9)
 
 
-@drawn
 def expert_shares_over_steps(curves: pd.DataFrame, arm: str) -> Plot:
     """Share of tokens of one arm by number of experts, over training: the mean over seeds."""
     groups = {"none": SHARES[:1], "1 or 2": SHARES[1:3], "3 or 4": SHARES[3:5], "5 or more": SHARES[5:]}
     curve = curves[curves["arm"] == arm].dropna(subset=["step", "share_0"])
     what = f"share of the tokens of {arm} by number of experts, over training"
-    if not len(curve):
-        return nothing(what)
     means = curve.groupby("step")[SHARES].mean()
     data = pd.DataFrame({name: 100 * means[columns].sum(axis=1) for name, columns in groups.items()})
 
-    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+    def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         ax.stackplot(data.index, data.T, labels=data.columns, colors=[COUNT_COLORS[i] for i in (0, 2, 4, 7)])
         ax.set(
             xlim=(data.index.min(), data.index.max()),
@@ -79,10 +73,9 @@ def expert_shares_over_steps(curves: pd.DataFrame, arm: str) -> Plot:
         )
         return data.reset_index(), "at the end " + ", ".join(f"{data[name].iloc[-1]:.1f}% {name}" for name in groups)
 
-    return panels(what, {"": draw}, 3.6, legend=4)
+    return panels(what, draw, {"": data}, 3.6, measured=curve["arm"], legend=4)
 
 
-@drawn
 def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot:
     """Who processes what, with what weight: tokens x experts, a panel per router (Fig. 1).
 
@@ -96,13 +89,13 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
         ax.set_xticklabels([f"{name}\n{n} tokens" for name, n in zip(columns, held, strict=True)], fontsize=9)
         none = [tokens[t] for t in np.flatnonzero((w > 0).sum(axis=1) == 0)]
         left = f"no expert takes {', '.join(none)}" if none else "every token is taken"
-        return pd.DataFrame(w, columns=columns).assign(
-            token=list(tokens)
-        ), f"experts hold {', '.join(map(str, held))} tokens; {left}"
+        said = f"experts hold {', '.join(map(str, held))} tokens; {left}"
+        return pd.DataFrame(w, columns=columns).assign(token=list(tokens)), said
 
     given = {title: np.asarray(w, dtype=float) for title, w in weights.items()}
     for title, w in given.items():
         if w.shape[0] != len(tokens):
             raise ValueError(f"{title}: {w.shape[0]} rows of weights for {len(tokens)} tokens")
-    each = {title: lambda ax, w=w: draw(ax, w) for title, w in given.items()}
-    return panels("combine weights, tokens by experts", each, 1.6 + 0.42 * len(tokens), key="router", sharey=True)
+    return panels(
+        "combine weights, tokens by experts", draw, given, 1.6 + 0.42 * len(tokens), key="router", sharey=True
+    )

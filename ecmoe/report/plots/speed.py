@@ -11,14 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ecmoe.report.plots.draw import panels
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing
+from ecmoe.report.plots.parts import LABELS, Plot
 from ecmoe.report.plots.style import GREY, INK, PAPER, looks
 
 FORWARD, BOTH = "forward", "forward + backward"
 _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 
 
-@drawn
 def share_of_floor(layers: pd.DataFrame) -> Plot:
     """Each layer's speed as a share of its floor's, a panel per size; forward, and forward + backward.
 
@@ -33,9 +32,6 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
     floor = rows["layer"].eq("floor") & rows["variant"].eq("")
     aside = rows["mode"].eq("CUDA graph") | rows["variant"].astype(str).str.endswith("Dykstra")
     rows = rows[~floor & ~aside & rows["what"].isin(_COLORS)].reset_index(drop=True)
-    what = "speed of a layer, as a share of its floor's"
-    if not len(rows):
-        return nothing(what, sizes)
     rows["percent"] = 100 * rows["share_of_floor"].astype(float)
     names = list(dict.fromkeys(rows["name"]))
 
@@ -51,23 +47,20 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         shown = here[["name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
         return shown, said
 
-    each = {size: lambda ax, size=size: draw(ax, size) for size in sizes}
-    height = 1.6 + 0.28 * max(len(names), 2)
-    return panels(f"{what}, {BOTH}", each, height, sizes, rows["size"], key="size", legend=2, sharey=True)
+    what, height = f"speed of a layer, as a share of its floor's, {BOTH}", 1.6 + 0.28 * max(len(names), 2)
+    each = {size: size for size in sizes}
+    return panels(what, draw, each, height, sizes, rows["size"], key="size", legend=2, sharey=True)
 
 
-@drawn
 def step_times(steps: pd.DataFrame) -> Plot:
     """Time of a training step by arm and path: median, and the middle half of the turns; own and even routing."""
     columns = ["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
     data = steps.reindex(columns=columns).dropna(subset=["ms"]).reset_index(drop=True)
     both = zip(data["path"], data.pop("mode"), strict=True)
     data["path"] = [", ".join(part for part in pair if part != "eager") for pair in both]
-    if not len(data):
-        return nothing("time of a training step")
     lines, shown = list(dict.fromkeys(zip(data["arm"], data["path"], strict=True))), looks(data["arm"])
 
-    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+    def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         for row in data.itertuples():
             color, marker, _ = shown[row.arm]
             y = lines.index((row.arm, row.path)) + (0.15 if row.routing == "even" else -0.15)
@@ -80,18 +73,16 @@ def step_times(steps: pd.DataFrame) -> Plot:
         ax.set(ylim=(len(lines) - 0.5, -0.5), xlabel="time of a training step (ms); the axis doesn't start at 0")
         return data, "; ".join(f"{r.arm}, {r.routing} routing, {r.path} {r.ms:.1f} ms" for r in data.itertuples())
 
-    return panels("time of a training step, median", {"": draw}, 1.2 + 0.32 * max(len(lines), 2), legend=2)
+    height = 1.2 + 0.32 * max(len(lines), 2)
+    return panels("time of a training step, median", draw, {"": data}, height, measured=data["arm"], legend=2)
 
 
-@drawn
 def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
     """Time of the EC layer as one size grows: a panel per size; its times, the power law fitted to them, the floor.
 
     Args:
         grown: of `bench_growth`. exponents: of `bench_growth.exponents`.
     """
-    if not len(exponents):
-        return nothing("how the time of the EC layer grows")
 
     def draw(ax: Axes, fit: object) -> tuple[pd.DataFrame, str]:
         here = grown[grown["axis"] == fit.axis].sort_values("value")
@@ -110,24 +101,20 @@ def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
         shown = here.reindex(columns=["axis", "value", "ms", "low_ms", "high_ms", "floor_ms"])
         return shown, f"to the power {fit.exponent:.2f}"
 
-    each = {LABELS[fit.axis] + (", f = 4 d" if fit.axis == "d_model" else ""): lambda ax, fit=fit: draw(ax, fit)
-            for fit in exponents.itertuples()}  # fmt: skip
-    return panels("how the time of the EC layer, forward + backward, grows", each, 3.6,
-                  ylabel="forward + backward (ms)", legend=3, sharey=True)  # fmt: skip
+    each = {LABELS[fit.axis] + ", f = 4 d" * (fit.axis == "d_model"): fit for fit in exponents.itertuples()}
+    what = "how the time of the EC layer, forward + backward, grows"
+    return panels(what, draw, each, 3.6, ylabel="forward + backward (ms)", legend=3, sharey=True)
 
 
-@drawn
 def profile(kinds: pd.DataFrame) -> Plot:
     """Where a step's time goes: a bar per kind of work.
 
     Args:
         kinds: of `bench_profile`.
     """
-    data, what = kinds.reindex(columns=["kind", "ms", "share", "most"]), "where the time of a training step goes"
-    if not len(data):
-        return nothing(what)
+    data = kinds.reindex(columns=["kind", "ms", "share", "most"])
 
-    def draw(ax: Axes) -> tuple[pd.DataFrame, str]:
+    def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         colors = [GREY if kind == "idle" else _COLORS[FORWARD] for kind in data["kind"]]
         bars = ax.barh(data["kind"], 100 * data["share"].astype(float), color=colors)
         ax.bar_label(bars, [f"{ms:.1f} ms" for ms in data["ms"]], padding=4, fontsize=9)
@@ -137,4 +124,5 @@ def profile(kinds: pd.DataFrame) -> Plot:
         ax.grid(axis="y", visible=False)
         return data, "; ".join(f"{row.kind} {100 * row.share:.0f}%" for row in data.itertuples())
 
-    return panels(what, {"": draw}, 1.1 + 0.3 * max(len(data), 2))
+    what, height = "where the time of a training step goes", 1.1 + 0.3 * max(len(data), 2)
+    return panels(what, draw, {"": data}, height, measured=data["kind"])

@@ -13,11 +13,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from ecmoe.report.plots.draw import lines, panels
-from ecmoe.report.plots.parts import LABELS, Plot, drawn, nothing, series_text
-from ecmoe.report.plots.style import looks, new_figure
+from ecmoe.report.plots.parts import LABELS, Plot, nothing, series_text
+from ecmoe.report.plots.style import looks, new_figure, plain
 
 
-@drawn
 def over_capacity(columns: Mapping[str, tuple[pd.DataFrame, str]], label: str = "") -> Plot:
     """A measured column against expert places per patch: a panel each, mean and 95% interval per arm.
 
@@ -27,8 +26,6 @@ def over_capacity(columns: Mapping[str, tuple[pd.DataFrame, str]], label: str = 
     arms = list(dict.fromkeys(arm for frame, _ in columns.values() for arm in frame["arm"]))
     there = [arm for frame, column in columns.values() for arm in frame.loc[frame[column].notna(), "arm"]]
     what = f"{label or 'what is left out'} by {LABELS['capacity']}"
-    if not there:
-        return nothing(what, arms)
 
     def draw(ax: Axes, title: str) -> tuple[pd.DataFrame, str]:
         frame, column = columns[title]
@@ -38,11 +35,11 @@ def over_capacity(columns: Mapping[str, tuple[pd.DataFrame, str]], label: str = 
         return data, series_text(data, "capacity")
 
     last = list(columns)[-1]
-    each = {title: lambda ax, title=title: draw(ax, title) for title in columns}
-    return panels(what, each, 4.0, arms, there, ylabel=label, sharey=bool(label))
+    each = {title: title for title in columns}
+    return panels(what, draw, each, 4.0, arms, there, ylabel=label, sharey=bool(label))
 
 
-@drawn
+@plain()
 def patches_taken(galleries: Mapping[str, Mapping[str, Any]], places: float) -> Plot:
     """Some images, and a row per arm: patches that no expert took are grey; a number says that several took it.
 
