@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from ecmoe.data import images
 from ecmoe.training.gpus import place
 from ecmoe.training.once import StillOurs, once
 from ecmoe.training.result import Result, not_run, read_run, write_run
-from ecmoe.training.summary import circumstances
+from ecmoe.training.summary import circumstances, now
 from ecmoe.training.trainer import repeatable
 
 
@@ -35,7 +34,7 @@ def run_or_load(
 
 def summarize(settings: Settings, progress: bool = True) -> dict[str, Any]:
     """Run, and say what was measured and how."""
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    made, clock = circumstances(), time.perf_counter()
     with repeatable():
         measured = run(settings)
     seconds = time.perf_counter() - clock
@@ -46,5 +45,5 @@ def summarize(settings: Settings, progress: bool = True) -> dict[str, Any]:
         matrix = measured[f"accuracy{suffix}"]
         measured |= {f"final_accuracy{suffix}": final_accuracy(matrix), f"forgetting{suffix}": forgetting(matrix)}
     said = {"status": "finished", "seconds": seconds, "precision": "32-true", "world_size": 1}
-    said |= {"data": images.load(settings.data).provenance} | circumstances(started)
+    said |= {"data": images.load(settings.data).provenance} | made | {"finished": now()}
     return not_run(settings).summary | measured | said

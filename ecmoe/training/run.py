@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import os
 import sys
@@ -33,7 +32,7 @@ from ecmoe.training.once import StillOurs, once
 from ecmoe.training.ranks import by_torchrun, check_world, in_torchrun, rank
 from ecmoe.training.recorder import Diverged, Recorder
 from ecmoe.training.result import Result, read_run, write_run
-from ecmoe.training.summary import summarize
+from ecmoe.training.summary import circumstances, summarize
 from ecmoe.training.trainer import check_machine, new_trainer, repeatable, resolved_precision, strategy
 
 
@@ -101,7 +100,7 @@ def train_run(
     """
     _share_compiled_code()
     where = where or Place()
-    started, leads = datetime.datetime.now(datetime.UTC), rank() == 0
+    made, leads = circumstances(), rank() == 0
     label = f"{arm_label(config)} s{config.seed}"
     if leads:
         write_text(folder / "config.yaml", _yaml(config))
@@ -155,7 +154,7 @@ def train_run(
         raise SystemExit(143) from None
     state = _whole_state(module) if status == "finished" else None
     curve = recorder.curve()
-    summary = summarize(config, curve, data, started, status=status, error=error, sharing=recorder.shared)
+    summary = summarize(config, curve, data, made, status=status, error=error, sharing=recorder.shared)
     if leads:
         still_ours()
         if state is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ def summarize(
     config: RunConfig,
     curve: pd.DataFrame,
     data: Any,
-    started: datetime.datetime,
+    made: Mapping[str, Any],
     *,
     status: str,
     error: str | None = None,
@@ -30,7 +31,7 @@ def summarize(
     """The summary of a run that ended as `status` after the last row of `curve`. A loss stands there only if it finished.
 
     Args:
-        data: what it was trained on, a `RunData`. sharing: runs that shared its device, itself among them.
+        data: what it was trained on, a `RunData`. made: its `circumstances`. sharing: runs that shared its device, itself among them.
     """
     last = curve.iloc[-1].to_dict() if len(curve) else {}
     losses = {key: last.get(key, math.nan) for key in metrics.results() if key in metrics.curve()}
@@ -63,17 +64,22 @@ def summarize(
             "data": data.provenance,
             "routing": {metric.name: last.get(metric.name, math.nan) for metric in metrics.of_layers()} if last else {},
         }
-        | circumstances(started)
+        | made
+        | {"finished": now()}
     )
 
 
-def circumstances(started: datetime.datetime) -> dict[str, Any]:
-    """When, where and by which code: what a result needs to be believed."""
+def circumstances() -> dict[str, Any]:
+    """When, where and by which code: what a result needs to be believed. Asked as work begins: files may change meanwhile."""
     return {
         "device": device_name(),
         "commit": commit(),
         "code": code_digest(),
         "versions": versions("torch", "lightning", "datasets", "tokenizers", "numpy"),
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": now(),
     }
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,9 +1,9 @@
 """What a summary says: of the last row, of the tokens that there were, of a run that finished."""
 
-import datetime
 import math
 from types import SimpleNamespace
 
+import lightning as L
 import pandas as pd
 import pytest
 import torch
@@ -23,13 +23,13 @@ CURVE = pd.DataFrame({
     "dropped": [0.5, 0.25, 0.125], "share_3": [0.0, 0.1, 0.2],
 })  # fmt: skip
 DATA = SimpleNamespace(bytes_per_token=4.0, provenance={"name": "a text"})
-NOW = datetime.datetime.now(datetime.UTC)
+MADE = summaries.circumstances()
 
 
 def test_it_says_what_the_last_row_says_though_an_earlier_one_was_better(tiny_config, monkeypatch):
     monkeypatch.setattr(summaries, "peak_flops", lambda: 1e9)
     config = tiny_config(accumulate=3, devices=2, strategy="ddp")
-    said = summarize(config, CURVE, DATA, NOW, status="finished", sharing=2)
+    said = summarize(config, CURVE, DATA, MADE, status="finished", sharing=2)
     assert (said["val_loss"], said["val_loss_causal"], said["train_loss"]) == (2.25, 2.75, 2.6)
     assert said["perplexity"] == pytest.approx(math.exp(2.25))
     assert said["bits_per_byte"] == pytest.approx(2.25 / math.log(2) / 4)  # nats a token, 4 bytes a token
@@ -42,7 +42,7 @@ def test_it_says_what_the_last_row_says_though_an_earlier_one_was_better(tiny_co
 
 @pytest.mark.parametrize("status", ["diverged", "stopped"])
 def test_a_run_that_broke_off_has_no_loss(tiny_config, status):
-    said = summarize(tiny_config(), CURVE, DATA, NOW, status=status, error="why")
+    said = summarize(tiny_config(), CURVE, DATA, MADE, status=status, error="why")
     assert all(
         math.isnan(said[key]) for key in ("val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte")
     )
@@ -80,3 +80,15 @@ def test_a_resumed_curve_has_the_rows_of_before(tmp_path):
     again = Recorder(tmp_path, "run", progress=False)
     again.load_state_dict(recorder.state_dict())
     assert again.curve()[["step", "val_loss"]].to_numpy().tolist() == [[4, 3.0]] and again.marked == (4, 2.5)
+
+
+def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
+    """A working tree may move on while a run is under way, whose process has loaded what was there before."""
+    digests = iter(["before", "after"])
+    monkeypatch.setattr(summaries, "code_digest", lambda: next(digests))
+    config = tiny_config(seed=71, steps=4, eval_every=2)
+    changed = L.pytorch.callbacks.LambdaCallback(
+        on_train_start=lambda *_: monkeypatch.setattr(summaries, "commit", lambda: "later")
+    )
+    said = run_or_load(config, progress=False, callbacks=[changed]).summary
+    assert said["code"] == "before" and said["commit"] != "later" and said["started"] <= said["finished"]
