@@ -181,3 +181,11 @@ def test_a_finished_run_of_another_schema_or_name_is_not_taken(run):
     with pytest.raises(Damaged, match="it holds the run"):
         run_or_load(other, train=False)
     assert run_or_load(other, progress=False).summary["seed"] == 98
+
+
+def test_what_a_killed_writer_left_is_swept_away(tiny_config):
+    config = tiny_config(seed=53, steps=2, eval_every=2)
+    folder = paths.runs() / config.name
+    folder.mkdir(parents=True)
+    (folder / ".last.ckpt.99.tmp").write_text("half of it")
+    assert run_or_load(config, progress=False).ok and not [path for path in folder.iterdir() if path.suffix == ".tmp"]
