@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -151,6 +152,23 @@ def sha256(path: Path) -> str:
     """64 hex digits of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Add a file's SHA-256 at its end, 64 hex digits, which readers of archives pass over."""
+    said = sha256(path)
+    with path.open("ab") as file:
+        file.write(said.encode())
+
+
+def sealed(path: Path) -> bool:
+    """Is it as it was when `seal` ended it?"""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+    ):
+        return hashlib.sha256(view[:-64]).hexdigest().encode() == view[-64:]
 
 
 def content_sha256(files: Mapping[str, Path]) -> str:

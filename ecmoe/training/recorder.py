@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ecmoe.files import written
+from ecmoe.files import seal, written
 from ecmoe.model import metrics
 from ecmoe.training.lit import LitModel
 
@@ -164,6 +164,7 @@ class Recorder(L.Callback):
             self.still_ours()
             with written(self.folder / "last.ckpt") as temporary:
                 trainer.save_checkpoint(temporary)
+                seal(temporary)
         else:  # what is sharded is gathered from all
             trainer.save_checkpoint(self.folder / "last.ckpt")
         self.began = time.perf_counter()

@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +22,7 @@ from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import open_data
 from ecmoe.data.batches import is_other_data
-from ecmoe.files import write_text, written
+from ecmoe.files import sealed, write_text, written
 from ecmoe.paths import content_of
 from ecmoe.routers import arm_label
 from ecmoe.training.gpus import Place, number, place
@@ -213,9 +212,8 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
     if not checkpoint.exists():
         return None
     try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            if archive.testzip() is not None:  # compares all parts with their CRC-32, which torch.load doesn't
-                raise zipfile.BadZipFile("a check sum is another")
+        if not sealed(checkpoint):
+            raise ValueError("its SHA-256 is another")
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:  # whatever bytes can make of a reader
         if say:

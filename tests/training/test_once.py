@@ -125,7 +125,7 @@ def test_a_kill_between_the_moves_into_place_loses_nothing(run, monkeypatch, mov
     assert not (folder / "again").exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "no archive"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "between parts", "longer", "no archive"])
 def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(tiny_config, monkeypatch, capsys, damage):
     config = tiny_config(seed=51, steps=4, checkpoint_every=2, eval_every=4)
     folder = paths.runs() / config.name
@@ -139,7 +139,15 @@ def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(tiny_config, monke
         torch.load(checkpoint, weights_only=True)["state_dict"]["model.norm.weight"].numpy().tobytes()
     )
     flipped = content[:weight] + bytes([content[weight] ^ 1]) + content[weight + 1 :]
-    checkpoint.write_bytes({"empty": b"", "cut": content[:-100], "flipped": flipped, "no archive": b"x" * 500}[damage])
+    between = content[:12] + bytes([content[12] ^ 1]) + content[13:]  # no check sum of an archive covers this
+    damages = {
+        "empty": b"",
+        "cut": content[:-100],
+        "flipped": flipped,
+        "between parts": between,
+        "longer": content + b"x",
+    }
+    checkpoint.write_bytes(damages.get(damage, b"x" * 500))
     again = run_or_load(config)
     assert again.ok and "last.ckpt is damaged" in (said := capsys.readouterr().err) and "begins anew" in said
     whole = run_or_load(config.replace(checkpoint_every=4, eval_every=2), progress=False)
