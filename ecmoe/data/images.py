@@ -115,6 +115,8 @@ def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
     try:
         images = lzma.open(f"{stem}.jpgs.xz").read()
         places = [tuple(map(int, line.split())) for line in lzma.open(f"{stem}.idx.xz", "rt")]
+        if not all(0 <= label < 1 << 16 for _, _, label in places):
+            raise ValueError("labels are 0 to 65,535")
         yield from ((f"{stem}.jpgs.xz, image {i}", io.BytesIO(images[at : at + n]), label)
                     for i, (at, n, label) in enumerate(places))  # fmt: skip
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:

@@ -83,6 +83,15 @@ def test_packed_jpegs(tmp_path, monkeypatch, place):
     assert found.provenance["name"] == "Toys" and found.provenance["licence"] == "CC0"
 
 
+@pytest.mark.parametrize("label", [-1, 10**12])
+def test_a_label_that_cannot_be_is_named(tmp_path, label):
+    for part in ("train", "test"):
+        pack(tmp_path, part, [0, 1])
+    (tmp_path / "toy_train.idx.xz").write_bytes(lzma.compress(f"0 9 1\n9 9 {label}".encode()))
+    with pytest.raises(ConfigError, match="toy_train.idx.xz can't be read .labels are 0 to 65,535"):
+        images.load(f"images:{tmp_path}")
+
+
 def test_digest_tells_other_images_apart(tmp_path):
     digests = [
         images.load(folder_of(tmp_path / name, n)).provenance["digest"] for name, n in (("a", 5), ("b", 5), ("c", 6))
