@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ecmoe.bench.rows import OF_LAYER, SIZES
 from ecmoe.files import one_line
 
 if TYPE_CHECKING:
@@ -20,20 +21,20 @@ SIZE = "default: 0.1B/64E on a GPU, small on a CPU"
 Repeats = Annotated[int, typer.Option(min=2, help="of each row; medians count")]
 Compiled = Annotated[bool, typer.Option("--compile", help="under torch.compile too")]
 Output = Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")]
-# Keys of the benchmarks -> the least that they may be.
-OF_LAYER = {"n": 1, "d_model": 1, "d_ff": 1, "num_experts": 1}
-OF_MODEL = OF_LAYER | {"layers": 2, "heads": 1, "sequence_length": 1, "vocab_size": 257}
+LEAST = {"layers": 2, "vocab_size": 257}  # of sizes; of others 1
 
 
-def sized(keys: dict[str, int]) -> Callable[[Callable], Callable]:
+def sized(keys: Iterable[str]) -> Callable[[Callable], Callable]:
     """Decorate a command: its `**sizes` become an option for each of these keys."""
 
     def decorate(command: Callable) -> Callable:
         *own, _ = inspect.signature(command, eval_str=True).parameters.values()
         sizes = []
-        for key, least in keys.items():
+        for key in keys:
             flag = "--tokens" if key == "n" else f"--{key.replace('_', '-')}"
-            command.__annotations__[key] = kind = Annotated[int | None, typer.Option(flag, min=least, help=SIZE)]
+            command.__annotations__[key] = kind = Annotated[
+                int | None, typer.Option(flag, min=LEAST.get(key, 1), help=SIZE)
+            ]
             sizes.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         command.__signature__ = inspect.Signature(sizes + own)  # type: ignore[attr-defined]
@@ -81,7 +82,7 @@ AUTO_TOKENS, AUTO_WIDTHS = (512, 2048, 8192, 32_768, 131_072), (256, 512, 1024, 
 
 
 @app.command()
-@sized(OF_MODEL)
+@sized(SIZES["cpu"])
 def step(repeats: Repeats = 15, compiled: Compiled = False, output: Output = None, **sizes: int | None) -> None:
     """A whole training step, expert choice against token choice."""
     with one_line():
@@ -91,7 +92,7 @@ def step(repeats: Repeats = 15, compiled: Compiled = False, output: Output = Non
 
 
 @app.command()
-@sized(OF_MODEL)
+@sized(SIZES["cpu"])
 def profile(compiled: Compiled = False, output: Output = None, **sizes: int | None) -> None:
     """Where the time of EC-CF2's training step goes, by kind of work."""
     with one_line():

@@ -20,19 +20,13 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.agreement import agreement
 from ecmoe.bench.baselines import Grouped, peers
 from ecmoe.bench.clock import Call
-from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, PLAIN, ROUTING, Row, label
+from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, OF_LAYER, PLAIN, ROUTING, SIZES, Row, label
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice, TokenChoice
 from ecmoe.routing.router import TRITON
 
 KINDS = ("triton", "triton-bmm")
-
-# n, d, f, e where nothing else is asked for: 0.1B/64E of Table 1 on a GPU, and what a CPU does in seconds.
-SIZES = {
-    "cuda": {"n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64},
-    "cpu": {"n": 4096, "d_model": 256, "d_ff": 1024, "num_experts": 16},
-}
 
 
 def bench_layer(
@@ -51,11 +45,8 @@ def bench_layer(
         without it, over_uncapped. `attrs` hold setting and agreement, and in absent what could not be measured, and why.
     """
     device = timing.this_device()
-    size = (
-        SIZES[device.type]
-        | {key: value for key, value in sizes.items() if value}
-        | {"capacity_factor": capacity_factor}
-    )
+    size = {key: SIZES[device.type][key] for key in OF_LAYER} | {"capacity_factor": capacity_factor}
+    size |= {key: value for key, value in sizes.items() if value}
     timing.check_repeats(repeats)
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # before any time is spent
     first, x, gradient = layer_and_input(**size)

@@ -27,7 +27,7 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
 from ecmoe.bench.layer import kernels_run
-from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN, named
+from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN, SIZES, named
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.build import flops_per_token
 from ecmoe.model.tracking import track
@@ -45,18 +45,6 @@ ARMS = {
 }
 
 PAIR = ("EC-CF2", "GShard top-2")  # of claim C2
-
-# 0.1B/64E of Table 1 with a vocabulary of 32k on a GPU; what a CPU does in seconds.
-SIZES = {
-    "cuda": {
-        "n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12,
-        "sequence_length": 1024, "vocab_size": 32_000,
-    },
-    "cpu": {
-        "n": 1024, "d_model": 64, "d_ff": 256, "num_experts": 8, "layers": 2, "heads": 4,
-        "sequence_length": 128, "vocab_size": 512,
-    },
-}  # fmt: skip
 
 
 class Row(NamedTuple):
