@@ -1,8 +1,8 @@
 """Kill runs at random moments, start them again, and see that nothing is lost. `python tests/training/kill_campaign.py [--full]`
 
 Each kind of run is trained once undisturbed; then, each time anew, killed (SIGKILL) once or twice at a random moment and
-called again until it is done. float32 and 64-true must end with the same weights and curve to the last bit. A finished run
-that is trained again for its weights must stay finished whenever that is killed. Under fsdp2 it must finish.
+called again until it is done. It must end with the same weights and curve to the last bit. A finished run that is trained
+again for its weights must stay finished whenever that is killed.
 
 The parent only imports: children are forked from it, so that a kill costs no start of Python.
 """
@@ -36,9 +36,10 @@ KINDS = {
     "64-true": {"precision": "64-true"},
     "retraining": {"seed": 1},
     "fsdp2": {"strategy": "fsdp2", "devices": 2, "steps": 12},
+    "ep": {"strategy": "ep", "devices": 2, "steps": 12},
 }
-FULL = {"float32": 60, "64-true": 10, "retraining": 10, "fsdp2": 10}
-SHORT = {"float32": 2, "64-true": 0, "retraining": 1, "fsdp2": 0}
+FULL = {"float32": 60, "64-true": 10, "retraining": 10, "fsdp2": 10, "ep": 10}
+SHORT = {"float32": 2, "64-true": 0, "retraining": 1, "fsdp2": 0, "ep": 0}
 
 
 def start(config: RunConfig, **keys) -> int:
@@ -91,13 +92,13 @@ def campaign(kind: str, kills: int) -> list[str]:
         for moment in moments:
             child = start(config, **keys)
             if ended(child, moment) is None:
-                os.killpg(child, signal.SIGKILL) if kind != "fsdp2" else os.kill(child, signal.SIGKILL)
+                os.killpg(child, signal.SIGKILL) if config.ranks == 1 else os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
             if kind == "retraining" and not read_run(folder).ok:
                 wrong.append(f"{kind} {number}: finished no more, killed after {moments}")
         if ended(start(config, **keys), 300) != 0:
             wrong.append(f"{kind} {number}: doesn't end well, killed after {moments}")
-        elif kind != "fsdp2" and state(folder) != whole:
+        elif state(folder) != whole:
             wrong.append(f"{kind} {number}: ends otherwise, killed after {moments}")
         left = [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
         if left:
