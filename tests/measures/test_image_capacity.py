@@ -1,7 +1,5 @@
 """Less capacity without retraining: what is counted is what a loop counts, and figures show it."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +10,6 @@ from ecmoe.data.image_batches import ImageData
 from ecmoe.measures import image_capacity as capacity
 from ecmoe.model.build import build_model
 from ecmoe.report import plots
-from ecmoe.study.vision import differences
 from ecmoe.training.run import run_or_load
 from tests.report.test_plots import drawn
 
@@ -100,22 +97,3 @@ def test_measured_where_it_was_trained_is_what_training_found():
     assert f"{100 * (experts > 0).mean():.0f}% of the patches" in plot.alt
     shown = np.asarray(plot.figure.axes[0].images[0].get_array())
     np.testing.assert_array_equal(shown, (255 * x[0, 0]).round().numpy())
-
-
-def swept(arms, seeds=(0, 1, 2), places=(0.1, 2.0)):
-    rows = [(arm, s, c, level + s / 100 + c / 10, 0.0, 0.9 - c / 4, 0.5 - c / 4)
-            for arm, level in arms.items() for s in seeds for c in places]  # fmt: skip
-    names = ["arm", "seed", "capacity", "accuracy", "val_loss", "patches_left_out", "images_left_out"]
-    return pd.DataFrame(rows, columns=names)
-
-
-def test_differences_are_paired_by_seed():
-    frame = swept({"a": 0.5, "b": 0.4})
-    frame.loc[(frame["arm"] == "b") & (frame["seed"] == 2) & (frame["capacity"] == 0.1), "accuracy"] -= 0.03
-    table = differences({"one": frame, "few": swept({"a": 0.5, "b": math.nan}, seeds=(0,))}, [("a", "b")])
-    assert table["difference"].tolist() == ["a \N{MINUS SIGN} b"] * 2
-    assert table["c = 0.1"][0] == "+11.0 (+6.7 to +15.3)" and pd.isna(
-        table["c = 0.1"][1]
-    )  # 10, 10, 13: 11 +- 4.303 sqrt(3) / sqrt(3)
-    assert table["c = 2"][0] == "+10.0 (+10.0 to +10.0)"
-    assert differences({"one": swept({"a": 0.5, "b": 0.4}, (0,))}, [("b", "a")])["c = 2"].item() == "-10.0"
