@@ -112,6 +112,8 @@ def test_a_linked_folder_is_part_of_the_text_but_one_that_holds_itself_is_named(
     (tmp_path / "else" / "b.txt").write_text("b")
     (tmp_path / "text" / "a.txt").write_text("a")
     (tmp_path / "text" / "linked").symlink_to(tmp_path / "else")
+    (tmp_path / "text" / ".hidden").mkdir()
+    (tmp_path / "text" / ".hidden" / "c.txt").write_text("c")
     assert list(paths.local_files(str(tmp_path / "text"))) == ["a.txt", "linked/b.txt"]
     before = paths.with_content(str(tmp_path / "text"))
     (tmp_path / "else" / "b.txt").write_text("c")

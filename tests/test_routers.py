@@ -33,6 +33,7 @@ EC, TOP2 = (
         (EC | {"max_experts_per_token": 3, "cap_solver": "dykstra"}, "EC-CAP3 raw dykstra"),
         (EC | {"max_experts_per_token": 2, "capacity_factor": 1.0}, "EC-CAP2 c=1 raw"),
         (EC | {"moe_init_scale": 4.0}, "EC-CF2 raw init=4"),
+        ({"router": "kmeans", "capacity_factor": 2.0}, "K-means c=2"),
         (TOP2, "GShard top-2 raw"),
         (TOP2 | {"gate": "renormalized"}, "GShard top-2 renormalized"),
         (TOP2 | {"capacity_factor": None}, "GShard top-2 raw nothing dropped"),
@@ -130,3 +131,7 @@ def test_a_router_is_built_from_the_keys_that_make_it_another_run_and_no_others(
     build_router(Spy())
     of_routers = {key for row in routers.ROUTERS.values() for key in row.keys}
     assert read & of_routers == set(routers.ROUTERS[name].keys)
+
+
+def test_a_bucket_is_rounded_down_and_never_empty():
+    assert [routers.bucket_size(n, 4, 1.5, "down") for n in (10, 8, 2, 1)] == [3, 3, 1, 1]

@@ -289,3 +289,23 @@ def test_every_byte_of_meta_is_checked(book, make, tmp_path):
     path.write_text(path.read_text().replace("not stated", "public domain"))
     assert tokens._trouble(path.parent) == "meta.json is damaged"
     assert make(book).meta["parts"][0]["licence"] == "not stated"
+
+
+def test_what_a_killed_process_left_is_made_again(book, make):
+    place = tokens.folder(config(book))
+    (place / "work" / "spools").mkdir(parents=True)
+    assert make(book).meta and not (place / "work").exists()
+
+
+def test_a_text_that_changes_while_it_is_read_is_not_kept(book, make, monkeypatch, tmp_path):
+    real = tokens._tokenise
+
+    def changed(*given):
+        found = real(*given)
+        book.write_text(book.read_text() + "more\n\n")
+        return found
+
+    monkeypatch.setattr(tokens, "_tokenise", changed)
+    with pytest.raises(ConfigError, match="not what is stated"):
+        make(book)
+    assert not list(tmp_path.rglob("meta.json"))

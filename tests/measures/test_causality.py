@@ -245,9 +245,9 @@ def test_measurements_of_a_run(tiny_config):
     told = pd.DataFrame(causality.next_token_information(model, config, batches=6, classes=8)["rows"])
     assert told.groupby("given")["routing"].apply(list).tolist() == [["as trained", "causally"]] * 3
 
-    losses = {
-        r["way"]: r["loss"] for r in causality.losses_by_routing(model, config, pools=[2, "sequence", "batch"])["rows"]
-    }
+    rows = causality.losses_by_routing(model, config, pools=[2, "sequence", "batch"])["rows"]
+    losses = {row["way"]: row["loss"] for row in rows}
+    assert [row["pool_tokens"] for row in rows] == [16, None, 2, 16, 128, 16]
     summary, (_, windows) = result.summary, held_out(config, 2)
     assert causality.loss(model, windows, 8) == pytest.approx(summary["val_loss"], rel=1e-5)
     with causal_routing(model):
@@ -265,3 +265,9 @@ def test_measurements_of_a_run(tiny_config):
 
 
 # The figures
+
+
+def test_places_are_a_share_of_the_tokens_left():
+    taken = torch.rand(2, 3, 8, 4, generator=generator(0)) < 0.7  # more than c of 4 experts
+    shares = causality.routing_features(taken, 1.0)[..., 8:]
+    assert shares.min() == 0 and shares.max() <= 1

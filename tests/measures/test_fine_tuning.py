@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from ecmoe.data import tasks
+from ecmoe.data.tokenizer import Bytes
 from ecmoe.measures import fine_tuning
 from ecmoe.measures.fine_tuning import LitFineTuning, fine_tuned
 from ecmoe.model.build import build_model
@@ -115,15 +117,16 @@ def test_the_balance_loss_is_part_of_what_is_tuned(tiny_config):
 
 def test_the_rate_warms_up_and_decays_to_nothing(tiny_config):
     config = tiny_config(router="dense")
-    tuned = LitFineTuning(build_model(config), config, 3, 0.5, 20)
+    tuned = LitFineTuning(build_model(config), config, 3, 0.5, 25)
+    assert not tuned.head.weight.any() and not tuned.head.bias.any()  # all classes alike
     made = tuned.configure_optimizers()
     rates = []
-    for _ in range(20):
+    for _ in range(25):
         rates.append(made["optimizer"].param_groups[0]["lr"])
         made["optimizer"].step()
         made["lr_scheduler"]["scheduler"].step()
-    assert rates[:3] == pytest.approx([0.25, 0.5, 0.5]) and rates[-1] == pytest.approx(0.5 / 18)
-    assert np.allclose(np.diff(rates[2:]), -0.5 / 18) and made["lr_scheduler"]["interval"] == "step"
+    assert rates[:3] == pytest.approx([0.25, 0.5, 0.5]) and rates[-1] == pytest.approx(0.5 / 23)
+    assert np.allclose(np.diff(rates[2:]), -0.5 / 23) and made["lr_scheduler"]["interval"] == "step"
     assert all(group["weight_decay"] == 0 for group in made["optimizer"].param_groups)
 
 
@@ -156,3 +159,9 @@ def test_what_cannot_be_fine_tuned_is_named(tiny_config, shouting):
         fine_tuned(None, config, task="cola", folder=str(shouting))
     with pytest.raises(ValueError, match="task 'cola': batch_size=32 is more than its 8 training examples"):
         fine_tuned(None, tiny_config(), task="cola", folder=str(shouting), examples=8)
+
+
+def test_truncated_is_a_share_of_all_examples():
+    sides = [tasks.Examples([("a" * size,) for size in sizes], np.zeros(len(sizes), int)) for sizes in ([9, 2], [2, 2])]
+    _, truncated = fine_tuning._encode(Bytes(), sides, 8)
+    assert truncated == 0.25

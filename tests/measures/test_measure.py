@@ -8,7 +8,7 @@ import pytest
 from ecmoe import measures, paths
 from ecmoe.files import ConfigError, Damaged, read_json, write_json
 from ecmoe.measures import Measurement, Row, measurements
-from ecmoe.measures.measure import measure
+from ecmoe.measures.measure import lock, measure
 from ecmoe.training import gpus
 from ecmoe.training.result import not_run
 from ecmoe.training.run import run_or_load
@@ -144,3 +144,8 @@ def test_every_row_names_a_function_with_these_keys():
         model, config, *keys = inspect.signature(getattr(import_module(module), name)).parameters
         assert (model, config, tuple(keys)) == ("model", "config", row.keys), what
         assert set(row.where) | {row.each} <= {*row.keys, None}
+
+
+def test_a_process_may_hold_the_lock_of_a_run_twice():
+    with lock("a-run"), lock("a-run").acquire(timeout=1):
+        pass

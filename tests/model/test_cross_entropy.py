@@ -127,6 +127,14 @@ def test_the_kernel_is_the_plain_pass(V, dtype):
     torch.testing.assert_close(z, gradient.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-5)
 
 
+def test_the_kernel_multiplies_a_gradient_in_float32():
+    pytest.importorskip("triton")
+    from ecmoe.kernels.loss import scaled
+
+    x, factor = torch.randn(5000).to(DEVICE, torch.float16), torch.tensor(1 / 3, device=DEVICE)
+    assert torch.equal(scaled(x, factor), (x.float() * factor).half())
+
+
 def test_a_target_that_is_no_token_makes_the_loss_nan():
     pytest.importorskip("triton")
     from ecmoe.kernels.loss import losses_

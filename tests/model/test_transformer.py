@@ -109,6 +109,7 @@ def printed(text: str) -> float:
 @pytest.mark.parametrize("name", ["0.1B/32E", "0.1B/64E", "0.1B/128E", "8B/64E"])
 def test_totals_are_those_of_table_1(name):
     preset = TABLE_1[name]
+    assert preset.config.heads == (32 if name.startswith("8B") else 12)
     total = count_parameters(preset.config).total
     decimals = len(preset.total[:-1].partition(".")[2])
     assert f"{total / 1e9:.{decimals}f}B" == preset.total

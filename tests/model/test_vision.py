@@ -226,3 +226,12 @@ def test_validation_batches_mix_classes_that_lie_apart(digits, monkeypatch):
         batches.append(list(data.val_dataloader()))
     assert all(len(y.unique()) > 5 for _, y in batches[0])
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*batches, strict=True))
+
+
+def test_a_patch_is_read_from_minus_1_to_1_and_has_a_place(digits):
+    model = build_model(digits(d_model=64))
+    embedding, black = model.embedding, torch.zeros(1, 1, 8, 8)
+    assert embedding.position.shape == (16, 64) and float(embedding.position.std()) == pytest.approx(0.1, rel=0.1)
+    of_black = -embedding.patch.weight.sum(1) + embedding.position
+    torch.testing.assert_close(embedding(black)[0], of_black)
+    torch.testing.assert_close(embedding(black + 0.5)[0], embedding.position)

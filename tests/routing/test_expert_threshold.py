@@ -217,3 +217,9 @@ def test_gradient_is_that_of_the_kept_scores():
 def test_errors_name_key_value_and_remedy(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_no_warm_up_is_a_warm_up_too():
+    assert ExpertThreshold(8, 4, warmup_steps=0).warmup_steps == 0
+    with pytest.raises(ValueError, match="warmup_steps=-1"):
+        ExpertThreshold(8, 4, warmup_steps=-1)

@@ -164,3 +164,10 @@ def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
         [sys.executable, "-c", BARE.format(absent=ABSENT).replace("from ecmoe.cli import main\nmain()", code)],
         check=True,
     )
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("-1", 0), ("0", 1), ("0,1", 2), (" 3 , GPU-a,", 2)])
+def test_gpus_that_may_be_used_are_counted(monkeypatch, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("ECMOE_SLOTS", "3")
+    assert engine.places() == (gpus, 3 if gpus else 1)

@@ -139,6 +139,10 @@ def test_seeds_that_are_needed_decide_the_margin_as_often_as_they_say():
         estimate.seeds_needed(1.0, margin, most=50)
 
 
+def test_no_spread_has_no_ratio():
+    assert estimate.spread_ratio([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).n == 0 == estimate.spread_ratio([1.0, 2.0], [3.0]).n
+
+
 def test_seeds_of_a_ratio_decide_a_factor():
     found = of_values([1.0, 1.3, 1.7, 0.9], Unit.RATIO)
     spread = float(np.log([1.0, 1.3, 1.7, 0.9]).std(ddof=1))

@@ -145,3 +145,14 @@ def test_gradients_are_clipped_by_the_config_or_by_the_trainer(tiny_config, by):
     L.Trainer(max_steps=1, enable_checkpointing=False, **keys).fit(lit, batches(WINDOWS[:1]))
     moved = [p.detach() - start for p, start in zip(lit.parameters(), before, strict=True)]
     assert float(torch.nn.utils.get_total_norm(moved)) == pytest.approx(0.125, rel=1e-3)
+
+
+def test_sums_are_of_all_steps_since_they_were_read(tiny_config):
+    lit = LitModel(tiny_config())
+    losses = [float(lit.training_step(batch, i).detach()) for i, batch in enumerate(WINDOWS[:3])]
+    assert float(lit.sums["loss"]) == pytest.approx(sum(losses)) and lit.sums["count"] == 3
+
+
+def test_a_table_that_waits_for_its_counts_is_as_large_as_the_vocabulary(tiny_config):
+    lit = LitModel(tiny_config(router="hash", hash_table="balanced", tokenizer="bpe", vocab_size=300))
+    assert lit.counts_lack and lit.routers[0].table.shape == (300,)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ecmoe import paths, run_or_load
+from ecmoe import RunConfig, paths, run_or_load
 from ecmoe.model.build import flops_per_token
 from ecmoe.provenance import code_digest
 from ecmoe.training import run as training
@@ -92,3 +92,8 @@ def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
     )
     said = run_or_load(config, progress=False, callbacks=[changed]).summary
     assert said["code"] == "before" and said["commit"] != "later" and said["started"] <= said["finished"]
+
+
+def test_images_have_no_perplexity():
+    said = summarize(RunConfig(data="digits", patch_size=2, sequence_length=16), CURVE, DATA, MADE, status="finished")
+    assert math.isnan(said["perplexity"]) and said["val_loss"] == 2.25
