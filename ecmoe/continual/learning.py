@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecmoe.config import ConfigError
-from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, probabilities
+from ecmoe.continual.expert_gate import ExpertGate, Gate, fit
 from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
 from ecmoe.continual.settings import Settings
 from ecmoe.data import images
@@ -64,7 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
     Returns:
         accuracy: K rows, after each task, of K accuracies, one a task; None for a task that hasn't come yet, and in all
         rows but the last of joint training. accuracy_task_known: the same, told the task of an image. Of Expert Gate:
-        confusion (row: task, column: expert; shares of images), relatedness, origins, right_probability; of expert choice:
+        confusion (row: task, column: expert; shares of images), relatedness, origins; of expert choice:
         expert_shares (the same, of tokens); of both: moved, by how much a task's training moved each expert, relatively.
     """
     s, data = settings, images.load(settings.data)
@@ -95,12 +95,10 @@ def run(settings: Settings) -> dict[str, Any]:
     found["tokens"] = K * s.steps * s.batch_size * (model.experts[0] if gated else model).tokens
     found["task_names"] = [", ".join(data.classes[c] for c in task.classes) for task in tasks]
     if gated:
-        trust = [probabilities(model.errors(task.val_x), s.temperature)[:, k] for k, task in enumerate(tasks)]
         found |= {
             "moved": moved, "confusion": shares.tolist(), "gate_right": float(shares.diagonal().mean()),
             "relatedness": [model.relatedness(task.x[task.held], k).tolist() for k, task in enumerate(tasks)],
             "origins": [origin._asdict() for origin in model.origins],
-            "right_probability": float(torch.cat(trust).mean()),
         }  # fmt: skip
     elif s.approach.endswith("expert_choice"):
         found |= {"moved": moved, "expert_shares": shares.tolist()}
