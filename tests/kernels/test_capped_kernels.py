@@ -61,8 +61,15 @@ LOSS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", LOSS)
-@pytest.mark.parametrize("n, e, c, b", [(512, 16, 2, 2), (256, 16, 2, 3), (384, 6, 1, 1)])  # 512: two programs
+@pytest.mark.parametrize(
+    "kind, n, e, c, b",
+    [(kind, 512, 16, 2, 2) for kind in LOSS]  # two programs
+    + [
+        (kind, *sizes)
+        for kind in ("random", "peaked and biased", "equal")
+        for sizes in ((256, 16, 2, 3), (384, 6, 1, 1))
+    ],
+)
 def test_it_comes_near_the_transport_solver(kind, n, e, c, b):
     S, k = scores(kind, 1, n, e), n * c // e
     I = capped(S, k, b)  # noqa: E741
@@ -82,7 +89,7 @@ def test_one_expert_each_is_the_assignment_problem(kind):
     assert best * (1 + 1e-9) >= total(S, I).item() >= 0.985 * best
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_it_is_feasible_whatever_the_scores(data):
     g, e, n = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9)), data.draw(st.integers(1, 70))
@@ -113,7 +120,8 @@ def test_it_is_feasible_even_where_prices_fail(b, monkeypatch):
         check(capped(S, 96 // 8, b), 96, 96 // 8, b)
 
 
-def test_pools_are_solved_apart_and_strides_do_not_matter():
+def test_pools_are_solved_apart_and_strides_do_not_matter(monkeypatch):
+    monkeypatch.setattr(kernel, "ROUNDS", 6)
     S = scores("a little biased", 2, 64, 8)
     I = capped(S, 16, 3)  # noqa: E741
     assert torch.equal(I, capped(S.contiguous(), 16, 3))
@@ -132,8 +140,8 @@ def test_a_sample_sets_the_first_prices(monkeypatch):
 
 @pytest.mark.parametrize("b", [2, 3])
 def test_experts_hold_tokens_as_zeros_and_ones(b):
-    X = hold(scores("a little biased", 1, 512, 16), 64, b)
-    assert X.min() == 0 and X.max() == 1 and (X.sum(2) == 64).all() and X.sum(1).max() <= b
+    X = hold(scores("a little biased", 1, 128, 8), 32, b)
+    assert X.min() == 0 and X.max() == 1 and (X.sum(2) == 32).all() and X.sum(1).max() <= b
 
 
 def test_the_capped_choice_runs_on_them_and_passes_gradients():
@@ -146,6 +154,7 @@ def test_the_capped_choice_runs_on_them_and_passes_gradients():
     assert double.dtype == torch.float64
 
 
-def test_shapes_are_known_to_the_compiler():
+def test_shapes_are_known_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(kernel, "ROUNDS", 1)
     S, tests = scores("random", 2, 32, 4), ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ecmoe.capped, (S, 8, 2), test_utils=tests)
