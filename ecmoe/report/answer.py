@@ -52,6 +52,18 @@ def judged(scale: str, *claims: str) -> None:
     show_html(markup("judged_claims", [(v.claim, judged_html(v)) for v in verdicts]), text)
 
 
+def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
+    """Claims as the arms of another page have them, beside their own: a row per part of which that has runs; at smoke none."""
+    rows = []
+    for claim in claims:
+        own = {part.name: part for part in judge(claim, scale).parts}
+        for here in [part for part in judge(claim, scale, page=page).parts if part.label not in (NOT_RUN, PLUMBING)]:
+            study = own[here.name]
+            row = {"claim": claim, "part": here.name, "here": found(here), "verdict here": here.label}
+            rows.append(row | {"in the study": found(study), "its verdict": study.label})
+    return pd.DataFrame(rows)
+
+
 def answer_html(verdict: ClaimVerdict) -> Markup:
     """A claim's label, sentence, and what it rests on."""
     claim = "" if verdict.label == PLUMBING else verdict.claim

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from ecmoe.report.answer import NOTHING, answer, difference, finding, judged
+from ecmoe.report.answer import NOTHING, answer, at_size, difference, finding, judged
 from ecmoe.report.markup import Format, markup, show_html, table_html
 from ecmoe.report.plots.parts import Plot
 from ecmoe.report.plots.style import COUNT_COLORS, on_color
@@ -17,7 +17,7 @@ from ecmoe.report.provenance import provenance
 from ecmoe.study.estimate import counted
 
 __all__ = [
-    "answer", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text",
+    "answer", "at_size", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text",
 ]  # fmt: skip
 
 

@@ -42,6 +42,18 @@ def test_runs_that_differ_in_what_they_must_not_are_marked():
     assert "differ in kind of device and code" in page.find(class_="warning").text
 
 
+def test_a_claim_at_another_size_stands_beside_the_studys(monkeypatch):
+    verdicts = {
+        None: judged("C6", losses(**HASH)),
+        "07_fine_tuning": judged("C6", losses(**HASH | {"Hash modulo": seeds(3.60)})),
+    }
+    monkeypatch.setattr(answer, "judge", lambda claim, scale, page=None: verdicts[page])
+    row = answer.at_size("gpu", "07_fine_tuning", "C6").iloc[0]
+    assert (row["claim"], row["part"]) == ("C6", "modulo against EC-CF2")
+    assert (row["verdict here"], row["its verdict"]) == ("no effect", "reproduced")
+    assert row["here"].startswith("0.000 nats") and row["in the study"].startswith("+0.020 nats")
+
+
 def test_how_it_was_judged_has_every_part_with_its_rule():
     found = judged("C6", losses(**HASH))
     page = soup(answer.judged_html(found))
