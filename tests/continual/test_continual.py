@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.continual import expert_gate, runs
+from ecmoe.continual import expert_gate, learning, runs
 from ecmoe.continual.expert_gate import ExpertGate, Gate, probabilities, relatedness, without_forgetting
 from ecmoe.continual.learning import _moved, final_accuracy, forgetting, new_gate, new_network, run, split
 from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
@@ -221,6 +221,7 @@ def test_one_network_forgets_and_expert_gate_does_not(study):
 def test_what_training_moves(study):
     moved = study["Expert Gate"]["moved"]
     assert all(value in (0, None) for row in moved for value in row) and sum(v == 0 for row in moved for v in row) == 10
+    assert len(study["one EC network"]["moved"]) == 5
     for row in study["one EC network"]["moved"]:
         assert min(row) > 0.01  # every expert works on every task
     for row in (
@@ -228,6 +229,14 @@ def test_what_training_moves(study):
         np.array(study["Expert Gate"]["confusion"]),
     ):
         np.testing.assert_allclose(row.sum(1), 1, rtol=1e-5)
+        assert row.std(1).min() > 0.01  # an expert has its tasks
+
+
+def test_joint_training_takes_the_steps_of_all_tasks(monkeypatch):
+    steps, fit = [], learning.fit
+    monkeypatch.setattr(learning, "fit", lambda *given, **keys: (steps.append(given[3]), fit(*given, **keys)))
+    found = runs.summarize(Settings(approach="joint", **FAST | {"steps": 3}), progress=False)
+    assert steps == [15] and 0 < found["seconds"] < 300
 
 
 def test_gate_right_is_the_diagonal_of_the_confusion(study):

@@ -82,7 +82,9 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
         module._claim("C1", {**keys, "parts": [part | change]}, {"nats per token": 0.005})
     with pytest.raises(ConfigError, match="two parts are called 'x'"):
         module._claim("C1", {**keys, "parts": [part, part]}, {"nats per token": 0.005})
-    assert module._claim("C1", {**keys, "parts": [part]}, {"nats per token": 0.005}).parts[0].margin == 0.005
+    for own, margin in (({}, 0.005), ({"margin": 0.02}, 0.02)):
+        claim = module._claim("C1", {**keys, "parts": [part | own]}, {"nats per token": 0.005})
+        assert claim.parts[0].margin == margin
 
 
 def test_an_unknown_claim_lists_the_known():

@@ -23,6 +23,7 @@ from ecmoe.files import read_json, write_json
 from ecmoe.training import run as train
 from ecmoe.training.continuation import continue_text
 from ecmoe.training.lit import LitModel
+from ecmoe.training.ranks import check_world
 from ecmoe.training.recorder import Recorder
 from ecmoe.training.result import not_run, read_record, read_run, write_run
 from ecmoe.training.run import _share_compiled_code
@@ -156,6 +157,13 @@ def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
     shutil.rmtree(tokens.folder(config))
     with pytest.raises(ConfigError, match="not what is stated: bring that back"):
         continue_text(result.path, "The a", 2)
+
+
+def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts):
+    path = texts / "a" / "text.txt"
+    result = run_or_load(tiny_config(seed=36, data=str(path), steps=2), progress=False)
+    write_run(result.path, result.summary | {"data": result.summary["data"] | {"digest": "of another text"}})
+    assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
 
 
 def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
@@ -333,6 +341,10 @@ def test_wrong_number_of_processes_is_refused(tiny_config, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="3 processes run: start torchrun --nproc-per-node=2 -m ecmoe train"):
         run_or_load(tiny_config(devices=2, strategy="ddp"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_world(tiny_config(devices=2, num_nodes=2, strategy="ddp"))
+    with pytest.raises(ConfigError, match="devices=2 x num_nodes=3, but 4 processes run"):
+        check_world(tiny_config(devices=2, num_nodes=3, strategy="ddp"))
 
 
 def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config, tmp_path, monkeypatch):
@@ -404,6 +416,20 @@ def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config,
         int(compiled),
         pytest.approx(0, abs=5),
     )
+
+
+@pytest.mark.parametrize(("sharing", "rate"), [(1, 8 * 256 / 4), (2, math.nan)])
+def test_a_rate_is_of_the_steps_since_the_last_row_and_nobodys_beside_others(tmp_path, tiny_config, sharing, rate):
+    recorder = Recorder(tmp_path, "run", progress=False, sharing=lambda: sharing)
+    recorder.marked, recorder.seconds, recorder.losses = (4, 10.0), 14.0, {"val_loss": [torch.tensor(2.0)]}
+    ranks = SimpleNamespace(all_gather=lambda value: value[None])
+    means = {"train_loss": torch.tensor(2.0), "aux_loss": torch.tensor(0.0)}
+    module = SimpleNamespace(config=tiny_config(accumulate=2), sums={"count": torch.tensor(1)}, means=lambda: means, statistics={})  # fmt: skip
+    recorder.on_validation_end(
+        SimpleNamespace(global_step=12, optimizers=[], is_global_zero=True, strategy=ranks), module
+    )
+    row = recorder.rows[12]
+    assert row["tokens"] == 12 * 256 and row["tokens_per_second"] == pytest.approx(rate, nan_ok=True)
 
 
 def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config):
@@ -539,10 +565,16 @@ def test_callbacks_and_loggers_come_along(tiny_config):
     assert result.ok and seen == list(range(config.steps)) and best.best_model_score > 0
     logged = pd.read_csv(result.path / "csv" / "metrics.csv")
     assert logged["val_loss"].dropna().tolist() == pytest.approx(result.curve["val_loss"].tolist(), abs=1e-5)
-    with pytest.raises(ConfigError, match="logger 'wandb' needs a package: pip install wandb"):
-        run_or_load(tiny_config(seed=64), loggers=["wandb"], progress=False)
-    with pytest.raises(ConfigError, match="logger 'excel': must be one of csv, tensorboard, wandb"):
-        run_or_load(tiny_config(seed=64), loggers=["excel"], progress=False)
+    other = tiny_config(seed=64)
+    for name, said in {
+        "wandb": "needs a package: pip install wandb",
+        "excel": "must be one of csv, tensorboard, wandb",
+    }.items():
+        with pytest.raises(ConfigError, match=f"logger '{name}'.* {said}"):
+            run_or_load(other, loggers=[name], progress=False)
+        assert not (paths.runs() / other.name / "config.yaml").exists()  # before any work
+    logger = L.pytorch.loggers.CSVLogger(result.path)
+    assert train._logger(logger, result.path) is logger
 
 
 def test_a_run_that_a_callback_stops_is_not_finished_and_goes_on(tiny_config):
