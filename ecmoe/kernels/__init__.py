@@ -11,7 +11,8 @@ Letters: n tokens x of width d, e experts of hidden width f, k slots of an exper
 
 The gate sits inside a, so the combine is a plain sum. A token's sum goes over its experts in their order, in
 float32, without atomics: the same input gives the same bits. x_in, a, slope and y stay for the backward pass; what it
-makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits where a is kept in 16. Shapes depend on no data and nothing waits for the device: CUDA graphs, torch.compile.
+makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits where a is kept in 16. Shapes depend on
+no data and nothing waits for the device: CUDA graphs, torch.compile.
 
     layer.py      the operator above                     product.py    its two fused products
     choice.py     a layer of expert choice at once       routing.py    the router's logits
@@ -20,8 +21,8 @@ makes takes their places. A slope lies within -0.13..1.13 and is kept in 8 bits 
     attention.py  attention with a bias by distance      loss.py       the loss of a chunk of logits, and its gradient
     common.py     launching, operators
 
-`experts`, `logits` and `select` each stand for a line of the plain path, which stays the readable truth
-(moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
+`experts`, `logits` and `select` each stand for a line of the plain path, `expert_choice` for all of it. It stays the readable
+truth (moe.py, routing/); tests/kernels hold them to it, without a GPU in Triton's interpreter (TRITON_INTERPRET=1).
 On a GPU: `pytest tests/kernels`, then `ecmoe bench layer`.
 """
 

@@ -1,8 +1,9 @@
 """`expert_choice`: a whole layer, its router included, as one step of autograd.
 
-Each kernel costs the host as much as 40 us, whatever it computes. Where nobody looks at what lies between, half of them go:
-the logits' kernel makes the scores and clears the table `inverse` (who holds which token, and in which slot), the top-k
-fills it in, and gates and statistics are read off it. The plain path is `Router.read`, `ExpertChoice.assign`, `MoE.experts`.
+A kernel costs the host 7 to 20 us, and a step of autograd more, whatever they compute. Where nobody looks at what lies
+between, a third of them go (36 were left of plain PyTorch's 89, 24 are): the logits' kernel makes the scores and clears the
+table `inverse` (who holds which token, and in which slot), the top-k fills it in, and gates and statistics are read off it.
+The plain path is `Router.read`, `ExpertChoice.assign`, `MoE.experts`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ecmoe.kernels import layer, routing
 from ecmoe.kernels.common import block, cdiv, check, device_of, kernel
 from ecmoe.kernels.selection import BINS, LONGEST, choose
 
-NUMBERS = 2048  # of a program
+NUMBERS = 2048  # of a program, tokens x experts
 
 
 def available(x: Tensor, weight: Tensor, k: int) -> bool:

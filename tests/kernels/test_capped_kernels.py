@@ -108,7 +108,7 @@ def test_it_is_feasible_whatever_the_scores(data):
         "NaN": S.masked_fill(S > 1, float("nan")),
     }[kind].to(DEVICE)
     if k:
-        with mock.patch.object(kernel, "ROUNDS", 6):  # good prices would leave nothing to repair
+        with mock.patch.object(kernel, "ROUNDS", 6):  # good prices would leave nothing to settle
             check(capped(S, k, b), n, k, b)
 
 
