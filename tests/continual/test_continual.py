@@ -307,6 +307,8 @@ def test_a_run_is_kept_like_any_other(study, tmp_path):
         ({"steps": "100"}, "steps='100' is of type str, but must be int"),
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
         ({"tasks": 1}, "tasks=1: must be at least 2"),
+        ({"d_model": 10**9}, "d_model=1000000000: must be at most 65536"),
+        ({"gate_learning_rate": 1e38}, "gate_learning_rate=.*: must be at most 1e"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: must be a finite number"),
     ],
 )
