@@ -1,5 +1,7 @@
 """Every notebook runs from its first cell to its last, with its smoke parameters and runs of a few steps."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from ecmoe.report.execution import execute
-from ecmoe.study.parameters import merge_parameters
+from ecmoe.report.render import page_html
+from ecmoe.study import load
+from ecmoe.study.parameters import check_parameters, merge_parameters
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -20,8 +23,8 @@ TINY = {
 }  # fmt: skip
 
 
-def parameters(notebook: Path, folder: Path) -> list[Path]:
-    """The notebook's own files at smoke, and what makes its runs tiny."""
+def parameters(notebook: Path, folder: Path) -> dict:
+    """The notebook's own at smoke, and what makes its runs tiny."""
     files = [ROOT / "configs/scale/smoke.yaml", ROOT / f"configs/{notebook.stem}.yaml", folder / "tiny.yaml"]
     tiny = {"base": TINY, "seeds": [0]}
     overlay = ROOT / f"configs/scale/smoke/{notebook.stem}.yaml"
@@ -38,14 +41,51 @@ def parameters(notebook: Path, folder: Path) -> list[Path]:
     if notebook.stem == "08_step_time":
         tiny["repeats"] = 2
     files[2].write_text(yaml.safe_dump(tiny))
-    return files
+    return merge_parameters(files)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Of all pages: arms that they share are trained once."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def page(home, monkeypatch):
+    """A notebook and its parameters -> its page, as HTML.
+
+    Cells run in this process, where everything is imported already: a kernel for each notebook would spend most of its time
+    on that. What a kernel adds is tried in tests/report/test_page.py.
+    """
+    monkeypatch.setenv("ECMOE_HOME", str(home))
+    monkeypatch.setattr(load, "_CHECKED", set())
+
+    def made(notebook: Path, values: dict) -> BeautifulSoup:
+        shown, there = nbformat.read(notebook, as_version=4), {}
+        check_parameters(shown, values, notebook.name)
+        for cell in shown.cells:
+            if cell.cell_type != "code":
+                continue
+            outputs, streams = [], {"stdout": io.StringIO(), "stderr": io.StringIO()}
+            monkeypatch.setattr("IPython.display.display", lambda data, raw, to=outputs: to.append(data))
+            with contextlib.redirect_stdout(streams["stdout"]), contextlib.redirect_stderr(streams["stderr"]):
+                exec(compile(cell.source, notebook.name, "exec"), there)
+            cell.outputs = [nbformat.v4.new_output("display_data", data=data) for data in outputs]
+            cell.outputs += [
+                nbformat.v4.new_output("stream", name=name, text=text.getvalue())
+                for name, text in streams.items()
+                if text.getvalue()
+            ]
+            if "parameters" in cell.metadata.get("tags", ()):
+                there.update(values)
+        return BeautifulSoup(page_html(shown), "html.parser")
+
+    return made
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_and_shows_what_it_found(notebook, tmp_path, monkeypatch):
-    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    page = execute(notebook, tmp_path / "page.html", parameters(notebook, tmp_path), progress=False)
-    soup = BeautifulSoup(page.read_text(), "html.parser")
+def test_runs_and_shows_what_it_found(notebook, page, home, tmp_path):
+    soup = page(notebook, parameters(notebook, tmp_path))
     assert not re.search(r"Traceback|Warning:|not run", soup.text, re.IGNORECASE)
     answer = soup.find("section", class_="answer")
     assert answer.find(class_="said").text and answer.find_parent(class_="cell").find("figure")
@@ -56,7 +96,7 @@ def test_runs_and_shows_what_it_found(notebook, tmp_path, monkeypatch):
     if "page.show_runs(" in notebook.read_text():
         (runs,) = [line.text for line in soup.find_all("summary") if line.text.endswith("runs, one by one")]
         assert runs.split()[0] == runs.split()[2] != "0"
-    assert not (tmp_path / "reports").exists()  # which the pipeline alone writes
+    assert not (home / "reports").exists()  # which the pipeline alone writes
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -67,13 +107,10 @@ def test_the_answer_stands_in_one_cell_below_a_short_opening(notebook):
     assert len(cells[0].source.partition("\n\n")[2]) < 650, "the verdict would stand too far down"
 
 
-def test_redrawn_without_training_it_says_what_is_missing(tmp_path, monkeypatch):
+def test_redrawn_without_training_it_says_what_is_missing(page, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     notebook = ROOT / "notebooks/04_capped_experts.ipynb"
-    page = execute(
-        notebook, tmp_path / "page.html", parameters(notebook, tmp_path), train_missing=False, progress=False
-    )
-    text = BeautifulSoup(page.read_text(), "html.parser").text
+    text = page(notebook, parameters(notebook, tmp_path) | {"train_missing": False}).text
     assert "0 of 4 runs, one by one" in text and "any of 4 runs" in text and "Not run: " in text
     assert not list(tmp_path.glob("runs/*/curve.csv"))
 
@@ -91,6 +128,7 @@ WRONG = {
 def test_a_wrong_parameter_of_plain_papermill_stops_before_anything_trains(name, tmp_path, monkeypatch):
     """The cells before the answer, as papermill and Lab run them: parameters, those that were given, what is loaded."""
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    monkeypatch.setattr(load, "_CHECKED", set())
     given, said = WRONG[name]
     cells = nbformat.read(ROOT / "notebooks/03_capacity_factor.ipynb", as_version=4).cells
     there: dict = {}
