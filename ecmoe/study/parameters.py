@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def check_scale(scale: str, configs: Path | None = None) -> None:
     Raises:
         ParameterError: there are others.
     """
-    known = sorted(path.stem for path in ((configs or paths.configs()) / "scale").glob("*.yaml"))
+    found = ((configs or paths.configs()) / "scale").glob("*.yaml")
+    known = sorted(path.stem for path in found if re.fullmatch(r"[\w.-]+", path.stem))  # it stands in commands
     if known and (not isinstance(scale, str) or scale not in known):
         raise ParameterError(f"scale={scale!r}: must be one of {', '.join(known)}")
 

@@ -60,6 +60,12 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path):
         with pytest.raises(ParameterError, match="scale='.*': must be one of gpu, paper, smoke"):
             parameter_files("01_convergence", scale)
     check_scale("gpu")
+    (tmp_path / "bad" / "scale").mkdir(parents=True)
+    for name in ("ok-1", "a;touch hacked", "$(x)", "{x}"):
+        (tmp_path / "bad" / "scale" / f"{name}.yaml").touch()
+    for name in ("a;touch hacked", "$(x)", "{x}"):  # whose name a shell could take for a command is none
+        with pytest.raises(ParameterError, match="must be one of ok-1$"):
+            check_scale(name, tmp_path / "bad")
     check_scale("any", tmp_path)  # no configs, as outside a checkout
 
 
