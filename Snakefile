@@ -38,7 +38,7 @@ NAMES = {
     if Path(f"configs/{path.stem}.yaml").exists()
 }
 PAGES = {name: f"{REPORTS}/{name}.html" for name in NAMES}
-RUNS, DONE, MISSING = {}, {}, {}  # page -> names of runs; -> their files; name -> planned
+RUNS, DONE, MISSING = {}, {}, set()  # page -> names of runs; -> their files; names of runs
 for page, stem in NAMES.items():
     try:
         planned = plan.plan(SCALE, [stem])
@@ -47,7 +47,9 @@ for page, stem in NAMES.items():
     RUNS[page] = [one.name for one in planned]
     DONE[page] = [str(file) for one in planned for file in engine.files(one, SCALE) if file.exists()]
     if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the pages that are asked for
-        MISSING |= {one.name: one for one in planned if not engine.state(one, SCALE).done}
+        MISSING |= {one.name for one in planned if not engine.state(one, SCALE).done}
+
+MISSING = [one.name for one in plan.sound(SCALE)[0] if one.name in MISSING]  # in the order of configs/order.yaml
 
 # What is timed: at scale gpu on a GPU alone.
 TIMED = {"01_convergence", "08_step_time"}  # pages that show it
@@ -67,7 +69,7 @@ MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, T
 # share. On a cluster each run is a job.
 MOST = 1 if workflow.nodes else len(MISSING) if SCALE == "smoke" else 4
 SIZE = max(1, min(MOST, math.ceil(len(MISSING) / AT_ONCE)))
-NAMED = [list(MISSING)[i : i + SIZE] for i in range(0, len(MISSING), SIZE)]
+NAMED = [MISSING[i : i + SIZE] for i in range(0, len(MISSING), SIZE)]
 BATCHES = {batch[0] if len(batch) == 1 else f"batch-{i}": batch for i, batch in enumerate(NAMED)}
 MARKERS = {name: str(engine.marker(batch, SCALE)) for batch, names in BATCHES.items() for name in names}
 # A marker says that a job has ended, to this call alone: the next one asks the records again. A page that lacks something
