@@ -264,6 +264,7 @@ def _sentence(label: str, deciding: Sequence[JudgedPart]) -> str:
         good = sum(part.label in (REPRODUCED, IN_DIRECTION) for part in deciding)
         holds = {0: "None", len(deciding): "All"}.get(good, str(good))
         text += f". {holds} of the {len(deciding)} parts of the claim {'holds' if good == 1 else 'hold'}"
-        left = len(deciding) - len(ran)
-        text += f", {left} did not run" if left else ""
+        labels = [part.label for part in deciding]
+        open, left = labels.count(UNDECIDED), labels.count(NOT_RUN)
+        text += f", {open} {'is' if open == 1 else 'are'} undecided" * (open > 0) + f", {left} did not run" * (left > 0)
     return text + "."

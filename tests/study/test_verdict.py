@@ -278,6 +278,7 @@ def test_c3_needs_all_numbers_of_experts_of_a_seed():
     found = judged("C3", losses(**numbers))
     assert found.label == UNDECIDED and found.parts[0].seeds == 2
     assert "a verdict needs 3 seeds" in found.parts[0].sentence
+    assert found.sentence.endswith("None of the 2 parts of the claim hold, 2 are undecided.")
     assert found.parts[0].missing == ("EC-CF2 renormalized, 32 experts s0", "EC-CF2 renormalized, 32 experts s3")
 
 
