@@ -63,7 +63,7 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
     import lightning as L
 
     from ecmoe.training.gpus import place
-    from ecmoe.training.run import train_run
+    from ecmoe.training.run import free_memory, train_run
 
     class Enough(Exception):
         pass
@@ -78,6 +78,7 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
         folder = Path(aside)
         with contextlib.suppress(Enough):
             train_run(config, folder, callbacks=[Stop()], where=where)
+        free_memory()  # for the next
         write_record(
             folder / "record.json",
             Result(record.summary, pd.read_csv(folder / "curve.csv", float_precision="round_trip")),
