@@ -99,18 +99,36 @@ def _rank(rank: int, port: int, work, results) -> None:
 
 
 @pytest.fixture(scope="session")
-def two_ranks():
+def forked():
+    """`forked(work)`: a process that does it, begun; it has all that is imported here."""
+
+    def start(work, *args) -> multiprocessing.Process:
+        process = multiprocessing.get_context("fork").Process(target=work, args=args)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """`free_port()`: one on which nobody listens."""
+
+    def port() -> int:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return s.getsockname()[1]
+
+    return port
+
+
+@pytest.fixture(scope="session")
+def two_ranks(forked, free_port):
     """`two_ranks(work)`: [work(0), work(1)], each in a process of a gloo group of two; what it returns must be no tensor."""
 
     def run(work) -> list:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        context = multiprocessing.get_context("fork")
-        results = context.Queue()
-        ranks = [context.Process(target=_rank, args=(rank, port, work, results)) for rank in range(2)]
-        for rank in ranks:
-            rank.start()
+        results, port = multiprocessing.get_context("fork").Queue(), free_port()
+        ranks = [forked(_rank, rank, port, work, results) for rank in range(2)]
         found = dict(results.get(timeout=90) for _ in ranks)
         for rank in ranks:
             rank.join(timeout=60)

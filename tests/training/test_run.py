@@ -1,12 +1,12 @@
 """run_or_load: once and only once; resumed to the last bit; failures and divergence are kept, not hidden."""
 
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from types import SimpleNamespace
 
@@ -29,21 +29,10 @@ from ecmoe.training.result import not_run, read_record, read_run, write_run
 from ecmoe.training.run import _share_compiled_code
 
 
-def start(config: RunConfig, code: str = "", **environment: str) -> subprocess.Popen:
-    """Train in a process of its own; `code` runs first."""
-    script = textwrap.dedent(code) + textwrap.dedent(f"""
-        import torch; torch.set_num_threads(1)
-        from ecmoe import RunConfig, run_or_load
-        result = run_or_load(RunConfig.from_dict({config.to_dict()!r}))
-        print(result.summary["status"])
-    """)
-    return subprocess.Popen(
-        [sys.executable, "-c", script],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(config: RunConfig) -> subprocess.Popen:
+    """Train in a process of its own, begun."""
+    script = f"from ecmoe import RunConfig, run_or_load; run_or_load(RunConfig.from_dict({config.to_dict()!r}))"
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_second_call_loads_the_first(tiny_config, monkeypatch):
@@ -231,7 +220,7 @@ def test_diverged_run_ends_as_diverged_with_its_last_good_checkpoint(tiny_config
     assert run_or_load(config).summary["status"] == "diverged"
 
 
-def test_killed_and_resumed_ends_the_same_to_the_last_bit(tiny_config):
+def test_killed_and_resumed_ends_the_same_to_the_last_bit(tiny_config, forked):
     # A router with noise, micro-batches and a checkpoint between validations: all state must come back.
     config = tiny_config(seed=17, router="token_choice", capacity_factor=1.0, balance="importance_load",
                          accumulate=2, checkpoint_every=3, steps=10)  # fmt: skip
@@ -239,17 +228,20 @@ def test_killed_and_resumed_ends_the_same_to_the_last_bit(tiny_config):
     weights = load_model(whole.path).state_dict()
     whole.path.rename(whole.path.with_name("whole"))
 
-    process = start(config, """
-        import os, signal
-        from ecmoe.training.recorder import Recorder
+    def killed() -> None:
         end = Recorder.on_train_batch_end
-        def kill(self, trainer, *a):
-            end(self, trainer, *a)
-            if trainer.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)
+
+        def kill(self, trainer, *args):
+            end(self, trainer, *args)
+            if trainer.global_step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
         Recorder.on_train_batch_end = kill
-    """)  # fmt: skip
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        run_or_load(config, progress=False)
+
+    process = forked(killed)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     folder = paths.runs() / config.name
     assert (folder / "last.ckpt").exists() and not (folder / "summary.json").exists()
 
@@ -279,13 +271,19 @@ def test_resume_right_after_a_validation(tiny_config, every):
     pd.testing.assert_frame_equal(again.curve[["val_loss"]], whole.curve[["val_loss"]], check_exact=True)
 
 
-def test_two_processes_that_want_the_same_run_train_it_once(tiny_config):
-    config = tiny_config(seed=25, steps=20)
-    processes = [start(config), start(config)]
-    outputs = [process.communicate() for process in processes]
-    assert [out.strip() for out, _ in outputs] == ["finished", "finished"], outputs
-    trained = ["step 20/20" in err for _, err in outputs]
-    assert sorted(trained) == [False, True]
+def test_two_processes_that_want_the_same_run_train_it_once(tiny_config, forked):
+    config, results = tiny_config(seed=25, steps=20), multiprocessing.get_context("fork").Queue()
+
+    def train() -> None:
+        trained = []
+        fit = L.Trainer.fit
+        L.Trainer.fit = lambda *args, **keys: (trained.append(1), fit(*args, **keys))
+        results.put((run_or_load(config, progress=False).ok, len(trained)))
+
+    processes = [forked(train) for _ in range(2)]
+    assert sorted(results.get(timeout=60) for _ in processes) == [(True, 0), (True, 1)]
+    for process in processes:
+        process.join()
 
 
 def test_arms_with_the_same_seed_see_the_same_batches(tiny_config):
@@ -357,15 +355,27 @@ def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config,
 TWENTY = {"seed": 40, "steps": 20, "max_experts_per_token": 2}
 
 
+def _as_rank(config: RunConfig, rank: int, port: int) -> None:
+    """What torchrun tells its ranks, without the seconds that it takes."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_or_load(config, progress=False)
+
+
 @pytest.mark.parametrize(("strategy", "eval_batches", "eval_every"), [("ddp", 4, 10), ("fsdp2", 6, 8), ("ep", 4, 10)])
-def test_two_ranks_by_torchrun_are_one_process_over_both_batches(tiny_config, strategy, eval_batches, eval_every):
+def test_two_ranks_are_one_process_over_both_batches(
+    tiny_config, forked, free_port, strategy, eval_batches, eval_every
+):
     """Two gloo processes train one model; the tokens of both compete. With 20 steps, 8 and 16 leave one at the end."""
     keys = TWENTY | {"eval_every": eval_every}
     two = tiny_config(**keys, strategy=strategy, devices=2, batch_size=4, eval_batches=eval_batches)
-    began = time.time()
-    result = run_or_load(two, progress=False)
+    if strategy != "fsdp2":  # once by torchrun itself
+        port = free_port()
+        ranks = [forked(_as_rank, two, rank, port) for rank in range(2)]
+        for rank in ranks:
+            rank.join(timeout=100)
+    result = run_or_load(two, train=strategy == "fsdp2", progress=False)
     assert result.ok, result.summary["error"]
-    assert time.time() - began < 200
     one = run_or_load(tiny_config(**keys, batch_size=8, eval_batches=eval_batches // 2), progress=False)
     assert result.summary["world_size"] == 2 and result.summary["tokens"] == one.summary["tokens"]
     assert (
@@ -451,11 +461,10 @@ TINY = ["layers=2", "d_model=16", "d_ff=16", "heads=2", "num_experts=4", "batch_
         "eval_batches=1", "max_bytes=200000", "eval_every=20"]  # fmt: skip
 
 
-def command(tmp_path, *settings: str, **environment: str) -> subprocess.Popen:
+def command(tmp_path, *settings: str) -> subprocess.Popen:
     """`ecmoe train` in a home of its own."""
     call = [sys.executable, "-m", "ecmoe", "train", *(word for s in [*TINY, *settings] for word in ("--set", s))]
-    home = {"ECMOE_HOME": str(tmp_path)}
-    return subprocess.Popen(call, env=os.environ | home | environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(call, env=os.environ | {"ECMOE_HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
 
 
 def test_sigterm_ends_with_143_and_the_next_call_goes_on(tmp_path):
@@ -501,10 +510,14 @@ def test_what_sigterm_ended_goes_on_to_the_last_bit(tiny_config, at, accumulate)
          "SLURM_NODELIST": "localhost"},
     ],
 )  # fmt: skip
-def test_rank_variables_of_others_say_nothing_of_a_run(tmp_path, left_over):
-    with command(tmp_path, "steps=2", **left_over) as process:
-        _, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
+def test_rank_variables_of_others_say_nothing_of_a_run(tiny_config, tmp_path, forked, left_over):
+    def train() -> None:
+        os.environ |= left_over | {"ECMOE_HOME": str(tmp_path)}
+        run_or_load(tiny_config(steps=2), progress=False)
+
+    process = forked(train)
+    process.join(timeout=60)
+    assert process.exitcode == 0
     assert {path.name for path in tmp_path.glob("runs/*/*")} >= {"summary.json", "model.safetensors", "curve.csv"}
 
 
