@@ -35,8 +35,7 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)
     parts = {
-        "What holds": markup("what_holds", answer(scale, verdicts))
-        + scoreboard_html(verdicts, {page["name"] for page in pages}),
+        "What holds": scoreboard_html(verdicts, answer(scale, verdicts), {page["name"] for page in pages}),
         "All pages": markup("listing", pages),
         "Search": markup(
             "search", [[page["file"], page["title"], *part] for page in pages for part in page["sections"]]

@@ -15,6 +15,7 @@ from ecmoe.report.markup import COLORS, TEMPLATE, markup, table_html
 from ecmoe.report.plots.effects import all_effects
 from ecmoe.report.plots.parts import Plot
 from ecmoe.study import engine, plan
+from ecmoe.study.answer import Answer
 from ecmoe.study.estimate import Unit
 from ecmoe.study.label import PLUMBING
 from ecmoe.study.verdict import ClaimVerdict, JudgedPart
@@ -24,17 +25,17 @@ Verdicts = Mapping[str, ClaimVerdict]
 CAPTION = "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals, colours: verdicts."
 
 
-def scoreboard_html(verdicts: Verdicts, pages: Collection[str]) -> Markup:
+def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Collection[str]) -> Markup:
     """The claims of a scale.
 
     Args:
-        verdicts: of `verdict.judge_all`. pages: names of those that are there, to link to.
+        verdicts: of `verdict.judge_all`. answer: the same in words. pages: names of those that are there, to link to.
     """
     tally = Counter(verdict.label for verdict in verdicts.values())
     plot = effects(verdicts)
     shown = "" if plot.figure is None else markup("figure", plot.svg(), CAPTION, table_html(plot.data))
     claims = [(v, v.about.page if v.about.page in pages else "", judged_html(v)) for v in verdicts.values()]
-    return markup("board", [(label, tally[label]) for label in COLORS if tally[label]], claims, shown)
+    return markup("board", [(label, tally[label]) for label in COLORS if tally[label]], answer, claims, shown)
 
 
 def effects(verdicts: Verdicts) -> Plot:

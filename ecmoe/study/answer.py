@@ -24,7 +24,7 @@ CHOICE = (
 NOT = {
     CONTRADICTED: "the opposite was found for {n} ({said})",
     NO_EFFECT: "no effect was found for {n} ({said})",
-    UNDECIDED: "{n} {are} undecided ({said})",
+    UNDECIDED: "{n} {are} undecided ({ids})",
     NOT_RUN: "{n} {are} not run yet ({ids})",
 }
 

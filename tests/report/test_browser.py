@@ -135,6 +135,7 @@ def test_on_paper_nothing_is_cut_off(folder, tab):
         tab.open(folder / name, 720, media="print")
         assert tab.js("document.documentElement.scrollWidth") <= 720
         assert tab.js("getComputedStyle(document.querySelector('nav.top')).display") == "none"
+        assert tab.js("getComputedStyle(document.querySelector('main .badge')).color") == "rgb(0, 0, 0)"
         wide = tab.js(
             "[...document.querySelectorAll('main table, main svg, main .badge')].map(e => e.getBoundingClientRect().right)"
         )

@@ -7,6 +7,7 @@ from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.report import scoreboard
 from ecmoe.study import arms
+from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
 from tests.study.test_verdict import judged, losses, seeds
 
@@ -70,7 +71,9 @@ def verdicts():
 
 
 def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
-    page = BeautifulSoup(scoreboard.scoreboard_html(verdicts, {"05_other_routers"}), "html.parser")
+    page = BeautifulSoup(
+        scoreboard.scoreboard_html(verdicts, answer("gpu", verdicts), {"05_other_routers"}), "html.parser"
+    )
     assert {li.span.text: li.text.split()[-1] for li in page.find(class_="tally").find_all("li")} == {
         "reproduced": "1", "no effect": "1", "not run": "1",
     }  # fmt: skip
@@ -109,7 +112,7 @@ def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
 
 def test_smoke_judges_nothing():
     found = {"C6": judged("C6", losses(**HASH), scale="smoke")}
-    page = BeautifulSoup(scoreboard.scoreboard_html(found, ()), "html.parser")
+    page = BeautifulSoup(scoreboard.scoreboard_html(found, answer("smoke", found), ()), "html.parser")
     assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text and not page.find("svg")
 
 
