@@ -98,7 +98,8 @@ def results(name):
     if NAMES[name] in TIMED:
         made |= {BENCH} if MEASURE else {file for file in TIMES if os.path.exists(file)}
     asked = any(file in (BENCH, *MARKERS.values()) for file in made)
-    return DONE[name] + sorted(made) + [str(ASKED)] * asked
+    repeats = [str(file) for file in Path(REPORTS, "repeats").glob("*.json")]
+    return DONE[name] + sorted(made) + sorted(repeats) + [str(ASKED)] * asked
 
 
 localrules: all, index
