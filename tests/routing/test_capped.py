@@ -100,6 +100,10 @@ def test_pools_are_solved_apart():
     for pool in range(2):
         best = optimum(S[pool].numpy(), 16, 2)
         assert (S[pool] * X[pool]).sum().item() >= 0.99 * best
+    A = dykstra(S, torch.tensor([16, 16]), 2, torch.ones(2, 64, dtype=torch.bool))
+    for pool in range(2):
+        alone = dykstra(S[pool : pool + 1], torch.tensor([16]), 2, torch.ones(1, 64, dtype=torch.bool))
+        torch.testing.assert_close(A[pool : pool + 1], alone)
 
 
 @pytest.mark.parametrize("kind", ["biased", "peaked", "equal"])
