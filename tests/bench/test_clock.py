@@ -1,5 +1,7 @@
 """One clock for all rows."""
 
+import time
+
 import pytest
 import torch
 
@@ -15,6 +17,10 @@ def test_calls_are_taken_in_turns_each_in_another_order():
     assert all(sorted(turn) == list("abc") for turn in turns) and {turn[0] for turn in turns} == set("abc")
     assert {name: len(samples) for name, samples in times.items()} == {"a": 20, "b": 20, "c": 20}
     assert all(sample >= 0 for samples in times.values() for sample in samples)
+
+
+def test_a_call_takes_what_it_takes():
+    assert 0.02 <= timing.seconds(lambda: time.sleep(0.02), CPU) < 2
 
 
 def test_median_and_quartiles_in_milliseconds():

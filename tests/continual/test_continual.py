@@ -370,3 +370,9 @@ def test_a_gate_never_trains_on_the_images_that_measure_relatedness(monkeypatch)
     new_gate(DIGITS, settings).learn(x, task.y, task.held)
     assert losses[0].isfinite() and losses[1].isnan()  # the expert sees all
     assert measured[0].isnan().all() and len(measured[0]) == task.held.sum()
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8), (1, 8, 6)])
+def test_a_patch_divides_both_sides(shape):
+    with pytest.raises(ConfigError, match="patch=4 doesn't divide images of"):
+        PatchNet(shape, 2, 4, 8, 1, lambda: dense_ffn(8, 8))

@@ -125,6 +125,9 @@ def test_another_folder_of_the_same_name_is_another(tmp_path):
     assert len(images.load(data).train_y) == 8  # what is in memory is found by content
     stated = with_content(data)
     assert stated == f"{data}#" + with_content(f"images:{tmp_path / 'A' / 'cats'}")[-16:]
+    (tmp_path / "B").rename(tmp_path / "gone")
+    assert with_content(data) == stated  # what was read is known by what it held
+    (tmp_path / "gone").rename(tmp_path / "B")
     picture(7).save(tmp_path / "B" / "cats" / "cat" / "0.png")
     with pytest.raises(ConfigError, match="by now, not what is stated"):
         images.load(stated)

@@ -512,6 +512,12 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study):
     assert judge_all("gpu")["C5"] == found and judge("C5", "smoke").label == PLUMBING
 
 
+def test_a_number_of_the_routing_is_a_number_of_the_run(study):
+    arm = "EC-CF2 renormalized"
+    evidence = study({arm: 3.6}, "04_capped_experts", routing={"share_1": 0.25})
+    assert set(evidence.values(arm, "share_1").values()) == {0.25} and evidence.values(arm, "share_2") == {}
+
+
 def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     study(
         {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"

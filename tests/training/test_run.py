@@ -271,6 +271,13 @@ def test_resume_right_after_a_validation(tiny_config, every):
     pd.testing.assert_frame_equal(again.curve[["val_loss"]], whole.curve[["val_loss"]], check_exact=True)
 
 
+def test_a_checkpoint_holds_the_row_of_its_step(tiny_config, monkeypatch):
+    saved, save = [], Recorder.save
+    monkeypatch.setattr(Recorder, "save", lambda self, trainer: (saved.append((trainer.global_step, list(self.rows))), save(self, trainer)))  # fmt: skip
+    run_or_load(tiny_config(seed=66, steps=5, eval_every=2, checkpoint_every=1), progress=False)
+    assert saved == [(1, []), (2, [2]), (3, [2]), (4, [2, 4])]  # once a step, and none after the last
+
+
 def test_two_processes_that_want_the_same_run_train_it_once(tiny_config, forked):
     config, results = tiny_config(seed=25, steps=20), multiprocessing.get_context("fork").Queue()
 
