@@ -211,6 +211,19 @@ def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
     assert "nothing" in table_html(pd.DataFrame())
 
 
+def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
+    report.show_table(pd.DataFrame({"arm": ["a", "b"], "loss": [np.nan] * 2, "against": ["(not run)", None]}), "Losses")
+    assert BeautifulSoup(shown[0], "html.parser").find(class_="not-run").text == "Not run: Losses"
+    report.finding("a minus b is (not run).", page="13_gates", scale="gpu", ran=False)
+    page = BeautifulSoup(shown[1], "html.parser")
+    assert page.find(class_="badge").text == "not run" and "at scale gpu" in page.find(class_="said").text
+    assert page.code.text == "ecmoe runs 13_gates --scale gpu --train"
+    report.finding("a minus b is +0.1, a minus c is (not run).", page="13_gates", scale="gpu")
+    report.finding("a minus b is +0.1.", page="13_gates", scale="smoke")
+    labels = [BeautifulSoup(part, "html.parser").find(class_="badge").text for part in shown[2:]]
+    assert labels == ["finding", "plumbing only"] and "--train" in shown[2] and "--train" not in shown[3]
+
+
 def test_text_is_coloured_by_count_and_escaped(shown):
     report.show_text(["a ", EVIL, "\n"], [1, 0, 12], "A caption <b>")
     page = BeautifulSoup(shown[0], "html.parser")
