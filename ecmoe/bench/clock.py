@@ -51,7 +51,8 @@ def timed(
     Args:
         then: (the calls that work, absent) -> calls that are timed after all others, on a GPU alone.
     """
-    check_repeats(repeats)
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
     device, absent, works, memory = this_device(), [], {}, {}
     torch._dynamo.reset()
     # Let many layers that share their code be compiled side by side, each for its own sizes and numbers.
@@ -144,20 +145,9 @@ def spread(samples: list[float]) -> dict[str, float]:
     return {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
 
 
-def check_repeats(repeats: int) -> None:
-    """Raise a ValueError where they are too few."""
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
-
-
 def this_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def products_in(device: torch.device) -> torch.dtype:
-    """What layers are timed in."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def tabled(rows: list[dict], absent: list[str], setting: Mapping[str, Any], **more: Any) -> pd.DataFrame:

@@ -94,12 +94,8 @@ def kind_of(name: str) -> str:
 
 def by_kind(spent: dict[str, float]) -> pd.DataFrame:
     """Rows of kind, ms, share and most (names), the longest first."""
-    kinds: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, ms in spent.items():
-        kinds[kind_of(name)][name] = ms
-    total, rows = sum(spent.values()), []
-    for kind, names in kinds.items():
-        most = "; ".join(name[:60] for name in sorted(names, key=names.__getitem__, reverse=True)[:3])
-        ms = sum(names.values())
-        rows.append({"kind": kind, "ms": ms, "share": ms / total, "most": most})
-    return pd.DataFrame(rows).sort_values("ms", ascending=False, ignore_index=True)
+    names = pd.Series(spent).sort_values(ascending=False)
+    kinds = names.groupby(kind_of)
+    most = kinds.apply(lambda of: "; ".join(name[:60] for name in of.index[:3]))
+    table = pd.DataFrame({"ms": kinds.sum(), "share": kinds.sum() / names.sum(), "most": most})
+    return table.rename_axis("kind").sort_values("ms", ascending=False).reset_index()

@@ -39,7 +39,6 @@ def bench_scaling(
         a row per strategy and number: milliseconds of a step with quartiles, tokens per second, of_ideal (of one device's times
         their number), and the memory of the first rank at most. `attrs` hold the setting, and in absent what could not be trained.
     """
-    timing.check_repeats(repeats)
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
     rows, absent = [], []
     for n in devices:

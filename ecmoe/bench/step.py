@@ -68,7 +68,6 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, narrow: bool = Fals
         the fields of a `Row`: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
         device's is known), peak memory on a GPU, and in samples_ms every repeat; `attrs` hold the setting.
     """
-    timing.check_repeats(repeats)
     device, configs = timing.this_device(), arms(sizes)
     if narrow:
         configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
