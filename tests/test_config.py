@@ -158,3 +158,32 @@ def test_what_a_router_reads_makes_another_run_and_nothing_else_does(router):
 
 def test_a_solver_of_no_cap_is_no_other_run():
     assert RunConfig(cap_solver="dykstra").digest() == RunConfig().digest()
+
+
+def test_ranks_are_counted_over_all_nodes():
+    config = RunConfig(devices=2, num_nodes=3, strategy="ddp", num_experts=6, batch_size=6)
+    assert (
+        config.ranks == 6 and config.pool_tokens == 6 * 6 * 128 and config.replace(pool="rank").pool_tokens == 6 * 128
+    )
+    assert config.replace(pool="position").pool_tokens == 36
+    assert config.tokens_per_batch == 6 * 6 * 128
+
+
+def test_on_one_rank_its_pool_is_the_batch():
+    assert RunConfig(pool="rank").name == RunConfig().name
+    two = RunConfig(devices=2, strategy="ddp")
+    assert two.replace(pool="rank").name != two.name
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"strategy": "ep", "devices": 3}, "num_experts=8.*3 ranks"),
+        ({"strategy": "ep", "devices": 2, "router": "dense"}, "router='dense'"),
+        ({"strategy": "ep", "devices": 2, "optimizer": "adafactor"}, "optimizer='adafactor' with strategy='ep'"),
+        ({"strategy": "fsdp2", "optimizer": "adafactor"}, "optimizer='adafactor' with strategy='fsdp2'"),
+    ],
+)
+def test_what_cannot_be_sharded_is_said(keys, said):
+    with pytest.raises(ConfigError, match=said):
+        RunConfig(**keys)

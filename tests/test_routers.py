@@ -42,6 +42,8 @@ EC, TOP2 = (
         (TOP2 | {"priority": "score"}, "GShard top-2 raw batch priority"),
         (TOP2 | {"balance": "bias"}, "GShard top-2 raw loss-free bias"),
         ({"router": "hash", "capacity_factor": 1.25}, "Hash"),
+        ({"router": "hash", "capacity_factor": 2.0}, "Hash c=2"),
+        ({"router": "kmeans", "capacity_factor": 1.25}, "K-means"),
         ({"router": "hash", "capacity_factor": 1.25, "hash_table": "balanced"}, "Hash balanced"),
         ({"router": "dense"}, "Dense"),
         ({"router": "dense_moe"}, "Dense MoE"),
@@ -56,6 +58,8 @@ def test_arm_label_says_what_is_unusual(keys, label):
 
 def test_arm_label_leaves_out_what_stands_on_an_axis():
     assert arm_label(RunConfig(**EC, capacity_factor=0.5), axes=["capacity_factor"]) == "EC raw"
+    threshold = RunConfig(router="expert_threshold", capacity_factor=0.5)
+    assert arm_label(threshold, axes=["capacity_factor"]) == "Threshold raw"
     assert arm_label(RunConfig(**TOP2), axes=["capacity_factor", "gate"]) == "GShard top-2"
 
 
@@ -103,7 +107,7 @@ def test_a_router_is_its_file_and_its_row(top_p, tiny_config):
 @pytest.mark.parametrize("name", routers.ROUTERS)
 def test_a_row_is_true_of_its_class(name):
     """Keys exist, the class is built from them, and what an average token is offered is what it gets."""
-    row, config = routers.ROUTERS[name], RunConfig(router=name, capacity_factor=2.0)
+    row, config = routers.ROUTERS[name], RunConfig(router=name, capacity_factor=2.0, num_experts=4, batch_size=4)
     assert set(row.keys) <= set(config.to_dict())
     if row.layer is None:
         with pytest.raises(ValueError, match="no router"):
@@ -113,7 +117,7 @@ def test_a_row_is_true_of_its_class(name):
     assert type(router) is row.cls and router.num_experts == config.num_experts
     n = 64
     ids = torch.arange(n) % 4
-    chosen = router.assign(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)), token_ids=ids, task_ids=ids)
+    chosen = router.assign(torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), token_ids=ids, task_ids=ids)
     offered = chosen.load(n) if chosen.demand is None else chosen.demand
     assert offered.sum() / n == routers.experts_per_token(config.to_dict())
     assert row.capacity == (hasattr(router, "capacity_factor") and name != "expert_threshold")
@@ -135,3 +139,8 @@ def test_a_router_is_built_from_the_keys_that_make_it_another_run_and_no_others(
 
 def test_a_bucket_is_rounded_down_and_never_empty():
     assert [routers.bucket_size(n, 4, 1.5, "down") for n in (10, 8, 2, 1)] == [3, 3, 1, 1]
+
+
+def test_centroids_start_by_the_runs_seed():
+    one, other = (build_router(RunConfig(router="kmeans", seed=seed)).centroids for seed in (0, 1))
+    assert not torch.equal(one, other)

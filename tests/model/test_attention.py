@@ -238,3 +238,9 @@ def test_generation_and_odd_lengths_take_the_plain_path(monkeypatch, anywhere):
     past = []
     layer(torch.randn(2, 128, 16), past)
     assert past[0].shape[2] == 128
+
+
+def test_far_distances_share_what_is_left_of_a_sum_of_zero():
+    sums = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    assert attention._of_table(sums, 2, 5).tolist() == [[1, 2, 0, 0, -3], [8, 16, 0, 0, -24]]
+    assert attention._of_table(sums, 7, 3).tolist() == sums.tolist()  # none is far

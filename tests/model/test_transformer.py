@@ -148,3 +148,9 @@ def test_flops_count_the_output_layer_and_attention():
     config = SMALL.replace(router="dense")
     active = count_parameters(config).active
     assert flops_per_token(config) == 6 * (active + 256 * 16) + 6 * 2 * 12 * 16
+
+
+def test_table_1_has_the_papers_sizes():
+    small, large = TABLE_1["0.1B/64E"].config, TABLE_1["8B/64E"].config
+    assert (small.layers, small.d_model, small.d_ff, small.heads, small.num_experts) == (12, 768, 3072, 12, 64)
+    assert (large.layers, large.d_model, large.d_ff, large.heads, large.num_experts) == (32, 4096, 16384, 32, 64)

@@ -1,8 +1,11 @@
 """LitModel: its loss, its wiring, and that it lives in anyone's Trainer."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -156,3 +159,24 @@ def test_sums_are_of_all_steps_since_they_were_read(tiny_config):
 def test_a_table_that_waits_for_its_counts_is_as_large_as_the_vocabulary(tiny_config):
     lit = LitModel(tiny_config(router="hash", hash_table="balanced", tokenizer="bpe", vocab_size=300))
     assert lit.counts_lack and lit.routers[0].table.shape == (300,)
+
+
+def test_what_was_captured_is_what_trains_and_losses_add_up(tiny_config):
+    lit = LitModel(tiny_config())
+    lit.captured = lambda batch: (torch.tensor(2.0), torch.tensor(0.5))
+    assert [float(lit.training_step(WINDOWS[0], step)) for step in (0, 1)] == [2.5, 2.5]
+    assert {name: float(value) for name, value in lit.sums.items()} == {"loss": 4.0, "aux_loss": 1.0, "count": 2.0}
+
+
+@pytest.mark.parametrize(("strategy", "precision"), [("fsdp2", "bf16-mixed"), ("ep", "32-true")])
+def test_a_sharded_model_reduces_what_it_computes_in(tiny_config, two_ranks, strategy, precision):
+    def work(rank: int) -> list:
+        lit = LitModel(tiny_config(strategy=strategy, devices=2, precision=precision))
+        lit._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+        lit._shard(dist.device_mesh.init_device_mesh("cpu", (2,)))
+        blocks = [block._get_fsdp_state()._fsdp_param_group for block in lit.model.blocks]
+        weights = lit.model.moe_layers[0].w1.to_local()
+        return [str(blocks[0].mp_policy.reduce_dtype), blocks[0].post_forward_mesh_info is None, list(weights.shape)]
+
+    kept = strategy == "ep"  # its blocks stay whole until the backward pass
+    assert two_ranks(work) == [["None" if kept else "torch.bfloat16", kept, [2, 16, 32]]] * 2

@@ -104,3 +104,11 @@ def test_a_fused_run_is_clipped_like_any_other(tiny_config, monkeypatch, tmp_pat
     assert losses[False, 0.001] != pytest.approx(losses[False, 1000.0], rel=2e-4)  # it matters
     for norm in (0.001, 1000.0):
         assert losses[True, norm] == pytest.approx(losses[False, norm], rel=CLOSE)
+
+
+def test_a_fused_step_clips_as_it_reads_and_leaves_gradients_alone():
+    weight = nn.Parameter(torch.zeros(2, device=DEVICE))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.tensor([3.0, 4.0], device=DEVICE)
+    clip([weight, nn.Parameter(torch.zeros(1))], optimizer, 0.5)  # one has no gradient
+    assert weight.grad.tolist() == [3.0, 4.0] and float(optimizer.grad_scale) == pytest.approx(10)

@@ -50,3 +50,31 @@ def test_a_checkpoint_holds_the_mean_of_the_sums(module):
     module.trainer = trainer(2.0)
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["sums"] == {"loss": 4.0, "aux_loss": 1.0, "count": 2.0}
+
+
+def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_config, tmp_path, capsys):
+    lit = LitModel(tiny_config(steps=5, accumulate=3, devices=2, strategy="ddp", checkpoint_every=9))
+    lit._trainer = trainer(2.0)
+    for shared in (1, 2):
+        recorder = Recorder(tmp_path, "run", sharing=lambda n=shared: n)
+        recorder.load_state_dict({"seconds": 6.0, "shared": 1, "marked": [1, 2.0], "rows": []})
+        recorder.began = None
+        lit.sums |= {"loss": torch.tensor(6.0), "count": torch.tensor(2.0)}
+        recorder.on_validation_batch_end(None, lit, {"val_loss": torch.tensor(1.0)}, None, 0)
+        recorder.on_validation_end(trainer(2.0), lit)
+        row = recorder.rows[3]
+        assert row["tokens"] == 3 * 8 * 16 * 3 * 2 and row["seconds"] == 6.0
+        rate = 2 * 8 * 16 * 3 * 2 / (6.0 - 2.0)
+        assert row["tokens_per_second"] == rate if shared == 1 else row["tokens_per_second"] != row["tokens_per_second"]
+        said = capsys.readouterr().err
+        assert "[run] step 3/5  loss 2.0000  validation 1.5000" in said and (f"{rate:,.0f} tokens/s" in said) == (
+            shared == 1
+        )
+
+
+def test_seconds_are_shared_by_the_most_runs_that_were_side_by_side(tmp_path):
+    counts = iter([1, 3, 2])
+    recorder = Recorder(tmp_path, "run", sharing=lambda: next(counts))
+    recorder.began -= 30  # half a minute goes by, and two others come
+    recorder.on_validation_start(None, None)
+    assert recorder.seconds == pytest.approx(10, abs=0.1) and (recorder.shared, recorder.sharing) == (3, 2)

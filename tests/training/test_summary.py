@@ -97,3 +97,8 @@ def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
 def test_images_have_no_perplexity():
     said = summarize(RunConfig(data="digits", patch_size=2, sequence_length=16), CURVE, DATA, MADE, status="finished")
     assert math.isnan(said["perplexity"]) and said["val_loss"] == 2.25
+
+
+def test_a_run_without_a_row_says_nothing_of_routing(tiny_config):
+    said = summarize(tiny_config(num_nodes=2, devices=3, strategy="ddp"), CURVE[:0], DATA, MADE, status="diverged")
+    assert said["routing"] == {} and said["steps"] == 0 and math.isnan(said["step_ms"]) and said["world_size"] == 6

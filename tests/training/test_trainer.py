@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ecmoe.config import ConfigError
 from ecmoe.training import trainer
@@ -15,3 +17,21 @@ def test_16_bits_take_half_of_the_memory(tiny_config, monkeypatch):
     trainer.check_machine(config.replace(precision="bf16-true"))
     with pytest.raises(ConfigError, match="num_experts=1024.*weights and gradients alone take"):
         trainer.check_machine(config)
+
+
+@pytest.mark.parametrize(("precision", "hook"), [("32-true", None), ("bf16-mixed", bf16_compress_hook)])
+def test_gradients_of_copies_travel_in_the_bits_of_their_factors(tiny_config, precision, hook):
+    config = tiny_config(strategy="ddp", devices=2, precision=precision)
+    ddp = trainer.strategy(config)
+    assert isinstance(ddp, DDPStrategy) and ddp._ddp_comm_hook is hook
+    said = ddp._ddp_kwargs
+    assert said["broadcast_buffers"] is False and said["gradient_as_bucket_view"] and said["static_graph"]
+    assert not trainer.strategy(config.replace(accumulate=2))._ddp_kwargs["static_graph"]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ep"])
+def test_sharded_strategies_take_all_ranks_for_data(tiny_config, name):
+    parallel = trainer.strategy(tiny_config(strategy=name, devices=2, num_nodes=2))
+    assert isinstance(parallel, ModelParallelStrategy)
+    assert (parallel._data_parallel_size, parallel._tensor_parallel_size) == (4, 1)
+    assert trainer.strategy(tiny_config()) == "auto"
