@@ -7,17 +7,14 @@ there is not what the results give.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
-from functools import cache
 
 from ecmoe import paths
 from ecmoe.files import write_text
-from ecmoe.report import plots
-from ecmoe.report.plots.parts import Plot
-from ecmoe.report.scoreboard import CAPTION, claim_table, effects
+from ecmoe.report.plots import Plot, share_of_floor
+from ecmoe.report.scoreboard import CAPTION, Verdicts, claim_table, effects
 from ecmoe.study import speed
 from ecmoe.study.answer import answer
-from ecmoe.study.verdict import ClaimVerdict, judge_all
+from ecmoe.study.verdict import judge_all
 
 
 def update(scale: str = "gpu") -> bool:
@@ -26,35 +23,41 @@ def update(scale: str = "gpu") -> bool:
     Raises:
         ValueError: a mark is missing, or there twice.
     """
-    home = paths.root()
-    path = home / "README.md"
+    path = paths.root() / "README.md"
     old = new = path.read_text(encoding="utf-8")
-    for name, text in sections(scale).items():
+    texts, plots = sections(scale)
+    for name, text in texts.items():
         begin, _, end = _parts(new, name)
         new = f"{begin}\n{text}\n{end}"
-    for name, draw in PICTURES.items():
-        plot, _ = draw(scale)
-        if plot.figure is not None:
-            plot.save(home / image(name, scale))
+    for image, plot in plots.items():
+        plot.save(paths.root() / image)
     if new != old:
         write_text(path, new)
     return new != old
 
 
-def sections(scale: str = "gpu") -> dict[str, str]:
-    """Name of a part -> the Markdown that the committed results give."""
-    found = {"claims": claim_table(_verdicts(scale), f"reports/{scale}/scoreboard.md#{{claim}}")}
-    for name, draw in PICTURES.items():
-        plot, caption = draw(scale)
-        shown = f'<img src="{image(name, scale)}" alt="{html.escape(plot.alt)}">'
-        found[name] = f"{shown}\n\n{caption}" if plot.figure is not None else f"Not run yet: {caption}"
-    found["evidence"] = f"{answer(scale, _verdicts(scale))}\n\n{found['evidence']}"
-    return found
+def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
+    """Name of a part -> the Markdown that the committed results give; file of an image -> the figure."""
+    verdicts, plots = judge_all(scale), {}
+    found = {"claims": claim_table(verdicts, f"reports/{scale}/scoreboard.md#{{claim}}")}
+    for name, (plot, caption) in _pictures(scale, verdicts).items():
+        found[name] = f"Not run yet: {caption}"
+        if plot.figure is not None:
+            image = f"reports/{scale}/readme-{name}.png"
+            found[name] = f'<img src="{image}" alt="{html.escape(plot.alt)}">\n\n{caption}'
+            plots[image] = plot
+    found["evidence"] = f"{answer(scale, verdicts)}\n\n{found['evidence']}"
+    return found, plots
 
 
-def image(name: str, scale: str) -> str:
-    """A figure's file, as seen from the README."""
-    return f"reports/{scale}/readme-{name}.png"
+def _pictures(scale: str, verdicts: Verdicts) -> dict[str, tuple[Plot, str]]:
+    """Name of a part -> its figure, and what it shows."""
+    plan = speed.plan(scale)
+    found = speed.measured(speed.jobs(**plan), scale=scale, measure=False)
+    size = next(iter(plan["layer_sizes"]))
+    device = (found[speed.layer_file(size)] or {}).get("setting", {}).get("device", "no device yet")
+    of_layer = f"Speed of the layer, routing included, as a share of its matrix products alone, on one {device}; *triton* is our path on a GPU, rows without it are plain PyTorch."
+    return {"evidence": (effects(verdicts), CAPTION), "speed": (share_of_floor(speed.layers(found, [size])), of_layer)}
 
 
 def part(text: str, name: str) -> str:
@@ -69,29 +72,3 @@ def _parts(text: str, name: str) -> tuple[str, str, str]:
         raise ValueError(f"README.md must hold {begin} and then {end}, once each")
     (before, rest), after = text.split(begin), text.split(end)[1]
     return before + begin, rest.split(end)[0], end + after
-
-
-@cache
-def _verdicts(scale: str) -> dict[str, ClaimVerdict]:
-    return judge_all(scale)
-
-
-# A figure, and what it shows.
-
-
-def _evidence(scale: str) -> tuple[Plot, str]:
-    return effects(_verdicts(scale)), CAPTION
-
-
-def _shares(scale: str) -> tuple[Plot, str]:
-    plan = speed.plan(scale)
-    found = speed.measured(speed.jobs(**plan), scale=scale, measure=False)
-    size = next(iter(plan["layer_sizes"]))
-    device = (found[speed.layer_file(size)] or {}).get("setting", {}).get("device", "no device yet")
-    return plots.share_of_floor(speed.layers(found, [size])), (
-        f"Speed of the layer, routing included, as a share of its matrix products alone, on one {device}; *triton* is our path on a GPU, rows without it "
-        "are plain PyTorch."
-    )
-
-
-PICTURES: dict[str, Callable[[str], tuple[Plot, str]]] = {"evidence": _evidence, "speed": _shares}

@@ -21,19 +21,19 @@ def committed(monkeypatch):
 
 
 def test_every_generated_part_is_what_the_results_give():
-    for name, text in readme.sections().items():
+    for name, text in readme.sections()[0].items():
         assert readme.part(TEXT, name).strip() == text, f"{name}: run `ecmoe readme`"
 
 
 def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
     made = {"evidence": "![new]", "claims": "| new |"}
-    monkeypatch.setattr(readme, "sections", lambda scale: made)
+    drawn = Drawn()
+    monkeypatch.setattr(readme, "sections", lambda scale: (made, {"figure.png": drawn}))
     monkeypatch.setattr(readme.paths, "root", lambda: tmp_path)
-    monkeypatch.setattr(readme, "PICTURES", {"evidence": lambda _: (Drawn(), "")})
     page = tmp_path / "README.md"
     marks = "{} a\n<!-- {}:begin -->\nold\n<!-- {}:end -->\n"
     page.write_text("".join(marks.format(name, name, name) for name in made) + "last\n")
-    assert readme.update("gpu") and not readme.update("gpu")
+    assert readme.update("gpu") and not readme.update("gpu") and drawn.path == tmp_path / "figure.png"
     for name, text in made.items():
         assert readme.part(page.read_text(), name) == f"\n{text}\n"
     assert page.read_text().startswith("evidence a\n") and page.read_text().endswith("\nlast\n")
@@ -45,10 +45,8 @@ def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
 class Drawn:
     """A figure that need not be drawn."""
 
-    figure = property(lambda self: self)
-
-    def save(self, _):
-        pass
+    def save(self, path):
+        self.path = path
 
 
 def test_the_layer_example_runs():
