@@ -42,6 +42,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"relative_max_distance": 10**15}, ["relative_max_distance", "at most 1e+06"]),
         ({"learning_rate": "1e-3"}, ["learning_rate", "'1e-3'", "write 1.0e-3"]),
         ({"learning_rate": 1e38}, ["learning_rate=1e+38", "at most 1e+30"]),
+        ({"router": "token_choice", "top_k": 5, "num_experts": 4}, ["top_k=5", "num_experts=4"]),
         ({"learning_rate": "nan"}, ["learning_rate", "'nan'", "float"]),
         ({"steps": 10.0}, ["steps", "10.0", "write 10"]),
         ({"steps": "10"}, ["steps", "'10'", "write 10"]),
