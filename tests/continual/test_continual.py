@@ -119,6 +119,18 @@ def test_a_new_expert_starts_from_the_most_related_one(learned, monkeypatch):
     assert not torch.equal(start["head.weight"], source["head.weight"])
 
 
+def test_gates_and_experts_are_trained_each_by_their_own_keys(monkeypatch):
+    fitted = []
+    monkeypatch.setattr(expert_gate, "fit", lambda parameters, loss, n, *how: fitted.append(how))
+    settings = Settings(**FAST)
+    task = split(images.load("digits"), settings)[0]
+    new_gate(DIGITS, settings).learn(task.x, task.y, task.held)
+    assert fitted == [
+        (settings.gate_steps, settings.batch_size, settings.gate_learning_rate),
+        (settings.steps, settings.batch_size, settings.learning_rate),
+    ]
+
+
 @pytest.mark.parametrize(("threshold", "how"), [(-1e9, "LwF"), (1e9, "fine-tuning")])
 def test_the_threshold_decides_between_lwf_and_fine_tuning(learned, threshold, how):
     model, tasks, _ = learned

@@ -87,6 +87,12 @@ def test_start_step_skips_what_was_seen(text):
         assert torch.equal(a, b)
 
 
+def test_another_seed_deals_the_windows_in_another_order(text):
+    other = TextData(text.config.replace(seed=1))
+    other.setup("fit")
+    assert not torch.equal(next(iter(other.train_dataloader())), next(iter(text.train_dataloader())))
+
+
 def test_validation_is_fixed_spread_out_and_not_trained_on(text):
     batches = list(text.val_dataloader())
     assert [b.shape for b in batches] == [(4, 33)] * 6

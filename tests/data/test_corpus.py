@@ -48,6 +48,12 @@ def test_xz_is_the_same_text(tmp_path):
     assert "".join(plain) == text and plain == packed and len(plain) > 1
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_mark_of_utf_8_is_no_text(tmp_path, name):
+    (tmp_path / name).write_text("\ufeff" + ('{"text": "one"}' if name == "a.jsonl" else "one"), encoding="utf-8")
+    assert [text for _, text in open_corpus(str(tmp_path / name)).train] == ["one"]
+
+
 def test_rows_of_json_are_documents(tmp_path):
     rows = [{"text": f"row {i}", "label": i} for i in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -268,7 +274,8 @@ def test_wikitext_rows_are_lines_of_articles(monkeypatch):
 def test_enwik8_is_read_without_its_script(monkeypatch):
     hub = FakeHub(monkeypatch, train=["<page>\n", "\n", "x\n"])
     found = open_corpus("enwik8")
-    assert "".join(t for _, t in found.train) == "<page>\n\nx\n" and found.validation is None
+    ((unit, text),) = found.train
+    assert (unit, text) == ("enwik8", "<page>\n\nx\n") and found.validation is None  # one unit: never split at random
     assert hub.asked[0][0][0] == "text" and hub.asked[0][1]["data_files"].endswith("enwik8.zip")
 
 

@@ -85,6 +85,15 @@ def test_a_task_that_is_nowhere_says_where_it_could_be(tmp_path, monkeypatch):
         tasks.load("sst")
 
 
+def test_the_hub_has_its_own_names(monkeypatch):
+    asked = []
+    row = {"premise": "a", "hypothesis": "b", "label": 2}
+    sets = {"train": [row] * 3, "validation_matched": [row] * 2}
+    monkeypatch.setattr("datasets.load_dataset", lambda *names: asked.append(names) or sets)
+    train, validation = tasks.load("mnli")
+    assert asked == [("nyu-mll/glue", "mnli")] and (len(train.labels), len(validation.labels)) == (3, 2)
+
+
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """Ten modules whose lines say which they are of."""

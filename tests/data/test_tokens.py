@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import io
 import lzma
 import os
 import shutil
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.data import tokens
+from ecmoe.data.corpus import Corpus
 from ecmoe.data.split import SplitText, split
 from ecmoe.data.tokenizer import END
 from ecmoe.data.tokens import load
@@ -113,6 +115,12 @@ def test_max_bytes_ends_between_characters(make, tmp_path, limit):
     found = make(tmp_path / "x.txt", max_bytes=limit)
     text = "".join(found.tokenizer.decode(ids) for ids in (found.train, found.val)).replace(END, "")
     assert limit - 1 <= len(text.encode()) <= limit and set(text) == {"ü", "\n"}
+
+
+@pytest.mark.parametrize("limit, sizes", [(12, [11]), (14, [11]), (15, [11, 6]), (0, [11, 11])])
+def test_no_document_is_cut_to_less_than_a_character_may_take(limit, sizes):
+    corpus = Corpus("", "", "", [("a", "x" * 10), ("b", "y" * 10)])
+    assert SplitText.read(corpus, io.BytesIO(), limit).lengths.tolist() == sizes
 
 
 def test_validation_of_the_source_is_used(monkeypatch, make):

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ecmoe.data import tasks
+from ecmoe.data.batches import Batches
 from ecmoe.data.tokenizer import Bytes
 from ecmoe.measures import fine_tuning
 from ecmoe.measures.fine_tuning import LitFineTuning, fine_tuned
@@ -152,6 +153,19 @@ def test_running_statistics_move_once_a_step(tiny_config):
 )
 def test_what_is_too_long_loses_the_beginning_of_the_longest(pieces, most, fitted):
     assert fine_tuning._fitted(pieces, most) == fitted
+
+
+def test_the_order_of_examples_is_of_the_seed_of_the_run(tiny_config, shouting, monkeypatch):
+    seeds = []
+
+    def batches(parts, batch_size, seed):
+        seeds.append(seed)
+        return Batches(parts, batch_size, seed)
+
+    monkeypatch.setattr(fine_tuning, "Batches", batches)
+    config = tiny_config(router="dense", seed=3)
+    fine_tuned(build_model(config), config, task="cola", folder=str(shouting), steps=1, batch_size=16)
+    assert seeds == [3]
 
 
 def test_what_cannot_be_fine_tuned_is_named(tiny_config, shouting):
