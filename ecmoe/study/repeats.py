@@ -32,7 +32,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
 
     Returns:
         run, router, device, recorded (code of the record), code, rows that were compared, equal, differs (where, and by how
-        much). Kept in reports/SCALE/repeats where the card is the record's: elsewhere it says nothing of the code.
+        much). Kept in reports/SCALE/repeats where the card is the record's (elsewhere it says nothing of the code).
 
     Raises:
         ConfigError: no such record, or one that isn't trained in this process. Damaged: it isn't what was written.
@@ -53,8 +53,10 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
         "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and ours.equals(theirs.loc[ours.index]),
         "differs": differs.to_dict(),
     }  # fmt: skip
-    if found["device"] == record.summary["device"]:
-        write_json(folder(scale) / f"{name}-{found['code']}.json", found, sealed=True)
+    path = folder(scale) / f"{name}-{found['recorded']}-{found['code']}.json"
+    longer = path.exists() and read_json(path, sealed=True)["rows"] > len(ours)  # an earlier one, which says more
+    if found["device"] == record.summary["device"] and not longer:
+        write_json(path, found, sealed=True)
     return found
 
 

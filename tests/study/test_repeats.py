@@ -23,6 +23,7 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     assert found["equal"] and found["rows"] == 3 and found["differs"] == {} and found["router"] == "expert_choice"
     assert repeats.kept("gpu") == [found] and found["recorded"] == found["code"]
     assert repeats.again(config.name, "gpu", steps=3)["rows"] == 2  # a validation follows every second step
+    assert repeats.kept("gpu") == [found]  # the longer one says more
 
     kept = read_record(record)
     other = kept.curve.assign(val_loss=kept.curve["val_loss"] + [0, 0, 1e-6])
@@ -32,15 +33,15 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     assert CliRunner().invoke(app, [*again, "--steps", "4"]).exit_code == 0  # equal so far
     told = CliRunner().invoke(app, again)
     assert told.exit_code == 1 and "of 3 rows some differ: val_loss by up to 1e-06" in told.stdout
-    assert [one["equal"] for one in repeats.kept("gpu")] == [False]
+    assert {one["recorded"]: one["equal"] for one in repeats.kept("gpu")} == {"before": False, found["code"]: True}
     monkeypatch.setattr(repeats, "device_name", lambda: "another")  # says nothing of the code
-    assert not repeats.again(config.name, "gpu", steps=2)["differs"] and not repeats.kept("gpu")[0]["equal"]
+    assert not repeats.again(config.name, "gpu", steps=2)["differs"] and len(repeats.kept("gpu")) == 2
 
     write_record(record, kept)
     assert record.read_bytes() == before and sorted(paths.runs().rglob("*")) == runs
     with pytest.raises(ConfigError, match="nobody: has no record"):
         repeats.again("nobody", "gpu")
-    (file,) = repeats.folder("gpu").iterdir()
+    (file,) = repeats.folder("gpu").glob("*-before-*")
     file.write_text(file.read_text().replace("false", "true"))
     with pytest.raises(Damaged, match="check sum"):
         repeats.kept("gpu")
