@@ -197,3 +197,14 @@ def test_what_a_killed_writer_left_is_swept_away(tiny_config):
     folder.mkdir(parents=True)
     (folder / ".last.ckpt.99.tmp").write_text("half of it")
     assert run_or_load(config, progress=False).ok and not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+
+
+def test_what_was_made_again_and_damaged_takes_no_place(run, tmp_path):
+    config, folder = run
+    shutil.copytree(folder, tmp_path / "again")
+    shutil.move(tmp_path / "again", folder / "again")
+    (folder / "again" / "curve.csv").write_text("step\n1\n")
+    before = (folder / "curve.csv").read_bytes()
+    with pytest.raises(Damaged, match=r"again.curve\.csv is damaged"):
+        run_or_load(config, train=False)
+    assert (folder / "curve.csv").read_bytes() == before

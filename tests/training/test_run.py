@@ -23,7 +23,8 @@ from ecmoe.files import read_json, write_json
 from ecmoe.training import run as train
 from ecmoe.training.continuation import continue_text
 from ecmoe.training.lit import LitModel
-from ecmoe.training.ranks import check_world
+from ecmoe.training.once import LostLock
+from ecmoe.training.ranks import by_torchrun, check_world
 from ecmoe.training.recorder import Recorder
 from ecmoe.training.result import not_run, read_record, read_run, write_run
 from ecmoe.training.run import _share_compiled_code
@@ -405,6 +406,24 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(RuntimeError, match="on 2 devices ended with code -9"):
         run_or_load(config, progress=False)
+
+
+@pytest.mark.parametrize("lost_at", [1, 2])
+def test_ranks_end_where_their_lock_is_lost(tiny_config, tmp_path, monkeypatch, lost_at):
+    (tmp_path / "python").write_text("#!/bin/sh\nread line; echo ended > ended\n")  # its input ends with the call
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def still_ours() -> None:
+        asked.append(time.monotonic())
+        if len(asked) == lost_at:
+            raise LostLock("gone")
+
+    with pytest.raises(LostLock):
+        by_torchrun(tiny_config(devices=2, strategy="ddp"), tmp_path, still_ours)
+    assert (tmp_path / "ended").exists() and asked[-1] - asked[0] >= 2 * (lost_at - 1)  # it asks every other second
 
 
 def test_ranks_end_with_their_caller(tiny_config):
