@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -86,6 +87,7 @@ def execute(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of what `check_parameters` knows to be read
     notebook, out_html = Path(notebook), Path(out_html)
     failed_html = out_html.with_suffix(".failed.html")
 
