@@ -6,7 +6,6 @@ import torch
 from ecmoe import RunConfig, build_model, causal_routing
 from ecmoe.model.generate import generate
 from ecmoe.model.transformer import KeyValueCache
-from ecmoe.routing import routers
 
 CONFIG = RunConfig(layers=4, d_model=32, d_ff=48, heads=4, num_experts=4, sequence_length=24, batch_size=4)
 
@@ -90,8 +89,7 @@ def test_an_untrained_router_has_no_cutoffs():
 
 
 def test_a_model_in_training_generates_as_in_evaluation_and_goes_on_training():
-    model, prompt = warm(), ids(1, 5)
-    expected = generate(model, prompt, 3, temperature=0)
-    before = [router.cutoff.pending.clone() for router in routers(model)]
-    assert torch.equal(generate(model.train(), prompt, 3, temperature=0), expected) and model.training
-    assert all(torch.equal(a, router.cutoff.pending) for a, router in zip(before, routers(model), strict=True))
+    noisy = CONFIG.replace(router="token_choice", balance="importance_load", top_k=1)  # in training alone
+    model, prompt = warm(noisy, torch.float64), ids(1, 5)
+    expected = generate(model, prompt, 16, temperature=0)
+    assert torch.equal(generate(model.train(), prompt, 16, temperature=0), expected) and model.training
