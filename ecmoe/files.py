@@ -81,18 +81,12 @@ def disk_may_be_full(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _disk_is_full(error, path.parent):
-            raise OSError(
-                errno.ENOSPC, f"no space left to write {path}: free some, then call again; what was finished is kept"
-            ) from error
+        # Who writes tensors says it in words of their own, or not at all.
+        in_words = "os error 28" in str(error) or "Writer" in str(error) and shutil.disk_usage(path.parent).free < 2**20
+        if in_words or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            said = f"no space left to write {path}: free some, then call again; what was finished is kept"
+            raise OSError(errno.ENOSPC, said) from error
         raise
-
-
-def _disk_is_full(error: Exception, folder: Path) -> bool:
-    """Who writes tensors says it in words of their own, or not at all."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "os error 28" in str(error) or ("Writer" in str(error) and shutil.disk_usage(folder).free < 2**20)
 
 
 def write_text(path: Path, text: str) -> None:
