@@ -358,6 +358,8 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         value = float(value)
     if isinstance(value, str) and len(value) > 4000:
         raise ConfigError(f"{field.name}={value[:40]!r}...: is a text of {len(value)} letters")
+    if isinstance(value, str) and not value.isascii() and value != value.encode(errors="ignore").decode():
+        raise ConfigError(f"{field.name}={ascii(value)}: holds what is no UTF-8: rename the file, or leave it out")
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise ConfigError(

@@ -55,6 +55,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"seed": 10**23}, ["seed=100000000000000000000000", "at most 9223372036854775807"]),
         ({"learning_rate": 10**400}, ["learning_rate=1000", "at most 9223372036854775807"]),
         ({"data": "/"}, ["data='/'", "name of its own"]),
+        ({"data": "b\udcfcch.txt"}, ["data='b\\udcfcch.txt'", "no UTF-8", "rename"]),  # a file's name in Latin-1
         ({"data": "images:./"}, ["data='images:./'", "images:PATH"]),
         ({"router": "experts"}, ["router", "expert_choice"]),
         ({"heads": 3}, ["heads=3", "d_model=64", "heads may be 1 or 2 or 4 or 8"]),
