@@ -73,6 +73,13 @@ def test_a_loss_that_nobody_differentiates_keeps_no_gradient(monkeypatch):
     assert kept == [True, False, False]
 
 
+def test_under_autocast_float64_stays():
+    given = problem(dtype=torch.float64)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = linear_cross_entropy(*given)
+    torch.testing.assert_close(found, whole(*given), rtol=1e-12, atol=0)
+
+
 def test_under_autocast_products_are_bf16_and_the_rest_is_float32():
     x, weight, targets = problem(200, 64, 300)
     with torch.autocast(DEVICE, torch.bfloat16):
