@@ -61,7 +61,7 @@ def test_each_block_adds_to_the_stream_and_the_norm_comes_last():
 
 def test_initial_values_keep_the_stream_near_1():
     """Fan-in; what adds to the residual stream is scaled by (2 L)^-1/2, and experts by moe_init_scale besides."""
-    d, f, scale = 64, 96, 4.0
+    d, f, scale = 48, 96, 4.0  # no default
     model = build_model(RunConfig(layers=2, d_model=d, d_ff=f, moe_init_scale=scale, relative_init="normal"))
     expected = {
         "embedding.weight": d**-0.5, "blocks.0.attention.qkv.weight": d**-0.5, "blocks.1.attention.out.weight": (4 * d) ** -0.5,

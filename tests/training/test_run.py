@@ -459,13 +459,14 @@ def test_a_rate_is_of_the_steps_since_the_last_row_and_nobodys_beside_others(tmp
     recorder = Recorder(tmp_path, "run", progress=False, sharing=lambda: sharing)
     recorder.marked, recorder.seconds, recorder.losses = (4, 10.0), 14.0, {"val_loss": [torch.tensor(2.0)]}
     ranks = SimpleNamespace(all_gather=lambda value: value[None])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.25}])
     means = {"train_loss": torch.tensor(2.0), "aux_loss": torch.tensor(0.0)}
     module = SimpleNamespace(config=tiny_config(accumulate=2), sums={"count": torch.tensor(1)}, means=lambda: means, statistics={})  # fmt: skip
     recorder.on_validation_end(
-        SimpleNamespace(global_step=12, optimizers=[], is_global_zero=True, strategy=ranks), module
+        SimpleNamespace(global_step=12, optimizers=[optimizer], is_global_zero=True, strategy=ranks), module
     )
     row = recorder.rows[12]
-    assert row["tokens"] == 12 * 256 and row["tokens_per_second"] == pytest.approx(rate, nan_ok=True)
+    assert row["tokens"] == 12 * 256 and row["learning_rate"] == 0.25 and row["tokens_per_second"] == pytest.approx(rate, nan_ok=True)
 
 
 def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config):
