@@ -466,7 +466,11 @@ def test_a_rate_is_of_the_steps_since_the_last_row_and_nobodys_beside_others(tmp
         SimpleNamespace(global_step=12, optimizers=[optimizer], is_global_zero=True, strategy=ranks), module
     )
     row = recorder.rows[12]
-    assert row["tokens"] == 12 * 256 and row["learning_rate"] == 0.25 and row["tokens_per_second"] == pytest.approx(rate, nan_ok=True)
+    assert (
+        row["tokens"] == 12 * 256
+        and row["learning_rate"] == 0.25
+        and row["tokens_per_second"] == pytest.approx(rate, nan_ok=True)
+    )
 
 
 def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config):
