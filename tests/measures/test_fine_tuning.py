@@ -95,8 +95,10 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     monkeypatch.setattr(LitFineTuning, "configure_gradient_clipping", clipped)
     monkeypatch.setattr(LitFineTuning, "predict_step", predicted)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)  # of noise on the logits, where a router has some
+    batches, orders = fine_tuning.Batches, []
+    monkeypatch.setattr(fine_tuning, "Batches", lambda *given: (orders.append(given[2]), batches(*given))[1])
     fine_tuned(build_model(config), config, task="cola", folder=str(shouting), steps=2, batch_size=22)
-    assert seen == {"norms": [1.0, 1.0], "causal": [False, False, True, True]} and seeds[0] == 3
+    assert seen == {"norms": [1.0, 1.0], "causal": [False, False, True, True]} and seeds[0] == 3 and orders == [3]
 
 
 def batch_of(seed, count=8):

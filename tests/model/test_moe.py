@@ -255,3 +255,11 @@ def test_a_copy_leaves_the_last_loss_behind():
     copied = copy.deepcopy(moe)
     assert copied.aux_loss is None and moe.aux_loss.requires_grad
     assert torch.equal(copied.eval()(tokens()), moe.eval()(tokens()))
+
+
+def test_an_empty_batch_has_a_loss_in_training_alone():
+    moe = MoE(TokenChoice(8, 4, 1), 8, 16)
+    moe(torch.zeros(0, 8))
+    assert moe.aux_loss == 0 and moe.aux_loss.requires_grad
+    moe.eval()(torch.zeros(0, 8))
+    assert moe.aux_loss is None

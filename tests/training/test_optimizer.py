@@ -42,9 +42,9 @@ def test_learning_rate_schedules():
     assert [learning_rate_factor(constant, s) for s in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
     paper = RunConfig(schedule="inverse_sqrt", warmup_steps=0, constant_steps=100)
     assert learning_rate_factor(paper, 99) == 1.0 and learning_rate_factor(paper, 399) == pytest.approx(0.5)
-    linear = RunConfig(schedule="linear", warmup_steps=0, steps=100, decay_fraction=0.2)
-    assert learning_rate_factor(linear, 79) == 1.0 and learning_rate_factor(linear, 90) == pytest.approx(0.5)
-    assert learning_rate_factor(linear, 99) == pytest.approx(0.05)
+    linear = RunConfig(schedule="linear", warmup_steps=0, steps=100, decay_fraction=0.5)
+    assert learning_rate_factor(linear, 49) == 1.0 and learning_rate_factor(linear, 75) == pytest.approx(0.5)
+    assert learning_rate_factor(linear, 99) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("fused", [False, True])
