@@ -140,6 +140,7 @@ def test_seeds_that_are_needed_decide_the_margin_as_often_as_they_say():
 
 
 def test_no_spread_has_no_ratio():
+    assert estimate.spread_ratio([1.0, 2.0, 4.0, 5.0], [1.0, 2.0, 4.0]).n == 3  # the fewer of both
     assert estimate.spread_ratio([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).n == 0 == estimate.spread_ratio([1.0, 2.0], [3.0]).n
 
 
