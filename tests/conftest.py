@@ -53,23 +53,20 @@ def home(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    help = "skip tests where they begin to train, to interpret a kernel or to start Python"
+    help = "skip tests where they begin to train, to compile, to interpret a kernel or to start a process"
     parser.addoption("--quick", action="store_true", help=help)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick(request):
-    """With --quick, a test ends as skipped where it begins to train, to interpret a kernel or to start Python. No list to keep."""
+    """With --quick, a test ends as skipped where it begins to train, to compile, to interpret a kernel or to start a process. No list."""
     if not request.config.getoption("--quick"):
         yield
         return
     import lightning
 
-    def fit(*_, **__):
-        pytest.skip("trains")
-
-    def interpret(*_, **__):
-        pytest.skip("interprets a kernel")
+    def ends(why):
+        return lambda *_, **__: pytest.skip(why)
 
     def start(process, args, *rest, **keys):
         if isinstance(args, list | tuple) and os.path.basename(str(args[0])).startswith(("python", "torchrun")):
@@ -78,10 +75,12 @@ def quick(request):
 
     popen = subprocess.Popen.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightning.Trainer, "fit", fit)
-        if INTERPRETED:
-            patch.setattr(interpreter.GridExecutor, "__call__", interpret)
+        patch.setattr(lightning.Trainer, "fit", ends("trains"))
+        patch.setattr(torch, "compile", ends("compiles"))
         patch.setattr(subprocess.Popen, "__init__", start)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", ends("starts a process"))
+        if INTERPRETED:
+            patch.setattr(interpreter.GridExecutor, "__call__", ends("interprets a kernel"))
         yield
 
 

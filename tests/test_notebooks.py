@@ -51,12 +51,14 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def page(home, monkeypatch):
-    """A notebook and its parameters -> its page, as HTML.
+def page(home, monkeypatch, pytestconfig):
+    """A notebook and its parameters -> its page, as HTML; not with --quick.
 
     Cells run in this process, where everything is imported already: a kernel for each notebook would spend most of its time
     on that. What a kernel adds is tried in tests/report/test_page.py.
     """
+    if pytestconfig.getoption("--quick"):
+        pytest.skip("runs a notebook")
     monkeypatch.setenv("ECMOE_HOME", str(home))
     monkeypatch.setattr(load, "_CHECKED", set())
 
