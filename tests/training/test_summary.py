@@ -84,14 +84,17 @@ def test_a_resumed_curve_has_the_rows_of_before(tmp_path):
 
 def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
     """A working tree may move on while a run is under way, whose process has loaded what was there before."""
-    digests = iter(["before", "after"])
-    monkeypatch.setattr(summaries, "code_digest", lambda: next(digests))
-    config = tiny_config(seed=72, steps=4, eval_every=2)
-    changed = L.pytorch.callbacks.LambdaCallback(
-        on_train_start=lambda *_: monkeypatch.setattr(summaries, "commit", lambda: "later")
-    )
-    said = run_or_load(config, progress=False, callbacks=[changed]).summary
-    assert said["code"] == "before" and said["commit"] != "later" and said["started"] <= said["finished"]
+    before = summaries.circumstances()
+
+    def move_on(*_):
+        for name in ("code_digest", "commit"):
+            monkeypatch.setattr(summaries, name, lambda: "later")
+
+    moved = L.pytorch.callbacks.LambdaCallback(on_train_start=move_on)
+    said = run_or_load(tiny_config(seed=72, steps=4, eval_every=2), progress=False, callbacks=[moved]).summary
+    assert summaries.circumstances()["code"] == "later"
+    assert (said["code"], said["commit"]) == (before["code"], before["commit"])
+    assert said["started"] <= said["finished"]
 
 
 def test_images_have_no_perplexity():
