@@ -4,8 +4,6 @@ What is wrong with a config or a notebook is told in one line, with exit code 2.
 command needs them, so that help comes at once.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

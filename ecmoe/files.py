@@ -1,7 +1,5 @@
 """Files: written by rename, so that each is there whole or not at all; read with path and remedy in every error."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import hashlib

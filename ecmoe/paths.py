@@ -4,8 +4,6 @@
 another text is another run; stated in YAML, the runs are found where the text isn't.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Provenance: which code, on which device, with which libraries. What a result needs to be believed, and repeated."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Paths beside each other: how far each is from the plain one in float32, and whether it repeats to the bit."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call

@@ -9,8 +9,6 @@ Each computes what an `MoE` with `TokenChoice` computes:
 Letters: n tokens of width d, e experts of hidden width f, k experts that a token asks for.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import torch

@@ -8,8 +8,6 @@ take 4.9 ms one at a time, and 5.7 ms in a row). On a CPU the clock is the host'
 Calls are taken in turns, each time in another order, so that a slow moment hits all of them alike.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

@@ -4,8 +4,6 @@ The layer is what a run gets ("auto"), beside the floor of the same sizes. A pow
 the logarithms, with Student's interval over the sizes: it says how straight the line is, too.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any

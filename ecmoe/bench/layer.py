@@ -6,8 +6,6 @@ measured in one run, in turns, by one clock (clock.py), on the same random data;
 the kernels are measured too, also as a CUDA graph, with the routing alone, and held to the plain path in float32.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 

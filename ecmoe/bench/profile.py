@@ -4,8 +4,6 @@ torch.profiler tells which kernels ran on the GPU and which operators launched t
 kernel fills is "idle". On a CPU operators' own time is sorted; attention's products, batched there, count as experts'.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import statistics

@@ -1,7 +1,5 @@
 """What is timed, by name: the columns that every table of the layer has; read without torch."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 FORWARD, BOTH, ROUTING = "forward", "forward + backward", "routing"

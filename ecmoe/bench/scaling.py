@@ -3,8 +3,6 @@
 Each rank has the batch of the one, so that twice the GPUs do twice the tokens in a step: at best in the same time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -12,8 +12,6 @@ The arms of a study are timed by `bench_study`, each on the path that its runs t
 may have shared one, so that their own seconds compare with nobody's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import statistics

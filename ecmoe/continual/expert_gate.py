@@ -7,8 +7,6 @@ Letters: n images of D pixels; K tasks so far; T_k the new task, T_a an earlier 
 of T_a makes on images of T_k.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ trained on all tasks at once. Evaluation is class-incremental: nobody says which
 Letters: K tasks; n images (C, H, W); T tokens of an image, its patches, of width d; e experts of an expert choice layer.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

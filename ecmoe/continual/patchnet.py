@@ -3,8 +3,6 @@
 Letters: n images (C, H, W); T tokens of an image, its patches, of width d; f the hidden width of an FFN.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

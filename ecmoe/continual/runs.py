@@ -1,7 +1,5 @@
 """A run of continual learning: made once and kept, as every run is (`ecmoe.training.once`)."""
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

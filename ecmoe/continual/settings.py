@@ -1,7 +1,5 @@
 """Settings: the schema of a run of this study, as RunConfig is of the others."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """TextData: the same windows of text for every arm of a comparison, and an exact resume in mid-epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

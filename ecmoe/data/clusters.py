@@ -4,8 +4,6 @@ A window's class is the cluster of the window before it in the corpus: known bef
 so no token's routing sees a later one. Ours; Kudugunta et al. (2021) have the language pair.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from ecmoe.files import ConfigError

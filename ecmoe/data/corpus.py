@@ -4,8 +4,6 @@ The key `data` names it: `stdlib` (on every machine with Python), a local file o
 several of them, a mix, whose parts this module takes one by one.
 """
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import itertools

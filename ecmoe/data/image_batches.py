@@ -1,7 +1,5 @@
 """ImageData: the images of a config in batches, the same for every arm of a comparison."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -5,8 +5,6 @@
 Letters: n images of C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io

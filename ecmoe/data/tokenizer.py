@@ -1,7 +1,5 @@
 """Text to token ids and back: bytes, or byte-level BPE trained on the corpus."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The tokens of a corpus: made once, kept as memory-mapped files, checked against damage."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

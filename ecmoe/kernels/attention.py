@@ -10,8 +10,6 @@ as those of the keys do. The future is -inf in it, so that there is no other mas
 Exponentials are of base 2: scores and biases are multiplied by log2 e, and lse is a binary logarithm.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -21,8 +21,6 @@ Counts are integers, the same in whatever order they are added: the same scores 
 The sum of scores loses what the jitter that parts equal tokens and those moves cost.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

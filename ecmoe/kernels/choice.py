@@ -6,8 +6,6 @@ table `inverse` (who holds which token, and in which slot), the top-k fills it i
 The plain path is `Router.read`, `ExpertChoice.assign`, `MoE.experts`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What the kernels share: where they may run, how they are launched and become operators, sizes of blocks, a product."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from functools import partial

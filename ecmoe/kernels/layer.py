@@ -1,7 +1,5 @@
 """`experts`: Eq. 3 and 4 as one operator, forward and backward; the package's docstring shows its passes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable

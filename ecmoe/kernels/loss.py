@@ -1,7 +1,5 @@
 """The passes of ecmoe/model/cross_entropy.py, in Triton: over a chunk of logits, a program per token; over a gradient."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

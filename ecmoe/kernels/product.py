@@ -5,8 +5,6 @@ next tile's operands load while this one's epilogue runs. An epilogue takes a sl
 less shared memory, which is the pipeline's.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Letters: n tokens x of width d, e experts, w (d, e) the router's weight.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 Rows are counted in int64: e k f passes 2^31.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -7,8 +7,6 @@ programs count and list who does, and the search goes through that list. Where t
 row: slower, never wrong.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -2,8 +2,6 @@
 
 MEASURES lists what there is, a row each; measure.py takes and keeps; each other file is one question that needs a run's weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

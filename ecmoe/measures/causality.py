@@ -6,8 +6,6 @@ rounding either.
 Letters: B sequences of T tokens, n = B T, e experts, c capacity factor, L MoE layers, V vocabulary, C classes.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -6,8 +6,6 @@ arms and tasks.
 Letters: N examples of T tokens, padded on the right; batches of B; width d; C classes.
 """
 
-from __future__ import annotations
-
 import base64
 import copy
 import warnings

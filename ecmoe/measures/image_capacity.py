@@ -4,8 +4,6 @@ Capacity is in expert places per patch, c, for every router: experts hold c n / 
 capacity factor, and top_k times token choice's.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Letters: B sequences of T tokens, n = B T, e experts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

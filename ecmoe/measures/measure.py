@@ -1,7 +1,5 @@
 """measure: what needs a run's weights is computed once and kept, so that pages are redrawn without them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path

@@ -8,8 +8,6 @@ slightly below 0 where there is nothing to read. It is not clipped.
 Letters: n tokens, m features, C classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import NamedTuple

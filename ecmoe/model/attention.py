@@ -25,8 +25,6 @@ path to the plain one, without a GPU in Triton's interpreter.
 Letters: B sequences of T tokens, width d, h heads.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """From a config to its model: built, counted, and the sizes of Table 1."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -16,8 +16,6 @@ Sums, exponentials and dW are float32 (float64 if x is); z is rounded to the dty
 Letters: n tokens of width d, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

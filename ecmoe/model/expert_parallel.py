@@ -13,8 +13,6 @@ Losses are means over a rank's tokens, and their gradients' mean over ranks is w
 weights. An expert's gradient has all ranks' tokens in it already: so what comes back to it is divided by R.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import Any
 

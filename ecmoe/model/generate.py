@@ -1,7 +1,5 @@
 """Generation: token by token with a key-value cache, routed causally, so a batch of one works."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 What a layer with experts tells, `of` computes from the layer's last forward, with tensors alone; this file needs no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

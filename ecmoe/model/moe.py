@@ -3,8 +3,6 @@
 Letters: n tokens of width d, e experts of hidden width f, k slots of an expert.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -4,8 +4,6 @@ Cut-offs of expert choice, centroids of k-means and the loss-free bias are gathe
 never lets them move trains a router by what it was at first; the first loop that does so is told.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 from weakref import WeakSet

@@ -6,8 +6,6 @@ FFNs where there are no experts, the mean over patches in place of a class token
 Letters: B images of C channels, H x W pixels; T patches of P x P pixels; width d.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

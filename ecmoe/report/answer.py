@@ -3,8 +3,6 @@
 What it says of a claim comes from `ecmoe.study.verdict` alone, which reads protocol and records: a notebook adds nothing to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Execute a notebook by papermill, its parameters checked first, and render it as a page."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

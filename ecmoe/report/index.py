@@ -4,8 +4,6 @@ The search is a few lines of script in this page alone, allowed by their own dig
 network and no server.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What JupyterLab saves of a page's notebook: what somebody wrote, not what it showed. `make lab` hands this to Jupyter."""
 
-from __future__ import annotations
-
 import re
 from pathlib import PurePosixPath
 from typing import Any

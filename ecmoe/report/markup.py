@@ -1,7 +1,5 @@
 """Pieces of pages as HTML, drawn by the macros of template/parts.html.j2, which escape what comes in; nothing needs a script."""
 
-from __future__ import annotations
-
 import html
 import math
 import re

@@ -3,8 +3,6 @@
 Everything is HTML that needs no script and no network, with a plain text beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Where the numbers of a page come from: commit, versions, devices, seeds, hours, data, and what is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Each lies between two marks, such as <!-- claims:begin --> and <!-- claims:end -
 there is not what the results give.
 """
 
-from __future__ import annotations
-
 import html
 
 from ecmoe import paths

@@ -3,8 +3,6 @@
 A page is one file: no script, no request, formulas as MathML, code folded away. The list of pages is `index`'s.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

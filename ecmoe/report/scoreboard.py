@@ -1,7 +1,5 @@
 """All claims at a glance: a tally, every effect on one scale, a line for each claim that unfolds to its parts."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping

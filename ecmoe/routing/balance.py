@@ -1,7 +1,5 @@
 """Losses that balance token choice. Letters: n tokens, e experts, S (n, e) scores."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ k = m c / e (Eq. 1), b the cap. `capped_top_k` is the entry; "feasible" is ours,
 solves it, near enough without the transport solver's many small steps.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

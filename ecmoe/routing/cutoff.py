@@ -4,8 +4,6 @@ Expert choice compares tokens with each other; a cut-off compares a token with a
 other token (Expert Threshold, arXiv 2603.11535: an exponential moving average of the k-th largest score).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Dense: every expert processes every token, weighted by the softmax (Jacobs et al. 1991)."""
 
-from __future__ import annotations
-
 import torch
 
 from ecmoe.routing.assignment import Assignment

@@ -6,8 +6,6 @@ The top-k over tokens sees the whole pool, past and future: in a decoder the los
 `causal_routing` routes by running cut-offs instead and sees nothing but the token itself.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

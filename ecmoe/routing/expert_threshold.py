@@ -4,8 +4,6 @@ Letters: n tokens, e experts, k = n c / e (Eq. 1), S (n, e) scores. The cut-off 
 largest score, so experts get k tokens on average, and no token's routing sees another one.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Hash routing (Roller et al. 2021): the token id alone says which expert."""
 
-from __future__ import annotations
-
 import heapq
 
 import torch

@@ -3,8 +3,6 @@
 Letters: n tokens x of width d, e experts with centroids c (e, d).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

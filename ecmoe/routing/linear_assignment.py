@@ -3,8 +3,6 @@
 Letters: n tokens, e experts, S (n, e) scores.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

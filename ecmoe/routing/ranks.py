@@ -4,8 +4,6 @@ Letters: R ranks, g pools of m tokens of a rank, e experts, S (g, e, m) scores. 
 after rank, as one process has that is given all their batches in that order.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -3,8 +3,6 @@
 Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scores.
 """
 
-from __future__ import annotations
-
 import inspect
 from importlib.util import find_spec
 from typing import Any

@@ -1,7 +1,5 @@
 """Task-level routing (Kudugunta et al. 2021): all tokens of a task go to the task's experts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ Switch Transformer (Fedus et al. 2021) is top_k=1; GShard (Lepikhin et al. 2021)
 are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ paths then carry the surplus of one expert to another (successive shortest paths
 fixed but on a CPU, so no step waits for a number from the device.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Every number comes from verdicts and records, so README and index can't say what the results don't.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Arms by name: configs/arms.yaml says in which keys each differs from its scale's base; nothing else names an arm."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """What page 11 reads of the runs of continual learning."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What a size costs before anyone trains it: parameters counted on the meta device, FLOPs, GPU hours."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pandas as pd

@@ -3,8 +3,6 @@
 `ecmoe run` calls it in a process of its own. Many at once, their GPUs, retries and clusters are Snakemake's (Snakefile).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What the records of a scale say of a part of a claim: its estimate. Nothing here trains or measures; what isn't there is missing."""
 
-from __future__ import annotations
-
 import base64
 import math
 from collections.abc import Mapping, Sequence

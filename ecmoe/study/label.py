@@ -1,7 +1,5 @@
 """From an estimate to a label, by the protocol alone: of a part, of all deciding parts of a claim together (Holm), of the claim."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

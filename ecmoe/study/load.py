@@ -1,7 +1,5 @@
 """load: what a page shows, read from where the engine kept it. What notebooks call in their first cell."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

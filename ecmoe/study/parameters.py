@@ -1,7 +1,5 @@
 """A notebook's parameters: in which YAML files they stand, how these are merged, and what may stand there."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterable, Mapping

@@ -7,8 +7,6 @@
 No notebook is run and no torch is imported. engine.py carries the plan out, load.py reads what is there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product

@@ -1,7 +1,5 @@
 """A bar over the runs that a page trains now: which of how many, the time that is left, the last loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ Evidence is gathered over weeks while code is tidied. The same code repeats a ru
 where other code repeats it, too, both compute the same, and their runs may be compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ A time belongs to the machine that took it. At scale gpu measurements are taken 
 the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench all` takes them without a notebook.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

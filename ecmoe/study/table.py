@@ -1,7 +1,5 @@
 """A study's runs as tidy tables: a row per run, a row per step, a number per seed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

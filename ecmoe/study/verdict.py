@@ -5,8 +5,6 @@
 Nothing here trains, measures or needs a notebook: what isn't there is "not run".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

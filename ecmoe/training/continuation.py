@@ -1,7 +1,5 @@
 """A text, continued by a trained run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -4,8 +4,6 @@ A step has hundreds of kernels, and Python needs longer to launch them than a fa
 graph repeats what it has seen once, at the same addresses: all sizes must be fixed, and nothing may wait for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ for its GPU. A run takes a place on the GPU with the fewest, a lock in the cache
 the machine find their places, and count each other, without knowing of each other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -6,8 +6,6 @@ What is logged: train_loss and aux_loss each step; val_loss, val_loss_causal (or
 did (`MoE.statistics`) at each validation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

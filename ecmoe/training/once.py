@@ -5,8 +5,6 @@ since its weights are gone or a file is damaged, is made beside the old files, i
 finished: whatever happens on the way, nothing that was finished is lost.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The optimiser of a run: which, clipped how, and at what rate when."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

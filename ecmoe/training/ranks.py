@@ -4,8 +4,6 @@ Rank variables count under torchrun only. What a SLURM job, an MPI launcher or a
 environment says nothing of a run.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Recorder: the Lightning callback that writes a run's curve, checkpoints and progress, and stops what diverges."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

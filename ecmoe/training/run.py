@@ -1,7 +1,5 @@
 """run_or_load: train what is missing, load what is there."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

@@ -1,7 +1,5 @@
 """What a training run says of itself when it ends: how, how well, how fast, of what, on what."""
 
-from __future__ import annotations
-
 import datetime
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The Lightning Trainer of a run: its precision, its strategy over ranks, and what makes its steps repeatable."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Figures of causality: the same weights routed as trained and causally, side by side."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 

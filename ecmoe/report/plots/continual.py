@@ -1,7 +1,5 @@
 """Figures of continual learning: what is retained of each task, and which expert a task goes to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ By hand stays what seaborn has no word for: names at the ends of lines (a reader
 computed elsewhere (a verdict's own), and the sentence that says what is missing. `panels` puts them side by side.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any

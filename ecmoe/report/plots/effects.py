@@ -1,7 +1,5 @@
 """Every part of every claim with its interval: what is ahead of what, and how sure that is."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pandas as pd

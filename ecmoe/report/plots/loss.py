@@ -1,7 +1,5 @@
 """Figures of what was measured: over training or a setting, as lines; and at the end of training, a row per arm."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pandas as pd

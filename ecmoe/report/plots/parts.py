@@ -1,7 +1,5 @@
 """What figures share: `Plot`, the words on axes, means over seeds, and the numbers of the alternative text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path

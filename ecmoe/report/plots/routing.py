@@ -1,7 +1,5 @@
 """Figures of routing: who processes what, and how many experts a token gets."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Medians and middle halves of turns were taken by the bench: nothing is left to estimate, so these are drawn as they come.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes

@@ -3,8 +3,6 @@
 A figure is drawn under matplotlib's own defaults and ours, whatever a user's matplotlibrc says.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import zlib

@@ -1,7 +1,5 @@
 """Figures of routed patches: accuracy and what is left out by capacity, and which patches experts took."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping
 from typing import Any
