@@ -11,6 +11,7 @@ import lightning as L
 import pandas as pd
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tqdm import tqdm
 
 from ecmoe.files import seal, written
 from ecmoe.model import metrics
@@ -25,7 +26,7 @@ class Recorder(L.Callback):
     """One row of `curve.csv` per validation; `last.ckpt` every `checkpoint_every` steps while the loss is finite.
 
     Args:
-        folder: of the run. label: what progress lines call it. progress: print them.
+        folder: of the run. progress: print a line a validation, and on a terminal the time that is left.
         sharing: how many runs train side by side on the device now; each counts its seconds over their number, and no rate.
         still_ours: asked before anything is written; raises where another process may write there, too.
     """
@@ -33,12 +34,11 @@ class Recorder(L.Callback):
     def __init__(
         self,
         folder: Path,
-        label: str,
         progress: bool = True,
         sharing: Callable[[], int] = lambda: 1,
         still_ours: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.label, self.progress = folder, label, progress
+        self.folder, self.progress = folder, progress
         self.count, self.sharing = sharing, sharing()
         self.still_ours = still_ours
         self.shared = self.sharing  # the most it has shared with, also before a resume
@@ -47,7 +47,7 @@ class Recorder(L.Callback):
         self.seconds = 0.0  # of training; validation, checkpoints, and a first step that compiles are left out
         self.began: float | None = time.perf_counter()  # None: the clock stands
         self.marked = (0, 0.0)  # step and seconds at the last validation
-        self.last_printed = 0.0
+        self.bar = tqdm(disable=True)
         self.whole_step = False  # are the micro-batches of a step all done?
         self.compiling = False  # is the next step the first of this process, on a device that compiles then?
 
@@ -70,6 +70,14 @@ class Recorder(L.Callback):
             torch.cuda.reset_peak_memory_stats()
         self.began = time.perf_counter()
         self.compiling = module.config.compile or module.device.type == "cuda"
+        self.bar = tqdm(
+            total=module.config.steps,
+            initial=trainer.global_step,
+            desc=module.config.name,
+            unit="step",
+            leave=False,
+            disable=None if self.progress and trainer.is_global_zero else True,  # None: shown on a terminal alone
+        )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
@@ -88,7 +96,10 @@ class Recorder(L.Callback):
         if step % module.config.checkpoint_every == 0 and between:
             self._check_finite(trainer, module, step)
             self.save(trainer)
-        self._say(trainer, module, step)
+        self.bar.update(step - self.bar.n)
+
+    def on_train_end(self, trainer: L.Trainer, module: LitModel) -> None:
+        self.bar.close()
 
     def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if torch.cuda.is_available():
@@ -128,12 +139,9 @@ class Recorder(L.Callback):
         self.write_curve(trainer)
         self.began = time.perf_counter()
         if self.progress and trainer.is_global_zero:
-            self._line(
-                step,
-                config.steps,
-                f"loss {row['train_loss']:.4f}  validation {row['val_loss']:.4f}  {self._rate(row)}",
-                end="\n",
-            )
+            rate = f"  {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] > 0 else ""
+            losses = f"loss {row['train_loss']:.4f}  validation {row['val_loss']:.4f}"
+            tqdm.write(f"[{config.name}] step {step}/{config.steps}  {losses}{rate}", sys.stderr)
         if not (math.isfinite(row["val_loss"]) and (not trained or math.isfinite(row["train_loss"]))):
             raise Diverged(f"the loss is {row['train_loss']} (validation: {row['val_loss']}) at step {step}")
         if step % config.checkpoint_every == 0 and step < config.steps:
@@ -141,6 +149,7 @@ class Recorder(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
         """Asked to end by SIGTERM, which Lightning does between two steps: keep what was done."""
+        self.bar.close()
         if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1 and self.whole_step:
             self._check_finite(trainer, module, trainer.global_step)
             self.save(trainer)
@@ -174,17 +183,3 @@ class Recorder(L.Callback):
 
     def _clock(self) -> float:
         return self.seconds + ((time.perf_counter() - self.began) / self.sharing if self.began else 0.0)
-
-    @staticmethod
-    def _rate(row: dict[str, float]) -> str:
-        return f"{row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] > 0 else ""
-
-    def _say(self, trainer: L.Trainer, module: LitModel, step: int) -> None:
-        """A line that overwrites itself, on a terminal only: a log keeps one line per validation."""
-        if self.progress and trainer.is_global_zero and sys.stderr.isatty() and self._clock() - self.last_printed > 0.5:
-            self.last_printed = self._clock()
-            left = (module.config.steps - step) * self.sharing * self._clock() / max(step, 1)
-            self._line(step, module.config.steps, f"about {left:.0f} s left", end="\r")
-
-    def _line(self, step: int, steps: int, text: str, end: str) -> None:
-        print(f"[{self.label}] step {step}/{steps}  {text}", file=sys.stderr, end=end, flush=True)

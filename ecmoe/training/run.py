@@ -22,7 +22,6 @@ from ecmoe.data import open_data
 from ecmoe.data.batches import is_other_data
 from ecmoe.files import sealed, write_text, written
 from ecmoe.paths import content_of
-from ecmoe.routers import arm_label
 from ecmoe.training.gpus import Place, number, place
 from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.once import StillOurs, once
@@ -98,7 +97,6 @@ def train_run(
     _share_compiled_code()
     where = where or Place()
     made, leads = circumstances(), rank() == 0
-    label = f"{arm_label(config)} s{config.seed}"
     if leads:
         write_text(folder / "config.yaml", _yaml(config))
     data = open_data(config)
@@ -108,7 +106,7 @@ def train_run(
     module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
     if resolved_precision(config) == "64-true":  # Lightning would restore a checkpoint in float32 first
         module.double()
-    recorder = Recorder(folder, label, progress, where.sharing, still_ours)
+    recorder = Recorder(folder, progress, where.sharing, still_ours)
     trainer = new_trainer(
         config,
         devices=config.devices if where.gpu is None else [where.gpu],
@@ -132,7 +130,7 @@ def train_run(
     if step is not None:
         data.start_step = step * config.accumulate
         if progress and leads:
-            print(f"[{label}] goes on from step {step}", file=sys.stderr)
+            print(f"[{config.name}] goes on from step {step}", file=sys.stderr)
     status, error = "finished", None
     try:
         with repeatable(), warnings.catch_warnings():

@@ -25,7 +25,7 @@ def module(tiny_config):
 
 
 def test_a_row_is_of_all_ranks(module, tmp_path):
-    recorder = Recorder(tmp_path, "run", progress=False)
+    recorder = Recorder(tmp_path, progress=False)
     recorder.on_validation_start(trainer(2.0), module)
     module.on_validation_epoch_start()
     for loss in (3.0, 4.0):
@@ -37,7 +37,7 @@ def test_a_row_is_of_all_ranks(module, tmp_path):
 
 
 def test_ranks_diverge_together(module, tmp_path):
-    recorder = Recorder(tmp_path, "run", progress=False)
+    recorder = Recorder(tmp_path, progress=False)
     with pytest.raises(Diverged, match="before step 3"):
         recorder.on_train_batch_end(trainer(float("nan")), module, None, None, 0)
     recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(1.0)}, None, 0)
@@ -56,7 +56,7 @@ def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_co
     lit = LitModel(tiny_config(steps=5, accumulate=3, devices=2, strategy="ddp", checkpoint_every=9))
     lit._trainer = trainer(2.0)
     for shared in (1, 2):
-        recorder = Recorder(tmp_path, "run", sharing=lambda n=shared: n)
+        recorder = Recorder(tmp_path, sharing=lambda n=shared: n)
         recorder.load_state_dict({"seconds": 6.0, "shared": 1, "marked": [1, 2.0], "rows": []})
         recorder.began = None
         lit.sums |= {"loss": torch.tensor(6.0), "count": torch.tensor(2.0)}
@@ -67,14 +67,14 @@ def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_co
         rate = 2 * 8 * 16 * 3 * 2 / (6.0 - 2.0)
         assert row["tokens_per_second"] == rate if shared == 1 else row["tokens_per_second"] != row["tokens_per_second"]
         said = capsys.readouterr().err
-        assert "[run] step 3/5  loss 2.0000  validation 1.5000" in said and (f"{rate:,.0f} tokens/s" in said) == (
-            shared == 1
-        )
+        assert f"[{lit.config.name}] step 3/5  loss 2.0000  validation 1.5000" in said and (
+            f"{rate:,.0f} tokens/s" in said
+        ) == (shared == 1)
 
 
 def test_seconds_are_shared_by_the_most_runs_that_were_side_by_side(tmp_path):
     counts = iter([1, 3, 2])
-    recorder = Recorder(tmp_path, "run", sharing=lambda: next(counts))
+    recorder = Recorder(tmp_path, sharing=lambda: next(counts))
     recorder.began -= 30  # half a minute goes by, and two others come
     recorder.on_validation_start(None, None)
     assert recorder.seconds == pytest.approx(10, abs=0.1) and (recorder.shared, recorder.sharing) == (3, 2)
