@@ -39,7 +39,8 @@ class Part:
     neutral: float = 0.0
     margin: float = 0.0
     sides: tuple[str, str] = ("below", "above")
-    or_direction: str | None = None  # the part that makes it "in direction" where it fails itself
+    or_direction: str | None = None
+    direction: str = ""
 
     @property
     def unit(self) -> Unit:
@@ -74,7 +75,8 @@ class Part:
         if self.says == "near":
             return f"within {equal} of {amount(self.figure, self.unit)}"
         if self.says == "at or below":
-            return f"at or below {neutral}; above it by {equal} or less counts as equal"
+            rule = f"at or below {neutral}; above it by {equal} or less counts as equal"
+            return rule + f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" * bool(self.or_direction)
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
         figure = amount(self.figure, self.unit)
@@ -177,6 +179,8 @@ def _part(where: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> 
         what, _, row = column.partition("/")
         if what not in (MEASURES if row else [metric.name for metric in METRICS]):
             raise ConfigError(f"{where}: of={part.of!r}: there is no {'measurement' if row else 'metric'} {what!r}")
+    if part.or_direction and not part.direction:
+        raise ConfigError(f"{where}: or_direction needs `direction`, what that part shows")
     if part.says == "near" and part.figure is None:
         raise ConfigError(f"{where}: says=near needs a figure")
     if part.over and len(part.over) != len(part.a):

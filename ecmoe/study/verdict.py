@@ -6,6 +6,7 @@ Nothing here trains, measures or needs a notebook: what isn't there is "not run"
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from ecmoe.study.arms import size
 from ecmoe.study.estimate import Estimate, Unit, amount, counted, span, tolerance
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.label import (
+    CONTRADICTED,
     IN_DIRECTION,
     NO_EFFECT,
     NOT_RUN,
@@ -94,6 +96,12 @@ class ClaimVerdict:
         """The parts that make the label."""
         return tuple(part for part in self.parts if part.decides)
 
+    @property
+    def lacks(self) -> bool:
+        """Would a run tell more about the label?"""
+        names = {part.name for part in self.about.family}
+        return any(part.missing or part.label == NOT_RUN for part in self.parts if part.name in names)
+
 
 def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
     """The verdict on a claim, from protocol, plan and records.
@@ -132,11 +140,9 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     levels = dict.fromkeys(found, protocol().level)
     levels |= {part.name: level for part, level in zip(family, of_family, strict=True)}
     judged = {part.name: _judged(part, found[part.name], levels[part.name], evidence) for part in parts}
-    for part in list(judged.values()):
-        helping = judged.get(part.or_direction or "")
-        if helping and helping.label in (REPRODUCED, IN_DIRECTION) and part.label in WEAKEST_LAST[3:]:
-            both = f"{part.sentence}, but {helping.sentence}"  # not by as much, but on its side
-            judged[part.name] = replace(part, label=IN_DIRECTION, sentence=both)
+    for part in judged.values():
+        if part.or_direction in judged:
+            judged[part.name] = _or_direction(part, judged[part.or_direction])
     if evidence.scale == "smoke":
         judged = {k: v if v.label == NOT_RUN else replace(v, label=PLUMBING) for k, v in judged.items()}
     deciding = [part for part in judged.values() if part.decides]
@@ -187,6 +193,19 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
         mixed=tuple(what for what, differs in mixed.items() if differs),
         repeats=tuple(sorted({run for shown in linked for run in shown or ()})),
     )
+
+
+def _or_direction(part: JudgedPart, other: JudgedPart) -> JudgedPart:
+    """A part that isn't reproduced has the other to thank if it is in direction, and is undecided until that one is decided."""
+    if part.label not in (UNDECIDED, NO_EFFECT, CONTRADICTED):
+        return part
+    if other.label in (REPRODUCED, IN_DIRECTION):
+        text = f"{part.sentence}, but {part.direction}: {other.sentence}"
+        return replace(part, label=IN_DIRECTION, sentence=text)
+    if other.label in (UNDECIDED, NOT_RUN):
+        text = f"{part.sentence}; open is whether {part.direction}: {other.sentence}"
+        return replace(part, label=UNDECIDED, sentence=text)
+    return part
 
 
 def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
@@ -259,10 +278,7 @@ def _sentence(label: str, deciding: Sequence[JudgedPart]) -> str:
     text = max(ran, key=lambda part: WEAKEST_LAST.index(part.label)).sentence
     text = text[0].upper() + text[1:]
     if len(deciding) > 1:
-        good = sum(part.label in (REPRODUCED, IN_DIRECTION) for part in deciding)
-        holds = {0: "None", len(deciding): "All"}.get(good, str(good))
-        text += f". {holds} of the {len(deciding)} parts of the claim {'holds' if good == 1 else 'hold'}"
-        labels = [part.label for part in deciding]
-        open, left = labels.count(UNDECIDED), labels.count(NOT_RUN)
-        text += f", {open} {'is' if open == 1 else 'are'} undecided" * (open > 0) + f", {left} did not run" * (left > 0)
+        counts = Counter(part.label for part in deciding)
+        said = ", ".join(f"{counts[label]} {label}" for label in WEAKEST_LAST if counts[label])
+        text += f". The claim's {len(deciding)} parts: {said}"
     return text + "."

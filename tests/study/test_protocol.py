@@ -63,7 +63,8 @@ def test_units_and_neutral_values_follow_from_what_is_compared():
         ({"of": "val_los"}, "of='val_los': there is no metric 'val_los'"),
         ({"of": "loses/sequence"}, "there is no measurement 'loses'"),
         ({"over": [1, 2]}, "over has 2 numbers for 1 arms"),
-        ({"or_direction": "y"}, "or_direction='y' is none of its parts"),
+        ({"or_direction": "x"}, "or_direction needs `direction`"),
+        ({"or_direction": "y", "direction": "it does"}, "or_direction='y' is none of its parts"),
         ({"decides": False}, "claim C1: no part decides"),
     ],
 )
