@@ -76,7 +76,9 @@ class Part:
             return f"within {equal} of {amount(self.figure, self.unit)}"
         if self.says == "at or below":
             rule = f"at or below {neutral}; above it by {equal} or less counts as equal"
-            return rule + f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" * bool(self.or_direction)
+            return rule + f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" * bool(
+                self.or_direction
+            )
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
         figure = amount(self.figure, self.unit)

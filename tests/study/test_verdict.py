@@ -251,7 +251,9 @@ def test_half_the_steps_are_undecided_until_all_of_them_ran(ran):
     found = judged("C1", losses(**better | {"EC-CF2 raw": dict(list(seeds(3.605).items())[:ran])}))
     half = found.deciding[1]
     assert half.name == "half the steps, raw gates" and half.label == UNDECIDED == found.label and found.lacks
-    assert "after all of them (0.075 to 0.075; 4 seeds); open is whether fewer steps than all suffice: " in half.sentence
+    assert (
+        "after all of them (0.075 to 0.075; 4 seeds); open is whether fewer steps than all suffice: " in half.sentence
+    )
     fast = better | {"EC-CF2 raw, 1/2 of the steps": seeds(3.620)}
     assert judged("C1", losses(**fast)).deciding[1].label == REPRODUCED  # needs no other
 
