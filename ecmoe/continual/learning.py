@@ -21,7 +21,7 @@ from ecmoe.continual.settings import Settings
 from ecmoe.data import images
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
-from ecmoe.routing import ExpertChoice, watched
+from ecmoe.routing import ExpertChoice
 
 Accuracies = Sequence[Sequence[float | None]]  # a row after each task, with one of each task
 
@@ -62,8 +62,7 @@ def run(settings: Settings) -> dict[str, Any]:
     Returns:
         accuracy: K rows, after each task, of K accuracies, one a task; None for a task that hasn't come yet, and in all
         rows but the last of joint training. accuracy_task_known: the same, told the task of an image. Of Expert Gate:
-        confusion (row: task, column: expert; shares of images), relatedness, origins; of expert choice:
-        expert_shares (the same, of tokens); of both: moved, by how much a task's training moved each expert, relatively.
+        confusion (row: task, column: expert; shares of images), gate_right (its diagonal's mean), relatedness, origins.
     """
     s, data = settings, images.load(settings.data)
     tasks = split(data, s, "cuda" if torch.cuda.is_available() else "cpu")
@@ -74,9 +73,8 @@ def run(settings: Settings) -> dict[str, Any]:
         model = new_gate(shape, s) if gated else new_network(shape, K, len(data.classes), s).to(tasks[0].x.device)
         if s.approach.startswith("joint"):
             lessons, steps = [Task(*map(torch.cat, zip(*tasks, strict=True)))], K * s.steps
-        rows, known, moved = [[None] * K] * (K - len(lessons)), [[None] * K] * (K - len(lessons)), []
+        rows, known = [[None] * K] * (K - len(lessons)), [[None] * K] * (K - len(lessons))
         for lesson in lessons:
-            before = _experts(model)
             if gated:
                 model.learn(lesson.x, lesson.y, lesson.held)
             else:
@@ -84,22 +82,20 @@ def run(settings: Settings) -> dict[str, Any]:
                 fit(model.parameters(), lambda ids, t=lesson: F.cross_entropy(model(t.x[ids]), t.y[ids]), len(lesson.x), steps,
                     s.batch_size, s.learning_rate, routed=model)  # fmt: skip
                 model.eval()
-            moved.append(_moved(before, _experts(model), K if gated else s.num_experts))
             came = tasks[: len(rows) + 1]
-            said, told, shares = (_asked_by_gates if gated else _asked)(model, came, s)
+            said, told = (_asked_by_gates if gated else _asked)(model, came, s)
             rows.append(_accuracies(said, tasks))
             known.append(_accuracies(told, tasks))
     found = {"accuracy": rows, "accuracy_task_known": known, "parameters": count(model)}
     found["tokens"] = K * s.steps * s.batch_size * (model.experts[0] if gated else model).tokens
     found["task_names"] = [", ".join(data.classes[c] for c in task.classes) for task in tasks]
     if gated:
+        shares = torch.stack([model(task.val_x)[1].bincount(minlength=K) / len(task.val_x) for task in tasks])
         found |= {
-            "moved": moved, "confusion": shares.tolist(), "gate_right": float(shares.diagonal().mean()),
+            "confusion": shares.tolist(), "gate_right": float(shares.diagonal().mean()),
             "relatedness": [model.relatedness(task.x[task.held], k).tolist() for k, task in enumerate(tasks)],
             "origins": [origin._asdict() for origin in model.origins],
         }  # fmt: skip
-    elif s.approach.endswith("expert_choice"):
-        found |= {"moved": moved, "expert_shares": shares.tolist()}
     return found
 
 
@@ -128,55 +124,30 @@ def _net(shape: Sequence[int], classes: int, settings: Settings, make_ffn: Calla
     return PatchNet(shape, classes, settings.patch, settings.d_model, settings.layers, make_ffn)
 
 
-Asked = tuple[list[Tensor], list[Tensor], Tensor]  # classes said, classes said when told the task, (tasks, e) shares
+Asked = tuple[
+    list[Tensor], list[Tensor]
+]  # of each task's validation images: classes said, classes said when told the task
 
 
 def _asked_by_gates(model: ExpertGate, tasks: list[Task], settings: Settings) -> Asked:
-    """Of each task's validation images: what is said, what when told the task, and the share of images by expert."""
-    picks = [model(task.val_x) for task in tasks]
     told = [model(task.val_x, torch.full_like(task.val_y, k))[0] for k, task in enumerate(tasks)]
-    shares = [expert.bincount(minlength=len(tasks)) / len(expert) for _, expert in picks]
-    return [said for said, _ in picks], told, torch.stack(shares)
+    return [model(task.val_x)[0] for task in tasks], told
 
 
 @torch.no_grad()
 def _asked(model: PatchNet, tasks: list[Task], settings: Settings) -> Asked:
-    """The same of one network, and the share of tokens by expert.
-
-    Experts choose within a batch, so images of all tasks come mixed in batches as in training; the last is filled up, masked."""
+    """Experts choose within a batch, so images of all tasks come mixed in batches as in training; the last is filled up, masked."""
     x = torch.cat([task.val_x for task in tasks])
     task_of = torch.cat([torch.full_like(task.val_y, k) for k, task in enumerate(tasks)])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     logits = x.new_zeros(len(x), model.head.out_features)
-    counts = x.new_zeros(len(tasks), settings.num_experts)
     for ids in order.split(settings.batch_size):
         filled = F.pad(ids, (0, settings.batch_size - len(ids)), value=int(ids[0]))
         mask = torch.arange(len(filled), device=x.device) < len(ids)
-        with watched(model) as seen:
-            logits[ids] = model(x[filled], mask)[: len(ids)]
-        for scores, chosen in seen:
-            taken = chosen.dense(len(scores)) > 0
-            per_image = taken.view(len(filled), -1, settings.num_experts).sum(1)[: len(ids)]
-            counts.index_add_(0, task_of[ids], per_image.to(counts.dtype))
+        logits[ids] = model(x[filled], mask)[: len(ids)]
     of_task = [logits[task_of == k] for k in range(len(tasks))]
     told = [task.classes[said[:, task.classes].argmax(1)] for said, task in zip(of_task, tasks, strict=True)]
-    return [said.argmax(1) for said in of_task], told, counts / counts.sum(1, keepdim=True)
-
-
-def _experts(model: ExpertGate | PatchNet) -> list[Tensor]:
-    """A vector of FFN weights for each expert; none in a dense network."""
-    if isinstance(model, ExpertGate):
-        weights = [[p for block in expert.blocks for p in block.ffn.parameters()] for expert in model.experts]
-    else:
-        ffns = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
-        weights = zip(*(w for ffn in ffns for w in (ffn.w1, ffn.w2)), strict=True)
-    return [torch.cat([w.detach().flatten() for w in of_one]) for of_one in weights]
-
-
-def _moved(before: list[Tensor], after: list[Tensor], experts: int) -> list[float | None]:
-    """|after - before| / |before| of each expert; None: it wasn't there before."""
-    there = [float((b - a).norm() / a.norm()) for a, b in zip(before, after, strict=False)]
-    return there + [None] * (experts - len(there))
+    return [said.argmax(1) for said in of_task], told
 
 
 def _accuracies(said: list[Tensor], tasks: list[Task]) -> list[float | None]:

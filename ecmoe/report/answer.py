@@ -118,15 +118,13 @@ def _seen(part: JudgedPart) -> str | None:
     return None if part.smallest is None else amount(part.smallest, part.unit, compares=True)
 
 
-def difference(
-    frame: pd.DataFrame, value: str, a: str, b: str, *, by: str = "arm", unit: str = "nats per token"
-) -> str:
+def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "nats per token") -> str:
     """How much more a has than b, over the seeds that both have: "+0.004 nats (0.002 to 0.006; 3 seeds)"; or "(not run)".
 
     Args:
-        frame: a row per arm and seed. value: the column; shares are of 1. by: the column of a and b. unit: of `Unit`.
+        frame: a row per arm and seed. value: the column; shares are of 1. unit: of `Unit`.
     """
-    of = {name: frame[frame[by] == name].set_index("seed")[value] for name in (a, b)}
+    of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
     unit = Unit(unit)
     found = of_values((of[a] - of[b]).dropna(), unit)
     if not found.n:

@@ -1,7 +1,7 @@
 """A study's runs as tidy tables: a row per run, a row per step, a number per seed."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -41,12 +41,6 @@ def curves(study: Study) -> pd.DataFrame:
             curve = pd.DataFrame([dict.fromkeys(metrics.curve(), math.nan)])
         frames.append(curve.assign(arm=arm, **{key: result.summary[key] for key in columns[1:4]}))
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
-
-
-def by_seed(results: Iterable[Result], key: str = "val_loss") -> dict[int, float]:
-    """seed -> a number of the summary (or of its routing), for the finished runs of one arm."""
-    numbers = {r.summary["seed"]: (r.summary | (r.summary.get("routing") or {})).get(key) for r in results if r.ok}
-    return {int(seed): float(x) for seed, x in numbers.items() if x is not None}
 
 
 def by_routing(study: Study) -> pd.DataFrame:

@@ -164,26 +164,16 @@ def test_all_effects_have_one_scale_a_unit():
     assert left == -right and right < 0.5  # the interval of two seeds doesn't squeeze the rest
 
 
-def test_retention_and_what_is_kept():
+def test_retention():
     rows = [
         ("gate", s, after, task, 0.9 - 0.1 * (after - task))
         for s in (0, 1)
         for after in (1, 2)
         for task in range(1, after + 1)
     ]
-    frame = pd.DataFrame(
-        [*rows, ("joint", 0, 2, 1, math.nan)], columns=["approach", "seed", "after", "task", "accuracy"]
-    )
+    frame = pd.DataFrame([*rows, ("joint", 0, 2, 1, math.nan)], columns=["arm", "seed", "after", "task", "accuracy"])
     plot = drawn(plots.retention(frame))
     assert "gate: task 1 90% then 80%, task 2 90% then 90%" in plot.alt and "Not run: joint." in plot.alt
-    finals = pd.DataFrame({"approach": ["gate", "gate", "joint"], "seed": [0, 1, 0], "final_accuracy": [0.8, 0.9, 0.95],
-                           "forgetting": [0.1, 0.2, math.nan]})  # fmt: skip
-    plot = drawn(plots.kept_and_lost(finals))
-    assert (
-        texts(plot) == ["none to measure: all tasks at once"]
-        and "gate 85.000" in plot.alt
-        and "gate 15.000" in plot.alt
-    )
 
 
 @pytest.mark.parametrize(

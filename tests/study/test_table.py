@@ -3,7 +3,7 @@
 import math
 
 from ecmoe.config import RunConfig
-from ecmoe.study.table import by_routing, by_seed, curves, table
+from ecmoe.study.table import by_routing, curves, table
 from ecmoe.training.result import not_run
 from tests.training.test_result import make
 
@@ -30,14 +30,6 @@ def test_curves_are_tidy_and_name_the_missing():
     assert frame["val_loss"].iloc[:3].tolist() == [3.0, 2.5, 2.0]
     assert math.isnan(frame["val_loss"].iloc[3]) and frame["status"].iloc[3] == "not run"
     assert curves({}).empty
-
-
-def test_by_seed_takes_finished_runs_only():
-    config = RunConfig()
-    rows = [make(config), make(config.replace(seed=1), loss=3.0), not_run(config.replace(seed=2))]
-    rows.append(make(config.replace(seed=3), status="diverged"))
-    assert by_seed(rows) == {0: 2.0, 1: 3.0}
-    assert by_seed(rows, "dropped") == {0: 0.25, 1: 0.25}
 
 
 def test_both_routings_of_a_study_stand_below_each_other():

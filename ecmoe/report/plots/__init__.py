@@ -5,7 +5,7 @@ where nothing was run there is no figure. Bands and bars are 95% intervals over 
 """
 
 from ecmoe.report.plots.causality import leak, leak_by_condition, serving_cost
-from ecmoe.report.plots.continual import gate_choices, kept_and_lost, overwritten, retention
+from ecmoe.report.plots.continual import gate_choices, retention
 from ecmoe.report.plots.effects import all_effects
 from ecmoe.report.plots.loss import final_loss, over
 from ecmoe.report.plots.parts import LABELS, Plot
@@ -16,6 +16,6 @@ from ecmoe.report.plots.vision import over_capacity, patches_taken
 
 __all__ = [
     "LABELS", "Plot", "all_effects", "expert_shares", "expert_shares_over_steps", "final_loss", "gate_choices", "growth",
-    "kept_and_lost", "leak", "leak_by_condition", "looks", "over", "over_capacity", "overwritten", "patches_taken", "profile",
+    "leak", "leak_by_condition", "looks", "over", "over_capacity", "patches_taken", "profile",
     "retention", "routing_matrix", "serving_cost", "share_of_floor", "step_times",
 ]  # fmt: skip

@@ -155,7 +155,6 @@ def points(
     frame: pd.DataFrame,
     value: str,
     *,
-    by: str = "arm",
     order: Sequence[str],
     pairs: Mapping[str, Look] | None = None,
     hue: str | None = None,
@@ -167,21 +166,21 @@ def points(
         hue, pairs: a column that makes several points of a row, in place of ticks: its values and their looks.
 
     Returns:
-        by (and hue), mean, low, high, seeds, in that order.
+        arm (and hue), mean, low, high, seeds, in that order.
     """
     there = frame.assign(**{value: frame[value] * factor(value)}).dropna(subset=[value])
     shown = pairs or looks(order)
     if len(there):
-        common = {"data": there, "x": value, "y": by, "order": order, "ax": ax, "legend": False} | {
-            "hue": hue or by, "hue_order": list(shown), "palette": {name: look.color for name, look in shown.items()},
+        common = {"data": there, "x": value, "y": "arm", "order": order, "ax": ax, "legend": False} | {
+            "hue": hue or "arm", "hue_order": list(shown), "palette": {name: look.color for name, look in shown.items()},
         }  # fmt: skip
         if not hue:
             sns.stripplot(**common, marker="|", size=9, linewidth=1.2, jitter=False, alpha=0.7)
         sns.pointplot(**common, markers=[look.marker for look in shown.values()], dodge=0.25 if hue else False,
                       errorbar=bounds, linestyle="none", markersize=7, linewidth=2)  # fmt: skip
-    data = over_seeds(there, [by, *[hue] * bool(hue)], value)
-    data = data.set_index(by).reindex(order).reset_index() if not hue else data
-    name_gaps(ax, [y for y, name in enumerate(order) if name not in set(there[by])])
+    data = over_seeds(there, ["arm", *[hue] * bool(hue)], value)
+    data = data.set_index("arm").reindex(order).reset_index() if not hue else data
+    name_gaps(ax, [y for y, name in enumerate(order) if name not in set(there["arm"])])
     ax.set_yticks(range(len(order)), order)
     ax.set(ylabel="", ylim=(len(order) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)

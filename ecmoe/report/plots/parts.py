@@ -23,8 +23,12 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
     "capacity": "expert places per patch",
     "patches_left_out": "patches that no expert took (%)",
     "images_left_out": "images without any patch taken (%)",
+    "final_accuracy": "accuracy after all tasks (%)",
+    "forgetting": "forgetting (percentage points)",
 }
-PERCENT = [m.name for m in METRICS if m.unit == "share"] + ["patches_left_out", "images_left_out"]
+PERCENT = [m.name for m in METRICS if m.unit == "share"] + [
+    "patches_left_out", "images_left_out", "final_accuracy", "forgetting",
+]  # fmt: skip
 
 
 class Plot(NamedTuple):
@@ -80,25 +84,22 @@ def number(row: object) -> str:
     return short(row.mean) + (f" ({short(row.low)} to {short(row.high)})" if known else "")
 
 
-def rows_text(data: pd.DataFrame, by: str = "arm", at: str | None = None) -> str:
+def rows_text(data: pd.DataFrame, at: str | None = None) -> str:
     """What each row shows, in the order of the figure. at: a column with where that is."""
     return "; ".join(
-        f"{name} {number(row)}" + (f" at {getattr(row, at):g}" if at else "") + f", {counted(row.seeds, 'seed')}"
-        for name, row in _rows(data, by)
+        f"{row.arm} {number(row)}"
+        + (f" at {getattr(row, at):g}" if at else "")
+        + f", {counted(int(row.seeds), 'seed')}"
+        for row in data.dropna(subset=["mean"]).itertuples()
     )
 
 
-def series_text(data: pd.DataFrame, x: str, by: str = "arm") -> str:
+def series_text(data: pd.DataFrame, x: str) -> str:
     """What each line shows at each x."""
-    said: dict[str, list[str]] = {}
-    for name, row in _rows(data, by):
-        said.setdefault(name, []).append(f"{number(row)} at {getattr(row, x):g}")
-    return "; ".join(f"{name}: {', '.join(found)}" for name, found in said.items())
-
-
-def _rows(data: pd.DataFrame, by: str) -> Iterable[tuple[str, object]]:
-    measured = data[data["seeds"] > 0].astype({"seeds": int})
-    return zip(measured[by], measured.itertuples(), strict=True)
+    return "; ".join(
+        f"{arm}: {', '.join(f'{number(row)} at {getattr(row, x):g}' for row in own.itertuples())}"
+        for arm, own in data.groupby("arm", sort=False)
+    )
 
 
 def missing_text(arms: Iterable[str], measured: Iterable[str]) -> str:
