@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ecmoe.model.metrics import METRICS
-from ecmoe.report.plots.style import plain, svg_of
+from ecmoe.report.plots.style import svg_of
 from ecmoe.study.estimate import counted, of_values
 
 LABELS = {metric.name: metric.label for metric in METRICS} | {
@@ -42,7 +42,6 @@ class Plot(NamedTuple):
         """The figure for a page."""
         return svg_of(self.figure, self.alt)
 
-    @plain()
     def save(self, path: Path) -> None:
         """The figure as a PNG, for where a page can't be shown; the same bytes each time."""
         self.figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -93,13 +93,16 @@ def plain() -> Iterator[None]:
         yield
 
 
+class _Figure(Figure):
+    savefig = plain()(Figure.savefig)  # ticks are made while a figure is drawn
+
+
 def new_figure(height: float, columns: int = 1, rows: int = 1, **kwargs: object) -> tuple[Figure, list[Axes]]:
     """A figure of page width and its axes in a flat list; no pyplot, so nothing shows by itself."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = _Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
 
 
-@plain()  # ticks are made while a figure is drawn
 def svg_of(figure: Figure, alt: str) -> str:
     """The figure as SVG that stands in a page: its text is text, its ink that of the page; the same bytes each time."""
     buffer = io.StringIO()
