@@ -66,7 +66,7 @@ def fine_tuned(
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", module="lightning.*")
         torch.manual_seed(config.seed)
-        tuned = LitFineTuning(copy.deepcopy(model), config, tasks.classes(task), learning_rate, steps)
+        tuned = LitFineTuning(copy.deepcopy(model), config, tasks.TASKS[task].classes, learning_rate, steps)
         trainer = new_trainer(config, max_steps=steps, gradient_clip_val=1.0, inference_mode=False)
         trainer.fit(tuned, DataLoader(Batches(train, batch_size, config.seed), batch_size=None))
         found = right(trainer, tuned, validation, batch_size)

@@ -1,7 +1,6 @@
 """Tasks: what an example is, where it comes from, and what is wrong with one that isn't."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -18,9 +17,8 @@ def write(folder, name, rows):
 
 
 def test_the_papers_tasks_are_eleven():
-    assert len(tasks.TASKS) == 11 and all(
-        task.classes == 2 + (name in ("cb", "mnli")) for name, task in tasks.TASKS.items()
-    )
+    papers = {name: task for name, task in tasks.TASKS.items() if task.hub}
+    assert len(papers) == 11 and all(task.classes == 2 + (name in ("cb", "mnli")) for name, task in papers.items())
 
 
 def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
@@ -94,41 +92,10 @@ def test_the_hub_has_its_own_names(monkeypatch):
     assert asked == [("nyu-mll/glue", "mnli")] and (len(train.labels), len(validation.labels)) == (3, 2)
 
 
-@pytest.fixture
-def library(tmp_path, monkeypatch):
-    """Ten modules whose lines say which they are of."""
-    files = {}
-    for i in range(10):
-        prose, code = (
-            "\n".join(f"{kind} number {j:02} of module_{i}" for j in range(30)) for kind in ("prose", "# note")
-        )
-        code += "\n" + "\n".join(f"name_{j} = 'code of module_{i}'" for j in range(30))
-        files[f"{i}.py"] = tmp_path / f"{i}.py"
-        files[f"{i}.py"].write_text(f'"""\n{prose}\n"""\n{code}\n')
-    monkeypatch.setattr(tasks, "part_files", lambda data: files)
-    tasks._lines.cache_clear()
-    yield
-    tasks._lines.cache_clear()
-
-
-def test_no_module_is_on_both_sides_and_each_gives_as_many_lines_of_each_kind(library):
+def test_our_own_task_has_code_and_prose_in_halves():
     train, validation = tasks.load("lines")
-    of = [[re.search(r"module_\d", text)[0] for (text,) in part.texts] for part in (train, validation)]
-    assert [len(set(modules)) for modules in of] == [8, 2] and not set(of[0]) & set(of[1])
-    assert {of[0].count(module) for module in of[0]} == {2 * tasks.OF_MODULE}
-    for (text,), label in zip(train.texts, train.labels, strict=True):
-        assert text.startswith(("name_", "prose")[label])
-
-
-def test_lines_of_the_library_are_told_apart():
-    code, prose = tasks._code_and_prose(
-        '''"""A module of some length, in prose."""\nimport something_long_enough\nshort = 1\n'''
-    )
-    assert code == ["import something_long_enough"] and prose == ['"""A module of some length, in prose."""']
-    assert tasks._code_and_prose("def (") == ([], [])
-    train, validation = tasks.load("lines")
-    assert (
-        len(train.labels) > 3 * len(validation.labels) > 1000 and train.labels.mean() == validation.labels.mean() == 0.5
-    )
-    again, _ = tasks.load("lines")
-    assert again.texts == train.texts and np.array_equal(again.labels, train.labels)
+    assert (len(train.labels), len(validation.labels)) == (1000, 500)
+    assert abs(train.labels.mean() - 0.5) < 0.05 and abs(validation.labels.mean() - 0.5) < 0.05
+    starts = ("import ", "from ", "def ", "class ", "if ", "return ")
+    code = [label for (text,), label in zip(*train, strict=True) if text.startswith(starts)]
+    assert len(code) > 100 and np.mean(code) < 0.2
