@@ -1,6 +1,6 @@
 """TextData: the same windows of text for every arm of a comparison, and an exact resume in mid-epoch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ecmoe.config import RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.clusters import TextClusters
-from ecmoe.data.corpus import described, source_sha256
+from ecmoe.data.corpus import described
 from ecmoe.files import ConfigError
 from ecmoe.paths import plain
 
@@ -158,19 +158,3 @@ class TextData(RunData):
         self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val[0][:, 1:]].mean())
         self.token_counts = tokens.counts(loaded.train, config.vocab_size)
         self.tokenizer = loaded.tokenizer
-
-
-def is_other_data(config: RunConfig, said: Mapping[str, Any] | None) -> bool:
-    """Are the data here others than those of `said`, a run's provenance? No, where they aren't here, or it doesn't say.
-
-    The source is compared, not its tokens: reading a result must not start long work. Of known images, only `digits` is."""
-    said = said or {}
-    if config.data == "digits":
-        from ecmoe.data.images import load
-
-        return said.get("digest") not in (None, load("digits").provenance["digest"])
-    try:
-        source = source_sha256(config.data)
-    except ConfigError:
-        return False
-    return source is not None and said.get("source_sha256") not in (None, source)

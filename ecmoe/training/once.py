@@ -51,7 +51,6 @@ def once(
     train: bool = True,
     weights: bool = False,
     progress: bool = True,
-    check: Callable[[Result, bool], None] = lambda result, record: None,
 ) -> Result:
     """The result of a run: from `records`, from `runs/`, or made now.
 
@@ -59,31 +58,26 @@ def once(
         config: a `Schema`: what decides a run; the same name is the same run.
         make: (folder, still_ours) -> Result: computes the run, writes what it keeps into the folder, the summary last
             (`write_run`), and goes on from what an interrupted call left there. It calls still_ours before it writes.
-        check: (result, is it a record?) -> raises or warns where a result is of other data than there are here.
         The others: as in `ecmoe.run_or_load`.
     """
     record = None if records is None else Path(records) / f"{config.name}.json"
     if record is not None and record.exists():
-        result = _of(config, read_record(record), record)
-        check(result, True)
-        return result
+        return _of(config, read_record(record), record)
     folder = paths.runs() / config.name
-    result = _done(config, folder, weights, check, say=train and progress, raises=not train)
+    result = _done(config, folder, weights, say=train and progress, raises=not train)
     if result is None and not train:
         return read_run(folder) if (folder / "summary.json").exists() else not_run(config)
     if result is None and rank():
         return make(_place(folder), lambda: None)  # the first rank holds the lock
     if result is None:
         with lock(folder, progress) as still_ours:  # whoever comes second finds it done
-            result = _done(config, folder, weights, check, say=False) or _made(config, folder, make, still_ours)
+            result = _done(config, folder, weights, say=False) or _made(config, folder, make, still_ours)
     if record is not None and result.ok:
         write_record(record, result)
     return result
 
 
-def _done(
-    config: Any, folder: Path, weights: bool, check: Callable, *, say: bool, raises: bool = False
-) -> Result | None:
+def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool = False) -> Result | None:
     """The run, if nothing is left to do. A failed one is tried again; so is one that is damaged, or lacks wanted weights."""
     if not (folder / "summary.json").exists():
         return None
@@ -92,7 +86,6 @@ def _done(
         result = _of(config, read_run(folder), folder / "summary.json")
         if result.summary["status"] not in DONE:
             return None
-        check(result, False)
         if weights and result.ok:
             check_weights(folder, result.summary)
     except FileNotFoundError:  # no weights

@@ -7,7 +7,6 @@ JSON file with summary and curve.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -177,11 +176,11 @@ def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, result: Result) -> None:
-    """Write the committed form of a run, its curve thinned to CURVE_POINTS, both ends kept."""
+    """Write the committed form of a run, its curve thinned to CURVE_POINTS, both ends kept, and to seven digits."""
     curve, rows = result.curve.reindex(columns=metrics.curve()), len(result.curve)
     if rows > CURVE_POINTS:
         curve = curve.iloc[[round(i * (rows - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]]
-    columns = {name: [_rounded(x) for x in curve[name]] for name in metrics.curve()}
+    columns = {name: [float(f"{x:.7g}") for x in curve[name]] for name in metrics.curve()}
     write_json(Path(path), {"summary": result.summary, "curve": columns}, indent=None, sealed=True)
 
 
@@ -205,8 +204,3 @@ def read_record(path: str | Path) -> Result:
 def load_records(folder: str | Path) -> list[Result]:
     """All committed results of a folder, by name; none if there is no such folder. Raises: as `read_record`."""
     return [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
-
-
-def _rounded(x: float) -> float | None:
-    """Seven digits are more than a loss has, and keep a record small."""
-    return None if pd.isna(x) or math.isinf(x) else float(f"{x:.7g}")

@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import open_data
-from ecmoe.data.batches import is_other_data
+from ecmoe.data.corpus import source_sha256
 from ecmoe.files import sealed, write_text, written
 from ecmoe.paths import content_of
 from ecmoe.training.gpus import Place, number, place
@@ -73,11 +73,14 @@ def run_or_load(
         with place(progress) if config.ranks == 1 else nullcontext(Place()) as where:
             return train_run(config, folder, still_ours, progress, callbacks, loggers, where)
 
-    def check(result: Result, record: bool) -> None:
-        _check_data(config, result, warn=record or not content_of(config.data))
-
     check_world(config)
-    return once(config, make, records=records, train=train, weights=weights, progress=progress, check=check)
+    result = once(config, make, records=records, train=train, weights=weights, progress=progress)
+    if _of_other_data(config, result.summary.get("data") or {}):
+        said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
+        if result.path and content_of(config.data):
+            raise ConfigError(f"{said}: bring that back, or leave out {content_of(config.data)} for a run of its own")
+        warnings.warn(said, stacklevel=2)
+    return result
 
 
 def train_run(
@@ -179,12 +182,15 @@ def _check(config: RunConfig, folder: Path, callbacks: Sequence[L.Callback], log
         _logger(logger, folder)
 
 
-def _check_data(config: RunConfig, result: Result, warn: bool) -> None:
-    if is_other_data(config, result.summary.get("data")):
-        said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
-        if not warn:
-            raise ConfigError(f"{said}: bring that back, or leave out {content_of(config.data)} for a run of its own")
-        warnings.warn(said, stacklevel=5)
+def _of_other_data(config: RunConfig, said: Mapping[str, Any]) -> bool:
+    """Are the texts or images here others than those of `said`, a run's provenance? No, where they aren't here.
+
+    The source is compared, not its tokens: reading a result must not start long work."""
+    try:
+        source = source_sha256(config.data)
+    except ConfigError:
+        return False
+    return source is not None and said.get("source_sha256") not in (None, source)
 
 
 LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}

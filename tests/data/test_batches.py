@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import batches as data
 from ecmoe.data import tokens
-from ecmoe.data.batches import Batches, TextData, is_other_data, window_order
+from ecmoe.data.batches import Batches, TextData, window_order
 
 WINDOWS = np.arange(101 * 5, dtype=np.uint16).reshape(101, 5)  # window i starts with 5 i
 
@@ -148,14 +148,6 @@ def test_too_small_a_corpus_names_the_keys(text, keys, named):
         TextData(text.config.replace(**keys)).setup()
     for word in (named, "data='stdlib'", "batch_size=", "sequence_length", "max_bytes=400000"):
         assert word in str(error.value)
-
-
-def test_other_data_are_told_by_their_source_where_it_is_here(text):
-    assert not is_other_data(text.config, text.provenance)
-    other = {"source_sha256": "0" * 64}
-    assert is_other_data(text.config, other) and not is_other_data(text.config, None)
-    for elsewhere in ("data/nowhere.txt", "hub:a/b"):
-        assert not is_other_data(RunConfig(data=elsewhere), other)
 
 
 def test_a_copy_has_its_own_name_and_the_same_tokens(tmp_path):
