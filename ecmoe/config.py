@@ -14,7 +14,7 @@ import typing
 from collections.abc import Collection, Mapping
 from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ecmoe.files import ConfigError, nearest, read_yaml
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
@@ -104,6 +104,9 @@ class RunConfig(Schema):
     Raises:
         ConfigError: on construction, with key, value and what would be right.
     """
+
+    # Not a key: "module:function" that trains such a run, called as `ecmoe.training.run.train_run` is.
+    trained_by: ClassVar[str] = "ecmoe.training.run:train_run"
 
     # Routing
     router: str = key("expert_choice", "who chooses", choices=ROUTERS)

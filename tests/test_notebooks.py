@@ -35,7 +35,7 @@ def parameters(notebook: Path, folder: Path) -> dict:
             "seeds": [0],
         }
     if notebook.stem == "11_continual_learning":
-        tiny["settings"] = merge_parameters(files[:2])["settings"] | {"steps": 3, "gate_steps": 3}
+        tiny["base"] = {"steps": 3, "gate_steps": 3}
     if notebook.stem == "07_fine_tuning":
         tiny["measures"] = {"fine-tuned": {"task": ["lines"], "steps": 2, "batch_size": 4, "examples": 12}}
     if notebook.stem == "08_step_time":

@@ -1,8 +1,7 @@
 """Continual learning: tasks arrive in sequence. Expert Gate, one expert a task, beside one network with and without experts.
 
-settings.py is the schema of a run, runs.py makes or finds one, learning.py learns and measures, expert_gate.py and
-patchnet.py are the networks."""
+config.py says what such a run reads beside a RunConfig's keys, learning.py learns and measures, expert_gate.py is Expert Gate."""
 
-from ecmoe.continual.settings import APPROACHES, Settings
+from ecmoe.continual.config import ContinualConfig
 
-__all__ = ["APPROACHES", "Settings"]
+__all__ = ["ContinualConfig"]

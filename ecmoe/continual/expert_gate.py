@@ -8,15 +8,19 @@ of T_a makes on images of T_k.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
-from ecmoe.continual.settings import Settings
+from ecmoe.config import RunConfig
+from ecmoe.continual.config import ContinualConfig
+from ecmoe.model.build import build_model
 from ecmoe.model.tracking import track
+from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
 
 LWF_TEMPERATURE = 2.0  # of learning without forgetting's soft targets (Li and Hoiem 2016)
 
@@ -55,17 +59,19 @@ class Origin(NamedTuple):
     how: str
 
 
+def new_expert(config: ContinualConfig, classes: int) -> Any:
+    """A network (n, C, H, W) -> (n, classes), with `features` (n, d) before its `head`."""
+    expert = build_model(config)
+    expert.head = nn.Linear(config.d_model, classes, bias=False)
+    return expert
+
+
 class ExpertGate(nn.Module):
-    """A network that grows by an expert and a gate a task.
+    """A network that grows by an expert and a gate a task."""
 
-    Args:
-        new_expert: number of classes -> a network with `features(images) -> (n, d)` and a linear `head`.
-        pixels: D. settings: of gates and of training.
-    """
-
-    def __init__(self, new_expert: Callable[[int], nn.Module], pixels: int, settings: Settings) -> None:
+    def __init__(self, config: ContinualConfig) -> None:
         super().__init__()
-        self.new_expert, self.pixels, self.settings = new_expert, pixels, settings
+        self.config = config
         self.gates, self.experts = nn.ModuleList(), nn.ModuleList()
         self.classes: list[Tensor] = []  # (classes of a task,) each: what an expert's outputs mean
         self.origins: list[Origin] = []
@@ -76,25 +82,25 @@ class ExpertGate(nn.Module):
         Args:
             x: (n, C, H, W). y: (n,) classes. held: (n,) bool: images that don't train the gate, but measure relatedness.
         """
-        s = self.settings
-        gate, seen = Gate(self.pixels, s.code).to(x.device), x[~held].flatten(1)
-        fit(gate.parameters(), lambda ids: F.binary_cross_entropy_with_logits(gate(seen[ids]), seen[ids]),
-            len(seen), s.gate_steps, s.batch_size, s.gate_learning_rate)  # fmt: skip
+        c = self.config
+        gate, seen = Gate(c.pixels, c.code).to(x.device), x[~held].flatten(1)
+        fit(c.replace(steps=c.gate_steps, learning_rate=c.gate_learning_rate), gate,
+            lambda ids: F.binary_cross_entropy_with_logits(gate(seen[ids]), seen[ids]), len(seen))  # fmt: skip
         self.gates.append(gate.requires_grad_(False))
         classes, local = y.unique(return_inverse=True)
         related = self.relatedness(x[held])[:-1]  # to each earlier task
-        expert, origin, old_head = self.new_expert(len(classes)).to(x.device), Origin(None, None, "scratch"), None
+        expert, origin = new_expert(c, len(classes)).to(x.device), Origin(None, None, "scratch")
         if len(related):
             a = int(related.argmax())
-            origin = Origin(a, float(related[a]), "LwF" if related[a] > s.threshold else "fine-tuning")
+            origin = Origin(a, float(related[a]), "LwF" if related[a] > c.threshold else "fine-tuning")
             head, expert = expert.head, copy.deepcopy(self.experts[a]).requires_grad_(True)
             expert.head, old_head = head, expert.head
         if origin.how == "LwF":
             loss = without_forgetting(expert, old_head, self.experts[a], x, local)
-            learnt = [*expert.parameters(), *old_head.parameters()]
+            learnt = nn.ModuleList([expert, old_head])
         else:
-            loss, learnt = lambda ids: F.cross_entropy(expert(x[ids]), local[ids]), expert.parameters()
-        fit(learnt, loss, len(x), s.steps, s.batch_size, s.learning_rate)
+            loss, learnt = lambda ids: F.cross_entropy(expert(x[ids]), local[ids]), expert
+        fit(c, learnt, loss, len(x))
         self.experts.append(expert.requires_grad_(False))
         self.classes.append(classes)
         self.origins.append(origin)
@@ -113,12 +119,17 @@ class ExpertGate(nn.Module):
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(n, C, H, W), perhaps (n,) which expert looks at an image, else the gates decide -> (n,) classes, (n,) their experts."""
         if expert is None:
-            expert = probabilities(self.errors(x), self.settings.temperature).argmax(1)  # = lowest error
+            expert = probabilities(self.errors(x), self.config.temperature).argmax(1)  # = lowest error
         said = torch.empty_like(expert)
         for k in expert.unique().tolist():  # an expert sees its own images alone
             chosen = expert == k
             said[chosen] = self.classes[k][self.experts[k](x[chosen]).argmax(1)]
         return said, expert
+
+    def answers(self, images: Sequence[Tensor], classes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each task's images, the classes that are said: by the expert that the gates choose; by the task's own."""
+        said = [self(x)[0] for x in images]
+        return said, [self(x, torch.full((len(x),), k, device=x.device))[0] for k, x in enumerate(images)]
 
 
 def without_forgetting(
@@ -135,19 +146,21 @@ def without_forgetting(
     return loss
 
 
-def fit(parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], n: int, steps: int, batch_size: int,
-        learning_rate: float, routed: nn.Module | None = None) -> None:  # fmt: skip
-    """Take `steps` steps of Adam on batches from shuffled passes over n images; a pass's incomplete last batch is left out.
-    routed: a module whose routers have running statistics to move."""
-    parameters = list(parameters)
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    if routed is not None:
-        track(routed, optimizer)
+def fit(config: RunConfig, learnt: nn.Module, loss: Callable[[Tensor], Tensor], n: int) -> None:
+    """Train a module by the config's optimiser, on batches from shuffled passes over n images; a pass's incomplete last
+    batch is left out. loss: (B,) images -> a scalar."""
+    parameters = list(learnt.parameters())
+    optimizer = build_optimizer(config, parameters, parameters[0].device)
+    track(learnt, optimizer)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
     order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < batch_size:
+    for _ in range(config.steps):
+        if len(order) < config.batch_size:
             order = torch.randperm(n)
-        ids, order = order[:batch_size], order[batch_size:]
+        ids, order = order[: config.batch_size], order[config.batch_size :]
         optimizer.zero_grad()
         loss(ids.to(parameters[0].device)).backward()
+        if config.gradient_clip:
+            clip(parameters, optimizer, config.gradient_clip)
         optimizer.step()
+        schedule.step()

@@ -41,7 +41,11 @@ class VisionTransformer(Trunk):
         self.head = nn.Linear(config.d_model, config.classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.through(self.embedding(images)).mean(dim=1))
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, d), what the head reads: the mean over patches."""
+        return self.through(self.embedding(images)).mean(dim=1)
 
     def _initial_std(self, name: str, parameter: Tensor) -> float | None:
         if name == "embedding.position":

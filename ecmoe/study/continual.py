@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from ecmoe.continual import APPROACHES
 from ecmoe.training.result import Result
 
 ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
@@ -16,7 +15,7 @@ def with_oracle(runs: Mapping[str, list[Result]]) -> dict[str, list[Result]]:
     shown: dict[str, list[Result]] = {}
     for arm, results in runs.items():
         shown[arm] = results
-        if arm == APPROACHES["expert_gate"]:
+        if arm == "Expert Gate":
             suffix = "_task_known"
             told = [{k.removesuffix(suffix): x for k, x in r.summary.items() if k.endswith(suffix)} for r in results]
             shown[ORACLE] = [Result(r.summary | t | {"gate_right": None}) for r, t in zip(results, told, strict=True)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ecmoe import paths
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import ConfigError
 from ecmoe.files import nearest
 from ecmoe.measures import Measurement
 from ecmoe.study.plan import Planned, record
@@ -77,10 +77,6 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
     failed = []
     with lock(one.name):
         try:
-            if not isinstance(one.config, RunConfig):
-                from ecmoe.continual.runs import run_or_load as learn
-
-                return learn(one.config, records=paths.records(scale)).summary["status"]
             result = run_or_load(one.config, records=paths.records(scale))
         except Exception as error:  # its folder keeps it, too
             return f"failed: {type(error).__name__}: {error}"

@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from ecmoe import paths
-from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
@@ -102,13 +101,9 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
     if record.exists():
         return read_record(record)
     try:
-        if isinstance(one.config, RunConfig):
-            from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
+        from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
 
-            return run_or_load(one.config, train=train, progress=False, callbacks=callbacks)
-        from ecmoe.continual.runs import run_or_load as learn
-
-        return learn(one.config, train=train, progress=False)
+        return run_or_load(one.config, train=train, progress=False, callbacks=callbacks)
     except Exception as error:  # its run folder keeps it too; the others are still wanted
         print(f"[{one.arms[0]} s{one.seed}] failed: {error}", file=sys.stderr, flush=True)
         return Result(not_run(one.config).summary | {"status": "failed", "error": f"{type(error).__name__}: {error}"})

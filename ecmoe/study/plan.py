@@ -15,7 +15,7 @@ from typing import Any
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.continual.settings import APPROACHES, Settings
+from ecmoe.continual import ContinualConfig
 from ecmoe.files import nearest, read_yaml
 from ecmoe.measures import Measurement, measurements
 from ecmoe.study import arms
@@ -29,7 +29,7 @@ class Planned:
     """A run of the plan: who wants it, under which names, and what is to be measured on it."""
 
     name: str  # of run and record: slug and digest
-    config: RunConfig | Settings
+    config: RunConfig
     pages: tuple[str, ...]
     arms: tuple[str, ...]
     seed: int
@@ -113,10 +113,6 @@ def _planned(page: str, values: Keys, scale: str) -> Iterator[Planned]:
         for config in by_seed:
             of_seed = tuple(wanted.get((arm, config.seed), ()))
             yield Planned(config.name, config, (page,), (arm,), config.seed, of_seed)
-    for approach, label in APPROACHES.items() if "settings" in values else ():  # continual learning's
-        for seed in seeds:
-            settings = Settings.from_dict({**values["settings"], "approach": approach, "seed": seed})
-            yield Planned(settings.name, settings, (page,), (label,), seed)
 
 
 def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
@@ -133,7 +129,8 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
     """Name of an arm -> its config for each seed.
 
     Args:
-        base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs.
+        base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs; where `approach` is among
+            them all, it is a ContinualConfig.
 
     Raises:
         ConfigError: names the arm beside key, value and remedy.
@@ -141,7 +138,8 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
     made = {}
     for arm, keys in arms.items():
         try:
-            made[arm] = [RunConfig.from_dict({**base, **keys, "seed": seed}) for seed in seeds]
+            kind = ContinualConfig if "approach" in {**base, **keys} else RunConfig
+            made[arm] = [kind.from_dict({**base, **keys, "seed": seed}) for seed in seeds]
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
     return made

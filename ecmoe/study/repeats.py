@@ -39,7 +39,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"{name}: has no record in {path.parent} that could be repeated; `ecmoe run` makes one")
     record = read_record(path)
-    if "router" not in record.summary["config"] or record.summary.get("world_size", 1) > 1:
+    if "approach" in record.summary["config"] or record.summary.get("world_size", 1) > 1:
         raise ConfigError(f"{name}: only runs of one process, of text or images, are repeated")
     config = RunConfig.from_dict(record.summary["config"])
     curve = _curve(config, steps or config.steps, record)

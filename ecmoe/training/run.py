@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def run_or_load(
             by_torchrun(config, folder, still_ours)
             return read_run(folder)
         with place(progress) if config.ranks == 1 else nullcontext(Place()) as where:
-            return train_run(config, folder, still_ours, progress, callbacks, loggers, where)
+            module, _, function = config.trained_by.partition(":")
+            trained = getattr(import_module(module), function)
+            return trained(config, folder, still_ours, progress, callbacks, loggers, where)
 
     check_world(config)
     result = once(config, make, records=records, train=train, weights=weights, progress=progress)

@@ -12,35 +12,40 @@ from torch.nn import functional as F
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.continual import expert_gate, learning, runs
-from ecmoe.continual.expert_gate import ExpertGate, Gate, probabilities, relatedness, without_forgetting
-from ecmoe.continual.learning import final_accuracy, forgetting, new_gate, new_network, run, split
-from ecmoe.continual.patchnet import PatchNet, as_large, count, dense_ffn
-from ecmoe.continual.settings import APPROACHES, Settings
+from ecmoe.continual import ContinualConfig, expert_gate, learning
+from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert, probabilities, relatedness, without_forgetting
+from ecmoe.continual.learning import OneNetwork, as_large, count, final_accuracy, forgetting, run, split
 from ecmoe.data import images
 from ecmoe.files import Damaged
+from ecmoe.study import plan
 from ecmoe.training.result import read_record
+from ecmoe.training.run import run_or_load
 
-FAST = {"steps": 25, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
-DIGITS = (1, 8, 8)
+FAST = {"steps": 25, "warmup_steps": 2, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
+
+
+def page(**changes):
+    """Arm -> its config on page 11, at smoke, but small."""
+    planned = plan.of_page("11_continual_learning", "smoke", {"base": FAST | changes, "seeds": [0]})
+    return {one.arms[0]: one.config for one in planned}
+
+
+GATE = page()["Expert Gate"]
+DENSE, EC = page()["one dense network"], page()["one EC network"]
 
 
 @pytest.fixture(scope="module")
 def study():
     """The summary of every approach on split digits, one seed: some seconds in all."""
-    return {
-        label: runs.run_or_load(Settings(approach=approach, **FAST | {"steps": 40})).summary
-        for approach, label in APPROACHES.items()
-    }
+    return {arm: run_or_load(config).summary for arm, config in page(steps=40).items()}
 
 
 @pytest.fixture(scope="module")
 def learned():
     """An Expert Gate that has learned two tasks of digits, the tasks, and what its experts were after the first."""
-    settings = Settings(**FAST)
-    tasks = split(images.load("digits"), settings)[:2]
+    tasks = split(images.load("digits"), GATE)[:2]
     torch.manual_seed(0)
-    model, first = new_gate(DIGITS, settings), None
+    model, first = ExpertGate(GATE), None
     for task in tasks:
         model.learn(task.x, task.y, task.held)
         first = first or {name: value.clone() for name, value in model.state_dict().items()}
@@ -107,8 +112,8 @@ def test_what_was_learned_is_never_changed(learned):
 
 def test_a_new_expert_starts_from_the_most_related_one(learned, monkeypatch):
     model, tasks, _ = learned
-    third = split(images.load("digits"), Settings(**FAST))[2]
-    other = ExpertGate(model.new_expert, model.pixels, model.settings.replace(steps=5))
+    third = split(images.load("digits"), GATE)[2]
+    other = ExpertGate(GATE.replace(steps=5))
     for task in tasks:
         other.learn(task.x, task.y, task.held)
     monkeypatch.setattr(expert_gate, "fit", lambda *_: None)  # where it starts is then where it is
@@ -122,20 +127,28 @@ def test_a_new_expert_starts_from_the_most_related_one(learned, monkeypatch):
 
 def test_gates_and_experts_are_trained_each_by_their_own_keys(monkeypatch):
     fitted = []
-    monkeypatch.setattr(expert_gate, "fit", lambda parameters, loss, n, *how: fitted.append(how))
-    settings = Settings(**FAST)
-    task = split(images.load("digits"), settings)[0]
-    new_gate(DIGITS, settings).learn(task.x, task.y, task.held)
-    assert fitted == [
-        (settings.gate_steps, settings.batch_size, settings.gate_learning_rate),
-        (settings.steps, settings.batch_size, settings.learning_rate),
-    ]
+    monkeypatch.setattr(expert_gate, "fit", lambda config, *_: fitted.append((config.steps, config.learning_rate)))
+    task = split(images.load("digits"), GATE)[0]
+    ExpertGate(GATE).learn(task.x, task.y, task.held)
+    assert fitted == [(GATE.gate_steps, GATE.gate_learning_rate), (GATE.steps, GATE.learning_rate)]
+
+
+def test_training_follows_the_schedule_of_the_config():
+    """Adam's first step is the rate times the sign of a gradient: here a tenth, two tenths, ... of it."""
+    layer, seen = nn.Linear(1, 1, bias=False), []
+
+    def loss(ids):
+        seen.append(layer.weight.item())
+        return layer.weight.sum() * len(ids)
+
+    expert_gate.fit(GATE.replace(steps=4, warmup_steps=10, learning_rate=0.1, gradient_clip=0.0), layer, loss, 100)
+    np.testing.assert_allclose(-np.diff(seen), [0.01, 0.02, 0.03], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("threshold", "how"), [(-1e9, "LwF"), (1e9, "fine-tuning")])
 def test_the_threshold_decides_between_lwf_and_fine_tuning(learned, threshold, how):
     model, tasks, _ = learned
-    other = ExpertGate(model.new_expert, model.pixels, model.settings.replace(threshold=threshold))
+    other = ExpertGate(GATE.replace(threshold=threshold))
     for task in tasks:
         other.learn(task.x, task.y, task.held)
     assert [origin.how for origin in other.origins] == ["scratch", how]
@@ -150,19 +163,18 @@ def test_the_teacher_is_the_old_expert_as_it_was(learned, monkeypatch):
         return lambda ids: F.cross_entropy(expert(x[ids]), y[ids])
 
     monkeypatch.setattr(expert_gate, "without_forgetting", loss)
-    other = ExpertGate(model.new_expert, model.pixels, model.settings.replace(threshold=-1e9, steps=1, gate_steps=1))
+    other = ExpertGate(GATE.replace(threshold=-1e9, steps=1, gate_steps=1))
     for task in tasks:
         other.learn(task.x, task.y, task.held)
     assert taught == [other.experts[0]]
 
 
 def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
-    settings = Settings(**FAST)
-    first, second = split(images.load("digits"), settings)[:2]
+    first, second = split(images.load("digits"), GATE)[:2]
     drift = {}
     for threshold in (-1e9, 1e9):
         torch.manual_seed(0)
-        model = new_gate(DIGITS, settings.replace(threshold=threshold, steps=60))
+        model = ExpertGate(GATE.replace(threshold=threshold, steps=60))
         for task in (first, second):
             model.learn(task.x, task.y, task.held)
         old, new = model.experts
@@ -174,36 +186,48 @@ def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
 # Networks and tasks
 
 
-def test_rivals_are_as_large_as_expert_gate():
-    for approach in ("shared", "expert_choice"):
-        settings = Settings(approach=approach, **FAST)
-        gate = new_gate(DIGITS, settings)
-        whole = 5 * (count(gate.new_expert(2)) + count(Gate(64, settings.code)))
-        step = 2 * settings.d_model * (settings.num_experts if approach == "expert_choice" else 1)
-        assert abs(count(new_network(DIGITS, 5, 10, settings)) - whole) <= step / 2
+@pytest.mark.parametrize("config", [DENSE, EC])
+def test_rivals_are_as_large_as_expert_gate(config):
+    whole = 5 * (count(new_expert(GATE, 2)) + count(Gate(64, GATE.code)))
+    step = 2 * config.d_model * config.num_experts if config is EC else 3 * config.d_model
+    assert abs(count(OneNetwork(config).lit.model) - whole) <= step / 2
 
 
 def test_as_large_takes_the_nearest_width():
-    sizes = {f: count(dense_ffn(8, f)) for f in range(1, 40)}
-    for wanted in (20, 100, 333):
-        assert count(as_large(lambda f: dense_ffn(8, f), wanted)) == min(
-            sizes.values(), key=lambda size: abs(size - wanted)
-        )
+    sizes = {f: count(learning.LitClassifier(DENSE.replace(d_ff=f))) for f in range(1, 40)}
+    for wanted in (0, 2000, 3333):
+        nearest = min(sizes.values(), key=lambda size: abs(size - wanted))
+        assert sizes[as_large(DENSE, wanted).d_ff] == nearest
 
 
-def test_a_masked_image_changes_nothing():
-    settings = Settings(approach="expert_choice", **FAST)
+@pytest.mark.parametrize("config", [DENSE, EC])
+def test_answers_come_in_the_order_of_the_images(config):
+    """Where all fit into one batch, mixing changes nothing but who is computed when."""
     torch.manual_seed(0)
-    model, x = new_network(DIGITS, 5, 10, settings).eval(), torch.rand(50, *DIGITS)
-    mask = torch.arange(50) < 40
-    y = model(x, mask)[:40]
-    x[40:] = torch.rand(10, *DIGITS)
-    torch.testing.assert_close(model(x, mask)[:40], y)
+    tasks = split(images.load("digits"), config)
+    network = OneNetwork(config)
+    x = [task.val_x[:10] for task in tasks]
+    said, told = network.answers(x, [task.classes for task in tasks])
+    logits = network.lit.model(torch.cat(x))
+    assert torch.cat(said).tolist() == logits.argmax(1).tolist() and torch.cat(said).unique().numel() > 1
+    for k, task in enumerate(tasks):
+        own = logits[10 * k : 10 * k + 10, task.classes]
+        assert told[k].tolist() == task.classes[own.argmax(1)].tolist()
+
+
+def test_balance_losses_are_trained_on(monkeypatch):
+    losses = []
+    monkeypatch.setattr(learning, "fit", lambda config, learnt, loss, n: losses.append(float(loss(torch.arange(50)))))
+    task = split(images.load("digits"), EC)[0]
+    for weight in (0.0, 10.0):
+        config = EC.replace(router="token_choice", aux_loss_weight=weight)
+        OneNetwork(config).learn(task.x, task.y, task.held)
+    assert losses[1] - losses[0] > 5  # the balance loss is at least about 1
 
 
 def test_tasks_are_disjoint_and_hold_every_image():
     data = images.load("digits")
-    tasks = split(data, Settings(tasks=5))
+    tasks = split(data, DENSE)
     assert [task.classes.tolist() for task in tasks] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert sum(len(task.x) for task in tasks) == len(data.train_x) and sum(len(task.val_x) for task in tasks) == len(
         data.val_x
@@ -243,9 +267,9 @@ def test_one_network_forgets_and_expert_gate_does_not(study):
 
 def test_joint_training_takes_the_steps_of_all_tasks(monkeypatch):
     steps, fit = [], learning.fit
-    monkeypatch.setattr(learning, "fit", lambda *given, **keys: (steps.append(given[3]), fit(*given, **keys)))
-    found = runs.summarize(Settings(approach="joint", **FAST | {"steps": 3}), progress=False)
-    assert steps == [15] and 0 < found["seconds"] < 300
+    monkeypatch.setattr(learning, "fit", lambda config, *how: (steps.append(config.steps), fit(config, *how)))
+    found = run(page(steps=3)["joint, dense"])
+    assert steps == [15] and found["tokens"] == 15 * 50 * 4
 
 
 def test_gate_right_is_the_diagonal_of_the_confusion(study):
@@ -258,105 +282,99 @@ def test_gate_right_is_the_diagonal_of_the_confusion(study):
 # Runs that are kept
 
 
-def test_the_same_settings_give_the_same_numbers():
-    settings = Settings(approach="expert_choice", tasks=2, **FAST)
+def test_the_same_config_gives_the_same_numbers():
+    config = EC.replace(tasks=2)
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as of running statistics that nobody moves
-        one = run(settings)
+        one = run(config)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert run(settings) == one
+    assert run(config) == one
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
-    assert run(settings.replace(seed=1)) != one
+    assert run(config.replace(seed=1)) != one
 
 
 def test_a_run_is_found_again(study, monkeypatch):
-    monkeypatch.setattr(runs, "run", lambda settings: pytest.fail("it was computed again"))
+    monkeypatch.setattr(learning, "run", lambda config: pytest.fail("it was computed again"))
     for summary in study.values():
-        again = runs.run_or_load(Settings.from_dict(summary["config"]))
+        again = run_or_load(ContinualConfig.from_dict(summary["config"]))
         assert again.summary == summary and again.ok
-    missing = runs.run_or_load(Settings(seed=61, **FAST), train=False)
+    missing = run_or_load(GATE.replace(seed=61), train=False)
     assert missing.summary["status"] == "not run"
 
 
 def test_a_run_that_breaks_off_is_made_again(monkeypatch):
-    settings = Settings(seed=77, **FAST)
+    config = GATE.replace(seed=77)
 
-    def killed(settings):
+    def killed(config):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(runs, "run", killed)
+        broken.setattr(learning, "run", killed)
         with pytest.raises(KeyboardInterrupt):
-            runs.run_or_load(settings)
-        assert runs.run_or_load(settings, train=False).summary["status"] == "not run"
-        broken.setattr(runs, "run", lambda settings: 1 / 0)
+            run_or_load(config)
+        assert run_or_load(config, train=False).summary["status"] == "not run"
+        broken.setattr(learning, "run", lambda config: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            runs.run_or_load(settings)
-        kept = runs.run_or_load(settings, train=False).summary
+            run_or_load(config)
+        kept = run_or_load(config, train=False).summary
         assert kept["status"] == "failed" and "ZeroDivisionError" in kept["error"]
-    assert runs.run_or_load(settings).ok
+    assert run_or_load(config).ok
 
 
 def test_a_run_is_kept_like_any_other(study, tmp_path):
     summary = study["Expert Gate"]
-    settings = Settings.from_dict(summary["config"])
-    result = runs.run_or_load(settings, records=tmp_path)
-    assert read_record(tmp_path / f"{settings.name}.json").summary == result.summary
+    config = ContinualConfig.from_dict(summary["config"])
+    result = run_or_load(config, records=tmp_path)
+    assert read_record(tmp_path / f"{config.name}.json").summary == result.summary
     assert {"commit", "code", "device", "versions", "started", "finished", "data", "schema"} <= set(summary)
-    path = paths.runs() / settings.name / "summary.json"
+    path = paths.runs() / config.name / "summary.json"
     path.write_text(path.read_text().replace('"finished"', '"finishes"'))
     with pytest.raises(Damaged, match="summary.json is damaged"):
-        runs.run_or_load(settings, train=False)
+        run_or_load(config, train=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"approach": "lottery"}, "approach='lottery': must be one of expert_gate, shared"),
+        ({"approach": "lottery"}, "approach='lottery': must be one of expert_gate, sequence"),
         ({"task": 5}, "unknown key 'task' with value 5: did you mean tasks"),
         ({"steps": "100"}, "steps='100' is of type str, but must be int"),
         ({"temperature": 0}, "temperature=0.0: must be above 0"),
         ({"tasks": 1}, "tasks=1: must be at least 2"),
-        ({"d_model": 10**9}, "d_model=1000000000: must be at most 65536"),
         ({"gate_learning_rate": 1e38}, "gate_learning_rate=.*: must be at most 1e"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan: must be a finite number"),
+        ({"tasks": 3}, r"tasks=3 doesn't divide classes=10: may be one of \[2, 5, 10\]"),
+        ({"code": 64}, "code=64: a gate of images with 64 pixels needs fewer"),
+        ({"router": "expert_choice"}, "router='expert_choice' with approach='expert_gate': .* set router: dense"),
+        ({"devices": 2}, "devices=2, num_nodes=1: tasks in sequence take one device"),
+        ({"data": "stdlib"}, "data='stdlib' with approach='expert_gate': must be images"),
     ],
 )
-def test_settings_that_cannot_work(changes, said):
-    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
-        Settings.from_dict(changes)
+def test_a_config_that_cannot_work(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        ContinualConfig.from_dict(GATE.to_dict() | changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tasks": 3}, r"tasks=3 doesn't divide the 10 classes .* one of \[2, 5, 10\]"),
         ({"batch_size": 400}, "batch_size=400: is more than the"),
-        ({"code": 64}, "code=64: a gate of images with 64 pixels needs fewer"),
-        ({"patch": 3}, "patch=3 doesn't divide images of 8 x 8"),
-        ({"approach": "expert_choice", "num_experts": 7}, "num_experts=7"),
+        ({"patch_size": 3}, "patch_size=3: must divide the 8 x 8 pixels"),
+        ({"classes": 20}, "classes=20 with data='digits': it has 10"),
     ],
 )
-def test_settings_that_do_not_fit_the_images(changes, said):
+def test_a_config_that_does_not_fit_the_images(changes, said):
     with pytest.raises(ConfigError, match=said):
-        run(Settings(**{**FAST, **changes}))
+        run(GATE.replace(**changes))
 
 
 def test_a_name_says_what_was_run():
-    names = {Settings(approach=a, seed=s).name for a in APPROACHES for s in (0, 1)}
-    assert len(names) == 2 * len(APPROACHES) and Settings().name.startswith("expert-gate-s0-")
-    here, there = (Settings(data=f"images:{folder}/cifar10").name for folder in ("a", "b"))
-    assert here == there != Settings(data="images:a/other").name
-
-
-def test_patchnet_reads_patches_where_they_are():
-    torch.manual_seed(0)
-    net = PatchNet((1, 4, 4), 2, 2, 8, 1, lambda: dense_ffn(8, 8))
-    x = torch.rand(1, 1, 4, 4)
-    assert net(x).shape == (1, 2) and net.tokens == 4
-    assert not torch.allclose(net(x), net(x.flip(3)))  # places count
+    configs = [config.replace(seed=seed) for config in page().values() for seed in (0, 1)]
+    assert len({config.name for config in configs}) == 10 and GATE.name.startswith("expert-gate-dense-s0-")
+    here, there = (GATE.replace(data=f"images:{folder}/cifar10").name for folder in ("a", "b"))
+    assert here == there != GATE.replace(data="images:a/other").name
+    assert GATE.replace(precision="bf16-mixed", augment=True).name == GATE.name  # unread
 
 
 def test_learning_without_forgetting_adds_the_old_answers_at_temperature_2():
@@ -374,17 +392,10 @@ def test_learning_without_forgetting_adds_the_old_answers_at_temperature_2():
 
 
 def test_a_gate_never_trains_on_the_images_that_measure_relatedness(monkeypatch):
-    settings = Settings(**FAST)
-    (task, *_), losses, measured = split(images.load("digits"), settings), [], []
+    (task, *_), losses, measured = split(images.load("digits"), GATE), [], []
     x = torch.where(task.held[:, None, None, None], torch.nan, task.x)  # a held image would make a loss NaN
-    monkeypatch.setattr(expert_gate, "fit", lambda learnt, loss, n, *_, **__: losses.append(loss(torch.arange(n))))
+    monkeypatch.setattr(expert_gate, "fit", lambda config, learnt, loss, n: losses.append(loss(torch.arange(n))))
     monkeypatch.setattr(ExpertGate, "relatedness", lambda gates, x: (measured.append(x), torch.ones(1))[1])
-    new_gate(DIGITS, settings).learn(x, task.y, task.held)
+    ExpertGate(GATE).learn(x, task.y, task.held)
     assert losses[0].isfinite() and losses[1].isnan()  # the expert sees all
     assert measured[0].isnan().all() and len(measured[0]) == task.held.sum()
-
-
-@pytest.mark.parametrize("shape", [(1, 6, 8), (1, 8, 6)])
-def test_a_patch_divides_both_sides(shape):
-    with pytest.raises(ConfigError, match="patch=4 doesn't divide images of"):
-        PatchNet(shape, 2, 4, 8, 1, lambda: dense_ffn(8, 8))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ecmoe.config import RunConfig
-from ecmoe.continual.settings import Settings
+from ecmoe.continual import ContinualConfig
 from ecmoe.data import images
 from ecmoe.files import ConfigError
 from ecmoe.paths import with_content
@@ -133,7 +133,7 @@ def test_another_folder_of_the_same_name_is_another(tmp_path):
         images.load(stated)
 
 
-@pytest.mark.parametrize("kind", [RunConfig, Settings])
+@pytest.mark.parametrize("kind", [RunConfig, ContinualConfig])
 def test_runs_on_other_images_of_the_same_name_are_other_runs(tmp_path, kind):
     data = [folder_of(tmp_path / place / "cats", count) for place, count in (("A", 5), ("B", 6), ("C", 5))]
     keys = {"layers": 2} if kind is RunConfig else {}

@@ -1,32 +1,25 @@
-"""Continual learning's study: approaches times seeds, its figures and its tables."""
+"""Continual learning's study: arms times seeds, its figures and its tables."""
 
 import pytest
 from matplotlib import pyplot
 
 from ecmoe import paths
-from ecmoe.continual import runs
 from ecmoe.report import plots
 from ecmoe.study import continual
 from ecmoe.study.load import load
-from ecmoe.study.parameters import page_parameters
+from ecmoe.training import run
 from ecmoe.training.result import not_run, write_record
 
-FAST = {"steps": 25, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
+FAST = {"steps": 25, "warmup_steps": 2, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
 
 
-def study_of(seeds, train=True, scale="smoke", **changes):
-    settings = page_parameters("11_continual_learning", {"scale": scale})["settings"] | {
-        "data": "digits",
-        "patch": 4,
-        **FAST,
-        **changes,
-    }
-    return load("11_continual_learning", {"scale": scale, "seeds": seeds, "settings": settings, "train_missing": train})
+def study_of(seeds, train=True, **changes):
+    return load("11_continual_learning", {"seeds": seeds, "base": FAST | changes, "train_missing": train})
 
 
 @pytest.fixture(scope="module")
 def study():
-    """Every approach on split digits, one seed: some seconds in all."""
+    """Every arm on split digits, one seed: some seconds in all."""
     return study_of([0], steps=40)
 
 
@@ -34,7 +27,7 @@ def test_records_are_read_first_and_by_hand_none_is_written(study, monkeypatch, 
     (result,) = study["Expert Gate"]
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     write_record(paths.records("smoke") / f"{result.summary['name']}.json", result)
-    monkeypatch.setattr(runs, "run_or_load", lambda settings, **_: not_run(settings))
+    monkeypatch.setattr(run, "run_or_load", lambda config, **_: not_run(config))
     found = study_of([0], steps=40)
     assert found["Expert Gate"][0].summary["accuracy"] == result.summary["accuracy"]
     assert [found[name][0].summary["status"] for name in list(found)[1:]] == ["not run"] * 4
@@ -42,7 +35,7 @@ def test_records_are_read_first_and_by_hand_none_is_written(study, monkeypatch, 
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(runs, "run_or_load", lambda settings, **_: 1 / 0)
+    monkeypatch.setattr(run, "run_or_load", lambda config, **_: 1 / 0)
     for (result,) in study_of([77]).values():
         assert result.summary["status"] == "failed" and "ZeroDivisionError" in result.summary["error"]
 

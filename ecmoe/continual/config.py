@@ -1,0 +1,59 @@
+"""ContinualConfig: a RunConfig of images whose classes come in groups, a task each, one after the other."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from ecmoe.config import ConfigError, RunConfig, key
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinualConfig(RunConfig):
+    """A RunConfig, and what tasks in sequence need beside it. It trains in float32, on one device, by `steps` for each task."""
+
+    trained_by: ClassVar[str] = "ecmoe.continual.learning:train_run"
+
+    approach: str = key("sequence", "expert_gate: a dense network and a gate for each task; sequence: one network, as large, "
+                        "task after task; joint: that on all tasks at once, for as many steps",
+                        choices=("expert_gate", "sequence", "joint"))  # fmt: skip
+    tasks: int = key(5, "K, tasks: groups of as many classes each, in the data's order", low=2)
+    code: int = key(32, "hidden units of a gate, fewer than an image has pixels", low=1)
+    gate_steps: int = key(300, "steps of a gate", low=1)
+    gate_learning_rate: float = key(1e-2, "peak learning rate of gates", above=0, high=1e30)
+    temperature: float = key(2.0, "t of the gates' softmax (the paper: 2)", above=0)
+    threshold: float = key(0.85, "relatedness above which an expert learns without forgetting (the paper: 0.85)")
+    held_out: int = key(10, "one training image in so many doesn't train the gate, but measures relatedness", low=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.images:
+            raise ConfigError(
+                f"data={self.data!r} with approach={self.approach!r}: must be images: digits, cifar10, images:PATH"
+            )
+        if self.classes % self.tasks:
+            fits = [k for k in range(2, self.classes + 1) if self.classes % k == 0]
+            raise ConfigError(f"tasks={self.tasks} doesn't divide classes={self.classes}: may be one of {fits}")
+        if self.code >= self.pixels:
+            raise ConfigError(f"code={self.code}: a gate of images with {self.pixels} pixels needs fewer hidden units, "
+                              "or it copies them")  # fmt: skip
+        if self.approach == "expert_gate" and self.router != "dense":
+            raise ConfigError(
+                f"router={self.router!r} with approach='expert_gate': its experts are dense networks; set router: dense"
+            )
+        if self.ranks > 1:
+            raise ConfigError(
+                f"devices={self.devices}, num_nodes={self.num_nodes}: tasks in sequence take one device; set both to 1"
+            )
+
+    @property
+    def pixels(self) -> int:
+        """D, numbers of an image."""
+        return self.sequence_length * self.patch_size**2 * self.channels
+
+    def identity(self) -> dict[str, Any]:
+        """As a RunConfig's, without what a run of this kind doesn't read."""
+        unread = ("accumulate", "augment", "eval_batches", "precision")
+        return {key: value for key, value in super().identity().items() if key not in unread}
+
+    def slug(self) -> str:
+        """The approach, and what a RunConfig says."""
+        return f"{self.approach.replace('_', '-')}-{super().slug()}"
