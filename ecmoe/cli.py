@@ -8,16 +8,19 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ecmoe import __version__
-from ecmoe.bench import cli as bench
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import one_line as _one_line
 from ecmoe.files import parse_yaml, plain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -212,10 +215,36 @@ def generate(
     typer.echo(text)
 
 
-app.add_typer(bench.app, name="bench")
+bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
+app.add_typer(bench, name="bench")
+TIMED = {
+    "layer": "The MoE layer beside its floor, the six matrix products that it can't do without, and beside its rivals.",
+    "auto": "What a run gets beside the plain path, size by size: it must never be slower.",
+    "step": "A whole training step, expert choice against token choice.",
+    "profile": "Where the time of EC-CF2's training step goes, by kind of work.",
+}
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, small on a CPU"),
+]
+Output = Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")]
 
 
-@bench.app.command("all")
+def _timed(name: str) -> Callable[..., None]:
+    def command(changes: Sizes = None, output: Output = None) -> None:
+        with _one_line(OSError, ValueError, TypeError):  # an option that it doesn't have
+            from ecmoe.study import speed
+
+            _show(speed.job(name, **_assignments(changes))(), output)
+
+    return command
+
+
+for _name, _help in TIMED.items():
+    bench.command(_name, help=_help)(_timed(_name))
+
+
+@bench.command("all")
 def bench_all(
     scale: Annotated[str | None, typer.Option(help="whose sizes; default: gpu with CUDA, else smoke")] = None,
     only: Annotated[str | None, typer.Option(help="these parts, by name or how it begins: layer,step")] = None,
@@ -249,11 +278,11 @@ def bench_all(
             typer.echo(f"{name}: {type(outcome).__name__}: {outcome}", err=True)
         else:
             typer.echo(f"\n{name}:")
-            bench.show(outcome)
+            _show(outcome)
     raise typer.Exit(int(failed))
 
 
-@bench.app.command("scaling")
+@bench.command("scaling")
 def bench_scaling(
     scale: Annotated[str | None, typer.Option(help="whose sizes; default: gpu with CUDA, else smoke")] = None,
     devices: Annotated[list[int] | None, typer.Option(min=1, help="each of these; default: as page 08")] = None,
@@ -270,7 +299,20 @@ def bench_scaling(
         scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
         given = {"devices": devices, "strategies": strategy}
         asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}
-        bench.show(scaling.bench_scaling(**asked), (out or speed.folder(scale)) / "scaling.json")
+        _show(scaling.bench_scaling(**asked), (out or speed.folder(scale)) / "scaling.json")
+
+
+def _show(table: "pd.DataFrame", output: Path | None = None) -> None:
+    """Print what was measured, and where; and keep it in a file."""
+    from ecmoe.bench.clock import save
+
+    if output:
+        save(table, output)
+    typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
+    rows = table.drop(columns="samples_ms", errors="ignore").dropna(axis=1, how="all")
+    typer.echo(rows.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+    if table.attrs.get("absent"):
+        typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))
 
 
 @app.command()

@@ -49,8 +49,8 @@ def timed(
     Args:
         then: (the calls that work, absent) -> calls that are timed after all others, on a GPU alone.
     """
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats}: must be at least 2, for a median with quartiles")
+    if not isinstance(repeats, int) or repeats < 2:
+        raise ValueError(f"repeats={repeats}: must be a whole number of at least 2, for a median with quartiles")
     device, absent, works, memory = this_device(), [], {}, {}
     torch._dynamo.reset()
     # Let many layers that share their code be compiled side by side, each for its own sizes and numbers.
@@ -160,12 +160,6 @@ def tabled(rows: list[dict], absent: list[str], setting: Mapping[str, Any], **mo
     }
     table.attrs |= {"setting": {**setting, **machine, **settled}, "absent": absent, **more}
     return table
-
-
-def shown(rows: pd.DataFrame | list[dict]) -> str:
-    """A table as text, without empty columns."""
-    table = pd.DataFrame(rows).dropna(axis=1, how="all")
-    return table.to_string(index=False, float_format="{:.4g}".format, na_rep="")
 
 
 def save(table: pd.DataFrame, path: Path) -> None:

@@ -36,7 +36,7 @@ KINDS = {
 }
 
 
-def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int | None) -> pd.DataFrame:
+def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int) -> pd.DataFrame:
     """Profile `count` steps of EC-CF2 on its fastest path; compiled, sizes: as for `bench_step`.
 
     Returns:

@@ -1,11 +1,14 @@
 """What is timed, by name: the columns that every table of the layer has; read without torch."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from ecmoe.files import ConfigError, nearest
 
 FORWARD, BOTH, ROUTING = "forward", "forward + backward", "routing"
 EAGER, COMPILED, GRAPH = "eager", "compiled", "CUDA graph"
 PLAIN = "plain"
-# 0.1B/64E of Table 1 with a vocabulary of 32k on a GPU; what a CPU does in seconds. A layer has the first four.
+# Where nothing else is asked for: 0.1B/64E of Table 1 with a vocabulary of 32k on a GPU; what a CPU does in seconds. A layer has the first four.
 SIZES = {
     "cuda": {
         "n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12,
@@ -18,6 +21,20 @@ SIZES = {
 }  # fmt: skip
 OF_LAYER = ("n", "d_model", "d_ff", "num_experts")
 CAPS = (2, 3)  # of the experts of a token
+
+
+def sized(kind: str, keys: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of a kind of device, but for those that are given.
+
+    Raises:
+        ConfigError: one that isn't among `keys`, or is no whole number above 0.
+    """
+    for key, value in given.items():
+        if key not in keys:
+            raise ConfigError(f"there is no size {key!r} (given: {value!r}): {nearest(key, keys)}")
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{key}={value!r} must be a whole number above 0")
+    return {key: SIZES[kind][key] for key in keys} | given
 
 
 class Row(NamedTuple):

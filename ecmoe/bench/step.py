@@ -25,7 +25,7 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
 from ecmoe.bench.layer import kernels_run
-from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN, SIZES, named
+from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN, SIZES, named, sized
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.build import flops_per_token
 from ecmoe.model.tracking import track
@@ -54,12 +54,11 @@ class Row(NamedTuple):
     mode: str = EAGER
 
 
-def bench_step(*, repeats: int = 15, compiled: bool = False, narrow: bool = False, **sizes: int | None) -> pd.DataFrame:
+def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd.DataFrame:
     """Time a training step of each of `ARMS`.
 
     Args:
         repeats: steps that are timed, at least 2. compiled: under torch.compile, block by block.
-        narrow: weights, gradients and moments in bfloat16 instead of float32; of C2's two arms alone.
         sizes: instead of those of the device in `SIZES`.
 
     Returns:
@@ -67,8 +66,6 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, narrow: bool = Fals
         device's is known), peak memory on a GPU, and in samples_ms every repeat; `attrs` hold the setting.
     """
     device, configs = timing.this_device(), arms(sizes)
-    if narrow:
-        configs = {arm: configs[arm].replace(precision="bf16-true") for arm in PAIR}
     found = timing.timed(steps(configs, device, compiled=compiled), repeats)
     rows = [
         row._asdict() | {"peak_mb": (memory := found.memory[row]) and memory[1]} | _measured(configs[row.arm], samples)
@@ -117,9 +114,9 @@ def _tokens(config: RunConfig, device: torch.device) -> torch.Tensor:
     return torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
 
-def arms(sizes: Mapping[str, int | None]) -> dict[str, RunConfig]:
+def arms(sizes: Mapping[str, int]) -> dict[str, RunConfig]:
     """The config of each arm, checked, before anything runs."""
-    size = SIZES[timing.this_device().type] | {key: value for key, value in sizes.items() if value is not None}
+    size = sized(timing.this_device().type, list(SIZES["cpu"]), sizes)
     n, T = size.pop("n"), size["sequence_length"]
     if n % T:
         raise ConfigError(f"n={n} tokens of a step must be whole sequences of sequence_length={T}")
@@ -131,11 +128,9 @@ def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str,
     """What all arms have in common."""
     config = next(iter(configs.values()))
     keys = [key for key in SIZES["cpu"] if key != "n"]
-    narrow = config.precision == "bf16-true"
-    parameters = "bfloat16" if narrow else "float32"
     return {"n": config.batch_size * config.sequence_length} | {key: getattr(config, key) for key in keys} | {
-        "parameters": parameters, "products": "bfloat16" if narrow or device.type == "cuda" else "float32",
-        "optimizer": f"AdamW, {parameters} moments",
+        "parameters": "float32", "products": "bfloat16" if device.type == "cuda" else "float32", 
+        "optimizer": "AdamW, float32 moments",
     }  # fmt: skip
 
 
@@ -151,8 +146,6 @@ def steps(
     torch.manual_seed(0)
     first = next(iter(configs.values()))
     lit = LitModel(first).to(device)
-    if first.precision == "bf16-true":
-        lit.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=True)
     batch = _tokens(first, device)
     calls: dict[Row, Call] = {}

@@ -48,22 +48,24 @@ def jobs(
         auto_sizes: of `bench_auto`. study_arms: of `bench_study`, on the path and with the repeats that page 01 has.
     """
     usual = {"compiled": compiled, "repeats": repeats}
-    found = {layer_file(name): _job("layer:bench_layer", **usual | keys) for name, keys in layer_sizes.items()}
+    found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
     if auto_sizes:
-        found["auto"] = _job("layer:bench_auto", auto_sizes, **usual)
+        found["auto"] = job("auto", sizes=auto_sizes, **usual)
     if study_arms:
-        found[study_file(study_arms)] = _job("step:bench_study", study_arms)
+        found[study_file(study_arms)] = job("study", configs=study_arms)
     return found | {
-        "step": _job("step:bench_step", **usual | step_sizes),
-        "step-bf16": _job("step:bench_step", narrow=True, **usual | step_sizes),
-        "growth": _job("growth:bench_growth", growth_from, growth_axes, repeats=repeats),
-        "profile": _job("profile:bench_profile", compiled=compiled, **step_sizes),
+        "step": job("step", **usual | step_sizes),
+        "growth": job("growth", base=growth_from, axes=growth_axes, repeats=repeats),
+        "profile": job("profile", compiled=compiled, **step_sizes),
     }
 
 
-def _job(what: str, *arguments: Any, **keys: Any) -> Job:
-    module, _, function = what.partition(":")
-    return lambda: getattr(import_module(f"ecmoe.bench.{module}"), function)(*arguments, **keys)
+MODULES = {"auto": "layer", "study": "step"}  # of `bench_auto` and `bench_study`; others have one of their own
+
+
+def job(name: str, **keys: Any) -> Job:
+    """`bench_<name>` of the bench with these arguments; torch is imported when it is called."""
+    return lambda: getattr(import_module(f"ecmoe.bench.{MODULES.get(name, name)}"), f"bench_{name}")(**keys)
 
 
 def plan(scale: str) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def plan(scale: str) -> dict[str, Any]:
     Raises:
         ParameterError: no such scale; or this is no checkout, which has the configs.
     """
-    return {"step_sizes": {}} | merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
+    return merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
 
 
 def scaling(scale: str) -> dict[str, Any]:
@@ -132,13 +134,17 @@ def measured(wanted: Mapping[str, Job], *, scale: str, measure: bool = True) -> 
     What is measured here lies in runs/bench; only the engine's `ecmoe bench all` writes to reports.
     """
     places = folder(scale), paths.runs() / "bench" / scale
-    kept = {name: [place / f"{name}.json" for place in places] for name in wanted}
-    missing = {name: job for name, job in wanted.items() if not any(path.exists() for path in kept[name])}
+    missing = {name: job for name, job in wanted.items() if _read(name, *places) is None}
     if measure and missing and (scale == "smoke" or import_module("torch").cuda.is_available()):
         for _, outcome in take(missing, places[1]):
             if isinstance(outcome, Exception):
                 raise outcome
-    return {name: next((read_json(p) for p in found if p.exists()), None) for name, found in kept.items()}
+    return {name: _read(name, *places) for name in wanted}
+
+
+def _read(name: str, *places: Path) -> dict[str, Any] | None:
+    """What the first of these folders that has such a file keeps."""
+    return next((read_json(path) for place in places if (path := place / f"{name}.json").exists()), None)
 
 
 # As verdicts and page 01 read it
@@ -152,7 +158,7 @@ def step_ratio(scale: str, arm: str, other: str, routing: str = "even") -> Estim
     """
 
     def best(name: str) -> list[float]:
-        of_arm = [row for row in _kept(scale, "step").get("rows", []) if row["arm"] == name]
+        of_arm = [row for row in (_read("step", folder(scale)) or {}).get("rows", []) if row["arm"] == name]
         asked = [row for row in of_arm if row["routing"] == routing] or of_arm
         return min(asked, key=lambda row: row["ms"]).get("samples_ms", []) if asked else []
 
@@ -162,20 +168,16 @@ def step_ratio(scale: str, arm: str, other: str, routing: str = "even") -> Estim
 
 def setting(scale: str) -> tuple[str, str]:
     """Of the steps of `step_ratio`: the models' size in words, and the device."""
-    found = _kept(scale, "step").get("setting", {})
+    found = (_read("step", folder(scale)) or {}).get("setting", {})
     size = "{layers} layers of width {d_model}, {num_experts} experts".format_map(found) if found else "one model"
     return size, found.get("device", "an unknown device")
 
 
 def step_times(scale: str, arm: str, other: str) -> float:
     """A step of an arm of the study over one of another, each alone on one device; NaN where that isn't measured."""
-    ms = {row["arm"]: row["ms"] for row in _kept(scale, study_file(study_arms(scale))).get("rows", [])}
+    kept = _read(study_file(study_arms(scale)), folder(scale)) or {"rows": []}
+    ms = {row["arm"]: row["ms"] for row in kept["rows"]}
     return ms[arm] / ms[other] if arm in ms and other in ms else math.nan
-
-
-def _kept(scale: str, name: str) -> dict[str, Any]:
-    path = folder(scale) / f"{name}.json"
-    return read_json(path) if path.exists() else {}
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
@@ -185,7 +187,7 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
         measure: now, where it is missing and this machine may.
     """
     name = study_file(arms)
-    found = measured({name: _job("step:bench_study", arms)}, scale=scale, measure=measure)
+    found = measured({name: job("study", configs=arms)}, scale=scale, measure=measure)
     table = rows(found, name).reindex(columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
     table = table.set_index("arm").reindex(list(arms)).astype(float)
     setting = (found[name] or {}).get("setting", {})
@@ -225,12 +227,6 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
         of = of.reindex(columns=list(dict.fromkeys(column for _, column in columns.values())))
         rows.append({"size": size, "layer": name} | {shown: of.loc[at] for shown, at in columns.items()})
     return pd.DataFrame(rows, columns=None if rows else ["size", "layer"]).dropna(axis=1, how="all")
-
-
-def agreement(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
-    """How far each path is from the plain one in float32, and whether it gives the same bits, at each size."""
-    rows = [{"size": size} | row for size in sizes for row in (found[layer_file(size)] or {}).get("agreement", [])]
-    return pd.DataFrame(rows, columns=None if rows else ["size", "path", "same_bits"])
 
 
 def absent(found: Found) -> list[str]:
