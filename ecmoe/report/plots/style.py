@@ -47,6 +47,8 @@ _KNOWN = {
     "Switch top-1": ("#E69F00", "D"),
     "Hash modulo": ("#CC79A7", "X"),
     "Dense": (INK, "P"),
+    "one EC network": ("#0072B2", "o"),
+    "one dense network": (INK, "P"),
 }
 _GATES = {"renormalized": "-", "raw": "--", "scaled": ":"}  # what a name says of the gate: its line
 
