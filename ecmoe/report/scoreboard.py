@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from ecmoe.report.answer import found, judged_html
 from ecmoe.report.markup import COLORS, TEMPLATE, markup, table_html
-from ecmoe.report.plots.effects import all_effects
-from ecmoe.report.plots.parts import Plot
+from ecmoe.report.plots.draw import panels
+from ecmoe.report.plots.parts import Plot, number
+from ecmoe.report.plots.style import GREY, INK
 from ecmoe.study import engine, plan
 from ecmoe.study.answer import Answer
 from ecmoe.study.estimate import Unit
@@ -37,7 +39,7 @@ def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Collection[str]) 
 
 
 def effects(verdicts: Verdicts) -> Plot:
-    """All deciding parts, in nats and in percent: of a share, or of what a ratio is over 1; above 0 on the claim's side."""
+    """All deciding parts on the claim's side or not: a panel in nats, and one in percent: of a share, or of what a ratio is over 1."""
     nats, percent = "difference in loss (nats per token)", "percent"
     rows: dict[str, list[tuple]] = {nats: [], percent: []}
     for verdict in verdicts.values():
@@ -49,7 +51,24 @@ def effects(verdicts: Verdicts) -> Plot:
                     (f"{verdict.claim} {part.name}", *turned, part.label)
                 )
     columns = ["name", "mean", "low", "high", "label"]
-    return all_effects({unit: pd.DataFrame(of, columns=columns) for unit, of in rows.items()}, COLORS)
+    there = {unit: pd.DataFrame(of, columns=columns) for unit, of in rows.items() if of}
+    heights = [len(of) + 1.5 for of in there.values()]
+    what = "effects, above 0 where they are on the paper's side"
+    return panels(what, _ranges, there, 0.6 + 0.27 * sum(heights), rows=len(there), key="unit", height_ratios=heights)
+
+
+def _ranges(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """A row for each part: its mean and interval, both known already, on one scale."""
+    colors = [COLORS.get(label, GREY) for label in rows["label"]]
+    ax.axvline(0, color=INK, linewidth=1)
+    ax.hlines(rows.index, rows["low"], rows["high"], color=colors, linewidth=2)
+    ax.scatter(rows["mean"], rows.index, c=colors, s=64, zorder=3)
+    # An interval of few seeds may be hundreds wide: the marks decide how far the axis goes.
+    reach = max(1.6 * rows["mean"].abs().max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
+    ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5), xlabel="right of 0: as the paper says")
+    ax.set_yticks(rows.index, rows["name"], fontsize=9)
+    ax.grid(axis="y", visible=False)
+    return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
 
 def _turned(part: JudgedPart, *values: float) -> tuple[float, float, float]:

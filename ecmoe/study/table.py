@@ -43,18 +43,5 @@ def curves(study: Study) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
-def by_routing(study: Study) -> pd.DataFrame:
-    """A row per arm, seed and routing ("as trained", "causally") with its `loss`, arms by their name in the study."""
-    named = {"val_loss": "as trained", "val_loss_causal": "causally"}
-    rows = table(study).rename(columns=named).reindex(columns=["arm", "seed", *named.values()])
-    return (
-        rows.set_index(["arm", "seed"])
-        .rename_axis("routing", axis=1)
-        .stack(future_stack=True)
-        .rename("loss")
-        .reset_index()
-    )
-
-
 def _runs(study: Study) -> list[tuple[str, Result]]:
     return [(arm, result) for arm, by_arm in study.items() for result in by_arm]

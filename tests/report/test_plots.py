@@ -110,8 +110,6 @@ def test_expert_shares(runs):
     assert plot.data.set_index("arm").loc["EC", ["0", "1", "3", "8+"]].tolist() == [0, 75, 25, 0]
     assert "EC: 0.0% none, 75.0% one or two, 25.0% three or four, 0.0% more" in plot.alt
     assert "The paper: 1 or 2: most, 3 or 4: 23%, 3%." in plot.alt and "Not run: Hash." in plot.alt
-    over = drawn(plots.expert_shares_over_steps(curves(runs), "EC"))
-    assert over.data["1 or 2"].eq(75).all() and "75.0% 1 or 2" in over.alt
 
 
 def test_load_is_in_percent(runs):
@@ -139,30 +137,17 @@ def test_routing_matrix_names_who_is_left_out():
         plots.routing_matrix({"EC": w}, ["a", "b"])
 
 
-def test_a_leak_is_the_difference_of_two_routings_of_one_seed():
-    rows = [("a", s, how, 4 + s + more) for s in range(3) for how, more in (("as trained", 0.0), ("causally", 0.5))]
-    frame = pd.DataFrame([*rows, ("b", 0, "as trained", math.nan)], columns=["arm", "seed", "routing", "loss"])
-    plot = drawn(plots.leak(frame, "loss", "loss (nats)"))
-    assert plot.data.set_index("arm").loc["a", ["mean", "as trained", "causally"]].tolist() == pytest.approx(
-        [0.5, 5.0, 5.5]
-    )
-    assert "causally minus as trained: a 0.500 (0.500 to 0.500), 3 seeds." in plot.alt and plot.alt.endswith(
+def test_two_routings_of_one_seed():
+    rows = [("a", s, 4.0 + s, 4.5 + s) for s in range(3)]
+    wide = pd.DataFrame([*rows, ("b", 0, math.nan, math.nan)], columns=["arm", "seed", "as trained", "causally"])
+    plot = drawn(plots.final_loss(wide, "causally", reference="as trained"))
+    assert plot.data["mean"].tolist()[0] == pytest.approx(0.5)
+    assert "Causally minus as trained: a 0.500 (0.500 to 0.500), 3 seeds." in plot.alt and plot.alt.endswith(
         "Not run: b."
     )
-    assert drawn(plots.leak(frame, "loss", "loss (nats)", causal_first=False)).data["mean"].iloc[0] == pytest.approx(
-        -0.5
-    )
-    panels = drawn(plots.leak_by_condition(frame.assign(change="other text"), "loss", "change", "loss (nats)"))
+    frame = wide.melt(["arm", "seed"], var_name="routing", value_name="loss").assign(change="other text")
+    panels = drawn(plots.by_routing(frame, "loss", "change", "loss (nats)"))
     assert re.search("other text: .*; a, causally 5.500", panels.alt)
-
-
-def test_all_effects_have_one_scale_a_unit():
-    rows = pd.DataFrame([("C1 a", 0.01, 0.005, 0.015, "reproduced"), ("C8 b", -0.02, -0.9, 0.86, "undecided"), ("C9 a", 0.03, 0.02, 0.04, "reproduced")],
-                        columns=["name", "mean", "low", "high", "label"])  # fmt: skip
-    plot = drawn(plots.all_effects({"nats": rows, "percent": rows.iloc[:0]}, {"reproduced": "#1a7f4b"}))
-    assert len(plot.figure.axes) == 1 and "C8 b -0.020 (-0.900 to 0.860), undecided" in plot.alt
-    left, right = plot.figure.axes[0].get_xlim()
-    assert left == -right and right < 0.5  # the interval of two seeds doesn't squeeze the rest
 
 
 def test_retention():
@@ -227,38 +212,9 @@ def test_nothing_at_all_is_no_figure():
         plots.over(curves(missing), "step"),
         plots.final_loss(table(missing)),
         plots.expert_shares(table(missing)),
-        plots.expert_shares_over_steps(curves(missing), "EC"),
         plots.over(curves(missing), "step", ("over_capacity", "dropped")),
         plots.over(table(missing), "num_experts"),
         plots.patches_taken({}, 0.2),
         plots.profile(pd.DataFrame()),
     ):
         assert plot.figure is None and re.search("not run", plot.alt)
-
-
-def test_serving_compares_seed_by_seed():
-    ways = [
-        ("as trained", 32.0, 2.0),
-        ("causally", None, 2.1),
-        ("8", 8.0, 2.5),
-        ("sequence", 16.0, 2.2),
-        ("global top-k", 16.0, 2.3),
-    ]
-    rows = [(s, way, n, loss + s) for s in (0, 1) for way, n, loss in ways]
-    frame = pd.DataFrame(rows, columns=["seed", "way", "pool_tokens", "loss"])
-    plot = drawn(plots.serving_cost(frame, 16))
-    assert "pools of 8 tokens 0.500" in plot.alt and "one sequence, by cut-offs 0.100" in plot.alt
-    of = plot.data.set_index("way")
-    assert of["mean"]["as trained"] == 0 and of["high"]["8"] == pytest.approx(of["low"]["8"])  # seeds a whole nat apart
-    assert "not run" in plots.serving_cost(frame.assign(loss=math.nan), 16).alt
-
-
-def test_accuracy_over_capacity_shows_means_and_names_gaps():
-    values = {"EC": 0.5, "gone": math.nan}
-    rows = [(arm, s, c, x + s / 100) for arm, x in values.items() for s in range(3) for c in (0.1, 2.0)]
-    frame = pd.DataFrame(rows, columns=["arm", "seed", "capacity", "accuracy"])
-    plot = drawn(plots.over_capacity({"trained": (frame, "accuracy")}, "accuracy"))
-    row = plot.data[(plot.data["arm"] == "EC") & (plot.data["capacity"] == 0.1)].iloc[0]
-    assert row["mean"] == pytest.approx(51.0) and row["seeds"] == 3
-    assert "Not run: gone" in plot.alt
-    assert "not run" in plots.over_capacity({"trained": (frame[frame["arm"] == "gone"], "accuracy")}).alt

@@ -99,6 +99,11 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     row = below.data.set_index("name").loc["C9 loss against the twin of equal width"]
     assert row["mean"] == pytest.approx(0.1) and row["low"] <= row["mean"] <= row["high"]  # the paper: EC below
     assert scoreboard.effects({"C1": verdicts["C1"]}).figure is None
+    two = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.62, noise=0.03)}))
+    left, right = (
+        scoreboard.effects({"C6": verdicts["C6"], "wide": two, "C9": verdicts["C6"]}).figure.axes[0].get_xlim()
+    )
+    assert left == -right and right < 0.1  # one wide interval doesn't squeeze the rest
 
 
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):

@@ -3,7 +3,7 @@
 import math
 
 from ecmoe.config import RunConfig
-from ecmoe.study.table import by_routing, curves, table
+from ecmoe.study.table import curves, table
 from ecmoe.training.result import not_run
 from tests.training.test_result import make
 
@@ -30,12 +30,3 @@ def test_curves_are_tidy_and_name_the_missing():
     assert frame["val_loss"].iloc[:3].tolist() == [3.0, 2.5, 2.0]
     assert math.isnan(frame["val_loss"].iloc[3]) and frame["status"].iloc[3] == "not run"
     assert curves({}).empty
-
-
-def test_both_routings_of_a_study_stand_below_each_other():
-    done = make(RunConfig(), 2.0)
-    done.summary["val_loss_causal"] = 2.5
-    found = by_routing({"A": [done], "B": [not_run(RunConfig(seed=1))]})
-    assert list(found) == ["arm", "seed", "routing", "loss"] and len(by_routing({})) == 0
-    assert found["arm"].tolist() == ["A", "A", "B", "B"] and found["routing"].tolist() == ["as trained", "causally"] * 2
-    assert found["loss"].tolist()[:2] == [2.0, 2.5] and found["loss"].isna().tolist() == [False, False, True, True]

@@ -1,7 +1,7 @@
-"""The four ways in which figures here are drawn: lines, points, ranges and heat maps, from long tables, by seaborn.
+"""The three ways in which most figures here are drawn: lines, points and heat maps, from long tables, by seaborn.
 
-By hand stays what seaborn has no word for: names at the ends of lines (a reader needs no legend), ranges whose intervals were
-computed elsewhere (a verdict's own), and the sentence that says what is missing. `panels` puts them side by side.
+By hand stays what seaborn has no word for: names at the ends of lines (a reader needs no legend), and the sentence that says
+what is missing. `panels` puts them side by side.
 """
 
 import textwrap
@@ -185,15 +185,6 @@ def points(
     ax.set(ylabel="", ylim=(len(order) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
     return data
-
-
-def ranges(ax: Axes, data: pd.DataFrame, colors: Sequence[str]) -> None:
-    """A row each of `data`: name, mean, low, high, an interval that is known already; a mark and its bar."""
-    ax.hlines(range(len(data)), data["low"], data["high"], color=colors, linewidth=2)
-    ax.scatter(data["mean"], range(len(data)), c=colors, s=64, zorder=3)
-    ax.set_yticks(range(len(data)), data["name"])
-    ax.set_ylim(max(len(data), 1) - 0.5, -0.5)
-    ax.grid(axis="y", visible=False)
 
 
 def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None = None, top: float | None = None) -> None:

@@ -6,8 +6,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ecmoe.report.plots.draw import lines, panels, points
-from ecmoe.report.plots.parts import LABELS, Plot, rows_text, series_text
-from ecmoe.report.plots.style import INK, looks
+from ecmoe.report.plots.parts import LABELS, Plot, number, rows_text, series_text
+from ecmoe.report.plots.style import INK, Look, looks
+
+_ROUTINGS = {"as trained": Look("#0072B2", "o"), "causally": Look("#D55E00", "D")}
 
 
 def over(
@@ -59,25 +61,24 @@ def final_loss(
 
     Args:
         table: a row per arm and seed. column: a measured one, such as "bits_per_byte".
-        reference: an arm that the others are shown as differences to, over the seeds that both have.
+        reference: an arm that the others are shown as differences to, over the seeds that both have; or another column,
+            such as "val_loss", that is taken from this one.
     """
     what = LABELS.get(column, column)
-    if reference:
+    if reference in table:
+        table = table.assign(**{column: table[column] - table[reference]})
+        what += f" minus {LABELS.get(reference, reference)}"
+    elif reference:
         base = table[table["arm"] == reference].set_index("seed")[column]
         table = table[table["arm"] != reference]
         table = table.assign(**{column: table[column] - table["seed"].map(base)})
         what += f" minus that of {reference}"
     means = table.groupby("arm", sort=False)[column].mean()
     order = list(means.sort_values(ascending=lowest_first, na_position="last").index)
-    return rows(table, column, what, order, difference=bool(reference))
-
-
-def rows(table: pd.DataFrame, column: str, what: str, order: Sequence[str], *, difference: bool) -> Plot:
-    """A row per arm: a tick per seed, the mean, its 95% interval; of differences with a line at 0."""
 
     def draw(ax: Axes, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         data = points(ax, table, column, order=order)
-        if difference:
+        if reference:
             ax.axvline(0, color=INK, linewidth=1)
         low, high = ax.get_xlim()
         ax.set_xlabel(what + ("" if low <= 0 <= high else "; the axis doesn't start at 0"))
@@ -85,3 +86,25 @@ def rows(table: pd.DataFrame, column: str, what: str, order: Sequence[str], *, d
 
     measured = table.loc[table[column].notna(), "arm"]
     return panels(what, draw, {"": table}, 1.3 + 0.4 * max(len(order), 2), order, measured)
+
+
+def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
+    """What two routings of the same weights give, "as trained" and "causally": an arm a row, a panel for each condition.
+
+    Args:
+        frame: a row per arm, seed, `routing` and condition, with `value`; NaN where not run. panel: the column whose
+            values are the panels' titles. label: what `value` is, with its unit.
+    """
+    arms, there = list(dict.fromkeys(frame["arm"])), frame.dropna(subset=[value, panel])
+
+    def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+        data = points(ax, here, value, order=arms, hue="routing", pairs=_ROUTINGS)
+        ax.axvline(0, color=INK, linewidth=1)
+        ax.locator_params(axis="x", nbins=4)
+        ax.set_xlabel(label)
+        for name, look in _ROUTINGS.items():
+            ax.plot([], [], look.marker, color=look.color, label=name)
+        return data, "; ".join(f"{row.arm}, {row.routing} {number(row)}" for row in data.itertuples())
+
+    each, height = dict(iter(there.groupby(panel, sort=False))), 1.7 + 0.4 * max(len(arms), 2)
+    return panels(label, draw, each, height, arms, there["arm"], key=panel, legend=2, sharey=True)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from ecmoe.model.metrics import SHARES
 from ecmoe.report.plots.draw import heat, name_gaps, panels
-from ecmoe.report.plots.parts import LABELS, Plot
+from ecmoe.report.plots.parts import Plot
 from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, on_color
 
 
@@ -51,27 +51,6 @@ def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, floa
         return data.reset_index(), said + (f". The paper: {', '.join(paper)}" if paper else "")
 
     return panels(what, draw, {"": data}, 1.5 + 0.5 * (len(data) + bool(paper)), data.index, there.index, legend=9)
-
-
-def expert_shares_over_steps(curves: pd.DataFrame, arm: str) -> Plot:
-    """Share of tokens of one arm by number of experts, over training: the mean over seeds."""
-    groups = {"none": SHARES[:1], "1 or 2": SHARES[1:3], "3 or 4": SHARES[3:5], "5 or more": SHARES[5:]}
-    curve = curves[curves["arm"] == arm].dropna(subset=["step", "share_0"])
-    what = f"share of the tokens of {arm} by number of experts, over training"
-    means = curve.groupby("step")[SHARES].mean()
-    data = pd.DataFrame({name: 100 * means[columns].sum(axis=1) for name, columns in groups.items()})
-
-    def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        ax.stackplot(data.index, data.T, labels=data.columns, colors=[COUNT_COLORS[i] for i in (0, 2, 4, 7)])
-        ax.set(
-            xlim=(data.index.min(), data.index.max()),
-            ylim=(0, 100),
-            xlabel=LABELS["step"],
-            ylabel="share of tokens (%)",
-        )
-        return data.reset_index(), "at the end " + ", ".join(f"{data[name].iloc[-1]:.1f}% {name}" for name in groups)
-
-    return panels(what, draw, {"": data}, 3.6, measured=curve["arm"], legend=4)
 
 
 def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot:

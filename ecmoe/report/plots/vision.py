@@ -1,4 +1,4 @@
-"""Figures of routed patches: accuracy and what is left out by capacity, and which patches experts took."""
+"""A figure of routed patches: which of them experts took."""
 
 import base64
 from collections.abc import Mapping
@@ -10,31 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from ecmoe.report.plots.draw import lines, panels
-from ecmoe.report.plots.parts import LABELS, Plot, nothing, series_text
-from ecmoe.report.plots.style import looks, new_figure, plain
-
-
-def over_capacity(columns: Mapping[str, tuple[pd.DataFrame, str]], label: str = "") -> Plot:
-    """A measured column against expert places per patch: a panel each, mean and 95% interval per arm.
-
-    Args:
-        columns: title -> (a row per arm, seed and capacity; the column). label: of the vertical axes; "": the titles say it.
-    """
-    arms = list(dict.fromkeys(arm for frame, _ in columns.values() for arm in frame["arm"]))
-    there = [arm for frame, column in columns.values() for arm in frame.loc[frame[column].notna(), "arm"]]
-    what = f"{label or 'what is left out'} by {LABELS['capacity']}"
-
-    def draw(ax: Axes, title: str) -> tuple[pd.DataFrame, str]:
-        frame, column = columns[title]
-        data = lines(
-            ax, frame, "capacity", column, log=True, ticks_at_values=True, shown=looks(arms), named=title == last
-        )
-        return data, series_text(data, "capacity")
-
-    last = list(columns)[-1]
-    each = {title: title for title in columns}
-    return panels(what, draw, each, 4.0, arms, there, ylabel=label, sharey=bool(label))
+from ecmoe.report.plots.parts import Plot, nothing
+from ecmoe.report.plots.style import new_figure, plain
 
 
 @plain()
