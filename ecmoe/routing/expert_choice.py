@@ -82,8 +82,7 @@ class ExpertChoice(Router):
         S = logits.softmax(dim=1).T  # each token spreads 1 over the experts
         S = pooled = S[None] if ids is None else S[:, ids].transpose(0, 1)  # (g, e, m)
         valid = None if mask is None else mask[None] if ids is None else mask[ids]  # (g, m)
-        across = self.pool in ("batch", "position") and ranks() > 1
-        if across:
+        if self.across:
             pooled, valid = gathered(S), None if valid is None else gathered(valid)
         k = self._bucket(pooled.shape[2])
         if k == 0:  # no tokens, or too few for a cap
@@ -96,7 +95,7 @@ class ExpertChoice(Router):
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
             I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)  # noqa: E741
-        if across:
+        if self.across:
             I = own(I, S.shape[2])  # noqa: E741
             G = _At.apply(F.pad(S, (0, 1)), I)
         token = I if ids is None else F.pad(ids, (0, 1), value=n).gather(1, I.flatten(1)).view_as(I)
@@ -127,6 +126,10 @@ class ExpertChoice(Router):
                 kernels=self.kernels,
             )
         return G, I, G.detach().amin(-1)
+
+    @property
+    def across(self) -> bool:  # type: ignore[override]
+        return self.pool in ("batch", "position") and ranks() > 1
 
     @property
     def _cap(self) -> int | None:
@@ -197,7 +200,7 @@ class ExpertChoice(Router):
         if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
             return None
         changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
-        alone = self.pool == "rank" or self.pool == "batch" and ranks() == 1
+        alone = self.pool in ("batch", "rank") and not self.across
         if self.causal or changed or not alone or self._cap is not None or not fast(self.kernels, x):
             return None
         from ecmoe.kernels import choice

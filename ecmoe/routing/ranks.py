@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STEPS = 8  # sizes between what a rank wins on average and twice that: each is compiled once
+ROWS = 128  # of a tile of the products: sizes between two of its multiples take as long
 
 
 def ranks() -> int:
@@ -37,13 +37,11 @@ def own(I: Tensor, m: int) -> Tensor:  # noqa: E741
 
     R m is no place, and m the place of an empty slot.
 
-    s is the same on all ranks: what the luckiest of them won of an expert, rounded up to one of few sizes.
+    s is the same on all ranks: what the luckiest of them won of an expert, rounded up to whole tiles.
     """
-    R, k = ranks(), I.shape[2]
     owner = I // m
-    won = int(torch.stack([(owner == rank).sum(2).max() for rank in range(R)]).max())  # waits for the device
-    step = -(-k // (STEPS * R))
-    s = min(-(-won // step) * step, k, m)
+    won = int(torch.stack([(owner == rank).sum(2).max() for rank in range(ranks())]).max())  # waits for the device
+    s = min(-(-won // ROWS) * ROWS, I.shape[2], m)
     mine = owner == dist.get_rank()
     first = (~mine).byte().argsort(dim=2, stable=True)[..., :s]  # the own before the others'
     return torch.where(mine, I % m, m).gather(2, first)

@@ -31,9 +31,10 @@ class Router(RunningState):
         causal: set by `causal_routing`: no token's routing may see another token.
         kernels: who computes, see `fast`; a layer's `kernels` is its router's.
         static: does `assign` in training have sizes that depend on no data, and read nothing from the device?
+        across: does it choose among the tokens of all ranks? Its sizes then depend on what they hold.
     """
 
-    static = False
+    static = across = False
 
     def __init__(self, d_model: int, num_experts: int, *, learned: bool = True) -> None:
         super().__init__()

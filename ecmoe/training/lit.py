@@ -18,6 +18,7 @@ from ecmoe.config import RunConfig
 from ecmoe.model import metrics
 from ecmoe.model.build import build_model
 from ecmoe.model.expert_parallel import share_experts
+from ecmoe.model.moe import MoE
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Block
 from ecmoe.routing import causal_routing, routers
@@ -66,18 +67,27 @@ class LitModel(L.LightningModule):
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile(dynamic=False)
+                if isinstance(module, MoE) and module.router.across:  # each size would be compiled anew, in seconds
+                    module.forward = torch.compiler.disable(module.forward)
 
     def _shard(self, mesh: Any) -> None:
         """Experts by rank (expert parallelism), all else by FSDP2, block by block."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        by_expert = self.config.strategy == "ep"
-        experts = share_experts(self.model, mesh, self.trainer.strategy.root_device) if by_expert else set()
-        how = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=reduced_dtype(self.config)), "ignored_params": experts}
+        layers, narrow = self.model.moe_layers, reduced_dtype(self.config)
+        if by_expert := self.config.strategy == "ep":
+            experts = share_experts(self.model, mesh, self.trainer.strategy.root_device)
+        else:
+            experts = {w for layer in layers for w in (layer.w1, layer.w2)}
+        how = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=narrow), "ignored_params": experts}
         if by_expert:  # what is left is small: kept whole until the backward pass, it travels once less
             how["reshard_after_forward"] = False
         for module in (*(m for m in self.model.modules() if isinstance(m, Block)), self.model):
             fully_shard(module, mesh=mesh, **how)
+        # Experts compute in 16 bits, and travel so; norms and routers, which don't, came with their block.
+        how = {"mp_policy": MixedPrecisionPolicy(narrow, narrow, cast_forward_inputs=False)}
+        for layer in layers if not by_expert else ():
+            fully_shard(layer, mesh=mesh, ignored_params=set(layer.parameters()) - experts, **how)
 
     def on_fit_start(self) -> None:
         if self.counts_lack:
