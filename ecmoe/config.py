@@ -326,9 +326,10 @@ class RunConfig(Schema):
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed: two configs with equal identities are one run."""
-        unread = _routing_keys() - set(self.row.keys) | (_TEXT_KEYS if self.images else _IMAGE_KEYS)
+        unread = {name for row in ROUTERS.values() for name in row.keys} - set(self.row.keys)
+        unread |= _TEXT_KEYS if self.images else _IMAGE_KEYS
         if self.max_experts_per_token is None:
-            unread = unread | {"cap_solver"}
+            unread.add("cap_solver")
         keep = {k: v for k, v in self.to_dict().items() if k not in unread | _NOT_IDENTITY}
         if self.ranks == 1 and keep.get("pool") == "rank":
             keep["pool"] = "batch"
@@ -345,10 +346,6 @@ class RunConfig(Schema):
 
 
 _BOUNDS = {"low": (ge, "at least"), "high": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
-
-
-def _routing_keys() -> set[str]:
-    return {name for row in ROUTERS.values() for name in row.keys}
 
 
 def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:

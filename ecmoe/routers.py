@@ -84,11 +84,6 @@ class RouterRow:
         return getattr(import_module(module), name)
 
 
-def experts_per_token(values: Mapping[str, Any]) -> float:
-    """Experts that an average token is offered, by a config's keys."""
-    return ROUTERS[values["router"]].experts_per_token(values)
-
-
 def _check_expert_choice(config: Any) -> None:
     b, c, e = config.max_experts_per_token, config.capacity_factor, config.num_experts
     _check_bucket(config, config.pool_tokens)

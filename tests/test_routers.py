@@ -70,7 +70,7 @@ def test_a_row_is_true_of_its_class(name):
     ids = torch.arange(n) % 4
     chosen = router.assign(torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), token_ids=ids, task_ids=ids)
     offered = chosen.load(n) if chosen.demand is None else chosen.demand
-    assert offered.sum() / n == routers.experts_per_token(config.to_dict())
+    assert offered.sum() / n == config.row.experts_per_token(config.to_dict())
     assert row.capacity == (hasattr(router, "capacity_factor") and name != "expert_threshold")
 
 

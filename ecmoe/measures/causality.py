@@ -22,7 +22,7 @@ from ecmoe.data.batches import TextData
 from ecmoe.measures.inspection import held_out
 from ecmoe.measures.probe import information
 from ecmoe.model.generate import generate
-from ecmoe.model.transformer import KeyValueCache, Transformer
+from ecmoe.model.transformer import Transformer
 from ecmoe.routing import Assignment, Router, altered, causal_routing, watched
 from ecmoe.routing.assignment import pack
 
@@ -236,7 +236,7 @@ def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict
     ids = windows[:1, :-1]
     with causal_routing(model):
         hidden, routed = decisions(model, ids)
-        whole, cache = model.logits(hidden), KeyValueCache(len(model.blocks))
+        whole, cache = model.logits(hidden), [[] for _ in model.blocks]
         with watched(model) as seen:
             stepped = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(ids.shape[1])], dim=1)
     each = torch.stack([a.dense(1)[0] != 0 for _, a in seen])  # (T L, e): the layers of a token, then the next token's

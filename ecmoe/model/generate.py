@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ecmoe.model.transformer import KeyValueCache, Transformer
+from ecmoe.model.transformer import Cache, Transformer
 from ecmoe.routing import causal_routing
 
 
@@ -37,7 +37,7 @@ def generate(
             f"tokens={tokens}, temperature={temperature}, top_k={top_k}: must not be negative; top_k at least 1"
         )
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
-    cache = KeyValueCache(len(model.blocks))
+    cache: Cache = [[] for _ in model.blocks]
     was_training = model.training
     model.eval()
     out = new = prompt

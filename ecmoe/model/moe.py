@@ -115,8 +115,8 @@ class MoE(nn.Module):
             return self._nothing(x).view(*shape, d)
         if mask is not None:
             x = x.masked_fill(~mask[:, None], 0)  # an empty slot reads any row, and 0 times NaN is NaN
-        again = recomputing()
-        if mask is None and self._whole():
+        again, checkpointed = recomputing(), self.recompute and self.training
+        if mask is None and self.exchange is None and not checkpointed:  # all experts are here, and computed once
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
             fuse = self.kernels != "triton-bmm"
             out = self.router.at_once(x, self.w1, self.w2, self.room(x), statistics=record, fuse=fuse)
@@ -131,17 +131,13 @@ class MoE(nn.Module):
         if not again:
             self._record(chosen, x.shape[0], mask)
             self._keep(chosen.aux_loss)
-        if self.recompute and self.training:
+        if checkpointed:
             out = checkpoint(self.experts, x, chosen.token, chosen.gate, use_reentrant=False)
         else:
             out = self.experts(x, chosen.token, chosen.gate)
         if again and self._leaf is not None and chosen.aux_loss is not None:
             out = _WithLoss.apply(out, chosen.aux_loss, self._leaf)
         return out.view(*shape, d)
-
-    def _whole(self) -> bool:
-        """Does the layer hold all its experts, and compute them once?"""
-        return self.exchange is None and not (self.recompute and self.training)
 
     def _check_shapes(self, x: Tensor, token_ids: Tensor | None, task_ids: Tensor | None, mask: Tensor | None) -> None:
         shape = x.shape[:-1]

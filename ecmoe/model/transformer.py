@@ -22,6 +22,8 @@ from ecmoe.model.cross_entropy import linear_cross_entropy
 from ecmoe.model.moe import MoE
 from ecmoe.routing import build_router
 
+Cache = list[list[Tensor]]  # of each block: keys and values of the tokens seen so far
+
 
 class Trunk(nn.Module):
     """An embedding, blocks, and a last norm; and how all parameters start."""
@@ -43,19 +45,11 @@ class Trunk(nn.Module):
         )
         self.norm = nn.RMSNorm(config.d_model)
 
-    def through(
-        self,
-        x: Tensor,
-        token_ids: Tensor | None = None,
-        task_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """(B, T, d) of the embedding -> (B, T, d), through all blocks and the last norm. The others: as in `Transformer.hidden`."""
+    def through(self, x: Tensor, cache: Cache | None = None, **known: Tensor | None) -> Tensor:
+        """(B, T, d) of the embedding -> (B, T, d), through all blocks and the last norm. known: what `MoE` reads beside x."""
         update = None
-        for layer, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layers[layer]
-            x, update = block(x, update, token_ids, task_ids, mask, past)
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x, update = block(x, update, past, **known)
         return self.norm(x + update)  # type: ignore[operator]
 
     @property
@@ -113,7 +107,7 @@ class Transformer(Trunk):
         token_ids: Tensor,
         task_ids: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token; with targets, their mean cross-entropy instead, which needs no logits in memory.
@@ -133,7 +127,7 @@ class Transformer(Trunk):
         token_ids: Tensor,
         task_ids: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """(B, T, d), what the output layer reads.
 
@@ -141,7 +135,8 @@ class Transformer(Trunk):
             token_ids: (B, T) int64. task_ids: (B,) or (B, T).
             mask: (B, T) bool, False for padding, which must follow a sequence's tokens: no expert takes it, and as
                 attention looks back only, no token sees it.
-            cache: keys and values of the tokens before these; extended by these.
+            cache: keys and values of the tokens before these, a list for each block, at first `[[] for _ in model.blocks]`;
+                extended by these, so that decoding computes each token once.
 
         Raises:
             ValueError: padding comes before a token.
@@ -150,14 +145,7 @@ class Transformer(Trunk):
             raise ValueError("mask has padding before a token: pad on the right, attention reads all that comes before")
         x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
         # output layer doesn't start by repeating its input
-        return self.through(x, token_ids, task_ids, mask, cache)
-
-
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, by layer: decoding computes each token once."""
-
-    def __init__(self, layers: int) -> None:
-        self.layers: list[list[Tensor]] = [[] for _ in range(layers)]
+        return self.through(x, cache, token_ids=token_ids, task_ids=task_ids, mask=mask)
 
 
 class Block(nn.Module):
@@ -187,16 +175,14 @@ class Block(nn.Module):
         self,
         x: Tensor,
         update: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        task_ids: Tensor | None = None,
-        mask: Tensor | None = None,
         past: list[Tensor] | None = None,
+        **known: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if update is not None:
             x = x + update
         x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y), past), x)
         if self.moe is not None:  # recomputes its experts itself, and keeps the routing
-            return x, self.moe(self.ffn_norm(x), token_ids, task_ids, mask)
+            return x, self.moe(self.ffn_norm(x), **known)
         return x, self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)  # type: ignore[misc]
 
     def _maybe_recomputed(self, function, x: Tensor) -> Tensor:

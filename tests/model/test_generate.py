@@ -5,7 +5,6 @@ import torch
 
 from ecmoe import RunConfig, build_model, causal_routing
 from ecmoe.model.generate import generate
-from ecmoe.model.transformer import KeyValueCache
 
 CONFIG = RunConfig(layers=4, d_model=32, d_ff=48, heads=4, num_experts=4, sequence_length=24, batch_size=4)
 
@@ -31,7 +30,7 @@ def test_prefill_equals_step_by_step(router):
     with causal_routing(model), torch.no_grad():
         whole = model(tokens)
         routed = decisions(model) if model.moe_layers else None
-        cache, steps, stepped = KeyValueCache(4), [], 0
+        cache, steps, stepped = [[] for _ in range(4)], [], 0
         for t in range(12):
             steps.append(model(tokens[:, t : t + 1], cache=cache))
             stepped = stepped + (decisions(model) if model.moe_layers else 0)
@@ -43,7 +42,7 @@ def test_prefill_equals_step_by_step(router):
 def test_chunks_of_any_size_continue_each_other():
     model, tokens = warm(dtype=torch.float64), ids(2, 12, seed=2)
     with causal_routing(model), torch.no_grad():
-        cache = KeyValueCache(4)
+        cache = [[] for _ in range(4)]
         parts = [model(part, cache=cache) for part in tokens.split([5, 1, 6], dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-12, rtol=0)
 
