@@ -48,8 +48,8 @@ class Trunk(nn.Module):
     def through(self, x: Tensor, cache: Cache | None = None, **known: Tensor | None) -> Tensor:
         """(B, T, d) of the embedding -> (B, T, d), through all blocks and the last norm. known: what `MoE` reads beside x."""
         update = None
-        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x, update = block(x, update, past, **known)
+        for layer, block in enumerate(self.blocks):
+            x, update = block(x, update, cache[layer] if cache else None, **known)
         return self.norm(x + update)  # type: ignore[operator]
 
     @property
