@@ -10,9 +10,8 @@ from markupsafe import Markup
 
 from ecmoe.report.markup import badge, markup, show_html, table_html
 from ecmoe.study.estimate import Unit, amount, counted, of_values, span
-from ecmoe.study.label import NOT_RUN, PLUMBING
 from ecmoe.study.protocol import protocol
-from ecmoe.study.verdict import ClaimVerdict, JudgedPart, judge
+from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, judge
 
 NOTHING = "(not run)"
 

@@ -17,8 +17,7 @@ from ecmoe.report.plots.style import GREY, INK
 from ecmoe.study import engine, plan
 from ecmoe.study.answer import Answer
 from ecmoe.study.estimate import Unit
-from ecmoe.study.label import PLUMBING
-from ecmoe.study.verdict import ClaimVerdict, JudgedPart
+from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 from ecmoe.training.result import read_record
 
 Verdicts = Mapping[str, ClaimVerdict]

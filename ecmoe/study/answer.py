@@ -9,8 +9,17 @@ from dataclasses import dataclass
 
 from ecmoe import paths
 from ecmoe.files import read_json
-from ecmoe.study.label import CONTRADICTED, IN_DIRECTION, NO_EFFECT, NOT_RUN, PLUMBING, REPRODUCED, UNDECIDED
-from ecmoe.study.verdict import ClaimVerdict, judge_all
+from ecmoe.study.verdict import (
+    CONTRADICTED,
+    IN_DIRECTION,
+    NO_EFFECT,
+    NOT_RUN,
+    PLUMBING,
+    REPRODUCED,
+    UNDECIDED,
+    ClaimVerdict,
+    judge_all,
+)
 
 # What somebody who chooses a router asks: claim and part.
 CHOICE = (

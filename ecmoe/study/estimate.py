@@ -1,7 +1,7 @@
 """Estimates over paired seeds: how large an effect is, how sure that is, and how many seeds would make it sure.
 
 Every interval is Student's t over seeds, and so says what another set of seeds would show; ratios are taken in the logarithm.
-What an estimate means for a claim is label.py's.
+What an estimate means for a claim is verdict.py's.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """load: what a page shows, read from where the engine kept it. What notebooks call in their first cell."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ecmoe import paths
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
-from ecmoe.study.progress import over
 from ecmoe.training.result import Result, not_run, read_record
 
 _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
@@ -88,12 +89,42 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
         planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists() for one in planned
     ]
     waiting = [one for one, done in zip(planned, there, strict=True) if train and not done]
-    with over(waiting) as watching:
+    with progress(waiting) as watching:
         for one, done in zip(planned, there, strict=True):
             if train or done:
                 found = _result(one, scale, train, watching(one) if one in waiting else [])
             results[one.arms[0]].append(found if train or done else not_run(one.config))
     return Study(page, scale, parameters, arms, planned, train, results)
+
+
+@contextmanager
+def progress(waiting: Sequence[planning.Planned]) -> Iterator[Callable[[planning.Planned], list[Any]]]:
+    """The bar, in a notebook a widget; none where nothing waits. Yields: run -> the callbacks that it is trained with.
+
+    It counts optimiser steps over all runs, since runs differ in how many they have.
+    """
+    names, steps = [one.name for one in waiting], [one.config.steps for one in waiting]
+    with tqdm(total=sum(steps), unit="step", disable=not waiting) as bar:
+
+        def watching(one: planning.Planned) -> list[Any]:
+            import lightning as L  # not needed to read what is there
+
+            number = names.index(one.name)
+            bar.set_description(f"run {number + 1} of {len(names)}, {one.arms[0]} s{one.seed}")
+            done = sum(steps[:number])
+            bar.update(done - bar.n)  # of a run that ended early, or calls nobody back
+
+            class Watch(L.Callback):
+                def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                    bar.update(trainer.global_step - bar.n + done)
+
+                def on_validation_end(self, trainer: Any, *_: Any) -> None:
+                    if "val_loss" in trainer.callback_metrics:
+                        bar.set_postfix(loss=f"{float(trainer.callback_metrics['val_loss']):.3f}")
+
+            return [Watch()]
+
+        yield watching
 
 
 def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]) -> Result:

@@ -7,9 +7,12 @@
 No notebook is run and no torch is imported. engine.py carries the plan out, load.py reads what is there.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from fractions import Fraction
+from functools import cache
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig
 from ecmoe.files import nearest, read_yaml
 from ecmoe.measures import Measurement, measurements
-from ecmoe.study import arms
 from ecmoe.study.parameters import ParameterError, check_scale, merge_parameters, merged, parameter_files
 
 Keys = Mapping[str, Any]
+# Keys that may be a share of the base's, and of what the result is a multiple; None: it must come out whole.
+SHARES = {"steps": None, "warmup_steps": None, "batch_size": None, "d_ff": 8}
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,18 @@ class Planned:
     measures: tuple[Measurement, ...] = field(default=())
 
 
-def plan(scale: str, pages: Sequence[str] = ()) -> list[Planned]:
-    """What the pages of a scale rest on, or some of them: each run once, in the order of configs/order.yaml, seed by seed.
+def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
+    """What the pages of a scale rest on, or those asked for: each run once, in the order of configs/order.yaml, seed by seed.
 
     Raises:
         ParameterError: no such scale or page; a file can't be read. ConfigError: an arm, key or measurement that can't
         be; names page and arm.
     """
-    return _in_order({page: of_page(page, scale) for page in _known(scale, pages)})
+    known = pages(scale)
+    for page in asked:
+        if page not in known:
+            raise ParameterError(f"no page {page!r}: {nearest(page, known)}")
+    return _in_order({page: of_page(page, scale) for page in asked or known})
 
 
 def sound(scale: str) -> tuple[list[Planned], dict[str, Exception]]:
@@ -60,8 +68,12 @@ def sound(scale: str) -> tuple[list[Planned], dict[str, Exception]]:
 
 def _in_order(by_page: Mapping[str, Sequence[Planned]]) -> list[Planned]:
     found: dict[str, Planned] = {}
-    for one in (one for of_page in by_page.values() for one in of_page):
-        found[one.name] = _both(found[one.name], one) if one.name in found else one
+    for one in chain.from_iterable(by_page.values()):
+        if other := found.get(one.name):  # the same run, wanted by two pages or under two names
+            pages, arms = (tuple(dict.fromkeys(x)) for x in (other.pages + one.pages, other.arms + one.arms))
+            measures = {how.name: how for how in other.measures + one.measures}
+            one = replace(other, pages=pages, arms=arms, measures=tuple(measures.values()))
+        found[one.name] = one
     file = paths.configs() / "order.yaml"
     blocks = [set(block) for block in (read_yaml(file, "order of runs") if file.exists() else [])]
     blocks += [{page} for page in by_page]
@@ -116,13 +128,65 @@ def _planned(page: str, values: Keys, scale: str) -> Iterator[Planned]:
 
 
 def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
-    """Name -> keys of the arms of a page: `arms`, each at all values of `vary`, where the page has that."""
-    vary = values.get("vary") or {}
-    return {
-        name + "".join(f", {key.replace('_', ' ')} {value}" for key, value in varied.items()): {**keys, **varied}
-        for name, keys in _arms(values.get("arms") or (), values["base"], arms.own(scale)).items()
-        for varied in (dict(zip(vary, chosen, strict=True)) for chosen in product(*vary.values()))
-    }
+    """Name -> keys of the arms of a page, each at all values of `vary`, where the page has that.
+
+    `arms` is a list of names; or name -> keys, for arms of one's own (no keys: by its name). configs/scale/<scale>/arms.yaml
+    is what a scale changes of some, such as a family's own learning rate.
+    """
+    asked, vary = values.get("arms") or (), values.get("vary") or {}
+    own = paths.configs() / "scale" / scale / "arms.yaml"
+    if isinstance(asked, str) or not isinstance(asked, Iterable):
+        raise ConfigError(f"arms={asked!r}: must be a list of names of configs/arms.yaml")
+    _check_list("arms", list(asked), str)
+    changes, found = read_yaml(own, "arms") if own.exists() else {}, {}
+    for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked)).items():
+        if keys is not None and not isinstance(keys, Mapping):
+            raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
+        keys = arm_keys(name, values["base"], changes) if keys is None else keys
+        for chosen in product(*vary.values()):
+            varied = dict(zip(vary, chosen, strict=True))
+            words = (f", {key.replace('_', ' ')} {value}" for key, value in varied.items())
+            found[name + "".join(words)] = {**keys, **varied}
+    return found
+
+
+@cache
+def named_arms() -> dict[str, dict[str, Any]]:
+    """Name -> keys, as configs/arms.yaml has them; nothing else names an arm."""
+    return read_yaml(paths.configs() / "arms.yaml", "arms")
+
+
+def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
+    """The keys of RunConfig of a named arm, but for its seed: base, what the arm changes, and what its scale changes of that arm.
+
+    Args:
+        base: of the scale. own: name -> keys, of the scale.
+
+    Raises:
+        ConfigError: no arm has that name (the nearest is suggested), or its share of one of the base's keys is no whole number.
+    """
+    if name not in named_arms():
+        hint = nearest(name, named_arms(), "configs/arms.yaml names them all")
+        raise ConfigError(f"there is no arm {name!r}: {hint}")
+    changes = {**named_arms()[name], **(own or {}).get(name, {})}
+    return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}
+
+
+def _share(name: str, key: str, value: Any, base: Keys) -> Any:
+    """1/2 of the base's value; any other value as it is."""
+    if not isinstance(value, str) or key not in SHARES:
+        return value
+    whole = base.get(key, getattr(RunConfig, key))
+    if not isinstance(whole, int):
+        raise ConfigError(f"base: {key}={whole!r} must be a whole number: arm {name!r} has {value} of it")
+    try:
+        share = whole * Fraction(value)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"arm {name!r}: {key}={value!r} must be a number, or a share such as 1/2") from error
+    multiple = SHARES[key] or 1
+    if SHARES[key] is None and share.denominator != 1:
+        raise ConfigError(f"arm {name!r}: {value} of the scale's {key} is {float(share):g}, which is no whole number")
+    return math.ceil(share / multiple) * multiple
 
 
 def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
@@ -145,18 +209,6 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
     return made
 
 
-def _arms(asked: Any, base: Keys, own: Mapping[str, Keys]) -> dict[str, Keys]:
-    """A list of names; or name -> keys, for arms of one's own (no keys: by its name)."""
-    if isinstance(asked, str) or not isinstance(asked, Iterable):
-        raise ConfigError(f"arms={asked!r}: must be a list of names of configs/arms.yaml")
-    _check_list("arms", list(asked), str)
-    given = asked if isinstance(asked, Mapping) else dict.fromkeys(asked)
-    for name, keys in given.items():
-        if keys is not None and not isinstance(keys, Mapping):
-            raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
-    return {name: arms.keys(name, base, own) if keys is None else keys for name, keys in given.items()}
-
-
 def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[str, int], list[Measurement]]:
     """What is measured on which arm and seed: on all of a page's, unless `arms` or `seeds` stand beside the keys."""
     if not isinstance(asked, Mapping):
@@ -176,21 +228,6 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
             for arm, seed in product(of_arms, of_seeds):
                 wanted.setdefault((arm, seed), []).append(how)
     return wanted
-
-
-def _both(one: Planned, other: Planned) -> Planned:
-    """The same run, wanted by two pages or under two names."""
-    pages, arms = (tuple(dict.fromkeys(of(one) + of(other))) for of in (lambda x: x.pages, lambda x: x.arms))
-    measures = {how.name: how for how in one.measures + other.measures}
-    return replace(one, pages=pages, arms=arms, measures=tuple(measures.values()))
-
-
-def _known(scale: str, asked: Sequence[str]) -> list[str]:
-    known = pages(scale)
-    for page in asked:
-        if page not in known:
-            raise ParameterError(f"no page {page!r}: {nearest(page, known)}")
-    return list(asked) or known
 
 
 def record(one: Planned, scale: str) -> Path:

@@ -8,25 +8,25 @@ import yaml
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.study import arms
+from ecmoe.study import plan
 from ecmoe.study.plan import configs
 
 SCALES = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((paths.configs() / "scale").glob("*.yaml"))}
 
 
 def made_of(names, base):
-    made = configs(base, {name: arms.keys(name, base) for name in names}, [0])
+    made = configs(base, {name: plan.arm_keys(name, base) for name in names}, [0])
     return {name: config for name, (config,) in made.items()}
 
 
-TEXT = [name for name, keys in arms.named().items() if "a patch" not in name and "approach" not in keys]
+TEXT = [name for name, keys in plan.named_arms().items() if "a patch" not in name and "approach" not in keys]
 
 
 def test_a_name_is_one_arm_and_an_arm_has_one_name():
     lines = (paths.configs() / "arms.yaml").read_text().splitlines()
     heads = [line.split(": {")[0].rstrip(":") for line in lines if line[:1] not in ("#", " ", "")]
-    assert heads == list(arms.named())  # a key that stood twice would have won in silence
-    alike = Counter(json.dumps(keys, sort_keys=True) for name, keys in arms.named().items() if name in TEXT)
+    assert heads == list(plan.named_arms())  # a key that stood twice would have won in silence
+    alike = Counter(json.dumps(keys, sort_keys=True) for name, keys in plan.named_arms().items() if name in TEXT)
     assert max(alike.values()) == 1
 
 
@@ -43,12 +43,12 @@ def test_arms_that_differ_are_different_runs(scale):
 
 def test_an_arm_is_its_base_and_its_keys():
     base = {"steps": 300, "d_ff": 128, "learning_rate": 0.5}
-    assert arms.keys("Dense", base) == {**base, "router": "dense"}
-    assert arms.keys("Dense", base, {"Dense": {"learning_rate": 0.1}})["learning_rate"] == 0.1
-    half = arms.keys("EC-CF2 raw, 1/2 of the steps", base)
+    assert plan.arm_keys("Dense", base) == {**base, "router": "dense"}
+    assert plan.arm_keys("Dense", base, {"Dense": {"learning_rate": 0.1}})["learning_rate"] == 0.1
+    half = plan.arm_keys("EC-CF2 raw, 1/2 of the steps", base)
     assert half["steps"] == 150 and half["gate"] == "softmax" and half["learning_rate"] == 0.5
-    assert arms.keys("Dense equal FLOPs", base)["d_ff"] == 152  # 149.3, in whole multiples of 8
-    assert arms.keys("Dense equal FLOPs", {})["d_ff"] == 152  # RunConfig's own 128
+    assert plan.arm_keys("Dense equal FLOPs", base)["d_ff"] == 152  # 149.3, in whole multiples of 8
+    assert plan.arm_keys("Dense equal FLOPs", {})["d_ff"] == 152  # RunConfig's own 128
 
 
 def test_a_dense_twin_of_equal_flops_has_them():
@@ -63,10 +63,10 @@ def test_a_dense_twin_of_equal_flops_has_them():
 
 def test_what_cannot_be_an_arm_is_said_with_its_name():
     with pytest.raises(ConfigError, match="'EC-CF2 renormalised': did you mean EC-CF2 renormalized"):
-        arms.keys("EC-CF2 renormalised", {})
+        plan.arm_keys("EC-CF2 renormalised", {})
     with pytest.raises(ConfigError, match=r"1/2 of the scale.s steps is 1\.5, which is no whole number"):
-        arms.keys("EC-CF2 raw, 1/2 of the steps", {"steps": 3})
+        plan.arm_keys("EC-CF2 raw, 1/2 of the steps", {"steps": 3})
     with pytest.raises(ConfigError, match="arm 'Dense': .*steps='half' must be a number"):
-        arms.keys("Dense", {"steps": 4}, {"Dense": {"steps": "half"}})
+        plan.arm_keys("Dense", {"steps": 4}, {"Dense": {"steps": "half"}})
     with pytest.raises(ConfigError, match="arm 'EC-CF2 raw': .*capacity_factor"):
         made_of(["EC-CF2 raw"], {"num_experts": 3, "batch_size": 1, "sequence_length": 2})

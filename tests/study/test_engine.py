@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from ecmoe import paths
 from ecmoe.cli import app
 from ecmoe.measures import Measurement
-from ecmoe.study import arms, engine, plan
+from ecmoe.study import engine, plan
 from ecmoe.study.load import load
 from ecmoe.training.result import read_record
 
@@ -52,9 +52,9 @@ def project(tmp_path, tiny_config, monkeypatch):
     (configs / "01_a.yaml").write_text("arms: [EC]\nmeasures: {losses: {pools: [sequence], seeds: [1]}}\n")
     (configs / "02_b.yaml").write_text("arms: [EC, Lost]\nseeds: [0]\n")
     monkeypatch.setattr(paths, "configs", lambda: configs)
-    arms.named.cache_clear()
+    plan.named_arms.cache_clear()
     yield tmp_path
-    arms.named.cache_clear()
+    plan.named_arms.cache_clear()
 
 
 def test_what_is_there_and_what_is_missing(project):

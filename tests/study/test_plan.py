@@ -8,7 +8,7 @@ import pytest
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.files import read_yaml
-from ecmoe.study import arms, plan
+from ecmoe.study import plan
 from ecmoe.study.parameters import ParameterError
 
 LIGHT = """
@@ -33,9 +33,9 @@ def configs(tmp_path, monkeypatch):
     write("01_a.yaml", "arms: [EC, Half]\nmeasures: {decoding: {arms: [EC], seeds: [0]}, dependence: }\n")
     write("02_b.yaml", "arms: [Top, EC]\nseeds: [1, 0]\nmeasures: {losses: {pools: [4]}}\n")
     monkeypatch.setattr(paths, "configs", lambda: tmp_path)
-    arms.named.cache_clear()
+    plan.named_arms.cache_clear()
     yield write
-    arms.named.cache_clear()
+    plan.named_arms.cache_clear()
 
 
 def test_every_run_once_seed_by_seed_with_all_that_pages_want_of_it(configs):
@@ -59,7 +59,7 @@ def test_blocks_come_in_their_order_each_seed_whole_before_the_next(configs):
 
 
 def test_the_order_names_pages_and_arms_that_there_are():
-    known = {*plan.pages("gpu"), *arms.named()}
+    known = {*plan.pages("gpu"), *plan.named_arms()}
     assert all(set(block) <= known for block in read_yaml(paths.configs() / "order.yaml", "order"))
 
 

@@ -6,8 +6,8 @@ import yaml
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.study import protocol as module
-from ecmoe.study.arms import named
 from ecmoe.study.estimate import Unit
+from ecmoe.study.plan import named_arms
 from ecmoe.study.protocol import find_claim, protocol
 
 CLAIMS = protocol().claims
@@ -33,7 +33,7 @@ def test_every_claim_of_the_paper_is_judged_by_a_rule_that_says_what_would_refut
 
 @pytest.mark.parametrize("claim, part", PARTS, ids=lambda x: getattr(x, "id", getattr(x, "name", "")))
 def test_a_part_can_be_computed_and_put_in_words(claim, part):
-    assert set(part.arms) <= set(named()) and part.margin > 0
+    assert set(part.arms) <= set(named_arms()) and part.margin > 0
     assert part.found.format(size="1 nat", side="above") != part.found and part.rule
     assert ("{side}" in part.found) == (part.compares and part.unit is not Unit.RATIO)
     if part.how == "difference" and part.over:

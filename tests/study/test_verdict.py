@@ -13,7 +13,9 @@ from ecmoe.measures import measure
 from ecmoe.study import estimate, speed
 from ecmoe.study.estimate import Unit, of_values
 from ecmoe.study.evidence import Evidence
-from ecmoe.study.label import (
+from ecmoe.study.plan import plan, record
+from ecmoe.study.protocol import Claim, Part, find_claim, protocol
+from ecmoe.study.verdict import (
     CONTRADICTED,
     IN_DIRECTION,
     NO_EFFECT,
@@ -22,12 +24,12 @@ from ecmoe.study.label import (
     REPRODUCED,
     UNDECIDED,
     holm,
+    judge,
+    judge_all,
     label_of,
+    of_evidence,
     weakest,
 )
-from ecmoe.study.plan import plan, record
-from ecmoe.study.protocol import Claim, Part, find_claim, protocol
-from ecmoe.study.verdict import judge, judge_all, of_evidence
 from ecmoe.training.result import Result, write_record
 
 NOISE = np.array([-1.0, 0.3, 0.7, 0.0])  # of four seeds, around 0

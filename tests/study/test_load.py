@@ -4,8 +4,8 @@ import inspect
 from types import SimpleNamespace
 
 from ecmoe.config import RunConfig
+from ecmoe.study.load import progress
 from ecmoe.study.plan import Planned
-from ecmoe.study.progress import over
 
 
 def planned(seed: int) -> Planned:
@@ -14,7 +14,7 @@ def planned(seed: int) -> Planned:
 
 
 def test_steps_are_counted_over_all_runs(capsys):
-    with over([planned(0), planned(1)]) as watching:
+    with progress([planned(0), planned(1)]) as watching:
         for one, steps in ((planned(0), (4, 10)), (planned(1), (3,))):
             (watch,) = watching(one)
             for step in steps:
@@ -26,6 +26,6 @@ def test_steps_are_counted_over_all_runs(capsys):
 
 
 def test_nothing_to_train_is_no_bar(capsys):
-    with over([]):
+    with progress([]):
         pass
     assert capsys.readouterr().err == ""
