@@ -4,11 +4,12 @@ What it says of a claim comes from `ecmoe.study.verdict` alone, which reads prot
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 from markupsafe import Markup
 
-from ecmoe.report.markup import badge, markup, show_html, table_html
+from ecmoe.report.markup import markup, show_html, table_html
 from ecmoe.study.estimate import Unit, amount, counted, of_values, span
 from ecmoe.study.protocol import protocol
 from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, judge
@@ -89,12 +90,16 @@ def judged_html(verdict: ClaimVerdict) -> Markup:
 
 def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     """A row for each part: what was found, and by which rule it has its label."""
-    names = ["part", "verdict", "found", "seeds", "reproduced if", "could have seen"]
-    rows = [(part.name, part.label, found(part), _seeds(part), part.rule, _seen(part)) for part in parts]
-    frame = pd.DataFrame(rows, columns=names)
+    rows = []
+    for part in parts:
+        without = f"; without {', '.join(part.missing)}" * bool(part.missing)
+        seeds = counted(part.seeds, part.effect.of) + without if part.seeds else None
+        seen = None if part.smallest is None else amount(part.smallest, part.unit, compares=True)
+        rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
+    frame = pd.DataFrame(rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "could have seen"])
     if label == PLUMBING:  # numbers of smoke say nothing
         return table_html(frame[["part", "reproduced if"]])
-    return table_html(frame, "", {"verdict": badge})
+    return table_html(frame, "", {"verdict": partial(markup, "badge")})
 
 
 def found(part: JudgedPart) -> str:
@@ -105,16 +110,6 @@ def found(part: JudgedPart) -> str:
     if part.unit is not Unit.RATIO and part.compares and part.estimate > 0:
         size = f"+{size}"
     return size if part.low is None else f"{size} ({span(part.low, part.high, part.unit)})"
-
-
-def _seeds(part: JudgedPart) -> str | None:
-    if not part.seeds:
-        return None
-    return counted(part.seeds, part.effect.of) + (f"; without {', '.join(part.missing)}" if part.missing else "")
-
-
-def _seen(part: JudgedPart) -> str | None:
-    return None if part.smallest is None else amount(part.smallest, part.unit, compares=True)
 
 
 def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "nats per token") -> str:

@@ -68,14 +68,14 @@ def execute(
     *,
     parameters: Mapping[str, Any] | None = None,
     train_missing: bool | None = None,
-    progress: bool = True,
 ) -> Path:
     """Run a notebook with the parameters of YAML files and render it; returns the page's path.
+
+    A line per cell, and what the notebook writes to stderr, goes to stderr.
 
     Args:
         parameter_files: later ones win, key by key; below `base`, key by key too.
         parameters: win over the files. train_missing: the notebook's parameter of that name, where it has one.
-        progress: a line per cell, and what the notebook writes to stderr, to stderr.
 
     Raises:
         ParameterError: an unknown key, before anything runs.
@@ -109,7 +109,7 @@ def execute(
     total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
 
     def say(cell: Any, cell_index: int, **_: Any) -> None:
-        if progress and cell.cell_type == "code":
+        if cell.cell_type == "code":
             print(f"[{notebook.stem}] cell {cell_index + 1}/{total}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def execute(
                 start_timeout=180,
                 kernel_manager_class=_ThisPython,
                 on_cell_start=say,
-                stderr_file=sys.stderr if progress else None,
+                stderr_file=sys.stderr,
             )
         except PapermillExecutionError as failure:
             what, cell = f"{failure.ename}: {failure.evalue}", failure.cell_index + 1

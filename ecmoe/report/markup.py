@@ -40,11 +40,6 @@ def markup(name: str, *args: Any, **kwargs: Any) -> Markup:
     return getattr(_macros(), name)(*args, **kwargs)
 
 
-def badge(label: str) -> Markup:
-    """A verdict's label on its colour."""
-    return markup("badge", label)
-
-
 def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None) -> Markup:
     """A table: escaped, numbers to the right, the first column heading its row; what is missing is a dash, never a 0.
 

@@ -1,28 +1,26 @@
 """Where the numbers of a page come from: commit, versions, devices, seeds, hours, data, and what is missing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 
 from ecmoe.report.markup import markup, show_html, table_html
 from ecmoe.study import repeats
-from ecmoe.study.load import Study as Page
-from ecmoe.training.result import Result
-
-Study = Mapping[str, Sequence[Result]]
+from ecmoe.study.load import Study
 
 
-def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
+def provenance(study: Study, differences: str = "") -> None:
     """Show where numbers come from; warns if the runs behind a page differ in code, versions, device, precision or data.
 
     Args:
         differences: from the paper, as far as they concern the whole page.
     """
-    results = [r for by_arm in study.values() for r in by_arm] if isinstance(study, Mapping) else list(study)
+    results = [r for by_arm in study.values() for r in by_arm]
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
     starts = sorted(s["started"][:10] for s in done if s.get("started"))
+    seconds = sum(s.get("seconds") or 0 for s in done)
     same = {key: _distinct(done, key) for key in ("code", "commit", "device", "precision")}
     same["versions"] = {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done}
     rows: dict[str, Iterable[Any]] = same | {
@@ -31,7 +29,7 @@ def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
         "runs side by side on a device (seconds are a run's own over their number)": _distinct(done, "sharing", 1)
         - {"1"},
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
-        "training time": [_hours(sum(s.get("seconds") or 0 for s in done))],
+        "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
         "tokens trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
         "trained": [f"{starts[0]} to {starts[-1]}" if starts else "never"],
     }
@@ -39,7 +37,7 @@ def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
         lost = [s for s in done if s["status"] == status]
         rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
-    linked = repeats.linked(done, repeats.kept(study.scale)) if isinstance(study, Page) else None
+    linked = repeats.linked(done, repeats.kept(study.scale))
     rows["repeats, equal to the last digit, that show that these codes compute the same"] = set(linked or ())
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
@@ -50,39 +48,25 @@ def provenance(study: Study | Iterable[Result], differences: str = "") -> None:
     mixed += ["commit"] * ("unknown" in shown.get("code", ()) and len(shown.get("commit", ())) > 1)
     mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
     warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""
-    costs = table_html(_costs(results)) if done else ""
+    keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
+    took = pd.DataFrame([{key: r.summary.get(key) for key in keys} for r in results if r.ok], columns=keys)
+    took = took.fillna({"sharing": 1})
+    costs = table_html(took if took["sharing"].ne(1).any() else took.drop(columns="sharing")) if done else ""
     text = "\n".join([warning, *(f"{name}: {'; '.join(values)}" for name, values in shown.items())])
     show_html(markup("provenance", shown, differences, warning, costs), text)
-
-
-def _costs(results: Sequence[Result]) -> pd.DataFrame:
-    """A row per finished run: what it took, and where."""
-    keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
-    rows = [{key: result.summary.get(key) for key in keys} for result in results if result.ok]
-    frame = pd.DataFrame(rows, columns=keys).fillna({"sharing": 1})
-    return frame.drop(columns="sharing") if (frame["sharing"] == 1).all() else frame
 
 
 def _distinct(summaries: list[dict[str, Any]], key: str, default: Any = "unknown") -> set[str]:
     return {str(s.get(key, default)) for s in summaries}
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"
-
-
 def _data_text(data: Mapping[str, Any]) -> str:
-    tokens, unit = data.get("train_tokens"), data.get("tokenizer", "tokens")
-    size = f"{tokens:,} training tokens ({unit}, vocabulary {data.get('vocab_size')})" if tokens else ""
-    if data.get("train_images"):
+    size, tokens = "", data.get("train_tokens")
+    if tokens:
+        unit = data.get("tokenizer", "tokens")
+        size = f"{tokens:,} training tokens ({unit}, vocabulary {data.get('vocab_size')})"
+    elif data.get("train_images"):
         shape = " x ".join(map(str, data["shape"]))
         size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
-    licence, digest = data.get("licence", "unknown"), str(data.get("digest", "unknown"))[:12]
-    parts = [
-        data.get("name", "unknown"),
-        data.get("attribution", ""),
-        f"licence: {licence}",
-        size,
-        f"digest {digest}",
-    ]
-    return "; ".join(str(part) for part in parts if part)
+    licence, digest = f"licence: {data.get('licence', 'unknown')}", f"digest {str(data.get('digest', 'unknown'))[:12]}"
+    return "; ".join(filter(None, (data.get("name", "unknown"), data.get("attribution"), licence, size, digest)))

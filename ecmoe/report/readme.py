@@ -9,10 +9,12 @@ import html
 from ecmoe import paths
 from ecmoe.files import write_text
 from ecmoe.report.plots import Plot, share_of_floor
-from ecmoe.report.scoreboard import CAPTION, Verdicts, claim_table, effects
+from ecmoe.report.scoreboard import CAPTION, claim_table, effects
 from ecmoe.study import speed
 from ecmoe.study.answer import answer
 from ecmoe.study.verdict import judge_all
+
+_MARKED = "<!-- {0}:begin -->{1}<!-- {0}:end -->"
 
 
 def update(scale: str = "gpu") -> bool:
@@ -25,8 +27,7 @@ def update(scale: str = "gpu") -> bool:
     old = new = path.read_text(encoding="utf-8")
     texts, plots = sections(scale)
     for name, text in texts.items():
-        begin, _, end = _parts(new, name)
-        new = f"{begin}\n{text}\n{end}"
+        new = new.replace(_MARKED.format(name, part(new, name)), _MARKED.format(name, f"\n{text}\n"))
     for image, plot in plots.items():
         plot.save(paths.root() / image)
     if new != old:
@@ -36,9 +37,16 @@ def update(scale: str = "gpu") -> bool:
 
 def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
     """Name of a part -> the Markdown that the committed results give; file of an image -> the figure."""
-    verdicts, plots = judge_all(scale), {}
+    verdicts, plan, plots = judge_all(scale), speed.plan(scale), {}
+    timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))
+    device = (timed[speed.layer_file(size)] or {}).get("setting", {}).get("device", "no device yet")
+    of_layer = f"Speed of the layer, routing included, as a share of its matrix products alone, on one {device}; *triton* is our path on a GPU, rows without it are plain PyTorch."
+    pictures = {
+        "evidence": (effects(verdicts), CAPTION),
+        "speed": (share_of_floor(speed.layers(timed, [size])), of_layer),
+    }
     found = {"claims": claim_table(verdicts, f"reports/{scale}/scoreboard.md#{{claim}}")}
-    for name, (plot, caption) in _pictures(scale, verdicts).items():
+    for name, (plot, caption) in pictures.items():
         found[name] = f"Not run yet: {caption}"
         if plot.figure is not None:
             image = f"reports/{scale}/readme-{name}.png"
@@ -48,25 +56,9 @@ def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
     return found, plots
 
 
-def _pictures(scale: str, verdicts: Verdicts) -> dict[str, tuple[Plot, str]]:
-    """Name of a part -> its figure, and what it shows."""
-    plan = speed.plan(scale)
-    found = speed.measured(speed.jobs(**plan), scale=scale, measure=False)
-    size = next(iter(plan["layer_sizes"]))
-    device = (found[speed.layer_file(size)] or {}).get("setting", {}).get("device", "no device yet")
-    of_layer = f"Speed of the layer, routing included, as a share of its matrix products alone, on one {device}; *triton* is our path on a GPU, rows without it are plain PyTorch."
-    return {"evidence": (effects(verdicts), CAPTION), "speed": (share_of_floor(speed.layers(found, [size])), of_layer)}
-
-
 def part(text: str, name: str) -> str:
-    """What lies between the marks of that name."""
-    return _parts(text, name)[1]
-
-
-def _parts(text: str, name: str) -> tuple[str, str, str]:
-    """What stands up to the first mark, with it; between the two; and from the second on."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    """What lies between the marks of that name; ValueError unless each is there once."""
+    begin, end = _MARKED.format(name, "\0").split("\0")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"README.md must hold {begin} and then {end}, once each")
-    (before, rest), after = text.split(begin), text.split(end)[1]
-    return before + begin, rest.split(end)[0], end + after
+    return text.split(begin)[1].split(end)[0]

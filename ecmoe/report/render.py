@@ -43,7 +43,10 @@ def render(
         source: the notebook as it lies in notebooks/; the page links to it and to the pages of its neighbours.
     """
     out_html = Path(out_html)
-    links = {} if source is None else {"ways": ways(Path(source)), "source": _relative(Path(source), out_html.parent)}
+    links = {}
+    if source is not None:
+        there = os.path.relpath(Path(source).resolve(), out_html.parent.resolve())
+        links = {"ways": ways(Path(source)), "source": quote(Path(there).as_posix())}
     write_text(out_html, page_html(notebook, error, **links))
     return out_html
 
@@ -83,17 +86,24 @@ def page_html(
             cell.page["label"] = next((_LABELS[tag] for tag in tags if tag in _LABELS), "code")
             cell.page["failed"] = bool(error) and error["cell"] == cell.page["number"]
             cell.page["read"] = "read" in tags  # its code is what there is to read
-            _order(cell)
+            # What a cell shows, then its log; no bar that has come to its end.
+            outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+            cell.outputs = sorted(outputs, key=lambda output: output.get("name") == "stderr")
             shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
             headings = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', shown)
             toc += [{"id": id, "plain": id, "level": 2, "html": text} for id, text in headings]
             cell.page["quiet"] = not cell.outputs and not cell.page["read"]
     sections = [{"id": _anchor(name, toc), "heading": name, "html": html} for name, html in (parts or {}).items()]
+    light, dark = (
+        HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
+        for style in ("default", "github-dark")
+    )
+    style = (TEMPLATE / "style.css").read_text(encoding="utf-8")
     page = {
         "title": text_of(title) or "Report",
         "description": description,
         "toc": [heading for heading in toc if heading["level"] in (2, 3)],
-        "css": _css(),
+        "css": f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n{style}",
         "error": error,
         "ways": list(ways),
         "source": source,
@@ -108,16 +118,13 @@ def page_html(
 
 def ways(source: Path) -> list[dict[str, str]]:
     """To the pages of the notebooks before and after this one, by their number; "03_capacity_factor" is "03 Capacity factor"."""
-    all_of_them = sorted(source.parent.glob("[0-9][0-9]_*.ipynb"))
-    if source not in all_of_them:
-        return []
-    at, found = all_of_them.index(source), []
-    for rel, other, form in (("prev", at - 1, "\u2190 {}"), ("next", at + 1, "{} \u2192")):
-        if 0 <= other < len(all_of_them):
-            name = all_of_them[other].stem
-            number, _, words = name.partition("_")
+    names, found = sorted(path.stem for path in source.parent.glob("[0-9][0-9]_*.ipynb")), []
+    for rel, step, form in (("prev", -1, "\u2190 {}"), ("next", 1, "{} \u2192")):
+        at = names.index(source.stem) + step if source.stem in names else -1
+        if 0 <= at < len(names):
+            number, _, words = names[at].partition("_")
             text = form.format(f"{number} {words.replace('_', ' ').capitalize()}")
-            found.append({"rel": rel, "href": f"{quote(name)}.html", "text": text})
+            found.append({"rel": rel, "href": f"{quote(names[at])}.html", "text": text})
     return found
 
 
@@ -151,22 +158,3 @@ def _anchor(text: str, toc: list[dict[str, Any]], level: int = 2) -> str:
     name = f"{plain}-{taken + 1}" if taken else plain
     toc.append({"id": name, "plain": plain, "level": level, "html": re.sub(r"</?a[^>]*>", "", text)})
     return name
-
-
-def _order(cell: Any) -> None:
-    """What a cell shows, then its log; no bar that has come to its end."""
-    shown = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
-    cell.outputs = sorted(shown, key=lambda output: output.get("name") == "stderr")
-
-
-def _css() -> str:
-    code = {
-        style: HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
-        for style in ("default", "github-dark")
-    }
-    dark = f"@media screen and (prefers-color-scheme: dark) {{\n{code['github-dark']}\n}}"
-    return "\n".join([code["default"], dark, (TEMPLATE / "style.css").read_text(encoding="utf-8")])
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())

@@ -45,7 +45,7 @@ def effects(verdicts: Verdicts) -> Plot:
         for part in verdict.deciding if verdict.label != PLUMBING else ():
             if part.estimate is not None:  # else the line of its claim says so
                 low, high = (math.nan if x is None else x for x in (part.low, part.high))
-                turned = _turned(part, part.estimate, low, high)
+                turned = _to_the_papers_side(part, part.estimate, low, high)
                 rows[nats if part.unit is Unit.NATS else percent].append(
                     (f"{verdict.claim} {part.name}", *turned, part.label)
                 )
@@ -70,7 +70,7 @@ def _ranges(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
 
-def _turned(part: JudgedPart, *values: float) -> tuple[float, float, float]:
+def _to_the_papers_side(part: JudgedPart, *values: float) -> tuple[float, float, float]:
     """Mean, low, high from no effect (of a value that is claimed: from that), the paper's side above 0."""
     from_here = part.figure if part.says == "near" and part.figure is not None else part.neutral
     mean, low, high = ((1.0 if part.unit is Unit.NATS else 100.0) * (x - from_here) for x in values)
@@ -101,40 +101,29 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def studies(scale: str) -> tuple[pd.DataFrame, str]:
-    """A row per page: runs of its plan, finished, missing by arm; and the total over distinct runs, in words."""
-    rows, distinct = [], {}
-    _, wrong = plan.sound(scale)
+def studies(scale: str) -> pd.DataFrame:
+    """A row per page: runs of its plan, which pages share, finished ones and their hours, and what is missing, by arm."""
+    rows, wrong = [], plan.sound(scale)[1]
     for page in plan.pages(scale):
         planned = [] if page in wrong else plan.plan(scale, [page])  # its own page says what is wrong
-        done, missing = {}, {}
+        done, missing = [], {}
         for one in planned:
             state = engine.state(one, scale)
             summary = read_record(plan.record(one, scale)).summary if state.record else {"status": "not run"}
             if summary["status"] == "finished":
-                done[one.name] = summary
+                done.append(summary)
             if not state.record or state.lacking or summary["status"] != "finished":
                 why = f" ({'to be measured' if state.lacking else summary['status']})" * bool(state.record)
                 missing.setdefault(one.arms[0] + why, []).append(str(one.seed))
-        distinct |= done
-        text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items())
+        text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items()) if done else "all of them"
         if planned:
-            rows.append((page, len(planned), len(done), _hours(done), text if done else "all of them"))
-    tokens = sum(run["tokens"] or 0 for run in distinct.values())
-    devices = ", ".join(sorted({run["device"] for run in distinct.values() if run["device"]})) or "no device"
-    total = f"{len(distinct)} distinct runs, shared between pages: {tokens / 1e6:,.0f} million tokens, {_hours(distinct):.2f} hours of training on {devices}."
-    return pd.DataFrame(rows, columns=["page", "runs", "finished", "hours", "missing (seeds)"]), total
-
-
-def _hours(runs: Mapping[str, Mapping[str, float]]) -> float:
-    return sum(run["seconds"] or 0 for run in runs.values()) / 3600
+            rows.append((page, len(planned), len(done), sum(run["seconds"] or 0 for run in done) / 3600, text))
+    return pd.DataFrame(rows, columns=["page", "runs", "finished", "hours", "missing (seeds)"])
 
 
 def studies_html(scale: str) -> Markup:
     """What every page of that scale rests on, what is missing, and the command that trains it."""
-    rows, total = studies(scale)
     again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
-    caption = f"{total} \u201c{again}\u201d trains what is missing, and nothing else."
     formats = {
         "page": Markup('<a href="{0}.html">{0}</a>').format,
         "hours": ".2f",
@@ -142,4 +131,5 @@ def studies_html(scale: str) -> Markup:
             text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)
         ),
     }
-    return table_html(rows, caption, formats)
+    caption = f"Pages share runs; \u201c{again}\u201d trains what is missing, and nothing else."
+    return table_html(studies(scale), caption, formats)

@@ -14,6 +14,7 @@ from ecmoe.report import page as report
 from ecmoe.report.execution import ReportError, execute
 from ecmoe.report.markup import table_html
 from ecmoe.report.render import page_html
+from ecmoe.study.load import Study
 from ecmoe.training.result import Result, not_run
 
 EVIL = "<script>alert(1)</script>"
@@ -64,14 +65,13 @@ def pages(tmp_path_factory):
     files = [folder / "a.yaml", folder / "b.yaml"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECMOE_HOME", str(folder))
-        good = execute(folder / "03_study.ipynb", folder / "03_study.html", files, progress=False)
+        good = execute(folder / "03_study.ipynb", folder / "03_study.html", files)
         with pytest.raises(ReportError) as failure:
             execute(
                 folder / "04_other.ipynb",
                 folder / "04_other.html",
                 files,
                 parameters={"fail": True},
-                progress=False,
             )
     return (
         good.read_text(),
@@ -251,8 +251,12 @@ def result(seed: int, **summary) -> Result:
     return Result(default | summary)
 
 
+def study(*results: Result) -> Study:
+    return Study("03_study", "smoke", {}, {}, [], False, {"an arm": list(results)})
+
+
 def test_provenance_names_what_differs_and_what_is_missing(shown):
-    report.provenance([result(0), result(1)])
+    report.provenance(study(result(0), result(1)))
     text = BeautifulSoup(shown[0], "html.parser").text
     assert "Mind" not in text and "1.00 hours" in text and "torch 2.13.0" in text and "licence: PSF" in text
     assert EVIL in text and EVIL not in shown[0]
@@ -263,19 +267,19 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
         device="NVIDIA H200",
         versions={"torch": "2.11.0"},
     )
-    report.provenance([result(0), lost, not_run(RunConfig(seed=3))])
+    report.provenance(study(result(0), lost, not_run(RunConfig(seed=3))))
     text = BeautifulSoup(shown[1], "html.parser").text
     assert "differ in device, versions." in text and "the loss is nan" in text
     assert "1 of 3 runs" in text
-    report.provenance([result(0, commit="def"), result(1, code="beef")])
+    report.provenance(study(result(0, commit="def"), result(1, code="beef")))
     assert "differ in code." in shown[2]  # two commits whose code decides the same are no matter
-    report.provenance({"an arm": [not_run(RunConfig())]})
-    report.provenance([])
+    report.provenance(study(not_run(RunConfig())))
+    report.provenance(study())
 
 
 def test_provenance_says_where_runs_shared_a_device(shown):
-    report.provenance([result(0), result(1, sharing=1)])
-    report.provenance([result(0), result(1, sharing=3), result(2, sharing=3)])
+    report.provenance(study(result(0), result(1, sharing=1)))
+    report.provenance(study(result(0), result(1, sharing=3), result(2, sharing=3)))
     alone, shared = (BeautifulSoup(page, "html.parser") for page in shown)
     assert "side by side" not in alone.text
     row = shared.find("th", string=re.compile("^runs side by side on a device")).find_next("td")
@@ -296,5 +300,5 @@ def test_markdown_math_is_left_alone_by_markdown():
 def test_what_is_no_notebook_is_named(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(ReportError, match=r"README\.md can't be read .*: it must be a notebook"):
-        execute(tmp_path / "README.md", tmp_path / "out" / "o.html", progress=False)
+        execute(tmp_path / "README.md", tmp_path / "out" / "o.html")
     assert not (tmp_path / "out/o.html").exists()  # the list of pages names it as failed

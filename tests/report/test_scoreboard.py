@@ -43,13 +43,12 @@ def pages(tmp_path, monkeypatch):
     plan.named_arms.cache_clear()
 
 
-def test_every_page_says_what_is_missing_and_a_shared_run_counts_once(pages):
-    rows, total = scoreboard.studies("gpu")
+def test_every_page_says_what_is_missing(pages):
+    rows = scoreboard.studies("gpu")
     assert rows["page"].tolist() == ["01_a", "02_b"]
     assert rows["runs"].tolist() == [1, 6] and rows["finished"].tolist() == [1, 2]
     assert rows["hours"].tolist() == pytest.approx([0.5, 0.75])
     assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC (diverged) s1; EC s2"]
-    assert total.startswith("2 distinct runs, shared") and "4 million tokens, 0.75 hours of training on GPU" in total
 
 
 def test_shown_with_the_command_that_repeats_it(pages):
@@ -123,5 +122,5 @@ def test_smoke_judges_nothing():
 
 def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    rows, total = scoreboard.studies("gpu")
-    assert (rows["finished"] == 0).all() and total.startswith("0 distinct runs")
+    rows = scoreboard.studies("gpu")
+    assert len(rows) and (rows["finished"] == 0).all()

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 from ecmoe.report.plots.parts import (
     LABELS,
@@ -22,7 +23,6 @@ from ecmoe.report.plots.parts import (
     nothing,
     over_seeds,
     sentence,
-    thousands,
 )
 from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, legend_below, looks, new_figure, plain
 
@@ -124,9 +124,9 @@ def lines(
         ax.set_xticks(values, [f"{v:g}" for v in values])
         ax.minorticks_off()
     else:
-        ax.xaxis.set_major_formatter(thousands)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 15k
     if data["mean"].max() >= 1e4:
-        ax.yaxis.set_major_formatter(thousands)
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set(xlabel=LABELS.get(x, x), ylabel="")
     if named:
         ends = data.groupby(by)["mean"].last().loc[names].to_dict()

@@ -113,11 +113,3 @@ def missing_text(arms: Iterable[str], measured: Iterable[str]) -> str:
 def sentence(text: str) -> str:
     """The text with its first letter capital, the rest as it is (MFU)."""
     return text[:1].upper() + text[1:]
-
-
-def thousands(value: float, _: object = None) -> str:
-    """15000 as 15k, 65000000 as 65M: short enough for every tick."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
