@@ -49,6 +49,7 @@ def test_keys_lists_every_key_with_help():
         (["--set", "step=3"], "did you mean steps"),
         (["--set", "learning_rate=1e-3"], "write 1.0e-3"),
         (["--set", "steps"], "key=value"),
+        (["--set", "=3"], "key=value"),
         (["--set", "steps=[1"], "YAML"),
         (["absent.yaml"], "absent.yaml"),
         (["--set", "data=absent/text.txt"], "absent/text.txt"),

@@ -67,10 +67,12 @@ def test_rounding_down_takes_the_floor_and_at_least_one(n):
 @pytest.mark.parametrize("cap", [None, 1, 3])
 def test_rounding_down_with_a_mask_routes_the_others_alone(cap):
     router = ExpertChoice(D, E, 1.0, cap, rounding="down")
-    logits, mask = tokens(13)[:, :E], torch.arange(13) % 3 > 0
-    masked = router.assign(logits, mask=mask).dense(13)
-    torch.testing.assert_close(masked[mask], router.assign(logits[mask]).dense(int(mask.sum())))
-    assert not masked[~mask].any()
+    logits, place = tokens(13)[:, :E], torch.randperm(13)
+    for valid in range(14):  # also fewer than one a expert
+        mask = place < valid
+        masked = router.assign(logits, mask=mask).dense(13)
+        torch.testing.assert_close(masked[mask], router.assign(logits[mask]).dense(valid))
+        assert not masked[~mask].any()
 
 
 def test_a_loaded_run_takes_any_length(tiny_config):

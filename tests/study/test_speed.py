@@ -46,6 +46,7 @@ def found(tmp_path_factory):
 
 def test_each_part_is_measured_and_shown(found):
     assert set(found) == {"layer-0-1b-64e", "step", "growth", "profile"}
+    assert {part["setting"]["repeats"] for name, part in found.items() if name != "profile"} == {2}
     layers = speed.layers(found, ["0.1B/64E"])
     assert {"floor", "EC-CF2"} <= set(layers["layer"]) and (layers["ms"] > 0).all()
     share = layers[layers["what"] == bench.BOTH].set_index("name")["share_of_floor"]

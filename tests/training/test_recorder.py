@@ -34,6 +34,15 @@ def test_a_row_is_of_all_ranks(module, tmp_path):
     row = recorder.rows[3]
     assert row["val_loss"] == (3 + 4 + 2 + 2) / 4 and row["train_loss"] == (6 + 2) / (2 + 2)
     assert row["max_load"] == 2 and row["share_0"] == 1  # nothing was routed here: 0 in both layers
+    assert (tmp_path / "last.ckpt").exists()
+
+
+def test_after_the_last_step_there_is_nothing_to_go_on_with(tiny_config, module, tmp_path):
+    module.config = tiny_config(steps=3, checkpoint_every=3)
+    recorder = Recorder(tmp_path, progress=False)
+    recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(1.0)}, None, 0)
+    recorder.on_validation_end(trainer(2.0), module)
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_ranks_diverge_together(module, tmp_path):
