@@ -27,56 +27,9 @@ LARGEST = 2**63 - 1  # the largest whole number of PyTorch
 
 def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None,
         below: float | None = None, choices: Collection[str] | None = None) -> Any:  # fmt: skip
-    """A key of a schema: its default, what it means, and what it may be; low and high may be reached, above and below may not."""
+    """A key of a config: its default, what it means, and what it may be; low and high may be reached, above and below may not."""
     meta = {"help": help, "low": low, "high": high, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=meta)
-
-
-class Schema:
-    """What schemas of runs share: frozen dataclasses of flat keys (`key`), checked when they are made."""
-
-    def check_keys(self) -> None:
-        """Raise a ConfigError where a key's value can't be; an int becomes the float that it should be."""
-        types = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, field.name, _checked(field, types[field.name], getattr(self, field.name)))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From flat keys; an unknown one is an error that names its nearest neighbour."""
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name in values:
-            if name not in names:
-                raise ConfigError(
-                    f"unknown key {name!r} with value {values[name]!r}: {nearest(name, names, '`ecmoe keys` lists the keys')}"
-                )
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All keys and values, in the order of the schema."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    def replace(self, **changes: Any) -> Self:
-        """The same but for `changes`; checked like any other."""
-        return self.from_dict(self.to_dict() | changes)
-
-    def identity(self) -> dict[str, Any]:
-        """The keys that decide what is computed: two configs with equal identities are one run."""
-        raise NotImplementedError
-
-    def digest(self) -> str:
-        """12 hex digits of identity and schema version."""
-        text = json.dumps({"schema": SCHEMA} | self.identity(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def slug(self) -> str:
-        """What a reader looks for in a folder of runs."""
-        raise NotImplementedError
-
-    @property
-    def name(self) -> str:
-        """`slug-digest`: the folder of the run, and the name of its record."""
-        return f"{self.slug()}-{self.digest()}"
 
 
 def bare_data(data: str) -> str:
@@ -96,7 +49,7 @@ _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(Schema):
+class RunConfig:
     """Everything that decides what a training run computes, as flat keys. `ecmoe keys` lists them.
 
     The default is EC-CF2 on the embedded corpus at smoke size.
@@ -202,7 +155,9 @@ class RunConfig(Schema):
     num_nodes: int = key(1, "nodes", low=1, high=65_536)
 
     def __post_init__(self) -> None:
-        self.check_keys()
+        types = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, types[field.name], getattr(self, field.name)))
         if self.d_model % self.heads:
             near = [h for h in range(max(self.heads - 64, 1), self.heads + 65) if self.d_model % h == 0]
             fits = " or ".join(map(str, near or [math.gcd(self.heads, self.d_model)]))
@@ -306,6 +261,25 @@ class RunConfig(Schema):
         return {"batch": batch * self.ranks, "rank": batch, "sequence": self.sequence_length}[self.pool]
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From flat keys; an unknown one is an error that names its nearest neighbour."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ConfigError(
+                    f"unknown key {name!r} with value {values[name]!r}: {nearest(name, names, '`ecmoe keys` lists the keys')}"
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys and values, in the order of the schema."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same but for `changes`; checked like any other."""
+        return self.from_dict(self.to_dict() | changes)
+
+    @classmethod
     def from_yaml(cls, *files: str | Path, **changes: Any) -> RunConfig:
         """A config from YAML files, later ones winning, and `changes` on top."""
         values: dict[str, Any] = {}
@@ -334,6 +308,16 @@ class RunConfig(Schema):
         if self.ranks == 1 and keep.get("pool") == "rank":
             keep["pool"] = "batch"
         return keep | {"data": bare_data(self.data)}
+
+    def digest(self) -> str:
+        """12 hex digits of identity and schema version."""
+        text = json.dumps({"schema": SCHEMA} | self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """`slug-digest`: the folder of the run, and the name of its record."""
+        return f"{self.slug()}-{self.digest()}"
 
     def slug(self) -> str:
         """What a reader looks for in a folder of runs: router, its main setting, seed."""

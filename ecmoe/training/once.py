@@ -55,7 +55,7 @@ def once(
     """The result of a run: from `records`, from `runs/`, or made now.
 
     Args:
-        config: a `Schema`: what decides a run; the same name is the same run.
+        config: the run; the same name is the same run.
         make: (folder, still_ours) -> Result: computes the run, writes what it keeps into the folder, the summary last
             (`write_run`), and goes on from what an interrupted call left there. It calls still_ours before it writes.
         The others: as in `ecmoe.run_or_load`.
