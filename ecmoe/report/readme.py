@@ -50,9 +50,10 @@ def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
         found[name] = f"Not run yet: {caption}"
         if plot.figure is not None:
             image = f"reports/{scale}/readme-{name}.png"
-            found[name] = f'<img src="{image}" alt="{html.escape(plot.alt)}">\n\n{caption}'
+            found[name] = f'<img src="{image}" width="760" alt="{html.escape(plot.alt)}">\n\n{caption}'
             plots[image] = plot
-    found["evidence"] = f"{answer(scale, verdicts)}\n\n{found['evidence']}"
+    said = answer(scale, verdicts)
+    found["evidence"] = f"{' '.join(said.sentences)}\n\n{found['evidence']} {said.cost}"
     return found, plots
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -53,7 +54,7 @@ def effects(verdicts: Verdicts) -> Plot:
     there = {unit: pd.DataFrame(of, columns=columns) for unit, of in rows.items() if of}
     heights = [len(of) + 1.5 for of in there.values()]
     what = "effects, above 0 where they are on the paper's side"
-    return panels(what, _ranges, there, 0.6 + 0.27 * sum(heights), rows=len(there), key="unit", height_ratios=heights)
+    return panels(what, _ranges, there, 0.6 + 0.21 * sum(heights), rows=len(there), key="unit", height_ratios=heights)
 
 
 def _ranges(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -62,9 +63,14 @@ def _ranges(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     ax.axvline(0, color=INK, linewidth=1)
     ax.hlines(rows.index, rows["low"], rows["high"], color=colors, linewidth=2)
     ax.scatter(rows["mean"], rows.index, c=colors, s=64, zorder=3)
-    # An interval of few seeds may be hundreds wide: the marks decide how far the axis goes.
-    reach = max(1.6 * rows["mean"].abs().max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
-    ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5), xlabel="right of 0: as the paper says")
+    # Effects lie decades apart, so the axis is logarithmic away from 0. An interval of few seeds may be hundreds wide: the marks
+    # decide how far it goes.
+    sizes = rows["mean"].abs()
+    reach = max(1.6 * sizes.max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
+    ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5))
+    ax.set_xlabel("right of 0: as the paper says (logarithmic away from 0)")
     ax.set_yticks(rows.index, rows["name"], fontsize=9)
     ax.grid(axis="y", visible=False)
     return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())

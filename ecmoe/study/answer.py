@@ -29,7 +29,7 @@ CHOICE = (
 )
 # What is said of claims with that label: how many, and which.
 NOT = {
-    CONTRADICTED: "the opposite was found for {n} ({said})",
+    CONTRADICTED: "{n} {are} contradicted, at least in part ({said})",
     NO_EFFECT: "no effect was found for {n} ({said})",
     UNDECIDED: "{n} {are} undecided ({ids})",
     NOT_RUN: "{n} {are} not run yet ({ids})",
@@ -38,13 +38,10 @@ NOT = {
 
 @dataclass(frozen=True)
 class Answer:
-    """sentences: three, or one where nothing was run. cost: GPU hours of all runs, and the command that repeats them."""
+    """sentences: three, or one where nothing was run. cost: GPU hours of all runs, and the command that goes on from them."""
 
     sentences: tuple[str, ...]
     cost: str
-
-    def __str__(self) -> str:
-        return " ".join([*self.sentences, self.cost])
 
 
 def answer(scale: str, verdicts: Mapping[str, ClaimVerdict] | None = None) -> Answer:
@@ -69,11 +66,13 @@ def answer(scale: str, verdicts: Mapping[str, ClaimVerdict] | None = None) -> An
 def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
     of_runs = [v for v in found if v.rests_on.runs]
     size = next((v.rests_on for v in of_runs if v.claim == "C1"), of_runs[0].rests_on if of_runs else None)
-    at = f"at {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens, " if size else ""
+    at = f"at {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens" if size else ""
     good, partly = by_label[REPRODUCED], by_label[IN_DIRECTION]
     run, claims = len(found) - len(by_label[NOT_RUN]), f" of the paper's {len(found)} claims"
     if run < len(found):
-        at, claims = f"of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far: {at}", ""
+        at, claims = f"of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far{at and ', '}{at}: ", ""
+    elif at:
+        at += ", "
     if not good and not partly:
         return f"{at}none{claims} holds."
     parts = [f"{len(good)}{claims} hold{'s' * (len(good) == 1)}" + f" ({_said(good)})" * bool(good)]
@@ -108,4 +107,4 @@ def _cost(scale: str) -> str:
     again = f"`make reproduce{f' SCALE={scale}' * (scale != 'smoke')}`"
     if not runs:
         return f"{again} runs it."
-    return f"All {len(runs)} runs took {hours:.1f} hours of training on {cards}; {again} repeats them."
+    return f"All {len(runs)} runs took {hours:.1f} hours of training on {cards}; {again} loads them and trains what is missing."

@@ -267,7 +267,7 @@ def _digits(x: float, unit: Unit) -> str:
     if unit is Unit.RATIO:
         return f"{x:.3f}".rstrip("0").rstrip(".")
     if unit is Unit.SHARE:
-        return f"{100 * x:.{int(abs(100 * x) < 10)}f}"
+        return f"{100 * x:,.{int(abs(100 * x) < 10)}f}"
     if abs(x) >= 10:
         return f"{x:.3g}"
     return f"{x:.3f}" if abs(x) >= 0.0005 or x == 0 else f"{x:.4f}"

@@ -330,16 +330,14 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     size = amount(abs(value) if part.compares else value, part.unit, compares=part.compares)
     text = part.found.format(size=size, side=below if value < 0 else above)
     ends, seeds = found.interval(level), counted(found.n, found.of)
-    if ends is None:
-        return f"{text} ({seeds}, no interval)"
-    if from_neutral and value < 0:  # like the size: towards the side that is named
+    if ends and from_neutral and value < 0:  # like the size: towards the side that is named
         ends = -ends[1], -ends[0]
-    text += f" ({span(*ends, part.unit)}; {seeds})"
+    text += f" ({span(*ends, part.unit)}; {seeds})" if ends else f" ({seeds}, no interval)"
     if label == NO_EFFECT:
         text += f", which counts as equal (by {tolerance(part.margin, part.unit)} or less)"
     elif label == UNDECIDED and found.of == "seed" and found.n < protocol().least_seeds:
         text += f"; a verdict needs {protocol().least_seeds} seeds"
-    elif label == UNDECIDED:
+    elif label == UNDECIDED and ends:
         needs = found.seeds_for(part.margin, level, protocol().power) or 0
         text += ", which doesn't decide it" + f"; {needs} seeds would" * (needs > found.n)
     elif label == IN_DIRECTION and part.figure is not None:
