@@ -70,7 +70,10 @@ def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimV
     good, partly = by_label[REPRODUCED], by_label[IN_DIRECTION]
     run, claims = len(found) - len(by_label[NOT_RUN]), f" of the paper's {len(found)} claims"
     if run < len(found):
-        at, claims = f"of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far{at and ', '}{at}: ", ""
+        at, claims = (
+            f"of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far{at and ', '}{at}: ",
+            "",
+        )
     elif at:
         at += ", "
     if not good and not partly:
