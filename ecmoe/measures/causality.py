@@ -55,8 +55,7 @@ def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[
     A row per change and routing has the share of `decisions` (L x e a token) that changed, and of `tokens` of which any did.
     """
     model, _, windows = _opened(model, config, 2)
-    ids, other = windows[:, :-1].chunk(2)
-    return {"rows": changed_decisions(model, ids, other, kept)}
+    return {"rows": changed_decisions(model, *windows[:, :-1].chunk(2), kept)}
 
 
 def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int = 4) -> list[dict[str, Any]]:
@@ -67,21 +66,19 @@ def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int 
     for routing, routed in ROUTINGS.items():
         with routed(model):
             _, plain = decisions(model, ids)
-            changed = (plain != decisions(model, later)[1])[:, :, : T // 2]
-            rows.append(_shares("later tokens replaced", routing, changed))
             alone = []
             for i in torch.linspace(0, B - 1, min(kept, B)).round().long().tolist():
                 others = other.clone()
                 others[i] = ids[i]
                 alone.append((plain != decisions(model, others)[1])[:, i])
-            rows.append(_shares("other sequences replaced", routing, torch.stack(alone, dim=1)))
+            changed = {  # (L, sequences, positions, e) bool
+                "later tokens replaced": (plain != decisions(model, later)[1])[:, :, : T // 2],
+                "other sequences replaced": torch.stack(alone, dim=1),
+            }
+        for change, flips in changed.items():
+            tokens = flips.any(dim=-1).any(dim=0).double().mean()
+            rows.append({"change": change, "routing": routing, "decisions": flips.double().mean(), "tokens": tokens})
     return rows
-
-
-def _shares(change: str, routing: str, changed: Tensor) -> dict[str, Any]:
-    """changed: (L, sequences, positions, e) bool."""
-    tokens = changed.any(dim=-1).any(dim=0).double().mean()
-    return {"change": change, "routing": routing, "decisions": changed.double().mean(), "tokens": tokens}
 
 
 # What routing tells of the next token ---------------------------------------------------------------
@@ -183,8 +180,8 @@ def losses_by_routing(
     if "pool" in config.row.keys:  # a threshold has no pool, and takes no top-k
         for pool in pools:
             tokens = pool if isinstance(pool, int) else config.replace(pool=pool).pool_tokens
-            ways.append((str(pool), tokens, competing(model, pool)))
-        ways.append(("global top-k", config.sequence_length, global_top_k(model)))
+            ways.append((str(pool), tokens, altered(model, pool=pool, rounding="exact")))
+        ways.append(("global top-k", config.sequence_length, altered(model, assign=best_pairs)))
     rows = []
     for way, competitors, routed in ways:
         with routed:
@@ -199,20 +196,11 @@ def loss(model: Transformer, windows: Tensor, batch_size: int) -> float:
     return float(torch.stack(parts).mean())
 
 
-def competing(model: Transformer, pool: str | int) -> AbstractContextManager:
-    """Within it the tokens of other pools compete than in training."""
-    return altered(model, pool=pool, rounding="exact")
-
-
-def global_top_k(model: Transformer) -> AbstractContextManager:
-    """Within it each sequence takes the T c best of its T e pairs of token and expert (section 6's proposal).
+def best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int], **_: Any) -> Assignment:
+    """How a router assigns if each sequence takes the T c best of its T e pairs of token and expert (section 6's proposal).
 
     The caps that section 6 adds are left out: they bound an expert's load, and take from the best pairs.
     """
-    return altered(model, assign=_best_pairs)
-
-
-def _best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int], **_: Any) -> Assignment:
     (B, T), (n, e) = batch_shape, logits.shape
     S = logits.softmax(dim=1)
     pair = S.view(B, T * e).topk(round(T * router.capacity_factor), dim=1).indices

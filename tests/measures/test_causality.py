@@ -12,6 +12,7 @@ from ecmoe import RunConfig, build_model, causal_routing, run_or_load
 from ecmoe.measures import causality, probe
 from ecmoe.measures.inspection import held_out
 from ecmoe.measures.probe import information
+from ecmoe.routing import altered
 
 N, T, C = 300, 20, 4
 
@@ -218,7 +219,7 @@ def test_one_sequence_on_its_own_is_a_loop_by_hand():
         for window in windows:
             logits = model(window[None, :-1])[0]
             alone += [-float(logits[t].log_softmax(0)[window[t + 1]]) for t in range(16)]
-    with causality.competing(model, "sequence"):
+    with altered(model, pool="sequence", rounding="exact"):
         assert causality.loss(model, windows, 4) == pytest.approx(sum(alone) / len(alone), rel=1e-12)
     assert model.moe_layers[0].router.pool == "batch"
     assert causality.loss(model, windows, 4) != pytest.approx(sum(alone) / len(alone), rel=1e-6)
@@ -226,7 +227,7 @@ def test_one_sequence_on_its_own_is_a_loop_by_hand():
 
 def test_global_top_k_takes_the_best_pairs_of_each_sequence():
     model = model_of()
-    with causality.global_top_k(model), torch.no_grad():
+    with altered(model, assign=causality.best_pairs), torch.no_grad():
         together, alone = model(ids(0)), torch.cat([model(row[None]) for row in ids(0)])
         logits = torch.randn(32, 4, generator=generator(5))
         chosen = model.moe_layers[0].router.assign(logits, batch_shape=(2, 16)).dense(32)
