@@ -9,6 +9,8 @@ of T_a makes on images of T_k.
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ecmoe.config import RunConfig
 from ecmoe.continual.config import ContinualConfig
+from ecmoe.data.batches import Batches
 from ecmoe.model.build import build_model
 from ecmoe.model.tracking import track
 from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
@@ -85,7 +88,7 @@ class ExpertGate(nn.Module):
         c = self.config
         gate, seen = Gate(c.pixels, c.code).to(x.device), x[~held].flatten(1)
         fit(c.replace(steps=c.gate_steps, learning_rate=c.gate_learning_rate), gate,
-            lambda ids: F.binary_cross_entropy_with_logits(gate(seen[ids]), seen[ids]), len(seen))  # fmt: skip
+            lambda batch: F.binary_cross_entropy_with_logits(gate(batch), batch), seen)  # fmt: skip
         self.gates.append(gate.requires_grad_(False))
         classes, local = y.unique(return_inverse=True)
         related = self.relatedness(x[held])[:-1]  # to each earlier task
@@ -96,11 +99,10 @@ class ExpertGate(nn.Module):
             head, expert = expert.head, copy.deepcopy(self.experts[a]).requires_grad_(True)
             expert.head, old_head = head, expert.head
         if origin.how == "LwF":
-            loss = without_forgetting(expert, old_head, self.experts[a], x, local)
-            learnt = nn.ModuleList([expert, old_head])
+            soft = (self.experts[a](x) / LWF_TEMPERATURE).softmax(1)  # as it was, and stays
+            fit(c, nn.ModuleList([expert, old_head]), partial(without_forgetting, expert, old_head), x, local, soft)
         else:
-            loss, learnt = lambda ids: F.cross_entropy(expert(x[ids]), local[ids]), expert
-        fit(c, learnt, loss, len(x))
+            fit(c, expert, lambda batch: F.cross_entropy(expert(batch[0]), batch[1]), x, local)
         self.experts.append(expert.requires_grad_(False))
         self.classes.append(classes)
         self.origins.append(origin)
@@ -132,34 +134,26 @@ class ExpertGate(nn.Module):
         return said, [self(x, torch.full((len(x),), k, device=x.device))[0] for k, x in enumerate(images)]
 
 
-def without_forgetting(
-    expert: Any, old_head: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Loss of learning without forgetting: the new task's, and the old expert's answers to the new images (Li and Hoiem 2016)."""
-    with torch.no_grad():
-        soft = (teacher(x) / LWF_TEMPERATURE).softmax(1)
+def without_forgetting(expert: Any, old_head: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Loss of learning without forgetting: the new task's, and the old expert's answers to the new images (Li and Hoiem 2016).
 
-    def loss(ids: Tensor) -> Tensor:
-        h = expert.features(x[ids])
-        return F.cross_entropy(expert.head(h), y[ids]) + F.cross_entropy(old_head(h) / LWF_TEMPERATURE, soft[ids])
-
-    return loss
+    Args:
+        batch: images, classes, and (B, old classes) what the old expert said, at LWF_TEMPERATURE.
+    """
+    x, y, soft = batch
+    h = expert.features(x)
+    return F.cross_entropy(expert.head(h), y) + F.cross_entropy(old_head(h) / LWF_TEMPERATURE, soft)
 
 
-def fit(config: RunConfig, learnt: nn.Module, loss: Callable[[Tensor], Tensor], n: int) -> None:
-    """Train a module by the config's optimiser, on batches from shuffled passes over n images; a pass's incomplete last
-    batch is left out. loss: (B,) images -> a scalar."""
+def fit(config: RunConfig, learnt: nn.Module, loss: Callable[[Any], Tensor], *examples: Tensor) -> None:
+    """Train a module by the config's optimiser, in the config's batches of examples: (n, ...) tensors, of which loss gets (B, ...)."""
     parameters = list(learnt.parameters())
     optimizer = build_optimizer(config, parameters, parameters[0].device)
     track(learnt, optimizer)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(config.steps):
-        if len(order) < config.batch_size:
-            order = torch.randperm(n)
-        ids, order = order[: config.batch_size], order[config.batch_size :]
+    for batch in islice(Batches(examples, config.batch_size, config.seed), config.steps):
         optimizer.zero_grad()
-        loss(ids.to(parameters[0].device)).backward()
+        loss(batch).backward()
         if config.gradient_clip:
             clip(parameters, optimizer, config.gradient_clip)
         optimizer.step()

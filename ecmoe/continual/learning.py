@@ -131,7 +131,7 @@ class OneNetwork(nn.Module):
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
         """Train on a task: x (n, C, H, W), y (n,) classes; `held` is Expert Gate's."""
         self.train()
-        fit(self.config, self.lit.model, lambda ids: sum(self.lit.losses((x[ids], y[ids]))), len(x))
+        fit(self.config, self.lit.model, lambda batch: sum(self.lit.losses(batch)), x, y)
         self.eval()
 
     @torch.no_grad()
