@@ -83,9 +83,9 @@ def _by_size(column: pd.Series) -> Format:
     return ".1f" if finite.max() >= 100 else ".3f" if finite.max() >= 0.01 else ".2e"
 
 
-def _cell(value: Any, how: Format) -> str:
+def _cell(value: Any, how: Format) -> str | None:
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-        return Markup('<span title="not measured">\u2013</span>')
+        return None
     if isinstance(value, bool):
         return "yes" if value else "no"
     if callable(how):

@@ -67,10 +67,9 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str, unit: 
     if len(tokens) != len(counts):
         raise ValueError(f"{len(tokens)} tokens but {len(counts)} counts: there must be one for each")
 
-    def piece(text: str, count: int) -> tuple[str, str, str]:
+    def piece(text: str, count: int) -> tuple:
         color = COUNT_COLORS[min(count, len(COUNT_COLORS) - 1)]
-        struck = ";text-decoration:line-through" * (not count)
-        return text, f"background:{color};color:{on_color(color)}{struck}", counted(count, unit)
+        return text, color, on_color(color), not count, counted(count, unit)
 
     pairs = list(zip(tokens, counts, strict=True))
     pieces = [piece(text.replace("\n", "\u23ce\n"), count) for text, count in pairs]

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -131,7 +132,7 @@ def studies_html(scale: str) -> Markup:
     """What every page of that scale rests on, what is missing, and the command that trains it."""
     again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
     formats = {
-        "page": Markup('<a href="{0}.html">{0}</a>').format,
+        "page": partial(markup, "page_link"),
         "hours": ".2f",
         "missing (seeds)": lambda text: (
             text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)

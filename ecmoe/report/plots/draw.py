@@ -24,7 +24,7 @@ from ecmoe.report.plots.parts import (
     over_seeds,
     sentence,
 )
-from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, legend_below, looks, new_figure, plain
+from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, looks, new_figure, plain
 
 _DASHES = {"-": "", "--": (4, 2), ":": (1, 1.5)}
 
@@ -66,8 +66,9 @@ def panels(
         ax.set_visible(False)
     if ylabel:
         axes[0].set_ylabel(ylabel)
-    if legend:
-        legend_below(figure, axes[0], legend)
+    if legend:  # under the panels, where it can hide nothing
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(legend, len(labels)))
     missing = missing_text(arms, arms if measured is None else measured)
     alt = f"{sentence(what)}{'.' if '' not in each else ':'} {' '.join(said)}{missing}"
     return Plot(figure, alt, pd.concat(frames, ignore_index=True))

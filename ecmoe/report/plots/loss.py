@@ -31,7 +31,7 @@ def over(
     columns = [columns] if isinstance(columns, str) else list(columns)
     arms, setting = list(dict.fromkeys(frame["arm"])), x != "step"
     minus = f" minus that of {reference}" if reference else ""
-    what = f"{' and '.join(LABELS[column] for column in columns)}{minus} over {LABELS[x]}"
+    what = f"{' and '.join(LABELS.get(column, column) for column in columns)}{minus} over {LABELS[x]}"
     there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
     measured = set(there["arm"]) if reference is None or reference in set(there["arm"]) else ()
     if reference and not setting:  # the first steps, where all lose ten times as much, would flatten the rest
@@ -49,8 +49,8 @@ def over(
         return data, f"at the end, lowest first: {rows_text(ends, at=x)}"
 
     several = len(columns) > 1
-    each = {LABELS[column] if several else "": column for column in columns}
-    ylabel = "" if several else LABELS[columns[0]] + minus.replace(" minus", "\nminus")
+    each = {LABELS.get(column, column) if several else "": column for column in columns}
+    ylabel = "" if several else LABELS.get(columns[0], columns[0]) + minus.replace(" minus", "\nminus")
     return panels(what, draw, each, 4.2, arms, measured, key="measure", ylabel=ylabel)
 
 

@@ -23,13 +23,12 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
     "capacity": "expert places per patch",
     "patches_left_out": "patches that no expert took (%)",
     "images_left_out": "images without any patch taken (%)",
-    "share": "share of the tokens (%)",
     "loss": "loss (nats per token)",
     "final_accuracy": "accuracy after all tasks (%)",
     "forgetting": "forgetting (percentage points)",
 }
 PERCENT = [m.name for m in METRICS if m.unit == "share"] + [
-    "patches_left_out", "images_left_out", "share", "final_accuracy", "forgetting",
+    "patches_left_out", "images_left_out", "final_accuracy", "forgetting",
 ]  # fmt: skip
 
 

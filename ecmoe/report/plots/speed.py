@@ -3,6 +3,7 @@
 Medians and middle halves of turns were taken by the bench: nothing is left to estimate, so these are drawn as they come.
 """
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -59,12 +60,10 @@ def step_times(steps: pd.DataFrame) -> Plot:
     lines, shown = list(dict.fromkeys(zip(data["arm"], data["path"], strict=True))), looks(data["arm"])
 
     def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        for row in data.itertuples():
-            color, marker, _ = shown[row.arm]
-            y = lines.index((row.arm, row.path)) + (0.15 if row.routing == "even" else -0.15)
-            fill = PAPER if row.routing == "even" else color
-            ax.plot([row.low_ms, row.high_ms], [y, y], color=color, linewidth=2)
-            ax.plot([row.ms], [y], marker, color=color, markersize=7, markerfacecolor=fill)
+        colors, even = np.array([shown[arm].color for arm in data["arm"]]), data["routing"].eq("even")
+        y = [lines.index(line) for line in zip(data["arm"], data["path"], strict=True)] + np.where(even, 0.15, -0.15)
+        ax.hlines(y, data["low_ms"], data["high_ms"], color=colors, linewidth=2)
+        ax.scatter(data["ms"], y, s=49, c=np.where(even, PAPER, colors), edgecolors=colors, zorder=3)
         for label, fill in (("routed by its own router", GREY), ("routed evenly, by force", PAPER)):
             ax.plot([], [], "o", color=GREY, markerfacecolor=fill, markersize=7, label=label)
         ax.set_yticks(range(len(lines)), [", ".join(line) for line in lines])

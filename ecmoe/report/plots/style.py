@@ -121,10 +121,3 @@ def svg_of(figure: Figure, alt: str) -> str:
     return re.sub(
         r"<svg [^>]*>", lambda _: f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {attributes}>', text, count=1
     )
-
-
-def legend_below(figure: Figure, ax: Axes, columns: int = 4) -> None:
-    """One legend for the whole figure, under it, where it can hide nothing."""
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
