@@ -20,7 +20,6 @@ from ecmoe.config import ConfigError
 from ecmoe.continual.config import ContinualConfig
 from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, new_expert
 from ecmoe.data import images
-from ecmoe.data.image_batches import check
 from ecmoe.model.build import count_parameters
 from ecmoe.routing import altered
 from ecmoe.training.lit import LitClassifier
@@ -105,7 +104,7 @@ class Task(NamedTuple):
 
 def split(data: images.Images, config: ContinualConfig, device: torch.device | str = "cpu") -> list[Task]:
     """The tasks: neighbouring classes together, none in two tasks."""
-    check(config, data)
+    images.check(config, data)
     tasks = []
     for group in torch.arange(config.classes).view(config.tasks, -1):
         train, val = torch.isin(data.train_y, group), torch.isin(data.val_y, group)

@@ -1,7 +1,7 @@
 """Corpus to batches: text from files or the Hub, its tokens, images, and the tasks of fine-tuning.
 
 `open_data` is what training calls. Text goes from corpus.py (documents) over split.py (what validates), tokenizer.py and
-tokens.py (made once, kept) to batches.py; images from images.py to image_batches.py; tasks.py has examples to fine-tune on."""
+tokens.py (made once, kept) to batches.py; images.py has images and their batches; tasks.py has examples to fine-tune on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_data(config: RunConfig) -> RunData:
         ConfigError: in `prepare_data` or `setup`: the data aren't here, can't be read, or are too few for a batch.
     """
     if config.images:
-        from ecmoe.data.image_batches import ImageData
+        from ecmoe.data.images import ImageData
 
         return ImageData(config)
     from ecmoe.data.batches import TextData

@@ -1,4 +1,4 @@
-"""Images: labelled pictures of one size, for classification; the key `data` names them.
+"""Images: labelled pictures of one size, for classification; the key `data` names them. And ImageData, their batches.
 
 `digits` needs no download, `cifar10` comes from the Hub, and `images:PATH` is a local folder.
 
@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import lzma
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +20,11 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from ecmoe import paths
+from ecmoe.config import RunConfig
+from ecmoe.data.batches import Batch, Batches, RunData
 from ecmoe.data.corpus import NOT_STATED, about, from_hub
 from ecmoe.files import ConfigError, content_sha256
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, check_content, local_files, plain, remember_content, with_content
@@ -186,3 +190,67 @@ def _images(train: Stored, val: Stored, classes: tuple[str, ...], said: dict[str
     digest.update(repr(classes).encode())
     counts = {"train_images": len(train[1]), "val_images": len(val[1]), "shape": list(tensors[0].shape[1:])}
     return Images(*tensors, classes, {**said, "digest": digest.hexdigest()[:16], **counts})
+
+
+# Batches
+
+
+class ImageData(RunData):
+    """Batches of images (B, C, H, W) float32 in [0, 1] and their classes (B,) int64.
+
+    After `setup()`: digest (hex, of pixels and labels), provenance, classes."""
+
+    def prepare_data(self) -> None:
+        load(self.config.data)
+
+    def setup(self, stage: str | None = None) -> None:
+        config, loaded = self.config, load(self.config.data)
+        check(config, loaded)
+        count = self._enough(len(loaded.train_y), len(loaded.val_y), "images")
+        which = np.linspace(0, len(loaded.val_y) - 1, count).round().astype(np.int64)
+        # Some sources lie class by class: patches must compete with those of all classes, in evaluation too.
+        which = np.random.default_rng(0).permutation(which)
+        self.train, self.val = (loaded.train_x, loaded.train_y), (loaded.val_x[which], loaded.val_y[which])
+        self.batches = AugmentedBatches if config.augment else Batches
+        self.provenance, self.classes = loaded.provenance, loaded.classes
+        self.digest = loaded.provenance["digest"]
+
+
+class AugmentedBatches(Batches):
+    """Batches of images and classes, the images `shifted` by draws of (seed, rank, step)."""
+
+    def take(self, which: np.ndarray, step: int) -> Batch:
+        x, y = super().take(which, step)
+        return shifted(x, np.random.default_rng([self.seed, self.rank, step, 1])), y
+
+
+def shifted(x: Tensor, draw: np.random.Generator) -> Tensor:
+    """(B, C, H, W) -> the same images, each moved by up to an eighth of its side, black coming in, half of them mirrored."""
+    B, _, H, W = x.shape
+    most = max(1, H // 8)
+    padded = F.pad(x, [most] * 4)
+    down, right = draw.integers(0, 2 * most + 1, (2, B, 1))
+    rows, columns = down + np.arange(H), right + np.arange(W)  # (B, H), (B, W)
+    mirrored = draw.random(B) < 0.5
+    columns[mirrored] = columns[mirrored, ::-1]
+    image = torch.arange(B)[:, None, None]
+    rows, columns = torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]
+    return padded.movedim(1, -1)[image, rows, columns].movedim(-1, 1).contiguous()
+
+
+def check(config: RunConfig, loaded: Images) -> None:
+    """Raise a ConfigError that names the right value where a key doesn't fit the images."""
+    channels, height, width = loaded.train_x.shape[1:]
+    size, side = f"{height} x {width} pixels", config.patch_size
+    if height % side or width % side:
+        shared = math.gcd(height, width)
+        fitting = [p for p in range(1, shared + 1) if shared % p == 0]
+        raise ConfigError(f"patch_size={side}: must divide the {size} of data={config.data!r}; may be one of {fitting}")
+    patches = (height // side) * (width // side)
+    for name, right, why in (
+        ("sequence_length", patches, f"images of {size} have {patches} patches of patch_size={side}"),
+        ("channels", channels, f"its pixels have {channels}"),
+        ("classes", len(loaded.classes), f"it has {len(loaded.classes)}"),
+    ):
+        if getattr(config, name) != right:
+            raise ConfigError(f"{name}={getattr(config, name)} with data={config.data!r}: {why}; set {name}: {right}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
-from ecmoe.data.image_batches import ImageData
+from ecmoe.data.images import ImageData
 from ecmoe.model.vision import VisionTransformer
 from ecmoe.routers import ROUTERS
 from ecmoe.routing import altered, watched

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecmoe.config import RunConfig
-from ecmoe.data.image_batches import ImageData
+from ecmoe.data.images import ImageData
 from ecmoe.measures import image_capacity as capacity
 from ecmoe.model.build import build_model
 from ecmoe.report import plots

@@ -11,7 +11,7 @@ import torch
 
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.data.image_batches import AugmentedBatches, ImageData, shifted
+from ecmoe.data.images import AugmentedBatches, ImageData, shifted
 from ecmoe.model.build import build_model, count_parameters, flops_per_token
 from ecmoe.model.vision import patchify
 from ecmoe.study.table import table
