@@ -150,6 +150,17 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
     assert call("runs", "--train").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [("finished finished", 0), ("finished failed:_ConfigError:_x", 2), ("failed:_OSError:_x finished", 1),
+     ("failed:_ConfigError:_x failed:_OSError:_x", 1), ("diverged", 0)],
+)  # fmt: skip
+def test_the_exit_code_says_whether_to_try_again(project, monkeypatch, said, code):
+    outcomes = iter(said.split())
+    monkeypatch.setattr(engine, "carry_out", lambda *_, **__: next(outcomes).replace("_", " "))
+    assert engine.in_turn(plan.plan("gpu")[: len(said.split())], "gpu") == code
+
+
 def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
     """No notebooks, no figures, no Snakemake: a run of this checkout's smoke plan, with its measurements."""
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))

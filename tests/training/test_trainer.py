@@ -9,12 +9,14 @@ from ecmoe.config import ConfigError
 from ecmoe.training import trainer
 
 
-def test_16_bits_take_half_of_the_memory(tiny_config, monkeypatch):
-    config = tiny_config(num_experts=1024, router="dense_moe")
+@pytest.mark.parametrize(("precision", "bytes_each"), [("bf16-true", 2 * 2), ("32-true", 2 * 4)])
+def test_weights_and_gradients_must_fit_and_16_bits_take_half(tiny_config, monkeypatch, precision, bytes_each):
+    config = tiny_config(num_experts=1024, router="dense_moe", precision=precision)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    pages = 6 * config.weights_at_least  # between 2 x 2 and 2 x 4 bytes a weight
-    monkeypatch.setattr(trainer.os, "sysconf", lambda name: {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1}[name])
-    trainer.check_machine(config.replace(precision="bf16-true"))
+    memory = {"SC_PHYS_PAGES": bytes_each * config.weights_at_least, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(trainer.os, "sysconf", memory.get)
+    trainer.check_machine(config)
+    memory["SC_PHYS_PAGES"] -= 1
     with pytest.raises(ConfigError, match="num_experts=1024.*weights and gradients alone take"):
         trainer.check_machine(config)
 
