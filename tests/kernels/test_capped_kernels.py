@@ -152,6 +152,8 @@ def test_the_capped_choice_runs_on_them_and_passes_gradients():
     assert torch.equal(S.grad, torch.zeros_like(S).scatter(2, I, 1.0))
     double, _ = capped_top_k(S.detach().double(), 16, 2, kernels="triton")  # not theirs: the plain path
     assert double.dtype == torch.float64
+    papers = [capped_top_k(S.detach(), 16, 2, solver="dykstra", kernels=who)[1] for who in ("triton", "plain")]
+    assert torch.equal(*papers)  # nor is the paper's programme
 
 
 def test_shapes_are_known_to_the_compiler(monkeypatch):

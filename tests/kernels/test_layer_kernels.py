@@ -123,6 +123,25 @@ def test_checkpointing_changes_neither_output_nor_gradient(again):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("who", ["plain", "triton"])
+def test_recomputing_keeps_nothing_of_the_experts_width(who):
+    def widths(recompute: bool) -> set[int]:
+        found = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.update(t.shape) or t, lambda t: t):
+            moe = layer(who, lambda: ExpertChoice(D, E, 2.0), recompute=recompute)
+            moe(tokens().requires_grad_())
+        return found
+
+    assert FF in widths(False) and FF not in widths(True)
+
+
+def test_where_no_expert_takes_a_token_the_layer_adds_nothing():
+    x = tokens()[:1, :3].requires_grad_()  # three tokens, one expert each at most: less than one an expert
+    moe = layer("triton", lambda: ExpertChoice(D, E, 1.0, 1, rounding="down"))
+    out = moe(x)
+    assert not out.any() and not torch.autograd.grad(out.sum(), moe.w1)[0].any()
+
+
 def test_autocast_takes_the_products_down_and_the_routing_not():
     x = tokens()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

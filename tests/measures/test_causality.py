@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from ecmoe import RunConfig, build_model, causal_routing, run_or_load
@@ -69,6 +70,16 @@ def test_features_are_scaled_by_what_trains():
     torch.testing.assert_close(train.features.square().mean(0), torch.ones(3))
     for part in (select, score):
         torch.testing.assert_close(part.features * train.known.std(0, correction=0) + train.known.mean(0), part.known)
+
+
+def test_the_probe_is_ridge_regression_whose_intercept_is_free():
+    x, y = torch.randn(200, 3, generator=generator(0)), torch.randint(C, (200,), generator=generator(1))
+    sample = probe.Sample(torch.zeros(200, C), x, (y + (x[:, 2] > 0)) % C)
+    W = torch.zeros(4, C, requires_grad=True)
+    probe._fit(W, sample, 20.0)
+    theirs = LogisticRegression(C=1 / 20.0, tol=1e-8, max_iter=1000).fit(x, sample.target)
+    np.testing.assert_allclose(W[:-1].detach().T, theirs.coef_, atol=2e-3)
+    np.testing.assert_allclose(W[-1].detach() - W[-1].detach().mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-3)
 
 
 def test_the_ridge_is_chosen_on_other_text_than_is_scored():
