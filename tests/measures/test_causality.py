@@ -79,7 +79,9 @@ def test_the_probe_is_ridge_regression_whose_intercept_is_free():
     probe._fit(W, sample, 20.0)
     theirs = LogisticRegression(C=1 / 20.0, tol=1e-8, max_iter=1000).fit(x, sample.target)
     np.testing.assert_allclose(W[:-1].detach().T, theirs.coef_, atol=2e-3)
-    np.testing.assert_allclose(W[-1].detach() - W[-1].detach().mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-3)
+    np.testing.assert_allclose(
+        W[-1].detach() - W[-1].detach().mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-3
+    )
 
 
 def test_the_ridge_is_chosen_on_other_text_than_is_scored():
