@@ -36,15 +36,15 @@ from ecmoe.routing.router import TRITON
 
 
 class Attention(nn.Module):
-    """Multi-head attention; causal, with a relative position bias (per layer, as in GLaM), or to all tokens alike."""
+    """Multi-head attention; causal, with a relative position bias (per layer, as in GLaM), or, of images, to all tokens alike."""
 
-    def __init__(self, config: RunConfig, causal: bool = True) -> None:
+    def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.relative = None
-        if causal:
+        if not config.images:
             self.relative = RelativeBias(config.heads, config.relative_buckets, config.relative_max_distance)
 
     def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:

@@ -28,21 +28,11 @@ Cache = list[list[Tensor]]  # of each block: keys and values of the tokens seen 
 class Trunk(nn.Module):
     """An embedding, blocks, and a last norm; and how all parameters start."""
 
-    def __init__(
-        self, config: RunConfig, embedding: nn.Module, token_counts: Tensor | None = None, causal: bool = True
-    ) -> None:
+    def __init__(self, config: RunConfig, embedding: nn.Module, token_counts: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = embedding
-        self.blocks = nn.ModuleList(
-            Block(
-                config,
-                config.row.layer is not None and layer % config.moe_every == config.moe_every - 1,
-                token_counts,
-                causal,
-            )
-            for layer in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, layer, token_counts) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.d_model)
 
     def through(self, x: Tensor, cache: Cache | None = None, **known: Tensor | None) -> Tensor:
@@ -157,15 +147,13 @@ class Block(nn.Module):
     moe: MoE | None
     ffn: GatedFFN | None
 
-    def __init__(
-        self, config: RunConfig, has_experts: bool, token_counts: Tensor | None = None, causal: bool = True
-    ) -> None:
+    def __init__(self, config: RunConfig, layer: int, token_counts: Tensor | None = None) -> None:
         super().__init__()
         self.recompute = config.activation_checkpointing
         self.attention_norm, self.ffn_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
-        self.attention = Attention(config, causal)
+        self.attention = Attention(config)
         self.moe = self.ffn = None
-        if has_experts:
+        if config.row.layer is not None and layer % config.moe_every == config.moe_every - 1:
             router = build_router(config, token_counts)
             self.moe = MoE(router, config.d_model, config.d_ff, recompute=self.recompute, kernels=config.kernels)
         else:

@@ -37,7 +37,7 @@ class VisionTransformer(Trunk):
     """Image classifier: (B, C, H, W) in [0, 1] -> (B, classes) logits."""
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config, PatchEmbedding(config), causal=False)
+        super().__init__(config, PatchEmbedding(config))
         self.head = nn.Linear(config.d_model, config.classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
