@@ -84,7 +84,7 @@ if workflow.is_main_process:
 def sources(name):
     """The notebook of a page, and its YAML files."""
     stem = NAMES[name]
-    return [f"notebooks/{stem}.ipynb", *(str(file) for file in parameter_files(stem, SCALE, Path("configs")))]
+    return [f"notebooks/{stem}.ipynb", *map(os.path.relpath, parameter_files(stem, SCALE))]
 
 
 def files(name):

@@ -37,7 +37,7 @@ class Grouped(nn.Module):
         self.router, self.w1, self.w2 = layer.router, layer.w1, layer.w2
         self.aux_loss: Tensor | None = None
 
-    def forward(self, x: Tensor, *_: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, **_: Tensor | None) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         logits, flat = self.router.read(x.flatten(0, -2))
         S = logits.softmax(1)  # (n, e)

@@ -28,7 +28,9 @@ CHOICE = (
     ("C9", "loss against the twin of equal FLOPs"),
 )
 # What is said of claims with that label: how many, and which.
-NOT = {
+SAID = {
+    REPRODUCED: "{n} hold{s} ({said})",
+    IN_DIRECTION: "{n} hold{s} in direction, but not by as much ({said})",
     CONTRADICTED: "{n} {are} contradicted, at least in part ({said})",
     NO_EFFECT: "no effect was found for {n} ({said})",
     UNDECIDED: "{n} {are} undecided ({ids})",
@@ -66,41 +68,33 @@ def answer(scale: str, verdicts: Mapping[str, ClaimVerdict] | None = None) -> An
 def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
     of_runs = [v for v in found if v.rests_on.runs]
     size = next((v.rests_on for v in of_runs if v.claim == "C1"), of_runs[0].rests_on if of_runs else None)
-    at = f"at {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens" if size else ""
-    good, partly = by_label[REPRODUCED], by_label[IN_DIRECTION]
-    run, claims = len(found) - len(by_label[NOT_RUN]), f" of the paper's {len(found)} claims"
-    if run < len(found):
-        at, claims = (
-            f"of the paper's {len(found)} claims {run} {'was' if run == 1 else 'were'} run so far{at and ', '}{at}: ",
-            "",
-        )
-    elif at:
-        at += ", "
-    if not good and not partly:
-        return f"{at}none{claims} holds."
-    parts = [f"{len(good)}{claims} hold{'s' * (len(good) == 1)}" + f" ({_said(good)})" * bool(good)]
-    if partly:
-        parts.append(f"{len(partly)} hold{'s' * (len(partly) == 1)} in direction, but not by as much ({_said(partly)})")
-    return f"{at}{', and '.join(parts)}."
+    run = len(found) - len(by_label[NOT_RUN])
+    at = f", at {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens" if size else ""
+    so_far = f" {run} {'was' if run == 1 else 'were'} run so far" if run < len(found) else ""
+    text = f"of the paper's {len(found)} claims{so_far}{at}{':' if so_far else ',' * bool(at)} "
+    return f"{text}{', and '.join(_told(by_label, REPRODUCED, IN_DIRECTION)) or 'none holds'}."
 
 
 def _does_not(by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
-    parts = []
-    for label, text in NOT.items():
+    told = _told(by_label, CONTRADICTED, NO_EFFECT, UNDECIDED, NOT_RUN)
+    return "; ".join(told) + "." if told else "None is contradicted, undecided or without an effect."
+
+
+def _told(by_label: Mapping[str, Sequence[ClaimVerdict]], *labels: str) -> list[str]:
+    """What is said of the claims with these labels."""
+    texts = []
+    for label in labels:
         if some := by_label[label]:
-            are, ids = "is" if len(some) == 1 else "are", ", ".join(v.claim for v in some)
-            parts.append(text.format(n=len(some), are=are, said=_said(some), ids=ids))
-    return "; ".join(parts) + "." if parts else "None is contradicted, undecided or without an effect."
+            said, ids = "; ".join(f"{v.claim}: {v.about.short}" for v in some), ", ".join(v.claim for v in some)
+            s, are = ("s", "is") if len(some) == 1 else ("", "are")
+            texts.append(SAID[label].format(n=len(some), s=s, are=are, said=said, ids=ids))
+    return texts
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
     parts = {(v.claim, part.name): part for v in found for part in v.parts if part.seeds}
     said = "; ".join(parts[key].sentence for key in CHOICE if key in parts)
     return f"For a choice of router: {said}." if said else "What that means for a choice of router, no run tells yet."
-
-
-def _said(verdicts: Sequence[ClaimVerdict]) -> str:
-    return "; ".join(f"{v.claim}: {v.about.short}" for v in verdicts)
 
 
 def _cost(scale: str) -> str:

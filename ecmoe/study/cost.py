@@ -8,7 +8,6 @@ from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.provenance import PEAK_BF16
-from ecmoe.study.plan import configs
 from ecmoe.training.result import load_records
 
 PEAK = PEAK_BF16["H100"]  # the H200's too
@@ -28,30 +27,18 @@ def table_1() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def estimates(tokens: float = 100e9, scale: str = "gpu") -> pd.DataFrame:
-    """Hours of one GPU for each model of Table 1, a row per model.
+def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, scale: str = "gpu") -> pd.DataFrame:
+    """What one run of each config takes: parameters, training FLOPs of a token, tokens, hours of one GPU; a row per name.
 
     Args:
-        tokens: of the training run. scale: see `of_study`.
+        tokens: of the training run; None: its own.
+        scale: whose committed runs give the share of the GPU's bf16 rate; without any the share is assumed, and the table
+            says so.
     """
-    rows = _hours({name: preset.config for name, preset in TABLE_1.items()}, scale, tokens)
-    return rows.drop(columns=["parameters", "active_parameters"]).rename(columns={"arm": "model"})
-
-
-def of_study(base: Mapping, arms: Mapping[str, Mapping], scale: str = "gpu") -> pd.DataFrame:
-    """What one run of each arm takes: parameters, training FLOPs of a token, tokens, GPU hours.
-
-    Args:
-        base, arms: as in `ecmoe.study.plan.configs`.
-        scale: whose committed runs give the share of the GPU's bf16 rate; without any the share is
-            assumed, and the table says so.
-    """
-    return _hours({arm: by_seed[0] for arm, by_seed in configs(base, arms, [0]).items()}, scale)
-
-
-def _hours(configs: Mapping[str, RunConfig], scale: str, tokens: float | None = None) -> pd.DataFrame:
     rates = [rate for r in load_records(paths.records(scale)) if (rate := r.summary.get("mfu"))]
-    share = float(pd.Series(rates).median()) if rates else ASSUMED_MFU
+    share, said = (
+        (float(pd.Series(rates).median()), f"median of {len(rates)} runs") if rates else (ASSUMED_MFU, "assumed")
+    )
     rows = []
     for name, config in configs.items():
         flops, count, n = (
@@ -59,15 +46,8 @@ def _hours(configs: Mapping[str, RunConfig], scale: str, tokens: float | None = 
             count_parameters(config),
             tokens or config.steps * config.tokens_per_batch,
         )
-        rows.append(
-            {
-                "arm": name,
-                "parameters": count.total,
-                "active_parameters": count.active,
-                "gflops_per_token": flops / 1e9,
-                "million_tokens": n / 1e6,
-                "gpu_hours": n * flops / (share * PEAK) / 3600,
-                "at_mfu": f"{share:.2f}, " + (f"median of {len(rates)} runs" if rates else "assumed"),
-            }
-        )
+        rows.append({
+            "name": name, "parameters": count.total, "active_parameters": count.active, "gflops_per_token": flops / 1e9,
+            "million_tokens": n / 1e6, "gpu_hours": n * flops / (share * PEAK) / 3600, "at_mfu": f"{share:.2f}, {said}",
+        })  # fmt: skip
     return pd.DataFrame(rows)

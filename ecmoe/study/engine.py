@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.files import nearest
+from ecmoe.files import nearest, read_json
 from ecmoe.measures import Measurement
 from ecmoe.study.plan import Planned, record
 
@@ -51,14 +51,9 @@ def state(one: Planned, scale: str) -> State:
     """What is there, by names of files alone: `ecmoe run` reads them."""
     there, *measured = (path.exists() for path in files(one, scale))
     lacking = tuple(how for how, kept in zip(one.measures, measured, strict=True) if not kept)
-    return State(there, () if there and lacking and _diverged(one, scale) else lacking)
-
-
-def _diverged(one: Planned, scale: str) -> bool:
-    """Then it has no weights that could be measured."""
-    from ecmoe.training.result import read_record
-
-    return read_record(record(one, scale)).summary["status"] == "diverged"
+    if there and lacking and read_json(record(one, scale), sealed=True)["summary"]["status"] == "diverged":
+        lacking = ()  # it has no weights that could be measured
+    return State(there, lacking)
 
 
 def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -85,15 +86,10 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     arms = planning.arms_of(parameters, scale)
     _CHECKED.add(page)
     results: dict[str, list[Result]] = {arm: [] for arm in (*arms, *(one.arms[0] for one in planned))}
-    there = [
-        planning.record(one, scale).exists() or (paths.runs() / one.name / "summary.json").exists() for one in planned
-    ]
-    waiting = [one for one, done in zip(planned, there, strict=True) if train and not done]
+    waiting = [one for one in planned if train and not any(path.exists() for path in _places(one, scale))]
     with progress(waiting) as watching:
-        for one, done in zip(planned, there, strict=True):
-            if train or done:
-                found = _result(one, scale, train, watching(one) if one in waiting else [])
-            results[one.arms[0]].append(found if train or done else not_run(one.config))
+        for one in planned:
+            results[one.arms[0]].append(_result(one, scale, train, watching(one) if one in waiting else []))
     return Study(page, scale, parameters, arms, planned, train, results)
 
 
@@ -127,10 +123,17 @@ def progress(waiting: Sequence[planning.Planned]) -> Iterator[Callable[[planning
         yield watching
 
 
+def _places(one: planning.Planned, scale: str) -> tuple[Path, Path]:
+    """Where a run that is done can be: its record, its summary."""
+    return planning.record(one, scale), paths.runs() / one.name / "summary.json"
+
+
 def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]) -> Result:
-    record = planning.record(one, scale)
+    record, summary = _places(one, scale)
     if record.exists():
         return read_record(record)
+    if not train and not summary.exists():
+        return not_run(one.config)
     try:
         from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
 

@@ -9,35 +9,30 @@ from typing import Any
 from ecmoe import paths
 from ecmoe.files import ConfigError, nearest, read_yaml
 
-PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # what a plan is made of
-
 
 class ParameterError(ValueError):
     """A parameter that the notebook doesn't have, or that can't be what was meant."""
 
 
-def parameter_files(notebook: str, scale: str, configs: Path | None = None) -> list[Path]:
+def parameter_files(notebook: str, scale: str) -> list[Path]:
     """The scale's file, the study's, and the study's at that scale, where it has one; later ones win.
-
-    Args:
-        configs: the folder; None: of this checkout.
 
     Raises:
         ParameterError: no such scale.
     """
-    configs = configs or paths.configs()
-    check_scale(scale, configs)
+    configs = paths.configs()
+    check_scale(scale)
     own = configs / "scale" / scale / f"{notebook}.yaml"
     return [configs / "scale" / f"{scale}.yaml", configs / f"{notebook}.yaml", *[own] * own.exists()]
 
 
-def check_scale(scale: str, configs: Path | None = None) -> None:
+def check_scale(scale: str) -> None:
     """Is there such a scale? Where there are no configs, as outside a checkout, nobody knows.
 
     Raises:
         ParameterError: there are others.
     """
-    found = ((configs or paths.configs()) / "scale").glob("*.yaml")
+    found = (paths.configs() / "scale").glob("*.yaml")
     known = sorted(path.stem for path in found if re.fullmatch(r"[\w.-]+", path.stem))  # it stands in commands
     if known and (not isinstance(scale, str) or scale not in known):
         raise ParameterError(f"scale={scale!r}: must be one of {', '.join(known)}")
@@ -93,15 +88,13 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
 
 
 def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> None:
-    """Every key must be in the notebook's parameters cell, or be read by it from its page's YAML; with a value of the same kind."""
+    """Every key must be in the notebook's parameters cell, or in its page's YAML; with a value of the same kind."""
     known = notebook_parameters(notebook)
     if values and not known:
         raise ParameterError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
     page = Path(name).stem
     if (paths.configs() / f"{page}.yaml").exists() and "scale" in values:
-        usual = merge_parameters(parameter_files(page, values["scale"]))
-        code = "\n".join(cell.source for cell in notebook.cells)
-        known = {key: usual[key] for key in usual if key in PLANNED or f'"{key}"' in code} | known
+        known = merge_parameters(parameter_files(page, values["scale"])) | known
     _check(name, values, known)
 
 

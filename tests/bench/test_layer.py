@@ -167,7 +167,7 @@ def test_step_of_every_arm_is_timed():
 
 
 def test_a_step_that_fails_is_named(monkeypatch):
-    monkeypatch.setattr(bench_step_module.Grouped, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench_step_module.Grouped, "forward", lambda *_, **__: 1 / 0)
     table = bench_step(repeats=2, **STEP)
     assert set(table["path"]) == {"plain"} and len(table.attrs["absent"]) == 4
     assert "GShard top-2, even, grouped_mm, eager (ZeroDivisionError: division by zero)" in table.attrs["absent"]

@@ -19,19 +19,20 @@ def test_every_row_of_table_1_is_counted():
 
 
 def test_hours_follow_from_flops_and_a_stated_share(tiny_config):
-    row = cost.estimates(tokens=1e9, scale="nothing there").set_index("model").loc["0.1B/64E"]
+    models = {"0.1B/64E": TABLE_1["0.1B/64E"].config}
+    row = cost.hours(models, tokens=1e9, scale="nothing there").set_index("name").loc["0.1B/64E"]
     assert row["at_mfu"] == "0.40, assumed"
     assert row["gpu_hours"] == pytest.approx(1e9 * flops_per_token(TABLE_1["0.1B/64E"].config) / (0.4 * 989e12) / 3600)
     config = tiny_config()
     write_record(paths.records("measured") / "a.json", Result(not_run(config).summary | {"mfu": 0.2}))
-    again = cost.estimates(tokens=1e9, scale="measured").set_index("model").loc["0.1B/64E"]
+    again = cost.hours(models, tokens=1e9, scale="measured").set_index("name").loc["0.1B/64E"]
     assert again["gpu_hours"] == pytest.approx(2 * row["gpu_hours"]) and again["at_mfu"] == "0.20, median of 1 runs"
 
 
 def test_a_study_is_costed_arm_by_arm(tiny_config):
     config = tiny_config(steps=10)
-    arms = {"EC": {}, "Dense": {"router": "dense"}}
-    rows = cost.of_study(config.to_dict(), arms, scale="nothing there").set_index("arm")
+    arms = {"EC": config, "Dense": config.replace(router="dense")}
+    rows = cost.hours(arms, scale="nothing there").set_index("name")
     assert list(rows.index) == list(arms)
     assert rows.loc["EC", "million_tokens"] == 10 * config.tokens_per_batch / 1e6
     assert rows.loc["EC", "parameters"] > rows.loc["EC", "active_parameters"] > 0

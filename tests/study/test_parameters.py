@@ -3,6 +3,7 @@
 import nbformat
 import pytest
 
+from ecmoe import paths
 from ecmoe.study.parameters import (
     ParameterError,
     check_parameters,
@@ -45,17 +46,18 @@ def test_base_holds_keys_or_nothing(tmp_path):
         merge_parameters([tmp_path / "a.yaml", tmp_path / "number.yaml"])
 
 
-def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path):
+def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path, monkeypatch):
+    assert all(file.exists() for file in parameter_files("01_convergence", "gpu"))
+    monkeypatch.setattr(paths, "configs", lambda: tmp_path)
     for file in ("scale/big.yaml", "01_a.yaml", "02_b.yaml", "scale/big/01_a.yaml"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("")
-    found = {name: parameter_files(name, "big", tmp_path) for name in ("01_a", "02_b")}
+    found = {name: parameter_files(name, "big") for name in ("01_a", "02_b")}
     assert found["01_a"] == [tmp_path / file for file in ("scale/big.yaml", "01_a.yaml", "scale/big/01_a.yaml")]
     assert found["02_b"] == [tmp_path / file for file in ("scale/big.yaml", "02_b.yaml")]
-    assert all(file.exists() for file in parameter_files("01_convergence", "gpu"))
 
 
-def test_an_unknown_scale_names_those_that_exist(tmp_path):
+def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
     for scale in ("gpuu", "../01_convergence", ""):
         with pytest.raises(ParameterError, match="scale='.*': must be one of gpu, paper, smoke"):
             parameter_files("01_convergence", scale)
@@ -63,10 +65,12 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path):
     (tmp_path / "bad" / "scale").mkdir(parents=True)
     for name in ("ok-1", "a;touch hacked", "$(x)", "{x}"):
         (tmp_path / "bad" / "scale" / f"{name}.yaml").touch()
+    monkeypatch.setattr(paths, "configs", lambda: tmp_path / "bad")
     for name in ("a;touch hacked", "$(x)", "{x}"):  # whose name a shell could take for a command is none
         with pytest.raises(ParameterError, match="must be one of ok-1$"):
-            check_scale(name, tmp_path / "bad")
-    check_scale("any", tmp_path)  # no configs, as outside a checkout
+            check_scale(name)
+    monkeypatch.setattr(paths, "configs", lambda: tmp_path)
+    check_scale("any")  # no configs, as outside a checkout
 
 
 def test_unknown_parameters_and_text_for_numbers_are_errors():
