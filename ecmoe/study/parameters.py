@@ -9,6 +9,8 @@ from typing import Any
 from ecmoe import paths
 from ecmoe.files import ConfigError, nearest, read_yaml
 
+PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # what a plan is made of
+
 
 class ParameterError(ValueError):
     """A parameter that the notebook doesn't have, or that can't be what was meant."""
@@ -88,13 +90,15 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
 
 
 def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> None:
-    """Every key must be in the notebook's parameters cell, or in its page's YAML; with a value of the same kind."""
+    """Every key must be in the notebook's parameters cell, or be read by it from its page's YAML; with a value of the same kind."""
     known = notebook_parameters(notebook)
     if values and not known:
         raise ParameterError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
     page = Path(name).stem
     if (paths.configs() / f"{page}.yaml").exists() and "scale" in values:
-        known = merge_parameters(parameter_files(page, values["scale"])) | known
+        usual = merge_parameters(parameter_files(page, values["scale"]))
+        code = "\n".join(cell.source for cell in notebook.cells)
+        known = {key: usual[key] for key in usual if key in PLANNED or f'"{key}"' in code} | known
     _check(name, values, known)
 
 
