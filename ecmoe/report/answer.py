@@ -11,8 +11,9 @@ from markupsafe import Markup
 
 from ecmoe.report.markup import markup, show_html, table_html
 from ecmoe.study.estimate import Unit, amount, counted, of_values, span
+from ecmoe.study.load import Study
 from ecmoe.study.protocol import protocol
-from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, judge
+from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, RestsOn, judge
 
 NOTHING = "(not run)"
 
@@ -28,19 +29,27 @@ def answer(scale: str, *claims: str) -> None:
         show_html(answer_html(verdict), f"{claim}: {verdict.label}. {verdict.sentence}")
 
 
-def finding(said: str, rests_on: str = "", *, page: str = "", scale: str = "", ran: bool = True) -> None:
+def finding(said: str, rests_on: Study | str) -> None:
     """Show what a page found that judges no claim of the paper: one sentence with its number.
 
     Args:
-        said: the sentence. rests_on: seeds, tokens, size. page, scale: of what has to be run for it, where something has;
-            at smoke it says nothing. ran: is there anything?
+        said: the sentence. rests_on: in words; or a study, whose finished runs are named below, with the command where some are
+            missing, and which at smoke says nothing.
     """
-    label = PLUMBING if scale == "smoke" else "finding" if ran else NOT_RUN
-    if not ran:
-        said = f"Nothing of this page was run at scale {scale}."
-    missing = page and (not ran or NOTHING in said)
-    more = markup("not_run", f"ecmoe runs {page} --scale {scale} --train") if missing else ""
-    show_html(markup("answer", label, said, "", markup("rests_on", rests_on) if rests_on else more), said)
+    label, more = "finding", Markup()
+    if isinstance(rests_on, Study):
+        study, configs = rests_on, {one.name: one.config for one in rests_on.planned}
+        done = [result.summary for results in study.values() for result in results if result.ok]
+        rests_on = RestsOn.of(done, [configs[run["name"]] for run in done])
+        if study.scale == "smoke":
+            label = PLUMBING
+        elif not done:
+            label, said = NOT_RUN, f"Nothing of this page was run at scale {study.scale}."
+        if len(done) < len(configs) and study.scale != "smoke":
+            more = markup("not_run", f"ecmoe runs {study.page} --scale {study.scale} --train")
+    if label == "finding":
+        more = markup("rests_on", rests_on) + more
+    show_html(markup("answer", label, said, "", more), said)
 
 
 def judged(scale: str, *claims: str) -> None:

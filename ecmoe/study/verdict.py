@@ -7,7 +7,7 @@ Nothing here trains, measures or needs a notebook: what isn't there is "not run"
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class JudgedPart(Part):
 
 @dataclass(frozen=True)
 class RestsOn:
-    """What a verdict rests on: runs, or turns of a bench. mixed, repeats: of its deciding comparisons."""
+    """What a sentence rests on: runs, or turns of a bench. mixed, repeats: of the comparisons that decide a verdict."""
 
     size: str = ""
     tokens: int = 0
@@ -62,6 +62,18 @@ class RestsOn:
     repeats: tuple[str, ...] = ()
     turns: int = 0
 
+    @classmethod
+    def of(cls, runs: Collection[Mapping[str, Any]], configs: Sequence[RunConfig], **more: Any) -> "RestsOn":
+        """Of finished runs' summaries, and the configs of their arms."""
+        return cls(
+            size=size(configs) if configs else "",
+            tokens=max((config.steps * config.tokens_per_batch for config in configs), default=0),
+            seeds=tuple(sorted({run["seed"] for run in runs})),
+            runs=len(runs),
+            cards=tuple(sorted({run["device"] for run in runs if run.get("device")})),
+            **more,
+        )
+
     def __str__(self) -> str:
         cards = ", ".join(self.cards) or "an unknown device"
         if self.turns:
@@ -69,7 +81,8 @@ class RestsOn:
         if not self.runs:
             return "no run"
         seeds = f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
-        return f"{self.runs} runs of {self.tokens / 1e6:,.0f} million tokens ({seeds}) of {self.size}, on {cards}"
+        tokens = f"{self.tokens / 1e6:,.0f} million" if self.tokens >= 1e6 else f"{self.tokens:,}"
+        return f"{counted(self.runs, 'run')} of {tokens} tokens ({seeds}) of {self.size}, on {cards}"
 
 
 @dataclass(frozen=True)
@@ -221,12 +234,9 @@ def _rests_on(deciding: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
     arms = list(dict.fromkeys(arm for part in deciding for arm in part.arms))
     runs = {run["name"]: run for arm in arms for run in evidence.finished(arm).values()}.values()
     configs = [config for config in map(evidence.config, arms) if config is not None]
-    return RestsOn(
-        size=size(configs) if configs else "",
-        tokens=max((config.steps * config.tokens_per_batch for config in configs), default=0),
-        seeds=tuple(sorted({run["seed"] for run in runs})),
-        runs=len(runs),
-        cards=tuple(sorted({run["device"] for run in runs if run.get("device")})),
+    return RestsOn.of(
+        runs,
+        configs,
         mixed=tuple(sorted({what for part in deciding for what in part.mixed})),
         repeats=tuple(sorted({run for part in deciding for run in part.repeats})),
     )

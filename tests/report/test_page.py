@@ -15,6 +15,7 @@ from ecmoe.report.execution import ReportError, execute
 from ecmoe.report.markup import table_html
 from ecmoe.report.render import page_html
 from ecmoe.study.load import Study
+from ecmoe.study.plan import Planned
 from ecmoe.training.result import Result, not_run
 
 EVIL = "<script>alert(1)</script>"
@@ -214,14 +215,23 @@ def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
 def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     report.show_table(pd.DataFrame({"arm": ["a", "b"], "loss": [np.nan] * 2, "against": ["(not run)", None]}), "Losses")
     assert BeautifulSoup(shown[0], "html.parser").find(class_="not-run").text == "Not run: Losses"
-    report.finding("a minus b is (not run).", page="13_gates", scale="gpu", ran=False)
+    config = RunConfig(steps=10)
+    run = {"name": config.name, "status": "finished", "seed": 0, "device": "H100"}
+
+    def study(scale, *there):
+        each = [config.replace(seed=seed) for seed in (0, 1)]
+        planned = [Planned(one.name, one, ("13_gates",), ("a",), one.seed) for one in each]
+        return Study("13_gates", scale, {}, {}, planned, False, {"a": [Result(r) for r in there]})
+
+    report.finding("a minus b is (not run).", study("gpu"))
     page = BeautifulSoup(shown[1], "html.parser")
     assert page.find(class_="badge").text == "not run" and "at scale gpu" in page.find(class_="said").text
     assert page.code.text == "ecmoe runs 13_gates --scale gpu --train"
-    report.finding("a minus b is +0.1, a minus c is (not run).", page="13_gates", scale="gpu")
-    report.finding("a minus b is +0.1.", page="13_gates", scale="smoke")
+    report.finding("a minus b is +0.1.", study("gpu", run))
+    report.finding("a minus b is +0.1.", study("smoke", run))
     labels = [BeautifulSoup(part, "html.parser").find(class_="badge").text for part in shown[2:]]
     assert labels == ["finding", "plumbing only"] and "--train" in shown[2] and "--train" not in shown[3]
+    assert "Rests on 1 run of 20,480 tokens (seed 0) of " in shown[2] and "Rests on" not in shown[1] + shown[3]
 
 
 def test_text_is_coloured_by_count_and_escaped(shown):
