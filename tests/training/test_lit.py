@@ -1,5 +1,6 @@
 """LitModel: its loss, its wiring, and that it lives in anyone's Trainer."""
 
+import functools
 from types import SimpleNamespace
 
 import lightning as L
@@ -7,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ecmoe import routing
 from ecmoe.config import RunConfig
 from ecmoe.data.batches import TextData
+from ecmoe.model.transformer import Block
 from ecmoe.training.lit import LitClassifier, LitModel
 
 
@@ -176,9 +180,46 @@ def test_a_sharded_model_reduces_what_it_computes_in(tiny_config, two_ranks, str
         lit = LitModel(tiny_config(strategy=strategy, devices=2, precision=precision))
         lit._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
         lit._shard(dist.device_mesh.init_device_mesh("cpu", (2,)))
-        blocks = [block._get_fsdp_state()._fsdp_param_group for block in lit.model.blocks]
+        sharded = [module for module in lit.modules() if isinstance(module, FSDPModule)]
+        groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded]
         weights = lit.model.moe_layers[0].w1.to_local()
-        return [str(blocks[0].mp_policy.reduce_dtype), blocks[0].post_forward_mesh_info is None, list(weights.shape)]
+        how = {
+            type(module).__name__: [str(t) for t in (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype)]
+            for module, group in zip(sharded, groups, strict=True)
+        }
+        return [how, sum(len(group.fsdp_params) for group in groups), groups[1].post_forward_mesh_info is None,
+                list(weights.shape), lit.model.moe_layers[0].router.weight.dtype == torch.float32, len(list(lit.parameters()))]  # fmt: skip
 
-    kept = strategy == "ep"  # its blocks stay whole until the backward pass
-    assert two_ranks(work) == [["None" if kept else "torch.bfloat16", kept, [2, 16, 32]]] * 2
+    (how, params, kept, shape, wide, count), other = two_ranks(work)
+    assert other == [how, params, kept, shape, wide, count] and shape == [2, 16, 32] and wide
+    if strategy == "ep":  # its blocks stay whole until the backward pass; experts are no business of FSDP2
+        assert how == {name: ["None", "None"] for name in ("FSDPTransformer", "FSDPBlock")}
+        assert kept and params == count - 2
+    else:  # experts alone travel in 16 bits
+        narrow = "torch.bfloat16"
+        assert how == {"FSDPTransformer": ["None", narrow], "FSDPBlock": ["None", narrow], "FSDPMoE": [narrow, narrow]}
+        assert not kept and params == count
+
+
+def test_sizes_that_depend_on_other_ranks_are_not_compiled(tiny_config, two_ranks, monkeypatch):
+    """A graph for each size would cost seconds in the middle of training."""
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(routing.ranks, "ROWS", 1)
+    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counted))
+
+    def work(rank: int) -> list[int]:
+        lit = LitModel(tiny_config(strategy="ddp", devices=2, compile=True))
+        lit.configure_model()
+        made, sizes = [], set()
+        for batch in WINDOWS[rank::2][:4]:
+            lit.losses(batch)
+            sizes.add(int(lit.model.moe_layers[0].load.max()))
+            made.append(len(graphs))
+        return [len(sizes) > 1, made[0] > 0, made[-1] - made[0]]
+
+    assert two_ranks(work) == [[True, True, 0]] * 2
