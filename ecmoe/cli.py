@@ -287,9 +287,10 @@ def bench_scaling(
     scale: Annotated[str | None, typer.Option(help="whose sizes; default: gpu with CUDA, else smoke")] = None,
     devices: Annotated[list[int] | None, typer.Option(min=1, help="each of these; default: as page 08")] = None,
     strategy: Annotated[list[str] | None, typer.Option(help="each of these: ddp, fsdp2, ep")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="samples of ten steps; medians count")] = 5,
     out: Annotated[Path | None, typer.Option(help="the folder; default: the scale's")] = None,
 ) -> None:
-    """Tokens per second of training on one GPU and on several, by every strategy, against as many times one."""
+    """Tokens per second of training on one GPU and on several, by every strategy, against as many times one; kept row by row."""
     import torch
 
     from ecmoe.bench import scaling
@@ -299,7 +300,8 @@ def bench_scaling(
         scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
         given = {"devices": devices, "strategies": strategy}
         asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}
-        _show(scaling.bench_scaling(**asked), (out or speed.folder(scale)) / "scaling.json")
+        for table in scaling.bench_scaling(**asked, repeats=repeats):
+            _show(table, (out or speed.folder(scale)) / "scaling.json")
 
 
 def _show(table: "pd.DataFrame", output: Path | None = None) -> None:

@@ -3,7 +3,7 @@
 Each rank has the batch of the one, so that twice the GPUs do twice the tokens in a step: at best in the same time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,49 +26,46 @@ EVERY = 10  # steps of a sample
 
 def bench_scaling(
     base: Mapping[str, Any], devices: Sequence[int] = (1, 2), strategies: Sequence[str] = ("ddp", "fsdp2", "ep"), *,
-    repeats: int = 7,
-) -> pd.DataFrame:  # fmt: skip
+    repeats: int = 5,
+) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Train for some steps on each number of devices, by each strategy where there are several.
 
     Args:
         base: keys of RunConfig, the batch that of a rank. repeats: samples of `EVERY` steps, after one that doesn't count.
 
-    Returns:
-        a row per strategy and number: milliseconds of a step with quartiles, tokens per second, of_ideal (of one device's times
-        their number), and the memory of the first rank at most. `attrs` hold the setting, and in absent what could not be trained.
+    Yields:
+        after each run the table so far, a row per strategy and number: milliseconds of a step with quartiles, tokens per
+        second, of_ideal (of one device's times their number), and the memory of the first rank at most. `attrs` hold the
+        setting, and in absent what could not be trained.
     """
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
-    rows, absent = [], []
-    for n in devices:
-        for strategy in strategies if n > 1 else ("auto",):
-            try:
-                config = RunConfig.from_dict({**base, **length, "devices": n, "strategy": strategy})
-                result = _trained(config)
-            except Exception as error:  # a GPU too few, no memory: the others are still wanted
-                absent.append(f"{strategy} on {n} ({timing.reason(error)})")
-                continue
+    rows, absent, one = [], [], float("nan")
+    for n, strategy in [(many, how) for many in devices for how in (strategies if many > 1 else ("auto",))]:
+        try:
+            config = RunConfig.from_dict({**base, **length, "devices": n, "strategy": strategy})
+            result = _trained(config)
+        except Exception as error:  # a GPU too few, no memory: the others are still wanted
+            absent.append(f"{strategy} on {n} ({timing.reason(error)})")
+        else:
             rates = result.curve["tokens_per_second"].iloc[1:]
-            took = timing.spread((config.tokens_per_batch / rates).tolist())
-            row = {"strategy": strategy, "devices": n} | took | {"tokens_per_second": rates.median()}
-            rows.append(row | {"peak_mb": result.summary["peak_mb"]})
-    table = timing.tabled(rows, absent, {**base, "repeats": repeats})
-    if rows:
-        one = table.loc[table["devices"] == 1, "tokens_per_second"]
-        table["of_ideal"] = table["tokens_per_second"] / table["devices"] / (one.iloc[0] if len(one) else float("nan"))
-    return table
+            rate, took = rates.median(), timing.spread((config.tokens_per_batch / rates).tolist())
+            one = rate if n == 1 else one
+            row = {"strategy": strategy, "devices": n} | took | {"tokens_per_second": rate}
+            rows.append(row | {"peak_mb": result.summary["peak_mb"], "of_ideal": rate / n / one})
+        yield timing.tabled(rows, list(absent), {**base, "repeats": repeats})
 
 
 def _trained(config: RunConfig) -> Result:
-    """In a folder that nobody finds: it is timed anew each time."""
+    """In a folder that nobody finds: it is timed anew each time, and its weights, gigabytes, are nobody's."""
     check_machine(config)
     free_memory()  # of the run before
     paths.cache().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=paths.cache()) as name:
         if config.devices == 1:
             with place() as where:
-                return train_run(config, Path(name), where=where)
+                return train_run(config, Path(name), where=where, keep_weights=False)
         write_text(Path(name) / "config.yaml", yaml.safe_dump(config.to_dict()))
-        by_torchrun(config, Path(name), lambda: None)
+        by_torchrun(config, Path(name), lambda: None, keep_weights=False)
         result = read_run(Path(name))
     if not result.ok:
         raise RuntimeError(result.summary["error"])

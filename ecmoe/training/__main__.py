@@ -1,4 +1,4 @@
-"""A rank of a run that `run_or_load` started by torchrun: `torchrun -m ecmoe.training FOLDER`. The caller holds the lock."""
+"""A rank of a run that `by_torchrun` started: `torchrun -m ecmoe.training FOLDER [--no-weights]`. The caller holds the lock."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ end_with_caller()
 folder = Path(sys.argv[1])
 config = RunConfig.from_yaml(folder / "config.yaml")
 try:
-    train_run(config, folder)
+    train_run(config, folder, keep_weights="--no-weights" not in sys.argv)
 except Exception as failure:
     if rank() == 0:
         keep_failure(config, folder, failure)

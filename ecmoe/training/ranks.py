@@ -44,7 +44,7 @@ def check_world(config: RunConfig) -> None:
         )
 
 
-def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None]) -> None:
+def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None], keep_weights: bool = True) -> None:
     """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only.
 
     They hold no lock, so they mustn't outlive this call: their input is a pipe that ends with it, however it ends.
@@ -58,9 +58,8 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None])
     (folder / "summary.json").unlink(missing_ok=True)  # an earlier failure's would be taken for this try's
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
     output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
-    with subprocess.Popen(
-        [*command, "-m", "ecmoe.training", str(folder)], stdin=subprocess.PIPE, stdout=output
-    ) as torchrun:
+    command += ["-m", "ecmoe.training", str(folder), *([] if keep_weights else ["--no-weights"])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as torchrun:
         while torchrun.poll() is None:
             still_ours()
             try:

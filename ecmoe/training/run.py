@@ -94,11 +94,13 @@ def train_run(
     callbacks: Sequence[L.Callback] = (),
     loggers: Sequence[Any] = (),
     where: Place | None = None,
+    keep_weights: bool = True,
 ) -> Result:
     """Train, or go on from the last checkpoint of `folder`; its summary, written last, says how it ended.
 
     Args:
         still_ours: as in `once`. where: its GPU; None: its `config.devices` ranks take a GPU each.
+        keep_weights: False: a run that is finished leaves none.
     """
     _share_compiled_code()
     where = where or Place()
@@ -153,7 +155,7 @@ def train_run(
         status, error = "diverged", str(diverged)
     except SIGTERMException:  # which Lightning would let end with exit code 0
         raise SystemExit(143) from None
-    state = _whole_state(module) if status == "finished" else None
+    state = _whole_state(module) if status == "finished" and keep_weights else None
     curve = recorder.curve()
     summary = summarize(config, curve, data, made, status=status, error=error, sharing=recorder.shared)
     if leads:

@@ -15,7 +15,8 @@ from ecmoe.study import speed
 def test_one_device_is_timed_by_a_short_run_and_what_cannot_be_is_named(tiny_config, monkeypatch):
     monkeypatch.setattr(scaling, "EVERY", 2)
     base = tiny_config().to_dict()
-    table = scaling.bench_scaling(base, [1, 2], ["nobody's"], repeats=2)
+    first, table = scaling.bench_scaling(base, [1, 2], ["nobody's"], repeats=2)
+    assert len(first) == 1 and not first.attrs["absent"]
     (row,) = table.to_dict("records")
     assert (row["strategy"], row["devices"], row["of_ideal"]) == ("auto", 1, 1.0)
     rate = tiny_config().tokens_per_batch / (row["ms"] / 1e3)
@@ -45,3 +46,15 @@ def test_every_scale_says_what_is_trained():
     at_gpu = speed.scaling("gpu")
     assert at_gpu["base"]["d_model"] == 768 and at_gpu["base"]["vocab_size"] == 16384 and at_gpu["devices"] == [1, 2]
     assert speed.scaling("smoke")["base"]["data"] == "stdlib"
+
+
+def test_what_was_timed_is_kept_at_once(tiny_config, tmp_path, monkeypatch):
+    def table_then_killed(base, repeats):
+        yield scaling.timing.tabled([{"strategy": "auto", "ms": 3.0}], [], {"repeats": repeats})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling, "bench_scaling", table_then_killed)
+    monkeypatch.setattr(speed, "scaling", lambda scale: {"base": tiny_config().to_dict()})
+    CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", "--repeats", "3", "--out", str(tmp_path)])
+    kept = json.loads((tmp_path / "scaling.json").read_text())
+    assert kept["rows"] == [{"strategy": "auto", "ms": 3.0}] and kept["setting"]["repeats"] == 3
