@@ -49,6 +49,7 @@ for page, stem in NAMES.items():
     if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the pages that are asked for
         MISSING |= {one.name for one in planned if not engine.state(one, SCALE).done}
 
+MISSING = set(str(config["runs"]).split(",")) if "runs" in config else MISSING  # what `ecmoe runs --train` asks for
 MISSING = [one.name for one in plan.sound(SCALE)[0] if one.name in MISSING]  # in the order of configs/order.yaml
 
 # What is timed: at scale gpu on a GPU alone.
@@ -66,8 +67,8 @@ AT_ONCE = workflow.global_resources["place"].value
 BENCH = str(engine.marker("bench", SCALE))
 MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, TIMES))
 # A process takes seconds to start, so on one machine it does several runs; at smoke, where these take seconds too, its whole
-# share. On a cluster each run is a job.
-MOST = 1 if workflow.nodes else len(MISSING) if SCALE == "smoke" else 4
+# share. On a cluster each run is a job; so it is where time may run out, as none is to begin then.
+MOST = 1 if workflow.nodes or config.get("singly") else len(MISSING) if SCALE == "smoke" else 4
 SIZE = max(1, min(MOST, math.ceil(len(MISSING) / AT_ONCE)))
 NAMED = [MISSING[i : i + SIZE] for i in range(0, len(MISSING), SIZE)]
 BATCHES = {batch[0] if len(batch) == 1 else f"batch-{i}": batch for i, batch in enumerate(NAMED)}
@@ -102,7 +103,7 @@ def results(name):
     return DONE[name] + sorted(made) + sorted(repeats) + [str(ASKED)] * asked
 
 
-localrules: all, index
+localrules: all, trained, index
 ruleorder: bench > run
 
 
@@ -115,6 +116,11 @@ rule all:
         times=TIMES if MEASURE else ["."],
     shell:
         "{params.runs} && ls {params.times:q} > /dev/null"
+
+
+rule trained:
+    input:
+        sorted(set(MARKERS.values())),
 
 
 rule index:

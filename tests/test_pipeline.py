@@ -2,6 +2,7 @@
 
 import html
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from ecmoe.report.execution import ReportError, execute
+from ecmoe.study import engine, plan
 from ecmoe.study.parameters import parameter_files
 
 CHECKOUT = Path(__file__).parents[1]
@@ -196,6 +198,22 @@ def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     (study / "configs/06_unknown_arm.yaml").write_text("arms: [EC]\nseeds: [1]\n")
     code, output, _ = snakemake(study, "--profile", "profiles/slurm", "--dry-run", "reports/smoke/06_unknown_arm.html")
     assert code == 0 and "run" in output, output
+
+
+def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch, capfd):
+    """A process takes seconds to start, a run of smoke fewer. What Snakemake would do is read from its dry run."""
+    monkeypatch.setenv("ECMOE_HOME", str(study))
+    monkeypatch.setenv("ECMOE_CONFIGS", str(study / "configs"))
+    monkeypatch.setattr(engine, "CHECKOUT", study)
+    plan.named_arms.cache_clear()
+    (study / "profiles/default/config.yaml").write_text("dry-run: true\nprintshellcmds: true\n")
+    planned = plan.of_page("01_runs", "smoke", {"seeds": [0]})
+    names = [one.name for one in planned]
+    for minutes, processes in ((float("inf"), [names]), (10, [[name] for name in names])):
+        engine.train(planned, "smoke", minutes=minutes)
+        started = re.findall(r" -m ecmoe run (.+) --scale smoke", "".join(capfd.readouterr()))
+        assert sorted(shell.split() for shell in started) == sorted(processes)
+    plan.named_arms.cache_clear()
 
 
 def test_every_notebook_has_its_config():

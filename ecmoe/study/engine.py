@@ -124,7 +124,8 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: flo
         return 0
     if importlib.util.find_spec("snakemake") and (CHECKOUT / "Snakefile").exists():
         command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"place={jobs}"]
-        command += ["--config", f"scale={scale}", "--", *(str(marker(one.name, scale)) for one in planned)]
+        command += ["--config", f"scale={scale}", f"runs={','.join(one.name for one in planned)}"]
+        command += [*["singly=true"] * (minutes < float("inf")), "--", "trained"]
         with subprocess.Popen(command, cwd=CHECKOUT) as process:
             try:
                 code = process.wait(None if minutes == float("inf") else 60 * minutes)
