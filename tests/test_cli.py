@@ -33,6 +33,10 @@ def test_help_is_quick_and_names_the_commands():
     subprocess.run([sys.executable, "-c", CHECK_LIGHT], check=True)
 
 
+def test_alone_it_helps():
+    assert "Usage: " in (shown := call().output) and "train" in shown
+
+
 def test_version():
     assert call("--version").output.strip() == ecmoe.__version__
 

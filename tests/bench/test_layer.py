@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import ecmoe.bench.step as bench_step_module
 from ecmoe.bench import layer as bench
 from ecmoe.bench.clock import save
-from ecmoe.bench.step import ARMS, arms, bench_step, steps
+from ecmoe.bench.step import ARMS, arms, bench_step, step_of, steps
 from ecmoe.cli import app
 from ecmoe.study import speed
 from ecmoe.training.lit import LitModel
@@ -195,11 +195,9 @@ def test_even_routing_is_even_and_own_is_not():
     twin = bench_step_module._twin(LitModel(config), config, "plain")
     (layer,) = twin.model.moe_layers
     layer.router.weight.data[:, 0] = 0
-    tokens = torch.randint(257, (4, 9))
-    demands = []
-    for forced in (0.0, 1.0):
-        layer.router.forced.fill_(forced)
-        twin.loss(tokens)
+    tokens, demands = torch.randint(257, (4, 9)), []
+    for even in (False, True):
+        step_of(twin, torch.optim.SGD(twin.parameters(), lr=0.0), tokens, even)()
         demands.append(layer.demand.tolist())
     assert demands[1] == [16] * 4 and demands[0] != demands[1]
 

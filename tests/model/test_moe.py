@@ -259,7 +259,8 @@ def test_a_copy_leaves_the_last_loss_behind():
 
 def test_an_empty_batch_has_a_loss_in_training_alone():
     moe = MoE(TokenChoice(8, 4, 1), 8, 16)
-    moe(torch.zeros(0, 8))
+    out = moe(torch.zeros(0, 8))
     assert moe.aux_loss == 0 and moe.aux_loss.requires_grad
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(moe.parameters())))  # a gradient for each
     moe.eval()(torch.zeros(0, 8))
     assert moe.aux_loss is None

@@ -285,6 +285,7 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     assert "differ in code." in shown[2]  # two commits whose code decides the same are no matter
     report.provenance(study(not_run(RunConfig())))
     report.provenance(study())
+    assert [len(BeautifulSoup(page, "html.parser").select("details table")) for page in shown] == [1, 1, 1, 0, 0]
 
 
 def test_provenance_says_where_runs_shared_a_device(shown):

@@ -62,6 +62,7 @@ def test_loss_over_steps(runs):
     assert ends.loc["EC", ["low", "high"]].tolist() == pytest.approx([2.01 - half, 2.01 + half])
     assert "EC 2.010 (1.985 to 2.035) at 100, 3 seeds; top-2 2.510" in plot.alt and plot.alt.endswith("Not run: Hash.")
     assert texts(plot) == ["EC", "top-2"]  # each at the end of its line
+    assert not plot.figure.axes[0].get_title()  # its axis says it
 
 
 def test_loss_against_a_reference_is_paired_by_seed(runs):
