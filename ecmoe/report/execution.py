@@ -51,16 +51,6 @@ class _ThisPython(AsyncKernelManager):
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
-def _read(notebook: Path) -> Any:
-    try:
-        return nbformat.read(notebook, as_version=4)
-    except Exception as error:  # nbformat has no error of its own for all that JSON can be
-        raise ReportError(
-            f"{notebook} can't be read ({type(error).__name__}: {error}): it must be a notebook, such as "
-            "notebooks/01_convergence.ipynb"
-        ) from error
-
-
 def execute(
     notebook: str | Path,
     out_html: str | Path,
@@ -94,7 +84,11 @@ def execute(
 
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
-        source = _read(notebook)
+        try:
+            source = nbformat.read(notebook, as_version=4)
+        except Exception as error:  # nbformat has no error of its own for all that JSON can be
+            what = f"{notebook} can't be read ({type(error).__name__}: {error})"
+            raise ReportError(f"{what}: it must be a notebook, such as notebooks/01_convergence.ipynb") from error
         if train_missing is not None and "train_missing" in notebook_parameters(source):
             values["train_missing"] = train_missing
         check_parameters(source, values, notebook.name)
