@@ -92,9 +92,11 @@ class Evidence:
         for seed in self.values(arm, "val_loss"):
             tasks = self.measured(arm, seed, "fine-tuned")
             if tasks and all(key in task for task in tasks):
-                found[seed] = [
-                    _bits(task[key], task["rows"][0]) - (task["rows"][0][less] if less else 0.0) for task in tasks
-                ]
+                found[seed] = []
+                for task, row in ((task, task["rows"][0]) for task in tasks):
+                    packed = np.frombuffer(base64.b64decode(task[key]), np.uint8)
+                    right = np.unpackbits(packed, count=row["validation"]).astype(float)
+                    found[seed].append(right - (row[less] if less else 0.0))
         return found
 
     def step_ratio(self, a: str, b: str, routing: str) -> Estimate:
@@ -110,7 +112,10 @@ class Evidence:
         if part.how == "bench":
             return self.step_ratio(part.a[0], part.b[0], part.of)
         if part.how == "accuracy":
-            return self._accuracy(part)
+            right = self.right(part.a[0], part.of)
+            other = self.right(part.b[0], part.of) if part.b else {s: [0.0] * len(tasks) for s, tasks in right.items()}
+            pairs = [zip(right[seed], other[seed], strict=True) for seed in estimate.shared(right, other)]
+            return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs], part.unit)
         a, b = ([self._by_seed(part, arm) for arm in arms] for arms in (part.a, part.b))
         if part.how == "spread":
             return estimate.spread_ratio(a[0].values(), b[0].values())
@@ -127,12 +132,6 @@ class Evidence:
         terms = [(sign, self.values(arm, column)) for sign, column in part.terms]
         return {seed: sum(sign * of[seed] for sign, of in terms) for seed in estimate.shared(*(of for _, of in terms))}
 
-    def _accuracy(self, part: Part) -> Estimate:
-        a = self.right(part.a[0], part.of)
-        b = self.right(part.b[0], part.of) if part.b else {seed: [0.0] * len(tasks) for seed, tasks in a.items()}
-        pairs = [zip(a[seed], b[seed], strict=True) for seed in estimate.shared(a, b)]
-        return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs], part.unit)
-
 
 def _one(part: Part, seed: int, arms: Sequence[Mapping[int, float]]) -> float:
     """A seed's mean over arms, or their slope."""
@@ -147,7 +146,3 @@ def _of_rows(found: Sequence[Mapping[str, Any]], what: str, row: str) -> float |
         return next((r["loss"] for r in rows if r["way"] == row), None)
     beyond = rows[-1]["given"] if rows else None  # the last, which alone tells a leak from honest prediction
     return next((r["bits"] * math.log(2) for r in rows if r["routing"] == row and r["given"] == beyond), None)
-
-
-def _bits(packed: str, row: Mapping[str, Any]) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=row["validation"]).astype(float)

@@ -109,31 +109,27 @@ class ClaimVerdict:
         return any(part.missing or part.label == NOT_RUN for part in self.parts if part.name in names)
 
 
-def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
+def judge(claim: str, scale: str, *, page: str | None = None, planned: Sequence[Planned] | None = None) -> ClaimVerdict:
     """The verdict on a claim, from protocol, plan and records.
 
     Args:
         claim: "C1" ... "C10", "L1", "L2". scale: whose records are read; at smoke the label is "plumbing only".
         page: whose arms are judged, where not the claim's own: what another size says. Parts whose arms it doesn't train are
-            left out.
+            left out. planned: the plan of the scale, where it is at hand.
 
     Raises:
         ConfigError: there is no such claim.
     """
-    find_claim(claim)
-    return _judge(claim, scale, page, plan(scale))
+    about = find_claim(claim)
+    further = about.arms if page in (None, about.page) else ()
+    everything = plan(scale) if planned is None else planned
+    return of_evidence(about, Evidence(scale, page or about.page, everything, further))
 
 
 def judge_all(scale: str) -> dict[str, ClaimVerdict]:
     """Claim -> verdict, of all claims in the paper's order."""
     planned, _ = sound(scale)  # a page that can't be planned hides no claim of another
-    return {claim: _judge(claim, scale, None, planned) for claim in protocol().claims}
-
-
-def _judge(claim: str, scale: str, page: str | None, planned: Sequence[Planned]) -> ClaimVerdict:
-    about = find_claim(claim)
-    further = about.arms if page in (None, about.page) else ()
-    return of_evidence(about, Evidence(scale, page or about.page, planned, further))
+    return {claim: judge(claim, scale, planned=planned) for claim in protocol().claims}
 
 
 def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
