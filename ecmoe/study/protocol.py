@@ -101,13 +101,8 @@ class Claim:
     proxy: str = ""
 
     @property
-    def deciding(self) -> tuple[Part, ...]:
-        """The parts that make the label; Holm's family is these, and those that can make one of them "in direction"."""
-        return tuple(part for part in self.parts if part.decides)
-
-    @property
     def family(self) -> tuple[Part, ...]:
-        """The parts that are judged together."""
+        """The parts that are judged together: those that decide, and those that can put one of these in direction."""
         helping = {part.or_direction for part in self.parts}
         return tuple(part for part in self.parts if part.decides or part.name in helping)
 
