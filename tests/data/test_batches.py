@@ -131,7 +131,10 @@ def test_counts_digest_and_provenance(text):
 def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():
     config = RunConfig(max_bytes=400_000, tokenizer="bpe", vocab_size=400, sequence_length=32, batch_size=4)
     found = TextData(config)
-    found.setup()
+    found.setup("fit")
+    train = found.train
+    found.setup("validate")
+    assert found.train is train  # read once
     targets = torch.cat(list(found.val_dataloader()))[:, 1:]
     size = sum(len(found.tokenizer.decode(row).encode()) for row in targets)
     assert found.bytes_per_token == pytest.approx(size / targets.numel(), rel=0.01)  # a window may cut a character
