@@ -134,5 +134,5 @@ def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "
         return NOTHING
     inner = found.interval()
     between = f"{span(*inner, unit)}; " if inner else ""
-    sign = "+" if found.value > 0 else "\u2212" if found.value < 0 else ""
-    return f"{sign}{amount(abs(found.value), unit, compares=True)} ({between}{counted(found.n, found.of)})"
+    sign = "+" * (found.value > 0)
+    return f"{sign}{amount(found.value, unit, compares=True)} ({between}{counted(found.n, found.of)})"

@@ -93,9 +93,9 @@ def test_every_label_has_a_colour_on_which_white_can_be_read():
 def test_a_difference_is_paired_and_says_its_sign():
     rows = [(arm, seed, loss + seed) for arm, loss in (("a", 2.0), ("b", 2.5)) for seed in (0, 1, 2)]
     frame = pd.DataFrame(rows, columns=["arm", "seed", "loss"])
-    assert answer.difference(frame, "loss", "a", "b") == "\u22120.500 nats (-0.500 to -0.500; 3 seeds)"
+    assert answer.difference(frame, "loss", "a", "b") == "-0.500 nats (-0.500 to -0.500; 3 seeds)"
     assert answer.difference(frame, "loss", "b", "a", unit="share") == "+50 points (50 to 50; 3 seeds)"
-    assert answer.difference(frame[frame["seed"] == 0], "loss", "a", "b") == "\u22120.500 nats (1 seed)"
+    assert answer.difference(frame[frame["seed"] == 0], "loss", "a", "b") == "-0.500 nats (1 seed)"
     assert answer.difference(frame, "loss", "a", "c") == "(not run)"
     with pytest.raises(KeyError):
         answer.difference(frame, "lost", "a", "b")
