@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -82,13 +83,18 @@ def test_kernels_are_measured(monkeypatch):
     assert "triton" in set(table[table["variant"] == "capacity 2 n/e"]["path"])
 
 
-def test_what_a_run_gets_stands_beside_the_plain_path():
+def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
     sizes = [{"n": 16, "d_model": 4}, {"n": 32, "d_model": 8}]
     table = bench.bench_auto(sizes, num_experts=4, repeats=2)
     modes = {"eager", "CUDA graph"} if torch.cuda.is_available() else {"eager"}
     assert set(table["mode"]) == modes and len(table) == 4 * len(modes)
     assert table["ratio"].tolist() == pytest.approx((table["auto_ms"] / table["plain_ms"]).tolist())
     assert list(table[["n", "d_model"]].drop_duplicates().itertuples(index=False, name=None)) == [(16, 4), (32, 8)]
+    seconds = {"plain": [0.009, 0.004, 0.001], "auto": [0.001, 0.002, 0.003]}
+    taken = lambda calls, *_: SimpleNamespace(times={row: seconds[row.path] for row in calls}, absent=[])  # noqa: E731
+    monkeypatch.setattr(bench.timing, "timed", taken)
+    table = bench.bench_auto(sizes[:1], num_experts=4, repeats=3)
+    assert set(table["plain_ms"]) == {4.0} and set(table["auto_ms"]) == {2.0}  # medians
 
 
 @pytest.mark.parametrize(

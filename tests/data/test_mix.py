@@ -124,7 +124,9 @@ def test_order_of_parts_and_content_make_another_mix(mix, tmp_path):
     assert config(mix).name != config(f"mix:{a},{b}").name
 
 
-@pytest.mark.parametrize("data", ["mix:", "mix:a.txt", "mix:a.txt,", "mix:a.txt,a.txt", "mix:,a.txt"])
+@pytest.mark.parametrize(
+    "data", ["mix:", "mix:a.txt", "mix:a.txt,", "mix:a.txt,a.txt", "mix:a.txt,b.txt,a.txt", "mix:,a.txt"]
+)
 def test_a_mix_of_less_than_two_texts(data):
     with pytest.raises(ConfigError, match="data='mix:.*at least two texts, all different"):
         RunConfig(data=data)

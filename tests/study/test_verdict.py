@@ -579,7 +579,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
             if how.what == "next-token":
                 told = [("as trained", 0.5), ("causally", 0.1)]
                 rows = [
-                    {"given": g, "routing": r, "bits": bits + 1.0 * (g == "unigram")}
+                    {"given": g, "routing": r, "bits": bits * (1 + (g == "unigram"))}
                     for g in ("unigram", "the model")
                     for r, bits in told
                 ]
