@@ -96,6 +96,10 @@ def test_split_keeps_units_whole_and_is_small(documents):
         assert share <= 0.05 and not set(hashes[is_val]) & set(hashes[~is_val])
 
 
+def test_tokens_are_counted_over_all_chunks():
+    assert tokens.counts(np.array([3, 0, 3, 1, 3, 0, 1], np.uint16), 5, chunk=3).tolist() == [2, 2, 0, 3, 0]
+
+
 def test_split_does_not_depend_on_the_order():
     rng = np.random.default_rng(0)
     hashes, lengths = rng.integers(0, 2**63, 500).astype(np.uint64), rng.integers(1, 50, 500)

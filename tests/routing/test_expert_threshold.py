@@ -105,6 +105,12 @@ def test_a_crowd_is_bounded_in_training_and_served_whole_in_evaluation():
     assert served.load(32).tolist() == served.demand.tolist() == [32, 0, 0, 0]
 
 
+def test_untrained_it_is_plain_expert_choice():
+    z, mask = random_logits(32, E, 0), torch.arange(32) % 4 > 0
+    fresh, plain = (make(D, E, 2.0).eval().assign(z, mask=mask) for make in (ExpertThreshold, ExpertChoice))
+    assert torch.equal(fresh.dense(32), plain.dense(32)) and not fresh.dense(32)[~mask].any()
+
+
 def test_warm_up_is_plain_expert_choice():
     router, plain = ExpertThreshold(D, E, 2.0, warmup_steps=3), ExpertChoice(D, E, 2.0)
     for step in range(5):
@@ -112,8 +118,6 @@ def test_warm_up_is_plain_expert_choice():
         same = torch.equal(router.assign(logits).dense(32), plain.assign(logits).dense(32))
         assert same == (step < 3)
         router.end_step()
-    fresh = ExpertThreshold(D, E, 2.0).eval()  # evaluated before anything was learnt
-    same_choice(fresh.assign(logits).dense(32), plain.assign(logits).dense(32))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
