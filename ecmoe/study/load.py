@@ -121,6 +121,7 @@ def progress(waiting: Sequence[planning.Planned]) -> Iterator[Callable[[planning
             return [Watch()]
 
         yield watching
+        bar.update(sum(steps) - bar.n)  # likewise of the last one
 
 
 def _places(one: planning.Planned, scale: str) -> tuple[Path, Path]:
