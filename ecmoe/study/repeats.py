@@ -97,25 +97,25 @@ def kept(scale: str) -> list[dict[str, Any]]:
 
 
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The repeats which show that the codes of all these runs (summaries) compute the same; None where that isn't shown.
+    """The repeats which show that one code would give the numbers of all these runs (summaries); None where that isn't shown.
 
-    Two codes do so on a card if all repeats of one by the other were equal there, with at least one for each router of the runs.
+    Two codes compute the same of a router on a card if all repeats of its runs by the other were equal there.
     """
-    codes, cards = ({run.get(key) for run in runs} for key in ("code", "device"))
-    if len(codes) < 2:
+    if len({run.get("code") for run in runs}) < 2:
         return []
-    routers, shown = {run["config"].get("router") for run in runs}, []
-    for card in cards:
-        by_pair = defaultdict(list)
-        for one in repeats:
-            if one["device"] == card:
-                by_pair[frozenset((one["recorded"], one["code"]))].append(one)
-        same = [{code} for code in codes]  # sets of codes that compute the same
-        for pair, those in by_pair.items():
-            if all(one["equal"] for one in those) and routers <= {one["router"] for one in those}:
-                met = [some for some in same if some & pair]
-                same = [some for some in same if not some & pair] + [set(pair).union(*met)]
-                shown += [one["run"] for one in those if len(pair) > 1]
-        if not any(codes <= together for together in same):
-            return None
-    return shown
+    of = [(run.get("device"), run["config"].get("router"), run.get("code")) for run in runs]
+    by_pair = defaultdict(list)
+    for one in repeats:
+        by_pair[one["device"], one["router"], frozenset((one["recorded"], one["code"]))].append(one)
+    same = {kind: {kind[2]} for kind in of}  # codes that compute the same as the run's own
+    shown = []
+    for kind, codes in same.items():
+        pairs = {
+            pair: those
+            for (*where, pair), those in by_pair.items()
+            if tuple(where) == kind[:2] and len(pair) > 1 and all(one["equal"] for one in those)
+        }
+        while met := [pair for pair in pairs if pair & codes]:
+            codes.update(*met)
+            shown += [one["run"] for pair in met for one in pairs.pop(pair)]
+    return list(dict.fromkeys(shown)) if set.intersection(*same.values()) else None

@@ -72,13 +72,17 @@ def repeat(recorded, code, router="dense", device="H100", equal=True):
         ([run("a"), run("c")], [repeat("a", "b"), repeat("c", "b")], ["dense a", "dense c"]),  # by way of a third
         ([run("a"), run("b")], [repeat("a", "b"), repeat("a", "b", equal=False)], None),
         ([run("a"), run("b")], [repeat("a", "b", device="H200")], None),
-        ([run("a"), run("b"), run("b", device="H200")], [repeat("a", "b")], None),  # shown on one card of two
-        ([run("a"), run("b", "hash")], [repeat("a", "b")], None),  # nothing is known of hash routing
-        ([run("a"), run("b", "hash")], [repeat("a", "b"), repeat("a", "b", "hash")], ["dense a", "hash a"]),
+        ([run("a"), run("b"), run("b", device="H200")], [repeat("a", "b")], ["dense a"]),  # by b, on either card
+        ([run("a"), run("a", device="H200"), run("b", device="H200")], [repeat("a", "b")], None),  # shown on one card of two
+        ([run("a"), run("b", "hash")], [repeat("a", "b")], ["dense a"]),  # by b, both are known
+        ([run("a"), run("a", "hash"), run("b", "hash")], [repeat("a", "b")], None),  # by neither
+        ([run("a"), run("b", "hash"), run("c", "hash")], [repeat("a", "b"), repeat("b", "c", "hash")], ["dense a", "hash b"]),
+        ([run("a"), run("b", "hash")], [repeat("a", "c"), repeat("b", "c", "hash")], ["dense a", "hash b"]),
+        ([run("a"), run("b", "hash")], [repeat("a", "c"), repeat("b", "d", "hash")], None),
         ([run("a"), run("b"), run("c")], [repeat("a", "b"), repeat("a", "a")], None),
     ],
 )  # fmt: skip
-def test_codes_are_one_where_repeats_of_every_router_link_them(runs, kept, shown):
+def test_runs_are_of_one_code_where_repeats_show_what_it_would_give(runs, kept, shown):
     assert repeats.linked(runs, kept) == shown
 
 
