@@ -67,7 +67,7 @@ def test_a_cpu_tells_no_memory():
 def test_what_fails_is_named_and_the_rest_is_warm():
     times, memory, absent = timing.timed({("a", "x"): lambda: None, ("b", "y"): lambda: 1 / 0}, 2)
     assert list(times) == list(memory) == [("a", "x")] and absent == ["b, y (ZeroDivisionError: division by zero)"]
-    with pytest.raises(ValueError, match="repeats=1: must be at least 2"):
+    with pytest.raises(ValueError, match="repeats=1: must be a whole number of at least 2"):
         timing.timed({}, 1)
 
 
