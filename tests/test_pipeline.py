@@ -205,7 +205,6 @@ def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch,
     monkeypatch.setenv("ECMOE_HOME", str(study))
     monkeypatch.setenv("ECMOE_CONFIGS", str(study / "configs"))
     monkeypatch.setattr(engine, "CHECKOUT", study)
-    plan.named_arms.cache_clear()
     (study / "profiles/default/config.yaml").write_text("dry-run: true\nprintshellcmds: true\n")
     planned = plan.of_page("01_runs", "smoke", {"seeds": [0]})
     names = [one.name for one in planned]
@@ -213,7 +212,6 @@ def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch,
         engine.train(planned, "smoke", minutes=minutes)
         started = re.findall(r" -m ecmoe run (.+) --scale smoke", "".join(capfd.readouterr()))
         assert sorted(shell.split() for shell in started) == sorted(processes)
-    plan.named_arms.cache_clear()
 
 
 def test_every_notebook_has_its_config():

@@ -150,10 +150,14 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     return found
 
 
-@cache
 def named_arms() -> dict[str, dict[str, Any]]:
     """Name -> keys, as configs/arms.yaml has them; nothing else names an arm."""
-    return read_yaml(paths.configs() / "arms.yaml", "arms")
+    return _arms_of(paths.configs() / "arms.yaml")
+
+
+@cache
+def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
+    return read_yaml(path, "arms")
 
 
 def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:

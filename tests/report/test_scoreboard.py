@@ -6,7 +6,6 @@ from bs4 import BeautifulSoup
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.report import scoreboard
-from ecmoe.study import plan
 from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
 from tests.study.test_verdict import judged, losses, seeds
@@ -34,13 +33,11 @@ def pages(tmp_path, monkeypatch):
     (configs / "01_a.yaml").write_text("arms: [EC]\nseeds: [0]\n")
     (configs / "02_b.yaml").write_text("arms: [EC, GShard]\nseeds: [0, 1, 2]\n")
     monkeypatch.setattr(paths, "configs", lambda: configs)
-    plan.named_arms.cache_clear()
     lost = finished(EC.replace(seed=1), 60)
     lost.summary["status"] = "diverged"
     for result in (finished(EC, 1800), lost, finished(TOP2.replace(seed=1), 900)):
         write_record(paths.records("gpu") / f"{result.summary['name']}.json", result)
     yield
-    plan.named_arms.cache_clear()
 
 
 def test_every_page_says_what_is_missing(pages):

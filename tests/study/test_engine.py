@@ -52,9 +52,7 @@ def project(tmp_path, tiny_config, monkeypatch):
     (configs / "01_a.yaml").write_text("arms: [EC]\nmeasures: {losses: {pools: [sequence], seeds: [1]}}\n")
     (configs / "02_b.yaml").write_text("arms: [EC, Lost]\nseeds: [0]\n")
     monkeypatch.setattr(paths, "configs", lambda: configs)
-    plan.named_arms.cache_clear()
     yield tmp_path
-    plan.named_arms.cache_clear()
 
 
 def test_what_is_there_and_what_is_missing(project):

@@ -33,9 +33,7 @@ def configs(tmp_path, monkeypatch):
     write("01_a.yaml", "arms: [EC, Half]\nmeasures: {decoding: {arms: [EC], seeds: [0]}, dependence: }\n")
     write("02_b.yaml", "arms: [Top, EC]\nseeds: [1, 0]\nmeasures: {losses: {pools: [4]}}\n")
     monkeypatch.setattr(paths, "configs", lambda: tmp_path)
-    plan.named_arms.cache_clear()
     yield write
-    plan.named_arms.cache_clear()
 
 
 def test_every_run_once_seed_by_seed_with_all_that_pages_want_of_it(configs):
