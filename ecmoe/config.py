@@ -6,12 +6,13 @@ Letters are the paper's: n tokens compete, e experts choose, each takes k = n c 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -155,7 +156,7 @@ class RunConfig:
     num_nodes: int = key(1, "nodes", low=1, high=65_536)
 
     def __post_init__(self) -> None:
-        types = typing.get_type_hints(type(self))
+        types = _types(type(self))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, types[field.name], getattr(self, field.name)))
         if self.d_model % self.heads:
@@ -329,6 +330,8 @@ class RunConfig:
         return "-".join([*words, f"s{self.seed}"])
 
 
+# Of a class; a plan makes thousands of configs.
+_types: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _BOUNDS = {"low": (ge, "at least"), "high": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
 

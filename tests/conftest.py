@@ -65,6 +65,8 @@ def quick(request):
         return
     import lightning
 
+    from ecmoe.continual import expert_gate, learning
+
     def ends(why):
         return lambda *_, **__: pytest.skip(why)
 
@@ -75,7 +77,8 @@ def quick(request):
 
     popen = subprocess.Popen.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightning.Trainer, "fit", ends("trains"))
+        for trainer in (lightning.Trainer, expert_gate, learning):
+            patch.setattr(trainer, "fit", ends("trains"))
         patch.setattr(torch, "compile", ends("compiles"))
         patch.setattr(subprocess.Popen, "__init__", start)
         patch.setattr(multiprocessing.process.BaseProcess, "start", ends("starts a process"))
