@@ -34,7 +34,6 @@ MEASURES = {
         where=("folder",),
     ),  # fmt: skip
     "accuracy-at": Row(f"{_HERE}.image_capacity:accuracy_at", ("places",), each="places"),
-    "patches-at": Row(f"{_HERE}.image_capacity:patches_at", ("places", "count"), each="places"),
 }
 
 

@@ -4,12 +4,10 @@ Capacity is in expert places per patch, c, for every router: experts hold c n / 
 capacity factor, and top_k times token choice's.
 """
 
-import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,43 +48,14 @@ def accuracy_at(model: VisionTransformer, config: RunConfig, *, places: float) -
     patches_left_out: (patch, layer) pairs that no expert took. images_left_out: images of which no expert took any
     patch in any layer.
     """
-    data, device = _validation(model, config)
-    batches = []
+    data, device, rows = ImageData(config), next(model.parameters()).device, []
+    data.setup()
     with at_capacity(model, places):
         for x, y in data.val_batches():
             y = y.to(device)
             logits, counts = experts_per_patch(model, x.to(device))
-            right, left_out = (logits.argmax(1) == y).double(), counts == 0
-            found = right, F.cross_entropy(logits, y), left_out.double(), left_out.all(2).all(0).double()
-            batches.append([float(value.mean()) for value in found])
-    names = ("accuracy", "val_loss", "patches_left_out", "images_left_out")
-    return {name: sum(values) / len(batches) for name, values in zip(names, zip(*batches, strict=True), strict=True)}
-
-
-@torch.no_grad()
-def patches_at(model: VisionTransformer, config: RunConfig, *, places: float, count: int = 8) -> dict[str, Any]:
-    """`count` images spread evenly over the first validation batch, first to last: pixels (base64 of uint8), shape
-    (count, H, W, C), truth, guess, and experts (count, rows, columns) per patch in the first MoE layer.
-    """
-    data, device = _validation(model, config)
-    x, y = next(iter(data.val_batches()))
-    with at_capacity(model, places):
-        logits, counts = experts_per_patch(model, x.to(device))
-    which = np.linspace(0, len(x) - 1, count).round().astype(int)
-    pixels = (255 * x[which]).round().to(torch.uint8).movedim(1, -1).contiguous()
-    columns = x.shape[-1] // config.patch_size
-    return {
-        "pixels": base64.b64encode(pixels.numpy().tobytes()).decode(),
-        "shape": list(pixels.shape),
-        "truth": [data.classes[i] for i in y[which].tolist()],
-        "guess": [data.classes[i] for i in logits.argmax(1).cpu()[which].tolist()],
-        "experts": counts[0].cpu()[which].view(count, -1, columns).tolist(),
-    }
-
-
-def _validation(model: VisionTransformer, config: RunConfig) -> tuple[ImageData, torch.device]:
-    data = ImageData(config)
-    data.setup()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    return data, device
+            left_out = counts == 0
+            row = {"accuracy": logits.argmax(1) == y, "val_loss": F.cross_entropy(logits, y)}
+            row |= {"patches_left_out": left_out, "images_left_out": left_out.all(2).all(0)}
+            rows.append({name: float(value.double().mean()) for name, value in row.items()})
+    return pd.DataFrame(rows).mean().to_dict()

@@ -5,19 +5,17 @@ Letters: B sequences of T tokens, n = B T, e experts.
 
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from ecmoe.config import RunConfig
 from ecmoe.data.batches import TextData
-from ecmoe.model.metrics import MOST, SHARES
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import watched
 from ecmoe.routing.capped import capped_top_k, dykstra
 
 EXCERPT = 240  # tokens of text that a page shows
-KINDS = ("word start", "word rest", "number", "punctuation", "white space", "other")
 
 
 def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
@@ -29,28 +27,24 @@ def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
 
 @torch.no_grad()
 def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
-    """How many experts tokens get, as trained, on a batch of held-out text: by kind and layer, of frequent ones, in an excerpt."""
+    """How many experts tokens get, as trained, on a batch of held-out text.
+
+    Returns:
+        text, counts: an excerpt token by token, and the experts of each, a row per layer. words: tokens that occur often, those
+        with most experts first: text, occurrences, mean over these and layers.
+    """
     data, batch = held_out(config)
     ids = batch[:, :-1]
-    device = next(model.parameters()).device
     with watched(model) as seen:
-        model.hidden(ids.to(device))
-    n = ids.numel()
+        model.hidden(ids.to(next(model.parameters()).device))
+    n, shown = ids.numel(), min(EXCERPT, ids.shape[1])
     counts = torch.stack([assignment.experts_per_token(n).cpu() for _, assignment in seen])  # (layers, n)
     names = {i: data.tokenizer.decode([i]) for i in ids.unique().tolist()}
-    texts = [names[i] for i in ids.flatten().tolist()]
-    kinds = np.array([_kind(text, before) for text, before in zip(texts, ["", *texts], strict=False)])
-    return {
-        "kinds": [
-            {"kind": kind, "layer": layer, "tokens": int(of_kind.sum())} | _shares(counts[layer][of_kind])
-            for kind in KINDS
-            if (of_kind := kinds == kind).any()
-            for layer in range(len(seen))
-        ],
-        "words": _words(ids.flatten(), counts.float().mean(0), names, least=max(20, n // 2000)),
-        "text": texts[: min(EXCERPT, ids.shape[1])],
-        "counts": counts[:, : min(EXCERPT, ids.shape[1])].tolist(),
-    }
+    frame = pd.DataFrame({"token": [names[i] for i in ids.flatten().tolist()], "experts": counts.double().mean(0)})
+    words = frame.groupby("token", sort=False)["experts"].agg(times="count", experts="mean").reset_index()
+    words = words[words["times"] >= max(20, n // 2000)].sort_values("experts", ascending=False)
+    excerpt = {"text": frame["token"][:shown].tolist(), "counts": counts[:, :shown].tolist()}
+    return excerpt | {"words": words.to_dict("records")}
 
 
 @torch.no_grad()
@@ -84,30 +78,3 @@ def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, A
                 where = {"layer": layer, "cap": b, "solver": solver}
                 rows.append(where | {name: float(value) for name, value in found.items()})
     return {"rows": rows, "tokens": batch[:, :-1].numel()}
-
-
-def _kind(text: str, before: str) -> str:
-    """What a token is for a reader; `before` is the token before it, which says whether a word goes on."""
-    bare = text.strip()
-    if not bare:
-        return "white space" if text else "other"
-    if bare[0].isalpha():
-        goes_on = text[0].isalpha() and before[-1:].isalpha()
-        return "word rest" if goes_on else "word start"
-    if bare[0].isdigit():
-        return "number"
-    return "punctuation" if bare[0].isascii() and bare[0].isprintable() else "other"
-
-
-def _shares(counts: Tensor) -> dict[str, float]:
-    bins = counts.clamp(max=MOST).bincount(minlength=len(SHARES))
-    return dict(zip(SHARES, (bins / bins.sum()).tolist(), strict=True))
-
-
-def _words(ids: Tensor, experts: Tensor, names: dict[int, str], least: int) -> list[dict[str, Any]]:
-    """Tokens that occur at least `least` times, most experts first: text, occurrences, mean experts."""
-    times = ids.bincount()
-    mean = ids.bincount(weights=experts.double()) / times
-    often = (times >= least).nonzero().flatten().tolist()
-    rows = [{"token": names[i], "times": int(times[i]), "experts": float(mean[i])} for i in often]
-    return sorted(rows, key=lambda row: -row["experts"])

@@ -58,22 +58,19 @@ def show_runs(table: pd.DataFrame, columns: Sequence[str], caption: str = "") ->
     show_table(there.reindex(columns=columns), caption, fold=f"{len(there)} of {len(table)} runs, one by one")
 
 
-def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str, unit: str = "expert") -> None:
-    """Show text with each token on the colour of its count, as in `plots.expert_shares`; 0 is struck through.
+def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str) -> None:
+    """Show text with each token on the colour of its number of experts, as in `plots.expert_shares`; 0 is struck through.
 
     Args:
-        tokens: the text in pieces; escaped. counts: a whole number for each. unit: what is counted.
+        tokens: the text in pieces; escaped. counts: the experts of each.
     """
-    if len(tokens) != len(counts):
-        raise ValueError(f"{len(tokens)} tokens but {len(counts)} counts: there must be one for each")
 
     def piece(text: str, count: int) -> tuple:
         color = COUNT_COLORS[min(count, len(COUNT_COLORS) - 1)]
-        return text, color, on_color(color), not count, counted(count, unit)
+        return text, color, on_color(color), not count, counted(count, "expert")
 
     pairs = list(zip(tokens, counts, strict=True))
     pieces = [piece(text.replace("\n", "\u23ce\n"), count) for text, count in pairs]
-    key = [piece(f"\u00a0{counted(count, unit)}\u00a0", count) for count in sorted(set(counts))]
-    show_html(
-        markup("text", pieces, key, caption), f"{caption}\n" + " ".join(f"{text!r}:{count}" for text, count in pairs)
-    )
+    key = [piece(f"\u00a0{counted(count, 'expert')}\u00a0", count) for count in sorted(set(counts))]
+    plain = " ".join(f"{text!r}:{count}" for text, count in pairs)
+    show_html(markup("text", pieces, key, caption), f"{caption}\n{plain}")

@@ -20,7 +20,6 @@ from ecmoe.study import engine, plan
 from ecmoe.study.answer import Answer
 from ecmoe.study.estimate import Unit
 from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
-from ecmoe.training.result import read_record
 
 Verdicts = Mapping[str, ClaimVerdict]
 CAPTION = "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals, colours: verdicts."
@@ -109,34 +108,20 @@ def _cell(text: str) -> str:
 
 
 def studies(scale: str) -> pd.DataFrame:
-    """A row per page: runs of its plan, which pages share, finished ones and their hours, and what is missing, by arm."""
+    """A row per page: the runs of its plan, which pages share, those that are there and measured, and what is missing."""
     rows, wrong = [], plan.sound(scale)[1]
-    for page in plan.pages(scale):
-        planned = [] if page in wrong else plan.plan(scale, [page])  # its own page says what is wrong
-        done, missing = [], {}
-        for one in planned:
-            state = engine.state(one, scale)
-            summary = read_record(plan.record(one, scale)).summary if state.record else {"status": "not run"}
-            if summary["status"] == "finished":
-                done.append(summary)
-            if not state.record or state.lacking or summary["status"] != "finished":
-                why = f" ({'to be measured' if state.lacking else summary['status']})" * bool(state.record)
-                missing.setdefault(one.arms[0] + why, []).append(str(one.seed))
-        text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items()) if done else "all of them"
+    for page in [page for page in plan.pages(scale) if page not in wrong]:  # its own page says what is wrong
+        planned = plan.plan(scale, [page])
+        missing = [f"{one.arms[0]} s{one.seed}" for one in planned if not engine.state(one, scale).done]
+        text = "; ".join(missing) if len(missing) < len(planned) else "all of them"
         if planned:
-            rows.append((page, len(planned), len(done), sum(run["seconds"] or 0 for run in done) / 3600, text))
-    return pd.DataFrame(rows, columns=["page", "runs", "finished", "hours", "missing (seeds)"])
+            rows.append((page, len(planned), len(planned) - len(missing), text))
+    return pd.DataFrame(rows, columns=["page", "runs", "there", "missing (seeds)"])
 
 
 def studies_html(scale: str) -> Markup:
     """What every page of that scale rests on, what is missing, and the command that trains it."""
     again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
-    formats = {
-        "page": partial(markup, "page_link"),
-        "hours": ".2f",
-        "missing (seeds)": lambda text: (
-            text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)
-        ),
-    }
     caption = f"Pages share runs; \u201c{again}\u201d trains what is missing, and nothing else."
-    return table_html(studies(scale), caption, formats)
+    fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} runs", text)  # noqa: E731
+    return table_html(studies(scale), caption, {"page": partial(markup, "page_link"), "missing (seeds)": fold})

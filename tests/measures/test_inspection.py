@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ecmoe.measures import inspection
-from ecmoe.model.metrics import SHARES
 from ecmoe.routing import watched
 from ecmoe.training.run import run_or_load
 
@@ -30,11 +29,6 @@ def test_counts_are_those_of_the_combine_weights(trained):
         seen.append([int((row > 0).sum()) for row in assignment.dense(n)])
     assert "".join(found["text"]) == data.tokenizer.decode(batch[0, : len(found["text"])].tolist())
     assert found["counts"] == [layer[: len(found["text"])] for layer in seen]
-    for layer in range(2):  # all kinds together are all tokens, at c experts a token
-        rows = [row for row in found["kinds"] if row["layer"] == layer]
-        assert sum(row["tokens"] for row in rows) == n
-        mean = sum(row["tokens"] * row[share] * j for row in rows for j, share in enumerate(SHARES)) / n
-        assert mean == pytest.approx(config.capacity_factor)
     by_hand = {}
     for i, token in enumerate(batch[:, :-1].flatten().tolist()):
         by_hand.setdefault(data.tokenizer.decode([token]), []).append((seen[0][i] + seen[1][i]) / 2)
@@ -51,16 +45,6 @@ def test_watching_ends(trained):
         raise RuntimeError
     model(torch.zeros(config.batch_size, 8, dtype=torch.long))
     assert not seen and "assign" not in vars(model.moe_layers[0].router)
-
-
-@pytest.mark.parametrize(
-    "text, before, kind",
-    [(" the", ".", "word start"), ("the", "\n", "word start"), ("ing", "go", "word rest"), ("s", "'", "word start"),
-     (" 12", "a", "number"), (",", "a", "punctuation"), ("\n\n", "a", "white space"), ("\ufffd", "a", "other"),
-     ("", "a", "other"), ("é", "t", "word rest")],
-)  # fmt: skip
-def test_kinds_by_hand(text, before, kind):
-    assert inspection._kind(text, before) == kind
 
 
 def test_caps_on_trained_scores(trained):

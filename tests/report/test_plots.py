@@ -215,7 +215,6 @@ def test_nothing_at_all_is_no_figure():
         plots.expert_shares(table(missing)),
         plots.over(curves(missing), "step", ("over_capacity", "dropped")),
         plots.over(table(missing), "num_experts"),
-        plots.patches_taken({}, 0.2),
         plots.profile(pd.DataFrame()),
     ):
         assert plot.figure is None and re.search("not run", plot.alt)

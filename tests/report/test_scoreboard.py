@@ -43,9 +43,8 @@ def pages(tmp_path, monkeypatch):
 def test_every_page_says_what_is_missing(pages):
     rows = scoreboard.studies("gpu")
     assert rows["page"].tolist() == ["01_a", "02_b"]
-    assert rows["runs"].tolist() == [1, 6] and rows["finished"].tolist() == [1, 2]
-    assert rows["hours"].tolist() == pytest.approx([0.5, 0.75])
-    assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC (diverged) s1; EC s2"]
+    assert rows["runs"].tolist() == [1, 6] and rows["there"].tolist() == [1, 3]  # one that diverged is a finding
+    assert rows["missing (seeds)"].tolist() == ["", "GShard s0; EC s2; GShard s2"]
 
 
 def test_shown_with_the_command_that_repeats_it(pages):
@@ -120,4 +119,4 @@ def test_smoke_judges_nothing():
 def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     rows = scoreboard.studies("gpu")
-    assert len(rows) and (rows["finished"] == 0).all()
+    assert len(rows) and (rows["there"] == 0).all()

@@ -10,9 +10,8 @@ from ecmoe.report.plots.parts import LABELS, Plot
 from ecmoe.report.plots.routing import expert_shares, routing_matrix
 from ecmoe.report.plots.speed import growth, profile, share_of_floor, step_times
 from ecmoe.report.plots.style import looks
-from ecmoe.report.plots.vision import patches_taken
 
 __all__ = [
-    "LABELS", "Plot", "by_routing", "expert_shares", "final_loss", "gate_choices", "growth", "looks", "over", "patches_taken",
-    "profile", "retention", "routing_matrix", "share_of_floor", "step_times",
+    "LABELS", "Plot", "by_routing", "expert_shares", "final_loss", "gate_choices", "growth", "looks", "over", "profile",
+    "retention", "routing_matrix", "share_of_floor", "step_times",
 ]  # fmt: skip

@@ -12,16 +12,15 @@ from ecmoe.report.plots.parts import Plot
 from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, on_color
 
 
-def expert_shares(table: pd.DataFrame, by: str = "arm", paper: Mapping[str, float] | None = None) -> Plot:
+def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Plot:
     """Share of tokens by how many experts processed them (C7): a stacked bar per arm.
 
     Args:
         table: with share_0 ... share_8; rows of an arm are averaged.
-        by: what a bar is: "arm", or a column of your own, such as the kind of token.
         paper: shares to show in a bar below, by what is written there: {"3 or 4: 23%": .23}.
     """
     names = [*map(str, range(8)), "8+"]
-    data = (100 * table.groupby(by, sort=False)[SHARES].mean()).set_axis(names, axis=1)
+    data = (100 * table.groupby("arm", sort=False)[SHARES].mean()).set_axis(names, axis=1)
     there, what = data.dropna(how="all"), "share of tokens by the number of experts that processed them"
 
     def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
