@@ -46,12 +46,6 @@ class MoE(nn.Module):
         tokens: () tokens routed in it. experts_per_token: (9,) tokens by number of experts, 8 = 8 or more.
     """
 
-    router: Router
-    load: Tensor
-    demand: Tensor
-    experts_per_token: Tensor
-    tokens: Tensor
-
     def __init__(
         self, router: Router, d_model: int, d_ff: int, *, recompute: bool = False, kernels: str = "auto"
     ) -> None:
@@ -68,9 +62,10 @@ class MoE(nn.Module):
         self.aux_loss: Tensor | None = None
         self.exchange: Any = None  # `expert_parallel.Exchange` where other ranks hold some experts
         self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients
-        for name, shape in [("load", e), ("demand", e), ("experts_per_token", metrics.MOST + 1)]:
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.long), persistent=False)
-        self.register_buffer("tokens", torch.zeros((), dtype=torch.long), persistent=False)
+        self.load = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
+        self.demand = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
+        self.experts_per_token = nn.Buffer(torch.zeros(metrics.MOST + 1, dtype=torch.long), persistent=False)
+        self.tokens = nn.Buffer(torch.zeros((), dtype=torch.long), persistent=False)
         self.reset_parameters()
         expect_tracking(self)
 

@@ -33,26 +33,21 @@ class RunningCutoff(RunningState):
     ranks. All state is in buffers, so a checkpoint carries it.
     """
 
-    average: Tensor
-    weight: Tensor
-    pending: Tensor
-    count: Tensor
-
     def __init__(self, num_experts: int, beta: float) -> None:
         super().__init__()
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: must be at least 0 and below 1")
         self.beta = beta
-        self.register_buffer("average", torch.zeros(num_experts))
-        self.register_buffer("weight", torch.zeros(()))  # 1 - beta^t, the bias correction
-        self.register_buffer("pending", torch.zeros(num_experts))
-        self.register_buffer("count", torch.zeros(()))
+        self.average = nn.Buffer(torch.zeros(num_experts))
+        self.weight = nn.Buffer(torch.zeros(()))  # 1 - beta^t, the bias correction
+        self.pending = nn.Buffer(torch.zeros(num_experts))
+        self.count = nn.Buffer(torch.zeros(()))
 
     @torch.no_grad()
     def add(self, kth: Tensor) -> None:
         """kth: (pools, e) the k-th largest score of each expert in each pool."""
-        self.pending += kth[0] if len(kth) == 1 else kth.sum(0)  # a sum of one is a pass too
-        self.count += kth.shape[0]
+        self.pending.add_(kth[0] if len(kth) == 1 else kth.sum(0))  # a sum of one is a pass too
+        self.count.add_(kth.shape[0])
 
     @torch.no_grad()
     def end_step(self) -> Tensor:

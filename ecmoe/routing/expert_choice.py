@@ -33,7 +33,6 @@ class ExpertChoice(Router):
         gate: "softmax" (Eq. 4 as printed), "renormalized" over the experts that took the token,
             "scaled" (softmax x e/c: 1 on average for a uniform router).
         cap_solver: "feasible" (ours: no token over b, every expert full) or "dykstra" (the paper's).
-        cutoff_beta: decay of the running cut-offs that causal routing uses.
         rounding: "exact": n c / e must be whole, as a study wants; "down": any n works, by max(1, floor(n c / e)).
 
     >>> router = ExpertChoice(d_model=16, num_experts=4, capacity_factor=2.0)
@@ -54,7 +53,6 @@ class ExpertChoice(Router):
         pool: str | int = "batch",
         gate: str = "softmax",
         cap_solver: str = "feasible",
-        cutoff_beta: float = 0.99,
         rounding: str = "exact",
     ) -> None:
         super().__init__(d_model, num_experts)
@@ -71,7 +69,7 @@ class ExpertChoice(Router):
         self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
         self.cap_solver = one_of("cap_solver", cap_solver, ("feasible", "dykstra"))
         self.rounding = one_of("rounding", rounding, ("exact", "down"))
-        self.cutoff = RunningCutoff(num_experts, cutoff_beta)
+        self.cutoff = RunningCutoff(num_experts, 0.99)  # for causal routing
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape

@@ -5,7 +5,7 @@ largest score, so experts get k tokens on average, and no token's routing sees a
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecmoe.routers import bucket_size
 from ecmoe.routing.assignment import Assignment
@@ -21,12 +21,14 @@ class ExpertThreshold(ExpertChoice):
         d_model, num_experts, capacity_factor: d, e, c.
         beta: decay of the cut-offs, one update an optimiser step, bias-corrected.
         gate: as in `ExpertChoice`.
+
+    Attributes:
         warmup_steps: optimiser steps that are routed by plain expert choice, since the cut-offs of a router that
             still moves fast are old at once; ours, as the paper's depends on its schedule.
         slack: in training an expert takes at least k / slack and at most slack k tokens, its best; ours.
     """
 
-    steps: Tensor
+    warmup_steps, slack = 10, 2.0
 
     def __init__(
         self,
@@ -35,17 +37,10 @@ class ExpertThreshold(ExpertChoice):
         capacity_factor: float = 2.0,
         beta: float = 0.999,
         gate: str = "softmax",
-        warmup_steps: int = 10,
-        slack: float = 2.0,
     ) -> None:
         super().__init__(d_model, num_experts, capacity_factor, pool="rank", gate=gate)
-        if slack < 1:
-            raise ValueError(f"slack={slack}: must be at least 1")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps={warmup_steps}: must be at least 0")
         self.cutoff = RunningCutoff(num_experts, beta)
-        self.warmup_steps, self.slack = warmup_steps, slack
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # that moved the cut-offs
+        self.steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # that moved the cut-offs
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n = logits.shape[0]
@@ -80,9 +75,9 @@ class ExpertThreshold(ExpertChoice):
     def _threshold(self, kth: Tensor) -> Tensor:
         """(e,) the average of finished steps; while warming up, this batch's own k-th score: expert choice."""
         average, weight = self.cutoff.average, self.cutoff.weight
-        warming = self.steps < max(self.warmup_steps, 1)
+        warming = self.steps < self.warmup_steps
         own = kth.sum(0) if kth.shape[0] else torch.ones_like(average)
         return torch.where(warming, own, average / weight.clamp_min(torch.finfo(weight.dtype).tiny))
 
     def end_step(self) -> None:
-        self.steps += self.cutoff.end_step()
+        self.steps.add_(self.cutoff.end_step())

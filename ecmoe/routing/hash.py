@@ -1,9 +1,7 @@
 """Hash routing (Roller et al. 2021): the token id alone says which expert."""
 
-import heapq
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import Router, by_token, capacity
@@ -19,8 +17,6 @@ class Hash(Router):
         token_counts: (V,) how often each id occurs in the corpus: the table is then balanced by frequency
             (Roller et al., "balanced"); None: token id mod e, as in the paper's section 4.6.
     """
-
-    table: Tensor
 
     def __init__(
         self,
@@ -38,7 +34,7 @@ class Hash(Router):
             if len(token_counts) != vocab_size:
                 raise ValueError(f"token_counts has {len(token_counts)} entries: must have vocab_size={vocab_size}")
             table = balanced_table(token_counts, num_experts)
-        self.register_buffer("table", table)
+        self.table = nn.Buffer(table)
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if token_ids is None:
@@ -50,11 +46,9 @@ class Hash(Router):
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:
     """(V,) counts -> (V,) experts: the most frequent id first, each to the expert with the least load yet."""
-    load = [(0, i) for i in range(num_experts)]
-    table = torch.empty(len(token_counts), dtype=torch.long)
     counts = torch.as_tensor(token_counts).tolist()
+    load, table = [0] * num_experts, [0] * len(counts)
     for v in sorted(range(len(counts)), key=lambda v: (-counts[v], v)):
-        total, expert = heapq.heappop(load)
-        table[v] = expert
-        heapq.heappush(load, (total + counts[v], expert))
-    return table
+        table[v] = load.index(min(load))
+        load[table[v]] += counts[v]
+    return torch.tensor(table)

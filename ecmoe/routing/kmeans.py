@@ -4,7 +4,7 @@ Letters: n tokens x of width d, e experts with centroids c (e, d).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.ranks import add_up
@@ -25,12 +25,6 @@ class KMeans(Router):
         beta: decay of the averages. seed: of the first centroids.
     """
 
-    centroids: Tensor
-    sums: Tensor
-    counts: Tensor
-    pending_sums: Tensor
-    pending_counts: Tensor
-
     def __init__(
         self,
         d_model: int,
@@ -45,11 +39,11 @@ class KMeans(Router):
         self.capacity_factor, self.beta = capacity_factor, beta
         generator = torch.Generator().manual_seed(seed)
         first = 0.1 * torch.randn(num_experts, d_model, generator=generator, device="cpu")
-        self.register_buffer("centroids", first.to(torch.get_default_device()))
-        self.register_buffer("sums", torch.zeros(num_experts, d_model))  # averages over steps
-        self.register_buffer("counts", torch.zeros(num_experts))
-        self.register_buffer("pending_sums", torch.zeros(num_experts, d_model))  # of this step
-        self.register_buffer("pending_counts", torch.zeros(num_experts))
+        self.centroids = nn.Buffer(first.to(torch.get_default_device()))
+        self.sums = nn.Buffer(torch.zeros(num_experts, d_model))  # averages over steps
+        self.counts = nn.Buffer(torch.zeros(num_experts))
+        self.pending_sums = nn.Buffer(torch.zeros(num_experts, d_model))  # of this step
+        self.pending_counts = nn.Buffer(torch.zeros(num_experts))
         self._input: Tensor | None = None
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +71,8 @@ class KMeans(Router):
         if x is None or x.shape[0] != n:
             return
         cell = (expert[:, None] == torch.arange(self.num_experts, device=x.device)).to(x.dtype)
-        self.pending_sums += cell.T @ x  # (e, d)
-        self.pending_counts += cell.sum(0)
+        self.pending_sums.add_(cell.T @ x)  # (e, d)
+        self.pending_counts.add_(cell.sum(0))
 
     @torch.no_grad()
     def end_step(self) -> None:

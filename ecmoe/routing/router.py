@@ -46,10 +46,10 @@ class Router(RunningState):
         self.kernels = "plain"
         self.reset_parameters()
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self) -> None:
         """W_g ~ N(0, 1/d): logits of unit variance for normalised tokens; ours, the paper is silent."""
         if self.weight is not None:
-            nn.init.normal_(self.weight, std=self.d_model**-0.5, generator=generator)
+            nn.init.normal_(self.weight, std=self.d_model**-0.5)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) -> (n, e) scores before the softmax, in float32 whatever the dtype of x (float64 stays)."""

@@ -13,47 +13,35 @@ class TaskLevel(Router):
     Args:
         d_model, num_experts: d, e.
         num_tasks: tasks are numbered 0 .. num_tasks - 1.
-        table: "learned": a score for every task and expert, the gate is its softmax (Kudugunta et al., section
-            3.2, with a task's embedding in the place of the token's); "fixed": task t has experts t top_k,
-            t top_k + 1, ... modulo e, and gates 1 / top_k.
-        top_k: experts of a task.
+        table: "learned": a score for every task and expert, the best serves the task and the gate is its softmax
+            (Kudugunta et al., section 3.2, with a task's embedding in the place of the token's); "fixed": task t has
+            expert t modulo e, and gate 1.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_experts: int,
-        num_tasks: int,
-        table: str = "learned",
-        top_k: int = 1,
-    ) -> None:
+    table: Tensor
+
+    def __init__(self, d_model: int, num_experts: int, num_tasks: int, table: str = "learned") -> None:
         super().__init__(d_model, num_experts, learned=False)
         if num_tasks < 1:
             raise ValueError(f"num_tasks={num_tasks}: must be at least 1")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts} (num_experts)")
-        self.num_tasks, self.top_k = num_tasks, top_k
-        self.kind = one_of("table", table, ("learned", "fixed"))
-        self.table: Tensor
+        self.num_tasks, self.kind = num_tasks, one_of("table", table, ("learned", "fixed"))
         if table == "learned":
             self.table = nn.Parameter(torch.empty(num_tasks, num_experts))
             self.reset_parameters()
         else:
-            experts = torch.arange(num_tasks * top_k).view(num_tasks, top_k) % num_experts
-            self.register_buffer("table", experts)
+            self.table = nn.Buffer(torch.arange(num_tasks)[:, None] % num_experts)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self) -> None:
         """Scores ~ N(0, 1 / num_tasks), so that tasks start apart; ours."""
         if isinstance(getattr(self, "table", None), nn.Parameter):
-            nn.init.normal_(self.table, std=self.num_tasks**-0.5, generator=generator)
+            nn.init.normal_(self.table, std=self.num_tasks**-0.5)
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if task_ids is None:
             raise ValueError("task-level routing needs task_ids: pass moe(x, task_ids=...)")
         task = task_ids.reshape(-1)
         if self.kind == "learned":
-            gate, expert = self.table.softmax(dim=1).topk(self.top_k, dim=1)  # (num_tasks, top_k)
+            gate, expert = self.table.softmax(dim=1).topk(1, dim=1)  # (num_tasks, 1)
         else:
-            expert = self.table
-            gate = torch.full_like(expert, 1 / self.top_k, dtype=logits.dtype)
-        return by_token(expert[task], gate[task].to(logits.dtype), logits.shape[1], mask, None)  # (n, top_k)
+            expert, gate = self.table, torch.full_like(self.table, 1.0, dtype=logits.dtype)
+        return by_token(expert[task], gate[task].to(logits.dtype), logits.shape[1], mask, None)

@@ -5,7 +5,7 @@ are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
@@ -33,9 +33,6 @@ class TokenChoice(Router):
     torch.Size([4, 5])
     """
 
-    bias: Tensor
-    load_error: Tensor
-
     def __init__(
         self,
         d_model: int,
@@ -61,8 +58,8 @@ class TokenChoice(Router):
         self.balance = one_of("balance", balance, ("switch", "first_choice", "importance_load", "bias", "none"))
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.bias_rate = bias_rate
-        self.register_buffer("bias", torch.zeros(num_experts))  # moves only with balance="bias"
-        self.register_buffer("load_error", torch.zeros(num_experts))
+        self.bias = nn.Buffer(torch.zeros(num_experts))  # moves only with balance="bias"
+        self.load_error = nn.Buffer(torch.zeros(num_experts))
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
@@ -89,7 +86,7 @@ class TokenChoice(Router):
         chosen = pack(token.repeat(k), expert, gate.T.reshape(-1), n=n, e=e, slots=slots, limit=limit)
         demand = chosen.demand
         if self.gathers and self.moves:
-            self.load_error += demand.float().mean() - demand.float()  # type: ignore[union-attr]
+            self.load_error.add_(demand.float().mean() - demand.float())  # type: ignore[union-attr]
         if not self.training:
             return chosen
         return Assignment(chosen.token, chosen.gate, demand, self._aux_loss(logits, S, noise, demand, mask))  # type: ignore[arg-type]
@@ -111,5 +108,5 @@ class TokenChoice(Router):
         if not self.moves:
             return
         add_up(self.load_error)
-        self.bias += self.bias_rate * self.load_error.sign()
+        self.bias.add_(self.bias_rate * self.load_error.sign())
         self.load_error.zero_()

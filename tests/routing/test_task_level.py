@@ -18,36 +18,32 @@ def loop(router, tasks, e: int) -> torch.Tensor:
     out = np.zeros((len(tasks), e))
     for place, task in enumerate(tasks):
         if router.kind == "fixed":
-            for j in range(router.top_k):
-                out[place, (task * router.top_k + j) % e] = 1 / router.top_k
+            out[place, task % e] = 1
         else:
             z = np.exp(router.table[task].detach().numpy())
-            for i in np.argsort(-z)[: router.top_k]:
-                out[place, i] = z[i] / z.sum()
+            out[place, z.argmax()] = z.max() / z.sum()
     return torch.from_numpy(out)
 
 
 @two_hundred
-@given(problems(), st.sampled_from(["learned", "fixed"]), st.integers(1, 3))
-def test_200_problems(problem, table, top_k):
+@given(problems(), st.sampled_from(["learned", "fixed"]))
+def test_200_problems(problem, table):
     n, e = problem.logits.shape
-    top_k = min(top_k, e)
     torch.manual_seed(n)
-    router = TaskLevel(D, e, TASKS, table, top_k).double()
+    router = TaskLevel(D, e, TASKS, table).double()
     chosen = router.assign(problem.logits, task_ids=problem.ids, mask=problem.mask)
     found = check(chosen, problem)
     valid = problem.ids[problem.valid]
-    assert len(found) == chosen.demand.sum() == top_k * len(valid)  # nothing is dropped
+    assert len(found) == chosen.demand.sum() == len(valid)  # nothing is dropped
     same_choice(alone(chosen, problem), loop(router, valid.tolist(), e))
     unmasked = router.assign(problem.logits[problem.valid], task_ids=valid)
     same_choice(alone(chosen, problem), unmasked.dense(len(valid)))
 
 
 def test_by_hand():
-    router = TaskLevel(D, 4, 3, "fixed", top_k=2)  # task 0: experts 0 and 1; 1: 2 and 3; 2: 0 and 1
-    chosen = router.assign(torch.zeros(4, 4), task_ids=torch.tensor([1, 0, 2, 1]))
-    half, zero = [0.5, 0.5], [0.0, 0.0]
-    assert chosen.dense(4).tolist() == [zero + half, half + zero, half + zero, zero + half]
+    router = TaskLevel(D, 2, 3, "fixed")  # task 0: expert 0; 1: expert 1; 2: expert 0
+    chosen = router.assign(torch.zeros(4, 2), task_ids=torch.tensor([1, 0, 2, 1]))
+    assert chosen.dense(4).tolist() == [[0, 1], [1, 0], [1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("table", ["learned", "fixed"])
@@ -74,11 +70,11 @@ def test_a_layer_serves_a_sequence_by_its_task_alone():
 
 def test_gradient_of_a_learned_table_is_that_of_the_softmax():
     torch.manual_seed(0)
-    router = TaskLevel(D, 4, 3, top_k=2).double()
+    router = TaskLevel(D, 4, 3).double()
     tasks, weights = torch.tensor([2, 0, 2]), torch.randn(3, 4, dtype=torch.float64)
     chosen = router.assign(random_logits(3, 4, 0), task_ids=tasks).dense(3)
     p = router.table.softmax(1)
-    top = torch.zeros_like(p).scatter(1, p.topk(2, 1).indices, 1.0)
+    top = torch.zeros_like(p).scatter(1, p.topk(1, 1).indices, 1.0)
     expected = torch.autograd.grad(((p * top)[tasks] * weights).sum(), router.table)[0]
     ours = torch.autograd.grad((chosen * weights).sum(), router.table)[0]
     torch.testing.assert_close(ours, expected)
@@ -97,7 +93,6 @@ def test_the_table_survives_a_checkpoint(table):
     "make, message",
     [
         (lambda: TaskLevel(D, 4, 0), "num_tasks=0"),
-        (lambda: TaskLevel(D, 4, 2, top_k=5), r"top_k=5.*1\.\.4"),
         (lambda: TaskLevel(D, 4, 2, "random"), "table='random'.*learned, fixed"),
         (lambda: TaskLevel(D, 4, 2).assign(torch.zeros(3, 4)), "needs task_ids"),
     ],
