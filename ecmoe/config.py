@@ -37,7 +37,7 @@ def bare_data(data: str) -> str:
     """What a key `data` says without saying where it lies: a copy elsewhere is the same text, or images."""
     kind = next((kind for kind in (IMAGES_PREFIX, MIX_PREFIX) if data.startswith(kind)), "")
     parts = parts_of(data.removeprefix(IMAGES_PREFIX))
-    names = [Path(part).name if is_local(part) or kind == IMAGES_PREFIX else part for part in parts]
+    names = [Path(part).name if is_local(part) else part for part in parts]
     return kind + ",".join(names) + content_of(data)
 
 
@@ -67,12 +67,13 @@ class RunConfig:
     num_experts: int = key(8, "e, experts of an MoE layer", low=1)
     capacity_factor: float | None = key(
         2.0, "c; expert choice: experts a token on average (k is n c / e); token choice and hash: "
-        "capacity over top_k n / e, null for nothing dropped", low=0)  # fmt: skip
+        "capacity over top_k n / e, null for nothing dropped", above=0)  # fmt: skip
     top_k: int = key(2, "experts that a token chooses (token choice): Switch 1, GShard 2", low=1)
     gate: str = key("softmax", "combine weights: softmax (Eq. 4), renormalized over a token's experts, "
                     "scaled (softmax x e/c)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
     pool: str | int = key("batch", "tokens that compete (expert choice): batch (of all ranks), rank (each rank's own), "
-                          "sequence, position, or a number of tokens (whole sequences)", low=1)  # fmt: skip
+                          "sequence, position, or a number of tokens (whole sequences)", low=1,
+                          choices=("batch", "rank", "sequence", "position"))  # fmt: skip
     max_experts_per_token: int | None = key(None, "b of capped expert choice (3.3); null: no cap", low=1)
     cap_solver: str = key("feasible", "how the cap is met: feasible (ours), dykstra (the paper's, to the letter)",
                           choices=("feasible", "dykstra"))  # fmt: skip
@@ -170,15 +171,9 @@ class RunConfig:
         if not all(Path(part.removeprefix(IMAGES_PREFIX)).name for part in parts):  # which would name the run
             raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a name of "
                               f"its own, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
-        if self.images:
-            pass
-        elif self.tokenizer == "bytes" and self.vocab_size != 256:
-            raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer=bytes: there are 256 bytes; "
-                              "set vocab_size: 256, or tokenizer: bpe")  # fmt: skip
-        elif self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise ConfigError(
-                f"vocab_size={self.vocab_size} with tokenizer=bpe: must be at least 257 (256 bytes and a merge)"
-            )
+        if not self.images and (self.vocab_size != 256 if self.tokenizer == "bytes" else self.vocab_size < 257):
+            raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer={self.tokenizer}: must be 256 with bytes, and "
+                              "at least 257 with bpe (256 bytes and a merge)")  # fmt: skip
         self._check_routing()
         object.__setattr__(self, "data", with_content(self.data))  # so that another text is another run
 
@@ -188,19 +183,12 @@ class RunConfig:
             others = ", ".join(name for name, other in ROUTERS.items() if not other.needs(vars(self)))
             raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(self.needs)}, which "
                               f"images don't have; take one of {others}")  # fmt: skip
-        if isinstance(self.pool, str) and self.pool not in ("batch", "rank", "sequence", "position"):
-            raise ConfigError(
-                f"pool={self.pool!r}: must be batch, rank, sequence, position, or a whole number of tokens"
-            )
         if self.strategy == "ep" and (row.layer is None or self.num_experts % self.ranks):
             raise ConfigError(f"strategy='ep' with router={self.router!r}, num_experts={self.num_experts}: each of devices x num_nodes="
                               f"{self.ranks} ranks holds as many experts; make num_experts a multiple of that, or take fsdp2")  # fmt: skip
         if self.sharded and self.optimizer == "adafactor":
             raise ConfigError(f"optimizer='adafactor' with strategy={self.strategy!r}: torch's reads a whole matrix, and a rank "
                               "has a part of it; take adamw, or strategy: ddp")  # fmt: skip
-        c = self.capacity_factor
-        if c is not None and c <= 0 and "capacity_factor" in row.keys:
-            raise ConfigError(f"capacity_factor={c}: must be above 0")
         row.check(self)
 
     @property
@@ -236,15 +224,11 @@ class RunConfig:
     @property
     def weights_at_least(self) -> int:
         """Numbers in the model's matrices, without building it; routers and norms not counted."""
-        experts = 0 if ROUTERS[self.router].layer is None else self.layers // self.moe_every
+        experts = 0 if self.row.layer is None else self.layers // self.moe_every
         d, f = self.d_model, self.d_ff
         ends = self.patch_size**2 * self.channels + self.classes if self.images else self.vocab_size
-        return (
-            self.layers * 4 * d * d
-            + experts * self.num_experts * 2 * d * f
-            + (self.layers - experts) * 3 * d * f
-            + ends * d
-        )
+        ffns = experts * self.num_experts * 2 * f + (self.layers - experts) * 3 * f
+        return d * (self.layers * 4 * d + ffns + ends)
 
     @property
     def pool_tokens(self) -> int:
@@ -354,8 +338,10 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name}={value!r}: must be a finite number")
-    if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{field.name}={value!r}: must be one of {', '.join(meta['choices'])}")
+    if meta["choices"] and isinstance(value, str) and value not in meta["choices"]:
+        raise ConfigError(
+            f"{field.name}={value!r}: must be one of {', '.join(meta['choices'])}{', or a whole number' * (int in allowed)}"
+        )
     if type(value) in (int, float):
         for bound, (holds, words) in _BOUNDS.items():
             if meta[bound] is not None and not holds(value, meta[bound]):
@@ -373,8 +359,8 @@ def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:
         if not math.isfinite(number):
             return ""
         if float in allowed:
-            mantissa, _, exponent = f"{number:e}".partition("e")
-            return f": write {float(mantissa):.12g}{'' if '.' in f'{float(mantissa):.12g}' else '.0'}e{int(exponent)} (YAML takes {value} for text)"
+            mantissa, exponent = f"{number:.12e}".split("e")
+            return f": write {float(mantissa)}e{int(exponent):+d} (YAML takes {value} for text)"
         return f": write {int(number)}, without quotes" if number.is_integer() else ""
     if isinstance(value, float) and int in allowed and value.is_integer():
         return f": write {int(value)}"

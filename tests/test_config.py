@@ -41,6 +41,8 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"layers": 10**9}, ["layers=1000000000", "at most 10000"]),
         ({"relative_max_distance": 10**15}, ["relative_max_distance", "at most 1e+06"]),
         ({"learning_rate": "1e-3"}, ["learning_rate", "'1e-3'", "write 1.0e-3"]),
+        ({"learning_rate": "3e5"}, ["write 3.0e+5"]),  # without the sign it is text to YAML
+        ({"capacity_factor": 0.0, "router": "dense"}, ["capacity_factor=0.0", "above 0"]),
         ({"learning_rate": 1e38}, ["learning_rate=1e+38", "at most 1e+30"]),
         ({"router": "token_choice", "top_k": 5, "num_experts": 4}, ["top_k=5", "num_experts=4"]),
         ({"learning_rate": "nan"}, ["learning_rate", "'nan'", "float"]),
