@@ -9,8 +9,7 @@ import pandas as pd
 
 from ecmoe.report.answer import NOTHING, answer, at_size, difference, finding, judged
 from ecmoe.report.markup import Format, markup, show_html, table_html
-from ecmoe.report.plots.parts import Plot
-from ecmoe.report.plots.style import COUNT_COLORS, on_color
+from ecmoe.report.plots.style import COUNT_COLORS, Plot, on_color
 from ecmoe.report.provenance import provenance
 from ecmoe.study.estimate import counted
 

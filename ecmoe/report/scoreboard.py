@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 
 from ecmoe.report.answer import found, judged_html
 from ecmoe.report.markup import COLORS, TEMPLATE, markup, table_html
-from ecmoe.report.plots.draw import panels
-from ecmoe.report.plots.parts import Plot, number
-from ecmoe.report.plots.style import GREY, INK
+from ecmoe.report.plots.draw import number, panels
+from ecmoe.report.plots.style import GREY, INK, Plot
 from ecmoe.study import engine, plan
 from ecmoe.study.answer import Answer
 from ecmoe.study.estimate import Unit

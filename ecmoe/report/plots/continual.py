@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from ecmoe.report.plots.draw import heat, lines, panels
-from ecmoe.report.plots.parts import Plot, nothing
-from ecmoe.report.plots.style import Look
+from ecmoe.report.plots.style import Look, Plot
 
 
 def retention(accuracies: pd.DataFrame) -> Plot:
@@ -46,7 +45,7 @@ def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, t
     """
     what = "which expert the gates send a task's images to"
     if confusion is None or related is None:
-        return nothing(what)
+        return panels(what, None, {}, 0)
     own, worst = confusion.to_numpy(float).diagonal(), int(confusion.to_numpy(float).diagonal().argmin())
     earlier = np.where(np.tri(len(related), k=-1, dtype=bool), related.to_numpy(float), -np.inf)
     i, j = np.unravel_index(earlier.argmax(), earlier.shape)

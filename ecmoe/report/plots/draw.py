@@ -4,8 +4,9 @@ By hand stays what seaborn has no word for: names at the ends of lines (a reader
 what is missing. `panels` puts them side by side.
 """
 
+import math
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,28 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from ecmoe.report.plots.parts import (
-    LABELS,
-    Plot,
-    bounds,
-    factor,
-    missing_text,
-    nothing,
-    over_seeds,
-    sentence,
-)
-from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, Look, looks, new_figure, plain
+from ecmoe.model.metrics import METRICS
+from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, WIDTH, Look, PageFigure, Plot, looks, plain
+from ecmoe.study.estimate import of_values
 
-_DASHES = {"-": "", "--": (4, 2), ":": (1, 1.5)}
+LABELS = {metric.name: metric.label for metric in METRICS} | {
+    "steps": "training steps in all",
+    "num_experts": "number of experts e",
+    "capacity_factor": "capacity factor c",
+    "n": "tokens n",
+    "devices": "GPUs",
+    "d_model": "width d",
+    "moe_init_scale": "initial scale of the MoE output, times fan-in",
+    "capacity": "expert places per patch",
+    "patches_left_out": "patches that no expert took (%)",
+    "images_left_out": "images without any patch taken (%)",
+    "loss": "loss (nats per token)",
+    "final_accuracy": "accuracy after all tasks (%)",
+    "forgetting": "forgetting (percentage points)",
+}
+PERCENT = [m.name for m in METRICS if m.unit == "share"] + [
+    "patches_left_out", "images_left_out", "final_accuracy", "forgetting",
+]  # fmt: skip
 
 
 @plain()
@@ -35,7 +45,7 @@ def panels(
     draw: Callable[[Axes, Any], tuple[pd.DataFrame, str]],
     each: Mapping[str, Any],
     height: float,
-    arms: Iterable[str] = (),
+    arms: Collection[str] = (),
     measured: Collection[str] | None = None,
     *,
     rows: int = 1,
@@ -51,9 +61,13 @@ def panels(
         arms, measured: those that should be there, and are; where none is, there is no figure. key: the table's column of
             titles. legend: its columns, of the first panel's names. kwargs: of matplotlib's `subplots`.
     """
+    there = arms if measured is None else set(measured)
+    missing = ", ".join(str(arm) for arm in arms if arm not in there)
+    alt, missing = what[:1].upper() + what[1:], f" Not run: {missing}." * bool(missing)
     if not each or (measured is not None and not len(measured)):
-        return nothing(what, list(arms))
-    figure, axes = new_figure(height, -(-len(each) // rows), rows, **kwargs)
+        return Plot(None, f"{alt}: not run.{missing}", pd.DataFrame())
+    figure = PageFigure(figsize=(WIDTH, height), layout="constrained")
+    axes = list(figure.subplots(rows, -(-len(each) // rows), squeeze=False, **kwargs).flat)
     frames, said = [], []
     for ax, (title, given) in zip(axes, each.items(), strict=False):
         data, words = draw(ax, given)
@@ -69,8 +83,7 @@ def panels(
     if legend:  # under the panels, where it can hide nothing
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(legend, len(labels)))
-    missing = missing_text(arms, arms if measured is None else measured)
-    alt = f"{sentence(what)}{'.' if '' not in each else ':'} {' '.join(said)}{missing}"
+    alt += f"{'.' if '' not in each else ':'} {' '.join(said)}{missing}"
     return Plot(figure, alt, pd.concat(frames, ignore_index=True))
 
 
@@ -112,7 +125,7 @@ def lines(
     across, there = frame[by] == level, {name: shown[name] for name in names}
     sns.lineplot(
         frame[~across], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
-        palette={name: look.color for name, look in there.items()}, dashes={name: _DASHES[look.line] for name, look in there.items()},
+        palette={name: look.color for name, look in there.items()}, dashes={name: look.dashes for name, look in there.items()},
         markers=ticks_at_values and {name: look.marker for name, look in there.items()}, markersize=7, markeredgecolor=PAPER,
         errorbar=bounds, err_style="bars" if ticks_at_values else "band", err_kws={} if ticks_at_values else {"alpha": 0.18, "linewidth": 0},
     )  # fmt: skip
@@ -203,3 +216,34 @@ def name_gaps(ax: Axes, rows: Sequence[int]) -> None:
     """Write "not run" where an arm has no measurement."""
     for y in rows:
         ax.text(0.01, y, "not run", transform=ax.get_yaxis_transform(), va="center", color=GREY, style="italic")
+
+
+def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
+    """A row for each value of the keys, in their order: mean, 95% interval over seeds (low, high), number of seeds."""
+    rows = []
+    for found, group in frame.groupby(list(keys), sort=False, dropna=False):
+        effect = of_values(group[value])
+        rows.append((*found, effect.mean, *bounds(group[value]), effect.n))
+    data = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "seeds"])
+    return data.astype({"mean": float, "low": float, "high": float, "seeds": int})
+
+
+def bounds(values: pd.Series) -> tuple[float, float]:
+    """The 95% interval over seeds, as seaborn asks for error bars."""
+    return of_values(values).interval() or (math.nan, math.nan)
+
+
+def factor(column: str) -> float:
+    """100 for what figures show in percent."""
+    return 100.0 if column in PERCENT else 1.0
+
+
+def short(x: float) -> str:
+    """Three decimals for losses, none for large numbers."""
+    return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
+
+
+def number(row: object) -> str:
+    """A row's mean, and its interval in brackets, where there is one."""
+    known = row.low is not None and not math.isnan(row.low)
+    return short(row.mean) + (f" ({short(row.low)} to {short(row.high)})" if known else "")

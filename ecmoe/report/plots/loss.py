@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ecmoe.report.plots.draw import lines, panels, points
-from ecmoe.report.plots.parts import LABELS, Plot, number, rows_text, series_text
-from ecmoe.report.plots.style import INK, Look, looks
+from ecmoe.report.plots.draw import LABELS, lines, number, panels, points
+from ecmoe.report.plots.style import INK, Look, Plot, looks
+from ecmoe.study.estimate import counted
 
 _ROUTINGS = {"as trained": Look("#0072B2", "o"), "causally": Look("#D55E00", "D")}
 
@@ -108,3 +108,21 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
 
     each, height = dict(iter(there.groupby(panel, sort=False))), 1.7 + 0.4 * max(len(arms), 2)
     return panels(label, draw, each, height, arms, there["arm"], key=panel, legend=2, sharey=True)
+
+
+def rows_text(data: pd.DataFrame, at: str | None = None) -> str:
+    """What each row shows, in the order of the figure. at: a column with where that is."""
+    return "; ".join(
+        f"{row.arm} {number(row)}"
+        + (f" at {getattr(row, at):g}" if at else "")
+        + f", {counted(int(row.seeds), 'seed')}"
+        for row in data.dropna(subset=["mean"]).itertuples()
+    )
+
+
+def series_text(data: pd.DataFrame, x: str) -> str:
+    """What each line shows at each x."""
+    return "; ".join(
+        f"{arm}: {', '.join(f'{number(row)} at {getattr(row, x):g}' for row in own.itertuples())}"
+        for arm, own in data.groupby("arm", sort=False)
+    )

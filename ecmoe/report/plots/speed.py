@@ -9,9 +9,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ecmoe.report.plots.draw import panels
-from ecmoe.report.plots.parts import LABELS, Plot
-from ecmoe.report.plots.style import GREY, INK, PAPER, looks
+from ecmoe.report.plots.draw import LABELS, panels
+from ecmoe.report.plots.style import GREY, INK, PAPER, Plot, looks
 
 FORWARD, BOTH = "forward", "forward + backward"
 _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}

@@ -6,15 +6,16 @@ A figure is drawn under matplotlib's own defaults and ours, whatever a user's ma
 import io
 import re
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
 from markupsafe import escape
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
@@ -50,15 +51,15 @@ _KNOWN = {
     "one EC network": ("#0072B2", "o"),
     "one dense network": (INK, "P"),
 }
-_GATES = {"renormalized": "-", "raw": "--", "scaled": ":"}  # what a name says of the gate: its line
+_GATES = {"renormalized": "", "raw": (4, 2), "scaled": (1, 1.5)}  # what a name says of the gate: its dashes
 
 
 class Look(NamedTuple):
-    """Colour, marker and line of an arm."""
+    """Colour, marker and dashes of an arm."""
 
     color: str
     marker: str
-    line: str = "-"
+    dashes: str | tuple[float, float] = ""
 
 
 def looks(arms: Iterable[str]) -> dict[str, Look]:
@@ -66,12 +67,12 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
     arms, found = list(dict.fromkeys(arms)), {}
     # Those that have a colour take it first; by name, so that another order of the arms changes none.
     for arm in sorted(arms, key=lambda arm: (_without_gate(arm) not in _KNOWN, arm)):
-        name, line = _without_gate(arm), next((_GATES[word] for word in arm.split() if word in _GATES), "-")
+        name, dashes = _without_gate(arm), next((_GATES[word] for word in arm.split() if word in _GATES), "")
         start, count = zlib.crc32(name.encode()), len(_PALETTE)
         by_name = [(_PALETTE[i % count], _MARKERS[(i + i // count) % count]) for i in range(start, start + count)]
         mine = [_KNOWN[name], *by_name[1:]] if name in _KNOWN else by_name
-        taken = {(look.color, look.line) for look in found.values()}
-        found[arm] = Look(*next((one for one in mine if (one[0], line) not in taken), mine[-1]), line)
+        taken = {(look.color, look.dashes) for look in found.values()}
+        found[arm] = Look(*next((one for one in mine if (one[0], dashes) not in taken), mine[-1]), dashes)
     return {arm: found[arm] for arm in arms}
 
 
@@ -88,36 +89,39 @@ def on_color(color: str) -> str:
     return "#fff" if np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.5 else "#000"
 
 
-@contextmanager
-def plain() -> Iterator[None]:
-    """matplotlib as we want it, whatever a user's matplotlibrc says; as it was, afterwards. Or a decorator: `@plain()`."""
-    with matplotlib.style.context(_RC, after_reset=True):
-        yield
+# matplotlib as we want it, whatever a user's matplotlibrc says; as it was, afterwards. Or a decorator: `@plain()`.
+plain = partial(matplotlib.style.context, _RC, after_reset=True)
 
 
-class _Figure(Figure):
-    savefig = plain()(Figure.savefig)  # ticks are made while a figure is drawn
+class PageFigure(Figure):
+    """A figure that is saved as it was drawn: ticks are made only then."""
+
+    savefig = plain()(Figure.savefig)
 
 
-def new_figure(height: float, columns: int = 1, rows: int = 1, **kwargs: object) -> tuple[Figure, list[Axes]]:
-    """A figure of page width and its axes in a flat list; no pyplot, so nothing shows by itself."""
-    figure = _Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+class Plot(NamedTuple):
+    """A figure, its alternative text, and the numbers that it shows; no figure where nothing was run."""
 
+    figure: Figure | None
+    alt: str
+    data: pd.DataFrame
 
-def svg_of(figure: Figure, alt: str) -> str:
-    """The figure as SVG that stands in a page: its text is text, its ink that of the page; the same bytes each time."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # two figures of a page would share these names
-    text = re.sub(r"font-family: [^;]*; ?", "", text)  # the page's own
-    view = re.search(r'viewBox="([^"]+)"', text)[1]
-    for color, in_page in _IN_PAGE.items():
-        text = text.replace(color, in_page)
-    attributes = f'viewBox="{view}" role="img" aria-label="{escape(alt)}"'
-    return re.sub(
-        r"<svg [^>]*>", lambda _: f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {attributes}>', text, count=1
-    )
+    def svg(self) -> str:
+        """The figure as SVG that stands in a page: its text is text, its ink that of the page; the same bytes each time."""
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        text = buffer.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+        text = re.sub(r'<g id="[^"]*"', "<g", text)  # two figures of a page would share these names
+        text = re.sub(r"font-family: [^;]*; ?", "", text)  # the page's own
+        view = re.search(r'viewBox="([^"]+)"', text)[1]
+        for color, in_page in _IN_PAGE.items():
+            text = text.replace(color, in_page)
+        names = f'viewBox="{view}" role="img" aria-label="{escape(self.alt)}"'
+        head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {names}>'
+        return re.sub(r"<svg [^>]*>", lambda _: head, text, count=1)
+
+    def save(self, path: Path) -> None:
+        """The figure as a PNG, for where a page can't be shown; the same bytes each time."""
+        self.figure.savefig(path, dpi=150, metadata={"Software": None})
