@@ -62,7 +62,6 @@ class RouterRow:
         needs: of a config's keys, what else it reads: "token ids" and "tasks" of a batch, which images don't have;
             "token counts" of the corpus.
         capacity: has an expert so many places, set by capacity_factor, in evaluation?
-        asked: of a config's keys, how many experts a token asks for; capacity_factor is a multiple of it.
         check: of a config that can't work, raises ConfigError with key, value and remedy.
     """
 
@@ -72,7 +71,6 @@ class RouterRow:
     build: Callable[..., Any] | None = None
     needs: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
     capacity: bool = False
-    asked: Callable[[Mapping[str, Any]], int] = lambda values: 1
     check: Callable[[Any], None] = lambda config: None
 
     @property
@@ -137,7 +135,6 @@ ROUTERS: dict[str, RouterRow] = {
         ("num_experts", "capacity_factor", "top_k", "gate", "priority", "balance", "aux_loss_weight", "z_loss_weight"),
         experts_per_token=lambda values: values["top_k"],
         capacity=True,
-        asked=lambda values: values["top_k"],
         check=_check_token_choice,
     ),
     "hash": RouterRow(

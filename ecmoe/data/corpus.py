@@ -220,10 +220,8 @@ def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
 
 
 def _hub(data: str, streaming: bool) -> Corpus:
-    hub, what = (
-        PRESETS.get(data) or Hub(*_HUB.fullmatch(data).groups(), data.removeprefix(paths.HUB_PREFIX)),
-        f"data={data!r}",
-    )
+    hub = PRESETS.get(data) or Hub(*_HUB.fullmatch(data).groups(), data.removeprefix(paths.HUB_PREFIX))
+    what = f"data={data!r}"
     reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")
     if os.path.exists(hub.path) or reader and not hub.options:  # `datasets` would read what lies here
         raise ConfigError(f"{what}: {hub.path!r} means files in {Path.cwd()} to `datasets`, no data set of the Hub; for "

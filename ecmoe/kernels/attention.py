@@ -5,7 +5,8 @@ that see them), in two loops: over far tiles, with nothing beside the products, 
 
 Near tiles don't look the bias up score by score. As tiles as far from the diagonal hold the same distances at the same
 places, `biases` writes the bias once for BLOCK queries of each head, against the keys around them; its rows then load
-as those of the keys do. The future is -inf in it, so that there is no other mask.
+as those of the keys do. The future is -inf in it, so that there is no other mask. With each row turned by one more than
+the row above, a near tile of dS has its distances in columns: they are summed where the queries' gradients are made.
 
 Exponentials are of base 2: scores and biases are multiplied by log2 e, and lse is a binary logarithm.
 """

@@ -28,7 +28,7 @@ def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTrans
         raise ValueError(f"router={model.config.router!r} has no capacity that could be changed: take one of {able}")
     if model.config.router == "expert_choice" and values["gate"] == "scaled":
         raise ValueError("gate='scaled' is a multiple of e / c: another capacity would change the gates, too")
-    with altered(model, capacity_factor=places / row.asked(values), rounding="exact"):
+    with altered(model, capacity_factor=places / (values["top_k"] if "top_k" in row.keys else 1), rounding="exact"):
         yield model
 
 

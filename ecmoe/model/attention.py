@@ -1,26 +1,15 @@
 """Attention of the Transformer: causal, with a learned bias for each head and distance; or to all tokens alike.
 
 `Attention` hands the bias to PyTorch's attention as a mask, one number per head, query and key. On a GPU in 16 bits
-this is slow, the more so as its gradient is that large too. There we have kernels of our own, flash attention (Dao et
-al. 2022) with the bias added inside:
+this is slow, the more so as its gradient is that large too. There we have kernels of our own (ecmoe/kernels/attention.py),
+flash attention (Dao et al. 2022) with the bias added inside:
 
     S = q k^T / (d/h)^1/2 + bias,  P = exp(S - lse),  out = P v                                lse = logsumexp S
     dv = P^T dout,  dS = P (dout v^T - delta),  dq ~ dS k,  dk ~ dS^T q                        delta = sum(dout out)
 
-A look-up a score would take longer than the rest, and the bias gradient is a sum of dS over all queries and keys of
-each distance. Four observations make both cheap:
-
-- All distances beyond T5's longest share a bias, and softmax doesn't see a constant. With that one subtracted from
-  all, far tiles of queries x keys need no bias at all, and being in the past, no mask.
-- All tiles with as many blocks between queries and keys hold the same distances at the same places. So the biases of a
-  near tile are written once for all, and load as a tile.
-- With each row turned by one more than the row above, a near tile of dS has its distances in columns: they are summed
-  where the queries' gradients are made, with nothing computed twice.
-- Nobody asks which of the far distances a gradient belongs to. dS sums to 0 over the keys of a query (softmax), so they
-  get minus the sum of all near ones.
-
-Sums are float32 and have a fixed order: the same input gives the same bits. tests/model/test_attention.py holds the fast
-path to the plain one, without a GPU in Triton's interpreter.
+All distances beyond T5's longest share a bias, and softmax doesn't see a constant: with that one subtracted from all, far
+keys need no bias. Nor does anybody ask which of them a gradient belongs to: dS sums to 0 over the keys of a query, so they
+get minus the sum of all near ones. Sums are float32 and have a fixed order: the same input gives the same bits.
 
 Letters: B sequences of T tokens, width d, h heads.
 """

@@ -77,9 +77,8 @@ def count_parameters(config: RunConfig) -> Count:
         model = _new_model(config)
     total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
     experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
-    return Count(
-        total, round(total - experts + experts * config.row.experts_per_token(config.to_dict()) / config.num_experts)
-    )
+    offered = config.row.experts_per_token(config.to_dict())
+    return Count(total, round(total - experts + experts * offered / config.num_experts))
 
 
 def flops_per_token(config: RunConfig) -> float:

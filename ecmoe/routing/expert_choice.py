@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ecmoe.files import ConfigError
 from ecmoe.routers import bucket_size, exact
 from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.capped import capped_top_k
 from ecmoe.routing.cutoff import RunningCutoff
 from ecmoe.routing.ranks import gathered, own, ranks
 from ecmoe.routing.router import Router, fast, one_of, without_padding
@@ -87,9 +88,9 @@ class ExpertChoice(Router):
             return Assignment(torch.empty(e, 0, dtype=torch.long, device=logits.device), logits.new_empty(e, 0))
         if valid is not None:
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
-        G, I, lowest = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
+        G, I = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
         if self.gathers:
-            self.cutoff.add(lowest if valid is None else self._kth(G, valid, k))
+            self.cutoff.add(G.detach().amin(-1) if valid is None else self._kth(G, valid, k))
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
             I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)  # noqa: E741
@@ -100,30 +101,18 @@ class ExpertChoice(Router):
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
-    def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding; and
-        the lowest of these scores, (g, e)."""
-        if (cap := self._cap) is None:
-            if valid is None and fast(self.kernels, S):
-                from ecmoe.kernels import select
+    def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding."""
+        if (cap := self._cap) is not None:
+            target = None if valid is None else self._valid_k(valid, k)
+            how = dict(solver=self.cap_solver, kernels=self.kernels)
+            return capped_top_k(S, k, cap, valid=valid, target=target, **how)
+        if valid is not None or not fast(self.kernels, S):
+            return S.topk(k, dim=2)
+        from ecmoe.kernels import select
 
-                I = select(S, k)  # noqa: E741
-                G = _At.apply(S, I)
-            else:
-                G, I = S.topk(k, dim=2)  # noqa: E741
-        else:
-            from ecmoe.routing.capped import capped_top_k
-
-            G, I = capped_top_k(  # noqa: E741
-                S,
-                k,
-                cap,
-                solver=self.cap_solver,
-                valid=valid,
-                target=None if valid is None else self._valid_k(valid, k),
-                kernels=self.kernels,
-            )
-        return G, I, G.detach().amin(-1)
+        I = select(S, k)  # noqa: E741
+        return _At.apply(S, I), I
 
     @property
     def across(self) -> bool:  # type: ignore[override]

@@ -125,8 +125,9 @@ def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance:
     touched = every  # since their edges were last looked at
     near = every.new_zeros(g, e + 1, max(1, min(m, NEAR, CHUNK // (g * (e + 1) ** 2))))
     cost, count = Z.new_zeros(g, e + 1, e + 1), every.new_zeros(g, e + 1, e + 1)
-    for _ in range(PATH_ROUNDS * (16 if X.device.type == "cpu" else 1)):
-        if _settled(excess):
+    on_cpu = X.device.type == "cpu"  # another device would stall for the answer, whether anything is left to move
+    for _ in range(PATH_ROUNDS * (16 if on_cpu else 1)):
+        if on_cpu and not excess.any():
             break
         last = leave[at, touched].masked_fill(~X[at, touched], float("inf"))
         near[at, touched] = last.topk(near.shape[2], dim=2, largest=False).indices
@@ -144,7 +145,7 @@ def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance:
     tokens = torch.arange(m, device=X.device).expand(g, m)
     for _ in range(e - 1):
         excess = _excess(X, every, target)
-        if _settled(excess):
+        if on_cpu and not excess.any():
             break
         u, v = excess[:, :e].argmax(1), excess[:, :e].argmin(1)
         amount = torch.minimum(excess.amax(1), -excess.amin(1))
@@ -157,11 +158,6 @@ def _excess(X: Tensor, nodes: Tensor, target: Tensor) -> Tensor:
     at = torch.arange(X.shape[0], device=X.device)[:, None]
     excess = X[at, nodes].sum(2) - target[:, None]
     return excess.masked_fill(nodes == X.shape[1] - 1, 0)
-
-
-def _settled(excess: Tensor) -> bool:
-    """Is nothing left to move? Asked on a CPU only: another device would stall for the answer."""
-    return excess.device.type == "cpu" and not torch.compiler.is_compiling() and not excess.any()
 
 
 def _edges(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,19 +18,9 @@ from filelock import FileLock, Timeout
 
 from ecmoe import paths
 from ecmoe.files import Damaged
+from ecmoe.training import result as results
 from ecmoe.training.ranks import in_torchrun, rank
-from ecmoe.training.result import (
-    FILES,
-    Result,
-    check_weights,
-    not_run,
-    read_record,
-    read_run,
-    read_summary,
-    verify,
-    write_record,
-    write_run,
-)
+from ecmoe.training.result import FILES, Result
 
 DONE = ("finished", "diverged")  # what another try would not change
 
@@ -62,18 +52,18 @@ def once(
     """
     record = None if records is None else Path(records) / f"{config.name}.json"
     if record is not None and record.exists():
-        return _of(config, read_record(record), record)
+        return _of(config, results.read_record(record), record)
     folder = paths.runs() / config.name
     result = _done(config, folder, weights, say=train and progress, raises=not train)
     if result is None and not train:
-        return read_run(folder) if (folder / "summary.json").exists() else not_run(config)
+        return results.read_run(folder) if (folder / "summary.json").exists() else results.not_run(config)
     if result is None and rank():
         return make(_place(folder), lambda: None)  # the first rank holds the lock
     if result is None:
         with lock(folder, progress) as still_ours:  # whoever comes second finds it done
             result = _done(config, folder, weights, say=False) or _made(config, folder, make, still_ours)
     if record is not None and result.ok:
-        write_record(record, result)
+        results.write_record(record, result)
     return result
 
 
@@ -83,11 +73,11 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
         return None
     try:
         _take_place(folder)
-        result = _of(config, read_run(folder), folder / "summary.json")
+        result = _of(config, results.read_run(folder), folder / "summary.json")
         if result.summary["status"] not in DONE:
             return None
         if weights and result.ok:
-            check_weights(folder, result.summary)
+            results.check_weights(folder, result.summary)
     except FileNotFoundError:  # no weights
         return None
     except Damaged as damage:
@@ -108,7 +98,7 @@ def _of(config: Any, result: Result, path: Path) -> Result:
 def _place(folder: Path) -> Path:
     """Where the run is made: beside what may be finished."""
     try:
-        done = read_run(folder).summary["status"] in DONE
+        done = results.read_run(folder).summary["status"] in DONE
     except FileNotFoundError:
         done = False
     except Damaged:
@@ -130,26 +120,26 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
         raise
     if into != folder and result.ok:
         _take_place(folder)
-        return read_run(folder)
+        return results.read_run(folder)
     return result
 
 
 def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
     """Say in the run's folder why it ended, unless it is finished; the next call tries again."""
     with contextlib.suppress(OSError, Damaged):
-        if not (folder / "summary.json").exists() or read_run(folder).summary["status"] not in DONE:
+        if not (folder / "summary.json").exists() or results.read_run(folder).summary["status"] not in DONE:
             said = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}
-            write_run(folder, not_run(config).summary | said)
+            results.write_run(folder, results.not_run(config).summary | said)
 
 
 def _take_place(folder: Path) -> None:
     """Put the files of a run that was made again in the place of the old ones; the summary last, so that a kill loses none."""
     again = folder / "again"
-    if not (again / "summary.json").exists() or read_summary(again)["status"] != "finished":
+    if not (again / "summary.json").exists() or results.read_summary(again)["status"] != "finished":
         return
     for name in FILES:
         if (again / name).exists():  # else an earlier call was killed after it had moved
-            verify(again, name, read_summary(again))
+            results.verify(again, name, results.read_summary(again))
             os.replace(again / name, folder / name)
     os.replace(again / "summary.json", folder / "summary.json")
     shutil.rmtree(again)

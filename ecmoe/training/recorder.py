@@ -53,12 +53,8 @@ class Recorder(L.Callback):
 
     # Lightning keeps these in the checkpoint, so a resumed run goes on with its own clock and curve.
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "seconds": self._clock(),
-            "shared": self.shared,
-            "marked": list(self.marked),
-            "rows": list(self.rows.values()),
-        }
+        rows = list(self.rows.values())
+        return {"seconds": self._clock(), "shared": self.shared, "marked": list(self.marked), "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.marked = state["seconds"], tuple(state["marked"])
@@ -120,7 +116,7 @@ class Recorder(L.Callback):
         every = trainer.strategy.all_gather  # a rank sees its own batches only, and all must decide alike what follows
         trained = bool(module.sums["count"])
         means = {name: float(value) for name, value in module.means().items()}
-        steps, seconds = step - self.marked[0], self.seconds - self.marked[1]
+        tokens, seconds = (step - self.marked[0]) * config.tokens_per_batch, self.seconds - self.marked[1]
         row = {
             "step": step,
             "tokens": step * config.tokens_per_batch,
@@ -129,9 +125,7 @@ class Recorder(L.Callback):
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
             "aux_loss": means["aux_loss"],
             # Beside other runs, which may rest, a rate is nobody's.
-            "tokens_per_second": steps * config.tokens_per_batch / seconds
-            if steps and seconds and self.shared == 1
-            else math.nan,
+            "tokens_per_second": tokens / seconds if tokens and seconds and self.shared == 1 else math.nan,
         }
         row |= {name: float(every(torch.stack(values)).double().mean()) for name, values in self.losses.items()}
         self.rows[step] = row | {name: float(value) for name, value in module.statistics.items()}

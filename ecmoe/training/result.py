@@ -73,7 +73,7 @@ def load_model(path: str | Path) -> Trunk:
     from ecmoe.routing import routers
 
     path = Path(path)
-    check_weights(path)
+    check_weights(path)  # before it is missed that there is no summary
     summary = read_run(path).summary
     weights = load_file(check_weights(path, summary))
     config = RunConfig.from_dict(summary["config"])
@@ -97,7 +97,7 @@ def find_run(run: str | Path) -> Path:
     if str(run) in names:
         return paths.runs() / run
     if len(names) != 1:
-        what = f"is how {len(names)} begin: {', '.join(names[:5])}" if names and run else "names no run"
+        what = f"begins the names of {len(names)} runs: {', '.join(names[:5])}" if names and run else "names no run"
         raise FileNotFoundError(f"{str(run)!r} {what}; name a folder of {paths.runs()}, or enough of its beginning")
     return paths.runs() / names[0]
 

@@ -131,7 +131,7 @@ def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
         == runs / "hash-s1-3"
     )
     assert results.find_run("dense-s0-1") == runs / "dense-s0-1"  # a whole name, though another begins so
-    with pytest.raises(FileNotFoundError, match="'dense' is how 2 begin: dense-s0-1, dense-s0-12"):
+    with pytest.raises(FileNotFoundError, match="'dense' begins the names of 2 runs: dense-s0-1, dense-s0-12"):
         results.find_run("dense")
     for wrong in ("kmeans", ""):
         with pytest.raises(FileNotFoundError, match="names no run; name a folder of"):
