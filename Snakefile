@@ -168,6 +168,7 @@ rule run:
     params:
         names=lambda wildcards: BATCHES.get(wildcards.batch, [wildcards.batch]),
         places=PLACES,
+    priority: lambda wildcards: list(reversed(BATCHES)).index(wildcards.batch) + 1 if wildcards.batch in BATCHES else 0
     retries: ATTEMPTS - 1
     threads: max(1, CORES // AT_ONCE)
     resources:

@@ -196,8 +196,9 @@ def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     code, output, ran = snakemake(study, "reports/smoke/01_runs.html")
     assert (code, ran) == (0, []), output
     (study / "configs/06_unknown_arm.yaml").write_text("arms: [EC]\nseeds: [1]\n")
-    code, output, _ = snakemake(study, "--profile", "profiles/slurm", "--dry-run", "reports/smoke/06_unknown_arm.html")
-    assert code == 0 and "run" in output, output
+    on_slurm = "--profile", "profiles/slurm", "--dry-run", "--quiet", "host"
+    code, output, _ = snakemake(study, *on_slurm, "--", "reports/smoke/06_unknown_arm.html")
+    assert code == 0 and re.search(r"rule run:(\n .+)+mem_mb=32000.+ runtime=240.+ gpu=1", output), output
 
 
 def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch, capfd):
@@ -206,12 +207,16 @@ def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch,
     monkeypatch.setenv("ECMOE_CONFIGS", str(study / "configs"))
     monkeypatch.setattr(engine, "CHECKOUT", study)
     (study / "profiles/default/config.yaml").write_text("dry-run: true\nprintshellcmds: true\n")
-    planned = plan.of_page("01_runs", "smoke", {"seeds": [0]})
+    (study / "configs/01_runs.yaml").write_text("arms: [EC, Lost]\nseeds: [3, 0, 2, 1]\n")
+    (study / "configs/order.yaml").write_text("- [Lost]\n- [EC]\n")
+    planned = plan.plan("smoke", ["01_runs"])
     names = [one.name for one in planned]
+    assert [one.arms + (one.seed,) for one in planned] == [(arm, seed) for arm in ("Lost", "EC") for seed in range(4)]
     for minutes, processes in ((float("inf"), [names]), (10, [[name] for name in names])):
         engine.train(planned, "smoke", minutes=minutes)
-        started = re.findall(r" -m ecmoe run (.+) --scale smoke", "".join(capfd.readouterr()))
-        assert sorted(shell.split() for shell in started) == sorted(processes)
+        jobs = re.findall(r"priority: (\d+)\n(?s:.+?) -m ecmoe run (.+) --scale smoke", "".join(capfd.readouterr()))
+        by_priority = sorted(jobs, key=lambda job: -int(job[0]))  # which Snakemake starts first, of those that are ready
+        assert [shell.split() for _, shell in by_priority] == processes
 
 
 def test_every_notebook_has_its_config():
