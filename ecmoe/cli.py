@@ -164,9 +164,8 @@ def report(
 ) -> None:
     """Execute a notebook with parameters and render it as one HTML page."""
     from ecmoe.report.execution import ReportError, execute
-    from ecmoe.study.parameters import ParameterError
 
-    with _one_line(ConfigError, ParameterError, ReportError, OSError):
+    with _one_line(ConfigError, ReportError, OSError):
         parameters = _assignments(changes)
         execute(notebook, page, files or [], parameters=parameters, train_missing=False if no_train else None)
     typer.echo(page)

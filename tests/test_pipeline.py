@@ -215,7 +215,9 @@ def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch,
     for minutes, processes in ((float("inf"), [names]), (10, [[name] for name in names])):
         engine.train(planned, "smoke", minutes=minutes)
         jobs = re.findall(r"priority: (\d+)\n(?s:.+?) -m ecmoe run (.+) --scale smoke", "".join(capfd.readouterr()))
-        by_priority = sorted(jobs, key=lambda job: -int(job[0]))  # which Snakemake starts first, of those that are ready
+        by_priority = sorted(
+            jobs, key=lambda job: -int(job[0])
+        )  # which Snakemake starts first, of those that are ready
         assert [shell.split() for _, shell in by_priority] == processes
 
 

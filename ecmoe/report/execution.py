@@ -18,7 +18,7 @@ from traitlets import CaselessStrEnum, default
 from ecmoe import paths
 from ecmoe.files import ConfigError
 from ecmoe.report.render import render
-from ecmoe.study.parameters import ParameterError, check_parameters, merge_parameters, merged, notebook_parameters
+from ecmoe.study.parameters import check_parameters, merge_parameters, merged, notebook_parameters
 from ecmoe.study.plan import of_page
 
 
@@ -68,7 +68,7 @@ def execute(
         parameters: win over the files. train_missing: the notebook's parameter of that name, where it has one.
 
     Raises:
-        ParameterError: an unknown key, before anything runs.
+        ConfigError: an unknown key, before anything runs.
         ReportError: there is no such notebook; or a cell failed. The page, with the error on top, is then
             `<name>.failed.html`, so that the page asked for is not taken for done.
     """
@@ -94,7 +94,7 @@ def execute(
         check_parameters(source, values, notebook.name)
         if (paths.configs() / f"{notebook.stem}.yaml").exists():
             of_page(notebook.stem, values.get("scale", "smoke"), values)  # an arm that can't be is named at once
-    except (ReportError, ConfigError, ParameterError) as error:  # the list of pages names it, too
+    except (ReportError, ConfigError) as error:  # the list of pages names it, too
         if notebook.exists():
             title = nbformat.v4.new_markdown_cell(f"# {notebook.stem}")
             fail(nbformat.v4.new_notebook(cells=[title]), str(error))

@@ -78,7 +78,7 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
             files are read, and `train_missing` whether what isn't there is trained now (into runs/, never into reports/).
 
     Raises:
-        ParameterError, ConfigError: a parameter, arm or key that can't be; before any work.
+        ConfigError: a parameter, arm or key that can't be; before any work.
     """
     parameters = page_parameters(page, given, unknown=page not in _CHECKED)
     scale, train = parameters["scale"], parameters["train_missing"]

@@ -12,15 +12,11 @@ from ecmoe.files import ConfigError, nearest, read_yaml
 PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # what a plan is made of
 
 
-class ParameterError(ValueError):
-    """A parameter that the notebook doesn't have, or that can't be what was meant."""
-
-
 def parameter_files(notebook: str, scale: str) -> list[Path]:
     """The scale's file, the study's, and the study's at that scale, where it has one; later ones win.
 
     Raises:
-        ParameterError: no such scale.
+        ConfigError: no such scale.
     """
     configs = paths.configs()
     check_scale(scale)
@@ -32,31 +28,28 @@ def check_scale(scale: str) -> None:
     """Is there such a scale? Where there are no configs, as outside a checkout, nobody knows.
 
     Raises:
-        ParameterError: there are others.
+        ConfigError: there are others.
     """
     found = (paths.configs() / "scale").glob("*.yaml")
     known = sorted(path.stem for path in found if re.fullmatch(r"[\w.-]+", path.stem))  # it stands in commands
     if known and (not isinstance(scale, str) or scale not in known):
-        raise ParameterError(f"scale={scale!r}: must be one of {', '.join(known)}")
+        raise ConfigError(f"scale={scale!r}: must be one of {', '.join(known)}")
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
     """The parameters of YAML files: later ones win; `base`, a run's keys, is merged key by key.
 
     Raises:
-        ParameterError: a file can't be read, or it or its `base` holds no `key: value` lines.
+        ConfigError: a file can't be read, or it or its `base` holds no `key: value` lines.
     """
     found: dict[str, Any] = {}
     for file in files:
-        try:
-            values = read_yaml(file, "parameter file") or {}
-        except ConfigError as error:
-            raise ParameterError(str(error)) from error
+        values = read_yaml(file, "parameter file") or {}
         must = f"parameter file {str(file)!r} must hold `key: value` lines"
         if not isinstance(values, dict):
-            raise ParameterError(must)
+            raise ConfigError(must)
         if not isinstance(values.get("base") or {}, dict):
-            raise ParameterError(f"{must} below base, but holds {type(values['base']).__name__}")
+            raise ConfigError(f"{must} below base, but holds {type(values['base']).__name__}")
         found = merged(found, values)
     return found
 
@@ -78,7 +71,7 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
         unknown: is a name that the page doesn't have an error? Not where the rest of a notebook has run already.
 
     Raises:
-        ParameterError: an unknown scale or name; a value of another type than the files have, such as "false" for false.
+        ConfigError: an unknown scale or name; a value of another type than the files have, such as "false" for false.
     """
     given = {name: value for name, value in given.items() if _is_parameter(name, value)}
     scale = given.get("scale", "smoke")
@@ -93,7 +86,7 @@ def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> Non
     """Every key must be in the notebook's parameters cell, or be read by it from its page's YAML; with a value of the same kind."""
     known = notebook_parameters(notebook)
     if values and not known:
-        raise ParameterError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
+        raise ConfigError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
     page = Path(name).stem
     if (paths.configs() / f"{page}.yaml").exists() and "scale" in values:
         usual = merge_parameters(parameter_files(page, values["scale"]))
@@ -107,31 +100,26 @@ def _check(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> No
     for name, value in given.items():
         if name not in known:
             near = nearest(name, known, f"it has {', '.join(known)}")
-            raise ParameterError(f"{where} has no parameter {name!r} (given: {value!r}): {near}")
+            raise ConfigError(f"{where} has no parameter {name!r} (given: {value!r}): {near}")
         usual = known[name]
         if usual is None or value is None:
             continue
-        number, text = isinstance(usual, (int, float)), f"{where}: {name}={value!r} must be"
         if isinstance(usual, Mapping):
-            if not isinstance(value, Mapping):
-                raise ParameterError(f"{text} `key: value` lines")
-        elif isinstance(usual, (list, tuple)):
-            if not isinstance(value, (Mapping, list, tuple)):  # arms are names, or name -> keys
-                raise ParameterError(f"{text} a list, such as {list(usual)[:3]}")
-        elif isinstance(value, bool) != isinstance(usual, bool) or not isinstance(
-            value, (int, float) if number else type(usual)
-        ):
+            fits, must = isinstance(value, Mapping), "`key: value` lines"
+        elif isinstance(usual, list | tuple):  # arms are names, or name -> keys
+            fits, must = isinstance(value, Mapping | list | tuple), f"a list, such as {list(usual)[:3]}"
+        else:
+            like = (int, float) if isinstance(usual, int | float) else type(usual)
+            fits = isinstance(value, like) and isinstance(value, bool) == isinstance(usual, bool)
             wrong = "YAML takes 1e-3 for text (write 1.0e-3), no for false and 'false' for text"
-            raise ParameterError(f"{text} a {type(usual).__name__}; {wrong}")
+            must = f"a {type(usual).__name__}; {wrong}"
+        if not fits:
+            raise ConfigError(f"{where}: {name}={value!r} must be {must}")
 
 
 def _is_parameter(name: str, value: Any) -> bool:
-    return (
-        isinstance(value, (str, int, float, list, dict))
-        and name[0] != "_"
-        and not name.isupper()
-        and name not in ("In", "Out")
-    )
+    ours = name[0] != "_" and not name.isupper() and name not in ("In", "Out")
+    return ours and isinstance(value, str | int | float | list | dict)
 
 
 def notebook_parameters(notebook: Any) -> dict[str, Any]:

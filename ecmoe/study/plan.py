@@ -8,11 +8,11 @@ No notebook is run and no torch is imported. engine.py carries the plan out, loa
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig
 from ecmoe.files import nearest, read_yaml
 from ecmoe.measures import Measurement, measurements
-from ecmoe.study.parameters import ParameterError, check_scale, merge_parameters, merged, parameter_files
+from ecmoe.study.parameters import check_scale, merge_parameters, merged, parameter_files
 
 Keys = Mapping[str, Any]
 # Keys that may be a share of the base's, and of what the result is a multiple; None: it must come out whole.
@@ -44,44 +44,43 @@ def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
     """What the pages of a scale rest on, or those asked for: each run once, in the order of configs/order.yaml, seed by seed.
 
     Raises:
-        ParameterError: no such scale or page; a file can't be read. ConfigError: an arm, key or measurement that can't
-        be; names page and arm.
+        ConfigError: no such scale or page; a file can't be read; an arm, key or measurement that can't be; names page and arm.
     """
+    planned, wrong = sound(scale, asked)
+    for error in wrong.values():
+        raise error
+    return planned
+
+
+def sound(scale: str, asked: Sequence[str] = ()) -> tuple[list[Planned], dict[str, Exception]]:
+    """The plan of all pages that can be planned, and what is wrong with the others: one of them stops no other's runs."""
     known = pages(scale)
+    found: dict[str, Planned] = {}
+    wrong: dict[str, Exception] = {}
     for page in asked:
         if page not in known:
-            raise ParameterError(f"no page {page!r}: {nearest(page, known)}")
-    return _in_order({page: of_page(page, scale) for page in asked or known})
-
-
-def sound(scale: str) -> tuple[list[Planned], dict[str, Exception]]:
-    """The plan of all pages that can be planned, and what is wrong with the others: one of them stops no other's runs."""
-    good: dict[str, list[Planned]] = {}
-    wrong: dict[str, Exception] = {}
-    for page in pages(scale):
+            raise ConfigError(f"no page {page!r}: {nearest(page, known)}")
+    for page in asked or known:
         try:
-            good[page] = of_page(page, scale)
-        except (ConfigError, ParameterError, OSError) as error:
+            for one in of_page(page, scale):
+                found[one.name] = _both(found[one.name], one) if one.name in found else one
+        except (ConfigError, OSError) as error:
             wrong[page] = error
-    return _in_order(good), wrong
-
-
-def _in_order(by_page: Mapping[str, Sequence[Planned]]) -> list[Planned]:
-    found: dict[str, Planned] = {}
-    for one in chain.from_iterable(by_page.values()):
-        if other := found.get(one.name):  # the same run, wanted by two pages or under two names
-            pages, arms = (tuple(dict.fromkeys(x)) for x in (other.pages + one.pages, other.arms + one.arms))
-            measures = {how.name: how for how in other.measures + one.measures}
-            one = replace(other, pages=pages, arms=arms, measures=tuple(measures.values()))
-        found[one.name] = one
     file = paths.configs() / "order.yaml"
     blocks = [set(block) for block in (read_yaml(file, "order of runs") if file.exists() else [])]
-    blocks += [{page} for page in by_page]
+    blocks += [{page} for page in known]
 
     def place(one: Planned) -> tuple[int, int]:
         return next(i for i, block in enumerate(blocks) if block & {*one.pages, *one.arms}), one.seed
 
-    return sorted(found.values(), key=place)
+    return sorted(found.values(), key=place), wrong
+
+
+def _both(other: Planned, one: Planned) -> Planned:
+    """The same run, wanted by two pages or under two names."""
+    pages, arms = (tuple(dict.fromkeys(x)) for x in (other.pages + one.pages, other.arms + one.arms))
+    measures = {how.name: how for how in other.measures + one.measures}
+    return replace(other, pages=pages, arms=arms, measures=tuple(measures.values()))
 
 
 def pages(scale: str) -> list[str]:
@@ -97,34 +96,31 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
         changes: parameters that win over those of the files; `base` key by key.
     """
     values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
+    seeds = [] if values.get("seeds") is None else values["seeds"]
     try:
-        _check_list("seeds", [] if values.get("seeds") is None else values["seeds"], int)
+        _check_list("seeds", seeds, int)
         for key, listed in (values.get("vary") or {}).items():
             _check_list(f"vary: {key}", listed)
-        made = list(_planned(page, values, scale))
-    except (ConfigError, ParameterError) as error:
-        raise type(error)(f"page {page!r}: {error}") from error
-    return sorted(made, key=lambda one: values["seeds"].index(one.seed))
+        arms = arms_of(values, scale)
+        wanted = _measures(values.get("measures") or {}, list(arms), seeds)
+        made = configs(values["base"], arms, seeds)
+    except ConfigError as error:
+        raise ConfigError(f"page {page!r}: {error}") from error
+    return [
+        Planned(config.name, config, (page,), (arm,), config.seed, tuple(wanted.get((arm, config.seed), ())))
+        for of_seed in zip(*made.values(), strict=True)
+        for arm, config in zip(made, of_seed, strict=True)
+    ]
 
 
 def _check_list(name: str, value: Any, of: type = object) -> None:
-    """Raise a ParameterError where it is no list of such items."""
+    """Raise a ConfigError where it is no list of such items."""
     if not isinstance(value, list | tuple):
-        raise ParameterError(f"{name}={value!r} must be a list, such as [{value!r}]")
+        raise ConfigError(f"{name}={value!r} must be a list, such as [{value!r}]")
     for item in value:
         if not isinstance(item, of) or isinstance(item, bool) and of is int:
-            raise ParameterError(
-                f"{name}={value!r} must be a list of {'whole numbers' if of is int else 'names'}, not of {item!r}"
-            )
-
-
-def _planned(page: str, values: Keys, scale: str) -> Iterator[Planned]:
-    seeds, named = values.get("seeds") or [], arms_of(values, scale)
-    wanted = _measures(values.get("measures") or {}, list(named), seeds)
-    for arm, by_seed in configs(values["base"], named, seeds).items():
-        for config in by_seed:
-            of_seed = tuple(wanted.get((arm, config.seed), ()))
-            yield Planned(config.name, config, (page,), (arm,), config.seed, of_seed)
+            items = "whole numbers" if of is int else "names"
+            raise ConfigError(f"{name}={value!r} must be a list of {items}, not of {item!r}")
 
 
 def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
@@ -220,7 +216,7 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
     wanted: dict[tuple[str, int], list[Measurement]] = {}
     for what, keys in asked.items():
         if not isinstance(keys or {}, Mapping):
-            raise ParameterError(f"measures: {what}={keys!r} must hold `key: value` lines, or nothing")
+            raise ConfigError(f"measures: {what}={keys!r} must hold `key: value` lines, or nothing")
         keys = dict(keys or {})
         of_arms, of_seeds = keys.pop("arms", arms), keys.pop("seeds", seeds)
         _check_list(f"measures: {what}: arms", of_arms, str)

@@ -72,7 +72,7 @@ def plan(scale: str) -> dict[str, Any]:
     """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study.
 
     Raises:
-        ParameterError: no such scale; or this is no checkout, which has the configs.
+        ConfigError: no such scale; or this is no checkout, which has the configs.
     """
     return merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
 

@@ -4,8 +4,8 @@ import nbformat
 import pytest
 
 from ecmoe import paths
+from ecmoe.config import ConfigError
 from ecmoe.study.parameters import (
-    ParameterError,
     check_parameters,
     check_scale,
     merge_parameters,
@@ -26,13 +26,13 @@ def test_files_merge_key_by_key(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     merged = merge_parameters([tmp_path / "a.yaml", tmp_path / "b.yaml", tmp_path / "empty.yaml"])
     assert merged == {"seeds": [1, 2], "base": {"d_model": 8, "steps": 2}, "x": {"b": 1}}
-    with pytest.raises(ParameterError, match=r"absent\.yaml"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
         merge_parameters([tmp_path / "absent.yaml"])
     (tmp_path / "text.yaml").write_text("only text\n")
-    with pytest.raises(ParameterError, match=r"text\.yaml' must hold `key: value` lines"):
+    with pytest.raises(ConfigError, match=r"text\.yaml' must hold `key: value` lines"):
         merge_parameters([tmp_path / "text.yaml"])
     (tmp_path / "latin.yaml").write_bytes("title: Grüße\n".encode("latin-1"))
-    with pytest.raises(ParameterError, match=r"parameter file .*latin\.yaml' can't be read"):
+    with pytest.raises(ConfigError, match=r"parameter file .*latin\.yaml' can't be read"):
         merge_parameters([tmp_path / "latin.yaml"])
 
 
@@ -42,7 +42,7 @@ def test_base_holds_keys_or_nothing(tmp_path):
     assert merge_parameters([tmp_path / "a.yaml", tmp_path / "none.yaml"]) == {"base": {"steps": 1}}
     assert merge_parameters([tmp_path / "none.yaml"]) == {"base": {}}
     (tmp_path / "number.yaml").write_text("base: 3\n")
-    with pytest.raises(ParameterError, match=r"number\.yaml' must hold `key: value` lines below base, but holds int"):
+    with pytest.raises(ConfigError, match=r"number\.yaml' must hold `key: value` lines below base, but holds int"):
         merge_parameters([tmp_path / "a.yaml", tmp_path / "number.yaml"])
 
 
@@ -59,7 +59,7 @@ def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path, m
 
 def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
     for scale in ("gpuu", "../01_convergence", ""):
-        with pytest.raises(ParameterError, match="scale='.*': must be one of gpu, paper, smoke"):
+        with pytest.raises(ConfigError, match="scale='.*': must be one of gpu, paper, smoke"):
             parameter_files("01_convergence", scale)
     check_scale("gpu")
     (tmp_path / "bad" / "scale").mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
         (tmp_path / "bad" / "scale" / f"{name}.yaml").touch()
     monkeypatch.setattr(paths, "configs", lambda: tmp_path / "bad")
     for name in ("a;touch hacked", "$(x)", "{x}"):  # whose name a shell could take for a command is none
-        with pytest.raises(ParameterError, match="must be one of ok-1$"):
+        with pytest.raises(ConfigError, match="must be one of ok-1$"):
             check_scale(name)
     monkeypatch.setattr(paths, "configs", lambda: tmp_path)
     check_scale("any")  # no configs, as outside a checkout
@@ -79,13 +79,13 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
     )
     assert list(notebook_parameters(made)) == ["width", "rate", "fail", "limit"]
     check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
-    with pytest.raises(ParameterError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):
+    with pytest.raises(ConfigError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):
         check_parameters(made, {"widht": 2}, "x.ipynb")
-    with pytest.raises(ParameterError, match=r"rate='1e-3' must be a float.*1\.0e-3"):
+    with pytest.raises(ConfigError, match=r"rate='1e-3' must be a float.*1\.0e-3"):
         check_parameters(made, {"rate": "1e-3"}, "x.ipynb")
-    with pytest.raises(ParameterError, match="must be a bool"):
+    with pytest.raises(ConfigError, match="must be a bool"):
         check_parameters(made, {"fail": "yes"}, "x.ipynb")
-    with pytest.raises(ParameterError, match="no cell tagged"):
+    with pytest.raises(ConfigError, match="no cell tagged"):
         check_parameters(notebook("x = 1", tag="other"), {"x": 2}, "x.ipynb")
 
 
@@ -103,7 +103,7 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
     ],
 )
 def test_what_a_notebook_is_given_is_checked_before_any_work(given, said):
-    with pytest.raises(ParameterError) as error:
+    with pytest.raises(ConfigError) as error:
         page_parameters("03_capacity_factor", given)
     assert said in str(error.value)
 
