@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Grouped, peers
@@ -28,13 +27,13 @@ AUTO = [{"n": n, "d_model": d} for d in (256, 512, 1024, 2048, 4096) for n in (5
 
 
 def bench_layer(
-    *, capacity_factor: float = 2.0, repeats: int = 15, compiled: bool = False, dykstra: bool = False, **sizes: int
-) -> pd.DataFrame:  # fmt: skip
+    *, capacity_factor: float = 2.0, repeats: int = 15, compiled: bool = False, **sizes: int
+) -> pd.DataFrame:
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
 
     Args:
         capacity_factor: c; token choice gets the same slots. repeats: of each row, at least 2. compiled: under torch.compile
-            too. dykstra: cap by the paper's slow solver, too. sizes: n, d_model, d_ff, num_experts, instead of the device's in `SIZES`.
+            too. sizes: n, d_model, d_ff, num_experts, instead of the device's in `SIZES`.
 
     Returns:
         the fields of a `Row`; milliseconds with quartiles, share of the floor's speed, TFLOP/s, and on a GPU the memory
@@ -46,7 +45,7 @@ def bench_layer(
     size = sized(device.type, OF_LAYER, sizes) | {"capacity_factor": capacity_factor}
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # before any time is spent
     first, x, gradient = layer_and_input(**size)
-    ours = _expert_choice(first, dykstra)
+    ours = _expert_choice(first)
     others, absent = _token_choice(first)
 
     layers = {**ours, **others}
@@ -56,7 +55,6 @@ def bench_layer(
         if row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm"))):
             steps[row._replace(mode=COMPILED)] = torch.compile(layer, dynamic=False)
     calls = _parts(Row("floor"), floor(first, x[0], k))
-    calls |= _parts(Row("floor", "on the layer's numbers"), floor_on_own(first, x[0].detach(), gradient[0]))
     for row, step in steps.items():
         calls |= _parts(row, forward_and_both(step, x, layers[row._replace(mode=EAGER)], gradient))
     calls |= {row._replace(what=ROUTING): _routing(layer, x[0].detach()) for row, layer in ours.items()}
@@ -127,18 +125,16 @@ def _parts(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
     return {row._replace(what=what): call for what, call in parts.items()}
 
 
-def _expert_choice(first: MoE, dykstra: bool) -> dict[Row, MoE]:
+def _expert_choice(first: MoE) -> dict[Row, MoE]:
     """The layer on each path, and with caps; all on the weights of `first`."""
     router, kinds = first.router, KINDS if kernels_run(first.w1.device) else ()
     sizes = router.d_model, router.num_experts, router.capacity_factor
     ec = Row(f"EC-CF{router.capacity_factor:g}")
     layers = {ec: first} | {ec._replace(path=kind): _twin(first, ExpertChoice(*sizes), kind) for kind in kinds}
-    path = kinds[0] if kinds else PLAIN  # beside the kernels the plain solvers take seconds a call
-    for solver in ("feasible", "dykstra")[: 1 + dykstra]:
-        for b in CAPS:
-            if router.capacity_factor <= b < router.num_experts:
-                capped = ec._replace(variant=f"cap {b}" + " by Dykstra" * (solver == "dykstra"), path=path)
-                layers[capped] = _twin(first, ExpertChoice(*sizes, b, cap_solver=solver), path)
+    path = kinds[0] if kinds else PLAIN  # beside the kernels the plain solver takes seconds a call
+    for b in CAPS:
+        if router.capacity_factor <= b < router.num_experts:
+            layers[ec._replace(variant=f"cap {b}", path=path)] = _twin(first, ExpertChoice(*sizes, b), path)
     return layers
 
 
@@ -207,27 +203,9 @@ def _rows(found: timing.Timed, flops: float) -> list[dict]:
 
 def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
     """The two forward products, and all six, on the layer's weights and random operands."""
-    e, d, f = layer.w1.shape
+    (e, d, f), w1, w2 = layer.w1.shape, layer.w1.detach(), layer.w2.detach()
     x_in, dy = (x.new_empty(e, k, d).normal_() for _ in range(2))
-    h, dh = (x.new_empty(e, k, f).normal_() for _ in range(2))
-    return _products(layer, x_in, h, dy, dh)
-
-
-def floor_on_own(layer: MoE, x: Tensor, gradient: Tensor) -> dict[str, Call]:
-    """The same six products, on the numbers that the layer has there: half of what leaves a GELU is near 0, and a chip at the
-    limit of its power takes another time for that than for random numbers."""
-    with torch.no_grad():
-        token, gate = layer.router.assign(layer.router.logits(x))
-        gate = gate[..., None].to(x.dtype)
-        x_in, dy = x[token], gradient[token]
-    h = torch.bmm(x_in, layer.w1.detach()).requires_grad_()
-    a = gate * F.gelu(h, approximate="tanh")
-    (dh,) = torch.autograd.grad(a, h, torch.bmm(dy, layer.w2.detach().transpose(1, 2)))
-    return _products(layer, x_in, a.detach(), dy, dh)
-
-
-def _products(layer: MoE, x_in: Tensor, a: Tensor, dy: Tensor, dh: Tensor) -> dict[str, Call]:
-    w1, w2 = layer.w1.detach(), layer.w2.detach()
+    a, dh = (x.new_empty(e, k, f).normal_() for _ in range(2))
 
     def forward() -> None:
         torch.bmm(x_in, w1)

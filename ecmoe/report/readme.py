@@ -39,7 +39,7 @@ def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
     """Name of a part -> the Markdown that the committed results give; file of an image -> the figure."""
     verdicts, plan, plots = judge_all(scale), speed.plan(scale), {}
     timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))
-    device = (timed[speed.layer_file(size)] or {}).get("setting", {}).get("device", "no device yet")
+    device = timed[speed.layer_file(size)]["setting"].get("device", "no device yet")
     of_layer = f"Speed of the layer, routing included, as a share of its matrix products alone, on one {device}; *triton* is our path on a GPU, rows without it are plain PyTorch."
     pictures = {
         "evidence": (effects(verdicts), CAPTION),

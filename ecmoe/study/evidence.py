@@ -100,12 +100,22 @@ class Evidence:
         return found
 
     def step_ratio(self, a: str, b: str, routing: str) -> Estimate:
-        """Time of a step of a over b's, each on its best path, turn by turn."""
-        return speed.step_ratio(self.scale, a, b, routing)
+        """Time of a step of a over b's, each on its best path, turn by turn; of token choice by that routing, "even" or its "own"."""
+        rows = speed.kept("step", speed.folder(self.scale))["rows"]
+
+        def best(name: str) -> list[float]:
+            of_arm = [row for row in rows if row["arm"] == name]
+            asked = [row for row in of_arm if row["routing"] == routing] or of_arm
+            return min(asked, key=lambda row: row["ms"])["samples_ms"] if asked else []
+
+        pairs = zip(best(a), best(b), strict=False)
+        return estimate.of_values((x / y for x, y in pairs), Unit.RATIO, "turn")
 
     def step_time(self, a: str, b: str) -> float:
         """A step of a over a step of b, each alone on one device; NaN where that isn't measured."""
-        return speed.step_times(self.scale, a, b)
+        rows = speed.kept(speed.study_file(speed.study_arms(self.scale)), speed.folder(self.scale))["rows"]
+        ms = {row["arm"]: row["ms"] for row in rows}
+        return ms.get(a, math.nan) / ms.get(b, math.nan)
 
     def estimate(self, part: Part) -> Estimate:
         """Of a part, as its `how` says."""

@@ -6,7 +6,6 @@ the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench 
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +17,13 @@ from ecmoe import paths
 from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
-from ecmoe.study import estimate
-from ecmoe.study.estimate import Estimate, Unit
 from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.plan import arms_of, configs
 
 STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
 Job = Callable[[], pd.DataFrame]
-Found = Mapping[str, Mapping[str, Any] | None]
+Found = Mapping[str, Mapping[str, Any]]
+NOTHING: dict[str, Any] = {"rows": [], "setting": {}, "absent": []}  # of what isn't measured
 
 
 def jobs(
@@ -69,11 +67,7 @@ def job(name: str, **keys: Any) -> Job:
 
 
 def plan(scale: str) -> dict[str, Any]:
-    """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study.
-
-    Raises:
-        ConfigError: no such scale; or this is no checkout, which has the configs.
-    """
+    """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study."""
     return merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
 
 
@@ -128,56 +122,30 @@ def take(
         yield name, outcome
 
 
-def measured(wanted: Mapping[str, Job], *, scale: str, measure: bool = True) -> dict[str, dict[str, Any] | None]:
-    """Each job's rows and attributes, measured now where it is missing and this machine may; else None.
+def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = True) -> Found:
+    """Each job's rows and attributes, measured now where it is missing and this machine may.
 
     What is measured here lies in runs/bench; only the engine's `ecmoe bench all` writes to reports.
     """
     places = folder(scale), paths.runs() / "bench" / scale
-    missing = {name: job for name, job in wanted.items() if _read(name, *places) is None}
+    missing = {name: job for name, job in wanted.items() if kept(name, *places) is NOTHING}
     if measure and missing and (scale == "smoke" or import_module("torch").cuda.is_available()):
         for _, outcome in take(missing, places[1]):
             if isinstance(outcome, Exception):
                 raise outcome
-    return {name: _read(name, *places) for name in wanted}
+    return {name: kept(name, *places) for name in wanted}
 
 
-def _read(name: str, *places: Path) -> dict[str, Any] | None:
-    """What the first of these folders that has such a file keeps."""
-    return next((read_json(path) for place in places if (path := place / f"{name}.json").exists()), None)
-
-
-# As verdicts and page 01 read it
-
-
-def step_ratio(scale: str, arm: str, other: str, routing: str = "even") -> Estimate:
-    """Time of a step of `arm` over one of `other`, each on its best path, turn by turn.
-
-    Args:
-        routing: of token choice, whose rows are taken both "even" and by its "own" router.
-    """
-
-    def best(name: str) -> list[float]:
-        of_arm = [row for row in (_read("step", folder(scale)) or {}).get("rows", []) if row["arm"] == name]
-        asked = [row for row in of_arm if row["routing"] == routing] or of_arm
-        return min(asked, key=lambda row: row["ms"]).get("samples_ms", []) if asked else []
-
-    pairs = zip(best(arm), best(other), strict=False)
-    return estimate.of_values((x / y for x, y in pairs), Unit.RATIO, "turn")
+def kept(name: str, *places: Path) -> dict[str, Any]:
+    """What the first of these folders that has such a file keeps: rows, and the attributes of their table."""
+    return next((NOTHING | read_json(path) for place in places if (path := place / f"{name}.json").exists()), NOTHING)
 
 
 def setting(scale: str) -> tuple[str, str]:
-    """Of the steps of `step_ratio`: the models' size in words, and the device."""
-    found = (_read("step", folder(scale)) or {}).get("setting", {})
+    """Of the steps of `bench_step`: the models' size in words, and the device."""
+    found = kept("step", folder(scale))["setting"]
     size = "{layers} layers of width {d_model}, {num_experts} experts".format_map(found) if found else "one model"
     return size, found.get("device", "an unknown device")
-
-
-def step_times(scale: str, arm: str, other: str) -> float:
-    """A step of an arm of the study over one of another, each alone on one device; NaN where that isn't measured."""
-    kept = _read(study_file(study_arms(scale)), folder(scale)) or {"rows": []}
-    ms = {row["arm"]: row["ms"] for row in kept["rows"]}
-    return ms[arm] / ms[other] if arm in ms and other in ms else math.nan
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
@@ -190,27 +158,21 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
     found = measured({name: job("study", configs=arms)}, scale=scale, measure=measure)
     table = rows(found, name).reindex(columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
     table = table.set_index("arm").reindex(list(arms)).astype(float)
-    setting = (found[name] or {}).get("setting", {})
-    table.attrs["device"] = setting.get("device", "no device yet (`ecmoe bench all --only study`)")
+    table.attrs["device"] = found[name]["setting"].get("device", "no device yet (`ecmoe bench all --only study`)")
     return table
-
-
-# As page 08 shows it
 
 
 def rows(found: Found, name: str) -> pd.DataFrame:
     """The rows of one file, without the single samples; none if it isn't measured."""
-    return pd.DataFrame((found[name] or {"rows": []})["rows"]).drop(columns="samples_ms", errors="ignore")
+    return pd.DataFrame(found[name]["rows"]).drop(columns="samples_ms", errors="ignore")
 
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     """The rows of all layers, with their size and their name. A size that isn't measured is one empty row."""
     tables = []
     for size in sizes:
-        one = found[layer_file(size)]
-        table = pd.DataFrame(one["rows"] if one else [dict.fromkeys(Row._fields)]).assign(size=size)
-        parts = table[[*Row._fields[:4]]].itertuples(index=False)
-        tables.append(table.assign(name=[label(*row) if one else None for row in parts]))
+        timed = [row | {"name": label(*map(row.get, Row._fields[:4]))} for row in found[layer_file(size)]["rows"]]
+        tables.append(pd.DataFrame(timed or [dict.fromkeys((*Row._fields, "name"))]).assign(size=size))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -231,4 +193,4 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
 
 def absent(found: Found) -> list[str]:
     """What could not be measured, and why."""
-    return list(dict.fromkeys(line for one in found.values() for line in (one or {}).get("absent", [])))
+    return list(dict.fromkeys(line for one in found.values() for line in one["absent"]))

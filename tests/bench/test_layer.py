@@ -48,12 +48,6 @@ def test_what_a_cap_adds_is_against_the_same_path(measured):
         assert row.over_uncapped == pytest.approx(row.ms / ms["EC-CF2", row.what] - 1)
 
 
-def test_the_papers_solver_is_measured_where_asked_for():
-    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, dykstra=True)
-    assert {"cap 2 by Dykstra", "cap 3 by Dykstra"} <= set(table["variant"])
-    assert table.set_index("variant").loc["cap 2 by Dykstra", "over_uncapped"].notna().all()
-
-
 def test_compiled_rows(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda layer, **how: compiled.append(how) or layer)
@@ -103,7 +97,7 @@ def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
         [],
         ["--passes"],
         ["layer", "--set", "step=1"],
-        ["step", "--set", "dykstra=true"],
+        ["step", "--set", "dtype=bf16"],
         ["profile", "--set", "repeats=3"],
         ["auto", "--set", "n=4"],
         ["layer", "--set", "n=many"],

@@ -12,6 +12,7 @@ from ecmoe.config import ConfigError
 from ecmoe.files import write_json
 from ecmoe.report import plots
 from ecmoe.study import speed
+from ecmoe.study.evidence import Evidence
 
 TINY = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4}
 STEP = {
@@ -68,9 +69,9 @@ def test_each_part_is_measured_and_shown(found):
 def test_verdicts_read_the_steps_that_the_bench_kept(found, own_home):
     write_json(speed.folder("smoke") / "step.json", found["step"])
     for routing in ("even", "own"):
-        ratio = speed.step_ratio("smoke", "GShard top-2", "EC-CF2", routing)
+        ratio = Evidence("smoke", "08_step_time").step_ratio("GShard top-2", "EC-CF2", routing)
         assert ratio.n == 2 and ratio.value > 0 and ratio.of == "turn"
-    assert speed.step_ratio("smoke", "no such arm", "EC-CF2").n == 0
+    assert Evidence("smoke", "08_step_time").step_ratio("no such arm", "EC-CF2", "own").n == 0
 
 
 def test_each_part_is_measured_once(own_home):

@@ -604,5 +604,5 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     )
     timed = [{"arm": arm, "ms": 10.0 + i} for i, arm in enumerate(speed.study_arms("gpu"))]
     write_json(speed.folder("gpu") / f"{speed.study_file(speed.study_arms('gpu'))}.json", {"rows": timed})
-    assert speed.step_times("gpu", timed[3]["arm"], timed[0]["arm"]) == 1.3
-    assert math.isnan(speed.step_times("gpu", "no arm", timed[0]["arm"]))
+    assert Evidence("gpu", "").step_time(timed[3]["arm"], timed[0]["arm"]) == 1.3
+    assert math.isnan(Evidence("gpu", "").step_time("no arm", timed[0]["arm"]))
