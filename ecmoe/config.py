@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import types
 import typing
@@ -17,7 +15,7 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ecmoe.files import ConfigError, nearest, read_yaml
+from ecmoe.files import ConfigError, check_sum, nearest, read_yaml
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
 from ecmoe.routers import ROUTERS, RouterRow
 
@@ -296,8 +294,7 @@ class RunConfig:
 
     def digest(self) -> str:
         """12 hex digits of identity and schema version."""
-        text = json.dumps({"schema": SCHEMA} | self.identity(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return check_sum({"schema": SCHEMA} | self.identity())[:12]
 
     @property
     def name(self) -> str:

@@ -122,27 +122,23 @@ class LitModel(L.LightningModule):
             values = self.trainer.strategy.all_gather(torch.stack([layer[metric.name] for layer in layers]).float())
             self.statistics[metric.name] = values.max() if metric.worst else values.mean()
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Tensor, batch_idx: int, kind: str = "val_") -> dict[str, Tensor]:
         """Loss as trained, and routed causally: by running cut-offs, nothing dropped; NaN before there are any.
 
         Never compiled: sizes of causal routing depend on the data, and each would be compiled anew.
         """
         with torch.compiler.set_stance("force_eager"):
-            return self._logged(self.evaluate(batch), batch)
+            found = {name.replace("val_", kind): value for name, value in self.evaluate(batch).items()}
+        if self._trainer:
+            self.log_dict(found, batch_size=len(batch if isinstance(batch, Tensor) else batch[0]), sync_dist=True)
+        return found
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.statistics)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """As `validation_step`, under the names test_loss and so on."""
-        with torch.compiler.set_stance("force_eager"):
-            found = {name.replace("val_", "test_"): value for name, value in self.evaluate(batch).items()}
-        return self._logged(found, batch)
-
-    def _logged(self, found: dict[str, Tensor], batch: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-        if self._trainer:
-            self.log_dict(found, batch_size=len(batch if isinstance(batch, Tensor) else batch[0]), sync_dist=True)
-        return found
+        return self.validation_step(batch, batch_idx, "test_")
 
     def evaluate(self, batch: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
         """val_loss and val_loss_causal of a batch."""

@@ -96,14 +96,10 @@ def _of(config: Any, result: Result, path: Path) -> Result:
 
 
 def _place(folder: Path) -> Path:
-    """Where the run is made: beside what may be finished."""
-    try:
-        done = results.read_run(folder).summary["status"] in DONE
-    except FileNotFoundError:
-        done = False
-    except Damaged:
-        done = True
-    return folder / "again" if done else folder
+    """Where the run is made: beside what is, or, being damaged, may be finished."""
+    with contextlib.suppress(FileNotFoundError, Damaged):
+        return folder / "again" if results.read_run(folder).summary["status"] in DONE else folder
+    return folder / "again" if (folder / "summary.json").exists() else folder
 
 
 def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Result:
@@ -126,8 +122,8 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
 
 def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
     """Say in the run's folder why it ended, unless it is finished; the next call tries again."""
-    with contextlib.suppress(OSError, Damaged):
-        if not (folder / "summary.json").exists() or results.read_run(folder).summary["status"] not in DONE:
+    with contextlib.suppress(OSError):
+        if _place(folder) == folder:
             said = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}
             results.write_run(folder, results.not_run(config).summary | said)
 

@@ -94,8 +94,7 @@ def find_run(run: str | Path) -> Path:
     if str(run) and Path(run).is_dir():
         return Path(run)
     names = sorted(path.name for path in paths.runs().glob("*") if path.is_dir() and path.name.startswith(str(run)))
-    if str(run) in names:
-        return paths.runs() / run
+    names = [name for name in names if name == str(run)] or names
     if len(names) != 1:
         what = f"begins the names of {len(names)} runs: {', '.join(names[:5])}" if names and run else "names no run"
         raise FileNotFoundError(f"{str(run)!r} {what}; name a folder of {paths.runs()}, or enough of its beginning")
@@ -131,9 +130,8 @@ def read_run(folder: str | Path) -> Result:
     summary = read_summary(folder)
     for name in ("config.yaml", "curve.csv"):
         verify(folder, name, summary)
-    if not (folder / "curve.csv").exists():
-        return Result(summary, path=folder)
-    return Result(summary, pd.read_csv(folder / "curve.csv").reindex(columns=metrics.curve()).astype(float), folder)
+    curve = pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").exists() else pd.DataFrame()
+    return Result(summary, curve.reindex(columns=metrics.curve()).astype(float), folder)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
