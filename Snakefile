@@ -47,7 +47,7 @@ for page, stem in NAMES.items():
     RUNS[page] = [one.name for one in planned]
     DONE[page] = [str(file) for one in planned for file in engine.files(one, SCALE) if file.exists()]
     if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the pages that are asked for
-        MISSING |= {one.name for one in planned if not engine.state(one, SCALE).done}
+        MISSING |= {one.name for one in planned if engine.lacks(one, SCALE)}
 
 MISSING = set(str(config["runs"]).split(",")) if "runs" in config else MISSING  # what `ecmoe runs --train` asks for
 MISSING = [one.name for one in plan.sound(SCALE)[0] if one.name in MISSING]  # in the order of configs/order.yaml

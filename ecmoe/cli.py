@@ -90,16 +90,16 @@ def runs(
         first, count = _part(part)
         planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
         wanted = [one for one in planned if not arm or any(name.startswith(tuple(arm)) for name in one.arms)]
-        states = [(one, engine.state(one, scale)) for one in wanted[first::count]]
-    left = [one for one, state in states if not state.done]
+        lacking = [(one, engine.lacks(one, scale)) for one in wanted[first::count]]
+    left = [one for one, lacks in lacking if lacks]
     if train_them:
         raise typer.Exit(engine.train(left, scale, jobs=jobs, minutes=within))
-    for one, state in states:
-        if not (missing and state.done):
+    for one, lacks in lacking:
+        if lacks or not missing:
             where = f"{one.pages[0]:24} {one.arms[0]:48} s{one.seed}"
-            typer.echo(one.name if names else f"{where:78} {one.name:46} {state}")
+            typer.echo(one.name if names else f"{where:78} {one.name:46} {lacks or 'there'}")
     if not names:
-        typer.echo(f"{len(left)} of {len(states)} missing")
+        typer.echo(f"{len(left)} of {len(lacking)} missing")
     for error in wrong.values():
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     if wrong:

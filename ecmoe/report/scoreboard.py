@@ -111,7 +111,7 @@ def studies(scale: str) -> pd.DataFrame:
     rows, wrong = [], plan.sound(scale)[1]
     for page in [page for page in plan.pages(scale) if page not in wrong]:  # its own page says what is wrong
         planned = plan.plan(scale, [page])
-        missing = [f"{one.arms[0]} s{one.seed}" for one in planned if not engine.state(one, scale).done]
+        missing = [f"{one.arms[0]} s{one.seed}" for one in planned if engine.lacks(one, scale)]
         text = "; ".join(missing) if len(missing) < len(planned) else "all of them"
         if planned:
             rows.append((page, len(planned), len(planned) - len(missing), text))

@@ -12,33 +12,14 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.files import nearest, read_json
-from ecmoe.measures import Measurement
 from ecmoe.study.plan import Planned, record
 
 DONE = ("finished", "diverged")  # a run that diverged is a finding: nothing is left to do
 CHECKOUT = Path(__file__).resolve().parents[2]
-
-
-class State(NamedTuple):
-    """What is there of a planned run: its record, and which measurements it lacks."""
-
-    record: bool
-    lacking: tuple[Measurement, ...]
-
-    @property
-    def done(self) -> bool:
-        """Is there nothing left to do?"""
-        return self.record and not self.lacking
-
-    def __str__(self) -> str:
-        if not self.record:
-            return "missing"
-        return f"to measure: {', '.join(how.name for how in self.lacking)}" if self.lacking else "there"
 
 
 def files(one: Planned, scale: str) -> list[Path]:
@@ -47,13 +28,15 @@ def files(one: Planned, scale: str) -> list[Path]:
     return [record(one, scale), *(kept / f"{how.name}.json" for how in one.measures)]
 
 
-def state(one: Planned, scale: str) -> State:
-    """What is there, by names of files alone: `ecmoe run` reads them."""
+def lacks(one: Planned, scale: str) -> str:
+    """What is left to do of a planned run, in words; "" where it is done. By names of files alone: `ecmoe run` reads them."""
     there, *measured = (path.exists() for path in files(one, scale))
-    lacking = tuple(how for how, kept in zip(one.measures, measured, strict=True) if not kept)
-    if there and lacking and read_json(record(one, scale), sealed=True)["summary"]["status"] == "diverged":
-        lacking = ()  # it has no weights that could be measured
-    return State(there, lacking)
+    if not there:
+        return "missing"
+    lacking = [how.name for how, kept in zip(one.measures, measured, strict=True) if not kept]
+    if not lacking or read_json(record(one, scale), sealed=True)["summary"]["status"] == "diverged":
+        return ""  # one that diverged has no weights that could be measured
+    return f"to measure: {', '.join(lacking)}"
 
 
 def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
@@ -132,7 +115,7 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: flo
             except subprocess.TimeoutExpired:  # what is at work ends well, and is kept
                 process.send_signal(signal.SIGTERM)
                 return process.wait()
-        return code or int(not all(state(one, scale).done for one in planned))  # a page with gaps is no failure
+        return code or int(any(lacks(one, scale) for one in planned))  # a page with gaps is no failure
     return in_turn(planned, scale, keep_weights=scale == "smoke", deadline=time.monotonic() + 60 * minutes)
 
 

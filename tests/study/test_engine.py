@@ -106,7 +106,7 @@ def test_a_run_that_diverged_is_a_finding(project, monkeypatch):
     changed = one.config.replace(learning_rate=1e30, gradient_clip=0.0)
     one = plan.Planned(changed.name, changed, one.pages, one.arms, one.seed, one.measures)
     assert engine.carry_out(one, "gpu") == "diverged"
-    assert engine.state(one, "gpu").done and read_record(plan.record(one, "gpu")).summary["status"] == "diverged"
+    assert not engine.lacks(one, "gpu") and read_record(plan.record(one, "gpu")).summary["status"] == "diverged"
 
 
 def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project):
@@ -114,9 +114,9 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project):
     bad = Measurement("fine-tuned", {"task": "nosuch"})
     one = plan.Planned(one.name, one.config, one.pages, one.arms, one.seed, (bad, *one.measures))
     said = engine.carry_out(one, "gpu", keep_weights=False)
-    assert said.startswith("failed: fine-tuned-nosuch: ") and [
-        how.what for how in engine.state(one, "gpu").lacking
-    ] == ["fine-tuned"]
+    assert (
+        said.startswith("failed: fine-tuned-nosuch: ") and engine.lacks(one, "gpu") == "to measure: fine-tuned-nosuch"
+    )
     assert list(paths.runs().glob("*/model.safetensors"))  # still wanted
 
 
@@ -140,7 +140,7 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     done = call("runs", "01_a", "--train")
     assert done.exit_code == 0, done.output
-    assert all(engine.state(one, "gpu").done for one in plan.plan("gpu", ["01_a"]))
+    assert not any(engine.lacks(one, "gpu") for one in plan.plan("gpu", ["01_a"]))
     assert (
         call("runs", "--train", "--within", "-1").exit_code == 0
         and not plan.record(plan.plan("gpu")[2], "gpu").exists()
