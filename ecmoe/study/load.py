@@ -1,8 +1,8 @@
 """load: what a page shows, read from where the engine kept it. What notebooks call in their first cell."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,41 +87,30 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     _CHECKED.add(page)
     results: dict[str, list[Result]] = {arm: [] for arm in (*arms, *(one.arms[0] for one in planned))}
     waiting = [one for one in planned if train and not any(path.exists() for path in _places(one, scale))]
-    with progress(waiting) as watching:
+    with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:
         for one in planned:
-            results[one.arms[0]].append(_result(one, scale, train, watching(one) if one in waiting else []))
+            with watching(bar, one, waiting) if one in waiting else nullcontext([]) as callbacks:
+                results[one.arms[0]].append(_result(one, scale, train, callbacks))
     return Study(page, scale, parameters, arms, planned, train, results)
 
 
 @contextmanager
-def progress(waiting: Sequence[planning.Planned]) -> Iterator[Callable[[planning.Planned], list[Any]]]:
-    """The bar, in a notebook a widget; none where nothing waits. Yields: run -> the callbacks that it is trained with.
+def watching(bar: tqdm, one: planning.Planned, waiting: Sequence[planning.Planned]) -> Iterator[list[Any]]:
+    """Callbacks of a run that is trained now, next of those that wait: they move the bar, in a notebook a widget, with its steps."""
+    import lightning as L  # not needed to read what is there
 
-    It counts optimiser steps over all runs, since runs differ in how many they have.
-    """
-    names, steps = [one.name for one in waiting], [one.config.steps for one in waiting]
-    with tqdm(total=sum(steps), unit="step", disable=not waiting) as bar:
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            bar.update(trainer.global_step + before - bar.n)
 
-        def watching(one: planning.Planned) -> list[Any]:
-            import lightning as L  # not needed to read what is there
+        def on_validation_end(self, trainer: Any, *_: Any) -> None:
+            if "val_loss" in trainer.callback_metrics:
+                bar.set_postfix(loss=f"{float(trainer.callback_metrics['val_loss']):.3f}")
 
-            number = names.index(one.name)
-            bar.set_description(f"run {number + 1} of {len(names)}, {one.arms[0]} s{one.seed}")
-            done = sum(steps[:number])
-            bar.update(done - bar.n)  # of a run that ended early, or calls nobody back
-
-            class Watch(L.Callback):
-                def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-                    bar.update(trainer.global_step - bar.n + done)
-
-                def on_validation_end(self, trainer: Any, *_: Any) -> None:
-                    if "val_loss" in trainer.callback_metrics:
-                        bar.set_postfix(loss=f"{float(trainer.callback_metrics['val_loss']):.3f}")
-
-            return [Watch()]
-
-        yield watching
-        bar.update(sum(steps) - bar.n)  # likewise of the last one
+    before = bar.n
+    bar.set_description(f"run {waiting.index(one) + 1} of {len(waiting)}, {one.arms[0]} s{one.seed}")
+    yield [Watch()]
+    bar.update(one.config.steps + before - bar.n)  # of one that ended early, or called nobody back
 
 
 def _places(one: planning.Planned, scale: str) -> tuple[Path, Path]:
