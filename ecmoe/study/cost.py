@@ -1,5 +1,6 @@
 """What a size costs before anyone trains it: parameters counted on the meta device, FLOPs, GPU hours."""
 
+import statistics
 from collections.abc import Mapping
 
 import pandas as pd
@@ -36,16 +37,12 @@ def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, scale: 
             says so.
     """
     rates = [rate for r in load_records(paths.records(scale)) if (rate := r.summary.get("mfu"))]
-    share, said = (
-        (float(pd.Series(rates).median()), f"median of {len(rates)} runs") if rates else (ASSUMED_MFU, "assumed")
-    )
+    share = statistics.median(rates) if rates else ASSUMED_MFU
+    said = f"median of {len(rates)} runs" if rates else "assumed"
     rows = []
     for name, config in configs.items():
-        flops, count, n = (
-            flops_per_token(config),
-            count_parameters(config),
-            tokens or config.steps * config.tokens_per_batch,
-        )
+        flops, count = flops_per_token(config), count_parameters(config)
+        n = tokens or config.steps * config.tokens_per_batch
         rows.append({
             "name": name, "parameters": count.total, "active_parameters": count.active, "gflops_per_token": flops / 1e9,
             "million_tokens": n / 1e6, "gpu_hours": n * flops / (share * PEAK) / 3600, "at_mfu": f"{share:.2f}, {said}",
