@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from ecmoe import paths
 from ecmoe.study import engine, plan, speed
 from ecmoe.study.parameters import check_scale, parameter_files
 
@@ -64,7 +65,9 @@ CORES = workflow.cores or 2
 if "place" not in workflow.global_resources:  # --resources place=2 says otherwise
     workflow.register_resource("place", GPUS * PLACES or CORES)
 AT_ONCE = workflow.global_resources["place"].value
-BENCH = str(engine.marker("bench", SCALE))
+# A file that says to Snakemake that a job has ended. The record is the truth; these are gone at the end.
+MARKER = str(paths.cache() / "engine" / SCALE / "{batch}.done")
+BENCH = MARKER.replace("{batch}", "bench")
 MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, TIMES))
 # A process takes seconds to start, so on one machine it does several runs; at smoke, where these take seconds too, its whole
 # share. On a cluster each run is a job; so it is where time may run out, as none is to begin then.
@@ -72,7 +75,7 @@ MOST = 1 if workflow.nodes or config.get("singly") else len(MISSING) if SCALE ==
 SIZE = max(1, min(MOST, math.ceil(len(MISSING) / AT_ONCE)))
 NAMED = [MISSING[i : i + SIZE] for i in range(0, len(MISSING), SIZE)]
 BATCHES = {batch[0] if len(batch) == 1 else f"batch-{i}": batch for i, batch in enumerate(NAMED)}
-MARKERS = {name: str(engine.marker(batch, SCALE)) for batch, names in BATCHES.items() for name in names}
+MARKERS = {name: MARKER.replace("{batch}", batch) for batch, names in BATCHES.items() for name in names}
 # A marker says that a job has ended, to this call alone: the next one asks the records again. A page that lacks something
 # rests on a newer file, too: Snakemake doesn't make what is missing in between for an output that is there.
 ASKED = Path(BENCH).with_name("asked")
@@ -162,7 +165,7 @@ rule bench:
 rule run:
     # Its runs may fail in the end: pages then show a gap, and `all` says so.
     output:
-        touch(str(engine.marker("{batch}", SCALE))),
+        touch(MARKER),
     wildcard_constraints:
         batch="[^/]+",
     params:

@@ -135,8 +135,3 @@ def in_turn(
         if said not in DONE:
             failed.add(2 if said.startswith("failed: ConfigError") else 1)
     return min(failed, default=0)
-
-
-def marker(name: str, scale: str) -> Path:
-    """The file that says to Snakemake that a run is done. The record is the truth; this one is gone at the end."""
-    return paths.cache() / "engine" / scale / f"{name}.done"
