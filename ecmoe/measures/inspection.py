@@ -65,7 +65,7 @@ def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, A
         plain = S.topk(k, dim=2).values.sum()
         for b in (2, 3):
             for solver in ("feasible", "dykstra"):
-                G, I = capped_top_k(S, k, b, solver=solver)  # noqa: E741
+                G, I = capped_top_k(S, k, b, solver=solver)
                 A = X = torch.zeros_like(S).scatter(2, I, 1.0)
                 if solver == "dykstra":
                     every = torch.ones_like(S[:, 0], dtype=torch.bool)

@@ -221,12 +221,8 @@ class MoE(nn.Module):
         self.demand.copy_(self.load if assignment.demand is None else assignment.demand)
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the last forward did, as scalar tensors on the layer's device: see `ecmoe.model.metrics`.
-
-        dropped: share of the requests that found no place. max_load: the fullest expert's demand over the
-        mean demand. over_capacity: how far its demand exceeds an equal share, max_load - 1.
-        share_0 ... share_8: share of tokens processed by that many experts (8: 8 or more).
-        """
+        """What the last forward did, as scalar tensors on the layer's device: dropped, over_capacity, max_load, share_0 to
+        share_8, as `ecmoe.model.metrics` says them."""
         return {metric.name: metric.of(self) for metric in metrics.of_layers()}  # type: ignore[misc]
 
 

@@ -59,31 +59,25 @@ def capped_top_k(
         from ecmoe.kernels import capped as ours
 
         if ours.available(S, b):
-            I = ours.capped(S, k, b)  # noqa: E741
+            I = ours.capped(S, k, b)
             return scores.gather(2, I), I
     if valid is None or target is None:
         valid, target = S.new_ones(g, m, dtype=torch.bool), torch.full((g,), k, device=S.device)
     with torch.no_grad():
         if solver == "dykstra":
             A = dykstra(S, target, b, valid)
-            I = A.topk(k, dim=2).indices  # noqa: E741  the paper's I = TopK(A, k)
+            I = A.topk(k, dim=2).indices  # the paper's I = TopK(A, k)
             filler = torch.arange(k, device=S.device) >= target[:, None, None]
             best = S.gather(2, I).masked_fill(filler, -2.0).argsort(2, descending=True)
-            I = I.gather(2, best)  # noqa: E741
+            I = I.gather(2, best)
         else:
-            X = _feasible(S, target, b, valid)
-            I = S.masked_fill(~X, -2.0).topk(k, dim=2).indices  # noqa: E741
+            # In units of the mean score of a plain top-k.
+            ranked = S.masked_fill(~valid[:, None], 0.0).sort(dim=2, descending=True).values
+            inside = torch.arange(m, device=S.device) < target[:, None, None]
+            places = (e * target[:, None, None]).clamp_min(1)
+            X = transport(S, target, b, valid, (ranked * inside).sum((1, 2), keepdim=True) / places)
+            I = S.masked_fill(~X, -2.0).topk(k, dim=2).indices
     return scores.gather(2, I), I
-
-
-def _feasible(S: Tensor, target: Tensor, b: int, valid: Tensor) -> Tensor:
-    """(g, e, m) bool: `transport` in units of the mean score of a plain top-k."""
-    e, m = S.shape[1:]
-    best = S.masked_fill(~valid[:, None], 0.0).sort(dim=2, descending=True).values
-    inside = torch.arange(m, device=S.device) < target[:, None, None]
-    places = (e * target[:, None, None]).clamp_min(1)
-    unit = (best * inside).sum((1, 2), keepdim=True) / places
-    return transport(S, target, b, valid, unit)
 
 
 def dykstra(

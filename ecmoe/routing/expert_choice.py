@@ -88,14 +88,14 @@ class ExpertChoice(Router):
             return Assignment(torch.empty(e, 0, dtype=torch.long, device=logits.device), logits.new_empty(e, 0))
         if valid is not None:
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
-        G, I = self._select(pooled, k, valid)  # noqa: E741  (g, e, k): each expert takes its k best tokens (Eq. 2)
+        G, I = self._select(pooled, k, valid)  # (g, e, k): each expert takes its k best tokens (Eq. 2)
         if self.gathers:
             self.cutoff.add(G.detach().amin(-1) if valid is None else self._kth(G, valid, k))
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
-            I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)  # noqa: E741
+            I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)
         if self.across:
-            I = own(I, S.shape[2])  # noqa: E741
+            I = own(I, S.shape[2])
             G = _At.apply(F.pad(S, (0, 1)), I)
         token = I if ids is None else F.pad(ids, (0, 1), value=n).gather(1, I.flatten(1)).view_as(I)
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
@@ -111,7 +111,7 @@ class ExpertChoice(Router):
             return S.topk(k, dim=2)
         from ecmoe.kernels import select
 
-        I = select(S, k)  # noqa: E741
+        I = select(S, k)
         return _At.apply(S, I), I
 
     @property
@@ -212,12 +212,12 @@ class _At(torch.autograd.Function):
     """S.gather(2, I) of places that differ: no two gradients meet, so none is added, in whatever order."""
 
     @staticmethod
-    def forward(ctx, S: Tensor, I: Tensor) -> Tensor:  # noqa: E741
+    def forward(ctx, S: Tensor, I: Tensor) -> Tensor:
         ctx.save_for_backward(I)
         ctx.shape = S.shape
         return S.gather(2, I)
 
     @staticmethod
     def backward(ctx, dG: Tensor) -> tuple[Tensor, None]:
-        (I,) = ctx.saved_tensors  # noqa: E741
+        (I,) = ctx.saved_tensors
         return dG.new_zeros(ctx.shape).scatter(2, I, dG), None

@@ -32,7 +32,7 @@ def gathered(S: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def own(I: Tensor, m: int) -> Tensor:  # noqa: E741
+def own(I: Tensor, m: int) -> Tensor:
     """Places, (g, e, s), that a rank's own tokens have of those chosen, (g, e, k), in the pools of all ranks, in that order.
 
     R m is no place, and m the place of an empty slot.

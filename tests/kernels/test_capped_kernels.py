@@ -40,7 +40,7 @@ def scores(kind: str, g: int, n: int, e: int, seed: int = 0) -> torch.Tensor:
     return z.softmax(2).transpose(1, 2).to(DEVICE)
 
 
-def check(I: torch.Tensor, n: int, k: int, b: int) -> None:  # noqa: E741
+def check(I: torch.Tensor, n: int, k: int, b: int) -> None:
     """Exactly k different tokens of each expert, in rising order; at most b experts of a token."""
     g, e, _ = I.shape
     assert I.shape == (g, e, k) and I.dtype == torch.int64
@@ -50,7 +50,7 @@ def check(I: torch.Tensor, n: int, k: int, b: int) -> None:  # noqa: E741
         assert taken.max() <= b and taken.sum() == e * k
 
 
-def total(S: torch.Tensor, I: torch.Tensor) -> torch.Tensor:  # noqa: E741
+def total(S: torch.Tensor, I: torch.Tensor) -> torch.Tensor:
     return S.gather(2, I).double().sum((1, 2))
 
 
@@ -72,7 +72,7 @@ LOSS = {
 )
 def test_it_comes_near_the_transport_solver(kind, n, e, c, b):
     S, k = scores(kind, 1, n, e), n * c // e
-    I = capped(S, k, b)  # noqa: E741
+    I = capped(S, k, b)
     check(I, n, k, b)
     best = capped_top_k(S, k, b, kernels="plain")[0].double().sum()
     assert total(S, I).item() >= (1 - LOSS[kind]) * best
@@ -82,7 +82,7 @@ def test_it_comes_near_the_transport_solver(kind, n, e, c, b):
 def test_one_expert_each_is_the_assignment_problem(kind):
     n, e = 256, 8
     S = scores(kind, 1, n, e)
-    I = capped(S, n // e, 1)  # noqa: E741
+    I = capped(S, n // e, 1)
     check(I, n, n // e, 1)
     places = S[0].repeat_interleave(n // e, 0).double().cpu().numpy()
     best = places[linear_sum_assignment(places, maximize=True)].sum()
@@ -123,7 +123,7 @@ def test_it_is_feasible_even_where_prices_fail(b, monkeypatch):
 def test_pools_are_solved_apart_and_strides_do_not_matter(monkeypatch):
     monkeypatch.setattr(kernel, "ROUNDS", 6)
     S = scores("a little biased", 2, 64, 8)
-    I = capped(S, 16, 3)  # noqa: E741
+    I = capped(S, 16, 3)
     assert torch.equal(I, capped(S.contiguous(), 16, 3))
     assert torch.equal(I, torch.cat([capped(S[i : i + 1], 16, 3) for i in range(2)]))
 
@@ -133,7 +133,7 @@ def test_a_sample_sets_the_first_prices(monkeypatch):
     monkeypatch.setattr(kernel, "SAMPLE_LEAST", 64)
     for n in (1024, 1000):  # 1000: no multiple of the stride
         S, k = scores("a little biased", 1, n, 8), n // 4
-        I = capped(S, k, 2)  # noqa: E741
+        I = capped(S, k, 2)
         check(I, n, k, 2)
         assert total(S, I).item() >= 0.99 * capped_top_k(S, k, 2, kernels="plain")[0].double().sum()
 
@@ -146,7 +146,7 @@ def test_experts_hold_tokens_as_zeros_and_ones(b):
 
 def test_the_capped_choice_runs_on_them_and_passes_gradients():
     S = scores("random", 2, 64, 8).detach().requires_grad_()
-    G, I = capped_top_k(S, 16, 2, kernels="triton")  # noqa: E741
+    G, I = capped_top_k(S, 16, 2, kernels="triton")
     check(I, 64, 16, 2)
     G.sum().backward()
     assert torch.equal(S.grad, torch.zeros_like(S).scatter(2, I, 1.0))

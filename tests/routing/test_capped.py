@@ -56,7 +56,7 @@ def scores(kind: str, n: int, e: int, seed: int = 0) -> torch.Tensor:
     return logits(kind, n, e, seed).softmax(1).T.contiguous()[None]
 
 
-def held(S, I):  # noqa: E741
+def held(S, I):
     return torch.zeros_like(S).scatter(2, I, 1.0)
 
 
@@ -68,7 +68,7 @@ KINDS = ["random", "peaked", "one-hot", "biased", "peaked and biased", "alike", 
 def test_every_constraint_holds_and_the_objective_is_the_linear_programmes(kind, n, e, c, b):
     k = int(n * c / e)
     S = scores(kind, n, e, seed=n + b)
-    G, I = capped_top_k(S, k, b)  # noqa: E741
+    G, I = capped_top_k(S, k, b)
     X = held(S, I)
     assert (X.sum(2) == k).all() and (X.sum(1) <= b).all()
     if b == c:
@@ -110,7 +110,7 @@ def test_pools_are_solved_apart():
 def test_a_larger_problem(kind):
     n, e, b, k = 2048, 16, 2, 256
     S = scores(kind, n, e)
-    G, I = capped_top_k(S, k, b)  # noqa: E741
+    G, I = capped_top_k(S, k, b)
     X = held(S, I)
     assert (X.sum(2) == k).all() and (X.sum(1) == b).all()
     assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
@@ -126,7 +126,7 @@ def test_on_the_scores_of_a_trained_router(tiny_config, b):
     ((logits, _),) = seen
     S = logits.softmax(1).T[None]
     k = S.shape[2] * 2 // 8
-    G, I = capped_top_k(S, k, b)  # noqa: E741
+    G, I = capped_top_k(S, k, b)
     X = held(S, I)
     assert (X.sum(2) == k).all() and (X.sum(1) <= b).all()
     assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
@@ -156,7 +156,7 @@ def test_padding_takes_no_place(solver):
 
 def test_gradients_reach_the_chosen_scores():
     S = scores("random", 64, 8).requires_grad_()
-    G, I = capped_top_k(S, 16, 2)  # noqa: E741
+    G, I = capped_top_k(S, 16, 2)
     G.sum().backward()
     assert torch.equal(S.grad, held(S, I))
 

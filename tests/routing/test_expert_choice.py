@@ -38,7 +38,7 @@ def equation_2(logits: torch.Tensor, k: int) -> torch.Tensor:
     x = logits.numpy()
     S = np.exp(x - x.max(1, keepdims=True))
     S /= S.sum(1, keepdims=True)
-    I = np.argsort(-S.T, axis=1)[:, :k]  # noqa: E741  (e, k)
+    I = np.argsort(-S.T, axis=1)[:, :k]  # (e, k)
     G = np.take_along_axis(S.T, I, axis=1)
     P = np.eye(len(x))[I]  # (e, k, n)
     return torch.from_numpy(np.einsum("ijl,ij->li", P, G))

@@ -93,7 +93,7 @@ def test_a_nan_token_stays_in_no_statistic(router):
 def test_a_nan_score_breaks_no_cap(solver):
     S = random_logits(64, 8, 0).softmax(1).T[None].clone()
     S[0, :, 5] = torch.nan
-    _, I = capped_top_k(S, 16, 2, solver=solver)  # noqa: E741
+    _, I = capped_top_k(S, 16, 2, solver=solver)
     taken = I.flatten().bincount(minlength=64)
     assert (taken <= 2).all() or solver == "dykstra"  # the paper's is cut off early
     assert all(len(set(row)) == 16 for row in I[0].tolist())
