@@ -49,11 +49,6 @@ def probabilities(errors: Tensor, temperature: float) -> Tensor:
     return (-errors / temperature).softmax(dim=1)
 
 
-def relatedness(er_a: Tensor, er_k: Tensor) -> Tensor:
-    """Rel(T_k, T_a) = 1 - (Er_a - Er_k) / Er_k (section 3.3): 1 for the task itself, less the worse T_a's gate does."""
-    return 1 - (er_a - er_k) / er_k
-
-
 class Origin(NamedTuple):
     """Where an expert started: `how` is "scratch", "fine-tuning" or "LwF"; `task` and `related` None for the first."""
 
@@ -113,9 +108,9 @@ class ExpertGate(nn.Module):
         return torch.stack([gate.error(x.flatten(1)) for gate in self.gates], dim=1)
 
     def relatedness(self, x: Tensor, k: int = -1) -> Tensor:
-        """(K,) relatedness of task k, from which the images (n, C, H, W) are, to each task."""
+        """(K,) Rel(T_k, T_a) = 1 - (Er_a - Er_k) / Er_k (section 3.3) of task k, from which the images (n, C, H, W) are, to each."""
         mean = self.errors(x).mean(0)
-        return relatedness(mean, mean[k])
+        return 1 - (mean - mean[k]) / mean[k]
 
     @torch.no_grad()
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:

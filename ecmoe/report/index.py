@@ -68,24 +68,21 @@ def _pages(folder: Path) -> Iterator[dict[str, Any]]:
             "title": soup.title.get_text() if soup.title else path.stem,
             "about": about["content"] if about else "",
             "failed": failed,
-            "sections": list(_sections(soup)),
+            "sections": _sections(soup),
         }
 
 
-def _sections(soup: BeautifulSoup) -> Iterator[tuple[str, str, str]]:
+def _sections(soup: BeautifulSoup) -> list[tuple[str, str, str]]:
     """Id, heading and text of each section; of figures what their alternative text says, of code nothing."""
     for element in soup.select("details.code, details.log, math, nav, style"):
         element.decompose()
     for svg in soup.select("svg"):
         svg.replace_with(svg.get("aria-label", ""))
-    for main in soup.select("main"):
-        anchor, heading, words = "main", "", []
-        for piece in main.find_all(string=True):
-            title = piece.find_parent(["h1", "h2", "h3"])
-            if title is not None and title.get_text() != heading:
-                if words:
-                    yield anchor, heading, " ".join(" ".join(words).split())[:_LONGEST]
-                anchor, heading, words = title.get("id", "main"), title.get_text(), []
-            elif title is None:
-                words.append(piece)
-        yield anchor, heading, " ".join(" ".join(words).split())[:_LONGEST]
+    sections: list[tuple[str, str, list[str]]] = [("main", "", [])]
+    for piece in soup.main.find_all(string=True) if soup.main else ():
+        title = piece.find_parent(["h1", "h2", "h3"])
+        if title is None:
+            sections[-1][2].append(piece)
+        elif title.get_text() != sections[-1][1]:
+            sections.append((title.get("id", "main"), title.get_text(), []))
+    return [(anchor, heading, " ".join(" ".join(words).split())[:_LONGEST]) for anchor, heading, words in sections]

@@ -5,6 +5,7 @@ there is not what the results give.
 """
 
 import html
+import re
 
 from ecmoe import paths
 from ecmoe.files import write_text
@@ -13,8 +14,6 @@ from ecmoe.report.scoreboard import CAPTION, claim_table, effects
 from ecmoe.study import speed
 from ecmoe.study.answer import answer
 from ecmoe.study.verdict import judge_all
-
-_MARKED = "<!-- {0}:begin -->{1}<!-- {0}:end -->"
 
 
 def update(scale: str = "gpu") -> bool:
@@ -27,7 +26,11 @@ def update(scale: str = "gpu") -> bool:
     old = new = path.read_text(encoding="utf-8")
     texts, plots = sections(scale)
     for name, text in texts.items():
-        new = new.replace(_MARKED.format(name, part(new, name)), _MARKED.format(name, f"\n{text}\n"))
+        begin, end = (f"<!-- {name}:{where} -->" for where in ("begin", "end"))
+        before, *inside = re.split(f"{begin}|{end}", new)
+        if len(inside) != 2 or new != f"{before}{begin}{inside[0]}{end}{inside[1]}":
+            raise ValueError(f"README.md must hold {begin} and then {end}, once each")
+        new = f"{before}{begin}\n{text}\n{end}{inside[1]}"
     for image, plot in plots.items():
         plot.save(paths.root() / image)
     if new != old:
@@ -55,11 +58,3 @@ def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
     said = answer(scale, verdicts)
     found["evidence"] = f"{' '.join(said.sentences)}\n\n{found['evidence']} {said.cost}"
     return found, plots
-
-
-def part(text: str, name: str) -> str:
-    """What lies between the marks of that name; ValueError unless each is there once."""
-    begin, end = _MARKED.format(name, "\0").split("\0")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"README.md must hold {begin} and then {end}, once each")
-    return text.split(begin)[1].split(end)[0]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.continual import ContinualConfig, expert_gate, learning
-from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert, probabilities, relatedness, without_forgetting
+from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert, probabilities, without_forgetting
 from ecmoe.continual.learning import OneNetwork, as_large, count, final_accuracy, forgetting, run, split
 from ecmoe.data import images
 from ecmoe.files import Damaged
@@ -89,7 +89,6 @@ def test_trust_is_a_softmax_of_minus_the_errors():
 
 
 def test_relatedness_by_hand(learned):
-    assert relatedness(torch.tensor([2.0, 3.0, 4.0, 8.0]), torch.tensor(2.0)).tolist() == [1.0, 0.5, 0.0, -2.0]
     model, tasks, _ = learned
     held = tasks[1].x[tasks[1].held]
     er_a, er_k = (float(gate.error(held.flatten(1)).mean()) for gate in model.gates)
