@@ -108,13 +108,16 @@ def _cell(text: str) -> str:
 
 def studies(scale: str) -> pd.DataFrame:
     """A row per page: the runs of its plan, which pages share, those that are there and measured, and what is missing."""
-    rows, wrong = [], plan.sound(scale)[1]
-    for page in [page for page in plan.pages(scale) if page not in wrong]:  # its own page says what is wrong
-        planned = plan.plan(scale, [page])
-        missing = [f"{one.arms[0]} s{one.seed}" for one in planned if engine.lacks(one, scale)]
-        text = "; ".join(missing) if len(missing) < len(planned) else "all of them"
+    rows = []
+    for page in plan.pages(scale):
+        planned, missing = plan.sound(scale, [page])[0], {}  # its own page says what is wrong
+        for one in planned:
+            if engine.lacks(one, scale):
+                missing.setdefault(one.arms[0], []).append(str(one.seed))
+        there = len(planned) - sum(map(len, missing.values()))
+        text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items()) if there else "all of them"
         if planned:
-            rows.append((page, len(planned), len(planned) - len(missing), text))
+            rows.append((page, len(planned), there, text))
     return pd.DataFrame(rows, columns=["page", "runs", "there", "missing (seeds)"])
 
 
@@ -122,5 +125,5 @@ def studies_html(scale: str) -> Markup:
     """What every page of that scale rests on, what is missing, and the command that trains it."""
     again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
     caption = f"Pages share runs; \u201c{again}\u201d trains what is missing, and nothing else."
-    fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} runs", text)  # noqa: E731
+    fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)  # noqa: E731
     return table_html(studies(scale), caption, {"page": partial(markup, "page_link"), "missing (seeds)": fold})
