@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 from pathlib import Path
@@ -120,4 +121,19 @@ def test_a_linked_folder_is_part_of_the_text_but_one_that_holds_itself_is_named(
     assert paths.with_content(str(tmp_path / "text")) != before
     (tmp_path / "else" / "round").symlink_to(tmp_path / "text")
     with pytest.raises(ConfigError, match="text/linked/round is a link to a folder that holds it"):
+        paths.local_files(str(tmp_path / "text"))
+
+
+def test_a_folder_that_cannot_be_read_is_named_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "text" / "b").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text("a")
+
+    def scandir(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match="text/b can't be read: Permission denied"):
         paths.local_files(str(tmp_path / "text"))

@@ -132,16 +132,18 @@ def test_gates_and_experts_are_trained_each_by_their_own_keys(monkeypatch):
     assert fitted == [(GATE.gate_steps, GATE.gate_learning_rate), (GATE.steps, GATE.learning_rate)]
 
 
-def test_training_follows_the_schedule_of_the_config():
-    """Adam's first step is the rate times the sign of a gradient: here a tenth, two tenths, ... of it."""
+@pytest.mark.parametrize(("clip", "growth"), [(0.0, 1), (0.5, 1000)])
+def test_training_follows_the_schedule_and_the_clipping_of_the_config(clip, growth):
+    """Adam's first step is the rate times the sign of a gradient: here a tenth, two tenths, ... of it. So are all others
+    of one size, as clipping makes them."""
     layer, seen = nn.Linear(1, 1, bias=False), []
 
     def loss(batch):
         seen.append(layer.weight.item())
-        return layer.weight.sum() * len(batch)
+        return layer.weight.sum() * len(batch) * growth ** len(seen)
 
     expert_gate.fit(
-        GATE.replace(steps=4, warmup_steps=10, learning_rate=0.1, gradient_clip=0.0), layer, loss, torch.ones(100)
+        GATE.replace(steps=4, warmup_steps=10, learning_rate=0.1, gradient_clip=clip), layer, loss, torch.ones(100)
     )
     np.testing.assert_allclose(-np.diff(seen), [0.01, 0.02, 0.03], rtol=1e-4)
 

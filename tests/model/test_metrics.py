@@ -1,5 +1,7 @@
 """The one list of metrics: what is added there arrives everywhere, and what a layer tells is what it did."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,6 +19,16 @@ def test_a_new_metric_arrives_in_curve_summary_and_table(monkeypatch, tiny_confi
     result = run_or_load(tiny_config(seed=71, steps=4, num_experts=4), progress=False)  # each expert takes half
     assert result.curve["idle"].tolist() == [0.0] and result.summary["routing"]["idle"] == 0.0
     assert table({"EC": [result]})["idle"].tolist() == curves({"EC": [result]})["idle"].tolist() == [0.0]
+
+
+def test_no_curve_and_no_table_has_a_column_that_no_run_fills(tiny_config):
+    result = run_or_load(tiny_config(seed=71, steps=4, num_experts=4), progress=False)
+    rows, curve = table({"EC": [result]}), result.curve
+    assert set(curve.columns[curve.isna().all()]) == {"accuracy"}  # that of images
+    assert {name for name in metrics.table() if rows[name].isna().all()} == {"accuracy", "mfu"}  # a GPU's rate
+    broken = table({"EC": [dataclasses.replace(result, summary={**result.summary, "status": "diverged"})]})
+    lost = {name for name in metrics.table() if broken[name].isna().all()} - {"accuracy", "mfu"}
+    assert lost == {"val_loss", "val_loss_causal", "perplexity", "bits_per_byte"}
 
 
 def test_every_metric_has_words_for_its_axis():
