@@ -19,7 +19,6 @@ class ContinualConfig(RunConfig):
     code: int = key(32, "hidden units of a gate, fewer than an image has pixels", low=1)
     gate_steps: int = key(300, "steps of a gate", low=1)
     gate_learning_rate: float = key(1e-2, "peak learning rate of gates", above=0, high=1e30)
-    temperature: float = key(2.0, "t of the gates' softmax (the paper: 2)", above=0)
     threshold: float = key(0.85, "relatedness above which an expert learns without forgetting (the paper: 0.85)")
     held_out: int = key(10, "one training image in so many doesn't train the gate, but measures relatedness", low=2)
 

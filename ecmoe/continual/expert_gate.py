@@ -44,11 +44,6 @@ class Gate(nn.Module):
         return (self(x).sigmoid() - x).square().sum(1)
 
 
-def probabilities(errors: Tensor, temperature: float) -> Tensor:
-    """(n, K) errors -> (n, K) how far each expert is to be trusted: softmax of -er / t (section 3.2; the paper: t = 2)."""
-    return (-errors / temperature).softmax(dim=1)
-
-
 class Origin(NamedTuple):
     """Where an expert started: `how` is "scratch", "fine-tuning" or "LwF"; `task` and `related` None for the first."""
 
@@ -116,7 +111,9 @@ class ExpertGate(nn.Module):
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(n, C, H, W), perhaps (n,) which expert looks at an image, else the gates decide -> (n,) classes, (n,) their experts."""
         if expert is None:
-            expert = probabilities(self.errors(x), self.config.temperature).argmax(1)  # = lowest error
+            expert = self.errors(x).argmin(
+                1
+            )  # the largest of softmax(-er / t), whatever the temperature t (section 3.2)
         said = torch.empty_like(expert)
         for k in expert.unique().tolist():  # an expert sees its own images alone
             chosen = expert == k

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.continual import ContinualConfig, expert_gate, learning
-from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert, probabilities, without_forgetting
+from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert, without_forgetting
 from ecmoe.continual.learning import OneNetwork, as_large, count, final_accuracy, forgetting, run, split
 from ecmoe.data import images
 from ecmoe.files import Damaged
@@ -78,14 +78,6 @@ def test_the_gate_with_the_lowest_error_chooses(learned):
     for i in range(0, len(x), 17):
         k = by_hand[i]
         assert said[i] == model.classes[k][model.experts[k](x[i : i + 1]).argmax()]
-
-
-def test_trust_is_a_softmax_of_minus_the_errors():
-    er, t = [3.0, 1.0, 2.5], 2.0
-    weights = [math.exp(-e / t) for e in er]
-    expected = torch.tensor([[w / sum(weights) for w in weights]])
-    torch.testing.assert_close(probabilities(torch.tensor([er]), t), expected)
-    assert probabilities(torch.tensor([er]), 1e3).max() < 0.34  # hot: no preference
 
 
 def test_relatedness_by_hand(learned):
@@ -345,7 +337,6 @@ def test_a_run_is_kept_like_any_other(study, tmp_path):
         ({"approach": "lottery"}, "approach='lottery': must be one of expert_gate, sequence"),
         ({"task": 5}, "unknown key 'task' with value 5: did you mean tasks"),
         ({"steps": "100"}, "steps='100' is of type str, but must be int"),
-        ({"temperature": 0}, "temperature=0.0: must be above 0"),
         ({"tasks": 1}, "tasks=1: must be at least 2"),
         ({"gate_learning_rate": 1e38}, "gate_learning_rate=.*: must be at most 1e"),
         ({"tasks": 3}, r"tasks=3 doesn't divide classes=10: may be one of \[2, 5, 10\]"),
