@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.data.batches import Batch, Batches, RunData
-from ecmoe.data.corpus import NOT_STATED, about, from_hub
-from ecmoe.files import ConfigError, content_sha256
+from ecmoe.data.corpus import NOT_STATED, about, from_hub, source_sha256
+from ecmoe.files import ConfigError
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, check_content, local_files, plain, remember_content, with_content
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -76,8 +76,7 @@ def _load(data: str, content: str) -> Images:
     folder, files = data.removeprefix(IMAGES_PREFIX), local_files(data)
     packed = [path for name, path in files.items() if "/" not in name and name.endswith("_train.jpgs.xz")]
     train, val, classes = _packed(data, packed[0]) if packed else _folder(data, files)
-    source = content_sha256({f"0:{name}": path for name, path in files.items()})
-    return _images(train, val, classes, about(folder) | {"source_sha256": source})
+    return _images(train, val, classes, about(folder) | {"source_sha256": source_sha256(data)})
 
 
 def _digits() -> Images:

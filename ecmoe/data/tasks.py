@@ -51,10 +51,6 @@ class Examples(NamedTuple):
     texts: list[tuple[str, ...]]
     labels: np.ndarray
 
-    def first(self, count: int | None) -> Examples:
-        """So many of them; None: all."""
-        return Examples(self.texts[:count], self.labels[:count])
-
 
 def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Examples]:
     """Training and validation examples of one of `TASKS`, in their source's order.

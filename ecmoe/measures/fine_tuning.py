@@ -58,7 +58,7 @@ def fine_tuned(
     """
     if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
-    sides = [part.first(examples) for part in tasks.load(task, folder)]
+    sides = [tasks.Examples(*(part[:examples] for part in side)) for side in tasks.load(task, folder)]
     if (has := len(sides[0].labels)) < batch_size:
         raise ValueError(f"task {task!r}: batch_size={batch_size} is more than its {has} training examples")
     (train, validation), truncated = _encode(tokens.load(config).tokenizer, sides, config.sequence_length)

@@ -32,7 +32,7 @@ def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
     )
     train, validation = tasks.load("boolq", tmp_path)
     assert train.texts == [("It is.", "is it"), ("No.", "was it")] == validation.texts
-    assert train.labels.tolist() == [1, 0] and train.first(1).texts == [("It is.", "is it")]
+    assert train.labels.tolist() == [1, 0] and train.texts[0] == ("It is.", "is it")
 
 
 @pytest.mark.parametrize(
