@@ -32,33 +32,22 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator="cuda" if cuda else "cpu", precision=resolved_precision(config), max_epochs=-1, **quiet | keys
     )
+    # Before each batch Lightning asks rank 0 whether it was told to end, and the host waits for the device's answer. Nobody
+    # need ask: torchrun tells every rank.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def strategy(config: RunConfig) -> Any:
     """How the ranks of a run work together."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if config.strategy == "ddp":
-        from lightning.pytorch.strategies import DDPStrategy
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-        from torch.nn.parallel import DistributedDataParallel
+        from ecmoe.training.ddp import DDP
 
-        class DDP(DDPStrategy):
-            def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
-                # Lightning's own does this on a side stream, on which each gradient would then wait for its parameter.
-                return DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
-
-        # Dynamo would cut each compiled block where a bucket ends; a block is little enough to wait for.
-        torch._dynamo.config.optimize_ddp = False
-        return DDP(
-            process_group_backend=backend,
-            broadcast_buffers=False,  # each rank's routing statistics are its own; end_step adds them up
-            gradient_as_bucket_view=True,
-            static_graph=config.accumulate == 1,  # nor would it see a step whose first micro-batches aren't reduced
-            ddp_comm_hook=bf16_compress_hook if reduced_dtype(config) else None,
-        )
+        return DDP(config, process_group_backend=backend, narrow=reduced_dtype(config))
     if config.sharded:
         from lightning.pytorch.strategies import ModelParallelStrategy
 

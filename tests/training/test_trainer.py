@@ -25,7 +25,7 @@ def test_weights_and_gradients_must_fit_and_16_bits_take_half(tiny_config, monke
 def test_gradients_of_copies_travel_in_the_bits_of_their_factors(tiny_config, precision, hook):
     config = tiny_config(strategy="ddp", devices=2, precision=precision)
     ddp = trainer.strategy(config)
-    assert isinstance(ddp, DDPStrategy) and ddp._ddp_comm_hook is hook
+    assert isinstance(ddp, DDPStrategy) and ddp._ddp_comm_hook is hook and ddp.narrow == (hook and torch.bfloat16)
     said = ddp._ddp_kwargs
     assert said["broadcast_buffers"] is False and said["gradient_as_bucket_view"] and said["static_graph"]
     assert not trainer.strategy(config.replace(accumulate=2))._ddp_kwargs["static_graph"]
@@ -37,3 +37,11 @@ def test_sharded_strategies_take_all_ranks_for_data(tiny_config, name):
     assert isinstance(parallel, ModelParallelStrategy)
     assert (parallel._data_parallel_size, parallel._tensor_parallel_size) == (4, 1)
     assert trainer.strategy(tiny_config()) == "auto"
+
+
+def test_no_rank_waits_for_its_device_before_a_batch(tiny_config, monkeypatch):
+    """Lightning's own question is there to be replaced, and ours asks nobody."""
+    loop = trainer.new_trainer(tiny_config()).fit_loop.epoch_loop
+    assert hasattr(type(loop), "_broadcast_sigterm_tensor")
+    monkeypatch.setattr(torch.distributed, "broadcast", None)
+    loop._broadcast_sigterm_tensor()

@@ -1,0 +1,64 @@
+"""Data parallelism by DDP, except for the experts, whose gradients are nearly all of the traffic.
+
+DDP copies every gradient into a bucket, and the bucket into the numbers that travel. An expert's gradient is large enough
+to travel alone, as soon as it is there: two passes over memory less.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ecmoe.config import RunConfig
+from ecmoe.model.moe import MoE
+
+
+class DDP(DDPStrategy):
+    """Copies of the model on all ranks, with the mean of their gradients.
+
+    Args:
+        narrow: what gradients are on their way; None: as they are.
+    """
+
+    def __init__(self, config: RunConfig, narrow: torch.dtype | None, **keys: Any) -> None:
+        # Dynamo would cut each compiled block where a bucket ends; a block is little enough to wait for.
+        torch._dynamo.config.optimize_ddp = False
+        super().__init__(
+            broadcast_buffers=False,  # each rank's routing statistics are its own; end_step adds them up
+            gradient_as_bucket_view=True,
+            static_graph=config.accumulate == 1,  # nor would it see a step whose first micro-batches aren't reduced
+            ddp_comm_hook=bf16_compress_hook if narrow else None,
+            **keys,
+        )
+        self.narrow = narrow
+        self.travelling: list[tuple[Tensor, Tensor, dist.Work]] = []  # gradient, what was sent, and when it is there
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+        experts = {f"{name}.{w}": getattr(layer, w) for name, layer in layers.items() for w in ("w1", "w2")}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(experts))
+        # Lightning's own does this on a side stream, on which each gradient would then wait for its parameter.
+        ddp = DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
+
+        def send(weight: Tensor) -> None:
+            if ddp.require_backward_grad_sync and weight.grad is not None:  # else more micro-batches follow
+                sent = torch.empty_like(weight.grad, dtype=self.narrow)
+                torch.mul(weight.grad, 1 / self.world_size, out=sent)
+                self.travelling.append((weight.grad, sent, dist.all_reduce(sent, async_op=True)))
+
+        for weight in experts.values():
+            dist.broadcast(weight.detach(), 0)
+            weight.register_post_accumulate_grad_hook(send)
+        return ddp
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """The experts' gradients are there, too."""
+        for gradient, sent, done in self.travelling:
+            done.wait()
+            gradient.copy_(sent)
+        self.travelling.clear()
+        super().post_backward(closure_loss)
