@@ -80,9 +80,9 @@ def test_batches_of_task_level_routing_carry_them(tiny_config, router):
     whole = tokens.load(data.config)
     for ids, batches in ((whole.train, data.train_dataloader()), (whole.val, data.val_dataloader())):
         (windows,) = whole.windows(ids, 16)
-        of = dict(zip(map(bytes, windows), classes.before(windows).tolist(), strict=True))
+        of = set(zip(map(bytes, windows), classes.before(windows).tolist(), strict=True))  # text may repeat itself
         for batch, tasks in itertools.islice(batches, 2):
-            assert [of[bytes(row.tolist())] for row in batch] == tasks.tolist()
+            assert all((bytes(row.tolist()), task) in of for row, task in zip(batch, tasks.tolist(), strict=True))
     again = TextData(tiny_config(router=router, num_tasks=4, seed=1))
     again.setup()
     assert (again.train[1] == data.train[1]).all()  # of the data, whatever the seed of the run
