@@ -23,13 +23,12 @@ _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later,
 class Study(Mapping[str, list[Result]]):
     """The runs of a page, as a mapping: name of an arm -> a Result for each seed.
 
-    scale, parameters (all of the page's, by name), arms (name -> keys) and what was measured stand beside them.
+    scale, parameters (all of the page's, by name) and what was measured stand beside them.
     """
 
     page: str
     scale: str
     parameters: dict[str, Any]
-    arms: dict[str, Mapping[str, Any]]
     planned: list[planning.Planned]
     train: bool
     results: dict[str, list[Result]] = field(repr=False)
@@ -83,15 +82,14 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     parameters = page_parameters(page, given, unknown=page not in _CHECKED)
     scale, train = parameters["scale"], parameters["train_missing"]
     planned = planning.of_page(page, scale, parameters)
-    arms = planning.arms_of(parameters, scale)
     _CHECKED.add(page)
-    results: dict[str, list[Result]] = {arm: [] for arm in (*arms, *(one.arms[0] for one in planned))}
+    results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}
     waiting = [one for one in planned if train and not any(path.exists() for path in _places(one, scale))]
     with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:
         for one in planned:
             with watching(bar, one, waiting) if one in waiting else nullcontext([]) as callbacks:
                 results[one.arms[0]].append(_result(one, scale, train, callbacks))
-    return Study(page, scale, parameters, arms, planned, train, results)
+    return Study(page, scale, parameters, planned, train, results)
 
 
 @contextmanager
@@ -139,6 +137,8 @@ def beside(study: Study, mine: Mapping[str, Any], name: str = "yours") -> Study:
     Args:
         mine: keys of RunConfig in which the arm differs from the study's base. name: what figures call it.
     """
-    arms = {**study.arms, name: dict(mine)}
+    arms = planning.arms_of(study.parameters, study.scale) | {name: dict(mine)}
     base, seeds = study.parameters["base"], study.parameters["seeds"][:1]
-    return load(study.page, {"scale": study.scale, "base": base, "seeds": seeds, "arms": arms})
+    return load(
+        study.page, {"scale": study.scale, "base": base, "seeds": seeds, "arms": arms, "vary": {}}
+    )  # varied already

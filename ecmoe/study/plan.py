@@ -8,7 +8,7 @@ No notebook is run and no torch is imported. engine.py carries the plan out, loa
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
@@ -131,9 +131,7 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     """
     asked, vary = values.get("arms") or (), values.get("vary") or {}
     own = paths.configs() / "scale" / scale / "arms.yaml"
-    if isinstance(asked, str) or not isinstance(asked, Iterable):
-        raise ConfigError(f"arms={asked!r}: must be a list of names of configs/arms.yaml")
-    _check_list("arms", list(asked), str)
+    _check_list("arms", list(asked) if isinstance(asked, Mapping) else asked, str)
     changes, found = read_yaml(own, "arms") if own.exists() else {}, {}
     for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked)).items():
         if keys is not None and not isinstance(keys, Mapping):

@@ -136,11 +136,9 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     """The verdict on a claim, whatever the evidence is read from."""
     parts = _parts(about, evidence)
     found = {part.name: evidence.estimate(part) for part in parts}
-    together = {part.name for part in about.family}
-    family = [part for part in parts if part.name in together]
-    of_family = holm([(part, found[part.name]) for part in family])
+    family = {part.name: part for part in parts if part.name in {one.name for one in about.family}}
     levels = dict.fromkeys(found, protocol().level)
-    levels |= {part.name: level for part, level in zip(family, of_family, strict=True)}
+    levels |= zip(family, holm([(part, found[name]) for name, part in family.items()]), strict=True)
     judged = {part.name: _judged(part, found[part.name], levels[part.name], evidence) for part in parts}
     for part in judged.values():
         if part.or_direction in judged:

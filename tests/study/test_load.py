@@ -1,12 +1,14 @@
-"""The bar of a page that trains: it counts steps over all runs, and says which run it is and its last loss."""
+"""The bar of a page that trains counts steps over all runs, and says which run it is and its last loss; one's own arm."""
 
 from types import SimpleNamespace
 
 from tqdm import tqdm
 
 from ecmoe.config import RunConfig
-from ecmoe.study.load import watching
+from ecmoe.study import load as module
+from ecmoe.study.load import beside, load, watching
 from ecmoe.study.plan import Planned
+from ecmoe.training.result import not_run
 
 
 def planned(seed: int) -> Planned:
@@ -25,3 +27,13 @@ def test_steps_are_counted_over_all_runs():
                 assert bar.n == told
             assert bar.n == ended  # the second ended early
         assert bar.desc.startswith("run 2 of 2, EC s1") and "loss=2.500" in bar.postfix
+
+
+def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
+    monkeypatch.setattr(module, "_result", lambda one, *_: not_run(one.config))
+    study = load("14_learning_rate", {"scale": "gpu", "train_missing": False})
+    shown = beside(study, {"learning_rate": 0.0015})
+    assert list(shown) == [*study, "yours"] and len(study) > 20
+    assert shown["yours"][0].summary["config"]["learning_rate"] == 0.0015
+    for arm in study:
+        assert shown[arm][0].summary == study[arm][0].summary

@@ -88,8 +88,8 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
     ("text", "said"),
     [
         ("arms: [ECC]", "there is no arm 'ECC': did you mean EC?"),
-        ("arms: EC", "arms='EC': must be a list of names"),
-        ("arms: 5", "arms=5: must be a list of names"),
+        ("arms: EC", "arms='EC' must be a list, such as ['EC']"),
+        ("arms: 5", "arms=5 must be a list"),
         ("arms: {EC: 3}", "arm 'EC' must hold `key: value` lines, but holds 3"),
         ("arms: {Mine: {step: 3}}", "arm 'Mine': unknown key 'step' with value 3: did you mean steps?"),
         ("arms: {Mine: {top_k: 99, router: token_choice}}", "arm 'Mine': top_k=99"),
