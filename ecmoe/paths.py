@@ -70,8 +70,8 @@ def parts_of(data: str) -> list[str]:
 
 
 def is_local(data: str) -> bool:
-    """Does the key `data` look like a file or a folder, rather than a known corpus or the Hub?"""
-    return not data.startswith(HUB_PREFIX) and ("/" in data or data.endswith((".txt", ".xz", ".gz", ".json", ".jsonl")))
+    """Does it name a file or a folder, here or not, rather than what is known or the Hub's?"""
+    return data not in (*KNOWN_TEXTS, *IMAGES) and not data.startswith(HUB_PREFIX)
 
 
 def content_of(data: str) -> str:
@@ -93,7 +93,7 @@ def with_content(data: str) -> str:
     Raises:
         ConfigError: a file can't be read.
     """
-    local = [part for part in parts_of(data) if part not in (*KNOWN_TEXTS, *IMAGES) and not part.startswith(HUB_PREFIX)]
+    local = [part for part in parts_of(data) if is_local(part)]
     if content_of(data) or not local:
         return data
     files = [local_files(part) for part in local]

@@ -73,7 +73,7 @@ def source_key(data: str) -> str:
     """What the tokens of `data` depend on: names of the Hub's data sets, content of files, which the key may state."""
     stated, named = paths.content_of(data), []
     for part in paths.parts_of(data):
-        known = stated and _is_local(part)  # then nothing need be here
+        known = stated and paths.is_local(part)  # then nothing need be here
         named.append("" if known else content_sha256(files) if (files := part_files(part)) else part)
     return ",".join(named) + stated
 
@@ -89,23 +89,17 @@ def part_files(part: str) -> dict[str, Path]:
     """The files of a text that is no mix, or of a folder of images, by their path in it; none of the Hub's."""
     if part == "stdlib":
         return paths.files_below(Path(sysconfig.get_path("stdlib")), (".py",), _NO_TEXT)
-    if not _is_local(part):
+    if not paths.is_local(part) and (not part.startswith(paths.HUB_PREFIX) or _HUB.fullmatch(part)):
         return {}
     if files := paths.local_files(part):
         return files
     if os.path.lexists(path := paths.resolve(part)):
         kinds = ", ".join(paths.TEXT_FILES + paths.ROW_FILES)
-        remedy = f"{path} exists, but must be, or hold, files that end in {kinds}"
-    elif paths.is_local(part):
-        remedy = f"no such file or folder, neither in {Path.cwd()} nor in {paths.root()}"
-    else:
-        remedy = nearest(part, [*paths.KNOWN_TEXTS, *paths.IMAGES, "hub:NAME", "hub:OWNER/NAME/CONFIG", "a path"])
-    raise ConfigError(f"data={part!r}: {remedy}")
-
-
-def _is_local(part: str) -> bool:
-    """A file or a folder, here or not?"""
-    return part not in (*paths.KNOWN_TEXTS, *paths.IMAGES) and not _HUB.fullmatch(part)
+        raise ConfigError(f"data={part!r}: {path} exists, but must be, or hold, files that end in {kinds}")
+    known = [*paths.KNOWN_TEXTS, *paths.IMAGES, "hub:NAME", "hub:OWNER/NAME/CONFIG", "a path"]
+    raise ConfigError(
+        f"data={part!r}: no such file or folder, neither in {Path.cwd()} nor in {paths.root()}; {nearest(part, known)}"
+    )
 
 
 def open_corpus(data: str, streaming: bool = False) -> Corpus:
@@ -137,7 +131,7 @@ def about(data: str) -> dict[str, str]:
 def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """What a report says of a corpus, of whose parts tokens know name, licence, attribution, split; a file beside one now wins."""
     parts = [
-        part | (about(one) if _is_local(one) else {}) | {"data": one, "share": 1 / len(parts)}
+        part | (about(one) if paths.is_local(one) else {}) | {"data": one, "share": 1 / len(parts)}
         for one, part in zip(paths.parts_of(data), parts, strict=True)
     ]
     if len(parts) == 1:

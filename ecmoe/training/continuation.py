@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
+from ecmoe.config import RunConfig
 from ecmoe.data.tokens import load as load_tokens
 from ecmoe.model.generate import generate
-from ecmoe.training.result import find_run, load_model, read_run
+from ecmoe.training.result import check_weights, find_run, load_model, read_run
 
 
 def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object) -> str:
@@ -22,13 +23,15 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
         reads tokens alone.
     """
     folder = find_run(run)
-    model = load_model(folder)
-    config, trained_on = model.config, read_run(folder).summary["data"] or {}
+    check_weights(folder)
+    summary = read_run(folder).summary
+    config = RunConfig.from_dict(summary["config"])
     if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can continue a text, "
                          f"but it has data={config.data!r} and router={config.router!r}")  # fmt: skip
+    model = load_model(folder)
     loaded = load_tokens(config)
-    if config.tokenizer == "bpe" and trained_on.get("digest") != loaded.meta["digest"]:
+    if config.tokenizer == "bpe" and (summary["data"] or {}).get("digest") != loaded.meta["digest"]:
         raise ValueError(f"data={config.data!r} is another text here than the one that {config.name} was trained on, "
                          "and so is its vocabulary: bring that text back")  # fmt: skip
     ids = loaded.tokenizer.encode([prompt])[0]
