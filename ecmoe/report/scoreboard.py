@@ -107,7 +107,7 @@ def _cell(text: str) -> str:
 
 
 def studies(scale: str) -> pd.DataFrame:
-    """A row per page: the runs of its plan, which pages share, those that are there and measured, and what is missing."""
+    """A row per page: how many runs of its plan, which pages share, are there and measured, and what is missing."""
     rows = []
     for page in plan.pages(scale):
         planned, missing = plan.sound(scale, [page])[0], {}  # its own page says what is wrong
@@ -117,8 +117,8 @@ def studies(scale: str) -> pd.DataFrame:
         there = len(planned) - sum(map(len, missing.values()))
         text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items()) if there else "all of them"
         if planned:
-            rows.append((page, len(planned), there, text))
-    return pd.DataFrame(rows, columns=["page", "runs", "there", "missing (seeds)"])
+            rows.append((page, f"{there} of {len(planned)}", text))
+    return pd.DataFrame(rows, columns=["page", "runs", "missing (seeds)"])
 
 
 def studies_html(scale: str) -> Markup:
