@@ -8,7 +8,8 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,6 @@ import typer
 
 from ecmoe import __version__
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import one_line as _one_line
 from ecmoe.files import parse_yaml, plain
 
 if TYPE_CHECKING:
@@ -32,6 +32,17 @@ app = typer.Typer(
 SHOWN = ("name", "status", "error", "val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte", "tokens",
          "seconds", "tokens_per_second", "mfu", "device", "path")  # fmt: skip
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the files")]
+
+
+@contextmanager
+def _one_line(*errors: type[Exception]) -> Iterator[None]:
+    """Say these errors (none given: of a value or a file), which a user can mend, in one line, and end with 2."""
+    errors = errors or (OSError, ValueError)
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -84,7 +95,7 @@ def runs(
     from ecmoe.study import engine
     from ecmoe.study.plan import plan, sound
 
-    with _one_line(ConfigError, OSError, ValueError):
+    with _one_line():
         if not train_them and (jobs > 1 or within < math.inf):
             raise ValueError("--jobs and --within must come with --train, as nothing is trained without it")
         first, count = _part(part)
@@ -124,7 +135,7 @@ def run(
     from ecmoe.study import engine
     from ecmoe.study.plan import sound
 
-    with _one_line(ConfigError, OSError, ValueError):
+    with _one_line():
         wanted = engine.find(sound(scale)[0], names)
     raise typer.Exit(engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"))
 
@@ -143,7 +154,7 @@ def again(
     from ecmoe.study import engine, repeats
     from ecmoe.study.plan import sound
 
-    with _one_line(ConfigError, OSError, ValueError):
+    with _one_line():
         equal = True
         for run in engine.find(sound(scale)[0], names):
             one = repeats.again(run.name, scale, steps)
@@ -179,7 +190,7 @@ def index(
     """Write index.html: the scoreboard, with a list of the pages that are there."""
     from ecmoe.study.parameters import check_scale
 
-    with _one_line(OSError, ValueError):
+    with _one_line():
         check_scale(scale)
         from ecmoe.report.index import index as write_index
 
@@ -191,7 +202,7 @@ def readme(
     scale: Annotated[str, typer.Argument(help="whose results: gpu")] = "gpu",
 ) -> None:
     """Fill in README.md's figure and claim table from finished reports."""
-    with _one_line(OSError, ValueError):
+    with _one_line():
         from ecmoe.report.readme import update
 
         typer.echo("README.md " + ("changed" if update(scale) else "is up to date"))
@@ -207,7 +218,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
 ) -> None:
     """Continue a text with a trained run, routed causally."""
-    with _one_line(ConfigError, OSError, ValueError):
+    with _one_line():
         from ecmoe.training.continuation import continue_text
 
         text = continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
@@ -255,7 +266,7 @@ def bench_all(
 
     from ecmoe.study import speed
 
-    with _one_line(ConfigError, OSError, ValueError):
+    with _one_line():
         scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
         known = speed.jobs(**speed.plan(scale))
         asked = only.split(",") if only else [""]
@@ -295,7 +306,7 @@ def bench_scaling(
     from ecmoe.bench import scaling
     from ecmoe.study import speed
 
-    with _one_line(ConfigError, OSError, ValueError):
+    with _one_line():
         scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
         given = {"devices": devices, "strategies": strategy}
         asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}

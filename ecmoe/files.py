@@ -40,19 +40,6 @@ def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
 
 
 @contextmanager
-def one_line(*errors: type[Exception]) -> Iterator[None]:
-    """A command's: say these errors (none given: of a value or a file), which a user can mend, in one line, and end with 2."""
-    import typer
-
-    errors = errors or (OSError, ValueError)
-    try:
-        yield
-    except errors as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to. It becomes `path` where the block ends well, and is gone where it doesn't.
 
