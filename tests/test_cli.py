@@ -104,10 +104,14 @@ def test_a_damaged_run_is_named(tiny_config, tmp_path, monkeypatch):
     {"data": "digits", "channels": 1, "classes": 10, "patch_size": 2}, {"router": "task_level"},
 ])  # fmt: skip
 def test_generate_refuses_what_continues_no_text(changes, tiny_config, tmp_path):
+    from safetensors.torch import save_file
+
+    from ecmoe import build_model
     from ecmoe.training.result import not_run, write_run
 
-    (tmp_path / "model.safetensors").touch()
-    write_run(tmp_path, not_run(tiny_config(**changes)).summary | {"status": "finished"})
+    config = tiny_config(**changes)
+    save_file(build_model(config).state_dict(), tmp_path / "model.safetensors")
+    write_run(tmp_path, not_run(config).summary | {"status": "finished", "data": None})
     wrong = call("generate", tmp_path, "hi")
     assert wrong.exit_code == 2 and "only a language model whose router reads tokens alone" in wrong.stderr
 
