@@ -297,21 +297,33 @@ def bench_scaling(
     scale: Annotated[str | None, typer.Option(help="whose sizes; default: gpu with CUDA, else smoke")] = None,
     devices: Annotated[list[int] | None, typer.Option(min=1, help="each of these; default: as page 08")] = None,
     strategy: Annotated[list[str] | None, typer.Option(help="each of these: ddp, fsdp2, ep")] = None,
+    pool: Annotated[list[str] | None, typer.Option(help="whose tokens compete: rank, batch")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="samples of ten steps; medians count")] = 5,
+    only: Annotated[str, typer.Option(help="these parts")] = "training,layers,losses",
     out: Annotated[Path | None, typer.Option(help="the folder; default: the scale's")] = None,
 ) -> None:
-    """Tokens per second of training on one GPU and on several, by every strategy, against as many times one; kept row by row."""
+    """Training on one GPU and on several, by every strategy, against as many times one; layers whose experts are shared out,
+    against their floor; and the losses of one model on one GPU and on several. Each row is kept at once."""
     import torch
 
-    from ecmoe.bench import scaling
+    from ecmoe.bench import across, scaling
     from ecmoe.study import speed
 
     with _one_line():
         scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
-        given = {"devices": devices, "strategies": strategy}
+        given = {"devices": devices, "strategies": strategy, "pools": pool}
         asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}
-        for table in scaling.bench_scaling(**asked, repeats=repeats):
-            _show(table, (out or speed.folder(scale)) / "scaling.json")
+        layers, base, into = asked.pop("layers"), asked["base"], out or speed.folder(scale)
+        there = torch.cuda.device_count() or max(asked["devices"])
+        several = [many for many in asked["devices"] if 1 < many <= there]
+        if "training" in only:
+            for table in scaling.bench_scaling(**asked, repeats=repeats):
+                _show(table, into / "scaling.json")
+        if "layers" in only and layers and several:
+            _show(across.bench_across(layers, several, repeats=repeats), into / "scaling-layers.json")
+        if "losses" in only and several:
+            how = (strategy or ["ddp"])[0]
+            _show(scaling.bench_losses(base, max(several), how), into / "scaling-losses.json")
 
 
 def _show(table: "pd.DataFrame", output: Path | None = None) -> None:

@@ -71,9 +71,12 @@ def timed(
     return Timed(times, memory, absent)
 
 
-def in_turns(calls: Mapping[Key, Call], repeats: int, device: torch.device) -> dict[Key, list[float]]:
-    """Seconds of every repeat of each call; the calls are warm already."""
-    bursts = {key: burst(call, device) for key, call in calls.items()}
+def in_turns(
+    calls: Mapping[Key, Call], repeats: int, device: torch.device, agreed: Callable[[dict], dict] = lambda bursts: bursts
+) -> dict[Key, list[float]]:
+    """Seconds of every repeat of each call; the calls are warm already. agreed: what processes that wait for each other make
+    of how many calls each of them would time."""
+    bursts = agreed({key: burst(call, device) for key, call in calls.items()})
     times: dict[Key, list[float]] = {key: [] for key in calls}
     order, dice, began = list(calls), random.Random(0), time.perf_counter()
     for turn in range(1, repeats + 1):

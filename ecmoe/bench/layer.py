@@ -104,7 +104,8 @@ def bench_auto(
 
 
 def layer_and_input(
-    *, n: int, d_model: int, d_ff: int, num_experts: int, capacity_factor: float = 2.0, kernels: str = PLAIN
+    *, n: int, d_model: int, d_ff: int, num_experts: int, capacity_factor: float = 2.0, kernels: str = PLAIN,
+    pool: str = "batch",
 ) -> tuple[MoE, Tensor, Tensor]:
     """A layer of expert choice, and (1, n, d) as its input and as the gradient of its output."""
     device = timing.this_device()
@@ -112,7 +113,8 @@ def layer_and_input(
     torch.manual_seed(0)
     x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
     with device:  # 8B/64E has 8.6 billion weights, which a CPU takes minutes to draw
-        layer = MoE(ExpertChoice(d_model, num_experts, capacity_factor), d_model, d_ff, kernels=kernels).to(dtype)
+        router = ExpertChoice(d_model, num_experts, capacity_factor, pool=pool)
+        layer = MoE(router, d_model, d_ff, kernels=kernels).to(dtype)
     return layer, x, torch.randn_like(x)
 
 

@@ -1,9 +1,11 @@
 """How training grows with GPUs: short runs, as `ecmoe train` makes them, on one and on several, by every strategy.
 
-Each rank has the batch of the one, so that twice the GPUs do twice the tokens in a step: at best in the same time.
+Each rank has the batch of the one, so that twice the GPUs do twice the tokens in a step: at best in the same time. Or it
+has its share of that batch, and all together train the same model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,34 +27,59 @@ EVERY = 10  # steps of a sample
 
 
 def bench_scaling(
-    base: Mapping[str, Any], devices: Sequence[int] = (1, 2), strategies: Sequence[str] = ("ddp", "fsdp2", "ep"), *,
-    repeats: int = 5,
+    base: Mapping[str, Any], devices: Sequence[int] = (1, 2), strategies: Sequence[str] = ("ddp", "fsdp2", "ep"),
+    pools: Sequence[str] = ("rank", "batch"), *, repeats: int = 5,
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Train for some steps on each number of devices, by each strategy where there are several.
 
     Args:
-        base: keys of RunConfig, the batch that of a rank. repeats: samples of `EVERY` steps, after one that doesn't count.
+        base: keys of RunConfig, the batch that of a rank. pools: whose tokens compete, where there are several devices: a
+            rank's own, whose sizes are known in advance, or those of all. repeats: samples of `EVERY` steps, after one that
+            doesn't count.
 
     Yields:
-        after each run the table so far, a row per strategy and number: milliseconds of a step with quartiles, tokens per
-        second, of_ideal (of one device's times their number), and the memory of the first rank at most. `attrs` hold the
-        setting, and in absent what could not be trained.
+        after each run the table so far, a row per strategy, pool and number: milliseconds of a step with quartiles, tokens
+        per second, of_ideal (of one device's times their number), and the memory of the first rank at most. `attrs` hold
+        the setting, and in absent what could not be trained.
     """
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
     rows, absent, one = [], [], float("nan")
-    for n, strategy in [(many, how) for many in devices for how in (strategies if many > 1 else ("auto",))]:
+    ways = [
+        {"devices": n, "strategy": strategy, "pool": pool}
+        for n in devices
+        for strategy, pool in (product(strategies, pools) if n > 1 else [("auto", "batch")])
+    ]
+    for way in ways:
         try:
-            config = RunConfig.from_dict({**base, **length, "devices": n, "strategy": strategy})
+            config = RunConfig.from_dict({**base, **length, **way})
             result = _trained(config)
         except Exception as error:  # a GPU too few, no memory: the others are still wanted
-            absent.append(f"{strategy} on {n} ({timing.reason(error)})")
+            absent.append(f"{way['strategy']} on {way['devices']}, pool {way['pool']} ({timing.reason(error)})")
         else:
             rates = result.curve["tokens_per_second"].iloc[1:]
             rate, took = rates.median(), timing.spread((config.tokens_per_batch / rates).tolist())
-            one = rate if n == 1 else one
-            row = {"strategy": strategy, "devices": n} | took | {"tokens_per_second": rate}
-            rows.append(row | {"peak_mb": result.summary["peak_mb"], "of_ideal": rate / n / one})
+            one = rate if config.devices == 1 else one
+            row = way | took | {"tokens_per_second": rate, "peak_mb": result.summary["peak_mb"]}
+            rows.append(row | {"of_ideal": rate / config.devices / one})
         yield timing.tabled(rows, list(absent), {**base, "repeats": repeats})
+
+
+def bench_losses(base: Mapping[str, Any], devices: int, strategy: str = "ddp", steps: int = 200) -> pd.DataFrame:
+    """Train the same model twice: on one device, and on several that share out its batch, whose tokens all compete.
+
+    Returns:
+        a row per tenth of the steps: step, and train_loss and val_loss (nats) of either, and by how much the first differs.
+    """
+    same = {"steps": steps, "eval_every": max(steps // 10, 1), "checkpoint_every": 10**9, "pool": "batch"}
+    batch = base["batch_size"] // devices
+    several = {"devices": devices, "strategy": strategy, "batch_size": batch, "eval_batches": devices}
+    alone = {"batch_size": batch * devices, "eval_batches": 1}
+    curves = [_trained(RunConfig.from_dict({**base, **same, **keys})).curve for keys in (alone, several)]
+    table = curves[0][["step"]].astype(int)
+    for of, curve in zip(("one", "several"), curves, strict=True):
+        table[[f"train_loss_{of}", f"val_loss_{of}"]] = curve[["train_loss", "val_loss"]].to_numpy()
+    table["difference"] = table["train_loss_several"] - table["train_loss_one"]
+    return timing.tabled(table.to_dict("records"), [], {**base, "devices": devices, "strategy": strategy})
 
 
 def _trained(config: RunConfig) -> Result:

@@ -72,9 +72,12 @@ def plan(scale: str) -> dict[str, Any]:
 
 
 def scaling(scale: str) -> dict[str, Any]:
-    """Arguments of `bench_scaling` at a scale: `scaling` of 08_step_time, whose `base` wins over that of the scale."""
+    """Arguments of `bench_scaling` at a scale, `scaling` of 08_step_time, whose `base` wins over that of the scale; and the
+    layers, name -> sizes, whose experts are shared out."""
     values = merge_parameters(parameter_files(SPEED, scale))
-    return values["scaling"] | {"base": values["base"] | values["scaling"].get("base", {})}
+    asked = values["scaling"]
+    layers = {name: values["layer_sizes"][name] for name in asked.get("layers", [])}
+    return asked | {"base": values["base"] | asked.get("base", {}), "layers": layers}
 
 
 def folder(scale: str) -> Path:

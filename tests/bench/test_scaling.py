@@ -1,4 +1,4 @@
-"""Scaling: rates of short runs, against as many times one device's."""
+"""Scaling: rates of short runs, against as many times one device's; shared layers; one model on one device and on two."""
 
 import json
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from ecmoe.bench import scaling
+from ecmoe.bench import across, scaling
 from ecmoe.cli import app
 from ecmoe.study import speed
 
@@ -15,46 +15,70 @@ from ecmoe.study import speed
 def test_one_device_is_timed_by_a_short_run_and_what_cannot_be_is_named(tiny_config, monkeypatch):
     monkeypatch.setattr(scaling, "EVERY", 2)
     base = tiny_config().to_dict()
-    first, table = scaling.bench_scaling(base, [1, 2], ["nobody's"], repeats=2)
+    first, table = scaling.bench_scaling(base, [1, 2], ["nobody's"], ["rank"], repeats=2)
     assert len(first) == 1 and not first.attrs["absent"]
     (row,) = table.to_dict("records")
     assert (row["strategy"], row["devices"], row["of_ideal"]) == ("auto", 1, 1.0)
     rate = tiny_config().tokens_per_batch / (row["ms"] / 1e3)
     assert row["low_ms"] <= row["ms"] <= row["high_ms"] and row["tokens_per_second"] == pytest.approx(rate, rel=0.5)
     (absent,) = table.attrs["absent"]
-    assert absent.startswith("nobody's on 2 (ConfigError: ") and table.attrs["setting"]["d_model"] == base["d_model"]
+    assert absent.startswith("nobody's on 2, pool rank (ConfigError: ") and table.attrs["setting"]["d_model"] == base["d_model"]
 
 
 def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tmp_path, monkeypatch):
-    speeds = {("auto", 1): 100.0, ("ddp", 2): 180.0, ("fsdp2", 2): 150.0}
+    speeds = {("auto", "batch"): 100.0, ("ddp", "rank"): 180.0, ("fsdp2", "rank"): 150.0, ("ddp", "batch"): 160.0}
+    speeds["fsdp2", "batch"] = 140.0
 
     def trained(config):
-        rates = pd.DataFrame({"tokens_per_second": [1.0] + [speeds[config.strategy, config.devices]] * 3})
+        rates = pd.DataFrame({"tokens_per_second": [1.0] + [speeds[config.strategy, config.pool]] * 3})
         return SimpleNamespace(curve=rates, summary={"peak_mb": 5.0})
 
     monkeypatch.setattr(scaling, "_trained", trained)
-    base = {"base": tiny_config().to_dict(), "strategies": ["ddp", "fsdp2"]}
+    base = {"base": tiny_config().to_dict(), "strategies": ["ddp", "fsdp2"], "layers": {}}
     monkeypatch.setattr(speed, "scaling", lambda scale: base)
-    called = ["bench", "scaling", "--scale", "smoke", "--devices", "1", "--devices", "2", "--out", str(tmp_path)]
+    called = ["bench", "scaling", "--scale", "smoke", "--devices", "1", "--devices", "2", "--only", "training", "--out", str(tmp_path)]
     shown = CliRunner().invoke(app, called)
     assert shown.exit_code == 0, shown.output
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
-    assert [(row["strategy"], row["of_ideal"]) for row in rows] == [("auto", 1.0), ("ddp", 0.9), ("fsdp2", 0.75)]
+    shares = {(row["strategy"], row["pool"]): row["of_ideal"] for row in rows}
+    assert shares == {("auto", "batch"): 1.0, ("ddp", "rank"): 0.9, ("ddp", "batch"): 0.8, ("fsdp2", "rank"): 0.75,
+                      ("fsdp2", "batch"): 0.7}  # fmt: skip
 
 
 def test_every_scale_says_what_is_trained():
     at_gpu = speed.scaling("gpu")
-    assert at_gpu["base"]["d_model"] == 768 and at_gpu["base"]["vocab_size"] == 16384 and at_gpu["devices"] == [1, 2]
+    assert at_gpu["base"]["d_model"] == 768 and at_gpu["base"]["vocab_size"] == 16384 and at_gpu["devices"] == [1, 2, 4, 8]
+    assert at_gpu["layers"]["8B/64E"]["d_model"] == 4096
     assert speed.scaling("smoke")["base"]["data"] == "stdlib"
 
 
 def test_what_was_timed_is_kept_at_once(tiny_config, tmp_path, monkeypatch):
-    def table_then_killed(base, repeats):
+    def table_then_killed(base, devices, repeats):
         yield scaling.timing.tabled([{"strategy": "auto", "ms": 3.0}], [], {"repeats": repeats})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scaling, "bench_scaling", table_then_killed)
-    monkeypatch.setattr(speed, "scaling", lambda scale: {"base": tiny_config().to_dict()})
+    asked = {"base": tiny_config().to_dict(), "devices": [1], "layers": {}}
+    monkeypatch.setattr(speed, "scaling", lambda scale: asked)
     CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", "--repeats", "3", "--out", str(tmp_path)])
     kept = json.loads((tmp_path / "scaling.json").read_text())
     assert kept["rows"] == [{"strategy": "auto", "ms": 3.0}] and kept["setting"]["repeats"] == 3
+
+
+def test_one_model_on_one_device_and_on_two(tiny_config):
+    table = scaling.bench_losses(tiny_config(learning_rate=1e-3).to_dict(), 2, steps=10)
+    assert table["step"].tolist() == list(range(1, 11))
+    assert table["difference"].abs().max() < 1e-5 and table["difference"].abs().max() > 0  # two sums, in another order
+    assert table["val_loss_several"].tolist() == pytest.approx(table["val_loss_one"].tolist(), abs=5e-3)  # a cut-off may fall otherwise
+    assert table["train_loss_one"].nunique() == 10
+
+
+def test_shared_layers_are_held_to_the_products_of_a_rank_and_what_fails_is_named():
+    sizes = {"n": 64, "d_model": 32, "d_ff": 64, "num_experts": 4}
+    table = across.bench_across({"small": sizes, "odd": sizes | {"num_experts": 3}}, [2], repeats=2)
+    rows = table.to_dict("records")
+    assert [(row["size"], row["devices"], row["what"]) for row in rows] == [
+        ("small", 2, "forward"), ("small", 2, "forward + backward")]  # fmt: skip
+    assert all(row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"]) for row in rows)
+    (absent,) = table.attrs["absent"]
+    assert absent.startswith("odd on 2 (") and "Error" in absent
