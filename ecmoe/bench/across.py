@@ -85,6 +85,7 @@ def _of_first(bursts: dict) -> dict:
 
 
 def main() -> None:
+    """A rank of torchrun, started by `bench_across`."""
     asked, table = map(Path, sys.argv[1:])
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
