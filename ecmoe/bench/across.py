@@ -44,7 +44,9 @@ def bench_across(sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int],
             asked, table = Path(folder) / "sizes.json", Path(folder) / "table.json"
             write_json(asked, {**sizes[name], "repeats": repeats})
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={many}"]
-            done = subprocess.run([*command, "-m", "ecmoe.bench.across", asked, table], stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [*command, "-m", "ecmoe.bench.across", asked, table], stderr=subprocess.PIPE, text=True
+            )
             if table.exists():
                 rows += [{"size": name, **row} for row in read_json(table)["rows"]]
             else:

@@ -72,7 +72,10 @@ def timed(
 
 
 def in_turns(
-    calls: Mapping[Key, Call], repeats: int, device: torch.device, agreed: Callable[[dict], dict] = lambda bursts: bursts
+    calls: Mapping[Key, Call],
+    repeats: int,
+    device: torch.device,
+    agreed: Callable[[dict], dict] = lambda bursts: bursts,
 ) -> dict[Key, list[float]]:
     """Seconds of every repeat of each call; the calls are warm already. agreed: what processes that wait for each other make
     of how many calls each of them would time."""

@@ -104,7 +104,13 @@ def bench_auto(
 
 
 def layer_and_input(
-    *, n: int, d_model: int, d_ff: int, num_experts: int, capacity_factor: float = 2.0, kernels: str = PLAIN,
+    *,
+    n: int,
+    d_model: int,
+    d_ff: int,
+    num_experts: int,
+    capacity_factor: float = 2.0,
+    kernels: str = PLAIN,
     pool: str = "batch",
 ) -> tuple[MoE, Tensor, Tensor]:
     """A layer of expert choice, and (1, n, d) as its input and as the gradient of its output."""

@@ -22,7 +22,10 @@ def test_one_device_is_timed_by_a_short_run_and_what_cannot_be_is_named(tiny_con
     rate = tiny_config().tokens_per_batch / (row["ms"] / 1e3)
     assert row["low_ms"] <= row["ms"] <= row["high_ms"] and row["tokens_per_second"] == pytest.approx(rate, rel=0.5)
     (absent,) = table.attrs["absent"]
-    assert absent.startswith("nobody's on 2, pool rank (ConfigError: ") and table.attrs["setting"]["d_model"] == base["d_model"]
+    assert (
+        absent.startswith("nobody's on 2, pool rank (ConfigError: ")
+        and table.attrs["setting"]["d_model"] == base["d_model"]
+    )
 
 
 def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tmp_path, monkeypatch):
@@ -36,7 +39,20 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
     monkeypatch.setattr(scaling, "_trained", trained)
     base = {"base": tiny_config().to_dict(), "strategies": ["ddp", "fsdp2"], "layers": {}}
     monkeypatch.setattr(speed, "scaling", lambda scale: base)
-    called = ["bench", "scaling", "--scale", "smoke", "--devices", "1", "--devices", "2", "--only", "training", "--out", str(tmp_path)]
+    called = [
+        "bench",
+        "scaling",
+        "--scale",
+        "smoke",
+        "--devices",
+        "1",
+        "--devices",
+        "2",
+        "--only",
+        "training",
+        "--out",
+        str(tmp_path),
+    ]
     shown = CliRunner().invoke(app, called)
     assert shown.exit_code == 0, shown.output
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
@@ -47,7 +63,9 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
 
 def test_every_scale_says_what_is_trained():
     at_gpu = speed.scaling("gpu")
-    assert at_gpu["base"]["d_model"] == 768 and at_gpu["base"]["vocab_size"] == 16384 and at_gpu["devices"] == [1, 2, 4, 8]
+    assert (
+        at_gpu["base"]["d_model"] == 768 and at_gpu["base"]["vocab_size"] == 16384 and at_gpu["devices"] == [1, 2, 4, 8]
+    )
     assert at_gpu["layers"]["8B/64E"]["d_model"] == 4096
     assert speed.scaling("smoke")["base"]["data"] == "stdlib"
 
@@ -69,7 +87,9 @@ def test_one_model_on_one_device_and_on_two(tiny_config):
     table = scaling.bench_losses(tiny_config(learning_rate=1e-3).to_dict(), 2, steps=10)
     assert table["step"].tolist() == list(range(1, 11))
     assert table["difference"].abs().max() < 1e-5 and table["difference"].abs().max() > 0  # two sums, in another order
-    assert table["val_loss_several"].tolist() == pytest.approx(table["val_loss_one"].tolist(), abs=5e-3)  # a cut-off may fall otherwise
+    assert table["val_loss_several"].tolist() == pytest.approx(
+        table["val_loss_one"].tolist(), abs=5e-3
+    )  # a cut-off may fall otherwise
     assert table["train_loss_one"].nunique() == 10
 
 
