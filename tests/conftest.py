@@ -1,5 +1,6 @@
 """What tests share: a home of their own, one thread, the smallest run that trains, and a quick round without training."""
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -50,6 +51,31 @@ def home(tmp_path_factory):
         del os.environ["ECMOE_HOME"]
     else:
         os.environ["ECMOE_HOME"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folders():
+    """A folder lists its files in any order: here backwards, so that who relies on the one that a disk happens to have is seen."""
+
+    class Backwards(contextlib.ExitStack):
+        def __init__(self, entries):
+            super().__init__()
+            with entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not self.entries:
+                raise StopIteration
+            return self.entries.pop()
+
+    scandir, listdir = os.scandir, os.listdir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", lambda path=".": Backwards(scandir(path)))
+        patch.setattr(os, "listdir", lambda path=".": sorted(listdir(path), reverse=True))
+        yield
 
 
 def pytest_addoption(parser):

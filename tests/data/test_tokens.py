@@ -78,6 +78,11 @@ def test_bpe_learns_from_all_over_a_large_text(tmp_path, make, monkeypatch):
     assert set("abcd") <= set(learned)  # of the first 200,000 bytes only a
 
 
+def test_of_a_text_of_large_documents_one_is_learned_from():
+    text = SplitText(io.BytesIO(), np.array([500, 300, 400]), np.array([False, True, False]), "")
+    assert text.some(10) in ([0], [2]) and text.some(899).size == 1 and text.some(900).tolist() == [0, 2]
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 1000)), min_size=2, max_size=60))
 @example([(0, 10)] * 100)  # a book of many paragraphs
 def test_split_keeps_units_whole_and_is_small(documents):

@@ -150,7 +150,9 @@ def test_flops_count_the_output_layer_and_attention():
     assert flops_per_token(config) == 6 * (active + 256 * 16) + 6 * 2 * 12 * 16
 
 
-def test_table_1_has_the_papers_sizes():
-    small, large = TABLE_1["0.1B/64E"].config, TABLE_1["8B/64E"].config
-    assert (small.layers, small.d_model, small.d_ff, small.heads, small.num_experts) == (12, 768, 3072, 12, 64)
-    assert (large.layers, large.d_model, large.d_ff, large.heads, large.num_experts) == (32, 4096, 16384, 32, 64)
+@pytest.mark.parametrize("name", TABLE_1)
+def test_table_1_has_the_papers_sizes(name):
+    config, (size, _, experts) = TABLE_1[name].config, name.partition("/")
+    sizes = {"0.1B": (12, 768, 3072, 12), "8B": (32, 4096, 16384, 32)}
+    assert (config.layers, config.d_model, config.d_ff, config.heads) == sizes[size]
+    assert (config.router, f"{config.num_experts}E") == ("expert_choice", experts) if experts else config.router == "dense"

@@ -278,8 +278,10 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
         versions={"torch": "2.11.0"},
     )
     report.provenance(study(result(0), lost, not_run(RunConfig(seed=3))))
-    text = BeautifulSoup(shown[1], "html.parser").text
-    assert "differ in device, versions." in text and "the loss is nan" in text
+    page = BeautifulSoup(shown[1], "html.parser")
+    text, rows = page.text, {row.th.text: row.td.text for row in page.table.find_all("tr") if row.th and row.td}
+    assert "differ in device, versions." in text and "failed" not in rows
+    assert rows["diverged"] == f"{RunConfig(seed=2).name}: the loss is nan"
     assert "1 of 3 runs" in text
     report.provenance(study(result(0, commit="def"), result(1, code="beef")))
     assert "differ in code." in shown[2]  # two commits whose code decides the same are no matter
