@@ -6,13 +6,13 @@ trained on all tasks at once. Evaluation is class-incremental: nobody says which
 Letters: K tasks; n images (C, H, W).
 """
 
-import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -165,5 +165,5 @@ def final_accuracy(accuracy: Accuracies) -> float:
 
 def forgetting(accuracy: Accuracies) -> float:
     """Mean over all tasks but the last: accuracy right after it was learned, minus accuracy at the end; NaN for joint training."""
-    lost = [row[k] - end for k, (row, end) in enumerate(zip(accuracy, accuracy[-1], strict=True)) if row[k] is not None]
-    return sum(lost[:-1]) / (len(lost) - 1) if len(lost) > 1 else math.nan
+    matrix = np.array(accuracy, float)  # None is NaN
+    return float((matrix.diagonal() - matrix[-1])[:-1].mean())

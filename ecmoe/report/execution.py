@@ -29,17 +29,15 @@ class ReportError(RuntimeError):
 class _ThisPython(AsyncKernelManager):
     """Kernels of the running interpreter: an installed `python3` kernel may be another one's.
 
-    They are reached by sockets in the file system, where these exist: nothing listens on a port. In a folder of its own, as
+    They are reached by sockets in the file system: nothing listens on a port. In a folder of its own, as
     Jupyter's default is the working folder, which kernels that run side by side would share; and in /tmp, as the name of a
     socket may have some 100 characters in all.
     """
 
-    transport = CaselessStrEnum(["tcp", "ipc"], "ipc" if os.path.isdir("/tmp") else "tcp")
+    transport = CaselessStrEnum(["tcp", "ipc"], "ipc")
 
     @default("ip")
     def _own_sockets(self) -> str:
-        if self.transport != "ipc":
-            return "127.0.0.1"
         folder = tempfile.mkdtemp(prefix="ecmoe-", dir="/tmp")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return os.path.join(folder, "kernel")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
 from ecmoe.report.plots.draw import LABELS, panels
 from ecmoe.report.plots.style import GREY, INK, PAPER, Plot, looks
@@ -90,8 +90,7 @@ def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
         ax.set(xscale="log", yscale="log")
         ax.set_xlabel(f"power {fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})", fontsize=9)
         ax.set_xticks(x, [f"{v / 1024:g}k" if v >= 8192 and v % 1024 == 0 else f"{v:g}" for v in x], fontsize=9)
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_minor_locator(NullLocator())
+        ax.minorticks_off()
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         shown = here.reindex(columns=["axis", "value", "ms", "low_ms", "high_ms", "floor_ms"])
