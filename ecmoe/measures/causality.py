@@ -220,15 +220,10 @@ def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict
     return {"prompt": data.tokenizer.decode(text[:T]), "continuation": data.tokenizer.decode(text[T:])}
 
 
-def exact(model: Transformer) -> Transformer:
-    """A copy in float64 and evaluation mode, on the GPU if there is one."""
-    model = copy.deepcopy(model).double().eval().to("cuda" if torch.cuda.is_available() else "cpu")
+def _opened(model: Transformer, config: RunConfig, batches: int = 1) -> tuple[Transformer, TextData, Tensor]:
+    """A copy in float64, on the GPU if there is one, the data of its run, and held-out windows, (batches B, T + 1), where it is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, (data, windows) = copy.deepcopy(model).double().eval().to(device), held_out(config, batches)
     for layer in model.moe_layers:  # the fast path is for the dtypes of training
         layer.kernels = "plain"
-    return model
-
-
-def _opened(model: Transformer, config: RunConfig, batches: int = 1) -> tuple[Transformer, TextData, Tensor]:
-    """An exact copy, the data of its run, and held-out windows, (batches B, T + 1), where it is."""
-    model, (data, windows) = exact(model), held_out(config, batches)
-    return model, data, windows.to(model.embedding.weight.device)
+    return model, data, windows.to(device)

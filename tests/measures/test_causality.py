@@ -138,7 +138,7 @@ def test_the_entropies_are_losses_of_the_same_text(tiny_config):
     found = causality.next_token_information(model, config, batches=4, classes=256)
     data, windows = held_out(config.replace(eval_batches=4), 4)
     ids, following = windows[:, :-1], windows[:, 1:-1]
-    with causal_routing(exact := causality.exact(model)), torch.no_grad():
+    with causal_routing(exact := causality._opened(model, config)[0]), torch.no_grad():
         losses = [
             F.cross_entropy(exact(part)[:, :-1].flatten(0, 1), target.flatten())
             for part, target in zip(ids.split(config.batch_size), following.split(config.batch_size), strict=True)
