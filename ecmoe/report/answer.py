@@ -79,22 +79,10 @@ def answer_html(verdict: ClaimVerdict) -> Markup:
 
 def judged_html(verdict: ClaimVerdict) -> Markup:
     """The parts of a claim in a table, those that decide nothing folded; below, the claim and the rules for all."""
-    about, rules = verdict.about, protocol()
-    beside = [part for part in verdict.parts if not part.decides]
-    amended = [f"{one['date']}: {one['what']} ({one['why']})" for one in rules.amendments if about.id in one["claims"]]
-    names = {
-        "the claim": f"{about.text} (section {about.where})",
-        "the paper": about.paper,
-        "refuted by": about.refuted_by,
-        "proxy": about.proxy,
-        "differs from the paper": about.differences,
-        "rules": f"Fixed in configs/protocol.yaml before the runs. The parts that decide are held to {100 * rules.level:g}% together (Holm); fewer "
-        f"than {rules.least_seeds} seeds give no verdict; the weakest part is the claim's. Could have seen: the smallest true effect that as "
-        f"many seeds, as noisy, show with {100 * rules.power:g}% power.",
-        "amendments": "; ".join(amended) or "none",
-    }
+    beside, rules = [part for part in verdict.parts if not part.decides], protocol()
+    amended = [one for one in rules.amendments if verdict.claim in one["claims"]]
     tables = [parts_html(parts, verdict.label) for parts in (verdict.deciding, beside)]
-    return markup("judged", *tables, len(beside), names)
+    return markup("judged", *tables, len(beside), verdict.about, rules, amended)
 
 
 def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:

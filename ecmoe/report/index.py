@@ -17,7 +17,7 @@ from ecmoe import paths
 from ecmoe.files import write_text
 from ecmoe.report.markup import TEMPLATE, markup
 from ecmoe.report.render import page_html
-from ecmoe.report.scoreboard import scoreboard_html, scoreboard_markdown, studies_html
+from ecmoe.report.scoreboard import markdown, scoreboard_html, studies_html
 from ecmoe.study.answer import answer
 from ecmoe.study.verdict import judge_all
 
@@ -49,7 +49,7 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         footer="Made from all pages and results; this page sends no request.",
     )
-    write_text(folder / "scoreboard.md", scoreboard_markdown(verdicts, scale))
+    write_text(folder / "scoreboard.md", markdown("scoreboard", verdicts, scale))
     write_text(folder / "index.html", text)
     return folder / "index.html"
 

@@ -10,7 +10,7 @@ import re
 from ecmoe import paths
 from ecmoe.files import write_text
 from ecmoe.report.plots import Plot, share_of_floor
-from ecmoe.report.scoreboard import CAPTION, claim_table, effects
+from ecmoe.report.scoreboard import CAPTION, effects, markdown
 from ecmoe.study import speed
 from ecmoe.study.answer import answer
 from ecmoe.study.verdict import judge_all
@@ -48,7 +48,7 @@ def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
         "evidence": (effects(verdicts), CAPTION),
         "speed": (share_of_floor(speed.layers(timed, [size])), of_layer),
     }
-    found = {"claims": claim_table(verdicts, f"reports/{scale}/scoreboard.md#{{claim}}")}
+    found = {"claims": markdown("claims", verdicts, scale).rstrip()}
     for name, (plot, caption) in pictures.items():
         found[name] = f"Not run yet: {caption}"
         if plot.figure is not None:

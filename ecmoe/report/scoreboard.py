@@ -82,28 +82,11 @@ def _to_the_papers_side(part: JudgedPart, *values: float) -> tuple[float, float,
     return (-mean, -high, -low) if part.says in ("below", "at or below") else (mean, low, high)
 
 
-def claim_table(verdicts: Verdicts, link: str) -> str:
-    """A line for each claim as Markdown, for the README.
-
-    Args:
-        link: to where a claim is judged, with {claim} in lower case.
-    """
-    lines = [
-        f"| [{v.claim}]({link.format(claim=v.claim.lower())}) | {_cell(v.about.short)} | {v.label} |"
-        for v in verdicts.values()
-    ]
-    return "\n".join(["| | the paper | here |", "|---|---|---|", *lines])
-
-
-def scoreboard_markdown(verdicts: Verdicts, scale: str) -> str:
-    """The claims with their deciding parts as Markdown, which GitHub shows where it shows no HTML."""
+def markdown(name: str, verdicts: Verdicts, scale: str) -> str:
+    """The claims as Markdown: "scoreboard", with their deciding parts, for GitHub, which shows no HTML; "claims", a line each."""
     environment = Environment(loader=FileSystemLoader(TEMPLATE), trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"found": found, "cell": _cell}
-    return environment.get_template("scoreboard.md.j2").render(verdicts=verdicts.values(), scale=scale)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    environment.filters |= {"found": found, "cell": lambda text: text.replace("|", "\\|")}
+    return environment.get_template(f"{name}.md.j2").render(verdicts=verdicts.values(), scale=scale)
 
 
 def studies(scale: str) -> pd.DataFrame:

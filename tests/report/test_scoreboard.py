@@ -102,10 +102,10 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
 
 
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
-    lines = scoreboard.claim_table(verdicts, "reports/gpu/scoreboard.md#{claim}").splitlines()
+    lines = scoreboard.markdown("claims", verdicts, "gpu").splitlines()
     assert len(lines) == 2 + len(verdicts)
     assert lines[3] == "| [C6](reports/gpu/scoreboard.md#c6) | hash routing is worse than EC | reproduced |"
-    text = scoreboard.scoreboard_markdown(verdicts, "gpu")
+    text = scoreboard.markdown("scoreboard", verdicts, "gpu")
     assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
     assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
 
