@@ -6,7 +6,7 @@ never lets them move trains a router by what it was at first; the first loop tha
 
 import warnings
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ecmoe.routing import routers
 
-_untracked: WeakSet[Any] = WeakSet()  # layers whose statistics nobody has moved yet
-_stepped: WeakSet[Any] = WeakSet()  # those of them that an optimiser has moved once
+# Layers whose statistics nobody has moved yet: has an optimiser moved their experts once?
+_untracked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -29,7 +29,7 @@ def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle
         a handle whose `remove()` ends it.
     """
     for module in model.modules():
-        _untracked.discard(module)
+        _untracked.pop(module, None)
     tracked = routers(model)
 
     def end_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -42,26 +42,22 @@ def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle
 def expect_tracking(layer: Any) -> None:
     """Warn when an optimiser moves a layer's experts a second time, and nobody its router's statistics."""
     if layer.router.moves:
-        _untracked.add(layer)
+        _untracked[layer] = False
 
 
 def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _untracked:
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in [layer for layer in _untracked if id(layer.w1) in moved]:
-        if not layer.router.moves:  # it may have another router now
+    for layer, stepped in list(_untracked.items()):
+        if id(layer.w1) not in moved or not layer.router.moves:  # it may have another router now
             continue
-        if layer not in _stepped:
-            _stepped.add(layer)
-            continue
-        _untracked.clear()
-        warnings.warn(
-            f"{type(layer.router).__name__} has running statistics, which nobody moves: call "
-            "ecmoe.track(model, optimizer) once, before the training loop",
-            stacklevel=4,
-        )
-        return
+        _untracked[layer] = True
+        if stepped:
+            _untracked.clear()
+            told = "which nobody moves: call ecmoe.track(model, optimizer) once, before the training loop"
+            warnings.warn(f"{type(layer.router).__name__} has running statistics, {told}", stacklevel=4)
+            return
 
 
 register_optimizer_step_post_hook(_warn)
