@@ -50,6 +50,28 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
     return n * share.numerator // share.denominator
 
 
+def equal_share(n: int, e: int) -> int:
+    """n / e, the tokens of an expert where all get as many; a ConfigError where that is a fraction."""
+    if n % e:
+        raise ConfigError(
+            f"num_experts={e}: every expert takes n/e tokens, so it must divide n={n} (batch_size x sequence_length)"
+        )
+    return n // e
+
+
+def check_cap(b: int | None, c: float) -> None:
+    """Raise a ConfigError where at most b experts a token can't be c on average."""
+    if b is not None and b < c:
+        raise ConfigError(f"max_experts_per_token={b}: experts take capacity_factor={c:g} n tokens in all, but {b} n places are "
+                          f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
+
+
+def check_top_k(top_k: int, e: int) -> None:
+    """Raise a ConfigError where a token would choose no expert, or one twice."""
+    if not 1 <= top_k <= e:
+        raise ConfigError(f"top_k={top_k}: must lie in 1..{e} (num_experts={e}: a token can't choose an expert twice)")
+
+
 @dataclass(frozen=True)
 class RouterRow:
     """What a router is.
@@ -71,7 +93,7 @@ class RouterRow:
     build: Callable[..., Any] | None = None
     needs: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
     capacity: bool = False
-    check: Callable[[Any], None] = lambda config: None
+    check: Callable[[Any], object] = lambda config: None
 
     @property
     def cls(self) -> type:
@@ -83,11 +105,8 @@ class RouterRow:
 
 
 def _check_expert_choice(config: Any) -> None:
-    b, c, e = config.max_experts_per_token, config.capacity_factor, config.num_experts
     _check_bucket(config, config.pool_tokens)
-    if b is not None and b < c:
-        raise ConfigError(f"max_experts_per_token={b}: {e} experts take {c:g} n tokens in all, but {b} n places are "
-                          f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
+    check_cap(config.max_experts_per_token, config.capacity_factor)
 
 
 def _check_bucket(config: Any, n: int) -> None:
@@ -96,26 +115,12 @@ def _check_bucket(config: Any, n: int) -> None:
     bucket_size(n, config.num_experts, config.capacity_factor)
 
 
-def _check_token_choice(config: Any) -> None:
-    if config.top_k > config.num_experts:
-        raise ConfigError(
-            f"top_k={config.top_k} is more than num_experts={config.num_experts}: a token can't choose an expert twice"
-        )
-
-
 def _build_hash(cls: type, config: Any, token_counts: Any) -> Any:
     if config.hash_table == "modulo":
         token_counts = None
     elif token_counts is None:
         raise ValueError("hash_table=balanced needs token_counts, the corpus' token frequencies")
     return cls(config.d_model, config.num_experts, config.vocab_size, config.capacity_factor, token_counts)
-
-
-def _check_linear_assignment(config: Any) -> None:
-    n = config.batch_size * config.sequence_length
-    if n % config.num_experts:
-        raise ConfigError(f"num_experts={config.num_experts}: linear assignment gives every expert n/e tokens, so it must "
-                          f"divide n=batch_size x sequence_length={n}")  # fmt: skip
 
 
 def _no_more_than_all(values: Mapping[str, Any]) -> float:
@@ -135,7 +140,7 @@ ROUTERS: dict[str, RouterRow] = {
         ("num_experts", "capacity_factor", "top_k", "gate", "priority", "balance", "aux_loss_weight", "z_loss_weight"),
         experts_per_token=lambda values: values["top_k"],
         capacity=True,
-        check=_check_token_choice,
+        check=lambda c: check_top_k(c.top_k, c.num_experts),
     ),
     "hash": RouterRow(
         "ecmoe.routing.hash:Hash",
@@ -153,7 +158,7 @@ ROUTERS: dict[str, RouterRow] = {
     "linear_assignment": RouterRow(
         "ecmoe.routing.linear_assignment:LinearAssignment",
         ("num_experts",),
-        check=_check_linear_assignment,
+        check=lambda c: equal_share(c.batch_size * c.sequence_length, c.num_experts),
     ),
     "kmeans": RouterRow(
         "ecmoe.routing.kmeans:KMeans",

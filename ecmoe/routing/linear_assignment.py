@@ -6,7 +6,7 @@ Letters: n tokens, e experts, S (n, e) scores.
 import torch
 from torch import Tensor
 
-from ecmoe.files import ConfigError
+from ecmoe.routers import equal_share
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import Router, by_token, without_padding
 from ecmoe.routing.transport import transport
@@ -33,11 +33,7 @@ class LinearAssignment(Router):
         n, e = logits.shape
         logits = without_padding(logits, mask)
         if self.training and not self.causal:
-            if n % e:
-                raise ConfigError(
-                    f"num_experts={e}: linear assignment gives every expert n/e tokens, so it must divide n={n}"
-                )
-            slots, expert = n // e, _balanced(logits.detach(), mask)
+            slots, expert = equal_share(n, e), _balanced(logits.detach(), mask)
         else:
             slots, expert = None, logits.argmax(dim=1)
         return by_token(expert, logits.gather(1, expert[:, None])[:, 0].sigmoid(), e, mask, slots)

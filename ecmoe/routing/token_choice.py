@@ -7,6 +7,7 @@ are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 import torch
 from torch import Tensor, nn
 
+from ecmoe.routers import check_top_k
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
 from ecmoe.routing.ranks import add_up
@@ -47,8 +48,7 @@ class TokenChoice(Router):
         bias_rate: float = 0.001,
     ) -> None:
         super().__init__(d_model, num_experts)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k}: must lie in 1..{num_experts} (num_experts)")
+        check_top_k(top_k, num_experts)
         if capacity_factor is not None and capacity_factor <= 0:
             raise ValueError(f"capacity_factor={capacity_factor}: must be above 0, or None to drop nothing")
         self.top_k, self.capacity_factor = top_k, capacity_factor

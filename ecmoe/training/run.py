@@ -224,11 +224,8 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:  # whatever bytes can make of a reader
         if say:
-            print(
-                f"{checkpoint} is damaged ({error}): it is left aside, and the run begins anew",
-                file=sys.stderr,
-                flush=True,
-            )
+            told = f"{checkpoint} is damaged ({error}): it is left aside, and the run begins anew"
+            print(told, file=sys.stderr, flush=True)
         return None
 
 
