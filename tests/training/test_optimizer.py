@@ -103,7 +103,8 @@ def test_a_fused_run_is_clipped_like_any_other(tiny_config, monkeypatch, tmp_pat
             losses[fused, norm] = run_or_load(config, progress=False).summary["val_loss"]
     assert losses[False, 0.001] != pytest.approx(losses[False, 1000.0], rel=2e-4)  # it matters
     for norm in (0.001, 1000.0):
-        assert losses[True, norm] == pytest.approx(losses[False, norm], rel=CLOSE)
+        # Steps add up roundings, and the text is the standard library's, another in each Python.
+        assert losses[True, norm] == pytest.approx(losses[False, norm], rel=max(CLOSE, 5e-5))
 
 
 def test_a_fused_step_clips_as_it_reads_and_leaves_gradients_alone():

@@ -58,7 +58,8 @@ def test_summary_says_what_ran(tiny_config):
     assert s["perplexity"] == pytest.approx(2.718281828459045 ** s["val_loss"])
     assert s["tokens_per_second"] > 0 and s["seconds"] > 0 and s["val_loss"] < 6
     assert s["val_loss_causal"] != s["val_loss"]
-    assert s["data"]["licence"] and s["data"]["digest"] and s["versions"]["torch"] == torch.__version__
+    assert s["data"]["licence"] and s["data"]["digest"]
+    assert torch.__version__.startswith(s["versions"]["torch"])  # PyPI's has the version of CUDA in the former alone
     assert sum(s["routing"][f"share_{j}"] for j in range(9)) == pytest.approx(1)
     assert result.curve["step"].tolist() == [4, 8, 10]  # every eval_every steps, and the last
 
