@@ -155,13 +155,15 @@ def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(tiny_config, monke
     shutil.rmtree(folder)
 
 
-def test_a_removed_lock_stops_the_run_that_held_it(tiny_config, monkeypatch):
-    config = tiny_config(seed=52)
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_removed_lock_stops_the_run_that_held_it(taken, tiny_config, monkeypatch):
+    config = tiny_config(seed=52 + taken)
     save = training.Recorder.write_curve
 
     def removed(self, trainer):
         (paths.runs() / f"{config.name}.lock").unlink(missing_ok=True)
-        (paths.runs() / f"{config.name}.lock").touch()  # by a second process
+        if taken:  # by a second process
+            (paths.runs() / f"{config.name}.lock").touch()
         save(self, trainer)
 
     with monkeypatch.context() as meddled:
