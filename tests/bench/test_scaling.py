@@ -70,7 +70,8 @@ def test_every_scale_says_what_is_trained():
     assert speed.scaling("smoke")["base"]["data"] == "stdlib"
 
 
-def test_what_was_timed_is_kept_at_once(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("out", [True, False])
+def test_what_was_timed_is_kept_at_once(out, tiny_config, tmp_path, monkeypatch):
     def table_then_killed(base, devices, repeats):
         yield scaling.timing.tabled([{"strategy": "auto", "ms": 3.0}], [], {"repeats": repeats})
         raise KeyboardInterrupt
@@ -78,8 +79,10 @@ def test_what_was_timed_is_kept_at_once(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "bench_scaling", table_then_killed)
     asked = {"base": tiny_config().to_dict(), "devices": [1], "layers": {}}
     monkeypatch.setattr(speed, "scaling", lambda scale: asked)
-    CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", "--repeats", "3", "--out", str(tmp_path)])
-    kept = json.loads((tmp_path / "scaling.json").read_text())
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
+    place = ["--out", str(tmp_path)] if out else []
+    CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", "--repeats", "3", *place])
+    kept = json.loads(((tmp_path if out else speed.folder("smoke")) / "scaling.json").read_text())
     assert kept["rows"] == [{"strategy": "auto", "ms": 3.0}] and kept["setting"]["repeats"] == 3
 
 

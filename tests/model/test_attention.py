@@ -47,15 +47,15 @@ def test_distances_from_near_on_share_the_last_bucket(buckets, distance):
     assert (found[near - 1 :] == buckets - 1).all() and found[near - 2] < buckets - 1
 
 
-def test_a_heads_bias_starts_by_falling_with_distance():
-    weight = (
-        build_model(SMALL.replace(relative_buckets=6, relative_max_distance=20)).blocks[0].attention.relative.weight
-    )
-    by_bucket = {b: [] for b in range(6)}
+@pytest.mark.parametrize(("buckets", "most"), [(6, 20), (2, 2), (5, 4), (8, 3)])
+def test_a_heads_bias_starts_by_falling_with_distance(buckets, most):
+    config = SMALL.replace(relative_buckets=buckets, relative_max_distance=most)
+    weight = build_model(config).blocks[0].attention.relative.weight
+    by_bucket = {b: [] for b in range(buckets)}
     for distance in range(21):
-        by_bucket[int(bucket(torch.tensor(distance), 6, 20))].append(distance)
+        by_bucket[int(bucket(torch.tensor(distance), buckets, most))].append(distance)
     for b, distances in by_bucket.items():
-        mean = distances[0] if b == 5 else sum(distances) / len(distances)
+        mean = distances[0] if b == buckets - 1 else sum(distances) / max(len(distances), 1)
         for h, slope in enumerate((2**-4, 2**-8)):  # 2^(-8 (h + 1) / 2)
             assert weight[b, h].item() == pytest.approx(-slope * mean), (b, h)
 

@@ -89,6 +89,21 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
         check_parameters(notebook("x = 1", tag="other"), {"x": 2}, "x.ipynb")
 
 
+def test_what_a_pages_file_has_may_be_given_where_its_notebook_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "configs", lambda: tmp_path)
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale" / "big.yaml").write_text("")
+    (tmp_path / "01_a.yaml").write_text("factor: 4\nseeds: [0]\n")
+    for reads in ("", '\nsettings["factor"]'):
+        made = notebook(f'scale: str = "big"{reads}')
+        check_parameters(made, {"scale": "big", "seeds": [1]}, "01_a.ipynb")  # seeds are the plan's
+        if reads:
+            check_parameters(made, {"scale": "big", "factor": 5}, "01_a.ipynb")
+            continue
+        with pytest.raises(ConfigError, match="has no parameter 'factor'"):
+            check_parameters(made, {"scale": "big", "factor": 5}, "01_a.ipynb")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -80,6 +80,7 @@ def repeat(recorded, code, router="dense", device="H100", equal=True):
         ([run("a"), run("b", "hash")], [repeat("a", "c"), repeat("b", "c", "hash")], ["dense a", "hash b"]),
         ([run("a"), run("b", "hash")], [repeat("a", "c"), repeat("b", "d", "hash")], None),
         ([run("a"), run("b"), run("c")], [repeat("a", "b"), repeat("a", "a")], None),
+        ([run("a"), run("b")], [repeat("a", "b"), repeat("b", "b")], ["dense a"]),  # of one code nothing is shown
     ],
 )  # fmt: skip
 def test_runs_are_of_one_code_where_repeats_show_what_it_would_give(runs, kept, shown):

@@ -16,6 +16,7 @@ from ecmoe import routing
 from ecmoe.config import RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.model.transformer import Block
+from ecmoe.training import cuda_graph as graph
 from ecmoe.training.lit import LitClassifier, LitModel
 
 
@@ -172,6 +173,23 @@ def test_what_was_captured_is_what_trains_and_losses_add_up(tiny_config):
     lit.captured = lambda batch: (torch.tensor(2.0), torch.tensor(0.5))
     assert [float(lit.training_step(WINDOWS[0], step)) for step in (0, 1)] == [2.5, 2.5]
     assert {name: float(value) for name, value in lit.sums.items()} == {"loss": 4.0, "aux_loss": 1.0, "count": 2.0}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_step_is_captured_once_where_the_config_asks_and_it_can_be(asked, tiny_config, monkeypatch):
+    seen = []
+
+    def captured(lit, batch):
+        seen.append(batch)
+        return lambda batch: (torch.tensor(2.0), torch.tensor(0.5))
+
+    monkeypatch.setattr(graph, "captured", captured)
+    for can in (False, True):
+        monkeypatch.setattr(graph, "capturable", lambda lit, can=can: can)
+        lit = LitModel(tiny_config(cuda_graph=asked))
+        losses = [float(lit.training_step(WINDOWS[0], step)) for step in (0, 1)]
+        assert (losses == [2.5, 2.5]) == (asked and can)
+    assert len(seen) == asked and all(batch is WINDOWS[0] for batch in seen)
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [("fsdp2", "bf16-mixed"), ("ep", "32-true")])
