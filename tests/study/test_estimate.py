@@ -149,7 +149,9 @@ def test_seeds_of_a_ratio_decide_a_factor():
     spread = float(np.log([1.0, 1.3, 1.7, 0.9]).std(ddof=1))
     assert found.seeds_for(1.0) == estimate.seeds_needed(spread, math.log(2)) != estimate.seeds_needed(spread, 1.0)
     for asked in ({"level": 0.6}, {"power": 0.3}):
-        assert found.seeds_for(1.0, **asked) == estimate.seeds_needed(spread, math.log(2), **asked) < found.seeds_for(1.0)
+        assert (
+            found.seeds_for(1.0, **asked) == estimate.seeds_needed(spread, math.log(2), **asked) < found.seeds_for(1.0)
+        )
 
 
 # Numbers in words
