@@ -4,6 +4,7 @@ DDP copies every gradient into a bucket, and the bucket into the numbers that tr
 to travel alone, as soon as it is there: two passes over memory less.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ class DDP(DDPStrategy):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
         experts = {f"{name}.{w}": getattr(layer, w) for name, layer in layers.items() for w in ("w1", "w2")}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(experts))
-        # Lightning's own does this on a side stream, on which each gradient would then wait for its parameter.
-        ddp = DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
+        with warnings.catch_warnings():  # of a name that older versions of torch don't know by its new one
+            warnings.simplefilter("ignore", FutureWarning)
+            # Lightning's own does this on a side stream, on which each gradient would then wait for its parameter.
+            ddp = DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
         def send(weight: Tensor) -> None:
             if ddp.require_backward_grad_sync and weight.grad is not None:  # else more micro-batches follow
