@@ -1,7 +1,7 @@
 """load: what a page shows, read from where the engine kept it. What notebooks call in their first cell."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +23,15 @@ _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later,
 class Study(Mapping[str, list[Result]]):
     """The runs of a page, as a mapping: name of an arm -> a Result for each seed.
 
-    scale, parameters (all of the page's, by name) and what was measured stand beside them.
+    scale, parameters (all of the page's, by name) and what was measured stand beside them. train: arms that are trained, and
+    measured, where something is missing.
     """
 
     page: str
     scale: str
     parameters: dict[str, Any]
     planned: list[planning.Planned]
-    train: bool
+    train: Collection[str]
     results: dict[str, list[Result]] = field(repr=False)
 
     def __getitem__(self, arm: str) -> list[Result]:
@@ -45,13 +46,18 @@ class Study(Mapping[str, list[Result]]):
     def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
         """Arm, seed, measurement, and what it found, for every measurement of that name that the page asks for.
 
-        What is missing is None; where the study trains, it is measured now.
+        What is missing is None, unless it may be measured now.
         """
         from ecmoe.measures.measure import measure
 
         by_name = {result.summary["name"]: result for results in self.values() for result in results}
         return [
-            (one.arms[0], one.seed, how, measure(by_name[one.name], how, scale=self.scale, train=self.train))
+            (
+                one.arms[0],
+                one.seed,
+                how,
+                measure(by_name[one.name], how, scale=self.scale, train=one.arms[0] in self.train),
+            )
             for one in self.planned
             for how in one.measures
             if how.what == what
@@ -80,15 +86,22 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
         ConfigError: a parameter, arm or key that can't be; before any work.
     """
     parameters = page_parameters(page, given, unknown=page not in _CHECKED)
-    scale, train = parameters["scale"], parameters["train_missing"]
-    planned = planning.of_page(page, scale, parameters)
     _CHECKED.add(page)
+    return _load(page, parameters)
+
+
+def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> Study:
+    """The runs that these parameters ask for. also: arms that are trained even where what is missing isn't."""
+    scale = parameters["scale"]
+    planned = planning.of_page(page, scale, parameters)
     results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}
-    waiting = [one for one in planned if train and not any(path.exists() for path in _places(one, scale))]
+    train = {*also, *(results if parameters["train_missing"] else ())}
+    there = [one for one in planned if any(path.exists() for path in _places(one, scale))]
+    waiting = [one for one in planned if one.arms[0] in train and one not in there]
     with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:
         for one in planned:
             with watching(bar, one, waiting) if one in waiting else nullcontext([]) as callbacks:
-                results[one.arms[0]].append(_result(one, scale, train, callbacks))
+                results[one.arms[0]].append(_result(one, scale, one.arms[0] in train, callbacks))
     return Study(page, scale, parameters, planned, train, results)
 
 
@@ -132,13 +145,13 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
 
 
 def beside(study: Study, mine: Mapping[str, Any], name: str = "yours") -> Study:
-    """The study and one more arm, trained now with its first seed: to try what a changed line does.
+    """The study's first seed and one more arm, which is trained now: to try what a changed line does.
 
     Args:
         mine: keys of RunConfig in which the arm differs from the study's base. name: what figures call it.
     """
-    arms = planning.arms_of(study.parameters, study.scale) | {name: dict(mine)}
-    base, seeds = study.parameters["base"], study.parameters["seeds"][:1]
-    return load(
-        study.page, {"scale": study.scale, "base": base, "seeds": seeds, "arms": arms, "vary": {}}
-    )  # varied already
+    arms = planning.arms_of(study.parameters, study.scale) | {
+        name: dict(mine)
+    }  # varied already, where a page varies a key
+    asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}
+    return _load(study.page, study.parameters | asked, {*study.train, name})

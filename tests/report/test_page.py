@@ -221,7 +221,7 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     def study(scale, *there):
         each = [config.replace(seed=seed) for seed in (0, 1)]
         planned = [Planned(one.name, one, ("13_gates",), ("a",), one.seed) for one in each]
-        return Study("13_gates", scale, {}, planned, False, {"a": [Result(r) for r in there]})
+        return Study("13_gates", scale, {}, planned, (), {"a": [Result(r) for r in there]})
 
     report.finding("a minus b is (not run).", study("gpu"))
     page = BeautifulSoup(shown[1], "html.parser")
@@ -262,7 +262,7 @@ def result(seed: int, **summary) -> Result:
 
 
 def study(*results: Result) -> Study:
-    return Study("03_study", "smoke", {}, [], False, {"an arm": list(results)})
+    return Study("03_study", "smoke", {}, [], (), {"an arm": list(results)})
 
 
 def test_provenance_names_what_differs_and_what_is_missing(shown):

@@ -30,10 +30,13 @@ def test_steps_are_counted_over_all_runs():
 
 
 def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
-    monkeypatch.setattr(module, "_result", lambda one, *_: not_run(one.config))
+    trained = []
+    found = lambda one, scale, train, callbacks: trained.extend([one.arms[0]] * train) or not_run(one.config)  # noqa: E731
+    monkeypatch.setattr(module, "_result", found)
     study = load("14_learning_rate", {"scale": "gpu", "train_missing": False})
     shown = beside(study, {"learning_rate": 0.0015})
     assert list(shown) == [*study, "yours"] and len(study) > 20
     assert shown["yours"][0].summary["config"]["learning_rate"] == 0.0015
     for arm in study:
         assert shown[arm][0].summary == study[arm][0].summary
+    assert trained == ["yours"] == list(shown.train)  # whatever else is missing

@@ -90,7 +90,7 @@ def test_runs_are_of_one_code_where_repeats_show_what_it_would_give(runs, kept, 
 def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     made = [run(code) | {"name": f"r{code}", "seed": 0, "status": "finished"} for code in "ab"]
-    study = Study("01_a", "gpu", {}, [], False, {"EC": [Result(one) for one in made]})
+    study = Study("01_a", "gpu", {}, [], (), {"EC": [Result(one) for one in made]})
     said = []
     monkeypatch.setattr("ecmoe.report.provenance.show_html", lambda html, text: said.append(text))
     provenance(study)
