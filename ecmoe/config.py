@@ -311,6 +311,7 @@ class RunConfig:
         return "-".join([*words, f"s{self.seed}"])
 
 
+CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(RunConfig)}
 # Of a class; a plan makes thousands of configs.
 _types: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _BOUNDS = {"low": (ge, "at least"), "high": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}

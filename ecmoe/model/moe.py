@@ -16,7 +16,6 @@ from ecmoe.model.tracking import expect_tracking
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
 
-KERNELS = ("auto", "plain", "triton", "triton-bmm")
 # Without a capacity one expert may get nearly all tokens, and every expert then has as many slots. Evaluation computes
 # experts in groups, so that h, (e, k, f), holds at most HELD numbers at a time, or SLOTS rows a token if that is more.
 HELD, SLOTS = 2**28, 3
@@ -52,7 +51,7 @@ class MoE(nn.Module):
         super().__init__()
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must be the router's, {router.d_model}")
-        if one_of("kernels", kernels, KERNELS).startswith("triton") and not TRITON:
+        if one_of("kernels", kernels).startswith("triton") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
         e = router.num_experts
         self.router, self.recompute = router, recompute
@@ -76,7 +75,7 @@ class MoE(nn.Module):
 
     @kernels.setter
     def kernels(self, kind: str) -> None:
-        self.router.kernels = one_of("kernels", kind, KERNELS)
+        self.router.kernels = one_of("kernels", kind)
 
     def reset_parameters(self) -> None:
         """Fan-in: every expert starts with outputs of about the size of its inputs."""

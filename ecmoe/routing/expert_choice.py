@@ -58,14 +58,14 @@ class ExpertChoice(Router):
     ) -> None:
         super().__init__(d_model, num_experts)
         if not isinstance(pool, int):
-            one_of("pool", pool, ("batch", "rank", "sequence", "position"))
+            one_of("pool", pool)
         check_cap(max_experts_per_token, capacity_factor)
         self.capacity_factor = capacity_factor
         self.max_experts_per_token = max_experts_per_token
         self.pool = pool
-        self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
-        self.cap_solver = one_of("cap_solver", cap_solver, ("feasible", "dykstra"))
-        self.rounding = one_of("rounding", rounding, ("exact", "down"))
+        self.gate = one_of("gate", gate)
+        self.cap_solver = one_of("cap_solver", cap_solver)
+        self.rounding = one_of("rounding", rounding, choices=("exact", "down"))
         self.cutoff = RunningCutoff(num_experts, 0.99)  # for causal routing
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecmoe.config import CHOICES
 from ecmoe.routers import exact
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningState
@@ -136,10 +137,11 @@ def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
 
 
-def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """The value, or a ValueError that names the argument, the value and what it may be."""
+def one_of(name: str, value: Any, key: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """The value, or a ValueError with the argument's name, the value and what it may be: as the key of a RunConfig called so."""
+    choices = choices or CHOICES[key or name]
     if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, choices))}")
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
     return value
 
 

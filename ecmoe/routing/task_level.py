@@ -24,7 +24,7 @@ class TaskLevel(Router):
         super().__init__(d_model, num_experts, learned=False)
         if num_tasks < 1:
             raise ValueError(f"num_tasks={num_tasks}: must be at least 1")
-        self.num_tasks, self.kind = num_tasks, one_of("table", table, ("learned", "fixed"))
+        self.num_tasks, self.kind = num_tasks, one_of("table", table, "task_table")
         if table == "learned":
             self.table = nn.Parameter(torch.empty(num_tasks, num_experts))
             self.reset_parameters()

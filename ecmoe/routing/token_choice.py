@@ -53,9 +53,9 @@ class TokenChoice(Router):
             raise ValueError(f"capacity_factor={capacity_factor}: must be above 0, or None to drop nothing")
         self.top_k, self.capacity_factor = top_k, capacity_factor
         self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
-        self.gate = one_of("gate", gate, ("softmax", "renormalized", "scaled"))
-        self.priority = one_of("priority", priority, ("order", "score"))
-        self.balance = one_of("balance", balance, ("switch", "first_choice", "importance_load", "bias", "none"))
+        self.gate = one_of("gate", gate)
+        self.priority = one_of("priority", priority)
+        self.balance = one_of("balance", balance)
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.bias_rate = bias_rate
         self.bias = nn.Buffer(torch.zeros(num_experts))  # moves only with balance="bias"

@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe import MoE, RunConfig, kernels
+from ecmoe.config import CHOICES as MAY_BE
 from ecmoe.kernels import common
-from ecmoe.model.moe import KERNELS
 from ecmoe.routers import ROUTERS as ROUTERS_BY_NAME
 from ecmoe.routing import Assignment, ExpertChoice, Hash, TokenChoice, build_router, router, watched
 from tests.kernels.oracle import DEVICE, WHOLE, distance, problem
@@ -152,8 +152,8 @@ def test_autocast_takes_the_products_down_and_the_routing_not():
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
     cpu, cuda = SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)
-    assert [router.fast(kind, cpu) for kind in KERNELS] == [False, False, True, True]
-    assert [router.fast(kind, cuda) for kind in KERNELS] == [True, False, True, True]
+    assert [router.fast(kind, cpu) for kind in MAY_BE["kernels"]] == [False, False, True, True]
+    assert [router.fast(kind, cuda) for kind in MAY_BE["kernels"]] == [True, False, True, True]
     monkeypatch.setattr(router, "TRITON", False)
     assert not router.fast("auto", cuda)
 
@@ -161,7 +161,7 @@ def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
 def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(ValueError, match="kernels='fast': must be one of auto, plain, triton"):
         layer("fast")
-    assert all(layer(name).router.kernels == name for name in KERNELS)
+    assert all(layer(name).router.kernels == name for name in MAY_BE["kernels"])
     monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="CUDA device, and these are on cpu.*kernels='plain'"):
         kernels.experts(*problem(*WHOLE, torch.float32)[:5] if DEVICE == "cpu" else [torch.zeros(1)] * 5)
