@@ -50,8 +50,7 @@ class Trunk(nn.Module):
     def initialize(self, seed: int) -> None:
         """Draw every parameter from a generator seeded by (seed, name)."""
         with ThreadPoolExecutor() as pool:  # a core draws 100 million numbers a second, and 0.1B/64E has 1.8 billion
-            for _ in pool.map(lambda named: self._draw(seed, *named), self.named_parameters()):
-                pass
+            list(pool.map(lambda named: self._draw(seed, *named), self.named_parameters()))
         if self.config.relative_init == "alibi":
             for module in self.modules():
                 if isinstance(module, RelativeBias):
