@@ -65,8 +65,9 @@ def test_folder_holds_out_a_fifth_of_each_class(tmp_path):
 def test_folder_with_its_own_split_keeps_it(tmp_path):
     folder_of(tmp_path / "train", 3)
     folder_of(tmp_path / "test", 2)
+    picture(0).save(tmp_path / "train" / "x.png")  # of no class
     found = images.load(f"images:{tmp_path}")
-    assert (len(found.train_y), len(found.val_y)) == (6, 4)
+    assert (len(found.train_y), len(found.val_y)) == (6, 4) and found.classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize("place", ["{}", "."])
@@ -161,16 +162,16 @@ def test_greys_of_16_bits_keep_their_shades(tmp_path):
     np.testing.assert_allclose(found[0, 2].numpy(), ramp / 65535, atol=0.5 / 255 + 1e-6)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "bomb", "float"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "bomb", "float", "32 bits", "negative"])
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, damage, monkeypatch):
     folder_of(tmp_path)
     path = tmp_path / "dog" / "3.png"
     content = bytearray(path.read_bytes())
     if damage == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 23)  # of 24: Pillow itself only warns
-    elif damage == "float":
+    elif damage in (of_greys := {"float": np.float32(0), "32 bits": np.int32(65536), "negative": np.int32(-1)}):
         path = tmp_path / "dog" / "9.tif"
-        Image.fromarray(np.zeros((4, 6), np.float32)).save(path)
+        Image.fromarray(np.full((4, 6), of_greys[damage])).save(path)
     else:
         content[len(content) // 2] ^= 0x55
         path.write_bytes({"cut": content[:-20], "flip": content, "empty": b"", "text": b"no picture"}[damage])

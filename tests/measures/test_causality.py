@@ -66,6 +66,7 @@ def test_what_is_known_already_is_not_counted_again(targets):
 def test_features_are_scaled_by_what_trains():
     x = torch.randn(10, 8, 3, generator=generator(0)) * 5 + 2
     train, select, score = probe._parts(x, x, torch.zeros(10, 8, dtype=torch.long))
+    assert [len(part.target) // 8 for part in (train, select, score)] == [6, 2, 2]
     torch.testing.assert_close(train.features.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(train.features.square().mean(0), torch.ones(3))
     for part in (select, score):
@@ -92,7 +93,7 @@ def test_the_ridge_is_chosen_on_other_text_than_is_scored():
         target = torch.randint(C, (10, 8), generator=dice)
         parts = probe._parts(uniform(target), torch.randn(10, 8, 30, generator=dice), target)
         W, tried = torch.zeros(31, C, requires_grad=True), []
-        for ridge in probe.RIDGES:
+        for ridge in (1000.0, 100.0, 10.0):
             probe._fit(W, parts[0], ridge)
             with torch.no_grad():
                 tried.append((float(probe._loss(W, parts[1])), float(probe._loss(W, parts[2]))))
@@ -148,7 +149,7 @@ def test_the_entropies_are_losses_of_the_same_text(tiny_config):
     pairs = np.zeros((256, 256))
     np.add.at(pairs, (data.train[0][:, :-1].ravel(), data.train[0][:, 1:].ravel()), 1)
     unigram = (pairs.sum(0) + 0.5) / (pairs.sum() + 128)
-    bigram = (pairs + causality.SMOOTHING * unigram) / (pairs.sum(1, keepdims=True) + causality.SMOOTHING)
+    bigram = (pairs + 8 * unigram) / (pairs.sum(1, keepdims=True) + 8)  # smoothed as the results that are kept
     current, following = ids[:, :-1].numpy(), following.numpy()
     assert entropy["token frequencies"] == pytest.approx(-np.log(unigram[following]).mean(), rel=1e-4)
     assert entropy["the current token"] == pytest.approx(-np.log(bigram[current, following]).mean(), rel=1e-4)
@@ -173,10 +174,8 @@ def test_classes_and_tables_count_the_training_text():
 
     unigram, bigram = causality.class_tables(Data, class_of)
     assert unigram.exp().tolist() == pytest.approx([2.5 / 5.5, 2.5 / 5.5, 0.5 / 5.5])
-    a = causality.SMOOTHING
-    assert bigram[1].exp().tolist() == pytest.approx(
-        [a * 2.5 / 5.5 / (2 + a), (2 + a * 2.5 / 5.5) / (2 + a), a * 0.5 / 5.5 / (2 + a)]
-    )
+    smoothed = [8 * 2.5 / 5.5, 2 + 8 * 2.5 / 5.5, 8 * 0.5 / 5.5]
+    assert bigram[1].exp().tolist() == pytest.approx([count / (2 + 8) for count in smoothed])
 
 
 def test_features_say_what_an_expert_has_left():
