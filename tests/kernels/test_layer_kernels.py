@@ -76,6 +76,13 @@ def test_a_layer_at_once_is_the_one_in_steps(dtype, autocast):
         assert distance(a, b) < (1e-2 if autocast or dtype == torch.bfloat16 else 1e-6)
 
 
+def test_a_layer_counts_eight_experts_or_more_of_a_token_in_one():
+    shares = [layer(kernels, lambda: ExpertChoice(D, 10, 10.0)) for kernels in ("plain", "triton")]
+    for moe in shares:
+        moe(tokens())
+    assert shares[0].statistics() == shares[1].statistics() and shares[1].statistics()["share_8"] == 1
+
+
 def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch):
     moe, x, seen = layer("triton"), tokens(), []
     expected, experts = moe(x).detach(), kernels.experts

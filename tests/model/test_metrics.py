@@ -9,7 +9,7 @@ from ecmoe import MoE, run_or_load
 from ecmoe.model import metrics
 from ecmoe.model.metrics import Metric
 from ecmoe.report import plots
-from ecmoe.routing import TokenChoice
+from ecmoe.routing import ExpertChoice, TokenChoice
 from ecmoe.study.table import curves, table
 
 
@@ -48,3 +48,10 @@ def test_a_layer_tells_what_it_did():
     told = {name: float(value) for name, value in moe.statistics().items()}
     assert told["dropped"] == pytest.approx(2 / 6) and told["share_0"] == pytest.approx(2 / 6)
     assert told["max_load"] == 2 and told["over_capacity"] == 1 and told["share_1"] == pytest.approx(4 / 6)
+
+
+def test_the_last_share_is_of_eight_experts_or_more():
+    for experts in (7, 8, 10):
+        moe = MoE(ExpertChoice(3, experts, float(experts)), 3, 4)  # each takes all
+        moe(torch.randn(6, 3))
+        assert float(moe.statistics()[f"share_{min(experts, 8)}"]) == 1
