@@ -242,7 +242,7 @@ Output = Annotated[Path | None, typer.Option("--json", help="keep the table as J
 
 def _timed(name: str) -> Callable[..., None]:
     def command(changes: Sizes = None, output: Output = None) -> None:
-        with _one_line(OSError, ValueError, TypeError):  # an option that it doesn't have
+        with _one_line():
             from ecmoe.study import speed
 
             _show(speed.job(name, **_assignments(changes))(), output)

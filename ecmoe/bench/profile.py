@@ -19,7 +19,7 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.rows import label
 from ecmoe.bench.step import arms, setting, steps
 
-ARM = "EC-CF2"
+ARM, STEPS = "EC-CF2", 3
 IDLE = "idle"
 # The first pattern that is found in "operator kernel", in lower case, names the kind.
 KINDS = {
@@ -36,8 +36,8 @@ KINDS = {
 }
 
 
-def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int) -> pd.DataFrame:
-    """Profile `count` steps of EC-CF2 on its fastest path; compiled, sizes: as for `bench_step`.
+def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
+    """Profile some steps of EC-CF2 on its fastest path; compiled, sizes: as for `bench_step`.
 
     Returns:
         a row per kind of work: kind, ms of a step, share of it; and the three names that took most of it. `attrs`
@@ -51,7 +51,7 @@ def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int) -> pd
     best = min(medians, key=medians.__getitem__)
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
-        for _ in range(count):
+        for _ in range(STEPS):
             calls[best]()
         if cuda:
             torch.cuda.synchronize()
@@ -63,8 +63,8 @@ def bench_profile(*, count: int = 3, compiled: bool = False, **sizes: int) -> pd
         spent = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
     if not spent:
         raise RuntimeError("torch.profiler saw no kernels: CUPTI, which counts them, doesn't run on this machine")
-    said = {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": count}
-    shares = by_kind({name: ms / count for name, ms in spent.items()}).to_dict("records")
+    said = {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": STEPS}
+    shares = by_kind({name: ms / STEPS for name, ms in spent.items()}).to_dict("records")
     return timing.tabled(shares, found.absent, setting(configs, device) | said, step_ms=1e3 * medians[best])
 
 

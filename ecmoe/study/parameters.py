@@ -78,7 +78,7 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
     check_scale(scale)
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
     ours = {name: value for name, value in given.items() if name in values}
-    _check(page, given if unknown else ours, values)
+    check_kinds(page, given if unknown else ours, values)
     return merged(values, ours)
 
 
@@ -92,10 +92,10 @@ def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> Non
         usual = merge_parameters(parameter_files(page, values["scale"]))
         code = "\n".join(cell.source for cell in notebook.cells)
         known = {key: usual[key] for key in usual if key in PLANNED or f'"{key}"' in code} | known
-    _check(name, values, known)
+    check_kinds(name, values, known)
 
 
-def _check(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """A name must be known, and its value of the usual one's kind; None stands for anything."""
     for name, value in given.items():
         if name not in known:

@@ -8,6 +8,7 @@ the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ecmoe import paths
 from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
-from ecmoe.study.parameters import merge_parameters, parameter_files
+from ecmoe.study.parameters import check_kinds, merge_parameters, parameter_files
 from ecmoe.study.plan import arms_of, configs
 
 STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
@@ -62,8 +63,17 @@ MODULES = {"auto": "layer", "study": "step"}  # of `bench_auto` and `bench_study
 
 
 def job(name: str, **keys: Any) -> Job:
-    """`bench_<name>` of the bench with these arguments; torch is imported when it is called."""
-    return lambda: getattr(import_module(f"ecmoe.bench.{MODULES.get(name, name)}"), f"bench_{name}")(**keys)
+    """`bench_<name>` of the bench with these arguments, which are checked, and torch imported, when it is called."""
+
+    def measure() -> pd.DataFrame:
+        bench = getattr(import_module(f"ecmoe.bench.{MODULES.get(name, name)}"), f"bench_{name}")
+        takes = signature(bench).parameters.values()
+        sizes = [one.name for one in takes if one.kind is one.VAR_KEYWORD]  # which are checked there
+        usual = {one.name: None if one.default is one.empty else one.default for one in takes if one.name not in sizes}
+        check_kinds(f"bench {name}", {key: x for key, x in keys.items() if key in usual or not sizes}, usual)
+        return bench(**keys)
+
+    return measure
 
 
 def plan(scale: str) -> dict[str, Any]:

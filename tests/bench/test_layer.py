@@ -100,6 +100,8 @@ def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
         ["step", "--set", "dtype=bf16"],
         ["profile", "--set", "repeats=3"],
         ["auto", "--set", "n=4"],
+        ["auto", "--set", "sizes=4"],
+        ["layer", "--set", "capacity_factor=much"],
         ["layer", "--set", "n=many"],
         ["layer", "--set", "d_ff=0"],
         ["step", "--set", "repeats=1"],
