@@ -148,13 +148,11 @@ def one_of(name: str, value: Any, key: str = "", choices: tuple[str, ...] = ()) 
 def by_token(
     expert: Tensor, gate: Tensor, e: int, mask: Tensor | None, slots: int | None, limit: Tensor | None = None
 ) -> Assignment:
-    """`pack` with the experts, and their gates, that each of n tokens asks for, both (n, r) or (n,); none where mask is False."""
-    expert = expert if expert.dim() == 2 else expert[:, None]
+    """`pack` with the expert, and its gate, that each of n tokens asks for, both (n,); none where mask is False."""
     if mask is not None:
-        expert = torch.where(mask[:, None], expert, e)
-    token = torch.arange(len(expert), device=expert.device)[:, None].expand_as(expert)
-    request = token.reshape(-1), expert.reshape(-1), gate.reshape(-1)
-    return pack(*request, n=len(expert), e=e, slots=slots, limit=limit)
+        expert = torch.where(mask, expert, e)
+    token = torch.arange(len(expert), device=expert.device)
+    return pack(token, expert, gate, n=len(expert), e=e, slots=slots, limit=limit)
 
 
 def capacity(
