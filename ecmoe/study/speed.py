@@ -19,7 +19,7 @@ from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json
 from ecmoe.study.parameters import check_kinds, merge_parameters, parameter_files
-from ecmoe.study.plan import arms_of, configs
+from ecmoe.study.plan import of_page
 
 STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
 Job = Callable[[], pd.DataFrame]
@@ -107,9 +107,8 @@ def layer_file(size: str) -> str:
 
 def study_arms(scale: str) -> dict[str, RunConfig]:
     """The arms whose steps are timed side by side: name -> config of a seed."""
-    study = merge_parameters(parameter_files(STUDY, scale))
-    made = configs(study["base"], arms_of(study, scale), study["seeds"][:1])
-    return {arm: by_seed[0] for arm, by_seed in made.items()}
+    planned = of_page(STUDY, scale)
+    return {one.arms[0]: one.config for one in planned if one.seed == planned[0].seed}
 
 
 def study_file(arms: Mapping[str, RunConfig]) -> str:
