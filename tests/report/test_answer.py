@@ -54,6 +54,14 @@ def test_a_claim_at_another_size_stands_beside_the_studys(monkeypatch):
     assert row["here"].startswith("0.000 nats") and row["in the study"].startswith("+0.020 nats")
 
 
+def test_a_part_has_as_much_as_was_found():
+    part = judged("C6", losses(**HASH)).parts[0]
+    size, _, interval = answer.found(part).partition(" (")
+    assert size.startswith("+0.020 nats") and interval
+    assert answer.found(dataclasses.replace(part, low=None, high=None)) == size
+    assert answer.found(dataclasses.replace(part, low=None, high=None, estimate=None)) == "\u2013"
+
+
 def test_how_it_was_judged_has_every_part_with_its_rule():
     found = judged("C6", losses(**HASH))
     page = soup(answer.judged_html(found))

@@ -127,6 +127,7 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project):
         (["runs", "--scale", "gpuu"], "scale='gpuu': must be one of gpu"),
         (["runs", "--part", "3/2"], "--part 3/2: must be I/N"),
         (["runs", "--jobs", 2], "--jobs and --within must come with --train"),
+        (["runs", "--within", 1], "--jobs and --within must come with --train"),
         (["run", "expert-choice"], "no run 'expert-choice' in the plan: 3 runs begin so"),
         (["run", "nosuch"], "no run 'nosuch' in the plan"),
     ],

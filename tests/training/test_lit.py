@@ -144,15 +144,18 @@ def test_running_statistics_move_with_the_optimisers_step(tiny_config):
     assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta) and float(cutoff.count) == 0
 
 
-@pytest.mark.parametrize("by", ["config", "trainer"])
-def test_gradients_are_clipped_by_the_config_or_by_the_trainer(tiny_config, by):
-    lit = LitModel(tiny_config(gradient_clip=0.125 if by == "config" else 1000.0))
+@pytest.mark.parametrize(("of_config", "of_trainer", "expected"), [(0.125, None, 0.125), (1e3, 0.125, 0.125), (0.0, None, None)])
+def test_gradients_are_clipped_by_the_config_or_by_the_trainer(tiny_config, of_config, of_trainer, expected):
+    lit = LitModel(tiny_config(gradient_clip=of_config))
+    if expected is None:  # not at all
+        (alone := LitModel(lit.config)).training_step(WINDOWS[0], 0).backward()
+        expected = float(torch.nn.utils.get_total_norm([p.grad for p in alone.parameters()]))
     before = [p.detach().clone() for p in lit.parameters()]
     lit.configure_optimizers = lambda: torch.optim.SGD(lit.parameters(), lr=1.0)  # moves by the gradient itself
-    keys = QUIET | ({} if by == "config" else {"gradient_clip_val": 0.125})
+    keys = QUIET | ({} if of_trainer is None else {"gradient_clip_val": of_trainer})
     L.Trainer(max_steps=1, enable_checkpointing=False, **keys).fit(lit, batches(WINDOWS[:1]))
     moved = [p.detach() - start for p, start in zip(lit.parameters(), before, strict=True)]
-    assert float(torch.nn.utils.get_total_norm(moved)) == pytest.approx(0.125, rel=1e-3)
+    assert float(torch.nn.utils.get_total_norm(moved)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_sums_are_of_all_steps_since_they_were_read(tiny_config):
