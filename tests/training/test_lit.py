@@ -144,7 +144,9 @@ def test_running_statistics_move_with_the_optimisers_step(tiny_config):
     assert float(cutoff.weight) == pytest.approx(1 - cutoff.beta) and float(cutoff.count) == 0
 
 
-@pytest.mark.parametrize(("of_config", "of_trainer", "expected"), [(0.125, None, 0.125), (1e3, 0.125, 0.125), (0.0, None, None)])
+@pytest.mark.parametrize(
+    ("of_config", "of_trainer", "expected"), [(0.125, None, 0.125), (1e3, 0.125, 0.125), (0.0, None, None)]
+)
 def test_gradients_are_clipped_by_the_config_or_by_the_trainer(tiny_config, of_config, of_trainer, expected):
     lit = LitModel(tiny_config(gradient_clip=of_config))
     if expected is None:  # not at all
