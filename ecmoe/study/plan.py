@@ -121,6 +121,8 @@ def _check_list(name: str, value: Any, of: type = object) -> None:
         if not isinstance(item, of) or isinstance(item, bool) and of is int:
             items = "whole numbers" if of is int else "names"
             raise ConfigError(f"{name}={value!r} must be a list of {items}, not of {item!r}")
+        if value.count(item) > 1:  # a seed would count as two
+            raise ConfigError(f"{name}={value!r} holds {item!r} twice: leave one")
 
 
 def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
@@ -199,9 +201,14 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
     """
     made = {}
     for arm, keys in arms.items():
+        keys = {**base, **keys}
         try:
-            kind = ContinualConfig if "approach" in {**base, **keys} else RunConfig
-            made[arm] = [kind.from_dict({**base, **keys, "seed": seed}) for seed in seeds]
+            if "seed" in keys:
+                raise ConfigError(
+                    f"seed={keys['seed']!r} is none of an arm: name it in `seeds`, which all arms are trained with"
+                )
+            kind = ContinualConfig if "approach" in keys else RunConfig
+            made[arm] = [kind.from_dict({**keys, "seed": seed}) for seed in seeds]
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
     return made
