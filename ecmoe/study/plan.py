@@ -98,6 +98,9 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
     values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
     seeds = [] if values.get("seeds") is None else values["seeds"]
     try:
+        for key in ("arms", "seeds"):
+            if values.get(key) in ([], {}):
+                raise ConfigError(f"{key}={values[key]!r} must name at least one")
         _check_list("seeds", seeds, int)
         for key, listed in (values.get("vary") or {}).items():
             _check_list(f"vary: {key}", listed)

@@ -100,6 +100,8 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
         ("arms: [EC]\nmeasures: [decoding]", "measures=['decoding']: must hold a line"),
         ("arms: [EC]\nseeds: 3", "seeds=3 must be a list"),
         ("arms: [EC]\nseeds: [0, 1, 0]", "seeds=[0, 1, 0] holds 0 twice"),
+        ("arms: [EC]\nseeds: []", "seeds=[] must name at least one"),
+        ("arms: {}", "arms={} must name at least one"),
         ("arms: [EC]\nbase: {seed: 3}", "arm 'EC': seed=3 is none of an arm: name it in `seeds`"),
         ("arms: {Mine: {seed: 3}}", "arm 'Mine': seed=3 is none of an arm"),
         ("arms: [EC]\nvary: {steps: 3}", "vary: steps=3 must be a list"),
