@@ -130,9 +130,10 @@ def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
     cell = nbformat.v4.new_code_cell("steps: int = 1", metadata={"tags": ["parameters"]})
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
     (tmp_path / "p.yaml").write_text("step: 2\n")
-    result = call("report", tmp_path / "n.ipynb", tmp_path / "n.html", "-f", tmp_path / "p.yaml")
-    assert result.exit_code == 2 and "did you mean steps" in result.stderr
-    assert not (tmp_path / "n.html").exists()
+    for given in (["-f", tmp_path / "p.yaml"], ["--set", "step=2"]):
+        result = call("report", tmp_path / "n.ipynb", tmp_path / "n.html", *given)
+        assert result.exit_code == 2 and "did you mean steps" in result.stderr
+        assert not (tmp_path / "n.html").exists()
 
 
 def test_generate_continues_a_text_with_a_run(tiny_config):

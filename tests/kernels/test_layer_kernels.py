@@ -76,6 +76,20 @@ def test_a_layer_at_once_is_the_one_in_steps(dtype, autocast):
         assert distance(a, b) < (1e-2 if autocast or dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.parametrize("who", ["hook", "hook before", "assign"])
+def test_who_looks_at_a_choice_or_makes_another_has_the_layer_in_steps(who):
+    moe, seen = layer("triton"), []
+    if who == "assign":
+        assign = moe.router.assign
+        moe.router.assign = lambda *args, **keys: seen.append(who) or assign(*args, **keys)
+    else:
+        add = moe.router.register_forward_hook if who == "hook" else moe.router.register_forward_pre_hook
+        add(lambda *_: seen.append(who))
+    with torch.no_grad():
+        moe(tokens())
+    assert seen == [who]
+
+
 def test_a_layer_counts_eight_experts_or_more_of_a_token_in_one():
     shares = [layer(kernels, lambda: ExpertChoice(D, 10, 10.0)) for kernels in ("plain", "triton")]
     for moe in shares:

@@ -103,6 +103,10 @@ def test_loss_against_a_key():
     plot = drawn(plots.over(table(by_size), "num_experts"))
     assert plot.data["num_experts"].tolist() == [4, 8, 16] and "2.250 (2.250 to 2.250) at 4, 2.125" in plot.alt
     assert [tick.get_text() for tick in plot.figure.axes[0].get_xticklabels()] == ["4", "8", "16"]
+    dense = {"Dense": [run(EC.replace(router="dense", seed=s), 2.2 + s) for s in range(2)]}
+    for level, across in ((None, []), ("Dense", [2.7])):
+        (ax,) = drawn(plots.over(table(by_size | dense), "num_experts", level=level)).figure.axes
+        assert [line.get_ydata()[0] for line in ax.get_lines() if line.get_transform() != ax.transData] == across
 
 
 def test_expert_shares(runs):

@@ -568,6 +568,10 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     assert found.label == REPRODUCED and found.parts[0].estimate == pytest.approx(0.2, abs=0.03)
     assert found.parts[4].estimate == pytest.approx(0.3, abs=0.03) and found.rests_on.size.startswith("12 layers")
     assert judge("C1", "gpu", page="07_fine_tuning").label == NO_EFFECT  # the same losses at the paper's size
+    one = evidence.planned["Dense"][1]  # of one task it has no causal answers
+    keep_measure(one, one.measures[0], {"rows": [row], "right": packed})
+    seeds_of = {of: set(evidence.right("Dense", of)) for of in ("accuracy", "accuracy_causal")}
+    assert seeds_of == {"accuracy": {0, 1, 2}, "accuracy_causal": {0, 2}}
 
     losses = {"as trained": 3.60, "sequence": 3.65, "global top-k": 3.62, "causally": 3.61}
     evidence = study({"EC-CF2 renormalized": 3.6}, "09_causality")

@@ -368,6 +368,7 @@ def _as_rank(config: RunConfig, rank: int, port: int) -> None:
     """What torchrun tells its ranks, without the seconds that it takes."""
     os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train.by_torchrun = None  # a rank starts no ranks
     run_or_load(config, progress=False)
 
 
