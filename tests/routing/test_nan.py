@@ -58,16 +58,18 @@ def test_what_padding_holds_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scores_of_padding_change_no_choice(name):
+def test_scores_of_padding_change_no_choice_and_no_gradient(name):
     router, logits, mask = layer(name).router, random_logits(B * T, E, 0), torch.arange(B * T) % 5 > 0
-    ids, dense = torch.arange(B * T) % 4, []
+    ids, dense, gradients = torch.arange(B * T) % 4, [], []
     for held in (0.0, torch.nan):
         torch.manual_seed(1)
-        padded = logits.masked_fill(~mask[:, None], held)
+        padded = logits.masked_fill(~mask[:, None], held).requires_grad_()
         chosen = router.assign(padded, batch_shape=(B, T), token_ids=ids, task_ids=ids, mask=mask)
-        assert chosen.aux_loss is None or chosen.aux_loss.isfinite()
         dense.append(chosen.dense(B * T))
-    assert torch.equal(*dense)
+        loss = 0 * padded[1].sum() + dense[-1].square().sum() + (0.0 if chosen.aux_loss is None else chosen.aux_loss)
+        loss.backward()
+        gradients.append(padded.grad)
+    assert torch.equal(*dense) and torch.equal(*gradients) and not gradients[0][~mask].any()
 
 
 @pytest.mark.parametrize(
