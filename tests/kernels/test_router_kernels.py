@@ -15,6 +15,14 @@ def test_select_takes_the_k_highest(m, k):
     assert torch.equal(chosen, scores.topk(k).indices.sort().values)
 
 
+def test_select_takes_the_k_highest_of_two_blocks_of_whole_numbers():
+    """Whose last bits are 0: the search meets scores that equal its bounds, in the second block too."""
+    dice = torch.Generator().manual_seed(0)
+    scores = torch.stack([torch.randperm(6000, generator=dice) for _ in range(16)]).float().to(DEVICE)
+    for k in (500, 1001, 3002):
+        assert torch.equal(kernels.select(scores, k), scores.topk(k).indices.sort().values)
+
+
 @pytest.mark.parametrize("kind", ["rising", "few values", "periodic", "one high"])
 def test_select_is_right_where_its_sample_misleads(kind):
     m, k = 12_000, 500
