@@ -276,6 +276,12 @@ def test_measurements_of_a_run(tiny_config):
         assert next(model.parameters()).dtype == torch.float32
 
 
+def test_a_threshold_has_no_pool(tiny_config):
+    config = tiny_config(steps=2, eval_every=2, router="expert_threshold")
+    rows = causality.losses_by_routing(run_or_load(config, progress=False).load_model(), config)["rows"]
+    assert [(row["way"], row["pool_tokens"]) for row in rows] == [("as trained", None), ("causally", None)]
+
+
 # The figures
 
 
