@@ -45,18 +45,21 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in files:
         values = read_yaml(file, "parameter file") or {}
-        must = f"parameter file {str(file)!r} must hold `key: value` lines"
         if not isinstance(values, dict):
-            raise ConfigError(must)
-        if not isinstance(values.get("base") or {}, dict):
-            raise ConfigError(f"{must} below base, but holds {type(values['base']).__name__}")
-        found = merged(found, values)
+            raise ConfigError(f"parameter file {str(file)!r} must hold `key: value` lines")
+        try:
+            found = merged(found, values)
+        except ConfigError as error:
+            raise ConfigError(f"parameter file {str(file)!r}: {error}") from error
     return found
 
 
 def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, the later ones winning; `base`, a run's keys, key by key."""
+    """Both, the later ones winning; `base`, a run's keys, key by key. A ConfigError, where something else stands below a key."""
     both = {**values, **later}
+    for key in ("base", "vary", "measures"):
+        if not isinstance(both.get(key) or {}, Mapping):
+            raise ConfigError(f"{key}={both[key]!r} must hold `key: value` lines")
     if "base" in both:
         both["base"] = {**(values.get("base") or {}), **(later.get("base") or {})}
     return both

@@ -95,9 +95,9 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
     Args:
         changes: parameters that win over those of the files; `base` key by key.
     """
-    values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
-    seeds = [] if values.get("seeds") is None else values["seeds"]
     try:
+        values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
+        seeds = [] if values.get("seeds") is None else values["seeds"]
         for key in ("arms", "seeds"):
             if values.get(key) in ([], {}):
                 raise ConfigError(f"{key}={values[key]!r} must name at least one")
@@ -219,8 +219,6 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
 
 def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[str, int], list[Measurement]]:
     """What is measured on which arm and seed: on all of a page's, unless `arms` or `seeds` stand beside the keys."""
-    if not isinstance(asked, Mapping):
-        raise ConfigError(f"measures={asked!r}: must hold a line for each measurement, `name: {{key: value}}`")
     wanted: dict[tuple[str, int], list[Measurement]] = {}
     for what, keys in asked.items():
         if not isinstance(keys or {}, Mapping):

@@ -42,7 +42,7 @@ def test_base_holds_keys_or_nothing(tmp_path):
     assert merge_parameters([tmp_path / "a.yaml", tmp_path / "none.yaml"]) == {"base": {"steps": 1}}
     assert merge_parameters([tmp_path / "none.yaml"]) == {"base": {}}
     (tmp_path / "number.yaml").write_text("base: 3\n")
-    with pytest.raises(ConfigError, match=r"number\.yaml' must hold `key: value` lines below base, but holds int"):
+    with pytest.raises(ConfigError, match=r"number\.yaml': base=3 must hold `key: value` lines"):
         merge_parameters([tmp_path / "a.yaml", tmp_path / "number.yaml"])
 
 
