@@ -55,3 +55,21 @@ def test_caps_on_trained_scores(trained):
         assert 0.5 < row["score_kept"] <= 1.0001
         if row["solver"] == "feasible":
             assert row["over_cap"] == row["empty"] == row["row_error"] == row["column_error"] == 0
+
+
+def test_what_a_choice_breaks_is_counted(trained, monkeypatch):
+    model, config = trained
+
+    def first_tokens(S, k, b, solver):
+        """Every expert takes the first k tokens, but the first expert k times the first."""
+        I = torch.arange(k).repeat(1, S.shape[1], 1)
+        I[0, 0] = 0
+        return S.gather(2, I), I
+
+    monkeypatch.setattr(inspection, "capped_top_k", first_tokens)
+    k, e = int(config.batch_size * config.sequence_length * config.capacity_factor / config.num_experts), config.num_experts
+    for row in inspection.caps_on_trained_scores(model, config)["rows"]:
+        over = 1 + (k - 1) * (e - 1 > row["cap"])
+        assert row["over_cap"] == over and row["empty"] == k - 1
+        if row["solver"] == "feasible":
+            assert (row["row_error"], row["column_error"]) == (k - 1, e - row["cap"])

@@ -1,11 +1,14 @@
 """The Trainer of a run, and what a machine must have for it."""
 
+import re
+
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ecmoe.config import ConfigError
+from ecmoe.model.build import build_model
 from ecmoe.training import trainer
 
 
@@ -19,6 +22,15 @@ def test_weights_and_gradients_must_fit_and_16_bits_take_half(tiny_config, monke
     memory["SC_PHYS_PAGES"] -= 1
     with pytest.raises(ConfigError, match="num_experts=1024.*weights and gradients alone take"):
         trainer.check_machine(config)
+
+
+@pytest.mark.parametrize("keys", [{}, {"router": "dense"}, {"layers": 4, "moe_every": 4},
+                                  {"data": "digits", "channels": 1, "classes": 10, "patch_size": 2, "sequence_length": 16}])  # fmt: skip
+def test_the_weights_of_a_config_are_those_of_its_matrices(tiny_config, keys):
+    config = tiny_config(**keys)
+    named = build_model(config).named_parameters()
+    matrices = [p for name, p in named if p.dim() > 1 and not re.search("router|relative|position", name)]
+    assert config.weights_at_least == sum(p.numel() for p in matrices)
 
 
 @pytest.mark.parametrize(("precision", "hook"), [("32-true", None), ("bf16-mixed", bf16_compress_hook)])
