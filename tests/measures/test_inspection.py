@@ -67,7 +67,10 @@ def test_what_a_choice_breaks_is_counted(trained, monkeypatch):
         return S.gather(2, I), I
 
     monkeypatch.setattr(inspection, "capped_top_k", first_tokens)
-    k, e = int(config.batch_size * config.sequence_length * config.capacity_factor / config.num_experts), config.num_experts
+    k, e = (
+        int(config.batch_size * config.sequence_length * config.capacity_factor / config.num_experts),
+        config.num_experts,
+    )
     for row in inspection.caps_on_trained_scores(model, config)["rows"]:
         over = 1 + (k - 1) * (e - 1 > row["cap"])
         assert row["over_cap"] == over and row["empty"] == k - 1
