@@ -36,7 +36,7 @@ class DDP(DDPStrategy):
             **keys,
         )
         self.narrow = narrow
-        self.travelling: list[tuple[Tensor, Tensor, dist.Work]] = []  # gradient, what was sent, and when it is there
+        self.travelling: list[torch.futures.Future[Tensor]] = []  # gradients of this step
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
@@ -48,10 +48,13 @@ class DDP(DDPStrategy):
             ddp = DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
         def send(weight: Tensor) -> None:
-            if ddp.require_backward_grad_sync and weight.grad is not None:  # else more micro-batches follow
-                sent = torch.empty_like(weight.grad, dtype=self.narrow)
-                torch.mul(weight.grad, 1 / self.world_size, out=sent)
-                self.travelling.append((weight.grad, sent, dist.all_reduce(sent, async_op=True)))
+            gradient = weight.grad
+            if ddp.require_backward_grad_sync and gradient is not None:  # else more micro-batches follow
+                sent = torch.empty_like(gradient, dtype=self.narrow)
+                torch.mul(gradient, 1 / self.world_size, out=sent)
+                arrived = dist.all_reduce(sent, async_op=True).get_future()
+                # Beside the backward pass, on a stream of its own, as soon as it is there.
+                self.travelling.append(arrived.then(lambda sent: gradient.copy_(sent.value()[0])))
 
         for weight in experts.values():
             dist.broadcast(weight.detach(), 0)
@@ -60,8 +63,7 @@ class DDP(DDPStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """The experts' gradients are there, too."""
-        for gradient, sent, done in self.travelling:
-            done.wait()
-            gradient.copy_(sent)
+        for arrived in self.travelling:
+            arrived.wait()
         self.travelling.clear()
         super().post_backward(closure_loss)

@@ -1,5 +1,6 @@
 """Recorder: the Lightning callback that writes a run's curve, checkpoints and progress, and stops what diverges."""
 
+import gc
 import math
 import sys
 import time
@@ -85,6 +86,10 @@ class Recorder(L.Callback):
         if self.compiling:  # kernels at least; also in a run that goes on in another process
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
+            # What is there now stays. To look through it for what doesn't takes Python half a second, time and again, for which
+            # all other ranks would wait.
+            gc.collect()
+            gc.freeze()
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
         # Where a validation follows, the checkpoint waits for it: its row is then part of it. After the last step there is
         # none: the validation that follows also says what the layers did in that step, which no checkpoint holds.
@@ -96,6 +101,7 @@ class Recorder(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: LitModel) -> None:
         self.bar.close()
+        gc.unfreeze()
 
     def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if torch.cuda.is_available():
@@ -144,6 +150,7 @@ class Recorder(L.Callback):
     def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
         """Asked to end by SIGTERM, which Lightning does between two steps: keep what was done."""
         self.bar.close()
+        gc.unfreeze()
         if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1 and self.whole_step:
             self._check_finite(trainer, module, trainer.global_step)
             self.save(trainer)

@@ -1,5 +1,6 @@
 """Recorder over ranks: each rank sees its own batches; what is recorded, and what follows from it, is of all."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -87,3 +88,14 @@ def test_seconds_are_shared_by_the_most_runs_that_were_side_by_side(tmp_path):
     recorder.began -= 30  # half a minute goes by, and two others come
     recorder.on_validation_start(None, None)
     assert recorder.seconds == pytest.approx(10, abs=0.1) and (recorder.shared, recorder.sharing) == (3, 2)
+
+
+@pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
+def test_python_looks_no_more_through_what_was_there_at_the_first_step(tiny_config, tmp_path, end):
+    lit, recorder, one = LitModel(tiny_config(compile=True, steps=9)), Recorder(tmp_path, progress=False), trainer(2.0)
+    recorder.on_train_start(one, lit)
+    assert gc.get_freeze_count() == 0
+    recorder.on_train_batch_end(one, lit, None, None, 0)
+    assert gc.get_freeze_count() > 10_000
+    getattr(recorder, end)(one, lit, *([RuntimeError()] if end == "on_exception" else []))
+    assert gc.get_freeze_count() == 0
