@@ -136,6 +136,14 @@ def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
         assert not (tmp_path / "n.html").exists()
 
 
+@pytest.mark.parametrize(("options", "trains"), [([], None), (["--no-train"], False)])
+def test_a_report_trains_as_its_files_say_unless_it_is_told_not_to(options, trains, monkeypatch):
+    given = {}
+    monkeypatch.setattr("ecmoe.report.execution.execute", lambda *_, **keys: given.update(keys))
+    assert call("report", "n.ipynb", "n.html", "--set", "steps=2", *options).exit_code == 0
+    assert given == {"parameters": {"steps": 2}, "train_missing": trains}
+
+
 def test_generate_continues_a_text_with_a_run(tiny_config):
     from ecmoe import run_or_load
 

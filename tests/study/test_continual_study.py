@@ -69,4 +69,6 @@ def test_an_oracle_is_expert_gate_told_the_task(study):
     (gate,), (told,) = (continual.with_oracle(study)[arm] for arm in ("Expert Gate", "oracle gate"))
     assert told.summary["forgetting"] == 0 and told.summary["gate_right"] is None
     assert told.summary["final_accuracy"] == gate.summary["final_accuracy_task_known"] >= gate.summary["final_accuracy"]
-    assert continual.origins([gate])["how"][0] == "scratch"
+    names, table = gate.summary["task_names"], continual.origins([gate])
+    sources = ["nothing" if one["task"] is None else names[one["task"]] for one in gate.summary["origins"]]
+    assert table["how"][0] == "scratch" and table["started from"].tolist() == sources and len(set(sources)) > 1

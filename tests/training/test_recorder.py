@@ -46,6 +46,15 @@ def test_after_the_last_step_there_is_nothing_to_go_on_with(tiny_config, module,
     assert not (tmp_path / "last.ckpt").exists()
 
 
+def test_a_step_is_whole_after_all_of_its_batches(tiny_config, tmp_path):
+    lit, recorder = LitModel(tiny_config(accumulate=3, checkpoint_every=9)), Recorder(tmp_path, progress=False)
+    recorder.bar, whole = SimpleNamespace(n=3, update=lambda steps: None), []
+    for i in range(6):
+        recorder.on_train_batch_end(trainer(2.0), lit, None, None, i)
+        whole.append(recorder.whole_step)
+    assert whole == [False, False, True] * 2
+
+
 def test_ranks_diverge_together(module, tmp_path):
     recorder = Recorder(tmp_path, progress=False)
     with pytest.raises(Diverged, match="before step 3"):

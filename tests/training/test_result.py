@@ -95,8 +95,9 @@ def test_a_record_that_no_run_writes_is_not_believed(tmp_path, changes, named):
         if value is not None or key == "error"
     }
     write_json(tmp_path / "a.json", {"summary": summary, "curve": {}}, sealed=True)
-    with pytest.raises(ConfigError, match=f"a.json is damaged .*{named}"):
+    with pytest.raises(ConfigError, match=f"a.json is damaged .*{named}") as error:
         results.read_record(tmp_path / "a.json")
+    assert str(error.value).count("is damaged") == 1
     for broken in ({}, {"summary": {}}, {"summary": [], "curve": {}}):
         write_json(tmp_path / "a.json", broken, sealed=True)
         with pytest.raises(ConfigError, match=r"a\.json is damaged"):
