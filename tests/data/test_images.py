@@ -208,6 +208,14 @@ def test_sizes_must_agree(tmp_path):
         images.load(f"images:{tmp_path}")
 
 
+def test_a_side_without_classes_is_named(tmp_path):
+    folder_of(tmp_path / "train", 3)
+    (tmp_path / "test").mkdir()
+    picture(0).save(tmp_path / "test" / "x.png")
+    with pytest.raises(ConfigError, match="must hold a sub-folder of image files per class"):
+        images.load(f"images:{tmp_path}")
+
+
 def test_unreadable_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match="sub-folder of image files"):
         images.load(f"images:{tmp_path}")

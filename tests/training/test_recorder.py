@@ -46,6 +46,12 @@ def test_after_the_last_step_there_is_nothing_to_go_on_with(tiny_config, module,
     assert not (tmp_path / "last.ckpt").exists()
 
 
+def test_sums_of_ranks_keep_what_float32_would_lose(module):
+    module.sums |= {"loss": torch.tensor(2.0**24), "count": torch.tensor(1.0)}
+    module._trainer = trainer(1.0)
+    assert float(module.means()["train_loss"]) == (2**24 + 1) / 2
+
+
 def test_a_step_is_whole_after_all_of_its_batches(tiny_config, tmp_path):
     lit, recorder = LitModel(tiny_config(accumulate=3, checkpoint_every=9)), Recorder(tmp_path, progress=False)
     recorder.bar, whole = SimpleNamespace(n=3, update=lambda steps: None), []
