@@ -63,7 +63,12 @@ def test_a_router_without_capacity_is_refused():
     ):
         pass
     model = build_model(config({"router": "expert_threshold"}, 2.0))  # in evaluation it takes all above its cut-off
-    with pytest.raises(ValueError, match="router='expert_threshold' has no capacity.*take one of (?!.*expert_threshold)"), capacity.at_capacity(model, 1.0):
+    with (
+        pytest.raises(
+            ValueError, match="router='expert_threshold' has no capacity.*take one of (?!.*expert_threshold)"
+        ),
+        capacity.at_capacity(model, 1.0),
+    ):
         pass
     model = build_model(config({"router": "expert_choice", "gate": "scaled"}, 2.0))
     with pytest.raises(ValueError, match="gate='scaled'"), capacity.at_capacity(model, 1.0):
