@@ -224,6 +224,14 @@ def test_what_decisions_depend_on(keys, later, others):
         assert (0.01 < decisions <= tokens <= 1) if changes else decisions == tokens == 0
 
 
+def test_dependence_is_of_whole_sequences(monkeypatch):
+    windows = ids(0).repeat(2, 1)[:, [*range(16), 0]]
+    monkeypatch.setattr(causality, "_opened", lambda *_: (None, None, windows))
+    monkeypatch.setattr(causality, "changed_decisions", lambda _, here, other, kept: [here, other, kept])
+    here, other, kept = causality.dependence(None, CONFIG, kept=3)["rows"]
+    assert torch.equal(torch.cat([here, other]), windows[:, :16]) and len(here) == len(other) and kept == 3
+
+
 def test_one_sequence_on_its_own_is_a_loop_by_hand():
     model, windows = model_of(), torch.cat([ids(2), ids(3)[:, :1]], dim=1)
     alone = []
