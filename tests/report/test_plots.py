@@ -165,6 +165,7 @@ def test_retention():
     frame = pd.DataFrame([*rows, ("joint", 0, 2, 1, math.nan)], columns=["arm", "seed", "after", "task", "accuracy"])
     plot = drawn(plots.retention(frame))
     assert "gate: task 1 90% then 80%, task 2 90% then 90%" in plot.alt and "Not run: joint." in plot.alt
+    assert all(ax.get_xscale() == "linear" for ax in plot.figure.axes)
 
 
 @pytest.mark.parametrize(
