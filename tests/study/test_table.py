@@ -21,6 +21,7 @@ def test_table_has_a_row_per_run_and_gaps_for_what_is_missing():
     assert frame["val_loss"].iloc[0] == 2.0 and frame["val_loss"].iloc[1:].isna().all()
     assert frame["dropped"].iloc[0] == 0.25 and frame["num_experts"].eq(config.num_experts).all()
     assert frame["share_8"].isna().all() and frame["mfu"].isna().all()
+    assert not any(isinstance(x, dict | list) for x in frame.to_numpy().flat)
     assert table({}).empty
 
 
