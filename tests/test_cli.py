@@ -121,7 +121,8 @@ def test_index_of_an_unknown_scale_writes_nothing(tmp_path, monkeypatch):
     wrong = call("index", "nonsense")
     assert wrong.exit_code == 2 and "scale='nonsense': must be one of gpu, paper, smoke" in wrong.stderr
     assert not any(tmp_path.iterdir())
-    assert call("index", "gpu").exit_code == 0 and (tmp_path / "reports/gpu/index.html").exists()
+    for reports, options in (("mine", ["--reports", tmp_path / "mine"]), ("reports/gpu", [])):
+        assert call("index", "gpu", *options).exit_code == 0 and (tmp_path / reports / "index.html").exists()
 
 
 def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
