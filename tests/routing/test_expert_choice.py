@@ -167,3 +167,10 @@ def test_logits_are_at_least_float32_also_under_autocast(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert logits.shape == (10, 4) and logits.dtype == wide
     torch.testing.assert_close(logits, x.view(10, D).to(wide) @ router.weight.to(wide))
+
+
+@pytest.mark.parametrize("cap", [4, 9])
+def test_a_cap_of_all_experts_is_none(cap):
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    free, capped = (ExpertChoice(3, 4, 2.0, max_experts_per_token=most).assign(logits) for most in (None, cap))
+    assert torch.equal(free.dense(16), capped.dense(16))
