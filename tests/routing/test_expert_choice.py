@@ -174,3 +174,11 @@ def test_a_cap_of_all_experts_is_none(cap):
     logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     free, capped = (ExpertChoice(3, 4, 2.0, max_experts_per_token=most).assign(logits) for most in (None, cap))
     assert torch.equal(free.dense(16), capped.dense(16))
+
+
+def test_a_padded_pool_that_rounds_down_takes_what_its_cap_allows():
+    """Of 2 tokens a place each is half a token an expert; rounded up, all 4 experts are what 2 experts a token allow."""
+    router, mask = ExpertChoice(3, 4, 1.0, max_experts_per_token=2, rounding="down"), torch.arange(16) < 2
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    taken = router.assign(logits, mask=mask).dense(16) > 0
+    assert taken.sum(0).tolist() == [1] * 4 and taken.sum(1).tolist() == [2] * 2 + [0] * 14
