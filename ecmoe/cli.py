@@ -17,7 +17,7 @@ import typer
 
 from ecmoe import __version__
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import parse_yaml, plain
+from ecmoe.files import nearest, parse_yaml, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,6 +100,12 @@ def runs(
             raise ValueError("--jobs and --within must come with --train, as nothing is trained without it")
         first, count = _part(part)
         planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
+        all_arms = dict.fromkeys(name for one in planned for name in one.arms)
+        for start in arm or ():
+            if not any(name.startswith(start) for name in all_arms):
+                raise ValueError(
+                    f"--arm {start}: no arm of the plan begins so: {nearest(start, all_arms, '`ecmoe runs` lists them')}"
+                )
         wanted = [one for one in planned if not arm or any(name.startswith(tuple(arm)) for name in one.arms)]
         lacking = [(one, engine.lacks(one, scale)) for one in wanted[first::count]]
     left = [one for one, lacks in lacking if lacks]

@@ -50,23 +50,28 @@ def test_keys_lists_every_key_with_help():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--set", "step=3"], "did you mean steps"),
-        (["--set", "learning_rate=1e-3"], "write 1.0e-3"),
-        (["--set", "steps"], "key=value"),
-        (["--set", "=3"], "key=value"),
-        (["--set", "steps=[1"], "YAML"),
-        (["absent.yaml"], "absent.yaml"),
-        (["--set", "data=absent/text.txt"], "absent/text.txt"),
-        (["--set", "data=/"], "data='/'"),
-        (["--set", "pool=0"], "pool=0: must be at least 1"),
-        (["--set", "beta2=1"], "must be below 1"),
-        (["--set", "num_nodes=2"], "num_nodes=2: start torchrun"),
-        (["--set", f"seed={10**23}"], "must be at most 9223372036854775807"),
-        (["--set", "seed=2024-13-45"], "is no YAML value"),
+        (
+            ["runs", "--arm", "Hash modula", "--check"],
+            "--arm Hash modula: no arm of the plan begins so: did you mean Hash",
+        ),
+        (["runs", "--part", "3/2"], "--part 3/2: must be I/N"),
+        (["train", "--set", "step=3"], "did you mean steps"),
+        (["train", "--set", "learning_rate=1e-3"], "write 1.0e-3"),
+        (["train", "--set", "steps"], "key=value"),
+        (["train", "--set", "=3"], "key=value"),
+        (["train", "--set", "steps=[1"], "YAML"),
+        (["train", "absent.yaml"], "absent.yaml"),
+        (["train", "--set", "data=absent/text.txt"], "absent/text.txt"),
+        (["train", "--set", "data=/"], "data='/'"),
+        (["train", "--set", "pool=0"], "pool=0: must be at least 1"),
+        (["train", "--set", "beta2=1"], "must be below 1"),
+        (["train", "--set", "num_nodes=2"], "num_nodes=2: start torchrun"),
+        (["train", "--set", f"seed={10**23}"], "must be at most 9223372036854775807"),
+        (["train", "--set", "seed=2024-13-45"], "is no YAML value"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_code_2(arguments, named):
-    result = call("train", *arguments)
+    result = call(*arguments)
     assert result.exit_code == 2
     assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr

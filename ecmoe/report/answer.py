@@ -80,7 +80,7 @@ def answer_html(verdict: ClaimVerdict) -> Markup:
 def judged_html(verdict: ClaimVerdict) -> Markup:
     """The parts of a claim in a table, those that decide nothing folded; below, the claim and the rules for all."""
     beside, rules = [part for part in verdict.parts if not part.decides], protocol()
-    amended = [one for one in rules.amendments if verdict.claim in one["claims"]]
+    amended = [one for one in rules.amendments if verdict.claim in one.claims]
     tables = [parts_html(parts, verdict.label) for parts in (verdict.deciding, beside)]
     return markup("judged", *tables, len(beside), verdict.about, rules, amended)
 

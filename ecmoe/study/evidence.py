@@ -31,7 +31,8 @@ class Evidence:
         """Arm -> seed -> the planned run: of the page's arms, by whichever page plans the very same run."""
         values = merge_parameters(parameter_files(self.page, self.scale))
         arms = arms_of(values, self.scale)
-        arms |= arms_of({"base": values["base"], "arms": [arm for arm in self._further if arm not in arms]}, self.scale)
+        further = [arm for arm in self._further if arm not in arms] or None
+        arms |= arms_of({"base": values["base"], "arms": further}, self.scale)
         by_config: dict[str, list[str]] = {}
         for arm, (config,) in configs(values["base"], arms, [0]).items():
             by_config.setdefault(config.name, []).append(arm)

@@ -6,10 +6,32 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from ecmoe import paths
 from ecmoe.files import ConfigError, nearest, read_yaml
 
 PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # what a plan is made of
+
+
+class Held:
+    """A dataclass that `held_to` fills from YAML: no other keys, and no number that isn't finite."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def held_to(kind: Any, value: Any, where: str) -> Any:
+    """What YAML says, as a type, such as `dict[str, float]` or a dataclass with `Annotated` bounds; or a ConfigError."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, given = ": ".join(map(str, first["loc"])), first["input"]
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, kind.__dataclass_fields__)}") from error
+        if first["type"] in ("missing", "missing_argument"):
+            raise ConfigError(f"{where}: {key} is missing") from error
+        raise ConfigError(f"{where}: {f'{key}=' if key else ''}{given!r}: {first['msg']}") from error
 
 
 def parameter_files(notebook: str, scale: str) -> list[Path]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig
 from ecmoe.files import nearest, read_yaml
 from ecmoe.measures import Measurement, measurements
-from ecmoe.study.parameters import check_scale, merge_parameters, merged, parameter_files
+from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merged, parameter_files
 
 Keys = Mapping[str, Any]
 # Keys that may be a share of the base's, and of what the result is a multiple; None: it must come out whole.
@@ -66,14 +66,22 @@ def sound(scale: str, asked: Sequence[str] = ()) -> tuple[list[Planned], dict[st
                 found[one.name] = _both(found[one.name], one) if one.name in found else one
         except (ConfigError, OSError) as error:
             wrong[page] = error
-    file = paths.configs() / "order.yaml"
-    blocks = [set(block) for block in (read_yaml(file, "order of runs") if file.exists() else [])]
-    blocks += [{page} for page in known]
+    blocks = [*_order(known), *([page] for page in known)]
 
     def place(one: Planned) -> tuple[int, int]:
-        return next(i for i, block in enumerate(blocks) if block & {*one.pages, *one.arms}), one.seed
+        return next(i for i, block in enumerate(blocks) if not {*one.pages, *one.arms}.isdisjoint(block)), one.seed
 
     return sorted(found.values(), key=place), wrong
+
+
+def _order(known: list[str]) -> list[list[str]]:
+    """configs/order.yaml: blocks of pages and arms."""
+    file = paths.configs() / "order.yaml"
+    blocks = held_to(list[list[str]], read_yaml(file, "order of runs") or [], "order.yaml") if file.exists() else []
+    for name in chain(*blocks):
+        if name not in (names := [*known, *named_arms()]):
+            raise ConfigError(f"order.yaml: there is no page or arm {name!r}: {nearest(name, names, 'leave it out')}")
+    return blocks
 
 
 def _both(other: Planned, one: Planned) -> Planned:
@@ -97,16 +105,13 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
     """
     try:
         values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
-        seeds = [] if values.get("seeds") is None else values["seeds"]
-        for key in ("arms", "seeds"):
-            if values.get(key) in ([], {}):
-                raise ConfigError(f"{key}={values[key]!r} must name at least one")
-        _check_list("seeds", seeds, int)
+        if (seeds := values.get("seeds")) is not None:
+            _check_list("seeds", seeds, int)
         for key, listed in (values.get("vary") or {}).items():
             _check_list(f"vary: {key}", listed)
         arms = arms_of(values, scale)
-        wanted = _measures(values.get("measures") or {}, list(arms), seeds)
-        made = configs(values["base"], arms, seeds)
+        wanted = _measures(values.get("measures") or {}, list(arms), seeds or ())
+        made = configs(values["base"], arms, seeds or ())
     except ConfigError as error:
         raise ConfigError(f"page {page!r}: {error}") from error
     return [
@@ -117,14 +122,16 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
 
 
 def _check_list(name: str, value: Any, of: type = object) -> None:
-    """Raise a ConfigError where it is no list of such items."""
-    if not isinstance(value, list | tuple):
+    """Raise a ConfigError where it is no list of such items, or has none; of arms it may be a mapping, too."""
+    if not isinstance(value, list | tuple) and not (name == "arms" and isinstance(value, Mapping)):
         raise ConfigError(f"{name}={value!r} must be a list, such as [{value!r}]")
+    if not value:
+        raise ConfigError(f"{name}={value!r} must name at least one")
     for item in value:
         if not isinstance(item, of) or isinstance(item, bool) and of is int:
             items = "whole numbers" if of is int else "names"
             raise ConfigError(f"{name}={value!r} must be a list of {items}, not of {item!r}")
-        if value.count(item) > 1:  # a seed would count as two
+        if list(value).count(item) > 1:  # a seed would count as two
             raise ConfigError(f"{name}={value!r} holds {item!r} twice: leave one")
 
 
@@ -134,11 +141,14 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     `arms` is a list of names; or name -> keys, for arms of one's own (no keys: by its name). configs/scale/<scale>/arms.yaml
     is what a scale changes of some, such as a family's own learning rate.
     """
-    asked, vary = values.get("arms") or (), values.get("vary") or {}
+    asked, vary = values.get("arms"), values.get("vary") or {}
     own = paths.configs() / "scale" / scale / "arms.yaml"
-    _check_list("arms", list(asked) if isinstance(asked, Mapping) else asked, str)
-    changes, found = read_yaml(own, "arms") if own.exists() else {}, {}
-    for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked)).items():
+    if asked is not None:
+        _check_list("arms", asked, str)
+    changes, found = _arms_of(own) if own.exists() else {}, {}
+    for name in changes:
+        _named(name)
+    for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked or ())).items():
         if keys is not None and not isinstance(keys, Mapping):
             raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
         keys = arm_keys(name, values["base"], changes) if keys is None else keys
@@ -156,7 +166,14 @@ def named_arms() -> dict[str, dict[str, Any]]:
 
 @cache
 def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
-    return read_yaml(path, "arms")
+    return held_to(dict[str, dict[str, Any]], read_yaml(path, "arms"), str(path))
+
+
+def _named(arm: str) -> dict[str, Any]:
+    """The keys of an arm of configs/arms.yaml."""
+    if arm not in named_arms():
+        raise ConfigError(f"there is no arm {arm!r}: {nearest(arm, named_arms(), 'configs/arms.yaml names them all')}")
+    return named_arms()[arm]
 
 
 def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
@@ -168,10 +185,7 @@ def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> di
     Raises:
         ConfigError: no arm has that name (the nearest is suggested), or its share of one of the base's keys is no whole number.
     """
-    if name not in named_arms():
-        hint = nearest(name, named_arms(), "configs/arms.yaml names them all")
-        raise ConfigError(f"there is no arm {name!r}: {hint}")
-    changes = {**named_arms()[name], **(own or {}).get(name, {})}
+    changes = {**_named(name), **(own or {}).get(name, {})}
     return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}
 
 

@@ -4,10 +4,13 @@ Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022 (arXi
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
@@ -15,29 +18,31 @@ from ecmoe.files import nearest, read_yaml
 from ecmoe.measures import MEASURES
 from ecmoe.model.metrics import METRICS
 from ecmoe.study.estimate import Unit, amount, tolerance
+from ecmoe.study.parameters import Held, held_to
+from ecmoe.study.plan import named_arms
 
-SAYS = ("below", "above", "at or below", "near")
-HOW = ("difference", "steps", "time", "bench", "accuracy", "spread")
-LISTS = ("a", "b", "over", "sides")
+OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])
+Share = Annotated[float, Field(gt=0, lt=1)]
+Margin = Annotated[float, Field(gt=0)]
 RATIOS = ("steps", "time", "bench", "spread")
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Held):
     """One comparison of a claim; configs/protocol.yaml explains the keys."""
 
     name: str
-    a: tuple[str, ...]
-    says: str
+    a: Annotated[tuple[str, ...], OneOrMore, Field(min_length=1)]
+    says: Literal["below", "above", "at or below", "near"]
     found: str
     of: str
-    b: tuple[str, ...] = ()
-    how: str = "difference"
+    b: Annotated[tuple[str, ...], OneOrMore] = ()
+    how: Literal["difference", "steps", "time", "bench", "accuracy", "spread"] = "difference"
     decides: bool = False
-    over: tuple[float, ...] = ()
+    over: Annotated[tuple[float, ...], OneOrMore] = ()
     figure: float | None = None
     neutral: float = 0.0
-    margin: float = 0.0
+    margin: Margin = 0.0
     sides: tuple[str, str] = ("below", "above")
     or_direction: str | None = None
     direction: str = ""
@@ -86,13 +91,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Claim(Held):
     """A claim of the paper. short: in a few words. paper: its figure in short. proxy: by what else it is judged. differences: from the paper."""
 
     id: str
     page: str
     short: str
-    text: str
+    claim: str
     paper: str
     where: str
     refuted_by: str
@@ -113,14 +118,24 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What holds for all claims, and the claims by id, in the paper's order. amendments: (date, claims, what, why)."""
+class Amendment(Held):
+    """A change of the rules after a look at runs that they judge."""
 
-    level: float
-    least_seeds: int
-    power: float
-    amendments: Sequence[Mapping[str, Any]]
-    claims: Mapping[str, Claim]
+    date: datetime.date
+    claims: list[str]
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Protocol(Held):
+    """What holds for all claims, and the claims by id, in the paper's order."""
+
+    level: Share
+    least_seeds: Annotated[int, Field(ge=2)]
+    power: Share
+    amendments: list[Amendment]
+    claims: dict[str, Claim]
 
 
 @cache
@@ -130,10 +145,14 @@ def protocol() -> Protocol:
     Raises:
         ConfigError: names claim and part, key, value, and what would be right.
     """
-    values = read_yaml(paths.configs() / "protocol.yaml", "protocol")
-    claims = {id: _claim(id, keys, values["margins"]) for id, keys in values["claims"].items()}
-    rest = {key: values[key] for key in ("level", "least_seeds", "power", "amendments")}
-    return Protocol(**rest, claims=claims)
+    values = held_to(dict[str, Any], read_yaml(paths.configs() / "protocol.yaml", "protocol"), "protocol")
+    values.pop("lists", None)  # to name lists of arms in the file
+    margins = held_to(dict[Unit, Margin], values.pop("margins", None), "protocol: margins")
+    if missing := [unit for unit in Unit if unit not in margins]:
+        raise ConfigError(f"protocol: margins has none for {missing[0]!s}")
+    claims = held_to(dict[str, dict[str, Any]], values.pop("claims", None), "protocol: claims")
+    values["claims"] = {id: _claim(id, keys, margins) for id, keys in claims.items()}
+    return held_to(Protocol, values, "protocol")
 
 
 def find_claim(id: str) -> Claim:
@@ -144,10 +163,11 @@ def find_claim(id: str) -> Claim:
     return claims[id]
 
 
-def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> Claim:
-    keys = dict(keys)
-    margins = {**margins, **keys.pop("margins", {})}
-    parts = tuple(_part(f"claim {id}", part, margins) for part in keys.pop("parts"))
+def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> Claim:
+    keys, where = dict(keys), f"claim {id}"
+    margins = {**margins, **held_to(dict[Unit, Margin], keys.pop("margins", {}), f"{where}: margins")}
+    listed = held_to(list[dict[str, Any]], keys.pop("parts", None), f"{where}: parts")
+    parts = tuple(_part(where, part, margins) for part in listed)
     names = [part.name for part in parts]
     for part in parts:
         if names.count(part.name) > 1:
@@ -158,20 +178,23 @@ def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> Cl
             )
     if not any(part.decides for part in parts):
         raise ConfigError(f"claim {id}: no part decides")
-    return Claim(id=id, text=keys.pop("claim"), parts=parts, **keys)
+    if "page" in keys and not (paths.configs() / f"{keys['page']}.yaml").exists():
+        raise ConfigError(f"{where}: page={keys['page']!r}: there is no configs/{keys['page']}.yaml")
+    return held_to(Claim, keys | {"id": id, "parts": parts}, where)
 
 
-def _part(where: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> Part:
+def _part(where: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> Part:
     where = f"{where}, part {keys.get('name')!r}"
-    known = [field.name for field in dataclasses.fields(Part)]
-    for key in keys:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, known)}")
-    for key, choices in {"says": SAYS, "how": HOW}.items():
-        if keys.get(key, choices[0]) not in choices:
-            raise ConfigError(f"{where}: {key}={keys[key]!r} must be one of {', '.join(choices)}")
-    lists = {key: keys[key] if isinstance(keys[key], list) else [keys[key]] for key in LISTS if key in keys}
-    part = Part(**{**keys, **{key: tuple(values) for key, values in lists.items()}})
+    part = held_to(Part, keys, where)
+    for arm in part.arms:
+        if arm not in named_arms():
+            raise ConfigError(
+                f"{where}: there is no arm {arm!r}: {nearest(arm, named_arms(), 'see configs/arms.yaml')}"
+            )
+    try:
+        part.found.format(size="", side="")
+    except (LookupError, ValueError) as error:
+        raise ConfigError(f"{where}: found={part.found!r} may hold {{size}} and {{side}} alone: {error}") from error
     for _, column in part.terms if part.how not in ("bench", "accuracy") else ():
         what, _, row = column.partition("/")
         if what not in (MEASURES if row else [metric.name for metric in METRICS]):
@@ -182,5 +205,5 @@ def _part(where: str, keys: Mapping[str, Any], margins: Mapping[str, float]) -> 
         raise ConfigError(f"{where}: says=near needs a figure")
     if part.over and len(part.over) != len(part.a):
         raise ConfigError(f"{where}: over has {len(part.over)} numbers for {len(part.a)} arms")
-    usual = {"margin": margins[part.unit.value], "neutral": 1.0 if part.unit is Unit.RATIO else 0.0}
+    usual = {"margin": margins[part.unit], "neutral": 1.0 if part.unit is Unit.RATIO else 0.0}
     return dataclasses.replace(part, **{key: value for key, value in usual.items() if key not in keys})

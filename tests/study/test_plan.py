@@ -7,7 +7,6 @@ import pytest
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.files import read_yaml
 from ecmoe.study import plan
 
 LIGHT = """
@@ -55,11 +54,6 @@ def test_blocks_come_in_their_order_each_seed_whole_before_the_next(configs):
     ]  # fmt: skip
 
 
-def test_the_order_names_pages_and_arms_that_there_are():
-    known = {*plan.pages("gpu"), *plan.named_arms()}
-    assert all(set(block) <= known for block in read_yaml(paths.configs() / "order.yaml", "order"))
-
-
 def test_a_share_is_of_the_base(configs):
     configs("03_c.yaml", "arms: [Wide]\n")
     assert plan.plan("big", ["03_c"])[0].config.d_ff == 120  # 116.7, in eights
@@ -101,6 +95,7 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
         ("arms: [EC]\nseeds: 3", "seeds=3 must be a list"),
         ("arms: [EC]\nseeds: [0, 1, 0]", "seeds=[0, 1, 0] holds 0 twice"),
         ("arms: [EC]\nseeds: []", "seeds=[] must name at least one"),
+        ("arms: [EC]\nvary: {steps: []}", "vary: steps=[] must name at least one"),
         ("arms: {}", "arms={} must name at least one"),
         ("arms: [EC]\nbase: {seed: 3}", "arm 'EC': seed=3 is none of an arm: name it in `seeds`"),
         ("arms: {Mine: {seed: 3}}", "arm 'Mine': seed=3 is none of an arm"),
@@ -121,6 +116,26 @@ def test_what_cannot_be_planned_names_the_page(configs, text, said):
         plan.plan("big")
     assert str(error.value).startswith("page '03_c': ") and said in str(error.value)
     assert len(plan.plan("big", ["01_a"])) == 4  # the others can be had
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("order.yaml", "01_a: [EC]\n", "order.yaml: {'01_a': ['EC']}: Input should be a valid list"),
+        ("order.yaml", "- 01_a\n", "order.yaml: 0='01_a': Input should be a valid list"),
+        ("order.yaml", "- [EC, {a: b}]\n", "order.yaml: 0: 1={'a': 'b'}: Input should be a valid string"),
+        ("order.yaml", "- [01_b]\n", "order.yaml: there is no page or arm '01_b': did you mean 02_b?"),
+        ("arms.yaml", "", "arms.yaml: None: Input should be a valid dictionary"),
+        ("arms.yaml", "EC: expert_choice\n", "arms.yaml: EC='expert_choice': Input should be a valid dictionary"),
+        ("scale/big/arms.yaml", "EC:\n", "arms.yaml: EC=None: Input should be a valid dictionary"),
+        ("scale/big/arms.yaml", "ECC: {steps: 3}\n", "there is no arm 'ECC': did you mean EC?"),
+    ],
+)
+def test_what_cannot_be_an_order_or_arms_is_named(configs, file, text, said):
+    configs(file, text)
+    with pytest.raises(ConfigError) as error:
+        plan.plan("big")
+    assert said in str(error.value)
 
 
 def test_unknown_names_suggest_the_near_one(configs):

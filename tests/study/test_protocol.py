@@ -11,6 +11,7 @@ from ecmoe.study.plan import named_arms
 from ecmoe.study.protocol import find_claim, protocol
 
 CLAIMS = protocol().claims
+MARGINS = {Unit.NATS: 0.005}
 PARTS = [(claim, part) for claim in CLAIMS.values() for part in claim.parts]
 
 
@@ -19,7 +20,7 @@ def test_every_claim_of_the_paper_is_judged_by_a_rule_that_says_what_would_refut
     for id, claim in CLAIMS.items():
         assert (
             claim.id == id
-            and claim.text
+            and claim.claim
             and len(claim.short) < 70
             and claim.paper
             and claim.where
@@ -59,8 +60,8 @@ def test_units_and_neutral_values_follow_from_what_is_compared():
     "change, error",
     [
         ({"margn": 1}, "claim C1, part 'x': unknown key 'margn': did you mean margin"),
-        ({"says": "under"}, "says='under' must be one of below"),
-        ({"how": "magic"}, "how='magic' must be one of difference"),
+        ({"says": "under"}, "says='under': Input should be 'below'"),
+        ({"how": "magic"}, "how='magic': Input should be 'difference'"),
         ({"says": "near"}, "says=near needs a figure"),
         ({"of": "val_los"}, "of='val_los': there is no metric 'val_los'"),
         ({"of": "loses/sequence"}, "there is no measurement 'loses'"),
@@ -68,6 +69,12 @@ def test_units_and_neutral_values_follow_from_what_is_compared():
         ({"or_direction": "x"}, "or_direction needs `direction`"),
         ({"or_direction": "y", "direction": "it does"}, "or_direction='y' is none of its parts"),
         ({"decides": False}, "claim C1: no part decides"),
+        ({"a": "BAZE"}, "there is no arm 'BAZE': did you mean BASE"),
+        ({"a": []}, "a=\\[\\]: Value should have at least 1 item"),
+        ({"margin": -1}, "margin=-1: Input should be greater than 0"),
+        ({"found": "{siz}"}, "found='{siz}' may hold {size} and {side} alone"),
+        ({"sides": ["less"]}, "sides: 1 is missing"),
+        ({"decides": "perhaps"}, "decides='perhaps': Input should be a valid boolean"),
     ],
 )
 def test_what_is_wrong_in_the_protocol_is_named(change, error):
@@ -80,14 +87,51 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
         "found": "{size}",
         "decides": True,
     }
-    keys = {"page": "p", "short": "s", "claim": "c", "paper": "p", "where": "4", "refuted_by": "r", "differences": "d"}
+    keys = {
+        "page": "01_convergence",
+        "short": "s",
+        "claim": "c",
+        "paper": "p",
+        "where": "4",
+        "refuted_by": "r",
+        "differences": "d",
+    }
     with pytest.raises(ConfigError, match=error):
-        module._claim("C1", {**keys, "parts": [part | change]}, {"nats per token": 0.005})
+        module._claim("C1", {**keys, "parts": [part | change]}, MARGINS)
     with pytest.raises(ConfigError, match="two parts are called 'x'"):
-        module._claim("C1", {**keys, "parts": [part, part]}, {"nats per token": 0.005})
+        module._claim("C1", {**keys, "parts": [part, part]}, MARGINS)
     for own, margin in (({}, 0.005), ({"margin": 0.02}, 0.02)):
-        claim = module._claim("C1", {**keys, "parts": [part | own]}, {"nats per token": 0.005})
+        claim = module._claim("C1", {**keys, "parts": [part | own]}, MARGINS)
         assert claim.parts[0].margin == margin
+
+
+@pytest.mark.parametrize(
+    "keys, value, error",
+    [
+        ("", ["claims"], "protocol: .*should be a valid dictionary"),
+        ("level", 2, "protocol: level=2: Input should be less than 1"),
+        ("level", None, "protocol: level=None: Input should be a valid number"),
+        ("margin", {}, "protocol: unknown key 'margin'"),
+        ("margins", {"nats per token": 0.005}, "margins has none for ratio"),
+        ("margins nats", 1, "margins: nats: .*Input should be 'nats per token'"),
+        ("claims C1", "x", "claims: C1='x'"),
+        ("claims C1 parts", [1], "claim C1: parts: 0=1"),
+        ("claims C1 page", "01_convergenc", "claim C1: page='01_convergenc': there is no configs/01_convergenc.yaml"),
+        ("claims C1 shorts", "x", "claim C1: unknown key 'shorts': did you mean short"),
+        ("claims C1 margins", {"ratio": "x"}, "claim C1: margins: ratio='x'"),
+        ("amendments", [{"date": "today"}], "amendments: 0: date='today'"),
+    ],
+)
+def test_what_is_wrong_in_the_whole_file_is_named(keys, value, error, tmp_path, monkeypatch):
+    written = {"": yaml.safe_load((paths.configs() / "protocol.yaml").read_text())}
+    *outer, last = ["", *keys.split()] if keys else [""]
+    inner = written
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    monkeypatch.setattr(module, "read_yaml", lambda path, what: written[""])
+    with pytest.raises(ConfigError, match=error):
+        protocol.__wrapped__()
 
 
 def test_an_unknown_claim_lists_the_known():
