@@ -11,7 +11,7 @@ from ecmoe import load_model, paths, run_or_load
 from ecmoe.files import ConfigError, Damaged
 from ecmoe.training import once as protocol
 from ecmoe.training import run as training
-from ecmoe.training.result import read_record, read_run
+from ecmoe.training.result import not_run, read_record, read_run, write_run
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +210,10 @@ def test_what_was_made_again_and_damaged_takes_no_place(run, tmp_path):
     with pytest.raises(Damaged, match=r"again.curve\.csv is damaged"):
         run_or_load(config, train=False)
     assert (folder / "curve.csv").read_bytes() == before
+
+
+def test_a_run_that_diverged_is_not_trained_again_for_its_weights(tiny_config):
+    config = tiny_config(seed=158)
+    (folder := paths.runs() / config.name).mkdir(parents=True)
+    write_run(folder, not_run(config).summary | {"status": "diverged", "data": None})
+    assert run_or_load(config, weights=True, progress=False).summary["status"] == "diverged"
