@@ -36,8 +36,11 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
         accelerator="cuda" if cuda else "cpu", precision=resolved_precision(config), max_epochs=-1, **quiet | keys
     )
     # Before each batch Lightning asks rank 0 whether it was told to end, and the host waits for the device's answer. Nobody
-    # need ask: torchrun tells every rank.
+    # need ask: torchrun tells every rank. Each ends where it is: to tell the others, as Lightning would, is to wait for ranks
+    # that wait elsewhere, or are gone.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    if trainer.world_size > 1:
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 

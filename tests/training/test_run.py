@@ -19,7 +19,7 @@ from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
-from ecmoe.files import read_json, write_json
+from ecmoe.files import read_json, sealed, write_json
 from ecmoe.training import run as train
 from ecmoe.training.continuation import continue_text
 from ecmoe.training.lit import LitModel
@@ -396,6 +396,23 @@ def test_two_ranks_are_one_process_over_both_batches(
     weights = load_model(one.path).state_dict()
     for name, value in load_model(result.path).state_dict().items():
         torch.testing.assert_close(value, weights[name], atol=1e-3, rtol=1e-3)
+
+
+def test_ranks_that_are_told_to_end_wait_for_nobody(tiny_config, forked, free_port):
+    config = tiny_config(seed=43, strategy="ddp", devices=2, batch_size=4, steps=10**5, eval_every=10**5, checkpoint_every=2)
+    port, checkpoint, until = free_port(), paths.runs() / config.name / "last.ckpt", time.monotonic() + 60
+    ranks = [forked(_as_rank, config, rank, port) for rank in range(2)]
+    while not checkpoint.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        rank.join(timeout=10)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes[0] == -signal.SIGTERM and codes[1] is not None  # which may have seen that the first is gone
+    assert sealed(checkpoint) and not run_or_load(config, train=False).ok
 
 
 def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, tmp_path, monkeypatch):
