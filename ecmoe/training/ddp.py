@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from ecmoe.config import RunConfig
 from ecmoe.model.moe import MoE
@@ -37,15 +38,18 @@ class DDP(DDPStrategy):
         )
         self.narrow = narrow
         self.travelling: list[torch.futures.Future[Tensor]] = []  # gradients of this step
+        self.hooks: list[RemovableHandle] = []  # which send them
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-        experts = {f"{name}.{w}": getattr(layer, w) for name, layer in layers.items() for w in ("w1", "w2")}
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(experts))
+        of_experts = {w for layer in model.modules() if isinstance(layer, MoE) for w in (layer.w1, layer.w2)}
+        experts = {name: w for name, w in model.named_parameters() if w in of_experts and w.requires_grad}
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, list(experts))
         with warnings.catch_warnings():  # of a name that older versions of torch don't know by its new one
             warnings.simplefilter("ignore", FutureWarning)
             # Lightning's own does this on a side stream, on which each gradient would then wait for its parameter.
             ddp = DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
+        ignore(model, [])  # by whoever trains the model next
 
         def send(weight: Tensor) -> None:
             gradient = weight.grad
@@ -58,7 +62,7 @@ class DDP(DDPStrategy):
 
         for weight in experts.values():
             dist.broadcast(weight.detach(), 0)
-            weight.register_post_accumulate_grad_hook(send)
+            self.hooks.append(weight.register_post_accumulate_grad_hook(send))
         return ddp
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -67,3 +71,9 @@ class DDP(DDPStrategy):
             arrived.wait()
         self.travelling.clear()
         super().post_backward(closure_loss)
+
+    def teardown(self) -> None:
+        """Hooks would go on sending, and keep the model's memory."""
+        while self.hooks:
+            self.hooks.pop().remove()
+        super().teardown()

@@ -1,10 +1,13 @@
 """DDP with experts' gradients that travel alone: the gradients of one process that has both batches."""
 
+import gc
 import os
+import weakref
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from ecmoe.data import open_data
 from ecmoe.training.lit import LitModel
@@ -13,17 +16,21 @@ from ecmoe.training.trainer import new_trainer, repeatable, strategy
 
 class Gradients(L.Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-        self.last = {name: p.grad.tolist() for name, p in module.named_parameters()}
+        self.last = {name: p.grad.tolist() for name, p in module.named_parameters() if p.requires_grad}
         self.first = getattr(self, "first", self.last)
 
 
-def gradients(config, rank: int = 0) -> list[dict]:
-    """Of the first step and of the last."""
+def lit(config, seed: int = 0) -> tuple[LitModel, L.LightningDataModule]:
     data = open_data(config)
     data.prepare_data()
     data.setup("fit")
-    torch.manual_seed(config.seed + rank)  # DDP gives all ranks the weights of the first
-    module, plan, seen = LitModel(config, torch.as_tensor(data.token_counts)), strategy(config), Gradients()
+    torch.manual_seed(seed)  # DDP gives all ranks the weights of the first
+    return LitModel(config, torch.as_tensor(data.token_counts)), data
+
+
+def gradients(config, plan, module, data) -> list[dict]:
+    """Of the first step and of the last."""
+    seen = Gradients()
     keys = {"devices": config.devices, "strategy": plan, "accumulate_grad_batches": config.accumulate}
     keys |= {"limit_val_batches": 0, "use_distributed_sampler": False, "callbacks": [seen]}
     with repeatable():
@@ -32,19 +39,41 @@ def gradients(config, rank: int = 0) -> list[dict]:
     return [seen.first, seen.last]
 
 
+def as_rank(rank: int) -> None:
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(("accumulate", "precision", "rtol"), [(2, "32-true", 1e-4), (1, "bf16-mixed", 0.05)])
 def test_two_ranks_are_one_process(tiny_config, two_ranks, accumulate, precision, rtol):
     keys = {"steps": 2, "accumulate": accumulate, "precision": precision}
-    two = tiny_config(**keys, strategy="ddp", devices=2, batch_size=4)
+    two, one = tiny_config(**keys, strategy="ddp", devices=2, batch_size=4), tiny_config(**keys, batch_size=8)
 
     def work(rank: int) -> list[dict]:
-        os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-        os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        return gradients(two, rank)
+        as_rank(rank)
+        return gradients(two, strategy(two), *lit(two, rank))
 
-    alone, _ = gradients(tiny_config(**keys, batch_size=8))
+    alone, _ = gradients(one, "auto", *lit(one))
     (ours, last), (theirs, their_last) = two_ranks(work)
     assert ours == theirs and last == their_last
     for name, wanted in alone.items():
         wanted = torch.tensor(wanted)
         torch.testing.assert_close(torch.tensor(ours[name]), wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+
+
+def test_a_model_is_left_to_others_and_its_memory_given_back(tiny_config, two_ranks):
+    two = tiny_config(steps=2, strategy="ddp", devices=2, batch_size=4)
+
+    def work(rank: int) -> tuple[list[dict], bool]:
+        as_rank(rank)
+        module, data = lit(two)
+        module.model.moe_layers[0].w2.requires_grad = False  # as a callback may
+        gradients(two, strategy(two), module, data)
+        by_others = gradients(two, DDPStrategy(process_group_backend="gloo"), module, data)
+        weight = weakref.ref(module.model.moe_layers[0].w1)
+        del module, data
+        gc.collect()
+        return by_others, weight() is None
+
+    (first, gone), (second, gone_too) = two_ranks(work)
+    assert any("w1" in name for name in first[0]) and first == second and gone and gone_too
