@@ -399,7 +399,9 @@ def test_two_ranks_are_one_process_over_both_batches(
 
 
 def test_ranks_that_are_told_to_end_wait_for_nobody(tiny_config, forked, free_port):
-    config = tiny_config(seed=43, strategy="ddp", devices=2, batch_size=4, steps=10**5, eval_every=10**5, checkpoint_every=2)
+    config = tiny_config(
+        seed=43, strategy="ddp", devices=2, batch_size=4, steps=10**5, eval_every=10**5, checkpoint_every=2
+    )
     port, checkpoint, until = free_port(), paths.runs() / config.name / "last.ckpt", time.monotonic() + 60
     ranks = [forked(_as_rank, config, rank, port) for rank in range(2)]
     while not checkpoint.exists() and time.monotonic() < until:
