@@ -111,9 +111,8 @@ class ExpertGate(nn.Module):
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(n, C, H, W), perhaps (n,) which expert looks at an image, else the gates decide -> (n,) classes, (n,) their experts."""
         if expert is None:
-            expert = self.errors(x).argmin(
-                1
-            )  # the largest of softmax(-er / t), whatever the temperature t (section 3.2)
+            # The largest of softmax(-er / t), whatever the temperature t (section 3.2).
+            expert = self.errors(x).argmin(1)
         said = torch.empty_like(expert)
         for k in expert.unique().tolist():  # an expert sees its own images alone
             chosen = expert == k
