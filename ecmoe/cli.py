@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ecmoe import __version__
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import CHOICES, ConfigError, RunConfig
 from ecmoe.files import nearest, parse_yaml, plain
 
 if TYPE_CHECKING:
@@ -317,6 +317,14 @@ def bench_scaling(
 
     with _one_line():
         scale = scale or ("gpu" if torch.cuda.is_available() else "smoke")
+        for option, words, known in (
+            ("strategy", strategy or [], CHOICES["strategy"]),
+            ("pool", pool or [], CHOICES["pool"]),
+            ("only", only.split(","), ("training", "layers", "losses")),
+        ):
+            for word in words:
+                if word not in known:
+                    raise ValueError(f"--{option} {word}: {nearest(word, known)}")
         given = {"devices": devices, "strategies": strategy, "pools": pool}
         asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}
         layers, base, into = asked.pop("layers"), asked["base"], out or speed.folder(scale)

@@ -67,7 +67,7 @@ def execute(
 
     Raises:
         ConfigError: an unknown key, before anything runs.
-        ReportError: there is no such notebook; or a cell failed. The page, with the error on top, is then
+        ReportError: there is no such notebook; the page is a folder; or a cell failed. The page, with the error on top, is then
             `<name>.failed.html`, so that the page asked for is not taken for done.
     """
     import papermill
@@ -80,6 +80,8 @@ def execute(
     def fail(executed: Any, what: str, where: str = notebook.name, cell: int | None = None) -> None:
         render(executed, failed_html, error={"where": where, "what": what, "cell": cell}, source=notebook)
 
+    if out_html.is_dir():
+        raise ReportError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
         try:
