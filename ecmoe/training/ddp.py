@@ -20,7 +20,8 @@ from ecmoe.model.moe import MoE
 
 
 class DDP(DDPStrategy):
-    """Copies of the model on all ranks, with the mean of their gradients.
+    """Copies of the model on all ranks, with the mean of their gradients: from before they are clipped on, but not yet in a
+    callback's `on_after_backward`, where those of experts may be on their way.
 
     Args:
         narrow: what gradients are on their way; None: as they are.
