@@ -90,10 +90,11 @@ def _trained(config: RunConfig) -> Result:
     with TemporaryDirectory(dir=paths.cache()) as name:
         if config.devices == 1:
             with place() as where:
-                return train_run(config, Path(name), where=where, keep_weights=False)
-        write_text(Path(name) / "config.yaml", yaml.safe_dump(config.to_dict()))
-        by_torchrun(config, Path(name), lambda: None, keep_weights=False)
-        result = read_run(Path(name))
+                result = train_run(config, Path(name), where=where, keep_weights=False)
+        else:
+            write_text(Path(name) / "config.yaml", yaml.safe_dump(config.to_dict()))
+            by_torchrun(config, Path(name), lambda: None, keep_weights=False)
+            result = read_run(Path(name))
     if not result.ok:
         raise RuntimeError(result.summary["error"])
     return result

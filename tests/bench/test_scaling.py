@@ -28,6 +28,12 @@ def test_one_device_is_timed_by_a_short_run_and_what_cannot_be_is_named(tiny_con
     )
 
 
+def test_a_run_that_diverges_is_no_rate(tiny_config, monkeypatch):
+    monkeypatch.setattr(scaling, "EVERY", 2)
+    (table,) = scaling.bench_scaling(tiny_config(learning_rate=1e30, warmup_steps=0).to_dict(), [1], repeats=2)
+    assert not len(table) and "RuntimeError: the loss is" in table.attrs["absent"][0]
+
+
 def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tmp_path, monkeypatch):
     speeds = {("auto", "batch"): 100.0, ("ddp", "rank"): 180.0, ("fsdp2", "rank"): 150.0, ("ddp", "batch"): 160.0}
     speeds["fsdp2", "batch"] = 140.0
