@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+from pydantic import Field
 
 from ecmoe import paths
 from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
 from ecmoe.config import RunConfig
-from ecmoe.files import read_json
-from ecmoe.study.parameters import check_kinds, merge_parameters, parameter_files
+from ecmoe.files import ConfigError, nearest, read_json
+from ecmoe.study.parameters import check_kinds, held_to, merge_parameters, parameter_files
 from ecmoe.study.plan import of_page
 
 STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
@@ -76,18 +77,43 @@ def job(name: str, **keys: Any) -> Job:
     return measure
 
 
+# What may stand in the YAML of 08_step_time; which sizes a bench has it says itself, when it is called.
+Sizes = dict[str, int]
+HELD = {
+    "layer_sizes": dict[str, Sizes],
+    "step_sizes": Sizes,
+    "growth_from": dict[str, float],
+    "growth_axes": dict[str, list[float]],
+    "auto_sizes": list[Sizes],
+    "compiled": bool,
+    "repeats": Annotated[int, Field(ge=2)],
+    "scaling": dict[str, list[int | str] | dict[str, Any]],
+}
+
+
+def _parameters(scale: str) -> dict[str, Any]:
+    """Those of 08_step_time, as its notebook gets them; a ConfigError names what can't be among them."""
+    values = merge_parameters(parameter_files(SPEED, scale))
+    for key in HELD.keys() & values.keys():
+        held_to(HELD[key], values[key], f"page {SPEED!r}: {key}")
+    return values
+
+
 def plan(scale: str) -> dict[str, Any]:
     """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study."""
-    return merge_parameters(parameter_files(SPEED, scale)) | {"study_arms": study_arms(scale)}
+    return _parameters(scale) | {"study_arms": study_arms(scale)}
 
 
 def scaling(scale: str) -> dict[str, Any]:
     """Arguments of `bench_scaling` at a scale, `scaling` of 08_step_time, whose `base` wins over that of the scale; and the
     layers, name -> sizes, whose experts are shared out."""
-    values = merge_parameters(parameter_files(SPEED, scale))
-    asked = values["scaling"]
-    layers = {name: values["layer_sizes"][name] for name in asked.get("layers", [])}
-    return asked | {"base": values["base"] | asked.get("base", {}), "layers": layers}
+    values = _parameters(scale)
+    asked, sizes = values["scaling"], values["layer_sizes"]
+    for name in asked.get("layers", []):
+        if name not in sizes:
+            raise ConfigError(f"page {SPEED!r}: scaling: layers names {name!r}: {nearest(name, sizes)}")
+    layers = {name: sizes[name] for name in asked.get("layers", [])}
+    return {"devices": [1]} | asked | {"base": values["base"] | asked.get("base", {}), "layers": layers}
 
 
 def folder(scale: str) -> Path:

@@ -107,6 +107,22 @@ def test_the_plan_of_a_scale_can_be_measured(scale, own_home, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("layer_sizes", {"a": 3}, "layer_sizes: a=3: Input should be a valid dictionary"),
+        ("growth_axes", {"n": 3}, "growth_axes: n=3: Input should be a valid list"),
+        ("repeats", 1, "repeats: 1: Input should be greater than or equal to 2"),
+        ("scaling", {"layers": ["smal"]}, "scaling: layers names 'smal': did you mean small"),
+    ],
+)
+def test_what_the_page_cannot_hold_is_named_before_anything_is_timed(key, value, said, monkeypatch):
+    values = speed.merge_parameters(speed.parameter_files(speed.SPEED, "smoke")) | {key: value}
+    monkeypatch.setattr(speed, "merge_parameters", lambda files: values)
+    with pytest.raises(ConfigError, match=f"page '08_step_time': {said}"):
+        speed.scaling("smoke")
+
+
 def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     found = speed.measured(tiny_jobs(), scale="gpu")
     layers = speed.layers(found, ["0.1B/64E"])
