@@ -5,6 +5,7 @@ import io
 import math
 import re
 import xml.etree.ElementTree as xml
+from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +18,7 @@ from ecmoe.config import RunConfig
 from ecmoe.model import metrics
 from ecmoe.report import plots
 from ecmoe.report.plots import style
+from ecmoe.report.plots.draw import name_ends
 from ecmoe.study.table import curves, table
 from ecmoe.training.result import Result, not_run
 
@@ -223,3 +225,14 @@ def test_nothing_at_all_is_no_figure():
         plots.profile(pd.DataFrame()),
     ):
         assert plot.figure is None and re.search("not run", plot.alt)
+
+
+def test_no_name_at_the_end_of_a_line_lies_over_another():
+    fig, ax = pyplot.subplots(figsize=(7.6, 4.3))
+    ax.set_ylim(0, 10)
+    name_ends(
+        ax, {f"an arm {i} whose name is long, {i} experts" if i % 3 else f"arm {i}": 5 + i / 50 for i in range(14)}, {}
+    )
+    boxes = sorted((text.get_window_extent(fig.canvas.get_renderer()) for text in ax.texts), key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
+    pyplot.close(fig)

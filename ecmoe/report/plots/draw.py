@@ -153,13 +153,14 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
     low, high = ax.get_ylim()
     gap = 0.062 * (high - low) * 3.3 / max(ax.figure.get_size_inches()[1] - 1, 1)
     order = sorted(ends, key=ends.get)
-    at = [ends[name] for name in order]
+    at, text = [ends[name] for name in order], [textwrap.wrap(name, 30) for name in order]
     for i in range(1, len(at)):  # push up what is too near, then all back to the middle
-        at[i] = max(at[i], at[i - 1] + gap)
+        further = (len(text[i]) + len(text[i - 1])) / 2 - 1  # lines
+        at[i] = max(at[i], at[i - 1] + gap * (1 + 0.7 * further))
     at = [y - (np.mean(at) - np.mean(list(ends.values()))) for y in at]
-    for name, y in zip(order, at, strict=True):
+    for name, lines, y in zip(order, text, at, strict=True):
         ax.annotate(
-            "\n".join(textwrap.wrap(name, 30)), (1, y), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            "\n".join(lines), (1, y), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
             va="center", color=shown[name].color if name in shown else INK, fontsize=9, annotation_clip=False, linespacing=0.95,
         )  # fmt: skip
 
