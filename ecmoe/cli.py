@@ -166,7 +166,7 @@ def again(
             one = repeats.again(run.name, scale, steps)
             equal &= one["equal"]
             by = "; ".join(f"{column} by up to {most:.3g}" for column, most in one["differs"].items())
-            said = f"{one['rows']} rows are equal" if one["equal"] else f"of {one['rows']} rows some differ: {by}"
+            said = f"equal in {one['rows']} rows" if one["equal"] else f"of {one['rows']} rows some differ: {by}"
             typer.echo(f"{run.name}  code {one['recorded']} -> {one['code']}  {one['device']}  {said}")
     raise typer.Exit(int(not equal))
 

@@ -148,8 +148,6 @@ def protocol() -> Protocol:
     values = held_to(dict[str, Any], read_yaml(paths.configs() / "protocol.yaml", "protocol"), "protocol")
     values.pop("lists", None)  # to name lists of arms in the file
     margins = held_to(dict[Unit, Margin], values.pop("margins", None), "protocol: margins")
-    if missing := [unit for unit in Unit if unit not in margins]:
-        raise ConfigError(f"protocol: margins has none for {missing[0]!s}")
     claims = held_to(dict[str, dict[str, Any]], values.pop("claims", None), "protocol: claims")
     values["claims"] = {id: _claim(id, keys, margins) for id, keys in claims.items()}
     return held_to(Protocol, values, "protocol")
@@ -205,5 +203,7 @@ def _part(where: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) ->
         raise ConfigError(f"{where}: says=near needs a figure")
     if part.over and len(part.over) != len(part.a):
         raise ConfigError(f"{where}: over has {len(part.over)} numbers for {len(part.a)} arms")
+    if part.unit not in margins:
+        raise ConfigError(f"{where}: unit={part.unit!s}: margins has none for {part.unit!s}")
     usual = {"margin": margins[part.unit], "neutral": 1.0 if part.unit is Unit.RATIO else 0.0}
     return dataclasses.replace(part, **{key: value for key, value in usual.items() if key not in keys})
