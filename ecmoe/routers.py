@@ -59,6 +59,13 @@ def equal_share(n: int, e: int) -> int:
     return n // e
 
 
+def check_capacity(c: float | None, none: bool = True) -> float | None:
+    """c; a ConfigError where it is no number above 0, nor None, if that may be: nothing is dropped then."""
+    if not (none if c is None else isinstance(c, int | float) and 0 < c < math.inf):
+        raise ConfigError(f"capacity_factor={c!r}: must be a number above 0" + ", or None to drop nothing" * none)
+    return c
+
+
 def check_cap(b: int | None, c: float) -> None:
     """Raise a ConfigError where at most b experts a token can't be c on average."""
     if b is not None and b < c:

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from ecmoe import routers
-from ecmoe.config import RunConfig
+from ecmoe import routers, routing
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.build import count_parameters, flops_per_token
 from ecmoe.routing import build_router
 from ecmoe.training.lit import LitModel
@@ -95,3 +95,20 @@ def test_a_bucket_is_rounded_down_and_never_empty():
 def test_centroids_start_by_the_runs_seed():
     one, other = (build_router(RunConfig(router="kmeans", seed=seed)).centroids for seed in (0, 1))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("c", [0, -1.0, float("nan"), float("inf"), "2"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda c: routing.ExpertChoice(8, 4, c),
+        lambda c: routing.ExpertThreshold(8, 4, c),
+        lambda c: routing.TokenChoice(8, 4, 2, c),
+        lambda c: routing.Hash(8, 4, 16, capacity_factor=c),
+        lambda c: routing.KMeans(8, 4, capacity_factor=c),
+    ],
+)
+def test_no_router_is_built_with_a_capacity_that_is_none(build, c):
+    with pytest.raises(ConfigError, match=rf"capacity_factor={c!r}: must be a number above 0"):
+        build(c)
+    assert build(2).capacity_factor == 2

@@ -35,7 +35,7 @@ class MoE(nn.Module):
             `routing.router.fast`), else "plain".
 
     Raises:
-        ValueError: the router has another width, or kernels has no such value.
+        ValueError: the router has another width, d_ff is below 1, or kernels has no such value.
         RuntimeError: kernels="triton" without the package triton; in forward, without a CUDA device.
 
     Attributes:
@@ -51,6 +51,8 @@ class MoE(nn.Module):
         super().__init__()
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must be the router's, {router.d_model}")
+        if d_ff < 1:
+            raise ValueError(f"d_ff={d_ff}: must be at least 1")
         if one_of("kernels", kernels).startswith("triton") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
         e = router.num_experts
@@ -97,7 +99,7 @@ class MoE(nn.Module):
             as x; a token that no expert took gets 0 and keeps only its residual stream.
 
         Raises:
-            ValueError: x is of another width, or token_ids, task_ids or mask of another shape.
+            ValueError: x is of another width or holds integers, or token_ids, task_ids or mask of another shape.
         """
         shape, d = x.shape[:-1], x.shape[-1]  # (B, T)
         self._check_shapes(x, token_ids, task_ids, mask)
@@ -138,6 +140,8 @@ class MoE(nn.Module):
         if x.dim() not in (2, 3) or x.shape[-1] != self.router.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be (B, T, {self.router.d_model}) or (n, "
                              f"{self.router.d_model}), the router's d_model last")  # fmt: skip
+        if not x.is_floating_point():
+            raise ValueError(f"x is of {x.dtype}: must be floating-point numbers, such as embeddings of token ids")
         for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
             if given is not None and given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
                 raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecmoe.files import ConfigError
-from ecmoe.routers import bucket_size, check_cap, exact
+from ecmoe.routers import bucket_size, check_cap, check_capacity, exact
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.capped import capped_top_k
 from ecmoe.routing.cutoff import RunningCutoff
@@ -59,6 +59,7 @@ class ExpertChoice(Router):
         super().__init__(d_model, num_experts)
         if not isinstance(pool, int):
             one_of("pool", pool)
+        check_capacity(capacity_factor, none=False)
         check_cap(max_experts_per_token, capacity_factor)
         self.capacity_factor = capacity_factor
         self.max_experts_per_token = max_experts_per_token

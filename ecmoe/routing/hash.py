@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ecmoe.routers import check_capacity
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import Router, by_token, capacity
 
@@ -27,7 +28,7 @@ class Hash(Router):
         token_counts: Tensor | None = None,
     ) -> None:
         super().__init__(d_model, num_experts, learned=False)
-        self.capacity_factor = capacity_factor
+        self.capacity_factor = check_capacity(capacity_factor)
         self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
         table = torch.arange(vocab_size) % num_experts
         if token_counts is not None:

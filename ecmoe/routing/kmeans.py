@@ -6,6 +6,7 @@ Letters: n tokens x of width d, e experts with centroids c (e, d).
 import torch
 from torch import Tensor, nn
 
+from ecmoe.routers import check_capacity
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, by_token, capacity
@@ -36,7 +37,7 @@ class KMeans(Router):
         super().__init__(d_model, num_experts, learned=False)
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: must be at least 0 and below 1")
-        self.capacity_factor, self.beta = capacity_factor, beta
+        self.capacity_factor, self.beta = check_capacity(capacity_factor), beta
         generator = torch.Generator().manual_seed(seed)
         first = 0.1 * torch.randn(num_experts, d_model, generator=generator, device="cpu")
         self.centroids = nn.Buffer(first.to(torch.get_default_device()))

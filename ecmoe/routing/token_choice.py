@@ -7,7 +7,7 @@ are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 import torch
 from torch import Tensor, nn
 
-from ecmoe.routers import check_top_k
+from ecmoe.routers import check_capacity, check_top_k
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
 from ecmoe.routing.ranks import add_up
@@ -49,9 +49,7 @@ class TokenChoice(Router):
     ) -> None:
         super().__init__(d_model, num_experts)
         check_top_k(top_k, num_experts)
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={capacity_factor}: must be above 0, or None to drop nothing")
-        self.top_k, self.capacity_factor = top_k, capacity_factor
+        self.top_k, self.capacity_factor = top_k, check_capacity(capacity_factor)
         self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
         self.gate = one_of("gate", gate)
         self.priority = one_of("priority", priority)

@@ -35,5 +35,7 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
         raise ValueError(f"data={config.data!r} is another text here than the one that {config.name} was trained on, "
                          "and so is its vocabulary: bring that text back")  # fmt: skip
     ids = loaded.tokenizer.encode([prompt])[0]
+    if not len(ids):
+        raise ValueError(f"prompt={prompt!r}: must have at least one token, to be continued")
     out = generate(model, torch.tensor(ids.tolist()).long()[None], tokens, **sampling)
     return loaded.tokenizer.decode(out[0].tolist())

@@ -144,7 +144,7 @@ def check_weights(folder: Path, summary: Mapping[str, Any] | None = None) -> Pat
     path = folder / "model.safetensors"
     if not path.exists():
         raise FileNotFoundError(
-            f"no weights in {folder}: a record holds none; train the run to have them: "
+            f"no weights in {folder}: they are there once a run has finished, and a record holds none; to have them: "
             "run_or_load(config, weights=True), without records"
         )
     if summary is not None:

@@ -266,3 +266,10 @@ def test_an_empty_batch_has_a_loss_in_training_alone():
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(moe.parameters())))  # a gradient for each
     moe.eval()(torch.zeros(0, 8))
     assert moe.aux_loss is None
+
+
+def test_a_layer_without_width_and_an_input_of_integers_are_named():
+    with pytest.raises(ValueError, match="d_ff=0: must be at least 1"):
+        MoE(ExpertChoice(4, 2), 4, 0)
+    with pytest.raises(ValueError, match=r"x is of torch.int64: must be floating-point numbers"):
+        MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(1, 8, 4, dtype=torch.long))
