@@ -161,6 +161,9 @@ def test_generate_continues_a_text_with_a_run(tiny_config):
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.startswith("def f")
     assert shown.stdout == call("generate", path, "def f", "--tokens", 5, "--temperature", 0).stdout
-    for run, prompt, named in [(path / "absent", "def f", "absent"), (path, "", "prompt='': must have at least one token")]:
+    for run, prompt, named in [
+        (path / "absent", "def f", "absent"),
+        (path, "", "prompt='': must have at least one token"),
+    ]:
         wrong = call("generate", run, prompt)
         assert wrong.exit_code == 2 and named in wrong.stderr
