@@ -105,6 +105,8 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
     """
     try:
         values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
+        if "base" not in values:
+            raise ConfigError(f"base: configs/scale/{scale}.yaml must hold it, the keys of the scale's runs")
         if (seeds := values.get("seeds")) is not None:
             _check_list("seeds", seeds, int)
         for key, listed in (values.get("vary") or {}).items():

@@ -138,6 +138,12 @@ def test_what_cannot_be_an_order_or_arms_is_named(configs, file, text, said):
     assert said in str(error.value)
 
 
+def test_a_scale_without_a_base_is_named(configs):
+    configs("scale/big.yaml", "")
+    with pytest.raises(ConfigError, match=r"base: configs/scale/big.yaml must hold it"):
+        plan.plan("big")
+
+
 def test_unknown_names_suggest_the_near_one(configs):
     with pytest.raises(ConfigError, match="no page '01_x': did you mean 01_a"):
         plan.plan("big", ["01_x"])
