@@ -73,6 +73,12 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"vocab_size": 300}, ["vocab_size=300", "bytes"]),
         ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
+        # Held to the config's own sizes, not to those of the defaults.
+        ({"router": "linear_assignment", "batch_size": 3, "sequence_length": 5}, ["num_experts=8", "n=15"]),
+        ({"num_experts": 7}, ["capacity_factor=2.0", "num_experts=7", "n=2048", "multiple of 7"]),
+        ({"pool": "sequence", "sequence_length": 18}, ["num_experts=8", "4.5", "n=18"]),
+        ({"router": "expert_threshold", "batch_size": 3, "sequence_length": 6}, ["num_experts=8", "4.5", "n=18"]),
+        ({"capacity_factor": 4.0, "max_experts_per_token": 3}, ["max_experts_per_token=3", "at least 4"]),
     ],
 )
 def test_error_names_key_value_and_remedy(values, named):

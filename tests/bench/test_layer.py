@@ -16,6 +16,7 @@ from ecmoe.bench import layer as bench
 from ecmoe.bench.clock import save
 from ecmoe.bench.step import ARMS, arms, bench_step, step_of, steps
 from ecmoe.cli import app
+from ecmoe.model.build import flops_per_token
 from ecmoe.study import speed
 from ecmoe.training.lit import LitModel
 
@@ -158,12 +159,14 @@ STEP = {
 CPU = torch.device("cpu")
 
 
-def test_step_of_every_arm_is_timed():
+def test_step_of_every_arm_is_timed(monkeypatch):
+    monkeypatch.setattr(bench_step_module, "peak_flops", lambda: 1e9)
     table = bench_step(repeats=2, **STEP)
     assert set(table["arm"]) == set(ARMS) and {"plain", "grouped_mm"} <= set(table["path"])
     for row in table.itertuples():
         assert row.low_ms <= row.ms <= row.high_ms
         assert row.tokens_per_second == pytest.approx(32 / (row.ms / 1e3))
+        assert row.mfu == pytest.approx(row.tokens_per_second * flops_per_token(arms(STEP)[row.arm]) / 1e9)
         assert len(row.samples_ms) == 2
     assert table.attrs["setting"]["vocab_size"] == 257 and table.attrs["absent"] == []
 

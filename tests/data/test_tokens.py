@@ -166,7 +166,8 @@ def test_a_part_of_a_hub_data_set_is_streamed(monkeypatch, make):
     monkeypatch.setattr(datasets, "load_dataset", fake)
     for keys in ({}, {"max_bytes": 500}, {"max_bytes": 400, "streaming": True}):
         make("c4", **keys)
-    assert asked == [False, True, True]
+    make("hub:a/b", streaming=True)
+    assert asked == [False, True, True, True]
 
 
 def test_made_once_and_again_when_the_text_changes(book, make, monkeypatch):

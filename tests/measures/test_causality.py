@@ -224,6 +224,22 @@ def test_what_decisions_depend_on(keys, later, others):
         assert (0.01 < decisions <= tokens <= 1) if changes else decisions == tokens == 0
 
 
+def test_a_token_changed_if_any_of_its_layers_did(monkeypatch):
+    def of_ends(
+        model, ids
+    ):  # (2 layers, 2 sequences, 4 positions, 2 experts), as the last tokens of both sequences say
+        taken, ends = torch.zeros(2, 2, 4, 2, dtype=torch.bool), ids[:, -1].bool()
+        taken[0, 0, :2, 0], taken[0, 1, 0, 0] = ends[0], ends[1]
+        taken[1, :, 3, 1] = ends.flip(0)
+        return None, taken
+
+    monkeypatch.setattr(causality, "decisions", of_ends)
+    zeros = torch.zeros(2, 4, dtype=torch.long)
+    for row in causality.changed_decisions(model_of(), zeros, zeros + 1):
+        expected = {"later tokens replaced": (3 / 16, 3 / 4), "other sequences replaced": (2 / 32, 2 / 8)}
+        assert (float(row["decisions"]), float(row["tokens"])) == expected[row["change"]]
+
+
 def test_dependence_is_of_whole_sequences(monkeypatch):
     windows = ids(0).repeat(2, 1)[:, [*range(16), 0]]
     monkeypatch.setattr(causality, "_opened", lambda *_: (None, None, windows))

@@ -122,6 +122,8 @@ def test_expert_shares(runs):
 def test_load_is_in_percent(runs):
     plot = drawn(plots.over(curves(runs), "step", ("over_capacity", "dropped")))
     assert plot.data.groupby("measure")["mean"].first().tolist() == pytest.approx([30, 10])
+    first, last = ({"EC", "top-2"} & {text.get_text() for text in ax.texts} for ax in plot.figure.axes)
+    assert not first and last == {"EC", "top-2"}  # lines are named once, in the last panel
     assert re.search(r"equal share \(%\): [^:]*: EC 30\.000", plot.alt) and re.search(
         r"dropped \(%\): [^:]*: EC 10", plot.alt
     )

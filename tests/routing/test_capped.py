@@ -116,6 +116,19 @@ def test_a_larger_problem(kind):
     assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
 
 
+def test_where_an_expert_has_more_tokens_than_are_looked_at():
+    """16,384 tokens of six kinds: the programme over kinds, each as often as it is there, is small and exact."""
+    n, e, k = 16384, 8, 2048
+    S = scores("equal", n, e)
+    kinds, count = np.unique(S[0].T.numpy(), axis=0, return_counts=True)
+    best = linprog(
+        -kinds.ravel().astype(float), A_eq=np.tile(np.eye(e), len(kinds)), b_eq=np.full(e, k),
+        A_ub=np.kron(np.eye(len(kinds)), np.ones(e)), b_ub=count, method="highs",
+    )  # fmt: skip
+    G, I = capped_top_k(S, k, 1)
+    assert (held(S, I).sum(1) == 1).all() and G.double().sum().item() >= 0.995 * -best.fun
+
+
 @pytest.mark.parametrize("b", [2, 3])
 def test_on_the_scores_of_a_trained_router(tiny_config, b):
     config = tiny_config(num_experts=8, sequence_length=32, steps=60, gate="renormalized")

@@ -48,6 +48,8 @@ def found(tmp_path_factory):
 def test_each_part_is_measured_and_shown(found):
     assert set(found) == {"layer-0-1b-64e", "step", "growth", "profile"}
     assert {part["setting"]["repeats"] for name, part in found.items() if name != "profile"} == {2}
+    for part, sizes in {"layer-0-1b-64e": TINY, "step": STEP, "growth": TINY, "profile": STEP}.items():
+        assert sizes.items() <= found[part]["setting"].items()
     layers = speed.layers(found, ["0.1B/64E"])
     assert {"floor", "EC-CF2"} <= set(layers["layer"]) and (layers["ms"] > 0).all()
     share = layers[layers["what"] == bench.BOTH].set_index("name")["share_of_floor"]
@@ -64,6 +66,19 @@ def test_each_part_is_measured_and_shown(found):
     assert len(plots.growth(grown, exponents(grown)).figure.axes) == 4
     kinds = speed.rows(found, "profile")
     assert kinds["share"].sum() == pytest.approx(1) and "experts' products" in plots.profile(kinds).alt
+
+
+def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
+    monkeypatch.setattr(speed, "job", lambda name, **keys: (name, keys))
+    base, usual = TINY | {"capacity_factor": 1.0}, {"compiled": True, "repeats": 3}
+    found = speed.jobs({"0.1B/64E": TINY}, STEP, base, AXES, auto_sizes=[TINY], **usual)
+    assert found == {
+        "layer-0-1b-64e": ("layer", usual | TINY),
+        "auto": ("auto", usual | {"sizes": [TINY]}),
+        "step": ("step", usual | STEP),
+        "growth": ("growth", {"base": base, "axes": AXES, "repeats": 3}),
+        "profile": ("profile", {"compiled": True} | STEP),
+    }
 
 
 def test_verdicts_read_the_steps_that_the_bench_kept(found, own_home):

@@ -217,3 +217,13 @@ def test_a_run_that_diverged_is_not_trained_again_for_its_weights(tiny_config):
     (folder := paths.runs() / config.name).mkdir(parents=True)
     write_run(folder, not_run(config).summary | {"status": "diverged", "data": None})
     assert run_or_load(config, weights=True, progress=False).summary["status"] == "diverged"
+
+
+def test_a_rank_that_follows_takes_what_is_done_and_waits_for_no_lock(run, monkeypatch):
+    config, made = run[0], []
+    monkeypatch.setattr(protocol, "rank", lambda: 1)
+    monkeypatch.setattr(protocol, "lock", lambda *_: pytest.fail("the first rank holds it"))
+    assert protocol.once(config, lambda *_: pytest.fail("made again")).ok
+    other = config.replace(seed=97)
+    protocol.once(other, lambda folder, _: made.append(folder) or not_run(other))
+    assert made == [paths.runs() / other.name]
