@@ -34,7 +34,8 @@ def test_help_is_quick_and_names_the_commands():
 
 
 def test_alone_it_helps():
-    assert "Usage: " in (shown := call().output) and "train" in shown
+    for group, command in (([], "train"), (["bench"], "profile")):
+        assert "Usage: " in (shown := call(*group).output) and command in shown
 
 
 def test_version():

@@ -88,6 +88,16 @@ def test_error_names_key_value_and_remedy(values, named):
         assert text in str(error.value)
 
 
+def test_the_largest_number_is_none_too_large():
+    assert RunConfig(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_no_remedy_would_change_a_number():
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_dict({"steps": 10.5})
+    assert "must be int" in str(error.value) and "write" not in str(error.value)
+
+
 def test_every_key_has_help_and_a_default():
     for field in dataclasses.fields(RunConfig):
         assert field.default is not dataclasses.MISSING

@@ -234,9 +234,11 @@ def test_every_notebook_has_its_config():
 def test_every_notebook_takes_what_the_pipeline_gives(notebook, scale, tmp_path, monkeypatch):
     """The pipeline's parameters and its --no-train pass the check of every notebook: only then is it executed."""
 
-    def execute_notebook(*_, **__):
-        raise RuntimeError("the check is passed")
+    def execute_notebook(source, into, values, **_):
+        raise RuntimeError(f"passed, train_missing={values.get('train_missing')}")
 
     monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
-    with pytest.raises(ReportError, match="the check is passed"):
-        execute(notebook, tmp_path / "page.html", parameter_files(notebook.stem, scale), train_missing=False)
+    reads = "train_missing: bool" in notebook.read_text(encoding="utf-8")
+    for train, given in ((False, False if reads else None), (None, None)):  # None: as its files say
+        with pytest.raises(ReportError, match=f"passed, train_missing={given}"):
+            execute(notebook, tmp_path / "page.html", parameter_files(notebook.stem, scale), train_missing=train)

@@ -28,6 +28,12 @@ def test_one_device_is_timed_by_a_short_run_and_what_cannot_be_is_named(tiny_con
     )
 
 
+def test_what_this_machine_cannot_train_is_named_before_it_is_tried(tiny_config, monkeypatch):
+    monkeypatch.setattr(scaling, "train_run", lambda *_, **__: pytest.fail("tried"))
+    (table,) = scaling.bench_scaling(tiny_config(precision="16-mixed").to_dict(), [1], repeats=2)
+    assert not len(table) and "precision='16-mixed': needs a CUDA GPU" in table.attrs["absent"][0]
+
+
 def test_a_run_that_diverges_is_no_rate(tiny_config, monkeypatch):
     monkeypatch.setattr(scaling, "EVERY", 2)
     (table,) = scaling.bench_scaling(tiny_config(learning_rate=1e30, warmup_steps=0).to_dict(), [1], repeats=2)

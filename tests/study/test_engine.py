@@ -142,11 +142,14 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
     done = call("runs", "01_a", "--train")
     assert done.exit_code == 0, done.output
     assert not any(engine.lacks(one, "gpu") for one in plan.plan("gpu", ["01_a"]))
+    assert not list(paths.runs().glob("*/model.safetensors"))
     assert (
         call("runs", "--train", "--within", "-1").exit_code == 0
         and not plan.record(plan.plan("gpu")[2], "gpu").exists()
     )
     assert call("runs", "--train").exit_code == 2
+    monkeypatch.setattr(engine, "in_turn", lambda *_, keep_weights, **__: keep_weights)
+    assert [engine.train(plan.plan("gpu"), scale) for scale in ("smoke", "gpu")] == [True, False]
 
 
 @pytest.mark.parametrize(
