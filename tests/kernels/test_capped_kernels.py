@@ -56,8 +56,8 @@ def total(S: torch.Tensor, I: torch.Tensor) -> torch.Tensor:
 
 # Share of the best sum that may be lost. Equal tokens take many rounds of prices to tell experts apart.
 LOSS = {
-    "random": 0.002, "a little biased": 0.005, "biased": 0.01, "peaked": 0.005, "one-hot": 0.005,
-    "peaked and biased": 0.01, "alike": 0.03, "equal": 0.03, "one row": 1e-4, "zero": 1e-4,
+    "random": 0.0004, "a little biased": 0.001, "biased": 0.003, "peaked": 0.002, "one-hot": 0.002,
+    "peaked and biased": 0.003, "alike": 0.03, "equal": 0.03, "one row": 1e-4, "zero": 1e-4,
 }  # fmt: skip
 
 
