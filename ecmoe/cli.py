@@ -333,8 +333,9 @@ def bench_scaling(
         if "training" in only:
             for table in scaling.bench_scaling(**asked, repeats=repeats):
                 _show(table, into / "scaling.json")
-        if "layers" in only and layers and several:
-            _show(across.bench_across(layers, several, repeats=repeats), into / "scaling-layers.json")
+        if "layers" in only:
+            for table in across.bench_across(layers, several, repeats=repeats):
+                _show(table, into / "scaling-layers.json")
         if "losses" in only and several:
             how = (strategy or ["ddp"])[0]
             _show(scaling.bench_losses(base, max(several), how), into / "scaling-losses.json")

@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,14 +27,16 @@ from ecmoe.model.expert_parallel import share_experts
 from ecmoe.routers import bucket_size
 
 
-def bench_across(sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int = 5) -> pd.DataFrame:
+def bench_across(
+    sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int = 5
+) -> Iterator[pd.DataFrame]:
     """Time layers on each number of GPUs, each of which has n tokens of its own.
 
     Args:
         sizes: name -> n, d_model, d_ff, num_experts. repeats: of each row.
 
-    Returns:
-        a row per size, number and part (forward; forward + backward): milliseconds with quartiles, floor_ms,
+    Yields:
+        after each size and number the table so far, a row for each and part (forward; forward + backward): milliseconds with quartiles, floor_ms,
         share_of_floor, and the memory of the first GPU at most. `attrs` hold in absent what could not be timed.
     """
     rows, absent = [], []
@@ -52,7 +54,7 @@ def bench_across(sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int],
             else:
                 said = [line for line in done.stderr.splitlines() if "Error" in line] or [f"code {done.returncode}"]
                 absent.append(f"{name} on {many} ({said[0][:160]})")
-    return timing.tabled(rows, absent, {"repeats": repeats})
+        yield timing.tabled(rows, list(absent), {"repeats": repeats})
 
 
 def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:

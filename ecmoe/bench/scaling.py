@@ -68,7 +68,7 @@ def bench_losses(base: Mapping[str, Any], devices: int, strategy: str = "ddp", s
     """Train the same model twice: on one device, and on several that share out its batch, whose tokens all compete.
 
     Returns:
-        a row per tenth of the steps: step, and train_loss and val_loss (nats) of either, and by how much the first differs.
+        a row per tenth of the steps: step, and train_loss and val_loss (nats) of either, and `difference`, the train_loss of several less that of one.
     """
     same = {"steps": steps, "eval_every": max(steps // 10, 1), "checkpoint_every": 10**9, "pool": "batch"}
     batch = base["batch_size"] // devices
