@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from ecmoe.report import answer
 from ecmoe.report.markup import COLORS
 from ecmoe.study import verdict as labels
-from tests.study.test_verdict import judged, losses, seeds
+from tests.study.known import judged, losses, seeds
 
 HASH = {"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}
 

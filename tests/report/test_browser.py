@@ -8,7 +8,7 @@ from ecmoe.report import index as index_module
 from ecmoe.report import page, plots
 from ecmoe.report.render import render
 from tests.report.browser import CHROMIUM, Browser
-from tests.study.test_verdict import judged, losses, seeds
+from tests.study.known import judged, losses, seeds
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt install chromium): pages are not tried in a browser"

@@ -8,7 +8,7 @@ from ecmoe.config import RunConfig
 from ecmoe.report import scoreboard
 from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
-from tests.study.test_verdict import judged, losses, seeds
+from tests.study.known import judged, losses, seeds
 
 EC = RunConfig()
 TOP2 = RunConfig(router="token_choice", capacity_factor=1.0, gate="renormalized")

@@ -7,7 +7,7 @@ from ecmoe.files import write_json
 from ecmoe.study.answer import answer
 from ecmoe.study.protocol import find_claim, protocol
 from ecmoe.study.verdict import of_evidence
-from tests.study.test_verdict import CENTRE, Known, losses, seeds
+from tests.study.known import CENTRE, Known, losses, seeds
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """A run is made once, by one process; what is kept is believed only as it was written; what is finished is never lost."""
 
+import multiprocessing
 import os
 import shutil
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -227,3 +229,18 @@ def test_a_rank_that_follows_takes_what_is_done_and_waits_for_no_lock(run, monke
     other = config.replace(seed=97)
     protocol.once(other, lambda folder, _: made.append(folder) or not_run(other))
     assert made == [paths.runs() / other.name]
+
+
+def test_two_processes_that_want_the_same_run_train_it_once(tiny_config, forked):
+    config, results = tiny_config(seed=25, steps=20), multiprocessing.get_context("fork").Queue()
+
+    def train() -> None:
+        trained = []
+        fit = L.Trainer.fit
+        L.Trainer.fit = lambda *args, **keys: (trained.append(1), fit(*args, **keys))
+        results.put((run_or_load(config, progress=False).ok, len(trained)))
+
+    processes = [forked(train) for _ in range(2)]
+    assert sorted(results.get(timeout=60) for _ in processes) == [(True, 0), (True, 1)]
+    for process in processes:
+        process.join()

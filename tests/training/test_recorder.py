@@ -1,6 +1,7 @@
-"""Recorder over ranks: each rank sees its own batches; what is recorded, and what follows from it, is of all."""
+"""Recorder: what is recorded, and what follows from it, is of all ranks; and what it counts as seconds and as a rate."""
 
 import gc
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -114,3 +115,56 @@ def test_python_looks_no_more_through_what_was_there_at_the_first_step(tiny_conf
     assert gc.get_freeze_count() > 10_000
     getattr(recorder, end)(one, lit, *([RuntimeError()] if end == "on_exception" else []))
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])
+def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config, compiled, kept):
+    recorder = Recorder(tmp_path, progress=False)
+    module = SimpleNamespace(config=tiny_config(compile=compiled), device=torch.device("cpu"))
+    for step in (1, 2):
+        if step == 1:
+            recorder.on_train_start(SimpleNamespace(global_step=0), module)
+        recorder.began -= 60  # a minute goes by
+        recorder.on_train_batch_end(
+            SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1
+        )
+    assert recorder._clock() == pytest.approx(kept + 60, abs=5) and recorder.marked == (
+        int(compiled),
+        pytest.approx(0, abs=5),
+    )
+
+
+@pytest.mark.parametrize(("sharing", "rate"), [(1, 8 * 256 / 4), (2, math.nan)])
+def test_a_rate_is_of_the_steps_since_the_last_row_and_nobodys_beside_others(tmp_path, tiny_config, sharing, rate):
+    recorder = Recorder(tmp_path, progress=False, sharing=lambda: sharing)
+    recorder.marked, recorder.seconds, recorder.losses = (4, 10.0), 14.0, {"val_loss": [torch.tensor(2.0)]}
+    ranks = SimpleNamespace(all_gather=lambda value: value[None])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.25}])
+    means = {"train_loss": torch.tensor(2.0), "aux_loss": torch.tensor(0.0)}
+    module = SimpleNamespace(config=tiny_config(accumulate=2), sums={"count": torch.tensor(1)}, means=lambda: means, statistics={})  # fmt: skip
+    recorder.on_validation_end(
+        SimpleNamespace(global_step=12, optimizers=[optimizer], is_global_zero=True, strategy=ranks), module
+    )
+    row = recorder.rows[12]
+    assert (
+        row["tokens"] == 12 * 256
+        and row["learning_rate"] == 0.25
+        and row["tokens_per_second"] == pytest.approx(rate, nan_ok=True)
+    )
+
+
+def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config):
+    there = [2]
+    recorder = Recorder(tmp_path, progress=False, sharing=lambda: there[0])
+    recorder.on_train_start(
+        SimpleNamespace(global_step=0), SimpleNamespace(config=tiny_config(), device=torch.device("cpu"))
+    )
+    recorder.began -= 60  # a minute goes by
+    assert recorder._clock() == pytest.approx(30, abs=5)
+    there[0] = 1
+    recorder.on_validation_start(None, None)  # the other has ended meanwhile, nobody knows when
+    assert recorder.seconds == pytest.approx(30, abs=5) and recorder.shared == 2 and recorder.sharing == 1
+    again = Recorder(tmp_path, progress=False, sharing=lambda: 2)
+    again.load_state_dict(recorder.state_dict())
+    again.began = None
+    assert again._clock() == pytest.approx(30, abs=5)  # what is counted isn't divided again

@@ -1,0 +1,148 @@
+"""Evidence as it is read from what runs, measurements and benches have kept."""
+
+import base64
+import math
+
+import numpy as np
+import pytest
+
+from ecmoe import paths
+from ecmoe.config import SCHEMA
+from ecmoe.files import write_json
+from ecmoe.measures import measure
+from ecmoe.study import speed
+from ecmoe.study.evidence import Evidence
+from ecmoe.study.plan import plan, record
+from ecmoe.study.protocol import find_claim
+from ecmoe.study.verdict import (
+    CONTRADICTED,
+    NO_EFFECT,
+    NOT_RUN,
+    PLUMBING,
+    REPRODUCED,
+    UNDECIDED,
+    judge,
+    judge_all,
+)
+from ecmoe.training.result import Result, write_record
+from tests.study.known import NOISE
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """`study({arm: loss}, page)` keeps a record of every planned run of these arms, as scale gpu's."""
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+
+    def keep(means, page, **more):
+        evidence = Evidence("gpu", page, plan("gpu"), find_claim("C1").arms)
+        for arm, mean in means.items():
+            for seed, one in evidence.planned[arm].items():
+                loss = mean + 0.0005 * NOISE[seed]
+                summary = {"config": one.config.to_dict(), "name": one.name, "seed": seed, "schema": SCHEMA}
+                summary |= {
+                    "status": "finished",
+                    "error": None,
+                    "val_loss": loss,
+                    "val_loss_causal": loss,
+                    "train_loss": loss,
+                }
+                summary |= {"steps": one.config.steps, "device": "NVIDIA H100", "code": "abc", "routing": {}} | more
+                write_record(record(one, "gpu"), Result(summary))
+        return evidence
+
+    return keep
+
+
+def test_records_are_found_by_the_plan_whichever_page_planned_them(study):
+    study(
+        {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"
+    )
+    found = judge("C5", "gpu")
+    assert found.label == REPRODUCED and found.parts[0].seeds == 3
+    assert found.rests_on.runs == 10 and found.rests_on.seeds == (0, 1, 2, 3)  # page 01 plans a fourth seed of EC-CF2
+    assert str(found.rests_on) == (
+        "10 runs of 52 million tokens (seeds 0, 1, 2, 3) of 8 layers of width 512, 64 experts, on NVIDIA H100"
+    )
+    study({"EC-CF2 renormalized": 3.60, "GShard top-2 renormalized, capacity 1.25": 3.58}, "01_convergence")
+    beside = next(p for p in judge("C1", "gpu").parts if p.name == "against top-2 at capacity 1.25")
+    assert beside.label == CONTRADICTED and beside.seeds == 3  # an arm of page 02
+    assert judge_all("gpu")["C5"] == found and judge("C5", "smoke").label == PLUMBING
+
+
+def test_a_number_of_the_routing_is_a_number_of_the_run(study):
+    arm = "EC-CF2 renormalized"
+    evidence = study({arm: 3.6}, "04_capped_experts", routing={"share_1": 0.25})
+    assert set(evidence.values(arm, "share_1").values()) == {0.25} and evidence.values(arm, "share_2") == {}
+
+
+def test_a_run_that_diverged_is_missing_and_said_to_be(study):
+    study(
+        {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"
+    )
+    study({"EC-CAP3 renormalized": 3.60}, "04_capped_experts", status="diverged")  # its last loss counts for nothing
+    found = judge("C5", "gpu")
+    assert found.label == UNDECIDED and found.parts[1].label == NOT_RUN and found.rests_on.runs == 7
+    assert [f"EC-CAP3 renormalized s{seed}" for seed in range(3)] == list(found.parts[1].missing)
+
+
+def keep_measure(one, how, found):
+    measure.write(paths.measures("gpu") / one.name / f"{how.name}.json", one.name, how, found)
+
+
+def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
+    arms = dict.fromkeys(("EC-CF2 renormalized", "GShard top-2 renormalized", "Switch top-1", "Dense"), 3.5)
+    evidence = study(arms, "07_fine_tuning")
+    rng = np.random.default_rng(0)
+    for arm in arms:
+        for one in evidence.planned[arm].values():
+            for how in one.measures:
+                bits = (rng.random(200) < (0.8 if arm.startswith("EC") else 0.6)).astype(np.uint8)
+                packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
+                row = {"validation": 200, "majority": 0.5, "accuracy": bits.mean()}
+                keep_measure(one, how, {"rows": [row], "right": packed, "right_causal": packed})
+    found = judge("C4", "gpu")
+    assert found.label == REPRODUCED and found.parts[0].estimate == pytest.approx(0.2, abs=0.03)
+    assert found.parts[4].estimate == pytest.approx(0.3, abs=0.03) and found.rests_on.size.startswith("12 layers")
+    assert judge("C1", "gpu", page="07_fine_tuning").label == NO_EFFECT  # the same losses at the paper's size
+    one = evidence.planned["Dense"][1]  # of one task it has no causal answers
+    keep_measure(one, one.measures[0], {"rows": [row], "right": packed})
+    seeds_of = {of: set(evidence.right("Dense", of)) for of in ("accuracy", "accuracy_causal")}
+    assert seeds_of == {"accuracy": {0, 1, 2}, "accuracy_causal": {0, 2}}
+
+    losses = {"as trained": 3.60, "sequence": 3.65, "global top-k": 3.62, "causally": 3.61}
+    evidence = study({"EC-CF2 renormalized": 3.6}, "09_causality")
+    for one in evidence.planned["EC-CF2 renormalized"].values():
+        for how in one.measures:
+            if how.what == "losses":
+                rows = [{"way": way, "loss": loss + 0.001 * one.seed} for way, loss in losses.items()]
+                keep_measure(one, how, {"rows": rows})
+            if how.what == "next-token":
+                told = [("as trained", 0.5), ("causally", 0.1)]
+                rows = [
+                    {"given": g, "routing": r, "bits": bits * (1 + (g == "unigram"))}
+                    for g in ("unigram", "the model")
+                    for r, bits in told
+                ]
+                keep_measure(one, how, {"rows": rows})
+    assert judge("L2", "gpu").label == REPRODUCED
+    knows = next(
+        p for p in judge("L1", "gpu").parts if p.name == "what the routing of the batch knows of the next token"
+    )
+    assert knows.estimate == pytest.approx(0.4 * math.log(2))  # nats, beyond the model's own prediction
+
+    def step(arm, routing, ms):
+        return {"arm": arm, "routing": routing, "ms": ms, "samples_ms": [ms, ms + 0.01, ms - 0.01]}
+
+    rows = [step("EC-CF2", "own", 10.0), step("EC-CF2", "own", 11.0), step("GShard top-2", "even", 11.0)]
+    setting = {"layers": 12, "d_model": 768, "num_experts": 64, "device": "NVIDIA H100"}
+    rows = [*rows, step("GShard top-2", "own", 9.0)]
+    write_json(speed.folder("gpu") / "step.json", {"rows": rows, "setting": setting})
+    found = judge("C2", "gpu")
+    assert str(found.rests_on) == "3 turns of training steps of 12 layers of width 768, 64 experts, on NVIDIA H100"
+    assert found.parts[0].estimate == pytest.approx(1.1, rel=1e-3) and found.parts[1].estimate == pytest.approx(
+        0.9, rel=1e-3
+    )
+    timed = [{"arm": arm, "ms": 10.0 + i} for i, arm in enumerate(speed.study_arms("gpu"))]
+    write_json(speed.folder("gpu") / f"{speed.study_file(speed.study_arms('gpu'))}.json", {"rows": timed})
+    assert Evidence("gpu", "").step_time(timed[3]["arm"], timed[0]["arm"]) == 1.3
+    assert math.isnan(Evidence("gpu", "").step_time("no arm", timed[0]["arm"]))

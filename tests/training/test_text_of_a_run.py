@@ -1,0 +1,89 @@
+"""A run is of a text, whatever that is called and wherever it lies; another is never taken for it."""
+
+import math
+import shutil
+
+import pytest
+
+from ecmoe import run_or_load
+from ecmoe.config import ConfigError
+from ecmoe.data import tokens
+from ecmoe.data.batches import TextData
+from ecmoe.files import read_json, write_json
+from ecmoe.training import run as train
+from ecmoe.training.continuation import continue_text
+from ecmoe.training.result import write_run
+
+
+def test_record_of_other_text_warns(tiny_config, tmp_path):
+    config = tiny_config(seed=14)
+    run_or_load(config, records=tmp_path, progress=False)
+    path = tmp_path / f"{config.name}.json"
+    record = read_json(path, sealed=True)
+    record["summary"]["data"]["source_sha256"] = "0" * 64
+    write_json(path, record, sealed=True)
+    with pytest.warns(UserWarning, match="data='stdlib' is another text here than the one that .* was trained on"):
+        run_or_load(config, records=tmp_path)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two texts, called alike."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"The {name} of it, again and again, and not the end.\n" * 6000)
+    return tmp_path
+
+
+def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, texts):
+    a, b = (tiny_config(seed=31, data=str(texts / name / "text.txt")) for name in "ab")
+    assert a.name != b.name
+    trained = run_or_load(a, progress=False)
+    assert run_or_load(b, train=False).summary["status"] == "not run"
+    shutil.copy(texts / "a" / "text.txt", texts / "b" / "text.txt")
+    b = b.replace(data=str(texts / "b" / "text.txt"))
+    assert a.name == b.name  # a copy elsewhere is the same run
+    assert run_or_load(b).summary["val_loss"] == trained.summary["val_loss"]
+    (texts / "b" / "text.txt").write_text("The end.")
+    for call in ({}, {"train": False}):
+        with pytest.raises(ConfigError, match="another text here than the one .* bring that back, or leave out #"):
+            run_or_load(b, **call)
+
+
+def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
+    path = texts / "a" / "text.txt"
+    config = tiny_config(seed=35, data=str(path), tokenizer="bpe", vocab_size=270, steps=2)
+    result = run_or_load(config, progress=False)
+    data = TextData(config)
+    data.setup()
+    bits = result.summary["val_loss"] / math.log(2)
+    assert data.bytes_per_token > 1.5 and result.summary["bits_per_byte"] == pytest.approx(bits / data.bytes_per_token)
+    assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
+    path.write_text(path.read_text().upper())
+    assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")  # its tokens are kept
+    shutil.rmtree(tokens.folder(config))
+    with pytest.raises(ConfigError, match="not what is stated: bring that back"):
+        continue_text(result.path, "The a", 2)
+
+
+def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts):
+    path = texts / "a" / "text.txt"
+    result = run_or_load(tiny_config(seed=36, data=str(path), steps=2), progress=False)
+    write_run(result.path, result.summary | {"data": result.summary["data"] | {"digest": "of another text"}})
+    assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
+    path = texts / "a" / "text.txt"
+    config, text = tiny_config(seed=32, data=str(path), checkpoint_every=2), path.read_text()
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "_whole_state", lambda module: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_or_load(config, progress=False)
+    path.write_text(text.upper())
+    assert tiny_config(seed=32, data=str(path), checkpoint_every=2).name != config.name
+    shutil.rmtree(tokens.folder(config))
+    with pytest.raises(ConfigError, match="not what is stated: bring that back"):
+        run_or_load(config, progress=False)
+    path.write_text(text)
+    assert run_or_load(config, progress=False).ok
