@@ -34,8 +34,8 @@ def bench_scaling(
 
     Args:
         base: keys of RunConfig, the batch that of a rank. pools: whose tokens compete, where there are several devices: a
-            rank's own, whose sizes are known in advance, or those of all. repeats: samples of `EVERY` steps, after one that
-            doesn't count.
+            rank's own, whose sizes are known in advance, or those of all; a router that reads no pool is trained once.
+            repeats: samples of `EVERY` steps, after one that doesn't count.
 
     Yields:
         after each run the table so far, a row per strategy, pool and number: milliseconds of a step with quartiles, tokens
@@ -44,6 +44,7 @@ def bench_scaling(
     """
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
     rows, absent, one = [], [], float("nan")
+    pools = pools if "pool" in RunConfig.from_dict(base).row.keys else ["batch"]
     ways = [
         {"devices": n, "strategy": strategy, "pool": pool}
         for n in devices

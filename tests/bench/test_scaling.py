@@ -73,6 +73,14 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
                       ("fsdp2", "batch"): 0.7}  # fmt: skip
 
 
+def test_a_router_without_a_pool_is_trained_once_by_each_strategy(tiny_config, monkeypatch):
+    trained = []
+    monkeypatch.setattr(scaling, "_trained", lambda config: trained.append(config.strategy) or 1 / 0)
+    base = tiny_config(router="token_choice").to_dict()
+    *_, table = scaling.bench_scaling(base, [1, 2], ["ddp", "ep"], ["rank", "batch"], repeats=2)
+    assert trained == ["auto", "ddp", "ep"] and len(table.attrs["absent"]) == 3
+
+
 def test_every_scale_says_what_is_trained():
     at_gpu = speed.scaling("gpu")
     assert (
