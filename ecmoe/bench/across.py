@@ -1,7 +1,5 @@
 """The layer with its experts shared out to several GPUs (expert parallelism), against its floor: the six matrix products of
-what a GPU computes then, its experts on the tokens of all.
-
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m ecmoe.bench.across SIZES.json TABLE.json
+what a GPU computes then, its experts on the tokens of all. A rank of torchrun is `-m ecmoe.bench.across SIZES.json TABLE.json`.
 """
 
 import os
@@ -25,6 +23,7 @@ from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
 from ecmoe.files import read_json, write_json
 from ecmoe.model.expert_parallel import share_experts
 from ecmoe.routers import bucket_size
+from ecmoe.training.ranks import torchrun
 
 
 def bench_across(
@@ -45,10 +44,8 @@ def bench_across(
         with TemporaryDirectory(dir=paths.cache()) as folder:
             asked, table = Path(folder) / "sizes.json", Path(folder) / "table.json"
             write_json(asked, {**sizes[name], "repeats": repeats})
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={many}"]
-            done = subprocess.run(
-                [*command, "-m", "ecmoe.bench.across", asked, table], stderr=subprocess.PIPE, text=True
-            )
+            command = torchrun(many, "ecmoe.bench.across", str(asked), str(table))
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             if table.exists():
                 rows += [{"size": name, **row} for row in read_json(table)["rows"]]
             else:

@@ -108,6 +108,7 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
     try:
         for left in into.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
+        (into / "summary.json").unlink(missing_ok=True)  # an earlier failure's would be taken for this try's
         result = make(into, still_ours)
     except LostLock:
         raise
@@ -129,15 +130,17 @@ def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
 
 
 def _take_place(folder: Path) -> None:
-    """Put the files of a run that was made again in the place of the old ones; the summary last, so that a kill loses none."""
+    """Put the files of a run that was made again in the place of the old ones, once all are whole; the summary last.
+
+    After a kill between two of them each is in one of both places, where it is read (`place_of`), and the next call goes on."""
     again = folder / "again"
-    if not (again / "summary.json").exists() or results.read_summary(again)["status"] != "finished":
+    if results.place_of(folder, "summary.json").parent != again:
         return
     for name in FILES:
-        if (again / name).exists():  # else an earlier call was killed after it had moved
-            results.verify(again, name, results.read_summary(again))
+        results.verify(folder, name, results.read_summary(again))
+    for name in (*FILES, "summary.json"):
+        if (again / name).exists():
             os.replace(again / name, folder / name)
-    os.replace(again / "summary.json", folder / "summary.json")
     shutil.rmtree(again)
 
 

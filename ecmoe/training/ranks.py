@@ -44,6 +44,12 @@ def check_world(config: RunConfig) -> None:
         )
 
 
+def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
+    """The command that starts so many processes of a module, all on this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, "-m", module, *arguments]
+
+
 def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None], keep_weights: bool = True) -> None:
     """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only.
 
@@ -55,19 +61,17 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None],
     Raises:
         RuntimeError: they ended without a summary.
     """
-    (folder / "summary.json").unlink(missing_ok=True)  # an earlier failure's would be taken for this try's
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
+    command = torchrun(config.devices, "ecmoe.training", str(folder), *([] if keep_weights else ["--no-weights"]))
     output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
-    command += ["-m", "ecmoe.training", str(folder), *([] if keep_weights else ["--no-weights"])]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as torchrun:
-        while torchrun.poll() is None:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as ranks:
+        while ranks.poll() is None:
             still_ours()
             try:
-                torchrun.wait(timeout=2)
+                ranks.wait(timeout=2)
             except subprocess.TimeoutExpired:
                 continue
     if not (folder / "summary.json").exists():
-        raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {torchrun.returncode}")
+        raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {ranks.returncode}")
 
 
 def end_with_caller() -> None:

@@ -130,18 +130,26 @@ def read_run(folder: str | Path) -> Result:
     summary = read_summary(folder)
     for name in ("config.yaml", "curve.csv"):
         verify(folder, name, summary)
-    curve = pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").exists() else pd.DataFrame()
+    curve = pd.read_csv(path) if (path := place_of(folder, "curve.csv")).exists() else pd.DataFrame()
     return Result(summary, curve.reindex(columns=metrics.curve()).astype(float), folder)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of a run folder alone. Raises: as `read_run`."""
-    return _checked(read_json(folder / "summary.json", sealed=True), folder / "summary.json")
+    path = place_of(folder, "summary.json")
+    return _checked(read_json(path, sealed=True), path)
+
+
+def place_of(folder: Path, name: str) -> Path:
+    """Where a file of a run folder is: in `again` as long as a run that was made again is on its way into place, file by file."""
+    again = folder / "again"
+    ready = (again / "summary.json").exists() and read_summary(again)["status"] == "finished"
+    return again / name if ready and (again / name).exists() else folder / name
 
 
 def check_weights(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
     """The file of a finished run's weights; with its summary, as it was written. Raises: as `Result.load_model`."""
-    path = folder / "model.safetensors"
+    path = place_of(folder, "model.safetensors")
     if not path.exists():
         raise FileNotFoundError(
             f"no weights in {folder}: they are there once a run has finished, and a record holds none; to have them: "
@@ -154,7 +162,7 @@ def check_weights(folder: Path, summary: Mapping[str, Any] | None = None) -> Pat
 
 def verify(folder: Path, name: str, summary: Mapping[str, Any]) -> None:
     """Raise `Damaged` where a file of a run folder isn't what its summary says."""
-    said, path = summary.get("files", {}).get(name), folder / name
+    said, path = summary.get("files", {}).get(name), place_of(folder, name)
     if said is not None and (not path.exists() or sha256(path) != said):
         raise Damaged(path, "its SHA-256 is another" if path.exists() else "it is gone")
 

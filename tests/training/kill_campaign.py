@@ -94,8 +94,7 @@ def campaign(kind: str, kills: int) -> list[str]:
             if ended(child, moment) is None:
                 os.killpg(child, signal.SIGKILL) if config.ranks == 1 else os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-            # As anyone reads it: a kill among the renames leaves the last of them to the next call.
-            if kind == "retraining" and not run_or_load(config, train=False, progress=False).ok:
+            if kind == "retraining" and not read_run(folder).ok:
                 wrong.append(f"{kind} {number}: finished no more, killed after {moments}")
         if ended(start(config, **keys), 300) != 0:
             wrong.append(f"{kind} {number}: doesn't end well, killed after {moments}")

@@ -104,9 +104,10 @@ def test_a_finished_run_outlives_a_training_for_its_weights(run, monkeypatch, en
     assert run_or_load(config, weights=True, progress=False).load_model() and not (folder / "again").exists()
 
 
-@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("moves", range(5))
 def test_a_kill_between_the_moves_into_place_loses_nothing(run, monkeypatch, moves):
     config, folder = run
+    before = read_run(folder)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
     replace, left = os.replace, [moves]
@@ -120,11 +121,14 @@ def test_a_kill_between_the_moves_into_place_loses_nothing(run, monkeypatch, mov
 
     with monkeypatch.context() as broken:
         broken.setattr(protocol.os, "replace", killed)
+        broken.setattr(protocol.shutil, "rmtree", lambda again: killed(again / "last.ckpt", folder / "last.ckpt"))
         with pytest.raises(KeyboardInterrupt):
             run_or_load(config, weights=True, progress=False)
+    found = read_run(folder)  # whoever looks in between
+    assert found.ok and found.summary["seconds"] != before.summary["seconds"] and found.load_model()
     monkeypatch.setattr(training, "train_run", lambda *_: pytest.fail("trained again"))
     assert run_or_load(config, weights=True).ok and (folder / "model.safetensors").read_bytes() == weights
-    assert not (folder / "again").exists()
+    assert moves == 4 or not (folder / "again").exists()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "between parts", "longer", "no archive"])
@@ -203,15 +207,18 @@ def test_what_a_killed_writer_left_is_swept_away(tiny_config):
     assert run_or_load(config, progress=False).ok and not [path for path in folder.iterdir() if path.suffix == ".tmp"]
 
 
-def test_what_was_made_again_and_damaged_takes_no_place(run, tmp_path):
+@pytest.mark.parametrize("name", ["curve.csv", "model.safetensors"])
+def test_what_was_made_again_and_damaged_takes_no_place(run, tmp_path, name):
     config, folder = run
     shutil.copytree(folder, tmp_path / "again")
     shutil.move(tmp_path / "again", folder / "again")
-    (folder / "again" / "curve.csv").write_text("step\n1\n")
-    before = (folder / "curve.csv").read_bytes()
-    with pytest.raises(Damaged, match=r"again.curve\.csv is damaged"):
+    (folder / "curve.csv").write_text("step\n0\n")  # so that a move would be seen
+    (folder / "again" / name).write_text("step\n1\n")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(Damaged, match=rf"again.{name} is damaged"):
         run_or_load(config, train=False)
-    assert (folder / "curve.csv").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert run_or_load(config, weights=True, progress=False).load_model() and not (folder / "again").exists()
 
 
 def test_a_run_that_diverged_is_not_trained_again_for_its_weights(tiny_config):
