@@ -11,7 +11,18 @@ import textwrap
 import pytest
 import torch
 
-from ecmoe.files import ConfigError, parse_yaml, read_json, read_yaml, sha256, write_json, write_text, written
+from ecmoe.files import (
+    ConfigError,
+    parse_yaml,
+    read_json,
+    read_yaml,
+    seal,
+    sealed,
+    sha256,
+    write_json,
+    write_text,
+    written,
+)
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
@@ -105,3 +116,17 @@ def test_other_yaml_is_as_ever():
 def test_sha256_is_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+
+
+def test_a_sealed_file_shows_any_change_and_keeps_what_it_holds(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc" * 100)
+    before = sha256(path)
+    assert not sealed(path)
+    seal(path)
+    assert path.read_bytes() == b"abc" * 100 + before.encode() and sealed(path)
+    for at in (0, 150, -1):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        (tmp_path / "b").write_bytes(content)
+        assert not sealed(tmp_path / "b")

@@ -1,7 +1,7 @@
 """Token choice on its fastest ways computes what `MoE` with token choice computes."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +87,32 @@ def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch):
         "Broken (ZeroDivisionError: division by zero)",
         "Gone (not installed)",
     ]
+
+
+def test_liger_gets_experts_that_cost_the_same(monkeypatch):
+    """A stand-in with Liger's interface: gated experts, of three matrices instead of two."""
+
+    def apply(x, w1, w2, index, gate):
+        assert index.dtype == torch.int32 and gate.dtype == x.dtype
+        a, b = torch.einsum("nd,nkfd->nkf", x, w1[index]).chunk(2, dim=-1)
+        return torch.einsum("nkf,nkdf,nk->nd", torch.nn.functional.silu(a) * b, w2[index], gate)
+
+    names = ("liger_kernel", "liger_kernel.ops", "liger_kernel.ops.fused_moe")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[names[-1]].LigerFusedMoEFunction = SimpleNamespace(apply=apply)
+    torch.manual_seed(0)
+    moe = MoE(TokenChoice(64, 4, 2), 64, 288, kernels="plain")
+    liger = bench_baselines.Liger(moe)
+    assert liger.w1.shape == (4, 2 * 192, 64) and liger.w2.shape == (4, 64, 192)
+    assert liger.w1.numel() + liger.w2.numel() == moe.w1.numel() + moe.w2.numel()
+    assert liger.w1.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert liger.w2.std().item() == pytest.approx(192**-0.5, rel=0.02)
+    x = torch.randn(1, 24, 64)
+    chosen = moe.router.assign(moe.router.logits(x[0])).dense(24)  # (n, e)
+    a, b = torch.einsum("nd,efd->nef", x[0], liger.w1).chunk(2, dim=-1)
+    every = torch.einsum("nef,edf->ned", torch.nn.functional.silu(a) * b, liger.w2)
+    torch.testing.assert_close(liger(x)[0], (every * chosen[:, :, None]).sum(1))
 
 
 def test_scattermoe_gets_the_same_experts(monkeypatch):

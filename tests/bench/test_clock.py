@@ -46,6 +46,13 @@ def log(monkeypatch):
             return 30.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name, value in {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 3e6,
+        "max_memory_allocated": 8e6,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: said.append(name) or value)
     return said
 
 
@@ -60,8 +67,27 @@ def test_a_burst_is_as_long_as_it_takes_the_chip_to_settle(log):
     assert timing.burst(lambda: None, CPU) == (1, 0)
 
 
-def test_a_cpu_tells_no_memory():
+def test_a_gpu_tells_what_a_call_takes_of_its_memory_a_cpu_nothing(log):
+    assert timing.peak_mb(lambda: log.append("call"), torch.device("cuda")) == (3.0, 8.0)
+    assert log == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "call", "synchronize", "max_memory_allocated"]  # fmt: skip
     assert timing.peak_mb(lambda: pytest.fail("called"), CPU) is None
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_on_a_gpu_alone_more_calls_come_after_all_others(log, monkeypatch, kind):
+    monkeypatch.setattr(timing, "this_device", lambda: torch.device(kind))
+    calls = {("a",): lambda: log.append("a"), ("b",): lambda: 1 / 0}
+    further = lambda works, absent: {("c",): lambda: log.append(f"c after {list(works)}, {len(absent)} absent")}  # noqa: E731
+    found = timing.timed(calls, 2, further)
+    kept = {"cuda": [("a",), ("c",)], "cpu": [("a",)]}[kind]
+    assert {key: len(samples) for key, samples in found.times.items()} == dict.fromkeys(kept, 2) and len(
+        found.absent
+    ) == 1
+    called = [said for said in log if said.startswith(("a", "c "))]
+    assert found.memory == {("a",): (3.0, 8.0) if kind == "cuda" else None}
+    first = called.index("c after [('a',)], 1 absent") if kind == "cuda" else len(called)
+    assert set(called[:first]) == {"a"} and "a" not in called[first:]
+    assert len(called[:first]) >= timing.WARM_UP[kind] + 2
 
 
 def test_what_fails_is_named_and_the_rest_is_warm():

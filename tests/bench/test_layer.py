@@ -21,6 +21,66 @@ from ecmoe.study import speed
 from ecmoe.training.lit import LitModel
 
 
+@pytest.fixture
+def captures(monkeypatch):
+    """A stand-in for CUDA's graphs: what is captured from which memory, and what is replayed."""
+    made = []
+
+    class Graph:
+        def replay(self):
+            made.append(("replay", self))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"graph_pool_handle": "pool", "Stream": stream, "current_stream": stream}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: made.append((pool, graph)) or contextlib.nullcontext())
+    return made
+
+
+def test_calls_are_captured_once_warm_from_one_memory_up_to_the_first_that_cannot_be(captures):
+    called, absent, rows = [], [], [bench.Row("EC", what=what) for what in "abcd"]
+
+    def call(what):
+        called.append(what)
+        if what == "c":
+            raise RuntimeError("it waits")
+
+    found = bench.graphs({row: lambda what=row.what: call(what) for row in rows}, absent)
+    assert list(found) == [row._replace(mode="CUDA graph") for row in rows[:2]]
+    assert called == 4 * ["a"] + 4 * ["b"] + ["c"]  # three to get warm
+    assert absent == ["CUDA graphs from EC, c on (RuntimeError: it waits)"]
+    (_, first), (_, second) = captures
+    assert [pool for pool, _ in captures] == 2 * ["pool"] and first is not second
+    found[rows[0]._replace(mode="CUDA graph")]()
+    assert captures[-1] == ("replay", first)
+
+
+def test_uncapped_expert_choice_alone_is_captured_with_no_graph_left_to_its_input(monkeypatch):
+    wanted = []
+
+    def taken(calls, repeats, then):
+        for call in calls.values():
+            call()
+        then(calls, ["absent"])
+        return SimpleNamespace(times={row: [0.001] * repeats for row in calls}, memory={}, absent=[])
+
+    def captured(calls, absent):
+        wanted.extend([list(calls), absent])
+        return {}
+
+    layers = []
+    make = bench.MoE
+    monkeypatch.setattr(bench, "MoE", lambda *a, **k: layers.append(make(*a, **k)) or layers[-1])
+    monkeypatch.setattr(bench.timing, "timed", taken)
+    monkeypatch.setattr(bench, "graphs", captured)
+    bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2)
+    ec = bench.Row("EC-CF2")
+    assert wanted == [[ec._replace(what=what) for what in (bench.FORWARD, bench.BOTH, bench.ROUTING)], ["absent"]]
+    assert len(layers) > 3 and all(layer.aux_loss is None for layer in layers)
+
+
 @pytest.fixture(scope="module")
 def measured():
     return bench.bench_layer(n=64, d_model=8, d_ff=16, num_experts=4, repeats=2)
@@ -195,6 +255,45 @@ def test_all_steps_train_the_same_weights(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))  # the learning rate is 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_with_kernels_each_arm_has_its_paths_and_the_two_of_the_claim_a_graph(compiled, monkeypatch):
+    monkeypatch.setattr(bench_step_module, "kernels_run", lambda device: True)
+    monkeypatch.setattr(bench_step_module.graph, "capturable", lambda lit: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: None)
+    usual, captured = ("compiled", "compiled, CUDA graph") if compiled else ("eager", "CUDA graph")
+    rows = [("EC-CF2", "own", "plain"), ("EC-CF2", "own", "triton"), ("EC-CF1", "own", "triton")]
+    for arm, paths in (("GShard top-2", ("plain", "triton", "grouped_mm")), ("Switch top-1", ("triton", "grouped_mm"))):
+        rows += [(arm, routing, path) for path in paths for routing in ("own", "even")]
+    eager = [(*row, usual) for row in rows]
+    graphs = [(*row, captured) for row in rows if row[0] in bench_step_module.PAIR and row[2] == "triton"]
+    configs = arms(STEP)
+    assert [*map(tuple, steps(configs, CPU, compiled=compiled))] == eager + graphs and len(graphs) == 3
+    assert [*map(tuple, steps(configs, CPU, compiled=compiled, captured=False))] == eager
+    only = {"EC-CF2": configs["EC-CF2"]}
+    assert [*map(tuple, steps(only, CPU, compiled=compiled, plain=()))] == [eager[1], graphs[0]]
+
+
+def test_a_graph_of_the_losses_is_captured_once_and_trains_as_they_do(monkeypatch):
+    config, tokens = arms(STEP)["GShard top-2"], torch.randint(257, (4, 9))
+    asked, weights = [], []
+
+    def captured(lit, batch, pool):
+        asked.append((lit, batch, pool))
+        return lambda batch: (lit.loss(batch), sum(layer.aux_loss for layer in lit.model.moe_layers))
+
+    monkeypatch.setattr(bench_step_module.graph, "captured", captured)
+    monkeypatch.setattr(bench_step_module, "check_room", lambda: asked.append("room"))
+    for pool in (None, "pool"):
+        torch.manual_seed(0)
+        lit = LitModel(config)
+        step = step_of(lit, torch.optim.SGD(lit.parameters(), lr=1.0), tokens, pool=pool)
+        step()
+        step()
+        weights.append(list(lit.parameters()))
+    assert asked == ["room", (lit, tokens, "pool")]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_even_routing_is_even_and_own_is_not():
     config = arms(STEP)["GShard top-2"]
     twin = bench_step_module._twin(LitModel(config), config, "plain")
@@ -229,6 +328,27 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     assert shown.exit_code == 0 and shown.stdout.count("is there already") == 2
     refused = CliRunner().invoke(app, [*command, "--only", "stepp"])
     assert refused.exit_code == 2 and "layer-a, step, growth" in refused.stderr
+
+
+@pytest.mark.parametrize("failing", [None, "step"])
+def test_on_a_gpu_each_part_is_a_process(tmp_path, monkeypatch, failing):
+    ran = []
+
+    def process(command):
+        ran.append(command)
+        return SimpleNamespace(returncode=3 * (command[-1] == failing))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "run", process)
+    monkeypatch.setattr(speed, "jobs", lambda **_: {"layer-a": fake, "step": fake, "growth": fake})
+    monkeypatch.setattr(speed, "plan", lambda scale: {})
+    asked = ["bench", "all", "--scale", "paper", "--out", str(tmp_path), *["--force"] * bool(failing)]
+    assert CliRunner().invoke(app, [*asked, "--only", "layer,step"]).exit_code == int(bool(failing))
+    same = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", "paper", "--out", str(tmp_path)]
+    same += ["--force"] * bool(failing)
+    assert ran == [[*same, "--only", name] for name in ("layer-a", "step")]
+    assert CliRunner().invoke(app, [*asked, "--only", "step"]).exit_code == 0
+    assert len(ran) == 2 and (tmp_path / "step.json").exists()  # one alone is measured here
 
 
 def fake():

@@ -81,6 +81,83 @@ def test_a_router_without_a_pool_is_trained_once_by_each_strategy(tiny_config, m
     assert trained == ["auto", "ddp", "ep"] and len(table.attrs["absent"]) == 3
 
 
+@pytest.mark.parametrize("only", ["training,layers,losses", "layers", "losses"])
+@pytest.mark.parametrize("there", [0, 3])
+def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monkeypatch):
+    asked = {"base": {"d_model": 8}, "devices": [1, 2, 4], "strategies": ["ddp"], "layers": {"a": {"n": 4}}}
+    called = []
+
+    def said(name):
+        def bench(*arguments, **keys):
+            called.append((name, arguments, keys))
+            table = scaling.timing.tabled([{"ms": 1.0}], [], {"of": name})
+            return table if name == "losses" else iter([table])
+
+        return bench
+
+    for module, name in ((scaling, "scaling"), (across, "across"), (scaling, "losses")):
+        monkeypatch.setattr(module, f"bench_{name}", said(name))
+    monkeypatch.setattr(speed, "scaling", lambda scale: dict(asked))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    words = f"--strategy fsdp2 --strategy ep --pool batch --repeats 7 --only {only} --out".split()
+    shown = CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", *words, str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    several = [2] if there else [2, 4]
+    given = {"base": asked["base"], "devices": asked["devices"], "strategies": ["fsdp2", "ep"], "pools": ["batch"]}
+    every = {
+        "training": ("scaling", (), given | {"repeats": 7}),
+        "layers": ("across", (asked["layers"], several), {"repeats": 7}),
+        "losses": ("losses", (asked["base"], several[-1], "fsdp2"), {}),
+    }
+    files = {"training": "scaling", "layers": "scaling-layers", "losses": "scaling-losses"}
+    assert called == [every[part] for part in only.split(",")]
+    kept = {path.name: json.loads(path.read_text())["setting"]["of"] for path in tmp_path.iterdir()}
+    assert kept == {f"{files[part]}.json": every[part][0] for part in only.split(",")}
+
+
+def test_a_rank_is_held_to_the_products_of_its_experts_on_the_tokens_of_all(monkeypatch):
+    """Of two ranks, as seen by one: what is shared out, timed, agreed on, and written down."""
+    asked, warm = {}, []
+    sizes = {"n": 16, "d_model": 8, "d_ff": 12, "num_experts": 4}
+    parts = ("forward", "forward + backward")
+    calls = [(kind, what) for kind in ("layer", "floor") for what in parts]
+    times = {call: [0.001 * n * i for i in (1, 2, 6)] for n, call in enumerate(calls, 1)}
+
+    def share(module, mesh, device):
+        (layer,) = module
+        asked.update(mesh=mesh, pool=layer.router.pool, kernels=layer.kernels)
+        for weight in (layer.w1, layer.w2):
+            weight.to_local = lambda weight=weight: weight[:2]
+
+    def floor(local, x, k):
+        asked.update(floor=(local.w1.shape, local.w2.shape, x.shape, k))
+        return {what: lambda what=what: warm.append(what) for what in parts}
+
+    def in_turns(calls, repeats, device, agreed):
+        asked.update(calls=list(calls), repeats=repeats, agreed=agreed({"mine": 1}))
+        return times
+
+    monkeypatch.setattr(across.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(across.dist.device_mesh, "init_device_mesh", lambda kind, shape: (kind, shape))
+    monkeypatch.setattr(across.dist, "broadcast_object_list", lambda box, src: box.__setitem__(0, {"of": src}))
+    monkeypatch.setattr(across, "share_experts", share)
+    monkeypatch.setattr(across, "floor", floor)
+    monkeypatch.setattr(across.timing, "in_turns", in_turns)
+    monkeypatch.setattr(across.timing, "peak_mb", lambda call, device: (1.0, 5.0))
+    table = across.of_this_rank(repeats=3, **sizes)
+    kind = across.timing.this_device().type
+    assert asked == {
+        "mesh": (kind, (2,)), "pool": "rank", "kernels": "auto", "calls": calls, "repeats": 3, "agreed": {"of": 0},
+        "floor": ((2, 8, 12), (2, 12, 8), (16, 8), 16),  # k = n c / e of each of two
+    }  # fmt: skip
+    assert warm == [what for what in parts for _ in range(across.timing.WARM_UP[kind])]
+    rows = table.to_dict("records")
+    assert [(row["devices"], row["what"], row["peak_mb"]) for row in rows] == [(2, what, 5.0) for what in parts]
+    found = [(row["ms"], row["floor_ms"], row["share_of_floor"]) for row in rows]
+    assert found == [pytest.approx(row) for row in ((2.0, 6.0, 3.0), (4.0, 8.0, 2.0))]  # medians
+    assert (sizes | {"repeats": 3}).items() <= table.attrs["setting"].items()
+
+
 def test_every_scale_says_what_is_trained():
     at_gpu = speed.scaling("gpu")
     assert (

@@ -1,8 +1,10 @@
 """Planned runs are found by name, carried out one by one, and lose nothing that was done."""
 
 import json
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -163,6 +165,43 @@ def test_the_exit_code_says_whether_to_try_again(project, monkeypatch, said, cod
     assert engine.in_turn(plan.plan("gpu")[: len(said.split())], "gpu") == code
 
 
+@pytest.mark.parametrize(("asked", "waited"), [(0.5, 30.0), (float("inf"), None)])
+def test_snakemake_gets_the_runs_and_may_be_told_to_start_no_more(project, monkeypatch, asked, waited):
+    planned, did = plan.plan("gpu")[:2], []
+
+    class Process:
+        def __init__(self, command, cwd):
+            did.append((command, cwd))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait(self, seconds=None):
+            did.append(("wait", seconds))
+            if seconds is not None:
+                raise subprocess.TimeoutExpired("snakemake", seconds)
+            return 0 if waited is None else 5
+
+        def send_signal(self, number):
+            did.append(("signal", number))
+
+    monkeypatch.setattr(engine.subprocess, "Popen", Process)
+    code = engine.train(planned, "gpu", jobs=3, minutes=asked)
+    (command, folder), *after = did
+    assert folder == engine.CHECKOUT and (folder / "Snakefile").exists()
+    said = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", "place=3", "--config", "scale=gpu"]
+    said += [f"runs={planned[0].name},{planned[1].name}", *["singly=true"] * (waited is not None), "--", "trained"]
+    assert command == said
+    if waited is None:  # it says that all went well, and nothing is there
+        assert after == [("wait", None)] and code == 1
+    else:
+        assert after == [("wait", waited), ("signal", signal.SIGTERM), ("wait", None)] and code == 5
+    assert engine.train([], "gpu") == 0 and len(did) == len(after) + 1
+
+
 def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
     """No notebooks, no figures, no Snakemake: a run of this checkout's smoke plan, with its measurements."""
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
@@ -184,3 +223,15 @@ def test_gpus_that_may_be_used_are_counted(monkeypatch, visible, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("ECMOE_SLOTS", "3")
     assert engine.places() == (gpus, 3 if gpus else 1)
+
+
+def test_gpus_of_the_machine_count_where_none_is_chosen(monkeypatch):
+    listed = "GPU 0: NVIDIA H200 (UUID: GPU-a)\n  MIG 1g: (UUID: MIG-b)\nGPU 1: NVIDIA H200 (UUID: GPU-c)\n"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("ECMOE_SLOTS", raising=False)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: SimpleNamespace(stdout=listed * (command == ["nvidia-smi", "-L"]))
+    )
+    for there, found in (("/usr/bin/nvidia-smi", (2, 4)), (None, (0, 1))):
+        monkeypatch.setattr(engine.shutil, "which", lambda name, there=there: there if name == "nvidia-smi" else None)
+        assert engine.places() == found

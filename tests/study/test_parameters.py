@@ -75,9 +75,11 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
 
 def test_unknown_parameters_and_text_for_numbers_are_errors():
     made = notebook(
-        "width: int = 1\nrate: float = 0.1\nfail: bool = False\nlimit: int | None = None  # a = hides nothing here"
+        "width: int = 1\nrate: float = 0.1\nfail: bool = False\nlimit: int | None = None  # a = hides nothing here\n"
+        "names = list('ab')  # no literal\nrate_of: dict = {'a': 2}\nprint(width)"
     )
-    assert list(notebook_parameters(made)) == ["width", "rate", "fail", "limit"]
+    defaults = {"width": 1, "rate": 0.1, "fail": False, "limit": None, "names": None, "rate_of": {"a": 2}}
+    assert notebook_parameters(made) == defaults and list(notebook_parameters(made)) == list(defaults)
     check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
     with pytest.raises(ConfigError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):
         check_parameters(made, {"widht": 2}, "x.ipynb")

@@ -114,7 +114,9 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
 def test_the_plan_of_a_scale_can_be_measured(scale, own_home, monkeypatch):
     plan = speed.plan(scale)
-    assert set(speed.jobs(**plan)) >= {"step", "growth", "profile"} and paths.root() in speed.folder(scale).parents
+    assert set(speed.jobs(**plan)) >= {"step", "growth", "profile"}
+    assert speed.folder(scale) == paths.root() / "reports" / scale / "bench"
+    assert speed.files(scale) == [speed.folder(scale) / f"{name}.json" for name in speed.jobs(**plan)]
     monkeypatch.setattr("ecmoe.bench.clock.in_turns", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr("ecmoe.bench.growth.layer_and_input", lambda **_: pytest.fail("sizes are fine"))
     with pytest.raises(BaseException, match="sizes are fine"):  # all are checked before any is measured
