@@ -202,6 +202,20 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError(str(error)) from error
 
 
+def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
+    """`key=value`, such as after --set, as in YAML: 2 is a number, null is nothing, 1.0e-3 is a number. A ConfigError as in `parse_yaml`."""
+    values = {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {pair!r} must be key=value, such as capacity_factor=1.0")
+        try:
+            values[key.strip()] = parse_yaml(text)
+        except ConfigError as error:
+            raise ConfigError(f"--set {pair!r}: {text!r} is no YAML value: {error}") from error
+    return values
+
+
 def _told(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 

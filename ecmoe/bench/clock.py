@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from ecmoe.bench.rows import named
-from ecmoe.files import write_json
+from ecmoe.files import ConfigError, write_json
 from ecmoe.provenance import commit, device_name
 
 Key = TypeVar("Key", bound=tuple[str, ...])
@@ -50,7 +50,7 @@ def timed(
         then: (the calls that work, absent) -> calls that are timed after all others, on a GPU alone.
     """
     if not isinstance(repeats, int) or repeats < 2:
-        raise ValueError(f"repeats={repeats}: must be a whole number of at least 2, for a median with quartiles")
+        raise ConfigError(f"repeats={repeats}: must be a whole number of at least 2, for a median with quartiles")
     device, absent, works, memory = this_device(), [], {}, {}
     torch._dynamo.reset()
     # Let many layers that share their code be compiled side by side, each for its own sizes and numbers.

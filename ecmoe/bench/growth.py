@@ -15,6 +15,7 @@ from scipy import stats
 from ecmoe.bench import clock as timing
 from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
 from ecmoe.bench.rows import BOTH
+from ecmoe.files import ConfigError
 from ecmoe.routers import bucket_size
 
 AXES = ("n", "num_experts", "capacity_factor", "d_model")
@@ -27,7 +28,7 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
     anything is timed, where k = n c / e is no whole number.
     """
     if unknown := set(axes) - set(AXES):
-        raise ValueError(f"axes={sorted(unknown)}: must be of {', '.join(AXES)}")
+        raise ConfigError(f"axes={sorted(unknown)}: must be of {', '.join(AXES)}")
     points = []
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
         size = dict(base) | {axis: value}

@@ -22,7 +22,7 @@ from ecmoe.study.parameters import check_parameters, merge_parameters, merged, n
 from ecmoe.study.plan import of_page
 
 
-class ReportError(RuntimeError):
+class ReportError(ConfigError):
     """A notebook that can't be read, or failed; names notebook, cell and error."""
 
 
@@ -94,7 +94,7 @@ def execute(
         check_parameters(source, values, notebook.name)
         if (paths.configs() / f"{notebook.stem}.yaml").exists():
             of_page(notebook.stem, values.get("scale", "smoke"), values)  # an arm that can't be is named at once
-    except (ReportError, ConfigError) as error:  # the list of pages names it, too
+    except ConfigError as error:  # the list of pages names it, too
         if notebook.exists():
             title = nbformat.v4.new_markdown_cell(f"# {notebook.stem}")
             fail(nbformat.v4.new_notebook(cells=[title]), str(error))

@@ -19,6 +19,7 @@ from ecmoe.report.markup import TEMPLATE, markup
 from ecmoe.report.render import page_html
 from ecmoe.report.scoreboard import markdown, scoreboard_html, studies_html
 from ecmoe.study.answer import answer
+from ecmoe.study.parameters import check_scale
 from ecmoe.study.verdict import judge_all
 
 _LONGEST = 4000  # characters of a section that can be found
@@ -29,7 +30,11 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
 
     Args:
         scale: smoke, gpu or paper. reports: the folder; default: reports/<scale>.
+
+    Raises:
+        ConfigError: no such scale.
     """
+    check_scale(scale)
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)
     parts = {

@@ -1,0 +1,143 @@
+"""`ecmoe bench`: times of this machine, part by part; what is timed, and how, stands in ecmoe/bench/ and ecmoe/study/speed.py."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ecmoe.config import CHOICES, ConfigError
+from ecmoe.files import assignments, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
+TIMED = {
+    "layer": "The MoE layer beside its floor, the six matrix products that it can't do without, and beside its rivals.",
+    "auto": "What a run gets beside the plain path, size by size: it must never be slower.",
+    "step": "A whole training step, expert choice against token choice.",
+    "profile": "Where the time of EC-CF2's training step goes, by kind of work.",
+}
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, small on a CPU"),
+]
+
+
+def _timed(name: str) -> Callable[..., None]:
+    def command(
+        changes: Sizes = None,
+        output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
+    ) -> None:
+        from ecmoe.study import speed
+
+        _show(speed.job(name, **assignments(changes))(), output)
+
+    return command
+
+
+for _name, _help in TIMED.items():
+    bench.command(_name, help=_help)(_timed(_name))
+
+
+def _of_this_machine(scale: str | None) -> str:
+    import torch
+
+    return scale or ("gpu" if torch.cuda.is_available() else "smoke")
+
+
+Scale = Annotated[
+    str,
+    typer.Option(callback=_of_this_machine, help="whose sizes; default: gpu with CUDA, else smoke", show_default=False),
+]
+Out = Annotated[Path | None, typer.Option(help="the folder; default: the scale's")]
+
+
+@bench.command("all")
+def bench_all(
+    scale: Scale = "",
+    only: Annotated[str, typer.Option(help="these parts, by name or how it begins: layer,step")] = "",
+    out: Out = None,
+    force: Annotated[bool, typer.Option("--force", help="measure again what is there")] = False,
+) -> None:
+    """All that page 08 shows, and steps of page 01's arms; each part is kept at once, and one that fails stops no other."""
+    import torch
+
+    from ecmoe.study import speed
+
+    known = speed.jobs(**speed.plan(scale))
+    asked = only.split(",")
+    starts = tuple(start for start in asked if start not in known)
+    wanted = {name: job for name, job in known.items() if name in asked or name.startswith(starts)}
+    if not wanted:
+        raise ConfigError(f"--only {only}: no such part; there are {', '.join(known)}")
+    into, failed = out or speed.folder(scale), False
+    typer.echo(f"{', '.join(wanted)} -> {into}")
+    if torch.cuda.is_available() and len(wanted) > 1:  # what a part leaves on the GPU, or breaks, ends with its process
+        command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
+        command += ["--force"] * force
+        raise typer.Exit(int(any([subprocess.run([*command, "--only", name]).returncode for name in wanted])))
+    for name, outcome in speed.take(wanted, into, force=force):
+        if outcome is None:
+            typer.echo(f"{name}: is there already (--force measures again)")
+        elif isinstance(outcome, Exception):
+            failed = True
+            typer.echo(f"{name}: {type(outcome).__name__}: {outcome}", err=True)
+        else:
+            typer.echo(f"\n{name}:")
+            _show(outcome)
+    raise typer.Exit(int(failed))
+
+
+@bench.command("scaling")
+def bench_scaling(
+    scale: Scale = "",
+    devices: Annotated[list[int] | None, typer.Option(min=1, help="each of these; default: as page 08")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="each of these: ddp, fsdp2, ep")] = None,
+    pool: Annotated[list[str] | None, typer.Option(help="whose tokens compete: rank, batch")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="samples of ten steps; medians count")] = 5,
+    only: Annotated[str, typer.Option(help="these parts")] = "training,layers,losses",
+    out: Out = None,
+) -> None:
+    """Training on one GPU and on several, by every strategy, against as many times one; layers whose experts are shared out,
+    against their floor; and the losses of one model on one GPU and on several. Each row is kept at once."""
+    import torch
+
+    from ecmoe.bench import across, scaling
+    from ecmoe.study import speed
+
+    given = {"devices": devices, "strategies": strategy, "pools": pool}
+    asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}
+    layers, base, into = asked.pop("layers"), asked["base"], out or speed.folder(scale)
+    there = torch.cuda.device_count() or max(asked["devices"])
+    several, how = sorted(many for many in asked["devices"] if 1 < many <= there), (strategy or ["ddp"])[0]
+    tables = {  # measured as they are asked for
+        "training": scaling.bench_scaling(**asked, repeats=repeats),
+        "layers": across.bench_across(layers, several, repeats=repeats),
+        "losses": (scaling.bench_losses(base, most, how) for most in several[-1:]),
+    }
+    parts = only.split(",")
+    choices = {"strategy": (strategy, CHOICES["strategy"]), "pool": (pool, CHOICES["pool"]), "only": (parts, tables)}
+    for option, (words, known) in choices.items():
+        for word in words or ():
+            if word not in known:
+                raise ConfigError(f"--{option} {word}: {nearest(word, known)}")
+    for part in parts:
+        for table in tables[part]:
+            _show(table, into / ("scaling.json" if part == "training" else f"scaling-{part}.json"))
+
+
+def _show(table: "pd.DataFrame", output: Path | None = None) -> None:
+    """Print what was measured, and where; and keep it in a file."""
+    from ecmoe.bench.clock import save
+
+    if output:
+        save(table, output)
+    typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
+    rows = table.drop(columns="samples_ms", errors="ignore").dropna(axis=1, how="all")
+    typer.echo(rows.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+    if table.attrs.get("absent"):
+        typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))
