@@ -125,6 +125,13 @@ def test_generate_refuses_what_continues_no_text(changes, tiny_config, tmp_path)
     assert wrong.exit_code == 2 and "only a language model whose router reads tokens alone" in wrong.stderr
 
 
+@pytest.mark.parametrize(("changed", "said"), [(True, "README.md changed"), (False, "README.md is up to date")])
+def test_readme_says_whether_it_changed(changed, said, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ecmoe.report.readme.update", lambda scale: asked.append(scale) or changed)
+    assert call("readme").output.strip() == call("readme", "paper").output.strip() == said and asked == ["gpu", "paper"]
+
+
 def test_index_of_an_unknown_scale_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     wrong = call("index", "nonsense")

@@ -184,6 +184,8 @@ def test_features_say_what_an_expert_has_left():
     assert features.tolist() == [[1, pytest.approx(1 / 3)], [1, 0], [0, 0]]
     late = causality.routing_features(taken.flip(2), 0.5)[0]
     assert late[:, 1].tolist() == [pytest.approx(2 / 3), 1, 1]
+    none = causality.routing_features(torch.zeros_like(taken), 0.5)[0]
+    assert none[:, 1].tolist() == [pytest.approx(2 / 3), 1, 1]  # two places for the last token: it is taken
 
 
 # Through a model
@@ -295,7 +297,7 @@ def test_measurements_of_a_run(tiny_config):
     assert len({round(loss, 9) for loss in losses.values()}) == 5
 
     decoded = causality.decoding(model, config, tokens=5)
-    assert decoded["prompt"] and decoded["continuation"]
+    assert decoded["prompt"] == "".join(map(chr, windows[0, :8])) and len(decoded["continuation"]) == 5  # half of 16
     with causal_routing(model):  # the model itself is left as it was
         assert next(model.parameters()).dtype == torch.float32
 

@@ -309,6 +309,32 @@ def test_markdown_math_is_left_alone_by_markdown():
     assert "<mo>&lt;</mo>" in page or "&lt;" in str(soup.find_all("math")[1])
 
 
+def test_of_what_a_cell_shows_html_comes_before_a_picture():
+    made = notebook(("md", "# T"), ("code", "1"))
+    data = {"image/png": "iVBORw0KGgo=", "text/html": "<b>shown</b>", "text/plain": "plain"}
+    made.cells[1].outputs = [nbformat.v4.new_output("display_data", data=data)]
+    assert "<b>shown</b>" in (page := page_html(made)) and "image/png" not in page
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monkeypatch):
+    def dies(source, executed, values, **_):
+        if begun:
+            nbformat.write(source, executed)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("papermill.execute_notebook", dies)
+    nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
+    with pytest.raises(ReportError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
+        execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html")
+    assert not (tmp_path / "01_a.html").exists() and (tmp_path / "01_a.failed.html").exists() == begun
+    if begun:
+        page = BeautifulSoup((tmp_path / "01_a.failed.html").read_text(), "html.parser")
+        assert (
+            page.title.text == "The title" and "RuntimeError: no memory" in page.find("section", class_="failed").text
+        )
+
+
 @pytest.mark.parametrize("text", ["# A README\n", "[]", "{}"])
 def test_what_is_no_notebook_is_named(text, tmp_path):
     (tmp_path / "README.md").write_text(text)

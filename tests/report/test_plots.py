@@ -124,6 +124,7 @@ def test_load_is_in_percent(runs):
     assert plot.data.groupby("measure")["mean"].first().tolist() == pytest.approx([30, 10])
     first, last = ({"EC", "top-2"} & {text.get_text() for text in ax.texts} for ax in plot.figure.axes)
     assert not first and last == {"EC", "top-2"}  # lines are named once, in the last panel
+    assert not texts(plots.over(curves({"EC": runs["EC"]}), "step", ("over_capacity", "dropped")))  # one needs no name
     assert re.search(r"equal share \(%\): [^:]*: EC 30\.000", plot.alt) and re.search(
         r"dropped \(%\): [^:]*: EC 10", plot.alt
     )
@@ -170,6 +171,16 @@ def test_retention():
     plot = drawn(plots.retention(frame))
     assert "gate: task 1 90% then 80%, task 2 90% then 90%" in plot.alt and "Not run: joint." in plot.alt
     assert all(ax.get_xscale() == "linear" for ax in plot.figure.axes)
+    several = pd.concat([frame.assign(arm=arm) for arm in "abc"])
+    assert [ax.get_visible() for ax in plots.retention(several).figure.axes] == [True, True, True, False]  # two by two
+
+
+def test_saved_as_a_picture_it_is_the_same_each_time(runs, tmp_path):
+    plot, paths = plots.final_loss(table(runs)), [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        plot.save(path)
+    picture = pyplot.imread(paths[0])
+    assert paths[0].read_bytes() == paths[1].read_bytes() and picture.shape[1] == round(150 * style.WIDTH)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from bs4 import BeautifulSoup
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.report import scoreboard
+from ecmoe.report import index, scoreboard
 from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
 from tests.study.known import judged, losses, seeds
@@ -109,6 +109,25 @@ def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
     text = scoreboard.markdown("scoreboard", verdicts, "gpu")
     assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
     assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
+
+
+PAGE = """<html><head><title>A &amp; B</title><meta name="description" content="About it"><style>x</style></head><body>
+<nav>no</nav><main>Before <h1>A &amp; B</h1><p>First   words</p><details class="code">code</details><h2 id="part">A <i>part</i></h2>
+<p>Some</p><svg aria-label="it rises"><text>1</text></svg><math>n</math><h4>in it</h4><details class="log">log</details></main></body></html>"""
+
+
+def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path):
+    files = ("01_a.html", "01_a.failed.html", "02_b.failed.html", "03_c.html", "index.html")
+    for name in files:
+        (tmp_path / name).write_text(PAGE if name != "03_c.html" else "<p>no page")
+    one, failed, other = index._pages(tmp_path)
+    assert [page["file"] for page in (one, failed, other)] == ["01_a.html", "02_b.failed.html", "03_c.html"]
+    assert [page["name"] for page in (one, failed, other)] == ["01_a", "02_b", "03_c"]
+    assert [page["failed"] for page in (one, failed, other)] == [False, True, False]
+    assert (one["title"], one["about"]) == ("A & B", "About it") and (other["title"], other["about"]) == ("03_c", "")
+    assert one["sections"] == [
+        ("main", "", "Before"), ("main", "A & B", "First words"), ("part", "A part", "Some it rises in it"),
+    ]  # fmt: skip
 
 
 def test_smoke_judges_nothing():

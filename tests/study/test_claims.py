@@ -76,6 +76,8 @@ def test_c2_is_a_ratio_over_turns():
     assert found.sentence == (
         "A GShard top-2 step takes 1.08 times the time of an EC-CF2 step (1.078 to 1.082; 3 turns); the paper: 1.2 times."
     )
+    two = judged("C2", {}, bench={"even": [1.1, 0.95]})
+    assert two.label == UNDECIDED and "which doesn't decide it" in two.sentence and "needs" not in two.sentence
     level = judged("C2", {}, bench={"even": [1.001, 1.002, 1.0]})
     assert level.label == NO_EFFECT and level.sentence.endswith("which counts as equal (by 2% or less).")
     assert str(found.rests_on) == "3 turns of training steps of one model, on an unknown device"

@@ -10,7 +10,7 @@ from ecmoe.files import Damaged, write_json
 from ecmoe.report.provenance import provenance
 from ecmoe.study import plan, repeats
 from ecmoe.study.load import Study
-from ecmoe.training.result import Result, read_record, write_record
+from ecmoe.training.result import Result, not_run, read_record, write_record
 
 
 def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_config, tmp_path, monkeypatch):
@@ -32,7 +32,8 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     again = ["again", config.name[:-3], "--scale", "gpu"]
     assert CliRunner().invoke(app, [*again, "--steps", "4"]).exit_code == 0  # equal so far
     told = CliRunner().invoke(app, again)
-    assert told.exit_code == 1 and "of 3 rows some differ: val_loss by up to 1e-06" in told.stdout
+    said = f"{config.name}  code before -> {found['code']}  {found['device']}  of 3 rows some differ: val_loss by up to 1e-06"
+    assert told.exit_code == 1 and told.stdout == said + "\n"
     assert {one["recorded"]: one["equal"] for one in repeats.kept("gpu")} == {"before": False, found["code"]: True}
     monkeypatch.setattr(repeats, "device_name", lambda: "another")  # says nothing of the code
     assert not repeats.again(config.name, "gpu", steps=2)["differs"] and len(repeats.kept("gpu")) == 2
@@ -45,6 +46,23 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     file.write_text(file.read_text().replace("false", "true"))
     with pytest.raises(Damaged, match="check sum"):
         repeats.kept("gpu")
+
+
+@pytest.mark.parametrize("changes", [{"world_size": 2}, {"config": {"approach": "joint"}}])
+def test_a_run_of_several_processes_or_tasks_is_not_repeated(changes, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    monkeypatch.setattr(repeats, "_curve", lambda config, *_: pytest.fail("trained"))
+    record = not_run(tiny_config()).summary | {"status": "finished"} | changes
+    monkeypatch.setattr(repeats, "read_record", lambda path: Result(record))
+    (paths.records("gpu")).mkdir(parents=True)
+    (paths.records("gpu") / "one.json").touch()
+    with pytest.raises(ConfigError, match="one: only runs of one process, of text or images, are repeated"):
+        repeats.again("one", "gpu")
+    record["config"], record["world_size"] = tiny_config().to_dict(), 1
+    for one in (record, {key: value for key, value in record.items() if key != "world_size"}):
+        monkeypatch.setattr(repeats, "read_record", lambda path, one=one: Result(one))
+        with pytest.raises(BaseException, match="trained"):
+            repeats.again("one", "gpu")
 
 
 def run(code, router="dense", device="H100"):

@@ -55,6 +55,7 @@ def test_each_part_is_measured_and_shown(found):
     share = layers[layers["what"] == bench.BOTH].set_index("name")["share_of_floor"]
     table = speed.by_layer(layers).set_index("layer")
     assert table["its share"]["EC-CF2"] == share["EC-CF2"] and table["its share"]["floor"] == 1
+    assert ("peak MB" in table) == torch.cuda.is_available()  # what nobody knows is no column
     assert table["routing, of floor"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["name"]))
     assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plots.share_of_floor(layers).alt
     steps = speed.rows(found, "step")
