@@ -221,6 +221,43 @@ def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch,
         assert [shell.split() for _, shell in by_priority] == processes
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monkeypatch):
+    """The plan of this checkout, as Snakemake would carry it out on two GPUs; where nothing is to be trained, nothing of it."""
+    shutil.copy(CHECKOUT / "Snakefile", tmp_path)
+    shutil.copytree(CHECKOUT / "profiles", tmp_path / "profiles")
+    (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
+    (tmp_path / "notebooks").mkdir()
+    pages = ["01_convergence", "03_capacity_factor"]
+    for name in pages:
+        write_notebook(tmp_path, name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("ECMOE_SLOTS", "3")
+    asked = ["--cores", "12", "--config", "scale=gpu", f"train_missing={trains}", "--dry-run", "--printshellcmds"]
+    code, output, _ = snakemake(tmp_path, *asked, "--quiet", "host")
+    assert code == 0, output
+    jobs = re.findall(r"^rule (\w+):\n((?: .+\n)+)Shell command: (.+)", output, re.MULTILINE)
+    named = {rule: (about, shell) for rule, about, shell in jobs}
+    reads = {re.search("name=(.+)", about)[1]: about.split("output:")[0] for rule, about, _ in jobs if rule == "page"}
+    assert set(named) == {"all", "index", "page"} | ({"run", "bench"} if trains else set())
+    assert ("ecmoe runs --scale gpu --missing --check" in named["all"][1]) == trains
+    assert [".done" in reads[name] for name in pages] == [trains, trains]
+    assert ["bench.done" in reads[name] for name in pages] == [trains, False]
+    if not trains:
+        return
+    assert "place=6" in named["bench"][0] and "threads: 12" in named["bench"][0]
+    assert "ecmoe bench all --scale gpu || true" in named["bench"][1]
+    runs = sorted(
+        (-int(re.search(r"priority: (\d+)", about)[1]), about, shell) for rule, about, shell in jobs if rule == "run"
+    )
+    wanted = [one.name for one in plan.plan("gpu") if not set(pages).isdisjoint(one.pages)]
+    batches = [
+        re.search("ECMOE_SHARING=3 .+ -m ecmoe run (.+) --scale gpu .+ -ge 3", shell)[1].split() for *_, shell in runs
+    ]
+    assert sum(batches, []) == wanted and {len(some) for some in batches[:-1]} == {4}  # in order, four a process
+    assert all("place=1" in about and "threads: 2" in about for _, about, _ in runs)  # three on each GPU at once
+
+
 def test_every_notebook_has_its_config():
     """The Snakefile takes notebooks that have a config: one without would be left out in silence."""
     notebooks = {path.stem for path in (CHECKOUT / "notebooks").glob("*.ipynb")}

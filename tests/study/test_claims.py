@@ -109,7 +109,9 @@ def test_c3_needs_all_numbers_of_experts_of_a_seed():
     del numbers["EC-CF2 renormalized, 32 experts"][0], numbers["EC-CF2 renormalized, 32 experts"][3]
     found = judged("C3", losses(**numbers))
     assert found.label == UNDECIDED and found.parts[0].seeds == 2
-    assert "a verdict needs 3 seeds" in found.parts[0].sentence
+    assert found.parts[0].sentence.startswith("each doubling") and found.parts[0].sentence.endswith(
+        "; 2 seeds); a verdict needs 3 seeds"
+    )
     assert found.sentence.endswith("The claim's 2 parts: 2 undecided.")
     assert found.parts[0].missing == ("EC-CF2 renormalized, 32 experts s0", "EC-CF2 renormalized, 32 experts s3")
 
