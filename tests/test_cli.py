@@ -141,6 +141,13 @@ def test_index_of_an_unknown_scale_writes_nothing(tmp_path, monkeypatch):
         assert call("index", "gpu", *options).exit_code == 0 and (tmp_path / reports / "index.html").exists()
 
 
+def test_readme_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    wrong = call("readme")
+    assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and "ECMOE_HOME unset" in wrong.stderr
+    assert f"{tmp_path / 'README.md'} is not there" in wrong.stderr and not any(tmp_path.iterdir())
+
+
 def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
     import nbformat
 

@@ -8,7 +8,7 @@ import html
 import re
 
 from ecmoe import paths
-from ecmoe.files import write_text
+from ecmoe.files import ConfigError, write_text
 from ecmoe.report.plots import Plot, share_of_floor
 from ecmoe.report.scoreboard import CAPTION, effects, markdown
 from ecmoe.study import speed
@@ -20,16 +20,20 @@ def update(scale: str = "gpu") -> bool:
     """Draw the figures, fill in the README's parts; says whether the text changed.
 
     Raises:
-        ValueError: a mark is missing, or there twice.
+        ConfigError: there is no README.md; or a mark is missing in it, or there twice.
     """
     path = paths.root() / "README.md"
+    if not path.exists():
+        raise ConfigError(
+            f"{path} is not there to be filled in: call it in a checkout, with ECMOE_HOME unset or set to it"
+        )
     old = new = path.read_text(encoding="utf-8")
     texts, plots = sections(scale)
     for name, text in texts.items():
         begin, end = (f"<!-- {name}:{where} -->" for where in ("begin", "end"))
         before, *inside = re.split(f"{begin}|{end}", new)
         if len(inside) != 2 or new != f"{before}{begin}{inside[0]}{end}{inside[1]}":
-            raise ValueError(f"README.md must hold {begin} and then {end}, once each")
+            raise ConfigError(f"README.md must hold {begin} and then {end}, once each")
         new = f"{before}{begin}\n{text}\n{end}{inside[1]}"
     for image, plot in plots.items():
         plot.save(paths.root() / image)
