@@ -11,11 +11,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ecmoe import paths
+from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
 from ecmoe.training.result import Result, not_run, read_record
 
+LONG = 1  # hours after which one wants to be told before
 _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
 
 
@@ -98,11 +100,22 @@ def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> 
     train = {*also, *(results if parameters["train_missing"] else ())}
     there = [one for one in planned if any(path.exists() for path in _places(one, scale))]
     waiting = [one for one in planned if one.arms[0] in train and one not in there]
+    if waiting:
+        warn_of_hours([one.config for one in waiting])
     with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:
         for one in planned:
             with watching(bar, one, waiting) if one in waiting else nullcontext([]) as callbacks:
                 results[one.arms[0]].append(_result(one, scale, one.arms[0] in train, callbacks))
     return Study(page, scale, parameters, planned, train, results)
+
+
+def warn_of_hours(configs: Sequence[RunConfig]) -> None:
+    """Say before runs begin that a CPU takes hours for them, and what to do."""
+    from ecmoe.study.cost import hours_on_cpu  # with torch: not needed to read what is there
+
+    if (hours := hours_on_cpu(configs)) > LONG:
+        said = f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Stop it, and take"
+        print(f"{said} scale='smoke', train_missing=False, or a machine with a GPU.", file=sys.stderr, flush=True)
 
 
 @contextmanager

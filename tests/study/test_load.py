@@ -2,10 +2,14 @@
 
 from types import SimpleNamespace
 
+import pytest
+import torch
 from tqdm import tqdm
 
 from ecmoe.config import RunConfig
+from ecmoe.model.build import flops_per_token
 from ecmoe.study import load as module
+from ecmoe.study.cost import hours_on_cpu
 from ecmoe.study.load import beside, load, watching
 from ecmoe.study.plan import Planned
 from ecmoe.training.result import not_run
@@ -40,3 +44,23 @@ def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
     for arm in study:
         assert shown[arm][0].summary == study[arm][0].summary
     assert trained == ["yours"] == list(shown.train)  # whatever else is missing
+
+
+@pytest.mark.parametrize(
+    ("gpu", "scale", "told"), [(False, "gpu", True), (True, "gpu", False), (False, "smoke", False)]
+)
+def test_who_would_train_for_hours_without_a_gpu_is_told_before(monkeypatch, capsys, gpu, scale, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    said = []
+    monkeypatch.setattr(module, "_result", lambda one, *_: said.append(capsys.readouterr().err) or not_run(one.config))
+    study = load("13_gates", {"scale": scale, "train_missing": False})
+    beside(study, {"gate": "softmax"})
+    assert ("1 runs will take more than" in "".join(said)) is told
+
+
+def test_hours_of_a_cpu_are_flops_over_its_rate(monkeypatch):
+    monkeypatch.setattr(torch.utils.benchmark.Timer, "timeit", lambda *_: SimpleNamespace(median=2 * 1024**3 / 1e10))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = RunConfig(steps=10)
+    hours = flops_per_token(config) * 10 * config.tokens_per_batch / 1e10 / 3600
+    assert hours_on_cpu([config, config]) == pytest.approx(2 * hours)
