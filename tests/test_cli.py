@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +17,7 @@ from typer.testing import CliRunner
 import ecmoe
 from ecmoe.cli import app
 from ecmoe.config import RunConfig
+from ecmoe.study.plan import plan
 
 CHECK_LIGHT = """
 import sys, ecmoe.cli
@@ -125,6 +130,81 @@ def test_generate_refuses_what_continues_no_text(changes, tiny_config, tmp_path)
     assert wrong.exit_code == 2 and "only a language model whose router reads tokens alone" in wrong.stderr
 
 
+# Words -> the function behind the command, and what it gets of them. ONE: all that is planned.
+PASSED = {
+    "generate RUN hello": ("training.continuation.continue_text", ["RUN", "hello", 200], {"temperature": 1.0, "top_k": None, "seed": 0}),
+    "generate RUN hello --tokens 3 --temperature 0.5 --top-k 4 --seed 7": (
+        "training.continuation.continue_text", ["RUN", "hello", 3], {"temperature": 0.5, "top_k": 4, "seed": 7}),
+    "report a.ipynb a.html": ("report.execution.execute", ["a.ipynb", "a.html", []], {"parameters": {}, "train_missing": None}),
+    "report a.ipynb a.html -f b.yaml -f c.yaml --set steps=2 --no-train": (
+        "report.execution.execute", ["a.ipynb", "a.html", ["b.yaml", "c.yaml"]], {"parameters": {"steps": 2}, "train_missing": False}),
+    "index": ("report.index.index", ["smoke", None], {}),
+    "index gpu --reports there": ("report.index.index", ["gpu", "there"], {}),
+    "readme": ("report.readme.update", ["gpu"], {}),
+    "readme paper": ("report.readme.update", ["paper"], {}),
+    "runs --train": ("study.engine.train", [["ONE of gpu"], "gpu"], {"jobs": 1, "minutes": math.inf}),
+    "runs 01_a --scale paper --train --jobs 2 --within 5": ("study.engine.train", [["ONE of paper 01_a"], "paper"], {"jobs": 2, "minutes": 5.0}),
+    "run ONE": ("study.engine.in_turn", [["ONE of gpu"], "gpu"], {"keep_weights": False}),
+    "run ONE --keep-weights": ("study.engine.in_turn", [["ONE of gpu"], "gpu"], {"keep_weights": True}),
+    "run ONE --scale smoke": ("study.engine.in_turn", [["ONE of smoke"], "smoke"], {"keep_weights": True}),
+    "again ONE": ("study.repeats.again", ["ONE", "gpu", None], {}),
+    "again ONE --scale paper --steps 5": ("study.repeats.again", ["ONE", "paper", 5], {}),
+    "bench layer --set n=4 --set repeats=2": ("study.speed.job", ["layer"], {"n": 4, "repeats": 2}),
+    "bench profile": ("study.speed.job", ["profile"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PASSED)
+def test_a_command_passes_on_what_it_is_given(words, monkeypatch):
+    function, given, keys = PASSED[words]
+    asked = []
+
+    def spy(*args, **kwargs):
+        asked.append((args, kwargs))
+        return {"equal": True, "rows": 1, "differs": {}, "recorded": "", "code": "", "device": ""}
+
+    def planned(scale, pages=()):
+        return [SimpleNamespace(name="ONE", arms=("EC",), of=" ".join([scale, *pages]))]
+
+    def said(value):
+        if isinstance(value, list | tuple):
+            return [said(one) for one in value]
+        return f"ONE of {value.of}" if hasattr(value, "of") else str(value) if isinstance(value, Path) else value
+
+    monkeypatch.setattr("ecmoe.study.plan.plan", planned)
+    monkeypatch.setattr("ecmoe.study.plan.sound", lambda scale: (planned(scale), {}))
+    monkeypatch.setattr("ecmoe.study.engine.lacks", lambda *_: "missing")
+    monkeypatch.setattr(f"ecmoe.{function}", spy)
+    call(*words.split())
+    ((args, kwargs),) = asked
+    assert (said(args), kwargs) == (given, keys)
+
+
+def test_runs_are_listed_with_who_wants_them_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    monkeypatch.setattr("ecmoe.study.engine.lacks", lambda one, scale: "missing" * (one.seed == 1))
+    planned = plan("gpu", ["09_causality"])
+    missing = sum(one.seed == 1 for one in planned)
+    *lines, last = call("runs", "09_causality").output.splitlines()
+    assert [re.split("  +", line) for line in lines] == [
+        ["09_causality", one.arms[0], f"s{one.seed}", one.name, "missing" if one.seed == 1 else "there"] for one in planned
+    ]  # fmt: skip
+    assert last == f"{missing} of {len(planned)} missing" and 0 < missing < len(planned)
+    names = call("runs", "09_causality", "--missing", "--names", "--check")
+    assert names.output.split() == [one.name for one in planned if one.seed == 1] and names.exit_code == 1
+    assert call("runs", "09_causality").exit_code == 0
+    monkeypatch.setattr("ecmoe.study.engine.lacks", lambda *_: "")
+    assert call("runs", "09_causality", "--check").exit_code == 0
+
+
+def test_a_run_that_broke_off_is_an_exit_code(tiny_config, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(learning_rate=1e30, gradient_clip=0.0, warmup_steps=0).to_dict()))
+    lost = call("train", path)
+    words = [line.split()[0] for line in lost.stdout.splitlines()]
+    assert lost.exit_code == 1 and words[:3] == ["name", "status", "error"] and words[-2:] == ["device", "path"]
+
+
 @pytest.mark.parametrize(("changed", "said"), [(True, "README.md changed"), (False, "README.md is up to date")])
 def test_readme_says_whether_it_changed(changed, said, monkeypatch):
     asked = []
@@ -158,14 +238,6 @@ def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
         result = call("report", tmp_path / "n.ipynb", tmp_path / "n.html", *given)
         assert result.exit_code == 2 and "did you mean steps" in result.stderr
         assert not (tmp_path / "n.html").exists()
-
-
-@pytest.mark.parametrize(("options", "trains"), [([], None), (["--no-train"], False)])
-def test_a_report_trains_as_its_files_say_unless_it_is_told_not_to(options, trains, monkeypatch):
-    given = {}
-    monkeypatch.setattr("ecmoe.report.execution.execute", lambda *_, **keys: given.update(keys))
-    assert call("report", "n.ipynb", "n.html", "--set", "steps=2", *options).exit_code == 0
-    assert given == {"parameters": {"steps": 2}, "train_missing": trains}
 
 
 def test_generate_continues_a_text_with_a_run(tiny_config):

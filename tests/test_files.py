@@ -68,13 +68,23 @@ def test_two_writers_of_one_file_never_meet(tmp_path):
     ],
 )
 def test_a_full_disk_is_told_with_file_and_remedy(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 2**20 - 1))
     with (
         pytest.raises(OSError, match=r"no space left to write .*a\.json: free some") as told,
         written(tmp_path / "a.json"),
     ):
         raise error
     assert told.value.errno == errno.ENOSPC and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_another_error_is_told_as_it_is(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**21, 2**20, 2**20))
+    with pytest.raises(type(error)) as told, written(tmp_path / "a.json"):
+        raise error
+    assert told.value is error and not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b'{"a": ', '{"a": "ü'.encode()[:-1], b"[1]", b"", b"[" * 100_000])

@@ -111,11 +111,15 @@ def test_a_linked_folder_is_part_of_the_text_but_one_that_holds_itself_is_named(
     (tmp_path / "else").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "else" / "b.txt").write_text("b")
-    (tmp_path / "text" / "a.txt").write_text("a")
+    for name in ("a.txt", "Z.TXT", "0.jsonl", "read.me", ".txt"):
+        (tmp_path / "text" / name).write_text("a")
     (tmp_path / "text" / "linked").symlink_to(tmp_path / "else")
     (tmp_path / "text" / ".hidden").mkdir()
     (tmp_path / "text" / ".hidden" / "c.txt").write_text("c")
-    assert list(paths.local_files(str(tmp_path / "text"))) == ["a.txt", "linked/b.txt"]
+    found = paths.local_files(str(tmp_path / "text"))
+    assert list(found) == ["0.jsonl", "Z.TXT", "a.txt", "linked/b.txt"]
+    assert list(found.values()) == [tmp_path / "text" / name for name in found]
+    assert not paths.local_files(f"images:{tmp_path / 'text'}")
     before = paths.with_content(str(tmp_path / "text"))
     (tmp_path / "else" / "b.txt").write_text("c")
     assert paths.with_content(str(tmp_path / "text")) != before

@@ -190,7 +190,10 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path):
     assert shown.exit_code == 0, shown.output
     kept = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert kept["setting"]["d_ff"] == 16
-    assert all(row["layer"] in shown.stdout for row in kept["rows"])
+    setting, names, *rows = shown.stdout.splitlines()[: 2 + len(kept["rows"])]
+    assert "n=64 d_model=8 d_ff=16 num_experts=4" in setting and all(f"{key}=" in setting for key in kept["setting"])
+    assert names.split() == [key for key in kept["rows"][0] if any(row[key] is not None for row in kept["rows"])]
+    assert [row.split()[0] for row in rows] == [row["layer"] for row in kept["rows"]]
 
 
 def test_a_fraction_of_a_token_is_named_before_anything_is_timed():

@@ -171,6 +171,7 @@ def test_retention():
     plot = drawn(plots.retention(frame))
     assert "gate: task 1 90% then 80%, task 2 90% then 90%" in plot.alt and "Not run: joint." in plot.alt
     assert all(ax.get_xscale() == "linear" for ax in plot.figure.axes)
+    assert plots.retention(frame[::-1]).svg() == plot.svg()  # a task has its colour, whoever comes first
     several = pd.concat([frame.assign(arm=arm) for arm in "abc"])
     assert [ax.get_visible() for ax in plots.retention(several).figure.axes] == [True, True, True, False]  # two by two
 

@@ -116,7 +116,7 @@ PAGE = """<html><head><title>A &amp; B</title><meta name="description" content="
 <p>Some</p><svg aria-label="it rises"><text>1</text></svg><math>n</math><h4>in it</h4><details class="log">log</details></main></body></html>"""
 
 
-def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path):
+def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path, monkeypatch):
     files = ("01_a.html", "01_a.failed.html", "02_b.failed.html", "03_c.html", "index.html")
     for name in files:
         (tmp_path / name).write_text(PAGE if name != "03_c.html" else "<p>no page")
@@ -128,6 +128,8 @@ def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path):
     assert one["sections"] == [
         ("main", "", "Before"), ("main", "A & B", "First words"), ("part", "A part", "Some it rises in it"),
     ]  # fmt: skip
+    monkeypatch.setattr(index, "_LONGEST", 5)
+    assert [text for *_, text in next(index._pages(tmp_path))["sections"]] == ["Befor", "First", "Some "]
 
 
 def test_smoke_judges_nothing():

@@ -57,7 +57,11 @@ def test_each_part_is_measured_and_shown(found):
     assert table["its share"]["EC-CF2"] == share["EC-CF2"] and table["its share"]["floor"] == 1
     assert ("peak MB" in table) == torch.cuda.is_available()  # what nobody knows is no column
     assert table["routing, of floor"].notna().sum() == 3 and list(table.index) == list(dict.fromkeys(layers["name"]))
-    assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in plots.share_of_floor(layers).alt
+    sizes = [layers.assign(size=size) for size in "abc"]
+    drawn = plots.share_of_floor(pd.concat(sizes))
+    assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in drawn.alt
+    said = [(ax.get_xlim(), bool(ax.get_xlabel())) for ax in drawn.figure.axes]
+    assert said == [((0, 105), False), ((0, 105), True), ((0, 105), False)]  # once, in the middle
     steps = speed.rows(found, "step")
     assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}
     assert {row.routing for row in steps.itertuples() if row.arm == "GShard top-2"} == {"own", "even"}
