@@ -290,6 +290,74 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     assert [len(BeautifulSoup(page, "html.parser").select("details table")) for page in shown] == [1, 1, 1, 0, 0]
 
 
+def test_provenance_has_all_that_numbers_come_from(shown):
+    text = {"name": "a text", "attribution": "by somebody", "licence": "CC", "digest": "0123456789abcdef", "train_tokens": 12345,
+            "tokenizer": "bpe", "vocab_size": 512}  # fmt: skip
+    images = {"name": "images", "digest": "f" * 20, "train_images": 2000, "val_images": 300, "shape": [3, 8, 9]}
+    runs = [
+        result(2, tokens=1000, started="2026-03-04T00:00:00", data=text, world_size=2, seconds=300.0, tokens_per_second=2.5),
+        result(0, tokens=2500, started="2026-01-02T00:00:00", data=images, versions={"torch": "2.13", "a": "1"}, seconds=3.0),
+        result(1, status="failed", error=None, started=None, data=None, seconds=None, tokens=None),
+    ]  # fmt: skip
+    report.provenance(study(*runs), "Ours is <b>smaller</b>.")
+    page = BeautifulSoup(shown[0], "html.parser")
+    rows = {row.th.text: list(row.td.stripped_strings) for row in page.table.find_all("tr")}
+    assert rows == {
+        "code": ["c0de"], "commit": ["abc"], "device": ["CPU"], "precision": ["32-true"], "versions": ["a 1, torch 2.13", "torch 2.13.0"],
+        "data": ["a text; by somebody; licence: CC; 12,345 training tokens (bpe, vocabulary 512); digest 0123456789ab",
+                 "images; licence: unknown; 2,000 training and 300 validation images (3 x 8 x 9); digest ffffffffffff"],
+        "processes": ["2"], "seeds": ["0, 1, 2"], "training time": ["303 seconds"], "tokens trained on": ["3,500"],
+        "trained": ["2026-01-02 to 2026-03-04"], "failed": [RunConfig(seed=1).name],
+    }  # fmt: skip
+    assert "Ours is <b>smaller</b>." in page.text and "differ in versions, data." in page.text
+    cells = [[cell.text for cell in row.find_all(["th", "td"])] for row in page.details.table.find_all("tr")]
+    assert cells == [
+        ["name", "seconds", "tokens", "tokens per second", "device", "commit"],
+        [runs[0].summary["name"], "300", "1,000", "2.500", "CPU", "abc"],
+        [runs[1].summary["name"], "3", "2,500", "–", "CPU", "abc"],
+    ]
+
+
+def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
+    columns = ["arm", "seed", "status", "val_loss", "lost"]
+    rows = [
+        ("a", 0, "finished", 1.5),
+        ("a", 1, "not run", np.nan),
+        ("b", 0, "not run", np.nan),
+        ("a", 2, "not run", np.nan),
+    ]
+    table = pd.DataFrame(rows, columns=columns[:4])
+    report.show_runs(table, ["val_loss", "lost"], "Ends.")
+    report.show_runs(table.replace("finished", "diverged"), ["val_loss"])
+    first, second = (BeautifulSoup(part, "html.parser") for part in shown)
+    assert first.summary.text == second.summary.text == "1 of 4 runs, one by one"
+    assert first.caption.text == "Ends. Not run: a (seed 1, 2); b (seed 0)."
+    cells = [
+        [[cell.text for cell in row.find_all(["th", "td"])] for row in part.find_all("tr")] for part in (first, second)
+    ]
+    assert cells[0] == [["arm", "seed", "val loss", "lost"], ["a", "0", "1.500", "–"]]
+    assert cells[1] == [["arm", "seed", "status", "val loss"], ["a", "0", "diverged", "1.500"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([1.0, 2500.0], ["1", "2,500"]),
+        ([0.5, 2500.4], ["0.5", "2,500.4"]),  # what is there is no 0
+        ([1.5, 2500.4], ["2", "2,500"]),
+        ([999.94, 0.1], ["999.9", "0.1"]),
+        ([99.99, -0.5], ["99.990", "-0.500"]),
+        ([0.01, 0.002], ["0.010", "0.002"]),
+        ([0.0099, np.nan], ["9.90e-03", "–"]),
+        ([True, False], ["yes", "no"]),
+        (["a", None], ["a", "–"]),
+    ],
+)
+def test_numbers_are_written_by_the_size_of_their_column(values, texts):
+    cells = BeautifulSoup(table_html(pd.DataFrame({"name": ["x", "y"], "v": values})), "html.parser").find_all("td")
+    assert [cell.text for cell in cells] == texts
+
+
 def test_provenance_says_where_runs_shared_a_device(shown):
     report.provenance(study(result(0), result(1, sharing=1)))
     report.provenance(study(result(0), result(1, sharing=3), result(2, sharing=3)))

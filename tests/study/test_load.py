@@ -1,27 +1,30 @@
 """The bar of a page that trains counts steps over all runs, and says which run it is and its last loss; one's own arm."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tqdm import tqdm
 
+from ecmoe import paths
 from ecmoe.config import RunConfig
+from ecmoe.measures import measurements
 from ecmoe.model.build import flops_per_token
 from ecmoe.study import load as module
 from ecmoe.study.cost import hours_on_cpu
-from ecmoe.study.load import beside, load, watching
+from ecmoe.study.load import Study, beside, load, watching
 from ecmoe.study.plan import Planned
-from ecmoe.training.result import not_run
+from ecmoe.training.result import Result, not_run
 
 
-def planned(seed: int) -> Planned:
+def planned_of(seed: int) -> Planned:
     config = RunConfig(steps=10, seed=seed)
     return Planned(config.name, config, ("01_a",), ("EC",), seed)
 
 
 def test_steps_are_counted_over_all_runs():
-    waiting = [planned(0), planned(1)]
+    waiting = [planned_of(0), planned_of(1)]
     with tqdm(total=20) as bar:
         for one, steps, told, ended in zip(waiting, ((4, 10), (3,)), (10, 13), (10, 20), strict=True):
             with watching(bar, one, waiting) as (watch,):
@@ -64,3 +67,51 @@ def test_hours_of_a_cpu_are_flops_over_its_rate(monkeypatch):
     config = RunConfig(steps=10)
     hours = flops_per_token(config) * 10 * config.tokens_per_batch / 1e10 / 3600
     assert hours_on_cpu([config, config]) == pytest.approx(2 * hours)
+
+
+def test_what_was_measured_is_a_table_with_a_row_for_each_gap(monkeypatch):
+    """Of two arms and seeds: one that has rows, one of plain numbers, one that is missing; the second arm is trained."""
+    hows = list(measurements("accuracy-at", {"places": [0.5, 2.0]}))
+    planned = [
+        replace(one, arms=(arm,), name=f"{arm}{one.seed}") for one in map(planned_of, (0, 1)) for arm in ("a", "b")
+    ]
+    planned = [replace(one, measures=tuple(hows[: 2 - one.seed])) for one in planned]
+    results = {arm: [Result({"name": f"{arm}{seed}"}) for seed in (0, 1)] for arm in "ab"}
+    found = {("a0", 0.5): {"rows": [{"x": 1}, {"x": 2}]}, ("a0", 2.0): {"x": 3, "y": 4}, ("b0", 2.0): {"x": 5}}
+    asked = []
+
+    def take(result, how, *, scale, train):
+        asked.append((result.summary["name"], how.name, scale, train))
+        return found.get((result.summary["name"], how.keys["places"]))
+
+    monkeypatch.setattr("ecmoe.measures.measure.measure", take)
+    study = Study("01_a", "gpu", {}, planned, {"b"}, results)
+    table = study.measured("accuracy-at")
+    assert asked == [(one.name, how.name, "gpu", one.name[0] == "b") for one in planned for how in one.measures]
+    assert table.fillna(0).to_dict("records") == [
+        {"arm": arm, "seed": seed, "places": places, "x": x, "y": y}
+        for arm, seed, places, x, y in (("a", 0, 0.5, 1, 0), ("a", 0, 0.5, 2, 0), ("a", 0, 2.0, 3, 4), ("b", 0, 0.5, 0, 0),
+                                        ("b", 0, 2.0, 5, 0), ("a", 1, 0.5, 0, 0), ("b", 1, 0.5, 0, 0))
+    ]  # fmt: skip
+    assert list(study.measured("losses").columns) == ["arm", "seed"] and study.measured("losses").empty
+
+
+def test_a_run_that_fails_leaves_the_others_and_says_why(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    asked = []
+
+    def run(config, *, train, progress, callbacks):
+        asked.append((config, train, progress, callbacks))
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("ecmoe.training.run.run_or_load", run)
+    one = planned_of(3)
+    lost = module._result(one, "gpu", True, ["bar"])
+    assert (lost.summary["status"], lost.summary["error"]) == ("failed", "RuntimeError: no memory")
+    assert lost.summary["name"] == one.name and "[EC s3] failed: no memory" in capsys.readouterr().err
+    missing = module._result(one, "gpu", False, [])
+    assert missing.summary["status"] == "not run" and asked == [(one.config, True, False, ["bar"])]
+    (paths.runs() / one.name).mkdir(parents=True)
+    (paths.runs() / one.name / "summary.json").touch()
+    assert module._result(one, "gpu", False, []).summary["status"] == "failed"  # it was there to be read
+    assert asked[1] == (one.config, False, False, [])
