@@ -31,7 +31,8 @@ def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
 
     Returns:
         text, counts: an excerpt token by token, and the experts of each, a row per layer. words: tokens that occur often, those
-        with most experts first: text, occurrences, mean over these and layers.
+        with most experts first: text, occurrences, mean over these and layers. A token that is no text alone, such as a byte of
+        a letter, is called by its id, <195>.
     """
     data, batch = held_out(config)
     ids = batch[:, :-1]
@@ -40,6 +41,7 @@ def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
     n, shown = ids.numel(), min(EXCERPT, ids.shape[1])
     counts = torch.stack([assignment.experts_per_token(n).cpu() for _, assignment in seen])  # (layers, n)
     names = {i: data.tokenizer.decode([i]) for i in ids.unique().tolist()}
+    names |= {i: f"<{i}>" for i, text in names.items() if "\ufffd" in text}
     frame = pd.DataFrame({"token": [names[i] for i in ids.flatten().tolist()], "experts": counts.double().mean(0)})
     words = frame.groupby("token", sort=False)["experts"].agg(times="count", experts="mean").reset_index()
     words = words[words["times"] >= max(20, n // 2000)].sort_values("experts", ascending=False)

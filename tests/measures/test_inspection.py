@@ -39,6 +39,16 @@ def test_counts_are_those_of_the_combine_weights(trained):
     assert [row["experts"] for row in found["words"]] == sorted((r["experts"] for r in found["words"]), reverse=True)
 
 
+def test_bytes_that_are_no_text_alone_stand_each_for_itself(trained, monkeypatch):
+    model, config = trained
+    data, batch = inspection.held_out(config)
+    words = torch.tensor(list("né a".encode())).repeat(batch.numel())[: batch.numel()].view_as(batch)
+    monkeypatch.setattr(inspection, "held_out", lambda _: (data, words))
+    found = inspection.experts_by_token(model, config)
+    assert {row["token"] for row in found["words"]} == {"n", "<195>", "<169>", " ", "a"}
+    assert found["text"][:6] == ["n", "<195>", "<169>", " ", "a", "n"]
+
+
 def test_watching_ends(trained):
     model, config = trained
     with pytest.raises(RuntimeError), watched(model) as seen:
