@@ -121,9 +121,13 @@ def exact_products():
 
 def _rank(rank: int, port: int, work, results) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results.put((rank, work(rank)))
-    dist.barrier()
-    dist.destroy_process_group()
+    try:
+        results.put((rank, work(rank)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception as error:  # else who asked would wait for an answer
+        results.put((rank, repr(error)))
+        raise
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +164,7 @@ def two_ranks(forked, free_port):
         found = dict(results.get(timeout=90) for _ in ranks)
         for rank in ranks:
             rank.join(timeout=60)
+        assert not any(rank.exitcode for rank in ranks), found
         return [found[0], found[1]]
 
     return run

@@ -213,11 +213,17 @@ def test_answers_come_in_the_order_of_the_images(config):
 
 def test_balance_losses_are_trained_on(monkeypatch):
     losses = []
-    monkeypatch.setattr(learning, "fit", lambda config, learnt, loss, *examples: losses.append(float(loss(examples))))
+
+    def fit(config, learnt, loss, *examples):
+        assert learnt.training
+        losses.append(float(loss(examples)))
+
+    monkeypatch.setattr(learning, "fit", fit)
     task = split(images.load("digits"), EC)[0]
     for weight in (0.0, 10.0):
-        config = EC.replace(router="token_choice", aux_loss_weight=weight)
-        OneNetwork(config).learn(task.x, task.y, task.held)
+        network = OneNetwork(EC.replace(router="token_choice", aux_loss_weight=weight)).eval()
+        network.learn(task.x, task.y, task.held)
+        assert not network.lit.model.training  # what comes next are answers
     assert losses[1] - losses[0] > 5  # the balance loss is at least about 1
 
 

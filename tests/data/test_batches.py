@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import batches as data
-from ecmoe.data import tokens
+from ecmoe.data import images, tokens
 from ecmoe.data.batches import Batches, TextData, window_order
 
 WINDOWS = np.arange(101 * 5, dtype=np.uint16).reshape(101, 5)  # window i starts with 5 i
@@ -76,6 +76,14 @@ def test_train_batches_are_text_of_the_training_split(text):
     assert all(bytes(row.tolist()) in whole for b in batches for row in b)
     assert text.tokenizer.decode(batches[0][0]) == bytes(batches[0][0].tolist()).decode(errors="replace")
     assert text.tokenizer.encode(["def f():"])[0].tolist() == list(b"def f():")
+
+
+@pytest.mark.parametrize(("module", "what"), [(tokens, TextData), (images, images.ImageData)])
+def test_what_takes_long_is_done_before_the_ranks_set_up(module, what, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "load", asked.append)
+    what(config := RunConfig(data="digits", patch_size=2, sequence_length=16)).prepare_data()
+    assert asked in ([config], [config.data])
 
 
 def test_start_step_skips_what_was_seen(text):

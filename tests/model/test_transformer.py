@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ecmoe.config import ROUTERS, RunConfig
+from ecmoe.model import moe, transformer
 from ecmoe.model.build import TABLE_1, build_model, count_parameters, flops_per_token
 
 SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
@@ -88,13 +90,19 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     assert abs(loss.item() - math.log(256)) < 0.7  # logits of variance 1 add a half
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_activation_checkpointing_changes_nothing(monkeypatch):
+    calls = []
+    for module in (transformer, moe):
+        monkeypatch.setattr(module, "checkpoint", lambda *how, **keys: calls.append(how) or checkpoint(*how, **keys))
     results = []
     for recompute in (False, True):
         model = build_model(SMALL.replace(activation_checkpointing=recompute))
         model(ids()).square().mean().backward()
+        assert len(calls) == 4 * recompute  # both attentions, the FFN and the experts
         results.append({k: p.grad for k, p in model.named_parameters()})
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    model.eval()(ids())
+    assert len(calls) == 4  # nothing to keep where nobody goes back
 
 
 def printed(text: str) -> float:

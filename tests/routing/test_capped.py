@@ -10,8 +10,9 @@ from scipy.sparse import coo_matrix
 
 from ecmoe.config import ConfigError
 from ecmoe.measures.inspection import held_out, watched
-from ecmoe.routing import ExpertChoice
+from ecmoe.routing import ExpertChoice, capped
 from ecmoe.routing.capped import capped_top_k, dykstra
+from ecmoe.routing.transport import transport
 from ecmoe.training.run import run_or_load
 from tests.routing.problems import check, problems, two_hundred
 
@@ -143,6 +144,16 @@ def test_on_the_scores_of_a_trained_router(tiny_config, b):
     X = held(S, I)
     assert (X.sum(2) == k).all() and (X.sum(1) <= b).all()
     assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
+
+
+def test_what_may_be_lost_is_a_share_of_the_mean_score_of_a_plain_top_k(monkeypatch):
+    S, valid, target = torch.cat([scores("random", 8, 4), scores("biased", 8, 4)]), torch.ones(2, 8).bool(), [1, 3]
+    valid[0, [2, 5]], told = False, []
+    monkeypatch.setattr(capped, "transport", lambda *given: told.append(given) or transport(*given))
+    capped_top_k(S, 3, 2, valid=valid, target=torch.tensor(target))
+    ((_, *_, unit),) = told
+    best = [S[pool][:, valid[pool]].topk(k, dim=1).values.mean() for pool, k in enumerate(target)]
+    torch.testing.assert_close(unit.flatten(), torch.stack(best))
 
 
 def test_an_impossible_cap_says_which_one_is_possible():

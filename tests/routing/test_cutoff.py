@@ -1,8 +1,5 @@
 """RunningCutoff: a bias-corrected moving average over optimiser steps, whatever the micro-batches and ranks."""
 
-import multiprocessing
-import socket
-
 import pytest
 import torch
 
@@ -73,33 +70,17 @@ def test_state_survives_a_checkpoint_in_the_middle_of_a_step():
     assert torch.equal(loaded.value(), cutoff.value())
 
 
-def _rank(rank: int, port: int, results) -> None:
-    import torch.distributed as dist
+def test_two_ranks_are_one_batch(two_ranks):
+    def work(rank: int) -> list[float]:
+        cutoff = RunningCutoff(E, 0.9)
+        for step in STEPS:
+            cutoff.add(step.chunk(2)[rank])
+            cutoff.end_step()
+        return cutoff.value().tolist()
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    cutoff = RunningCutoff(E, 0.9)
-    for step in STEPS:
-        cutoff.add(step.chunk(2)[rank])
-        cutoff.end_step()
-    results.put(cutoff.value().tolist())
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_ranks_are_one_batch():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    values = [results.get(timeout=60) for _ in ranks]
-    for rank in ranks:
-        rank.join(timeout=60)
-    assert values[0] == values[1]
-    torch.testing.assert_close(torch.tensor(values[0]), loop_average(0.9))
+    first, second = two_ranks(work)
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first), loop_average(0.9))
 
 
 @pytest.mark.parametrize("beta", [1.0, -0.1])
@@ -117,6 +98,7 @@ def test_a_cast_to_16_bits_leaves_the_average_what_it_is():
     assert torch.equal(narrow.value(), wide.value()) and narrow.weight > 0.04
     moved = wide.to(torch.bfloat16)
     assert torch.equal(moved.average, narrow.average) and moved.average.dtype == torch.float32
+    moved.register_buffer("absent", None)
     assert moved.double().average.dtype == torch.float64 and moved.to("meta").average.is_meta
 
 

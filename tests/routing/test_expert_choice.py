@@ -182,3 +182,40 @@ def test_a_padded_pool_that_rounds_down_takes_what_its_cap_allows():
     logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     taken = router.assign(logits, mask=mask).dense(16) > 0
     assert taken.sum(0).tolist() == [1] * 4 and taken.sum(1).tolist() == [2] * 2 + [0] * 14
+
+
+def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
+    """One pool, no cap, and nobody who looks or chooses otherwise: what the kernels are then told."""
+    pytest.importorskip("triton")
+    from ecmoe.kernels import choice
+
+    class Other(ExpertChoice):
+        pass
+
+    def told(of=ExpertChoice, change=lambda router: None, room=99, x=torch.zeros(8, D), **keys):
+        router = of(D, 4, 1.0, gate="scaled", **keys)
+        router.kernels = "triton"
+        change(router)
+        return router, router.at_once(x, "w1", "w2", room, fuse=False)
+
+    monkeypatch.setattr(choice, "expert_choice", lambda *given, **keys: (given, keys))
+    monkeypatch.setattr(choice, "available", lambda x, weight, k: True)
+    for pool in ("batch", "rank"):
+        router, ((_, weight, *given), keys) = told(pool=pool)
+        assert weight is router.weight and given == ["w1", "w2", 2] and keys.pop("fuse") is False
+        assert keys == {"scale": 4.0, "cutoff": (router.cutoff.pending, router.cutoff.count)}
+    assert told(change=lambda router: router.eval())[1][1]["cutoff"] is None and told(room=8)[1]
+    for pool in ("sequence", "position", 4):
+        assert told(pool=pool)[1] is None
+    assert (
+        told(of=Other)[1] is told(max_experts_per_token=2)[1] is told(room=7)[1] is told(x=torch.zeros(0, D))[1] is None
+    )
+    for change in (
+        lambda router: router.register_forward_hook(print),
+        lambda router: router.register_forward_pre_hook(print),
+        lambda router: setattr(router, "assign", print),
+        lambda router: setattr(router, "causal", True),
+        lambda router: setattr(router, "kernels", "plain"),
+        lambda router: monkeypatch.setattr(choice, "available", lambda x, weight, k: False),
+    ):
+        assert told(change=change)[1] is None

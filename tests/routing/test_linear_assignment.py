@@ -8,7 +8,8 @@ from scipy.optimize import linear_sum_assignment
 
 from ecmoe import MoE, RunConfig, causal_routing
 from ecmoe.config import ConfigError
-from ecmoe.routing import LinearAssignment, build_router
+from ecmoe.routing import LinearAssignment, build_router, linear_assignment
+from ecmoe.routing.transport import transport
 from tests.routing.problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 
 D = 3
@@ -147,3 +148,16 @@ def test_evaluation_needs_no_whole_number_of_tokens_but_training_does():
         router.assign(random_logits(7, 4, 0))
     assert router.eval().assign(random_logits(7, 4, 0)).load(7).sum() == 7
     assert LinearAssignment(D, 1).assign(random_logits(7, 1, 0)).load(7).tolist() == [7]
+
+
+def test_what_may_be_lost_is_a_share_of_how_far_scores_differ(monkeypatch):
+    """Beside a token's own offset and an expert's, which change no choice, and without padding."""
+    told, mask = [], torch.arange(12) % 3 > 0
+    logits = random_logits(12, 4, 0) + 50 * random_logits(12, 1, 1) + 20 * random_logits(1, 4, 2)
+    monkeypatch.setattr(linear_assignment, "transport", lambda *given: told.append(given) or transport(*given))
+    LinearAssignment(D, 4).assign(logits.masked_fill(~mask[:, None], 1e6), mask=mask)
+    z = logits[mask].numpy()
+    z = z - z.mean(1, keepdims=True) - z.mean(0) + z.mean()
+    ((_, target, b, valid, unit, tolerance),) = told
+    assert (target.tolist(), b, tolerance) == ([2], 1, linear_assignment.TOLERANCE) and torch.equal(valid[0], mask)
+    assert unit.item() == pytest.approx(np.sqrt((z**2).mean()))

@@ -51,6 +51,16 @@ def test_a_run_survives_the_disk(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.csv", "summary.json"]
 
 
+def test_a_run_says_in_a_line_how_it_ended():
+    config = RunConfig(seed=3)
+    missing = results.not_run(config)
+    assert (
+        repr(missing) == f"<{config.name}: not run>"
+        and repr(make(config)) == f"<{config.name}: finished, val_loss 2.0000>"
+    )
+    assert list(missing.curve.columns) == metrics.curve() and (missing.curve.dtypes == float).all()
+
+
 def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
     result = make(RunConfig(), rows=1000)
     results.write_record(tmp_path / "a.json", result)
