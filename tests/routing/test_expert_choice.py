@@ -192,11 +192,11 @@ def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
     class Other(ExpertChoice):
         pass
 
-    def told(of=ExpertChoice, change=lambda router: None, room=99, x=torch.zeros(8, D), **keys):
+    def told(of=ExpertChoice, change=lambda router: None, room=99, n=8, **keys):
         router = of(D, 4, 1.0, gate="scaled", **keys)
         router.kernels = "triton"
         change(router)
-        return router, router.at_once(x, "w1", "w2", room, fuse=False)
+        return router, router.at_once(torch.zeros(n, D), "w1", "w2", room, fuse=False)
 
     monkeypatch.setattr(choice, "expert_choice", lambda *given, **keys: (given, keys))
     monkeypatch.setattr(choice, "available", lambda x, weight, k: True)
@@ -207,9 +207,7 @@ def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
     assert told(change=lambda router: router.eval())[1][1]["cutoff"] is None and told(room=8)[1]
     for pool in ("sequence", "position", 4):
         assert told(pool=pool)[1] is None
-    assert (
-        told(of=Other)[1] is told(max_experts_per_token=2)[1] is told(room=7)[1] is told(x=torch.zeros(0, D))[1] is None
-    )
+    assert told(of=Other)[1] is told(max_experts_per_token=2)[1] is told(room=7)[1] is told(n=0)[1] is None
     for change in (
         lambda router: router.register_forward_hook(print),
         lambda router: router.register_forward_pre_hook(print),
