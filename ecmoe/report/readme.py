@@ -60,5 +60,6 @@ def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
             found[name] = f'<img src="{image}" width="760" alt="{html.escape(plot.alt)}">\n\n{caption}'
             plots[image] = plot
     said = answer(scale, verdicts)
-    found["evidence"] = f"{' '.join(said.sentences)}\n\n{found['evidence']} {said.cost}"
+    paragraphs = "\n\n".join(said.sentences)
+    found["evidence"] = f"{paragraphs}\n\n{found['evidence']} {said.cost}"
     return found, plots
