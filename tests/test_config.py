@@ -1,6 +1,7 @@
 """RunConfig: what it refuses, and what makes two runs the same."""
 
 import dataclasses
+import math
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.continual import ContinualConfig
 from ecmoe.routers import ROUTERS, bucket_size
 
 
@@ -56,6 +58,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"decay_fraction": 1.5}, ["decay_fraction", "at most 1"]),
         ({"seed": 10**23}, ["seed=100000000000000000000000", "at most 9223372036854775807"]),
         ({"learning_rate": 10**400}, ["learning_rate=1000", "at most 9223372036854775807"]),
+        ({"data": "a" * 4001}, ["data='aaaa", "a text of 4001 letters"]),
         ({"data": "/"}, ["data='/'", "name of its own"]),
         ({"data": "b\udcfcch.txt"}, ["data='b\\udcfcch.txt'", "no UTF-8", "rename"]),  # a file's name in Latin-1
         ({"data": "images:./"}, ["data='images:./'", "images:PATH"]),
@@ -86,6 +89,65 @@ def test_error_names_key_value_and_remedy(values, named):
         RunConfig.from_dict(values)
     for text in named:
         assert text in str(error.value)
+
+
+# What a key may be, at the least or the most; a float stops short of a bound that is out of reach.
+BOUNDS = [
+    ("at least", 0, "aux_loss_weight z_loss_weight threshold_beta moe_init_scale max_bytes seed learning_rate beta1 beta2 "
+                    "weight_decay gradient_clip warmup_steps decay_fraction"),
+    ("at least", 1, "num_experts top_k pool max_experts_per_token num_tasks layers d_model d_ff heads moe_every sequence_length "
+                    "patch_size channels batch_size accumulate steps constant_steps eval_every eval_batches checkpoint_every "
+                    "devices num_nodes code gate_steps"),
+    ("at least", 2, "relative_buckets relative_max_distance vocab_size classes tasks held_out"),
+    ("above", 0, "capacity_factor gate_learning_rate"),
+    ("below", 1, "threshold_beta beta1 beta2"),
+    ("at most", 1, "decay_fraction"), ("at most", 1024, "devices"), ("at most", 10_000, "layers"),
+    ("at most", 65_536, "num_nodes"), ("at most", 1_000_000, "relative_buckets relative_max_distance"),
+    ("at most", 1e6, "weight_decay"), ("at most", 2**24, "sequence_length"), ("at most", 1e30, "learning_rate gate_learning_rate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "bound", "keys"), BOUNDS)
+def test_a_key_reaches_its_bound_and_no_further(words, bound, keys):
+    fields = {field.name: field for field in dataclasses.fields(ContinualConfig)}
+
+    def refused(name, value) -> bool:
+        kind = RunConfig if name in RunConfig().to_dict() else ContinualConfig
+        try:
+            kind.from_dict({name: value})
+        except ConfigError as error:
+            return f"{name}={value!r}: must be {words} {bound:g}" in str(error)
+        return False
+
+    out = -1 if words in ("at least", "above") else 1
+    for name in keys.split():
+        real = "float" in str(fields[name].type)
+        at = float(bound) if real else bound
+        beyond, inside = (math.nextafter(at, way * math.inf) if real else at + way for way in (out, -out))
+        refused_first, taken_last = (at, inside) if words in ("above", "below") else (beyond, at)
+        assert refused(name, refused_first) and not refused(name, taken_last), name
+    of_words = {"at least": "low", "above": "above", "below": "below", "at most": "high"}[words]
+    named = {name for said, _, names in BOUNDS if said == words for name in names.split()}
+    assert named == {name for name, field in fields.items() if field.metadata[of_words] is not None}
+
+
+def test_a_default_that_changes_changes_what_others_have_run():
+    given = {
+        "router": "expert_choice", "num_experts": 8, "capacity_factor": 2.0, "top_k": 2, "gate": "softmax", "pool": "batch",
+        "max_experts_per_token": None, "cap_solver": "feasible", "priority": "order", "balance": "switch", "aux_loss_weight": 0.01,
+        "z_loss_weight": 0.0, "hash_table": "modulo", "num_tasks": 4, "task_table": "learned", "threshold_beta": 0.999,
+        "layers": 4, "d_model": 64, "d_ff": 128, "heads": 4, "moe_every": 2, "moe_init_scale": 1.0, "relative_buckets": 32,
+        "relative_max_distance": 128, "relative_init": "alibi", "data": "stdlib", "streaming": False, "max_bytes": 0,
+        "tokenizer": "bytes", "vocab_size": 256, "sequence_length": 128, "patch_size": 2, "channels": 1, "classes": 10,
+        "augment": False, "seed": 0, "batch_size": 16, "accumulate": 1, "steps": 60, "optimizer": "adamw",
+        "learning_rate": 3e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "gradient_clip": 1.0, "schedule": "constant",
+        "warmup_steps": 10, "constant_steps": 10_000, "decay_fraction": 0.2, "eval_every": 20, "eval_batches": 8,
+        "checkpoint_every": 1000, "precision": "auto", "compile": False, "cuda_graph": False, "kernels": "auto",
+        "activation_checkpointing": False, "strategy": "auto", "devices": 1, "num_nodes": 1,
+    }  # fmt: skip
+    assert RunConfig().to_dict() == given
+    given |= {"approach": "sequence", "tasks": 5, "code": 32, "gate_steps": 300, "gate_learning_rate": 0.01}
+    assert ContinualConfig(data="digits").to_dict() == given | {"data": "digits", "threshold": 0.85, "held_out": 10}
 
 
 def test_the_largest_number_is_none_too_large():

@@ -1,5 +1,6 @@
 """Rows of routers: what a config refuses, and a router that README tells how to add."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_a_router_is_built_from_the_keys_that_make_it_another_run_and_no_others(
     build_router(Spy())
     of_routers = {key for row in routers.ROUTERS.values() for key in row.keys}
     assert read & of_routers == set(routers.ROUTERS[name].keys)
+
+
+def test_a_router_starts_as_a_config_does():
+    """An argument's default is that of the key of its name; these are routers' own."""
+    own = {"capacity_factor": None, "rounding": "exact", "bias_rate": 0.001, "seed": 0, "beta": 0.99, "token_counts": None,
+           "table": RunConfig().task_table, "learned": True}  # fmt: skip
+    for row in filter(lambda row: row.layer, routers.ROUTERS.values()):
+        for name, argument in inspect.signature(row.cls).parameters.items():
+            told = {"ExpertThreshold": {"beta": 0.999}}.get(row.cls.__name__, {})
+            if row.cls in (routing.ExpertChoice, routing.ExpertThreshold):
+                told["capacity_factor"] = RunConfig().capacity_factor
+            expected = {**vars(RunConfig()), **own, **told}
+            assert argument.default is argument.empty or argument.default == expected[name], (row.cls, name)
 
 
 def test_a_bucket_is_rounded_down_and_never_empty():

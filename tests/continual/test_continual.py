@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from ecmoe.continual import ContinualConfig, expert_gate, learning
 from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert, without_forgetting
 from ecmoe.continual.learning import OneNetwork, as_large, count, final_accuracy, forgetting, run, split
 from ecmoe.data import images
+from ecmoe.data.batches import Batches
 from ecmoe.files import Damaged
 from ecmoe.study import plan
 from ecmoe.training.result import read_record
@@ -138,6 +140,15 @@ def test_training_follows_the_schedule_and_the_clipping_of_the_config(clip, grow
         GATE.replace(steps=4, warmup_steps=10, learning_rate=0.1, gradient_clip=clip), layer, loss, torch.ones(100)
     )
     np.testing.assert_allclose(-np.diff(seen), [0.01, 0.02, 0.03], rtol=1e-4)
+
+
+def test_training_takes_the_batches_of_the_seed():
+    layer, seen = nn.Linear(1, 1), []
+    for config in (GATE, GATE.replace(seed=1)):
+        examples = torch.arange(100.0)
+        expert_gate.fit(config.replace(steps=3), layer, lambda x: (seen.append(x), layer.weight.sum())[1], examples)
+        batches = islice(Batches([examples], config.batch_size, config.seed), 3)
+        assert torch.equal(torch.cat(seen[-3:]), torch.cat(list(batches)))
 
 
 @pytest.mark.parametrize(("threshold", "how"), [(-1e9, "LwF"), (1e9, "fine-tuning")])

@@ -26,6 +26,8 @@ def test_no_curve_and_no_table_has_a_column_that_no_run_fills(tiny_config):
     rows, curve = table({"EC": [result]}), result.curve
     assert set(curve.columns[curve.isna().all()]) == {"accuracy"}  # that of images
     assert {name for name in metrics.table() if rows[name].isna().all()} == {"accuracy", "mfu"}  # a GPU's rate
+    assert set(metrics.curve()) - set(metrics.table()) == {"step", "learning_rate", "aux_loss"}
+    assert set(metrics.table()) - set(metrics.curve()) == {"perplexity", "bits_per_byte", "mfu", "step_ms"}
     broken = table({"EC": [dataclasses.replace(result, summary={**result.summary, "status": "diverged"})]})
     lost = {name for name in metrics.table() if broken[name].isna().all()} - {"accuracy", "mfu"}
     assert lost == {"val_loss", "val_loss_causal", "perplexity", "bits_per_byte"}
