@@ -95,6 +95,11 @@ def test_a_text_that_is_gone_is_known_by_what_it_held(tmp_path, monkeypatch):
     data = str(tmp_path / "x.txt")
     known = paths.with_content(data)
     paths.remember_content(known)
+    (kept,) = (paths.cache() / "sources").iterdir()
+    os.utime(kept, (0, 0))
+    for again in (known, "stdlib", "nowhere.txt"):  # nothing is new
+        paths.remember_content(again)
+    assert list((paths.cache() / "sources").iterdir()) == [kept] and kept.stat().st_mtime == 0
     (tmp_path / "x.txt").unlink()
     assert paths.with_content(data) == known
     (tmp_path / "x.txt").write_text("another")

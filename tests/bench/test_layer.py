@@ -297,6 +297,17 @@ def test_a_graph_of_the_losses_is_captured_once_and_trains_as_they_do(monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+def test_a_step_moves_statistics_once_whoever_does_it(tracked):
+    lit = LitModel(arms(STEP)["EC-CF2"])
+    optimizer = lit.configure_optimizers()["optimizer"] if tracked else torch.optim.SGD(lit.parameters(), lr=0.0)
+    (layer,) = lit.model.moe_layers
+    for steps_made in (1, 2):
+        step_of(lit, optimizer, torch.randint(257, (4, 9)), tracked=tracked)()
+        weight = 1 - layer.router.cutoff.beta**steps_made
+        assert layer.router.cutoff.weight.item() == pytest.approx(weight)
+
+
 def test_even_routing_is_even_and_own_is_not():
     config = arms(STEP)["GShard top-2"]
     twin = bench_step_module._twin(LitModel(config), config, "plain")

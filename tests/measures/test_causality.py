@@ -298,8 +298,9 @@ def test_measurements_of_a_run(tiny_config):
 
     decoded = causality.decoding(model, config, tokens=5)
     assert decoded["prompt"] == "".join(map(chr, windows[0, :8])) and len(decoded["continuation"]) == 5  # half of 16
-    with causal_routing(model):  # the model itself is left as it was
-        assert next(model.parameters()).dtype == torch.float32
+    opened = causality._opened(model.train(), config)[0]
+    assert not opened.training and model.training  # which is left as it was
+    assert (next(opened.parameters()).dtype, next(model.parameters()).dtype) == (torch.float64, torch.float32)
 
 
 def test_a_threshold_has_no_pool(tiny_config):

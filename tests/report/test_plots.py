@@ -91,6 +91,8 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
     assert "2.010 (1.985 to 2.035), 3 seeds" in plot.alt and plot.alt.endswith("Not run: Hash.")
     ticks = sorted(x for collection in ax.collections for x in collection.get_offsets()[:, 0])
     assert ticks == pytest.approx([2.0, 2.01, 2.02, 2.5, 2.51, 2.52])  # every seed is seen
+    gaps = plots.final_loss(table(runs | {"A": [not_run(HASH)]}))
+    assert gaps.data["arm"].tolist() == ["EC", "top-2", "Hash", "A"]  # which stay in their order
     one = drawn(plots.final_loss(table({"EC": [run(EC, 2.0)]})))
     assert "2.000, 1 seed." in one.alt
     difference = drawn(plots.final_loss(table(runs), reference="EC"))

@@ -1,5 +1,6 @@
 """All claims at a glance, and what pages rest on: distinct runs, what is missing, what they cost."""
 
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
@@ -50,7 +51,20 @@ def test_every_page_says_what_is_missing(pages):
 def test_shown_with_the_command_that_repeats_it(pages):
     page = BeautifulSoup(scoreboard.studies_html("gpu"), "html.parser")
     assert "make reproduce SCALE=gpu" in page.caption.text
-    assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"]
+    assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"] and not page.find("details")
+
+
+def test_a_long_list_of_what_is_missing_is_folded(monkeypatch):
+    missing = {n: "; ".join(f"arm {i:03} s0" for i in range(n)) for n in (9, 10)}  # 106 characters, and 118
+    missing |= {11: missing[10] + "; x s1"}
+    rows = pd.DataFrame(
+        [("01_a", "1 of 9", text) for text in missing.values()], columns=["page", "runs", "missing (seeds)"]
+    )
+    monkeypatch.setattr(scoreboard, "studies", lambda scale: rows)
+    assert "\u201cmake reproduce\u201d trains" in scoreboard.studies_html("smoke")
+    cells = BeautifulSoup(scoreboard.studies_html("gpu"), "html.parser").find_all(attrs={"data-of": "missing (seeds)"})
+    assert [bool(cell.details) for cell in cells] == [False, False, True]
+    assert cells[2].summary.text == "11 arms" and missing[11] in cells[2].details.text and cells[0].text == missing[9]
 
 
 # Claims

@@ -98,6 +98,9 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
     }
     with pytest.raises(ConfigError, match=error):
         module._claim("C1", {**keys, "parts": [part | change]}, MARGINS)
+    for key in keys:
+        with pytest.raises(ConfigError, match=f"claim C1: {key} is missing"):
+            module._claim("C1", {**{other: keys[other] for other in keys if other != key}, "parts": [part]}, MARGINS)
     with pytest.raises(ConfigError, match="two parts are called 'x'"):
         module._claim("C1", {**keys, "parts": [part, part]}, MARGINS)
     for own, margin in (({}, 0.005), ({"margin": 0.02}, 0.02)):
