@@ -61,6 +61,7 @@ def test_keys_lists_every_key_with_help():
             "--arm Hash modula: no arm of the plan begins so: did you mean Hash",
         ),
         (["bench", "scaling", "--strategy", "dpp"], "--strategy dpp: did you mean ddp?"),
+        (["bench", "scaling", "--pool", "ranks"], "--pool ranks: did you mean rank?"),
         (["bench", "scaling", "--only", "training,loses"], "--only loses: did you mean losses?"),
         (["report", "notebooks/00_routing.ipynb", "notebooks"], "notebooks is a folder: name the page in it"),
         (["runs", "--part", "3/2"], "--part 3/2: must be I/N"),

@@ -226,6 +226,12 @@ def test_what_decisions_depend_on(keys, later, others):
         assert (0.01 < decisions <= tokens <= 1) if changes else decisions == tokens == 0
 
 
+def test_decisions_say_who_took_whom():
+    hidden, taken = causality.decisions(model_of(capacity_factor=1.0), ids(0))
+    assert hidden.shape == (4, 16, 16) and taken.shape == (2, 4, 16, 4)
+    assert (taken.sum((1, 2)) == 16).all()  # n c / e tokens for each expert of each layer
+
+
 def test_a_token_changed_if_any_of_its_layers_did(monkeypatch):
     def of_ends(
         model, ids

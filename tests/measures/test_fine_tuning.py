@@ -83,13 +83,15 @@ def test_padding_takes_no_places_of_experts(tiny_config):
 
 
 def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_config, shouting, monkeypatch):
-    config, seen, seeds = tiny_config(seed=3), {"norms": [], "causal": []}, []
+    config, seen, seeds = tiny_config(seed=3, d_model=24), {"norms": [], "causal": []}, []
 
     def clipped(tuned, *_, gradient_clip_val, **__):
         torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1e-9)  # nothing moves, if this clips
         seen["norms"].append(gradient_clip_val)
 
     def predicted(tuned, batch, batch_idx):
+        rate = tuned.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"]
+        assert (tuned.steps, rate, tuple(tuned.head.weight.shape)) == (2, 0.125, (2, 24))
         seen["causal"].append(tuned.model.moe_layers[0].router.causal)
         return batch[2] == 0
 
@@ -98,7 +100,20 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     monkeypatch.setattr(torch, "manual_seed", seeds.append)  # of noise on the logits, where a router has some
     batches, orders = fine_tuning.Batches, []
     monkeypatch.setattr(fine_tuning, "Batches", lambda *given: (orders.append(given[2]), batches(*given))[1])
-    fine_tuned(build_model(config), config, task="cola", folder=str(shouting), steps=2, batch_size=22)
+    asked = {
+        "task": "cola",
+        "folder": str(shouting),
+        "steps": 2,
+        "batch_size": 11,
+        "examples": 20,
+        "learning_rate": 0.125,
+    }
+    found = fine_tuned(build_model(config), config, **asked)
+    labels = [json.loads(line)["label"] for line in (shouting / "cola/validation.jsonl").read_text().splitlines()][:20]
+    wrong = {"accuracy": 1 - np.mean(labels), "accuracy_causal": 1 - np.mean(labels)}  # it always says 0
+    majority = max(np.mean(labels), 1 - np.mean(labels))
+    counts = {"train": 20, "validation": 20, "truncated": 0.0}
+    assert found["rows"] == [{"task": "cola", **wrong, "majority": pytest.approx(majority), **counts}]
     assert seen == {"norms": [1.0, 1.0], "causal": [False, False, True, True]} and seeds[0] == 3 and orders == [3]
 
 

@@ -32,6 +32,8 @@ def test_counts_are_those_of_the_combine_weights(trained):
     by_hand = {}
     for i, token in enumerate(batch[:, :-1].flatten().tolist()):
         by_hand.setdefault(data.tokenizer.decode([token]), []).append((seen[0][i] + seen[1][i]) / 2)
+    assert {row["token"] for row in found["words"]} == {token for token, of in by_hand.items() if len(of) >= 20}
+    assert len(found["text"]) == config.sequence_length and len(found["words"]) < len(by_hand)
     for row in found["words"]:
         values = by_hand[row["token"]]
         assert row["times"] == len(values) >= 20
@@ -81,7 +83,19 @@ def test_what_a_choice_breaks_is_counted(trained, monkeypatch):
         int(config.batch_size * config.sequence_length * config.capacity_factor / config.num_experts),
         config.num_experts,
     )
-    for row in inspection.caps_on_trained_scores(model, config)["rows"]:
+    data, batch = inspection.held_out(config)
+    with watched(model) as routed, torch.no_grad():
+        model(batch[:, :-1])
+    found, kept = inspection.caps_on_trained_scores(model, config), []
+    for logits, _ in routed:  # the scores of those that were chosen, over those of each expert's best
+        S = logits.softmax(1)
+        chosen = k * S[0, 0] + S[:k, 1:].sum()
+        kept.append(float(chosen / sum(S[:, i].sort().values[-k:].sum() for i in range(e))))
+    assert found["tokens"] == config.batch_size * config.sequence_length
+    where = [(layer, cap, solver) for layer in range(2) for cap in (2, 3) for solver in ("feasible", "dykstra")]
+    assert [(row["layer"], row["cap"], row["solver"]) for row in found["rows"]] == where
+    for row in found["rows"]:
+        assert row["score_kept"] == pytest.approx(kept[row["layer"]], rel=1e-5)
         over = 1 + (k - 1) * (e - 1 > row["cap"])
         assert row["over_cap"] == over and row["empty"] == k - 1
         if row["solver"] == "feasible":

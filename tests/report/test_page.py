@@ -327,7 +327,7 @@ def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
         ("a", 2, "not run", np.nan),
     ]
     table = pd.DataFrame(rows, columns=columns[:4])
-    report.show_runs(table, ["val_loss", "lost"], "Ends.")
+    report.show_runs(table.assign(more=1), ["lost", "val_loss"], "Ends.")
     report.show_runs(table.replace("finished", "diverged"), ["val_loss"])
     first, second = (BeautifulSoup(part, "html.parser") for part in shown)
     assert first.summary.text == second.summary.text == "1 of 4 runs, one by one"
@@ -335,7 +335,7 @@ def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
     cells = [
         [[cell.text for cell in row.find_all(["th", "td"])] for row in part.find_all("tr")] for part in (first, second)
     ]
-    assert cells[0] == [["arm", "seed", "val loss", "lost"], ["a", "0", "1.500", "–"]]
+    assert cells[0] == [["arm", "seed", "lost", "val loss"], ["a", "0", "–", "1.500"]]
     assert cells[1] == [["arm", "seed", "status", "val loss"], ["a", "0", "diverged", "1.500"]]
 
 

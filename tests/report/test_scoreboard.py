@@ -114,6 +114,10 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
         scoreboard.effects({"C6": verdicts["C6"], "wide": two, "C9": verdicts["C6"]}).figure.axes[0].get_xlim()
     )
     assert left == -right and right < 0.1  # one wide interval doesn't squeeze the rest
+    turned = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.58)}))
+    (ax,), (other,) = (scoreboard.effects({"C6": one}).figure.axes for one in (verdicts["C6"], turned))
+    assert ax.get_xlim() == pytest.approx(other.get_xlim())  # for and against the paper alike
+    assert ax.xaxis.get_transform().linthresh == other.xaxis.get_transform().linthresh == 0.01
 
 
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):

@@ -142,6 +142,11 @@ def test_seeds_that_are_needed_decide_the_margin_as_often_as_they_say():
 def test_no_spread_has_no_ratio():
     assert estimate.spread_ratio([1.0, 2.0, 4.0, 5.0], [1.0, 2.0, 4.0]).n == 3  # the fewer of both
     assert estimate.spread_ratio([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).n == 0 == estimate.spread_ratio([1.0, 2.0], [3.0]).n
+    two, none = estimate.spread_ratio([1.0, 2.0], [1.0, 3.0]), estimate.spread_ratio([1.0], [1.0, 3.0])
+    critical = reference.f.ppf([0.025, 0.975, 0.2], 1, 1)
+    assert two.interval() == pytest.approx((0.5 / critical[1] ** 0.5, 0.5 / critical[0] ** 0.5))
+    assert two.smallest() == pytest.approx((critical[1] / critical[2]) ** 0.5)
+    assert none.interval() is None and math.isnan(none.smallest())
 
 
 def test_seeds_of_a_ratio_decide_a_factor():
