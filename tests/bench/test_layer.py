@@ -247,6 +247,7 @@ def test_all_steps_train_the_same_weights(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
     calls = steps(arms(STEP), CPU)
     (optimizer,) = made
+    assert optimizer.defaults["fused"]  # as in training
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in weights]
     for call in calls.values():

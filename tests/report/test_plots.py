@@ -178,6 +178,79 @@ def test_retention():
     assert [ax.get_visible() for ax in plots.retention(several).figure.axes] == [True, True, True, False]  # two by two
 
 
+def test_times_of_steps_stand_by_arm_and_path():
+    rows = [("A", "own", "plain", "eager", 3.0), ("B", "own", "triton", "CUDA graph", 2.0), ("B", "even", "triton", "CUDA graph", 1.0),
+            ("C", "own", "plain", "eager", None)]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["arm", "routing", "path", "mode", "ms"]).assign(
+        low_ms=0.5, high_ms=4.0, mfu=0.25
+    )
+    plot = drawn(plots.step_times(frame))
+    assert plot.alt == (
+        "Time of a training step, median: A, own routing, plain 3.0 ms; B, own routing, triton, CUDA graph 2.0 ms; "
+        "B, even routing, triton, CUDA graph 1.0 ms."
+    )
+    (ax,) = plot.figure.axes
+    (marks,) = (one for one in ax.collections if len(one.get_offsets()) == 3)
+    assert marks.get_offsets().tolist() == [[3.0, -0.15], [2.0, 0.85], [1.0, 1.15]]  # its own above, even below
+    own, forced = style.looks("AB"), style.PAPER
+    filled = [mpl.colors.to_hex(color) for color in marks.get_facecolors()]
+    assert filled == [own["A"].color.lower(), own["B"].color.lower(), forced.lower()]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["A, plain", "B, triton, CUDA graph"]
+    assert ax.get_ylim() == (1.5, -0.5) and plot.data["mfu"].tolist() == [0.25] * 3
+    legend = {text.get_text() for text in plot.figure.legends[0].get_texts()}
+    assert legend == {"routed by its own router", "routed evenly, by force"}
+
+
+def test_growth_shows_times_power_and_floor():
+    times = [("n", 8192, 4.0), ("n", 1000, 2.0), ("d_model", 16, 3.0), ("d_model", 64, 5.0)]
+    grown = pd.DataFrame(times, columns=["axis", "value", "ms"]).assign(low_ms=1.0, high_ms=6.0, floor_ms=0.5)
+    fits = pd.DataFrame(
+        [("n", 0.5, 0.4, 0.6, 2.0), ("d_model", 1.25, 1.0, 1.5, 3.0)],
+        columns=["axis", "exponent", "low", "high", "at_1"],
+    )
+    plot = drawn(plots.growth(grown, fits))
+    assert plot.alt.endswith("grows. tokens n: to the power 0.50. width d, f = 4 d: to the power 1.25.")
+    assert plot.data[["panel", "axis", "value", "ms", "floor_ms"]].values.tolist() == [
+        ["tokens n", "n", 1000, 2.0, 0.5], ["tokens n", "n", 8192, 4.0, 0.5],
+        ["width d, f = 4 d", "d_model", 16, 3.0, 0.5], ["width d, f = 4 d", "d_model", 64, 5.0, 0.5],
+    ]  # fmt: skip
+    first, second = plot.figure.axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in first.get_lines()}
+    assert lines["EC layer"] == [2.0, 4.0] and lines["floor: six products"] == [0.5, 0.5]
+    assert lines["fitted power"] == pytest.approx([2 * 1000**0.5, 2 * 8192**0.5])
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["1000", "8k"]
+    assert first.get_xlabel() == "power 0.50 (0.40 to 0.60)" and second.get_xlabel() == "power 1.25 (1.00 to 1.50)"
+    assert first.get_ylabel() == "forward + backward (ms)" and first.get_yscale() == second.get_xscale() == "log"
+
+
+def test_a_profile_has_a_bar_for_each_kind_of_work():
+    kinds = pd.DataFrame([("idle", 6.0, 0.6, "x"), ("loss", 4.0, 0.4, "y")], columns=["kind", "ms", "share", "most"])
+    plot = drawn(plots.profile(kinds))
+    assert plot.alt == "Where the time of a training step goes: idle 60%; loss 40%."
+    (ax,) = plot.figure.axes
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([60, 40]) and texts(plot) == ["6.0 ms", "4.0 ms"]
+    colors = [mpl.colors.to_hex(bar.get_facecolor()) for bar in ax.patches]
+    assert colors[0] == style.GREY.lower() != colors[1] and ax.get_ylim()[0] > ax.get_ylim()[1]  # the longest on top
+
+
+def test_gates_send_images_to_experts():
+    confusion = pd.DataFrame([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.0, 0.3, 0.7]])
+    related = pd.DataFrame([[1.0, 0.9, 0.8], [0.3, 1.0, 0.95], [0.6, 0.2, 1.0]])  # above the diagonal: later tasks
+    plot = drawn(plots.gate_choices(confusion, related, ["cats", "dogs", "cars"]))
+    assert plot.alt.endswith(
+        "images sent to each expert (%): on average 70.0% of a task's images go to its own expert, fewest of dogs (50.0%). "
+        "relatedness: 1 to itself; to an earlier task at most 0.60 (cars to cats)."
+    )
+    first, second = plot.data.groupby("panel", sort=False)[["task", "1", "2", "3"]]
+    assert first[1].values.tolist()[1] == ["dogs", 20.0, 50.0, 30.0] and second[1].values.tolist()[2] == [
+        "cars",
+        0.6,
+        0.2,
+        1.0,
+    ]
+    assert [ax.get_xlabel() for ax in plot.figure.axes] == ["expert", "gate of task"]
+
+
 def test_saved_as_a_picture_it_is_the_same_each_time(runs, tmp_path):
     plot, paths = plots.final_loss(table(runs)), [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:

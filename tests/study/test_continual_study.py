@@ -8,7 +8,7 @@ from ecmoe.report import plots
 from ecmoe.study import continual
 from ecmoe.study.load import load
 from ecmoe.training import run
-from ecmoe.training.result import not_run, write_record
+from ecmoe.training.result import Result, not_run, write_record
 
 FAST = {"steps": 25, "warmup_steps": 2, "gate_steps": 60, "code": 16, "d_model": 16, "d_ff": 16}
 
@@ -72,3 +72,33 @@ def test_an_oracle_is_expert_gate_told_the_task(study):
     names, table = gate.summary["task_names"], continual.origins([gate])
     sources = ["nothing" if one["task"] is None else names[one["task"]] for one in gate.summary["origins"]]
     assert table["how"][0] == "scratch" and table["started from"].tolist() == sources and len(set(sources)) > 1
+
+
+def test_tables_of_several_seeds():
+    """Of two seeds that ran and one that didn't: rows, means, and where experts started."""
+    runs = [
+        Result({
+            "seed": seed, "status": "finished", "task_names": ["cats", "dogs"], "accuracy": [[0.9, None], [0.8 - seed / 10, 0.7]],
+            "confusion": [[1.0, 0.0], [seed, 1 - seed]],
+            "origins": [{"task": None, "related": None, "how": "scratch"}, {"task": 0, "related": related, "how": how}],
+        })
+        for seed, related, how in ((0, 0.5, "fine-tuning"), (1, 0.7, "LwF"))
+    ]  # fmt: skip
+    lost = Result({"seed": 2, "status": "failed"})
+    rows = continual.retained({"a": [*runs, lost]})
+    shown = [(0, 1, 1, "cats", 0.9), (0, 2, 1, "cats", 0.8), (0, 2, 2, "dogs", 0.7)]
+    shown += [(1, 1, 1, "cats", 0.9), (1, 2, 1, "cats", 0.7), (1, 2, 2, "dogs", 0.7)]
+    columns = ["seed", "after", "task", "name", "accuracy"]
+    assert rows.iloc[:6][columns].values.tolist() == [[*cells, pytest.approx(x)] for *cells, x in shown]
+    assert (
+        set(rows["arm"]) == {"a"}
+        and rows.iloc[6][["after", "task", "name", "accuracy"]].isna().all()
+        and len(rows) == 7
+    )
+    assert continual.mean_matrix([*runs, lost], "confusion").values.tolist() == [[1.0, 0.0], [0.5, 0.5]]
+    assert continual.mean_matrix([lost], "confusion") is None
+    origins = continual.origins([*runs, lost]).fillna(0).to_dict("records")
+    assert origins == [
+        {"task": "cats", "started from": "nothing", "relatedness": 0, "how": "scratch"},
+        {"task": "dogs", "started from": "cats", "relatedness": pytest.approx(0.6), "how": "fine-tuning; LwF"},
+    ]

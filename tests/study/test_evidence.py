@@ -53,7 +53,7 @@ def study(tmp_path, monkeypatch):
     return keep
 
 
-def test_records_are_found_by_the_plan_whichever_page_planned_them(study):
+def test_records_are_found_by_the_plan_whichever_page_planned_them(study, monkeypatch):
     study(
         {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"
     )
@@ -67,6 +67,8 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study):
     beside = next(p for p in judge("C1", "gpu").parts if p.name == "against top-2 at capacity 1.25")
     assert beside.label == CONTRADICTED and beside.seeds == 3  # an arm of page 02
     assert judge_all("gpu")["C5"] == found and judge("C5", "smoke").label == PLUMBING
+    monkeypatch.setattr("ecmoe.study.verdict.plan", lambda scale: 1 / 0)  # which a page that can't be planned stops
+    assert judge_all("gpu")["C5"] == found
 
 
 def test_a_number_of_the_routing_is_a_number_of_the_run(study):
