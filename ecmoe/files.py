@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,13 @@ def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
     near += [alike[word] for word in difflib.get_close_matches(name.lower().replace("-", "_"), alike, n=1)]
     near += [other for other in known if len(name) > 2 and name.lower() in other]
     return f"did you mean {near[0]}?" if near else listed or f"must be one of {', '.join(known) or 'none'}"
+
+
+def check_known(what: str, names: Iterable[object], known: Collection[object], listed: str = "") -> None:
+    """Raise a ConfigError at the first name that isn't known: `what` it is, the name, and which may have been meant."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{what} {name!r}: {nearest(name, map(str, known), listed)}")
 
 
 @contextmanager

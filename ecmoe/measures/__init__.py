@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ecmoe.files import ConfigError, check_sum, nearest
+from ecmoe.files import ConfigError, check_known, check_sum
 from ecmoe.paths import content_of, with_content
 
 
@@ -59,14 +59,11 @@ class Measurement(NamedTuple):
 
 def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
     """What a page's YAML asks for under `measures`: one measurement, or one for each value of the row's `each`."""
-    if what not in MEASURES:
-        raise ConfigError(f"measurement {what!r}: {nearest(what, MEASURES)}")
+    check_known("measurement", [what], MEASURES)
     row = MEASURES[what]
     if not isinstance(keys, Mapping):
         raise ConfigError(f"measurement {what!r} must hold `key: value` lines, but holds {keys!r}")
-    for key in keys:
-        if key not in row.keys:
-            raise ConfigError(f"measurement {what!r} has no key {key!r}: {nearest(key, row.keys)}")
+    check_known(f"measurement {what!r} has no key", keys, row.keys)
     if row.each is None:
         yield Measurement(what, dict(keys))
         return

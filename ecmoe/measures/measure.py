@@ -32,7 +32,13 @@ def measure(
         with lock(name):  # whoever comes second finds it done
             if not any(path.exists() for path in places):
                 write(places[-1], name, how, _computed(result, how))
-    return next((_read(path, name, how) for path in places if path.exists()), None)
+    for path in places:
+        if path.exists():
+            kept = read_json(path, sealed=True)
+            if (kept.get("run"), kept.get("what")) != (name, how.what):
+                raise Damaged(path, f"it holds {kept.get('what')!r} of {kept.get('run')}")
+            return kept["found"]
+    return None
 
 
 def lock(run: str) -> FileLock:
@@ -65,10 +71,3 @@ def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
 def write(path: Path, run: str, how: Measurement, found: Mapping[str, Any]) -> None:
     """Keep what a measurement found of a run, with what it is and a check sum."""
     write_json(path, {"run": run, "what": how.what, "keys": how.keys, "found": found}, sealed=True)
-
-
-def _read(path: Path, run: str, how: Measurement) -> dict[str, Any]:
-    kept = read_json(path, sealed=True)
-    if (kept.get("run"), kept.get("what")) != (run, how.what):
-        raise Damaged(path, f"it holds {kept.get('what')!r} of {kept.get('run')}")
-    return kept["found"]

@@ -61,7 +61,10 @@ def answer(scale: str, verdicts: Mapping[str, ClaimVerdict] | None = None) -> An
     elif len(by_label[NOT_RUN]) == len(found):
         sentences = ("Nothing was run yet.",)
     else:
-        sentences = _holds(found, by_label), _does_not(by_label), _choice(found)
+        others = _told(by_label, CONTRADICTED, NO_EFFECT, UNDECIDED, NOT_RUN) or [
+            "none is contradicted, undecided or without an effect"
+        ]
+        sentences = _holds(found, by_label), f"{'; '.join(others)}.", _choice(found)
     return Answer(tuple(text[0].upper() + text[1:] for text in sentences), _cost(scale))
 
 
@@ -73,11 +76,6 @@ def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimV
     so_far = f" {run} {'was' if run == 1 else 'were'} run so far" if run < len(found) else ""
     text = f"of the paper's {len(found)} claims{so_far}{at}{':' if so_far else ',' * bool(at)} "
     return f"{text}{', and '.join(_told(by_label, REPRODUCED, IN_DIRECTION)) or 'none holds'}."
-
-
-def _does_not(by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
-    told = _told(by_label, CONTRADICTED, NO_EFFECT, UNDECIDED, NOT_RUN)
-    return "; ".join(told) + "." if told else "None is contradicted, undecided or without an effect."
 
 
 def _told(by_label: Mapping[str, Sequence[ClaimVerdict]], *labels: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What a size costs before anyone trains it: parameters counted on the meta device, FLOPs, GPU hours."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pandas as pd
 
@@ -48,16 +48,3 @@ def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, scale: 
             "million_tokens": n / 1e6, "gpu_hours": n * flops / (share * PEAK) / 3600, "at_mfu": f"{share:.2f}, {said}",
         })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def hours_on_cpu(configs: Iterable[RunConfig]) -> float:
-    """Hours that training takes here, at least: by the rate at which this CPU multiplies two matrices; 0 where there is a GPU."""
-    import torch
-    from torch.utils.benchmark import Timer
-
-    if torch.cuda.is_available():
-        return 0.0
-    A = torch.rand(1024, 1024)
-    seconds = Timer("A @ A", globals={"A": A}, num_threads=torch.get_num_threads()).timeit(3).median
-    flops = sum(flops_per_token(config) * config.steps * config.tokens_per_batch for config in configs)
-    return flops * seconds / (2 * len(A) ** 3) / 3600

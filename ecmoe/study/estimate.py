@@ -82,8 +82,12 @@ class Estimate:
         """
         if self.n < 2:
             return math.nan
-        shifts = (error * _shift(_critical(level, df), df, power) for error, df in self.errors)
-        return self.unit.outer(math.hypot(*shifts))
+
+        def shift(df: float) -> float:  # at which a t test reaches the power; what its other tail adds is nothing
+            critical = _critical(level, df)
+            return optimize.brentq(lambda at: nct.sf(critical, df, at) - power, 1e-6, 20 + 10 * critical)
+
+        return self.unit.outer(math.hypot(*(error * shift(df) for error, df in self.errors)))
 
     def seeds_for(self, margin: float, level: float = LEVEL, power: float = POWER) -> int | None:
         """How many seeds as noisy as these would decide the margin (`seeds_needed`); None where seeds don't tell, or 1000 don't do.
@@ -226,11 +230,6 @@ def _equal(critical: float, df: int, margin: float) -> float:
 
 def _critical(level: float, df: float) -> float:
     return float(t.ppf((1 + level) / 2, df))
-
-
-def _shift(critical: float, df: float, power: float) -> float:
-    """Noncentrality at which a t test reaches the power. The other tail is left out: at any power worth asking for it is nothing."""
-    return float(optimize.brentq(lambda shift: nct.sf(critical, df, shift) - power, 1e-6, 20 + 10 * critical))
 
 
 def shared(*by_seed: Mapping[int, float]) -> list[int]:

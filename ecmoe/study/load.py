@@ -1,5 +1,6 @@
 """load: what a page shows, read from where the engine kept it. What notebooks call in their first cell."""
 
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,11 +14,12 @@ from tqdm.auto import tqdm
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement
+from ecmoe.model.build import flops_per_token
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
 from ecmoe.training.result import Result, not_run, read_record
 
-LONG = 1  # hours after which one wants to be told before
+CORE = 1e11  # FLOP/s that a core of a CPU does at most in training, or few do more
 _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
 
 
@@ -110,10 +112,12 @@ def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> 
 
 
 def warn_of_hours(configs: Sequence[RunConfig]) -> None:
-    """Say before runs begin that a CPU takes hours for them, and what to do."""
-    from ecmoe.study.cost import hours_on_cpu  # with torch: not needed to read what is there
+    """Say it before runs begin that a CPU takes hours for, and what to do."""
+    import torch  # not needed to read what is there
 
-    if (hours := hours_on_cpu(configs)) > LONG:
+    flops = sum(flops_per_token(config) * config.steps * config.tokens_per_batch for config in configs)
+    hours = flops / (CORE * (os.cpu_count() or 1)) / 3600
+    if hours > 1 and not torch.cuda.is_available():
         said = f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Stop it, and take"
         print(f"{said} scale='smoke', train_missing=False, or a machine with a GPU.", file=sys.stderr, flush=True)
 

@@ -98,7 +98,12 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
     Raises:
         ConfigError: an unknown scale or name; a value of another type than the files have, such as "false" for false.
     """
-    given = {name: value for name, value in given.items() if _is_parameter(name, value)}
+    given = {
+        name: value
+        for name, value in given.items()
+        if not (name[0] == "_" or name.isupper() or name in ("In", "Out"))
+        and isinstance(value, str | int | float | list | dict)
+    }
     scale = given.get("scale", "smoke")
     check_scale(scale)
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
@@ -140,11 +145,6 @@ def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
             must = f"a {type(usual).__name__}; {wrong}"
         if not fits:
             raise ConfigError(f"{where}: {name}={value!r} must be {must}")
-
-
-def _is_parameter(name: str, value: Any) -> bool:
-    ours = name[0] != "_" and not name.isupper() and name not in ("In", "Out")
-    return ours and isinstance(value, str | int | float | list | dict)
 
 
 def notebook_parameters(notebook: Any) -> dict[str, Any]:

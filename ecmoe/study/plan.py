@@ -19,7 +19,7 @@ from typing import Any
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig
-from ecmoe.files import nearest, read_yaml
+from ecmoe.files import check_known, read_yaml
 from ecmoe.measures import Measurement, measurements
 from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merged, parameter_files
 
@@ -57,9 +57,7 @@ def sound(scale: str, asked: Sequence[str] = ()) -> tuple[list[Planned], dict[st
     known = pages(scale)
     found: dict[str, Planned] = {}
     wrong: dict[str, Exception] = {}
-    for page in asked:
-        if page not in known:
-            raise ConfigError(f"no page {page!r}: {nearest(page, known)}")
+    check_known("no page", asked, known)
     for page in asked or known:
         try:
             for one in of_page(page, scale):
@@ -78,9 +76,7 @@ def _order(known: list[str]) -> list[list[str]]:
     """configs/order.yaml: blocks of pages and arms."""
     file = paths.configs() / "order.yaml"
     blocks = held_to(list[list[str]], read_yaml(file, "order of runs") or [], "order.yaml") if file.exists() else []
-    for name in chain(*blocks):
-        if name not in (names := [*known, *named_arms()]):
-            raise ConfigError(f"order.yaml: there is no page or arm {name!r}: {nearest(name, names, 'leave it out')}")
+    check_known("order.yaml: there is no page or arm", chain(*blocks), [*known, *named_arms()], "leave it out")
     return blocks
 
 
@@ -173,8 +169,7 @@ def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def _named(arm: str) -> dict[str, Any]:
     """The keys of an arm of configs/arms.yaml."""
-    if arm not in named_arms():
-        raise ConfigError(f"there is no arm {arm!r}: {nearest(arm, named_arms(), 'configs/arms.yaml names them all')}")
+    check_known("there is no arm", [arm], named_arms(), "configs/arms.yaml names them all")
     return named_arms()[arm]
 
 

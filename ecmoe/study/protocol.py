@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
-from ecmoe.files import nearest, read_yaml
+from ecmoe.files import check_known, read_yaml
 from ecmoe.measures import MEASURES
 from ecmoe.model.metrics import METRICS
 from ecmoe.study.estimate import Unit, amount, tolerance
@@ -184,11 +184,7 @@ def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> C
 def _part(where: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> Part:
     where = f"{where}, part {keys.get('name')!r}"
     part = held_to(Part, keys, where)
-    for arm in part.arms:
-        if arm not in named_arms():
-            raise ConfigError(
-                f"{where}: there is no arm {arm!r}: {nearest(arm, named_arms(), 'see configs/arms.yaml')}"
-            )
+    check_known(f"{where}: there is no arm", part.arms, named_arms(), "see configs/arms.yaml")
     try:
         part.found.format(size="", side="")
     except (LookupError, ValueError) as error:

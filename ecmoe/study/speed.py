@@ -18,7 +18,7 @@ from pydantic import Field
 from ecmoe import paths
 from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
 from ecmoe.config import RunConfig
-from ecmoe.files import ConfigError, nearest, read_json
+from ecmoe.files import check_known, read_json
 from ecmoe.study.parameters import check_kinds, held_to, merge_parameters, parameter_files
 from ecmoe.study.plan import of_page
 
@@ -109,9 +109,7 @@ def scaling(scale: str) -> dict[str, Any]:
     layers, name -> sizes, whose experts are shared out."""
     values = _parameters(scale)
     asked, sizes = values["scaling"], values["layer_sizes"]
-    for name in asked.get("layers", []):
-        if name not in sizes:
-            raise ConfigError(f"page {SPEED!r}: scaling: layers names {name!r}: {nearest(name, sizes)}")
+    check_known(f"page {SPEED!r}: scaling: layers names", asked.get("layers", []), sizes)
     layers = {name: sizes[name] for name in asked.get("layers", [])}
     return {"devices": [1]} | asked | {"base": values["base"] | asked.get("base", {}), "layers": layers}
 

@@ -10,9 +10,7 @@ from tqdm import tqdm
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import measurements
-from ecmoe.model.build import flops_per_token
 from ecmoe.study import load as module
-from ecmoe.study.cost import hours_on_cpu
 from ecmoe.study.load import Study, beside, load, watching
 from ecmoe.study.plan import Planned
 from ecmoe.training.result import Result, not_run
@@ -59,14 +57,6 @@ def test_who_would_train_for_hours_without_a_gpu_is_told_before(monkeypatch, cap
     study = load("13_gates", {"scale": scale, "train_missing": False})
     beside(study, {"gate": "softmax"})
     assert ("1 runs will take more than" in "".join(said)) is told
-
-
-def test_hours_of_a_cpu_are_flops_over_its_rate(monkeypatch):
-    monkeypatch.setattr(torch.utils.benchmark.Timer, "timeit", lambda *_: SimpleNamespace(median=2 * 1024**3 / 1e10))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = RunConfig(steps=10)
-    hours = flops_per_token(config) * 10 * config.tokens_per_batch / 1e10 / 3600
-    assert hours_on_cpu([config, config]) == pytest.approx(2 * hours)
 
 
 def test_what_was_measured_is_a_table_with_a_row_for_each_gap(monkeypatch):

@@ -9,10 +9,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
+from ecmoe.bench.rows import BOTH, EAGER, FORWARD, GRAPH
 from ecmoe.report.plots.draw import LABELS, panels
 from ecmoe.report.plots.style import GREY, INK, PAPER, Plot, looks
 
-FORWARD, BOTH = "forward", "forward + backward"
 _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 
 
@@ -28,7 +28,7 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
     columns = ["size", "layer", "variant", "mode", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
     rows = layers.dropna(subset=["layer"]).reindex(columns=columns)
     floor = rows["layer"].eq("floor") & rows["variant"].eq("")
-    aside = rows["mode"].eq("CUDA graph") | rows["variant"].astype(str).str.endswith("Dykstra")
+    aside = rows["mode"].eq(GRAPH) | rows["variant"].astype(str).str.endswith("Dykstra")
     rows = rows[~floor & ~aside & rows["what"].isin(_COLORS)].reset_index(drop=True)
     rows["percent"] = 100 * rows["share_of_floor"].astype(float)
     names = list(dict.fromkeys(rows["name"]))
@@ -55,7 +55,7 @@ def step_times(steps: pd.DataFrame) -> Plot:
     columns = ["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
     data = steps.reindex(columns=columns).dropna(subset=["ms"]).reset_index(drop=True)
     both = zip(data["path"], data.pop("mode"), strict=True)
-    data["path"] = [", ".join(part for part in pair if part != "eager") for pair in both]
+    data["path"] = [", ".join(part for part in pair if part != EAGER) for pair in both]
     lines, shown = list(dict.fromkeys(zip(data["arm"], data["path"], strict=True))), looks(data["arm"])
 
     def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
