@@ -1,6 +1,7 @@
 """Files: whole or not at all, whatever ends a process; and nothing of YAML that says something else than it seems to."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import torch
 
 from ecmoe.files import (
     ConfigError,
+    Damaged,
+    check_sum,
     parse_yaml,
     read_json,
     read_yaml,
@@ -126,6 +129,17 @@ def test_other_yaml_is_as_ever():
 def test_sha256_is_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+
+
+def test_a_check_sum_is_of_keys_and_values_in_any_order(tmp_path):
+    value, other = {"b": 1, "a": [2]}, {"a": [2], "b": 1}
+    assert check_sum(value) == check_sum(other) == hashlib.sha256(b'{"a": [2], "b": 1}').hexdigest()[:16]
+    path = tmp_path / "a.json"
+    write_json(path, value, sealed=True)
+    assert read_json(path) == {**value, "check": check_sum(value)} and read_json(path, sealed=True) == value
+    write_json(path, value)
+    with pytest.raises(Damaged, match="check sum"):  # it has none
+        read_json(path, sealed=True)
 
 
 def test_a_sealed_file_shows_any_change_and_keeps_what_it_holds(tmp_path):

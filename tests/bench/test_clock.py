@@ -27,6 +27,20 @@ def test_median_and_quartiles_in_milliseconds():
     assert timing.spread([0.003, 0.001, 0.002]) == pytest.approx({"ms": 2.0, "low_ms": 1.5, "high_ms": 2.5})
 
 
+def test_a_table_says_what_its_times_belong_to(monkeypatch):
+    for name, value in {"device_name": "a card", "commit": "abc"}.items():
+        monkeypatch.setattr(timing, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    table = timing.tabled([{"ms": 2.0, "what": "x"}], ["y (no memory)"], {"n": 4, "device": "?"}, step_ms=3.0)
+    machine = {"device": "a card", "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": "abc"}
+    assert table.to_dict("records") == [{"ms": 2.0, "what": "x"}]
+    setting = {"n": 4, **machine, "settled_s": timing.SETTLE}
+    assert table.attrs == {"setting": setting, "absent": ["y (no memory)"], "step_ms": 3.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    nothing = timing.tabled([], [], {})
+    assert nothing.empty and list(nothing) == ["ms"] and nothing.attrs == {"setting": machine, "absent": []}
+
+
 @pytest.fixture
 def log(monkeypatch):
     """What a GPU would be asked for."""
