@@ -13,7 +13,7 @@ from ecmoe.config import RunConfig
 from ecmoe.report import page as report
 from ecmoe.report.execution import ReportError, execute
 from ecmoe.report.markup import table_html
-from ecmoe.report.render import page_html
+from ecmoe.report.render import page_html, ways
 from ecmoe.study.load import Study
 from ecmoe.study.plan import Planned
 from ecmoe.training.result import Result, not_run
@@ -104,6 +104,20 @@ def test_a_page_leads_to_its_neighbours_and_its_notebook(pages):
     ]  # fmt: skip
     assert soup.find("a", string="Notebook")["href"] == "03_study.ipynb"
     assert soup.find("a", string="Contents")["href"] == "#contents" and soup.find(id="contents")
+
+
+def test_the_first_and_the_last_page_have_one_neighbour(tmp_path):
+    for name in ("01_a", "02_b_c", "10_d $x", "notes", "1_e"):
+        (tmp_path / f"{name}.ipynb").touch()
+    shown = {
+        name: [(way["rel"], way["href"], way["text"]) for way in ways(tmp_path / f"{name}.ipynb")]
+        for name in ("01_a", "02_b_c", "10_d $x", "notes")
+    }
+    first, last = ("prev", "01_a.html", "\u2190 01 A"), ("next", "10_d%20%24x.html", "10 D $x \u2192")
+    middle = "02_b_c.html"
+    assert shown == {
+        "01_a": [("next", middle, "02 B c \u2192")], "02_b_c": [first, last], "10_d $x": [("prev", middle, "\u2190 02 B c")], "notes": [],
+    }  # fmt: skip
 
 
 def test_the_answer_comes_first_and_code_after_what_it_shows(pages):
@@ -385,8 +399,11 @@ def test_of_what_a_cell_shows_html_comes_before_a_picture():
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monkeypatch):
-    def dies(source, executed, values, **_):
+def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monkeypatch, capsys):
+    def dies(source, executed, values, *, on_cell_start, cwd, kernel_name, **_):
+        assert (cwd, kernel_name, values) == (tmp_path, "python3", {"width": 2.0})
+        for number, cell in enumerate(source.cells):
+            on_cell_start(cell=cell, cell_index=number)
         if begun:
             nbformat.write(source, executed)
         raise RuntimeError("no memory")
@@ -394,7 +411,8 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
     monkeypatch.setattr("papermill.execute_notebook", dies)
     nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
     with pytest.raises(ReportError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
-        execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html")
+        execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html", parameters={"width": 2.0})
+    assert capsys.readouterr().err == "[01_a] cell 2/3\n"  # of code; one more will hold the parameters
     assert not (tmp_path / "01_a.html").exists() and (tmp_path / "01_a.failed.html").exists() == begun
     if begun:
         page = BeautifulSoup((tmp_path / "01_a.failed.html").read_text(), "html.parser")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ecmoe import paths
-from ecmoe.config import ConfigError
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.study import plan
 
 LIGHT = """
@@ -26,7 +26,7 @@ def configs(tmp_path, monkeypatch):
     write("scale/big.yaml", "scale: big\nseeds: [0, 1]\nbase: {steps: 40, d_ff: 100}\n")
     write(
         "arms.yaml",
-        "EC: {}\nHalf: {steps: 1/2}\nWide: {router: dense, d_ff: 7/6}\nTop: {router: token_choice, top_k: 2}\n",
+        "EC: {}\nHalf: {steps: 1/2}\nWide: {router: dense, d_ff: 7/6}\nTop: {router: token_choice, top_k: 2}\nSlow: {warmup_steps: 1/2}\n",
     )
     write("01_a.yaml", "arms: [EC, Half]\nmeasures: {decoding: {arms: [EC], seeds: [0]}, dependence: }\n")
     write("02_b.yaml", "arms: [Top, EC]\nseeds: [1, 0]\nmeasures: {losses: {pools: [4]}}\n")
@@ -57,6 +57,10 @@ def test_blocks_come_in_their_order_each_seed_whole_before_the_next(configs):
 def test_a_share_is_of_the_base(configs):
     configs("03_c.yaml", "arms: [Wide]\n")
     assert plan.plan("big", ["03_c"])[0].config.d_ff == 120  # 116.7, in eights
+    configs("03_c.yaml", "arms: {Mine: {steps: 12}}\n")  # an arm of one's own has no share
+    assert plan.plan("big", ["03_c"])[0].config.steps == 12
+    configs("04_d.yaml", "arms: [Slow]\n")
+    assert plan.plan("big", ["04_d"])[0].config.warmup_steps == RunConfig().warmup_steps // 2 > 0  # base doesn't say it
     configs("03_c.yaml", "arms: [Half]\nbase: {steps: 41}\n")
     with pytest.raises(ConfigError, match="page '03_c': arm 'Half': 1/2 of the scale's steps is 20.5"):
         plan.plan("big")

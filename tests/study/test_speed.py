@@ -100,7 +100,12 @@ def test_each_part_is_measured_once(own_home):
     jobs = {"a": lambda: counts.append("a") or table, "b": lambda: counts.append("b") or table}
     assert speed.measured(jobs, scale="smoke")["a"]["rows"] == [{"ms": 1.0}]
     speed.measured(jobs, scale="smoke")
-    assert counts == ["a", "b"]
+    assert counts == ["a", "b"] and not speed.folder("smoke").exists()  # where the engine alone writes
+    assert sorted(path.name for path in (paths.runs() / "bench/smoke").iterdir()) == ["a.json", "b.json"]
+    write_json(speed.folder("smoke") / "a.json", {"rows": [{"ms": 2.0}]})
+    found = speed.measured(jobs, scale="smoke")
+    assert found["a"] == {"rows": [{"ms": 2.0}], "setting": {}, "absent": []} and found["b"]["rows"] == [{"ms": 1.0}]
+    assert speed.measured(jobs, scale="gpu", measure=False)["a"] == speed.NOTHING
     assert [name for name, outcome in speed.take(jobs, speed.folder("smoke"), force=True) if outcome is not None] == [
         "a",
         "b",
