@@ -9,7 +9,7 @@ from ecmoe.config import RunConfig
 from ecmoe.report import index, scoreboard
 from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
-from tests.study.known import judged, losses, seeds
+from tests.study.known import CENTRE, judged, losses, seeds
 
 EC = RunConfig()
 TOP2 = RunConfig(router="token_choice", capacity_factor=1.0, gate="renormalized")
@@ -108,6 +108,18 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     below = scoreboard.effects({"C9": judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7)}))})
     row = below.data.set_index("name").loc["C9 loss against the twin of equal width"]
     assert row["mean"] == pytest.approx(0.1) and row["low"] <= row["mean"] <= row["high"]  # the paper: EC below
+    half = scoreboard.effects({"C1": judged("C1", losses(**CENTRE))})  # the paper: at or below
+    assert half.data.set_index("name").loc["C1 half the steps, renormalized gates", "mean"] == pytest.approx(-0.099)
+    shares = {"share_1": 0.4, "share_2": 0.3, "share_3": 0.14, "share_4": 0.08} | dict.fromkeys(
+        ("share_5", "share_6", "share_7", "share_8"), 0.005
+    )
+    near = scoreboard.effects(
+        {"C7": judged("C7", {"EC-CF2 renormalized": {of: seeds(x, 0.001) for of, x in shares.items()}})}
+    )
+    assert near.data["mean"].tolist() == pytest.approx(
+        [20.0, -1.0, -1.0]
+    )  # over 50%; from 23% and 3%, whose side is neither
+    assert (near.data["low"] < near.data["mean"]).all() and set(near.data["unit"]) == {"percent"}
     assert scoreboard.effects({"C1": verdicts["C1"]}).figure is None
     two = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.62, noise=0.03)}))
     left, right = (

@@ -147,3 +147,23 @@ def test_amendments_say_when_what_and_why():
     for amendment in written["amendments"]:
         assert set(amendment) == {"date", "claims", "what", "why"} and all(amendment.values())
         assert set(amendment["claims"]) <= set(CLAIMS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [
+        ({"says": "below"}, "below 0 by more than 0.005 nats, which counts as equal"),
+        ({"says": "above", "how": "time"}, "above 1 by more than 2%, which counts as equal"),
+        ({"says": "above", "of": "accuracy", "neutral": 0.5}, "above 50% by more than 3.0 points, which counts as equal"),
+        ({"says": "above", "how": "bench", "figure": 1.2}, "above 1 (by 2% or less counts as equal); the paper: 1.2 times"),
+        ({"says": "below", "of": "share_3", "figure": 0.25}, "below 0 (by 3.0 points or less counts as equal); the paper: 25%"),
+        ({"says": "near", "of": "share_3", "figure": 0.23}, "within 3.0 points of 23%"),
+        ({"says": "at or below"}, "at or below 0; above it by 0.005 nats or less counts as equal"),
+        ({"says": "at or below", "or_direction": "y", "direction": "it does"},
+         "at or below 0; above it by 0.005 nats or less counts as equal; in direction if it does (\u201cy\u201d)"),
+    ],
+)  # fmt: skip
+def test_a_rule_in_words(keys, rule):
+    margins = {Unit.NATS: 0.005, Unit.RATIO: 0.02, Unit.SHARE: 0.03}
+    usual = {"name": "x", "a": "Dense", "b": "BASE", "of": "val_loss", "found": "{size}"}
+    assert module._part("claim C1", usual | keys, margins).rule == rule
