@@ -1,6 +1,7 @@
 """Scaling: rates of short runs, against as many times one device's; shared layers; one model on one device and on two."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -87,16 +88,15 @@ def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monke
     asked = {"base": {"d_model": 8}, "devices": [1, 2, 4], "strategies": ["ddp"], "layers": {"a": {"n": 4}}}
     called = []
 
-    def said(name):
-        def bench(*arguments, **keys):
-            called.append((name, arguments, keys))
-            table = scaling.timing.tabled([{"ms": 1.0}], [], {"of": name})
-            return table if name == "losses" else iter([table])
+    def one(name, *arguments, **keys):
+        called.append((name, arguments, keys))
+        return scaling.timing.tabled([{"ms": 1.0}], [], {"of": name})
 
-        return bench
+    def each(name, *arguments, **keys):  # measures when it is asked for a table
+        yield one(name, *arguments, **keys)
 
-    for module, name in ((scaling, "scaling"), (across, "across"), (scaling, "losses")):
-        monkeypatch.setattr(module, f"bench_{name}", said(name))
+    for module, name, bench in ((scaling, "scaling", each), (across, "across", each), (scaling, "losses", one)):
+        monkeypatch.setattr(module, f"bench_{name}", partial(bench, name))
     monkeypatch.setattr(speed, "scaling", lambda scale: dict(asked))
     monkeypatch.setattr("torch.cuda.device_count", lambda: there)
     words = f"--strategy fsdp2 --strategy ep --pool batch --repeats 7 --only {only} --out".split()
