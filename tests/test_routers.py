@@ -102,6 +102,17 @@ def test_a_router_starts_as_a_config_does():
             assert argument.default is argument.empty or argument.default == expected[name], (row.cls, name)
 
 
+def test_a_router_says_what_it_is_and_what_it_lacks():
+    assert repr(routing.TokenChoice(8, 4, 2, z_loss_weight=0.5)) == (
+        "TokenChoice(d_model=8, num_experts=4, top_k=2, gate=softmax, priority=order, aux_loss_weight=0.01, z_loss_weight=0.5, "
+        "balance=switch, bias_rate=0.001)"
+    )
+    with pytest.raises(NotImplementedError, match="Router doesn't say how it assigns"):
+        routing.router.Router(8, 4).assign(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="hash_table=balanced needs token_counts"):
+        build_router(RunConfig(router="hash", hash_table="balanced"))
+
+
 def test_a_bucket_is_rounded_down_and_never_empty():
     assert [routers.bucket_size(n, 4, 1.5, "down") for n in (10, 8, 2, 1)] == [3, 3, 1, 1]
 

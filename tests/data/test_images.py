@@ -222,6 +222,9 @@ def test_unreadable_folders_are_named(tmp_path):
     pack(tmp_path, "train", [0])
     with pytest.raises(ConfigError, match="toy_test.idx.xz"):
         images.load(f"images:{tmp_path}")
+    pack(tmp_path, "test", [])
+    with pytest.raises(ConfigError, match="holds no images"):
+        images.load(f"images:{tmp_path}")
 
 
 def test_cifar10_comes_from_the_hub(monkeypatch):

@@ -1,6 +1,7 @@
 """MoE against Eq. 3 and 4 as printed, a dense FFN, and the symmetries a mixture must have."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -271,5 +272,10 @@ def test_an_empty_batch_has_a_loss_in_training_alone():
 def test_a_layer_without_width_and_an_input_of_integers_are_named():
     with pytest.raises(ValueError, match="d_ff=0: must be at least 1"):
         MoE(ExpertChoice(4, 2), 4, 0)
+    for shape in ((2, 8, 3), (4,), (1, 2, 3, 4)):
+        with pytest.raises(
+            ValueError, match=re.escape(f"x has shape {shape}: must be (B, T, 4) or (n, 4), the router's")
+        ):
+            MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"x is of torch.int64: must be floating-point numbers"):
         MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(1, 8, 4, dtype=torch.long))

@@ -146,7 +146,7 @@ def test_compiled_code_lies_in_the_cache_unless_a_user_says_where(monkeypatch):
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
-def test_callbacks_and_loggers_come_along(tiny_config):
+def test_callbacks_and_loggers_come_along(tiny_config, monkeypatch):
     config = tiny_config(seed=63)
     seen = []
     watch = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *a: seen.append(a[-1]))
@@ -163,6 +163,12 @@ def test_callbacks_and_loggers_come_along(tiny_config):
         with pytest.raises(ConfigError, match=f"logger '{name}'.* {said}"):
             run_or_load(other, loggers=[name], progress=False)
         assert not (paths.runs() / other.name / "config.yaml").exists()  # before any work
+    monkeypatch.setattr(train, "check_machine", lambda config: None)
+    for keys in ({"callbacks": [watch]}, {"loggers": ["csv"]}):
+        with pytest.raises(
+            ConfigError, match="devices=2 with callbacks or loggers: .* start torchrun --nproc-per-node=2"
+        ):
+            run_or_load(other.replace(devices=2, strategy="ddp"), progress=False, **keys)
     logger = L.pytorch.loggers.CSVLogger(result.path)
     assert train._logger(logger, result.path) is logger
 

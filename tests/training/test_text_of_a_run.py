@@ -44,6 +44,8 @@ def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, t
     b = b.replace(data=str(texts / "b" / "text.txt"))
     assert a.name == b.name  # a copy elsewhere is the same run
     assert run_or_load(b).summary["val_loss"] == trained.summary["val_loss"]
+    (texts / "b" / "text.txt").unlink()
+    assert run_or_load(b, train=False).ok  # what isn't here is no other one
     (texts / "b" / "text.txt").write_text("The end.")
     for call in ({}, {"train": False}):
         with pytest.raises(ConfigError, match="another text here than the one .* bring that back, or leave out #"):

@@ -1,11 +1,15 @@
 """The Trainer of a run, and what a machine must have for it."""
 
+import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch._inductor import config as inductor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.utils import deterministic
 
 from ecmoe.config import ConfigError
 from ecmoe.model.build import build_model
@@ -57,3 +61,38 @@ def test_no_rank_waits_for_its_device_before_a_batch(tiny_config, monkeypatch):
     assert hasattr(type(loop), "_broadcast_sigterm_tensor")
     monkeypatch.setattr(torch.distributed, "broadcast", None)
     loop._broadcast_sigterm_tensor()
+
+
+def test_a_machine_must_have_as_many_gpus_as_are_asked_for_and_their_memory(tiny_config, monkeypatch):
+    config = tiny_config(devices=2, num_experts=1024, router="dense_moe", kernels="triton", precision="16-mixed")
+    gpu = SimpleNamespace(total_memory=2 * 4 * config.weights_at_least)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
+    trainer.check_machine(config)
+    with pytest.raises(ConfigError, match="devices=3: this machine has 2 GPUs"):
+        trainer.check_machine(config.replace(devices=3))
+    gpu.total_memory -= 8
+    with pytest.raises(ConfigError, match="num_experts=1024.*weights and gradients alone take"):
+        trainer.check_machine(config)
+    trainer.check_machine(config.replace(strategy="fsdp2"))  # each has half of them
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)])
+def test_steps_of_a_gpu_are_repeatable_and_what_was_set_is_set_again(monkeypatch, gpu, before):
+    def state() -> tuple[bool, ...]:
+        settings = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        return *settings, deterministic.fill_uninitialized_memory, inductor.deterministic
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    start = state()
+    try:
+        with pytest.raises(ZeroDivisionError), trainer.repeatable():
+            assert state() == ((True, True, False, True) if gpu else start)
+            raise ZeroDivisionError
+        assert state() == start and os.environ["CUBLAS_WORKSPACE_CONFIG"] == "as it was"
+    finally:
+        torch.use_deterministic_algorithms(False)
