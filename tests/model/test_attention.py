@@ -182,6 +182,9 @@ def test_operators_are_what_they_say(kernels):
     out, lse = (t.detach() for t in attention.fast_attention(qkv, table, 50))
     given = gradient, qkv.detach(), out, lse, table.detach(), 50
     torch.library.opcheck(torch.ops.ecmoe.attention_backward, given, test_utils=("test_schema", "test_faketensor"))
+    qkv, table = torch.empty(2, 5, 3, 4, 16, device="meta", dtype=DTYPE), torch.empty(4, 5, device="meta")
+    out, lse = attention.fast_attention(qkv, table, 3)  # no two sizes alike
+    assert out.shape == (2, 5, 4, 16) and out.dtype == DTYPE and lse.shape == (2, 4, 5) and lse.dtype == torch.float32
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
+from torch.nn import functional as F
 
 from ecmoe.config import ConfigError
 from ecmoe.measures.inspection import held_out, watched
@@ -105,6 +106,8 @@ def test_pools_are_solved_apart():
     for pool in range(2):
         alone = dykstra(S[pool : pool + 1], torch.tensor([16]), 2, torch.ones(1, 64, dtype=torch.bool))
         torch.testing.assert_close(A[pool : pool + 1], alone)
+    padded = dykstra(torch.cat([S, 1 + S], dim=2), torch.tensor([16, 16]), 2, torch.arange(128).expand(2, 128) < 64)
+    torch.testing.assert_close(padded, F.pad(A, (0, 64), value=-torch.inf))
 
 
 @pytest.mark.parametrize("kind", ["biased", "peaked", "equal"])
@@ -147,12 +150,13 @@ def test_on_the_scores_of_a_trained_router(tiny_config, b):
 
 
 def test_what_may_be_lost_is_a_share_of_the_mean_score_of_a_plain_top_k(monkeypatch):
-    S, valid, target = torch.cat([scores("random", 8, 4), scores("biased", 8, 4)]), torch.ones(2, 8).bool(), [1, 3]
+    S, target = torch.cat([scores("random", 8, 4), scores("biased", 8, 4), scores("peaked", 8, 4)]), [1, 3, 0]
+    valid = torch.ones(3, 8, dtype=torch.bool)
     valid[0, [2, 5]], told = False, []
     monkeypatch.setattr(capped, "transport", lambda *given: told.append(given) or transport(*given))
     capped_top_k(S, 3, 2, valid=valid, target=torch.tensor(target))
     ((_, *_, unit),) = told
-    best = [S[pool][:, valid[pool]].topk(k, dim=1).values.mean() for pool, k in enumerate(target)]
+    best = [S[pool][:, valid[pool]].topk(k, dim=1).values.sum() / max(4 * k, 1) for pool, k in enumerate(target)]
     torch.testing.assert_close(unit.flatten(), torch.stack(best))
 
 

@@ -35,14 +35,14 @@ def test_a_run_survives_the_disk(tmp_path):
     result = make(RunConfig(seed=3))
     result.curve.to_csv(tmp_path / "curve.csv", index=False)
     with pytest.raises(FileNotFoundError):
-        results.read_run(tmp_path)  # not done
+        results.read_run(str(tmp_path))  # not done
     summary = result.summary | {
         "mfu": math.nan,
         "numpy": np.float32(0.5),
         "nested": {"x": [np.int64(1), math.inf]},
     }
     results.write_run(tmp_path, summary)
-    again = results.read_run(tmp_path)
+    again = results.read_run(str(tmp_path))
     assert again.ok and again.path == tmp_path
     assert (
         again.summary["mfu"] is None and again.summary["numpy"] == 0.5 and again.summary["nested"] == {"x": [1, None]}
@@ -64,7 +64,7 @@ def test_a_run_says_in_a_line_how_it_ended():
 def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
     result = make(RunConfig(), rows=1000)
     results.write_record(tmp_path / "a.json", result)
-    again = results.read_record(tmp_path / "a.json")
+    again = results.read_record(str(tmp_path / "a.json"))
     assert len(again.curve) == 300
     assert again.curve["step"].iloc[[0, -1]].tolist() == [1.0, 1000.0]
     assert again.curve["step"].is_monotonic_increasing and again.curve["step"].is_unique
@@ -72,7 +72,7 @@ def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
     assert again.curve["dropped"].isna().all()  # not measured stays not measured
     written = (tmp_path / "a.json").read_text()
     assert "NaN" not in written and len(written.splitlines()) == 1
-    assert [r.summary["name"] for r in results.load_records(tmp_path)] == [result.summary["name"]]
+    assert [r.summary["name"] for r in results.load_records(str(tmp_path))] == [result.summary["name"]]
     assert results.load_records(tmp_path / "absent") == []
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch._inductor import config as inductor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils import deterministic
@@ -53,6 +54,14 @@ def test_sharded_strategies_take_all_ranks_for_data(tiny_config, name):
     assert isinstance(parallel, ModelParallelStrategy)
     assert (parallel._data_parallel_size, parallel._tensor_parallel_size) == (4, 1)
     assert trainer.strategy(tiny_config()) == "auto"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_rank_is_torchruns_or_none(tiny_config, monkeypatch, ours):
+    monkeypatch.setattr(rank_zero_only, "rank", 3)  # as Lightning takes it from what any launcher left behind
+    monkeypatch.setattr(trainer, "in_torchrun", lambda: ours)
+    trainer.new_trainer(tiny_config(), **{"barebones": True} if ours else {})
+    assert rank_zero_only.rank == (3 if ours else 0)
 
 
 def test_no_rank_waits_for_its_device_before_a_batch(tiny_config, monkeypatch):
