@@ -2,17 +2,14 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ecmoe.config import CHOICES, ConfigError
 from ecmoe.files import assignments, nearest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
 TIMED = {
@@ -114,10 +111,10 @@ def bench_scaling(
     layers, base, into = asked.pop("layers"), asked["base"], out or speed.folder(scale)
     there = torch.cuda.device_count() or max(asked["devices"])
     several, how = sorted(many for many in asked["devices"] if 1 < many <= there), (strategy or ["ddp"])[0]
-    tables = {  # measured as they are asked for
-        "training": scaling.bench_scaling(**asked, repeats=repeats),
-        "layers": across.bench_across(layers, several, repeats=repeats),
-        "losses": (scaling.bench_losses(base, most, how) for most in several[-1:]),
+    tables: dict[str, Callable[[], Iterable[Any]]] = {
+        "training": lambda: scaling.bench_scaling(**asked, repeats=repeats),
+        "layers": lambda: across.bench_across(layers, several, repeats=repeats),
+        "losses": lambda: (scaling.bench_losses(base, most, how) for most in several[-1:]),
     }
     parts = only.split(",")
     choices = {"strategy": (strategy, CHOICES["strategy"]), "pool": (pool, CHOICES["pool"]), "only": (parts, tables)}
@@ -126,12 +123,12 @@ def bench_scaling(
             if word not in known:
                 raise ConfigError(f"--{option} {word}: {nearest(word, known)}")
     for part in parts:
-        for table in tables[part]:
+        for table in tables[part]():
             _show(table, into / ("scaling.json" if part == "training" else f"scaling-{part}.json"))
 
 
-def _show(table: "pd.DataFrame", output: Path | None = None) -> None:
-    """Print what was measured, and where; and keep it in a file."""
+def _show(table: Any, output: Path | None = None) -> None:
+    """Print a DataFrame of what was measured, and where; and keep it in a file."""
     from ecmoe.bench.clock import save
 
     if output:

@@ -213,19 +213,16 @@ def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: f
         return 2
 
     def decides(n: int) -> bool:
-        critical, in_errors = _critical(level, n - 1), margin / (spread / math.sqrt(n))
-        return min(nct.sf(critical, n - 1, in_errors), _equal(critical, n - 1, in_errors)) >= power
+        critical, in_errors, df = _critical(level, n - 1), margin / (spread / math.sqrt(n)), n - 1
+        # That the whole interval lies within the margin where there is no difference, over what the error may be estimated as.
+        error = chi(df, scale=df**-0.5)  # over the true one
+        inside = lambda s: (2 * norm.cdf(in_errors - critical * s) - 1) * error.pdf(s)  # noqa: E731
+        equal, _ = integrate.quad(inside, 0, min(in_errors / critical, error.ppf(1 - 1e-9)))
+        return min(nct.sf(critical, df, in_errors), equal) >= power
 
     if not decides(most):
         raise ValueError(f"a margin of {margin:g} under a spread of {spread:g} would need more than {most} seeds")
     return bisect.bisect_left(range(2, most), True, key=decides) + 2
-
-
-def _equal(critical: float, df: int, margin: float) -> float:
-    """Chance that the whole interval lies within the margin (in standard errors), where there is no difference at all."""
-    error = chi(df, scale=df**-0.5)  # the estimated one over the true one
-    inside = lambda s: (2 * norm.cdf(margin - critical * s) - 1) * error.pdf(s)  # noqa: E731
-    return float(integrate.quad(inside, 0, min(margin / critical, error.ppf(1 - 1e-9)))[0])
 
 
 def _critical(level: float, df: float) -> float:

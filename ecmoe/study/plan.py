@@ -24,6 +24,7 @@ from ecmoe.measures import Measurement, measurements
 from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merged, parameter_files
 
 Keys = Mapping[str, Any]
+LISTED = "configs/arms.yaml names them all"
 # Keys that may be a share of the base's, and of what the result is a multiple; None: it must come out whole.
 SHARES = {"steps": None, "warmup_steps": None, "batch_size": None, "d_ff": 8}
 
@@ -144,8 +145,7 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     if asked is not None:
         _check_list("arms", asked, str)
     changes, found = _arms_of(own) if own.exists() else {}, {}
-    for name in changes:
-        _named(name)
+    check_known("there is no arm", changes, named_arms(), LISTED)
     for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked or ())).items():
         if keys is not None and not isinstance(keys, Mapping):
             raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
@@ -167,12 +167,6 @@ def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
     return held_to(dict[str, dict[str, Any]], read_yaml(path, "arms"), str(path))
 
 
-def _named(arm: str) -> dict[str, Any]:
-    """The keys of an arm of configs/arms.yaml."""
-    check_known("there is no arm", [arm], named_arms(), "configs/arms.yaml names them all")
-    return named_arms()[arm]
-
-
 def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
     """The keys of RunConfig of a named arm, but for its seed: base, what the arm changes, and what its scale changes of that arm.
 
@@ -182,7 +176,8 @@ def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> di
     Raises:
         ConfigError: no arm has that name (the nearest is suggested), or its share of one of the base's keys is no whole number.
     """
-    changes = {**_named(name), **(own or {}).get(name, {})}
+    check_known("there is no arm", [name], named_arms(), LISTED)
+    changes = {**named_arms()[name], **(own or {}).get(name, {})}
     return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import pandas as pd
 from pydantic import Field
@@ -23,29 +23,32 @@ from ecmoe.study.parameters import check_kinds, held_to, merge_parameters, param
 from ecmoe.study.plan import of_page
 
 STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
+Sizes = dict[str, int]
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any]]
 NOTHING: dict[str, Any] = {"rows": [], "setting": {}, "absent": []}  # of what isn't measured
 
 
 def jobs(
-    layer_sizes: Mapping[str, Mapping[str, Any]],
-    step_sizes: Mapping[str, Any],
-    growth_from: Mapping[str, Any],
-    growth_axes: Mapping[str, Sequence[float]],
+    layer_sizes: dict[str, Sizes],
+    step_sizes: Sizes,
+    growth_from: dict[str, float],
+    growth_axes: dict[str, list[float]],
     study_arms: Mapping[str, RunConfig] | None = None,
-    auto_sizes: Sequence[Mapping[str, int]] = (),
+    auto_sizes: list[Sizes] | None = None,
     *,
     compiled: bool = False,
-    repeats: int = 15,
+    repeats: Annotated[int, Field(ge=2)] = 15,
+    scaling: dict[str, list[int | str] | dict[str, Any]] | None = None,
     **_: Any,
 ) -> dict[str, Job]:
-    """What there is to measure, by the name of its file.
+    """What there is to measure, by the name of its file. YAML is held to these types; which sizes a bench has it says itself.
 
     Args:
         layer_sizes: name -> keys of `bench_layer`. step_sizes: keys of `bench_step`.
         growth_from, growth_axes: of `bench_growth`. compiled, repeats: of all of these that have them.
-        auto_sizes: of `bench_auto`. study_arms: of `bench_study`, on the path and with the repeats that page 01 has.
+        auto_sizes: of `bench_auto`. study_arms: of `bench_study`, on the path and with the repeats that page 01 has. scaling: none
+            of these, see `scaling`.
     """
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
@@ -77,25 +80,12 @@ def job(name: str, **keys: Any) -> Job:
     return measure
 
 
-# What may stand in the YAML of 08_step_time; which sizes a bench has it says itself, when it is called.
-Sizes = dict[str, int]
-HELD = {
-    "layer_sizes": dict[str, Sizes],
-    "step_sizes": Sizes,
-    "growth_from": dict[str, float],
-    "growth_axes": dict[str, list[float]],
-    "auto_sizes": list[Sizes],
-    "compiled": bool,
-    "repeats": Annotated[int, Field(ge=2)],
-    "scaling": dict[str, list[int | str] | dict[str, Any]],
-}
-
-
 def _parameters(scale: str) -> dict[str, Any]:
     """Those of 08_step_time, as its notebook gets them; a ConfigError names what can't be among them."""
     values = merge_parameters(parameter_files(SPEED, scale))
-    for key in HELD.keys() & values.keys():
-        held_to(HELD[key], values[key], f"page {SPEED!r}: {key}")
+    held = get_type_hints(jobs, include_extras=True)
+    for key in held.keys() & values.keys():
+        held_to(held[key], values[key], f"page {SPEED!r}: {key}")
     return values
 
 

@@ -44,7 +44,11 @@ def over(
         if len(columns) > 1:
             ax.set_ylim(bottom=0)
         if setting:
-            return data, series_text(data, x)
+            said = {
+                arm: (f"{number(row)} at {getattr(row, x):g}" for row in own.itertuples())
+                for arm, own in data.groupby("arm", sort=False)
+            }
+            return data, "; ".join(f"{arm}: {', '.join(each)}" for arm, each in said.items())
         ends = data.groupby("arm", sort=False).tail(1).sort_values("mean")
         return data, f"at the end, lowest first: {rows_text(ends, at=x)}"
 
@@ -117,12 +121,4 @@ def rows_text(data: pd.DataFrame, at: str | None = None) -> str:
         + (f" at {getattr(row, at):g}" if at else "")
         + f", {counted(int(row.seeds), 'seed')}"
         for row in data.dropna(subset=["mean"]).itertuples()
-    )
-
-
-def series_text(data: pd.DataFrame, x: str) -> str:
-    """What each line shows at each x."""
-    return "; ".join(
-        f"{arm}: {', '.join(f'{number(row)} at {getattr(row, x):g}' for row in own.itertuples())}"
-        for arm, own in data.groupby("arm", sort=False)
     )
