@@ -1,5 +1,9 @@
 """All claims at a glance, and what pages rest on: distinct runs, what is missing, what they cost."""
 
+import base64
+import hashlib
+import json
+
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
@@ -160,6 +164,27 @@ def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path, monkeypat
     ]  # fmt: skip
     monkeypatch.setattr(index, "_LONGEST", 5)
     assert [text for *_, text in next(index._pages(tmp_path))["sections"]] == ["Befor", "First", "Some "]
+
+
+def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "judge_all", lambda scale: verdicts if scale == "gpu" else {})
+    (tmp_path / "05_other_routers.html").write_text(PAGE)
+    made = index.index("gpu", tmp_path)
+    page = BeautifulSoup(made.read_text(), "html.parser")
+    assert made == tmp_path / "index.html" and page.find("meta", {"name": "description"})["content"] == "At scale gpu."
+    headings = ["What holds", "All pages", "Search", "What was run, and what is missing"]
+    assert [heading.text for heading in page.main.find_all("h2")] == headings
+    words, script = page.find_all("script")
+    assert json.loads(words.string)[1:] == [
+        ["05_other_routers.html", "A & B", "main", "A & B", "First words"],
+        ["05_other_routers.html", "A & B", "part", "A part", "Some it rises in it"],
+    ]
+    allowed = base64.b64encode(hashlib.sha256(script.string.encode()).digest()).decode()  # that script, and no other
+    assert f"script-src 'sha256-{allowed}'" in page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+    assert page.find(id="C6").find("a")["href"] == "05_other_routers.html" and not page.find(id="C1").find("a")
+    assert answer("gpu", verdicts).sentences[0] in page.text
+    assert "all pages and results" in page.footer.text
+    assert (tmp_path / "scoreboard.md").read_text() == scoreboard.markdown("scoreboard", verdicts, "gpu")
 
 
 def test_smoke_judges_nothing():
