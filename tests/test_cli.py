@@ -172,10 +172,10 @@ def test_a_command_passes_on_what_it_is_given(words, monkeypatch):
             return [said(one) for one in value]
         return f"ONE of {value.of}" if hasattr(value, "of") else str(value) if isinstance(value, Path) else value
 
-    monkeypatch.setattr(f"ecmoe.{function}", spy)  # first: what is imported for it must keep the plan as it is
+    monkeypatch.setattr(f"ecmoe.{function}", spy)  # first: what this imports must get the plan as it is
+    monkeypatch.setattr("ecmoe.study.engine.lacks", lambda *_: "missing")
     monkeypatch.setattr("ecmoe.study.plan.plan", planned)
     monkeypatch.setattr("ecmoe.study.plan.sound", lambda scale: (planned(scale), {}))
-    monkeypatch.setattr("ecmoe.study.engine.lacks", lambda *_: "missing")
     call(*words.split())
     ((args, kwargs),) = asked
     assert (said(args), kwargs) == (given, keys)
