@@ -170,7 +170,7 @@ def test_classes_and_tables_count_the_training_text():
     torch.testing.assert_close(causality.by_class(logits, class_of).exp(), expected)
 
     class Data:
-        train = [torch.tensor([[0, 1, 3], [1, 3, 1]]).numpy()]
+        train = [torch.tensor([[0, 1, 3], [1, 3, 1]]).numpy(), torch.zeros(2, 3).numpy()]  # windows, and their tasks
 
     unigram, bigram = causality.class_tables(Data, class_of)
     assert unigram.exp().tolist() == pytest.approx([2.5 / 5.5, 2.5 / 5.5, 0.5 / 5.5])

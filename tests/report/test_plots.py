@@ -113,6 +113,19 @@ def test_loss_against_a_key():
         assert [line.get_ydata()[0] for line in ax.get_lines() if line.get_transform() != ax.transData] == across
 
 
+def test_large_numbers_are_in_thousands():
+    rows = [("a", 0, size, 12_000.0 * size) for size in (1, 2, 4)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "devices", "tokens_per_second"])
+    for times, tick in ((1.0, "20k"), (0.1, "2000")):
+        (ax,) = drawn(
+            plots.over(
+                frame.assign(tokens_per_second=frame["tokens_per_second"] * times), "devices", "tokens_per_second"
+            )
+        ).figure.axes
+        ax.figure.canvas.draw()
+        assert tick in [label.get_text() for label in ax.get_yticklabels()]
+
+
 def test_expert_shares(runs):
     paper = {"1 or 2: most": 0.74, "3 or 4: 23%": 0.23, "3%": 0.03}
     plot = drawn(plots.expert_shares(table(runs), paper=paper))

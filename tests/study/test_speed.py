@@ -1,5 +1,8 @@
 """What 08_step_time measures is kept, belongs to its machine, and is read by rules that can be checked by hand."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from ecmoe import paths
 from ecmoe.bench import layer as bench
 from ecmoe.bench import profile as bench_profile
+from ecmoe.bench import step as bench_step
 from ecmoe.bench.growth import bench_growth, exponents
 from ecmoe.config import ConfigError
 from ecmoe.files import write_json
@@ -223,6 +227,64 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
     table = bench_profile.by_kind(spent)
     assert table["kind"].tolist() == ["experts' products", "idle", "other products", "copies and casts"]
     assert table["share"].sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_fastest_path_is_profiled_on_its_device(kind, monkeypatch):
+    """A stand-in for torch.profiler: what it would say on each device of three steps."""
+    slow, fast = bench_step.Row("EC-CF2", "own", "plain"), bench_step.Row("EC-CF2", "own", "triton", "compiled")
+    asked, made = [], []
+
+    class Profile:
+        def __init__(self, activities):
+            asked.append([activity.name for activity in activities])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def key_averages(self):
+            return [
+                SimpleNamespace(key="aten::bmm", self_cpu_time_total=6000.0),
+                SimpleNamespace(key="other", self_cpu_time_total=3000.0),
+            ]
+
+        def export_chrome_trace(self, name):
+            events = [
+                {"cat": "kernel", "name": "bmm", "ts": 0, "dur": 6000},
+                {"cat": "kernel", "name": "x", "ts": 6000, "dur": 3000},
+            ]
+            write_json(Path(name), {"traceEvents": events})
+
+    def steps(configs, device, **keys):
+        asked.append((list(configs), device.type, keys))
+        return {row: lambda row=row: made.append(row) for row in (slow, fast)}
+
+    times = {slow: [0.5, 0.2, 0.9], fast: [0.6, 0.3, 0.4]}
+    monkeypatch.setattr(bench_profile.timing, "timed", lambda *_: SimpleNamespace(times=times, absent=["y"]))
+    monkeypatch.setattr(bench_profile.timing, "this_device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: made.append("wait"))
+    for name, value in {
+        "arms": lambda sizes: {"EC-CF2": sizes, "other": 0},
+        "profile": Profile,
+        "steps": steps,
+    }.items():
+        monkeypatch.setattr(bench_profile, name, value)
+    monkeypatch.setattr(bench_profile, "setting", lambda configs, device: {"of": configs["EC-CF2"]})
+    table = bench_profile.bench_profile(compiled=True, n=4)
+    assert asked == [
+        (["EC-CF2"], kind, {"compiled": True, "plain": (), "captured": False}),
+        ["CPU"] + ["CUDA"] * (kind == "cuda"),
+    ]
+    assert made == [fast] * 3 + ["wait"] * (kind == "cuda")  # by its median
+    kinds = [("experts' products", 2.0, pytest.approx(2 / 3)), ("norms and other passes", 1.0, pytest.approx(1 / 3))]
+    rows = [(row["kind"], row["ms"], row["share"]) for row in table.to_dict("records") if row["kind"] != "idle"]
+    assert rows == kinds and table.attrs["step_ms"] == 400.0 and table.attrs["absent"] == ["y"]
+    assert {"of": {"n": 4}, "arm": "EC-CF2", "path": "EC-CF2, triton, compiled", "steps": 3}.items() <= table.attrs[
+        "setting"
+    ].items()
 
 
 @pytest.mark.parametrize(
