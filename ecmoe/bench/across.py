@@ -1,29 +1,24 @@
 """The layer with its experts shared out to several GPUs (expert parallelism), against its floor: the six matrix products of
-what a GPU computes then, its experts on the tokens of all. A rank of torchrun is `-m ecmoe.bench.across SIZES.json TABLE.json`.
-"""
+what a GPU computes then, its experts on the tokens of all."""
 
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ecmoe import paths
 from ecmoe.bench import clock as timing
 from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
-from ecmoe.files import read_json, write_json
 from ecmoe.model.expert_parallel import share_experts
 from ecmoe.routers import bucket_size
-from ecmoe.training.ranks import torchrun
 
 
 def bench_across(
@@ -39,19 +34,25 @@ def bench_across(
         share_of_floor, and the memory of the first GPU at most. `attrs` hold in absent what could not be timed.
     """
     rows, absent = [], []
-    paths.cache().mkdir(parents=True, exist_ok=True)
     for name, many in product(sizes, devices):
-        with TemporaryDirectory(dir=paths.cache()) as folder:
-            asked, table = Path(folder) / "sizes.json", Path(folder) / "table.json"
-            write_json(asked, {**sizes[name], "repeats": repeats})
-            command = torchrun(many, "ecmoe.bench.across", str(asked), str(table))
-            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-            if table.exists():
-                rows += [{"size": name, **row} for row in read_json(table)["rows"]]
-            else:
-                said = [line for line in done.stderr.splitlines() if "Error" in line] or [f"code {done.returncode}"]
-                absent.append(f"{name} on {many} ({said[0][:160]})")
+        how = LaunchConfig(1, 1, many, run_id="bench", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+        try:
+            found = elastic_launch(how, _rank)(sizes[name] | {"repeats": repeats})  # as torchrun would
+            rows += [{"size": name, **row} for row in found[0]]
+        except ChildFailedError as error:
+            said = error.get_first_failure()[1].message  # where Python raised it, with the lines where
+            absent.append(f"{name} on {many} ({(said['message'] if isinstance(said, dict) else said)[:160]})")
         yield timing.tabled(rows, list(absent), {"repeats": repeats})
+
+
+def _rank(asked: Mapping[str, int]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    found = of_this_rank(**asked).to_dict("records")
+    dist.destroy_process_group()
+    return found
 
 
 def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
@@ -83,19 +84,3 @@ def _of_first(bursts: dict) -> dict:
     box = [bursts]
     dist.broadcast_object_list(box, 0)
     return box[0]
-
-
-def main() -> None:
-    """A rank of torchrun, started by `bench_across`."""
-    asked, table = map(Path, sys.argv[1:])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    found = of_this_rank(**read_json(asked))
-    if dist.get_rank() == 0:
-        timing.save(found, table)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
