@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch._inductor import config as inductor
@@ -62,6 +63,13 @@ def test_a_rank_is_torchruns_or_none(tiny_config, monkeypatch, ours):
     monkeypatch.setattr(trainer, "in_torchrun", lambda: ours)
     trainer.new_trainer(tiny_config(), **{"barebones": True} if ours else {})
     assert rank_zero_only.rank == (3 if ours else 0)
+
+
+def test_a_trainer_keeps_nothing_and_says_nothing_unless_it_is_told(tiny_config):
+    quiet = trainer.new_trainer(tiny_config(precision="64-true"))
+    assert quiet.loggers == quiet.callbacks == [] and quiet.precision == "64-true" and quiet.max_epochs == -1
+    told = trainer.new_trainer(tiny_config(), enable_checkpointing=True, max_steps=3)
+    assert [type(callback) for callback in told.callbacks] == [ModelCheckpoint] and told.max_steps == 3
 
 
 def test_no_rank_waits_for_its_device_before_a_batch(tiny_config, monkeypatch):
