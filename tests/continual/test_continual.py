@@ -289,6 +289,9 @@ def test_gate_right_is_the_diagonal_of_the_confusion(study):
     summary = study["Expert Gate"]
     assert summary["gate_right"] == pytest.approx(np.mean([summary["confusion"][k][k] for k in range(5)]))
     np.testing.assert_allclose(np.sum(summary["confusion"], 1), 1, rtol=1e-5)
+    assert (
+        np.shape(summary["confusion"]) == (5, 5) and summary["final_accuracy"] <= summary["gate_right"]
+    )  # one expert knows
     assert [summary["relatedness"][k][k] for k in range(5)] == [1.0] * 5
 
 

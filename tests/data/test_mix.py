@@ -7,6 +7,7 @@ import torch
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
+from ecmoe.data.corpus import source_key
 from ecmoe.data.tokenizer import END
 
 T = 16
@@ -124,6 +125,11 @@ def test_order_of_parts_and_content_make_another_mix(mix, tmp_path):
     (tmp_path / "b.txt").write_text("B" * 30_000 + "\n\nb" * 20_000)
     assert opened(config(mix)).digest != first
     assert config(mix).name != config(f"mix:{a},{b}").name
+
+
+def test_what_is_stated_of_files_tells_no_data_sets_of_the_hub_apart():
+    stated = [source_key(f"mix:{hub},gone.txt#0123456789abcdef") for hub in ("c4", "wikitext-103")]
+    assert stated == ["c4,#0123456789abcdef", "wikitext-103,#0123456789abcdef"]  # nothing need be here
 
 
 @pytest.mark.parametrize(

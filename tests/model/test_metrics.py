@@ -49,6 +49,8 @@ def test_a_layer_tells_what_it_did():
     moe(torch.eye(3)[[0, 0, 0, 0, 1, 2]] * 5)  # expert 0 has two places for four tokens
     told = {name: float(value) for name, value in moe.statistics().items()}
     assert told["dropped"] == pytest.approx(2 / 6) and told["share_0"] == pytest.approx(2 / 6)
+    moe(torch.eye(3)[:1])
+    assert float(moe.statistics()["share_1"]) == 1 and float(moe.statistics()["dropped"]) == 0
     assert told["max_load"] == 2 and told["over_capacity"] == 1 and told["share_1"] == pytest.approx(4 / 6)
 
 
