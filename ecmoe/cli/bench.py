@@ -40,10 +40,13 @@ for _name, _help in TIMED.items():
     bench.command(_name, help=_help)(_timed(_name))
 
 
-def _of_this_machine(scale: str | None) -> str:
-    import torch
+def _of_this_machine(scale: str) -> str:
+    from ecmoe.study import speed
 
-    return scale or ("gpu" if torch.cuda.is_available() else "smoke")
+    scale = scale or ("gpu" if speed.may("gpu") else "smoke")
+    if not speed.may(scale):
+        raise ConfigError(f"--scale {scale}: its times are a GPU's, and there is none here: take --scale smoke")
+    return scale
 
 
 Scale = Annotated[

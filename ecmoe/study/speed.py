@@ -19,7 +19,7 @@ from ecmoe import paths
 from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
 from ecmoe.config import RunConfig
 from ecmoe.files import check_known, read_json
-from ecmoe.study.parameters import check_kinds, held_to, merge_parameters, parameter_files
+from ecmoe.study.parameters import check_kinds, check_scale, held_to, merge_parameters, parameter_files
 from ecmoe.study.plan import of_page
 
 STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
@@ -104,6 +104,12 @@ def scaling(scale: str) -> dict[str, Any]:
     return {"devices": [1]} | asked | {"base": values["base"] | asked.get("base", {}), "layers": layers}
 
 
+def may(scale: str) -> bool:
+    """Times of scale smoke are any machine's, those of others a GPU's: is this one of them?"""
+    check_scale(scale)
+    return scale == "smoke" or import_module("torch").cuda.is_available()
+
+
 def folder(scale: str) -> Path:
     """Where the engine keeps what was timed at a scale."""
     return paths.records(scale).with_name("bench")
@@ -155,7 +161,7 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
     """
     places = folder(scale), paths.runs() / "bench" / scale
     missing = {name: job for name, job in wanted.items() if kept(name, *places) is NOTHING}
-    if measure and missing and (scale == "smoke" or import_module("torch").cuda.is_available()):
+    if measure and missing and may(scale):
         for _, outcome in take(missing, places[1]):
             if isinstance(outcome, Exception):
                 raise outcome

@@ -345,6 +345,18 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     assert refused.exit_code == 2 and "layer-a, step, growth" in refused.stderr
 
 
+@pytest.mark.parametrize("command", ["all", "scaling"])
+@pytest.mark.parametrize(
+    ("scale", "said"), [("gpu", "gpu: its times are a GPU's"), ("gpuu", "must be one of gpu, paper")]
+)
+def test_no_time_of_a_cpu_is_kept_among_those_of_a_gpu(command, scale, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(speed, "plan", lambda scale: pytest.fail("went on"))
+    monkeypatch.setattr(speed, "scaling", lambda scale: pytest.fail("went on"))
+    refused = CliRunner().invoke(app, ["bench", command, "--scale", scale])
+    assert refused.exit_code == 2 and said in refused.stderr and refused.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("failing", [None, "step"])
 def test_on_a_gpu_each_part_is_a_process(tmp_path, monkeypatch, failing):
     ran = []
