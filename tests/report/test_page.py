@@ -391,6 +391,39 @@ def test_markdown_math_is_left_alone_by_markdown():
     assert "<mo>&lt;</mo>" in page or "&lt;" in str(soup.find_all("math")[1])
 
 
+def test_what_a_cell_shows_comes_before_its_log_and_its_headings_are_in_the_contents():
+    made = notebook(
+        ("md", "## No title\n\nWords.\n\n# A `title`\n\n<b>What</b> it\nshows.\n\n### Deep\n\n#### Deeper"),
+        ("code", "1"),
+        ("code", "2"),
+    )
+    made.cells[2].metadata["tags"] = ["try"]
+    bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a bar that has ended"}
+    heading = {"text/html": '<h2 id="judged">How <i>it</i> was</h2>', "text/plain": "How"}
+    made.cells[1].outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="a log"), nbformat.v4.new_output("display_data", data=bar),
+        nbformat.v4.new_output("display_data", data=heading), nbformat.v4.new_output("stream", name="stdout", text="said"),
+    ]  # fmt: skip
+    page = BeautifulSoup(page_html(made, error={"where": "x", "what": "y", "cell": 3}), "html.parser")
+    assert (page.title.text, page.find("meta", {"name": "description"})["content"]) == ("A title", "Words.")
+    first, second = page.find(id="cell-2"), page.find(id="cell-3")
+    text = first.text
+    assert text.index("How it was") < text.index("said") < text.index("a log") and "a bar" not in text
+    links = [(a["href"], a.text) for a in page.find("nav", class_="contents").find_all("a")]
+    assert links == [("#no-title", "No title"), ("#deep", "Deep"), ("#judged", "How it was")]
+    assert [("quiet" in cell["class"], cell.details.summary.text) for cell in (first, second)] == [
+        (False, "log"),
+        (True, "yours to change"),
+    ]
+    assert [cell.find("details", class_="code").has_attr("open") for cell in (first, second)] == [
+        False,
+        True,
+    ]  # where it failed
+    assert page.find("meta", {"name": "ecmoe-status"})["content"] == "failed" and "Report" in page_html(
+        notebook(("md", ""))
+    )
+
+
 def test_of_what_a_cell_shows_html_comes_before_a_picture():
     made = notebook(("md", "# T"), ("code", "1"))
     data = {"image/png": "iVBORw0KGgo=", "text/html": "<b>shown</b>", "text/plain": "plain"}
