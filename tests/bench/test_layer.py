@@ -141,6 +141,7 @@ def test_kernels_are_measured(monkeypatch):
 def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
     sizes = [{"n": 16, "d_model": 4}, {"n": 32, "d_model": 8}]
     table = bench.bench_auto(sizes, num_experts=4, repeats=2)
+    assert {"n": 131_072, "d_model": 256} in bench.AUTO and {"n": 512, "d_model": 4096} in bench.AUTO
     modes = {"eager", "CUDA graph"} if torch.cuda.is_available() else {"eager"}
     assert set(table["mode"]) == modes and len(table) == 4 * len(modes)
     assert table["ratio"].tolist() == pytest.approx((table["auto_ms"] / table["plain_ms"]).tolist())
@@ -304,7 +305,7 @@ def test_a_step_moves_statistics_once_whoever_does_it(tracked):
     optimizer = lit.configure_optimizers()["optimizer"] if tracked else torch.optim.SGD(lit.parameters(), lr=0.0)
     (layer,) = lit.model.moe_layers
     for steps_made in (1, 2):
-        step_of(lit, optimizer, torch.randint(257, (4, 9)), tracked=tracked)()
+        step_of(lit, optimizer, torch.randint(257, (4, 9)), **{"tracked": True} if tracked else {})()
         weight = 1 - layer.router.cutoff.beta**steps_made
         assert layer.router.cutoff.weight.item() == pytest.approx(weight)
 
