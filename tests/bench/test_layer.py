@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -93,12 +94,19 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
         assert row.ms > 0 and row.low_ms <= row.ms <= row.high_ms
         if row.what == "routing":
             assert row.of_forward_floor == pytest.approx(row.ms / floor["forward"])
+            assert math.isnan(row.share_of_floor) and math.isnan(row.tflops)
         else:
             assert row.share_of_floor == pytest.approx(floor[row.what] / row.ms)
+            products = {"forward": 2, "forward + backward": 6}[row.what]  # of 4 experts with 32 tokens each
+            assert row.tflops == pytest.approx(products * 2 * 4 * 32 * 8 * 16 / (row.ms / 1e3) / 1e12)
+            assert math.isnan(row.of_forward_floor)
     variants = measured.groupby("layer")["variant"].agg(set)
     assert variants["EC-CF2"] == {"", "cap 2", "cap 3"}
     assert variants["top-2"] == {"capacity 2 n/e", "nothing dropped", "grouped_mm"}
     assert set(measured["path"]) == {"plain"} and set(measured["mode"]) == {"eager"}
+    sizes = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4, "capacity_factor": 2.0, "repeats": 2}
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    assert (sizes | {"dtype": dtype}).items() <= measured.attrs["setting"].items()
 
 
 def test_what_a_cap_adds_is_against_the_same_path(measured):

@@ -262,6 +262,8 @@ def test_gates_send_images_to_experts():
         1.0,
     ]
     assert [ax.get_xlabel() for ax in plot.figure.axes] == ["expert", "gate of task"]
+    for given in ((None, related), (confusion, None)):
+        assert plots.gate_choices(*given, ["cats", "dogs", "cars"]).figure is None
 
 
 def test_saved_as_a_picture_it_is_the_same_each_time(runs, tmp_path):

@@ -72,6 +72,7 @@ def test_units_and_neutral_values_follow_from_what_is_compared():
         ({"a": "BAZE"}, "there is no arm 'BAZE': did you mean BASE"),
         ({"a": []}, "a=\\[\\]: Value should have at least 1 item"),
         ({"margin": -1}, "margin=-1: Input should be greater than 0"),
+        ({"margin": float("inf")}, "margin=inf: Input should be a finite number"),
         ({"found": "{siz}"}, "found='{siz}' may hold {size} and {side} alone"),
         ({"sides": ["less"]}, "sides: 1 is missing"),
         ({"decides": "perhaps"}, "decides='perhaps': Input should be a valid boolean"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ecmoe import paths
+from ecmoe.bench import growth
 from ecmoe.bench import layer as bench
 from ecmoe.bench import profile as bench_profile
 from ecmoe.bench import step as bench_step
@@ -197,6 +198,38 @@ def test_exponents_are_those_of_a_power_law():
     noisy = pd.DataFrame(rows).assign(ms=[3.0, 9.0, 60.0])
     (found,) = exponents(noisy).to_dict("records")
     assert found["low"] < found["exponent"] < found["high"]
+
+
+def test_growth_times_the_layer_that_a_run_gets_at_each_size(monkeypatch):
+    asked = []
+
+    def layer_and_input(**size):
+        asked.append(size)
+        return "layer", [f"x of {size['n']}"], "gradient"
+
+    def timed(calls, repeats):
+        asked.append((calls, repeats))
+        missing = len(asked) == 6  # of the last
+        times = {("layer",): [0.001, 0.004, 0.002], ("floor",): [0.003, 0.001, 0.0005]}
+        return SimpleNamespace(times={} if missing else times, absent=["no memory"] * missing)
+
+    monkeypatch.setattr(growth, "layer_and_input", layer_and_input)
+    monkeypatch.setattr(growth, "forward_and_both", lambda *given: {bench.FORWARD: "forward", bench.BOTH: given})
+    monkeypatch.setattr(growth, "floor", lambda *given: {bench.FORWARD: "forward", bench.BOTH: given})
+    monkeypatch.setattr(growth.timing, "timed", timed)
+    base = {"n": 64, "d_model": 8, "d_ff": 24, "num_experts": 4, "capacity_factor": 2.0}
+    table = bench_growth(base, {"d_model": [16], "capacity_factor": [0.5], "n": [32]}, repeats=3)
+    sizes = [base | {"d_model": 16, "d_ff": 48}, base | {"capacity_factor": 0.5}, base | {"n": 32}]
+    assert asked[::2] == [size | {"kernels": "auto"} for size in sizes]
+    assert asked[1::2] == [
+        ({("layer",): ("layer", [x], "layer", "gradient"), ("floor",): ("layer", x, k)}, 3)
+        for x, k in (("x of 64", 32), ("x of 64", 8), ("x of 32", 16))  # k = n c / e
+    ]
+    row = {"ms": 2.0, "low_ms": 1.5, "high_ms": 3.0, "floor_ms": 1.0}
+    assert table.to_dict("records") == [
+        {"axis": "d_model", "value": 16.0} | row, {"axis": "capacity_factor", "value": 0.5} | row,
+    ]  # fmt: skip
+    assert table.attrs["absent"] == ["no memory"] and (base | {"repeats": 3}).items() <= table.attrs["setting"].items()
 
 
 def test_growth_names_what_it_cannot_take():
