@@ -182,6 +182,8 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
     assert speed.study_steps(seeds, scale="smoke").equals(steps)  # another seed takes as long
     with pytest.raises(BaseException, match="measured again"):
         speed.study_steps(arms | {"EC": tiny_config(capacity_factor=1.0)}, scale="smoke")
+    changed = arms | {"EC": tiny_config(capacity_factor=1.0)}
+    assert speed.study_steps(changed, scale="smoke", measure=False)["ms"].isna().all()
     absent = speed.study_steps(arms, scale="gpu", measure=False)
     assert (
         absent["ms"].isna().all()
