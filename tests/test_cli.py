@@ -229,6 +229,12 @@ def test_readme_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch):
     assert f"{tmp_path / 'README.md'} is not there" in wrong.stderr and not any(tmp_path.iterdir())
 
 
+def test_a_plan_without_pages_is_no_plan_that_is_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_CONFIGS", str(tmp_path))
+    wrong = call("runs", "--check")
+    assert wrong.exit_code == 2 and f"{tmp_path} plans no run: ECMOE_CONFIGS" in wrong.stderr
+
+
 def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
     import nbformat
 

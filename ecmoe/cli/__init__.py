@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ecmoe import __version__
+from ecmoe import __version__, paths
 from ecmoe.cli.bench import bench
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import assignments, nearest, plain
@@ -95,6 +95,8 @@ def runs(
         raise ConfigError("--jobs and --within must come with --train, as nothing is trained without it")
     first, count = _part(part)
     planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
+    if not (pages or planned or wrong):
+        raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
     all_arms = dict.fromkeys(name for one in planned for name in one.arms)
     for start in arm or ():
         if not any(name.startswith(start) for name in all_arms):

@@ -1,0 +1,188 @@
+"""Expert Gate: its gates and its experts, against numbers done by hand and what must hold of tasks in sequence."""
+
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ecmoe.continual import expert_gate
+from ecmoe.continual.expert_gate import ExpertGate, Gate, without_forgetting
+from ecmoe.continual.learning import split
+from ecmoe.data import images
+from ecmoe.data.batches import Batches
+from tests.continual.small import GATE
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """An Expert Gate that has learned two tasks of digits, the tasks, and what its experts were after the first."""
+    tasks = split(images.load("digits"), GATE)[:2]
+    torch.manual_seed(0)
+    model, first = ExpertGate(GATE), None
+    for task in tasks:
+        model.learn(task.x, task.y, task.held)
+        first = first or {name: value.clone() for name, value in model.state_dict().items()}
+    return model, tasks, first
+
+
+# The gate
+
+
+def test_the_error_is_the_squared_distance_to_the_reconstruction():
+    torch.manual_seed(0)
+    gate, x = Gate(6, 3), torch.rand(4, 6)
+    W, b = gate.encoder.weight.detach().numpy(), gate.encoder.bias.detach().numpy()
+    V, c = gate.decoder.weight.detach().numpy(), gate.decoder.bias.detach().numpy()
+    for i, image in enumerate(x.numpy()):
+        code = np.maximum(W @ image + b, 0)
+        again = 1 / (1 + np.exp(-(V @ code + c)))
+        assert gate.error(x)[i].item() == pytest.approx(((again - image) ** 2).sum(), rel=1e-5)
+
+
+def test_the_gate_with_the_lowest_error_chooses(learned):
+    model, tasks, _ = learned
+    x = torch.cat([task.val_x for task in tasks])
+    by_hand = []
+    for image in x.flatten(1):
+        errors = [float((gate(image[None]).sigmoid()[0] - image).square().sum()) for gate in model.gates]
+        by_hand.append(errors.index(min(errors)))
+    said, expert = model(x)
+    assert expert.tolist() == by_hand
+    for i in range(0, len(x), 17):
+        k = by_hand[i]
+        assert said[i] == model.classes[k][model.experts[k](x[i : i + 1]).argmax()]
+
+
+def test_relatedness_by_hand(learned):
+    model, tasks, _ = learned
+    held = tasks[1].x[tasks[1].held]
+    er_a, er_k = (float(gate.error(held.flatten(1)).mean()) for gate in model.gates)
+    found = model.relatedness(held)
+    assert found[1] == 1 and found[0].item() == pytest.approx(1 - (er_a - er_k) / er_k, rel=1e-4)
+    assert model.origins[1].task == 0 and model.origins[1].related == pytest.approx(found[0].item())
+
+
+# Experts
+
+
+def test_what_was_learned_is_never_changed(learned):
+    model, tasks, first = learned
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in first.items())
+    assert not any(p.requires_grad for p in model.parameters())
+    told = model(tasks[0].val_x, torch.zeros(len(tasks[0].val_x), dtype=torch.long))[0]
+    assert (told == tasks[0].val_y).float().mean() > 0.9
+
+
+def test_a_new_expert_starts_from_the_most_related_one(learned, monkeypatch):
+    model, tasks, _ = learned
+    third = split(images.load("digits"), GATE)[2]
+    other = ExpertGate(GATE.replace(steps=5))
+    for task in tasks:
+        other.learn(task.x, task.y, task.held)
+    monkeypatch.setattr(expert_gate, "fit", lambda *_: None)  # where it starts is then where it is
+    other.learn(third.x, third.y, third.held)
+    a = other.origins[2].task
+    assert a == int(other.relatedness(third.x[third.held])[:2].argmax())
+    start, source = other.experts[2].state_dict(), other.experts[a].state_dict()
+    assert all(torch.equal(start[name], value) for name, value in source.items() if "head" not in name)
+    assert not torch.equal(start["head.weight"], source["head.weight"])
+
+
+def test_gates_and_experts_are_trained_each_by_their_own_keys(monkeypatch):
+    fitted = []
+    monkeypatch.setattr(expert_gate, "fit", lambda config, *_: fitted.append((config.steps, config.learning_rate)))
+    task = split(images.load("digits"), GATE)[0]
+    ExpertGate(GATE).learn(task.x, task.y, task.held)
+    assert fitted == [(GATE.gate_steps, GATE.gate_learning_rate), (GATE.steps, GATE.learning_rate)]
+
+
+@pytest.mark.parametrize(("clip", "growth"), [(0.0, 1), (0.5, 1000)])
+def test_training_follows_the_schedule_and_the_clipping_of_the_config(clip, growth):
+    """Adam's first step is the rate times the sign of a gradient: here a tenth, two tenths, ... of it. So are all others
+    of one size, as clipping makes them."""
+    layer, seen = nn.Linear(1, 1, bias=False), []
+
+    def loss(batch):
+        seen.append(layer.weight.item())
+        return layer.weight.sum() * len(batch) * growth ** len(seen)
+
+    expert_gate.fit(
+        GATE.replace(steps=4, warmup_steps=10, learning_rate=0.1, gradient_clip=clip), layer, loss, torch.ones(100)
+    )
+    np.testing.assert_allclose(-np.diff(seen), [0.01, 0.02, 0.03], rtol=1e-4)
+
+
+def test_training_takes_the_batches_of_the_seed():
+    layer, seen = nn.Linear(1, 1), []
+    for config in (GATE, GATE.replace(seed=1)):
+        examples = torch.arange(100.0)
+        expert_gate.fit(config.replace(steps=3), layer, lambda x: (seen.append(x), layer.weight.sum())[1], examples)
+        batches = islice(Batches([examples], config.batch_size, config.seed), 3)
+        assert torch.equal(torch.cat(seen[-3:]), torch.cat(list(batches)))
+
+
+@pytest.mark.parametrize(("threshold", "how"), [(-1e9, "LwF"), (1e9, "fine-tuning")])
+def test_the_threshold_decides_between_lwf_and_fine_tuning(learned, threshold, how):
+    model, tasks, _ = learned
+    other = ExpertGate(GATE.replace(threshold=threshold))
+    for task in tasks:
+        other.learn(task.x, task.y, task.held)
+    assert [origin.how for origin in other.origins] == ["scratch", how]
+
+
+def test_the_teacher_is_the_old_expert_as_it_was(learned, monkeypatch):
+    model, tasks, _ = learned
+    taught = []
+
+    def loss(expert, old_head, batch):
+        taught.append(batch)
+        return F.cross_entropy(expert(batch[0]), batch[1])
+
+    monkeypatch.setattr(expert_gate, "without_forgetting", loss)
+    other = ExpertGate(GATE.replace(threshold=-1e9, steps=1, gate_steps=1))
+    for task in tasks:
+        other.learn(task.x, task.y, task.held)
+    ((x, _, soft),) = taught
+    torch.testing.assert_close(soft, (other.experts[0](x) / 2).softmax(1))
+
+
+def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
+    first, second = split(images.load("digits"), GATE)[:2]
+    drift = {}
+    for threshold in (-1e9, 1e9):
+        torch.manual_seed(0)
+        model = ExpertGate(GATE.replace(threshold=threshold, steps=60))
+        for task in (first, second):
+            model.learn(task.x, task.y, task.held)
+        old, new = model.experts
+        answers = [F.log_softmax(old.head(expert.features(second.x)), 1) for expert in (old, new)]
+        drift[model.origins[1].how] = F.kl_div(answers[1], answers[0], log_target=True, reduction="batchmean").item()
+    assert drift["LwF"] < drift["fine-tuning"]
+
+
+def test_learning_without_forgetting_adds_the_old_answers_at_temperature_2():
+    """Li and Hoiem 2016, Eq. 2 and 3: probabilities to the power of 1/2, normalised, of teacher and student alike."""
+    dice = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 4, generator=dice), torch.tensor([0, 1, 1, 0, 1, 0])
+    teacher, old_head, head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 2)
+    expert = SimpleNamespace(features=lambda x: x.tanh(), head=head)
+    old, new = (p.softmax(1).sqrt() for p in (teacher(x), old_head(x.tanh())))
+    old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
+    own = -head(x.tanh()).log_softmax(1)[torch.arange(6), y].mean()
+    expected = own - (old * new.log()).sum(1).mean()
+    torch.testing.assert_close(without_forgetting(expert, old_head, (x, y, old)), expected)
+
+
+def test_a_gate_never_trains_on_the_images_that_measure_relatedness(monkeypatch):
+    (task, *_), losses, measured = split(images.load("digits"), GATE), [], []
+    x = torch.where(task.held[:, None, None, None], torch.nan, task.x)  # a held image would make a loss NaN
+    monkeypatch.setattr(expert_gate, "fit", lambda config, learnt, loss, *x: losses.append(loss(x if x[1:] else x[0])))
+    monkeypatch.setattr(ExpertGate, "relatedness", lambda gates, x: (measured.append(x), torch.ones(1))[1])
+    ExpertGate(GATE).learn(x, task.y, task.held)
+    assert losses[0].isfinite() and losses[1].isnan()  # the expert sees all
+    assert measured[0].isnan().all() and len(measured[0]) == task.held.sum()
