@@ -75,8 +75,9 @@ def sound(scale: str, asked: Sequence[str] = ()) -> tuple[list[Planned], dict[st
 
 def _order(known: list[str]) -> list[list[str]]:
     """configs/order.yaml: blocks of pages and arms."""
-    file = paths.configs() / "order.yaml"
-    blocks = held_to(list[list[str]], read_yaml(file, "order of runs") or [], "order.yaml") if file.exists() else []
+    if not (file := paths.configs() / "order.yaml").exists():
+        return []
+    blocks = held_to(list[list[str]], read_yaml(file, "order of runs") or [], "order.yaml")
     check_known("order.yaml: there is no page or arm", chain(*blocks), [*known, *named_arms()], "leave it out")
     return blocks
 
@@ -145,7 +146,8 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     if asked is not None:
         _check_list("arms", asked, str)
     changes, found = _arms_of(own) if own.exists() else {}, {}
-    check_known("there is no arm", changes, named_arms(), LISTED)
+    if changes:
+        check_known("there is no arm", changes, named_arms(), LISTED)
     for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked or ())).items():
         if keys is not None and not isinstance(keys, Mapping):
             raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
