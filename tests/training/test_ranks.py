@@ -98,16 +98,18 @@ def test_ranks_that_are_told_to_end_wait_for_nobody(tiny_config, forked, free_po
     assert sealed(checkpoint) and not run_or_load(config, train=False).ok
 
 
-def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, tmp_path, monkeypatch):
+def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, tmp_path, monkeypatch, capfd):
     config = tiny_config(seed=42, strategy="ddp", devices=2)
     folder = paths.runs() / config.name
     folder.mkdir(parents=True)
     write_run(folder, not_run(config).summary | {"status": "failed", "error": "of yesterday"})
-    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\nkill -9 $$\n')
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(RuntimeError, match="on 2 devices ended with code -9"):
         run_or_load(config, progress=False)
+    asked = f"-m torch.distributed.run --standalone --nproc-per-node=2 -m ecmoe.training {folder}"
+    assert capfd.readouterr() == ("", f"{asked}\n")  # output is for results of the caller
 
 
 @pytest.mark.parametrize("lost_at", [1, 2])
