@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ecmoe.data import tokens
+from ecmoe.data import clusters, tokens
 from ecmoe.data.batches import TextData
 from ecmoe.data.clusters import BUCKETS, TextClusters, frequencies
 from ecmoe.files import ConfigError
@@ -25,6 +25,15 @@ def test_frequencies_are_those_of_a_loop():
     for row, window in zip(frequencies(windows), windows, strict=True):
         expected = [sum(t % BUCKETS == b for t in window) / 33 for b in range(BUCKETS)]
         np.testing.assert_allclose(row**2, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("most", "fitted"), [(20_000, range(9)), (9, range(9)), (3, [0, 4, 8])])
+def test_classes_are_found_in_windows_from_all_over(monkeypatch, most, fitted):
+    windows, seen = np.arange(90).reshape(9, 10), []
+    monkeypatch.setattr(clusters, "FITTED", most)
+    monkeypatch.setattr(clusters, "frequencies", lambda some: seen.append(some) or frequencies(some))
+    TextClusters(windows, 2)
+    np.testing.assert_array_equal(seen[0], windows[fitted])
 
 
 def test_a_class_tells_the_kind_of_the_window_before():

@@ -276,9 +276,9 @@ def test_only_who_asks_for_it_sees_them_moved():
 
 
 def test_an_image_is_moved_by_at_most_an_eighth_of_its_side_and_may_be_mirrored():
-    x = torch.zeros(400, 1, 16, 16)
-    x[:, :, 8, 4] = 1
+    x = torch.zeros(400, 1, 20, 20)
+    x[:, :, 10, 5] = 1
     _, _, rows, columns = images.shifted(x, np.random.default_rng(0)).nonzero(as_tuple=True)
-    assert len(rows) == 400 and set(rows.tolist()) == set(range(6, 11))
-    assert set(columns.tolist()) == {*range(2, 7), *range(9, 14)}
-    assert 150 < (columns < 8).sum() < 250
+    assert len(rows) == 400 and set(rows.tolist()) == set(range(8, 13))  # 20 / 8, rounded down
+    assert set(columns.tolist()) == {*range(3, 8), *range(12, 17)}
+    assert 150 < (columns < 10).sum() < 250

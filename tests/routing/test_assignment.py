@@ -21,6 +21,7 @@ def test_by_hand():
     # Expert 1 holds token 0, though with gate 0.
     assert HAND.experts_per_token(4).tolist() == [2, 0, 2, 1]
     assert HAND.load(4).tolist() == [2, 3]
+    assert HAND != HAND.renormalized(4) and HAND in {HAND}  # each is its own: tensors are no one truth value
     assert HAND.renormalized(4).dense(4).tolist() == [[1.0, 0.0], [0, 0], [0.25, 0.75], [0, 1.0]]
 
 
