@@ -65,6 +65,8 @@ def test_half_the_steps_are_undecided_until_all_of_them_ran(ran):
     assert (
         "after all of them (0.075 to 0.075; 4 seeds); open is whether fewer steps than all suffice: " in half.sentence
     )
+    other = next(part for part in found.parts if part.name == "all steps, raw gates")
+    assert half.sentence.endswith(f"suffice: {other.sentence}") and other.label in (UNDECIDED, NOT_RUN)
     fast = better | {"EC-CF2 raw, 1/2 of the steps": seeds(3.620)}
     assert judged("C1", losses(**fast)).deciding[1].label == REPRODUCED  # needs no other
 

@@ -200,6 +200,10 @@ def test_snakemake_gets_the_runs_and_may_be_told_to_start_no_more(project, monke
     else:
         assert after == [("wait", waited), ("signal", signal.SIGTERM), ("wait", None)] and code == 5
     assert engine.train([], "gpu") == 0 and len(did) == len(after) + 1
+    monkeypatch.setattr(engine, "lacks", lambda *_: "")
+    monkeypatch.setattr(Process, "wait", lambda process, seconds=None: ends)
+    for ends in (0, 3):  # all is there, whatever else failed
+        assert engine.train(planned, "gpu") == ends
 
 
 def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
