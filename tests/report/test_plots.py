@@ -52,6 +52,11 @@ def drawn(plot):
     return plot
 
 
+def legend(plot) -> list[str]:
+    (one,) = plot.figure.legends
+    return [text.get_text() for text in one.get_texts()]
+
+
 def texts(plot) -> list[str]:
     return [text.get_text() for ax in plot.figure.axes for text in ax.texts]
 
@@ -131,6 +136,7 @@ def test_expert_shares(runs):
     plot = drawn(plots.expert_shares(table(runs), paper=paper))
     assert plot.data.set_index("arm").loc["EC", ["0", "1", "3", "8+"]].tolist() == [0, 75, 25, 0]
     assert "EC: 0.0% none, 75.0% one or two, 25.0% three or four, 0.0% more" in plot.alt
+    assert legend(plot) == [*"01234567", "8+"]
     assert "The paper: 1 or 2: most, 3 or 4: 23%, 3%." in plot.alt and "Not run: Hash." in plot.alt
 
 
@@ -172,7 +178,7 @@ def test_two_routings_of_one_seed():
     )
     frame = wide.melt(["arm", "seed"], var_name="routing", value_name="loss").assign(change="other text")
     panels = drawn(plots.by_routing(frame, "loss", "change", "loss (nats)"))
-    assert re.search("other text: .*; a, causally 5.500", panels.alt)
+    assert re.search("other text: .*; a, causally 5.500", panels.alt) and legend(panels) == ["as trained", "causally"]
 
 
 def test_retention():
@@ -210,8 +216,7 @@ def test_times_of_steps_stand_by_arm_and_path():
     assert filled == [own["A"].color.lower(), own["B"].color.lower(), forced.lower()]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["A, plain", "B, triton, CUDA graph"]
     assert ax.get_ylim() == (1.5, -0.5) and plot.data["mfu"].tolist() == [0.25] * 3
-    legend = {text.get_text() for text in plot.figure.legends[0].get_texts()}
-    assert legend == {"routed by its own router", "routed evenly, by force"}
+    assert legend(plot) == ["routed by its own router", "routed evenly, by force"]
 
 
 def test_growth_shows_times_power_and_floor():
@@ -233,6 +238,7 @@ def test_growth_shows_times_power_and_floor():
     assert lines["fitted power"] == pytest.approx([2 * 1000**0.5, 2 * 8192**0.5])
     assert [tick.get_text() for tick in first.get_xticklabels()] == ["1000", "8k"]
     assert first.get_xlabel() == "power 0.50 (0.40 to 0.60)" and second.get_xlabel() == "power 1.25 (1.00 to 1.50)"
+    assert legend(plot) == ["floor: six products", "fitted power", "EC layer"]
     assert first.get_ylabel() == "forward + backward (ms)" and first.get_yscale() == second.get_xscale() == "log"
 
 

@@ -65,6 +65,7 @@ def test_each_part_is_measured_and_shown(found):
     sizes = [layers.assign(size=size) for size in "abc"]
     drawn = plots.share_of_floor(pd.concat(sizes))
     assert f"EC-CF2 {100 * share['EC-CF2']:.0f}%" in drawn.alt
+    assert [text.get_text() for text in drawn.figure.legends[0].get_texts()] == [bench.FORWARD, bench.BOTH]
     said = [(ax.get_xlim(), bool(ax.get_xlabel())) for ax in drawn.figure.axes]
     assert said == [((0, 105), False), ((0, 105), True), ((0, 105), False)]  # once, in the middle
     steps = speed.rows(found, "step")
