@@ -15,6 +15,16 @@ def test_home_comes_first(tmp_path, monkeypatch):
     assert paths.runs() == paths.root() / "runs"
     assert paths.cache() == paths.root() / ".cache"
     assert paths.records("gpu") == paths.root() / "reports" / "gpu" / "runs"
+    assert paths.measures("gpu") == paths.root() / "reports" / "gpu" / "measures"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for home in ("~/here", "here/../here"):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("ECMOE_HOME", home)
+        assert paths.root() == tmp_path.resolve() / "here"
+    monkeypatch.delenv("ECMOE_CONFIGS", raising=False)
+    assert paths.configs() == Path(paths.__file__).resolve().parents[1] / "configs"
+    monkeypatch.setenv("ECMOE_CONFIGS", str(tmp_path / "mine"))
+    assert paths.configs() == tmp_path / "mine"
 
 
 def test_checkout_is_found_from_any_folder(tmp_path, monkeypatch):

@@ -96,6 +96,8 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
     assert "2.010 (1.985 to 2.035), 3 seeds" in plot.alt and plot.alt.endswith("Not run: Hash.")
     ticks = sorted(x for collection in ax.collections for x in collection.get_offsets()[:, 0])
     assert ticks == pytest.approx([2.0, 2.01, 2.02, 2.5, 2.51, 2.52])  # every seed is seen
+    highest = plots.final_loss(table(runs), lowest_first=False)
+    assert highest.data["arm"].tolist() == ["top-2", "EC", "Hash"]
     gaps = plots.final_loss(table(runs | {"A": [not_run(HASH)]}))
     assert gaps.data["arm"].tolist() == ["EC", "top-2", "Hash", "A"]  # which stay in their order
     one = drawn(plots.final_loss(table({"EC": [run(EC, 2.0)]})))
@@ -112,6 +114,9 @@ def test_loss_against_a_key():
     plot = drawn(plots.over(table(by_size), "num_experts"))
     assert plot.data["num_experts"].tolist() == [4, 8, 16] and "2.250 (2.250 to 2.250) at 4, 2.125" in plot.alt
     assert [tick.get_text() for tick in plot.figure.axes[0].get_xticklabels()] == ["4", "8", "16"]
+    scales = [plots.over(table(by_size), "num_experts", log=log).figure.axes[0].get_xscale() for log in (True, False)]
+    assert scales == ["log", "linear"] and plot.figure.axes[0].get_xscale() == "log"
+    assert plots.over(curves(by_size), "step").figure.axes[0].get_xscale() == "linear"
     dense = {"Dense": [run(EC.replace(router="dense", seed=s), 2.2 + s) for s in range(2)]}
     for level, across in ((None, []), ("Dense", [2.7])):
         (ax,) = drawn(plots.over(table(by_size | dense), "num_experts", level=level)).figure.axes
