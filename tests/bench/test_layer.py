@@ -307,6 +307,25 @@ def test_a_graph_of_the_losses_is_captured_once_and_trains_as_they_do(monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "capturable", "captured"),
+    [("cuda", {}, True, True), ("cpu", {}, True, False), ("cuda", {"cuda_graph": False}, True, False), ("cuda", {"compile": True}, False, False)],
+)  # fmt: skip
+def test_a_studys_step_takes_the_path_of_its_run(kind, changes, capturable, captured, tiny_config, monkeypatch):
+    given, compiled = [], []
+    monkeypatch.setattr(LitModel, "to", lambda lit, device: lit)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled.append(how))
+    monkeypatch.setattr(bench_step_module, "_tokens", lambda config, device: (config.seed, device.type))
+    monkeypatch.setattr(bench_step_module.graph, "capturable", lambda lit: capturable)
+    monkeypatch.setattr(bench_step_module, "step_of", lambda *args, **keys: given.append((args, keys)))
+    config = tiny_config(**{"seed": 3, "cuda_graph": True, "compile": False} | changes)
+    bench_step_module._run_step(config, torch.device(kind), "pool")
+    (((lit, optimizer, tokens), keys),) = given
+    assert keys == {"pool": "pool" if captured else None, "tracked": True} and tokens == (3, kind)
+    assert lit.config == config and {group["lr"] for group in optimizer.param_groups} == {0.0}
+    assert compiled == [{"dynamic": False}] * (config.layers * config.compile)
+
+
 @pytest.mark.parametrize("tracked", [False, True])
 def test_a_step_moves_statistics_once_whoever_does_it(tracked):
     lit = LitModel(arms(STEP)["EC-CF2"])
@@ -316,6 +335,15 @@ def test_a_step_moves_statistics_once_whoever_does_it(tracked):
         step_of(lit, optimizer, torch.randint(257, (4, 9)), **{"tracked": True} if tracked else {})()
         weight = 1 - layer.router.cutoff.beta**steps_made
         assert layer.router.cutoff.weight.item() == pytest.approx(weight)
+
+
+def test_a_step_clips_as_training_does():
+    lit = LitModel(arms(STEP)["EC-CF2"].replace(gradient_clip=1e-3))
+    before = [p.detach().clone() for p in lit.parameters()]
+    step_of(lit, torch.optim.SGD(lit.parameters(), lr=1.0), torch.randint(257, (4, 9)))()
+    moved = [float((new.detach() - old).square().sum()) for new, old in zip(lit.parameters(), before, strict=True)]
+    assert sum(moved) ** 0.5 == pytest.approx(1e-3, rel=0.02)
+    assert all(p.grad is None for p in lit.parameters())  # the next begins anew
 
 
 def test_even_routing_is_even_and_own_is_not():

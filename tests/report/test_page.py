@@ -243,6 +243,10 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     assert page.code.text == "ecmoe runs 13_gates --scale gpu --train"
     report.finding("a minus b is +0.1.", study("gpu", run))
     report.finding("a minus b is +0.1.", study("smoke", run))
+    other = config.replace(seed=1).name
+    report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "device": None}))
+    all_done = shown.pop()
+    assert "--train" not in all_done and "Rests on 2 runs of 20,480 tokens (seeds 0, 1) of " in all_done
     labels = [BeautifulSoup(part, "html.parser").find(class_="badge").text for part in shown[2:]]
     assert labels == ["finding", "plumbing only"] and "--train" in shown[2] and "--train" not in shown[3]
     assert "Rests on 1 run of 20,480 tokens (seed 0) of " in shown[2] and "Rests on" not in shown[1] + shown[3]
@@ -443,8 +447,9 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
 
     monkeypatch.setattr("papermill.execute_notebook", dies)
     nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
+    (tmp_path / "a.yaml").write_text("width: 1.5\n")
     with pytest.raises(ReportError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
-        execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html", parameters={"width": 2.0})
+        execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html", [tmp_path / "a.yaml"], parameters={"width": 2.0})
     assert capsys.readouterr().err == "[01_a] cell 2/3\n"  # of code; one more will hold the parameters
     assert not (tmp_path / "01_a.html").exists() and (tmp_path / "01_a.failed.html").exists() == begun
     if begun:

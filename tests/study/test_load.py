@@ -59,6 +59,20 @@ def test_who_would_train_for_hours_without_a_gpu_is_told_before(monkeypatch, cap
     assert ("1 runs will take more than" in "".join(said)) is told
 
 
+@pytest.mark.parametrize(
+    ("hours", "said"), [(0.99, ""), (2.0, "3 runs will take more than 2 hours"), (1234.4, "than 1,234 hours")]
+)
+def test_hours_are_the_flops_of_all_tokens_over_what_cores_do(monkeypatch, capsys, hours, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
+    configs = [RunConfig(steps=steps) for steps in (1, 2, 5)]
+    tokens = [config.steps * config.tokens_per_batch for config in configs]
+    monkeypatch.setattr(module, "flops_per_token", lambda config: hours * 3600 * 8 * module.CORE / sum(tokens))
+    module.warn_of_hours(configs)
+    told = capsys.readouterr().err
+    assert told.count("\n") == bool(said) and said in told
+
+
 def test_what_was_measured_is_a_table_with_a_row_for_each_gap(monkeypatch):
     """Of two arms and seeds: one that has rows, one of plain numbers, one that is missing; the second arm is trained."""
     hows = list(measurements("accuracy-at", {"places": [0.5, 2.0]}))
@@ -105,3 +119,32 @@ def test_a_run_that_fails_leaves_the_others_and_says_why(monkeypatch, capsys, tm
     (paths.runs() / one.name / "summary.json").touch()
     assert module._result(one, "gpu", False, []).summary["status"] == "failed"  # it was there to be read
     assert asked[1] == (one.config, False, False, [])
+
+
+def test_only_what_is_missing_moves_the_bar(monkeypatch, tmp_path):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    page = {"scale": "smoke", "seeds": [0, 1]}
+    planned = module.planning.of_page("13_gates", "smoke", page)
+    for path in (paths.runs() / planned[0].name / "summary.json", paths.records("smoke") / f"{planned[1].name}.json"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    bars, asked = [], []
+
+    class Bar(tqdm):
+        def __init__(self, **keys):
+            super().__init__(**keys)
+            bars.append((keys["total"], keys["disable"]))
+
+    def found(one, scale, train, callbacks):
+        asked.append((one.name, train, len(callbacks)))
+        return not_run(one.config)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(module, "_result", found)
+    for trains in (True, False):
+        study = load("13_gates", page | {"train_missing": trains})
+        assert [len(results) for results in study.values()] == [2] * len(study) and len(planned) == 2 * len(study)
+    left = planned[2:]
+    assert bars == [(sum(one.config.steps for one in left), False), (0, True)]
+    names = [one.name for one in planned]
+    assert asked == [(name, True, int(name in names[2:])) for name in names] + [(name, False, 0) for name in names]
