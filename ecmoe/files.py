@@ -229,9 +229,8 @@ def _told(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = (
-            [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node.value, list) else []
-        )
+        pairs = node.value if isinstance(node.value, list) else []
+        keys = [key for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
         first = {key.value: key for key in reversed(keys)}
         for key in keys:
             if first[key.value] is not key:

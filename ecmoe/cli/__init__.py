@@ -100,9 +100,8 @@ def runs(
     all_arms = dict.fromkeys(name for one in planned for name in one.arms)
     for start in arm or ():
         if not any(name.startswith(start) for name in all_arms):
-            raise ConfigError(
-                f"--arm {start}: no arm of the plan begins so: {nearest(start, all_arms, '`ecmoe runs` lists them')}"
-            )
+            meant = nearest(start, all_arms, "`ecmoe runs` lists them")
+            raise ConfigError(f"--arm {start}: no arm of the plan begins so: {meant}")
     wanted = [one for one in planned if not arm or any(name.startswith(tuple(arm)) for name in one.arms)]
     lacking = [(one, engine.lacks(one, scale)) for one in wanted[first::count]]
     left = [one for one, lacks in lacking if lacks]

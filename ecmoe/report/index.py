@@ -37,12 +37,11 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     check_scale(scale)
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)
+    found = [[page["file"], page["title"], *part] for page in pages for part in page["sections"]]
     parts = {
         "What holds": scoreboard_html(verdicts, answer(scale, verdicts), {page["name"] for page in pages}),
         "All pages": markup("listing", pages),
-        "Search": markup(
-            "search", [[page["file"], page["title"], *part] for page in pages for part in page["sections"]]
-        ),
+        "Search": markup("search", found),
         "What was run, and what is missing": studies_html(scale),
     }
     title = f"# Expert choice routing: what the paper claims, and what holds here\n\nAt scale `{scale}`."

@@ -24,9 +24,7 @@ def update(scale: str = "gpu") -> bool:
     """
     path = paths.root() / "README.md"
     if not path.exists():
-        raise ConfigError(
-            f"{path} is not there to be filled in: call it in a checkout, with ECMOE_HOME unset or set to it"
-        )
+        raise ConfigError(f"{path} is not there: call this in a checkout, with ECMOE_HOME unset or set to it")
     old = new = path.read_text(encoding="utf-8")
     texts, plots = sections(scale)
     for name, text in texts.items():

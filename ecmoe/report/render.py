@@ -94,10 +94,8 @@ def page_html(
             toc += [{"id": id, "plain": id, "level": 2, "html": text} for id, text in headings]
             cell.page["quiet"] = not cell.outputs and not cell.page["read"]
     sections = [{"id": _anchor(name, toc), "heading": name, "html": html} for name, html in (parts or {}).items()]
-    light, dark = (
-        HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
-        for style in ("default", "github-dark")
-    )
+    styles = (HtmlFormatter(style=name, nobackground=True) for name in ("default", "github-dark"))
+    light, dark = (style.get_style_defs(".highlight") for style in styles)
     style = (TEMPLATE / "style.css").read_text(encoding="utf-8")
     page = {
         "title": text_of(title) or "Report",

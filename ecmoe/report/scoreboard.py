@@ -46,9 +46,8 @@ def effects(verdicts: Verdicts) -> Plot:
             if part.estimate is not None:  # else the line of its claim says so
                 low, high = (math.nan if x is None else x for x in (part.low, part.high))
                 turned = _to_the_papers_side(part, part.estimate, low, high)
-                rows[nats if part.unit is Unit.NATS else percent].append(
-                    (f"{verdict.claim} {part.name}", *turned, part.label)
-                )
+                unit = nats if part.unit is Unit.NATS else percent
+                rows[unit].append((f"{verdict.claim} {part.name}", *turned, part.label))
     columns = ["name", "mean", "low", "high", "label"]
     there = {unit: pd.DataFrame(of, columns=columns) for unit, of in rows.items() if of}
     heights = [len(of) + 1.5 for of in there.values()]

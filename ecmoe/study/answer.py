@@ -61,9 +61,8 @@ def answer(scale: str, verdicts: Mapping[str, ClaimVerdict] | None = None) -> An
     elif len(by_label[NOT_RUN]) == len(found):
         sentences = ("Nothing was run yet.",)
     else:
-        others = _told(by_label, CONTRADICTED, NO_EFFECT, UNDECIDED, NOT_RUN) or [
-            "none is contradicted, undecided or without an effect"
-        ]
+        none = "none is contradicted, undecided or without an effect"
+        others = _told(by_label, CONTRADICTED, NO_EFFECT, UNDECIDED, NOT_RUN) or [none]
         sentences = _holds(found, by_label), f"{'; '.join(others)}.", _choice(found)
     return Answer(tuple(text[0].upper() + text[1:] for text in sentences), _cost(scale))
 

@@ -49,6 +49,5 @@ def origins(results: Iterable[Result]) -> pd.DataFrame:
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=["task", "started from", "relatedness", "how"]).astype({"relatedness": float})
     each = lambda names: "; ".join(names.unique())  # noqa: E731
-    return (
-        frame.groupby("task", sort=False).agg({"started from": each, "relatedness": "mean", "how": each}).reset_index()
-    )
+    of_task = {"started from": each, "relatedness": "mean", "how": each}
+    return frame.groupby("task", sort=False).agg(of_task).reset_index()

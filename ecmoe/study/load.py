@@ -55,17 +55,12 @@ class Study(Mapping[str, list[Result]]):
         from ecmoe.measures.measure import measure
 
         by_name = {result.summary["name"]: result for results in self.values() for result in results}
-        return [
-            (
-                one.arms[0],
-                one.seed,
-                how,
-                measure(by_name[one.name], how, scale=self.scale, train=one.arms[0] in self.train),
-            )
-            for one in self.planned
-            for how in one.measures
-            if how.what == what
-        ]
+        found = []
+        for one in self.planned:
+            for how in [how for how in one.measures if how.what == what]:
+                taken = measure(by_name[one.name], how, scale=self.scale, train=one.arms[0] in self.train)
+                found.append((one.arms[0], one.seed, how, taken))
+        return found
 
     def measured(self, what: str) -> pd.DataFrame:
         """The same as one table: the `rows` of each, or its numbers, with `arm`, `seed` and what it was taken for.
@@ -167,8 +162,7 @@ def beside(study: Study, mine: Mapping[str, Any], name: str = "yours") -> Study:
     Args:
         mine: keys of RunConfig in which the arm differs from the study's base. name: what figures call it.
     """
-    arms = planning.arms_of(study.parameters, study.scale) | {
-        name: dict(mine)
-    }  # varied already, where a page varies a key
+    # Varied already, where a page varies a key.
+    arms = planning.arms_of(study.parameters, study.scale) | {name: dict(mine)}
     asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}
     return _load(study.page, study.parameters | asked, {*study.train, name})

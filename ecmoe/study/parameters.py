@@ -98,12 +98,8 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
     Raises:
         ConfigError: an unknown scale or name; a value of another type than the files have, such as "false" for false.
     """
-    given = {
-        name: value
-        for name, value in given.items()
-        if not (name[0] == "_" or name.isupper() or name in ("In", "Out"))
-        and isinstance(value, str | int | float | list | dict)
-    }
+    names = [name for name in given if not (name[0] == "_" or name.isupper() or name in ("In", "Out"))]
+    given = {name: given[name] for name in names if isinstance(given[name], str | int | float | list | dict)}
     scale = given.get("scale", "smoke")
     check_scale(scale)
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))

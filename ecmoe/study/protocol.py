@@ -80,10 +80,10 @@ class Part(Held):
         if self.says == "near":
             return f"within {equal} of {amount(self.figure, self.unit)}"
         if self.says == "at or below":
-            rule = f"at or below {neutral}; above it by {equal} or less counts as equal"
-            return rule + f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" * bool(
+            direction = f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" * bool(
                 self.or_direction
             )
+            return f"at or below {neutral}; above it by {equal} or less counts as equal{direction}"
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
         figure = amount(self.figure, self.unit)
@@ -171,9 +171,7 @@ def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> C
         if names.count(part.name) > 1:
             raise ConfigError(f"claim {id}: two parts are called {part.name!r}")
         if part.or_direction not in (None, *names):
-            raise ConfigError(
-                f"claim {id}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts"
-            )
+            raise ConfigError(f"{where}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts")
     if not any(part.decides for part in parts):
         raise ConfigError(f"claim {id}: no part decides")
     if "page" in keys and not (paths.configs() / f"{keys['page']}.yaml").exists():

@@ -79,10 +79,8 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
         with contextlib.suppress(Enough):
             train_run(config, folder, callbacks=[Stop()], where=where)
         free_memory()  # for the next
-        write_record(
-            folder / "record.json",
-            Result(record.summary, pd.read_csv(folder / "curve.csv", float_precision="round_trip")),
-        )
+        curve = pd.read_csv(folder / "curve.csv", float_precision="round_trip")
+        write_record(folder / "record.json", Result(record.summary, curve))
         return read_record(folder / "record.json").curve
 
 

@@ -116,9 +116,9 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
 
 def rows_text(data: pd.DataFrame, at: str | None = None) -> str:
     """What each row shows, in the order of the figure. at: a column with where that is."""
-    return "; ".join(
-        f"{row.arm} {number(row)}"
-        + (f" at {getattr(row, at):g}" if at else "")
-        + f", {counted(int(row.seeds), 'seed')}"
-        for row in data.dropna(subset=["mean"]).itertuples()
+    rows = list(data.dropna(subset=["mean"]).itertuples())
+    where = [f" at {getattr(row, at):g}" if at else "" for row in rows]
+    said = (
+        f"{row.arm} {number(row)}{w}, {counted(int(row.seeds), 'seed')}" for row, w in zip(rows, where, strict=True)
     )
+    return "; ".join(said)

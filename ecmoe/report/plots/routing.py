@@ -35,12 +35,8 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
         rows += ["the paper (100M/64E)"] * bool(paper)
         name_gaps(ax, [y for y, name in enumerate(data.index) if name not in there.index])
         ax.set_yticks(range(len(rows)), rows)
-        ax.set(
-            ylim=(len(rows) - 0.5, -0.5),
-            xlim=(0, 100),
-            ylabel="",
-            xlabel="share of tokens (%), by the number of experts",
-        )
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 100), ylabel="")
+        ax.set_xlabel("share of tokens (%), by the number of experts")
         ax.grid(False)
         said = "; ".join(
             f"{label}: {row['0']:.1f}% none, {row['1'] + row['2']:.1f}% one or two, {row['3'] + row['4']:.1f}% three or four, "
@@ -68,6 +64,5 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
         return pd.DataFrame(w, columns=columns).assign(token=list(tokens)), said
 
     given = {title: np.asarray(w, dtype=float) for title, w in weights.items()}
-    return panels(
-        "combine weights, tokens by experts", draw, given, 1.6 + 0.42 * len(tokens), key="router", sharey=True
-    )
+    what, height = "combine weights, tokens by experts", 1.6 + 0.42 * len(tokens)
+    return panels(what, draw, given, height, key="router", sharey=True)
