@@ -222,7 +222,9 @@ def test_works_in_anyones_model_with_any_router():
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize(("held", "slots", "at_once"), [(1, 0, 1), (200, 0, 2), (1000, 0, 5), (1, 1, 3), (1, 2, 5)])
+@pytest.mark.parametrize(
+    ("held", "slots", "at_once"), [(1, 0, 1), (200, 0, 2), (400, 0, 3), (1000, 0, 5), (1, 1, 3), (1, 2, 5)]
+)
 def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch, held, slots, at_once):
     moe, x = (
         layer(lambda: ExpertChoice(D, 5, 2.0)),

@@ -47,6 +47,8 @@ def test_a_run_that_broke_off_has_no_loss(tiny_config, status):
         math.isnan(said[key]) for key in ("val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte")
     )
     assert said["status"] == status and said["error"] == "why" and said["steps"] == 10
+    at_once = summarize(tiny_config(), CURVE[:0], DATA, MADE, status=status)
+    assert (at_once["steps"], at_once["tokens"], at_once["routing"]) == (0, 0, {}) and math.isnan(at_once["seconds"])
 
 
 def test_it_is_written_after_all_that_it_names(tiny_config, monkeypatch):
