@@ -285,6 +285,21 @@ def test_saved_as_a_picture_it_is_the_same_each_time(runs, tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes() and picture.shape[1] == round(150 * style.WIDTH)
 
 
+def test_a_figure_that_is_not_saved_whole_leaves_the_old_one(runs, tmp_path, monkeypatch):
+    plot, path = plots.final_loss(table(runs)), tmp_path / "a.png"
+    plot.save(path)
+    before = path.read_bytes()
+
+    def full(figure, to, **_):
+        to.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(plot.figure), "savefig", full)
+    with pytest.raises(OSError, match="no space left to write .*a.png"):
+        plot.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     "setting", ["font.size: 30", "text.usetex: True", "axes.prop_cycle: cycler('color', ['r'])", "savefig.dpi: 7"]
 )

@@ -19,6 +19,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from ecmoe.files import written
+
 WIDTH = 9.0  # inches; a page shows it 900 pixels wide
 # What a page draws in the colours of its text and of its paper, so that a figure is right in the dark, too.
 INK, LINE, PAPER = "#1d2126", "#d8dde3", "#fefefe"
@@ -123,5 +125,6 @@ class Plot(NamedTuple):
         return re.sub(r"<svg [^>]*>", lambda _: head, text, count=1)
 
     def save(self, path: Path) -> None:
-        """The figure as a PNG, for where a page can't be shown; the same bytes each time."""
-        self.figure.savefig(path, dpi=150, metadata={"Software": None})
+        """The figure as a PNG, for where a page can't be shown, written by rename; the same bytes each time."""
+        with written(path) as temporary:
+            self.figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
