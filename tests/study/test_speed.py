@@ -68,6 +68,8 @@ def test_each_part_is_measured_and_shown(found):
     assert [text.get_text() for text in drawn.figure.legends[0].get_texts()] == [bench.FORWARD, bench.BOTH]
     said = [(ax.get_xlim(), bool(ax.get_xlabel())) for ax in drawn.figure.axes]
     assert said == [((0, 105), False), ((0, 105), True), ((0, 105), False)]  # once, in the middle
+    gap = plots.share_of_floor(speed.layers(found | {speed.layer_file("small"): speed.NOTHING}, ["0.1B/64E", "small"]))
+    assert [ax.get_title() for ax in gap.figure.axes] == ["0.1B/64E"] and "Not run: small." in gap.alt
     steps = speed.rows(found, "step")
     assert {row.routing for row in steps.itertuples() if row.arm == "EC-CF2"} == {"own"}
     assert {row.routing for row in steps.itertuples() if row.arm == "GShard top-2"} == {"own", "even"}

@@ -31,7 +31,7 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
     aside = rows["mode"].eq(GRAPH) | rows["variant"].astype(str).str.endswith("Dykstra")
     rows = rows[~floor & ~aside & rows["what"].isin(_COLORS)].reset_index(drop=True)
     rows["percent"] = 100 * rows["share_of_floor"].astype(float)
-    names = list(dict.fromkeys(rows["name"]))
+    names, measured = (list(dict.fromkeys(rows[column])) for column in ("name", "size"))
 
     def draw(ax: Axes, size: str) -> tuple[pd.DataFrame, str]:
         here = rows[rows["size"] == size]
@@ -40,14 +40,14 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         ax.get_legend().remove()
         ax.axvline(100, color=INK, linewidth=1)
         # Written once: beside each other they would touch.
-        ax.set(xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * (size == sizes[len(sizes) // 2]))
+        ax.set(xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * (size == measured[len(measured) // 2]))
         said = ", ".join(f"{row.name} {row.percent:.0f}%" for row in here[here["what"] == BOTH].itertuples())
         shown = here[["name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
         return shown, said
 
     what, height = f"speed of a layer, as a share of its floor's, {BOTH}", 1.6 + 0.28 * max(len(names), 2)
-    each = {size: size for size in sizes}
-    return panels(what, draw, each, height, sizes, rows["size"], key="size", legend=2, sharey=True)
+    each = {size: size for size in measured}
+    return panels(what, draw, each, height, sizes, measured, key="size", legend=2, sharey=True)
 
 
 def step_times(steps: pd.DataFrame) -> Plot:
