@@ -464,4 +464,9 @@ def test_what_is_no_notebook_is_named(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(ReportError, match=r"README\.md can't be read .*: it must be a notebook"):
         execute(tmp_path / "README.md", tmp_path / "out" / "o.html")
-    assert not (tmp_path / "out/o.html").exists()  # the list of pages names it as failed
+    assert not (tmp_path / "out/o.html").exists()
+    failed = BeautifulSoup((tmp_path / "out/o.failed.html").read_text(), "html.parser")  # which the list of pages names
+    assert failed.title.text == "README" and "must be a notebook" in failed.find("section", class_="failed").text
+    with pytest.raises(ReportError):
+        execute(tmp_path / "absent.ipynb", tmp_path / "out" / "absent.html")
+    assert not (tmp_path / "out/absent.failed.html").exists()
