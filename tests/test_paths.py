@@ -143,6 +143,34 @@ def test_a_linked_folder_is_part_of_the_text_but_one_that_holds_itself_is_named(
         paths.local_files(str(tmp_path / "text"))
 
 
+def test_files_are_told_by_their_kind(tmp_path):
+    texts = ["a.TXT", "a.json", "a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.txt.gz", "a.txt.xz"]
+    images = [
+        "a.bmp",
+        "a.gif",
+        "a.idx.xz",
+        "a.jpeg",
+        "a.jpg",
+        "a.jpgs.xz",
+        "a.pgm",
+        "a.png",
+        "a.ppm",
+        "a.tif",
+        "a.tiff",
+        "a.webp",
+    ]
+    for name in (*texts, *images, "a.md", "a.xz", "txt"):
+        (tmp_path / name).touch()
+    for prefix, kinds in (("", texts), ("images:", images)):
+        assert list(paths.local_files(f"{prefix}{tmp_path}")) == kinds
+        found = {
+            name: paths.local_files(f"{prefix}{tmp_path}/{name}") for name in (*texts, *images, "a.md", "nothing.txt")
+        }
+        assert {name: files for name, files in found.items() if files} == {
+            name: {name: tmp_path / name} for name in kinds
+        }
+
+
 def test_a_folder_that_cannot_be_read_is_named_not_left_out(tmp_path, monkeypatch):
     (tmp_path / "text" / "b").mkdir(parents=True)
     (tmp_path / "text" / "a.txt").write_text("a")
