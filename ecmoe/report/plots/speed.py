@@ -40,7 +40,9 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
         ax.get_legend().remove()
         ax.axvline(100, color=INK, linewidth=1)
         # Written once: beside each other they would touch.
-        ax.set(xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * (size == measured[len(measured) // 2]))
+        ax.set(
+            xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * (size == measured[len(measured) // 2])
+        )
         said = ", ".join(f"{row.name} {row.percent:.0f}%" for row in here[here["what"] == BOTH].itertuples())
         shown = here[["name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
         return shown, said
