@@ -102,10 +102,12 @@ def test_gates_and_experts_are_trained_each_by_their_own_keys(monkeypatch):
 
 
 @pytest.mark.parametrize(("clip", "growth"), [(0.0, 1), (0.5, 1000)])
-def test_training_follows_the_schedule_and_the_clipping_of_the_config(clip, growth):
+def test_training_follows_the_schedule_and_the_clipping_of_the_config(monkeypatch, clip, growth):
     """Adam's first step is the rate times the sign of a gradient: here a tenth, two tenths, ... of it. So are all others
     of one size, as clipping makes them."""
-    layer, seen = nn.Linear(1, 1, bias=False), []
+    layer, seen, norms = nn.Linear(1, 1, bias=False), [], []
+    clipped = expert_gate.clip
+    monkeypatch.setattr(expert_gate, "clip", lambda *given: (norms.append(given[2]), clipped(*given)))
 
     def loss(batch):
         seen.append(layer.weight.item())
@@ -115,6 +117,7 @@ def test_training_follows_the_schedule_and_the_clipping_of_the_config(clip, grow
         GATE.replace(steps=4, warmup_steps=10, learning_rate=0.1, gradient_clip=clip), layer, loss, torch.ones(100)
     )
     np.testing.assert_allclose(-np.diff(seen), [0.01, 0.02, 0.03], rtol=1e-4)
+    assert norms == [clip] * 4 * bool(clip)
 
 
 def test_training_takes_the_batches_of_the_seed():

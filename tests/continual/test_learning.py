@@ -133,8 +133,9 @@ def test_gate_right_is_the_diagonal_of_the_confusion(study):
 # Runs that are kept
 
 
-def test_the_same_config_gives_the_same_numbers():
-    config = EC.replace(tasks=2)
+@pytest.mark.parametrize("config", [EC, GATE])
+def test_the_same_config_gives_the_same_numbers(config):
+    config = config.replace(tasks=2)
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as of running statistics that nobody moves
