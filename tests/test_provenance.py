@@ -49,7 +49,7 @@ def test_our_commit_says_whether_files_differ_from_it(package, tmp_path, monkeyp
     head = git(tmp_path, "rev-parse", "--short=12", "HEAD")
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as within a hook of another repository
     assert provenance.commit() == head
-    (place / "cli.py").write_text("")
+    (place / "cli/__init__.py").write_text("")
     assert provenance.commit() == head + "+"
 
 
@@ -65,7 +65,7 @@ def test_the_digest_of_the_code_follows_what_is_computed(package):
         provenance.code_digest.cache_clear()
         return provenance.code_digest()
 
-    assert after("cli.py", "import", "import os\nimport") == before
+    assert after("cli/__init__.py", "import", "import os\nimport") == before
     assert after("training/optimizer.py", "import math", "# a comment\n\nimport math") == before
     assert after("training/lit.py", '"""', '"""Other words: ') == before
     assert after("model/attention.py", ": Tensor", ": torch.Tensor") == before
