@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ecmoe.bench import clock as timing
+from ecmoe.bench.rows import label, named, sized
+from ecmoe.files import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -25,6 +27,28 @@ def test_a_call_takes_what_it_takes():
 
 def test_median_and_quartiles_in_milliseconds():
     assert timing.spread([0.003, 0.001, 0.002]) == pytest.approx({"ms": 2.0, "low_ms": 1.5, "high_ms": 2.5})
+
+
+def test_a_row_is_named_without_what_is_usual():
+    assert label("EC") == label("EC", "", "plain", "eager") == "EC"
+    assert (
+        label("EC", "cap 2", "triton", "compiled, CUDA graph", "forward")
+        == "EC, cap 2, triton, compiled, CUDA graph, forward"
+    )
+    assert named(("EC", "", "plain")) == "EC, plain"
+
+
+def test_sizes_are_the_devices_but_for_those_that_are_given():
+    assert sized("cpu", ("n", "d_ff"), {"n": 8}) == {"n": 8, "d_ff": 256} and sized("cuda", ("heads",), {}) == {
+        "heads": 12
+    }
+    for given, said in (
+        ({"d_model": 8}, "no size 'd_model' .given: 8."),
+        ({"n": 0}, "n=0 must be"),
+        ({"n": 1.5}, "n=1.5 must be"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            sized("cpu", ("n", "d_ff"), given)
 
 
 def test_a_table_says_what_its_times_belong_to(monkeypatch):

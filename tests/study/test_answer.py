@@ -1,13 +1,15 @@
 """The answer in words says what the verdicts say, and no more."""
 
+from dataclasses import replace
+
 import pytest
 
 from ecmoe import paths
 from ecmoe.files import write_json
 from ecmoe.study.answer import answer
 from ecmoe.study.protocol import find_claim, protocol
-from ecmoe.study.verdict import of_evidence
-from tests.study.known import CENTRE, Known, losses, seeds
+from ecmoe.study.verdict import CONTRADICTED, IN_DIRECTION, NO_EFFECT, NOT_RUN, REPRODUCED, UNDECIDED, of_evidence
+from tests.study.known import CENTRE, Known, judged, losses, seeds
 
 
 @pytest.fixture
@@ -49,6 +51,29 @@ def test_the_cost_is_that_of_all_records(home):
         "All 4 runs took 1.5 hours of training on NVIDIA H100, NVIDIA H200; `make reproduce SCALE=gpu` loads them and "
         "trains what is missing."
     )
+
+
+SIZE = "at 4 layers of width 64, 8 experts, trained on 0 million tokens"
+
+
+@pytest.mark.parametrize(
+    ("labels", "holds", "does_not"),
+    [
+        ([REPRODUCED], f"1 claims, {SIZE}, 1 holds (C6: hash routing is worse than EC).", "None is contradicted, undecided or without an effect."),
+        ([REPRODUCED, REPRODUCED, NOT_RUN], f"3 claims 2 were run so far, {SIZE}: 2 hold (C6: hash routing is worse than EC; C6: hash routing is worse than EC).",
+         "1 is not run yet (C6)."),
+        ([UNDECIDED, NOT_RUN], f"2 claims 1 was run so far, {SIZE}: none holds.", "1 is undecided (C6); 1 is not run yet (C6)."),
+        ([IN_DIRECTION, CONTRADICTED, CONTRADICTED, NO_EFFECT],
+         f"4 claims, {SIZE}, 1 holds in direction, but not by as much (C6: hash routing is worse than EC).",
+         "2 are contradicted, at least in part (C6: hash routing is worse than EC; C6: hash routing is worse than EC); "
+         "no effect was found for 1 (C6: hash routing is worse than EC)."),
+    ],
+)  # fmt: skip
+def test_one_or_several_claims_of_each_label(home, labels, holds, does_not):
+    found = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}))
+    sentences = answer("gpu", {str(i): replace(found, label=label) for i, label in enumerate(labels)}).sentences
+    choice = "What that means for a choice of router, no run tells yet."
+    assert sentences == (f"Of the paper's {holds}", does_not[0].upper() + does_not[1:], choice)
 
 
 def test_what_says_nothing_is_said_to(home):
