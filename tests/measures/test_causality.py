@@ -306,6 +306,8 @@ def test_measurements_of_a_run(tiny_config):
     assert decoded["prompt"] == "".join(map(chr, windows[0, :8])) and len(decoded["continuation"]) == 5  # half of 16
     opened = causality._opened(model.train(), config)[0]
     assert not opened.training and model.training  # which is left as it was
+    kernels = [[layer.kernels for layer in one.moe_layers] for one in (opened, model)]
+    assert kernels == [["plain", "plain"], ["auto", "auto"]]
     assert (next(opened.parameters()).dtype, next(model.parameters()).dtype) == (torch.float64, torch.float32)
 
 

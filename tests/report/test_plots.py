@@ -277,6 +277,21 @@ def test_gates_send_images_to_experts():
         assert plots.gate_choices(*given, ["cats", "dogs", "cars"]).figure is None
 
 
+def test_a_figure_has_room_for_all_its_rows():
+    heights = {}
+    for count in (4, 9):
+        arms = [f"arm {i}" for i in range(count)]
+        frame = pd.DataFrame([(arm, s, i + s, r, "c") for i, arm in enumerate(arms) for s in (0, 1) for r in ("as trained", "causally")],
+                             columns=["arm", "seed", "loss", "routing", "given"]).assign(percent=0.5)  # fmt: skip
+        shares = frame.assign(**{f"share_{j}": 0.1 for j in range(9)})
+        kinds = pd.DataFrame({"kind": arms, "ms": 1.0, "share": 1 / count, "most": ""})
+        steps = frame.assign(path="plain", mode="eager", routing="own", ms=1.0, low_ms=1.0, high_ms=1.0)
+        made = [plots.final_loss(frame, "loss"), plots.by_routing(frame, "loss", "given", "loss"), plots.expert_shares(shares),
+                plots.profile(kinds), plots.step_times(steps), plots.routing_matrix({"EC": np.eye(count)}, arms)]  # fmt: skip
+        heights[count] = [plot.figure.get_size_inches()[1] for plot in made]
+    assert all(more - few >= 5 * 0.3 for few, more in zip(heights[4], heights[9], strict=True))
+
+
 def test_saved_as_a_picture_it_is_the_same_each_time(runs, tmp_path):
     plot, paths = plots.final_loss(table(runs)), [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:

@@ -39,3 +39,4 @@ def test_a_study_is_costed_arm_by_arm(tiny_config):
     assert rows.loc["Dense", "parameters"] == rows.loc["Dense", "active_parameters"]
     hours = 10 * config.tokens_per_batch * flops_per_token(config) / (0.4 * 989e12) / 3600
     assert rows.loc["EC", "gpu_hours"] == pytest.approx(hours)
+    assert rows.loc["EC", "gflops_per_token"] == flops_per_token(config) / 1e9
