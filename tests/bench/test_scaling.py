@@ -68,7 +68,9 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
     ]
     shown = CliRunner().invoke(app, called)
     assert shown.exit_code == 0, shown.output
-    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    kept = json.loads((tmp_path / "scaling.json").read_text())
+    rows, setting = kept["rows"], base["base"] | {"repeats": 5}
+    assert setting.items() <= kept["setting"].items() and {row["peak_mb"] for row in rows} == {5.0}
     shares = {(row["strategy"], row["pool"]): row["of_ideal"] for row in rows}
     assert shares == {("auto", "batch"): 1.0, ("ddp", "rank"): 0.9, ("ddp", "batch"): 0.8, ("fsdp2", "rank"): 0.75,
                       ("fsdp2", "batch"): 0.7}  # fmt: skip

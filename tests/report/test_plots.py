@@ -48,6 +48,7 @@ def drawn(plot):
     root = xml.fromstring(plot.svg())
     assert root.get("aria-label") == plot.alt and len(plot.alt) > 30
     assert not pyplot.get_fignums()  # shown by the report alone
+    assert all(ax.get_xlabel() for ax in plot.figure.axes) or "Combine weights" in plot.alt  # whose columns are named
     assert style.INK not in plot.svg() and style.PAPER not in plot.svg()
     return plot
 
@@ -69,6 +70,8 @@ def test_loss_over_steps(runs):
     assert ends.loc["EC", ["low", "high"]].tolist() == pytest.approx([2.01 - half, 2.01 + half])
     assert "EC 2.010 (1.985 to 2.035) at 100, 3 seeds; top-2 2.510" in plot.alt and plot.alt.endswith("Not run: Hash.")
     assert texts(plot) == ["EC", "top-2"]  # each at the end of its line
+    (ax,) = plot.figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "validation loss (nats per token)")
     assert not plot.figure.axes[0].get_title()  # its axis says it
 
 
@@ -77,6 +80,7 @@ def test_loss_against_a_reference_is_paired_by_seed(runs):
     assert plot.data["arm"].unique().tolist() == ["top-2"] and plot.data["mean"].tolist() == pytest.approx([0.5] * 4)
     assert plot.data["high"].sub(plot.data["low"]).max() < 1e-12  # what seeds share drops out
     assert sorted(texts(plot)) == ["EC", "top-2"] and "minus that of EC" in plot.alt
+    assert plot.figure.axes[0].get_ylabel() == "validation loss (nats per token)\nminus that of EC"
     assert plots.over(curves(runs), "step", reference="Hash").figure is None
 
 
@@ -289,6 +293,7 @@ def test_a_figure_has_room_for_all_its_rows():
         made = [plots.final_loss(frame, "loss"), plots.by_routing(frame, "loss", "given", "loss"), plots.expert_shares(shares),
                 plots.profile(kinds), plots.step_times(steps), plots.routing_matrix({"EC": np.eye(count)}, arms)]  # fmt: skip
         heights[count] = [plot.figure.get_size_inches()[1] for plot in made]
+    assert all(ax.get_xlabel() for plot in made[:-1] for ax in plot.figure.axes)
     assert all(more - few >= 5 * 0.3 for few, more in zip(heights[4], heights[9], strict=True))
 
 
