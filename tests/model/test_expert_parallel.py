@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from ecmoe import MoE, causal_routing
-from ecmoe.model.expert_parallel import share_experts
+from ecmoe.model import moe as moe_module
+from ecmoe.model.expert_parallel import Exchange, share_experts
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,13 +62,23 @@ def by_rank(two_ranks):
         for name in ROUTERS:
             moe = layer(name)
             assert len(share_experts(moe, mesh, torch.device("cpu"))) == 2
-            assert moe.w1.to_local().shape == (E // 2, D, FF)
+            own = moe.w1.to_local()
+            assert (
+                own.shape == (E // 2, D, FF) and own.untyped_storage().nbytes() == own.nbytes
+            )  # nothing of the others
             found[name] = stepped(moe, X.chunk(2)[rank], IDS.chunk(2)[rank])
         if INTERPRETED:
             moe = layer("of a rank's pool", kernels="triton")
             share_experts(moe, mesh, torch.device("cpu"))
             found["by kernels"] = stepped(moe, X.chunk(2)[rank], IDS.chunk(2)[rank])
-        return found
+        # Without gradients as few slots at a time as there is room for, here one a token.
+        moe_module.HELD, moe_module.SLOTS, widths, some = 0, 1, [], Exchange._some
+        Exchange._some = lambda *given: widths.append(given[-1].shape[1]) or some(*given)
+        moe = layer("token choice, all kept").eval()
+        share_experts(moe, mesh, torch.device("cpu"))
+        with torch.no_grad():
+            found["in parts"] = moe(X.chunk(2)[rank], IDS.chunk(2)[rank]).tolist()
+        return found | {"widths": widths}
 
     return two_ranks(work)
 
@@ -92,6 +103,14 @@ def test_two_ranks_are_one_process(by_rank, name):
     if len(halves) == 1:
         torch.testing.assert_close(
             torch.cat([torch.tensor(r["causal"]) for r in ranks]), torch.tensor(halves[0]["causal"])
+        )
+
+
+def test_slots_are_sent_as_far_as_there_is_room(by_rank):
+    for rank in by_rank:
+        assert max(rank["widths"]) == 2 * 8 // E < sum(rank["widths"])
+        torch.testing.assert_close(
+            torch.tensor(rank["in parts"]), torch.tensor(rank["token choice, all kept"]["evaluated"])
         )
 
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -77,3 +78,11 @@ def test_a_model_is_left_to_others_and_its_memory_given_back(tiny_config, two_ra
 
     (first, gone), (second, gone_too) = two_ranks(work)
     assert any("w1" in name for name in first[0]) and first == second and gone and gone_too
+
+
+def test_no_step_before_all_gradients_are_there(tiny_config, monkeypatch):
+    ddp, order = strategy(tiny_config(strategy="ddp", devices=2)), []
+    monkeypatch.setattr(DDPStrategy, "post_backward", lambda self, loss: order.append(loss))
+    ddp.travelling = [SimpleNamespace(wait=lambda name=name: order.append(name)) for name in ("w1", "w2")]
+    ddp.post_backward("loss")
+    assert order == ["w1", "w2", "loss"] and not ddp.travelling
