@@ -3,18 +3,14 @@
 Imports wait until a command needs them, so that help comes at once.
 """
 
-import dataclasses
-import json
-import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ecmoe import __version__, paths
+from ecmoe import __version__
+from ecmoe.cli import pages, runs
 from ecmoe.cli.bench import bench
-from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import assignments, nearest, plain
+from ecmoe.config import ConfigError
 
 
 class Commands(typer.core.TyperGroup):
@@ -37,187 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mixture-of-Experts with Expert Choice Routing: train runs, make reports.",
 )
+OF_RUNS = (runs.train, runs.generate, runs.keys, runs.runs, runs.run, runs.again)
+for command in (*OF_RUNS, pages.report, pages.index, pages.readme):
+    app.command()(command)
 app.add_typer(bench, name="bench")
-# Of a run's summary.
-SHOWN = ("name", "status", "error", "val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte", "tokens",
-         "seconds", "tokens_per_second", "mfu", "device", "path")  # fmt: skip
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the files")]
-
-
-@app.command()
-def train(
-    configs: Annotated[list[Path] | None, typer.Argument(help="YAML files, later ones win")] = None,
-    changes: Set = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
-) -> None:
-    """Train a run, or load it if it is there. No CONFIG: the defaults, EC-CF2 at smoke size."""
-    config = RunConfig.from_yaml(*(configs or []), **assignments(changes))
-    from ecmoe.training.ranks import rank
-    from ecmoe.training.run import run_or_load
-
-    result = run_or_load(config)
-    if rank():  # of torchrun: the first speaks for all
-        return
-    summary = plain(result.summary)
-    if as_json:
-        typer.echo(json.dumps(summary))
-    for key in () if as_json else SHOWN:
-        if (value := (summary | {"path": result.path}).get(key)) is not None:
-            typer.echo(f"{key:18} {f'{value:.6g}' if isinstance(value, float) else value}")
-    if not result.ok:
-        raise typer.Exit(1)
-
-
-Scale = Annotated[str, typer.Option(help="smoke, gpu or paper")]
-
-
-@app.command()
-def runs(
-    pages: Annotated[list[str] | None, typer.Argument(help="such as 01_convergence; none: all")] = None,
-    scale: Scale = "gpu",
-    missing: Annotated[bool, typer.Option("--missing", help="only those that are not done")] = False,
-    names: Annotated[bool, typer.Option("--names", help="only their names, one a line, as for xargs")] = False,
-    check: Annotated[bool, typer.Option("--check", help="exit with 1 if any is not done")] = False,
-    part: Annotated[str, typer.Option(help="this share of the plan: 2/3, the second of three machines")] = "1/1",
-    arm: Annotated[list[str] | None, typer.Option(help="only arms whose name begins so, such as Hash")] = None,
-    train_them: Annotated[bool, typer.Option("--train", help="train and measure what is missing")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="with --train: so many side by side")] = 1,
-    within: Annotated[float, typer.Option(help="with --train: start none after so many minutes")] = math.inf,
-) -> None:
-    """List the plan: the runs and measurements that pages rest on, and what is there of them; or carry it out.
-
-    Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
-    """
-    from ecmoe.study import engine
-    from ecmoe.study.plan import plan, sound
-
-    if not train_them and (jobs > 1 or within < math.inf):
-        raise ConfigError("--jobs and --within must come with --train, as nothing is trained without it")
-    first, count = _part(part)
-    planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
-    if not (pages or planned or wrong):
-        raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
-    all_arms = dict.fromkeys(name for one in planned for name in one.arms)
-    for start in arm or ():
-        if not any(name.startswith(start) for name in all_arms):
-            meant = nearest(start, all_arms, "`ecmoe runs` lists them")
-            raise ConfigError(f"--arm {start}: no arm of the plan begins so: {meant}")
-    wanted = [one for one in planned if not arm or any(name.startswith(tuple(arm)) for name in one.arms)]
-    lacking = [(one, engine.lacks(one, scale)) for one in wanted[first::count]]
-    left = [one for one, lacks in lacking if lacks]
-    if train_them:
-        raise typer.Exit(engine.train(left, scale, jobs=jobs, minutes=within))
-    for one, lacks in lacking:
-        if lacks or not missing:
-            where = f"{one.pages[0]:24} {one.arms[0]:48} s{one.seed}"
-            typer.echo(one.name if names else f"{where:78} {one.name:46} {lacks or 'there'}")
-    if not names:
-        typer.echo(f"{len(left)} of {len(lacking)} missing")
-    for error in wrong.values():
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(2 if wrong else int(check and bool(left)))
-
-
-@app.command()
-def run(
-    names: Annotated[list[str], typer.Argument(help="of runs, as `ecmoe runs` lists them; or how they begin")],
-    scale: Scale = "gpu",
-    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="in runs/NAME, as scale smoke does")] = False,
-) -> None:
-    """Train runs of the plan, or load them, and take the measurements that pages want of them.
-
-    Leaves reports/SCALE/runs/NAME.json and reports/SCALE/measures/NAME/*.json. The exit code is 1 if any failed, 2 if it
-    will always fail, since something in its config can't be.
-    """
-    from ecmoe.study import engine
-    from ecmoe.study.plan import sound
-
-    wanted = engine.find(sound(scale)[0], names)
-    raise typer.Exit(engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"))
-
-
-@app.command()
-def again(
-    names: Annotated[list[str], typer.Argument(help="of recorded runs; or how they begin")],
-    scale: Scale = "gpu",
-    steps: Annotated[int | None, typer.Option(min=1, help="stop at the first validation after so many steps")] = None,
-) -> None:
-    """Train recorded runs anew, aside, and compare their curves: does this machine reproduce the numbers?
-
-    The exit code is 1 if one differs. On the card of the record, what was found is kept in reports/SCALE/repeats: it shows
-    whether two versions of the code compute the same.
-    """
-    from ecmoe.study import engine, repeats
-    from ecmoe.study.plan import sound
-
-    equal = True
-    for run in engine.find(sound(scale)[0], names):
-        one = repeats.again(run.name, scale, steps)
-        equal &= one["equal"]
-        by = "; ".join(f"{column} by up to {most:.3g}" for column, most in one["differs"].items())
-        said = f"equal in {one['rows']} rows" if one["equal"] else f"of {one['rows']} rows some differ: {by}"
-        typer.echo(f"{run.name}  code {one['recorded']} -> {one['code']}  {one['device']}  {said}")
-    raise typer.Exit(int(not equal))
-
-
-@app.command()
-def report(
-    notebook: Annotated[Path, typer.Argument(help="a notebook of notebooks/")],
-    page: Annotated[Path, typer.Argument(help="the HTML page to write")],
-    files: Annotated[list[Path] | None, typer.Option("-f", "--file", help="parameters in YAML, later ones win")] = None,
-    changes: Set = None,
-    no_train: Annotated[bool, typer.Option("--no-train", help="leave missing runs as gaps")] = False,
-) -> None:
-    """Execute a notebook with parameters and render it as one HTML page."""
-    from ecmoe.report.execution import execute
-
-    execute(notebook, page, files or [], parameters=assignments(changes), train_missing=False if no_train else None)
-    typer.echo(page)
-
-
-@app.command()
-def index(
-    scale: Annotated[str, typer.Argument(help="smoke, gpu or paper")] = "smoke",
-    reports: Annotated[Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")] = None,
-) -> None:
-    """Write index.html: the scoreboard, with a list of the pages that are there."""
-    from ecmoe.report.index import index as write_index
-
-    typer.echo(write_index(scale, reports))
-
-
-@app.command()
-def readme(scale: Annotated[str, typer.Argument(help="whose results: gpu")] = "gpu") -> None:
-    """Fill in README.md's figure and claim table from finished reports."""
-    from ecmoe.report.readme import update
-
-    typer.echo("README.md " + ("changed" if update(scale) else "is up to date"))
-
-
-@app.command()
-def generate(
-    run: Annotated[str, typer.Argument(help="a finished run: its folder, its name, or how that begins")],
-    prompt: Annotated[str, typer.Argument(help="the text to continue")],
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to add")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="sample among the k likeliest")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
-) -> None:
-    """Continue a text with a trained run, routed causally."""
-    from ecmoe.training.continuation import continue_text
-
-    try:
-        typer.echo(continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-@app.command()
-def keys() -> None:
-    """List the keys of a run: name, default, meaning."""
-    for field in dataclasses.fields(RunConfig):
-        default = "null" if field.default is None else str(field.default)
-        typer.echo(f"{field.name:26} {default:14} {field.metadata['help']}")
 
 
 def _version(wanted: bool) -> None:
@@ -233,17 +52,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _part(text: str) -> tuple[int, int]:
-    """ "2/3" -> 1, 3."""
-    try:
-        part, count = map(int, text.split("/"))
-    except ValueError:
-        part = count = 0
-    if not 1 <= part <= count:
-        raise ConfigError(f"--part {text}: must be I/N with I in 1..N, such as 1/2")
-    return part - 1, count
 
 
 def main() -> None:
