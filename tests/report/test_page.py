@@ -339,9 +339,9 @@ def test_provenance_has_all_that_numbers_come_from(shown):
 def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
     columns = ["arm", "seed", "status", "val_loss", "lost"]
     rows = [
+        ("b", 0, "not run", np.nan),
         ("a", 0, "finished", 1.5),
         ("a", 1, "not run", np.nan),
-        ("b", 0, "not run", np.nan),
         ("a", 2, "not run", np.nan),
     ]
     table = pd.DataFrame(rows, columns=columns[:4])
@@ -349,7 +349,7 @@ def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
     report.show_runs(table.replace("finished", "diverged"), ["val_loss"])
     first, second = (BeautifulSoup(part, "html.parser") for part in shown)
     assert first.summary.text == second.summary.text == "1 of 4 runs, one by one"
-    assert first.caption.text == "Ends. Not run: a (seed 1, 2); b (seed 0)."
+    assert first.caption.text == "Ends. Not run: b (seed 0); a (seed 1, 2)."
     cells = [
         [[cell.text for cell in row.find_all(["th", "td"])] for row in part.find_all("tr")] for part in (first, second)
     ]

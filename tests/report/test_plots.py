@@ -281,6 +281,25 @@ def test_gates_send_images_to_experts():
         assert plots.gate_choices(*given, ["cats", "dogs", "cars"]).figure is None
 
 
+def test_arms_and_panels_stand_in_the_order_of_the_page():
+    rows = [
+        (arm, s, 1.0 + s, r, given)
+        for given in "yxz"
+        for arm in "cab"
+        for s in (0, 1)
+        for r in ("as trained", "causally")
+    ]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "loss", "routing", "given"])
+    plot = plots.by_routing(frame, "loss", "given", "loss")
+    assert [ax.get_title() for ax in plot.figure.axes if ax.get_title()] == [*"yxz"]
+    assert list(dict.fromkeys(plot.data["arm"])) == re.findall("([abc]), causally", plot.alt)[:3] == [*"cab"]
+    shares = plots.expert_shares(frame.assign(**{f"share_{j}": 0.1 for j in range(9)}))
+    assert shares.data["arm"].tolist() == re.findall("([abc]): 10.0% none", shares.alt) == [*"cab"]
+    tasks = frame.assign(after=1, task=1, accuracy=0.5)
+    kept = plots.retention(tasks)
+    assert [ax.get_title() for ax in kept.figure.axes if ax.get_visible()] == [*"cab"]
+
+
 def test_a_figure_has_room_for_all_its_rows():
     heights = {}
     for count in (4, 9):

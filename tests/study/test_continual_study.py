@@ -78,7 +78,7 @@ def test_tables_of_several_seeds():
     """Of two seeds that ran and one that didn't: rows, means, and where experts started."""
     runs = [
         Result({
-            "seed": seed, "status": "finished", "task_names": ["cats", "dogs"], "accuracy": [[0.9, None], [0.8 - seed / 10, 0.7]],
+            "seed": seed, "status": "finished", "task_names": ["trains", "dogs"], "accuracy": [[0.9, None], [0.8 - seed / 10, 0.7]],
             "confusion": [[1.0, 0.0], [seed, 1 - seed]],
             "origins": [{"task": None, "related": None, "how": "scratch"}, {"task": 0, "related": related, "how": how}],
         })
@@ -86,8 +86,8 @@ def test_tables_of_several_seeds():
     ]  # fmt: skip
     lost = Result({"seed": 2, "status": "failed"})
     rows = continual.retained({"a": [*runs, lost]})
-    shown = [(0, 1, 1, "cats", 0.9), (0, 2, 1, "cats", 0.8), (0, 2, 2, "dogs", 0.7)]
-    shown += [(1, 1, 1, "cats", 0.9), (1, 2, 1, "cats", 0.7), (1, 2, 2, "dogs", 0.7)]
+    shown = [(0, 1, 1, "trains", 0.9), (0, 2, 1, "trains", 0.8), (0, 2, 2, "dogs", 0.7)]
+    shown += [(1, 1, 1, "trains", 0.9), (1, 2, 1, "trains", 0.7), (1, 2, 2, "dogs", 0.7)]
     columns = ["seed", "after", "task", "name", "accuracy"]
     assert rows.iloc[:6][columns].values.tolist() == [[*cells, pytest.approx(x)] for *cells, x in shown]
     assert (
@@ -99,6 +99,6 @@ def test_tables_of_several_seeds():
     assert continual.mean_matrix([lost], "confusion") is None
     origins = continual.origins([*runs, lost]).fillna(0).to_dict("records")
     assert origins == [
-        {"task": "cats", "started from": "nothing", "relatedness": 0, "how": "scratch"},
-        {"task": "dogs", "started from": "cats", "relatedness": pytest.approx(0.6), "how": "fine-tuning; LwF"},
+        {"task": "trains", "started from": "nothing", "relatedness": 0, "how": "scratch"},
+        {"task": "dogs", "started from": "trains", "relatedness": pytest.approx(0.6), "how": "fine-tuning; LwF"},
     ]

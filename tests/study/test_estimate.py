@@ -178,4 +178,5 @@ def test_numbers_carry_their_unit_and_no_false_digits():
 
 def test_only_shared_seeds_are_paired():
     assert estimate.shared({0: 1.0, 2: 1.0, 1: 1.0}, {2: 0.0, 1: 0.0, 7: 1.0}) == [1, 2] and estimate.shared() == []
+    assert estimate.shared(dict.fromkeys((8, 1, 16), 0.0)) == [1, 8, 16]
     assert isinstance(of_values([1.0]), Estimate)

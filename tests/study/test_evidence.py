@@ -148,3 +148,10 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     write_json(speed.folder("gpu") / f"{speed.study_file(speed.study_arms('gpu'))}.json", {"rows": timed})
     assert Evidence("gpu", "").step_time(timed[3]["arm"], timed[0]["arm"]) == 1.3
     assert math.isnan(Evidence("gpu", "").step_time("no arm", timed[0]["arm"]))
+
+
+def test_what_is_missing_is_in_the_order_of_seeds(monkeypatch):
+    evidence = Evidence("gpu", "01_convergence")
+    monkeypatch.setattr(evidence, "planned", {"EC": dict.fromkeys((16, 8, 1))}, raising=False)
+    monkeypatch.setattr(evidence, "finished", lambda arm: {8: {}})
+    assert evidence.missing("EC") == [1, 16] and evidence.missing("other") == []
