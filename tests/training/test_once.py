@@ -3,17 +3,19 @@
 import multiprocessing
 import os
 import shutil
+import threading
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.files import ConfigError, Damaged
 from ecmoe.training import once as protocol
 from ecmoe.training import run as training
-from ecmoe.training.result import not_run, read_record, read_run, write_run
+from ecmoe.training.result import Result, not_run, read_record, read_run, write_run
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +253,33 @@ def test_two_processes_that_want_the_same_run_train_it_once(tiny_config, forked)
     assert sorted(results.get(timeout=60) for _ in processes) == [(True, 0), (True, 1)]
     for process in processes:
         process.join()
+
+
+def test_what_was_made_again_and_did_not_finish_is_told_and_takes_no_place(run):
+    config, folder = run
+    (folder / "model.safetensors").unlink()
+    stopped = Result(not_run(config).summary | {"status": "stopped"})
+    assert protocol.once(config, lambda *_: stopped, weights=True) is stopped
+    assert run_or_load(config, train=False).ok
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_who_finds_the_lock_taken_waits_and_a_rank_does_not(tmp_path, monkeypatch, capsys, progress):
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with FileLock(tmp_path / "run.lock"):
+            taken.set()
+            done.wait()
+
+    threading.Thread(target=hold, daemon=True).start()
+    taken.wait()
+    with monkeypatch.context() as ranks, pytest.raises(SystemExit, match="another process makes run: wait for it"):
+        ranks.setattr(protocol, "in_torchrun", lambda: True)
+        with protocol.lock(tmp_path / "run", progress):
+            pass
+    assert not capsys.readouterr().err
+    threading.Timer(0.1, done.set).start()
+    with protocol.lock(tmp_path / "run", progress) as still_ours:
+        still_ours()
+    assert ("[run] waiting: another process makes it" in capsys.readouterr().err) == progress

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,10 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
         run_or_load(config, progress=False)
     asked = f"-m torch.distributed.run --standalone --nproc-per-node=2 -m ecmoe.training {folder}"
     assert capfd.readouterr() == ("", f"{asked}\n")  # output is for results of the caller
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace())  # a notebook's, which is no file
+    with pytest.raises(RuntimeError, match="ended with code -9"):
+        run_or_load(config, progress=False)
+    assert capfd.readouterr().out == f"{asked}\n"
 
 
 @pytest.mark.parametrize("lost_at", [1, 2])

@@ -136,6 +136,7 @@ def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
     for name in ("dense-s0-1", "dense-s0-12", "hash-s1-3"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     runs = tmp_path / "runs"
+    (runs / "hash-s1-3.lock").touch()
     assert (
         results.find_run(runs / "hash-s1-3")
         == results.find_run("hash-s1-3")

@@ -38,7 +38,7 @@ def texts(tmp_path):
 def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, texts):
     a, b = (tiny_config(seed=31, data=str(texts / name / "text.txt")) for name in "ab")
     assert a.name != b.name
-    trained = run_or_load(a, progress=False)
+    trained = run_or_load(a, records=texts, progress=False)
     assert run_or_load(b, train=False).summary["status"] == "not run"
     shutil.copy(texts / "a" / "text.txt", texts / "b" / "text.txt")
     b = b.replace(data=str(texts / "b" / "text.txt"))
@@ -47,6 +47,8 @@ def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, t
     (texts / "b" / "text.txt").unlink()
     assert run_or_load(b, train=False).ok  # what isn't here is no other one
     (texts / "b" / "text.txt").write_text("The end.")
+    with pytest.warns(UserWarning, match="another text here"):  # a record says what it was trained on
+        assert run_or_load(b, records=texts).ok
     for call in ({}, {"train": False}):
         with pytest.raises(ConfigError, match="another text here than the one .* bring that back, or leave out #"):
             run_or_load(b, **call)
