@@ -1,6 +1,7 @@
 """The command line: quick help, errors in one line, a run as text and as JSON."""
 
 import dataclasses
+import errno
 import json
 import math
 import re
@@ -227,6 +228,17 @@ def test_readme_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch):
     wrong = call("readme")
     assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and "ECMOE_HOME unset" in wrong.stderr
     assert f"{tmp_path / 'README.md'} is not there" in wrong.stderr and not any(tmp_path.iterdir())
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch):
+    def gone(text, err=False):
+        if not err:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        said.append(text)
+
+    said = []
+    monkeypatch.setattr("typer.echo", gone)
+    assert call("keys").exit_code == 1 and not said
 
 
 def test_a_plan_without_pages_is_no_plan_that_is_done(tmp_path, monkeypatch):
