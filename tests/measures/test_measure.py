@@ -116,7 +116,8 @@ def test_names_say_what_and_for_what_and_hold_nothing_else():
     (longer,) = measurements("fine-tuned", {"task": ["rte"], "steps": 11})
     assert tuned.name == moved.name != longer.name and tuned.name.startswith("fine-tuned-rte-")
     (evil,) = measurements("fine-tuned", {"task": ["../$(x)"]})
-    assert evil.name == "fine-tuned--x-"
+    (capital,) = measurements("fine-tuned", {"task": ["SST_2"]})
+    assert evil.name == "fine-tuned--x-" and capital.name == "fine-tuned-sst-2"
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,9 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
         scoreboard.effects({"C6": verdicts["C6"], "wide": two, "C9": verdicts["C6"]}).figure.axes[0].get_xlim()
     )
     assert left == -right and right < 0.1  # one wide interval doesn't squeeze the rest
+    alone = scoreboard.effects({"wide": two})
+    low, high = alone.data.loc[0, ["low", "high"]]
+    assert alone.figure.axes[0].get_xlim()[1] > max(-low, high) > 0.04  # whole, where all are as wide
     turned = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.58)}))
     (ax,), (other,) = (scoreboard.effects({"C6": one}).figure.axes for one in (verdicts["C6"], turned))
     assert ax.get_xlim() == pytest.approx(other.get_xlim())  # for and against the paper alike
