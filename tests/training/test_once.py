@@ -283,3 +283,12 @@ def test_who_finds_the_lock_taken_waits_and_a_rank_does_not(tmp_path, monkeypatc
     with protocol.lock(tmp_path / "run", progress) as still_ours:
         still_ours()
     assert ("[run] waiting: another process makes it" in capsys.readouterr().err) == progress
+
+
+def test_a_failure_is_kept_until_a_try_succeeds(tiny_config):
+    config = tiny_config(seed=96, steps=2)
+    with pytest.raises(ZeroDivisionError):
+        protocol.once(config, lambda *_: 1 / 0)
+    kept = run_or_load(config, train=False).summary
+    assert kept["status"] == "failed" and kept["error"] == "ZeroDivisionError: division by zero"
+    assert run_or_load(config, progress=False).ok
