@@ -99,7 +99,8 @@ def test_a_cast_to_16_bits_leaves_the_average_what_it_is():
     moved = wide.to(torch.bfloat16)
     assert torch.equal(moved.average, narrow.average) and moved.average.dtype == torch.float32
     moved.register_buffer("absent", None)
-    assert moved.double().average.dtype == torch.float64 and moved.to("meta").average.is_meta
+    assert moved.double().average.dtype == torch.float64 and moved.float().average.dtype == torch.float32
+    assert moved.to("meta").average.is_meta
 
 
 def test_one_expert_that_is_no_number_moves_none():

@@ -1,6 +1,7 @@
 """The processes of one run: two train as one, they end with their caller, and rank variables of others say nothing."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import torch
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import sealed
+from ecmoe.training import ranks
 from ecmoe.training import run as train
 from ecmoe.training.once import LostLock
 from ecmoe.training.ranks import by_torchrun, check_world
-from ecmoe.training.result import not_run, write_run
+from ecmoe.training.result import not_run, read_run, write_run
 
 
 def start(config: RunConfig) -> subprocess.Popen:
@@ -115,6 +117,23 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
     with pytest.raises(RuntimeError, match="ended with code -9"):
         run_or_load(config, progress=False)
     assert capfd.readouterr().out == f"{asked}\n"
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_the_first_rank_says_why_it_failed(tiny_config, tmp_path, monkeypatch, keep_weights):
+    config, told = tiny_config(devices=2, strategy="ddp"), []
+    (tmp_path / "config.yaml").write_text(train._yaml(config))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), *["--no-weights"] * (not keep_weights)])
+    monkeypatch.setattr(ranks, "end_with_caller", lambda: None)
+    monkeypatch.setattr(train, "train_run", lambda *given, **keys: told.append((given, keys)) or 1 / 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ZeroDivisionError):
+            runpy.run_module("ecmoe.training.__main__")
+        assert (tmp_path / "summary.json").exists() == (rank == "0")
+    assert told == [((config, tmp_path), {"keep_weights": keep_weights})] * 2
+    assert read_run(tmp_path).summary["error"] == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("lost_at", [1, 2])
