@@ -1,7 +1,9 @@
 """Reports, end to end: a notebook with everything in it becomes a page that is safe and complete."""
 
+import gc
 import re
 import sys
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from ecmoe.config import RunConfig
+from ecmoe.report import execution
 from ecmoe.report import page as report
 from ecmoe.report.execution import ReportError, execute
 from ecmoe.report.markup import table_html
@@ -433,6 +436,16 @@ def test_of_what_a_cell_shows_html_comes_before_a_picture():
     data = {"image/png": "iVBORw0KGgo=", "text/html": "<b>shown</b>", "text/plain": "plain"}
     made.cells[1].outputs = [nbformat.v4.new_output("display_data", data=data)]
     assert "<b>shown</b>" in (page := page_html(made)) and "image/png" not in page
+
+
+def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives():
+    managers = [execution._ThisPython() for _ in range(2)]
+    folders = [Path(manager.ip).parent for manager in managers]
+    assert all(folder.is_dir() and len(str(folder)) < 40 for folder in folders) and folders[0] != folders[1]
+    assert {manager.transport for manager in managers} == {"ipc"} and managers[0].kernel_spec.argv[0] == sys.executable
+    managers.clear()
+    gc.collect()
+    assert not any(folder.exists() for folder in folders)
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -394,6 +394,7 @@ def test_nothing_at_all_is_no_figure():
         plots.profile(pd.DataFrame()),
     ):
         assert plot.figure is None and re.search("not run", plot.alt)
+    assert plots.final_loss(table(missing)).alt == "Validation loss (nats per token): not run. Not run: EC."
 
 
 def test_no_name_at_the_end_of_a_line_lies_over_another():
