@@ -87,7 +87,7 @@ def test_a_router_without_a_pool_is_trained_once_by_each_strategy(tiny_config, m
 @pytest.mark.parametrize("only", ["training,layers,losses", "layers", "losses"])
 @pytest.mark.parametrize("there", [0, 3])
 def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monkeypatch):
-    asked = {"base": {"d_model": 8}, "devices": [1, 2, 4], "strategies": ["ddp"], "layers": {"a": {"n": 4}}}
+    asked = {"base": {"d_model": 8}, "devices": [1, 4, 2], "strategies": ["ddp"], "layers": {"a": {"n": 4}}}
     called = []
 
     def one(name, *arguments, **keys):

@@ -158,6 +158,7 @@ def test_amendments_say_when_what_and_why():
         ({"says": "above", "of": "accuracy", "neutral": 0.5}, "above 50% by more than 3.0 points, which counts as equal"),
         ({"says": "above", "how": "bench", "figure": 1.2}, "above 1 (by 2% or less counts as equal); the paper: 1.2 times"),
         ({"says": "below", "of": "share_3", "figure": 0.25}, "below 0 (by 3.0 points or less counts as equal); the paper: 25%"),
+        ({"says": "below", "of": "accuracy_causal", "how": "accuracy"}, "below 0 by more than 3.0 points, which counts as equal"),
         ({"says": "near", "of": "share_3", "figure": 0.23}, "within 3.0 points of 23%"),
         ({"says": "at or below"}, "at or below 0; above it by 0.005 nats or less counts as equal"),
         ({"says": "at or below", "or_direction": "y", "direction": "it does"},
