@@ -98,6 +98,8 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     monkeypatch.setattr(LitFineTuning, "configure_gradient_clipping", clipped)
     monkeypatch.setattr(LitFineTuning, "predict_step", predicted)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)  # of noise on the logits, where a router has some
+    trainers = []  # inference tensors could be in no later training step's graph
+    monkeypatch.setattr(fine_tuning, "new_trainer", lambda *a, **k: trainers.append(k) or new_trainer(*a, **k))
     batches, orders = fine_tuning.Batches, []
     monkeypatch.setattr(fine_tuning, "Batches", lambda *given: (orders.append(given[2]), batches(*given))[1])
     asked = {
@@ -111,6 +113,7 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     found = fine_tuned(build_model(config), config, **asked)
     labels = [json.loads(line)["label"] for line in (shouting / "cola/validation.jsonl").read_text().splitlines()][:20]
     wrong = {"accuracy": 1 - np.mean(labels), "accuracy_causal": 1 - np.mean(labels)}  # it always says 0
+    assert trainers == [{"max_steps": 2, "gradient_clip_val": 1.0, "inference_mode": False}]
     majority = max(np.mean(labels), 1 - np.mean(labels))
     counts = {"train": 20, "validation": 20, "truncated": 0.0}
     assert found["rows"] == [{"task": "cola", **wrong, "majority": pytest.approx(majority), **counts}]

@@ -115,6 +115,7 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     assert row["mean"] == pytest.approx(0.1) and row["low"] <= row["mean"] <= row["high"]  # the paper: EC below
     half = scoreboard.effects({"C1": judged("C1", losses(**CENTRE))})  # the paper: at or below
     assert half.data.set_index("name").loc["C1 half the steps, renormalized gates", "mean"] == pytest.approx(-0.099)
+    assert half.figure.axes[0].get_xlim()[1] > 0.099  # the largest is seen, beside smaller ones
     shares = {"share_1": 0.4, "share_2": 0.3, "share_3": 0.14, "share_4": 0.08} | dict.fromkeys(
         ("share_5", "share_6", "share_7", "share_8"), 0.005
     )
