@@ -231,7 +231,7 @@ class FakeHub:
     """Stands in for datasets.load_dataset: what was asked for, and rows to answer with."""
 
     def __init__(self, monkeypatch, **splits):
-        self.asked, self.splits = [], splits
+        self.asked, self.splits, self.said = [], splits, ("mit", "@misc{x,\n  title={X}}", "")
         monkeypatch.setattr(datasets, "load_dataset", self)
 
     def __call__(self, *names, **options):
@@ -239,7 +239,7 @@ class FakeHub:
         sets = {}
         for name, texts in self.splits.items():
             found = datasets.Dataset.from_dict({"text": texts})
-            found.info.license, found.info.citation = "mit", "@misc{x,\n  title={X}}"
+            found.info.license, found.info.citation, found.info.homepage = self.said
             sets[name] = found.to_iterable_dataset() if options["streaming"] else found
         return datasets.IterableDatasetDict(sets) if options["streaming"] else datasets.DatasetDict(sets)
 
@@ -287,6 +287,8 @@ def test_any_data_set_of_the_hub(monkeypatch, data, names):
     found = open_corpus(data)
     assert hub.asked[0][0] == names
     assert (found.licence, found.attribution) == ("mit", "@misc{x, title={X}}")
+    for hub.said, attribution in ((("", "", "x.org"), "x.org"), (("", "", ""), "not stated")):
+        assert open_corpus(data)[1:3] == ("not stated", attribution)
 
 
 def test_hub_errors_name_the_key(monkeypatch):

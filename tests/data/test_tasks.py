@@ -21,6 +21,19 @@ def test_the_papers_tasks_are_eleven():
     assert len(papers) == 11 and all(task.classes == 2 + (name in ("cb", "mnli")) for name, task in papers.items())
 
 
+def test_columns_are_those_of_the_hub():
+    """What is asked comes last. https://huggingface.co/datasets/nyu-mll/glue and aps/super_glue."""
+    columns = {"boolq": "passage question", "cola": "sentence", "qnli": "sentence question", "qqp": "question1 question2",
+               "sst2": "sentence", "wic": "sentence1 sentence2 word", "lines": "line"}  # fmt: skip
+    columns |= dict.fromkeys(("cb", "mnli"), "premise hypothesis")
+    columns |= dict.fromkeys(("mrpc", "rte", "wnli"), "sentence1 sentence2")
+    assert {name: " ".join(task.columns) for name, task in tasks.TASKS.items()} == columns
+    assert {name for name, task in tasks.TASKS.items() if "super" in task.hub} == {"boolq", "cb", "wic"}
+    assert {name: task.validation for name, task in tasks.TASKS.items() if task.validation != "validation"} == {
+        "mnli": "validation_matched"
+    }
+
+
 def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
     write(
         tmp_path,

@@ -82,6 +82,11 @@ def test_bad_input_is_named(bad):
         generate(**({"model": warm(), "prompt": ids(1, 2), "tokens": 1} | bad))
 
 
+def test_nothing_is_added_where_nothing_is_asked_for():
+    model = warm().train()
+    assert torch.equal(generate(model, ids(1), 0), ids(1)) and model.training  # as it was
+
+
 def test_an_untrained_router_has_no_cutoffs():
     with pytest.raises(ValueError, match="seen no training batch"):
         generate(build_model(CONFIG), ids(1, 2), 1)

@@ -158,6 +158,7 @@ def test_table_1_has_the_papers_sizes(name):
     config, (size, _, experts) = TABLE_1[name].config, name.partition("/")
     sizes = {"0.1B": (12, 768, 3072, 12), "8B": (32, 4096, 16384, 32)}
     assert (config.layers, config.d_model, config.d_ff, config.heads) == sizes[size]
+    assert (config.sequence_length, config.batch_size, config.vocab_size) == (1024, 64, 256_000)
     assert (
         (config.router, f"{config.num_experts}E") == ("expert_choice", experts) if experts else config.router == "dense"
     )

@@ -177,6 +177,8 @@ def test_callbacks_and_loggers_come_along(tiny_config, monkeypatch):
 def test_the_trainer_is_told_what_the_config_says(tiny_config, tmp_path, monkeypatch, checkpoints):
     given = {}
     monkeypatch.setattr(train, "new_trainer", lambda _, **keys: given.update(keys) or 1 / 0)
+    shared = []
+    monkeypatch.setattr(train, "_share_compiled_code", lambda: shared.append(1))
     config = tiny_config(steps=7, accumulate=3, eval_every=5, eval_batches=2, devices=2, num_nodes=2, strategy="ddp")
     callbacks = [L.Callback(), *[L.pytorch.callbacks.ModelCheckpoint()] * checkpoints]
     for some in (callbacks, [] if not checkpoints else callbacks[1:]):
@@ -184,5 +186,5 @@ def test_the_trainer_is_told_what_the_config_says(tiny_config, tmp_path, monkeyp
             train.train_run(config, tmp_path, progress=False, callbacks=some)
         assert (given["devices"], given["num_nodes"]) == (2, 2) and given["callbacks"][1:] == some
         assert (given["max_steps"], given["accumulate_grad_batches"], given["val_check_interval"]) == (7, 3, 15)
-        assert given["limit_val_batches"] == 2 and given["enable_checkpointing"] is checkpoints
+        assert given["limit_val_batches"] == 2 and given["enable_checkpointing"] is checkpoints and shared.pop()
         assert isinstance(given["strategy"], L.pytorch.strategies.DDPStrategy) and given["logger"] == []
