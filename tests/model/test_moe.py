@@ -254,6 +254,21 @@ def test_ids_and_masks_of_another_shape_are_refused(given, message):
         layer()(torch.randn(2, 5, D), **given)
 
 
+@pytest.mark.parametrize(("kernels", "fuse"), [("plain", True), ("triton-bmm", False)])
+def test_a_router_that_takes_the_layer_at_once_writes_its_statistics(monkeypatch, kernels, fuse):
+    told, x, everyone = [], tokens(), torch.ones(B, T, dtype=torch.bool)
+    monkeypatch.setattr(ExpertChoice, "at_once", lambda _, *given, **keys: told.append((given, keys)) or given[0] + 1)
+    moe = layer(kernels=kernels)
+    moe.aux_loss = torch.ones(())  # of the pass before
+    assert torch.equal(moe(x), x + 1) and moe.aux_loss is None
+    (((_, w1, w2, room), keys),) = told
+    assert w1 is moe.w1 and w2 is moe.w2 and room == moe.room(x) and keys.pop("fuse") is fuse
+    buffers = moe.load, moe.demand, moe.tokens, moe.experts_per_token
+    assert all(ours is theirs for ours, theirs in zip(keys.pop("statistics"), buffers, strict=True)) and not keys
+    layer()(x, mask=everyone), layer(recompute=True)(x)
+    assert len(told) == 1  # in steps
+
+
 def test_a_copy_leaves_the_last_loss_behind():
     moe = layer(lambda: TokenChoice(D, E, 2))
     moe(tokens())

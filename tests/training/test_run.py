@@ -187,4 +187,9 @@ def test_the_trainer_is_told_what_the_config_says(tiny_config, tmp_path, monkeyp
         assert (given["devices"], given["num_nodes"]) == (2, 2) and given["callbacks"][1:] == some
         assert (given["max_steps"], given["accumulate_grad_batches"], given["val_check_interval"]) == (7, 3, 15)
         assert given["limit_val_batches"] == 2 and given["enable_checkpointing"] is checkpoints and shared.pop()
+        assert given["check_val_every_n_epoch"] is None and given["num_sanity_val_steps"] == 0
+        assert (
+            given["use_distributed_sampler"] is given["inference_mode"] is False
+            and given["default_root_dir"] == tmp_path
+        )
         assert isinstance(given["strategy"], L.pytorch.strategies.DDPStrategy) and given["logger"] == []
