@@ -261,6 +261,7 @@ def test_on_one_rank_its_pool_is_the_batch():
     ("keys", "said"),
     [
         ({"strategy": "ep", "devices": 3}, "num_experts=8.*3 ranks"),
+        ({"strategy": "ep", "devices": 2, "num_nodes": 3}, "num_experts=8.*6 ranks"),
         ({"strategy": "ep", "devices": 2, "router": "dense"}, "router='dense'"),
         ({"strategy": "ep", "devices": 2, "optimizer": "adafactor"}, "optimizer='adafactor' with strategy='ep'"),
         ({"strategy": "fsdp2", "optimizer": "adafactor"}, "optimizer='adafactor' with strategy='fsdp2'"),

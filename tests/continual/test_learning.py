@@ -10,7 +10,7 @@ import torch
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.continual import ContinualConfig, learning
-from ecmoe.continual.expert_gate import Gate, new_expert
+from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert
 from ecmoe.continual.learning import OneNetwork, as_large, count, final_accuracy, forgetting, run, split
 from ecmoe.data import images
 from ecmoe.files import Damaged
@@ -134,12 +134,15 @@ def test_gate_right_is_the_diagonal_of_the_confusion(study):
 
 
 @pytest.mark.parametrize("config", [EC, GATE])
-def test_the_same_config_gives_the_same_numbers(config):
+def test_the_same_config_gives_the_same_numbers(config, monkeypatch):
     config = config.replace(tasks=2)
+    asked, relatedness = [], ExpertGate.relatedness
+    monkeypatch.setattr(ExpertGate, "relatedness", lambda gates, x, *k: (asked.append(len(x)), relatedness(gates, x, *k))[1])
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as of running statistics that nobody moves
         one = run(config)
+    assert set(asked) <= {int(task.held.sum()) for task in split(images.load("digits"), config)}  # of held images alone
     torch.manual_seed(2)
     state = torch.get_rng_state()
     assert run(config) == one

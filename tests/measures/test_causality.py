@@ -123,8 +123,11 @@ def test_what_routing_tells_of_coins_is_known(monkeypatch):
 
     monkeypatch.setattr(causality, "held_out", lambda config, batches: (Coins, windows))
     monkeypatch.setattr(causality, "decisions", of_coins)
+    features, factors = causality.routing_features, set()
+    monkeypatch.setattr(causality, "routing_features", lambda taken, c: factors.add(c) or features(taken, c))
     model, config = model_of(layers=2), CONFIG.replace(layers=2, sequence_length=17, batch_size=4)
     found = causality.next_token_information(model, config, batches=1, classes=2)
+    assert factors == {config.capacity_factor}
     bits = {(row["given"], row["routing"]): row["bits"] for row in found["rows"]}
     for given in causality.GIVEN[:2]:
         assert found["entropy"][given].item() == pytest.approx(1.0, abs=0.02)

@@ -121,10 +121,12 @@ def test_loss_against_a_key():
     scales = [plots.over(table(by_size), "num_experts", log=log).figure.axes[0].get_xscale() for log in (True, False)]
     assert scales == ["log", "linear"] and plot.figure.axes[0].get_xscale() == "log"
     assert plots.over(curves(by_size), "step").figure.axes[0].get_xscale() == "linear"
-    dense = {"Dense": [run(EC.replace(router="dense", seed=s), 2.2 + s) for s in range(2)]}
+    dense = {"Dense": [run(EC.replace(router="dense", num_experts=2, seed=s), 2.2 + s) for s in range(2)]}
     for level, across in ((None, []), ("Dense", [2.7])):
         (ax,) = drawn(plots.over(table(by_size | dense), "num_experts", level=level)).figure.axes
         assert [line.get_ydata()[0] for line in ax.get_lines() if line.get_transform() != ax.transData] == across
+        marked = {float(x) for line in ax.get_lines() if line.get_transform() == ax.transData for x in line.get_xdata()}
+        assert (2 in marked) == (level is None)
 
 
 def test_large_numbers_are_in_thousands():

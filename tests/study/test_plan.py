@@ -86,6 +86,7 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
     ("text", "said"),
     [
         ("arms: [ECC]", "there is no arm 'ECC': did you mean EC?"),
+        ("arms: [Quux]", "there is no arm 'Quux': configs/arms.yaml names them all"),
         ("arms: EC", "arms='EC' must be a list, such as ['EC']"),
         ("arms: 5", "arms=5 must be a list"),
         ("arms: {EC: 3}", "arm 'EC' must hold `key: value` lines, but holds 3"),

@@ -16,6 +16,7 @@ from ecmoe.training import summary as summaries
 from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Recorder
 from ecmoe.training.summary import summarize
+from ecmoe.training.trainer import resolved_precision
 
 CURVE = pd.DataFrame({
     "step": [4, 8, 10], "tokens": [400, 800, 1000], "seconds": [1.0, 2.0, 3.0], "train_loss": [3.0, 2.5, 2.6],
@@ -100,7 +101,9 @@ def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
 
 
 def test_images_have_no_perplexity():
-    said = summarize(RunConfig(data="digits", patch_size=2, sequence_length=16), CURVE, DATA, MADE, status="finished")
+    config = RunConfig(data="digits", patch_size=2, sequence_length=16)
+    said = summarize(config, CURVE, DATA, MADE, status="finished")
+    assert config.precision == "auto" and said["precision"] == resolved_precision(config) != "auto"
     assert math.isnan(said["perplexity"]) and said["val_loss"] == 2.25
 
 
