@@ -74,6 +74,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"max_experts_per_token": 1}, ["max_experts_per_token=1", "at least 2"]),
         ({"router": "token_choice", "top_k": 9}, ["top_k=9", "num_experts=8"]),
         ({"vocab_size": 300}, ["vocab_size=300", "bytes"]),
+        ({"vocab_size": 256, "tokenizer": "bpe"}, ["vocab_size=256 with tokenizer=bpe", "at least 257"]),
         ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
         # Held to the config's own sizes, not to those of the defaults.

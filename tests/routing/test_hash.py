@@ -57,5 +57,6 @@ def test_balanced_loads_differ_by_no_more_than_a_word(counts, e):
 def test_errors_name_what_is_missing():
     with pytest.raises(ValueError, match="token_ids"):
         Hash(D, 4, V).assign(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="3 entries.*vocab_size=10"):
-        Hash(D, 4, V, token_counts=torch.ones(3))
+    for entries in (3, V + 1):
+        with pytest.raises(ValueError, match=f"{entries} entries.*vocab_size=10"):
+            Hash(D, 4, V, token_counts=torch.ones(entries))
