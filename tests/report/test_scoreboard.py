@@ -37,6 +37,7 @@ def pages(tmp_path, monkeypatch):
     )
     (configs / "01_a.yaml").write_text("arms: [EC]\nseeds: [0]\n")
     (configs / "02_b.yaml").write_text("arms: [EC, GShard]\nseeds: [0, 1, 2]\n")
+    (configs / "03_c.yaml").write_text("arms: [ECC]\n")  # plans nothing
     monkeypatch.setattr(paths, "configs", lambda: configs)
     lost = finished(EC.replace(seed=1), 60)
     lost.summary["status"] = "diverged"
