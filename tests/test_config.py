@@ -32,6 +32,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
     [
         ({"nun_experts": 3}, ["nun_experts", "3", "did you mean num_experts"]),
         ({"lr": 0.1}, ["'lr'", "did you mean learning_rate"]),
+        ({"factor": 2.0}, ["'factor'", "did you mean capacity_factor"]),
         ({"batch": 3}, ["'batch'", "did you mean"]),
         ({"zzz": 3}, ["'zzz'", "`ecmoe keys` lists the keys"]),
         ({"d_model": 1_000_000_000_001}, ["heads=4", "d_model=1000000000001", "heads may be 1"]),
