@@ -137,7 +137,9 @@ def test_gate_right_is_the_diagonal_of_the_confusion(study):
 def test_the_same_config_gives_the_same_numbers(config, monkeypatch):
     config = config.replace(tasks=2)
     asked, relatedness = [], ExpertGate.relatedness
-    monkeypatch.setattr(ExpertGate, "relatedness", lambda gates, x, *k: (asked.append(len(x)), relatedness(gates, x, *k))[1])
+    monkeypatch.setattr(
+        ExpertGate, "relatedness", lambda gates, x, *k: (asked.append(len(x)), relatedness(gates, x, *k))[1]
+    )
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as of running statistics that nobody moves
