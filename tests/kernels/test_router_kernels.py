@@ -68,6 +68,11 @@ def test_of_equal_scores_the_first_are_taken():
     scores = torch.tensor([[0.0, -0.0, 0.0, 1.0, 0.0, -0.0], [2.0] * 6, [1, 3, 1, 3, 1, 3.0]], device=DEVICE)
     assert kernels.select(scores, 3).tolist() == [[0, 1, 3], [0, 1, 2], [1, 3, 5]]
     assert kernels.select(scores, 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 3, 5]]
+    last = torch.arange(300) % 16  # bits, each as often the last that decides
+    scores = (0x3F000000 + last).int().view(torch.float32)
+    for k in range(9, 300, 19):
+        expected = scores.argsort(descending=True, stable=True)[:k].sort().values
+        assert torch.equal(kernels.select(scores[None].to(DEVICE), k)[0].cpu(), expected)
 
 
 def test_select_takes_pools_and_softmax_scores():

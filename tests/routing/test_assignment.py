@@ -23,6 +23,8 @@ def test_by_hand():
     assert HAND.load(4).tolist() == [2, 3]
     assert HAND != HAND.renormalized(4) and HAND in {HAND}  # each is its own: tensors are no one truth value
     assert HAND.renormalized(4).dense(4).tolist() == [[1.0, 0.0], [0, 0], [0.25, 0.75], [0, 1.0]]
+    asked = Assignment(*HAND, torch.tensor([3, 5]), torch.tensor(0.5)).renormalized(4)
+    assert asked.demand.tolist() == [3, 5] and asked.aux_loss == 0.5
 
 
 def test_gradients_reach_the_gates():

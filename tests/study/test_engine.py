@@ -132,6 +132,7 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project):
         (["runs", "--within", 1], "--jobs and --within must come with --train"),
         (["run", "expert-choice"], "no run 'expert-choice' in the plan: 3 runs begin so"),
         (["run", "nosuch"], "no run 'nosuch' in the plan"),
+        (["run", "choice"], "no run 'choice' in the plan: did you mean expert-choice"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_code_2(project, arguments, said):
