@@ -143,12 +143,15 @@ def test_what_a_cap_adds_is_against_the_same_path(measured):
 
 
 def test_compiled_rows(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda layer, **how: compiled.append(how) or layer)
+    compiled, called = [], set()
+    as_they_are = lambda layer, **how: compiled.append(how) or (lambda *x: called.add(layer) or layer(*x))  # noqa: E731
+    monkeypatch.setattr(torch, "compile", as_they_are)
     table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2, compiled=True)
     rows = table[table["mode"] == "compiled"]
     assert set(rows["variant"]) == {"", "capacity 2 n/e", "grouped_mm"}
-    assert compiled == 3 * [{"dynamic": False}]
+    assert compiled == 3 * [{"dynamic": False}] and len(called) == 3
+    bench.bench_auto([{"n": 16, "d_model": 4}], num_experts=4, compiled=True, repeats=2)
+    assert len(compiled) == len(called) == 5
 
 
 def test_what_fails_is_named_and_the_rest_is_measured(monkeypatch):

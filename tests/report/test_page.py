@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.figure import Figure
 
 from ecmoe.config import RunConfig
 from ecmoe.report import execution
 from ecmoe.report import page as report
 from ecmoe.report.execution import ReportError, execute
 from ecmoe.report.markup import table_html
+from ecmoe.report.plots import Plot
 from ecmoe.report.render import page_html, ways
 from ecmoe.study.load import Study
 from ecmoe.study.plan import Planned
@@ -221,6 +223,10 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
         report.show_table(frame, formats={"lose": ".2f"})
     report.show_table(pd.DataFrame(columns=["a"]))
     assert "nothing" in shown[1]
+    figure = Figure(figsize=(1, 1))
+    figure.subplots()
+    report.show(Plot(figure, "a line", frame), "A caption", {"loss": ".1f"})
+    assert BeautifulSoup(shown[2], "html.parser").find_all("td")[0].text == "3.7"
 
 
 def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
@@ -403,6 +409,7 @@ def test_what_a_cell_shows_comes_before_its_log_and_its_headings_are_in_the_cont
         ("md", "## No title\n\nWords.\n\n# A `title`\n\n<b>What</b> it\nshows.\n\n### Deep\n\n#### Deeper"),
         ("code", "1"),
         ("code", "2"),
+        ("md", "# Another title\n\nMore words."),
     )
     made.cells[2].metadata["tags"] = ["try"]
     bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a bar that has ended"}

@@ -337,6 +337,7 @@ def test_the_fastest_path_is_profiled_on_its_device(kind, monkeypatch):
         ("_scaled_kernel", "loss"),
         ("_squares_kernel", "optimiser"),
         ("aten::_fused_adamw_ void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimiser"),
+        ("aten::linalg_vector_norm void at::native::reduce_kernel<NormTwoOps>", "optimiser"),
         ("_logits_dw_kernel", "routing"),
         ("_take_kernel", "routing"),
         ("_gather_dot_kernel", "gather and combine"),
