@@ -363,6 +363,7 @@ def test_a_step_moves_statistics_once_whoever_does_it(tracked):
         step_of(lit, optimizer, torch.randint(257, (4, 9)), **{"tracked": True} if tracked else {})()
         weight = 1 - layer.router.cutoff.beta**steps_made
         assert layer.router.cutoff.weight.item() == pytest.approx(weight)
+        assert len(optimizer._optimizer_step_post_hooks) == tracked  # none is left to slow the steps of others
 
 
 def test_a_step_clips_as_training_does():

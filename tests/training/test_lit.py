@@ -257,3 +257,11 @@ def test_a_callback_is_told_what_each_step_lost(tiny_config):
     assert (
         all({"train_loss", "aux_loss"} <= set(one) for one in told) and told[0]["train_loss"] != told[1]["train_loss"]
     )
+
+
+def test_what_validation_logs_is_of_all_ranks_and_weighs_by_sequences(tiny_config, monkeypatch):
+    lit, told = LitModel(tiny_config()), []
+    lit._trainer = object()
+    monkeypatch.setattr(lit, "log_dict", lambda values, **how: told.append(how))
+    lit.validation_step(WINDOWS[0][:3], 0)
+    assert told == [{"batch_size": 3, "sync_dist": True}]
