@@ -182,6 +182,14 @@ def test_padding_takes_no_place(solver):
     torch.testing.assert_close(masked[mask].sum(), alone.sum(), rtol=2e-3, atol=0)
 
 
+def test_dykstras_filler_comes_last_whatever_its_scores():
+    S, every = scores("random", 24, 4), torch.ones(1, 24, dtype=torch.bool)
+    for target in torch.tensor([[9], [11]]):
+        expected = dykstra(S, target, 2, every).topk(int(target), dim=2).indices
+        _, I = capped_top_k(S, 12, 2, solver="dykstra", valid=every, target=target)
+        assert torch.equal(I[..., : int(target)].sort().values, expected.sort().values)
+
+
 def test_gradients_reach_the_chosen_scores():
     S = scores("random", 64, 8).requires_grad_()
     G, I = capped_top_k(S, 16, 2)
