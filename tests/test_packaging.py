@@ -160,6 +160,7 @@ def test_light_install_builds_and_runs_models_and_says_what_the_rest_needs():
         [sys.executable, *flags, "-c", LIGHT.format(absent=sorted(absent))], capture_output=True, text=True
     )
     hint = "isn't installed; it comes with the extra 'study': pip install '.[study]'"
+    assert ran.stdout.startswith("ecmoe.run_or_load: ") and ran.stdout.split()[1] in absent
     assert ran.returncode == 2 and hint in ran.stdout and ran.stderr.startswith("error: ") and hint in ran.stderr, ran
 
 

@@ -57,7 +57,7 @@ def test_a_mark_of_utf_8_is_no_text(tmp_path, name):
 def test_rows_of_json_are_documents(tmp_path):
     rows = [{"text": f"row {i}", "label": i} for i in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(" " + json.dumps(rows))
     expected = [row["text"] for row in rows]
     for name in ("a.jsonl", "b.json"):
         assert [t for _, t in open_corpus(str(tmp_path / name)).train] == expected
@@ -248,7 +248,8 @@ class FakeHub:
 def test_c4(monkeypatch, streaming):
     hub = FakeHub(monkeypatch, train=["one", "", "two"], validation=["three"])
     found = open_corpus("c4", streaming)
-    assert [t for _, t in found.train] == ["one", "two"] and [t for _, t in found.validation] == ["three"]
+    assert list(found.train) == [("one", "one"), ("two", "two")]  # copies of a text are a unit
+    assert [t for _, t in found.validation] == ["three"]
     assert hub.asked == [(("allenai/c4", "en"), {"streaming": streaming})]
     assert "ODC-BY" in found.licence and "Raffel" in found.attribution
 

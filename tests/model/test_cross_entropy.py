@@ -110,8 +110,8 @@ def test_it_compiles_whole(chunks):
 
 
 def test_operator_is_what_it_says():
-    x, weight, targets = problem()
-    for keep in (True, False):
+    for keep, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.bfloat16)):
+        x, weight, targets = problem(dtype=dtype)
         tests = ["test_schema", "test_faketensor"] + ["test_autograd_registration"] * keep
         torch.library.opcheck(torch.ops.ecmoe.linear_cross_entropy, (x, weight, targets, keep), test_utils=tests)
 

@@ -55,7 +55,7 @@ def test_a_loop_that_forgets_is_told_once(router):
     assert len([w for w in told if "running statistics" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize("case", ["tracked", "nothing to move", "another optimiser", "copied and tracked"])
+@pytest.mark.parametrize("case", ["tracked", "nothing to move", "another optimiser", "another router", "copied and tracked"])
 def test_others_are_told_nothing(case):
     net = model((lambda: TokenChoice(D, E, 1)) if case == "nothing to move" else (lambda: ExpertChoice(D, E)))
     if case == "copied and tracked":
@@ -64,6 +64,9 @@ def test_others_are_told_nothing(case):
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
     if "tracked" in case:
         track(net, optimizer)
+    if case == "another router":
+        loop(net, optimizer, steps=1)
+        net[1].router = TokenChoice(D, E, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loop(net, optimizer, steps=3)

@@ -189,6 +189,7 @@ def test_two_routings_of_one_seed():
     )
     frame = wide.melt(["arm", "seed"], var_name="routing", value_name="loss").assign(change="other text")
     panels = drawn(plots.by_routing(frame, "loss", "change", "loss (nats)"))
+    assert panels.alt.endswith("Not run: b.")
     assert re.search("other text: .*; a, causally 5.500", panels.alt) and legend(panels) == ["as trained", "causally"]
 
 

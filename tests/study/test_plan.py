@@ -98,6 +98,7 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
         ),
         ("arms: [EC]\nmeasures: [decoding]", "measures=['decoding'] must hold `key: value` lines"),
         ("arms: [EC]\nseeds: 3", "seeds=3 must be a list"),
+        ("arms: [EC]\nseeds: [true]", "seeds=[True] must be a list of whole numbers, not of True"),
         ("arms: [EC]\nseeds: {0: 1}", "seeds={0: 1} must be a list"),
         ("arms: [EC]\nseeds: [0, 1, 0]", "seeds=[0, 1, 0] holds 0 twice"),
         ("arms: [EC]\nseeds: []", "seeds=[] must name at least one"),

@@ -64,6 +64,7 @@ def between(low, high, n=4, unit=Unit.NATS, level=0.95):
         (part("below", ratio=True, figure=0.5), 0.40, 0.60, IN_DIRECTION),
         (part("below", ratio=True, figure=0.5), 0.40, 1.10, UNDECIDED),
         (part("below", ratio=True, figure=0.5), 0.985, 1.015, NO_EFFECT),
+        (part("below", ratio=True, figure=0.5), 0.985, 1.0201, UNDECIDED),
         (part("below", ratio=True, figure=0.5), 1.03, 1.30, CONTRADICTED),
         (part("above", ratio=True, figure=1.2), 1.21, 1.30, REPRODUCED),
         (part("above", ratio=True, figure=1.2), 1.05, 1.30, IN_DIRECTION),
