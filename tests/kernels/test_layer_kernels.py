@@ -99,6 +99,14 @@ def test_a_layer_counts_eight_experts_or_more_of_a_token_in_one():
     assert shares[0].statistics() == shares[1].statistics() and shares[1].statistics()["share_8"] > 0.8
 
 
+def test_a_router_may_be_trained_alone():
+    grads = []
+    for moe in (layer("plain"), layer("triton")):
+        moe.requires_grad_(False).router.requires_grad_()
+        grads += torch.autograd.grad(moe(tokens()).square().sum(), moe.router.weight)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch):
     moe, x, seen = layer("triton"), tokens(), []
     expected, experts = moe(x).detach(), kernels.experts
