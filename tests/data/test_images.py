@@ -234,7 +234,9 @@ def test_cifar10_comes_from_the_hub(monkeypatch):
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(images.CIFAR10))})
     made = datasets.Dataset.from_list(rows, features=features)
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda path: asked.append(path) or {"train": made, "test": made.select([7])})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path: asked.append(path) or {"train": made, "test": made.select([7])}
+    )
     images._load.cache_clear()
     found = images.load("cifar10")
     assert asked == ["uoft-cs/cifar10"] and found.classes == images.CIFAR10 and found.train_x.shape == (20, 3, 32, 32)

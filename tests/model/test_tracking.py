@@ -55,7 +55,9 @@ def test_a_loop_that_forgets_is_told_once(router):
     assert len([w for w in told if "running statistics" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize("case", ["tracked", "nothing to move", "another optimiser", "another router", "copied and tracked"])
+@pytest.mark.parametrize(
+    "case", ["tracked", "nothing to move", "another optimiser", "another router", "copied and tracked"]
+)
 def test_others_are_told_nothing(case):
     net = model((lambda: TokenChoice(D, E, 1)) if case == "nothing to move" else (lambda: ExpertChoice(D, E)))
     if case == "copied and tracked":
