@@ -12,7 +12,7 @@ import pytest
 from bs4 import BeautifulSoup
 from matplotlib.figure import Figure
 
-from ecmoe.config import RunConfig
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.report import execution
 from ecmoe.report import page as report
 from ecmoe.report.execution import ReportError, execute
@@ -477,6 +477,22 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
         assert (
             page.title.text == "The title" and "RuntimeError: no memory" in page.find("section", class_="failed").text
         )
+
+
+def test_an_arm_that_cannot_be_is_named_at_the_scale_that_was_asked_for(tmp_path, monkeypatch):
+    def of_page(*asked):
+        raise ConfigError(f"{asked} can't be")
+
+    monkeypatch.setattr(execution, "of_page", of_page)
+    monkeypatch.setattr(execution.paths, "configs", lambda: tmp_path)
+    (tmp_path / "scale").mkdir()
+    for name in ("01_a", "scale/gpu", "scale/smoke"):
+        (tmp_path / f"{name}.yaml").write_text("{}")
+    nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
+    for given in ({"scale": "gpu"}, {}):
+        with pytest.raises(ConfigError, match=f"'01_a', '{given.get('scale', 'smoke')}', {given}.*can't be"):
+            execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html", parameters=given)
+    assert "can't be" in BeautifulSoup((tmp_path / "01_a.failed.html").read_text(), "html.parser").text
 
 
 @pytest.mark.parametrize("text", ["# A README\n", "[]", "{}"])
