@@ -2,6 +2,7 @@
 what a GPU computes then, its experts on the tokens of all."""
 
 import os
+import signal
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -20,6 +21,8 @@ from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
 from ecmoe.model.expert_parallel import share_experts
 from ecmoe.routers import bucket_size
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
 
 def bench_across(
     sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int = 5
@@ -35,6 +38,7 @@ def bench_across(
     """
     rows, absent = [], []
     for name, many in product(sizes, devices):
+        handlers = {number: signal.getsignal(number) for number in ENDING}
         how = LaunchConfig(1, 1, many, run_id="bench", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
         try:
             found = elastic_launch(how, _rank)(sizes[name] | {"repeats": repeats})  # as torchrun would
@@ -42,6 +46,9 @@ def bench_across(
         except ChildFailedError as error:
             said = error.get_first_failure()[1].message  # where Python raised it, with the lines where
             absent.append(f"{name} on {many} ({(said['message'] if isinstance(said, dict) else said)[:160]})")
+        finally:  # torch leaves its own, by which this process would end otherwise than before
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         yield timing.tabled(rows, list(absent), {"repeats": repeats})
 
 

@@ -22,8 +22,9 @@ from ecmoe.training.result import Result, not_run, read_record, read_run, write_
 def finished(tiny_config, tmp_path_factory):
     """A finished run: its config, and a copy of its folder."""
     config = tiny_config(seed=50, steps=4, eval_every=2)
+    shutil.rmtree(paths.runs() / config.name, ignore_errors=True)  # a worker may set the module up twice
     result = run_or_load(config, progress=False)
-    kept = tmp_path_factory.mktemp("once") / "kept"  # a worker may set the module up twice
+    kept = tmp_path_factory.mktemp("once") / "kept"
     shutil.copytree(result.path, kept)
     return config, kept
 
