@@ -21,6 +21,7 @@ from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
 from ecmoe.model.expert_parallel import share_experts
 from ecmoe.routers import bucket_size
 
+# What torch, where it starts ranks, answers by an exception of its own.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
