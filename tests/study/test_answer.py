@@ -41,6 +41,8 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
     )
     assert "a GShard top-2 step takes 1.08 times the time of an EC-CF2 step" in choice and choice.endswith(".")
     assert found.cost == "`make reproduce SCALE=gpu` runs it."
+    untimed = answer("gpu", verdicts(numbers)).sentences[2]  # names no part that has no number
+    assert "with renormalized gates" in untimed and "times the time" not in untimed and "not run" not in untimed
 
 
 def test_the_cost_is_that_of_all_records(home):

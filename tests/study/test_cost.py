@@ -24,9 +24,10 @@ def test_hours_follow_from_flops_and_a_stated_share(tiny_config):
     assert row["at_mfu"] == "0.40, assumed"
     assert row["gpu_hours"] == pytest.approx(1e9 * flops_per_token(TABLE_1["0.1B/64E"].config) / (0.4 * 989e12) / 3600)
     config = tiny_config()
-    write_record(paths.records("measured") / "a.json", Result(not_run(config).summary | {"mfu": 0.2}))
+    for mfu in (0.9, 0.2, 0.1, None):
+        write_record(paths.records("measured") / f"{mfu}.json", Result(not_run(config).summary | {"mfu": mfu}))
     again = cost.hours(models, tokens=1e9, scale="measured").set_index("name").loc["0.1B/64E"]
-    assert again["gpu_hours"] == pytest.approx(2 * row["gpu_hours"]) and again["at_mfu"] == "0.20, median of 1 runs"
+    assert again["gpu_hours"] == pytest.approx(2 * row["gpu_hours"]) and again["at_mfu"] == "0.20, median of 3 runs"
 
 
 def test_a_study_is_costed_arm_by_arm(tiny_config):

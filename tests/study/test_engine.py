@@ -140,6 +140,11 @@ def test_what_is_wrong_is_one_line_and_code_2(project, arguments, said):
     assert wrong.exit_code == 2 and said in wrong.stderr and wrong.stderr.count("\n") == 1 and not wrong.stdout
 
 
+def test_a_whole_name_is_no_beginning_of_another():
+    planned = [SimpleNamespace(name=name) for name in ("b", "a-1", "a-12")]
+    assert engine.find(planned, ["a-12", "a-1", "b"]) == [planned[2], planned[1], planned[0]]
+
+
 def test_without_snakemake_one_after_the_other(project, monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     done = call("runs", "01_a", "--train")
@@ -151,8 +156,10 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
         and not plan.record(plan.plan("gpu")[2], "gpu").exists()
     )
     assert call("runs", "--train").exit_code == 2
-    monkeypatch.setattr(engine, "in_turn", lambda *_, keep_weights, **__: keep_weights)
-    assert [engine.train(plan.plan("gpu"), scale) for scale in ("smoke", "gpu")] == [True, False]
+    monkeypatch.setattr(engine.time, "monotonic", lambda: 7.0)
+    monkeypatch.setattr(engine, "in_turn", lambda *_, **keys: keys)
+    told = [engine.train(plan.plan("gpu"), scale, minutes=minutes) for scale, minutes in (("smoke", 2), ("gpu", 0.5))]
+    assert told == [{"keep_weights": True, "deadline": 127.0}, {"keep_weights": False, "deadline": 37.0}]
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     for arm in arms:
         for one in evidence.planned[arm].values():
             for how in one.measures:
-                bits = (rng.random(200) < (0.8 if arm.startswith("EC") else 0.6)).astype(np.uint8)
+                bits = (rng.random(203) < (0.8 if arm.startswith("EC") else 0.6)).astype(np.uint8)  # no whole bytes
                 packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
-                row = {"validation": 200, "majority": 0.5, "accuracy": bits.mean()}
+                row = {"validation": 203, "majority": 0.5, "accuracy": bits.mean()}
                 keep_measure(one, how, {"rows": [row], "right": packed, "right_causal": packed})
     found = judge("C4", "gpu")
     assert found.label == REPRODUCED and found.parts[0].estimate == pytest.approx(0.2, abs=0.03)
@@ -108,6 +108,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     assert judge("C1", "gpu", page="07_fine_tuning").label == NO_EFFECT  # the same losses at the paper's size
     one = evidence.planned["Dense"][1]  # of one task it has no causal answers
     keep_measure(one, one.measures[0], {"rows": [row], "right": packed})
+    assert (evidence.right("Dense", "accuracy - majority")[1][0] == bits - 0.5).all()
     seeds_of = {of: set(evidence.right("Dense", of)) for of in ("accuracy", "accuracy_causal")}
     assert seeds_of == {"accuracy": {0, 1, 2}, "accuracy_causal": {0, 2}}
 
@@ -135,7 +136,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     def step(arm, routing, ms):
         return {"arm": arm, "routing": routing, "ms": ms, "samples_ms": [ms, ms + 0.01, ms - 0.01]}
 
-    rows = [step("EC-CF2", "own", 10.0), step("EC-CF2", "own", 11.0), step("GShard top-2", "even", 11.0)]
+    rows = [step("EC-CF2", "own", 11.0), step("EC-CF2", "own", 10.0), step("GShard top-2", "even", 11.0)]
     setting = {"layers": 12, "d_model": 768, "num_experts": 64, "device": "NVIDIA H100"}
     rows = [*rows, step("GShard top-2", "own", 9.0)]
     write_json(speed.folder("gpu") / "step.json", {"rows": rows, "setting": setting})

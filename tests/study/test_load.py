@@ -38,10 +38,11 @@ def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
     trained = []
     found = lambda one, scale, train, callbacks: trained.extend([one.arms[0]] * train) or not_run(one.config)  # noqa: E731
     monkeypatch.setattr(module, "_result", found)
-    study = load("14_learning_rate", {"scale": "gpu", "train_missing": False})
+    study = load("14_learning_rate", {"scale": "gpu", "train_missing": False, "seeds": [101, 100]})
     shown = beside(study, {"learning_rate": 0.0015})
     assert list(shown) == [*study, "yours"] and len(study) > 20
-    assert shown["yours"][0].summary["config"]["learning_rate"] == 0.0015
+    (mine,) = shown["yours"]
+    assert (mine.summary["config"]["learning_rate"], mine.summary["seed"]) == (0.0015, 101)  # the first
     for arm in study:
         assert shown[arm][0].summary == study[arm][0].summary
     assert trained == ["yours"] == list(shown.train)  # whatever else is missing

@@ -85,8 +85,15 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
         check_parameters(made, {"widht": 2}, "x.ipynb")
     with pytest.raises(ConfigError, match=r"rate='1e-3' must be a float.*1\.0e-3"):
         check_parameters(made, {"rate": "1e-3"}, "x.ipynb")
-    with pytest.raises(ConfigError, match="must be a bool"):
-        check_parameters(made, {"fail": "yes"}, "x.ipynb")
+    wrong = [
+        ("fail", "yes", "a bool"),
+        ("fail", 1, "a bool"),
+        ("width", True, "a int"),
+        ("rate_of", [1], "`key: value`"),
+    ]
+    for name, value, kind in wrong:
+        with pytest.raises(ConfigError, match=f"{name}=.*must be {kind}"):
+            check_parameters(made, {name: value}, "x.ipynb")
     with pytest.raises(ConfigError, match="no cell tagged"):
         check_parameters(notebook("x = 1", tag="other"), {"x": 2}, "x.ipynb")
 

@@ -158,6 +158,16 @@ def test_what_the_page_cannot_hold_is_named_before_anything_is_timed(key, value,
         speed.scaling("smoke")
 
 
+def test_scaling_has_its_own_base_on_top_of_the_scales(monkeypatch):
+    page = {"layer_sizes": {"a": {"n": 1}, "b": {"n": 2}}, "base": {"steps": 5, "layers": 3}}
+    monkeypatch.setattr(speed, "merge_parameters", lambda files: page)
+    page["scaling"] = {"base": {"layers": 7}, "layers": ["b"], "pools": ["batch"]}
+    asked = {"devices": [1], "pools": ["batch"], "base": {"steps": 5, "layers": 7}, "layers": {"b": {"n": 2}}}
+    assert speed.scaling("smoke") == asked
+    page["scaling"] = {"devices": [2, 4]}
+    assert speed.scaling("smoke") == {"devices": [2, 4], "base": page["base"], "layers": {}}
+
+
 def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     found = speed.measured(tiny_jobs(), scale="gpu")
     layers = speed.layers(found, ["0.1B/64E"])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ecmoe.study import estimate
+from ecmoe.config import RunConfig
+from ecmoe.study import estimate, verdict
 from ecmoe.study.estimate import Unit, of_values
 from ecmoe.study.protocol import Part, find_claim
 from ecmoe.study.verdict import (
@@ -14,6 +15,7 @@ from ecmoe.study.verdict import (
     PLUMBING,
     REPRODUCED,
     UNDECIDED,
+    RestsOn,
     holm,
     label_of,
     of_evidence,
@@ -146,6 +148,35 @@ def test_a_verdict_says_what_it_rests_on_and_what_is_mixed():
     assert "8 experts" in found.rests_on.size and "H100" in str(found.rests_on)
     assert found.command == "ecmoe runs 04_capped_experts --scale gpu --train"
     assert found.label == UNDECIDED and found.sentence.endswith("The claim's 2 parts: 1 reproduced, 1 not run.")
+
+
+def test_what_it_rests_on_has_every_run_seed_size_and_card():
+    configs = [RunConfig(steps=40, layers=2, router="hash"), RunConfig(steps=20, layers=6, router="dense")]
+    runs = [{"seed": seed, "device": device} for seed, device in ((5, "B"), (1, "A"), (5, None))]
+    found = RestsOn.of(runs, configs, mixed=("code",))
+    longest = "81,920 tokens (seeds 1, 5) of 2 to 6 layers of width 64, 8 experts, on A, B"
+    assert str(found) == f"3 runs of {longest}"
+    assert str(RestsOn.of(runs[:1], configs[1:])) == "1 run of 40,960 tokens (seed 5) of 6 layers of width 64, on B"
+    assert found.mixed == ("code",) and "on an unknown device" in str(RestsOn.of(runs[2:], configs))
+
+
+def test_a_claim_lacks_what_could_change_its_label():
+    """A part that decides nothing, and helps none that does, is not waited for."""
+    hashed = losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.62)})
+    assert not judged("C6", hashed).lacks  # though nothing is there of three parts beside it
+    hashed["Hash modulo"] = dict.fromkeys(hashed["Hash modulo"], seeds(3.62, n=3))
+    assert judged("C6", hashed).lacks  # its fourth seed
+    helped = losses(**{arm: numbers for arm, numbers in CENTRE.items() if arm != "GShard top-2 raw"})
+    assert judged("C1", helped).lacks and not judged("C1", losses(**CENTRE)).lacks
+
+
+def test_a_page_of_another_size_brings_no_arms_of_the_claim(monkeypatch):
+    asked, about = [], find_claim("C1")
+    monkeypatch.setattr(verdict, "Evidence", lambda *given: asked.append(given))
+    monkeypatch.setattr(verdict, "of_evidence", lambda claim, evidence: claim)
+    for page in (None, about.page, "07_fine_tuning"):
+        assert verdict.judge("C1", "paper", page=page, planned=["a run"]) is about
+    assert asked == [("paper", about.page, ["a run"], about.arms)] * 2 + [("paper", "07_fine_tuning", ["a run"], ())]
 
 
 def test_runs_of_two_codes_or_cards_are_marked():
