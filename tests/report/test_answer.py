@@ -24,6 +24,10 @@ def test_label_sentence_and_what_it_rests_on():
     assert page.find(class_="badge").text == found.label == "reproduced" and page.strong.text == "C6"
     assert page.find(class_="said").text == found.sentence and "0.020 nats above EC-CF2" in found.sentence
     assert page.find(class_="rests").text == f"Rests on {found.rests_on}." and not page.find(class_="warning")
+    assert not page.code  # what else could be run would change no label
+    less = judged("C6", losses(**HASH | {"Hash modulo": seeds(3.62, n=3)}))
+    page = soup(answer.answer_html(less))
+    assert page.code.text == less.command and page.find(class_="rests") and less.label == "reproduced"
 
 
 def test_not_run_is_one_line_with_its_command():
@@ -33,6 +37,18 @@ def test_not_run_is_one_line_with_its_command():
         and page.code.text == "ecmoe runs 05_other_routers --scale gpu --train"
     )
     assert not page.find(class_="rests")
+
+
+def test_each_claim_has_its_answer_and_smoke_one_for_all(monkeypatch):
+    shown = []
+    monkeypatch.setattr(answer, "judge", lambda claim, scale: judged(claim, losses(**HASH), scale=scale))
+    monkeypatch.setattr(
+        answer, "show_html", lambda html, text: shown.append((soup(html).find(class_="badge").text, text))
+    )
+    for scale in ("gpu", "smoke"):
+        answer.answer(scale, "C1", "C6")
+    assert [label for label, _ in shown] == ["not run", "reproduced", "plumbing only"]
+    assert [text.partition(":")[0] for _, text in shown] == ["C1", "C6", "C1"]
 
 
 def test_runs_that_differ_in_what_they_must_not_are_marked():
@@ -82,6 +98,16 @@ def test_how_it_was_judged_has_every_part_with_its_rule():
     named = {dt.text: dt.find_next("dd").text for dt in page.find_all("dt")}
     assert named["refuted by"] == found.about.refuted_by and named["differs from the paper"] == found.about.differences
     assert named["amendments"] == "none" and "Holm" in named["rules"] and "80% power" in named["rules"]
+
+
+def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
+    shares = {f"share_{j}": seeds(share, 0.006, n=3) for j, share in enumerate((0.1, 0.4, 0.3, 0.1, 0.1, 0, 0, 0, 0))}
+    (part, *_) = parts = judged("C7", {"EC-CF2 renormalized": shares}).deciding
+    rows = soup(answer.parts_html(parts, "reproduced")).tbody.find_all("tr")
+    cells = [cell.text for cell in rows[0].find_all(["th", "td"])]
+    assert cells[:2] == [part.name, part.label] and cells[2].startswith("70% (") and cells[4] == part.rule
+    assert cells[3] == "3 seeds; without EC-CF2 renormalized s3"
+    assert cells[5] == f"{100 * part.smallest:.1f} points" and part.smallest < 0.1  # of shares that are compared
 
 
 def test_smoke_shows_rules_and_no_number():

@@ -18,6 +18,7 @@ from ecmoe.report import page as report
 from ecmoe.report.execution import ReportError, execute
 from ecmoe.report.markup import table_html
 from ecmoe.report.plots import Plot
+from ecmoe.report.plots.style import COUNT_COLORS
 from ecmoe.report.render import page_html, ways
 from ecmoe.study.load import Study
 from ecmoe.study.plan import Planned
@@ -69,6 +70,7 @@ def pages(tmp_path_factory):
     (folder / "a.yaml").write_text("scale: gpu\nwidth: 2.0\nbase: {steps: 1, seed: 2}\n")
     (folder / "b.yaml").write_text("base: {steps: 3}\n")
     files = [folder / "a.yaml", folder / "b.yaml"]
+    (folder / "03_study.failed.html").touch()  # of an earlier call
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECMOE_HOME", str(folder))
         good = execute(folder / "03_study.ipynb", folder / "03_study.html", files)
@@ -179,6 +181,7 @@ def test_a_failed_notebook_names_its_cell_and_leaves_a_page(pages):
     good, bad, folder, message = pages
     assert "04_other.ipynb, cell 4 failed: ValueError" in message and "went wrong" in message
     assert not (folder / "04_other.html").exists()  # else it would be taken for done
+    assert not (folder / "03_study.failed.html").exists()
     soup = BeautifulSoup(bad, "html.parser")
     section = soup.find("section", class_="failed")
     assert "went wrong" in section.text and soup.find(id="cell-4").find("details", class_="code").has_attr("open")
@@ -216,6 +219,8 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
         ["b", "–", "1", "no", "x"],
     ]
     assert soup.find("caption").text == "A <b>caption</b>"
+    heads = [[cell["data-of"] for cell in row.find_all("td")] for row in soup.tbody.find_all("tr")]
+    assert heads == [["loss", "tokens", "ok", "t"]] * 2  # which a phone shows beside each cell
     assert [h["scope"] for h in soup.find_all("th")] == ["col"] * 5 + ["row"] * 2
     assert "right" in soup.find_all("td")[0]["style"] and not soup.find_all("td")[2].get("style")
     assert "nowrap" in soup.find_all("td")[0]["style"] and "nowrap" not in soup.find_all("th")[1]["style"]
@@ -236,7 +241,11 @@ def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
 
 
 def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
-    report.show_table(pd.DataFrame({"arm": ["a", "b"], "loss": [np.nan] * 2, "against": ["(not run)", None]}), "Losses")
+    empty = pd.DataFrame({"arm": ["a", "b"], "loss": [np.nan] * 2, "against": ["(not run)", None]})
+    report.show_table(empty, "Losses", fold="all of them")
+    page = BeautifulSoup(shown.pop(), "html.parser")  # who opens it sees its rows
+    assert page.summary.text == "all of them" and len(page.find_all("tr")) == 3 and not page.find(class_="not-run")
+    report.show_table(empty, "Losses")
     assert BeautifulSoup(shown[0], "html.parser").find(class_="not-run").text == "Not run: Losses"
     config = RunConfig(steps=10)
     run = {"name": config.name, "status": "finished", "seed": 0, "device": "H100"}
@@ -267,6 +276,8 @@ def test_text_is_coloured_by_count_and_escaped(shown):
     assert page.pre.text == f"a {EVIL}\u23ce\n" and not page.find_all(["script", "b"])
     one, none, many = page.pre.find_all("span")
     assert [span["title"] for span in (one, none, many)] == ["1 expert", "0 experts", "12 experts"]
+    colors = [f"background:{COUNT_COLORS[i]};" for i in (1, 0, 8)]  # 8 or more are one colour
+    assert [color in span["style"] for color, span in zip(colors, (one, none, many), strict=True)] == [True] * 3
     assert "line-through" in none["style"] and "line-through" not in one["style"]
     assert [span.text.strip() for span in page.p.find_all("span")] == ["0 experts", "1 expert", "12 experts"]
     with pytest.raises(ValueError, match="longer"):
@@ -303,11 +314,12 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
         error="the loss is nan",
         device="NVIDIA H200",
         versions={"torch": "2.11.0"},
+        data={"name": EVIL, "digest": "cd" * 32},  # another text of the same name
     )
     report.provenance(study(result(0), lost, not_run(RunConfig(seed=3))))
     page = BeautifulSoup(shown[1], "html.parser")
     text, rows = page.text, {row.th.text: row.td.text for row in page.table.find_all("tr") if row.th and row.td}
-    assert "differ in device, versions." in text and "failed" not in rows
+    assert "differ in device, versions, data." in text and "failed" not in rows
     assert rows["diverged"] == f"{RunConfig(seed=2).name}: the loss is nan"
     assert "1 of 3 runs" in text
     report.provenance(study(result(0, commit="def"), result(1, code="beef")))
@@ -352,18 +364,21 @@ def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
         ("a", 0, "finished", 1.5),
         ("a", 1, "not run", np.nan),
         ("a", 2, "not run", np.nan),
+        ("b", 1, "finished", 2.5),
     ]
     table = pd.DataFrame(rows, columns=columns[:4])
     report.show_runs(table.assign(more=1), ["lost", "val_loss"], "Ends.")
-    report.show_runs(table.replace("finished", "diverged"), ["val_loss"])
+    table.loc[1, "status"] = "diverged"
+    report.show_runs(table, ["val_loss"])
     first, second = (BeautifulSoup(part, "html.parser") for part in shown)
-    assert first.summary.text == second.summary.text == "1 of 4 runs, one by one"
+    assert first.summary.text == second.summary.text == "2 of 5 runs, one by one"
     assert first.caption.text == "Ends. Not run: b (seed 0); a (seed 1, 2)."
     cells = [
         [[cell.text for cell in row.find_all(["th", "td"])] for row in part.find_all("tr")] for part in (first, second)
     ]
-    assert cells[0] == [["arm", "seed", "lost", "val loss"], ["a", "0", "–", "1.500"]]
-    assert cells[1] == [["arm", "seed", "status", "val loss"], ["a", "0", "diverged", "1.500"]]
+    assert cells[0] == [["arm", "seed", "lost", "val loss"], ["a", "0", "–", "1.500"], ["b", "1", "–", "2.500"]]
+    said = [["a", "0", "diverged", "1.500"], ["b", "1", "finished", "2.500"]]
+    assert cells[1] == [["arm", "seed", "status", "val loss"], *said]
 
 
 @pytest.mark.parametrize(
@@ -469,7 +484,10 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
     nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
     (tmp_path / "a.yaml").write_text("width: 1.5\n")
     with pytest.raises(ReportError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
-        execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html", [tmp_path / "a.yaml"], parameters={"width": 2.0})
+        execute(
+            tmp_path / "01_a.ipynb", tmp_path / "01_a.html", [tmp_path / "a.yaml"], parameters={"width": 2.0},
+            train_missing=False,  # which this notebook doesn't have
+        )  # fmt: skip
     assert capsys.readouterr().err == "[01_a] cell 2/3\n"  # of code; one more will hold the parameters
     assert not (tmp_path / "01_a.html").exists() and (tmp_path / "01_a.failed.html").exists() == begun
     if begun:
