@@ -70,8 +70,8 @@ MARKER = str(paths.cache() / "engine" / SCALE / "{batch}.done")
 BENCH = MARKER.replace("{batch}", "bench")
 MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, TIMES))
 # A process takes seconds to start, so on one machine it does several runs; at smoke, where these take seconds too, its whole
-# share. On a cluster each run is a job; so it is where time may run out, as none is to begin then.
-MOST = 1 if workflow.nodes or config.get("singly") else len(MISSING) if SCALE == "smoke" else 4
+# share. On a cluster each run is a job.
+MOST = 1 if workflow.nodes else len(MISSING) if SCALE == "smoke" else 4
 SIZE = max(1, min(MOST, math.ceil(len(MISSING) / AT_ONCE)))
 NAMED = [MISSING[i : i + SIZE] for i in range(0, len(MISSING), SIZE)]
 BATCHES = {batch[0] if len(batch) == 1 else f"batch-{i}": batch for i, batch in enumerate(NAMED)}

@@ -201,7 +201,7 @@ def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     assert code == 0 and re.search(r"rule run:(\n .+)+mem_mb=32000.+ runtime=240.+ gpu=1", output), output
 
 
-def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch, capfd):
+def test_a_process_does_several_runs_and_the_first_of_the_plan_begin(study, monkeypatch, capfd):
     """A process takes seconds to start, a run of smoke fewer. What Snakemake would do is read from its dry run."""
     monkeypatch.setenv("ECMOE_HOME", str(study))
     monkeypatch.setenv("ECMOE_CONFIGS", str(study / "configs"))
@@ -212,13 +212,14 @@ def test_a_process_does_several_runs_unless_time_may_run_out(study, monkeypatch,
     planned = plan.plan("smoke", ["01_runs"])
     names = [one.name for one in planned]
     assert [one.arms + (one.seed,) for one in planned] == [(arm, seed) for arm in ("Lost", "EC") for seed in range(4)]
-    for minutes, processes in ((float("inf"), [names]), (10, [[name] for name in names])):
-        engine.train(planned, "smoke", minutes=minutes)
+    for side_by_side in (1, 4):
+        engine.train(planned, "smoke", jobs=side_by_side)
         jobs = re.findall(r"priority: (\d+)\n(?s:.+?) -m ecmoe run (.+) --scale smoke", "".join(capfd.readouterr()))
         by_priority = sorted(
             jobs, key=lambda job: -int(job[0])
         )  # which Snakemake starts first, of those that are ready
-        assert [shell.split() for _, shell in by_priority] == processes
+        share = len(names) // side_by_side
+        assert [shell.split() for _, shell in by_priority] == [names[i : i + share] for i in range(0, 8, share)]
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import assignments, nearest, plain
+from ecmoe.files import assignments, plain
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the files")]
 Scale = Annotated[str, typer.Option(help="smoke, gpu or paper")]
@@ -49,10 +48,8 @@ def runs(
     names: Annotated[bool, typer.Option("--names", help="only their names, one a line, as for xargs")] = False,
     check: Annotated[bool, typer.Option("--check", help="exit with 1 if any is not done")] = False,
     part: Annotated[str, typer.Option(help="this share of the plan: 2/3, the second of three machines")] = "1/1",
-    arm: Annotated[list[str] | None, typer.Option(help="only arms whose name begins so, such as Hash")] = None,
     train_them: Annotated[bool, typer.Option("--train", help="train and measure what is missing")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="with --train: so many side by side")] = 1,
-    within: Annotated[float, typer.Option(help="with --train: start none after so many minutes")] = math.inf,
 ) -> None:
     """List the plan: the runs and measurements that pages rest on, and what is there of them; or carry it out.
 
@@ -61,22 +58,16 @@ def runs(
     from ecmoe.study import engine
     from ecmoe.study.plan import plan, sound
 
-    if not train_them and (jobs > 1 or within < math.inf):
-        raise ConfigError("--jobs and --within must come with --train, as nothing is trained without it")
+    if jobs > 1 and not train_them:
+        raise ConfigError("--jobs must come with --train, as nothing is trained without it")
     first, count = _part(part)
     planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
     if not (pages or planned or wrong):
         raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
-    all_arms = dict.fromkeys(name for one in planned for name in one.arms)
-    for start in arm or ():
-        if not any(name.startswith(start) for name in all_arms):
-            meant = nearest(start, all_arms, "`ecmoe runs` lists them")
-            raise ConfigError(f"--arm {start}: no arm of the plan begins so: {meant}")
-    wanted = [one for one in planned if not arm or any(name.startswith(tuple(arm)) for name in one.arms)]
-    lacking = [(one, engine.lacks(one, scale)) for one in wanted[first::count]]
+    lacking = [(one, engine.lacks(one, scale)) for one in planned[first::count]]
     left = [one for one, lacks in lacking if lacks]
     if train_them:
-        raise typer.Exit(engine.train(left, scale, jobs=jobs, minutes=within))
+        raise typer.Exit(engine.train(left, scale, jobs=jobs))
     for one, lacks in lacking:
         if lacks or not missing:
             where = f"{one.pages[0]:24} {one.arms[0]:48} s{one.seed}"

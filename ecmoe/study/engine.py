@@ -6,10 +6,8 @@
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -97,39 +95,25 @@ def places() -> tuple[int, int]:
     return gpus, int(os.environ.get("ECMOE_SLOTS", "4")) if gpus else 1
 
 
-def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1, minutes: float = float("inf")) -> int:
-    """Carry out all of it: by Snakemake, or one after the other where there is none. Returns an exit code.
-
-    Args:
-        jobs: so many runs side by side. minutes: start none after these.
-    """
+def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1) -> int:
+    """Carry out all of it: by Snakemake, so many jobs side by side, or one after the other where there is none. Returns an exit code."""
     if not planned:
         return 0
     if importlib.util.find_spec("snakemake") and (CHECKOUT / "Snakefile").exists():
         command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"place={jobs}"]
         command += ["--config", f"scale={scale}", f"runs={','.join(one.name for one in planned)}"]
-        command += [*["singly=true"] * (minutes < float("inf")), "--", "trained"]
-        with subprocess.Popen(command, cwd=CHECKOUT) as process:
-            try:
-                code = process.wait(None if minutes == float("inf") else 60 * minutes)
-            except subprocess.TimeoutExpired:  # what is at work ends well, and is kept
-                process.send_signal(signal.SIGTERM)
-                return process.wait()
+        code = subprocess.run([*command, "--", "trained"], cwd=CHECKOUT).returncode
         return code or int(any(lacks(one, scale) for one in planned))  # a page with gaps is no failure
-    return in_turn(planned, scale, keep_weights=scale == "smoke", deadline=time.monotonic() + 60 * minutes)
+    return in_turn(planned, scale, keep_weights=scale == "smoke")
 
 
-def in_turn(
-    planned: Iterable[Planned], scale: str, *, keep_weights: bool = True, deadline: float = float("inf")
-) -> int:
+def in_turn(planned: Iterable[Planned], scale: str, *, keep_weights: bool) -> int:
     """One after the other, a line on each as it ends; returns an exit code.
 
     0: each is done. 1: one failed, and may go well another time. 2: what failed can't be, by its config.
     """
     failed = set()
     for one in planned:
-        if time.monotonic() > deadline:
-            break
         said = " ".join(carry_out(one, scale, keep_weights=keep_weights).split())
         print(f"{one.pages[0]} {one.arms[0]} s{one.seed}  {one.name}  {said}", flush=True)
         if said not in DONE:
