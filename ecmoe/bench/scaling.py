@@ -1,22 +1,31 @@
-"""How training grows with GPUs: short runs, as `ecmoe train` makes them, on one and on several, by every strategy.
+"""What several GPUs do: training, as `ecmoe train` does it, by every strategy; a layer whose experts are shared out; one model.
 
 Each rank has the batch of the one, so that twice the GPUs do twice the tokens in a step: at best in the same time. Or it
-has its share of that batch, and all together train the same model.
+has its share of that batch, and all together train the same model. A shared layer is held to its floor: the six matrix products of
+what a GPU computes then, its experts on the tokens of all.
 """
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import torch
+import torch.distributed as dist
 import yaml
+from torch import nn
 
 from ecmoe import paths
 from ecmoe.bench import clock as timing
+from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
 from ecmoe.config import RunConfig
-from ecmoe.files import write_text
+from ecmoe.files import read_json, write_text
+from ecmoe.model.expert_parallel import share_experts
+from ecmoe.routers import bucket_size
 from ecmoe.training.gpus import place
 from ecmoe.training.ranks import by_torchrun
 from ecmoe.training.result import Result, read_run
@@ -99,3 +108,69 @@ def _trained(config: RunConfig) -> Result:
     if not result.ok:
         raise RuntimeError(result.summary["error"])
     return result
+
+
+def bench_across(
+    sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int = 5
+) -> Iterator[pd.DataFrame]:
+    """Time layers on each number of GPUs, each of which has n tokens of its own.
+
+    Args:
+        sizes: name -> n, d_model, d_ff, num_experts. repeats: of each row.
+
+    Yields:
+        after each size and number the table so far, a row for each and part (forward; forward + backward): milliseconds with quartiles, floor_ms,
+        share_of_floor, and the memory of the first GPU at most. `attrs` hold in absent what could not be timed.
+    """
+    rows, absent = [], []
+    for name, many in product(sizes, devices):
+        with TemporaryDirectory() as folder:
+            try:
+                torch.multiprocessing.spawn(_rank, (many, folder, sizes[name] | {"repeats": repeats}), many)
+                rows += [{"size": name, **row} for row in read_json(Path(folder) / "table.json")["rows"]]
+            except Exception as error:  # the others are still wanted; a rank's error ends with what it raised
+                absent.append(f"{name} on {many} ({str(error).strip().splitlines()[-1][:160]})")
+        yield timing.tabled(rows, list(absent), {"repeats": repeats})
+
+
+def _rank(rank: int, ranks: int, folder: str, asked: Mapping[str, int]) -> None:
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    kind = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(kind, f"file://{folder}/ranks", rank=rank, world_size=ranks)
+    table = of_this_rank(**asked)
+    if rank == 0:
+        timing.save(table, Path(folder) / "table.json")
+    dist.destroy_process_group()
+
+
+def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
+    """Rows of one size, on every rank of a process group."""
+    device, ranks = timing.this_device(), dist.get_world_size()
+    layer, x, gradient = layer_and_input(**sizes, kernels="auto", pool="rank")
+    mesh = dist.device_mesh.init_device_mesh(device.type, (ranks,))
+    share_experts(nn.ModuleList([layer]), mesh, device)
+    local = SimpleNamespace(w1=layer.w1.to_local(), w2=layer.w2.to_local())  # type: ignore[operator]
+    k = ranks * bucket_size(sizes["n"], sizes["num_experts"], layer.router.capacity_factor)
+    calls = {("layer", what): call for what, call in forward_and_both(layer, x, layer, gradient).items()}
+    calls |= {("floor", what): call for what, call in floor(local, x[0], k).items()}
+    for call in calls.values():
+        timing.warm_up(call, device)
+    peaks = {key: timing.peak_mb(call, device) for key, call in calls.items()}
+    times = timing.in_turns(calls, repeats, device, agreed=_of_first)
+    rows = []
+    for kind, what in calls:
+        if kind == "layer":
+            ms = 1e3 * statistics.median(times["floor", what])
+            row = {"devices": ranks, "what": what} | timing.spread(times[kind, what])
+            peak = peaks[kind, what]
+            rows.append(row | {"floor_ms": ms, "share_of_floor": ms / row["ms"], "peak_mb": peak and peak[1]})
+    return timing.tabled(rows, [], {**sizes, "repeats": repeats})
+
+
+def _of_first(bursts: dict) -> dict:
+    """All ranks make as many calls as the first: each waits for the others within."""
+    box = [bursts]
+    dist.broadcast_object_list(box, 0)
+    return box[0]

@@ -1,7 +1,6 @@
 """Scaling: rates of short runs, against as many times one device's; shared layers; one model on one device and on two."""
 
 import json
-import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from ecmoe.bench import across, scaling
+from ecmoe.bench import scaling
 from ecmoe.cli import app
 from ecmoe.study import speed
 
@@ -98,8 +97,8 @@ def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monke
     def each(name, *arguments, **keys):  # measures when it is asked for a table
         yield one(name, *arguments, **keys)
 
-    for module, name, bench in ((scaling, "scaling", each), (across, "across", each), (scaling, "losses", one)):
-        monkeypatch.setattr(module, f"bench_{name}", partial(bench, name))
+    for name, bench in (("scaling", each), ("across", each), ("losses", one)):
+        monkeypatch.setattr(scaling, f"bench_{name}", partial(bench, name))
     monkeypatch.setattr(speed, "scaling", lambda scale: dict(asked))
     monkeypatch.setattr("torch.cuda.device_count", lambda: there)
     words = f"--strategy fsdp2 --strategy ep --pool batch --repeats 7 --only {only} --out".split()
@@ -140,20 +139,20 @@ def test_a_rank_is_held_to_the_products_of_its_experts_on_the_tokens_of_all(monk
         asked.update(calls=list(calls), repeats=repeats, agreed=agreed({"mine": 1}))
         return times
 
-    monkeypatch.setattr(across.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(across.dist.device_mesh, "init_device_mesh", lambda kind, shape: (kind, shape))
-    monkeypatch.setattr(across.dist, "broadcast_object_list", lambda box, src: box.__setitem__(0, {"of": src}))
-    monkeypatch.setattr(across, "share_experts", share)
-    monkeypatch.setattr(across, "floor", floor)
-    monkeypatch.setattr(across.timing, "in_turns", in_turns)
-    monkeypatch.setattr(across.timing, "peak_mb", lambda call, device: (1.0, 5.0))
-    table = across.of_this_rank(repeats=3, **sizes)
-    kind = across.timing.this_device().type
+    monkeypatch.setattr(scaling.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(scaling.dist.device_mesh, "init_device_mesh", lambda kind, shape: (kind, shape))
+    monkeypatch.setattr(scaling.dist, "broadcast_object_list", lambda box, src: box.__setitem__(0, {"of": src}))
+    monkeypatch.setattr(scaling, "share_experts", share)
+    monkeypatch.setattr(scaling, "floor", floor)
+    monkeypatch.setattr(scaling.timing, "in_turns", in_turns)
+    monkeypatch.setattr(scaling.timing, "peak_mb", lambda call, device: (1.0, 5.0))
+    table = scaling.of_this_rank(repeats=3, **sizes)
+    kind = scaling.timing.this_device().type
     assert asked == {
         "mesh": (kind, (2,)), "pool": "rank", "kernels": "auto", "calls": calls, "repeats": 3, "agreed": {"of": 0},
         "floor": ((2, 8, 12), (2, 12, 8), (16, 8), 16),  # k = n c / e of each of two
     }  # fmt: skip
-    assert warm == [what for what in parts for _ in range(across.timing.WARM_UP[kind])]
+    assert warm == [what for what in parts for _ in range(scaling.timing.WARM_UP[kind])]
     rows = table.to_dict("records")
     assert [(row["devices"], row["what"], row["peak_mb"]) for row in rows] == [(2, what, 5.0) for what in parts]
     found = [(row["ms"], row["floor_ms"], row["share_of_floor"]) for row in rows]
@@ -198,9 +197,7 @@ def test_one_model_on_one_device_and_on_two(tiny_config):
 
 def test_shared_layers_are_held_to_the_products_of_a_rank_and_what_fails_is_named():
     sizes = {"n": 64, "d_model": 32, "d_ff": 64, "num_experts": 4}
-    handlers = [signal.getsignal(number) for number in across.ENDING]
-    first, table = across.bench_across({"small": sizes, "odd": sizes | {"num_experts": 3}}, [2], repeats=2)
-    assert [signal.getsignal(number) for number in across.ENDING] == handlers  # torch leaves its own
+    first, table = scaling.bench_across({"small": sizes, "odd": sizes | {"num_experts": 3}}, [2], repeats=2)
     assert len(first) == 2 and not first.attrs["absent"]  # kept before the next is begun
     rows = table.to_dict("records")
     assert [(row["size"], row["devices"], row["what"]) for row in rows] == [
