@@ -34,6 +34,7 @@ from ecmoe.routing import ExpertChoice, Router, routers
 from ecmoe.training import cuda_graph as graph
 from ecmoe.training.lit import LitModel
 from ecmoe.training.optimizer import clip
+from ecmoe.training.trainer import repeatable
 
 ARMS = {
     "EC-CF2": {"router": "expert_choice", "capacity_factor": 2.0},
@@ -83,7 +84,8 @@ def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.Da
     device = timing.this_device()
     # Steps are over one by one, so their graphs can share the memory of what only a step needs.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    found = timing.timed({(arm,): _run_step(config, device, pool) for arm, config in configs.items()}, repeats)
+    with repeatable():  # as runs are
+        found = timing.timed({(arm,): _run_step(config, device, pool) for arm, config in configs.items()}, repeats)
     rows = [{"arm": arm} | _measured(configs[arm], samples) for (arm,), samples in found.times.items()]
     return timing.tabled(rows, found.absent, {"repeats": repeats})
 

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from ecmoe.model.moe import MoE
-from ecmoe.routing.router import fast
 
 
 def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
@@ -64,10 +63,10 @@ class Exchange:
         return reduce(torch.add, (self._some(layer, x, *part) for part in parts))
 
     def _some(self, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        e, R, dtype = len(token), self.ranks, x.dtype
+        n, e, R, dtype = len(x), len(token), self.ranks, x.dtype
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows, back = _gathered(layer.kernels, x, token)
+        rows, back = _gathered(layer.router.fast(x, n), x, token)
         # (R e/R s, d): slots of all ranks, rank after rank; `slot` sorts them by expert.
         slot = torch.arange(len(rows), device=x.device).view(R, e // R, -1).transpose(0, 1).reshape(e // R, -1)
         gates = _Sent.apply(gate, self.group, R).view(-1)[slot]
@@ -91,10 +90,10 @@ class _Sent(torch.autograd.Function):
         return _Sent.apply(dout, ctx.group, 1.0).mul_(ctx.factor), None, None
 
 
-def _gathered(kind: str, x: Tensor, token: Tensor) -> tuple[Tensor, Any]:
+def _gathered(fast: bool, x: Tensor, token: Tensor) -> tuple[Tensor, Any]:
     """P x, (e s, d), and the function P^T of such rows; an empty slot (token n) reads any row, and is added to none."""
     n, d = x.shape
-    if fast(kind, x):
+    if fast:
         from ecmoe.kernels.rows import invert
 
         inverse = invert(token, n)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ecmoe.model import metrics
 from ecmoe.model.tracking import expect_tracking
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import TRITON, Router, fast, one_of, recomputing
+from ecmoe.routing.router import TRITON, Router, one_of, recomputing
 
 # Without a capacity one expert may get nearly all tokens, and every expert then has as many slots. Evaluation computes
 # experts in groups, so that h, (e, k, f), holds at most HELD numbers at a time, or SLOTS rows a token if that is more.
@@ -32,7 +32,7 @@ class MoE(nn.Module):
         kernels: who computes. "plain": this file and the routers', on any device. "triton": ecmoe/kernels, the
             same results within rounding on a CUDA GPU, the same bits every time; "triton-bmm": as that, with all
             products by torch.bmm. "auto": "triton" on a GPU where it is installed (see
-            `routing.router.fast`), else "plain".
+            `Router.fast`), else "plain".
 
     Raises:
         ValueError: the router has another width, d_ff is below 1, or kernels has no such value.
@@ -186,7 +186,7 @@ class MoE(nn.Module):
 
     def _some_experts(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """(n, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""
-        if token.numel() and fast(self.kernels, x):
+        if token.numel() and self.router.fast(x, x.shape[0]):
             from ecmoe import kernels
 
             return kernels.experts(x, w1, w2, token, gate, fuse=self.kernels != "triton-bmm")
@@ -208,7 +208,7 @@ class MoE(nn.Module):
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
         token = assignment.token
-        if token.numel() and fast(self.kernels, token) and not torch.compiler.is_compiling():
+        if token.numel() and self.router.fast(token, n) and not torch.compiler.is_compiling():
             from ecmoe.kernels.rows import invert  # where sums are to come in a fixed order, torch would sort
 
             counts = (invert(token.contiguous(), n) < token.numel()).sum(1).clamp(max=metrics.MOST)

@@ -18,7 +18,7 @@ from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.capped import capped_top_k
 from ecmoe.routing.cutoff import RunningCutoff
 from ecmoe.routing.ranks import gathered, own, ranks
-from ecmoe.routing.router import Router, fast, one_of, without_padding
+from ecmoe.routing.router import Router, one_of, without_padding
 
 
 class ExpertChoice(Router):
@@ -104,7 +104,7 @@ class ExpertChoice(Router):
             target = None if valid is None else self._valid_k(valid, k)
             how = dict(solver=self.cap_solver, kernels=self.kernels)
             return capped_top_k(S, k, cap, valid=valid, target=target, **how)
-        if valid is not None or not fast(self.kernels, S):
+        if valid is not None or not self.fast(S, S[:, 0].numel()):
             return S.topk(k, dim=2)
         from ecmoe.kernels import select
 
@@ -139,7 +139,7 @@ class ExpertChoice(Router):
         """k of a pool of m tokens; none where the cap leaves less than one a expert."""
         e, b = self.num_experts, self.max_experts_per_token
         k = bucket_size(m, e, self.capacity_factor, self.rounding)
-        return k if b is None or self.rounding == "exact" else min(k, m * b // e)
+        return k if b is None else min(k, m * b // e)
 
     def _valid_k(self, valid: Tensor, k: int) -> Tensor:
         """(g,) floor(valid tokens x c / e), as if they were all."""
@@ -185,7 +185,7 @@ class ExpertChoice(Router):
             return None
         changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
         alone = self.pool in ("batch", "rank") and not self.across
-        if self.causal or changed or not alone or self._cap is not None or not fast(self.kernels, x):
+        if self.causal or changed or not alone or self._cap is not None or not self.fast(x, x.shape[0]):
             return None
         from ecmoe.kernels import choice
 

@@ -16,6 +16,9 @@ from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningState
 
 TRITON = find_spec("triton") is not None
+# Numbers in the tokens of a compiled layer, n d, from which the kernels are faster: on an H200 (EC-CF2, e 32, f 4 d, bf16) they
+# took 1.04 to 1.97 of plain PyTorch's time at up to 2^23, and 0.57 to 0.93 from 2^25 on (`ecmoe bench auto`).
+FEW = 2**24
 
 
 class Router(RunningState):
@@ -62,7 +65,7 @@ class Router(RunningState):
         if self.weight is None:
             return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device), x
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie and flip
-            if fast(self.kernels, x):
+            if self.fast(x, x.shape[0]):
                 from ecmoe import kernels
 
                 return kernels.logits(x, self.weight)
@@ -96,6 +99,16 @@ class Router(RunningState):
         """
         raise NotImplementedError(f"{type(self).__name__} doesn't say how it assigns")
 
+    def fast(self, x: Tensor, n: int) -> bool:
+        """Do the kernels compute, where x is and for n tokens? As the function `fast` says; but where "auto" may choose, not for so
+        `FEW` that launching takes longer than computing, in a compiled pass, whose plain parts take fewer launches. Where sums
+        have to come in a fixed order, as in our runs, plain parts are slow, and a step's launches are mostly a CUDA graph's."""
+        if not fast(self.kernels, x):
+            return False
+        if self.kernels != "auto" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return True
+        return torch.are_deterministic_algorithms_enabled() or n * self.d_model >= FEW
+
     def check_causal(self) -> None:
         """Raise a ValueError if the router can't route causally yet."""
 
@@ -121,8 +134,8 @@ def fast(kernels: str, x: Tensor) -> bool:
     """Do the kernels of ecmoe/kernels compute on x? "plain": never; "triton", "triton-bmm": always; "auto": on CUDA, where
     triton is.
 
-    On an H200 the layer (EC-CF2, e 32, bf16; n 512 to 32,768, d 256 to 4096) took 0.26 to 0.97 of plain PyTorch's time, forward
-    and with the backward pass, launched kernel by kernel and as a CUDA graph: `ecmoe bench auto`.
+    On an H200 the layer (EC-CF2, e 32, bf16; n 512 to 131,072, d 256 to 4096) took 0.32 to 1.02 of plain PyTorch's time,
+    forward and with the backward pass, launched kernel by kernel and as a CUDA graph: `ecmoe bench auto`.
     """
     return kernels != "plain" and (kernels != "auto" or x.is_cuda and TRITON)
 

@@ -103,7 +103,7 @@ class LitModel(L.LightningModule):
         self.sums["loss"] += loss.detach()
         self.sums["aux_loss"] += aux_loss.detach()
         self.sums["count"] += 1
-        if self._trainer and (self._trainer.loggers or len(self._trainer.callbacks) > 1):  # somebody listens
+        if self._trainer:
             self.log_dict({"train_loss": loss.detach(), "aux_loss": aux_loss.detach()})
         return loss + aux_loss
 

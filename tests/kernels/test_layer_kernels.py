@@ -189,6 +189,20 @@ def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
     assert not router.fast("auto", cuda)
 
 
+@pytest.mark.parametrize("kind, expected", [("auto", [True, False, True, True]), ("triton", [True] * 4)])
+def test_few_tokens_are_compiled_plainly_unless_sums_need_a_fixed_order(kind, expected, monkeypatch):
+    cuda, one = SimpleNamespace(is_cuda=True), ExpertChoice(D, E)
+    one.kernels = kind
+    monkeypatch.setattr(router, "FEW", 8 * D)
+    eager = one.fast(cuda, 7)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    few, enough = one.fast(cuda, 7), one.fast(cuda, 8)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert [eager, few, enough, one.fast(cuda, 7)] == expected
+    one.kernels = "plain"
+    assert not one.fast(cuda, 8)
+
+
 def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(ValueError, match="kernels='fast': must be one of auto, plain, triton"):
         layer("fast")

@@ -251,9 +251,7 @@ def test_sizes_that_depend_on_other_ranks_are_not_compiled(tiny_config, two_rank
 def test_a_callback_is_told_what_each_step_lost(tiny_config):
     told, lit = [], LitModel(tiny_config())
     tell = LambdaCallback(on_train_batch_end=lambda trainer, *_: told.append(dict(trainer.callback_metrics)))
-    L.Trainer(max_steps=2, enable_checkpointing=False, callbacks=[L.Callback(), tell], **QUIET).fit(
-        lit, batches(WINDOWS[:2])
-    )
+    L.Trainer(max_steps=2, enable_checkpointing=False, callbacks=[tell], **QUIET).fit(lit, batches(WINDOWS[:2]))
     assert (
         all({"train_loss", "aux_loss"} <= set(one) for one in told) and told[0]["train_loss"] != told[1]["train_loss"]
     )
