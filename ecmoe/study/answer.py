@@ -3,12 +3,13 @@
 Every number comes from verdicts and records, so README and index can't say what the results don't.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ecmoe import paths
 from ecmoe.files import read_json
+from ecmoe.study.estimate import counted
 from ecmoe.study.verdict import (
     CONTRADICTED,
     IN_DIRECTION,
@@ -31,7 +32,7 @@ CHOICE = (
 SAID = {
     REPRODUCED: "{n} hold{s} ({said})",
     IN_DIRECTION: "{n} hold{s} in direction, but not by as much ({said})",
-    CONTRADICTED: "{n} {are} contradicted, at least in part ({said})",
+    CONTRADICTED: "{n} {are} contradicted ({said})",
     NO_EFFECT: "no effect was found for {n} ({said})",
     UNDECIDED: "{n} {are} undecided ({ids})",
     NOT_RUN: "{n} {are} not run yet ({ids})",
@@ -71,7 +72,7 @@ def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimV
     of_runs = [v for v in found if v.rests_on.runs]
     size = next((v.rests_on for v in of_runs if v.claim == "C1"), of_runs[0].rests_on if of_runs else None)
     run = len(found) - len(by_label[NOT_RUN])
-    at = f", at {size.size}, trained on {size.tokens / 1e6:,.0f} million tokens" if size else ""
+    at = f", at {size.size}, trained on {size.trained}" if size else ""
     so_far = f" {run} {'was' if run == 1 else 'were'} run so far" if run < len(found) else ""
     text = f"of the paper's {len(found)} claims{so_far}{at}{':' if so_far else ',' * bool(at)} "
     return f"{text}{', and '.join(_told(by_label, REPRODUCED, IN_DIRECTION)) or 'none holds'}."
@@ -82,10 +83,21 @@ def _told(by_label: Mapping[str, Sequence[ClaimVerdict]], *labels: str) -> list[
     texts = []
     for label in labels:
         if some := by_label[label]:
-            said, ids = "; ".join(f"{v.claim}: {v.about.short}" for v in some), ", ".join(v.claim for v in some)
+            said, ids = "; ".join(map(_in_short, some)), ", ".join(v.claim for v in some)
             s, are = ("s", "is") if len(some) == 1 else ("", "are")
             texts.append(SAID[label].format(n=len(some), s=s, are=are, said=said, ids=ids))
     return texts
+
+
+def _in_short(verdict: ClaimVerdict) -> str:
+    """The claim; where its label is that of some parts alone, which these are, and what the others are."""
+    text = f"{verdict.claim}: {verdict.about.short}"
+    if verdict.said == verdict.label:
+        return text
+    names = " and ".join(f"\u201c{part.name}\u201d" for part in verdict.behind)
+    others = Counter(part.label for part in verdict.deciding if part.label != verdict.label)
+    rest = (f"{counted(n, 'other')} {'is' if n == 1 else 'are'} {label}" for label, n in others.items())
+    return f"{text}, in {names}, while {' and '.join(rest)}"
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:

@@ -58,9 +58,24 @@ class Evidence:
         """The same, without those that broke off."""
         return {seed: summary for seed, summary in self.summaries(arm).items() if summary["status"] == "finished"}
 
-    def missing(self, arm: str) -> list[int]:
-        """Seeds that are planned and not there, or broke off."""
-        return sorted(set(self.planned.get(arm, {})) - set(self.finished(arm)))
+    def missing(self, part: Part) -> list[tuple[str, int]]:
+        """Arm and seed of what a part lacks: of seeds that all its arms plan, with what it reads of them, those not there."""
+        measured = [column.partition("/")[0] for _, column in part.terms if "/" in column]
+        whats = {"fine-tuned"} if part.how == "accuracy" else set(measured)
+
+        def asks(one: Planned) -> bool:
+            return whats <= {how.what for how in one.measures}
+
+        def there(arm: str, seed: int) -> bool:
+            return seed in self.finished(arm) and all(self.measured(arm, seed, what) for what in whats)
+
+        planned = [{s: one for s, one in self.planned.get(arm, {}).items() if asks(one)} for arm in part.arms]
+        return [(arm, seed) for arm in part.arms for seed in estimate.shared(*planned) if not there(arm, seed)]
+
+    def trains(self, arm: str, seed: int) -> str:
+        """The page that plans a run: this one, where it does."""
+        pages = self.planned[arm][seed].pages
+        return self.page if self.page in pages else pages[0]
 
     @cached_property
     def repeats(self) -> list[dict[str, Any]]:

@@ -51,10 +51,13 @@ class JudgedPart(Part):
 
 @dataclass(frozen=True)
 class RestsOn:
-    """What a sentence rests on: runs, or turns of a bench. mixed, repeats: of the comparisons that decide a verdict."""
+    """What a sentence rests on: runs, or turns of a bench.
+
+    tokens: the fewest and the most that a run was trained on. mixed, repeats: of the comparisons that decide a verdict.
+    """
 
     size: str = ""
-    tokens: int = 0
+    tokens: tuple[int, int] = (0, 0)
     seeds: tuple[int, ...] = ()
     runs: int = 0
     cards: tuple[str, ...] = ()
@@ -65,9 +68,10 @@ class RestsOn:
     @classmethod
     def of(cls, runs: Collection[Mapping[str, Any]], configs: Sequence[RunConfig], **more: Any) -> "RestsOn":
         """Of finished runs' summaries, and the configs of their arms."""
+        tokens = [config.steps * config.tokens_per_batch for config in configs] or [0]
         return cls(
             size=size(configs) if configs else "",
-            tokens=max((config.steps * config.tokens_per_batch for config in configs), default=0),
+            tokens=(min(tokens), max(tokens)),
             seeds=tuple(sorted({run["seed"] for run in runs})),
             runs=len(runs),
             cards=tuple(sorted({run["device"] for run in runs if run.get("device")})),
@@ -81,8 +85,13 @@ class RestsOn:
         if not self.runs:
             return "no run"
         seeds = f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
-        tokens = f"{self.tokens / 1e6:,.0f} million" if self.tokens >= 1e6 else f"{self.tokens:,}"
-        return f"{counted(self.runs, 'run')} of {tokens} tokens ({seeds}) of {self.size}, on {cards}"
+        return f"{counted(self.runs, 'run')} of {self.trained} ({seeds}) of {self.size}, on {cards}"
+
+    @property
+    def trained(self) -> str:
+        """ "52 million tokens", "26 to 52 million tokens"."""
+        unit, word = (1e6, " million") if self.tokens[0] >= 1e6 else (1, "")
+        return f"{' to '.join(f'{n / unit:,.0f}' for n in dict.fromkeys(self.tokens))}{word} tokens"
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,17 @@ class ClaimVerdict:
     def deciding(self) -> tuple[JudgedPart, ...]:
         """The parts that make the label."""
         return tuple(part for part in self.parts if part.decides)
+
+    @property
+    def behind(self) -> tuple[JudgedPart, ...]:
+        """The deciding parts that have the claim's label themselves."""
+        return tuple(part for part in self.deciding if part.label == self.label)
+
+    @property
+    def said(self) -> str:
+        """The label; where only some of the deciding parts have it, of how many: "no effect in 1 of 2 parts"."""
+        some, all_parts = len(self.behind), len(self.deciding)
+        return f"{self.label} in {some} of {all_parts} parts" if 0 < some < all_parts else self.label
 
     @property
     def lacks(self) -> bool:
@@ -147,13 +167,15 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
         judged = {k: v if v.label == NOT_RUN else replace(v, label=PLUMBING) for k, v in judged.items()}
     deciding = [part for part in judged.values() if part.decides]
     label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in deciding])
-    trains = f"ecmoe runs {evidence.page} --scale {evidence.scale} --train"
+    missing = [run for part in family.values() for run in evidence.missing(part)]
+    pages = dict.fromkeys(evidence.trains(*run) for run in missing) or [evidence.page]
+    trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
     return ClaimVerdict(
         claim=about.id,
         label=label,
         sentence=_sentence(label, deciding),
         parts=tuple(judged.values()),
-        rests_on=_rests_on(deciding, evidence),
+        rests_on=_rests_on([judged[name] for name in family], evidence),
         command=trains if about.arms else f"ecmoe bench all --scale {evidence.scale}",
         about=about,
     )
@@ -189,7 +211,7 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
         high=high,
         seeds=found.n,
         smallest=smallest if math.isfinite(smallest) else None,
-        missing=tuple(f"{arm} s{seed}" for arm in part.arms for seed in evidence.missing(arm)),
+        missing=tuple(f"{arm} s{seed}" for arm, seed in evidence.missing(part)),
         mixed=tuple(what for what, differs in mixed.items() if differs),
         repeats=tuple(sorted({run for shown in linked for run in shown or ()})),
     )
@@ -220,19 +242,19 @@ def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
     return [sum(by_seed.values(), [])] if part.how == "spread" else list(by_seed.values())
 
 
-def _rests_on(deciding: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
-    turns = max((part.seeds for part in deciding if part.effect.of == "turn"), default=0)
+def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
+    turns = max((part.seeds for part in family if part.effect.of == "turn"), default=0)
     if turns:
         of, card = speed.setting(evidence.scale)
         return RestsOn(of, cards=(card,), turns=turns)
-    arms = list(dict.fromkeys(arm for part in deciding for arm in part.arms))
+    arms = [arm for arm in dict.fromkeys(arm for part in family for arm in part.arms) if evidence.finished(arm)]
     runs = {run["name"]: run for arm in arms for run in evidence.finished(arm).values()}.values()
     configs = [config for config in map(evidence.config, arms) if config is not None]
     return RestsOn.of(
         runs,
         configs,
-        mixed=tuple(sorted({what for part in deciding for what in part.mixed})),
-        repeats=tuple(sorted({run for part in deciding for run in part.repeats})),
+        mixed=tuple(sorted({what for part in family for what in part.mixed})),
+        repeats=tuple(sorted({run for part in family for run in part.repeats})),
     )
 
 

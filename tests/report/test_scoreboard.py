@@ -11,6 +11,7 @@ from bs4 import BeautifulSoup
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.report import index, scoreboard
+from ecmoe.report.markup import COLORS
 from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
 from tests.study.known import CENTRE, judged, losses, seeds
@@ -149,6 +150,16 @@ def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
     text = scoreboard.markdown("scoreboard", verdicts, "gpu")
     assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
     assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
+
+
+def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():
+    verdicts, said = {"C1": judged("C1", losses(**CENTRE))}, "contradicted in 2 of 4 parts"
+    assert f"| {said} |" in scoreboard.markdown("claims", verdicts, "gpu")
+    assert f"**{said}.**" in scoreboard.markdown("scoreboard", verdicts, "gpu")
+    page = BeautifulSoup(scoreboard.scoreboard_html(verdicts, answer("gpu", verdicts), ()), "html.parser")
+    badge = page.find(class_="claims").find(class_="badge")
+    assert badge.text == said and COLORS["contradicted"] in badge["style"]
+    assert page.find(class_="tally").find(class_="badge").text == "contradicted"
 
 
 PAGE = """<html><head><title>A &amp; B</title><meta name="description" content="About it"><style>x</style></head><body>

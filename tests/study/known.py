@@ -1,6 +1,7 @@
 """Made-up evidence whose truth is known."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -26,7 +27,9 @@ class Known(Evidence):
 
     @property
     def planned(self):
-        return {arm: {seed: None for seed in range(4)} for arm in self.numbers}
+        measures = [SimpleNamespace(what=what) for what in ("losses", "next-token", "fine-tuned")]
+        run = SimpleNamespace(pages=(self.page,), measures=measures)
+        return {arm: dict.fromkeys(range(4), run) for arm in self.numbers}
 
     def config(self, arm):
         return RunConfig()
@@ -36,6 +39,9 @@ class Known(Evidence):
         ran = sorted(set().union(*columns.values())) if columns else []
         common = {"device": "H100", "code": "c0de", "config": {"router": arm.split()[0]}} | self.more.get("summary", {})
         return {s: {"name": f"{arm} {s}", "seed": s, "status": "finished"} | common for s in ran}
+
+    def measured(self, arm, seed, what):
+        return [True]
 
     def values(self, arm, column):
         return self.numbers.get(arm, {}).get(column, {})

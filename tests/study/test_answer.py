@@ -28,12 +28,13 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
     found = answer("gpu", verdicts(numbers, bench={"even": [1.08, 1.081, 1.079]}, step_time=1.1))
     holds, does_not, choice = found.sentences
     assert holds == (
-        "Of the paper's 12 claims 5 were run so far, at 4 layers of width 64, 8 experts, trained on 0 million tokens: 2 hold (C5: a cap of 2 experts "
+        "Of the paper's 12 claims 5 were run so far, at 4 layers of width 64, 8 experts, trained on 122,880 tokens: 2 hold (C5: a cap of 2 experts "
         "costs quality; C9: EC beats dense models, and sooner), and 1 holds in direction, but not by as much "
         "(C2: a GShard step takes 20% longer)."
     )
     assert does_not.startswith(
-        "1 is contradicted, at least in part (C1: EC-CF2 needs half of GShard's steps, and both beat Switch); "
+        "1 is contradicted (C1: EC-CF2 needs half of GShard's steps, and both beat Switch, in \u201chalf the steps, renormalized "
+        "gates\u201d and \u201chalf the steps, raw gates\u201d, while 2 others are reproduced); "
     )
     assert "7 are not run yet (C3, " in does_not
     assert choice.startswith(
@@ -55,7 +56,7 @@ def test_the_cost_is_that_of_all_records(home):
     )
 
 
-SIZE = "at 4 layers of width 64, 8 experts, trained on 0 million tokens"
+SIZE = "at 4 layers of width 64, 8 experts, trained on 122,880 tokens"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ SIZE = "at 4 layers of width 64, 8 experts, trained on 0 million tokens"
         ([UNDECIDED, NOT_RUN], f"2 claims 1 was run so far, {SIZE}: none holds.", "1 is undecided (C6); 1 is not run yet (C6)."),
         ([IN_DIRECTION, CONTRADICTED, CONTRADICTED, NO_EFFECT],
          f"4 claims, {SIZE}, 1 holds in direction, but not by as much (C6: hash routing is worse than EC).",
-         "2 are contradicted, at least in part (C6: hash routing is worse than EC; C6: hash routing is worse than EC); "
+         "2 are contradicted (C6: hash routing is worse than EC; C6: hash routing is worse than EC); "
          "no effect was found for 1 (C6: hash routing is worse than EC)."),
     ],
 )  # fmt: skip
@@ -76,6 +77,35 @@ def test_one_or_several_claims_of_each_label(home, labels, holds, does_not):
     sentences = answer("gpu", {str(i): replace(found, label=label) for i, label in enumerate(labels)}).sentences
     choice = "What that means for a choice of router, no run tells yet."
     assert sentences == (f"Of the paper's {holds}", does_not[0].upper() + does_not[1:], choice)
+
+
+def test_a_label_of_some_parts_alone_names_them_and_what_the_others_are(home):
+    experts = {
+        f"{arm} renormalized, {e} experts": seeds(mean)
+        for arm, mean in (("EC-CF2", 3.6), ("GShard top-2", 3.62))
+        for e in (16, 32, 64, 128)
+    }
+    level = judged("C3", losses(**experts))
+    assert level.said == "no effect in 1 of 2 parts"
+    assert answer("gpu", {"C3": level}).sentences[1] == (
+        "No effect was found for 1 (C3: more experts help, and EC is ahead of GShard, in \u201cmore experts\u201d, while 1 other is reproduced)."
+    )
+    part, *_ = level.parts
+    both = replace(
+        level,
+        parts=(
+            part,
+            replace(part, name="too"),
+            *(replace(part, label=label) for label in (REPRODUCED, UNDECIDED, UNDECIDED)),
+        ),
+    )
+    assert both.said == "no effect in 2 of 5 parts"
+    assert (
+        "in \u201cmore experts\u201d and \u201ctoo\u201d, while 1 other is reproduced and 2 others are undecided)"
+        in answer("gpu", {"C3": both}).sentences[1]
+    )
+    missing = replace(level, label=UNDECIDED, parts=(part, replace(part, label=NOT_RUN)))
+    assert missing.said == UNDECIDED  # whose parts are none of them
 
 
 def test_what_says_nothing_is_said_to(home):

@@ -2,6 +2,7 @@
 
 import base64
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ecmoe.measures import measure
 from ecmoe.study import speed
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import plan, record
-from ecmoe.study.protocol import find_claim
+from ecmoe.study.protocol import Part, find_claim
 from ecmoe.study.verdict import (
     CONTRADICTED,
     NO_EFFECT,
@@ -151,8 +152,36 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     assert math.isnan(Evidence("gpu", "").step_time("no arm", timed[0]["arm"]))
 
 
-def test_what_is_missing_is_in_the_order_of_seeds(monkeypatch):
-    evidence = Evidence("gpu", "01_convergence")
-    monkeypatch.setattr(evidence, "planned", {"EC": dict.fromkeys((16, 8, 1))}, raising=False)
+def test_a_part_lacks_seeds_that_all_its_arms_plan_with_what_it_reads(monkeypatch):
+    def run(*whats, pages=("01_convergence", "09_causality")):
+        return SimpleNamespace(measures=[SimpleNamespace(what=what) for what in whats], pages=pages)
+
+    evidence = Evidence("gpu", "09_causality")
+    one, other = {16: run("losses"), 8: run("losses"), 1: run("losses", "more"), 3: run(pages=("02_x",))}, run("losses")
+    planned = {"EC": one, "GShard": {8: other, 16: other, 5: other}}
+    monkeypatch.setattr(evidence, "planned", planned, raising=False)
     monkeypatch.setattr(evidence, "finished", lambda arm: {8: {}})
-    assert evidence.missing("EC") == [1, 16] and evidence.missing("other") == []
+    monkeypatch.setattr(evidence, "measured", lambda arm, seed, what: [1] if arm == "EC" else [])
+
+    def lacks(of, *arms, how="difference"):
+        return evidence.missing(Part("p", arms, "below", "", of, how=how))
+
+    assert lacks("val_loss", "EC") == [("EC", 1), ("EC", 3), ("EC", 16)]
+    assert lacks("losses/sequence - losses/as trained", "EC") == [("EC", 1), ("EC", 16)]  # seed 3 is never measured
+    assert lacks("val_loss", "EC", "GShard") == [("EC", 16), ("GShard", 16)]  # seed 5 of one alone pairs with nothing
+    assert lacks("losses/sequence", "GShard") == [("GShard", 5), ("GShard", 8), ("GShard", 16)]  # trained, not measured
+    assert lacks("accuracy", "EC", how="accuracy") == lacks("val_loss", "other") == lacks("own", how="bench") == []
+    assert evidence.trains("EC", 1) == "09_causality" and evidence.trains("EC", 3) == "02_x"
+
+
+def test_a_verdict_names_the_pages_that_would_train_what_it_lacks(study):
+    study({"EC-CF2 renormalized": 3.6}, "04_capped_experts", routing={f"share_{j}": 0.1 for j in range(9)})
+    assert (
+        not judge("C7", "gpu").lacks
+        and judge("C5", "gpu").command == "ecmoe runs 04_capped_experts --scale gpu --train"
+    )
+    evidence = Evidence("gpu", "04_capped_experts", plan("gpu"))
+    record(evidence.planned["EC-CF2 renormalized"][3], "gpu").unlink()
+    found = judge("C7", "gpu")
+    assert found.lacks and found.command == "ecmoe runs 01_convergence --scale gpu --train"  # which alone plans seed 3
+    assert found.parts[0].missing == ("EC-CF2 renormalized s3",)

@@ -154,8 +154,8 @@ def test_what_it_rests_on_has_every_run_seed_size_and_card():
     configs = [RunConfig(steps=40, layers=2, router="hash"), RunConfig(steps=20, layers=6, router="dense")]
     runs = [{"seed": seed, "device": device} for seed, device in ((5, "B"), (1, "A"), (5, None))]
     found = RestsOn.of(runs, configs, mixed=("code",))
-    longest = "81,920 tokens (seeds 1, 5) of 2 to 6 layers of width 64, 8 experts, on A, B"
-    assert str(found) == f"3 runs of {longest}"
+    all_of_them = "40,960 to 81,920 tokens (seeds 1, 5) of 2 to 6 layers of width 64, 8 experts, on A, B"
+    assert str(found) == f"3 runs of {all_of_them}"
     assert str(RestsOn.of(runs[:1], configs[1:])) == "1 run of 40,960 tokens (seed 5) of 6 layers of width 64, on B"
     assert found.mixed == ("code",) and "on an unknown device" in str(RestsOn.of(runs[2:], configs))
 
@@ -177,6 +177,21 @@ def test_a_page_of_another_size_brings_no_arms_of_the_claim(monkeypatch):
     for page in (None, about.page, "07_fine_tuning"):
         assert verdict.judge("C1", "paper", page=page, planned=["a run"]) is about
     assert asked == [("paper", about.page, ["a run"], about.arms)] * 2 + [("paper", "07_fine_tuning", ["a run"], ())]
+
+
+def test_a_verdict_rests_on_what_puts_its_parts_in_direction_too_and_on_horizons_of_several_lengths():
+    class Short(Known):
+        def config(self, arm):
+            return RunConfig(steps=10 if "1/2" in arm else 20)
+
+    numbers = losses(**CENTRE)
+    found = of_evidence(find_claim("C1"), Short(numbers, page="01_convergence"))
+    assert found.rests_on.runs == 7 * 4  # EC-CF2 with raw gates after all steps is compared in no part that decides
+    each = RunConfig().tokens_per_batch
+    assert f"of {10 * each:,} to {20 * each:,} tokens (seeds" in str(found.rests_on)
+    del numbers["EC-CF2 raw, 1/2 of the steps"], numbers["EC-CF2 renormalized, 1/2 of the steps"]
+    assert of_evidence(find_claim("C1"), Short(numbers, page="01_convergence")).rests_on.tokens == (20 * each,) * 2
+    assert RestsOn(tokens=(26_214_400, 52_428_800)).trained == "26 to 52 million tokens"
 
 
 def test_runs_of_two_codes_or_cards_are_marked():
