@@ -25,6 +25,7 @@ from ecmoe.study.verdict import (
 # What somebody who chooses a router asks: claim and part.
 CHOICE = (
     ("C1", "all steps, renormalized gates"),
+    ("C1", "steps for an equal loss, renormalized gates"),
     ("C2", "even routing, each on its best path"),
     ("C9", "loss against the twin of equal FLOPs"),
 )
