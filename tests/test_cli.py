@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -148,6 +149,8 @@ PASSED = {
     "again ONE --scale paper --steps 5": ("study.repeats.again", ["ONE", "paper", 5], {}),
     "bench layer --set n=4 --set repeats=2": ("study.speed.job", ["layer"], {"n": 4, "repeats": 2}),
     "bench profile": ("study.speed.job", ["profile"], {}),
+    "bench all --scale smoke --only step --out there": ("study.speed.take", [["step"], "there"], {"force": False}),
+    "bench all --scale smoke --only growth,step --out there --force": ("study.speed.take", [["step", "growth"], "there"], {"force": True}),
 }  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def test_a_command_passes_on_what_it_is_given(words, monkeypatch):
         return [SimpleNamespace(name="ONE", arms=("EC",), of=" ".join([scale, *pages]))]
 
     def said(value):
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple | dict):
             return [said(one) for one in value]
         return f"ONE of {value.of}" if hasattr(value, "of") else str(value) if isinstance(value, Path) else value
 
@@ -192,6 +195,36 @@ def test_runs_are_listed_with_who_wants_them_and_what_is_missing(tmp_path, monke
     assert call("runs", "09_causality").exit_code == 0
     monkeypatch.setattr("ecmoe.study.engine.lacks", lambda *_: "")
     assert call("runs", "09_causality", "--check").exit_code == 0
+    monkeypatch.setattr(
+        "ecmoe.study.plan.sound", lambda scale: (planned, {"01_a": ValueError("page '01_a'\nis wrong")})
+    )
+    wrong = call("runs")
+    assert wrong.exit_code == 2 and wrong.stderr == "error: page '01_a' is wrong\n" and last[-10:] in wrong.stdout
+
+
+def test_what_was_timed_is_printed_and_kept_where_asked(monkeypatch, tmp_path):
+    table = pd.DataFrame({"path": ["plain"], "ms": [1.23456], "samples_ms": [[1.0]], "mfu": [None]})
+    table.attrs = {"setting": {"n": 4}, "absent": ["a rival"]}
+    monkeypatch.setattr("ecmoe.study.speed.job", lambda name, **keys: lambda: table)
+    said = [call("bench", "layer", *more).stdout.split() for more in ([], ["--json", tmp_path / "a.json"])]
+    assert (
+        said[0] == said[1] == "n=4 path ms plain 1.235 not measured, since not there or not possible: a rival".split()
+    )
+    (kept,) = tmp_path.iterdir()
+    assert json.loads(kept.read_text())["rows"][0]["samples_ms"] == [1.0]
+
+
+@pytest.mark.parametrize(("equal", "code"), [([True, True], 0), ([False, True], 1), ([True, False], 1)])
+def test_one_run_that_differs_is_an_exit_code(equal, code, monkeypatch):
+    planned = [SimpleNamespace(name=name) for name in "ab"]
+    found = {"rows": 3, "differs": {"val_loss": 0.25}, "recorded": "x", "code": "y", "device": "CPU"}
+    monkeypatch.setattr("ecmoe.study.repeats.again", lambda name, *_: found | {"equal": equal["ab".index(name)]})
+    monkeypatch.setattr("ecmoe.study.plan.sound", lambda scale: (planned, {}))
+    ran = call("again", "a", "b")
+    said = ["equal in 3 rows" if one else "of 3 rows some differ: val_loss by up to 0.25" for one in equal]
+    assert ran.exit_code == code and ran.stdout.splitlines() == [
+        f"{n}  code x -> y  CPU  {s}" for n, s in zip("ab", said, strict=True)
+    ]
 
 
 def test_a_run_that_broke_off_is_an_exit_code(tiny_config, tmp_path):

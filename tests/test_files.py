@@ -30,11 +30,12 @@ from ecmoe.files import (
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.json"
-    write_json(path, {"x": float("nan"), "t": torch.tensor(2)})
+    write_json(path, {"x": float("nan"), "t": torch.tensor(2), 3: [float("-inf"), (True, None, path)]})
     with pytest.raises(ZeroDivisionError), written(path) as temporary:
         temporary.write_text("half of")
         raise ZeroDivisionError
-    assert read_json(path) == {"x": None, "t": 2} and os.listdir(path.parent) == ["a.json"]
+    assert read_json(path) == {"x": None, "t": 2, "3": [None, [True, None, str(path)]]}
+    assert os.listdir(path.parent) == ["a.json"]
 
 
 def test_a_killed_writer_leaves_what_was_there(tmp_path):

@@ -234,6 +234,8 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
         write_notebook(tmp_path, name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("ECMOE_SLOTS", "3")
+    (tmp_path / "reports/gpu/repeats").mkdir(parents=True)
+    (tmp_path / "reports/gpu/repeats/a.json").touch()
     asked = ["--cores", "12", "--config", "scale=gpu", f"train_missing={trains}", "--dry-run", "--printshellcmds"]
     code, output, _ = snakemake(tmp_path, *asked, "--quiet", "host")
     assert code == 0, output
@@ -243,6 +245,12 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     assert set(named) == {"all", "index", "page"} | ({"run", "bench"} if trains else set())
     assert ("ecmoe runs --scale gpu --missing --check" in named["all"][1]) == trains
     assert [".done" in reads[name] for name in pages] == [trains, trains]
+    assert all("reports/gpu/repeats/a.json" in reads[name] for name in pages)  # which a verdict rests on
+    given = ["configs/scale/gpu.yaml", "configs/{}.yaml", "configs/scale/gpu/{}.yaml"]
+    assert {shell.split(" -m ")[1] for rule, _, shell in jobs if rule == "page"} == {
+        f"ecmoe report notebooks/{name}.ipynb reports/gpu/{name}.html -f {' -f '.join(given).format(*[name] * 2)} --no-train"
+        for name in pages
+    }
     assert ["bench.done" in reads[name] for name in pages] == [trains, False]
     if not trains:
         return
@@ -253,7 +261,10 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     )
     wanted = [one.name for one in plan.plan("gpu") if not set(pages).isdisjoint(one.pages)]
     batches = [
-        re.search("ECMOE_SHARING=3 .+ -m ecmoe run (.+) --scale gpu .+ -ge 3", shell)[1].split() for *_, shell in runs
+        re.search(r"ECMOE_SHARING=3 .+ -m ecmoe run (.+) --scale gpu \|\| test \$\? -eq 2 -o 1 -ge 3$", shell)[
+            1
+        ].split()
+        for *_, shell in runs
     ]
     assert sum(batches, []) == wanted and {len(some) for some in batches[:-1]} == {4}  # in order, four a process
     assert all("place=1" in about and "threads: 2" in about for _, about, _ in runs)  # three on each GPU at once

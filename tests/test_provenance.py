@@ -48,6 +48,7 @@ def test_our_commit_says_whether_files_differ_from_it(package, tmp_path, monkeyp
     git(tmp_path, "commit", "-m", "y")
     head = git(tmp_path, "rev-parse", "--short=12", "HEAD")
     monkeypatch.setenv("GIT_DIR", "/nowhere")  # as within a hook of another repository
+    (place / "of_ones_own.py").touch()  # which no commit has
     assert provenance.commit() == head
     (place / "cli/__init__.py").write_text("")
     assert provenance.commit() == head + "+"
@@ -76,5 +77,6 @@ def test_the_digest_of_the_code_follows_what_is_computed(package):
 
 
 def test_peak_rates_are_found_in_a_devices_full_name():
-    assert provenance.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    for kind, rate in provenance.PEAK_BF16.items():
+        assert provenance.peak_flops(f"NVIDIA {kind} 80GB HBM3") == rate  # not that of another, such as L4 in L40S
     assert math.isnan(provenance.peak_flops("CPU (x86_64, 2 cores)"))

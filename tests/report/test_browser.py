@@ -45,6 +45,8 @@ def folder(tmp_path_factory):
             nbformat.v4.new_markdown_cell(f"## Part {i}\n\nSome words on capacity {'and more ' * 60}.")
             for i in range(5)
         ]
+        if name == "02_two":
+            cells.append(nbformat.v4.new_markdown_cell("## Capacity\n\nThe last part."))
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
     for name in ("01_one", "02_two"):
         render(nbformat.read(folder / f"{name}.ipynb", 4), folder / f"{name}.html", source=folder / f"{name}.ipynb")
@@ -151,5 +153,6 @@ def test_the_search_finds_words_of_every_page(folder, tab):
         tab.do("Input.insertText", text=letter)
     found = tab.js("[...document.querySelectorAll('.hits a')].map(a => a.getAttribute('href'))")
     assert {"01_one.html#part-0", "02_two.html#part-4"} <= set(found)
+    assert found[0] == "02_two.html#capacity"  # whose heading has it
     tab.do("Input.insertText", text=" nowhere")
     assert "No page has" in tab.js("document.querySelector('.hits').textContent")

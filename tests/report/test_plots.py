@@ -6,6 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as xml
 from itertools import pairwise
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -18,7 +19,7 @@ from ecmoe.config import RunConfig
 from ecmoe.model import metrics
 from ecmoe.report import plots
 from ecmoe.report.plots import style
-from ecmoe.report.plots.draw import name_ends
+from ecmoe.report.plots.draw import PERCENT, name_ends, number
 from ecmoe.study.table import curves, table
 from ecmoe.training.result import Result, not_run
 
@@ -27,7 +28,7 @@ EC, TOP2, HASH = RunConfig(), RunConfig(router="token_choice", top_k=2, capacity
 
 def run(config: RunConfig, loss: float, rows: int = 5, **routing: float) -> Result:
     x = np.linspace(0, 100, rows)
-    shares = {f"share_{j}": 0.0 for j in range(9)} | {"share_1": 0.75, "share_3": 0.25}
+    shares = {f"share_{j}": (j + 1) / 45 for j in range(9)}  # no two alike
     routing = {"dropped": 0.1, "over_capacity": 0.3, **shares, **routing}
     curve = pd.DataFrame({"step": x, "val_loss": loss + 1 - x / 100}).assign(**routing).reindex(columns=metrics.curve())
     summary = {"config": config.to_dict(), "name": config.name, "seed": config.seed, "status": "finished"}
@@ -48,6 +49,7 @@ def drawn(plot):
     root = xml.fromstring(plot.svg())
     assert root.get("aria-label") == plot.alt and len(plot.alt) > 30
     assert not pyplot.get_fignums()  # shown by the report alone
+    assert not [group for group in root.iter("{*}g") if group.get("id")]  # two figures of a page would share it
     assert all(ax.get_xlabel() for ax in plot.figure.axes) or "Combine weights" in plot.alt  # whose columns are named
     assert style.INK not in plot.svg() and style.PAPER not in plot.svg()
     return plot
@@ -108,7 +110,7 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
     assert "2.000, 1 seed." in one.alt
     difference = drawn(plots.final_loss(table(runs), reference="EC"))
     assert (
-        difference.data["mean"].tolist()[0] == pytest.approx(0.5)
+        difference.data.loc[0, ["mean", "low", "high"]].tolist() == pytest.approx([0.5] * 3)  # paired by seed
         and "doesn't" not in difference.figure.axes[0].get_xlabel()
     )
 
@@ -145,8 +147,13 @@ def test_large_numbers_are_in_thousands():
 def test_expert_shares(runs):
     paper = {"1 or 2: most": 0.74, "3 or 4: 23%": 0.23, "3%": 0.03}
     plot = drawn(plots.expert_shares(table(runs), paper=paper))
-    assert plot.data.set_index("arm").loc["EC", ["0", "1", "3", "8+"]].tolist() == [0, 75, 25, 0]
-    assert "EC: 0.0% none, 75.0% one or two, 25.0% three or four, 0.0% more" in plot.alt
+    percent = [100 * (j + 1) / 45 for j in range(9)]
+    assert plot.data.set_index("arm").loc["EC", [*"01234567", "8+"]].tolist() == pytest.approx(percent)
+    assert "EC: 2.2% none, 11.1% one or two, 20.0% three or four, 66.7% more" in plot.alt
+    (ax,) = plot.figure.axes
+    bars = [(bar.get_x(), bar.get_width()) for bars in ax.containers[:9] for bar in bars[:1]]
+    assert bars == [pytest.approx((sum(percent[:j]), percent[j])) for j in range(9)]
+    assert texts(plot)[:27:3] == ["", "4%", "7%", "9%", "11%", "13%", "16%", "18%", "20%"]  # where there is room
     assert legend(plot) == [*"01234567", "8+"]
     assert "The paper: 1 or 2: most, 3 or 4: 23%, 3%." in plot.alt and "Not run: Hash." in plot.alt
 
@@ -167,6 +174,16 @@ def test_load_is_in_percent(runs):
     }
     plot = drawn(plots.over(table(swept), "capacity_factor", ("over_capacity", "dropped")))
     assert plot.data[plot.data["measure"].str.contains("dropped")]["mean"].tolist() == pytest.approx([20, 10])
+
+
+def test_what_is_labelled_in_percent_is_shown_so():
+    assert {column for column, label in plots.LABELS.items() if re.search("%|percentage", label)} == set(PERCENT)
+
+
+def test_numbers_in_words_have_as_many_digits_as_say_something():
+    rows = [(99.9994, None, None), (-2.0, -99.9, -0.25), (-1234.567, -100.0, 1e6), (0.5, math.nan, math.nan)]
+    said = [number(SimpleNamespace(mean=mean, low=low, high=high)) for mean, low, high in rows]
+    assert said == ["99.999", "-2.000 (-99.900 to -0.250)", "-1,235 (-100 to 1,000,000)", "0.500"]
 
 
 def test_routing_matrix_names_who_is_left_out():
@@ -207,6 +224,22 @@ def test_retention():
     assert plots.retention(frame[::-1]).svg() == plot.svg()  # a task has its colour, whoever comes first
     several = pd.concat([frame.assign(arm=arm) for arm in "abc"])
     assert [ax.get_visible() for ax in plots.retention(several).figure.axes] == [True, True, True, False]  # two by two
+
+
+def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
+    rows = [("floor", "", "plain", "eager", 1.0), ("EC-CF2", "", "plain", "eager", 0.5), ("EC-CF2", "", "triton", "CUDA graph", 0.9),
+            ("floor", "in 8 bits", "plain", "eager", 1.5), ("EC-CAP2", "Dykstra", "plain", "eager", 0.1), ("top-2", "", "triton", "eager", 0.8)]  # fmt: skip
+    each = [(*row, what) for row in rows for what in ("routing", "forward", "forward + backward")]
+    frame = pd.DataFrame(each, columns=["layer", "variant", "path", "mode", "share_of_floor", "what"])
+    frame = frame.assign(size="small", ms=2.0, low_ms=1.0, high_ms=3.0)
+    frame["name"] = frame["layer"] + " " + frame["path"]
+    frame.loc[frame["what"] == "forward", "share_of_floor"] -= 0.05
+    plot = drawn(plots.share_of_floor(frame))
+    shown = ["EC-CF2 plain", "floor plain", "top-2 triton"]
+    assert plot.alt.endswith(f"small: {shown[0]} 50%, {shown[1]} 150%, {shown[2]} 80%.")
+    assert plot.data.groupby("layer", sort=False)["share_of_floor"].apply(list).to_dict() == {
+        name: pytest.approx([x - 0.05, x]) for name, x in zip(shown, (0.5, 1.5, 0.8), strict=True)
+    }  # fmt: skip
 
 
 def test_times_of_steps_stand_by_arm_and_path():
@@ -367,6 +400,8 @@ def test_an_arm_looks_the_same_in_every_figure():
         plots.looks(["Dense", "Hash modulo", "EC-CF2 raw, pool 512", "EC-CF2 raw"]),
     )
     assert one["EC-CF2 raw"] == other["EC-CF2 raw"] and one["Hash modulo"] == other["Hash modulo"]
+    crowd = [f"A{i}" for i in range(9)]  # which leave its colour to an arm that has one
+    assert all(plots.looks([*crowd, name])[name][:2] == known for name, known in style._KNOWN.items())
     gates = plots.looks(["EC-CF2 renormalized", "EC-CF2 raw", "EC-CF2 scaled"])
     assert len({look.color for look in gates.values()}) == 1 and len({look.dashes for look in gates.values()}) == 3
 

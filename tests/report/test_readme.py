@@ -42,6 +42,18 @@ def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
         readme.update("gpu")
 
 
+def test_a_figure_has_its_words_in_quotes_and_a_part_without_one_says_so(monkeypatch):
+    plot = readme.Plot(Drawn(), 'a "b" <c>', None)
+    monkeypatch.setattr(readme, "judge_all", lambda scale: {})
+    monkeypatch.setattr(readme, "effects", lambda verdicts: plot)
+    monkeypatch.setattr(readme, "share_of_floor", lambda layers: plot._replace(figure=None))
+    texts, plots = readme.sections("gpu")
+    assert '"reports/gpu/readme-evidence.png" width="760" alt="a &quot;b&quot; &lt;c&gt;">' in texts["evidence"]
+    assert texts["speed"].startswith("Not run yet: Speed of the layer") and plots == {
+        "reports/gpu/readme-evidence.png": plot
+    }
+
+
 class Drawn:
     """A figure that need not be drawn."""
 

@@ -149,6 +149,9 @@ def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
     assert lines[3] == "| [C6](reports/gpu/scoreboard.md#c6) | hash routing is worse than EC | reproduced |"
     text = scoreboard.markdown("scoreboard", verdicts, "gpu")
     assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    parts = [part for verdict in verdicts.values() for part in verdict.deciding]
+    assert [cells[0][2:] for cells in rows if cells[0] != "| part"] == [part.name for part in parts]  # no others
     assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
 
 
