@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ from ecmoe.study.estimate import Unit
 from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 
 Verdicts = Mapping[str, ClaimVerdict]
-CAPTION = "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals, colours: verdicts."
+CAPTION = "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals."
 
 
 def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Collection[str]) -> Markup:
@@ -52,15 +52,21 @@ def effects(verdicts: Verdicts) -> Plot:
     there = {unit: pd.DataFrame(of, columns=columns) for unit, of in rows.items() if of}
     heights = [len(of) + 1.5 for of in there.values()]
     what = "effects, above 0 where they are on the paper's side"
-    return panels(what, _ranges, there, 0.6 + 0.21 * sum(heights), rows=len(there), key="unit", height_ratios=heights)
+    draw = partial(
+        _ranges, labels=[label for label in COLORS if any(label in set(of["label"]) for of in there.values())]
+    )
+    height = 1.0 + 0.21 * sum(heights)
+    return panels(what, draw, there, height, rows=len(there), key="unit", legend=3, height_ratios=heights)
 
 
-def _ranges(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def _ranges(ax: Axes, rows: pd.DataFrame, labels: Sequence[str]) -> tuple[pd.DataFrame, str]:
     """A row for each part: its mean and interval, both known already, on one scale."""
     colors = [COLORS.get(label, GREY) for label in rows["label"]]
     ax.axvline(0, color=INK, linewidth=1)
     ax.hlines(rows.index, rows["low"], rows["high"], color=colors, linewidth=2)
     ax.scatter(rows["mean"], rows.index, c=colors, s=64, zorder=3)
+    for label in labels:
+        ax.scatter([], [], c=COLORS[label], s=64, label=label)
     # Effects lie decades apart, so the axis is logarithmic away from 0. An interval of few seeds may be hundreds wide: the marks
     # decide how far it goes.
     sizes = rows["mean"].abs()

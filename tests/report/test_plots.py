@@ -15,6 +15,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 
+from ecmoe.bench.rows import BOTH, EAGER, FORWARD, GRAPH
 from ecmoe.config import RunConfig
 from ecmoe.model import metrics
 from ecmoe.report import plots
@@ -262,6 +263,27 @@ def test_times_of_steps_stand_by_arm_and_path():
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["A, plain", "B, triton, CUDA graph"]
     assert ax.get_ylim() == (1.5, -0.5) and plot.data["mfu"].tolist() == [0.25] * 3
     assert legend(plot) == ["routed by its own router", "routed evenly, by force"]
+
+
+def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_launch():
+    rows = [
+        {"n": n, "d_model": d, "mode": mode, "what": what, "plain_ms": 2.0, "auto_ms": 2.0 * ratio, "ratio": ratio}
+        for mode, worse in ((EAGER, 0.0), (GRAPH, -0.3))
+        for what, more in ((FORWARD, 0.2), (BOTH, 0.0))
+        for n, d, ratio in ((8192, 4096, 0.5 + more + worse), (512, 4096, 0.6 + more + worse), (512, 256, 0.4 + worse))
+    ]
+    plot = plots.over_plain(pd.DataFrame(rows))
+    assert "eager: 0.40 to 0.80, at n 512 and d 4,096, forward." in plot.alt
+    assert "CUDA graph: 0.10 to 0.50, at n 512 and d 4,096, forward." in plot.alt
+    assert plot.data.to_dict("records") == [row | {"panel": row["mode"]} for row in rows]
+    left, right = plot.figure.axes
+    assert [ax.get_title() for ax in (left, right)] == [EAGER, GRAPH] and left.get_xscale() == "log"
+    drawn = sorted(
+        (list(x), [round(v, 3) for v in y]) for x, y in (line.get_data() for line in left.lines) if len(x) == 2
+    )
+    assert drawn[:1] == [([0, 1], [1, 1])]  # as fast as plain
+    assert drawn[1:] == [([512, 8192], [0.6, 0.5]), ([512, 8192], [0.8, 0.7])]
+    assert legend(plot) == ["width d", "256", "4,096", BOTH, FORWARD]
 
 
 def test_growth_shows_times_power_and_floor():

@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.colors import to_hex
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
@@ -105,6 +106,13 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     plot = scoreboard.effects(verdicts)
     assert [ax.get_ylim() for ax in plot.figure.axes] == [(0.5, -0.5)] * 2  # half a row's place around a row
     assert all(ax.get_xlabel().startswith("right of 0: as the paper says") for ax in plot.figure.axes)
+    [legend] = plot.figure.legends
+    named = {
+        text.get_text(): handle.get_facecolor()
+        for text, handle in zip(legend.texts, legend.legend_handles, strict=True)
+    }
+    assert list(named) == [label for label in COLORS if label in set(plot.data["label"])]
+    assert all(to_hex(color[0]) == COLORS[label].lower() for label, color in named.items())
     shown = plot.data.set_index("name")
     assert shown.loc["C6 modulo against EC-CF2", "mean"] == pytest.approx(0.02)  # the paper: hash above
     assert shown.loc["C2 even routing, each on its best path", ["mean", "unit"]].tolist() == [

@@ -8,10 +8,10 @@ from ecmoe.report.plots.continual import gate_choices, retention
 from ecmoe.report.plots.draw import LABELS
 from ecmoe.report.plots.loss import by_routing, final_loss, over
 from ecmoe.report.plots.routing import expert_shares, routing_matrix
-from ecmoe.report.plots.speed import growth, profile, share_of_floor, step_times
+from ecmoe.report.plots.speed import growth, over_plain, profile, share_of_floor, step_times
 from ecmoe.report.plots.style import Plot, looks
 
 __all__ = [
-    "LABELS", "Plot", "by_routing", "expert_shares", "final_loss", "gate_choices", "growth", "looks", "over", "profile",
-    "retention", "routing_matrix", "share_of_floor", "step_times",
+    "LABELS", "Plot", "by_routing", "expert_shares", "final_loss", "gate_choices", "growth", "looks", "over", "over_plain",
+    "profile", "retention", "routing_matrix", "share_of_floor", "step_times",
 ]  # fmt: skip

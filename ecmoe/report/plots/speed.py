@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from ecmoe.bench.rows import BOTH, EAGER, FORWARD, GRAPH
 from ecmoe.report.plots.draw import LABELS, panels
@@ -50,6 +50,32 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
     what, height = f"speed of a layer, as a share of its floor's, {BOTH}", 1.6 + 0.28 * max(len(names), 2)
     each = {size: size for size in measured}
     return panels(what, draw, each, height, sizes, measured, key="size", legend=2, sharey=True)
+
+
+def over_plain(auto: pd.DataFrame) -> Plot:
+    """The time of a layer as a run gets it, over that of plain PyTorch, by its size: a panel per way to launch it.
+
+    Args:
+        auto: of `bench_auto`.
+    """
+    width = LABELS["d_model"]
+    rows = auto.sort_values("d_model", kind="stable").rename(columns={"d_model": width, "what": ""})
+    rows[width] = rows[width].map("{:,}".format)
+
+    def draw(ax: Axes, mode: str) -> tuple[pd.DataFrame, str]:
+        here = rows[rows["mode"] == mode]
+        sns.lineplot(here, x="n", y="ratio", hue=width, style="", style_order=[BOTH, FORWARD], markers=["o", "D"],
+                     palette="colorblind", errorbar=None, ax=ax)  # fmt: skip
+        ax.get_legend().remove()
+        ax.axhline(1, color=INK, linewidth=1)
+        ax.set(xscale="log", ylabel="", xlabel=LABELS["n"])
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        worst = here.loc[here["ratio"].idxmax()]
+        where = f"n {worst['n']:,} and d {worst[width]}, {worst['']}"
+        return auto[auto["mode"] == mode], f"{here['ratio'].min():.2f} to {worst['ratio']:.2f}, at {where}"
+
+    what, each = "time of a layer as a run gets it, over that of plain PyTorch", {mode: mode for mode in rows["mode"]}
+    return panels(what, draw, each, 3.4, ylabel="over plain PyTorch's time", legend=8, sharey=True)
 
 
 def step_times(steps: pd.DataFrame) -> Plot:
