@@ -25,8 +25,7 @@ def answer(scale: str, *claims: str) -> None:
         scale: whose records are judged; at smoke none are. claims: "C1" ... "C10", "L1", "L2".
     """
     for claim in claims[:1] if scale == "smoke" else claims:
-        verdict = judge(claim, scale)
-        show_html(answer_html(verdict), f"{claim}: {verdict.label}. {verdict.sentence}")
+        show_html(answer_html(judge(claim, scale)))
 
 
 def finding(said: str, rests_on: Study | str) -> None:
@@ -49,14 +48,12 @@ def finding(said: str, rests_on: Study | str) -> None:
             more = markup("not_run", f"ecmoe runs {study.page} --scale {study.scale} --train")
     if label == "finding":
         more = markup("rests_on", rests_on) + more
-    show_html(markup("answer", label, said, "", more), said)
+    show_html(markup("answer", label, said, "", more))
 
 
 def judged(scale: str, *claims: str) -> None:
     """Show how each claim was judged: its parts, the rule of each, what it could have seen, what would refute it."""
-    verdicts = [judge(claim, scale) for claim in claims]
-    text = "\n".join(f"{v.claim}, {part.name}: {part.label}. {part.sentence}" for v in verdicts for part in v.parts)
-    show_html(markup("judged_claims", [(v.claim, judged_html(v)) for v in verdicts]), text)
+    show_html(markup("judged_claims", [(claim, judged_html(judge(claim, scale))) for claim in claims]))
 
 
 def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:

@@ -78,7 +78,7 @@ def execute(
     failed_html = out_html.with_suffix(".failed.html")
 
     def fail(executed: Any, what: str, where: str = notebook.name, cell: int | None = None) -> None:
-        render(executed, failed_html, error={"where": where, "what": what, "cell": cell}, source=notebook)
+        render(executed, failed_html, notebook, {"where": where, "what": what, "cell": cell})
 
     if out_html.is_dir():
         raise ReportError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
@@ -132,6 +132,6 @@ def execute(
             if executed.exists():
                 fail(nbformat.read(executed, as_version=4), what)
             raise ReportError(f"{notebook.name} failed: {what}") from failure
-        render(nbformat.read(executed, as_version=4), out_html, source=notebook)
+        render(nbformat.read(executed, as_version=4), out_html, notebook)
     failed_html.unlink(missing_ok=True)
     return out_html

@@ -93,8 +93,8 @@ def _cell(value: Any, how: Format) -> str | None:
     return how.format(value) if "{" in how else format(value, how)
 
 
-def show_html(shown: str, text: str) -> None:
-    """Show HTML in a notebook, and a plain text where there is none."""
+def show_html(shown: str, text: str = "") -> None:
+    """Show HTML in a notebook; where there is none a text, or what stands between the tags."""
     from IPython.display import display
 
-    display({"text/html": str(shown), "text/plain": text}, raw=True)
+    display({"text/html": str(shown), "text/plain": text or text_of(shown)}, raw=True)

@@ -1,6 +1,6 @@
 """What a notebook shows: figures with alternative text, tables, text. The answer on top is `answer`'s.
 
-Everything is HTML that needs no script and no network, with a plain text beside it.
+Everything is HTML that needs no script and no network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ __all__ = [
 def show(plot: Plot, caption: str, formats: Mapping[str, Format] | None = None) -> None:
     """Show a figure with its alternative text and caption, its numbers folded below; where nothing was run, that."""
     if plot.figure is None:
-        _not_run(caption, plot.alt)
+        show_html(markup("not_run_yet", caption))
     else:
         show_html(markup("figure", plot.svg(), caption, table_html(plot.data, "", formats)), f"{caption}\n{plot.alt}")
 
@@ -36,14 +36,10 @@ def show_table(
     """
     values = frame.iloc[:, 1:]
     if not fold and values.size and (values.isna() | values.eq(NOTHING)).all(axis=None):
-        _not_run(caption)
+        show_html(markup("not_run_yet", caption))
         return
     shown = table_html(frame, caption, formats)
-    show_html(markup("folded", fold, shown) if fold else shown, f"{caption}\n{frame.to_string(index=False)}")
-
-
-def _not_run(caption: str, more: str = "") -> None:
-    show_html(markup("not_run_yet", caption), f"Not run: {caption}\n{more}")
+    show_html(markup("folded", fold, shown) if fold else shown)
 
 
 def show_runs(table: pd.DataFrame, columns: Sequence[str], caption: str = "") -> None:
@@ -68,8 +64,6 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str) -> Non
         color = COUNT_COLORS[min(count, len(COUNT_COLORS) - 1)]
         return text, color, on_color(color), not count, counted(count, "expert")
 
-    pairs = list(zip(tokens, counts, strict=True))
-    pieces = [piece(text.replace("\n", "\u23ce\n"), count) for text, count in pairs]
+    pieces = [piece(text.replace("\n", "\u23ce\n"), count) for text, count in zip(tokens, counts, strict=True)]
     key = [piece(f"\u00a0{counted(count, 'expert')}\u00a0", count) for count in sorted(set(counts))]
-    plain = " ".join(f"{text!r}:{count}" for text, count in pairs)
-    show_html(markup("text", pieces, key, caption), f"{caption}\n{plain}")
+    show_html(markup("text", pieces, key, caption))

@@ -52,8 +52,7 @@ def provenance(study: Study, differences: str = "") -> None:
     took = pd.DataFrame([{key: r.summary.get(key) for key in keys} for r in results if r.ok], columns=keys)
     took = took.fillna({"sharing": 1})
     costs = table_html(took if took["sharing"].ne(1).any() else took.drop(columns="sharing")) if done else ""
-    text = "\n".join([warning, *(f"{name}: {'; '.join(values)}" for name, values in shown.items())])
-    show_html(markup("provenance", shown, differences, warning, costs), text)
+    show_html(markup("provenance", shown, differences, warning, costs))
 
 
 def _distinct(summaries: list[dict[str, Any]], key: str, default: Any = "unknown") -> set[str]:

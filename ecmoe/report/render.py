@@ -30,25 +30,15 @@ _NBCONVERT = {
 FOOTER = "Made from a notebook; this page sends no request and runs no script."
 
 
-def render(
-    notebook: Any,
-    out_html: str | Path,
-    error: Mapping[str, Any] | None = None,
-    source: str | Path | None = None,
-) -> Path:
+def render(notebook: Any, out_html: Path, source: Path, error: Mapping[str, Any] | None = None) -> None:
     """Render an executed notebook as a page, written by rename.
 
     Args:
-        error: shown on top: {"where": text, "what": text, "cell": number or None}.
         source: the notebook as it lies in notebooks/; the page links to it and to the pages of its neighbours.
+        error: shown on top: {"where": text, "what": text, "cell": number or None}.
     """
-    out_html = Path(out_html)
-    links = {}
-    if source is not None:
-        there = os.path.relpath(Path(source).resolve(), out_html.parent.resolve())
-        links = {"ways": ways(Path(source)), "source": quote(Path(there).as_posix())}
-    write_text(out_html, page_html(notebook, error, **links))
-    return out_html
+    there = os.path.relpath(source.resolve(), out_html.parent.resolve())
+    write_text(out_html, page_html(notebook, error, ways(source), quote(Path(there).as_posix())))
 
 
 def page_html(

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from ecmoe.report.answer import found, judged_html
 from ecmoe.report.markup import COLORS, TEMPLATE, markup, table_html
-from ecmoe.report.plots.draw import number, panels
+from ecmoe.report.plots.draw import name_rows, number, panels
 from ecmoe.report.plots.style import GREY, INK, Plot
 from ecmoe.study import engine, plan
 from ecmoe.study.answer import Answer
@@ -73,10 +73,8 @@ def _ranges(ax: Axes, rows: pd.DataFrame, labels: Sequence[str]) -> tuple[pd.Dat
     reach = max(1.6 * sizes.max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
     ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5))
-    ax.set_xlabel("right of 0: as the paper says (logarithmic away from 0)")
-    ax.set_yticks(rows.index, rows["name"], fontsize=9)
-    ax.grid(axis="y", visible=False)
+    ax.set(xlim=(-reach, reach), xlabel="right of 0: as the paper says (logarithmic away from 0)")
+    name_rows(ax, rows["name"], fontsize=9)
     return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
 

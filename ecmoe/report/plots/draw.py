@@ -112,10 +112,8 @@ def lines(
         by, x, mean, low, high, seeds.
     """
     frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
-    if reference is not None and reference in set(frame[by]):
-        base = frame[frame[by] == reference].set_index(["seed", x])[y]
-        others = frame[frame[by] != reference].join(base.rename("base"), on=["seed", x])
-        frame = others.assign(**{y: others[y] - others["base"]}).dropna(subset=[y])
+    if reference in set(frame[by]):
+        frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
         ax.axhline(0, color=INK, linewidth=1.4)
     shown = shown or looks(frame[by])
     names = [name for name in shown if name in set(frame[by])]
@@ -196,9 +194,7 @@ def points(
     data = over_seeds(there, ["arm", *[hue] * bool(hue)], value)
     data = data.set_index("arm").reindex(order).reset_index() if not hue else data
     name_gaps(ax, [y for y, name in enumerate(order) if name not in set(there["arm"])])
-    ax.set_yticks(range(len(order)), order)
-    ax.set(ylabel="", ylim=(len(order) - 0.5, -0.5))
-    ax.grid(axis="y", visible=False)
+    name_rows(ax, order)
     return data
 
 
@@ -213,10 +209,24 @@ def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None = None, to
     ax.grid(False)
 
 
+def name_rows(ax: Axes, names: Sequence[str], **text: Any) -> None:
+    """Names beside rows, from the top."""
+    ax.set_yticks(range(len(names)), names, **text)
+    ax.set(ylabel="", ylim=(len(names) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+
+
 def name_gaps(ax: Axes, rows: Sequence[int]) -> None:
     """Write "not run" where an arm has no measurement."""
     for y in rows:
         ax.text(0.01, y, "not run", transform=ax.get_yaxis_transform(), va="center", color=GREY, style="italic")
+
+
+def minus(frame: pd.DataFrame, value: str, reference: str, keys: Sequence[str] = ("seed",)) -> pd.DataFrame:
+    """The other arms, with their differences to the reference at the same seed (and x); NaN where it has none."""
+    base = frame[frame["arm"] == reference].set_index(list(keys))[value]
+    others = frame[frame["arm"] != reference]
+    return others.assign(**{value: others[value] - others.join(base.rename("base"), on=list(keys))["base"]})
 
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:

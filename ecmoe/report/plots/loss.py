@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ecmoe.report.plots.draw import LABELS, lines, number, panels, points
+from ecmoe.report.plots.draw import LABELS, lines, minus, number, panels, points
 from ecmoe.report.plots.style import INK, Look, Plot, looks
 from ecmoe.study.estimate import counted
 
@@ -73,9 +73,7 @@ def final_loss(
         table = table.assign(**{column: table[column] - table[reference]})
         what += f" minus {LABELS.get(reference, reference)}"
     elif reference:
-        base = table[table["arm"] == reference].set_index("seed")[column]
-        table = table[table["arm"] != reference]
-        table = table.assign(**{column: table[column] - table["seed"].map(base)})
+        table = minus(table, column, reference)
         what += f" minus that of {reference}"
     means = table.groupby("arm", sort=False)[column].mean()
     order = list(means.sort_values(ascending=lowest_first, na_position="last").index)

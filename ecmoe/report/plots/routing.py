@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ecmoe.model.metrics import SHARES
-from ecmoe.report.plots.draw import heat, name_gaps, panels
+from ecmoe.report.plots.draw import heat, name_gaps, name_rows, panels
 from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, Plot, on_color
 
 
@@ -34,9 +34,8 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
             left += 100 * share
         rows += ["the paper (100M/64E)"] * bool(paper)
         name_gaps(ax, [y for y, name in enumerate(data.index) if name not in there.index])
-        ax.set_yticks(range(len(rows)), rows)
-        ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 100), ylabel="")
-        ax.set_xlabel("share of tokens (%), by the number of experts")
+        name_rows(ax, rows)
+        ax.set(xlim=(0, 100), xlabel="share of tokens (%), by the number of experts")
         ax.grid(False)
         said = "; ".join(
             f"{label}: {row['0']:.1f}% none, {row['1'] + row['2']:.1f}% one or two, {row['3'] + row['4']:.1f}% three or four, "
