@@ -57,9 +57,9 @@ def test_keys_lists_every_key_with_help():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["bench", "scaling", "--strategy", "dpp"], "--strategy dpp: did you mean ddp?"),
-        (["bench", "scaling", "--pool", "ranks"], "--pool ranks: did you mean rank?"),
-        (["bench", "scaling", "--only", "training,loses"], "--only loses: did you mean losses?"),
+        (["bench", "scaling", "--strategy", "dpp"], "--strategy 'dpp': did you mean ddp?"),
+        (["bench", "scaling", "--pool", "ranks"], "--pool 'ranks': did you mean rank?"),
+        (["bench", "scaling", "--only", "training,loses"], "--only 'loses': did you mean losses?"),
         (["report", "notebooks/00_routing.ipynb", "notebooks"], "notebooks is a folder: name the page in it"),
         (["runs", "--part", "3/2"], "--part 3/2: must be I/N"),
         (["train", "--set", "step=3"], "did you mean steps"),

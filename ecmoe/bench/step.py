@@ -136,15 +136,8 @@ def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str,
     }  # fmt: skip
 
 
-def steps(
-    configs: Mapping[str, RunConfig],
-    device: torch.device,
-    *,
-    compiled: bool = False,
-    plain: tuple[str, ...] = PAIR,
-    captured: bool = True,
-) -> dict[Row, Call]:
-    """A training step for every row, on the same weights, gradients and moments; `plain`: arms that take that path, too."""
+def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: bool = False) -> dict[Row, Call]:
+    """A training step for every row, on the same weights, gradients and moments; those that are graphs come last."""
     torch.manual_seed(0)
     first = next(iter(configs.values()))
     lit = LitModel(first).to(device)
@@ -155,7 +148,7 @@ def steps(
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for arm, config in configs.items():
         tokens = config.router == "token_choice"
-        paths = [PLAIN] if not kernels_run(device) else [PLAIN, "triton"] if arm in plain else ["triton"]
+        paths = [PLAIN] if not kernels_run(device) else [PLAIN, "triton"] if arm in PAIR else ["triton"]
         for path in paths + ["grouped_mm"] * tokens:
             twin = _twin(lit, config, path)
             if compiled:
@@ -165,7 +158,7 @@ def steps(
                 row = Row(arm, routing, path, COMPILED if compiled else EAGER)
                 even = routing == "even"
                 calls[row] = step_of(twin, optimizer, batch, even)
-                if captured and arm in PAIR and path == "triton" and graph.capturable(twin):
+                if arm in PAIR and path == "triton" and graph.capturable(twin):
                     mode = named((COMPILED * compiled, GRAPH))
                     graphs[row._replace(mode=mode)] = step_of(twin, optimizer, batch, even, pool)
     return calls | graphs

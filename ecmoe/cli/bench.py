@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ecmoe.config import CHOICES, ConfigError
-from ecmoe.files import assignments, nearest
+from ecmoe.files import assignments, check_known
 
 bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
 TIMED = {
@@ -80,15 +80,17 @@ def bench_all(
         command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
         command += ["--force"] * force
         raise typer.Exit(int(any([subprocess.run([*command, "--only", name]).returncode for name in wanted])))
-    for name, outcome in speed.take(wanted, into, force=force):
-        if outcome is None:
+    for name, job in wanted.items():
+        path = into / f"{name}.json"
+        if path.exists() and not force:
             typer.echo(f"{name}: is there already (--force measures again)")
-        elif isinstance(outcome, Exception):
-            failed = True
-            typer.echo(f"{name}: {type(outcome).__name__}: {outcome}", err=True)
-        else:
+            continue
+        try:
             typer.echo(f"\n{name}:")
-            _show(outcome)
+            _show(job(), path)
+        except Exception as error:  # the others are still wanted
+            failed = True
+            typer.echo(f"{name}: {type(error).__name__}: {error}", err=True)
     raise typer.Exit(int(failed))
 
 
@@ -120,11 +122,9 @@ def bench_scaling(
         "losses": lambda: (scaling.bench_losses(base, most, how) for most in several[-1:]),
     }
     parts = only.split(",")
-    choices = {"strategy": (strategy, CHOICES["strategy"]), "pool": (pool, CHOICES["pool"]), "only": (parts, tables)}
-    for option, (words, known) in choices.items():
-        for word in words or ():
-            if word not in known:
-                raise ConfigError(f"--{option} {word}: {nearest(word, known)}")
+    check_known("--strategy", strategy or (), CHOICES["strategy"])
+    check_known("--pool", pool or (), CHOICES["pool"])
+    check_known("--only", parts, tables)
     for part in parts:
         for table in tables[part]():
             _show(table, into / ("scaling.json" if part == "training" else f"scaling-{part}.json"))

@@ -6,7 +6,7 @@ the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -137,23 +137,6 @@ def study_file(arms: Mapping[str, RunConfig]) -> str:
     return f"study-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
-def take(
-    wanted: Mapping[str, Job], into: Path, *, force: bool = False
-) -> Iterator[tuple[str, pd.DataFrame | Exception | None]]:
-    """Measure job after job, and keep each at once: name and table; None: it is there already; or what went wrong."""
-    from ecmoe.bench import clock
-
-    for name, job in wanted.items():
-        path, outcome = into / f"{name}.json", None
-        if force or not path.exists():
-            try:
-                outcome = job()
-                clock.save(outcome, path)
-            except Exception as error:  # the others are still wanted
-                outcome = error
-        yield name, outcome
-
-
 def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = True) -> Found:
     """Each job's rows and attributes, measured now where it is missing and this machine may.
 
@@ -162,9 +145,10 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
     places = folder(scale), paths.runs() / "bench" / scale
     missing = {name: job for name, job in wanted.items() if kept(name, *places) is NOTHING}
     if measure and missing and may(scale):
-        for _, outcome in take(missing, places[1]):
-            if isinstance(outcome, Exception):
-                raise outcome
+        from ecmoe.bench.clock import save
+
+        for name, job in missing.items():
+            save(job(), places[1] / f"{name}.json")
     return {name: kept(name, *places) for name in wanted}
 
 
