@@ -61,8 +61,6 @@ def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
     """What a page's YAML asks for under `measures`: one measurement, or one for each value of the row's `each`."""
     check_known("measurement", [what], MEASURES)
     row = MEASURES[what]
-    if not isinstance(keys, Mapping):
-        raise ConfigError(f"measurement {what!r} must hold `key: value` lines, but holds {keys!r}")
     check_known(f"measurement {what!r} has no key", keys, row.keys)
     if row.each is None:
         yield Measurement(what, dict(keys))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -31,7 +30,8 @@ def measure(
     if train:
         with lock(name):  # whoever comes second finds it done
             if not any(path.exists() for path in places):
-                write(places[-1], name, how, _computed(result, how))
+                kept = {"run": name, "what": how.what, "keys": how.keys, "found": _computed(result, how)}
+                write_json(places[-1], kept, sealed=True)
     for path in places:
         if path.exists():
             kept = read_json(path, sealed=True)
@@ -66,8 +66,3 @@ def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
         finally:
             del model
             free_memory()
-
-
-def write(path: Path, run: str, how: Measurement, found: Mapping[str, Any]) -> None:
-    """Keep what a measurement found of a run, with what it is and a check sum."""
-    write_json(path, {"run": run, "what": how.what, "keys": how.keys, "found": found}, sealed=True)

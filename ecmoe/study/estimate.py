@@ -58,11 +58,6 @@ class Estimate:
         """In the unit."""
         return self.unit.outer(self.mean)
 
-    @property
-    def error(self) -> float:
-        """Of the mean."""
-        return math.hypot(*(error for error, _ in self.errors))
-
     def inner(self, level: float = LEVEL) -> tuple[float, float] | None:
         """The interval on the inner scale; None for fewer than two values."""
         if self.n < 2:
@@ -99,7 +94,8 @@ class Estimate:
             return None
         try:
             inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
-            return seeds_needed(self.error * math.sqrt(self.n), inner, level=level, power=power)
+            ((error, _),) = self.errors
+            return seeds_needed(error * math.sqrt(self.n), inner, level=level, power=power)
         except ValueError:
             return None
 

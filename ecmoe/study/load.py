@@ -156,13 +156,13 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
         return Result(not_run(one.config).summary | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
 
 
-def beside(study: Study, mine: Mapping[str, Any], name: str = "yours") -> Study:
-    """The study's first seed and one more arm, which is trained now: to try what a changed line does.
+def beside(study: Study, mine: Mapping[str, Any]) -> Study:
+    """The study's first seed and one more arm, "yours", which is trained now: to try what a changed line does.
 
     Args:
-        mine: keys of RunConfig in which the arm differs from the study's base. name: what figures call it.
+        mine: keys of RunConfig in which the arm differs from the study's base.
     """
     # Varied already, where a page varies a key.
-    arms = planning.arms_of(study.parameters, study.scale) | {name: dict(mine)}
+    arms = planning.arms_of(study.parameters, study.scale) | {"yours": dict(mine)}
     asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}
-    return _load(study.page, study.parameters | asked, {*study.train, name})
+    return _load(study.page, study.parameters | asked, {*study.train, "yours"})

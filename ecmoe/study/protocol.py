@@ -154,11 +154,9 @@ def protocol() -> Protocol:
 
 
 def find_claim(id: str) -> Claim:
-    """The claim of that id; an unknown one is an error that lists them."""
-    claims = protocol().claims
-    if id not in claims:
-        raise ConfigError(f"claim {id!r}: must be one of {', '.join(claims)}")
-    return claims[id]
+    """The claim of that id; an unknown one is an error."""
+    check_known("claim", [id], protocol().claims)
+    return protocol().claims[id]
 
 
 def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> Claim:

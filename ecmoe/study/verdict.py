@@ -274,7 +274,7 @@ def _of_interval(part: Part, low: float, high: float) -> str:
     """Low and high on the unit's inner scale."""
     neutral, unit = part.unit.inner(part.neutral), part.unit
     margin = math.log1p(part.margin) if unit is Unit.RATIO else part.margin
-    figure = None if part.figure is None else unit.inner(part.figure) if unit is Unit.RATIO else part.figure
+    figure = None if part.figure is None else unit.inner(part.figure)
     if part.says == "near":
         if figure - margin <= low and high <= figure + margin:
             return REPRODUCED

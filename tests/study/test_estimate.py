@@ -100,7 +100,7 @@ def test_crossed_is_the_mean_over_tasks_of_means_over_examples():
     assert found.value == pytest.approx(np.mean([(2 / 3 + 1) / 2, (1 + 0) / 2])) and found.n == 2
     seeds = np.var([(2 / 3 + 1) / 2, 0.5], ddof=1) / 2
     examples = np.var([1.0, 0.5, 1.0], ddof=1) / 3 / 4
-    assert found.error == pytest.approx(math.sqrt(seeds + examples))
+    assert math.hypot(*(error for error, _ in found.errors)) == pytest.approx(math.sqrt(seeds + examples))
     half = math.hypot(reference.t.ppf(0.975, 1) * math.sqrt(seeds), reference.t.ppf(0.975, 2) * math.sqrt(examples))
     assert found.interval() == pytest.approx((found.value - half, found.value + half))  # 1 and 3 - 1 degrees of freedom
     assert estimate.crossed([]).n == 0 and estimate.crossed(a[:1]).interval() is None

