@@ -134,6 +134,25 @@ def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps,
         assert layer.w1 is first.w1 and layer.w2 is first.w2 and layer.router.weight is first.router.weight
 
 
+def test_all_columns_of_a_row_by_hand():
+    floor, ec, cap = bench.Row("floor"), bench.Row("EC-CF2", path="triton"), bench.Row("EC-CF2", "cap 2", "triton")
+    seconds = {
+        floor._replace(what=bench.FORWARD): [0.001, 0.004, 0.002], floor._replace(what=bench.BOTH): [0.005, 0.006, 0.009],
+        ec._replace(what=bench.FORWARD): [0.009, 0.003, 0.004], ec._replace(what=bench.BOTH): [0.01, 0.011, 0.015],
+        ec._replace(what=bench.ROUTING): [0.001, 0.0005, 0.0008], cap._replace(what=bench.BOTH): [0.02, 0.022, 0.03],
+    }  # fmt: skip
+    memory = {row: (2.0, 5.0 + i) for i, row in enumerate(seconds)}
+    rows = bench._rows(bench.timing.Timed(seconds, memory, []), flops=6e9)
+    names = ["ms", "low_ms", "high_ms", "share_of_floor", "of_forward_floor", "over_uncapped", "tflops", "peak_mb"]
+    expected = [
+        [2.0, 1.5, 3.0, 1.0, None, None, 3.0, 3.0], [6.0, 5.5, 7.5, 1.0, None, None, 3.0, 4.0],
+        [4.0, 3.5, 6.5, 0.5, None, None, 1.5, 5.0], [11.0, 10.5, 13.0, 6 / 11, None, None, 18 / 11, 6.0],
+        [0.8, 0.65, 0.9, None, 0.4, None, None, 7.0], [22.0, 21.0, 26.0, 6 / 22, None, 1.0, 18 / 22, 8.0],
+    ]  # fmt: skip
+    for row, found, numbers in zip(seconds, rows, expected, strict=True):
+        assert found == row._asdict() | {n: x and pytest.approx(x) for n, x in zip(names, numbers, strict=True)}
+
+
 def test_what_a_cap_adds_is_against_the_same_path(measured):
     ms = measured[measured["variant"] == ""].set_index(["layer", "what"])["ms"]
     added = measured.dropna(subset=["over_uncapped"])
@@ -361,6 +380,18 @@ def test_a_step_moves_statistics_once_whoever_does_it(tracked):
         weight = 1 - layer.router.cutoff.beta**steps_made
         assert layer.router.cutoff.weight.item() == pytest.approx(weight)
         assert len(optimizer._optimizer_step_post_hooks) == tracked  # none is left to slow the steps of others
+
+
+def test_a_step_goes_down_the_gradient_of_the_loss_with_its_balance():
+    lit, tokens = (
+        LitModel(arms(STEP)["GShard top-2"].replace(aux_loss_weight=3.0, gradient_clip=1e6)),
+        torch.randint(257, (4, 9)),
+    )
+    before, total = [p.detach().clone() for p in lit.parameters()], sum(lit.losses(tokens))
+    gradients = torch.autograd.grad(total, list(lit.parameters()))
+    step_of(lit, torch.optim.SGD(lit.parameters(), lr=1.0), tokens)()
+    for new, old, gradient in zip(lit.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(new.detach(), old - gradient)
 
 
 def test_a_step_clips_as_training_does():

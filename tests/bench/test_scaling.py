@@ -185,6 +185,26 @@ def test_what_was_timed_is_kept_at_once(out, tiny_config, tmp_path, monkeypatch)
     assert kept["rows"] == [{"strategy": "auto", "ms": 3.0}] and kept["setting"]["repeats"] == 3
 
 
+def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_config, monkeypatch):
+    asked = []
+
+    def trained(config):
+        asked.append(config)
+        losses = {"train_loss": [3.0, 2.0 + config.devices], "val_loss": [4.0, 5.0 * config.devices]}
+        return SimpleNamespace(curve=pd.DataFrame({"step": [3.0, 6.0], "tokens": 7.0, **losses}))
+
+    monkeypatch.setattr(scaling, "_trained", trained)
+    config = tiny_config(batch_size=9, pool="rank")
+    table = scaling.bench_losses(config.to_dict(), 2, "fsdp2", steps=39)
+    same = config.replace(steps=39, eval_every=3, checkpoint_every=10**9, pool="batch")
+    several = {"devices": 2, "strategy": "fsdp2", "batch_size": 4, "eval_batches": 2}
+    assert asked == [same.replace(batch_size=8, eval_batches=1), same.replace(**several)]
+    assert table.to_dict("list") == {
+        "step": [3, 6], "train_loss_one": [3.0, 3.0], "val_loss_one": [4.0, 5.0],
+        "train_loss_several": [3.0, 4.0], "val_loss_several": [4.0, 10.0], "difference": [0.0, 1.0],
+    }  # fmt: skip
+
+
 def test_one_model_on_one_device_and_on_two(tiny_config):
     table = scaling.bench_losses(tiny_config(learning_rate=1e-3).to_dict(), 2, steps=10)
     assert table["step"].tolist() == list(range(1, 11))

@@ -2,13 +2,14 @@
 
 import math
 import warnings
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
 from ecmoe import paths
-from ecmoe.config import ConfigError
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig, learning
 from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert
 from ecmoe.continual.learning import OneNetwork, as_large, count, final_accuracy, forgetting, run, split
@@ -223,6 +224,22 @@ def test_a_config_that_cannot_work(changes, said):
 def test_a_config_that_does_not_fit_the_images(changes, said):
     with pytest.raises(ConfigError, match=said):
         run(GATE.replace(**changes))
+
+
+def test_every_key_of_its_own_tells_runs_apart():
+    others = {
+        "approach": "joint",
+        "tasks": 2,
+        "code": 17,
+        "gate_steps": 61,
+        "gate_learning_rate": 0.5,
+        "threshold": 0.5,
+    }
+    others["held_out"] = 7
+    assert {field.name for field in fields(ContinualConfig)} - {field.name for field in fields(RunConfig)} == set(
+        others
+    )
+    assert len({GATE.name} | {GATE.replace(**{key: value}).name for key, value in others.items()}) == 8
 
 
 def test_a_name_says_what_was_run():

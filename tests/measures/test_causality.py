@@ -285,7 +285,7 @@ def test_global_top_k_takes_the_best_pairs_of_each_sequence():
         torch.testing.assert_close(half[half != 0], S[half != 0])
 
 
-def test_measurements_of_a_run(tiny_config):
+def test_measurements_of_a_run(tiny_config, monkeypatch):
     config = tiny_config(steps=6, pool="sequence", layers=4)
     result = run_or_load(config, progress=False)
     model = result.load_model()
@@ -305,13 +305,34 @@ def test_measurements_of_a_run(tiny_config):
     assert losses["causally"] == pytest.approx(summary["val_loss_causal"], abs=3e-3)
     assert len({round(loss, 9) for loss in losses.values()}) == 5
 
+    told, generate = [], causality.generate
+    monkeypatch.setattr(causality, "generate", lambda *a, **k: told.append((a[1:], k)) or generate(*a, **k))
     decoded = causality.decoding(model, config, tokens=5)
+    (((prompt, count), sampling),) = told
+    assert torch.equal(prompt, windows[:1, :8]) and count == 5 and sampling == {"temperature": 0.8, "top_k": 40}
     assert decoded["prompt"] == "".join(map(chr, windows[0, :8])) and len(decoded["continuation"]) == 5  # half of 16
     opened = causality._opened(model.train(), config)[0]
     assert not opened.training and model.training  # which is left as it was
     kernels = [[layer.kernels for layer in one.moe_layers] for one in (opened, model)]
     assert kernels == [["plain", "plain"], ["auto", "auto"]]
     assert (next(opened.parameters()).dtype, next(model.parameters()).dtype) == (torch.float64, torch.float32)
+
+
+def test_each_way_routes_as_its_row_says_on_all_held_out_text(monkeypatch):
+    model, asked = model_of(), []
+
+    def settings(model, windows, batch_size):
+        router = model.moe_layers[0].router
+        return router.pool, router.causal, "assign" in vars(router), batch_size
+
+    monkeypatch.setattr(causality, "_opened", lambda *given: asked.append(given[2]) or (model, None, ids(0)))
+    monkeypatch.setattr(causality, "loss", settings)
+    rows = causality.losses_by_routing(model, CONFIG.replace(eval_batches=3), pools=[2, "position"])["rows"]
+    assert asked == [3] and [tuple(row.values()) for row in rows] == [
+        ("as trained", 64, ("batch", False, False, 4)), ("causally", None, ("batch", True, False, 4)),
+        ("2", 2, (2, False, False, 4)), ("position", 4, ("position", False, False, 4)),
+        ("global top-k", 16, ("batch", False, True, 4)),
+    ]  # fmt: skip
 
 
 def test_a_threshold_has_no_pool(tiny_config):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -199,7 +200,12 @@ def test_exponents_are_those_of_a_power_law():
     assert (found["of_floor"], found["at_1"]) == pytest.approx((1.0, 3.0))
     noisy = pd.DataFrame(rows).assign(ms=[3.0, 9.0, 60.0])
     (found,) = exponents(noisy).to_dict("records")
-    assert found["low"] < found["exponent"] < found["high"]
+    x, y = np.log([1, 2, 8]), np.log([3.0, 9.0, 60.0])
+    slope, at_0 = np.polyfit(x, y, 1)
+    error = (((y - at_0 - slope * x) ** 2).sum() / 1 / ((x - x.mean()) ** 2).sum()) ** 0.5  # of 3 points and 2 numbers
+    low, high = slope - 12.7062 * error, slope + 12.7062 * error  # Student's t for 95% and 1 degree of freedom
+    expected = {"exponent": slope, "low": low, "high": high, "of_floor": 1.0, "at_1": np.exp(at_0)}
+    assert found.pop("axis") == "n" and found == pytest.approx(expected, rel=1e-5)
 
 
 def test_growth_times_the_layer_that_a_run_gets_at_each_size(monkeypatch):

@@ -127,10 +127,12 @@ def test_the_auxiliary_losses_of_all_layers_are_added(tiny_config):
     assert len(seen) == 2 and float(aux_loss) == pytest.approx(sum(seen), rel=1e-6)
 
 
-def test_noise_is_another_in_each_step_and_the_same_in_a_step_that_is_repeated(tiny_config):
+def test_noise_is_another_in_each_step_and_rank_and_the_same_in_a_step_that_is_repeated(tiny_config, monkeypatch):
     lit = LitModel(tiny_config(router="token_choice", capacity_factor=1.0, balance="importance_load"))
     first, again, other = (float(lit.training_step(WINDOWS[0], step)) for step in (0, 0, 1))
     assert first == again != other
+    monkeypatch.setattr(LitModel, "global_rank", 1)
+    assert float(lit.training_step(WINDOWS[0], 0)) not in (first, other)
 
 
 def test_the_first_step_has_the_first_rate(tiny_config):

@@ -15,7 +15,7 @@ from ecmoe import load_model, paths, run_or_load
 from ecmoe.files import ConfigError, Damaged
 from ecmoe.training import once as protocol
 from ecmoe.training import run as training
-from ecmoe.training.result import Result, not_run, read_record, read_run, write_run
+from ecmoe.training.result import not_run, read_record, read_run, write_run
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +224,13 @@ def test_what_was_made_again_and_damaged_takes_no_place(run, tmp_path, name):
     assert run_or_load(config, weights=True, progress=False).load_model() and not (folder / "again").exists()
 
 
-def test_a_run_that_diverged_is_not_trained_again_for_its_weights(tiny_config):
+def test_a_run_that_diverged_is_not_trained_again_for_its_weights_and_no_record(tiny_config, tmp_path):
     config = tiny_config(seed=158)
     (folder := paths.runs() / config.name).mkdir(parents=True)
     write_run(folder, not_run(config).summary | {"status": "diverged", "data": None})
-    assert run_or_load(config, weights=True, progress=False).summary["status"] == "diverged"
+    for keys in ({"weights": True}, {"records": tmp_path}):
+        assert run_or_load(config, progress=False, **keys).summary["status"] == "diverged"
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_rank_that_follows_takes_what_is_done_and_waits_for_no_lock(run, monkeypatch):
@@ -256,12 +258,17 @@ def test_two_processes_that_want_the_same_run_train_it_once(tiny_config, forked)
         process.join()
 
 
-def test_what_was_made_again_and_did_not_finish_is_told_and_takes_no_place(run):
+@pytest.mark.parametrize("status", ["stopped", "diverged"])
+def test_what_was_made_again_and_did_not_finish_is_told_and_takes_no_place(run, status):
     config, folder = run
     (folder / "model.safetensors").unlink()
-    stopped = Result(not_run(config).summary | {"status": "stopped"})
-    assert protocol.once(config, lambda *_: stopped, weights=True) is stopped
-    assert run_or_load(config, train=False).ok
+
+    def end(again, _):
+        write_run(again, not_run(config).summary | {"status": status})
+        return read_run(again)
+
+    assert protocol.once(config, end, weights=True).summary["status"] == status
+    assert run_or_load(config, train=False).ok and read_run(folder).ok
 
 
 @pytest.mark.parametrize("progress", [True, False])

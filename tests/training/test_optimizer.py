@@ -42,9 +42,10 @@ def test_learning_rate_schedules():
     assert [learning_rate_factor(constant, s) for s in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
     paper = RunConfig(schedule="inverse_sqrt", warmup_steps=0, constant_steps=100)
     assert learning_rate_factor(paper, 99) == 1.0 and learning_rate_factor(paper, 399) == pytest.approx(0.5)
-    linear = RunConfig(schedule="linear", warmup_steps=0, steps=100, decay_fraction=0.5)
-    assert learning_rate_factor(linear, 49) == 1.0 and learning_rate_factor(linear, 75) == pytest.approx(0.5)
-    assert learning_rate_factor(linear, 99) == pytest.approx(0.02)
+    linear = RunConfig(schedule="linear", warmup_steps=10, steps=100, decay_fraction=0.25)
+    factors = {0: 0.1, 9: 1.0, 75: 1.0, 76: 0.96, 90: 0.4, 99: 0.04}  # 25 steps down, the last to 1/25
+    assert {step: learning_rate_factor(linear, step) for step in factors} == pytest.approx(factors)
+    assert learning_rate_factor(RunConfig(schedule="inverse_sqrt", warmup_steps=10, constant_steps=100), 4) == 0.5
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -62,13 +62,18 @@ def test_a_step_is_whole_after_all_of_its_batches(tiny_config, tmp_path):
     assert whole == [False, False, True] * 2
 
 
-def test_ranks_diverge_together(module, tmp_path):
-    recorder = Recorder(tmp_path, progress=False)
+@pytest.mark.parametrize("whose", ["ours", "the other's"])
+def test_ranks_diverge_together(module, tmp_path, whose):
+    recorder, both = Recorder(tmp_path, progress=False), trainer(2.0 if whose == "ours" else math.nan)
+    if whose == "ours":
+        module.sums["loss"].fill_(math.nan)
+    module._trainer = both
     with pytest.raises(Diverged, match="before step 3"):
-        recorder.on_train_batch_end(trainer(float("nan")), module, None, None, 0)
+        recorder.on_train_batch_end(both, module, None, None, 0)
+    assert not (tmp_path / "last.ckpt").exists()  # the one before is good
     recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(1.0)}, None, 0)
     with pytest.raises(Diverged, match="at step 3"):
-        recorder.on_validation_end(trainer(float("nan")), module)
+        recorder.on_validation_end(both, module)
 
 
 def test_a_checkpoint_holds_the_mean_of_the_sums(module):

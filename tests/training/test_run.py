@@ -56,6 +56,7 @@ def test_loaded_model_has_the_recorded_loss(tiny_config):
         losses = [lit.loss(batch).double() for batch in data.val_dataloader()]
     assert float(torch.stack(losses).mean()) == pytest.approx(result.summary["val_loss"], abs=1e-6)
     assert not model.training and load_model(result.path).config == config
+    assert model(torch.zeros(1, 5, dtype=torch.long)).shape[:2] == (1, 5)  # k = n c / e is 2 and a half
 
 
 def test_missing_run_is_not_trained_when_told_so(tiny_config):

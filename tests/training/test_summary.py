@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from ecmoe import RunConfig, paths, run_or_load
-from ecmoe.model.build import flops_per_token
+from ecmoe.model.build import build_model, flops_per_token
 from ecmoe.provenance import code_digest
 from ecmoe.training import run as training
 from ecmoe.training import summary as summaries
 from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Recorder
+from ecmoe.training.result import not_run
 from ecmoe.training.summary import summarize
 from ecmoe.training.trainer import resolved_precision
 
@@ -27,18 +28,28 @@ DATA = SimpleNamespace(bytes_per_token=4.0, provenance={"name": "a text"})
 MADE = summaries.circumstances()
 
 
-def test_it_says_what_the_last_row_says_though_an_earlier_one_was_better(tiny_config, monkeypatch):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_it_says_what_the_last_row_says_though_an_earlier_one_was_better(tiny_config, monkeypatch, gpu):
+    """All of it, each number worked out anew."""
     monkeypatch.setattr(summaries, "peak_flops", lambda: 1e9)
-    config = tiny_config(accumulate=3, devices=2, strategy="ddp")
-    said = summarize(config, CURVE, DATA, MADE, status="finished", sharing=2)
-    assert (said["val_loss"], said["val_loss_causal"], said["train_loss"]) == (2.25, 2.75, 2.6)
-    assert said["perplexity"] == pytest.approx(math.exp(2.25))
-    assert said["bits_per_byte"] == pytest.approx(2.25 / math.log(2) / 4)  # nats a token, 4 bytes a token
-    assert (said["steps"], said["tokens"], said["seconds"]) == (10, 1000, 3.0)
-    assert said["tokens_per_second"] == 400 and said["step_ms"] == pytest.approx(1e3 * 8 * 16 * 3 * 2 / 400)
-    assert said["mfu"] == pytest.approx(400 * flops_per_token(config) / 2e9)
-    assert said["routing"]["dropped"] == 0.125 and said["routing"]["share_3"] == 0.2 and said["sharing"] == 2
-    assert said["code"] == code_digest() and said["data"] == {"name": "a text"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7e6)
+    config = tiny_config(accumulate=3, devices=2, strategy="ddp", capacity_factor=1.0)
+    said = summarize(config, CURVE, DATA, MADE, status="finished", sharing=3)
+    sizes = {name: p.numel() for name, p in build_model(config).named_parameters() if name != "embedding.weight"}
+    idle = sum(size for name, size in sizes.items() if name.endswith((".w1", ".w2"))) * 3 // 4  # a token has 1 of 4
+    numbers = {
+        "val_loss": 2.25, "val_loss_causal": 2.75, "train_loss": 2.6, "accuracy": math.nan,
+        "perplexity": math.exp(2.25), "bits_per_byte": 2.25 / math.log(2) / 4,  # nats a token, 4 bytes a token
+        "steps": 10, "tokens": 1000, "seconds": 3.0, "tokens_per_second": 400, "step_ms": 1e3 * 8 * 16 * 3 * 2 / 400,
+        "mfu": 400 * flops_per_token(config) / 2e9, "peak_mb": 7.0 if gpu else math.nan,
+        "parameters": sum(sizes.values()), "active_parameters": sum(sizes.values()) - idle, "world_size": 2, "sharing": 3,
+    }  # fmt: skip
+    assert {name: said[name] for name in numbers} == pytest.approx(numbers, nan_ok=True)
+    words = not_run(config).summary | MADE | {"status": "finished", "precision": "bf16-mixed" if gpu else "32-true"}
+    assert {name: said[name] for name in words} == words and words["code"] == code_digest()
+    assert set(said) == {*numbers, *words, "data", "routing", "finished"} and said["data"] == {"name": "a text"}
+    assert said["routing"]["dropped"] == 0.125 and said["routing"]["share_3"] == 0.2
 
 
 @pytest.mark.parametrize("status", ["diverged", "stopped"])

@@ -4,6 +4,7 @@ import math
 import shutil
 
 import pytest
+import torch
 
 from ecmoe import run_or_load
 from ecmoe.config import ConfigError
@@ -70,11 +71,20 @@ def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
         continue_text(result.path, "The a", 2)
 
 
-def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts):
+def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts, monkeypatch):
     path = texts / "a" / "text.txt"
     result = run_or_load(tiny_config(seed=36, data=str(path), steps=2), progress=False)
     write_run(result.path, result.summary | {"data": result.summary["data"] | {"digest": "of another text"}})
     assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
+    told = []
+
+    def generate(model, ids, tokens, **sampling):
+        told.append((bytes(ids[0].tolist()), tokens, sampling))
+        return torch.tensor([[*ids[0], ord("!")]])
+
+    monkeypatch.setattr("ecmoe.training.continuation.generate", generate)
+    sampling = {"temperature": 0.5, "top_k": 3, "seed": 7}
+    assert continue_text(result.path, "The a", 2, **sampling) == "The a!" and told == [(b"The a", 2, sampling)]
 
 
 def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
