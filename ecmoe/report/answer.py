@@ -88,7 +88,8 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     for part in parts:
         without = f"; without {', '.join(part.missing)}" * bool(part.missing)
         seeds = counted(part.seeds, part.effect.of) + without if part.seeds else None
-        seen = None if part.smallest is None else amount(part.smallest, part.unit, compares=True)
+        either = ", either way" * (part.unit is Unit.RATIO)
+        seen = None if part.smallest is None else amount(part.smallest, part.unit, compares=True) + either
         rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
     frame = pd.DataFrame(rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "could have seen"])
     if label == PLUMBING:  # numbers of smoke say nothing

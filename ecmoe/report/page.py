@@ -19,10 +19,17 @@ __all__ = [
 
 
 def show(plot: Plot, caption: str, formats: Mapping[str, Format] | None = None) -> None:
-    """Show a figure with its alternative text and caption, its numbers folded below; where nothing was run, that."""
+    """Show a figure with its alternative text and caption, its numbers folded below; where nothing was run, that.
+
+    The caption says what the intervals are, where there are some.
+    """
     if plot.figure is None:
         show_html(markup("not_run_yet", caption))
     else:
+        seeds = plot.data.get("seeds", pd.Series(dtype=int))
+        if (many := seeds[seeds > 1]).any():
+            n = " to ".join(f"{n:g}" for n in dict.fromkeys((many.min(), many.max())))
+            caption += f" Intervals: 95% over {n} seeds, each by itself."
         show_html(markup("figure", plot.svg(), caption, table_html(plot.data, "", formats)), f"{caption}\n{plot.alt}")
 
 

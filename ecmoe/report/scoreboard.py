@@ -21,7 +21,10 @@ from ecmoe.study.estimate import Unit
 from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 
 Verdicts = Mapping[str, ClaimVerdict]
-CAPTION = "Every part that decides a claim, turned so that right of 0 is what the paper says; bars: intervals."
+CAPTION = (
+    "Every part that decides a claim, turned so that right of 0 is what the paper says (0 is, where a figure is to be met); "
+    "bars: intervals, 95% for those of a claim together."
+)
 
 
 def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Collection[str]) -> Markup:

@@ -105,6 +105,9 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     assert cells[:2] == [part.name, part.label] and cells[2].startswith("70% (") and cells[4] == part.rule
     assert cells[3] == "3 seeds; without EC-CF2 renormalized s3"
     assert cells[5] == f"{100 * part.smallest:.1f} points" and part.smallest < 0.1  # of shares that are compared
+    (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
+    (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
+    assert row.find_all("td")[4].text == f"{spread.smallest:.3f}".rstrip("0") + " times, either way"
 
 
 def test_smoke_shows_rules_and_no_number():

@@ -234,6 +234,23 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
     assert BeautifulSoup(shown[2], "html.parser").find_all("td")[0].text == "3.7"
 
 
+@pytest.mark.parametrize(
+    "seeds, said",
+    [
+        ([3.0, np.nan, 3.0], "Losses. Intervals: 95% over 3 seeds, each by itself."),
+        ([2, 1, 3], "Losses. Intervals: 95% over 2 to 3 seeds, each by itself."),
+        ([1, 1, 1], "Losses."),  # of one seed there is none
+        (None, "Losses."),
+    ],
+)
+def test_a_caption_says_what_intervals_are_and_over_how_many_seeds(shown, seeds, said):
+    figure = Figure(figsize=(1, 1))
+    figure.subplots()
+    data = pd.DataFrame({"arm": ["a", "b", "c"]} | ({} if seeds is None else {"seeds": seeds}))
+    report.show(Plot(figure, "a line", data), "Losses.")
+    assert BeautifulSoup(shown[0], "html.parser").figcaption.text == said
+
+
 def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
     rows = BeautifulSoup(table_html(pd.DataFrame({"arm": ["C1", "EC-CF2 renormalized"]})), "html.parser")
     assert [th.get("class") for th in rows.tbody.find_all("th")] == [None, ["long"]]
