@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import yaml
@@ -79,10 +80,16 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
         # Held to the config's own sizes, not to those of the defaults.
-        ({"router": "linear_assignment", "batch_size": 3, "sequence_length": 5}, ["num_experts=8", "n=15"]),
+        (
+            {"router": "linear_assignment", "batch_size": 3, "sequence_length": 5, "accumulate": 8},
+            ["num_experts=8", "n=15"],
+        ),
         ({"num_experts": 7}, ["capacity_factor=2.0", "num_experts=7", "n=2048", "multiple of 7"]),
         ({"pool": "sequence", "sequence_length": 18}, ["num_experts=8", "4.5", "n=18"]),
-        ({"router": "expert_threshold", "batch_size": 3, "sequence_length": 6}, ["num_experts=8", "4.5", "n=18"]),
+        (
+            {"router": "expert_threshold", "batch_size": 3, "sequence_length": 6, "pool": 6},
+            ["num_experts=8", "4.5", "n=18"],
+        ),
         ({"capacity_factor": 4.0, "max_experts_per_token": 3}, ["max_experts_per_token=3", "at least 4"]),
     ],
 )
@@ -91,6 +98,36 @@ def test_error_names_key_value_and_remedy(values, named):
         RunConfig.from_dict(values)
     for text in named:
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "said"),
+    [
+        ({"capacity_factor": 1.5, "max_experts_per_token": 1}, "max_experts_per_token", r"use at least (\S+),"),
+        ({"capacity_factor": 1.5, "max_experts_per_token": 1}, "capacity_factor", r"at most (\S+)$"),
+        ({"capacity_factor": 9.0}, "capacity_factor", r"capacity_factor in (\S+)\.\.(\S+) \(num_experts\)"),
+        ({"heads": 7}, "heads", r"may be (\d+) or (\d+) or (\d+)"),
+        ({"router": "token_choice", "top_k": 9}, "top_k", r"must lie in (\d+)\.\.(\d+) "),
+        ({"vocab_size": 300}, "vocab_size", r"must be (\d+) with bytes"),
+        ({"vocab_size": 256, "tokenizer": "bpe"}, "vocab_size", r"at least (\d+) with bpe"),
+        ({"learning_rate": "1e-3"}, "learning_rate", r"write (\S+) "),
+        ({"steps": "1e2"}, "steps", r"write (\S+),"),
+        ({"steps": 10.0}, "steps", r"write (\S+)$"),
+    ],
+)
+def test_who_does_as_an_error_says_is_through(values, key, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        RunConfig.from_dict(values)
+    for remedy in re.search(said, str(error.value)).groups():
+        given = {**values, key: yaml.safe_load(remedy)}
+        assert RunConfig.from_dict(given).to_dict()[key] == given[key]
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "ten"])
+def test_a_text_that_is_no_number_has_no_remedy(text):
+    for key in ("steps", "learning_rate"):
+        with pytest.raises(ConfigError, match=rf"{key}='{text}' is of type str, but must be (int|float)$"):
+            RunConfig.from_dict({key: text})
 
 
 # What a key may be, at the least or the most; a float stops short of a bound that is out of reach.
@@ -255,8 +292,8 @@ def test_ranks_are_counted_over_all_nodes():
 
 def test_on_one_rank_its_pool_is_the_batch():
     assert RunConfig(pool="rank").name == RunConfig().name
-    two = RunConfig(devices=2, strategy="ddp")
-    assert two.replace(pool="rank").name != two.name
+    for ranks in ({"devices": 2}, {"num_nodes": 2}):
+        assert RunConfig(pool="rank", **ranks).name != RunConfig(**ranks).name
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,17 @@ def test_blocks_end_at_blank_lines_whatever_the_chunks():
 def test_xz_is_the_same_text(tmp_path):
     text = "Grüße,\n\nWelt. \u2028 \x85 kein Ende\n" * 3000
     (tmp_path / "plain.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "packed.txt.xz").write_bytes(lzma.compress(text.encode()))
+    (tmp_path / "packed.TXT.XZ").write_bytes(lzma.compress(text.encode()))
     plain = [t for _, t in open_corpus(str(tmp_path / "plain.txt")).train]
-    packed = [t for _, t in open_corpus(str(tmp_path / "packed.txt.xz")).train]
+    packed = [t for _, t in open_corpus(str(tmp_path / "packed.TXT.XZ")).train]
     assert "".join(plain) == text and plain == packed and len(plain) > 1
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "A.TXT", "A.JSONL"])
 def test_a_mark_of_utf_8_is_no_text(tmp_path, name):
-    (tmp_path / name).write_text("\ufeff" + ('{"text": "one"}' if name == "a.jsonl" else "one"), encoding="utf-8")
+    (tmp_path / name).write_text(
+        "\ufeff" + ('{"text": "one"}' if name.lower() == "a.jsonl" else "one"), encoding="utf-8"
+    )
     assert [text for _, text in open_corpus(str(tmp_path / name)).train] == ["one"]
 
 

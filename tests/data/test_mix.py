@@ -7,7 +7,7 @@ import torch
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
-from ecmoe.data.corpus import source_key
+from ecmoe.data.corpus import source_key, source_sha256
 from ecmoe.data.tokenizer import END
 
 T = 16
@@ -125,6 +125,16 @@ def test_order_of_parts_and_content_make_another_mix(mix, tmp_path):
     (tmp_path / "b.txt").write_text("B" * 30_000 + "\n\nb" * 20_000)
     assert opened(config(mix)).digest != first
     assert config(mix).name != config(f"mix:{a},{b}").name
+
+
+def test_parts_whose_files_have_the_same_names_are_told_apart(tmp_path):
+    found, data = set(), "mix:" + ",".join(str(tmp_path / place / "a.txt") for place in LETTERS[:2])
+    for texts in ("xx", "xy", "yx"):
+        for place, text in zip(LETTERS, texts, strict=False):
+            (tmp_path / place).mkdir(exist_ok=True)
+            (tmp_path / place / "a.txt").write_text(text)
+        found.add((source_sha256(data), source_key(data)))
+    assert len({sha256 for sha256, _ in found}) == len({key for _, key in found}) == 3
 
 
 def test_what_is_stated_of_files_tells_no_data_sets_of_the_hub_apart():

@@ -66,6 +66,7 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_top_k():
     a, b, c = (generate(model, prompt, 8, seed=s) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(generate(model, prompt, 8, top_k=1), generate(model, prompt, 8, temperature=0))
+    assert torch.equal(generate(model, prompt, 8, seed=1, top_k=1000), a)  # of 256
 
 
 def test_training_mode_and_routing_come_back():

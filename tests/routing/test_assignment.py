@@ -69,6 +69,8 @@ def test_pack_serves_in_order(seed, n, e, slots, as_limit):
     )
     held, wanted = loop_pack(token, expert, gate, n, e, slots)
     assert assignment.demand.tolist() == wanted
+    if slots is None:  # as many as the fullest needs
+        assert assignment.token.shape == assignment.gate.shape == (e, max(*wanted, 1))
     for i in range(e):
         kept = assignment.token[i] < n
         ours = list(zip(assignment.token[i][kept].tolist(), assignment.gate[i][kept].tolist(), strict=True))

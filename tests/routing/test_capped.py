@@ -13,7 +13,7 @@ from ecmoe.config import ConfigError
 from ecmoe.measures.inspection import held_out, watched
 from ecmoe.routing import ExpertChoice, capped
 from ecmoe.routing.capped import capped_top_k, dykstra
-from ecmoe.routing.transport import transport
+from ecmoe.routing.transport import JITTER_LAST, transport
 from ecmoe.training.run import run_or_load
 from tests.routing.problems import check, problems, two_hundred
 
@@ -76,7 +76,8 @@ def test_every_constraint_holds_and_the_objective_is_the_linear_programmes(kind,
     if b == c:
         assert (X.sum(1) == b).all()
     assert torch.equal(G, S.gather(2, I)) and (G.diff(dim=2) <= 0).all()
-    assert G.sum().item() >= 0.99 * optimum(S[0].numpy(), k, b)
+    may_lose = JITTER_LAST * S.topk(k, dim=2).values.sum().item()
+    assert G.sum().item() >= optimum(S[0].numpy(), k, b) - may_lose
 
 
 @two_hundred
@@ -180,6 +181,25 @@ def test_padding_takes_no_place(solver):
     assert (masked[~mask] == 0).all()
     assert (masked[mask] > 0).sum() == (alone > 0).sum() == 2 * mask.sum()
     torch.testing.assert_close(masked[mask].sum(), alone.sum(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["equal", "alike"])
+def test_padding_changes_no_choice_where_all_tokens_are_alike(kind):
+    S, place = scores(kind, 48, 6), torch.arange(64).view(16, 4)[:, 1:].flatten()
+    padded, valid = torch.rand(1, 6, 64).index_copy(2, place, S), torch.arange(64)[None] % 4 > 0
+    _, alone = capped_top_k(S, 16, 3)
+    _, I = capped_top_k(padded, 16, 3, valid=valid, target=torch.tensor([16]))
+    assert torch.equal(held(padded, I)[..., place], held(S, alone))
+
+
+def test_a_router_solves_as_it_is_told():
+    z = logits("peaked", 256, 16, 0)
+    S, found = z.softmax(1).T[None], {}
+    for solver in ("feasible", "dykstra"):
+        chosen = ExpertChoice(8, 16, 2.0, max_experts_per_token=3, cap_solver=solver).assign(z)
+        found[solver] = held(S, chosen.token[None])
+        assert torch.equal(found[solver], held(S, capped_top_k(S, 32, 3, solver=solver)[1]))
+    assert not torch.equal(*found.values())
 
 
 def test_dykstras_filler_comes_last_whatever_its_scores():
