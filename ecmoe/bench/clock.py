@@ -46,8 +46,7 @@ def timed(
 ) -> Timed:  # fmt: skip
     """Time the calls in turns, once each is warm; what doesn't work is named, and the rest is timed.
 
-    Args:
-        then: (the calls that work, absent) -> calls that are timed after all others, on a GPU alone.
+    then: (the calls that work, absent) -> calls that are timed after all others, on a GPU alone.
     """
     if not isinstance(repeats, int) or repeats < 2:
         raise ConfigError(f"repeats={repeats}: must be a whole number of at least 2, for a median with quartiles")

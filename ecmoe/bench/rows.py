@@ -24,11 +24,7 @@ CAPS = (2, 3)  # of the experts of a token
 
 
 def sized(kind: str, keys: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of a kind of device, but for those that are given.
-
-    Raises:
-        ConfigError: one that isn't among `keys`, or is no whole number above 0.
-    """
+    """The sizes of a kind of device, but for those that are given: a ConfigError, where one isn't among `keys`, or no whole number above 0."""
     for key, value in given.items():
         if key not in keys:
             raise ConfigError(f"there is no size {key!r} (given: {value!r}): {nearest(key, keys)}")

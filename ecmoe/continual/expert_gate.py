@@ -128,9 +128,7 @@ class ExpertGate(nn.Module):
 def without_forgetting(expert: Any, old_head: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Loss of learning without forgetting: the new task's, and the old expert's answers to the new images (Li and Hoiem 2016).
 
-    Args:
-        batch: images, classes, and (B, old classes) what the old expert said, at LWF_TEMPERATURE.
-    """
+    batch: images, classes, and (B, old classes) what the old expert said, at LWF_TEMPERATURE."""
     x, y, soft = batch
     h = expert.features(x)
     return F.cross_entropy(expert.head(h), y) + F.cross_entropy(old_head(h) / LWF_TEMPERATURE, soft)

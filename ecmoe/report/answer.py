@@ -19,11 +19,7 @@ NOTHING = "(not run)"
 
 
 def answer(scale: str, *claims: str) -> None:
-    """Show the verdict on each claim: its label, one sentence with the number, and what it rests on.
-
-    Args:
-        scale: whose records are judged; at smoke none are. claims: "C1" ... "C10", "L1", "L2".
-    """
+    """Show the verdict on each claim ("C1", "L2"): label, one sentence, what it rests on; at smoke there is none."""
     for claim in claims[:1] if scale == "smoke" else claims:
         show_html(answer_html(judge(claim, scale)))
 

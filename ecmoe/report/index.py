@@ -26,14 +26,7 @@ _LONGEST = 4000  # characters of a section that can be found
 
 
 def index(scale: str, reports: str | Path | None = None) -> Path:
-    """Write `index.html`, and `scoreboard.md` for GitHub, from the pages and results that are there.
-
-    Args:
-        scale: smoke, gpu or paper. reports: the folder; default: reports/<scale>.
-
-    Raises:
-        ConfigError: no such scale.
-    """
+    """Write `index.html`, and `scoreboard.md` for GitHub, from the pages in `reports` (default: reports/<scale>) and the results that are there."""
     check_scale(scale)
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)

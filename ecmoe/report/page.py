@@ -38,8 +38,7 @@ def show_table(
 ) -> None:
     """Show a table; where nothing stands in it but what its rows are called, that nothing was run.
 
-    Args:
-        frame, caption, formats: as in `markup.table_html`. fold: what the reader opens to see it; "": it is open.
+    As `markup.table_html`; fold: what the reader opens to see it; "": it is open.
     """
     values = frame.iloc[:, 1:]
     if not fold and values.size and (values.isna() | values.eq(NOTHING)).all(axis=None):
@@ -61,11 +60,7 @@ def show_runs(table: pd.DataFrame, columns: Sequence[str], caption: str = "") ->
 
 
 def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str) -> None:
-    """Show text with each token on the colour of its number of experts, as in `plots.expert_shares`; 0 is struck through.
-
-    Args:
-        tokens: the text in pieces; escaped. counts: the experts of each.
-    """
+    """Show text with each token on the colour of its number of experts, as in `plots.expert_shares`; 0 is struck through."""
 
     def piece(text: str, count: int) -> tuple:
         color = COUNT_COLORS[min(count, len(COUNT_COLORS) - 1)]

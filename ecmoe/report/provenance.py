@@ -11,11 +11,7 @@ from ecmoe.study.load import Study
 
 
 def provenance(study: Study, differences: str = "") -> None:
-    """Show where numbers come from; warns if the runs behind a page differ in code, versions, device, precision or data.
-
-    Args:
-        differences: from the paper, as far as they concern the whole page.
-    """
+    """Show where numbers come from, with a page's differences from the paper; warns if its runs differ in what they mustn't."""
     results = [r for by_arm in study.values() for r in by_arm]
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]

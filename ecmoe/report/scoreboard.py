@@ -28,11 +28,7 @@ CAPTION = (
 
 
 def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Collection[str]) -> Markup:
-    """The claims of a scale.
-
-    Args:
-        verdicts: of `verdict.judge_all`. answer: the same in words. pages: names of those that are there, to link to.
-    """
+    """The claims of a scale: verdicts of `judge_all`, the answer in words, links to the pages that are there."""
     tally = Counter(verdict.label for verdict in verdicts.values())
     plot = effects(verdicts)
     shown = "" if plot.figure is None else markup("figure", plot.svg(), CAPTION, table_html(plot.data))

@@ -70,11 +70,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
 
 
 def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
-    """Runs of the plan by name, or by how their name begins.
-
-    Raises:
-        ConfigError: no run, or more than one, is called so.
-    """
+    """Runs of the plan by name, or by how their name begins. A ConfigError, where no run, or more than one, is called so."""
     found, names_of = [], [one.name for one in planned]
     for name in names:
         like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]

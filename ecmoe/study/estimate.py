@@ -87,9 +87,7 @@ class Estimate:
     def seeds_for(self, margin: float, level: float = LEVEL, power: float = POWER) -> int | None:
         """How many seeds as noisy as these would decide the margin (`seeds_needed`); None where seeds don't tell, or 1000 don't do.
 
-        Args:
-            margin: in the unit; of a ratio what is added to 1.
-        """
+        margin: in the unit; of a ratio what is added to 1."""
         if self.of != "seed" or self.n < 2 or len(self.errors) != 1:  # more seeds are no more examples
             return None
         try:

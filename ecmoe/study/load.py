@@ -157,11 +157,7 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
 
 
 def beside(study: Study, mine: Mapping[str, Any]) -> Study:
-    """The study's first seed and one more arm, "yours", which is trained now: to try what a changed line does.
-
-    Args:
-        mine: keys of RunConfig in which the arm differs from the study's base.
-    """
+    """The study's first seed and one more arm, "yours", which is trained now: to try what a changed line does. mine: its keys of RunConfig."""
     # Varied already, where a page varies a key.
     arms = planning.arms_of(study.parameters, study.scale) | {"yours": dict(mine)}
     asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}

@@ -35,11 +35,7 @@ def held_to(kind: Any, value: Any, where: str) -> Any:
 
 
 def parameter_files(notebook: str, scale: str) -> list[Path]:
-    """The scale's file, the study's, and the study's at that scale, where it has one; later ones win.
-
-    Raises:
-        ConfigError: no such scale.
-    """
+    """The scale's file, the study's, and the study's at that scale, where it has one; later ones win. A ConfigError: as in `check_scale`."""
     configs = paths.configs()
     check_scale(scale)
     own = configs / "scale" / scale / f"{notebook}.yaml"
@@ -47,11 +43,7 @@ def parameter_files(notebook: str, scale: str) -> list[Path]:
 
 
 def check_scale(scale: str) -> None:
-    """Is there such a scale? Where there are no configs, as outside a checkout, nobody knows.
-
-    Raises:
-        ConfigError: there are others.
-    """
+    """Is there such a scale? Where there are no configs, as outside a checkout, nobody knows. A ConfigError, where there are others."""
     found = (paths.configs() / "scale").glob("*.yaml")
     known = sorted(path.stem for path in found if re.fullmatch(r"[\w.-]+", path.stem))  # it stands in commands
     if known and (not isinstance(scale, str) or scale not in known):

@@ -96,11 +96,7 @@ def pages(scale: str) -> list[str]:
 
 
 def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]:
-    """What one page rests on, seed by seed, so that a study cut short is still a paired one.
-
-    Args:
-        changes: parameters that win over those of the files; `base` key by key.
-    """
+    """What one page rests on, seed by seed, so that a study cut short is still a paired one. changes: win over the files' parameters."""
     try:
         values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
         if "base" not in values:
@@ -170,10 +166,7 @@ def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
-    """The keys of RunConfig of a named arm, but for its seed: base, what the arm changes, and what its scale changes of that arm.
-
-    Args:
-        base: of the scale. own: name -> keys, of the scale.
+    """The keys of RunConfig of a named arm, but for its seed: base, what the arm changes, and what its scale changes of that arm (`own`).
 
     Raises:
         ConfigError: no arm has that name (the nearest is suggested), or its share of one of the base's keys is no whole number.

@@ -165,11 +165,7 @@ def setting(scale: str) -> tuple[str, str]:
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
-    """What a training step of each arm takes, alone on the device: a row per arm, by its name, as `bench_study` has them.
-
-    Args:
-        measure: now, where it is missing and this machine may.
-    """
+    """What a training step of each arm takes, alone on the device: a row per arm, by its name, as `bench_study` has them. measure: as in `measured`."""
     name = study_file(arms)
     found = measured({name: job("study", configs=arms)}, scale=scale, measure=measure)
     table = rows(found, name).reindex(columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])

@@ -20,8 +20,7 @@ def table(study: Study) -> pd.DataFrame:
         rows.append({"arm": arm, "status": "not run", **result.summary["config"], **scalars})
     frame = pd.DataFrame(rows)
     measured = metrics.table()
-    for column in [name for name in measured if name not in frame]:
-        frame[column] = math.nan
+    frame = frame.reindex(columns=[*dict.fromkeys([*frame, *measured])])
     frame[measured] = frame[measured].astype(float)
     if "status" in frame:  # a loss of a run that broke off is no result
         frame.loc[frame["status"] != "finished", metrics.results()] = math.nan
@@ -36,9 +35,7 @@ def curves(study: Study) -> pd.DataFrame:
     columns = ["arm", "seed", "status", "name", *metrics.curve()]
     frames = []
     for arm, result in _runs(study):
-        curve = result.curve.reindex(columns=metrics.curve()).astype(float)
-        if not len(curve):
-            curve = pd.DataFrame([dict.fromkeys(metrics.curve(), math.nan)])
+        curve = result.curve.reindex(range(max(len(result.curve), 1)), columns=metrics.curve()).astype(float)
         frames.append(curve.assign(arm=arm, **{key: result.summary[key] for key in columns[1:4]}))
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 

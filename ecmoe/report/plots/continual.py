@@ -13,11 +13,7 @@ from ecmoe.report.plots.style import Look, Plot
 
 
 def retention(accuracies: pd.DataFrame) -> Plot:
-    """Accuracy on each task over the sequence: a panel per arm, a line per task from where it was learned.
-
-    Args:
-        accuracies: of `continual.retained`: arm, seed, after, task, accuracy.
-    """
+    """Accuracy on each task over the sequence: a panel per arm, a line per task from where it was learned. accuracies: of `continual.retained`."""
     there = accuracies.dropna(subset=["accuracy"])
     there = there.assign(percent=100 * there["accuracy"], task=[f"task {k:g}" for k in there["task"]])
     tasks = sorted(there["task"].unique())

@@ -49,8 +49,7 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
 def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot:
     """Who processes what, with what weight: tokens x experts, a panel per router (Fig. 1).
 
-    Args:
-        weights: title -> (n, e) array or tensor of combine weights, 0 where not routed. tokens: n labels.
+    weights: title -> (n, e) array or tensor, 0 where not routed. tokens: n labels.
     """
 
     def draw(ax: Axes, w: np.ndarray) -> tuple[pd.DataFrame, str]:

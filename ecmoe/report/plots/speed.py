@@ -17,12 +17,9 @@ _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 
 
 def share_of_floor(layers: pd.DataFrame) -> Plot:
-    """Each layer's speed as a share of its floor's, a panel per size; forward, and forward + backward.
+    """Each layer's speed as a share of its floor's, a panel per size; forward, and forward + backward. layers: of `speed.layers`.
 
     CUDA graphs and the paper's slow way to cap are in tables alone.
-
-    Args:
-        layers: of `speed.layers`.
     """
     sizes = list(dict.fromkeys(layers["size"]))
     columns = ["size", "layer", "variant", "mode", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
@@ -53,11 +50,7 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
 
 
 def over_plain(auto: pd.DataFrame) -> Plot:
-    """The time of a layer as a run gets it, over that of plain PyTorch, by its size: a panel per way to launch it.
-
-    Args:
-        auto: of `bench_auto`.
-    """
+    """The time of a layer as a run gets it, over that of plain PyTorch, by its size: a panel per way to launch it. auto: of `bench_auto`."""
     width = LABELS["d_model"]
     rows = auto.sort_values("d_model", kind="stable").rename(columns={"d_model": width, "what": ""})
     rows[width] = rows[width].map("{:,}".format)
@@ -102,11 +95,7 @@ def step_times(steps: pd.DataFrame) -> Plot:
 
 
 def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
-    """Time of the EC layer as one size grows: a panel per size; its times, the power law fitted to them, the floor.
-
-    Args:
-        grown: of `bench_growth`. exponents: of `bench_growth.exponents`.
-    """
+    """Time of the EC layer as one size grows: a panel per size; its times (of `bench_growth`), the power law fitted to them (of `exponents`), the floor."""
 
     def draw(ax: Axes, fit: object) -> tuple[pd.DataFrame, str]:
         here = grown[grown["axis"] == fit.axis].sort_values("value")
@@ -130,11 +119,7 @@ def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
 
 
 def profile(kinds: pd.DataFrame) -> Plot:
-    """Where a step's time goes: a bar per kind of work.
-
-    Args:
-        kinds: of `bench_profile`.
-    """
+    """Where a step's time goes, as `bench_profile` found it: a bar per kind of work."""
     data = kinds.reindex(columns=["kind", "ms", "share", "most"])
 
     def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
