@@ -14,7 +14,8 @@ import nbformat
 import pytest
 import yaml
 
-from ecmoe.report.execution import ReportError, execute
+from ecmoe.files import ConfigError
+from ecmoe.report.execution import execute
 from ecmoe.study import engine, plan
 from ecmoe.study.parameters import parameter_files
 
@@ -289,5 +290,5 @@ def test_every_notebook_takes_what_the_pipeline_gives(notebook, scale, tmp_path,
     monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
     reads = "train_missing: bool" in notebook.read_text(encoding="utf-8")
     for train, given in ((False, False if reads else None), (None, None)):  # None: as its files say
-        with pytest.raises(ReportError, match=f"passed, train_missing={given}"):
+        with pytest.raises(ConfigError, match=f"passed, train_missing={given}"):
             execute(notebook, tmp_path / "page.html", parameter_files(notebook.stem, scale), train_missing=train)

@@ -22,10 +22,6 @@ from ecmoe.study.parameters import check_parameters, merge_parameters, merged, n
 from ecmoe.study.plan import of_page
 
 
-class ReportError(ConfigError):
-    """A notebook that can't be read, or failed; names notebook, cell and error."""
-
-
 class _ThisPython(AsyncKernelManager):
     """Kernels of the running interpreter: an installed `python3` kernel may be another one's.
 
@@ -66,9 +62,8 @@ def execute(
         parameters: win over the files. train_missing: the notebook's parameter of that name, where it has one.
 
     Raises:
-        ConfigError: an unknown key, before anything runs.
-        ReportError: there is no such notebook; the page is a folder; or a cell failed. The page, with the error on top, is then
-            `<name>.failed.html`, so that the page asked for is not taken for done.
+        ConfigError: an unknown key, no such notebook, or the page is a folder; before anything runs. Or a cell failed. The page, with
+            the error on top, is then `<name>.failed.html`, so that the page asked for is not taken for done.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -81,14 +76,14 @@ def execute(
         render(executed, failed_html, notebook, {"where": where, "what": what, "cell": cell})
 
     if out_html.is_dir():
-        raise ReportError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
+        raise ConfigError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
         try:
             source = nbformat.read(notebook, as_version=4)
         except Exception as error:  # nbformat has no error of its own for all that JSON can be
             what = f"{notebook} can't be read ({type(error).__name__}: {error})"
-            raise ReportError(f"{what}: it must be a notebook, such as notebooks/01_convergence.ipynb") from error
+            raise ConfigError(f"{what}: it must be a notebook, such as notebooks/01_convergence.ipynb") from error
         if train_missing is not None and "train_missing" in notebook_parameters(source):
             values["train_missing"] = train_missing
         check_parameters(source, values, notebook.name)
@@ -126,12 +121,12 @@ def execute(
             what, cell = f"{failure.ename}: {failure.evalue}", failure.cell_index + 1
             where = f"{notebook.name}, cell {cell}"
             fail(nbformat.read(executed, as_version=4), what, where, cell)
-            raise ReportError(f"{where} failed: {what} (see {failed_html})") from None
+            raise ConfigError(f"{where} failed: {what} (see {failed_html})") from None
         except Exception as failure:  # the kernel died, such as for want of memory
             what = f"{type(failure).__name__}: {failure}"
             if executed.exists():
                 fail(nbformat.read(executed, as_version=4), what)
-            raise ReportError(f"{notebook.name} failed: {what}") from failure
+            raise ConfigError(f"{notebook.name} failed: {what}") from failure
         render(nbformat.read(executed, as_version=4), out_html, notebook)
     failed_html.unlink(missing_ok=True)
     return out_html

@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def show(plot: Plot, caption: str, formats: Mapping[str, Format] | None = None) -> None:
+def show(plot: Plot, caption: str) -> None:
     """Show a figure with its alternative text and caption, its numbers folded below; where nothing was run, that.
 
     The caption says what the intervals are, where there are some.
@@ -30,7 +30,7 @@ def show(plot: Plot, caption: str, formats: Mapping[str, Format] | None = None) 
         if (many := seeds[seeds > 1]).any():
             n = " to ".join(f"{n:g}" for n in dict.fromkeys((many.min(), many.max())))
             caption += f" Intervals: 95% over {n} seeds, each by itself."
-        show_html(markup("figure", plot.svg(), caption, table_html(plot.data, "", formats)), f"{caption}\n{plot.alt}")
+        show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
 
 
 def show_table(

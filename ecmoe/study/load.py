@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import UserDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ CORE = 1e11  # FLOP/s that a core of a CPU does at most in training, or few do m
 _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
 
 
-@dataclass(frozen=True)
-class Study(Mapping[str, list[Result]]):
+@dataclass
+class Study(UserDict[str, list[Result]]):
     """The runs of a page, as a mapping: name of an arm -> a Result for each seed.
 
     scale, parameters (all of the page's, by name) and what was measured stand beside them. train: arms that are trained, and
@@ -36,16 +37,7 @@ class Study(Mapping[str, list[Result]]):
     parameters: dict[str, Any]
     planned: list[planning.Planned]
     train: Collection[str]
-    results: dict[str, list[Result]] = field(repr=False)
-
-    def __getitem__(self, arm: str) -> list[Result]:
-        return self.results[arm]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.results)
-
-    def __len__(self) -> int:
-        return len(self.results)
+    data: dict[str, list[Result]] = field(repr=False)  # the mapping
 
     def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
         """Arm, seed, measurement, and what it found, for every measurement of that name that the page asks for.

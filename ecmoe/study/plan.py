@@ -228,9 +228,7 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
         of_arms, of_seeds = keys.pop("arms", arms), keys.pop("seeds", seeds)
         _check_list(f"measures: {what}: arms", of_arms, str)
         _check_list(f"measures: {what}: seeds", of_seeds, int)
-        for arm in of_arms:
-            if arm not in arms:
-                raise ConfigError(f"measurement {what!r} names arm {arm!r}, but the page's are {', '.join(arms)}")
+        check_known(f"measurement {what!r} names arm", of_arms, arms)
         for how in measurements(what, keys):
             for arm, seed in product(of_arms, of_seeds):
                 wanted.setdefault((arm, seed), []).append(how)

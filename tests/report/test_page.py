@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.report import execution
 from ecmoe.report import page as report
-from ecmoe.report.execution import ReportError, execute
+from ecmoe.report.execution import execute
 from ecmoe.report.markup import table_html
 from ecmoe.report.plots import Plot
 from ecmoe.report.plots.style import COUNT_COLORS
@@ -74,7 +74,7 @@ def pages(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECMOE_HOME", str(folder))
         good = execute(folder / "03_study.ipynb", folder / "03_study.html", files)
-        with pytest.raises(ReportError) as failure:
+        with pytest.raises(ConfigError) as failure:
             execute(
                 folder / "04_other.ipynb",
                 folder / "04_other.html",
@@ -230,8 +230,8 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
     assert "nothing" in shown[1]
     figure = Figure(figsize=(1, 1))
     figure.subplots()
-    report.show(Plot(figure, "a line", frame), "A caption", {"loss": ".1f"})
-    assert BeautifulSoup(shown[2], "html.parser").find_all("td")[0].text == "3.7"
+    report.show(Plot(figure, "a line", frame), "A caption")
+    assert BeautifulSoup(shown[2], "html.parser").find_all("td")[0].text.startswith("3.7")
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
     monkeypatch.setattr("papermill.execute_notebook", dies)
     nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
     (tmp_path / "a.yaml").write_text("width: 1.5\n")
-    with pytest.raises(ReportError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
+    with pytest.raises(ConfigError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
         execute(
             tmp_path / "01_a.ipynb", tmp_path / "01_a.html", [tmp_path / "a.yaml"], parameters={"width": 2.0},
             train_missing=False,  # which this notebook doesn't have
@@ -533,11 +533,11 @@ def test_an_arm_that_cannot_be_is_named_at_the_scale_that_was_asked_for(tmp_path
 @pytest.mark.parametrize("text", ["# A README\n", "[]", "{}"])
 def test_what_is_no_notebook_is_named(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
-    with pytest.raises(ReportError, match=r"README\.md can't be read .*: it must be a notebook"):
+    with pytest.raises(ConfigError, match=r"README\.md can't be read .*: it must be a notebook"):
         execute(tmp_path / "README.md", tmp_path / "out" / "o.html")
     assert not (tmp_path / "out/o.html").exists()
     failed = BeautifulSoup((tmp_path / "out/o.failed.html").read_text(), "html.parser")  # which the list of pages names
     assert failed.title.text == "README" and "must be a notebook" in failed.find("section", class_="failed").text
-    with pytest.raises(ReportError):
+    with pytest.raises(ConfigError):
         execute(tmp_path / "absent.ipynb", tmp_path / "out" / "absent.html")
     assert not (tmp_path / "out/absent.failed.html").exists()

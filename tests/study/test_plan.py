@@ -94,7 +94,7 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
         ("arms: {Mine: {top_k: 99, router: token_choice}}", "arm 'Mine': top_k=99"),
         (
             "arms: [EC]\nmeasures: {decoding: {arms: [Half]}}",
-            "measurement 'decoding' names arm 'Half', but the page's are EC",
+            "measurement 'decoding' names arm 'Half': must be one of EC",
         ),
         ("arms: [EC]\nmeasures: [decoding]", "measures=['decoding'] must hold `key: value` lines"),
         ("arms: [EC]\nseeds: 3", "seeds=3 must be a list"),
