@@ -149,8 +149,6 @@ PASSED = {
     "again ONE --scale paper --steps 5": ("study.repeats.again", ["ONE", "paper", 5], {}),
     "bench layer --set n=4 --set repeats=2": ("study.speed.job", ["layer"], {"n": 4, "repeats": 2}),
     "bench profile": ("study.speed.job", ["profile"], {}),
-    "bench all --scale smoke --only step --out there": ("study.speed.take", [["step"], "there"], {"force": False}),
-    "bench all --scale smoke --only growth,step --out there --force": ("study.speed.take", [["step", "growth"], "there"], {"force": True}),
 }  # fmt: skip
 
 
@@ -178,6 +176,30 @@ def test_a_command_passes_on_what_it_is_given(words, monkeypatch):
     call(*words.split())
     ((args, kwargs),) = asked
     assert (said(args), kwargs) == (given, keys)
+
+
+def test_bench_all_measures_what_it_is_asked_for_once(tmp_path, monkeypatch):
+    made = []
+
+    def job(name):
+        table = pd.DataFrame([{"ms": 1.0}])
+        table.attrs["setting"] = {"n": 4}
+        return lambda: made.append(name) or table
+
+    monkeypatch.setattr(
+        "ecmoe.study.speed.jobs", lambda **_: {name: job(name) for name in ("layer-a", "step", "growth")}
+    )
+    asked = ["bench", "all", "--scale", "smoke", "--out", str(tmp_path), "--only"]
+    for words, expected in (
+        (["step"], ["step"]),
+        (["step,layer"], ["layer-a"]),
+        (["growth,step", "--force"], ["step", "growth"]),
+    ):
+        made.clear()
+        assert call(*asked, *words).exit_code == 0 and made == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "layer-a.json", "step.json"]
+    wrong = call(*asked, "steps")
+    assert wrong.exit_code == 2 and "--only steps: no such part; there are layer-a, step, growth" in wrong.stderr
 
 
 def test_runs_are_listed_with_who_wants_them_and_what_is_missing(tmp_path, monkeypatch):
