@@ -403,6 +403,24 @@ def test_a_step_clips_as_training_does():
     assert all(p.grad is None for p in lit.parameters())  # the next begins anew
 
 
+@pytest.mark.parametrize("path", ["plain", "triton", "grouped_mm"])
+def test_a_twin_routes_as_its_arm_says_on_its_path(path):
+    configs = arms(STEP)
+    lit = LitModel(configs["EC-CF2"])
+    for arm, keys in ARMS.items():
+        tokens = keys["router"] == "token_choice"
+        if path == "grouped_mm" and not tokens:
+            continue
+        twin = bench_step_module._twin(lit, configs[arm], path)
+        layer = twin.model.blocks[1].moe
+        router = layer.router
+        assert all(getattr(router, key) == value for key, value in keys.items() if key != "router"), arm
+        assert type(router) is (bench_step_module.Even if tokens else bench_step_module.ExpertChoice)
+        assert type(layer) is bench_step_module.Grouped if path == "grouped_mm" else layer.kernels == path
+        assert twin.routers == [router] and router.weight is lit.routers[0].weight and router is not lit.routers[0]
+        assert not tokens or router.push.shape == (32, 4)
+
+
 def test_even_routing_is_even_and_own_is_not():
     config = arms(STEP)["GShard top-2"]
     twin = bench_step_module._twin(LitModel(config), config, "plain")

@@ -1,6 +1,7 @@
 """Scaling: rates of short runs, against as many times one device's; shared layers; one model on one device and on two."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,9 +9,11 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from ecmoe import RunConfig, paths
 from ecmoe.bench import scaling
 from ecmoe.cli import app
 from ecmoe.study import speed
+from ecmoe.training.result import Result, not_run, write_run
 
 
 def test_one_device_is_timed_by_a_short_run_and_what_cannot_be_is_named(tiny_config, monkeypatch):
@@ -183,6 +186,26 @@ def test_what_was_timed_is_kept_at_once(out, tiny_config, tmp_path, monkeypatch)
     CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", "--repeats", "3", *place])
     kept = json.loads(((tmp_path if out else speed.folder("smoke")) / "scaling.json").read_text())
     assert kept["rows"] == [{"strategy": "auto", "ms": 3.0}] and kept["setting"]["repeats"] == 3
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_that_is_timed_takes_a_place_and_leaves_nothing(devices, tiny_config, monkeypatch):
+    config, told = tiny_config(devices=devices, strategy="auto" if devices == 1 else "ddp"), []
+
+    def alone(of, folder, *, where, keep_weights):
+        told.append((of, where, keep_weights, folder.parent))
+        return Result({"status": "finished"})
+
+    def several(of, folder, still_ours, keep_weights):
+        told.append((RunConfig.from_yaml(folder / "config.yaml"), "their own", keep_weights, folder.parent))
+        write_run(folder, not_run(of).summary | {"status": "finished"})
+
+    monkeypatch.setattr(scaling, "place", lambda: nullcontext("a place"))
+    monkeypatch.setattr(scaling, "train_run", alone)
+    monkeypatch.setattr(scaling, "by_torchrun", several)
+    before = set(paths.cache().iterdir()) if paths.cache().exists() else set()
+    assert scaling._trained(config).ok and set(paths.cache().iterdir()) == before
+    assert told == [(config, "a place" if devices == 1 else "their own", False, paths.cache())]
 
 
 def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_config, monkeypatch):

@@ -78,6 +78,17 @@ def test_slopes_are_kept_in_8_bits():
     assert (again.double() - steepness).abs().max() < 0.0025 + rounding
 
 
+@pytest.mark.parametrize("alone", range(4))
+def test_each_input_alone_may_want_its_gradient(alone):
+    *given, gradient = problem(6, 4, 5, 2, 3, torch.float32)
+    token = given.pop(3)
+    wanted = [t.detach().requires_grad_(i == alone) for i, t in enumerate(given)]
+    out = kernels.experts(*wanted[:3], token, wanted[3])
+    (ours,) = torch.autograd.grad(out, wanted[alone], gradient)
+    theirs = oracle(*given[:3], token, given[3], gradient)[1 + alone]
+    assert distance(ours, theirs) < TOLERANCE[torch.float32]
+
+
 def test_a_second_backward_pass_is_refused():
     x, w1, w2, token, gate, gradient = problem(*WHOLE, torch.float32)
     out = kernels.experts(x, w1, w2, token, gate)

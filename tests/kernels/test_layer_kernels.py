@@ -99,6 +99,12 @@ def test_a_layer_counts_eight_experts_or_more_of_a_token_in_one():
     assert shares[0].statistics() == shares[1].statistics() and shares[1].statistics()["share_8"] > 0.8
 
 
+def test_where_every_expert_takes_every_token_nothing_is_selected():
+    plain, fast = (layer(kernels, lambda: ExpertChoice(D, E, float(E)))(tokens()) for kernels in ("plain", "triton"))
+    torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
+    assert "_Layer" not in fast.grad_fn.next_functions[0][0].name()
+
+
 def test_a_router_may_be_trained_alone():
     grads = []
     for moe in (layer("plain"), layer("triton")):

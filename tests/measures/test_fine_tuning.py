@@ -68,9 +68,12 @@ def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
     right = together.argmax(1)
     labels = torch.tensor([0, 1, 0, 0, 1]) + right  # the second and the fifth are wrong
     trainer = new_trainer(config, devices=1)
-    for batch_size in (2, 5):
+    sizes = []
+    tuned.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    for batch_size in (4, 5):  # expert choice's tokens compete in batches of one size
         found = fine_tuning.right(trainer, tuned, (tokens, lengths, labels % 3), batch_size)
         assert found.tolist() == [True, False, True, True, False]
+    assert sizes == [4, 4, 5]
 
 
 def test_padding_takes_no_places_of_experts(tiny_config):

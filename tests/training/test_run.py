@@ -10,6 +10,7 @@ import torch
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError
 from ecmoe.data.batches import TextData
+from ecmoe.training import gpus
 from ecmoe.training import run as train
 from ecmoe.training.lit import LitModel
 from ecmoe.training.result import read_record, read_run
@@ -152,7 +153,9 @@ def test_callbacks_and_loggers_come_along(tiny_config, monkeypatch):
     seen = []
     watch = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *a: seen.append(a[-1]))
     best = L.pytorch.callbacks.ModelCheckpoint(monitor="val_loss")
+    monkeypatch.setenv("ECMOE_SHARING", "3")
     result = run_or_load(config, callbacks=[watch, best], loggers=["csv"], progress=False)
+    assert result.summary["sharing"] == 3 and result.curve["tokens_per_second"].isna().all()
     assert result.ok and seen == list(range(config.steps)) and best.best_model_score > 0
     logged = pd.read_csv(result.path / "csv" / "metrics.csv")
     assert logged["val_loss"].dropna().tolist() == pytest.approx(result.curve["val_loss"].tolist(), abs=1e-5)
@@ -175,16 +178,23 @@ def test_callbacks_and_loggers_come_along(tiny_config, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_the_trainer_is_told_what_the_config_says(tiny_config, tmp_path, monkeypatch, checkpoints):
-    given = {}
+def test_trainer_recorder_and_model_are_told_what_the_config_says(tiny_config, tmp_path, monkeypatch, checkpoints):
+    given, made, where = {}, [], gpus.Place()
+    monkeypatch.setattr(train, "LitModel", lambda *told: made.append((*told, torch.initial_seed())))
     monkeypatch.setattr(train, "new_trainer", lambda _, **keys: given.update(keys) or 1 / 0)
     shared = []
     monkeypatch.setattr(train, "_share_compiled_code", lambda: shared.append(1))
     config = tiny_config(steps=7, accumulate=3, eval_every=5, eval_batches=2, devices=2, num_nodes=2, strategy="ddp")
+    config, data, still_ours = config.replace(seed=9), TextData(config), lambda: None
+    data.setup()
     callbacks = [L.Callback(), *[L.pytorch.callbacks.ModelCheckpoint()] * checkpoints]
     for some in (callbacks, [] if not checkpoints else callbacks[1:]):
         with pytest.raises(ZeroDivisionError):
-            train.train_run(config, tmp_path, progress=False, callbacks=some)
+            train.train_run(config, tmp_path, still_ours, progress=False, callbacks=some, where=where)
+        recorder, ((told, counts, seed),) = given["callbacks"][0], [made.pop()]
+        assert (recorder.folder, recorder.progress, recorder.count) == (tmp_path, False, where.sharing)
+        assert recorder.still_ours is still_ours and (told, seed) == (config, 9)
+        assert counts.tolist() == data.token_counts.tolist()
         assert (given["devices"], given["num_nodes"]) == (2, 2) and given["callbacks"][1:] == some
         assert (given["max_steps"], given["accumulate_grad_batches"], given["val_check_interval"]) == (7, 3, 15)
         assert given["limit_val_batches"] == 2 and given["enable_checkpointing"] is checkpoints and shared.pop()
