@@ -132,6 +132,12 @@ def test_loss_against_a_key():
         assert (2 in marked) == (level is None)
 
 
+def test_a_setting_of_which_one_value_was_run_is_no_figure():
+    one = {"EC": [run(EC, 2.0)], "top-2": [run(TOP2, 2.1)]}
+    plot = plots.over(table(one), "num_experts")
+    assert plot.figure is None and "Not run: EC, top-2." in plot.alt
+
+
 def test_large_numbers_are_in_thousands():
     rows = [("a", 0, size, 12_000.0 * size) for size in (1, 2, 4)]
     frame = pd.DataFrame(rows, columns=["arm", "seed", "devices", "tokens_per_second"])
@@ -162,6 +168,15 @@ def test_expert_shares(runs):
 def test_load_is_in_percent(runs):
     plot = drawn(plots.over(curves(runs), "step", ("over_capacity", "dropped")))
     assert plot.data.groupby("measure")["mean"].first().tolist() == pytest.approx([30, 10])
+    scales = [
+        plots.over(curves(runs), "step", ("over_capacity", "dropped")),
+        plots.final_loss(table(runs), "over_capacity"),
+    ]
+    assert [ax.get_yscale() for ax in scales[0].figure.axes] == [
+        "symlog",
+        "linear",
+    ]  # a collapsed router hides no other
+    assert scales[1].figure.axes[0].get_xscale() == "symlog"
     first, last = ({"EC", "top-2"} & {text.get_text() for text in ax.texts} for ax in plot.figure.axes)
     assert not first and last == {"EC", "top-2"}  # lines are named once, in the last panel
     assert not texts(plots.over(curves({"EC": runs["EC"]}), "step", ("over_capacity", "dropped")))  # one needs no name

@@ -37,6 +37,7 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
 PERCENT = [m.name for m in METRICS if m.unit == "share"] + [
     "patches_left_out", "images_left_out", "final_accuracy", "forgetting",
 ]  # fmt: skip
+DECADES = ("over_capacity",)  # a balanced router's lie within 10%, a collapsed one's in the thousands
 
 
 @plain()
@@ -227,6 +228,13 @@ def minus(frame: pd.DataFrame, value: str, reference: str, keys: Sequence[str] =
     base = frame[frame["arm"] == reference].set_index(list(keys))[value]
     others = frame[frame["arm"] != reference]
     return others.assign(**{value: others[value] - others.join(base.rename("base"), on=list(keys))["base"]})
+
+
+def in_decades(ax: Axes, which: str, column: str) -> None:
+    """Make an axis, "x" or "y", logarithmic from 10 on, where its numbers lie decades apart."""
+    if column in DECADES:
+        getattr(ax, f"set_{which}scale")("symlog", linthresh=10)
+        getattr(ax, f"{which}axis").set_major_formatter("{x:g}")
 
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ecmoe.report.plots.draw import LABELS, lines, minus, number, panels, points
+from ecmoe.report.plots.draw import LABELS, in_decades, lines, minus, number, panels, points
 from ecmoe.report.plots.style import INK, Look, Plot, looks
 from ecmoe.study.estimate import counted
 
@@ -34,6 +34,8 @@ def over(
     what = f"{' and '.join(LABELS.get(column, column) for column in columns)}{minus} over {LABELS[x]}"
     there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
     measured = set(there["arm"]) if reference is None or reference in set(there["arm"]) else ()
+    if setting and there[x].nunique() == 1:  # one value says nothing of it
+        measured = ()
     if reference and not setting:  # the first steps, where all lose ten times as much, would flatten the rest
         there = there[there["step"] >= 0.25 * there["step"].max()]
 
@@ -41,6 +43,7 @@ def over(
         named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
         data = lines(ax, there, x, column, reference=reference, level=level, log=setting and log, ticks_at_values=setting,
                      shown=None if reference else looks(arms), named=named)  # fmt: skip
+        in_decades(ax, "y", column)
         if len(columns) > 1:
             ax.set_ylim(bottom=0)
         if setting:
@@ -80,6 +83,7 @@ def final_loss(
 
     def draw(ax: Axes, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         data = points(ax, table, column, order=order)
+        in_decades(ax, "x", column)
         if reference:
             ax.axvline(0, color=INK, linewidth=1)
         low, high = ax.get_xlim()
