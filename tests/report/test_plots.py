@@ -176,7 +176,17 @@ def test_load_is_in_percent(runs):
         "symlog",
         "linear",
     ]  # a collapsed router hides no other
-    assert scales[1].figure.axes[0].get_xscale() == "symlog"
+    (ax,) = scales[1].figure.axes
+    assert ax.get_xscale() == "symlog" and ax.get_xlim()[0] == -3 and ax.get_xlim()[1] > 30
+    paired = (
+        plots.final_loss(table(runs), "over_capacity", reference="EC"),
+        plots.over(curves(runs), "step", "over_capacity", reference="EC"),
+    )
+    assert (
+        [plot.figure.axes[0].get_xscale() for plot in paired]
+        == [paired[1].figure.axes[0].get_yscale()] * 2
+        == ["linear"] * 2
+    )
     first, last = ({"EC", "top-2"} & {text.get_text() for text in ax.texts} for ax in plot.figure.axes)
     assert not first and last == {"EC", "top-2"}  # lines are named once, in the last panel
     assert not texts(plots.over(curves({"EC": runs["EC"]}), "step", ("over_capacity", "dropped")))  # one needs no name

@@ -234,6 +234,8 @@ def in_decades(ax: Axes, which: str, column: str) -> None:
     """Make an axis, "x" or "y", logarithmic from 10 on, where its numbers lie decades apart."""
     if column in DECADES:
         getattr(ax, f"set_{which}scale")("symlog", linthresh=10)
+        ax.autoscale(axis=which)
+        getattr(ax, f"set_{which}lim")(-3)  # room for a mark at 0, and no decades below it
         getattr(ax, f"{which}axis").set_major_formatter("{x:g}")
 
 

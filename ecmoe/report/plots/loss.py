@@ -43,7 +43,8 @@ def over(
         named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
         data = lines(ax, there, x, column, reference=reference, level=level, log=setting and log, ticks_at_values=setting,
                      shown=None if reference else looks(arms), named=named)  # fmt: skip
-        in_decades(ax, "y", column)
+        if not reference:
+            in_decades(ax, "y", column)
         if len(columns) > 1:
             ax.set_ylim(bottom=0)
         if setting:
@@ -83,9 +84,10 @@ def final_loss(
 
     def draw(ax: Axes, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         data = points(ax, table, column, order=order)
-        in_decades(ax, "x", column)
         if reference:
             ax.axvline(0, color=INK, linewidth=1)
+        else:
+            in_decades(ax, "x", column)
         low, high = ax.get_xlim()
         ax.set_xlabel(what + ("" if low <= 0 <= high else "; the axis doesn't start at 0"))
         return data, rows_text(data)
