@@ -15,6 +15,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 
 from ecmoe.config import RunConfig
 
@@ -81,6 +82,13 @@ def folders():
 def pytest_addoption(parser):
     help = "skip tests where they begin to train, to compile, to interpret a kernel or to start a process"
     parser.addoption("--quick", action="store_true", help=help)
+
+
+def pytest_configure(config):
+    """Random problems are the same each time: a failure is a failure, not bad luck. Nothing is written to disk."""
+    count = 40 if config.getoption("--quick") else 200
+    settings.register_profile("ours", max_examples=count, deadline=None, derandomize=True, database=None)
+    settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session", autouse=True)

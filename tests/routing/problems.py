@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ecmoe.routing import Assignment
 
-# The same 200 problems each time: a failure is a failure, not bad luck, and nothing is written to disk.
-two_hundred = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+two_hundred = settings()  # as conftest.py has them: 200 problems, fewer in a quick round
 
 
 class Problem(NamedTuple):
