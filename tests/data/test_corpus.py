@@ -233,7 +233,7 @@ class FakeHub:
     """Stands in for datasets.load_dataset: what was asked for, and rows to answer with."""
 
     def __init__(self, monkeypatch, **splits):
-        self.asked, self.splits, self.said = [], splits, ("mit", "@misc{x,\n  title={X}}", "")
+        self.asked, self.splits, self.said = [], splits, ("mit", "@misc{x,\n  title={X}}", "x.org")
         monkeypatch.setattr(datasets, "load_dataset", self)
 
     def __call__(self, *names, **options):

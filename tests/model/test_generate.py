@@ -69,10 +69,11 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_top_k():
     assert torch.equal(generate(model, prompt, 8, seed=1, top_k=1000), a)  # of 256
 
 
-def test_training_mode_and_routing_come_back():
-    model = warm().train()
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_and_routing_come_back(training):
+    model = warm().train(training)
     generate(model, ids(1, 2), 1)
-    assert model.training and not model.moe_layers[0].router.causal
+    assert model.training == training and not model.moe_layers[0].router.causal
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,8 @@ def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch, held, slots, at_o
         ({"token_ids": torch.arange(5)}, r"token_ids has shape \(5,\): must be \(2, 5\), as x is \(2, 5, "),
         ({"task_ids": torch.zeros(2, 1, dtype=torch.long)}, r"task_ids has shape \(2, 1\)"),
         ({"mask": torch.ones(10, dtype=torch.bool)}, r"mask has shape \(10,\)"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask has shape \(2,\)"),  # tasks alone may be of sequences
+        ({"token_ids": torch.zeros(2, dtype=torch.long)}, r"token_ids has shape \(2,\)"),
     ],
 )
 def test_ids_and_masks_of_another_shape_are_refused(given, message):
@@ -279,7 +281,9 @@ def test_a_copy_leaves_the_last_loss_behind():
 
 def test_an_empty_batch_has_a_loss_in_training_alone():
     moe = MoE(TokenChoice(8, 4, 1), 8, 16)
+    moe(torch.randn(6, 8))  # of which nothing stays
     out = moe(torch.zeros(0, 8))
+    assert not any(count.any() for count in (moe.load, moe.demand, moe.tokens, moe.experts_per_token))
     assert moe.aux_loss == 0 and moe.aux_loss.requires_grad
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(moe.parameters())))  # a gradient for each
     moe.eval()(torch.zeros(0, 8))

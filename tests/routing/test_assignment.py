@@ -106,5 +106,6 @@ def test_renormalized_gates_sum_to_one_and_nobodys_token_stays_zero(dtype):
 
 
 def test_as_many_tokens_as_experts_are_asked_for():
-    with pytest.raises(ValueError, match="4 tokens, 3 experts, 4 gates"):
-        pack(torch.arange(4), torch.zeros(3, dtype=torch.long), torch.ones(4), n=4, e=2, slots=2)
+    for t, e, g in ((4, 3, 4), (4, 4, 3), (3, 4, 4)):
+        with pytest.raises(ValueError, match=f"{t} tokens, {e} experts, {g} gates"):
+            pack(torch.arange(t), torch.zeros(e, dtype=torch.long), torch.ones(g), n=4, e=2, slots=2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ecmoe.routing import ExpertChoice, ExpertThreshold, KMeans, TokenChoice
+from ecmoe.routing import ExpertChoice, ExpertThreshold, KMeans, TokenChoice, ranks
 
 D, E = 3, 4
 ROUTERS = {
@@ -64,6 +64,24 @@ def by_rank(two_ranks):
         return found | {"rank": chosen(LOGITS[:, rank], MASK[:, rank], pool="rank")}
 
     return two_ranks(work)
+
+
+@pytest.mark.parametrize("luckiest", [0, 1])
+def test_a_rank_keeps_all_that_it_won(monkeypatch, luckiest):
+    """Of 400 tokens a rank, as many slots as the luckiest of them won of an expert, in whole tiles."""
+    m, draw, rows = 400, torch.Generator().manual_seed(0), []
+    for won in ((250, 30), (10, 100)):  # of two experts; some of their 300 places are empty
+        own = [
+            rank * m + torch.randperm(m, generator=draw)[:count] for rank, count in enumerate(won[:: 1 - 2 * luckiest])
+        ]
+        places = torch.cat([*own, torch.full((300 - sum(won),), 2 * m)])
+        rows.append(places[torch.randperm(300, generator=draw)])
+    monkeypatch.setattr(ranks, "ranks", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks.dist, "get_rank", lambda rank=rank: rank)
+        found = ranks.own(torch.stack(rows)[None], m)[0]
+        mine = [[place - rank * m for place in row.tolist() if place // m == rank] for row in rows]
+        assert found.tolist() == [places + [m] * (256 - len(places)) for places in mine]
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -62,6 +62,7 @@ def test_200_problems(problem, top_k, factor, gate, priority):
     assert chosen.demand.tolist() == demand
     assert chosen.demand.sum() == n_valid * top_k  # kept + dropped = all requests
     if capacity is not None:
+        assert chosen.token.shape[1] == min(ceil(Fraction(str(factor)) * top_k * n / e), n)  # a token asks once
         assert chosen.load(n).tolist() == [min(count, capacity) for count in demand]
     else:
         assert len(found) == n_valid * top_k
