@@ -252,6 +252,7 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
         f"ecmoe report notebooks/{name}.ipynb reports/gpu/{name}.html -f {' -f '.join(given).format(*[name] * 2)} --no-train"
         for name in pages
     }
+    assert all(f"reports/gpu/{name}.html" in named["index"][0].split("output:")[0] for name in pages)  # it comes last
     assert ["bench.done" in reads[name] for name in pages] == [trains, False]
     if not trains:
         return
