@@ -11,6 +11,7 @@ from ecmoe.training.result import Result, not_run, write_record
 def test_every_row_of_table_1_is_counted():
     sizes = cost.table_1().set_index("model")
     assert list(sizes.index) == list(TABLE_1)
+    assert sizes.filter(like="ratio").stack().between(0.87, 1.0).all()  # in millions and in billions
     assert sizes.loc["0.1B", "total_ratio"] == pytest.approx(
         0.87, abs=0.01
     )  # 13% off, the paper doesn't say what it counts
