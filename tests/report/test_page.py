@@ -110,6 +110,7 @@ def test_a_page_leads_to_its_neighbours_and_its_notebook(pages):
         (["prev"], "02_before.html", "\u2190 02 Before"), (["next"], "04_other.html", "04 Other \u2192"),
     ]  # fmt: skip
     assert soup.find("a", string="Notebook")["href"] == "03_study.ipynb"
+    assert soup.find("a", string="Search")["href"] == "index.html#search"
     assert soup.find("a", string="Contents")["href"] == "#contents" and soup.find(id="contents")
 
 

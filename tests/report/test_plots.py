@@ -257,15 +257,21 @@ def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
             ("floor", "in 8 bits", "plain", "eager", 1.5), ("EC-CAP2", "Dykstra", "plain", "eager", 0.1), ("top-2", "", "triton", "eager", 0.8)]  # fmt: skip
     each = [(*row, what) for row in rows for what in ("routing", "forward", "forward + backward")]
     frame = pd.DataFrame(each, columns=["layer", "variant", "path", "mode", "share_of_floor", "what"])
-    frame = frame.assign(size="small", ms=2.0, low_ms=1.0, high_ms=3.0)
-    frame["name"] = frame["layer"] + " " + frame["path"]
+    frame = frame.assign(name=frame["layer"] + " " + frame["path"], ms=2.0, low_ms=1.0, high_ms=3.0)
     frame.loc[frame["what"] == "forward", "share_of_floor"] -= 0.05
-    plot = drawn(plots.share_of_floor(frame))
-    shown = ["EC-CF2 plain", "floor plain", "top-2 triton"]
-    assert plot.alt.endswith(f"small: {shown[0]} 50%, {shown[1]} 150%, {shown[2]} 80%.")
-    assert plot.data.groupby("layer", sort=False)["share_of_floor"].apply(list).to_dict() == {
-        name: pytest.approx([x - 0.05, x]) for name, x in zip(shown, (0.5, 1.5, 0.8), strict=True)
-    }  # fmt: skip
+    sizes = [
+        frame.assign(size=size, share_of_floor=k * frame["share_of_floor"])
+        for size, k in (("small", 1.0), ("large", 0.5))
+    ]
+    plot = plots.share_of_floor(pd.concat(sizes))
+    assert plot.alt.endswith(
+        "small: EC-CF2 plain 50%, floor plain 150%, top-2 triton 80%. large: EC-CF2 plain 25%, floor plain 75%, top-2 triton 40%."
+    )
+    assert plot.data.groupby(["size", "layer"], sort=False)["share_of_floor"].apply(list).to_dict() == {
+        (size, name): pytest.approx([k * (x - 0.05), k * x])
+        for size, k in (("small", 1.0), ("large", 0.5))
+        for name, x in (("EC-CF2 plain", 0.5), ("floor plain", 1.5), ("top-2 triton", 0.8))
+    }
 
 
 def test_times_of_steps_stand_by_arm_and_path():

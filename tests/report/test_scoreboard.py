@@ -211,7 +211,8 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     assert f"script-src 'sha256-{allowed}'" in page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
     assert page.find(id="C6").find("a")["href"] == "05_other_routers.html" and not page.find(id="C1").find("a")
     assert answer("gpu", verdicts).sentences[0] in page.text
-    assert "all pages and results" in page.footer.text
+    assert "all pages and results" in page.footer.text and page.find("a", string="Search")["href"] == "#search"
+    assert not page.find("a", string="All reports")  # it is that page
     assert (tmp_path / "scoreboard.md").read_text() == scoreboard.markdown("scoreboard", verdicts, "gpu")
 
 

@@ -66,7 +66,8 @@ def test_what_cannot_be_an_arm_is_said_with_its_name():
         plan.arm_keys("EC-CF2 renormalised", {})
     with pytest.raises(ConfigError, match=r"1/2 of the scale.s steps is 1\.5, which is no whole number"):
         plan.arm_keys("EC-CF2 raw, 1/2 of the steps", {"steps": 3})
-    with pytest.raises(ConfigError, match="arm 'Dense': .*steps='half' must be a number"):
-        plan.arm_keys("Dense", {"steps": 4}, {"Dense": {"steps": "half"}})
+    for share in ("half", "1/0"):
+        with pytest.raises(ConfigError, match=f"arm 'Dense': .*steps='{share}' must be a number"):
+            plan.arm_keys("Dense", {"steps": 4}, {"Dense": {"steps": share}})
     with pytest.raises(ConfigError, match="arm 'EC-CF2 raw': .*capacity_factor"):
         made_of(["EC-CF2 raw"], {"num_experts": 3, "batch_size": 1, "sequence_length": 2})
