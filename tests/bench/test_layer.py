@@ -134,6 +134,24 @@ def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps,
         assert layer.w1 is first.w1 and layer.w2 is first.w2 and layer.router.weight is first.router.weight
 
 
+def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypatch):
+    layer, x, gradient = bench.layer_and_input(n=16, d_model=8, d_ff=12, num_experts=4)
+    calls, made, bmm = bench.floor(layer, x[0], 6), [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: made.append((*a.shape, b.shape[2])) or bmm(a, b))
+    forward = [(4, 6, 8, 12), (4, 6, 12, 8)]  # e, rows, depth, columns
+    calls[bench.FORWARD]()
+    assert made == forward
+    calls[bench.BOTH]()
+    assert made[2:] == [*forward, (4, 6, 8, 12), (4, 12, 6, 8), (4, 6, 12, 8), (4, 8, 6, 12)]
+    calls = bench.forward_and_both(layer, x, layer, gradient)
+    out = layer(x)
+    assert torch.equal(calls[bench.FORWARD](), out) and not calls[bench.FORWARD]().requires_grad
+    theirs = torch.autograd.grad((out * gradient).sum(), [x, layer.w1, layer.w2, layer.router.weight])
+    found = dict(zip(("x", *dict(layer.named_parameters())), calls[bench.BOTH](), strict=True))
+    for name, expected in zip(("x", "w1", "w2", "router.weight"), theirs, strict=True):
+        torch.testing.assert_close(found[name], expected)
+
+
 def test_all_columns_of_a_row_by_hand():
     floor, ec, cap = bench.Row("floor"), bench.Row("EC-CF2", path="triton"), bench.Row("EC-CF2", "cap 2", "triton")
     seconds = {
@@ -287,7 +305,13 @@ def test_step_of_every_arm_is_timed(monkeypatch):
         assert row.tokens_per_second == pytest.approx(32 / (row.ms / 1e3))
         assert row.mfu == pytest.approx(row.tokens_per_second * flops_per_token(arms(STEP)[row.arm]) / 1e9)
         assert len(row.samples_ms) == 2
-    assert table.attrs["setting"]["vocab_size"] == 257 and table.attrs["absent"] == []
+    computed = {"parameters": "float32", "products": "float32", "optimizer": "AdamW, float32 moments"}
+    assert bench_step_module.setting(arms(STEP), CPU) == STEP | computed
+    assert (STEP | {"repeats": 2}).items() <= table.attrs["setting"].items() and table.attrs["absent"] == []
+    configs = [config.replace(seed=seed) for config in [arms(STEP)["EC-CF2"]] for seed in (0, 0, 1)]
+    first, again, other = (bench_step_module._tokens(config, CPU) for config in configs)
+    assert first.shape == (4, 9) and torch.equal(first, again) and not torch.equal(first, other)
+    assert 0 <= first.min() and 128 < first.max() < 257
 
 
 def test_a_step_that_fails_is_named(monkeypatch):

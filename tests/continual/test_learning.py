@@ -102,6 +102,22 @@ def test_forgetting_against_a_loop(study):
         assert summary["forgetting"] == pytest.approx(sum(lost) / 4)
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_summary_is_worked_out_of_both_matrices_and_written_by_who_holds_the_run(
+    monkeypatch, tmp_path, capsys, progress
+):
+    found = {"accuracy": [[1.0, None], [0.5, 0.25]], "accuracy_task_known": [[0.75, None], [1.0, 0.5]], "other": 3}
+    asked = []
+    monkeypatch.setattr(learning, "run", lambda config: dict(found))
+    still_ours = lambda: asked.append((tmp_path / "summary.json").exists())  # noqa: E731
+    said = learning.train_run(GATE, tmp_path, still_ours, progress).summary
+    numbers = {"final_accuracy": 0.375, "forgetting": 0.5, "final_accuracy_task_known": 0.75}
+    numbers |= {"forgetting_task_known": -0.25, "world_size": 1, "precision": "32-true", "status": "finished"}
+    assert (found | numbers).items() <= said.items() and said["data"] == images.load("digits").provenance
+    assert said["seconds"] < 60 and said["name"] == GATE.name and asked == [False]
+    assert capsys.readouterr().err == f"[{GATE.slug()}] accuracy 0.375, 0 s\n" * progress
+
+
 def test_one_network_forgets_and_expert_gate_does_not(study):
     final = {label: summary["final_accuracy"] for label, summary in study.items()}
     for label in ("one dense network", "one EC network"):
@@ -109,6 +125,8 @@ def test_one_network_forgets_and_expert_gate_does_not(study):
         assert summary["forgetting"] > 0.5 and max(summary["accuracy"][4][:4]) < 0.5 < summary["accuracy"][4][4]
     assert final["Expert Gate"] > 0.8 and final["joint, dense"] > 0.8
     gate = study["Expert Gate"]
+    assert gate["task_names"] == ["0, 1", "2, 3", "4, 5", "6, 7", "8, 9"]
+    assert gate["parameters"] == 5 * (count(new_expert(GATE, 2)) + count(Gate(64, GATE.code)))
     assert gate["forgetting_task_known"] == 0  # the same expert, unchanged, looks at the same images
     # Where the gate is right both say the same; where it is wrong Expert Gate is, as no other expert knows the task's classes.
     assert 0 <= gate["final_accuracy_task_known"] - gate["final_accuracy"] <= 1 - gate["gate_right"] + 1e-6

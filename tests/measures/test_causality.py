@@ -127,7 +127,8 @@ def test_what_routing_tells_of_coins_is_known(monkeypatch):
     monkeypatch.setattr(causality, "routing_features", lambda taken, c: factors.add(c) or features(taken, c))
     model, config = model_of(layers=2), CONFIG.replace(layers=2, sequence_length=17, batch_size=4)
     found = causality.next_token_information(model, config, batches=1, classes=2)
-    assert factors == {config.capacity_factor}
+    assert factors == {config.capacity_factor} and found["tokens"] == 200 * 16
+    assert (found["classes"], found["covered"]) == (2, pytest.approx(6 / 11))
     bits = {(row["given"], row["routing"]): row["bits"] for row in found["rows"]}
     for given in causality.GIVEN[:2]:
         assert found["entropy"][given].item() == pytest.approx(1.0, abs=0.02)
@@ -251,9 +252,23 @@ def test_a_token_changed_if_any_of_its_layers_did(monkeypatch):
         assert (float(row["decisions"]), float(row["tokens"])) == expected[row["change"]]
 
 
+def test_sequences_are_kept_from_first_to_last_each_alone(monkeypatch):
+    here, other, kept, half = torch.zeros(5, 4), torch.ones(5, 4), [], []
+
+    def of_kept(model, ids):
+        if (mine := (ids == 0).all(1)).sum() == 1:
+            kept.append(int(mine.nonzero()))
+        half.append((ids == 0).float().mean().item())
+        return None, torch.zeros(2, 5, 4, 2, dtype=torch.bool)
+
+    monkeypatch.setattr(causality, "decisions", of_kept)
+    causality.changed_decisions(model_of(), here, other, kept=3)
+    assert kept == [0, 2, 4] * 2 and half.count(0.5) == 2  # as trained, and causally
+
+
 def test_dependence_is_of_whole_sequences(monkeypatch):
     windows = ids(0).repeat(2, 1)[:, [*range(16), 0]]
-    monkeypatch.setattr(causality, "_opened", lambda *_: (None, None, windows))
+    monkeypatch.setattr(causality, "_opened", lambda *given: (None, None, windows) if given[2] == 2 else None)
     monkeypatch.setattr(causality, "changed_decisions", lambda _, here, other, kept: [here, other, kept])
     here, other, kept = causality.dependence(None, CONFIG, kept=3)["rows"]
     assert torch.equal(torch.cat([here, other]), windows[:, :16]) and len(here) == len(other) and kept == 3
@@ -320,18 +335,20 @@ def test_measurements_of_a_run(tiny_config, monkeypatch):
 
 def test_each_way_routes_as_its_row_says_on_all_held_out_text(monkeypatch):
     model, asked = model_of(), []
+    for router in (layer.router for layer in model.moe_layers):
+        router.rounding = "down"  # as a model is loaded
 
     def settings(model, windows, batch_size):
         router = model.moe_layers[0].router
-        return router.pool, router.causal, "assign" in vars(router), batch_size
+        return router.pool, router.rounding, router.causal, "assign" in vars(router), batch_size
 
     monkeypatch.setattr(causality, "_opened", lambda *given: asked.append(given[2]) or (model, None, ids(0)))
     monkeypatch.setattr(causality, "loss", settings)
     rows = causality.losses_by_routing(model, CONFIG.replace(eval_batches=3), pools=[2, "position"])["rows"]
     assert asked == [3] and [tuple(row.values()) for row in rows] == [
-        ("as trained", 64, ("batch", False, False, 4)), ("causally", None, ("batch", True, False, 4)),
-        ("2", 2, (2, False, False, 4)), ("position", 4, ("position", False, False, 4)),
-        ("global top-k", 16, ("batch", False, True, 4)),
+        ("as trained", 64, ("batch", "down", False, False, 4)), ("causally", None, ("batch", "down", True, False, 4)),
+        ("2", 2, (2, "exact", False, False, 4)), ("position", 4, ("position", "exact", False, False, 4)),
+        ("global top-k", 16, ("batch", "down", False, True, 4)),
     ]  # fmt: skip
 
 

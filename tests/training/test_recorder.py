@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ecmoe.training import recorder as recording
 from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Diverged, Recorder
 
@@ -120,6 +121,30 @@ def test_python_looks_no_more_through_what_was_there_at_the_first_step(tiny_conf
     assert gc.get_freeze_count() > 10_000
     getattr(recorder, end)(one, lit, *([RuntimeError()] if end == "on_exception" else []))
     assert gc.get_freeze_count() == 0
+
+
+def test_the_clock_stands_in_validations_and_while_a_checkpoint_is_written(module, tmp_path, monkeypatch):
+    now, shown, one = [5.0], [], trainer(2.0)
+    one.save_checkpoint = lambda path: (path.touch(), now.append(now[-1] + 1000))
+    monkeypatch.setattr(recording.time, "perf_counter", lambda: now[-1])
+    monkeypatch.setattr(recording, "tqdm", lambda **keys: shown.append(keys))
+    recorder = Recorder(tmp_path, progress=False)
+    recorder.on_train_start(one, module)
+    assert shown[-1] == {
+        "total": 5,
+        "initial": 3,
+        "desc": module.config.name,
+        "unit": "step",
+        "leave": False,
+        "disable": True,
+    }
+    for seconds in (1.0, 2.0):
+        now.append(now[-1] + seconds)
+        recorder.on_validation_start(one, module)
+        now.append(now[-1] + 100)
+        recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(1.0)}, None, 0)
+        recorder.on_validation_end(one, module)  # and a checkpoint
+    assert now[-1] == 2208 and recorder._clock() == 3.0 and recorder.marked == (3, 3.0)
 
 
 @pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])

@@ -72,7 +72,12 @@ def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
     assert again.curve["dropped"].isna().all()  # not measured stays not measured
     written = (tmp_path / "a.json").read_text()
     assert "NaN" not in written and len(written.splitlines()) == 1
-    assert [r.summary["name"] for r in results.load_records(str(tmp_path))] == [result.summary["name"]]
+    assert again.curve["val_loss"][1] == float(f"{result.curve['val_loss'][3]:.7g}") != result.curve["val_loss"][3]
+    other = make(RunConfig(seed=3), rows=300)
+    results.write_record(tmp_path / "b.json", other)
+    assert results.read_record(tmp_path / "b.json").curve["step"].tolist() == list(range(1, 301))
+    found = [r.summary["name"] for r in results.load_records(str(tmp_path))]
+    assert found == [result.summary["name"], other.summary["name"]]
     assert results.load_records(tmp_path / "absent") == []
 
 

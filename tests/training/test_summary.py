@@ -91,8 +91,13 @@ def test_a_rows_means_are_of_the_steps_since_the_last_row(tiny_config, tmp_path)
 def test_a_resumed_curve_has_the_rows_of_before(tmp_path):
     recorder = Recorder(tmp_path, progress=False)
     recorder.rows, recorder.marked = {4: {"step": 4, "val_loss": 3.0}}, (4, 2.5)
+    recorder.began, recorder.seconds, recorder.shared = None, 5.5, 3
     again = Recorder(tmp_path, progress=False)
     again.load_state_dict(recorder.state_dict())
+    again.began = None
+    assert again.state_dict() == recorder.state_dict() == {
+        "seconds": 5.5, "shared": 3, "marked": [4, 2.5], "rows": [{"step": 4, "val_loss": 3.0}]
+    }  # fmt: skip
     assert again.curve()[["step", "val_loss"]].to_numpy().tolist() == [[4, 3.0]] and again.marked == (4, 2.5)
 
 
