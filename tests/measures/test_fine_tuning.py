@@ -201,11 +201,14 @@ def test_what_cannot_be_fine_tuned_is_named(tiny_config, shouting):
 
 
 def test_examples_are_their_texts_each_ended_by_a_line_break_and_padded_behind():
-    sides = [tasks.Examples([("ab", "c"), ("d", "")], np.array([1, 2])), tasks.Examples([("x" * 20,)], np.array([3]))]
+    sides = [
+        tasks.Examples([("ab", "c"), ("d", "")], np.array([1, 2])),
+        tasks.Examples([("x" * 20,), ("y" * 17,)], np.array([3, 4])),
+    ]
     ((tokens, lengths, labels), other), truncated = fine_tuning._encode(Bytes(), sides, 18)
     assert [bytes(row.tolist()) for row in tokens] == [b"ab\nc\n".ljust(16, b"\0"), b"d\n\n".ljust(16, b"\0")]
-    assert (lengths.tolist(), labels.tolist()) == ([5, 3], [1, 2]) and truncated == 1 / 3
-    assert bytes(other[0][0].tolist()) == (b"x" * 17 + b"\n").ljust(32, b"\0") and other[2].tolist() == [3]
+    assert (lengths.tolist(), labels.tolist()) == ([5, 3], [1, 2]) and truncated == 1 / 4
+    assert bytes(other[0][0].tolist()) == (b"x" * 17 + b"\n").ljust(32, b"\0") and other[2].tolist() == [3, 4]
 
 
 def test_truncated_is_a_share_of_all_examples():

@@ -21,12 +21,14 @@ class Gradients(L.Callback):
         self.first = getattr(self, "first", self.last)
 
 
-def lit(config, seed: int = 0) -> tuple[LitModel, L.LightningDataModule]:
+def lit(config, rank: int = 0) -> tuple[LitModel, L.LightningDataModule]:
     data = open_data(config)
     data.prepare_data()
     data.setup("fit")
-    torch.manual_seed(seed)  # DDP gives all ranks the weights of the first
-    return LitModel(config, torch.as_tensor(data.token_counts)), data
+    module = LitModel(config, torch.as_tensor(data.token_counts))
+    for p in module.parameters():  # DDP gives all ranks the weights of the first
+        p.data.add_(rank)
+    return module, data
 
 
 def gradients(config, plan, module, data) -> list[dict]:
