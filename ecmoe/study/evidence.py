@@ -38,7 +38,7 @@ class Evidence:
             by_config.setdefault(config.name, []).append(arm)
         found: dict[str, dict[int, Planned]] = {}
         for one in self._everything:
-            for arm in by_config.get(one.config.replace(seed=0).name, ()):
+            for arm in by_config.get(one.of_all_seeds, ()):
                 found.setdefault(arm, {})[one.seed] = one
         return found
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class Planned:
     arms: tuple[str, ...]
     seed: int
     measures: tuple[Measurement, ...] = field(default=())
+
+    @cached_property
+    def of_all_seeds(self) -> str:
+        """The name that every seed of an arm shares."""
+        return self.config.replace(seed=0).name
 
 
 def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
