@@ -1,10 +1,14 @@
 """Whose results may stand for whose: every key that decides what a run computes is in its name, and no other is."""
 
+import contextlib
 import dataclasses
 
 import pytest
+import torch
 
 from ecmoe.config import RunConfig
+from ecmoe.model.build import build_model
+from ecmoe.routing import causal_routing, routers
 
 # Written down from the routers' papers and constructors, not read from the package.
 ROUTING = {
@@ -52,6 +56,41 @@ def test_what_a_router_reads_is_in_the_name_and_nothing_else(router):
     for key, value in OTHER.items():
         other = config.replace(**{key: value})
         assert (other.digest() != config.digest()) == (key in ROUTING[router]), key
+
+
+def computed(config: RunConfig) -> list[bytes]:
+    """What two training passes and a causal one give, and what routers have learnt from them."""
+    model = build_model(config, torch.arange(config.vocab_size))
+    for p in model.parameters():
+        p.data.mul_(2)  # sharper scores than at the start
+    ids, tasks = torch.arange(2 * 64).view(2, 64) ** 2 % 251, torch.tensor([1, 0])
+    torch.manual_seed(0)  # V-MoE's noise
+    found = []
+    for passing in (contextlib.nullcontext, contextlib.nullcontext, causal_routing):
+        with passing(model):
+            found += [model(ids, tasks), *(layer.aux_loss for layer in model.moe_layers if layer.aux_loss is not None)]
+        for router in routers(model):
+            router.end_step()
+    return [t.detach().numpy().tobytes() for t in (*found, *(b for router in routers(model) for b in router.buffers()))]
+
+
+SMALL = RunConfig(layers=2, d_model=16, d_ff=32, heads=4, sequence_length=64, batch_size=2)
+
+
+@pytest.mark.parametrize("router", ROUTING)
+def test_what_a_router_reads_changes_what_is_computed(router):
+    config = SMALL.replace(router=router, capacity_factor=0.5, max_experts_per_token=1, num_tasks=8)
+    before = computed(config)
+    assert computed(config) == before
+    for key in ROUTING[router]:
+        assert computed(config.replace(**{key: OTHER[key]})) != before, key
+
+
+@pytest.mark.parametrize("key", ["layers", "d_model", "d_ff", "heads", "moe_every", "moe_init_scale", "relative_buckets",
+                                 "relative_max_distance", "relative_init", "seed"])  # fmt: skip
+def test_what_a_model_reads_changes_what_is_computed(key):
+    value = {"layers": 3, "d_model": 32, "d_ff": 64}.get(key, DECIDES[key])
+    assert computed(SMALL.replace(**{key: value})) != computed(SMALL)
 
 
 def test_another_meaning_of_configs_is_another_run(monkeypatch):
