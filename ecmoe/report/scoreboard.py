@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from ecmoe.report.answer import found, judged_html
 from ecmoe.report.markup import COLORS, TEMPLATE, markup, table_html
 from ecmoe.report.plots.draw import name_rows, number, panels
-from ecmoe.report.plots.style import GREY, INK, Plot
+from ecmoe.report.plots.style import INK, Plot
 from ecmoe.study import engine, plan
 from ecmoe.study.answer import Answer
 from ecmoe.study.estimate import Unit
@@ -38,43 +38,37 @@ def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Collection[str]) 
 
 def effects(verdicts: Verdicts) -> Plot:
     """All deciding parts on the claim's side or not: a panel in nats, and one in percent: of a share, or of what a ratio is over 1."""
-    nats, percent = "difference in loss (nats per token)", "percent"
-    rows: dict[str, list[tuple]] = {nats: [], percent: []}
+    rows = []
     for verdict in verdicts.values():
         for part in verdict.deciding if verdict.label != PLUMBING else ():
             if part.estimate is not None:  # else the line of its claim says so
                 low, high = (math.nan if x is None else x for x in (part.low, part.high))
                 turned = _to_the_papers_side(part, part.estimate, low, high)
-                unit = nats if part.unit is Unit.NATS else percent
-                rows[unit].append((f"{verdict.claim} {part.name}", *turned, part.label))
-    columns = ["name", "mean", "low", "high", "label"]
-    there = {unit: pd.DataFrame(of, columns=columns) for unit, of in rows.items() if of}
+                unit = "difference in loss (nats per token)" if part.unit is Unit.NATS else "percent"
+                rows.append((unit, f"{verdict.claim} {part.name}", *turned, part.label))
+    frame = pd.DataFrame(rows, columns=["unit", "name", "mean", "low", "high", "label"])
+    there = {unit: of.drop(columns="unit").reset_index(drop=True) for unit, of in frame.groupby("unit")}
     heights = [len(of) + 1.5 for of in there.values()]
-    what = "effects, above 0 where they are on the paper's side"
-    draw = partial(
-        _ranges, labels=[label for label in COLORS if any(label in set(of["label"]) for of in there.values())]
-    )
-    height = 1.0 + 0.21 * sum(heights)
+
+    def draw(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+        colors = rows["label"].map(COLORS)
+        ax.axvline(0, color=INK, linewidth=1)
+        ax.hlines(rows.index, rows["low"], rows["high"], color=colors, linewidth=2)
+        ax.scatter(rows["mean"], rows.index, c=colors, s=64, zorder=3)
+        for label in [label for label in COLORS if label in set(frame["label"])]:
+            ax.scatter([], [], c=COLORS[label], s=64, label=label)
+        # Effects lie decades apart, so the axis is logarithmic away from 0. An interval of few seeds may be hundreds wide: the
+        # marks decide how far it goes.
+        sizes = rows["mean"].abs()
+        reach = max(1.6 * sizes.max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
+        ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set(xlim=(-reach, reach), xlabel="right of 0: as the paper says (logarithmic away from 0)")
+        name_rows(ax, rows["name"], fontsize=9)
+        return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
+
+    what, height = "effects, above 0 where they are on the paper's side", 1.0 + 0.21 * sum(heights)
     return panels(what, draw, there, height, rows=len(there), key="unit", legend=3, height_ratios=heights)
-
-
-def _ranges(ax: Axes, rows: pd.DataFrame, labels: Sequence[str]) -> tuple[pd.DataFrame, str]:
-    """A row for each part: its mean and interval, both known already, on one scale."""
-    colors = [COLORS.get(label, GREY) for label in rows["label"]]
-    ax.axvline(0, color=INK, linewidth=1)
-    ax.hlines(rows.index, rows["low"], rows["high"], color=colors, linewidth=2)
-    ax.scatter(rows["mean"], rows.index, c=colors, s=64, zorder=3)
-    for label in labels:
-        ax.scatter([], [], c=COLORS[label], s=64, label=label)
-    # Effects lie decades apart, so the axis is logarithmic away from 0. An interval of few seeds may be hundreds wide: the marks
-    # decide how far it goes.
-    sizes = rows["mean"].abs()
-    reach = max(1.6 * sizes.max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
-    ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlim=(-reach, reach), xlabel="right of 0: as the paper says (logarithmic away from 0)")
-    name_rows(ax, rows["name"], fontsize=9)
-    return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
 
 def _to_the_papers_side(part: JudgedPart, *values: float) -> tuple[float, float, float]:
