@@ -145,10 +145,7 @@ def keys() -> None:
 
 def _part(text: str) -> tuple[int, int]:
     """ "2/3" -> 1, 3."""
-    try:
-        part, count = map(int, text.split("/"))
-    except ValueError:
-        part = count = 0
-    if not 1 <= part <= count:
+    part, _, count = text.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
         raise ConfigError(f"--part {text}: must be I/N with I in 1..N, such as 1/2")
-    return part - 1, count
+    return int(part) - 1, int(count)
