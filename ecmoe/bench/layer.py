@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Grouped, peers
 from ecmoe.bench.clock import Call
-from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, OF_LAYER, PLAIN, ROUTING, Row, label, sized
+from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, OF_LAYER, PLAIN, ROUTING, Row, sized
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice, TokenChoice
@@ -185,7 +185,7 @@ def graphs(calls: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
             with torch.cuda.graph(graph, pool=pool):
                 call()
         except RuntimeError as error:
-            absent.append(f"CUDA graphs from {label(*row)} on ({timing.reason(error)})")
+            absent.append(f"CUDA graphs from {row} on ({timing.reason(error)})")
             break
         captured[row._replace(mode=GRAPH)] = graph.replay
     return captured

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ecmoe.bench import clock as timing
-from ecmoe.bench.rows import GRAPH, label
+from ecmoe.bench.rows import GRAPH, Row
 from ecmoe.bench.step import arms, setting, steps
 
 ARM, STEPS = "EC-CF2", 3
@@ -63,7 +63,7 @@ def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
         spent = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
     if not spent:
         raise RuntimeError("torch.profiler saw no kernels: CUPTI, which counts them, doesn't run on this machine")
-    said = {"arm": ARM, "path": label(ARM, "", best.path, best.mode), "steps": STEPS}
+    said = {"arm": ARM, "path": str(Row(ARM, path=best.path, mode=best.mode)), "steps": STEPS}
     shares = by_kind({name: ms / STEPS for name, ms in spent.items()}).to_dict("records")
     return timing.tabled(shares, found.absent, setting(configs, device) | said, step_ms=1e3 * medians[best])
 

@@ -42,12 +42,11 @@ class Row(NamedTuple):
     mode: str = EAGER
     what: str = ""
 
+    def __str__(self) -> str:
+        """For people; what is usual goes without saying."""
+        return named(self._replace(path=self.path.replace(PLAIN, ""), mode=self.mode.replace(EAGER, "")))
+
 
 def named(key: tuple[str, ...]) -> str:
     """What is timed, for people."""
     return ", ".join(filter(None, key))
-
-
-def label(layer: str, variant: str = "", path: str = PLAIN, mode: str = EAGER, what: str = "") -> str:
-    """A row's name for people; what is usual goes without saying."""
-    return named((layer, variant, path.replace(PLAIN, ""), mode.replace(EAGER, ""), what))

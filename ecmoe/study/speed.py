@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import Field
 
 from ecmoe import paths
-from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row, label
+from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row
 from ecmoe.config import RunConfig
 from ecmoe.files import check_known, read_json
 from ecmoe.study.parameters import check_kinds, check_scale, held_to, merge_parameters, parameter_files
@@ -183,7 +183,7 @@ def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     """The rows of all layers, with their size and their name. A size that isn't measured is one empty row."""
     tables = []
     for size in sizes:
-        timed = [row | {"name": label(*map(row.get, Row._fields[:4]))} for row in found[layer_file(size)]["rows"]]
+        timed = [row | {"name": str(Row(*map(row.get, Row._fields[:4])))} for row in found[layer_file(size)]["rows"]]
         tables.append(pd.DataFrame(timed or [dict.fromkeys((*Row._fields, "name"))]).assign(size=size))
     return pd.concat(tables, ignore_index=True)
 

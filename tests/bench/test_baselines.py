@@ -9,7 +9,7 @@ import torch
 from ecmoe import MoE
 from ecmoe.bench import baselines as bench_baselines
 from ecmoe.bench.baselines import Even, Grouped, even_choice, peers
-from ecmoe.routing import Hash, TokenChoice
+from ecmoe.routing import TokenChoice
 
 
 def layer(top_k=2, gate="renormalized", n=24, dtype=torch.float64):
@@ -49,11 +49,6 @@ def test_an_expert_without_tokens():
     for ours, theirs in zip(with_gradients(Grouped(moe), x), with_gradients(moe, x), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert moe.load[2] == 0
-
-
-def test_grouped_needs_token_choice():
-    with pytest.raises(TypeError, match="Hash"):
-        Grouped(MoE(Hash(8, 4, 16), 8, 16))
 
 
 @pytest.mark.parametrize("n, e, k", [(64, 8, 2), (64, 8, 1), (60, 8, 2), (6, 8, 3)])
