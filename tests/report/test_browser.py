@@ -1,5 +1,7 @@
 """Pages in a real browser: on a phone and a desk, in the dark and on paper, by keyboard, and without a network."""
 
+from dataclasses import replace
+
 import nbformat
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from ecmoe.report import index as index_module
 from ecmoe.report import page, plots
 from ecmoe.report.render import render
 from tests.report.browser import CHROMIUM, Browser
-from tests.study.known import judged, losses, seeds
+from tests.study.known import CENTRE, judged, losses, seeds
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt install chromium): pages are not tried in a browser"
@@ -50,9 +52,13 @@ def folder(tmp_path_factory):
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
     for name in ("01_one", "02_two"):
         render(nbformat.read(folder / f"{name}.ipynb", 4), folder / f"{name}.html", source=folder / f"{name}.ipynb")
+    ahead = {"EC-CF2 renormalized": seeds(3.58), "EC-CF2 raw": seeds(3.58)}
     found = {
         "C1": judged("C1", {}),
         "C6": judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)})),
+        "C9": replace(
+            judged("C1", losses(**CENTRE | ahead)), claim="C9"
+        ),  # the longest label: in direction in 2 of 4 parts
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "judge_all", lambda scale: found)
