@@ -136,6 +136,9 @@ def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps,
 
 def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypatch):
     layer, x, gradient = bench.layer_and_input(n=16, d_model=8, d_ff=12, num_experts=4)
+    again, same, _ = bench.layer_and_input(n=16, d_model=8, d_ff=12, num_experts=4, kernels="triton", pool="rank")
+    assert torch.equal(x, same) and torch.equal(layer.w1, again.w1) and not torch.equal(x, gradient)
+    assert [(one.kernels, one.router.pool) for one in (layer, again)] == [("plain", "batch"), ("triton", "rank")]
     calls, made, bmm = bench.floor(layer, x[0], 6), [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: made.append((*a.shape, b.shape[2])) or bmm(a, b))
     forward = [(4, 6, 8, 12), (4, 6, 12, 8)]  # e, rows, depth, columns

@@ -41,8 +41,13 @@ def test_taken_once_and_read_without_weights(tiny_config, keep):
     assert found["seed"] == 11 and found["numbers"][0] > 1000 and found["layers"] == 2 + keep
     assert measure(result, one, scale="gpu", train=False) == found == measure(result, one, scale="gpu")
     assert len(CALLS) == before + 1
-    kept = paths.measures("gpu") / result.summary["name"] / f"{one.name}.json"
-    assert kept.exists() == keep  # what was found by hand never lies in reports
+    kept, by_hand = (
+        folder / f"{one.name}.json"
+        for folder in (paths.measures("gpu") / result.summary["name"], result.path / "measures")
+    )
+    assert (kept.exists(), by_hand.exists()) == (keep, not keep)  # what was found by hand never lies in reports
+    said = {"run": result.summary["name"], "what": "weights", "keys": {"layers": 2 + keep}, "found": found}
+    assert said.items() <= read_json(kept if keep else by_hand, sealed=True).items()
     assert measure(result, how(layers=9), scale="gpu", train=False) is None  # another setting is another one
 
 

@@ -148,7 +148,7 @@ def test_compiled_code_lies_in_the_cache_unless_a_user_says_where(monkeypatch):
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
-def test_callbacks_and_loggers_come_along(tiny_config, monkeypatch):
+def test_callbacks_and_loggers_come_along(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(seed=63)
     seen = []
     watch = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *a: seen.append(a[-1]))
@@ -175,6 +175,11 @@ def test_callbacks_and_loggers_come_along(tiny_config, monkeypatch):
             run_or_load(other.replace(devices=2, strategy="ddp"), progress=False, **keys)
     logger = L.pytorch.loggers.CSVLogger(result.path)
     assert train._logger(logger, result.path) is logger
+    place = {"save_dir": tmp_path / "a-run"}
+    for name, of in {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger"}.items():
+        monkeypatch.setattr(L.pytorch.loggers, of, lambda **keys: keys)
+        keys = {"project": "ecmoe", "name": "a-run"} if name == "wandb" else {"name": name, "version": ""}
+        assert train._logger(name, tmp_path / "a-run") == place | keys
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])

@@ -54,7 +54,15 @@ def test_sharded_strategies_take_all_ranks_for_data(tiny_config, name):
     parallel = trainer.strategy(tiny_config(strategy=name, devices=2, num_nodes=2))
     assert isinstance(parallel, ModelParallelStrategy)
     assert (parallel._data_parallel_size, parallel._tensor_parallel_size) == (4, 1)
-    assert trainer.strategy(tiny_config()) == "auto"
+    assert parallel._save_distributed_checkpoint is False and trainer.strategy(tiny_config()) == "auto"
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [(False, "gloo"), (True, "nccl")])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "ep"])
+def test_ranks_talk_by_what_their_devices_have(tiny_config, monkeypatch, name, gpu, backend):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    config = tiny_config(strategy=name, devices=2, precision="32-true")
+    assert trainer.strategy(config)._process_group_backend == backend
 
 
 @pytest.mark.parametrize("ours", [True, False])
