@@ -115,6 +115,7 @@ def test_a_router_says_what_it_is_and_what_it_lacks():
 
 def test_a_bucket_is_rounded_down_and_never_empty():
     assert [routers.bucket_size(n, 4, 1.5, "down") for n in (10, 8, 2, 1)] == [3, 3, 1, 1]
+    assert routers.bucket_size(3, 4, 6.0, "down") == 3  # all there are
 
 
 def test_centroids_start_by_the_runs_seed():

@@ -84,6 +84,15 @@ def test_packed_jpegs(tmp_path, monkeypatch, place):
     assert found.provenance["name"] == "Toys" and found.provenance["licence"] == "CC0"
 
 
+@pytest.mark.parametrize(("last", "classes"), [(9, images.CIFAR10), (10, tuple(map(str, range(11))))])
+def test_packed_cifar10_has_its_names_where_they_are_enough(tmp_path, last, classes):
+    for part in ("train", "test"):
+        pack(tmp_path, part, [0, last])
+        for kind in ("jpgs", "idx"):
+            (tmp_path / f"toy_{part}.{kind}.xz").rename(tmp_path / f"cifar10_{part}.{kind}.xz")
+    assert images.load(f"images:{tmp_path}").classes == classes
+
+
 @pytest.mark.parametrize("label", [-1, 1 << 16])
 def test_a_label_that_cannot_be_is_named(tmp_path, label):
     for part in ("train", "test"):
@@ -93,10 +102,9 @@ def test_a_label_that_cannot_be_is_named(tmp_path, label):
         images.load(f"images:{tmp_path}")
 
 
-def test_digest_tells_other_images_apart(tmp_path):
-    digests = [
-        images.load(folder_of(tmp_path / name, n)).provenance["digest"] for name, n in (("a", 5), ("b", 5), ("c", 6))
-    ]
+@pytest.mark.parametrize("of", ["digest", "source_sha256"])  # of pixels and of files
+def test_digest_tells_other_images_apart(tmp_path, of):
+    digests = [images.load(folder_of(tmp_path / name, n)).provenance[of] for name, n in (("a", 5), ("b", 5), ("c", 6))]
     assert digests[0] == digests[1] != digests[2]
 
 

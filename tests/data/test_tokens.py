@@ -142,6 +142,11 @@ def test_no_document_is_cut_to_less_than_a_character_may_take(limit, sizes):
     assert SplitText.read(corpus, io.BytesIO(), limit).lengths.tolist() == sizes
 
 
+def test_what_ends_a_document_is_in_none():
+    text = SplitText.read(Corpus("", "", "", [("a", f"o{END}n{END}e"), ("b", END), ("c", "two")]), io.BytesIO(), 0)
+    assert text.lengths.tolist() == [4, 4] and list(text.documents(np.arange(2), "")) == [f"one{END}", f"two{END}"]
+
+
 def test_validation_of_the_source_is_used(monkeypatch, make):
     sets = {"train": ["train text"] * 30, "validation": ["validation text"]}
     fake = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in sets.items()})

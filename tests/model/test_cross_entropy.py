@@ -73,6 +73,14 @@ def test_a_loss_that_nobody_differentiates_keeps_no_gradient(monkeypatch):
     assert kept == [True, False, False]
 
 
+@pytest.mark.parametrize("wants", [0, 1])
+def test_what_alone_wants_a_gradient_gets_it(wants):
+    given = problem()
+    given[1 - wants].requires_grad_(False)
+    ours, expected = (torch.autograd.grad(loss(*given), given[wants])[0] for loss in (linear_cross_entropy, whole))
+    torch.testing.assert_close(ours, expected)
+
+
 def test_under_autocast_float64_stays():
     given = problem(dtype=torch.float64)
     with torch.autocast(DEVICE, torch.bfloat16):
