@@ -66,7 +66,7 @@ def test_keys_lists_every_key_with_help():
         (["train", "--set", "learning_rate=1e-3"], "write 1.0e-3"),
         (["train", "--set", "steps"], "key=value"),
         (["train", "--set", "=3"], "key=value"),
-        (["train", "--set", "steps=[1"], "YAML"),
+        (["train", "--set", "steps=[1"], "--set 'steps=[1': '[1' is no YAML value"),
         (["train", "absent.yaml"], "absent.yaml"),
         (["train", "--set", "data=absent/text.txt"], "absent/text.txt"),
         (["train", "--set", "data=/"], "data='/'"),

@@ -92,6 +92,7 @@ def test_a_mix_has_the_content_of_its_local_parts(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name)
     mix = f"mix:{tmp_path}/a.txt,stdlib,{tmp_path}/b.txt"
     assert paths.parts_of(paths.with_content(mix)) == [f"{tmp_path}/a.txt", "stdlib", f"{tmp_path}/b.txt"]
+    assert paths.parts_of("a,b.txt") == ["a,b.txt"]  # one file
     before = paths.content_of(paths.with_content(mix))
     (tmp_path / "b.txt").write_text("c")
     assert paths.content_of(paths.with_content(mix)) not in (before, "")

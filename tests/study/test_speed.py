@@ -109,6 +109,8 @@ def test_each_part_is_measured_once(own_home):
     jobs = {"a": lambda: counts.append("a") or table, "b": lambda: counts.append("b") or table}
     assert speed.measured(jobs, scale="smoke")["a"]["rows"] == [{"ms": 1.0}]
     speed.measured(jobs, scale="smoke")
+    sampled = {"a": {"rows": [{"ms": 2.0, "samples_ms": [1.0, 3.0]}]}}
+    assert speed.rows(sampled, "a").to_dict("records") == [{"ms": 2.0}]
     assert counts == ["a", "b"] and not speed.folder("smoke").exists()  # where the engine alone writes
     assert sorted(path.name for path in (paths.runs() / "bench/smoke").iterdir()) == ["a.json", "b.json"]
     write_json(speed.folder("smoke") / "a.json", {"rows": [{"ms": 2.0}]})
