@@ -1,8 +1,10 @@
 """Provenance: the commit is ours or unknown; the digest of the code follows what is computed, and nothing else."""
 
 import math
+import platform
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -78,6 +80,14 @@ def test_the_digest_of_the_code_follows_what_is_computed(package):
     changed = after(("training/optimizer.py", "math.sqrt(", "1 * math.sqrt("))
     assert changed != before
     assert after(("routers.py", "1_000_000", "1_000_001")) not in (before, changed)
+
+
+def test_a_machine_is_told_by_its_kind_and_libraries_by_their_versions(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert provenance.device_name() == "CPU (riscv64, 3 cores)"
+    assert provenance.versions("pytest") == {"pytest": pytest.__version__, "python": sys.version.split()[0]}
 
 
 def test_peak_rates_are_found_in_a_devices_full_name():

@@ -160,5 +160,6 @@ def test_the_search_finds_words_of_every_page(folder, tab):
     found = tab.js("[...document.querySelectorAll('.hits a')].map(a => a.getAttribute('href'))")
     assert {"01_one.html#part-0", "02_two.html#part-4"} <= set(found)
     assert found[0] == "02_two.html#capacity"  # whose heading has it
+    assert tab.js("document.querySelectorAll('.hits small')[1].textContent").startswith("Some words on capacity")
     tab.do("Input.insertText", text=" nowhere")
     assert "No page has" in tab.js("document.querySelector('.hits').textContent")

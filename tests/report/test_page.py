@@ -476,6 +476,10 @@ def test_of_what_a_cell_shows_html_comes_before_a_picture():
     data = {"image/png": "iVBORw0KGgo=", "text/html": "<b>shown</b>", "text/plain": "plain"}
     made.cells[1].outputs = [nbformat.v4.new_output("display_data", data=data)]
     assert "<b>shown</b>" in (page := page_html(made)) and "image/png" not in page
+    for plain, alt in (("a 'plot'", "a 'plot'"), ("", "a figure")):
+        made.cells[1].outputs[0].data = {"image/png": "iVBORw0KGgo=", "text/plain": plain}
+        picture = BeautifulSoup(page_html(made), "html.parser").find("img")
+        assert (picture["src"], picture["alt"]) == ("data:image/png;base64,iVBORw0KGgo=", alt)
 
 
 def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives():

@@ -204,6 +204,10 @@ def test_load_is_in_percent(runs):
 
 def test_what_is_labelled_in_percent_is_shown_so():
     assert {column for column, label in plots.LABELS.items() if re.search("%|percentage", label)} == set(PERCENT)
+    losses = [
+        label for column, label in plots.LABELS.items() if column.split("_")[-1] == "loss" and column != "aux_loss"
+    ]
+    assert len(losses) > 2 and all(label.endswith("loss (nats per token)") for label in losses)
 
 
 def test_numbers_in_words_have_as_many_digits_as_say_something():
@@ -491,9 +495,9 @@ def test_nothing_at_all_is_no_figure():
 def test_no_name_at_the_end_of_a_line_lies_over_another():
     fig, ax = pyplot.subplots(figsize=(7.6, 4.3))
     ax.set_ylim(0, 10)
-    name_ends(
-        ax, {f"an arm {i} whose name is long, {i} experts" if i % 3 else f"arm {i}": 5 + i / 50 for i in range(14)}, {}
-    )
+    ends = {f"an arm {i} whose name is long, {i} experts" if i % 3 else f"arm {i}": 5 + i / 50 for i in range(14)}
+    name_ends(ax, ends, {})
+    assert np.mean([text.xy[1] for text in ax.texts]) == pytest.approx(np.mean(list(ends.values())))  # none is favoured
     boxes = sorted((text.get_window_extent(fig.canvas.get_renderer()) for text in ax.texts), key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
     pyplot.close(fig)

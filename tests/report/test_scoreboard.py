@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.report import index, scoreboard
+from ecmoe.report.answer import found
 from ecmoe.report.markup import COLORS
 from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
@@ -151,15 +152,21 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     assert ax.xaxis.get_transform().linthresh == other.xaxis.get_transform().linthresh == 0.01
 
 
+def row_of(part) -> str:
+    return f"| {part.name} | {found(part)} | {part.seeds} | {part.rule} | {part.label} |"
+
+
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
     lines = scoreboard.markdown("claims", verdicts, "gpu").splitlines()
     assert len(lines) == 2 + len(verdicts)
     assert lines[3] == "| [C6](reports/gpu/scoreboard.md#c6) | hash routing is worse than EC | reproduced |"
     text = scoreboard.markdown("scoreboard", verdicts, "gpu")
     assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
-    parts = [part for verdict in verdicts.values() for part in verdict.deciding]
-    assert [cells[0][2:] for cells in rows if cells[0] != "| part"] == [part.name for part in parts]  # no others
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    heads = "| part | found | seeds | reproduced if | verdict |"
+    assert rows == [
+        row for verdict in verdicts.values() for row in (heads, *map(row_of, verdict.deciding))
+    ]  # no others
     assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
 
 

@@ -149,10 +149,11 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
     assert not any(engine.lacks(one, "gpu") for one in plan.plan("gpu", ["01_a"]))
     assert not list(paths.runs().glob("*/model.safetensors"))
     assert call("runs", "--train").exit_code == 2
-    monkeypatch.setattr(engine.time, "monotonic", lambda: 7.0)
-    monkeypatch.setattr(engine, "in_turn", lambda *_, **keys: keys)
-    told = [engine.train(plan.plan("gpu"), scale, minutes=minutes) for scale, minutes in (("smoke", 2), ("gpu", 0.5))]
-    assert told == [{"keep_weights": True, "deadline": 127.0}, {"keep_weights": False, "deadline": 37.0}]
+    monkeypatch.setattr(engine, "in_turn", lambda *_, keep_weights: keep_weights)
+    monkeypatch.setattr(engine, "CHECKOUT", project)  # without a Snakefile, whatever is installed
+    for found in (None, "snakemake"):
+        monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name, found=found: found)
+        assert [engine.train(plan.plan("gpu"), scale) for scale in ("smoke", "gpu")] == [True, False]
 
 
 @pytest.mark.parametrize(
