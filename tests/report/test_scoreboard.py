@@ -121,6 +121,11 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
         "percent",
     ]
     assert not shown.index.str.startswith("C1").any()
+    said = [
+        f"{row.name} {row.mean:.3f} ({row.low:.3f} to {row.high:.3f}), {row.label}"
+        for row in plot.data.itertuples(index=False)
+    ]
+    assert all(one in plot.alt for one in said) and {"reproduced", "no effect"} <= set(plot.data["label"])
     below = scoreboard.effects({"C9": judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7)}))})
     row = below.data.set_index("name").loc["C9 loss against the twin of equal width"]
     assert row["mean"] == pytest.approx(0.1) and row["low"] <= row["mean"] <= row["high"]  # the paper: EC below

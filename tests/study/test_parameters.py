@@ -94,7 +94,7 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
     for name, value, kind in wrong:
         with pytest.raises(ConfigError, match=f"{name}=.*must be {kind}"):
             check_parameters(made, {name: value}, "x.ipynb")
-    with pytest.raises(ConfigError, match="no cell tagged"):
+    with pytest.raises(ConfigError, match=r"^x.ipynb has no cell tagged `parameters`, but is given \['x'\]$"):
         check_parameters(notebook("x = 1", tag="other"), {"x": 2}, "x.ipynb")
 
 

@@ -167,5 +167,6 @@ def test_amendments_say_when_what_and_why():
 )  # fmt: skip
 def test_a_rule_in_words(keys, rule):
     margins = {Unit.NATS: 0.005, Unit.RATIO: 0.02, Unit.SHARE: 0.03}
-    usual = {"name": "x", "a": "Dense", "b": "BASE", "of": "val_loss", "found": "{size}"}
-    assert module._part("claim C1", usual | keys, margins).rule == rule
+    usual = {"name": "x", "a": ["Dense", "BASE"], "b": "Dense", "of": "val_loss", "found": "{size}"}
+    part = module._part("claim C1", usual | keys, margins)
+    assert part.rule == rule and part.arms == (() if part.how == "bench" else ("Dense", "BASE"))  # each once

@@ -1,5 +1,7 @@
 """A recorded run trained anew: equal where the code computes the same; and which codes that shows to be one."""
 
+import shutil
+
 import pytest
 from typer.testing import CliRunner
 
@@ -36,6 +38,7 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     said = f"{config.name}  code before -> {found['code']}  {found['device']}  of 3 rows some differ: val_loss by up to 1e-06"
     assert told.exit_code == 1 and told.stdout == said + "\n"
     assert {one["recorded"]: one["equal"] for one in repeats.kept("gpu")} == {"before": False, found["code"]: True}
+    shutil.rmtree(paths.cache())  # as where nothing was read yet
     monkeypatch.setattr(repeats, "code_digest", lambda: "later")  # of which nothing is kept
     monkeypatch.setattr(repeats, "device_name", lambda: "another")  # says nothing of the code
     assert not repeats.again(config.name, "gpu", steps=2)["differs"] and len(repeats.kept("gpu")) == 2
