@@ -58,6 +58,16 @@ def test_answers_come_in_the_order_of_the_images(config):
         assert told[k].tolist() == task.classes[own.argmax(1)].tolist()
 
 
+def test_images_of_all_tasks_come_mixed_in_batches_as_in_training():
+    network, seen, size = OneNetwork(EC), [], EC.batch_size
+    network.lit.model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0, 0, 0]))
+    x = [torch.full((size * 2 // 3, 1, 8, 8), k / 5) for k in range(5)]
+    network.answers(x, [torch.tensor([2 * k, 2 * k + 1]) for k in range(5)])
+    assert [len(batch) for batch in seen] == [size] * 3 + [len(x[0]) * 5 - 3 * size]
+    assert all(batch.unique().numel() == 5 for batch in seen)
+    assert torch.equal(torch.cat(seen).sort().values, torch.cat(x)[:, 0, 0, 0])
+
+
 def test_balance_losses_are_trained_on(monkeypatch):
     losses = []
 

@@ -267,6 +267,8 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
     ]
     spent = bench_profile.kernel_time(events)
     assert spent == pytest.approx({"aten::bmm nvjet_x": 1.0, "idle": 0.5, "aten::mm nvjet_x": 0.4, "Memcpy DtoD": 0.2})
+    most = bench_profile.by_kind({"aten::mm b": 1.0, "aten::mm d": 0.5, "aten::mm c": 3.0, "aten::mm a": 2.0})["most"]
+    assert most.tolist() == ["aten::mm c; aten::mm a; aten::mm b"]  # that took most
     table = bench_profile.by_kind(spent)
     assert table["kind"].tolist() == ["experts' products", "idle", "other products", "copies and casts"]
     assert table["share"].sum() == pytest.approx(1)

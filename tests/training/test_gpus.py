@@ -63,6 +63,8 @@ def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
 
 
 def test_a_wrong_number_of_places_is_named(three, monkeypatch):
+    monkeypatch.setenv("ECMOE_SLOTS", "")  # as if it were not there
+    assert gpus.number("ECMOE_SLOTS", 4) == 4
     monkeypatch.setenv("ECMOE_SLOTS", "many")
     with pytest.raises(ConfigError, match="ECMOE_SLOTS=many: must be a whole number, 1 or more"), gpus.place():
         pass

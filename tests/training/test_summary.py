@@ -123,6 +123,11 @@ def test_images_have_no_perplexity():
     assert math.isnan(said["perplexity"]) and said["val_loss"] == 2.25
 
 
+def test_a_perplexity_beyond_all_numbers_loses_no_run(tiny_config):
+    said = summarize(tiny_config(), CURVE.assign(val_loss=800.0), DATA, MADE, status="finished")
+    assert said["val_loss"] == 800 and math.isnan(said["perplexity"])
+
+
 def test_a_run_without_a_row_says_nothing_of_routing(tiny_config):
     said = summarize(tiny_config(num_nodes=2, devices=3, strategy="ddp"), CURVE[:0], DATA, MADE, status="diverged")
     assert said["routing"] == {} and said["steps"] == 0 and math.isnan(said["step_ms"]) and said["world_size"] == 6
