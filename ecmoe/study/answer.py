@@ -3,13 +3,12 @@
 Every number comes from verdicts and records, so README and index can't say what the results don't.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ecmoe import paths
 from ecmoe.files import read_json
-from ecmoe.study.estimate import counted
 from ecmoe.study.verdict import (
     CONTRADICTED,
     IN_DIRECTION,
@@ -91,19 +90,15 @@ def _told(by_label: Mapping[str, Sequence[ClaimVerdict]], *labels: str) -> list[
 
 
 def _in_short(verdict: ClaimVerdict) -> str:
-    """The claim; where its label is that of some parts alone, which these are, and what the others are."""
-    text = f"{verdict.claim}: {verdict.about.short}"
-    if verdict.said == verdict.label:
-        return text
-    names = " and ".join(f"\u201c{part.name}\u201d" for part in verdict.behind)
-    others = Counter(part.label for part in verdict.deciding if part.label != verdict.label)
-    rest = (f"{counted(n, 'other')} {'is' if n == 1 else 'are'} {label}" for label, n in others.items())
-    return f"{text}, in {names}, while {' and '.join(rest)}"
+    """The claim; where its label is that of some parts alone, of how many."""
+    some = verdict.said.removeprefix(verdict.label)
+    return f"{verdict.claim}{some and f',{some}'}: {verdict.about.short}"
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
     parts = {(v.claim, part.name): part for v in found for part in v.parts if part.seeds}
-    said = "; ".join(parts[key].sentence for key in CHOICE if key in parts)
+    first, *others = [parts[key].sentence for key in CHOICE if key in parts] or [""]
+    said = ". ".join([first, *(text[0].upper() + text[1:] for text in others)])
     return f"For a choice of router: {said}." if said else "What that means for a choice of router, no run tells yet."
 
 
