@@ -49,7 +49,8 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
     speeds["fsdp2", "batch"] = 140.0
 
     def trained(config):
-        rates = pd.DataFrame({"tokens_per_second": [1.0] + [speeds[config.strategy, config.pool]] * 3})
+        rate = speeds[config.strategy, config.pool]
+        rates = pd.DataFrame({"tokens_per_second": [1.0, rate - 1, rate + 1]})  # the first doesn't count
         return SimpleNamespace(curve=rates, summary={"peak_mb": 5.0})
 
     monkeypatch.setattr(scaling, "_trained", trained)
