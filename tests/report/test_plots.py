@@ -409,6 +409,17 @@ def test_a_figure_has_room_for_all_its_rows():
     assert all(more - few >= 5 * 0.3 for few, more in zip(heights[4], heights[9], strict=True))
 
 
+def test_the_label_of_a_difference_is_no_wider_than_its_figure():
+    arm = "GShard top-2 renormalized, no auxiliary loss"
+    frame = pd.DataFrame({"arm": ["EC-CF2", arm], "seed": 0, "val_loss_causal": [3.7, 3.8]})
+    figure = plots.final_loss(frame, "val_loss_causal", arm).figure
+    figure.canvas.draw()
+    label = figure.axes[0].xaxis.label
+    assert arm in label.get_text()
+    (left, right), width = label.get_window_extent().intervalx, figure.bbox.width
+    assert 0 <= left < right <= width
+
+
 def test_saved_as_a_picture_it_is_the_same_each_time(runs, tmp_path):
     plot, paths = plots.final_loss(table(runs)), [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:

@@ -89,7 +89,8 @@ def final_loss(
         else:
             in_decades(ax, "x", column)
         low, high = ax.get_xlim()
-        ax.set_xlabel(what + ("" if low <= 0 <= high else "; the axis doesn't start at 0"))
+        label = what + ("" if low <= 0 <= high else "; the axis doesn't start at 0")
+        ax.set_xlabel(label.replace(" minus", "\nminus"))  # in one line it would be wider than the figure
         return data, rows_text(data)
 
     measured = table.loc[table[column].notna(), "arm"]
