@@ -414,7 +414,7 @@ def test_the_label_of_a_difference_is_no_wider_than_its_figure():
     other = "GShard top-2 renormalized, first choices counted"  # beside whose name the axis is short
     frame = pd.DataFrame({"arm": [other, arm], "seed": 0, "val_loss_causal": [3.7, 3.8]})
     figure = plots.final_loss(frame, "val_loss_causal", arm).figure
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     label = figure.axes[0].xaxis.label
     assert arm in label.get_text()
     (left, right), width = label.get_window_extent().intervalx, figure.bbox.width
