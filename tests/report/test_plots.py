@@ -504,12 +504,23 @@ def test_nothing_at_all_is_no_figure():
     assert plots.final_loss(table(missing)).alt == "Validation loss (nats per token): not run. Not run: EC."
 
 
-def test_no_name_at_the_end_of_a_line_lies_over_another():
+@pytest.mark.parametrize(("middle", "count"), [(5, 8), (9.9, 8), (0.1, 8), (5, 14), (9.9, 20)])
+def test_no_name_at_the_end_of_a_line_lies_over_another_or_outside(middle, count):
     fig, ax = pyplot.subplots(figsize=(7.6, 4.3))
     ax.set_ylim(0, 10)
-    ends = {f"an arm {i} whose name is long, {i} experts" if i % 3 else f"arm {i}": 5 + i / 50 for i in range(14)}
+    ends = {
+        f"an arm {i} whose name is long, {i} experts" if i % 3 else f"arm {i}": middle + i / 500 for i in range(count)
+    }
     name_ends(ax, ends, {})
-    assert np.mean([text.xy[1] for text in ax.texts]) == pytest.approx(np.mean(list(ends.values())))  # none is favoured
     boxes = sorted((text.get_window_extent(fig.canvas.get_renderer()) for text in ax.texts), key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
+    inside, (first, last) = ax.get_window_extent(), (boxes[0].y0, boxes[-1].y1)
+    if count == 8:
+        assert inside.y0 - 8 <= first < last <= inside.y1 + 8  # half a line: a curve may end at the edge
+    else:
+        assert inside.y0 - first == pytest.approx(last - inside.y1, abs=12)  # as far out below as above
+    if (middle, count) == (5, 8):
+        assert np.mean([text.xy[1] for text in ax.texts]) == pytest.approx(
+            np.mean(list(ends.values()))
+        )  # none is favoured
     pyplot.close(fig)

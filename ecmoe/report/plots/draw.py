@@ -156,7 +156,9 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
     for i in range(1, len(at)):  # push up what is too near, then all back to the middle
         further = (len(text[i]) + len(text[i - 1])) / 2 - 1  # lines
         at[i] = max(at[i], at[i - 1] + gap * (1 + 0.7 * further))
-    at = [y - (np.mean(at) - np.mean(list(ends.values()))) for y in at]
+    at = np.array(at) - (np.mean(at) - np.mean(list(ends.values())))
+    below, above = at[0] - gap / 2 - low, high - at[-1] - gap / 2  # room that is left in the axes
+    at += max(-below, 0) - max(-above, 0) if below + above > 0 else (above - below) / 2
     for name, lines, y in zip(order, text, at, strict=True):
         ax.annotate(
             "\n".join(lines), (1, y), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",

@@ -59,7 +59,8 @@ def over(
     several = len(columns) > 1
     each = {LABELS.get(column, column) if several else "": column for column in columns}
     ylabel = "" if several else LABELS.get(columns[0], columns[0]) + minus.replace(" minus", "\nminus")
-    return panels(what, draw, each, 4.2, arms, measured, key="measure", ylabel=ylabel)
+    height = max(4.2, 1 + 0.3 * len(arms))  # so that names, which may take two lines, find room beside each other
+    return panels(what, draw, each, height, arms, measured, key="measure", ylabel=ylabel)
 
 
 def final_loss(
