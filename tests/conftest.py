@@ -142,8 +142,12 @@ def _rank(rank: int, port: int, work, results) -> None:
 def forked():
     """`forked(work)`: a process that does it, begun; it has all that is imported here."""
 
+    def first(work, *args) -> None:
+        torch.set_num_threads(1)  # else two threads that renew the parent's pool at once, as gloo's may, find none
+        work(*args)
+
     def start(work, *args) -> multiprocessing.Process:
-        process = multiprocessing.get_context("fork").Process(target=work, args=args)
+        process = multiprocessing.get_context("fork").Process(target=first, args=(work, *args))
         process.start()
         return process
 
