@@ -63,10 +63,10 @@ class Exchange:
         return reduce(torch.add, (self._some(layer, x, *part) for part in parts))
 
     def _some(self, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        n, e, R, dtype = len(x), len(token), self.ranks, x.dtype
+        e, R, dtype = len(token), self.ranks, x.dtype
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows, back = _gathered(layer.router.fast(x, n), x, token)
+        rows, back = _gathered(layer.router.fast(x, len(x)), x, token)
         # (R e/R s, d): slots of all ranks, rank after rank; `slot` sorts them by expert.
         slot = torch.arange(len(rows), device=x.device).view(R, e // R, -1).transpose(0, 1).reshape(e // R, -1)
         gates = _Sent.apply(gate, self.group, R).view(-1)[slot]

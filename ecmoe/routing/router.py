@@ -100,9 +100,12 @@ class Router(RunningState):
         raise NotImplementedError(f"{type(self).__name__} doesn't say how it assigns")
 
     def fast(self, x: Tensor, n: int) -> bool:
-        """Do the kernels compute, where x is and for n tokens? As the function `fast` says; but where "auto" may choose, not for so
-        `FEW` that launching takes longer than computing, in a compiled pass, whose plain parts take fewer launches. Where sums
-        have to come in a fixed order, as in our runs, plain parts are slow, and a step's launches are mostly a CUDA graph's."""
+        """Do the kernels compute, where x is and for n tokens?
+
+        As the function `fast` says, but for "auto" in a compiled pass of few tokens (`FEW`): plain PyTorch is compiled to fewer
+        launches, which then take longer than the work. That holds where sums may come in any order; in our runs they may not,
+        and plain PyTorch is slow at that.
+        """
         if not fast(self.kernels, x):
             return False
         if self.kernels != "auto" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
