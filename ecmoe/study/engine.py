@@ -98,7 +98,10 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1) -> int:
     if importlib.util.find_spec("snakemake") and (CHECKOUT / "Snakefile").exists():
         command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"place={jobs}"]
         command += ["--config", f"scale={scale}", f"runs={','.join(one.name for one in planned)}"]
-        code = subprocess.run([*command, "--", "trained"], cwd=CHECKOUT).returncode
+        command += ["--", "trained"]
+        # At Ctrl-C `subprocess.run` would kill it, and its lock would stay.
+        with subprocess.Popen(command, cwd=CHECKOUT) as process:
+            code = process.wait()
         return code or int(any(lacks(one, scale) for one in planned))  # a page with gaps is no failure
     return in_turn(planned, scale, keep_weights=scale == "smoke")
 

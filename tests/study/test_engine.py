@@ -169,8 +169,23 @@ def test_the_exit_code_says_whether_to_try_again(project, monkeypatch, said, cod
 
 def test_snakemake_gets_the_runs(project, monkeypatch):
     planned, did, ends = plan.plan("gpu")[:2], [], 0
-    run = lambda command, cwd: did.append((command, cwd)) or SimpleNamespace(returncode=ends)  # noqa: E731
-    monkeypatch.setattr(engine.subprocess, "run", run)
+
+    class Process:  # can't be killed
+        def __init__(self, command, cwd):
+            did.append((command, cwd))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait(self):
+            if ends is None:
+                raise KeyboardInterrupt
+            return ends
+
+    monkeypatch.setattr(engine.subprocess, "Popen", Process)
     assert engine.train(planned, "gpu", jobs=3) == 1  # it says that all went well, and nothing is there
     ((command, folder),) = did
     assert folder == engine.CHECKOUT and (folder / "Snakefile").exists()
@@ -180,6 +195,9 @@ def test_snakemake_gets_the_runs(project, monkeypatch):
     monkeypatch.setattr(engine, "lacks", lambda *_: "")
     for ends in (0, 3):  # all is there, whatever else failed
         assert engine.train(planned, "gpu") == ends
+    ends = None  # Ctrl-C: Snakemake got it, too, and ends by itself
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(planned, "gpu")
 
 
 def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
