@@ -25,6 +25,7 @@ from ecmoe.data.tokenizer import Tokenizer
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import causal_routing
+from ecmoe.training.optimizer import clip
 from ecmoe.training.trainer import new_trainer, repeatable
 
 SEPARATOR = "\n"  # ends each text of an example
@@ -67,7 +68,7 @@ def fine_tuned(
         warnings.filterwarnings("ignore", module="lightning.*")
         torch.manual_seed(config.seed)
         tuned = LitFineTuning(copy.deepcopy(model), config, tasks.TASKS[task].classes, learning_rate, steps)
-        trainer = new_trainer(config, max_steps=steps, gradient_clip_val=1.0, inference_mode=False)
+        trainer = new_trainer(config, max_steps=steps, inference_mode=False)
         trainer.fit(tuned, DataLoader(Batches(train, batch_size, config.seed), batch_size=None))
         found = right(trainer, tuned, validation, batch_size)
         with causal_routing(tuned.model):
@@ -84,6 +85,7 @@ class LitFineTuning(L.LightningModule):
     def __init__(self, model: Transformer, config: RunConfig, classes: int, learning_rate: float, steps: int) -> None:
         super().__init__()
         self.model, self.learning_rate, self.steps = model.train(), learning_rate, steps
+        self.scaled = config.precision == "16-mixed"  # gradients, by a GradScaler
         self.head = nn.Linear(config.d_model, classes)
         for p in self.head.parameters():
             nn.init.zeros_(p)  # all classes alike, whatever the seed
@@ -109,9 +111,13 @@ class LitFineTuning(L.LightningModule):
         tokens, lengths, labels = batch
         return self(tokens, lengths).argmax(dim=1) == labels
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip(self.parameters(), optimizer, 1.0)  # Lightning's own refuses a fused optimiser
+
     def configure_optimizers(self) -> dict[str, Any]:
-        # As in `build_optimizer`: in one pass over each tensor, but never beside a GradScaler.
-        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        fused = self.device.type == "cuda" and not self.scaled  # as in `build_optimizer`
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=fused or None)
         track(self.model, optimizer)
         warm = max(self.steps // 10, 1)

@@ -88,9 +88,9 @@ def test_padding_takes_no_places_of_experts(tiny_config):
 def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_config, shouting, monkeypatch):
     config, seen, seeds = tiny_config(seed=3, d_model=24), {"norms": [], "causal": []}, []
 
-    def clipped(tuned, *_, gradient_clip_val, **__):
-        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1e-9)  # nothing moves, if this clips
-        seen["norms"].append(gradient_clip_val)
+    def clipped(parameters, optimizer, max_norm):
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-9)  # nothing moves, if this clips
+        seen["norms"].append(max_norm)
 
     def predicted(tuned, batch, batch_idx):
         rate = tuned.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"]
@@ -98,7 +98,7 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
         seen["causal"].append(tuned.model.moe_layers[0].router.causal)
         return batch[2] == 0
 
-    monkeypatch.setattr(LitFineTuning, "configure_gradient_clipping", clipped)
+    monkeypatch.setattr(fine_tuning, "clip", clipped)
     monkeypatch.setattr(LitFineTuning, "predict_step", predicted)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)  # of noise on the logits, where a router has some
     trainers = []  # inference tensors could be in no later training step's graph
@@ -116,11 +116,21 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     found = fine_tuned(build_model(config), config, **asked)
     labels = [json.loads(line)["label"] for line in (shouting / "cola/validation.jsonl").read_text().splitlines()][:20]
     wrong = {"accuracy": 1 - np.mean(labels), "accuracy_causal": 1 - np.mean(labels)}  # it always says 0
-    assert trainers == [{"max_steps": 2, "gradient_clip_val": 1.0, "inference_mode": False}]
+    assert trainers == [{"max_steps": 2, "inference_mode": False}]
     majority = max(np.mean(labels), 1 - np.mean(labels))
     counts = {"train": 20, "validation": 20, "truncated": 0.0}
     assert found["rows"] == [{"task": "cola", **wrong, "majority": pytest.approx(majority), **counts}]
     assert seen == {"norms": [1.0, 1.0], "causal": [False, False, True, True]} and seeds[0] == 3 and orders == [3]
+
+
+def test_a_fused_step_tunes_like_any_other(tiny_config, shouting, monkeypatch):
+    """As on a GPU, in its precision: Lightning's own clipping would refuse the optimiser."""
+    adamw, found, config = torch.optim.AdamW, [], tiny_config(precision="bf16-mixed")
+    for fused in (False, True):
+        monkeypatch.setattr(torch.optim, "AdamW", lambda *given, f=fused, **keys: adamw(*given, **keys | {"fused": f}))
+        settings = {"task": "cola", "folder": str(shouting), "steps": 60, "batch_size": 16, "learning_rate": 1e-2}
+        found.append(fine_tuned(build_model(config), config, **settings)["rows"][0]["accuracy"])
+    assert min(found) > 0.9 and found[0] == pytest.approx(found[1], abs=0.05)
 
 
 def batch_of(seed, count=8):
