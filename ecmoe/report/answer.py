@@ -83,9 +83,9 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     rows = []
     for part in parts:
         without = f"; without {', '.join(part.missing)}" * bool(part.missing)
-        seeds = counted(part.seeds, part.effect.of) + without if part.seeds else None
+        seeds = counted(part.effect.n, part.effect.of) + without if part.effect.n else None
         either = ", either way" * (part.unit is Unit.RATIO)
-        seen = None if part.smallest is None else amount(part.smallest, part.unit, compares=True) + either
+        seen = amount(part.smallest, part.unit, compares=True) + either if part.interval else None
         rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
     frame = pd.DataFrame(rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "could have seen"])
     if label == PLUMBING:  # numbers of smoke say nothing
@@ -95,12 +95,12 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
 
 def found(part: JudgedPart) -> str:
     """A part's estimate and interval in its unit; a difference has its sign."""
-    if part.estimate is None:
+    if not part.effect.n:
         return "\u2013"
-    size = amount(part.estimate, part.unit, compares=part.compares)
-    if part.unit is not Unit.RATIO and part.compares and part.estimate > 0:
+    size = amount(part.effect.value, part.unit, compares=part.compares)
+    if part.unit is not Unit.RATIO and part.compares and part.effect.value > 0:
         size = f"+{size}"
-    return size if part.low is None else f"{size} ({span(part.low, part.high, part.unit)})"
+    return f"{size} ({span(*part.interval, part.unit)})" if part.interval else size
 
 
 def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "nats per token") -> str:

@@ -41,9 +41,8 @@ def effects(verdicts: Verdicts) -> Plot:
     rows = []
     for verdict in verdicts.values():
         for part in verdict.deciding if verdict.label != PLUMBING else ():
-            if part.estimate is not None:  # else the line of its claim says so
-                low, high = (math.nan if x is None else x for x in (part.low, part.high))
-                turned = _to_the_papers_side(part, part.estimate, low, high)
+            if part.effect.n:  # else the line of its claim says so
+                turned = _to_the_papers_side(part, part.effect.value, *(part.interval or (math.nan, math.nan)))
                 unit = "difference in loss (nats per token)" if part.unit is Unit.NATS else "percent"
                 rows.append((unit, f"{verdict.claim} {part.name}", *turned, part.label))
     frame = pd.DataFrame(rows, columns=["unit", "name", "mean", "low", "high", "label"])

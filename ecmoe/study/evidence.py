@@ -42,10 +42,10 @@ class Evidence:
                 found.setdefault(arm, {})[one.seed] = one
         return found
 
-    def config(self, arm: str) -> RunConfig | None:
-        """Of its first seed; None: not planned."""
-        by_seed = self.planned.get(arm)
-        return by_seed[min(by_seed)].config if by_seed else None
+    def config(self, arm: str) -> RunConfig:
+        """Of its first seed."""
+        by_seed = self.planned[arm]
+        return by_seed[min(by_seed)].config
 
     def summaries(self, arm: str) -> dict[int, dict[str, Any]]:
         """Seed -> summary, of the runs that have a record."""

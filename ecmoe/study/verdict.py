@@ -5,11 +5,14 @@
 Nothing here trains, measures or needs a notebook: what isn't there is "not run".
 """
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ecmoe.config import RunConfig
 from ecmoe.study import repeats, speed
@@ -29,24 +32,27 @@ WEAKEST_LAST = (REPRODUCED, IN_DIRECTION, NOT_RUN, UNDECIDED, NO_EFFECT, CONTRAD
 class JudgedPart(Part):
     """A part of a claim as the records have it.
 
-    estimate, low, high: in `unit`; None where nothing, or too little, is there. level: of the interval, after Holm. seeds: how
-    many, or turns of a bench. smallest: the smallest true effect that they would have shown (of a ratio the factor).
-    missing: "arm s2" of the runs that it lacks. mixed: "code", "card": what differs among its runs that mustn't. repeats: runs
-    whose repeats show that their codes compute the same.
+    level: of its interval, after Holm. missing: "arm s2" of the runs that it lacks. mixed: "code", "card": what differs among its
+    runs that mustn't. repeats: runs whose repeats show that their codes compute the same.
     """
 
     label: str
     sentence: str
     effect: Estimate
     level: float
-    estimate: float | None
-    low: float | None
-    high: float | None
-    seeds: int
-    smallest: float | None
     missing: tuple[str, ...]
     mixed: tuple[str, ...]
     repeats: tuple[str, ...]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """In the unit; None for fewer than two seeds, or turns of a bench."""
+        return self.effect.interval(self.level)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest true effect that as many would have shown (of a ratio the factor); NaN as the interval is None."""
+        return self.effect.smallest(self.level, protocol().power)
 
 
 @dataclass(frozen=True)
@@ -198,19 +204,12 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
     together = _compared(part, evidence)
     linked = [repeats.linked(runs, evidence.repeats) for runs in together]
     mixed = {"code": None in linked, "card": any(len({run.get("device") for run in runs}) > 1 for runs in together)}
-    low, high = found.interval(level) or (None, None)
-    smallest = found.smallest(level, protocol().power)
     return JudgedPart(
         **vars(part),
         label=label,
         sentence=_found(part, label, found, level),
         effect=found,
         level=level,
-        estimate=found.value if found.n else None,
-        low=low,
-        high=high,
-        seeds=found.n,
-        smallest=smallest if math.isfinite(smallest) else None,
         missing=tuple(f"{arm} s{seed}" for arm, seed in evidence.missing(part)),
         mixed=tuple(what for what, differs in mixed.items() if differs),
         repeats=tuple(sorted({run for shown in linked for run in shown or ()})),
@@ -243,16 +242,15 @@ def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
 
 
 def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
-    turns = max((part.seeds for part in family if part.effect.of == "turn"), default=0)
+    turns = max((part.effect.n for part in family if part.effect.of == "turn"), default=0)
     if turns:
         of, card = speed.setting(evidence.scale)
         return RestsOn(of, cards=(card,), turns=turns)
     arms = [arm for arm in dict.fromkeys(arm for part in family for arm in part.arms) if evidence.finished(arm)]
     runs = {run["name"]: run for arm in arms for run in evidence.finished(arm).values()}.values()
-    configs = [config for config in map(evidence.config, arms) if config is not None]
     return RestsOn.of(
         runs,
-        configs,
+        [evidence.config(arm) for arm in arms],
         mixed=tuple(sorted({what for part in family for what in part.mixed})),
         repeats=tuple(sorted({run for part in family for run in part.repeats})),
     )
@@ -313,14 +311,9 @@ def _smallest_alpha(part: Part, found: Estimate) -> float:
 
     An interval within another decides whatever that decides, so it can be searched for by halves.
     """
-    low, high = -12.0, math.log10(0.5)  # of log10 alpha
-    if label_of(part, found, 1 - 10**high) in (NOT_RUN, UNDECIDED):
-        return 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        decided = label_of(part, found, 1 - 10**middle) != UNDECIDED
-        low, high = (low, middle) if decided else (middle, high)
-    return 10**high
+    alphas = np.logspace(-12, math.log10(0.5), 100_000)
+    decided = bisect.bisect_left(alphas, True, key=lambda a: label_of(part, found, 1 - a) not in (NOT_RUN, UNDECIDED))
+    return float(alphas[decided]) if decided < len(alphas) else 1.0
 
 
 def weakest(labels: Sequence[str]) -> str:

@@ -71,8 +71,8 @@ def test_a_part_has_as_much_as_was_found():
     part = judged("C6", losses(**HASH)).parts[0]
     size, _, interval = answer.found(part).partition(" (")
     assert size.startswith("+0.020 nats") and interval
-    assert answer.found(dataclasses.replace(part, low=None, high=None)) == size
-    assert answer.found(dataclasses.replace(part, low=None, high=None, estimate=None)) == "\u2013"
+    for n, shown in ((1, size), (0, "\u2013")):
+        assert answer.found(dataclasses.replace(part, effect=dataclasses.replace(part.effect, n=n))) == shown
 
 
 def test_how_it_was_judged_has_every_part_with_its_rule():

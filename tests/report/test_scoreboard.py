@@ -158,7 +158,7 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
 
 
 def row_of(part) -> str:
-    return f"| {part.name} | {found(part)} | {part.seeds} | {part.rule} | {part.label} |"
+    return f"| {part.name} | {found(part)} | {part.effect.n} | {part.rule} | {part.label} |"
 
 
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):

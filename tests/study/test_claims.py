@@ -20,14 +20,14 @@ def test_c1_half_the_steps_are_too_few():
         "(0.099 to 0.099; 4 seeds). The claim's 4 parts: 2 reproduced, 2 contradicted."
     )
     steps = next(p for p in found.parts if p.name.startswith("steps for"))
-    assert steps.unit is Unit.RATIO and 0.98 < steps.estimate < 1.0 and not steps.decides
+    assert steps.unit is Unit.RATIO and 0.98 < steps.effect.value < 1.0 and not steps.decides
 
 
 def test_an_interval_is_told_towards_the_side_that_is_named():
     wide = losses(**CENTRE | {"EC-CF2 renormalized": seeds(3.600, 0.003)})
     part = next(p for p in judged("C1", wide).parts if p.name == "EC-CF2 against Switch top-1")
-    assert part.estimate == pytest.approx(-0.05) and -0.058 < part.low < -0.052
-    low, high = -part.high, -part.low
+    assert part.effect.value == pytest.approx(-0.05) and -0.058 < part.interval[0] < -0.052
+    high, low = (-end for end in part.interval)
     assert f"ends 0.050 nats below Switch top-1 ({low:.3f} to {high:.3f}; 4 seeds)" in part.sentence
 
 
@@ -100,9 +100,9 @@ def test_c3_is_one_trend_and_one_mean():
     found = judged("C3", losses(**experts((3.70, -0.02), (3.70, -0.019))))
     assert [p.label for p in found.deciding] == [REPRODUCED, NO_EFFECT] and found.label == NO_EFFECT
     trend = found.parts[0]
-    assert trend.estimate == pytest.approx(-0.02) and "lowers EC-CF2's loss by 0.020 nats" in trend.sentence
+    assert trend.effect.value == pytest.approx(-0.02) and "lowers EC-CF2's loss by 0.020 nats" in trend.sentence
     beyond = next(p for p in found.parts if "beyond" in p.name)
-    assert beyond.estimate == pytest.approx(-0.001)
+    assert beyond.effect.value == pytest.approx(-0.001)
     assert judged("C3", losses(**experts((3.70, 0.02), (3.80, 0.02)))).label == CONTRADICTED
 
 
@@ -110,7 +110,7 @@ def test_c3_needs_all_numbers_of_experts_of_a_seed():
     numbers = experts((3.70, -0.02), (3.72, -0.02))
     del numbers["EC-CF2 renormalized, 32 experts"][0], numbers["EC-CF2 renormalized, 32 experts"][3]
     found = judged("C3", losses(**numbers))
-    assert found.label == UNDECIDED and found.parts[0].seeds == 2
+    assert found.label == UNDECIDED and found.parts[0].effect.n == 2
     assert found.parts[0].sentence.startswith("each doubling") and found.parts[0].sentence.endswith(
         "; 2 seeds); a verdict needs 3 seeds"
     )
@@ -135,7 +135,7 @@ def test_c4_counts_seeds_and_examples():
 
     found = judged("C4", arms(0.75))
     assert found.label == REPRODUCED and found.parts[0].unit is Unit.SHARE
-    assert found.parts[0].estimate == pytest.approx(0.05, abs=0.02) and " points above" in found.parts[0].sentence
+    assert found.parts[0].effect.value == pytest.approx(0.05, abs=0.02) and " points above" in found.parts[0].sentence
     assert judged("C4", arms(0.65)).label == CONTRADICTED
 
 
@@ -158,7 +158,7 @@ def test_c5_and_c6_compare_losses():
     assert labels["a balanced table against EC-CF2"] == NO_EFFECT
     assert labels["modulo against EC-CF1, at equal compute"] == CONTRADICTED
     spread = next(p for p in found.parts if p.name == "spread over seeds")
-    assert spread.estimate == pytest.approx(10) and spread.label == REPRODUCED
+    assert spread.effect.value == pytest.approx(10) and spread.label == REPRODUCED
 
 
 def shares(*of):
@@ -191,7 +191,7 @@ def test_c8_is_judged_by_training_loss():
 def test_c9_takes_time_from_steps_and_what_a_step_takes():
     found = judged("C9", losses(**CENTRE), step_time=1.1)
     equal = next(p for p in found.parts if p.name.startswith("time to the loss of the twin of equal FLOPs"))
-    assert equal.estimate == pytest.approx(0.75 * 1.1, rel=1e-3)  # the twin's loss is that of 3/4 of the steps
+    assert equal.effect.value == pytest.approx(0.75 * 1.1, rel=1e-3)  # the twin's loss is that of 3/4 of the steps
     assert found.label == REPRODUCED
     assert judged("C9", losses(**CENTRE), step_time=1.5).label == CONTRADICTED  # 3/4 of the steps, at 1.5 times each
     assert judged("C9", losses(**CENTRE)).label == UNDECIDED  # no step was timed
@@ -214,14 +214,14 @@ def test_l1_and_l2_compare_ways_to_route():
         "EC-CF2 renormalized, pool position": routed(3.61, 3.61),
     }  # fmt: skip
     found = judged("L1", arms)
-    assert found.label == REPRODUCED and found.parts[2].estimate == pytest.approx(0.11)
+    assert found.label == REPRODUCED and found.parts[2].effect.value == pytest.approx(0.11)
     arms["EC-CF2 renormalized"] = routed(3.60, 3.59)
     found = judged("L1", arms)
     assert found.label == CONTRADICTED
     assert found.sentence.startswith("Routed causally, a model trained on the batch as its pool gains 0.010 nats (")
     ways = {"losses/as trained": 3.60, "losses/sequence": 3.65, "losses/global top-k": 3.62, "losses/causally": 3.61}
     found = judged("L2", {"EC-CF2 renormalized": {way: seeds(loss) for way, loss in ways.items()}})
-    assert found.label == REPRODUCED and [round(p.estimate, 3) for p in found.parts] == [0.05, 0.03, 0.04]
+    assert found.label == REPRODUCED and [round(p.effect.value, 3) for p in found.parts] == [0.05, 0.03, 0.04]
 
 
 def test_all_claims_can_be_judged_with_nothing_there():

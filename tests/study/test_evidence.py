@@ -59,14 +59,14 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study, monkey
         {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"
     )
     found = judge("C5", "gpu")
-    assert found.label == REPRODUCED and found.parts[0].seeds == 3
+    assert found.label == REPRODUCED and found.parts[0].effect.n == 3
     assert found.rests_on.runs == 10 and found.rests_on.seeds == (0, 1, 2, 3)  # page 01 plans a fourth seed of EC-CF2
     assert str(found.rests_on) == (
         "10 runs of 52 million tokens (seeds 0, 1, 2, 3) of 8 layers of width 512, 64 experts, on NVIDIA H100"
     )
     study({"EC-CF2 renormalized": 3.60, "GShard top-2 renormalized, capacity 1.25": 3.58}, "01_convergence")
     beside = next(p for p in judge("C1", "gpu").parts if p.name == "against top-2 at capacity 1.25")
-    assert beside.label == CONTRADICTED and beside.seeds == 3  # an arm of page 02
+    assert beside.label == CONTRADICTED and beside.effect.n == 3  # an arm of page 02
     assert judge_all("gpu")["C5"] == found and judge("C5", "smoke").label == PLUMBING
     monkeypatch.setattr("ecmoe.study.verdict.plan", lambda scale: 1 / 0)  # which a page that can't be planned stops
     assert judge_all("gpu")["C5"] == found
@@ -105,8 +105,8 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
                 row = {"validation": 203, "majority": 0.5, "accuracy": bits.mean()}
                 keep_measure(one, how, {"rows": [row], "right": packed, "right_causal": packed})
     found = judge("C4", "gpu")
-    assert found.label == REPRODUCED and found.parts[0].estimate == pytest.approx(0.2, abs=0.03)
-    assert found.parts[4].estimate == pytest.approx(0.3, abs=0.03) and found.rests_on.size.startswith("12 layers")
+    assert found.label == REPRODUCED and found.parts[0].effect.value == pytest.approx(0.2, abs=0.03)
+    assert found.parts[4].effect.value == pytest.approx(0.3, abs=0.03) and found.rests_on.size.startswith("12 layers")
     assert judge("C1", "gpu", page="07_fine_tuning").label == NO_EFFECT  # the same losses at the paper's size
     one = evidence.planned["Dense"][1]  # of one task it has no causal answers
     keep_measure(one, one.measures[0], {"rows": [row], "right": packed})
@@ -133,7 +133,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     knows = next(
         p for p in judge("L1", "gpu").parts if p.name == "what the routing of the batch knows of the next token"
     )
-    assert knows.estimate == pytest.approx(0.4 * math.log(2))  # nats, beyond the model's own prediction
+    assert knows.effect.value == pytest.approx(0.4 * math.log(2))  # nats, beyond the model's own prediction
 
     def step(arm, routing, ms):
         return {"arm": arm, "routing": routing, "ms": ms, "samples_ms": [ms, ms + 0.01, ms - 0.01]}
@@ -144,7 +144,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     write_json(speed.folder("gpu") / "step.json", {"rows": rows, "setting": setting})
     found = judge("C2", "gpu")
     assert str(found.rests_on) == "3 turns of training steps of 12 layers of width 768, 64 experts, on NVIDIA H100"
-    assert found.parts[0].estimate == pytest.approx(1.1, rel=1e-3) and found.parts[1].estimate == pytest.approx(
+    assert found.parts[0].effect.value == pytest.approx(1.1, rel=1e-3) and found.parts[1].effect.value == pytest.approx(
         0.9, rel=1e-3
     )
     timed = [{"arm": arm, "ms": 10.0 + i} for i, arm in enumerate(speed.study_arms("gpu"))]

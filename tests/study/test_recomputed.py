@@ -163,7 +163,7 @@ def test_every_deciding_part_and_every_label(monkeypatch):
             half = t.isf(alpha / 2, df) * error
             ends = [math.exp(v) if log else v for v in (mean, mean - half, mean + half)]
             (part,) = (part for part in verdicts[id].parts if part.name == name)
-            assert (part.estimate, part.low, part.high) == pytest.approx(ends, abs=1e-9), f"{id} {name}"
+            assert (part.effect.value, *part.interval) == pytest.approx(ends, abs=1e-9), f"{id} {name}"
             compared += 1
         for name, part in family.items():
             helper = labels.get(part.get("or_direction"))

@@ -235,7 +235,8 @@ def test_an_interval_is_widened_by_the_number_of_parts_and_says_what_it_could_ha
     found = judged("C5", noisy)
     assert sorted(p.level for p in found.deciding) == pytest.approx([0.95, 0.975])
     first = found.parts[0]
-    assert first.smallest > (first.high - first.low) / 2 and first.low < first.estimate < first.high
+    low, high = first.interval
+    assert first.smallest > (high - low) / 2 and low < first.effect.value < high
 
 
 def test_an_undecided_part_says_how_many_seeds_would_decide_it():
