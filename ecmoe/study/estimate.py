@@ -85,17 +85,14 @@ class Estimate:
         return self.unit.outer(math.hypot(*(error * shift(df) for error, df in self.errors)))
 
     def seeds_for(self, margin: float, level: float = LEVEL, power: float = POWER) -> int | None:
-        """How many seeds as noisy as these would decide the margin (`seeds_needed`); None where seeds don't tell, or 1000 don't do.
+        """How many seeds as noisy as these would decide the margin (`seeds_needed`); None where seeds don't tell.
 
         margin: in the unit; of a ratio what is added to 1."""
         if self.of != "seed" or self.n < 2 or len(self.errors) != 1:  # more seeds are no more examples
             return None
-        try:
-            inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
-            ((error, _),) = self.errors
-            return seeds_needed(error * math.sqrt(self.n), inner, level=level, power=power)
-        except ValueError:
-            return None
+        inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
+        ((error, _),) = self.errors
+        return seeds_needed(error * math.sqrt(self.n), inner, level=level, power=power)
 
     def times(self, factor: float) -> Estimate:
         """A ratio times a factor that is known; nothing, where the factor is NaN."""
@@ -193,15 +190,15 @@ def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
     return Spread(math.log(deviations[0] / deviations[1]), errors[0] + errors[1], int(n), Unit.RATIO)
 
 
-def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: float = POWER, most: int = 1000) -> int:
+def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: float = POWER) -> int | None:
     """How many paired seeds decide the margin: find a true difference as large, and exclude one where there is none.
 
     Args:
         spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit.
         level: of the interval (of the smallest of m parts under Holm: 1 - 0.05 / m). power: of both.
 
-    Raises:
-        ValueError: more than `most` would be needed.
+    Returns:
+        2 to 1000, or None where these are too few.
     """
     if not spread:
         return 2
@@ -214,9 +211,7 @@ def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: f
         equal, _ = integrate.quad(inside, 0, min(in_errors / critical, error.ppf(1 - 1e-9)))
         return min(nct.sf(critical, df, in_errors), equal) >= power
 
-    if not decides(most):
-        raise ValueError(f"a margin of {margin:g} under a spread of {spread:g} would need more than {most} seeds")
-    return bisect.bisect_left(range(2, most), True, key=decides) + 2
+    return bisect.bisect_left(range(2, 1000), True, key=decides) + 2 if decides(1000) else None
 
 
 def _critical(level: float, df: float) -> float:

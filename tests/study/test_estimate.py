@@ -135,8 +135,11 @@ def test_seeds_that_are_needed_decide_the_margin_as_often_as_they_say():
         assert min(decided(0.0), decided(margin)) > 0.78
     assert [estimate.seeds_needed(spread, margin) for spread in (0.0, 0.001)] == [2, 3]
     assert estimate.seeds_needed(0.003, margin, level=0.9875) > estimate.seeds_needed(0.003, margin)
-    with pytest.raises(ValueError, match="more than 50 seeds"):
-        estimate.seeds_needed(1.0, margin, most=50)
+    # As many as ((1.96 + 1.28) spread / margin)^2, where t is normal: 851, and 1051, which are too many.
+    assert (
+        estimate.seeds_needed(0.045, margin) == pytest.approx(851, abs=3)
+        and estimate.seeds_needed(0.05, margin) is None
+    )
 
 
 def test_no_spread_has_no_ratio():
