@@ -3,7 +3,6 @@
 Every number comes from verdicts and records, so README and index can't say what the results don't.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from ecmoe.study.verdict import (
     REPRODUCED,
     UNDECIDED,
     ClaimVerdict,
-    judge_all,
 )
 
 # What somebody who chooses a router asks: claim and part.
@@ -29,9 +27,11 @@ CHOICE = (
     ("C9", "loss against the twin of equal FLOPs"),
 )
 # What is said of claims with that label: how many, and which.
-SAID = {
+HOLDS = {
     REPRODUCED: "{n} hold{s} ({said})",
     IN_DIRECTION: "{n} hold{s} in direction, but not by as much ({said})",
+}
+OTHERS = {
     CONTRADICTED: "{n} {are} contradicted ({said})",
     NO_EFFECT: "no effect was found for {n} ({said})",
     UNDECIDED: "{n} {are} undecided ({ids})",
@@ -47,46 +47,38 @@ class Answer:
     cost: str
 
 
-def answer(scale: str, verdicts: Mapping[str, ClaimVerdict] | None = None) -> Answer:
-    """The paragraph on a scale.
-
-    Args:
-        verdicts: of `judge_all`, where they are at hand.
-    """
-    found = list((judge_all(scale) if verdicts is None else verdicts).values())
-    by_label: dict[str, list[ClaimVerdict]] = defaultdict(list)
-    for verdict in found:
-        by_label[verdict.label].append(verdict)
-    if by_label[PLUMBING]:
+def answer(scale: str, verdicts: Mapping[str, ClaimVerdict]) -> Answer:
+    """The paragraph on a scale, by the verdicts of `judge_all`."""
+    found, labels = list(verdicts.values()), {verdict.label for verdict in verdicts.values()}
+    if PLUMBING in labels:
         sentences = ("Scale smoke shows that every part works, and says nothing about the paper.",)
-    elif len(by_label[NOT_RUN]) == len(found):
+    elif labels <= {NOT_RUN}:
         sentences = ("Nothing was run yet.",)
     else:
-        none = "none is contradicted, undecided or without an effect"
-        others = _told(by_label, CONTRADICTED, NO_EFFECT, UNDECIDED, NOT_RUN) or [none]
-        sentences = _holds(found, by_label), f"{'; '.join(others)}.", _choice(found)
+        others = _told(found, OTHERS) or ["none is contradicted, undecided or without an effect"]
+        sentences = _holds(found), f"{'; '.join(others)}.", _choice(found)
     return Answer(tuple(text[0].upper() + text[1:] for text in sentences), _cost(scale))
 
 
-def _holds(found: Sequence[ClaimVerdict], by_label: Mapping[str, Sequence[ClaimVerdict]]) -> str:
+def _holds(found: Sequence[ClaimVerdict]) -> str:
     of_runs = [v for v in found if v.rests_on.runs]
     size = next((v.rests_on for v in of_runs if v.claim == "C1"), of_runs[0].rests_on if of_runs else None)
-    run = len(found) - len(by_label[NOT_RUN])
+    run = sum(verdict.label != NOT_RUN for verdict in found)
     at = f", at {size.size}, trained on {size.trained}" if size else ""
     so_far = f" {run} {'was' if run == 1 else 'were'} run so far" if run < len(found) else ""
     text = f"of the paper's {len(found)} claims{so_far}{at}{':' if so_far else ',' * bool(at)} "
-    return f"{text}{', and '.join(_told(by_label, REPRODUCED, IN_DIRECTION)) or 'none holds'}."
+    return f"{text}{', and '.join(_told(found, HOLDS)) or 'none holds'}."
 
 
-def _told(by_label: Mapping[str, Sequence[ClaimVerdict]], *labels: str) -> list[str]:
+def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
     """What is said of the claims with these labels."""
-    texts = []
-    for label in labels:
-        if some := by_label[label]:
+    told = []
+    for label, text in texts.items():
+        if some := [verdict for verdict in found if verdict.label == label]:
             said, ids = "; ".join(map(_in_short, some)), ", ".join(v.claim for v in some)
             s, are = ("s", "is") if len(some) == 1 else ("", "are")
-            texts.append(SAID[label].format(n=len(some), s=s, are=are, said=said, ids=ids))
-    return texts
+            told.append(text.format(n=len(some), s=s, are=are, said=said, ids=ids))
+    return told
 
 
 def _in_short(verdict: ClaimVerdict) -> str:
