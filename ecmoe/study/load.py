@@ -87,8 +87,7 @@ def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> 
     planned = planning.of_page(page, scale, parameters)
     results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}
     train = {*also, *(results if parameters["train_missing"] else ())}
-    there = [one for one in planned if any(path.exists() for path in _places(one, scale))]
-    waiting = [one for one in planned if one.arms[0] in train and one not in there]
+    waiting = [one for one in planned if one.arms[0] in train and not any(map(Path.exists, _places(one, scale)))]
     if waiting:
         warn_of_hours([one.config for one in waiting])
     with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:

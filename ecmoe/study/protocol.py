@@ -80,10 +80,10 @@ class Part(Held):
         if self.says == "near":
             return f"within {equal} of {amount(self.figure, self.unit)}"
         if self.says == "at or below":
-            direction = f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" * bool(
-                self.or_direction
+            helped = (
+                f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" if self.or_direction else ""
             )
-            return f"at or below {neutral}; above it by {equal} or less counts as equal{direction}"
+            return f"at or below {neutral}; above it by {equal} or less counts as equal{helped}"
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
         figure = amount(self.figure, self.unit)

@@ -105,14 +105,11 @@ def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any
     by_pair = defaultdict(list)
     for one in repeats:
         by_pair[one["device"], one["router"], frozenset((one["recorded"], one["code"]))].append(one)
+    equal = [(key, those) for key, those in by_pair.items() if len(key[2]) > 1 and all(one["equal"] for one in those)]
     same = {kind: {kind[2]} for kind in of}  # codes that compute the same as the run's own
     shown = []
     for kind, codes in same.items():
-        pairs = {
-            pair: those
-            for (*where, pair), those in by_pair.items()
-            if tuple(where) == kind[:2] and len(pair) > 1 and all(one["equal"] for one in those)
-        }
+        pairs = {pair: those for (*where, pair), those in equal if tuple(where) == kind[:2]}
         while met := [pair for pair in pairs if pair & codes]:
             codes.update(*met)
             shown += [one["run"] for pair in met for one in pairs.pop(pair)]

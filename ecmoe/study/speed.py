@@ -80,24 +80,22 @@ def job(name: str, **keys: Any) -> Job:
     return measure
 
 
-def _parameters(scale: str) -> dict[str, Any]:
-    """Those of 08_step_time, as its notebook gets them; a ConfigError names what can't be among them."""
+def plan(scale: str) -> dict[str, Any]:
+    """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study.
+
+    Raises a ConfigError, which names what can't be among them.
+    """
     values = merge_parameters(parameter_files(SPEED, scale))
     held = get_type_hints(jobs, include_extras=True)
     for key in held.keys() & values.keys():
         held_to(held[key], values[key], f"page {SPEED!r}: {key}")
-    return values
-
-
-def plan(scale: str) -> dict[str, Any]:
-    """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study."""
-    return _parameters(scale) | {"study_arms": study_arms(scale)}
+    return values | {"study_arms": study_arms(scale)}
 
 
 def scaling(scale: str) -> dict[str, Any]:
     """Arguments of `bench_scaling` at a scale, `scaling` of 08_step_time, whose `base` wins over that of the scale; and the
     layers, name -> sizes, whose experts are shared out."""
-    values = _parameters(scale)
+    values = plan(scale)
     asked, sizes = values["scaling"], values["layer_sizes"]
     check_known(f"page {SPEED!r}: scaling: layers names", asked.get("layers", []), sizes)
     layers = {name: sizes[name] for name in asked.get("layers", [])}
