@@ -91,7 +91,7 @@ class Evidence:
             else (summary | (summary.get("routing") or {})).get(column)
             for seed, summary in self.finished(arm).items()
         }
-        return {seed: float(x) for seed, x in numbers.items() if x is not None and math.isfinite(x)}
+        return {seed: float(x) for seed, x in numbers.items() if x is not None}
 
     def measured(self, arm: str, seed: int, what: str) -> list[dict[str, Any]]:
         """What was measured on a run under that name, for each of what it was to be measured for; empty, where one is missing."""

@@ -344,12 +344,10 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     if not found.n:
         return f"{part.name}: not run"
     below, above = part.sides
-    from_neutral = part.compares and part.unit is not Unit.RATIO
-    value = found.value - part.neutral if from_neutral else found.value
-    size = amount(abs(value) if part.compares else value, part.unit, compares=part.compares)
-    text = part.found.format(size=size, side=below if value < 0 else above)
+    size = amount(abs(found.value) if part.compares else found.value, part.unit, compares=part.compares)
+    text = part.found.format(size=size, side=below if found.value < 0 else above)
     ends, seeds = found.interval(level), counted(found.n, found.of)
-    if ends and from_neutral and value < 0:  # like the size: towards the side that is named
+    if ends and part.compares and found.value < 0:  # like the size: towards the side that is named
         ends = -ends[1], -ends[0]
     text += f" ({span(*ends, part.unit)}; {seeds})" if ends else f" ({seeds}, no interval)"
     if label == NO_EFFECT:

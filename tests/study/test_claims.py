@@ -72,7 +72,8 @@ def test_half_the_steps_are_undecided_until_all_of_them_ran(ran):
 
 
 def test_c2_is_a_ratio_over_turns():
-    assert judged("C2", {}, bench={"even": [1.25, 1.26, 1.24]}).label == REPRODUCED
+    fast = judged("C2", {}, bench={"even": [1.25, 1.26, 1.24]})
+    assert fast.label == REPRODUCED and fast.sentence.endswith("of an EC-CF2 step (1.225 to 1.275; 3 turns).")
     found = judged("C2", {}, bench={"even": [1.08, 1.081, 1.079]})
     assert found.label == IN_DIRECTION
     assert found.sentence == (

@@ -78,6 +78,35 @@ def test_a_number_of_the_routing_is_a_number_of_the_run(study):
     assert set(evidence.values(arm, "share_1").values()) == {0.25} and evidence.values(arm, "share_2") == {}
 
 
+def test_numbers_are_those_of_finished_runs_by_seed_of_a_summary_or_of_measured_rows(monkeypatch):
+    evidence, asked, found = Evidence("paper", "09_causality"), [], {"a": {"rows": [1]}, "b": {"rows": [2]}}
+    hows = [SimpleNamespace(what=what, name=name) for what, name in (("losses", "a"), ("other", "c"), ("losses", "b"))]
+    evidence.planned = {"EC": {seed: SimpleNamespace(measures=hows) for seed in (5, 2, 7)}}
+    summaries = {
+        5: {"status": "finished", "val_loss": 2.5, "routing": {"share_1": 0.25}},
+        2: {"status": "finished", "val_loss": 2, "routing": None},
+        7: {"status": "diverged", "val_loss": 9.5, "routing": {"share_1": 0.5}},
+    }
+    evidence._summaries["EC"] = summaries
+
+    def measure(result, how, **keys):
+        asked.append((result.summary, how.name, keys))
+        return found.get(how.name)
+
+    monkeypatch.setattr("ecmoe.study.evidence.measure", measure)
+    assert evidence.finished("EC") == {seed: summaries[seed] for seed in (5, 2)}
+    assert evidence.values("EC", "val_loss") == {5: 2.5, 2: 2.0} and evidence.values("EC", "share_1") == {5: 0.25}
+    assert evidence.summaries("none") == evidence.values("none", "val_loss") == {}
+    assert evidence.measured("EC", 2, "losses") == [{"rows": [1]}, {"rows": [2]}]
+    keys = {"scale": "paper", "train": False, "keep": True}
+    assert asked == [(summaries[2], "a", keys), (summaries[2], "b", keys)]
+    rows = [{"way": "as trained", "loss": 4.0}, {"way": "causally", "loss": 5.0}]
+    found["a"] = {"rows": rows}
+    assert evidence.values("EC", "losses/causally") == {5: 5.0, 2: 5.0} and evidence.values("EC", "losses/x") == {}
+    del found["b"]  # whole or not at all
+    assert evidence.measured("EC", 2, "losses") == [] and evidence.values("EC", "losses/causally") == {}
+
+
 def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     study(
         {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"
@@ -104,6 +133,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
                 packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
                 row = {"validation": 203, "majority": 0.5, "accuracy": bits.mean()}
                 keep_measure(one, how, {"rows": [row], "right": packed, "right_causal": packed})
+    assert evidence.config("Dense").seed == 0 and evidence.config("no such arm") is None
     found = judge("C4", "gpu")
     assert found.label == REPRODUCED and found.parts[0].effect.value == pytest.approx(0.2, abs=0.03)
     assert found.parts[4].effect.value == pytest.approx(0.3, abs=0.03) and found.rests_on.size.startswith("12 layers")

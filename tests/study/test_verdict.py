@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import t, ttest_1samp
 
 from ecmoe.config import RunConfig
 from ecmoe.study import estimate, verdict
@@ -32,8 +33,6 @@ def part(says="below", *, ratio=False, **keys):
 def between(low, high, n=4, unit=Unit.NATS, level=0.95):
     """An estimate whose interval at that level is this."""
     low, high = unit.inner(low), unit.inner(high)
-    from scipy.stats import t
-
     error = (high - low) / 2 / t.ppf((1 + level) / 2, n - 1)
     return estimate.Estimate((low + high) / 2, ((error, n - 1),), n, unit)
 
@@ -74,13 +73,36 @@ def between(low, high, n=4, unit=Unit.NATS, level=0.95):
         # Near the paper's share.
         (part("near", figure=0.23, margin=0.05), 0.21, 0.25, REPRODUCED),
         (part("near", figure=0.23, margin=0.05), 0.15, 0.25, UNDECIDED),
+        (part("near", figure=0.23, margin=0.05), 0.20, 0.35, UNDECIDED),
+        (part("near", figure=0.23, margin=0.05), 0.10, 0.17, CONTRADICTED),
         (part("near", figure=0.23, margin=0.05), 0.29, 0.35, CONTRADICTED),
         (part("above", neutral=0.5, margin=0.02), 0.55, 0.60, REPRODUCED),
         (part("above", neutral=0.5, margin=0.02), 0.49, 0.51, NO_EFFECT),
+        (part("above", neutral=0.5, margin=0.02, figure=0.7), 0.72, 0.80, REPRODUCED),
+        (part("above", neutral=0.5, margin=0.02, figure=0.7), 0.65, 0.80, IN_DIRECTION),
     ],
 )  # fmt: skip
 def test_every_rule(rule, low, high, label):
     assert label_of(rule, between(low, high, unit=rule.unit), 0.95) == label
+
+
+@pytest.mark.parametrize(
+    "says, low, high, label",
+    [
+        ("below", -1.0, 0.0, UNDECIDED),  # it holds no effect, too
+        ("below", 0.0, 1.0, UNDECIDED),
+        ("below", -0.25, 0.25, NO_EFFECT),
+        ("below", -1.0, -0.25, REPRODUCED),
+        ("above", 0.25, 1.0, REPRODUCED),
+        ("at or below", 0.25, 1.0, UNDECIDED),
+        ("near", 0.25, 0.75, REPRODUCED),
+        ("near", 0.0, 0.25, UNDECIDED),
+        ("near", 0.75, 1.0, UNDECIDED),
+    ],
+)
+def test_an_interval_may_end_at_a_bound(says, low, high, label):
+    bounded = part(says, margin=0.25, figure=0.5 if says == "near" else None)
+    assert verdict._of_interval(bounded, low, high) == label
 
 
 def test_fewer_than_three_seeds_give_no_verdict():
@@ -132,7 +154,35 @@ def test_a_family_without_any_effect_is_wrong_as_seldom_as_the_protocol_says():
     assert wrong / 150 < 0.09
 
 
+def test_the_surest_level_of_a_label_is_its_p_value():
+    x = [-0.030, -0.028, -0.033, -0.026]
+    assert verdict._smallest_alpha(part(), of_values(x)) == pytest.approx(ttest_1samp(x, 0).pvalue, rel=1e-6)
+    assert verdict._smallest_alpha(part(), of_values(x[:2])) == 1.0  # too few seeds
+
+
 # What stands beside the label
+
+
+def test_a_sentence_has_number_interval_and_what_keeps_it_from_a_better_label():
+    share = {"margin": 0.02, "figure": 0.2, "sides": ("under", "over"), "how": "accuracy"}
+    rule = Part("x", ("a",), "above", "a is {size} {side} b", "accuracy", ("b",), **share)
+    found = of_values([0.03, 0.05, 0.04, 0.08], Unit.SHARE)
+    low, high = (f"{100 * end:.{int(end < 0.1)}f}" for end in found.interval(0.9))
+    needs = found.seeds_for(0.02, 0.9, 0.8)
+    for label, more in {
+        REPRODUCED: "",
+        IN_DIRECTION: "; the paper: 20 points",
+        NO_EFFECT: ", which counts as equal (by 2.0 points or less)",
+        UNDECIDED: f", which doesn't decide it; {needs} seeds would",
+    }.items():
+        assert verdict._found(rule, label, found, 0.9) == f"a is 5.0 points over b ({low} to {high}; 4 seeds){more}"
+    less = of_values([-0.03, -0.05, -0.04, -0.08], Unit.SHARE)
+    assert verdict._found(rule, REPRODUCED, less, 0.9) == f"a is 5.0 points under b ({low} to {high}; 4 seeds)"
+    two = verdict._found(rule, UNDECIDED, of_values([0.0500, 0.0501], Unit.SHARE), 0.9)
+    assert two == "a is 5.0 points over b (5.0 to 5.0; 2 seeds); a verdict needs 3 seeds"
+    one = verdict._found(rule, UNDECIDED, of_values([0.05], Unit.SHARE), 0.9)
+    assert one == "a is 5.0 points over b (1 seed, no interval); a verdict needs 3 seeds"
+    assert verdict._found(rule, NOT_RUN, of_values([], Unit.SHARE), 0.9) == "x: not run"
 
 
 def test_smoke_shows_that_everything_runs_and_gives_no_verdict():
@@ -192,6 +242,7 @@ def test_a_verdict_rests_on_what_puts_its_parts_in_direction_too_and_on_horizons
     del numbers["EC-CF2 raw, 1/2 of the steps"], numbers["EC-CF2 renormalized, 1/2 of the steps"]
     assert of_evidence(find_claim("C1"), Short(numbers, page="01_convergence")).rests_on.tokens == (20 * each,) * 2
     assert RestsOn(tokens=(26_214_400, 52_428_800)).trained == "26 to 52 million tokens"
+    assert RestsOn(tokens=(999_999, 2_000_000)).trained == "999,999 to 2,000,000 tokens"
 
 
 def test_runs_of_two_codes_or_cards_are_marked():
@@ -226,6 +277,8 @@ def test_another_page_judges_the_parts_whose_arms_it_trains():
     ]  # fmt: skip
     assert found.label == NO_EFFECT  # in place of half the steps: as many
     assert of_evidence(find_claim("C2"), Known(losses(**paper_size), page="07_fine_tuning")).parts == ()
+    there = of_evidence(find_claim("C1"), Known(losses(**CENTRE), page="07_fine_tuning"))  # where all are, none stands in
+    assert [p.name for p in there.deciding] == [p.name for p in judged("C1", losses(**CENTRE)).deciding]
 
 
 def test_an_interval_is_widened_by_the_number_of_parts_and_says_what_it_could_have_seen():
