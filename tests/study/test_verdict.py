@@ -277,7 +277,9 @@ def test_another_page_judges_the_parts_whose_arms_it_trains():
     ]  # fmt: skip
     assert found.label == NO_EFFECT  # in place of half the steps: as many
     assert of_evidence(find_claim("C2"), Known(losses(**paper_size), page="07_fine_tuning")).parts == ()
-    there = of_evidence(find_claim("C1"), Known(losses(**CENTRE), page="07_fine_tuning"))  # where all are, none stands in
+    there = of_evidence(
+        find_claim("C1"), Known(losses(**CENTRE), page="07_fine_tuning")
+    )  # where all are, none stands in
     assert [p.name for p in there.deciding] == [p.name for p in judged("C1", losses(**CENTRE)).deciding]
 
 
