@@ -156,7 +156,7 @@ def test_a_family_without_any_effect_is_wrong_as_seldom_as_the_protocol_says():
 
 def test_the_surest_level_of_a_label_is_its_p_value():
     x = [-0.030, -0.028, -0.033, -0.026]
-    assert verdict._smallest_alpha(part(), of_values(x)) == pytest.approx(ttest_1samp(x, 0).pvalue, rel=1e-6)
+    assert verdict._smallest_alpha(part(), of_values(x)) == pytest.approx(ttest_1samp(x, 0).pvalue, rel=1e-3)
     assert verdict._smallest_alpha(part(), of_values(x[:2])) == 1.0  # too few seeds
 
 
