@@ -88,7 +88,5 @@ def _meaning(node: Any) -> Any:
         and ast.get_docstring(node, clean=False) is not None
     ):
         fields["body"] = fields["body"][1:]
-    return [
-        type(node).__name__,
-        *([name, _meaning(value)] for name, value in fields.items() if value not in (None, []) and name not in _TYPES),
-    ]
+    said = {name: value for name, value in fields.items() if value not in (None, []) and name not in _TYPES}
+    return [type(node).__name__, *([name, _meaning(value)] for name, value in said.items())]

@@ -156,13 +156,8 @@ def this_device() -> torch.device:
 def tabled(rows: list[dict], absent: list[str], setting: Mapping[str, Any], **more: Any) -> pd.DataFrame:
     """What was timed, with `setting`, and what a time belongs to, in `attrs`."""
     table = pd.DataFrame(rows, columns=None if rows else ["ms"])
+    machine = dict(device=device_name(), torch=torch.__version__, threads=torch.get_num_threads(), commit=commit())
     settled = {"settled_s": SETTLE} if torch.cuda.is_available() else {}
-    machine = {
-        "device": device_name(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-    }
     table.attrs |= {"setting": {**setting, **machine, **settled}, "absent": absent, **more}
     return table
 

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Even, Grouped
@@ -110,7 +112,7 @@ def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
     return step_of(lit, optimizer, _tokens(config, device), pool=pool if captured else None, tracked=True)
 
 
-def _tokens(config: RunConfig, device: torch.device) -> torch.Tensor:
+def _tokens(config: RunConfig, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(config.seed)
     shape = config.batch_size, config.sequence_length + 1
     return torch.randint(config.vocab_size, shape, generator=generator).to(device)
@@ -194,12 +196,7 @@ def check_room() -> None:
 
 
 def step_of(
-    lit: LitModel,
-    optimizer: torch.optim.Optimizer,
-    batch: torch.Tensor,
-    even: bool = False,
-    pool: Any = None,
-    tracked: bool = False,
+    lit: LitModel, optimizer: Optimizer, batch: Tensor, even: bool = False, pool: Any = None, tracked: bool = False
 ) -> Call:
     """A training step on that batch. With a `pool` of memory its losses are a graph, captured in the first call; steps share it.
     even: routers that are `Even` choose evenly. tracked: the optimiser moves the routers' statistics already."""

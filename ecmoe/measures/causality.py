@@ -8,7 +8,7 @@ Letters: B sequences of T tokens, n = B T, e experts, c capacity factor, L MoE l
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,10 +29,7 @@ from ecmoe.routing.assignment import pack
 SMOOTHING = 8.0  # tokens that the unigram counts for in the bigram; ours
 GIVEN = ("token frequencies", "the current token", "the model, causally")
 # Two routings of the same weights: the pool of training, and the running cut-offs.
-ROUTINGS: Mapping[str, Callable[[Transformer], AbstractContextManager]] = {
-    "as trained": nullcontext,
-    "causally": causal_routing,
-}
+ROUTINGS = {"as trained": nullcontext, "causally": causal_routing}
 
 
 @torch.no_grad()

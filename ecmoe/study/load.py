@@ -111,19 +111,18 @@ def warn_of_hours(configs: Sequence[RunConfig]) -> None:
 @contextmanager
 def watching(bar: tqdm, one: planning.Planned, waiting: Sequence[planning.Planned]) -> Iterator[list[Any]]:
     """Callbacks of a run that is trained now, next of those that wait: they move the bar, in a notebook a widget, with its steps."""
-    import lightning as L  # not needed to read what is there
+    from lightning.pytorch.callbacks import LambdaCallback  # not needed to read what is there
 
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            bar.update(trainer.global_step + before - bar.n)
+    def moved(trainer: Any, *_: Any) -> None:
+        bar.update(trainer.global_step + before - bar.n)
 
-        def on_validation_end(self, trainer: Any, *_: Any) -> None:
-            if "val_loss" in trainer.callback_metrics:
-                bar.set_postfix(loss=f"{float(trainer.callback_metrics['val_loss']):.3f}")
+    def measured(trainer: Any, *_: Any) -> None:
+        if "val_loss" in trainer.callback_metrics:
+            bar.set_postfix(loss=f"{float(trainer.callback_metrics['val_loss']):.3f}")
 
     before = bar.n
     bar.set_description(f"run {waiting.index(one) + 1} of {len(waiting)}, {one.arms[0]} s{one.seed}")
-    yield [Watch()]
+    yield [LambdaCallback(on_train_batch_end=moved, on_validation_end=measured)]
     bar.update(one.config.steps + before - bar.n)  # of one that ended early, or called nobody back
 
 

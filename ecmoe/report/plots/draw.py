@@ -116,16 +116,15 @@ def lines(
     if reference in set(frame[by]):
         frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
         ax.axhline(0, color=INK, linewidth=1.4)
-    shown = shown or looks(frame[by])
-    names = [name for name in shown if name in set(frame[by])]
+    shown = {name: look for name, look in (shown or looks(frame[by])).items() if name in set(frame[by])}
     data = over_seeds(frame, [by, x], y).sort_values([by, x], ignore_index=True)
-    if not names:
+    if not shown:
         return data
-    across, there = frame[by] == level, {name: shown[name] for name in names}
+    across, names = frame[by] == level, list(shown)
     sns.lineplot(
         frame[~across], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
-        palette={name: look.color for name, look in there.items()}, dashes={name: look.dashes for name, look in there.items()},
-        markers=ticks_at_values and {name: look.marker for name, look in there.items()}, markersize=7, markeredgecolor=PAPER,
+        palette={name: look.color for name, look in shown.items()}, dashes={name: look.dashes for name, look in shown.items()},
+        markers=ticks_at_values and {name: look.marker for name, look in shown.items()}, markersize=7, markeredgecolor=PAPER,
         errorbar=bounds, err_style="bars" if ticks_at_values else "band", err_kws={} if ticks_at_values else {"alpha": 0.18, "linewidth": 0},
     )  # fmt: skip
     if across.any():

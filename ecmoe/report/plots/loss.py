@@ -48,11 +48,9 @@ def over(
         if len(columns) > 1:
             ax.set_ylim(bottom=0)
         if setting:
-            said = {
-                arm: (f"{number(row)} at {getattr(row, x):g}" for row in own.itertuples())
-                for arm, own in data.groupby("arm", sort=False)
-            }
-            return data, "; ".join(f"{arm}: {', '.join(each)}" for arm, each in said.items())
+            each = pd.Series([f"{number(row)} at {getattr(row, x):g}" for row in data.itertuples()], dtype=object)
+            said = each.groupby(data["arm"], sort=False).agg(", ".join)
+            return data, "; ".join(f"{arm}: {values}" for arm, values in said.items())
         ends = data.groupby("arm", sort=False).tail(1).sort_values("mean")
         return data, f"at the end, lowest first: {rows_text(ends, at=x)}"
 
@@ -122,9 +120,7 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
 
 def rows_text(data: pd.DataFrame, at: str | None = None) -> str:
     """What each row shows, in the order of the figure. at: a column with where that is."""
-    rows = list(data.dropna(subset=["mean"]).itertuples())
-    where = [f" at {getattr(row, at):g}" if at else "" for row in rows]
-    said = (
-        f"{row.arm} {number(row)}{w}, {counted(int(row.seeds), 'seed')}" for row, w in zip(rows, where, strict=True)
-    )
-    return "; ".join(said)
+    there = data.dropna(subset=["mean"])
+    where = there[at].map(" at {:g}".format) if at else [""] * len(there)
+    rows = zip(there.itertuples(), where, strict=True)
+    return "; ".join(f"{row.arm} {number(row)}{w}, {counted(int(row.seeds), 'seed')}" for row, w in rows)

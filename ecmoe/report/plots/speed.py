@@ -36,10 +36,8 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
                       markers=["o", "D"], dodge=0.3, linestyle="none", errorbar=None, markersize=6, ax=ax)  # fmt: skip
         ax.get_legend().remove()
         ax.axvline(100, color=INK, linewidth=1)
-        # Written once: beside each other they would touch.
-        ax.set(
-            xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * (size == measured[len(measured) // 2])
-        )
+        middle = size == measured[len(measured) // 2]  # beside each other the labels would touch
+        ax.set(xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * middle)
         said = ", ".join(f"{row.name} {row.percent:.0f}%" for row in here[here["what"] == BOTH].itertuples())
         shown = here[["name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
         return shown, said
