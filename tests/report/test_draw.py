@@ -1,0 +1,219 @@
+"""What every figure is drawn with, looked at on the axes themselves: what stands where, how it is called, what is left out."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from ecmoe.report.plots import draw
+from ecmoe.report.plots.style import GREY, INK, WIDTH, Look, looks, plain
+
+SHOWN = {"a": Look("#0072b2", "o"), "b": Look("#d55e00", "s", (4, 2)), "level": Look("#009e73", "^")}
+
+
+@pytest.fixture
+def ax():
+    with plain():
+        yield Figure(figsize=(9, 4.2)).subplots()
+
+
+def named(ax) -> dict[str, tuple]:
+    """Text -> where it stands, and its colour."""
+    return {text.get_text(): (*text.xy, text.get_color()) for text in ax.texts}
+
+
+def test_panels_have_their_titles_and_one_table_of_their_numbers():
+    def panel(ax, given):
+        ax.plot([0, 1], [given, 0], label=f"first of {given}")
+        ax.plot([0, 1], [0, given], label="second")
+        return pd.DataFrame({"x": [given]}, index=[7]), f"it is {given}"
+
+    each = {"one": 1, "two": 2, "three": 3}
+    plot = draw.panels(
+        "loss of it", panel, each, 5.0, "pqr", ["q", "q"], rows=2, key="size", ylabel="y", legend=2, sharey=True
+    )
+    assert plot.alt == "Loss of it. one: it is 1. two: it is 2. three: it is 3. Not run: p, r."
+    assert plot.data.to_dict("index") == {i: {"x": i + 1, "size": name} for i, name in enumerate(each)}
+    axes = plot.figure.axes
+    assert [(ax.get_title(), ax.get_visible(), ax.get_ylabel()) for ax in axes] == [
+        ("one", True, "y"), ("two", True, ""), ("three", True, ""), ("", False, ""),
+    ]  # fmt: skip
+    assert (
+        axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 2) and axes[0].get_ylim() == axes[2].get_ylim()
+    )
+    assert plot.figure.get_size_inches().tolist() == [WIDTH, 5.0] and plot.figure.get_constrained_layout()
+    (legend,) = plot.figure.legends  # of the first, side by side
+    assert [text.get_text() for text in legend.get_texts()] == ["first of 1", "second"] and legend._ncols == 2
+    wide = draw.panels("loss", panel, dict.fromkeys("abc", 1), 5.0, rows=2).figure.axes[0]
+    assert wide.get_subplotspec().get_gridspec().get_geometry() == (2, 2)
+    assert draw.panels("loss", panel, dict.fromkeys("abc", 1), 5.0).figure.axes[0].get_gridspec().ncols == 3
+    alone = draw.panels("loss", panel, {"": 4}, 3.0, ["p"])
+    assert alone.alt == "Loss: it is 4." and list(alone.data) == ["x"] and not alone.figure.legends
+    assert [(ax.get_title(), ax.get_ylabel()) for ax in alone.figure.axes] == [("", "")]
+    for given, measured, said in (({}, None, ""), ({"": 1}, [], " Not run: p, q.")):
+        nothing = draw.panels("loss", panel, given, 3.0, "pq", measured)
+        assert nothing.figure is None and nothing.alt == f"Loss: not run.{said}" and nothing.data.empty
+
+
+def measured() -> pd.DataFrame:
+    """Shares of two arms at three sizes and of one at a fourth, by two seeds; and two rows that lack a number."""
+    rows = [
+        (arm, seed, x, base + x / 100 + seed / 50)
+        for arm, base in (("b", 0.4), ("a", 0.2))
+        for seed in (0, 1)
+        for x in (4, 1, 2)
+    ]
+    rows += [("level", 0, 8, 0.3), ("level", 1, 8, 0.5), ("a", 2, 4, math.nan), ("a", 2, math.nan, 0.9)]
+    return pd.DataFrame(rows, columns=["arm", "seed", "num_experts", "dropped"])
+
+
+def test_lines_go_through_means_with_intervals_marks_and_names(ax):
+    data = draw.lines(
+        ax, measured(), "num_experts", "dropped", log=True, ticks_at_values=True, level="level", shown=SHOWN
+    )
+    means = {(arm, x): base + x + 1 for arm, base in (("a", 20), ("b", 40)) for x in (1, 2, 4)} | {("level", 8): 40.0}
+    assert data[["arm", "num_experts", "mean"]].values.tolist() == [
+        [*at, pytest.approx(mean)] for at, mean in means.items()
+    ]
+    half = 12.706205 * 2 / math.sqrt(2) / math.sqrt(2)  # Student's t for one degree of freedom, in percent
+    assert (data["high"] - data["mean"])[:6].tolist() == pytest.approx([half] * 6) and set(data["seeds"]) == {2}
+    assert ax.get_xscale() == "log" and ax.xaxis.get_transform().base == 2
+    assert ax.get_xticks().tolist() == [1, 2, 4] and [tick.get_text() for tick in ax.get_xticklabels()] == [*"124"]
+    assert isinstance(ax.xaxis.get_minor_locator(), NullLocator)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("number of experts e", "")
+    through = {line.get_color(): line for line in ax.get_lines() if line.get_marker() in ("o", "s")}
+    assert list(through) == [SHOWN["a"].color, SHOWN["b"].color]
+    for name, line in zip("ab", through.values(), strict=True):
+        assert line.get_ydata().tolist() == pytest.approx([means[name, x] for x in (1, 2, 4)])
+        assert line.get_marker() == SHOWN[name].marker and line.is_dashed() == (name == "b")
+    bars = [segment for bars in ax.containers for segment in bars[2][0].get_segments()]
+    assert sorted(y for bar in bars for y in bar[:, 1]) == pytest.approx(sorted([*data["low"][:6], *data["high"][:6]]))
+    (across,) = (line for line in ax.get_lines() if line.get_transform() != ax.transData)
+    assert across.get_ydata()[0] == pytest.approx(40.0) and across.get_color() == SHOWN["level"].color
+    assert across.get_linestyle() == "--"
+    ends = {"a": 25.0, "level": 40.0, "b": 45.0}
+    at = named(ax)
+    assert {name: color for name, (*_, color) in at.items()} == {name: SHOWN[name].color for name in ends}
+    assert list(at) == list(ends) and all(x == 1 for x, *_ in at.values())
+    assert [y for _, y, _ in at.values()] == sorted(y for _, y, _ in at.values())
+
+
+def test_lines_of_steps_are_bands_and_may_be_differences(ax):
+    frame = measured().assign(step=lambda rows: 5000 * rows["num_experts"])
+    data = draw.lines(ax, frame, "step", "dropped", reference="a", shown=SHOWN)
+    assert data["arm"].unique().tolist() == ["b"] and data["mean"].tolist() == pytest.approx([20.0] * 3)
+    zero, line = ax.get_lines()
+    assert list(zero.get_ydata()) == [0, 0] and zero.get_color() == INK and line.get_color() == SHOWN["b"].color
+    assert (
+        line.get_marker() in (None, "", "None") and ax.get_xscale() == "linear" and len(ax.collections) == 1
+    )  # a band
+    assert ax.xaxis.get_major_formatter()(15_000.0) == "15k" and list(named(ax)) == ["a", "b"]
+    ax.clear()
+    draw.lines(ax, frame, "step", "dropped", named=False)
+    first, second, _ = ax.get_lines()  # each in its own look, in the order of the frame
+    assert [first.get_color(), second.get_color()] == [looks(["b", "a", "level"])[arm].color for arm in "ba"]
+    assert not ax.texts and ax.yaxis.get_major_formatter()(15_000.0) != "15k"
+    assert draw.lines(ax, frame[:0], "step", "dropped").empty
+
+
+def test_names_keep_their_place_where_there_is_room(ax):
+    ax.set_ylim(0, 10)
+    draw.name_ends(
+        ax, {"high": 8.0, "low": 2.0, "one who isn't shown": 5.0}, {"high": Look("red", "o"), "low": Look("blue", "o")}
+    )
+    assert named(ax) == {"low": (1, 2.0, "blue"), "one who isn't shown": (1, 5.0, INK), "high": (1, 8.0, "red")}
+    assert {text.xyann for text in ax.texts} == {(8, 0)} and {text.get_va() for text in ax.texts} == {"center"}
+
+
+def test_points_are_rows_from_the_top_with_a_tick_for_each_seed(ax):
+    frame = measured().query("num_experts == 1 or arm == 'level'")
+    data = draw.points(ax, frame, "dropped", order=["level", "b", "lost", "a"])
+    assert data["arm"].tolist() == ["level", "b", "lost", "a"]
+    assert data["mean"].fillna(0).tolist() == pytest.approx([40, 42, 0, 22])
+    ticks = sorted(tuple(np.round(at, 6)) for marks in ax.collections for at in marks.get_offsets())
+    assert ticks == [(21.0, 3), (23.0, 3), (30.0, 0), (41.0, 1), (43.0, 1), (50.0, 0)]
+    means = [line for line in ax.get_lines() if line.get_marker() not in ("", "None", None)]
+    assert sorted((y, round(x, 6)) for line in means for x, y in zip(*line.get_data(), strict=True) if x == x) == [
+        (0, 40),
+        (1, 42),
+        (3, 22),
+    ]
+    assert {line.get_linestyle() for line in means} == {"None"}
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["level", "b", "lost", "a"] and ax.get_ylim() == (
+        3.5,
+        -0.5,
+    )
+    (gap,) = ax.texts
+    assert (gap.get_text(), gap.get_position(), gap.get_color()) == ("not run", (0.01, 2), GREY)
+    assert (
+        ax.get_ylabel() == ""
+        and not ax.yaxis.get_gridlines()[0].get_visible()
+        and ax.xaxis.get_gridlines()[0].get_visible()
+    )
+
+
+def test_points_of_two_kinds_stand_side_by_side(ax):
+    frame = pd.concat(
+        [measured().assign(kind=kind, dropped=lambda rows, k=k: rows["dropped"] + k) for k, kind in enumerate("xy")]
+    )
+    pairs = {"x": Look("#0072b2", "o"), "y": Look("#d55e00", "D")}
+    data = draw.points(ax, frame.query("num_experts == 2"), "dropped", order=["a", "b"], hue="kind", pairs=pairs)
+    assert data[["arm", "kind"]].values.tolist() == [["b", "x"], ["a", "x"], ["b", "y"], ["a", "y"]]
+    assert data["mean"].tolist() == pytest.approx([43, 23, 143, 123]) and not ax.collections  # no seed has a tick
+    means = {(to_hex(line.get_color()), line.get_marker()): line.get_ydata() for line in ax.get_lines() if len(line.get_xdata()) == 2
+             and line.get_marker() in ("o", "D")}  # fmt: skip
+    assert list(means) == [tuple(look[:2]) for look in pairs.values()]
+    assert [list(y) for y in means.values()] == [
+        [pytest.approx(i - 0.125) for i in (0, 1)],
+        [pytest.approx(i + 0.125) for i in (0, 1)],
+    ]
+
+
+def test_a_heat_map_writes_every_number_but_what_is_missing(ax):
+    matrix = (
+        pd.DataFrame([[0.25, math.nan], [1.5, 3.0]], ["r", "s"], ["c", "d"])
+        .rename_axis("rows")
+        .rename_axis("columns", axis=1)
+    )
+    draw.heat(ax, matrix, ".1f", 0.0, 4.0)
+    assert [text.get_text() for text in ax.texts] == ["0.2", "1.5", "3.0"] and len(ax.figure.axes) == 1
+    (mesh,) = ax.collections
+    assert mesh.get_clim() == (0.0, 4.0) and (ax.get_xlabel(), ax.get_ylabel()) == ("", "")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["r", "s"] and ax.get_yticklabels()[
+        0
+    ].get_rotation() == 0
+    assert (
+        ax.yaxis.get_major_ticks()[0].tick1line.get_markersize() == 0 and not ax.xaxis.get_gridlines()[0].get_visible()
+    )
+
+
+def test_numbers_decades_apart_have_a_logarithmic_axis(ax):
+    ax.plot([1, 2], [3.0, 40_000.0])
+    draw.in_decades(ax, "y", "val_loss")
+    assert ax.get_yscale() == "linear"
+    draw.in_decades(ax, "y", "over_capacity")
+    assert ax.get_yscale() == "symlog" and ax.get_xscale() == "linear" and ax.yaxis.get_transform().linthresh == 10
+    assert ax.get_ylim()[0] == -3 and ax.get_ylim()[1] > 40_000 and ax.yaxis.get_major_formatter()(1000.0, 0) == "1000"
+
+
+def test_over_seeds_keeps_the_order_of_the_frame_and_what_has_no_name():
+    rows = [("b", 2, 1.0), ("b", 1, 5.0), ("a", 2, 2.0), ("b", 2, 3.0), (None, 1, 4.0)]
+    data = draw.over_seeds(pd.DataFrame(rows, columns=["arm", "x", "y"]), ["arm", "x"], "y")
+    assert data.astype(object).fillna(0)[["arm", "x", "mean", "seeds"]].values.tolist() == [
+        ["b", 2, 2.0, 2],
+        ["b", 1, 5.0, 1],
+        ["a", 2, 2.0, 1],
+        [0, 1, 4.0, 1],
+    ]
+    assert data["high"][0] == pytest.approx(2 + 12.706205) and data["low"][1:].isna().all()
+
+
+def test_a_difference_is_to_the_reference_at_the_same_seed_and_x():
+    rows = [("r", 0, 1, 1.0), ("r", 0, 2, 2.0), ("r", 1, 1, 4.0), ("a", 0, 1, 1.5), ("a", 0, 2, 1.0), ("a", 1, 2, 9.0)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "x", "y"])
+    found = draw.minus(frame, "y", "r", ["seed", "x"])
+    assert found["arm"].unique().tolist() == ["a"] and found["y"].fillna(99).tolist() == [0.5, -1.0, 99]
