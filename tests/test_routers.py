@@ -107,6 +107,7 @@ def test_a_router_says_what_it_is_and_what_it_lacks():
         "TokenChoice(d_model=8, num_experts=4, top_k=2, gate=softmax, priority=order, aux_loss_weight=0.01, z_loss_weight=0.5, "
         "balance=switch, bias_rate=0.001)"
     )
+    assert routing.ExpertChoice(8, 1, 1.0).kernels == "plain"  # until a layer says otherwise
     with pytest.raises(NotImplementedError, match="Router doesn't say how it assigns"):
         routing.router.Router(8, 4).assign(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="hash_table=balanced needs token_counts"):

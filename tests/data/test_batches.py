@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,8 +110,25 @@ def test_validation_is_fixed_spread_out_and_not_trained_on(text):
     assert all(torch.equal(a, b) for a, b in zip(batches, other.val_dataloader(), strict=True))
     val = tokens.load(text.config).val
     rows = torch.cat(batches)
-    starts = [next(i for i in range(0, len(val), 33) if (val[i : i + 33] == row.numpy()).all()) for row in rows]
-    assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] > 0.95 * len(val) - 33  # no overlap
+    last = len(val) // 33 - 1
+    for i, row in enumerate(rows.numpy()):  # no overlap
+        np.testing.assert_array_equal(row, val[33 * round(i * last / 23) :][:33])
+
+
+def test_all_of_the_text_may_validate(text):
+    windows = len(tokens.load(text.config).val) // 33
+    whole, more = (TextData(text.config.replace(batch_size=1, eval_batches=windows + extra)) for extra in (0, 1))
+    whole.setup()
+    assert len(whole.val_batches()) == windows
+    with pytest.raises(ConfigError, match=f"has {windows} validation windows"):
+        more.setup()
+
+
+def test_a_rank_is_counted_over_all_machines(text):
+    data = TextData(text.config)
+    assert data._place == (0, 1)
+    data.trainer = SimpleNamespace(global_rank=3, local_rank=1, world_size=4)
+    assert data._place == (3, 4)
 
 
 def test_validation_over_ranks_is_the_validation_of_one(text, monkeypatch):
@@ -134,6 +152,7 @@ def test_counts_digest_and_provenance(text):
     said = text.provenance
     assert "PSF" in said["licence"] and said["attribution"] and said["vocab_size"] == 256
     assert said["train_tokens"] == len(train) and all(said[key] is not None for key in (*data._PROVENANCE, "split"))
+    assert said["train_documents"] == (np.asarray(train) == 0).sum() and said["val_documents"] > 0
 
 
 def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():
@@ -157,7 +176,9 @@ def test_bytes_per_token_of_bpe_is_that_of_the_validation_windows():
 def test_too_small_a_corpus_names_the_keys(text, keys, named):
     with pytest.raises(ConfigError) as error:
         TextData(text.config.replace(**keys)).setup()
-    for word in (named, "data='stdlib'", "batch_size=", "sequence_length", "max_bytes=400000"):
+    given = text.config.replace(**keys)
+    for word in (named, "data='stdlib'", f"batch_size={given.batch_size},", f"eval_batches={given.eval_batches},",
+                 "sequence_length", "max_bytes=400000"):  # fmt: skip
         assert word in str(error.value)
 
 
@@ -184,6 +205,8 @@ def test_licence_stated_after_tokenising(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("A line of text.\n\n" * 5000)
     config = RunConfig(data=str(path), sequence_length=16, batch_size=4, eval_batches=2)
+    with pytest.raises(ConfigError, match=f"data='{path}' has"):  # without what the key states of its content
+        TextData(config.replace(eval_batches=10**6)).setup()
     for licence in ("not stated", "CC0"):
         found = TextData(config)
         found.setup()

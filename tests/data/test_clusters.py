@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from sklearn.cluster import MiniBatchKMeans
 
 from ecmoe.data import clusters, tokens
 from ecmoe.data.batches import TextData
@@ -52,6 +53,18 @@ def test_a_class_does_not_see_its_own_window():
     before, after = classes.before(windows), classes.before(changed)
     assert before[20] == after[20] and before[21] != after[21]
     assert (np.delete(before, 21) == np.delete(after, 21)).all()
+
+
+@pytest.mark.parametrize("classes", [64, 65])
+def test_classes_are_those_of_k_means_in_the_shares_of_tokens_modulo_256(classes):
+    """The same for ever: they are part of the data of a run."""
+    windows = RANDOM.integers(0, 700, (200, 40)).astype(np.uint16)
+    shares = np.stack([np.bincount(row % 256, minlength=256) for row in windows]) / 40
+    few = {"n_init": 3} if classes == 64 else {"n_init": 1, "init": "random"}
+    fitted = MiniBatchKMeans(classes, random_state=0, **few).fit(np.sqrt(shares).astype(np.float32))
+    found = TextClusters(windows, classes)
+    np.testing.assert_array_equal(found.before(windows)[1:], fitted.labels_[:-1])
+    assert clusters.FITTED == 20_000 and len(set(TextClusters(windows[:64], 64).before(windows))) > 1
 
 
 def test_many_short_windows_take_little_memory():

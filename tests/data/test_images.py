@@ -54,8 +54,8 @@ def test_digits_are_all_there_in_a_fixed_split():
 
 
 def test_folder_holds_out_a_fifth_of_each_class(tmp_path):
-    found = images.load(folder_of(tmp_path / "pets"))
-    assert found.classes == ("cat", "dog") and found.train_x.shape == (8, 3, 4, 6)  # 6 wide, 4 high
+    found = images.load(folder_of(tmp_path / "pets", 7))
+    assert found.classes == ("cat", "dog") and found.train_x.shape == (12, 3, 4, 6)  # 6 wide, 4 high
     assert found.val_y.tolist() == [0, 1]
     red = (found.val_x[:, 0, 0, 0] * 255).round().int().tolist()
     assert red == [4, 24] and found.train_x[:, 2].min() == 1
@@ -68,6 +68,27 @@ def test_folder_with_its_own_split_keeps_it(tmp_path):
     picture(0).save(tmp_path / "train" / "x.png")  # of no class
     found = images.load(f"images:{tmp_path}")
     assert (len(found.train_y), len(found.val_y)) == (6, 4) and found.classes == ("cat", "dog")
+    for side, count in (("val", 1), ("validation", 4)):  # the first of three that is there
+        folder_of(tmp_path / side, count)
+        assert len(images.load(f"images:{tmp_path}").val_y) == 2 * count
+    (tmp_path / "validation" / "ape").mkdir()
+    picture(0).save(tmp_path / "validation" / "ape" / "x.png")  # a class that nobody trains on
+    found = images.load(f"images:{tmp_path}")
+    assert found.classes == ("ape", "cat", "dog") and found.train_y.min() == 1 and found.val_y.min() == 0
+    with pytest.raises(ConfigError, match="classes=2 with .*: it has 3; set classes: 3"):
+        images.check(RunConfig(data="digits", classes=2, channels=3, sequence_length=6), found)
+
+
+def test_patches_of_pictures_that_are_not_square(tmp_path):
+    data = folder_of(tmp_path)
+    loaded = images.load(data)
+    images.check(config := RunConfig(data=data, classes=2, channels=3, sequence_length=6), loaded)
+    for keys, said in (
+        ({"patch_size": 4}, r"patch_size=4: must divide the 4 x 6 pixels of data='.*'; may be one of \[1, 2\]"),
+        ({"sequence_length": 4}, "images of 4 x 6 pixels have 6 patches of patch_size=2; set sequence_length: 6"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            images.check(config.replace(**keys), loaded)
 
 
 @pytest.mark.parametrize("place", ["{}", "."])
@@ -86,8 +107,8 @@ def test_packed_jpegs(tmp_path, monkeypatch, place):
 
 @pytest.mark.parametrize(("last", "classes"), [(9, images.CIFAR10), (10, tuple(map(str, range(11))))])
 def test_packed_cifar10_has_its_names_where_they_are_enough(tmp_path, last, classes):
-    for part in ("train", "test"):
-        pack(tmp_path, part, [0, last])
+    for part, labels in (("train", [0, 1]), ("test", [0, last])):
+        pack(tmp_path, part, labels)
         for kind in ("jpgs", "idx"):
             (tmp_path / f"toy_{part}.{kind}.xz").rename(tmp_path / f"cifar10_{part}.{kind}.xz")
     assert images.load(f"images:{tmp_path}").classes == classes
@@ -209,10 +230,11 @@ def test_error_names_key_value_and_remedy(data, named):
     assert all(text in str(error.value) for text in named)
 
 
-def test_sizes_must_agree(tmp_path):
+@pytest.mark.parametrize("size", [(8, 4), (6, 8)])
+def test_sizes_must_agree(tmp_path, size):
     folder_of(tmp_path / "train", 3)
-    picture(0, (8, 8)).save(tmp_path / "train/cat/x.png")
-    with pytest.raises(ConfigError, match="6 x 4 and 8 x 8 pixels.*resize"):
+    picture(0, size).save(tmp_path / "train/cat/x.png")
+    with pytest.raises(ConfigError, match=f"6 x 4 and {size[0]} x {size[1]} pixels.*resize"):
         images.load(f"images:{tmp_path}")
 
 
@@ -284,6 +306,22 @@ def test_only_who_asks_for_it_sees_them_moved():
         first.append(next(iter(data.train_batches(0, 0, 1))))
     (x, y), (moved, same) = first
     assert torch.equal(y, same) and torch.equal(moved, images.shifted(x, np.random.default_rng([0, 0, 0, 1])))
+
+
+def test_validation_is_spread_over_its_images_in_an_order_that_stays():
+    data = images.ImageData(RunConfig(data="digits", sequence_length=16, batch_size=7, eval_batches=9))
+    data.setup()
+    loaded = images.load("digits")
+    which = np.random.default_rng(0).permutation([round(i * 359 / 62) for i in range(63)])
+    assert torch.equal(data.val[0], loaded.val_x[which]) and torch.equal(data.val[1], loaded.val_y[which])
+    assert data.digest == loaded.provenance["digest"] and data.classes == loaded.classes
+    assert data.provenance == loaded.provenance
+
+
+def test_a_small_image_is_moved_too():
+    x = torch.arange(1.0, 17).view(1, 1, 4, 4).expand(200, 1, 4, 4)
+    seen = images.shifted(x, np.random.default_rng(0)).flatten(1)
+    assert len(seen.unique(dim=0)) == 3 * 3 * 2  # by a pixel at most in each direction, and mirrored
 
 
 def test_an_image_is_moved_by_at_most_an_eighth_of_its_side_and_may_be_mirrored():

@@ -7,7 +7,7 @@ import torch
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
-from ecmoe.data.corpus import source_key, source_sha256
+from ecmoe.data.corpus import described, source_key, source_sha256
 from ecmoe.data.tokenizer import END
 
 T = 16
@@ -57,6 +57,7 @@ def test_every_batch_sees_all_parts(mix):
     data = opened(config(mix))
     for batch in data.val_batches():
         assert shares(batch) == [2, 2, 2]
+    assert np.sum([shares(batch) for batch in opened(config(mix, eval_batches=100)).val_batches()], axis=0).tolist() == [200] * 3
     (uneven,) = opened(config(mix, batch_size=7, eval_batches=1)).val_batches()
     assert shares(uneven) == [3, 2, 2]
     steps = [shares(batch) for _, batch in zip(range(200), data.train_batches(0, 0, 1), strict=False)]
@@ -70,12 +71,15 @@ def test_counts_bytes_and_provenance_are_those_of_what_is_used(mix):
     data = opened(config(mix))
     said = data.provenance
     assert data.token_counts.sum() == said["train_tokens"] == said["train_bytes"]
+    assert said["train_documents"] == (tokens.load(data.config).train == 0).sum()
     each = [data.token_counts[ord(letter)] for letter in LETTERS]
     assert min(each) > 0.98 * max(each)
     assert said["name"] == "33% All A + 33% b.txt + 33% c.txt"
     assert said["licence"] == "All A: CC0; b.txt: not stated; c.txt: not stated"
     assert [part["share"] for part in said["parts"]] == [1 / 3] * 3
     assert [part["data"] for part in said["parts"]] == mix.removeprefix("mix:").split(",")
+    two = described(mix.rpartition(",")[0], said["parts"][:2])
+    assert two["name"] == "50% All A + 50% b.txt" and two["split"].startswith("All A: ") and len(two["parts"]) == 2
 
 
 def test_one_tokenizer_learns_from_all_alike(mix):

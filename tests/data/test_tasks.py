@@ -43,8 +43,9 @@ def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
             {"question": "was it", "passage": "No.", "label": 0, "idx": 1},
         ],
     )
+    (tmp_path / "boolq" / "validation.jsonl").write_text('{"question": "why", "passage": "So.", "label": 1}')
     train, validation = tasks.load("boolq", tmp_path)
-    assert train.texts == [("It is.", "is it"), ("No.", "was it")] == validation.texts
+    assert train.texts == [("It is.", "is it"), ("No.", "was it")] and validation.texts == [("So.", "why")]
     assert train.labels.tolist() == [1, 0] and train.texts[0] == ("It is.", "is it")
 
 
@@ -112,3 +113,4 @@ def test_our_own_task_has_code_and_prose_in_halves():
     starts = ("import ", "from ", "def ", "class ", "if ", "return ")
     code = [label for (text,), label in zip(*train, strict=True) if text.startswith(starts)]
     assert len(code) > 100 and np.mean(code) < 0.2
+    assert tasks.load("lines", "nowhere")[0].texts == train.texts

@@ -24,6 +24,10 @@ def test_decode_inverts_encode(bpe, text):
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
+def test_half_a_character_is_shown_as_one_that_is_missing(bpe):
+    assert Bytes().decode([*"ü".encode()][:1] + [65]) == "\ufffdA"
+
+
 def test_end_is_one_token_of_its_own(bpe):
     for tokenizer in (Bytes(), bpe):
         ids = tokenizer.encode([f"mat.{END}"])[0].tolist()

@@ -55,6 +55,8 @@ def test_tokens_are_the_text(book, make, keys):
     assert meta["val_documents"] == val.count(END) and meta["train_documents"] == train.count(END)
     assert found.train.dtype == (np.uint16 if keys else np.uint8) and isinstance(found.train, np.memmap)
     assert meta["source_sha256"] and meta["parts"][0]["licence"] == "not stated"
+    whole = train + val  # with the end of each document
+    assert (meta["parts"][0]["bytes"], meta["parts"][0]["documents"]) == (len(whole.encode()), whole.count(END))
 
 
 def test_bpe_learns_nothing_from_what_validates(monkeypatch, make):
@@ -140,6 +142,18 @@ def test_max_bytes_ends_between_characters(make, tmp_path, limit):
 def test_no_document_is_cut_to_less_than_a_character_may_take(limit, sizes):
     corpus = Corpus("", "", "", [("a", "x" * 10), ("b", "y" * 10)])
     assert SplitText.read(corpus, io.BytesIO(), limit).lengths.tolist() == sizes
+
+
+def test_of_a_sources_own_validation_a_part_is_read_however_small():
+    corpus = Corpus("", "", "", [("a", "x" * 99)], [("b", "y" * 99)] * 2)
+    assert SplitText.read(corpus, io.BytesIO(), 30).lengths.tolist() == [31, 3]  # 5% of 30 bytes, rounded up
+
+
+def test_documents_of_one_unit_lie_on_one_side():
+    units = [f"caf\udce9{i // 5}.txt" for i in range(500)]  # a file's name need be no UTF-8
+    corpus = Corpus("", "", "", [(unit, f"text {i}") for i, unit in enumerate(units)])
+    is_val = SplitText.read(corpus, io.BytesIO(), 0).is_val.reshape(100, 5)
+    assert (is_val.all(1) == is_val.any(1)).all() and is_val.any() and tokens.BPE_BYTES == 50_000_000
 
 
 def test_what_ends_a_document_is_in_none():

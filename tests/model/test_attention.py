@@ -40,6 +40,12 @@ def test_buckets_are_t5s():
     assert far == sorted(far) and far[-1] == 31
 
 
+def test_buckets_of_odd_numbers_and_of_more_than_there_are_distances():
+    assert bucket(torch.arange(9), 8, 3).tolist() == [0, 1, 2, 3, 4, 7, 7, 7, 7]  # all are near
+    far = [min(3 + int(4 * math.log(d / 3) / math.log(50 / 3)), 6) for d in range(3, 60)]
+    assert bucket(torch.arange(60), 7, 50).tolist() == [0, 1, 2, *far]
+
+
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (2, 2), (4, 8), (32, 2), (7, 50)])
 def test_distances_from_near_on_share_the_last_bucket(buckets, distance):
     near = RelativeBias(1, buckets, distance).near

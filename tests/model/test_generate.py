@@ -69,6 +69,16 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_top_k():
     assert torch.equal(generate(model, prompt, 8, seed=1, top_k=1000), a)  # of 256
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_drawn_from_the_softmax_of_the_k_largest_logits_over_the_temperature(dtype):
+    model, prompts = warm(dtype=dtype), ids(64, 3)
+    with causal_routing(model), torch.no_grad():
+        logits = model(prompts)[:, -1].float() / 0.25
+    kept = logits.masked_fill(logits < logits.sort(dim=1).values[:, -5:-4], -torch.inf)
+    drawn = torch.multinomial(kept.softmax(1), 1, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(generate(model, prompts, 1, temperature=0.25, top_k=5, seed=9)[:, -1:], drawn)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_and_routing_come_back(training):
     model = warm().train(training)
@@ -77,7 +87,14 @@ def test_training_mode_and_routing_come_back(training):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"prompt": torch.zeros(1, 0, dtype=torch.long)}, {"temperature": -1.0}, {"top_k": 0}, {"tokens": -1}]
+    "bad",
+    [
+        {"prompt": torch.zeros(1, 0, dtype=torch.long)},
+        {"prompt": torch.zeros(3, dtype=torch.long)},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"tokens": -1},
+    ],
 )
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match="|".join(bad)):

@@ -42,6 +42,12 @@ def test_over_layers_a_load_is_the_worst_and_a_share_the_mean():
     assert [m.name for m in metrics.of_layers() if m.worst] == ["over_capacity", "max_load"]
 
 
+def test_units_are_those_that_the_words_say():
+    for metric in metrics.METRICS:
+        said = "nats" if "nats per token" in metric.label else "share" if "(%)" in metric.label else ""
+        assert metric.unit == said, metric.name
+
+
 def test_a_layer_tells_what_it_did():
     moe = MoE(TokenChoice(3, 3, 1, 1.0), 3, 4)
     with torch.no_grad():

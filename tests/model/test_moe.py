@@ -193,6 +193,15 @@ def test_routing_is_float32_under_bfloat16(dtype):
     assert torch.equal(seen[0], x @ moe.router.weight.float())
 
 
+def test_in_bf16_a_gate_weighs_as_rounded_and_kernels_must_exist():
+    moe, x = layer().bfloat16(), tokens().bfloat16().view(N, D)
+    token, gate = moe.router.assign(moe.router.logits(x))
+    out = moe.experts(x, token, gate)
+    assert torch.equal(out, moe.experts(x, token, gate.bfloat16().float())) and torch.equal(out, moe(x))
+    with pytest.raises(ValueError, match="kernels='cuda': must be one of auto, plain, triton, triton-bmm"):
+        moe.kernels = "cuda"
+
+
 def test_a_layer_of_ones_own_starts_by_fan_in():
     moe = MoE(ExpertChoice(48, 8), 48, 80)
     assert moe.w1.std().item() == pytest.approx(48**-0.5, rel=0.05)

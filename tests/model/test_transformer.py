@@ -1,6 +1,8 @@
 """The Transformer: causal where it must be, its bias and FFN as written out, sizes as printed in Table 1."""
 
+import hashlib
 import math
+import struct
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ def test_experts_are_in_every_other_layer_and_nowhere_in_the_dense_twin():
     assert [block.moe is not None for block in model.blocks] == [False, True, False, True]
     assert [block.ffn is not None for block in model.blocks] == [True, False, True, False]
     assert build_model(SMALL.replace(router="dense")).moe_layers == []
+    for every, layers in ((1, [0, 1, 2, 3, 4, 5]), (3, [2, 5]), (4, [3])):
+        blocks = build_model(SMALL.replace(layers=6, moe_every=every)).blocks
+        assert [i for i, block in enumerate(blocks) if block.moe is not None] == layers
 
 
 def test_experts_take_the_kernels_of_the_config():
@@ -49,11 +54,15 @@ def test_gated_ffn_is_gelu_gated():
 def test_each_block_adds_to_the_stream_and_the_norm_comes_last():
     model, tokens = build_model(SMALL.replace(layers=3)).double(), ids()
     x = model.embedding.weight[tokens]
+
+    def norm(x):  # its weight is 1 at the start
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
     for block in model.blocks:
-        x = x + block.attention(block.attention_norm(x))
-        x = x + (block.ffn or block.moe)(block.ffn_norm(x))
-    torch.testing.assert_close(model.hidden(tokens), model.norm(x))
-    torch.testing.assert_close(model(tokens), model.norm(x) @ model.embedding.weight.T)
+        x = x + block.attention(norm(x))
+        x = x + (block.ffn or block.moe)(norm(x))
+    torch.testing.assert_close(model.hidden(tokens), norm(x))
+    torch.testing.assert_close(model(tokens), norm(x) @ model.embedding.weight.T)
 
 
 def test_initial_values_keep_the_stream_near_1():
@@ -70,6 +79,15 @@ def test_initial_values_keep_the_stream_near_1():
     for name, std in expected.items():
         assert named[name].std().item() == pytest.approx(std, rel=0.12), name
     assert all((p == 1).all() for name, p in named.items() if name.endswith("norm.weight"))
+
+
+def test_values_follow_from_seed_and_name_for_ever():
+    """Another way to draw them would make other runs of the same configs."""
+    named = dict(build_model(SMALL.replace(seed=7)).named_parameters())
+    for name, std in (("embedding.weight", 16**-0.5), ("blocks.1.moe.router.weight", 16**-0.5)):
+        (seed,) = struct.unpack_from("<Q", hashlib.sha256(f"7/{name}".encode()).digest())
+        drawn = torch.randn(named[name].shape, generator=torch.Generator().manual_seed(seed // 2))
+        torch.testing.assert_close(named[name].detach(), drawn * std)
 
 
 def test_same_seed_same_values_in_all_shared_parameters():
@@ -159,6 +177,9 @@ def test_table_1_has_the_papers_sizes(name):
     sizes = {"0.1B": (12, 768, 3072, 12), "8B": (32, 4096, 16384, 32)}
     assert (config.layers, config.d_model, config.d_ff, config.heads) == sizes[size]
     assert (config.sequence_length, config.batch_size, config.vocab_size) == (1024, 64, 256_000)
+    assert (config.data, config.streaming, config.tokenizer) == ("c4", True, "bpe")
+    active = {"0.1B": "145M" if experts else "130M", "8B": "9.8B" if experts else "8.7B"}[size]
+    assert TABLE_1[name].active == active and (experts or TABLE_1[name].total == active)
     assert (
         (config.router, f"{config.num_experts}E") == ("expert_choice", experts) if experts else config.router == "dense"
     )

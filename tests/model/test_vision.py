@@ -114,6 +114,14 @@ def test_shared_parameters_start_alike_and_sizes_are_counted(digits):
     assert [len(m.moe_layers) for m in (model, dense)] == [1, 0]
 
 
+def test_the_head_reads_the_mean_of_all_patches(digits):
+    model, x = build_model(digits(d_model=64)), torch.rand(3, 1, 8, 8)
+    patches = model.through(model.embedding(x))
+    torch.testing.assert_close(model(x), sum(patches.unbind(1)) / 16 @ model.head.weight.T)
+    assert model.head.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert model.embedding.patch.weight.std().item() == pytest.approx(4**-0.5, rel=0.15)
+
+
 def test_pool_of_one_image_routes_as_if_the_others_were_not_there(digits):
     model = build_model(digits(pool="sequence")).eval()
     x = torch.rand(6, 1, 8, 8)

@@ -84,6 +84,11 @@ def test_pack_of_nothing_has_a_slot():
     assert pairs(assignment, 1) == {}
 
 
+def test_a_limit_above_the_slots_adds_none():
+    ids, nobody = torch.arange(4), torch.zeros(4, dtype=torch.long)
+    assert pack(ids, nobody, torch.ones(4), n=4, e=2, slots=2, limit=torch.tensor(3)).token.tolist() == [[0, 1], [4, 4]]
+
+
 def test_renormalized_gates_are_the_quotients_and_so_are_their_gradients():
     draw = torch.Generator().manual_seed(0)
     token = torch.stack([torch.randperm(7, generator=draw)[:4] for _ in range(3)])
@@ -99,10 +104,10 @@ def test_renormalized_gates_are_the_quotients_and_so_are_their_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_renormalized_gates_sum_to_one_and_nobodys_token_stays_zero(dtype):
-    token = torch.tensor([[0, 1, 3], [1, 3, 3]])
-    gate = torch.tensor([[0.1, 0.2, 0.0], [1e-30, 0.0, 0.0]], dtype=dtype)
-    total = Assignment(token, gate).renormalized(3).dense(3).sum(1)
-    assert total.tolist() == [1, 1, 0] and total.dtype == dtype
+    token = torch.tensor([[0, 1, 4], [1, 2, 4]])
+    gate = torch.tensor([[0.1, 0.2, 0.0], [1e-30, 1e-30, 0.0]], dtype=dtype)
+    total = Assignment(token, gate).renormalized(4).dense(4).sum(1)
+    assert total.tolist() == [1, 1, 1, 0] and total.dtype == dtype
 
 
 def test_as_many_tokens_as_experts_are_asked_for():

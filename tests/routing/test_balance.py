@@ -56,27 +56,36 @@ def test_importance_loss_is_the_squared_coefficient_of_variation():
     assert importance_loss(torch.full((8, 4), 0.25)).item() == 0
 
 
-def test_load_loss_is_v_moes():
+def v_moes_load_loss(clean: np.ndarray, noisy: np.ndarray, top_k: int) -> float:
     """Riquelme et al. 2021, Eq. 10 to 14: the chance that new noise of 1/e lifts a logit over the threshold."""
-    noisy = LOGITS + torch.randn(N, E, dtype=torch.float64, generator=generator(2)) / E
     load = np.zeros(E)
-    for x, y in zip(LOGITS.numpy(), noisy.numpy(), strict=True):
-        load += 1 - norm.cdf(np.sort(y)[-2] - x, scale=1 / E)
-    assert load_loss(LOGITS, noisy, 2).item() == pytest.approx((load.std() / load.mean()) ** 2)
+    for x, y in zip(clean, noisy, strict=True):
+        load += 1 - norm.cdf(np.sort(y)[-top_k] - x, scale=1 / E)
+    return (load.std() / load.mean()) ** 2
 
 
-def test_importance_and_load_draw_noise_in_training_only():
-    router = TokenChoice(D, E, 2, balance="importance_load", aux_loss_weight=1.0)
+def test_load_loss_is_v_moes():
+    noisy = LOGITS + torch.randn(N, E, dtype=torch.float64, generator=generator(2)) / E
+    assert load_loss(LOGITS, noisy, 2).item() == pytest.approx(v_moes_load_loss(LOGITS.numpy(), noisy.numpy(), 2))
+
+
+@pytest.mark.parametrize(("mask", "top_k"), [(None, 2), (MASK, 3)])
+def test_importance_and_load_draw_noise_in_training_only(mask, top_k):
+    router = TokenChoice(D, E, top_k, balance="importance_load", aux_loss_weight=0.3, z_loss_weight=0.1)
     torch.manual_seed(0)
     noise = torch.randn_like(LOGITS) / E
     torch.manual_seed(0)
-    chosen = router.assign(LOGITS)
-    expected = 0.5 * (importance_loss(LOGITS.softmax(1)) + load_loss(LOGITS, LOGITS + noise, 2))
-    assert chosen.aux_loss.item() == pytest.approx(expected.item())
-    noisy = (LOGITS + noise).softmax(1)
-    torch.testing.assert_close(chosen.dense(N), noisy * (noisy >= noisy.topk(2, 1).values[:, -1:]))
-    quiet = TokenChoice(D, E, 2, balance="none").assign(LOGITS).dense(N)
-    assert torch.equal(router.eval().assign(LOGITS).dense(N), quiet)
+    chosen = router.assign(LOGITS, mask=mask)
+    x, y = (z if mask is None else z[mask] for z in (LOGITS, LOGITS + noise))
+    importance = x.softmax(1).sum(0).numpy()
+    balance = 0.5 * ((importance.std() / importance.mean()) ** 2 + v_moes_load_loss(x.numpy(), y.numpy(), top_k))
+    z = x.logsumexp(1).square().mean().item()
+    assert chosen.aux_loss.item() == pytest.approx(0.3 * balance + 0.1 * z)
+    noisy = y.softmax(1)
+    dense = chosen.dense(N) if mask is None else chosen.dense(N)[mask]
+    torch.testing.assert_close(dense, noisy * (noisy >= noisy.topk(top_k, 1).values[:, -1:]))
+    quiet = TokenChoice(D, E, top_k, balance="none").assign(LOGITS, mask=mask).dense(N)
+    assert torch.equal(router.eval().assign(LOGITS, mask=mask).dense(N), quiet)
     assert not torch.equal(chosen.dense(N), quiet)
 
 
@@ -112,6 +121,8 @@ def test_bias_moves_once_a_step_against_the_load_and_leaves_the_gates():
     assert router.bias.tolist() == [-0.5, 0, 0.5, 0.5]
     router.end_step()  # nothing seen since
     assert router.bias.tolist() == [-0.5, 0, 0.5, 0.5]
+    router.eval().assign(logits)
+    assert not router.load_error.any()  # of training alone
     router.bias.copy_(torch.tensor([-9.0, 0.25, 0.5, 0.125]))
     chosen = router.assign(logits)
     assert chosen.load(8)[0] == 0

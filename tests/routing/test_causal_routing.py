@@ -93,6 +93,16 @@ def test_cutoff_is_the_kth_largest_score_so_a_training_batch_is_routed_as_in_tra
         same_choice(router.assign(logits).dense(16), trained)
 
 
+def test_cutoffs_are_an_average_over_the_last_hundred_steps_or_so():
+    router, expected, steps = ExpertChoice(D, E, 1.0), 0.0, 3
+    for step in range(steps):
+        logits = random_logits(8, E, step)
+        router.assign(logits)
+        router.end_step()
+        expected = 0.99 * expected + 0.01 * logits.softmax(1).sort(0).values[-2]
+    torch.testing.assert_close(router.cutoff.value(), (expected / (1 - 0.99**steps)).float())
+
+
 def test_cutoffs_average_pools_and_leave_out_padding():
     logits = random_logits(18, 2, 0)
     mask = torch.ones(3, 6, dtype=torch.bool)

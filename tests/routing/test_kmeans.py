@@ -164,6 +164,20 @@ def test_no_gradient_passes_through_the_choice():
     assert logits.dtype == torch.float32 and moe.router.logits(tokens(6).bfloat16()).dtype == torch.float32
 
 
+def test_scores_are_the_distances_and_each_token_that_was_read_counts_once():
+    router, x = KMeans(64, 32), tokens(6, d=64)
+    assert router.centroids.std().item() == pytest.approx(0.1, rel=0.05)  # small: they split by direction
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router.logits(x)
+    distances = [[sum((x[t] - c) ** 2).item() for c in router.centroids] for t in range(6)]
+    torch.testing.assert_close(logits, -torch.tensor(distances), rtol=1e-4, atol=1e-4)
+    router.assign(torch.zeros(5, 32))  # of other tokens
+    router.logits(x)
+    for _ in range(2):
+        router.assign(logits)
+    assert router.pending_counts.sum() == 6
+
+
 def test_seed_decides_where_the_clusters_start():
     assert torch.equal(KMeans(D, E, seed=3).centroids, KMeans(D, E, seed=3).centroids)
     assert not torch.equal(KMeans(D, E, seed=3).centroids, KMeans(D, E, seed=4).centroids)

@@ -148,6 +148,7 @@ def test_evaluation_needs_no_whole_number_of_tokens_but_training_does():
         router.assign(random_logits(7, 4, 0))
     assert router.eval().assign(random_logits(7, 4, 0)).load(7).sum() == 7
     assert LinearAssignment(D, 1).assign(random_logits(7, 1, 0)).load(7).tolist() == [7]
+    assert LinearAssignment(D, 4).assign(torch.zeros(0, 4)).load(0).tolist() == [0] * 4
 
 
 def test_what_may_be_lost_is_a_share_of_how_far_scores_differ(monkeypatch):

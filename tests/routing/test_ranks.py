@@ -67,21 +67,22 @@ def by_rank(two_ranks):
 
 
 @pytest.mark.parametrize("luckiest", [0, 1])
-def test_a_rank_keeps_all_that_it_won(monkeypatch, luckiest):
-    """Of 400 tokens a rank, as many slots as the luckiest of them won of an expert, in whole tiles."""
-    m, draw, rows = 400, torch.Generator().manual_seed(0), []
-    for won in ((250, 30), (10, 100)):  # of two experts; some of their 300 places are empty
+@pytest.mark.parametrize(("m", "k", "most", "slots"), [(400, 300, 150, 256), (400, 120, 90, 120), (100, 130, 90, 100)])
+def test_a_rank_keeps_all_that_it_won(monkeypatch, luckiest, m, k, most, slots):
+    """Of m tokens a rank, as many slots as the luckiest of them won of an expert, in whole tiles; no more than k, or m."""
+    draw, rows = torch.Generator().manual_seed(0), []
+    for won in ((most, 25), (10, 80)):  # of two experts; some of their k places are empty
         own = [
             rank * m + torch.randperm(m, generator=draw)[:count] for rank, count in enumerate(won[:: 1 - 2 * luckiest])
         ]
-        places = torch.cat([*own, torch.full((300 - sum(won),), 2 * m)])
-        rows.append(places[torch.randperm(300, generator=draw)])
+        places = torch.cat([*own, torch.full((k - sum(won),), 2 * m)])
+        rows.append(places[torch.randperm(k, generator=draw)])
     monkeypatch.setattr(ranks, "ranks", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(ranks.dist, "get_rank", lambda rank=rank: rank)
         found = ranks.own(torch.stack(rows)[None], m)[0]
         mine = [[place - rank * m for place in row.tolist() if place // m == rank] for row in rows]
-        assert found.tolist() == [places + [m] * (256 - len(places)) for places in mine]
+        assert found.tolist() == [places + [m] * (slots - len(places)) for places in mine]
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -46,6 +46,15 @@ def test_by_hand():
     assert chosen.dense(4).tolist() == [[0, 1], [1, 0], [1, 0], [0, 1]]
 
 
+def test_a_learned_table_starts_with_its_tasks_apart():
+    """Scores ~ N(0, 1 / tasks), and gates of the dtype of the scores that a layer computes."""
+    router = TaskLevel(D, 400, 9)
+    assert router.table.std().item() == pytest.approx(9**-0.5, rel=0.05)
+    wide = torch.zeros(4, 400, dtype=torch.float64)
+    for table in ("learned", "fixed"):
+        assert TaskLevel(D, 400, 9, table).assign(wide, task_ids=torch.arange(4)).gate.dtype == torch.float64
+
+
 @pytest.mark.parametrize("table", ["learned", "fixed"])
 def test_other_tokens_and_the_input_do_not_matter_in_training_or_evaluation(table):
     router, tasks = TaskLevel(D, 4, TASKS, table), torch.arange(TASKS)
