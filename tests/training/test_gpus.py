@@ -62,6 +62,17 @@ def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
         assert third.sharing() == 3
 
 
+def test_one_gpu_has_four_places_and_says_nothing_of_itself(three, monkeypatch, capsys):
+    monkeypatch.delenv("ECMOE_SLOTS")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with ExitStack() as held:
+        assert [held.enter_context(gpus.place()).sharing() for _ in range(4)] == [1, 2, 3, 4]
+        assert not capsys.readouterr().err
+        monkeypatch.setattr(gpus.time, "sleep", lambda _: held.close())
+        with gpus.place(say=False) as fifth:
+            assert fifth.sharing() == 1 and not capsys.readouterr().err
+
+
 def test_a_wrong_number_of_places_is_named(three, monkeypatch):
     monkeypatch.setenv("ECMOE_SLOTS", "")  # as if it were not there
     assert gpus.number("ECMOE_SLOTS", 4) == 4

@@ -42,6 +42,7 @@ def test_arms_with_the_same_seed_see_the_same_batches(tiny_config):
 def test_other_routers_and_optimizers_learn(tiny_config, changes):
     result = run_or_load(tiny_config(**changes), progress=False)
     assert result.ok and result.curve["val_loss"].iloc[-1] < result.curve["val_loss"].iloc[0]
+    assert not result.load_model().training
 
 
 def test_accumulated_micro_batches_are_one_batch(tiny_config):

@@ -83,9 +83,13 @@ def test_our_data_feed_anyones_trainer(tiny_config):
 
 def test_images_log_their_accuracy():
     config = RunConfig(data="digits", patch_size=2, sequence_length=16, layers=2, d_model=16, d_ff=16, heads=2, steps=2)
-    batch = (torch.rand(16, 1, 8, 8), torch.arange(16) % 10)
-    (found,) = L.Trainer(**QUIET).validate(LitClassifier(config), batches([batch]), verbose=False)
-    assert 0 <= found["accuracy"] <= 1 and "val_loss_causal" not in found
+    images, labels = batch = (torch.rand(16, 1, 8, 8), torch.arange(16) % 10)
+    lit = LitClassifier(config)
+    (found,) = L.Trainer(**QUIET).validate(lit, batches([batch]), verbose=False)
+    p = lit.model(images).detach().softmax(1)
+    loss, right = -p[range(16), labels].log().mean().item(), (p.max(1).values == p[range(16), labels]).sum().item()
+    assert found == pytest.approx(found | {"val_loss": loss, "accuracy": right / 16}) and "val_loss_causal" not in found
+    assert lit.loss(batch).item() == pytest.approx(loss)
 
 
 def test_a_balanced_table_comes_from_the_corpus_or_a_checkpoint_never_from_nothing(tiny_config, tmp_path):
@@ -133,6 +137,10 @@ def test_noise_is_another_in_each_step_and_rank_and_the_same_in_a_step_that_is_r
     assert first == again != other
     monkeypatch.setattr(LitModel, "global_rank", 1)
     assert float(lit.training_step(WINDOWS[0], 0)) not in (first, other)
+    drawn = torch.initial_seed()
+    lit.config = lit.config.replace(seed=1)
+    lit.training_step(WINDOWS[0], 0)
+    assert torch.initial_seed() != drawn  # another run's noise is another
 
 
 def test_the_first_step_has_the_first_rate(tiny_config):
@@ -147,7 +155,8 @@ def test_running_statistics_move_with_the_optimisers_step(tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("of_config", "of_trainer", "expected"), [(0.125, None, 0.125), (1e3, 0.125, 0.125), (0.0, None, None)]
+    ("of_config", "of_trainer", "expected"),
+    [(0.125, None, 0.125), (1e3, 0.125, 0.125), (0.0, None, None), (1e3, 1e-4, "by value")],
 )
 def test_gradients_are_clipped_by_the_config_or_by_the_trainer(tiny_config, of_config, of_trainer, expected):
     lit = LitModel(tiny_config(gradient_clip=of_config))
@@ -157,8 +166,13 @@ def test_gradients_are_clipped_by_the_config_or_by_the_trainer(tiny_config, of_c
     before = [p.detach().clone() for p in lit.parameters()]
     lit.configure_optimizers = lambda: torch.optim.SGD(lit.parameters(), lr=1.0)  # moves by the gradient itself
     keys = QUIET | ({} if of_trainer is None else {"gradient_clip_val": of_trainer})
+    if expected == "by value":
+        keys["gradient_clip_algorithm"] = "value"
     L.Trainer(max_steps=1, enable_checkpointing=False, **keys).fit(lit, batches(WINDOWS[:1]))
     moved = [p.detach() - start for p, start in zip(lit.parameters(), before, strict=True)]
+    if expected == "by value":
+        assert max(float(p.abs().max()) for p in moved) == pytest.approx(of_trainer, rel=0.01)
+        return
     assert float(torch.nn.utils.get_total_norm(moved)) == pytest.approx(expected, rel=1e-3)
 
 
@@ -251,11 +265,13 @@ def test_sizes_that_depend_on_other_ranks_are_not_compiled(tiny_config, two_rank
 
 
 def test_a_callback_is_told_what_each_step_lost(tiny_config):
-    told, lit = [], LitModel(tiny_config())
+    told, lit, losses = [], LitModel(tiny_config(router="token_choice", aux_loss_weight=0.5, capacity_factor=1.0)), []
+    loss = lit.loss
+    lit.loss = lambda batch: losses.append(loss(batch)) or losses[-1]
     tell = LambdaCallback(on_train_batch_end=lambda trainer, *_: told.append(dict(trainer.callback_metrics)))
     L.Trainer(max_steps=2, enable_checkpointing=False, callbacks=[tell], **QUIET).fit(lit, batches(WINDOWS[:2]))
     assert (
-        all({"train_loss", "aux_loss"} <= set(one) for one in told) and told[0]["train_loss"] != told[1]["train_loss"]
+        [one["train_loss"] for one in told] == losses and losses[0] != losses[1] and told[0]["aux_loss"] > 0.4
     )
 
 
@@ -264,4 +280,12 @@ def test_what_validation_logs_is_of_all_ranks_and_weighs_by_sequences(tiny_confi
     lit._trainer = object()
     monkeypatch.setattr(lit, "log_dict", lambda values, **how: told.append(how))
     lit.validation_step(WINDOWS[0][:3], 0)
-    assert told == [{"batch_size": 3, "sync_dist": True}]
+    by_task = LitModel(tiny_config(router="task_level"))
+    by_task._trainer, by_task.log_dict = object(), lit.log_dict
+    by_task.validation_step((WINDOWS[0][:5], torch.arange(5) % 4), 0)
+    assert told == [{"batch_size": 3, "sync_dist": True}, {"batch_size": 5, "sync_dist": True}]
+
+
+def test_without_experts_a_causal_loss_is_the_loss(tiny_config):
+    found = LitModel(tiny_config(router="dense")).evaluate(WINDOWS[0])
+    assert found["val_loss_causal"] == found["val_loss"] > 0

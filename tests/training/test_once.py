@@ -84,7 +84,7 @@ def test_damaged_weights_are_made_again_where_they_are_wanted(run, capsys):
     weights = (folder / "model.safetensors").read_bytes()
     flip(folder / "model.safetensors", np.random.default_rng(0))
     assert run_or_load(config).ok and "damaged" not in capsys.readouterr().err  # nobody looks at them
-    assert run_or_load(config, weights=True).load_model()
+    assert run_or_load(config, weights=True, progress=False).load_model() and not capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
@@ -164,23 +164,31 @@ def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(tiny_config, monke
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("taken", [True, False])
-def test_a_removed_lock_stops_the_run_that_held_it(taken, tiny_config, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "before", "taken", "kept"),
+    [
+        (training.Recorder, "write_curve", True, set()),
+        (training.Recorder, "write_curve", False, set()),
+        (training, "_whole_state", False, {"curve.csv"}),  # after the last step
+    ],
+)
+def test_a_removed_lock_stops_the_run_that_held_it(of, before, taken, kept, tiny_config, monkeypatch):
     config = tiny_config(seed=52 + taken)
-    save = training.Recorder.write_curve
+    go_on = getattr(of, before)
 
-    def removed(self, trainer):
+    def removed(*given):
         (paths.runs() / f"{config.name}.lock").unlink(missing_ok=True)
         if taken:  # by a second process
             (paths.runs() / f"{config.name}.lock").touch()
-        save(self, trainer)
+        return go_on(*given)
 
+    shutil.rmtree(paths.runs() / config.name, ignore_errors=True)
     with monkeypatch.context() as meddled:
-        meddled.setattr(training.Recorder, "write_curve", removed)
+        meddled.setattr(of, before, removed)
         with pytest.raises(OSError, match=r"lock was removed while .* call again to go on"):
             run_or_load(config, progress=False)
     left = {path.name for path in (paths.runs() / config.name).iterdir()}
-    assert left == {"config.yaml"} and run_or_load(config, progress=False).ok
+    assert left == {"config.yaml"} | kept and run_or_load(config, progress=False).ok
 
 
 def test_a_record_of_another_run_is_not_taken(run, tmp_path):
@@ -241,6 +249,9 @@ def test_a_rank_that_follows_takes_what_is_done_and_waits_for_no_lock(run, monke
     other = config.replace(seed=97)
     protocol.once(other, lambda folder, _: made.append(folder) or not_run(other))
     assert made == [paths.runs() / other.name]
+    (run[1] / "model.safetensors").unlink()
+    protocol.once(config, lambda folder, _: made.append(folder) or not_run(config), weights=True)
+    assert made[1:] == [run[1] / "again"]
 
 
 def test_two_processes_that_want_the_same_run_train_it_once(tiny_config, forked):

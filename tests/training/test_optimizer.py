@@ -46,6 +46,18 @@ def test_learning_rate_schedules():
     factors = {0: 0.1, 9: 1.0, 75: 1.0, 76: 0.96, 90: 0.4, 99: 0.04}  # 25 steps down, the last to 1/25
     assert {step: learning_rate_factor(linear, step) for step in factors} == pytest.approx(factors)
     assert learning_rate_factor(RunConfig(schedule="inverse_sqrt", warmup_steps=10, constant_steps=100), 4) == 0.5
+    none = RunConfig(schedule="linear", warmup_steps=0, steps=8, decay_fraction=0.0)
+    assert [learning_rate_factor(none, step) for step in (0, 7)] == [1.0, 1.0]
+
+
+def test_a_step_is_fused_on_a_gpu_unless_a_factor_scales_its_gradients(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **keys: keys["fused"])
+    found = {
+        (device, precision): build_optimizer(RunConfig(precision=precision), [], torch.device(device))
+        for device in ("cpu", "cuda")
+        for precision in ("auto", "16-mixed")
+    }
+    assert [key for key, fused in found.items() if fused] == [("cuda", "auto")] and set(found.values()) == {True, None}
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -117,6 +117,10 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
     with pytest.raises(RuntimeError, match="ended with code -9"):
         run_or_load(config, progress=False)
     assert capfd.readouterr().out == f"{asked}\n"
+    with pytest.raises(RuntimeError, match="ended with code -9"):
+        by_torchrun(config.replace(devices=3), tmp_path, lambda: None, keep_weights=False)
+    asked = asked.replace("=2", "=3").replace(str(folder), str(tmp_path))
+    assert capfd.readouterr().out == f"{asked} --no-weights\n"
 
 
 @pytest.mark.parametrize("keep_weights", [True, False])

@@ -1,12 +1,15 @@
 """Recorder: what is recorded, and what follows from it, is of all ranks; and what it counts as seconds and as a rate."""
 
+import contextlib
 import gc
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ecmoe.model import metrics
 from ecmoe.training import recorder as recording
 from ecmoe.training.lit import LitModel
 from ecmoe.training.recorder import Diverged, Recorder
@@ -38,6 +41,38 @@ def test_a_row_is_of_all_ranks(module, tmp_path):
     assert row["val_loss"] == (3 + 4 + 2 + 2) / 4 and row["train_loss"] == (6 + 2) / (2 + 2)
     assert row["max_load"] == 2 and row["share_0"] == 1  # nothing was routed here: 0 in both layers
     assert (tmp_path / "last.ckpt").exists()
+
+
+def test_of_layers_and_ranks_a_load_is_the_worst_and_a_share_the_mean(module):
+    names = [metric.name for metric in metrics.of_layers()]
+    layers = [SimpleNamespace(statistics=lambda v=v: dict.fromkeys(names, torch.tensor(v))) for v in (1.0, 3.0)]
+    module._modules["model"] = SimpleNamespace(moe_layers=layers)
+    module.on_validation_epoch_start()
+    said = {name: float(value) for name, value in module.statistics.items()}
+    assert said["max_load"] == said["over_capacity"] == 3 and said["share_0"] == said["dropped"] == (1 + 3 + 2 + 2) / 4
+
+
+def test_other_ranks_write_and_say_nothing_and_help_to_save(module, tmp_path, monkeypatch, capsys):
+    shown, saved = [], []
+    monkeypatch.setattr(recording, "tqdm", lambda **keys: shown.append(keys["disable"]))
+    one = trainer(2.0)
+    one.is_global_zero, one.save_checkpoint = False, saved.append
+    recorder = Recorder(tmp_path)
+    recorder.on_train_start(one, module)
+    recorder.on_validation_start(one, module)
+    recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(1.0)}, None, 0)
+    recorder.on_validation_end(one, module)
+    assert shown == [True, True] and saved == [tmp_path / "last.ckpt"] and not any(tmp_path.iterdir())
+    assert not capsys.readouterr().err and recorder.rows[3]["val_loss"] == 1.5
+
+
+@pytest.mark.parametrize(("loss", "kept"), [(1.0, True), (math.nan, False)])
+def test_what_is_no_number_is_not_kept_at_a_sigterm(module, tmp_path, loss, kept):
+    recorder, one = Recorder(tmp_path, progress=False), trainer(loss)
+    one.world_size, one.training, recorder.whole_step = 1, True, True
+    with contextlib.nullcontext() if kept else pytest.raises(Diverged):
+        recorder.on_exception(one, module, SIGTERMException())
+    assert (tmp_path / "last.ckpt").exists() == kept
 
 
 def test_after_the_last_step_there_is_nothing_to_go_on_with(tiny_config, module, tmp_path):
@@ -87,21 +122,23 @@ def test_a_checkpoint_holds_the_mean_of_the_sums(module):
 def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_config, tmp_path, capsys):
     lit = LitModel(tiny_config(steps=5, accumulate=3, devices=2, strategy="ddp", checkpoint_every=9))
     lit._trainer = trainer(2.0)
-    for shared in (1, 2):
+    for shared, before in ((1, 1), (2, 1), (1, 2)):  # runs side by side now, and before it was broken off
         recorder = Recorder(tmp_path, sharing=lambda n=shared: n)
-        recorder.load_state_dict({"seconds": 6.0, "shared": 1, "marked": [1, 2.0], "rows": []})
+        recorder.load_state_dict({"seconds": 6.0, "shared": before, "marked": [1, 2.0], "rows": []})
         recorder.began = None
-        lit.sums |= {"loss": torch.tensor(6.0), "count": torch.tensor(2.0)}
+        lit.sums |= {"loss": torch.tensor(6.0), "aux_loss": torch.tensor(8.0), "count": torch.tensor(2.0)}
         recorder.on_validation_batch_end(None, lit, {"val_loss": torch.tensor(1.0)}, None, 0)
         recorder.on_validation_end(trainer(2.0), lit)
         row = recorder.rows[3]
         assert row["tokens"] == 3 * 8 * 16 * 3 * 2 and row["seconds"] == 6.0
         rate = 2 * 8 * 16 * 3 * 2 / (6.0 - 2.0)
-        assert row["tokens_per_second"] == rate if shared == 1 else row["tokens_per_second"] != row["tokens_per_second"]
+        assert row["aux_loss"] == (8 + 2) / (2 + 2)
+        alone = shared == before == 1
+        assert row["tokens_per_second"] == rate if alone else math.isnan(row["tokens_per_second"])
         said = capsys.readouterr().err
         assert f"[{lit.config.name}] step 3/5  loss 2.0000  validation 1.5000" in said and (
             f"{rate:,.0f} tokens/s" in said
-        ) == (shared == 1)
+        ) == alone
 
 
 def test_seconds_are_shared_by_the_most_runs_that_were_side_by_side(tmp_path):

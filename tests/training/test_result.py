@@ -48,6 +48,9 @@ def test_a_run_survives_the_disk(tmp_path):
         again.summary["mfu"] is None and again.summary["numpy"] == 0.5 and again.summary["nested"] == {"x": [1, None]}
     )
     pd.testing.assert_frame_equal(again.curve, result.curve.astype(float))
+    result.curve[["val_loss", "step"]].assign(of_tomorrow=1).to_csv(tmp_path / "curve.csv", index=False)
+    results.write_run(tmp_path, summary)  # of a version that measured other things
+    pd.testing.assert_frame_equal(results.read_run(tmp_path).curve, result.curve.astype(float))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.csv", "summary.json"]
 
 

@@ -1,5 +1,6 @@
 """run_or_load: what it keeps of a run and finds again; failures and divergence are kept, not hidden; errors come before any work."""
 
+import contextlib
 import os
 
 import lightning as L
@@ -13,7 +14,8 @@ from ecmoe.data.batches import TextData
 from ecmoe.training import gpus
 from ecmoe.training import run as train
 from ecmoe.training.lit import LitModel
-from ecmoe.training.result import read_record, read_run
+from ecmoe.training.once import LostLock
+from ecmoe.training.result import not_run, read_record, read_run, write_run
 from ecmoe.training.run import _share_compiled_code
 
 
@@ -115,12 +117,46 @@ def test_diverged_run_ends_as_diverged_with_its_last_good_checkpoint(tiny_config
     assert run_or_load(config).summary["status"] == "diverged"
 
 
+def test_who_trains_is_told_all_that_the_caller_said(tiny_config, monkeypatch):
+    told, here, callbacks, loggers = [], gpus.Place(gpu=3), [L.Callback()], [object()]
+    monkeypatch.setattr(train, "place", lambda say: contextlib.nullcontext(here))
+    monkeypatch.setattr(train, "train_run", lambda *given: told.append(given) or not_run(given[0]))
+    config = tiny_config(seed=95)
+    run_or_load(config, progress=False, callbacks=callbacks, loggers=loggers)
+    ((_, folder, still_ours, *rest),) = told
+    assert folder == paths.runs() / config.name and rest == [False, callbacks, loggers, here]
+    (paths.runs() / f"{config.name}.lock").unlink(missing_ok=True)
+    with pytest.raises(LostLock):
+        still_ours()
+
+    def by_torchrun(_, folder, still_ours):
+        (paths.runs() / f"{folder.name}.lock").unlink()
+        with pytest.raises(LostLock):
+            still_ours()
+        write_run(folder, not_run(two).summary | {"status": "diverged"})
+
+    two = config.replace(devices=2, strategy="ddp")
+    monkeypatch.setattr(train, "check_machine", lambda config: None)
+    monkeypatch.setattr(train, "by_torchrun", by_torchrun)
+    assert run_or_load(two, progress=False).summary["status"] == "diverged"
+
+
+def test_a_run_that_is_only_measured_leaves_no_weights(tiny_config, tmp_path, capsys):
+    config = tiny_config(seed=94, steps=2, eval_every=2, checkpoint_every=1)
+    result = train.train_run(config, tmp_path, progress=False, keep_weights=False)
+    assert result.ok and not (tmp_path / "model.safetensors").exists() and (tmp_path / "last.ckpt").exists()
+    assert read_run(tmp_path).summary["val_loss"] == result.summary["val_loss"]
+    assert train.train_run(config, tmp_path, progress=False).ok  # goes on, and says nothing
+    assert "goes on" not in capsys.readouterr().err and not (tmp_path / "last.ckpt").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU can't")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"precision": "16-mixed"}, "precision='16-mixed': needs a CUDA GPU"),
         ({"kernels": "triton"}, "kernels='triton': needs a CUDA GPU"),
+        ({"kernels": "triton-bmm"}, "kernels='triton-bmm': needs a CUDA GPU"),
         ({"d_ff": 10**12}, "d_ff=1000000000000, .* take .* GiB, and this device has"),
         ({"d_model": 2**40}, "d_model=1099511627776, .* lower one of them"),
         ({"num_experts": 10**9, "router": "dense_moe"}, "num_experts=1000000000"),
@@ -184,7 +220,7 @@ def test_callbacks_and_loggers_come_along(tiny_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_trainer_recorder_and_model_are_told_what_the_config_says(tiny_config, tmp_path, monkeypatch, checkpoints):
-    given, made, where = {}, [], gpus.Place()
+    given, made, where = {}, [], gpus.Place(gpu=3 if checkpoints else None)
     monkeypatch.setattr(train, "LitModel", lambda *told: made.append((*told, torch.initial_seed())))
     monkeypatch.setattr(train, "new_trainer", lambda _, **keys: given.update(keys) or 1 / 0)
     shared = []
@@ -200,7 +236,7 @@ def test_trainer_recorder_and_model_are_told_what_the_config_says(tiny_config, t
         assert (recorder.folder, recorder.progress, recorder.count) == (tmp_path, False, where.sharing)
         assert recorder.still_ours is still_ours and (told, seed) == (config, 9)
         assert counts.tolist() == data.token_counts.tolist()
-        assert (given["devices"], given["num_nodes"]) == (2, 2) and given["callbacks"][1:] == some
+        assert (given["devices"], given["num_nodes"]) == ([3] if checkpoints else 2, 2) and given["callbacks"][1:] == some
         assert (given["max_steps"], given["accumulate_grad_batches"], given["val_check_interval"]) == (7, 3, 15)
         assert given["limit_val_batches"] == 2 and given["enable_checkpointing"] is checkpoints and shared.pop()
         assert given["check_val_every_n_epoch"] is None and given["num_sanity_val_steps"] == 0

@@ -27,6 +27,20 @@ def test_record_of_other_text_warns(tiny_config, tmp_path):
         run_or_load(config, records=tmp_path)
 
 
+def test_a_run_of_a_text_that_is_no_file_of_ones_own_warns_and_one_that_says_nothing_of_its_text_does_not(
+    tiny_config, monkeypatch, recwarn
+):
+    config = tiny_config(seed=93, steps=2, eval_every=2)
+    result = run_or_load(config, progress=False)
+    monkeypatch.setattr(train, "source_sha256", lambda data: "of another Python")
+    with pytest.warns(UserWarning, match="another text here"):
+        assert run_or_load(config).ok
+    said = {key: value for key, value in result.summary["data"].items() if key != "source_sha256"}
+    write_run(result.path, result.summary | {"data": said})
+    recwarn.clear()
+    assert run_or_load(config).ok and not recwarn.list
+
+
 @pytest.fixture
 def texts(tmp_path):
     """Two texts, called alike."""
@@ -76,6 +90,7 @@ def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts, monkeyp
     result = run_or_load(tiny_config(seed=36, data=str(path), steps=2), progress=False)
     write_run(result.path, result.summary | {"data": result.summary["data"] | {"digest": "of another text"}})
     assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")
+    assert len(continue_text(result.path, "T", 2, temperature=0).encode()) >= 3
     told = []
 
     def generate(model, ids, tokens, **sampling):

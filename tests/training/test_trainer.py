@@ -39,8 +39,13 @@ def test_the_weights_of_a_config_are_those_of_its_matrices(tiny_config, keys):
     assert config.weights_at_least == sum(p.numel() for p in matrices)
 
 
-@pytest.mark.parametrize(("precision", "hook"), [("32-true", None), ("bf16-mixed", bf16_compress_hook)])
-def test_gradients_of_copies_travel_in_the_bits_of_their_factors(tiny_config, precision, hook):
+@pytest.mark.parametrize(
+    ("precision", "gpu", "hook"),
+    [("32-true", True, None), ("bf16-mixed", False, bf16_compress_hook), ("auto", True, bf16_compress_hook)]
+    + [("auto", False, None), ("bf16-true", True, None)],
+)
+def test_gradients_of_copies_travel_in_the_bits_of_their_factors(tiny_config, monkeypatch, precision, gpu, hook):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     config = tiny_config(strategy="ddp", devices=2, precision=precision)
     ddp = trainer.strategy(config)
     assert isinstance(ddp, DDPStrategy) and ddp._ddp_comm_hook is hook and ddp.narrow == (hook and torch.bfloat16)
