@@ -41,7 +41,17 @@ def test_blocks_end_at_blank_lines_whatever_the_chunks():
 
 
 def test_of_the_library_nothing_is_read_that_is_no_part_of_it(tmp_path, monkeypatch):
-    for place in ("", "test", "x/tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload", "email"):
+    for place in (
+        "",
+        "test",
+        "x/tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "lib-dynload",
+        "email",
+    ):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         (tmp_path / place / "a.py").touch()
     monkeypatch.setattr(corpus.sysconfig, "get_path", {"stdlib": tmp_path}.get)

@@ -57,7 +57,10 @@ def test_every_batch_sees_all_parts(mix):
     data = opened(config(mix))
     for batch in data.val_batches():
         assert shares(batch) == [2, 2, 2]
-    assert np.sum([shares(batch) for batch in opened(config(mix, eval_batches=100)).val_batches()], axis=0).tolist() == [200] * 3
+    assert (
+        np.sum([shares(batch) for batch in opened(config(mix, eval_batches=100)).val_batches()], axis=0).tolist()
+        == [200] * 3
+    )
     (uneven,) = opened(config(mix, batch_size=7, eval_batches=1)).val_batches()
     assert shares(uneven) == [3, 2, 2]
     steps = [shares(batch) for _, batch in zip(range(200), data.train_batches(0, 0, 1), strict=False)]

@@ -270,9 +270,7 @@ def test_a_callback_is_told_what_each_step_lost(tiny_config):
     lit.loss = lambda batch: losses.append(loss(batch)) or losses[-1]
     tell = LambdaCallback(on_train_batch_end=lambda trainer, *_: told.append(dict(trainer.callback_metrics)))
     L.Trainer(max_steps=2, enable_checkpointing=False, callbacks=[tell], **QUIET).fit(lit, batches(WINDOWS[:2]))
-    assert (
-        [one["train_loss"] for one in told] == losses and losses[0] != losses[1] and told[0]["aux_loss"] > 0.4
-    )
+    assert [one["train_loss"] for one in told] == losses and losses[0] != losses[1] and told[0]["aux_loss"] > 0.4
 
 
 def test_what_validation_logs_is_of_all_ranks_and_weighs_by_sequences(tiny_config, monkeypatch):

@@ -136,9 +136,10 @@ def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_co
         alone = shared == before == 1
         assert row["tokens_per_second"] == rate if alone else math.isnan(row["tokens_per_second"])
         said = capsys.readouterr().err
-        assert f"[{lit.config.name}] step 3/5  loss 2.0000  validation 1.5000" in said and (
-            f"{rate:,.0f} tokens/s" in said
-        ) == alone
+        assert (
+            f"[{lit.config.name}] step 3/5  loss 2.0000  validation 1.5000" in said
+            and (f"{rate:,.0f} tokens/s" in said) == alone
+        )
 
 
 def test_seconds_are_shared_by_the_most_runs_that_were_side_by_side(tmp_path):

@@ -236,7 +236,9 @@ def test_trainer_recorder_and_model_are_told_what_the_config_says(tiny_config, t
         assert (recorder.folder, recorder.progress, recorder.count) == (tmp_path, False, where.sharing)
         assert recorder.still_ours is still_ours and (told, seed) == (config, 9)
         assert counts.tolist() == data.token_counts.tolist()
-        assert (given["devices"], given["num_nodes"]) == ([3] if checkpoints else 2, 2) and given["callbacks"][1:] == some
+        assert (given["devices"], given["num_nodes"]) == ([3] if checkpoints else 2, 2) and given["callbacks"][
+            1:
+        ] == some
         assert (given["max_steps"], given["accumulate_grad_batches"], given["val_check_interval"]) == (7, 3, 15)
         assert given["limit_val_batches"] == 2 and given["enable_checkpointing"] is checkpoints and shared.pop()
         assert given["check_val_every_n_epoch"] is None and given["num_sanity_val_steps"] == 0
