@@ -30,14 +30,17 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     check_scale(scale)
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)
+    files = {page["name"]: page["file"] for page in pages}
     found = [[page["file"], page["title"], *part] for page in pages for part in page["sections"]]
     parts = {
-        "What holds": scoreboard_html(verdicts, answer(scale, verdicts), {page["name"] for page in pages}),
+        "What holds": scoreboard_html(verdicts, answer(scale, verdicts), files),
         "All pages": markup("listing", pages),
         "Search": markup("search", found),
-        "What was run, and what is missing": studies_html(scale),
+        "What was run, and what is missing": studies_html(scale, files),
     }
-    title = f"# Expert choice routing: what the paper claims, and what holds here\n\nAt scale `{scale}`."
+    title = "# Expert choice routing: what the paper claims, and what holds here\n\n"
+    title += f"At scale `{scale}`. EC is expert choice, CF its capacity factor: the experts that a token has on average. In GShard top-2 and "
+    title += "Switch top-1 each token chooses its experts. Losses are in nats per token."
     script = (TEMPLATE / "search.js").read_text(encoding="utf-8")
     text = page_html(
         nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(title)]),

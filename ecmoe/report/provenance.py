@@ -27,7 +27,7 @@ def provenance(study: Study, differences: str = "") -> None:
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
         "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
         "tokens trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
-        "trained": [f"{starts[0]} to {starts[-1]}" if starts else "never"],
+        "trained": [" to ".join(dict.fromkeys((starts[0], starts[-1]))) if starts else "never"],
     }
     for status in ("diverged", "failed"):
         lost = [s for s in done if s["status"] == status]
@@ -63,5 +63,9 @@ def _data_text(data: Mapping[str, Any]) -> str:
     elif data.get("train_images"):
         shape = " x ".join(map(str, data["shape"]))
         size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
-    licence, digest = f"licence: {data.get('licence', 'unknown')}", f"digest {str(data.get('digest', 'unknown'))[:12]}"
-    return "; ".join(filter(None, (data.get("name", "unknown"), data.get("attribution"), licence, size, digest)))
+    parts = data.get("parts") or [data]  # of a mix
+    silent = {key for key in ("attribution", "licence") if all(part.get(key) == "not stated" for part in parts)}
+    licence = "not stated" if "licence" in silent else data.get("licence", "unknown")
+    attribution = None if "attribution" in silent else data.get("attribution")
+    digest = f"digest {str(data.get('digest', 'unknown'))[:12]}"
+    return "; ".join(filter(None, (data.get("name", "unknown"), attribution, f"licence: {licence}", size, digest)))

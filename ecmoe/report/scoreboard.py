@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -27,12 +26,12 @@ CAPTION = (
 )
 
 
-def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Collection[str]) -> Markup:
-    """The claims of a scale: verdicts of `judge_all`, the answer in words, links to the pages that are there."""
+def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Mapping[str, str]) -> Markup:
+    """The claims of a scale: verdicts of `judge_all`, the answer in words, links to the pages that are there (name -> file)."""
     tally = Counter(verdict.label for verdict in verdicts.values())
     plot = effects(verdicts)
     shown = "" if plot.figure is None else markup("figure", plot.svg(), CAPTION, table_html(plot.data))
-    claims = [(v, v.about.page if v.about.page in pages else "", judged_html(v)) for v in verdicts.values()]
+    claims = [(v, pages.get(v.about.page), judged_html(v)) for v in verdicts.values()]
     return markup("board", [(label, tally[label]) for label in COLORS if tally[label]], answer, claims, shown)
 
 
@@ -99,9 +98,11 @@ def studies(scale: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["page", "runs", "missing (seeds)"])
 
 
-def studies_html(scale: str) -> Markup:
-    """What every page of that scale rests on, what is missing, and the command that trains it."""
+def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
+    """What every page of that scale rests on, what is missing, and the command that trains it. pages: as of `scoreboard_html`."""
     again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
     caption = f"Pages share runs; \u201c{again}\u201d trains what is missing, and nothing else."
     fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)  # noqa: E731
-    return table_html(studies(scale), caption, {"page": partial(markup, "page_link"), "missing (seeds)": fold})
+    link = lambda name: markup("page_link", name, pages.get(name))  # noqa: E731
+    whole = lambda text: text.replace(" ", "\u00a0")  # noqa: E731
+    return table_html(studies(scale), caption, {"page": link, "runs": whole, "missing (seeds)": fold})

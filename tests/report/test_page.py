@@ -347,6 +347,26 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     assert [len(BeautifulSoup(page, "html.parser").select("details table")) for page in shown] == [1, 1, 1, 0, 0]
 
 
+def test_provenance_is_no_longer_than_what_it_says(shown):
+    silent = {"licence": "not stated", "attribution": "not stated"}
+    mix = {
+        "name": "A + B",
+        "licence": "a: not stated; b: not stated",
+        "attribution": "a: not stated; b: not stated",
+        "parts": [silent] * 2,
+    }
+    half = mix | {"name": "A + C", "licence": "a: not stated; c: CC", "parts": [silent, silent | {"licence": "CC"}]}
+    started = "2026-03-04T00:00:00"
+    texts = (mix, silent | {"name": "A"}, half, *[mix] * 5)
+    report.provenance(study(*(result(i, started=started, commit=f"c{i}", data=text) for i, text in enumerate(texts))))
+    rows = {row.th.text: row.td for row in BeautifulSoup(shown[0], "html.parser").table.find_all("tr")}
+    assert [text.removesuffix("; digest unknown") for text in rows["data"].stripped_strings] == [
+        "A + B; licence: not stated", "A + C; licence: a: not stated; c: CC", "A; licence: not stated",
+    ]  # fmt: skip
+    assert rows["trained"].text == "2026-03-04" and not rows["data"].details
+    assert rows["commit"].summary.text == "8" and "c7" in rows["commit"].details.text
+
+
 def test_provenance_has_all_that_numbers_come_from(shown):
     text = {"name": "a text", "attribution": "by somebody", "licence": "CC", "digest": "0123456789abcdef", "train_tokens": 12345,
             "tokenizer": "bpe", "vocab_size": 512}  # fmt: skip

@@ -221,6 +221,10 @@ def test_routing_matrix_names_who_is_left_out():
     plot = drawn(plots.routing_matrix({"EC": w}, ["a", "b", "c"]))
     assert "EC: experts hold 2, 1 tokens; no expert takes c" in plot.alt
     assert sorted(text for text in texts(plot) if text) == ["0.40", "0.60", "0.90"]
+    assert [tick.get_text() for tick in plot.figure.axes[0].get_xticklabels()] == [
+        "expert 0\n2 tokens",
+        "expert 1\n1 token",
+    ]
     assert plot.data["expert 1"].tolist() == [0.0, 0.4, 0.0]
     with pytest.raises(ValueError, match="Shape of passed values"):
         plots.routing_matrix({"EC": w}, ["a", "b"])
@@ -473,6 +477,12 @@ def test_an_arm_looks_the_same_in_every_figure():
     assert all(plots.looks([*crowd, name])[name][:2] == known for name, known in style._KNOWN.items())
     gates = plots.looks(["EC-CF2 renormalized", "EC-CF2 raw", "EC-CF2 scaled"])
     assert len({look.color for look in gates.values()}) == 1 and len({look.dashes for look in gates.values()}) == 3
+
+
+def test_the_colours_of_the_centre_are_no_other_arms_even_where_it_is_not_in_the_figure():
+    centre = {style._KNOWN[name][0] for name in ("EC-CF2", "GShard top-2", "Switch top-1")}
+    alone = [plots.looks([f"A{i}"])[f"A{i}"].color for i in range(40)]
+    assert len(centre) == 3 and centre.isdisjoint(alone) and len(set(alone)) == 7
 
 
 def test_no_two_arms_of_a_figure_look_alike_and_all_are_seen_on_black_and_on_white():

@@ -57,9 +57,11 @@ def test_every_page_says_what_is_missing(pages):
 
 
 def test_shown_with_the_command_that_repeats_it(pages):
-    page = BeautifulSoup(scoreboard.studies_html("gpu"), "html.parser")
-    assert "make reproduce SCALE=gpu" in page.caption.text
-    assert [a["href"] for a in page.find_all("a")] == ["01_a.html", "02_b.html"] and not page.find("details")
+    page = BeautifulSoup(scoreboard.studies_html("gpu", {"02_b": "02_b.failed.html"}), "html.parser")
+    assert "make reproduce SCALE=gpu" in page.caption.text and not page.find("details")
+    assert [row.th.text for row in page.tbody.find_all("tr")] == ["01_a", "02_b"]
+    assert [a["href"] for a in page.find_all("a")] == ["02_b.failed.html"]  # the other isn't there yet
+    assert page.find(attrs={"data-of": "runs"}).text == "1\u00a0of\u00a01"  # in one line
 
 
 def test_a_long_list_of_what_is_missing_is_folded(monkeypatch):
@@ -69,8 +71,10 @@ def test_a_long_list_of_what_is_missing_is_folded(monkeypatch):
         [("01_a", "1 of 9", text) for text in missing.values()], columns=["page", "runs", "missing (seeds)"]
     )
     monkeypatch.setattr(scoreboard, "studies", lambda scale: rows)
-    assert "\u201cmake reproduce\u201d trains" in scoreboard.studies_html("smoke")
-    cells = BeautifulSoup(scoreboard.studies_html("gpu"), "html.parser").find_all(attrs={"data-of": "missing (seeds)"})
+    assert "\u201cmake reproduce\u201d trains" in scoreboard.studies_html("smoke", {})
+    cells = BeautifulSoup(scoreboard.studies_html("gpu", {}), "html.parser").find_all(
+        attrs={"data-of": "missing (seeds)"}
+    )
     assert [bool(cell.details) for cell in cells] == [False, False, True]
     assert cells[2].summary.text == "11 arms" and missing[11] in cells[2].details.text and cells[0].text == missing[9]
 
@@ -89,7 +93,10 @@ def verdicts():
 
 def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
     page = BeautifulSoup(
-        scoreboard.scoreboard_html(verdicts, answer("gpu", verdicts), {"05_other_routers"}), "html.parser"
+        scoreboard.scoreboard_html(
+            verdicts, answer("gpu", verdicts), {"05_other_routers": "05_other_routers.failed.html"}
+        ),
+        "html.parser",
     )
     assert {li.span.text: li.text.split()[-1] for li in page.find(class_="tally").find_all("li")} == {
         "reproduced": "1", "no effect": "1", "not run": "1",
@@ -100,7 +107,7 @@ def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
     )
     assert [line.summary.find(class_="badge").text for line in lines] == ["not run", "reproduced", "no effect"]
     assert "EC-CF2 needs half" in lines[0].summary.text and verdicts["C6"].sentence in lines[1].text
-    assert [a["href"] for a in page.find_all("a")] == ["05_other_routers.html"]  # there are no other pages
+    assert [a["href"] for a in page.find_all("a")] == ["05_other_routers.failed.html"]  # there are no other pages
 
 
 def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
@@ -179,7 +186,7 @@ def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():
     verdicts, said = {"C1": judged("C1", losses(**CENTRE))}, "contradicted in 2 of 4 parts"
     assert f"| {said} |" in scoreboard.markdown("claims", verdicts, "gpu")
     assert f"**{said}.**" in scoreboard.markdown("scoreboard", verdicts, "gpu")
-    page = BeautifulSoup(scoreboard.scoreboard_html(verdicts, answer("gpu", verdicts), ()), "html.parser")
+    page = BeautifulSoup(scoreboard.scoreboard_html(verdicts, answer("gpu", verdicts), {}), "html.parser")
     badge = page.find(class_="claims").find(class_="badge")
     assert badge.text == said and COLORS["contradicted"] in badge["style"]
     assert page.find(class_="tally").find(class_="badge").text == "contradicted"
@@ -211,7 +218,8 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     (tmp_path / "05_other_routers.html").write_text(PAGE)
     made = index.index("gpu", tmp_path)
     page = BeautifulSoup(made.read_text(), "html.parser")
-    assert made == tmp_path / "index.html" and page.find("meta", {"name": "description"})["content"] == "At scale gpu."
+    assert made == tmp_path / "index.html"
+    assert page.find("meta", {"name": "description"})["content"].startswith("At scale gpu. EC is expert choice")
     headings = ["What holds", "All pages", "Search", "What was run, and what is missing"]
     assert [heading.text for heading in page.main.find_all("h2")] == headings
     words, script = page.find_all("script")
@@ -230,7 +238,7 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
 
 def test_smoke_judges_nothing():
     found = {"C6": judged("C6", losses(**HASH), scale="smoke")}
-    page = BeautifulSoup(scoreboard.scoreboard_html(found, answer("smoke", found), ()), "html.parser")
+    page = BeautifulSoup(scoreboard.scoreboard_html(found, answer("smoke", found), {}), "html.parser")
     assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text and not page.find("svg")
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from ecmoe.model.metrics import SHARES
 from ecmoe.report.plots.draw import heat, name_gaps, name_rows, panels
 from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, Plot, on_color
+from ecmoe.study.estimate import counted
 
 
 def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Plot:
@@ -55,7 +56,8 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
     def draw(ax: Axes, w: np.ndarray) -> tuple[pd.DataFrame, str]:
         held, columns = (w > 0).sum(axis=0), [f"expert {i}" for i in range(w.shape[1])]
         heat(ax, pd.DataFrame(np.where(w > 0, w, np.nan), tokens, columns), ".2f", 0.0, max(1.0, float(w.max())))
-        ax.set_xticklabels([f"{name}\n{n} tokens" for name, n in zip(columns, held, strict=True)], fontsize=9)
+        labels = [f"{name}\n{counted(n, 'token')}" for name, n in zip(columns, held, strict=True)]
+        ax.set_xticklabels(labels, fontsize=9)
         none = [tokens[t] for t in np.flatnonzero((w > 0).sum(axis=1) == 0)]
         left = f"no expert takes {', '.join(none)}" if none else "every token is taken"
         said = f"experts hold {', '.join(map(str, held))} tokens; {left}"

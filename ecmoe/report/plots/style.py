@@ -53,6 +53,8 @@ _KNOWN = {
     "one EC network": ("#0072B2", "o"),
     "one dense network": (INK, "P"),
 }
+# Of EC-CF2, GShard and Switch: other arms take them where nothing else is left.
+_CENTRE = ("#0072B2", "#D55E00", "#E69F00")
 _GATES = {"renormalized": "", "raw": (4, 2), "scaled": (1, 1.5)}  # what a name says of the gate: its dashes
 
 
@@ -72,6 +74,7 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
         name, dashes = _without_gate(arm), next((_GATES[word] for word in arm.split() if word in _GATES), "")
         start, count = zlib.crc32(name.encode()), len(_PALETTE)
         by_name = [(_PALETTE[i % count], _MARKERS[(i + i // count) % count]) for i in range(start, start + count)]
+        by_name.sort(key=lambda one: one[0] in _CENTRE)
         mine = [_KNOWN[name], *by_name[1:]] if name in _KNOWN else by_name
         taken = {(look.color, look.dashes) for look in found.values()}
         found[arm] = Look(*next((one for one in mine if (one[0], dashes) not in taken), mine[-1]), dashes)
