@@ -5,6 +5,7 @@ On a GPU where there is one, else in Triton's interpreter.
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,7 +31,6 @@ def scores(kind: str, g: int, n: int, e: int, seed: int = 0) -> torch.Tensor:
         "a little biased": z + torch.randn(e, generator=draw),
         "biased": z + 3 * torch.randn(e, generator=draw),
         "peaked": 8 * z,
-        "one-hot": 40 * z,
         "peaked and biased": 5 * z + 5 * torch.randn(e, generator=draw),
         "alike": kinds[kind_of] + 0.05 * z,
         "equal": kinds[kind_of],
@@ -56,8 +56,8 @@ def total(S: torch.Tensor, I: torch.Tensor) -> torch.Tensor:
 
 # Share of the best sum that may be lost. Equal tokens take many rounds of prices to tell experts apart.
 LOSS = {
-    "random": 0.0004, "a little biased": 0.001, "biased": 0.003, "peaked": 0.002, "one-hot": 0.002,
-    "peaked and biased": 0.003, "alike": 0.03, "equal": 0.03, "one row": 1e-4, "zero": 1e-4,
+    "random": 0.0004, "a little biased": 0.001, "biased": 0.003, "peaked and biased": 0.003, "alike": 0.03, "equal": 0.03,
+    "zero": 1e-4,
 }  # fmt: skip
 
 
@@ -120,30 +120,6 @@ def test_it_is_feasible_even_where_prices_fail(b, monkeypatch):
         check(capped(S, 96 // 8, b), 96, 96 // 8, b)
 
 
-def test_pools_are_solved_apart_and_strides_do_not_matter(monkeypatch):
-    monkeypatch.setattr(kernel, "ROUNDS", 6)
-    S = scores("a little biased", 2, 64, 8)
-    I = capped(S, 16, 3)
-    assert torch.equal(I, capped(S.contiguous(), 16, 3))
-    assert torch.equal(I, torch.cat([capped(S[i : i + 1], 16, 3) for i in range(2)]))
-
-
-def test_a_sample_sets_the_first_prices(monkeypatch):
-    monkeypatch.setattr(kernel, "SAMPLE", 256)
-    monkeypatch.setattr(kernel, "SAMPLE_LEAST", 64)
-    for n in (1024, 1000):  # 1000: no multiple of the stride
-        S, k = scores("a little biased", 1, n, 8), n // 4
-        I = capped(S, k, 2)
-        check(I, n, k, 2)
-        assert total(S, I).item() >= 0.99 * capped_top_k(S, k, 2, kernels="plain")[0].double().sum()
-
-
-@pytest.mark.parametrize("b", [2, 3])
-def test_experts_hold_tokens_as_zeros_and_ones(b):
-    X = hold(scores("a little biased", 1, 128, 8), 32, b)
-    assert X.min() == 0 and X.max() == 1 and (X.sum(2) == 32).all() and X.sum(1).max() <= b
-
-
 def test_the_capped_choice_runs_on_them_and_passes_gradients():
     S = scores("random", 2, 64, 8).detach().requires_grad_()
     G, I = capped_top_k(S, 16, 2, kernels="triton")
@@ -160,3 +136,89 @@ def test_shapes_are_known_to_the_compiler(monkeypatch):
     monkeypatch.setattr(kernel, "ROUNDS", 1)
     S, tests = scores("random", 2, 32, 4), ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ecmoe.capped, (S, 8, 2), test_utils=tests)
+
+
+def by_hand(S, k, b, uncapped, sampled, rounds):
+    """`capped` in loops of numpy: the prices of an auction, who takes what at them, and who moves."""
+    g, e, m = S.shape
+    f = np.float32
+    thresholds = np.array([-16, -4, -1, -0.25, 0, 0.25, 1, 4, 16], f)
+    spare, chosen = m * b > e * k, []
+    few = min(m, max(48 // g // 8 * 8, 16))
+    token, expert = np.arange(m, dtype=np.uint32)[:, None], np.arange(e, dtype=np.uint32)
+    x = token * np.uint32(0x9E3779B1) + expert * np.uint32(0x85EBCA77)
+    x = (x ^ (x >> 15)) * np.uint32(0x2C1B3C6D)
+    x = (x ^ (x >> 12)) * np.uint32(0x297A2D39)
+    noise = f(6) * (((x ^ (x >> 15)) >> 8).astype(f) / f(2**24)) - f(3)
+    for pool in range(g):
+        scores = S[pool].T  # (m, e)
+        unit = f(np.abs(scores[:: max(1, m // 48)]).mean(dtype=np.float64))
+        price, scale, before, counts = np.zeros(e + 1, f), np.full(e + 1, 4 * unit), 0.0, np.zeros((9, e + 1), f)
+        for r in range(rounds + 1):
+            since = np.where(np.arange(e + 1) < e, 0, uncapped)  # of a free place later
+            target = np.where(np.arange(e + 1) < e, f(before), f(before * e))
+            reached = (counts >= target).sum(0)
+            low = np.clip(reached - 1, 0, 7)
+            most, least = (np.take_along_axis(counts, row[None], 0)[0] for row in (low, low + 1))
+            share = np.clip((most - target) / np.maximum(most - least, 1), 0, 1).astype(f)
+            step = np.where(reached > 0, thresholds[low] + share * (thresholds[low + 1] - thresholds[low]), f(-16)) * scale
+            damping = f(1 if r <= uncapped and r < rounds else 0.7)
+            price = price + np.where(r > since, damping * step, f(0))
+            scale = np.where(r > since, np.maximum(np.abs(step), f(1e-3) * unit), scale)
+            if r == rounds:
+                break
+            asked = few if r < uncapped + sampled else m
+            fallen = min(max(r - uncapped, 0) / (sampled - 4), 1)
+            jitter = f(0.2 * (5e-3 / 0.2) ** fallen)
+            places = np.arange(asked)
+            places = places // 8 * 8 * (m // asked) + places % 8
+            gain = scores[places] + noise[places] * (unit * jitter) - price[:e]
+            counts = np.zeros((9, e + 1), f)
+            if r >= uncapped:
+                best = -np.sort(-gain, 1)
+                last, other = best[:, b - 1], best[:, b]
+                if spare:
+                    free = best[:, :b] - price[e]
+                    counts[:, e] = [(free >= t * scale[e]).sum() for t in thresholds]
+                    last, other = np.maximum(last, price[e]), np.maximum(other, price[e])
+                gain = gain - np.where(gain >= last[:, None], other[:, None], last[:, None])
+            counts[:, :e] = [(gain >= t * scale[:e]).sum(0) for t in thresholds]
+            before = k * asked / m
+        offers = scores + noise * (unit * f(5e-3)) - price[:e]
+        held = np.zeros((m, e), bool)
+        for t in range(m):
+            for i in np.argsort(-offers[t])[:b]:
+                held[t, i] = not spare or offers[t, i] > price[e]
+        while held.sum() < e * k:  # whoever has a place free takes the best of the others
+            for t in range(m):
+                if held[t].sum() < b and held.sum() < e * k:
+                    held[t, np.where(held[t], -np.inf, offers[t]).argmax()] = True
+        while held.sum(0).max() > k:
+            load = held.sum(0)
+            u, v, over = load.argmax(), load.argmin(), load.sum() - e * k
+            amount = min(load[u] - k, over if over > 0 else k - load[v])
+            may = [t for t in range(m) if held[t, u] and (over > 0 or not held[t, v])]
+            if over <= 0:  # first those that lose little
+                cheap = scores[:, v] - scores[:, u] - (price[v] - price[u]) + unit * f(0.05) > 0
+                may.sort(key=lambda t: not cheap[t])
+            held[may[:amount], u] = False
+            if over <= 0:
+                held[may[:amount], v] = True
+        chosen.append([np.flatnonzero(held[:, i]) for i in range(e)])
+    return np.array(chosen)
+
+
+@pytest.mark.parametrize(
+    ("e", "k", "b", "uncapped", "sampled", "rounds"),
+    [(8, 24, 3, 4, 14, 22), (6, 50, 3, 2, 6, 10), (4, 29, 2, 1, 6, 9), (8, 24, 3, 4, 14, 2), (6, 50, 3, 1, 6, 2)],
+)
+def test_it_is_the_auction_by_hand(e, k, b, uncapped, sampled, rounds, monkeypatch):
+    """Of 100 tokens a pool, 24 are the sample, all of them several programs; after two rounds much is left to settle."""
+    assert (kernel.UNCAPPED, kernel.SAMPLED, kernel.ROUNDS) == (4, 14, 22)
+    sizes = {"UNCAPPED": uncapped, "SAMPLED": sampled, "ROUNDS": rounds, "SAMPLE": 48, "SAMPLE_LEAST": 16}
+    tiles = {"TILE": 512, "SAMPLE_TILE": 128}
+    tiles = {name: {"ELEMENTS": size, "num_warps": 4} for name, size in tiles.items()}
+    for name, value in (sizes | tiles | {"SWEEP": {"BLOCK": 32}, "SETTLE": {"BLOCK": 32}}).items():
+        monkeypatch.setattr(kernel, name, value)
+    S = scores("a little biased", 2, 100, e, seed=3) + 0.5 * scores("biased", 2, 100, e, seed=4)
+    assert capped(S, k, b).tolist() == by_hand(S.cpu().numpy(), k, b, uncapped, sampled, rounds).tolist()

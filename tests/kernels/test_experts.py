@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ecmoe import kernels
-from ecmoe.kernels import product, rows
+from ecmoe.kernels import layer, product, rows
 from ecmoe.routing import Assignment
 from tests.kernels.oracle import (
     DEVICE,
@@ -41,6 +41,42 @@ def test_tokens_that_all_or_none_take_and_empty_slots(dtype):
     assert_near(ours, oracle(x, w1, w2, token, gate, gradient), dtype)
     assert (ours[0][:3] == 0).all() and (ours[1][:3] == 0).all()
     assert (ours[2][8] == 0).all() and (ours[4][token == 20] == 0).all()
+
+
+def test_more_rows_and_columns_than_a_program_holds():
+    given = problem(40, 1100, 1100, 2, 24, torch.float64)
+    assert_near(with_gradients(kernels.experts, *given), oracle(*given), torch.float64)
+    token = torch.stack([torch.randperm(1400, generator=torch.Generator().manual_seed(i))[:600] for i in range(2)])
+    expected = torch.full((1400, 2), 1200)
+    for i in range(2):
+        expected[token[i], i] = 600 * i + torch.arange(600)
+    assert torch.equal(rows.invert(token.to(DEVICE), 1400).cpu(), expected.int())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fuse", "fused"), [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float64, True, False)]
+)
+def test_who_multiplies(dtype, fuse, fused, monkeypatch):
+    if not kernels.INTERPRETED and not product.fusible(torch.empty(1, 8, 8, device=DEVICE, dtype=dtype), torch.empty(1, 8, 8)):
+        pytest.skip("needs a Hopper")
+    called = []
+    for name in ("product", "product_backward", "activate_", "scale_"):
+        real = getattr(layer, name)
+        monkeypatch.setattr(layer, name, lambda *a, n=name, r=real, **k: called.append(n) or r(*a, **k))
+    with_gradients(lambda *a: kernels.experts(*a, fuse=fuse), *problem(*WHOLE, dtype))
+    assert called == (["product", "product_backward"] if fused else ["activate_", "scale_"])
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="of a GPU's kind it also depends")
+def test_what_the_fused_products_take():
+    """16 bits, in the interpreter 32 too, and rows of w and of its transpose of whole 16 bytes, of however many experts."""
+    sizes = {(3, 8, 16): True, (3, 8, 12): False, (3, 12, 8): False, (2, 4, 8): False}
+    for dtype in (torch.bfloat16, torch.float16):
+        found = {size: product.fusible(torch.empty(3, 5, size[1], dtype=dtype), torch.empty(size)) for size in sizes}
+        assert found == sizes
+    for dtype, size, fits in ((torch.float32, (3, 4, 12), True), (torch.float32, (3, 4, 6), False), (torch.float64, (3, 8, 8), False)):
+        assert product.fusible(torch.empty(3, 5, size[1], dtype=dtype), torch.empty(size)) == fits
+    assert not product.fusible(torch.empty(3, 0, 8), torch.empty(3, 8, 8))
 
 
 def test_several_tiles_down_across_and_deep():
@@ -105,12 +141,16 @@ def test_the_same_input_gives_the_same_bits():
             assert torch.equal(a, b)
 
 
-def test_without_gradients_nothing_is_kept():
+@pytest.mark.parametrize("fuse", [True, False])
+def test_without_gradients_nothing_is_kept(fuse, monkeypatch):
     x, w1, w2, token, gate, _ = problem(*WHOLE, torch.float32)
-    out, *kept = torch.ops.ecmoe.experts_forward(x, w1, w2, token, gate, None, True, False)
-    assert all(t.numel() == 0 for t in kept)
+    kept, forward = [], layer._experts_op
+    monkeypatch.setattr(layer, "_experts_op", lambda *given: kept.extend(found := forward(*given)) or found)
     with torch.no_grad():
-        assert torch.equal(kernels.experts(x, w1, w2, token, gate), out)
+        out = kernels.experts(x, w1, w2, token, gate, fuse=fuse)
+    assert len(kept) == 8 and torch.equal(kept[0], out) and not any(t.numel() for t in kept[1:])
+    assert torch.equal(kernels.experts(x, w1, w2, token, gate, fuse=fuse), out)
+    assert [t.numel() > 0 for t in kept[8:]] == [True] * 6 + [False] * 2  # the weights are x's kind
 
 
 def test_weights_in_float32_get_gradients_in_float32():

@@ -6,9 +6,10 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ecmoe.kernels import common
-from ecmoe.kernels.common import Operator, kernel
+from ecmoe.kernels.common import Operator, block, cdiv, described, kernel
 
 
 @kernel
@@ -20,7 +21,7 @@ def _scaled_kernel(x, out, size, factor, BLOCK: tl.constexpr):
 @pytest.fixture
 def launches(monkeypatch):
     """Launches of `_scaled_kernel`: those that Triton looked at, and those that went past it, with their arguments."""
-    seen = SimpleNamespace(triton=[], past=[])
+    seen = SimpleNamespace(triton=[], past=[], device=2)
     compiled = SimpleNamespace(run=lambda *args: seen.past.append(args), function="f", packed_metadata="m")
     jit = SimpleNamespace(arg_names=["x", "out", "size", "factor", "BLOCK"])
 
@@ -31,8 +32,8 @@ def launches(monkeypatch):
             return lambda *args, **keys: seen.triton.append((grid, args, keys)) or compiled
 
     monkeypatch.setattr(common, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "s", raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: seen.device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", "stream of {}".format, raising=False)
     monkeypatch.setattr(_scaled_kernel, "jit", Launched())
     monkeypatch.setattr(_scaled_kernel, "known", {})
     return seen
@@ -43,18 +44,20 @@ def test_triton_looks_at_a_launch_once(launches):
     for grid in ((1,), (1,), (2, 3)):
         _scaled_kernel[grid](x, out, 8, 2.0, BLOCK=8, num_warps=4)
     assert len(launches.triton) == 1
-    launch = "s", "f", "m", None, None, None, x, out, 8, 2.0, 8
+    launch = "stream of 2", "f", "m", None, None, None, x, out, 8, 2.0, 8
     assert launches.past == [(1, 1, 1, *launch), (2, 3, 1, *launch)]
 
 
-@pytest.mark.parametrize("other", ["type", "alignment", "number", "constant", "option", "none"])
+@pytest.mark.parametrize("other", ["type", "alignment", "number", "constant", "option", "none", "device"])
 def test_what_may_need_another_binary_goes_through_triton(launches, other):
     x = torch.ones(12)
-    given = {"type": x.double(), "alignment": x[1:]}.get(other, x)
+    given = {"type": x.double(), "alignment": x[2:]}.get(other, x)  # to 8 bytes
     last = None if other == "none" else 2.0
     constants = {"BLOCK": 16 if other == "constant" else 8, "num_warps": 8 if other == "option" else 4}
     for _ in range(2):
+        launches.device = 2
         _scaled_kernel[1,](x, x, 8, 2.0, BLOCK=8, num_warps=4)
+        launches.device = 3 if other == "device" else 2
         _scaled_kernel[1,](given, x, 9 if other == "number" else 8, last, **constants)
     assert len(launches.triton) == len(launches.past) == 2
     assert launches.past[-1][9] is given
@@ -62,9 +65,26 @@ def test_what_may_need_another_binary_goes_through_triton(launches, other):
 
 def test_launches_are_not_remembered_without_end(launches, monkeypatch):
     monkeypatch.setattr(common, "REMEMBERED", 3)
+    known = []
     for size in range(10):
         _scaled_kernel[1,](torch.ones(8), torch.ones(8), size, 2.0, BLOCK=8)
-    assert len(_scaled_kernel.known) <= 3
+        known.append(len(_scaled_kernel.known))
+    assert known == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]
+
+
+def test_a_descriptor_is_tritons_and_has_a_binary_by_type_and_block(launches):
+    x = torch.arange(32.0).view(2, 4, 4)
+    ours, theirs = described(x, [1, 2, 4]), TensorDescriptor(x, x.shape, x.stride(), [1, 2, 4])
+    assert ours.base is x and all(getattr(ours, name) == value for name, value in vars(theirs).items() if name != "base")
+    for base, cut in ((x, [1, 2, 4]), (x + 1, [1, 2, 4]), (x, [1, 4, 2]), (x.double(), [1, 2, 4])):
+        _scaled_kernel[1,](described(base, cut), x, 8, 2.0, BLOCK=8)
+    assert len(launches.triton) == 3 and len(launches.past) == 1
+
+
+def test_sizes_of_grids_and_blocks():
+    assert [cdiv(size, 4) for size in (1, 4, 5, 8)] == [1, 1, 2, 2]
+    assert [block(size) for size in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]
+    assert (block(3, 16), block(100, 16, 64), block(20, 16, 64)) == (16, 64, 32)
 
 
 def _tripled(x: Tensor) -> Tensor:

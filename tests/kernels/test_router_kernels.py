@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ecmoe import kernels
-from ecmoe.kernels import selection
+from ecmoe.kernels import choice, routing, selection
 from tests.kernels.oracle import DEVICE, distance
 
 
@@ -75,6 +75,12 @@ def test_of_equal_scores_the_first_are_taken():
         assert torch.equal(kernels.select(scores[None].to(DEVICE), k)[0].cpu(), expected)
 
 
+def test_other_types_are_selected_in_topks_order():
+    scores = torch.randn(3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert torch.equal(kernels.select(scores, 5), scores.topk(5).indices)
+    assert not torch.equal(kernels.select(scores.float(), 5), scores.topk(5).indices)
+
+
 def test_select_takes_pools_and_softmax_scores():
     scores = torch.randn(2, 5, 60, generator=torch.Generator().manual_seed(0)).to(DEVICE).softmax(1)
     chosen = kernels.select(scores.transpose(0, 1), 7).transpose(0, 1)
@@ -84,7 +90,8 @@ def test_select_takes_pools_and_softmax_scores():
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d", "e"), [(40, 24, 6), (130, 70, 17), (1, 1, 1)])
-def test_logits_are_float32s(n, d, e, dtype, narrow):
+def test_logits_are_float32s(n, d, e, dtype, narrow, monkeypatch):
+    monkeypatch.setattr(routing, "TOKENS_PER_SUM", 32)  # 130 tokens are five partial sums
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=g).to(DEVICE, dtype).requires_grad_()
     w = torch.randn(d, e, generator=g).to(DEVICE, torch.bfloat16 if narrow else torch.float32).requires_grad_()
@@ -109,9 +116,44 @@ def test_the_two_gradients_of_a_token_add_up():
     torch.testing.assert_close(alone, ours - x.cos(), rtol=1e-4, atol=1e-4)
 
 
-def test_logits_of_other_types_are_the_plain_product():
-    x, w = torch.randn(5, 4, device=DEVICE).double(), torch.randn(4, 3, device=DEVICE)
-    assert torch.equal(kernels.logits(x, w)[0], x @ w.double())
+def test_logits_of_other_types_and_of_more_experts_are_the_plain_product(monkeypatch):
+    monkeypatch.setattr(routing._Logits, "apply", lambda x, w: (None, x))
+    for dtype, e, wide in ((torch.float64, 3, torch.float64), (torch.float16, 3, torch.float32), (torch.float32, 129, torch.float32)):
+        x, w = torch.randn(5, 4, device=DEVICE).to(dtype), torch.randn(4, e, device=DEVICE)
+        out, same = kernels.logits(x, w)
+        assert out.dtype == wide and torch.equal(out, x.to(wide) @ w.to(wide)) and same is x
+    for dtype in (torch.float32, torch.bfloat16):
+        assert kernels.logits(x[:, :3].to(dtype), torch.randn(3, 128, device=DEVICE))[0] is None
+
+
+def test_logits_and_gradients_are_the_same_in_any_layout():
+    g = torch.Generator().manual_seed(0)
+    x, w, gradient = (torch.randn(*s, generator=g).to(DEVICE) for s in ((40, 24), (24, 6), (40, 6)))
+    found = []
+    for order in (lambda t: t, lambda t: t.T.contiguous().T):
+        mine = [order(t).requires_grad_() for t in (x, w)]
+        out, again = kernels.logits(*mine)
+        gradients = order(gradient), order(gradient @ w.T)
+        found.append((out, *torch.autograd.grad([out, again], mine, gradients)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_scores_are_a_softmax_laid_out_as_experts_choose():
+    x, w = (torch.randn(*s, generator=torch.Generator().manual_seed(0)).to(DEVICE) for s in ((130, 70), (70, 17)))
+    inverse = torch.zeros(130, 17, dtype=torch.int32, device=DEVICE)
+    scores = routing.product(30 * x, w, inverse, 99)  # of logits that float32's exp can't take
+    assert (inverse == 99).all() and scores.shape == (17, 130)
+    torch.testing.assert_close(scores.double(), (30 * x.double() @ w.double()).softmax(1).T, atol=1e-3, rtol=0)
+
+
+def test_who_may_have_a_layer_at_once():
+    def may(n=8, e=3, k=2, x=torch.float32, weight=torch.float32):
+        return choice.available(torch.empty(n, 4, dtype=x, device="meta"), torch.empty(4, e, dtype=weight, device="meta"), k)
+
+    assert may() and may(x=torch.bfloat16) and may(weight=torch.bfloat16)
+    assert not may(x=torch.float64) and not may(weight=torch.float64) and not may(x=torch.float16)
+    assert [may(k=k) for k in (0, 1, 7, 8)] == [False, True, True, False]  # else nothing is chosen
+    assert may(e=128) and not may(e=129) and may((1 << 21) - 1) and not may(1 << 21)
 
 
 def test_routing_operators_say_their_shapes():
