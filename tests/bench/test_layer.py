@@ -204,16 +204,6 @@ def test_what_fails_is_named_and_the_rest_is_measured(monkeypatch):
     assert "top-2, grouped_mm, plain, eager, forward (RuntimeError: no kernel for this)" in table.attrs["absent"]
 
 
-def test_kernels_are_measured(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(bench, "kernels_run", lambda device: True)
-    table = bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=2, repeats=2)
-    for path in ("plain", "triton", "triton-bmm"):
-        rows = table[(table["layer"] == "EC-CF2") & (table["variant"] == "") & (table["path"] == path)]
-        assert set(rows["what"]) == {bench.FORWARD, bench.BOTH, bench.ROUTING}
-    assert "triton" in set(table[table["variant"] == "capacity 2 n/e"]["path"])
-
-
 def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
     sizes = [{"n": 16, "d_model": 4}, {"n": 32, "d_model": 8}]
     table = bench.bench_auto(sizes, num_experts=4, repeats=2)

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ecmoe.kernels import INTERPRETED
 from ecmoe.kernels import capped as kernel
-from ecmoe.kernels.capped import capped, hold
+from ecmoe.kernels.capped import capped
 from ecmoe.routing.capped import capped_top_k
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -161,7 +161,9 @@ def by_hand(S, k, b, uncapped, sampled, rounds):
             low = np.clip(reached - 1, 0, 7)
             most, least = (np.take_along_axis(counts, row[None], 0)[0] for row in (low, low + 1))
             share = np.clip((most - target) / np.maximum(most - least, 1), 0, 1).astype(f)
-            step = np.where(reached > 0, thresholds[low] + share * (thresholds[low + 1] - thresholds[low]), f(-16)) * scale
+            step = (
+                np.where(reached > 0, thresholds[low] + share * (thresholds[low + 1] - thresholds[low]), f(-16)) * scale
+            )
             damping = f(1 if r <= uncapped and r < rounds else 0.7)
             price = price + np.where(r > since, damping * step, f(0))
             scale = np.where(r > since, np.maximum(np.abs(step), f(1e-3) * unit), scale)

@@ -54,10 +54,13 @@ def test_more_rows_and_columns_than_a_program_holds():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fuse", "fused"), [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float64, True, False)]
+    ("dtype", "fuse", "fused"),
+    [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float64, True, False)],
 )
 def test_who_multiplies(dtype, fuse, fused, monkeypatch):
-    if not kernels.INTERPRETED and not product.fusible(torch.empty(1, 8, 8, device=DEVICE, dtype=dtype), torch.empty(1, 8, 8)):
+    if not kernels.INTERPRETED and not product.fusible(
+        torch.empty(1, 8, 8, device=DEVICE, dtype=dtype), torch.empty(1, 8, 8)
+    ):
         pytest.skip("needs a Hopper")
     called = []
     for name in ("product", "product_backward", "activate_", "scale_"):
@@ -74,7 +77,11 @@ def test_what_the_fused_products_take():
     for dtype in (torch.bfloat16, torch.float16):
         found = {size: product.fusible(torch.empty(3, 5, size[1], dtype=dtype), torch.empty(size)) for size in sizes}
         assert found == sizes
-    for dtype, size, fits in ((torch.float32, (3, 4, 12), True), (torch.float32, (3, 4, 6), False), (torch.float64, (3, 8, 8), False)):
+    for dtype, size, fits in (
+        (torch.float32, (3, 4, 12), True),
+        (torch.float32, (3, 4, 6), False),
+        (torch.float64, (3, 8, 8), False),
+    ):
         assert product.fusible(torch.empty(3, 5, size[1], dtype=dtype), torch.empty(size)) == fits
     assert not product.fusible(torch.empty(3, 0, 8), torch.empty(3, 8, 8))
 

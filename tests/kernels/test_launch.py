@@ -75,7 +75,9 @@ def test_launches_are_not_remembered_without_end(launches, monkeypatch):
 def test_a_descriptor_is_tritons_and_has_a_binary_by_type_and_block(launches):
     x = torch.arange(32.0).view(2, 4, 4)
     ours, theirs = described(x, [1, 2, 4]), TensorDescriptor(x, x.shape, x.stride(), [1, 2, 4])
-    assert ours.base is x and all(getattr(ours, name) == value for name, value in vars(theirs).items() if name != "base")
+    assert ours.base is x and all(
+        getattr(ours, name) == value for name, value in vars(theirs).items() if name != "base"
+    )
     for base, cut in ((x, [1, 2, 4]), (x + 1, [1, 2, 4]), (x, [1, 4, 2]), (x.double(), [1, 2, 4])):
         _scaled_kernel[1,](described(base, cut), x, 8, 2.0, BLOCK=8)
     assert len(launches.triton) == 3 and len(launches.past) == 1

@@ -118,7 +118,11 @@ def test_the_two_gradients_of_a_token_add_up():
 
 def test_logits_of_other_types_and_of_more_experts_are_the_plain_product(monkeypatch):
     monkeypatch.setattr(routing._Logits, "apply", lambda x, w: (None, x))
-    for dtype, e, wide in ((torch.float64, 3, torch.float64), (torch.float16, 3, torch.float32), (torch.float32, 129, torch.float32)):
+    for dtype, e, wide in (
+        (torch.float64, 3, torch.float64),
+        (torch.float16, 3, torch.float32),
+        (torch.float32, 129, torch.float32),
+    ):
         x, w = torch.randn(5, 4, device=DEVICE).to(dtype), torch.randn(4, e, device=DEVICE)
         out, same = kernels.logits(x, w)
         assert out.dtype == wide and torch.equal(out, x.to(wide) @ w.to(wide)) and same is x
@@ -148,7 +152,9 @@ def test_scores_are_a_softmax_laid_out_as_experts_choose():
 
 def test_who_may_have_a_layer_at_once():
     def may(n=8, e=3, k=2, x=torch.float32, weight=torch.float32):
-        return choice.available(torch.empty(n, 4, dtype=x, device="meta"), torch.empty(4, e, dtype=weight, device="meta"), k)
+        return choice.available(
+            torch.empty(n, 4, dtype=x, device="meta"), torch.empty(4, e, dtype=weight, device="meta"), k
+        )
 
     assert may() and may(x=torch.bfloat16) and may(weight=torch.bfloat16)
     assert not may(x=torch.float64) and not may(weight=torch.float64) and not may(x=torch.float16)
