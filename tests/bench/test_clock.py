@@ -1,12 +1,13 @@
 """One clock for all rows."""
 
+import itertools
 import time
 
 import pytest
 import torch
 
 from ecmoe.bench import clock as timing
-from ecmoe.bench.rows import Row, named, sized
+from ecmoe.bench.rows import OF_LAYER, Row, named, sized
 from ecmoe.files import ConfigError
 
 CPU = torch.device("cpu")
@@ -14,7 +15,12 @@ CPU = torch.device("cpu")
 
 def test_calls_are_taken_in_turns_each_in_another_order():
     order = []
-    times = timing.in_turns({name: lambda name=name: order.append(name) for name in "abc"}, 20, CPU)
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timing.in_turns(calls, 20, CPU)
+    first = order.copy()
+    order.clear()
+    times = timing.in_turns(calls, 20, CPU)
+    assert order == first  # always the same
     turns = {"".join(order[i : i + 3]) for i in range(0, 60, 3)}
     assert all(sorted(turn) == list("abc") for turn in turns) and {turn[0] for turn in turns} == set("abc")
     assert {name: len(samples) for name, samples in times.items()} == {"a": 20, "b": 20, "c": 20}
@@ -23,6 +29,14 @@ def test_calls_are_taken_in_turns_each_in_another_order():
 
 def test_a_call_takes_what_it_takes():
     assert 0.02 <= timing.seconds(lambda: time.sleep(0.02), CPU) < 2
+
+
+def test_who_waits_for_each_other_agrees_on_how_many_calls_are_timed(monkeypatch):
+    timed, agreed = [], []
+    monkeypatch.setattr(timing, "burst", lambda call, device: (call, device))
+    monkeypatch.setattr(timing, "seconds", lambda *given: timed.append(given) or 0.5)
+    found = timing.in_turns({"x": "call"}, 2, CPU, agreed=lambda bursts: agreed.append(bursts) or {"x": (5, 7)})
+    assert agreed == [{"x": ("call", CPU)}] and timed == [("call", CPU, 5, 7)] * 2 and found == {"x": [0.5, 0.5]}
 
 
 def test_median_and_quartiles_in_milliseconds():
@@ -39,9 +53,9 @@ def test_a_row_is_named_without_what_is_usual():
 
 
 def test_sizes_are_the_devices_but_for_those_that_are_given():
-    assert sized("cpu", ("n", "d_ff"), {"n": 8}) == {"n": 8, "d_ff": 256} and sized("cuda", ("heads",), {}) == {
-        "heads": 12
-    }
+    assert sized("cpu", ("n", "d_ff"), {"n": 8}) == {"n": 8, "d_ff": 256}
+    table_1 = {"n": 64 * 1024, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12}
+    assert sized("cuda", (*OF_LAYER, "layers", "heads"), {}) == table_1  # 0.1B/64E
     for given, said in (
         ({"d_model": 8}, "no size 'd_model' .given: 8."),
         ({"n": 0}, "n=0 must be"),
@@ -105,6 +119,13 @@ def test_a_burst_is_as_long_as_it_takes_the_chip_to_settle(log):
     assert timing.burst(lambda: None, CPU) == (1, 0)
 
 
+@pytest.mark.parametrize(("one", "expected"), [(1e-4, (256, 2000)), (0.03, (2, 7)), (0.3, (1, 1))])
+def test_a_burst_is_some_50_ms_after_at_least_200(one, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, "seconds", lambda *given: asked.append(given) or one)
+    assert timing.burst("call", torch.device("cuda")) == expected and asked == [("call", torch.device("cuda"), 3)]
+
+
 def test_a_gpu_tells_what_a_call_takes_of_its_memory_a_cpu_nothing(log):
     assert timing.peak_mb(lambda: log.append("call"), torch.device("cuda")) == (3.0, 8.0)
     assert log == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "call", "synchronize", "max_memory_allocated"]  # fmt: skip
@@ -116,34 +137,49 @@ def test_on_a_gpu_alone_more_calls_come_after_all_others(log, monkeypatch, kind)
     monkeypatch.setattr(timing, "this_device", lambda: torch.device(kind))
     calls = {("a",): lambda: log.append("a"), ("b",): lambda: 1 / 0}
     further = lambda works, absent: {("c",): lambda: log.append(f"c after {list(works)}, {len(absent)} absent")}  # noqa: E731
-    found = timing.timed(calls, 2, further)
+    found = timing.timed(calls, 3, further)
     kept = {"cuda": [("a",), ("c",)], "cpu": [("a",)]}[kind]
-    assert {key: len(samples) for key, samples in found.times.items()} == dict.fromkeys(kept, 2) and len(
+    assert {key: len(samples) for key, samples in found.times.items()} == dict.fromkeys(kept, 3) and len(
         found.absent
     ) == 1
     called = [said for said in log if said.startswith(("a", "c "))]
     assert found.memory == {("a",): (3.0, 8.0) if kind == "cuda" else None}
     first = called.index("c after [('a',)], 1 absent") if kind == "cuda" else len(called)
     assert set(called[:first]) == {"a"} and "a" not in called[first:]
-    assert len(called[:first]) >= timing.WARM_UP[kind] + 2
+    assert len(called[:first]) >= {"cuda": 3, "cpu": 1}[kind] + 3
 
 
-def test_what_fails_is_named_and_the_rest_is_warm():
-    times, memory, absent = timing.timed({("a", "x"): lambda: None, ("b", "y"): lambda: 1 / 0}, 2)
-    assert list(times) == list(memory) == [("a", "x")] and absent == ["b, y (ZeroDivisionError: division by zero)"]
-    with pytest.raises(ValueError, match="repeats=1: must be a whole number of at least 2"):
-        timing.timed({}, 1)
+def test_what_fails_is_named_and_the_rest_is_warm(monkeypatch):
+    limits, resets = [], []
+
+    def call():
+        how = torch._dynamo.config
+        limits.append((how.recompile_limit, how.accumulated_recompile_limit, how.specialize_float))
+
+    def peak(call, device):
+        if call is calls["c",]:
+            raise MemoryError("\n  none left\nmore")
+
+    calls = {("a", "x"): call, ("b", "y"): lambda: 1 / 0, ("c",): lambda: None}
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(len(limits)))
+    monkeypatch.setattr(timing, "peak_mb", peak)
+    times, memory, absent = timing.timed(calls, 2)
+    assert list(times) == list(memory) == [("a", "x")]
+    assert absent == ["b, y (ZeroDivisionError: division by zero)", "c (MemoryError: none left)"]
+    assert len(timing.reason(ValueError(500 * "x"))) == 160
+    assert resets == [0] and set(limits) == {(256, 1024, True)}  # many layers may be compiled side by side
+    for repeats in (1, 2.5):
+        with pytest.raises(ValueError, match=f"repeats={repeats}: must be a whole number of at least 2"):
+            timing.timed({}, repeats)
 
 
-def test_what_takes_long_says_how_it_goes(monkeypatch, capsys):
-    calls = {("a", "x"): lambda: None, ("b",): lambda: None}
-    timing.timed(calls, 2)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(timing, "SLOW", 0)
-    timing.timed(calls, 2)
-    assert [line.rpartition(" 0 s")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "[bench] a, x:",
-        "[bench] b:",
-        "[bench] turn 1 of 2,",
-        "[bench] turn 2 of 2,",
-    ]
+@pytest.mark.parametrize(("tick", "said"), [
+    (0.5, []), (1, ["turn 2 of 2, 10 s"]),
+    (10, ["a, x: 10 s to get warm", "b: 10 s to get warm", "turn 1 of 2, 50 s", "turn 2 of 2, 100 s"]),
+])  # fmt: skip
+def test_what_takes_long_says_how_it_goes(tick, said, monkeypatch, capsys):
+    """A clock that goes on by a tick each time it is read, twice a call."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, tick).__next__)
+    found = timing.timed({("a", "x"): lambda: None, ("b",): lambda: None}, 2)
+    assert capsys.readouterr().err.splitlines() == [f"[bench] {line}" for line in said]
+    assert set(found.times["b",]) == {tick}

@@ -31,10 +31,12 @@ def captures(monkeypatch):
         def replay(self):
             made.append(("replay", self))
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {"graph_pool_handle": "pool", "Stream": stream, "current_stream": stream}.items():
+    side, usual = SimpleNamespace(name="side"), SimpleNamespace(name="usual")
+    for stream in (side, usual):
+        stream.wait_stream = lambda other, stream=stream: made.append((stream.name, "waits for", other.name))
+    for name, value in {"graph_pool_handle": "pool", "Stream": side, "current_stream": usual}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(made.append(stream.name)))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: made.append((pool, graph)) or contextlib.nullcontext())
     return made
@@ -52,34 +54,97 @@ def test_calls_are_captured_once_warm_from_one_memory_up_to_the_first_that_canno
     assert list(found) == [row._replace(mode="CUDA graph") for row in rows[:2]]
     assert called == 4 * ["a"] + 4 * ["b"] + ["c"]  # three to get warm
     assert absent == ["CUDA graphs from EC, c on (RuntimeError: it waits)"]
-    (_, first), (_, second) = captures
-    assert [pool for pool, _ in captures] == 2 * ["pool"] and first is not second
+    (_, first), (_, second) = (made for made in captures if made[0] == "pool")
+    warm = [("side", "waits for", "usual"), "side", ("usual", "waits for", "side")]
+    assert captures == [*warm, ("pool", first), *warm, ("pool", second), *warm[:2]] and first is not second
     found[rows[0]._replace(mode="CUDA graph")]()
     assert captures[-1] == ("replay", first)
 
 
-def test_uncapped_expert_choice_alone_is_captured_with_no_graph_left_to_its_input(monkeypatch):
-    wanted = []
+@pytest.fixture
+def wired(monkeypatch):
+    """Parts that say what they were given, and a clock that only notes what it should time; `graphs` among it."""
+    asked = {}
 
-    def taken(calls, repeats, then):
-        for call in calls.values():
-            call()
-        then(calls, ["absent"])
-        return SimpleNamespace(times={row: [0.001] * repeats for row in calls}, memory={}, absent=[])
+    def timed(calls, repeats, then):
+        asked.update(calls=calls, repeats=repeats, graphs=then(calls, ["no graph"]))
+        return bench.timing.Timed({}, {}, ["absent"])
 
-    def captured(calls, absent):
-        wanted.extend([list(calls), absent])
-        return {}
+    def parts(*given):
+        return {what: (what, *given) for what in (bench.FORWARD, bench.BOTH)}
 
-    layers = []
-    make = bench.MoE
-    monkeypatch.setattr(bench, "MoE", lambda *a, **k: layers.append(make(*a, **k)) or layers[-1])
-    monkeypatch.setattr(bench.timing, "timed", taken)
-    monkeypatch.setattr(bench, "graphs", captured)
-    bench.bench_layer(n=16, d_model=8, d_ff=16, num_experts=4, repeats=2)
-    ec = bench.Row("EC-CF2")
-    assert wanted == [[ec._replace(what=what) for what in (bench.FORWARD, bench.BOTH, bench.ROUTING)], ["absent"]]
-    assert len(layers) > 3 and all(layer.aux_loss is None for layer in layers)
+    for name in ("forward_and_both", "floor"):
+        monkeypatch.setattr(bench, name, parts)
+    monkeypatch.setattr(bench, "graphs", lambda calls, absent: (calls, absent))
+    monkeypatch.setattr(bench.timing, "timed", timed)
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: ("compiled", layer, dynamic))
+    return asked
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_row_of_the_layer_is_timed_by_its_own_call(compiled, wired, monkeypatch):
+    row, first, x, gradient = bench.Row, torch.nn.Identity(), torch.ones(1, 16, 8, requires_grad=True), object()
+    ec = [row("EC"), row("EC", path="triton"), row("EC", path="triton-bmm"), row("EC", "cap 2", "triton")]
+    top = [row("top", "capacity 1 n/e", "triton"), row("top", "nothing dropped"), row("top", "grouped_mm")]
+    layers = {one: torch.nn.Identity() for one in ec + top}
+    for layer in layers.values():
+        layer.aux_loss = torch.ones(())
+    monkeypatch.setattr(bench, "layer_and_input", lambda **size: wired.update(size=size) or (first, x, gradient))
+    monkeypatch.setattr(bench, "_expert_choice", lambda layer: {one: layers[one] for one in ec if layer is first})
+    monkeypatch.setattr(bench, "_token_choice", lambda layer: ({one: layers[one] for one in top}, ["a peer"]))
+    monkeypatch.setattr(bench, "_routing", lambda layer, x: (layer, x.requires_grad, x.shape))
+    monkeypatch.setattr(bench, "_rows", lambda found, flops: wired.update(flops=flops) or [])
+    sizes = {"n": 16, "d_model": 8, "d_ff": 24, "num_experts": 4}
+    table = bench.bench_layer(capacity_factor=1.0, repeats=3, compiled=compiled, **sizes)
+    calls, whats = wired["calls"], (bench.FORWARD, bench.BOTH)
+    expected = {
+        one._replace(what=what): (what, layer, x, layer, gradient) for one, layer in layers.items() for what in whats
+    }
+    for one in (ec[0], ec[1], top[0], top[2]) if compiled else ():
+        for what in whats:
+            step = "compiled", layers[one], False
+            expected[one._replace(mode="compiled", what=what)] = what, step, x, layers[one], gradient
+    routing = {one._replace(what=bench.ROUTING): (layers[one], False, (16, 8)) for one in ec}
+    for what in whats:
+        _, layer, tokens, k = calls.pop(row("floor", what=what))
+        assert layer is first and torch.equal(tokens, x[0]) and k == 4  # n c / e
+    assert calls == expected | routing and wired["repeats"] == 3
+    timed = expected | routing
+    captured = {
+        one: timed[one] for what in (*whats, bench.ROUTING) for one in [each._replace(what=what) for each in ec[:3]]
+    }
+    assert wired["graphs"] == (captured, ["no graph"]) and all(layer.aux_loss is None for layer in layers.values())
+    assert wired["size"] == sizes | {"capacity_factor": 1.0} and wired["flops"] == 2 * 2 * 16 * 8 * 24
+    assert table.attrs["absent"] == ["a peer", "absent"]
+    assert (wired["size"] | {"repeats": 3, "dtype": "float32"}).items() <= table.attrs["setting"].items()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_path_of_a_run_has_the_plain_ones_weights_and_input(compiled, wired, monkeypatch):
+    given, make = [], bench.layer_and_input
+    monkeypatch.setattr(bench, "layer_and_input", lambda **size: given.append((size, *make(**size))) or given[-1][1:])
+    sizes = [{"n": 16, "d_model": 8}, {"n": 32, "d_model": 4}]
+    table = bench.bench_auto(sizes, num_experts=8, compiled=compiled, repeats=3)
+    assert [size for size, *_ in given] == [s | {"d_ff": 4 * s["d_model"], "num_experts": 8} for s in sizes]
+    _, plain, x, gradient = given[1]
+    rows = [
+        bench.Row("EC-CF2", "", path, mode)
+        for path in ("plain", "auto")
+        for mode in ("eager", "compiled")[: 1 + compiled]
+    ]
+    assert list(wired["calls"]) == [one._replace(what=what) for one in rows for what in (bench.FORWARD, bench.BOTH)]
+    for one, (what, step, tokens, layer, of) in wired["calls"].items():
+        assert what == one.what and tokens is x and of is gradient and layer.kernels == one.path
+        assert step == (("compiled", layer, False) if one.mode == "compiled" else layer)
+        assert layer.w1 is plain.w1 and layer.router.weight is plain.router.weight
+        router = layer.router
+        assert (router.d_model, router.num_experts, router.capacity_factor, router.pool) == (4, 8, 2.0, "batch")
+    assert wired["graphs"] == ({r: c for r, c in wired["calls"].items() if r.mode == "eager"}, ["no graph"])
+    assert wired["repeats"] == 3 and table.attrs["absent"] == 2 * ["absent"]
+    assert {"num_experts": 8, "repeats": 3}.items() <= table.attrs["setting"].items()
+    with pytest.raises(ValueError, match="n=33"):  # before any is timed
+        bench.bench_auto([{"n": 16, "d_model": 8}, {"n": 33, "d_model": 8}], num_experts=8)
+    assert len(given) == 2
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +175,9 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize(("c", "k", "caps"), [(2.0, 2, [2, 3]), (3.0, 3, [3]), (0.5, 1, [2, 3]), (6.0, 4, [])])
+@pytest.mark.parametrize(
+    ("c", "k", "caps"), [(2.0, 2, [2, 3]), (3.0, 3, [3]), (0.5, 1, [2, 3]), (1.75, 2, [2, 3]), (6.0, 4, [])]
+)
 def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps, monkeypatch):
     monkeypatch.setattr(bench, "kernels_run", lambda device: kernels)
     monkeypatch.setattr(bench, "peers", lambda layer: ({"another": layer}, ["absent"]))
@@ -140,11 +207,18 @@ def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypat
     assert torch.equal(x, same) and torch.equal(layer.w1, again.w1) and not torch.equal(x, gradient)
     assert [(one.kernels, one.router.pool) for one in (layer, again)] == [("plain", "batch"), ("triton", "rank")]
     calls, made, bmm = bench.floor(layer, x[0], 6), [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: made.append((*a.shape, b.shape[2])) or bmm(a, b))
+
+    def product(a, b):
+        assert not a.requires_grad and not b.requires_grad  # nothing is kept
+        made.append((*a.shape, b.shape[2]))
+        return bmm(a, b)
+
     forward = [(4, 6, 8, 12), (4, 6, 12, 8)]  # e, rows, depth, columns
-    calls[bench.FORWARD]()
-    assert made == forward
-    calls[bench.BOTH]()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "bmm", product)
+        calls[bench.FORWARD]()
+        assert made == forward
+        calls[bench.BOTH]()
     assert made[2:] == [*forward, (4, 6, 8, 12), (4, 12, 6, 8), (4, 6, 12, 8), (4, 8, 6, 12)]
     calls = bench.forward_and_both(layer, x, layer, gradient)
     out = layer(x)
@@ -153,6 +227,14 @@ def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypat
     found = dict(zip(("x", *dict(layer.named_parameters())), calls[bench.BOTH](), strict=True))
     for name, expected in zip(("x", "w1", "w2", "router.weight"), theirs, strict=True):
         torch.testing.assert_close(found[name], expected)
+
+
+def test_routing_goes_from_scores_to_the_assignment_without_gradients(monkeypatch):
+    layer, x, _ = bench.layer_and_input(n=16, d_model=8, d_ff=12, num_experts=4)
+    call = bench._routing(layer, x[0])
+    monkeypatch.setattr(layer.router, "logits", lambda x: pytest.fail("scored again"))
+    found = call()
+    assert found.token.shape == (4, 8) and not found.gate.requires_grad
 
 
 def test_all_columns_of_a_row_by_hand():
@@ -307,6 +389,43 @@ def test_step_of_every_arm_is_timed(monkeypatch):
     assert 0 <= first.min() and 128 < first.max() < 257
 
 
+def test_a_table_of_steps_has_the_medians_and_rates_of_each_arm(monkeypatch):
+    module, asked, arms_of = bench_step_module, {}, arms(STEP)
+    rows = [module.Row("EC-CF2", "own", "plain"), module.Row("Switch top-1", "even", "triton", "compiled")]
+
+    def timed(calls, repeats):
+        asked.update(calls=calls, repeats=repeats)
+        samples = {row: [0.001, 0.004, 0.002] for row in calls}
+        return bench.timing.Timed(samples, dict(zip(calls, ((2.0, 5.0), None), strict=False)), ["absent"])
+
+    monkeypatch.setattr(module, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(
+        module, "steps", lambda configs, device, compiled: {row: (configs, device, compiled) for row in rows}
+    )
+    monkeypatch.setattr(module.timing, "timed", timed)
+    table = bench_step(repeats=3, compiled=True, **STEP)
+    assert asked == {"calls": {row: (arms_of, CPU, True) for row in rows}, "repeats": 3}
+    rate = 32 / 0.002
+    usual = {"ms": 2.0, "low_ms": 1.5, "high_ms": 3.0, "tokens_per_second": rate, "samples_ms": [1.0, 4.0, 2.0]}
+    for found, row in zip(table.drop(columns="peak_mb").to_dict("records"), rows, strict=True):
+        mfu = rate * flops_per_token(arms_of[row.arm]) / 1e9
+        assert found == row._asdict() | {"mfu": pytest.approx(mfu)} | usual
+    assert table["peak_mb"][0] == 5.0 and table.attrs["absent"] == ["absent"]
+    assert (STEP | {"repeats": 3}).items() <= table.attrs["setting"].items()
+
+    inside = []
+    monkeypatch.setattr(module, "repeatable", lambda: contextlib.nullcontext(inside.append("as runs are")))
+    monkeypatch.setattr(module, "_run_step", lambda *given: (*given, *inside))
+    table = module.bench_study(arms_of, repeats=4)
+    assert asked["calls"] == {(arm,): (config, CPU, None, "as runs are") for arm, config in arms_of.items()}
+    assert asked["repeats"] == 4 == table.attrs["setting"]["repeats"] and table.attrs["absent"] == ["absent"]
+    assert table["arm"].tolist() == list(ARMS) and set(table["ms"]) == {2.0}
+    monkeypatch.setattr(module.timing, "this_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    module.bench_study(arms_of)
+    assert {call[2] for call in asked["calls"].values()} == {"pool"}  # of one memory
+
+
 def test_a_step_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(bench_step_module.Grouped, "forward", lambda *_, **__: 1 / 0)
     table = bench_step(repeats=2, **STEP)
@@ -336,15 +455,35 @@ def test_all_steps_train_the_same_weights(monkeypatch):
 def test_with_kernels_each_arm_has_its_paths_and_the_two_of_the_claim_a_graph(compiled, monkeypatch):
     monkeypatch.setattr(bench_step_module, "kernels_run", lambda device: True)
     monkeypatch.setattr(bench_step_module.graph, "capturable", lambda lit: True)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: None)
+    blocks = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: blocks.append((block, how)))
     usual, captured = ("compiled", "compiled, CUDA graph") if compiled else ("eager", "CUDA graph")
     rows = [("EC-CF2", "own", "plain"), ("EC-CF2", "own", "triton"), ("EC-CF1", "own", "triton")]
     for arm, paths in (("GShard top-2", ("plain", "triton", "grouped_mm")), ("Switch top-1", ("triton", "grouped_mm"))):
         rows += [(arm, routing, path) for path in paths for routing in ("own", "even")]
     eager = [(*row, usual) for row in rows]
     graphs = [(*row, captured) for row in rows if row[0] in bench_step_module.PAIR and row[2] == "triton"]
-    configs = arms(STEP)
-    assert [*map(tuple, steps(configs, CPU, compiled=compiled))] == eager + graphs and len(graphs) == 3
+    configs, twins = arms(STEP), {}
+
+    def twin(lit, config, path):
+        made = make(lit, config, path)
+        twins[id(made)] = config, path, made
+        return made
+
+    make = bench_step_module._twin
+    monkeypatch.setattr(bench_step_module, "_twin", twin)
+    monkeypatch.setattr(bench_step_module, "step_of", lambda *given: given)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    made = steps(configs, CPU, compiled=compiled)
+    assert [*map(tuple, made)] == eager + graphs and len(graphs) == 3
+    for row, (lit, _, batch, even, *pool) in made.items():
+        config, path, _ = twins[id(lit)]
+        assert (config, path, even) == (configs[row.arm], row.path, row.routing == "even") and batch.shape == (4, 9)
+        assert pool == ([None] if "graph" in row.mode else [])  # a CPU has none
+    assert len(blocks) == (2 * len(twins) if compiled else 0) and all(how == {"dynamic": False} for _, how in blocks)
+    assert {id(block) for block, _ in blocks} == {
+        id(b) for *_, one in twins.values() for b in one.model.blocks if compiled
+    }
 
 
 def test_a_graph_of_the_losses_is_captured_once_and_trains_as_they_do(monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -59,13 +60,18 @@ def test_answers_come_in_the_order_of_the_images(config):
 
 
 def test_images_of_all_tasks_come_mixed_in_batches_as_in_training():
-    network, seen, size = OneNetwork(EC), [], EC.batch_size
+    size = 60
+    network, seen = OneNetwork(EC.replace(batch_size=size)), []
     network.lit.model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0, 0, 0]))
     x = [torch.full((size * 2 // 3, 1, 8, 8), k / 5) for k in range(5)]
     network.answers(x, [torch.tensor([2 * k, 2 * k + 1]) for k in range(5)])
     assert [len(batch) for batch in seen] == [size] * 3 + [len(x[0]) * 5 - 3 * size]
     assert all(batch.unique().numel() == 5 for batch in seen)
     assert torch.equal(torch.cat(seen).sort().values, torch.cat(x)[:, 0, 0, 0])
+    first, seen[:] = torch.cat(seen), []
+    torch.manual_seed(1)
+    network.answers(x, [torch.tensor([2 * k, 2 * k + 1]) for k in range(5)])
+    assert torch.equal(torch.cat(seen), first)  # always the same
 
 
 def test_balance_losses_are_trained_on(monkeypatch):
@@ -86,14 +92,18 @@ def test_balance_losses_are_trained_on(monkeypatch):
 
 def test_tasks_are_disjoint_and_hold_every_image():
     data = images.load("digits")
-    tasks = split(data, DENSE)
+    tasks = split(data, DENSE.replace(held_out=7))
     assert [task.classes.tolist() for task in tasks] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert sum(len(task.x) for task in tasks) == len(data.train_x) and sum(len(task.val_x) for task in tasks) == len(
         data.val_x
     )
     for task in tasks:
         assert set(task.y.tolist()) == set(task.val_y.tolist()) == set(task.classes.tolist())
-        assert task.held.sum() == -(-len(task.x) // DENSE.held_out)  # one in so many, the first among them
+        assert task.held.nonzero()[:, 0].tolist() == list(range(0, len(task.x), 7))  # one in so many, from the first on
+    fewest = min(int((~task.held).sum()) for task in tasks)
+    assert len(split(data, DENSE.replace(held_out=7, batch_size=fewest))) == 5
+    with pytest.raises(ConfigError, match=f"is more than the {fewest} training images"):
+        split(data, DENSE.replace(held_out=7, batch_size=fewest + 1))
 
 
 # Measures
@@ -118,14 +128,20 @@ def test_a_summary_is_worked_out_of_both_matrices_and_written_by_who_holds_the_r
 ):
     found = {"accuracy": [[1.0, None], [0.5, 0.25]], "accuracy_task_known": [[0.75, None], [1.0, 0.5]], "other": 3}
     asked = []
-    monkeypatch.setattr(learning, "run", lambda config: dict(found))
+    seconds, inside = iter([100.0, 107.5]), []
+    monkeypatch.setattr(learning.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(learning, "repeatable", lambda: nullcontext(inside.append("repeatable")))
+    monkeypatch.setattr(learning, "circumstances", lambda: {"commit": "abc"})
+    monkeypatch.setattr(learning, "now", lambda: "today")
+    monkeypatch.setattr(learning, "run", lambda config: inside.append(config) or dict(found))
     still_ours = lambda: asked.append((tmp_path / "summary.json").exists())  # noqa: E731
     said = learning.train_run(GATE, tmp_path, still_ours, progress).summary
     numbers = {"final_accuracy": 0.375, "forgetting": 0.5, "final_accuracy_task_known": 0.75}
     numbers |= {"forgetting_task_known": -0.25, "world_size": 1, "precision": "32-true", "status": "finished"}
     assert (found | numbers).items() <= said.items() and said["data"] == images.load("digits").provenance
-    assert said["seconds"] < 60 and said["name"] == GATE.name and asked == [False]
-    assert capsys.readouterr().err == f"[{GATE.slug()}] accuracy 0.375, 0 s\n" * progress
+    assert {"seconds": 7.5, "commit": "abc", "finished": "today", "name": GATE.name}.items() <= said.items()
+    assert asked == [False] and inside == ["repeatable", GATE]
+    assert capsys.readouterr().err == f"[{GATE.slug()}] accuracy 0.375, 8 s\n" * progress
 
 
 def test_one_network_forgets_and_expert_gate_does_not(study):
@@ -140,6 +156,49 @@ def test_one_network_forgets_and_expert_gate_does_not(study):
     assert gate["forgetting_task_known"] == 0  # the same expert, unchanged, looks at the same images
     # Where the gate is right both say the same; where it is wrong Expert Gate is, as no other expert knows the task's classes.
     assert 0 <= gate["final_accuracy_task_known"] - gate["final_accuracy"] <= 1 - gate["gate_right"] + 1e-6
+
+
+def test_after_each_task_those_that_came_are_asked_about(monkeypatch):
+    """Models that say of every image the class of the first of the task that came last, and told the task its last class."""
+    tasks, learned, seeds = split(images.load("digits"), GATE), [], []
+
+    class Model(ExpertGate):
+        def __init__(self, config):
+            super().__init__(config)
+            seeds.append((config.seed, torch.initial_seed()))
+
+        def learn(self, x, y, held):
+            learned.append((x, y, held))
+
+        def answers(self, x, classes):
+            assert all(torch.equal(a, task.val_x) for a, task in zip(x, tasks, strict=False)) and len(x) == len(learned)
+            assert all(torch.equal(a, task.classes) for a, task in zip(classes, tasks, strict=False))
+            last = learned[-1][1].min()
+            return [last.expand(len(of)) for of in x], [
+                own[-1].expand(len(of)) for of, own in zip(x, classes, strict=True)
+            ]
+
+        def forward(self, x):
+            return None, (torch.arange(len(x)) % 3 == 0).long()  # the second expert takes a third
+
+        def relatedness(self, x, k):
+            return torch.tensor([len(x), k])
+
+    monkeypatch.setattr(learning, "ExpertGate", Model)
+    found = run(GATE.replace(seed=7, held_out=9))
+    tasks = split(images.load("digits"), GATE.replace(held_out=9))
+    for given, task in zip(learned, tasks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(given, (task.x, task.y, task.held), strict=True))
+    share = [float((task.val_y == task.classes[0]).float().mean()) for task in tasks]
+    for k, (row, known) in enumerate(zip(found["accuracy"], found["accuracy_task_known"], strict=True)):
+        left = [None] * (4 - k)
+        assert row == [0.0] * k + [pytest.approx(share[k])] + left
+        assert known == [pytest.approx(1 - of) for of in share[: k + 1]] + left
+    assert seeds == [(7, 7)] and found["tokens"] == 5 * GATE.tokens_per_batch * GATE.steps and found["origins"] == []
+    thirds = [-(-len(task.val_x) // 3) / len(task.val_x) for task in tasks]
+    assert found["confusion"] == [[pytest.approx(1 - t), pytest.approx(t), 0, 0, 0] for t in thirds]
+    assert found["gate_right"] == pytest.approx((1 - thirds[0] + thirds[1]) / 5)
+    assert found["relatedness"] == [[int(task.held.sum()), k] for k, task in enumerate(tasks)]
 
 
 def test_joint_training_takes_the_steps_of_all_tasks(monkeypatch):
@@ -233,6 +292,8 @@ def test_a_run_is_kept_like_any_other(study, tmp_path):
         ({"code": 64}, "code=64: a gate of images with 64 pixels needs fewer"),
         ({"router": "expert_choice"}, "router='expert_choice' with approach='expert_gate': .* set router: dense"),
         ({"devices": 2}, "devices=2, num_nodes=1: tasks in sequence take one device"),
+        ({"num_nodes": 2}, "devices=1, num_nodes=2: tasks in sequence take one device"),
+        ({"router": "kmeans"}, "router='kmeans' with approach='expert_gate': its experts are dense"),
         ({"data": "stdlib"}, "data='stdlib' with approach='expert_gate': must be images"),
     ],
 )
@@ -275,4 +336,8 @@ def test_a_name_says_what_was_run():
     assert len({config.name for config in configs}) == 10 and GATE.name.startswith("expert-gate-dense-s0-")
     here, there = (GATE.replace(data=f"images:{folder}/cifar10").name for folder in ("a", "b"))
     assert here == there != GATE.replace(data="images:a/other").name
-    assert GATE.replace(precision="bf16-mixed", augment=True).name == GATE.name  # unread
+    unread = {"precision": "bf16-mixed", "augment": True, "accumulate": 2, "eval_batches": 9}
+    assert {GATE.replace(**{key: value}).name for key, value in unread.items()} == {GATE.name}
+    read = {"gradient_clip": 2.0, "batch_size": 49, "steps": 26, "weight_decay": 0.1, "d_model": 32}
+    assert len({GATE.name} | {GATE.replace(**{key: value}).name for key, value in read.items()}) == 6
+    assert GATE.replace(data="cifar10", channels=3, sequence_length=64).pixels == 32 * 32 * 3

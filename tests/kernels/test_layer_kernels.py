@@ -81,7 +81,7 @@ def test_a_layer_at_once_is_the_one_in_steps(dtype, given, autocast):
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, *moe.parameters()])))
     assert "_Layer" in steps[0] and "_Layer" not in steps[1]
     for a, b in zip(*results, strict=True):
-        assert a.dtype == b.dtype and distance(a, b) < (1e-2 if autocast or given == torch.bfloat16 else 1e-6)
+        assert a.dtype == b.dtype and distance(a, b) < (1e-3 if autocast or given == torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("seen", [False, True])
