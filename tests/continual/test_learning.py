@@ -60,7 +60,7 @@ def test_answers_come_in_the_order_of_the_images(config):
 
 
 def test_images_of_all_tasks_come_mixed_in_batches_as_in_training():
-    size = 60
+    size = 100
     network, seen = OneNetwork(EC.replace(batch_size=size)), []
     network.lit.model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0, 0, 0]))
     x = [torch.full((size * 2 // 3, 1, 8, 8), k / 5) for k in range(5)]
