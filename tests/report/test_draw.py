@@ -191,8 +191,15 @@ def test_a_heat_map_writes_every_number_but_what_is_missing(ax):
     )
 
 
+def test_rows_are_named_from_the_top(ax):
+    draw.name_rows(ax, ["x", "y", "z"], fontsize=7)
+    assert [(tick.get_text(), tick.get_fontsize()) for tick in ax.get_yticklabels()] == [(name, 7) for name in "xyz"]
+    assert ax.get_yticks().tolist() == [0, 1, 2] and ax.get_ylim() == (2.5, -0.5)
+
+
 def test_numbers_decades_apart_have_a_logarithmic_axis(ax):
     ax.plot([1, 2], [3.0, 40_000.0])
+    ax.set_ylim(0, 1)
     draw.in_decades(ax, "y", "val_loss")
     assert ax.get_yscale() == "linear"
     draw.in_decades(ax, "y", "over_capacity")
