@@ -101,6 +101,9 @@ def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
     assert {li.span.text: li.text.split()[-1] for li in page.find(class_="tally").find_all("li")} == {
         "reproduced": "1", "no effect": "1", "not run": "1",
     }  # fmt: skip
+    figure, effects = page.figure, scoreboard.effects(verdicts)
+    assert figure.svg["aria-label"] == effects.alt and figure.figcaption.text == scoreboard.CAPTION
+    assert len(page.find(class_="numbers").tbody.find_all("tr")) == len(effects.data) == 2
     lines = page.find(class_="claims").find_all("li", recursive=False)
     assert [line["id"] for line in lines] == ["C1", "C6", "C2"] and not any(
         line.details.has_attr("open") for line in lines
@@ -114,6 +117,19 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     plot = scoreboard.effects(verdicts)
     assert [ax.get_ylim() for ax in plot.figure.axes] == [(0.5, -0.5)] * 2  # half a row's place around a row
     assert all(ax.get_xlabel().startswith("right of 0: as the paper says") for ax in plot.figure.axes)
+    for ax, (unit, of) in zip(plot.figure.axes, plot.data.groupby("unit"), strict=True):
+        bars, marks, *_ = ax.collections
+        assert [bar.tolist() for bar in bars.get_segments()] == [
+            [[r.low, i], [r.high, i]] for i, r in enumerate(of.itertuples())
+        ]
+        assert marks.get_offsets().tolist() == [[mean, i] for i, mean in enumerate(of["mean"])]
+        colors = [[to_hex(color) for color in one.get_edgecolor()] for one in (bars, marks)]
+        assert colors == [[COLORS[label].lower() for label in of["label"]]] * 2 and ax.get_title() == unit
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == of["name"].tolist()
+        assert ax.xaxis.get_major_formatter()(0.01, 0) == "0.01" and ax.get_lines()[0].get_xdata() == [0, 0]
+    c1 = scoreboard.effects(verdicts | {"C1": judged("C1", losses(**CENTRE))}).figure
+    assert c1.axes[0].get_gridspec().get_height_ratios() == [6.5, 2.5]  # as many rows in nats, and one in percent
+    assert c1.get_size_inches()[1] > plot.figure.get_size_inches()[1] + 4 * 0.2
     [legend] = plot.figure.legends
     named = {
         text.get_text(): handle.get_facecolor()
@@ -245,4 +261,4 @@ def test_smoke_judges_nothing():
 def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     rows = scoreboard.studies("gpu")
-    assert len(rows) and rows["runs"].str.startswith("0 of ").all()
+    assert len(rows) and rows["runs"].str.startswith("0 of ").all() and rows["missing (seeds)"].eq("all of them").all()
