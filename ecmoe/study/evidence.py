@@ -33,14 +33,11 @@ class Evidence:
         arms = arms_of(values, self.scale)
         further = [arm for arm in self._further if arm not in arms] or None
         arms |= arms_of({"base": values["base"], "arms": further}, self.scale)
-        by_config: dict[str, list[str]] = {}
-        for arm, (config,) in configs(values["base"], arms, [0]).items():
-            by_config.setdefault(config.name, []).append(arm)
-        found: dict[str, dict[int, Planned]] = {}
-        for one in self._everything:
-            for arm in by_config.get(one.of_all_seeds, ()):
-                found.setdefault(arm, {})[one.seed] = one
-        return found
+        found = {
+            arm: {one.seed: one for one in self._everything if one.of_all_seeds == config.name}
+            for arm, (config,) in configs(values["base"], arms, [0]).items()
+        }
+        return {arm: by_seed for arm, by_seed in found.items() if by_seed}
 
     def config(self, arm: str) -> RunConfig:
         """Of its first seed."""

@@ -60,7 +60,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
 
 def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
     """Trained now, with the digits of a record."""
-    import lightning as L
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from ecmoe.training.gpus import place
     from ecmoe.training.run import free_memory, train_run
@@ -68,16 +68,15 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
     class Enough(Exception):
         pass
 
-    class Stop(L.Callback):
-        def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-            if trainer.global_step >= steps:  # its row is written
-                raise Enough
+    def stop(trainer: Any, _: Any) -> None:
+        if trainer.global_step >= steps:  # its row is written
+            raise Enough
 
     paths.cache().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=paths.cache()) as aside, place() as where:
         folder = Path(aside)
         with contextlib.suppress(Enough):
-            train_run(config, folder, callbacks=[Stop()], where=where)
+            train_run(config, folder, callbacks=[LambdaCallback(on_validation_end=stop)], where=where)
         free_memory()  # for the next
         curve = pd.read_csv(folder / "curve.csv", float_precision="round_trip")
         write_record(folder / "record.json", Result(record.summary, curve))

@@ -234,11 +234,9 @@ def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
 
     A seed on another card, or with other code, than the next is as good a block as any: its arms share what it adds.
     """
-    by_seed: dict[int, list[Mapping[str, Any]]] = {}
-    for arm in part.arms:
-        for seed, summary in evidence.summaries(arm).items():
-            by_seed.setdefault(seed, []).append(summary)
-    return [sum(by_seed.values(), [])] if part.how == "spread" else list(by_seed.values())
+    runs = [run for arm in part.arms for run in evidence.summaries(arm).values()]
+    seeds = {run["seed"] for run in runs}
+    return [runs] if part.how == "spread" else [[run for run in runs if run["seed"] == seed] for seed in seeds]
 
 
 def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
