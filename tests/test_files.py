@@ -9,19 +9,26 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
+from ecmoe import files
 from ecmoe.files import (
     ConfigError,
     Damaged,
+    assignments,
+    check_known,
     check_sum,
+    content_sha256,
+    nearest,
     parse_yaml,
     read_json,
     read_yaml,
     seal,
     sealed,
     sha256,
+    sha256_once,
     write_json,
     write_text,
     written,
@@ -36,6 +43,28 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
         raise ZeroDivisionError
     assert read_json(path) == {"x": None, "t": 2, "3": [None, [True, None, str(path)]]}
     assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_json_is_written_for_people_and_for_every_reader(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(
+        path, {"é": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True), "d": np.float64("nan"), "e": ("x", 1.5)}
+    )
+    assert (
+        path.read_text(encoding="utf-8")
+        == '{\n "é": 0.5,\n "b": 3,\n "c": true,\n "d": null,\n "e": [\n  "x",\n  1.5\n ]\n}\n'
+    )
+    write_json(path, {"a": {"b": 1}}, indent=None)
+    assert path.read_text() == '{"a": {"b": 1}}\n'
+
+
+def test_what_a_name_points_to_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    did, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: did.append("content") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: did.append((str(old), new)) or replace(old, new))
+    write_text(tmp_path / "a", "ü")
+    assert did == ["content", (str(tmp_path / f".a.{os.getpid()}.tmp"), tmp_path / "a")]
+    assert (tmp_path / "a").read_bytes() == "ü".encode()
 
 
 def test_a_killed_writer_leaves_what_was_there(tmp_path):
@@ -91,6 +120,40 @@ def test_another_error_is_told_as_it_is(tmp_path, monkeypatch, error):
     assert told.value is error and not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "known", "said"),
+    [
+        ("lr", ["lower", "learning_rate"], "did you mean learning_rate?"),  # by its initials, though another is alike
+        ("stesp", ["seed", "steps"], "did you mean steps?"),
+        ("Learning-Rates", ["steps", "learning_rate"], "did you mean learning_rate?"),
+        ("convergence", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
+        ("GENCE", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
+        ("01", ["01_convergence_of_all"], "must be one of 01_convergence_of_all"),  # too short to mean one
+        (7, ["one", "two"], "must be one of one, two"),
+        ("x", [], "must be one of none"),
+    ],
+)
+def test_an_unknown_name_suggests_the_one_that_may_be_meant(name, known, said):
+    assert nearest(name, iter(known)) == said
+    assert nearest(name, known, "see there") == (said if "mean" in said else "see there")
+    with pytest.raises(ConfigError) as error:
+        check_known("no page", [*known, name], known)
+    assert str(error.value) == f"no page {name!r}: {said}"
+    with pytest.raises(ConfigError) as error:
+        check_known("no page", [name], known, "see there")
+    assert str(error.value).endswith(said if "mean" in said else ": see there")
+
+
+def test_what_is_set_is_yaml_after_the_first_equals_sign():
+    assert assignments(["a=1", " b = x=y", "c=", "d=1.0e-3", "a=[2]"]) == {"a": [2], "b": "x=y", "c": None, "d": 1e-3}
+    assert assignments(None) == {}
+    for pair in ("a", "=1", " =1"):
+        with pytest.raises(ConfigError, match=f"--set '{pair}' must be key=value"):
+            assignments([pair])
+    with pytest.raises(ConfigError, match=r"--set 'a=\[': '\[' is no YAML value: while parsing"):
+        assignments(["a=["])
+
+
 @pytest.mark.parametrize("content", [b'{"a": ', '{"a": "ü'.encode()[:-1], b"[1]", b"", b"[" * 100_000])
 def test_damaged_json_is_named_with_its_remedy(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
@@ -130,6 +193,23 @@ def test_other_yaml_is_as_ever():
 def test_sha256_is_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+
+
+def test_the_sha256_of_several_files_is_of_names_and_contents_each_read_once(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"abc")
+    (tmp_path / "y").write_bytes(b"")
+    lines = "".join(
+        f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in (("one", b"abc"), ("two", b""))
+    )
+    read = []
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or sha256(path))
+    for _ in range(2):
+        found = content_sha256({"one": tmp_path / "x", "two": tmp_path / "y"})
+        assert found == hashlib.sha256(lines.encode()).hexdigest() and read == [tmp_path / "x", tmp_path / "y"]
+    (tmp_path / "x").write_bytes(b"abd")
+    assert sha256_once(tmp_path / "x") == hashlib.sha256(b"abd").hexdigest()
+    with pytest.raises(ConfigError, match=r"gone can't be read: No such file or directory$"):
+        content_sha256({"a": tmp_path / "gone"})
 
 
 def test_a_check_sum_is_of_keys_and_values_in_any_order(tmp_path):

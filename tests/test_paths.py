@@ -100,6 +100,15 @@ def test_a_mix_has_the_content_of_its_local_parts(tmp_path):
     assert paths.with_content(mix) == mix  # of a text that isn't here nothing is known
 
 
+def test_a_mix_tells_files_of_one_name_apart(tmp_path):
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "x.txt").write_text(place)
+    there = [paths.content_of(paths.with_content(f"mix:{tmp_path}/{a},{tmp_path}/{b}")) for a, b in ("ab", "ba", "aa")]
+    assert len(set(there)) == 3 and "" not in there
+    assert not paths.is_local("hub:a") and not paths.is_local("digits") and paths.is_local("images:a")
+
+
 def test_a_text_that_is_gone_is_known_by_what_it_held(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
     (tmp_path / "x.txt").write_text("text")
@@ -115,6 +124,12 @@ def test_a_text_that_is_gone_is_known_by_what_it_held(tmp_path, monkeypatch):
     assert paths.with_content(data) == known
     (tmp_path / "x.txt").write_text("another")
     assert paths.with_content(data) != known
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(paths, "write_text", full)
+    paths.remember_content("y.txt#0123456789abcdef")  # a cache that can't be written is no error
 
 
 def test_an_unknown_home_is_a_name(tmp_path, monkeypatch):
@@ -142,6 +157,21 @@ def test_a_linked_folder_is_part_of_the_text_but_one_that_holds_itself_is_named(
     (tmp_path / "else" / "round").symlink_to(tmp_path / "text")
     with pytest.raises(ConfigError, match="text/linked/round is a link to a folder that holds it"):
         paths.local_files(str(tmp_path / "text"))
+
+
+def test_what_is_no_file_is_named_and_what_is_not_asked_for_left_out(tmp_path):
+    for name in ("a.txt", "b.md", "out/c.txt", "in/out/d.txt", "in/e.txt", ".f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a")
+    assert list(paths.files_below(tmp_path, (".txt",), without=("out",))) == ["a.txt", "in/e.txt"]
+    assert list(paths.files_below(tmp_path, (".md", ".rst"))) == ["b.md"]
+    (tmp_path / "in/l.txt").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="in/l.txt is a link to nothing: mend or remove it"):
+        paths.files_below(tmp_path, (".txt",))
+    (tmp_path / "in/l.txt").unlink()
+    os.mkfifo(tmp_path / "in/l.txt")
+    with pytest.raises(ConfigError, match="in/l.txt is no regular file"):
+        paths.files_below(tmp_path, (".txt",))
 
 
 def test_files_are_told_by_their_kind(tmp_path):

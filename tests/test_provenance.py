@@ -82,6 +82,46 @@ def test_the_digest_of_the_code_follows_what_is_computed(package):
     assert after(("routers.py", "1_000_000", "1_000_001")) not in (before, changed)
 
 
+def test_every_file_that_decides_is_in_the_digest_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    files = [name if name.endswith(".py") else f"{name}/in/a.py" for name in provenance.DECIDES]
+    assert files[:2] == ["config.py", "routers.py"] and len(files) == 7
+
+    def digest(**changed):
+        for name in (*files, "cli/a.py", "data/b.txt"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(changed.get(name, f"x = 1  # {name}\n"))
+        provenance.code_digest.cache_clear()
+        return provenance.code_digest()
+
+    before = digest()
+    assert len(before) == 12 and len({digest(**{name: "x = 2"}) for name in files} | {before}) == 8
+    for same in ("x: int = 1", '"""Words."""\nx = 1', "y: int\nx = 1", "x = (\n  1\n)"):
+        assert (digest(**{files[3]: same}) == before) == (same[:6] != "x: int")  # an assignment with a type is another
+    assert digest(**{"cli/a.py": "x = 2", "data/b.txt": "y"}) == before
+    defined = [
+        digest(**{files[0]: text})
+        for text in ("def f(a: int) -> int:\n  return a", 'def f(a):\n  "Words."\n  return a', "def f(b): return b")
+    ]
+    assert defined[0] == defined[1] != defined[2]
+    (tmp_path / "model/in/a.py").rename(tmp_path / "model/in/b.py")
+    provenance.code_digest.cache_clear()
+    assert provenance.code_digest() != before  # a name counts
+    provenance.code_digest.cache_clear()
+
+
+def test_a_copy_without_its_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("ECMOE_COMMIT", "abc")
+    assert provenance.commit() == "abc"
+    monkeypatch.delenv("ECMOE_COMMIT")
+
+    def no_git(command, **_):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert provenance.commit() == "unknown"
+
+
 def test_a_machine_is_told_by_its_kind_and_libraries_by_their_versions(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
@@ -90,7 +130,10 @@ def test_a_machine_is_told_by_its_kind_and_libraries_by_their_versions(monkeypat
     assert provenance.versions("pytest") == {"pytest": pytest.__version__, "python": sys.version.split()[0]}
 
 
-def test_peak_rates_are_found_in_a_devices_full_name():
+def test_peak_rates_are_found_in_a_devices_full_name(monkeypatch):
     for kind, rate in provenance.PEAK_BF16.items():
         assert provenance.peak_flops(f"NVIDIA {kind} 80GB HBM3") == rate  # not that of another, such as L4 in L40S
     assert math.isnan(provenance.peak_flops("CPU (x86_64, 2 cores)"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L40S")
+    assert provenance.device_name() == "NVIDIA L40S" and provenance.peak_flops() == 362e12  # this one's

@@ -202,11 +202,11 @@ def test_a_verdict_says_what_it_rests_on_and_what_is_mixed():
 
 def test_what_it_rests_on_has_every_run_seed_size_and_card():
     configs = [RunConfig(steps=40, layers=2, router="hash"), RunConfig(steps=20, layers=6, router="dense")]
-    runs = [{"seed": seed, "device": device} for seed, device in ((5, "B"), (1, "A"), (5, None))]
+    runs = [{"seed": seed, "device": device} for seed, device in ((16, "B"), (1, "A"), (16, None))]
     found = RestsOn.of(runs, configs, mixed=("code",))
-    all_of_them = "40,960 to 81,920 tokens (seeds 1, 5) of 2 to 6 layers of width 64, 8 experts, on A, B"
+    all_of_them = "40,960 to 81,920 tokens (seeds 1, 16) of 2 to 6 layers of width 64, 8 experts, on A, B"
     assert str(found) == f"3 runs of {all_of_them}"
-    assert str(RestsOn.of(runs[:1], configs[1:])) == "1 run of 40,960 tokens (seed 5) of 6 layers of width 64, on B"
+    assert str(RestsOn.of(runs[:1], configs[1:])) == "1 run of 40,960 tokens (seed 16) of 6 layers of width 64, on B"
     assert found.mixed == ("code",) and "on an unknown device" in str(RestsOn.of(runs[2:], configs))
 
 
