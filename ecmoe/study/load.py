@@ -16,6 +16,7 @@ from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.model.build import flops_per_token
+from ecmoe.study import engine
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
 from ecmoe.training.result import Result, not_run, read_record
@@ -88,8 +89,10 @@ def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> 
     results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}
     train = {*also, *(results if parameters["train_missing"] else ())}
     waiting = [one for one in planned if one.arms[0] in train and not any(map(Path.exists, _places(one, scale)))]
-    if waiting:
-        warn_of_hours([one.config for one in waiting])
+    # To measure a run whose weights aren't here trains it, too.
+    trained = [one for one in planned if not (paths.runs() / one.name / "model.safetensors").exists()]
+    if anew := [one.config for one in trained if one.arms[0] in train and engine.lacks(one, scale)]:
+        warn_of_hours(anew)
     with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:
         for one in planned:
             with watching(bar, one, waiting) if one in waiting else nullcontext([]) as callbacks:

@@ -78,7 +78,7 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
         with contextlib.suppress(Enough):
             train_run(config, folder, callbacks=[LambdaCallback(on_validation_end=stop)], where=where)
         free_memory()  # for the next
-        curve = pd.read_csv(folder / "curve.csv", float_precision="round_trip")
+        curve = pd.read_csv(folder / "curve.csv")
         write_record(folder / "record.json", Result(record.summary, curve))
         return read_record(folder / "record.json").curve
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
+from ecmoe.files import write_json, write_text
 from ecmoe.measures import measurements
 from ecmoe.study import load as module
 from ecmoe.study.load import Study, beside, load, watching
@@ -58,6 +59,26 @@ def test_who_would_train_for_hours_without_a_gpu_is_told_before(monkeypatch, cap
     study = load("13_gates", {"scale": scale, "train_missing": False})
     beside(study, {"gate": "softmax"})
     assert ("1 runs will take more than" in "".join(said)) is told
+
+
+@pytest.mark.parametrize("lacking", ["", "a measurement", "measurements whose weights are here"])
+def test_what_is_measured_without_weights_is_told_before_too(monkeypatch, tmp_path, capsys, lacking):
+    """Three recorded runs, to be trained again for whichever of two measurements is missing."""
+    page = {"scale": "gpu", "arms": ["EC-CF2 renormalized"], "seeds": [0, 1, 2]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "_result", lambda one, *_: not_run(one.config))
+    planned = module.planning.of_page("04_capped_experts", "gpu", page)
+    for one in planned:
+        record, *measured = module.engine.files(one, "gpu")
+        write_json(record, {"summary": {"status": "finished"}}, sealed=True)
+        for path in measured[bool(lacking) :]:
+            write_json(path, {}, sealed=True)
+        if "here" in lacking:
+            write_text(paths.runs() / one.name / "model.safetensors", "")
+    load("04_capped_experts", page | {"train_missing": True})
+    told = "3 runs will take more than" in capsys.readouterr().err
+    assert len(planned) == 3 and told is (lacking == "a measurement")
 
 
 @pytest.mark.parametrize(
