@@ -306,6 +306,7 @@ def test_enwik8_is_read_without_its_script(monkeypatch):
     ((unit, text),) = found.train
     assert (unit, text) == ("enwik8", "<page>\n\nx\n") and found.validation is None  # one unit: never split at random
     assert hub.asked[0][0][0] == "text" and hub.asked[0][1]["data_files"].endswith("enwik8.zip")
+    assert hub.asked[0][1]["keep_linebreaks"]
 
 
 @pytest.mark.parametrize("data, names", [

@@ -108,3 +108,6 @@ def test_one_expert_that_is_no_number_moves_none():
     before = cutoff.value()
     cutoff.add(torch.tensor([[float("nan"), 0.5, 0.5]]))
     assert not cutoff.end_step() and torch.equal(cutoff.value(), before)
+    fresh = RunningCutoff(E, 0.9)
+    fresh.add(torch.tensor([[float("nan"), 0.5, 0.5]]))
+    assert fresh.empty()  # nothing can be routed by it

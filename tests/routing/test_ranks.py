@@ -32,6 +32,7 @@ POOLS = {
     "position": {"pool": "position", "capacity_factor": 1.0},
     "renormalized": {"gate": "renormalized"},
 }
+OWN = ("rank", "sequence", 8)
 LOGITS = torch.randn(
     2, 2, 3 * 8, E, generator=torch.Generator().manual_seed(1), dtype=torch.float64
 )  # batches of ranks
@@ -61,7 +62,7 @@ def by_rank(two_ranks):
     def work(rank: int) -> dict[str, dict]:
         found = {name: moved(name, STEPS[:, rank : rank + 1]) for name in ROUTERS}
         found |= {name: chosen(LOGITS[:, rank], MASK[:, rank], **keys) for name, keys in POOLS.items()}
-        return found | {"rank": chosen(LOGITS[:, rank], MASK[:, rank], pool="rank")}
+        return found | {pool: chosen(LOGITS[:, rank], MASK[:, rank], pool=pool) for pool in OWN}
 
     return two_ranks(work)
 
@@ -103,5 +104,6 @@ def test_tokens_of_two_ranks_compete_as_those_of_one_process(by_rank, name):
 
 def test_a_pool_of_a_rank_is_its_own_batch(by_rank):
     for rank in (0, 1):
-        alone = chosen(LOGITS[:, rank], MASK[:, rank])
-        assert by_rank[rank]["rank"]["weights"] == alone["weights"] != by_rank[rank]["batch"]["weights"]
+        for pool in OWN:
+            alone = chosen(LOGITS[:, rank], MASK[:, rank], pool=pool)
+            assert by_rank[rank][pool]["weights"] == alone["weights"] != by_rank[rank]["batch"]["weights"]

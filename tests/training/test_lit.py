@@ -25,6 +25,7 @@ def test_loss_is_the_cross_entropy_of_the_next_tokens(tiny_config):
     batch = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
     logits = lit.model(batch[:, :-1])
     torch.testing.assert_close(lit.loss(batch), F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+    torch.testing.assert_close(lit(batch[:, :-1], targets=batch[:, 1:]), lit.loss(batch))
 
 
 def test_blocks_are_compiled_and_validation_is_not(tiny_config):
