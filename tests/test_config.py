@@ -19,6 +19,7 @@ def test_bucket_size_is_equation_1():
     assert bucket_size(2048, 8, 0.5) == 128
     assert bucket_size(100, 4, 0.04) == 1  # exact, where floats give 1.0000000000000002 or so
     assert bucket_size(12, 4, 4 / 3) == 4  # though 4/3 is no float
+    assert bucket_size(20_000, 2, 1.0001) == 10_001
 
 
 @given(st.integers(1, 64), st.integers(1, 32), st.integers(1, 8))
@@ -60,6 +61,8 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"decay_fraction": 1.5}, ["decay_fraction", "at most 1"]),
         ({"seed": 10**23}, ["seed=100000000000000000000000", "at most 9223372036854775807"]),
         ({"learning_rate": 10**400}, ["learning_rate=1000", "at most 9223372036854775807"]),
+        ({"learning_rate": -(10**400)}, ["learning_rate=-1000", "too large a number"]),
+        ({"gate": "raw"}, ["gate='raw': must be one of softmax, renormalized, scaled"]),
         ({"data": "a" * 4001}, ["data='aaaa", "a text of 4001 letters"]),
         ({"data": "/"}, ["data='/'", "name of its own"]),
         ({"data": "b\udcfcch.txt"}, ["data='b\\udcfcch.txt'", "no UTF-8", "rename"]),  # a file's name in Latin-1
@@ -69,7 +72,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"capacity_factor": 0.3}, ["capacity_factor=0.3", "num_experts=8", "76.8", "multiple of 80"]),
         ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048"]),
         ({"capacity_factor": None}, ["capacity_factor=null", "2.0"]),
-        ({"pool": "document"}, ["pool", "sequence"]),
+        ({"pool": "document"}, ["pool='document': must be one of batch, rank, sequence, position, or a whole number"]),
         ({"pool": 0}, ["pool=0", "at least 1"]),
         ({"pool": -128}, ["pool=-128", "at least 1"]),
         ({"pool": 200}, ["pool=200", "sequence_length=128"]),
@@ -111,6 +114,7 @@ def test_error_names_key_value_and_remedy(values, named):
         ({"vocab_size": 300}, "vocab_size", r"must be (\d+) with bytes"),
         ({"vocab_size": 256, "tokenizer": "bpe"}, "vocab_size", r"at least (\d+) with bpe"),
         ({"learning_rate": "1e-3"}, "learning_rate", r"write (\S+) "),
+        ({"learning_rate": "1.23456e-3"}, "learning_rate", r"write (1.23456e-3) "),
         ({"steps": "1e2"}, "steps", r"write (\S+),"),
         ({"steps": 10.0}, "steps", r"write (\S+)$"),
     ],
@@ -241,6 +245,13 @@ def test_keys_that_no_run_would_read_are_named(tmp_path):
     (tmp_path / "twice.yaml").write_text("steps: 10\nsteps: 20\n")
     with pytest.raises(ConfigError, match=r"(?s)twice\.yaml'.*key 'steps' stands twice"):
         RunConfig.from_yaml(tmp_path / "twice.yaml")
+
+
+def test_a_name_begins_with_what_a_reader_looks_for():
+    config = RunConfig(router="token_choice", top_k=1, capacity_factor=None, seed=3)
+    assert config.slug() == "token-choice-top1-cnone-s3"
+    assert config.replace(capacity_factor=1.25).slug() == "token-choice-top1-c1.25-s3"
+    assert RunConfig(router="dense").slug() == "dense-s0" and RunConfig().slug() == "expert-choice-c2-s0"
 
 
 def test_digest_follows_what_the_run_reads_and_nothing_else():

@@ -114,6 +114,14 @@ def test_a_router_says_what_it_is_and_what_it_lacks():
         build_router(RunConfig(router="hash", hash_table="balanced"))
 
 
+def test_a_router_reads_what_its_row_says_beside_the_tokens():
+    found = {name: RunConfig(router=name, hash_table="balanced").needs for name in routers.ROUTERS}
+    beside = {"hash": ("token ids", "token counts"), "task_level": ("tasks",)}
+    assert found == dict.fromkeys(routers.ROUTERS, ()) | beside and RunConfig(router="hash").needs == ("token ids",)
+    table = build_router(RunConfig(router="hash"), torch.arange(256)).table
+    assert table.tolist() == [token % 8 for token in range(256)]
+
+
 def test_a_bucket_is_rounded_down_and_never_empty():
     assert [routers.bucket_size(n, 4, 1.5, "down") for n in (10, 8, 2, 1)] == [3, 3, 1, 1]
     assert routers.bucket_size(3, 4, 6.0, "down") == 3  # all there are

@@ -279,7 +279,7 @@ def test_c4(monkeypatch, streaming):
     assert list(found.train) == [("one", "one"), ("two", "two")]  # copies of a text are a unit
     assert [t for _, t in found.validation] == ["three"]
     assert hub.asked == [(("allenai/c4", "en"), {"streaming": streaming})]
-    assert "ODC-BY" in found.licence and "Raffel" in found.attribution
+    assert found.name == "C4 (en)" and "ODC-BY" in found.licence and "Raffel" in found.attribution
 
 
 def test_wikitext_rows_are_lines_of_articles(monkeypatch):
@@ -316,7 +316,7 @@ def test_any_data_set_of_the_hub(monkeypatch, data, names):
     hub = FakeHub(monkeypatch, train=["one"])
     found = open_corpus(data)
     assert hub.asked[0][0] == names
-    assert (found.licence, found.attribution) == ("mit", "@misc{x, title={X}}")
+    assert found[:3] == (data.removeprefix("hub:"), "mit", "@misc{x, title={X}}")
     for hub.said, attribution in ((("", "", "x.org"), "x.org"), (("", "", ""), "not stated")):
         assert open_corpus(data)[1:3] == ("not stated", attribution)
 
@@ -329,8 +329,11 @@ def test_hub_errors_name_the_key(monkeypatch):
     with pytest.raises(ConfigError, match="data='hub:a/b'.*no route to host.*reachable"):
         open_corpus("hub:a/b")
     FakeHub(monkeypatch, test=["one"])
-    with pytest.raises(ConfigError, match="no train"):
+    with pytest.raises(ConfigError, match="data='hub:a/b': has splits test, but no train"):
         open_corpus("hub:a/b")
+    FakeHub(monkeypatch, train=["one", None])
+    with pytest.raises(ConfigError, match="data='hub:a/b': row 2 has the fields text, but must have a string 'text'"):
+        list(open_corpus("hub:a/b").train)
 
 
 def test_every_preset_states_licence_and_attribution():

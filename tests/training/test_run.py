@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ecmoe import load_model, paths, run_or_load
-from ecmoe.config import ConfigError
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.training import gpus
 from ecmoe.training import run as train
@@ -119,7 +119,7 @@ def test_diverged_run_ends_as_diverged_with_its_last_good_checkpoint(tiny_config
 
 def test_who_trains_is_told_all_that_the_caller_said(tiny_config, monkeypatch):
     told, here, callbacks, loggers = [], gpus.Place(gpu=3), [L.Callback()], [object()]
-    monkeypatch.setattr(train, "place", lambda say: contextlib.nullcontext(here))
+    monkeypatch.setattr(train, "place", lambda say: contextlib.nullcontext(None if say else here))
     monkeypatch.setattr(train, "train_run", lambda *given: told.append(given) or not_run(given[0]))
     config = tiny_config(seed=95)
     run_or_load(config, progress=False, callbacks=callbacks, loggers=loggers)
@@ -130,6 +130,7 @@ def test_who_trains_is_told_all_that_the_caller_said(tiny_config, monkeypatch):
         still_ours()
 
     def by_torchrun(_, folder, still_ours):
+        assert RunConfig.from_yaml(folder / "config.yaml") == two
         (paths.runs() / f"{folder.name}.lock").unlink()
         with pytest.raises(LostLock):
             still_ours()

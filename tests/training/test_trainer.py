@@ -1,5 +1,6 @@
 """The Trainer of a run, and what a machine must have for it."""
 
+import logging
 import os
 import re
 from types import SimpleNamespace
@@ -79,7 +80,9 @@ def test_a_rank_is_torchruns_or_none(tiny_config, monkeypatch, ours):
 
 
 def test_a_trainer_keeps_nothing_and_says_nothing_unless_it_is_told(tiny_config):
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
     quiet = trainer.new_trainer(tiny_config(precision="64-true"))
+    assert logging.getLogger("lightning.pytorch").level == logging.ERROR
     assert quiet.loggers == quiet.callbacks == [] and quiet.precision == "64-true" and quiet.max_epochs == -1
     told = trainer.new_trainer(tiny_config(), enable_checkpointing=True, max_steps=3)
     assert [type(callback) for callback in told.callbacks] == [ModelCheckpoint] and told.max_steps == 3
