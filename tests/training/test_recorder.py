@@ -132,7 +132,7 @@ def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_co
         row = recorder.rows[3]
         assert row["tokens"] == 3 * 8 * 16 * 3 * 2 and row["seconds"] == 6.0
         rate = 2 * 8 * 16 * 3 * 2 / (6.0 - 2.0)
-        assert row["aux_loss"] == (8 + 2) / (2 + 2)
+        assert row["aux_loss"] == (8 + 2) / (2 + 2) and list(recorder.curve()) == metrics.curve()
         alone = shared == before == 1
         assert row["tokens_per_second"] == rate if alone else math.isnan(row["tokens_per_second"])
         said = capsys.readouterr().err
