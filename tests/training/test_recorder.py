@@ -180,9 +180,10 @@ def test_the_clock_stands_in_validations_and_while_a_checkpoint_is_written(modul
         now.append(now[-1] + seconds)
         recorder.on_validation_start(one, module)
         now.append(now[-1] + 100)
-        recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(1.0)}, None, 0)
+        recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(2 * seconds)}, None, 0)
         recorder.on_validation_end(one, module)  # and a checkpoint
     assert now[-1] == 2208 and recorder._clock() == 3.0 and recorder.marked == (3, 3.0)
+    assert recorder.rows[3]["val_loss"] == (4 + 2) / 2  # of the last validation alone
 
 
 @pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])
