@@ -65,6 +65,7 @@ def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
 def test_one_gpu_has_four_places_and_says_nothing_of_itself(three, monkeypatch, capsys):
     monkeypatch.delenv("ECMOE_SLOTS")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(gpus.time, "sleep", lambda _: pytest.fail("waits"))
     with ExitStack() as held:
         assert [held.enter_context(gpus.place()).sharing() for _ in range(4)] == [1, 2, 3, 4]
         assert not capsys.readouterr().err
