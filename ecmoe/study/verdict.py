@@ -342,7 +342,7 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     if not found.n:
         return f"{part.name}: not run"
     below, above = part.sides
-    size = amount(abs(found.value) if part.compares else found.value, part.unit, compares=part.compares)
+    size = amount(abs(found.value), part.unit, compares=part.compares)
     text = part.found.format(size=size, side=below if found.value < 0 else above)
     ends, seeds = found.interval(level), counted(found.n, found.of)
     if ends and part.compares and found.value < 0:  # like the size: towards the side that is named

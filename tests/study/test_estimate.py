@@ -167,7 +167,7 @@ def test_seeds_of_a_ratio_decide_a_factor():
 
 def test_numbers_carry_their_unit_and_no_false_digits():
     assert amount(0.00321, Unit.NATS) == "0.003 nats" and amount(0.00042, Unit.NATS) == "0.0004 nats"
-    ends = {0.0005: "0.001 nats", -0.0005: "-0.001 nats", 0.0: "0.000 nats", 10.0: "10 nats"}
+    ends = {0.0005: "0.001 nats", -0.0005: "-0.001 nats", 0.0: "0.000 nats", 9.5: "9.500 nats", 10.0: "10 nats"}
     assert {x: amount(x, Unit.NATS) for x in ends} == ends
     shares = {0.0999: "10.0%", 0.1: "10%", 0.004: "0.4%"}
     assert {x: amount(x, Unit.SHARE) for x in shares} == shares

@@ -257,6 +257,25 @@ def test_runs_of_two_codes_or_cards_are_marked():
     assert next(p for p in found.parts if p.name == "a balanced table against EC-CF2").mixed == ()
 
 
+def test_repeats_that_show_two_codes_to_be_one_are_named_in_place_of_a_mark():
+    class Mixed(Known):
+        def summaries(self, arm):
+            there = super().summaries(arm)
+            return {seed: one | {"code": "0ther"} if arm == "Hash modulo" else one for seed, one in there.items()}
+
+    numbers = losses(**{"Hash modulo": seeds(3.7), "EC-CF2 renormalized": seeds(3.6)})
+    evidence = Mixed(numbers, page="05_other_routers")
+    common = {"device": "H100", "recorded": "0ther", "code": "c0de", "equal": True}
+    evidence.repeats = [
+        common | {"run": run, "router": router} for run, router in (("z", "Hash"), ("b", "EC-CF2"), ("x", "BASE"))
+    ]
+    found = of_evidence(find_claim("C6"), evidence)
+    assert found.parts[0].mixed == found.rests_on.mixed == ()
+    assert found.parts[0].repeats == found.rests_on.repeats == ("b", "z")
+    evidence.repeats = []
+    assert of_evidence(find_claim("C6"), evidence).rests_on.mixed == ("code",)
+
+
 def test_a_seed_may_be_trained_elsewhere_than_the_next_but_not_than_its_pair():
     class Elsewhere(Known):
         def summaries(self, arm):
