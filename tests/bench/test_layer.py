@@ -94,8 +94,10 @@ def test_each_row_of_the_layer_is_timed_by_its_own_call(compiled, wired, monkeyp
     monkeypatch.setattr(bench, "_token_choice", lambda layer: ({one: layers[one] for one in top}, ["a peer"]))
     monkeypatch.setattr(bench, "_routing", lambda layer, x: (layer, x.requires_grad, x.shape))
     monkeypatch.setattr(bench, "_rows", lambda found, flops: wired.update(flops=flops) or [])
-    sizes = {"n": 16, "d_model": 8, "d_ff": 24, "num_experts": 4}
+    monkeypatch.setattr(bench.timing, "this_device", lambda: torch.device("cuda"))  # whose sizes stand in
+    sizes = {"n": 16, "d_model": 8, "num_experts": 4}
     table = bench.bench_layer(capacity_factor=1.0, repeats=3, compiled=compiled, **sizes)
+    sizes["d_ff"] = 3072
     calls, whats = wired["calls"], (bench.FORWARD, bench.BOTH)
     expected = {
         one._replace(what=what): (what, layer, x, layer, gradient) for one, layer in layers.items() for what in whats
@@ -114,7 +116,7 @@ def test_each_row_of_the_layer_is_timed_by_its_own_call(compiled, wired, monkeyp
         one: timed[one] for what in (*whats, bench.ROUTING) for one in [each._replace(what=what) for each in ec[:3]]
     }
     assert wired["graphs"] == (captured, ["no graph"]) and all(layer.aux_loss is None for layer in layers.values())
-    assert wired["size"] == sizes | {"capacity_factor": 1.0} and wired["flops"] == 2 * 2 * 16 * 8 * 24
+    assert wired["size"] == sizes | {"capacity_factor": 1.0} and wired["flops"] == 2 * 2 * 16 * 8 * 3072
     assert table.attrs["absent"] == ["a peer", "absent"]
     assert (wired["size"] | {"repeats": 3, "dtype": "float32"}).items() <= table.attrs["setting"].items()
 
@@ -229,6 +231,19 @@ def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypat
         torch.testing.assert_close(found[name], expected)
 
 
+def test_kernels_are_timed_on_a_gpu_with_triton_alone(monkeypatch):
+    found = []
+    for there in (True, False):
+        monkeypatch.setattr(bench, "TRITON", there)
+        found += [bench.kernels_run(torch.device(kind)) for kind in ("cuda", "cpu")]
+    assert found == [True, False, False, False]
+
+
+def test_no_cap_is_all_experts():
+    first, *_ = bench.layer_and_input(n=12, d_model=8, d_ff=12, num_experts=3)
+    assert [row.variant for row in bench._expert_choice(first)] == ["", "cap 2"]
+
+
 def test_routing_goes_from_scores_to_the_assignment_without_gradients(monkeypatch):
     layer, x, _ = bench.layer_and_input(n=16, d_model=8, d_ff=12, num_experts=4)
     call = bench._routing(layer, x[0])
@@ -292,6 +307,7 @@ def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
     assert {"n": 131_072, "d_model": 256} in bench.AUTO and {"n": 512, "d_model": 4096} in bench.AUTO
     modes = {"eager", "CUDA graph"} if torch.cuda.is_available() else {"eager"}
     assert set(table["mode"]) == modes and len(table) == 4 * len(modes)
+    assert table.groupby("what").size().to_dict() == dict.fromkeys((bench.FORWARD, bench.BOTH), 2 * len(modes))
     assert table["ratio"].tolist() == pytest.approx((table["auto_ms"] / table["plain_ms"]).tolist())
     assert list(table[["n", "d_model"]].drop_duplicates().itertuples(index=False, name=None)) == [(16, 4), (32, 8)]
     seconds = {"plain": [0.009, 0.004, 0.001], "auto": [0.001, 0.002, 0.003]}

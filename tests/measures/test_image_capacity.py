@@ -25,7 +25,7 @@ def config(keys, places: float) -> RunConfig:
     return RunConfig.from_dict(BASE | keys | {"capacity_factor": places / keys.get("top_k", 1)})
 
 
-@pytest.mark.parametrize("keys", [EC, ORDER, SCORE])
+@pytest.mark.parametrize("keys", [EC, ORDER, SCORE, EC | {"gate": "renormalized"}, SCORE | {"gate": "scaled"}])
 def test_places_per_patch_mean_the_same_for_every_router(keys):
     model = build_model(config(keys, 2.0)).eval()
     before = [layer.router.capacity_factor for layer in model.moe_layers]
@@ -33,7 +33,7 @@ def test_places_per_patch_mean_the_same_for_every_router(keys):
         _, counts = capacity.experts_per_patch(model, torch.rand(20, 1, 8, 8))
         for layer in model.moe_layers:
             assert layer.load.max() == 0.2 * 20 * 16 / 4  # c n / e
-    assert counts.shape == (2, 20, 16) and (counts[0].sum() == 0.2 * 20 * 16 or keys is not EC)
+    assert counts.shape == (2, 20, 16) and (counts[0].sum() == 0.2 * 20 * 16 or "top_k" in keys)
     assert [layer.router.capacity_factor for layer in model.moe_layers] == before
 
 
@@ -73,6 +73,9 @@ def test_a_router_without_capacity_is_refused():
     model = build_model(config({"router": "expert_choice", "gate": "scaled"}, 2.0))
     with pytest.raises(ValueError, match="gate='scaled'"), capacity.at_capacity(model, 1.0):
         pass
+    model = build_model(config(EC, 2.0)).eval()
+    with pytest.raises(ValueError, match="no whole number"), capacity.at_capacity(model, 0.21):  # never rounded
+        model(torch.rand(20, 1, 8, 8))
 
 
 def test_measured_where_it_was_trained_is_what_training_found():

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -62,10 +63,10 @@ def test_a_record_without_weights_is_trained_again(tiny_config):
     assert measure(record, how(layers=3), scale="gpu")["seed"] == 12
 
 
-@pytest.mark.parametrize("change", ["a bit", "cut", "another run"])
+@pytest.mark.parametrize("change", ["a bit", "cut", "another run", "another measure"])
 def test_a_damaged_file_is_named(tiny_config, change):
     result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
-    one = how(layers={"a bit": 4, "cut": 5, "another run": 6}[change])
+    one = how(layers={"a bit": 4, "cut": 5, "another run": 6, "another measure": 8}[change])
     found = measure(result, one, scale="gpu", keep=True)
     path = paths.measures("gpu") / result.summary["name"] / f"{one.name}.json"
     text = path.read_text()
@@ -74,8 +75,11 @@ def test_a_damaged_file_is_named(tiny_config, change):
     elif change == "cut":
         path.write_text(text[:-20])
     else:
-        write_json(path, read_json(path, sealed=True) | {"run": "another"}, sealed=True)
-    with pytest.raises(Damaged, match=f"{path.name}.*(check sum|Unterminated|holds 'weights' of another)"):
+        other = {"run": "another"} if change == "another run" else {"what": "caps"}
+        write_json(path, read_json(path, sealed=True) | other, sealed=True)
+    with pytest.raises(
+        Damaged, match=f"{path.name}.*(check sum|Unterminated|holds 'weights' of another|holds 'caps' of)"
+    ):
         measure(result, one, scale="gpu", train=False)
 
 
@@ -84,9 +88,15 @@ def test_the_model_lies_on_a_gpu_of_its_own(tiny_config, monkeypatch):
 
     @contextmanager
     def place(say):
-        held.append("a place")
+        held.append(("a place", say))
         yield
         held.append("given back")
+
+    @contextmanager
+    def locked(name):
+        held.append(name)
+        yield
+        held.append("free")
 
     def compute(model, config, **keys):
         held.append("computed")
@@ -94,9 +104,21 @@ def test_the_model_lies_on_a_gpu_of_its_own(tiny_config, monkeypatch):
 
     result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
     monkeypatch.setattr(gpus, "place", place)
+    monkeypatch.setattr("ecmoe.measures.measure.lock", locked)
     monkeypatch.setattr(f"{__name__}.weights", compute)
     measure(result, how(layers=7))
-    assert held == ["a place", "computed", "given back"]
+    name = result.summary["name"]
+    assert held == [name, ("a place", False), "computed", "given back", "free"]
+
+
+def test_what_reports_hold_comes_before_what_was_found_by_hand(tiny_config):
+    result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
+    one = how(layers=10)
+    measure(result, one, scale="gpu")
+    by_hand = result.path / "measures" / f"{one.name}.json"
+    kept = read_json(by_hand, sealed=True) | {"found": {"seed": "reports"}}
+    write_json(paths.measures("gpu") / result.summary["name"] / by_hand.name, kept, sealed=True)
+    assert measure(result, one, scale="gpu") == {"seed": "reports"} and measure(result, one)["seed"] == 11
 
 
 def test_a_run_that_is_missing_has_none(tiny_config):
@@ -123,6 +145,10 @@ def test_names_say_what_and_for_what_and_hold_nothing_else():
     (evil,) = measurements("fine-tuned", {"task": ["../$(x)"]})
     (capital,) = measurements("fine-tuned", {"task": ["SST_2"]})
     assert evil.name == "fine-tuned--x-" and capital.name == "fine-tuned-sst-2"
+    (nowhere,) = measurements("fine-tuned", {"task": ["rte"], "steps": 10, "folder": None})
+    assert nowhere.name == tuned.name and len(tuned.name) == len("fine-tuned-rte-") + 8
+    assert len({Measurement("dependence", keys).name for keys in ({}, {"kept": 0}, {"kept": 1})}) == 3
+    assert measures.MEASURES["caps"].keys == () and Measurement("caps", {}).name == "caps"
 
 
 @pytest.mark.parametrize(
@@ -153,5 +179,5 @@ def test_every_row_names_a_function_with_these_keys():
 
 
 def test_a_process_may_hold_the_lock_of_a_run_twice():
-    with lock("a-run"), lock("a-run").acquire(timeout=1):
-        pass
+    with lock("a-run") as held, lock("a-run").acquire(timeout=1):
+        assert Path(held.lock_file) == paths.runs() / "a-run.measures.lock"
