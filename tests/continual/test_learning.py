@@ -287,6 +287,7 @@ def test_a_run_is_kept_like_any_other(study, tmp_path):
         ({"task": 5}, "unknown key 'task' with value 5: did you mean tasks"),
         ({"steps": "100"}, "steps='100' is of type str, but must be int"),
         ({"tasks": 1}, "tasks=1: must be at least 2"),
+        ({"held_out": 1}, "held_out=1: must be at least 2"),
         ({"gate_learning_rate": 1e38}, "gate_learning_rate=.*: must be at most 1e"),
         ({"tasks": 3}, r"tasks=3 doesn't divide classes=10: may be one of \[2, 5, 10\]"),
         ({"code": 64}, "code=64: a gate of images with 64 pixels needs fewer"),

@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from ecmoe.data import tasks
-from ecmoe.data.batches import Batches
 from ecmoe.data.tokenizer import Bytes
 from ecmoe.measures import fine_tuning
 from ecmoe.measures.fine_tuning import LitFineTuning, fine_tuned
