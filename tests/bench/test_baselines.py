@@ -40,6 +40,24 @@ def test_grouped_by_torchs_product_in_one_graph(how):
         assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
 
 
+def test_a_balance_loss_is_of_training_where_it_counts():
+    moe, x = layer()
+    grouped = Grouped(moe)
+    grouped.eval()(x)
+    assert grouped.aux_loss is None
+    moe.router.aux_loss_weight = 0.0
+    grouped.train()(x)
+    assert grouped.aux_loss is None
+
+
+def test_autocast_takes_the_products_down():
+    moe, x = layer(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = Grouped(moe)(x)
+    exact = moe(x)
+    assert out.dtype == torch.float32 and 1e-4 < (out - exact).norm() / exact.norm() < 2e-2
+
+
 def test_an_expert_without_tokens():
     moe, x = layer(top_k=1)
     with torch.no_grad():
@@ -62,15 +80,16 @@ def test_even_choices_differ_and_fill_all_experts_alike(n, e, k):
 
 def test_forced_choices_drop_nothing_and_free_ones_are_the_routers():
     torch.manual_seed(0)
-    even = MoE(Even(8, 4, 2, 1.0, gate="renormalized"), 8, 16)
-    free = MoE(TokenChoice(8, 4, 2, 1.0, gate="renormalized"), 8, 16)
+    even = MoE(Even(8, 4, 3, 1.0, gate="renormalized"), 8, 16)
+    free = MoE(TokenChoice(8, 4, 3, 1.0, gate="renormalized"), 8, 16)
     free.load_state_dict(even.state_dict())
     even.router.prepare(32)
-    x = torch.randn(1, 32, 8)
-    torch.testing.assert_close(even(x), free(x))
+    x = torch.randn(1, 32, 8, requires_grad=True)
+    for ours, theirs in zip(with_gradients(even, x), with_gradients(free, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
     even.router.forced.fill_(1)
     even(x)
-    assert even.demand.tolist() == even.load.tolist() == [16] * 4
+    assert even.demand.tolist() == even.load.tolist() == [24] * 4
 
 
 def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch):
@@ -101,6 +120,11 @@ def test_liger_gets_experts_that_cost_the_same(monkeypatch):
     liger = bench_baselines.Liger(moe)
     assert liger.w1.shape == (4, 2 * 192, 64) and liger.w2.shape == (4, 64, 192)
     assert liger.w1.numel() + liger.w2.numel() == moe.w1.numel() + moe.w2.numel()
+    others = (MoE(TokenChoice(8, 4, 2), 8, f, kernels="plain") for f in (8, 352))
+    assert [bench_baselines.Liger(other).w2.shape[2] for other in others] == [
+        64,
+        256,
+    ]  # the nearest 64, and at least one
     assert liger.w1.std().item() == pytest.approx(64**-0.5, rel=0.02)
     assert liger.w2.std().item() == pytest.approx(192**-0.5, rel=0.02)
     x = torch.randn(1, 24, 64)
@@ -121,6 +145,7 @@ def test_scattermoe_gets_the_same_experts(monkeypatch):
     class MLP(torch.nn.Module):
         def __init__(self, input_size, hidden_size, num_experts, top_k, activation):
             super().__init__()
+            assert top_k == 3
             self.experts = Experts(num_experts, input_size, hidden_size)
             self.output_experts = Experts(num_experts, hidden_size, input_size)
             self.activation = activation
@@ -133,5 +158,11 @@ def test_scattermoe_gets_the_same_experts(monkeypatch):
     modules["scattermoe.mlp"].MLP = MLP
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    moe, x = layer()
-    torch.testing.assert_close(bench_baselines.ScatterMoE(moe)(x), moe(x))
+    moe, x = layer(top_k=3)
+    found = with_gradients(scatter := bench_baselines.ScatterMoE(moe), x)
+    found[3:5] = (w.transpose(1, 2) for w in found[3:5])
+    for ours, theirs in zip(found, with_gradients(moe, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert scatter.w1.is_contiguous() and scatter.w2.is_contiguous()
+    kinds = {name: kind for name, (_, kind) in bench_baselines.PEERS.items()}
+    assert kinds == {"ScatterMoE": bench_baselines.ScatterMoE, "Liger": bench_baselines.Liger}

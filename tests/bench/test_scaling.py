@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -50,11 +51,12 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
 
     def trained(config):
         rate = speeds[config.strategy, config.pool]
-        rates = pd.DataFrame({"tokens_per_second": [1.0, rate - 1, rate + 1]})  # the first doesn't count
+        rates = pd.DataFrame({"tokens_per_second": [1.0, rate - 1, rate, rate + 50]})  # the first doesn't count
+        assert (config.steps, config.eval_every, config.eval_batches, config.checkpoint_every) == (60, 10, 1, 10**9)
         return SimpleNamespace(curve=rates, summary={"peak_mb": 5.0})
 
     monkeypatch.setattr(scaling, "_trained", trained)
-    base = {"base": tiny_config().to_dict(), "strategies": ["ddp", "fsdp2"], "layers": {}}
+    base = {"base": tiny_config(steps=7, eval_every=3).to_dict(), "strategies": ["ddp", "fsdp2"], "layers": {}}
     monkeypatch.setattr(speed, "scaling", lambda scale: base)
     called = [
         "bench",
@@ -74,6 +76,9 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
     assert shown.exit_code == 0, shown.output
     kept = json.loads((tmp_path / "scaling.json").read_text())
     rows, setting = kept["rows"], base["base"] | {"repeats": 5}
+    for row in rows:
+        tokens, rate = tiny_config().tokens_per_batch * row["devices"], speeds[row["strategy"], row["pool"]]
+        assert row["tokens_per_second"] == rate and row["ms"] == pytest.approx(1e3 * tokens / rate)
     assert setting.items() <= kept["setting"].items() and {row["peak_mb"] for row in rows} == {5.0}
     shares = {(row["strategy"], row["pool"]): row["of_ideal"] for row in rows}
     assert shares == {("auto", "batch"): 1.0, ("ddp", "rank"): 0.9, ("ddp", "batch"): 0.8, ("fsdp2", "rank"): 0.75,
@@ -162,6 +167,46 @@ def test_a_rank_is_held_to_the_products_of_its_experts_on_the_tokens_of_all(monk
     found = [(row["ms"], row["floor_ms"], row["share_of_floor"]) for row in rows]
     assert found == [pytest.approx(row) for row in ((2.0, 6.0, 3.0), (4.0, 8.0, 2.0))]  # medians
     assert (sizes | {"repeats": 3}).items() <= table.attrs["setting"].items()
+
+
+def test_layers_are_timed_by_as_many_processes_each_size_and_number(monkeypatch):
+    sizes, asked = {"a": {"n": 4}, "b": {"n": 8}}, []
+
+    def spawn(work, given, processes):
+        ranks, folder, keys = given
+        asked.append((work, ranks, keys, processes))
+        if ranks == 4 and keys["n"] == 4:
+            raise RuntimeError(f"-- Process 1 --\n\nValueError: {500 * 'no '}\n")
+        scaling.timing.save(scaling.timing.tabled([{"ms": float(ranks)}], [], {}), Path(folder) / "table.json")
+
+    monkeypatch.setattr(scaling.torch.multiprocessing, "spawn", spawn)
+    tables = list(scaling.bench_across(sizes, [2, 4], repeats=7))
+    assert asked == [(scaling._rank, n, of | {"repeats": 7}, n) for of in sizes.values() for n in (2, 4)]
+    assert [table.to_dict("records") for table in tables[1:]] == [
+        [{"size": "a", "ms": 2.0}], [{"size": "a", "ms": 2.0}, {"size": "b", "ms": 2.0}],
+        [{"size": "a", "ms": 2.0}, {"size": "b", "ms": 2.0}, {"size": "b", "ms": 4.0}]]  # fmt: skip
+    assert [len(table.attrs["absent"]) for table in tables] == [0, 1, 1, 1] and tables[0].attrs["setting"][
+        "repeats"
+    ] == 7
+    assert tables[-1].attrs["absent"] == [f"a on 4 ({('ValueError: ' + 500 * 'no ')[:160]})"]
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_joins_the_others_and_the_first_writes(rank, cuda, tmp_path, monkeypatch):
+    said = []
+    note = lambda name: lambda *given, **keys: said.append((name, given, keys))  # noqa: E731
+    monkeypatch.setattr(scaling.torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(scaling.torch.cuda, "set_device", note("device"))
+    monkeypatch.setattr(scaling.torch, "set_num_threads", note("threads"))
+    monkeypatch.setattr(scaling.dist, "init_process_group", note("in"))
+    monkeypatch.setattr(scaling.dist, "destroy_process_group", note("out"))
+    monkeypatch.setattr(scaling, "of_this_rank", lambda **sizes: said.append(sizes) or "table")
+    monkeypatch.setattr(scaling.timing, "save", note("save"))
+    scaling._rank(rank, 3, str(tmp_path), {"n": 4, "repeats": 2})
+    group = (("nccl" if cuda else "gloo", f"file://{tmp_path}/ranks"), {"rank": rank, "world_size": 3})
+    expected = [("threads", (1,), {}), *[("device", (rank,), {})] * cuda, ("in", *group), {"n": 4, "repeats": 2}]
+    assert said == [*expected, *[("save", ("table", tmp_path / "table.json"), {})] * (rank == 0), ("out", (), {})]
 
 
 def test_every_scale_says_what_is_trained():
