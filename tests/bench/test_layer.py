@@ -566,6 +566,26 @@ def test_a_step_goes_down_the_gradient_of_the_loss_with_its_balance():
         torch.testing.assert_close(new.detach(), old - gradient)
 
 
+@pytest.mark.parametrize(
+    ("is_cuda", "precision", "mixed"),
+    [(True, "bf16-mixed", True), (True, "bf16-true", False), (False, "bf16-mixed", False)],
+)
+def test_products_are_bf16_on_a_gpu_unless_weights_are(is_cuda, precision, mixed, monkeypatch):
+    """Stand-ins for a model of one layer, its batch and its optimiser."""
+    entered, layer, weight = [], SimpleNamespace(aux_loss=torch.ones(())), torch.nn.Parameter(torch.ones(()))
+    lit = SimpleNamespace(
+        model=SimpleNamespace(blocks=[SimpleNamespace(moe=layer), SimpleNamespace(moe=None)]), routers=[],
+        config=SimpleNamespace(precision=precision, gradient_clip=0.5), loss=lambda batch: weight * 1, parameters=lambda: [weight],
+    )  # fmt: skip
+    clipped = []
+    monkeypatch.setattr(bench_step_module, "clip", lambda parameters, optimizer, most: clipped.append(most))
+    monkeypatch.setattr(torch, "autocast", lambda *how: contextlib.nullcontext(entered.append(how)))
+    batch = SimpleNamespace(is_cuda=is_cuda)
+    step_of(lit, torch.optim.SGD([weight], lr=1.0), batch, tracked=True)()
+    assert entered == [("cuda", torch.bfloat16)] * mixed and clipped == [0.5]
+    assert weight.item() == 0 and weight.grad is None and layer.aux_loss is None  # which would tie it to this stream
+
+
 def test_a_step_clips_as_training_does():
     lit = LitModel(arms(STEP)["EC-CF2"].replace(gradient_clip=1e-3))
     before = [p.detach().clone() for p in lit.parameters()]
@@ -668,10 +688,11 @@ def fake():
     return table
 
 
-@pytest.mark.parametrize(("free", "fits"), [(70, True), (69, False)])
+@pytest.mark.parametrize(("free", "fits"), [(71, True), (70, True), (69, False)])
 def test_a_graph_is_captured_where_its_memory_has_room_beside_the_steps(monkeypatch, free, fits):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("first"))
     for name, value in (
-        ("empty_cache", None),
         ("max_memory_allocated", 58e9),
         ("memory_allocated", 23e9),
         ("mem_get_info", (free * 1e9, 80e9)),
@@ -683,6 +704,7 @@ def test_a_graph_is_captured_where_its_memory_has_room_beside_the_steps(monkeypa
         else pytest.raises(torch.OutOfMemoryError, match="35 GB of a step.* 69 GB are free")
     ):
         bench_step_module.check_room()
+    assert emptied == ["first"]
 
 
 def test_measuring_needs_no_jupyter():

@@ -1,0 +1,36 @@
+"""The model's kernels, where tests/model can't see them: numbers on the way, and inputs that a model never gives."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ecmoe.kernels import attention, loss
+from tests.kernels.oracle import DEVICE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_are_those_of_the_distances_around_a_block(dtype):
+    """By distance, less that of the far ones, as a binary logarithm; finite in float16, which 16 bits are."""
+    T, near, edge = 256, 130, attention.BLOCK
+    table = 3 * torch.randn(2, T, generator=torch.Generator().manual_seed(0))
+    table[0, 3], table[1, 7], table[:, near:] = -1e6, 1e6, torch.tensor([[1.0], [-2.0]])
+    found = attention.biases(torch.empty(0, device=DEVICE, dtype=dtype), table.to(DEVICE), near, 2).cpu()
+    span = 2 * edge  # whole blocks that hold all near distances
+    row, column = torch.arange(edge)[:, None], torch.arange(span + edge)
+    assert found.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+    for side, distance in enumerate((row + span - column, column - row)):
+        bias = (table - table[:, -1:])[:, distance.clamp(0, T - 1)] / math.log(2)
+        expected = bias.clamp(-60_000, 60_000).masked_fill(distance < 0, float("-inf"))
+        torch.testing.assert_close(found[side].float(), expected, rtol=2**-10, atol=1e-6)
+
+
+def test_losses_of_no_token_and_of_every_other_target():
+    assert loss.losses_(
+        torch.empty(0, 10, device=DEVICE), torch.empty(0, dtype=torch.long, device=DEVICE), True
+    ).shape == (0,)
+    z, targets = torch.randn(3, 10, device=DEVICE).bfloat16(), torch.arange(6, device=DEVICE)[::2]
+    found = loss.losses_(z.clone(), targets, False)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, F.cross_entropy(z.float(), targets, reduction="none"), rtol=1e-5, atol=1e-5)
