@@ -173,11 +173,15 @@ def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
 def test_learning_without_forgetting_adds_the_old_answers_at_temperature_2():
     """Li and Hoiem 2016, Eq. 2 and 3: probabilities to the power of 1/2, normalised, of teacher and student alike."""
     dice = torch.Generator().manual_seed(0)
-    x, y = torch.randn(6, 4, generator=dice), torch.tensor([0, 1, 1, 0, 1, 0])
+    x, y = torch.randn(6, 4, generator=dice).requires_grad_(), torch.tensor([0, 1, 1, 0, 1, 0])
     teacher, old_head, head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 2)
     expert = SimpleNamespace(features=lambda x: x.tanh(), head=head)
-    old, new = (p.softmax(1).sqrt() for p in (teacher(x), old_head(x.tanh())))
+    old, new = (p.softmax(1).sqrt() for p in (teacher(x.detach()), old_head(x.tanh())))
     old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
     own = -head(x.tanh()).log_softmax(1)[torch.arange(6), y].mean()
     expected = own - (old * new.log()).sum(1).mean()
-    torch.testing.assert_close(without_forgetting(expert, old_head, (x, y, old)), expected)
+    found = without_forgetting(expert, old_head, (x, y, old))
+    torch.testing.assert_close(found, expected)
+    wanted = [x, *head.parameters(), *old_head.parameters()]
+    for ours, theirs in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(ours, theirs)
