@@ -223,10 +223,6 @@ def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
     return values
 
 
-def _told(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         pairs = node.value if isinstance(node.value, list) else []
@@ -234,13 +230,14 @@ class _StrictLoader(yaml.SafeLoader):
         first = {key.value: key for key in reversed(keys)}
         for key in keys:
             if first[key.value] is not key:
-                raise _told(f"key {key.value!r} stands twice: leave one", key)
+                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} stands twice: leave one", key.start_mark)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         value = super().construct_yaml_int(node)
         if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
-            raise _told(f"YAML takes {node.value} for {value}: write the number that you mean", node)
+            said = f"YAML takes {node.value} for {value}: write the number that you mean"
+            raise yaml.MarkedYAMLError(None, None, said, node.start_mark)
         return value
 
 

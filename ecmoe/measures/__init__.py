@@ -20,6 +20,7 @@ class Row(NamedTuple):
 
 
 _HERE = "ecmoe.measures"
+_TUNED = ("task", "folder", "steps", "batch_size", "learning_rate", "examples")
 MEASURES = {
     "experts-by-token": Row(f"{_HERE}.inspection:experts_by_token"),
     "caps": Row(f"{_HERE}.inspection:caps_on_trained_scores"),
@@ -27,12 +28,7 @@ MEASURES = {
     "next-token": Row(f"{_HERE}.causality:next_token_information", ("batches", "classes")),
     "losses": Row(f"{_HERE}.causality:losses_by_routing", ("pools",)),
     "decoding": Row(f"{_HERE}.causality:decoding", ("tokens",)),
-    "fine-tuned": Row(
-        f"{_HERE}.fine_tuning:fine_tuned",
-        ("task", "folder", "steps", "batch_size", "learning_rate", "examples"),
-        each="task",
-        where=("folder",),
-    ),  # fmt: skip
+    "fine-tuned": Row(f"{_HERE}.fine_tuning:fine_tuned", _TUNED, each="task", where=("folder",)),
     "accuracy-at": Row(f"{_HERE}.image_capacity:accuracy_at", ("places",), each="places"),
 }
 

@@ -110,11 +110,9 @@ def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "
         frame: a row per arm and seed. value: the column; shares are of 1. unit: of `Unit`.
     """
     of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
-    unit = Unit(unit)
-    found = of_values((of[a] - of[b]).dropna(), unit)
+    found = of_values((of[a] - of[b]).dropna(), Unit(unit))
     if not found.n:
         return NOTHING
-    inner = found.interval()
-    between = f"{span(*inner, unit)}; " if inner else ""
+    between = f"{span(*found.interval(), found.unit)}; " if found.interval() else ""
     sign = "+" * (found.value > 0)
-    return f"{sign}{amount(found.value, unit, compares=True)} ({between}{counted(found.n, found.of)})"
+    return f"{sign}{amount(found.value, found.unit, compares=True)} ({between}{counted(found.n, found.of)})"

@@ -10,7 +10,7 @@ import bisect
 import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import integrate, optimize
@@ -93,11 +93,6 @@ class Estimate:
         inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
         ((error, _),) = self.errors
         return seeds_needed(error * math.sqrt(self.n), inner, level=level, power=power)
-
-    def times(self, factor: float) -> Estimate:
-        """A ratio times a factor that is known; nothing, where the factor is NaN."""
-        known = self.n and math.isfinite(factor)
-        return replace(self, mean=self.mean + math.log(factor)) if known else nothing(self.unit, self.of)
 
 
 class Spread(Estimate):

@@ -146,9 +146,9 @@ class Evidence:
         if part.how == "difference":
             return estimate.of_values((_one(part, s, a) - (_one(part, s, b) if b else 0.0) for s in seeds), part.unit)
         # The share of its steps at which a reaches b's loss; as time, times what a step of a takes over one of b.
-        shares = [estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds]
-        found = estimate.of_values(shares, Unit.RATIO)
-        return found.times(self.step_time(part.a[-1], part.b[0])) if part.how == "time" else found
+        takes = self.step_time(part.a[-1], part.b[0]) if part.how == "time" else 1.0
+        shares = (estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds)
+        return estimate.of_values((takes * share for share in shares), Unit.RATIO)
 
     def _by_seed(self, part: Part, arm: str) -> dict[int, float]:
         """Seed -> what `of` asks for."""

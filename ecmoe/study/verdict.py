@@ -118,14 +118,9 @@ class ClaimVerdict:
         return tuple(part for part in self.parts if part.decides)
 
     @property
-    def behind(self) -> tuple[JudgedPart, ...]:
-        """The deciding parts that have the claim's label themselves."""
-        return tuple(part for part in self.deciding if part.label == self.label)
-
-    @property
     def said(self) -> str:
         """The label; where only some of the deciding parts have it, of how many: "no effect in 1 of 2 parts"."""
-        some, all_parts = len(self.behind), len(self.deciding)
+        some, all_parts = sum(part.label == self.label for part in self.deciding), len(self.deciding)
         return f"{self.label} in {some} of {all_parts} parts" if 0 < some < all_parts else self.label
 
     @property
