@@ -44,6 +44,23 @@ def test_alone_it_helps():
         assert "Usage: " in (shown := call(*group).output) and command in shown
 
 
+def test_help_breaks_lines_at_the_width_of_the_terminal_alone():
+    (line,) = [line for line in call("again", "--help").output.splitlines() if "reports/SCALE/repeats" in line]
+    assert len(line.rstrip()) > 60, "it ends where the source's line does"
+
+
+@pytest.mark.parametrize(("caught", "code"), [(KeyboardInterrupt, 130), (RuntimeError, 1)])
+def test_ctrl_c_is_130_where_lightning_catches_it_too(monkeypatch, caught, code):
+    def run_or_load(*_, **__):
+        try:
+            raise caught
+        except caught:
+            sys.exit(1)
+
+    monkeypatch.setattr("ecmoe.training.run.run_or_load", run_or_load)
+    assert call("train").exit_code == code
+
+
 def test_version():
     assert call("--version").output.strip() == ecmoe.__version__
 

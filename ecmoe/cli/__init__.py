@@ -21,6 +21,8 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(context)
         except BrokenPipeError:  # who reads the output has seen enough
             raise
+        except SystemExit as left:  # Lightning's, with 1, at Ctrl-C
+            raise (left.__context__ if isinstance(left.__context__, KeyboardInterrupt) else left) from None
         except (ConfigError, OSError) as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
@@ -31,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Mixture-of-Experts with Expert Choice Routing: train runs, make reports.",
 )
 OF_RUNS = (runs.train, runs.generate, runs.keys, runs.runs, runs.run, runs.again)

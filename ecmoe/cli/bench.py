@@ -14,7 +14,7 @@ from ecmoe.files import assignments, check_known
 bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
 TIMED = {
     "layer": "The MoE layer beside its floor, the six matrix products that it can't do without, and beside its rivals.",
-    "auto": "What a run gets beside the plain path, size by size: it must never be slower.",
+    "auto": "What a run gets beside the plain path, size by size.",
     "step": "A whole training step, expert choice against token choice.",
     "profile": "Where the time of EC-CF2's training step goes, by kind of work.",
 }
