@@ -129,7 +129,7 @@ def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
         else:
             like = (int, float) if isinstance(usual, int | float) else type(usual)
             fits = isinstance(value, like) and isinstance(value, bool) == isinstance(usual, bool)
-            wrong = "YAML takes 1e-3 for text (write 1.0e-3), no for false and 'false' for text"
+            wrong = "YAML takes 1e-3 for text (write 1.0e-3), no for false and 'false' for text; papermill's -p, too, false (write False)"
             must = f"a {type(usual).__name__}; {wrong}"
         if not fits:
             raise ConfigError(f"{where}: {name}={value!r} must be {must}")
