@@ -110,7 +110,7 @@ def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "
         frame: a row per arm and seed. value: the column; shares are of 1. unit: of `Unit`.
     """
     of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
-    found = of_values((of[a] - of[b]).dropna(), Unit(unit))
+    found = of_values(of[a] - of[b], Unit(unit))
     if not found.n:
         return NOTHING
     between = f"{span(*found.interval(), found.unit)}; " if found.interval() else ""

@@ -97,4 +97,4 @@ def show_html(shown: str, text: str = "") -> None:
     """Show HTML in a notebook; where there is none a text, or what stands between the tags."""
     from IPython.display import display
 
-    display({"text/html": str(shown), "text/plain": text or text_of(shown.replace("<", " <"))}, raw=True)
+    display({"text/html": str(shown), "text/plain": text or text_of(str(shown).replace("<", " <"))}, raw=True)

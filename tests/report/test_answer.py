@@ -61,10 +61,30 @@ def test_a_claim_at_another_size_stands_beside_the_studys(monkeypatch):
         "07_fine_tuning": judged("C6", losses(**HASH | {"Hash modulo": seeds(3.60)})),
     }
     monkeypatch.setattr(answer, "judge", lambda claim, scale, page=None: verdicts[page])
-    row = answer.at_size("gpu", "07_fine_tuning", "C6").iloc[0]
+    rows = answer.at_size("gpu", "07_fine_tuning", "C6")
+    assert rows["part"].tolist() == [part.name for part in verdicts["07_fine_tuning"].parts if part.label != "not run"]
+    row = rows.iloc[0]
     assert (row["claim"], row["part"]) == ("C6", "modulo against EC-CF2")
     assert (row["verdict here"], row["its verdict"]) == ("no effect", "reproduced")
     assert row["here"].startswith("0.000 nats") and row["in the study"].startswith("+0.020 nats")
+
+
+def test_claims_are_judged_below_their_names(monkeypatch):
+    verdicts, shown = {"C6": judged("C6", losses(**HASH)), "C1": judged("C1", {})}, []
+    monkeypatch.setattr(answer, "judge", lambda claim, scale: verdicts[claim] if scale == "gpu" else None)
+    monkeypatch.setattr(answer, "show_html", shown.append)
+    answer.judged("gpu", "C6", "C1")
+    page = soup(shown[0])
+    assert [(h["id"], h.text) for h in page.find_all(["h2", "h3"])] == [
+        ("judged", "How it was judged"), ("judged-C6", "C6"), ("judged-C1", "C1"),
+    ]  # fmt: skip
+    assert str(page).endswith(str(soup(answer.judged_html(verdicts["C1"])))) and str(
+        soup(answer.judged_html(verdicts["C6"]))
+    ) in str(page)
+    answer.finding("It rises by 3.", "two seeds of <one> size")
+    page = soup(shown[1])
+    assert (page.find(class_="badge").text, page.find(class_="said").text) == ("finding", "It rises by 3.")
+    assert page.find(class_="rests").text == "Rests on two seeds of <one> size." and not page.strong
 
 
 def test_a_part_has_as_much_as_was_found():
@@ -131,5 +151,6 @@ def test_a_difference_is_paired_and_says_its_sign():
     assert answer.difference(frame, "loss", "b", "a", unit="share") == "+50 points (50 to 50; 3 seeds)"
     assert answer.difference(frame[frame["seed"] == 0], "loss", "a", "b") == "-0.500 nats (1 seed)"
     assert answer.difference(frame, "loss", "a", "c") == "(not run)"
+    assert answer.difference(frame, "loss", "a", "a") == "0.000 nats (0.000 to 0.000; 3 seeds)"  # on neither side
     with pytest.raises(KeyError):
         answer.difference(frame, "lost", "a", "b")

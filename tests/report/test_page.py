@@ -252,6 +252,19 @@ def test_a_caption_says_what_intervals_are_and_over_how_many_seeds(shown, seeds,
     assert BeautifulSoup(shown[0], "html.parser").figcaption.text == said
 
 
+def test_where_no_html_is_shown_stands_a_text(monkeypatch):
+    given = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: given.append((data, raw)))
+    figure = Figure(figsize=(1, 1))
+    figure.subplots()
+    report.show(Plot(figure, "a line", pd.DataFrame({"a": [1]})), "A caption.")
+    report.show(Plot(None, "Loss: not run.", pd.DataFrame()), "A caption.")
+    report.show_table(pd.DataFrame({"arm": ["x"], "b": [2]}))
+    assert [(data["text/plain"], raw) for data, raw in given] == [
+        ("A caption.\na line", True), ("Not run: A caption.", True), ("arm b x 2", True),
+    ]  # fmt: skip
+
+
 def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
     rows = BeautifulSoup(table_html(pd.DataFrame({"arm": ["C1", "EC-CF2 renormalized"]})), "html.parser")
     assert [th.get("class") for th in rows.tbody.find_all("th")] == [None, ["long"]]

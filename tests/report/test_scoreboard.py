@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -197,6 +198,10 @@ def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
         row for verdict in verdicts.values() for row in (heads, *map(row_of, verdict.deciding))
     ]  # no others
     assert "To run it: `ecmoe runs 01_convergence --scale gpu --train`" in text
+    assert f"{verdicts['C6'].sentence} Rests on {verdicts['C6'].rests_on}." in text
+    (part,) = verdicts["C6"].deciding
+    split = {"C6": replace(verdicts["C6"], parts=(replace(part, name="a | b"),))}
+    assert "\n| a \\| b | +0.020 nats" in scoreboard.markdown("scoreboard", split, "gpu")
 
 
 def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():

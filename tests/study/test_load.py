@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ecmoe import paths
-from ecmoe.config import RunConfig
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import write_json, write_text
 from ecmoe.measures import measurements
 from ecmoe.study import load as module
@@ -47,6 +47,16 @@ def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
     for arm in study:
         assert shown[arm][0].summary == study[arm][0].summary
     assert trained == ["yours"] == list(shown.train)  # whatever else is missing
+
+
+def test_an_unknown_name_is_an_error_where_a_notebook_begins_and_its_own_later(monkeypatch):
+    monkeypatch.setattr(module, "_CHECKED", set())
+    page = {"scale": "smoke", "train_missing": False}
+    for name in ("13_gates", "14_learning_rate"):
+        with pytest.raises(ConfigError, match="has no parameter 'sed'"):
+            load(name, page | {"sed": [3]})
+        assert (study := load(name, page)).page == name
+        assert load(name, page | {"sed": [3]}).parameters == study.parameters
 
 
 @pytest.mark.parametrize(

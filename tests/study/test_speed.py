@@ -158,6 +158,31 @@ def test_scaling_has_its_own_base_on_top_of_the_scales(monkeypatch):
     assert speed.scaling("smoke") == {"devices": [2, 4], "base": page["base"], "layers": {}}
 
 
+def test_a_table_of_layers_has_each_number_in_its_column():
+    columns = ["ms", "share_of_floor", "over_uncapped", "of_forward_floor", "peak_mb"]
+
+    def timed(first, layer, variant="", mode=bench.EAGER):
+        row = {"layer": layer, "variant": variant, "path": "plain", "mode": mode}
+        whats = enumerate((bench.BOTH, bench.FORWARD, bench.ROUTING))
+        return [row | {"what": what} | {c: first + 10 * i + k for k, c in enumerate(columns)} for i, what in whats]
+
+    files = {"layer-a-1": {"rows": timed(100, "EC") + timed(900, "EC"), "absent": ["x", "y"]}, "layer-b": speed.NOTHING}
+    files["layer-c"] = {"rows": timed(200, "floor") + timed(300, "EC", "CAP2", bench.GRAPH), "absent": ["z", "x"]}
+    layers = speed.layers(files, ["A 1", "b", "C"])
+    assert layers["size"].tolist() == ["A 1"] * 6 + ["b"] + ["C"] * 6 and layers["name"].isna().sum() == 1
+    assert layers["name"].dropna().unique().tolist() == [
+        "EC",
+        "floor",
+        str(bench.Row("EC", "CAP2", "plain", bench.GRAPH)),
+    ]
+    assert speed.by_layer(layers).to_dict("records") == [
+        {"size": size, "layer": name, "forward, ms": x + 10, "share of floor": x + 11, "with backward, ms": x, "its share": x + 1,
+         "a cap adds": x + 2, "routing, of floor": x + 23, "peak MB": x + 4}
+        for size, name, x in (("A 1", "EC", 100), ("C", "floor", 200), ("C", layers["name"].iloc[-1], 300))
+    ]  # fmt: skip
+    assert speed.absent(files) == ["x", "y", "z"]
+
+
 def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     found = speed.measured(tiny_jobs(), scale="gpu")
     layers = speed.layers(found, ["0.1B/64E"])
