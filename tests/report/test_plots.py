@@ -76,6 +76,11 @@ def test_loss_over_steps(runs):
     (ax,) = plot.figure.axes
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "validation loss (nats per token)")
     assert not plot.figure.axes[0].get_title()  # its axis says it
+    drawn_in = [line.get_color() for line in ax.get_lines()][:2]
+    assert drawn_in == [style.looks(runs)[arm].color for arm in ("EC", "top-2")] and ax.get_ylim()[0] > 1
+    many = {f"arm {i}": runs["EC"] for i in range(20)}
+    sizes = [plots.over(curves(one), "step").figure.get_size_inches()[1] for one in (runs, many)]
+    assert sizes == pytest.approx([4.2, 7.0])  # room for names
 
 
 def test_loss_against_a_reference_is_paired_by_seed(runs):
@@ -110,6 +115,11 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
     one = drawn(plots.final_loss(table({"EC": [run(EC, 2.0)]})))
     assert "2.000, 1 seed." in one.alt
     difference = drawn(plots.final_loss(table(runs), reference="EC"))
+    zeros = [
+        [list(line.get_xdata()) for line in one.figure.axes[0].get_lines()].count([0, 0]) for one in (plot, difference)
+    ]
+    assert zeros == [0, 1]  # a line where there is no difference
+    assert "validation loss (nats per token)\nminus that of EC" == difference.figure.axes[0].get_xlabel()
     assert (
         difference.data.loc[0, ["mean", "low", "high"]].tolist() == pytest.approx([0.5] * 3)  # paired by seed
         and "doesn't" not in difference.figure.axes[0].get_xlabel()
@@ -160,6 +170,16 @@ def test_expert_shares(runs):
     (ax,) = plot.figure.axes
     bars = [(bar.get_x(), bar.get_width()) for bars in ax.containers[:9] for bar in bars[:1]]
     assert bars == [pytest.approx((sum(percent[:j]), percent[j])) for j in range(9)]
+    papers = [(bar.get_x(), bar.get_width(), bar.get_y()) for bars in ax.containers[9:] for bar in bars]
+    assert papers == [pytest.approx(one) for one in ((0, 74, 2.6), (74, 23, 2.6), (97, 3, 2.6))]  # in a row of its own
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["EC", "top-2", "Hash", "the paper (100M/64E)"]
+    assert ax.get_xlim() == (0, 100) and {text.get_text(): text.get_position() for text in ax.texts}["not run"] == (
+        0.01,
+        2,
+    )
+    assert set(paper) <= set(texts(plot)) and plot.data["0"].isna().tolist() == [False, False, True]
+    rows = plots.expert_shares(table(runs)).figure.axes[0].get_yticklabels()
+    assert [tick.get_text() for tick in rows] == ["EC", "top-2", "Hash"]
     assert texts(plot)[:27:3] == ["", "4%", "7%", "9%", "11%", "13%", "16%", "18%", "20%"]  # where there is room
     assert legend(plot) == [*"01234567", "8+"]
     assert "The paper: 1 or 2: most, 3 or 4: 23%, 3%." in plot.alt and "Not run: Hash." in plot.alt
@@ -187,6 +207,8 @@ def test_load_is_in_percent(runs):
         == [paired[1].figure.axes[0].get_yscale()] * 2
         == ["linear"] * 2
     )
+    assert [ax.get_title() for ax in plot.figure.axes] == [plots.LABELS[name] for name in ("over_capacity", "dropped")]
+    assert plot.figure.axes[1].get_ylim()[0] == 0 and not plot.figure.axes[0].get_ylabel()
     first, last = ({"EC", "top-2"} & {text.get_text() for text in ax.texts} for ax in plot.figure.axes)
     assert not first and last == {"EC", "top-2"}  # lines are named once, in the last panel
     assert not texts(plots.over(curves({"EC": runs["EC"]}), "step", ("over_capacity", "dropped")))  # one needs no name
@@ -225,7 +247,13 @@ def test_routing_matrix_names_who_is_left_out():
         "expert 0\n2 tokens",
         "expert 1\n1 token",
     ]
-    assert plot.data["expert 1"].tolist() == [0.0, 0.4, 0.0]
+    assert plot.data["expert 1"].tolist() == [0.0, 0.4, 0.0] and plot.data["token"].tolist() == ["a", "b", "c"]
+    (ax,) = plot.figure.axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["expert 0\n2 tokens", "expert 1\n1 token"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b", "c"]
+    several = plots.routing_matrix({"EC": w[:2], "top-2": 2 * w[:2]}, ["a", "b"])
+    assert [ax.collections[0].get_clim() for ax in several.figure.axes] == [(0.0, 1.0), (0.0, 1.8)]
+    assert "every token is taken" in several.alt and [ax.get_title() for ax in several.figure.axes] == ["EC", "top-2"]
     with pytest.raises(ValueError, match="Shape of passed values"):
         plots.routing_matrix({"EC": w}, ["a", "b"])
 
@@ -241,6 +269,13 @@ def test_two_routings_of_one_seed():
     frame = wide.melt(["arm", "seed"], var_name="routing", value_name="loss").assign(change="other text")
     panels = drawn(plots.by_routing(frame, "loss", "change", "loss (nats)"))
     assert panels.alt.endswith("Not run: b.")
+    (ax,) = panels.figure.axes
+    assert (
+        ax.get_xlabel() == "loss (nats)"
+        and ax.get_title() == "other text"
+        and list(ax.get_lines()[-3].get_xdata()) == [0, 0]
+    )
+    assert "a, as trained 5.000 (2.516 to 7.484); a, causally 5.500" in panels.alt
     assert re.search("other text: .*; a, causally 5.500", panels.alt) and legend(panels) == ["as trained", "causally"]
 
 
@@ -255,6 +290,15 @@ def test_retention():
     plot = drawn(plots.retention(frame))
     assert "gate: task 1 90% then 80%, task 2 90% then 90%" in plot.alt and "Not run: joint." in plot.alt
     assert all(ax.get_xscale() == "linear" for ax in plot.figure.axes)
+    ax = plot.figure.axes[0]
+    assert (ax.get_ylim(), ax.get_xlabel(), ax.get_ylabel()) == ((-3, 103), "tasks learned", "accuracy (%)")
+    assert [text.get_text() for text in ax.texts] == ["task 1", "task 2"] and ax.get_xticks().tolist() == [1, 2]
+    lines = [line for line in ax.get_lines() if line.get_marker() in ("o", "s")]
+    assert [(line.get_marker(), list(line.get_ydata())) for line in lines] == [
+        ("o", pytest.approx([90, 80])),
+        ("s", pytest.approx([90])),
+    ]
+    assert len({line.get_color() for line in lines}) == 2 and plot.data["arm"].unique().tolist() == ["gate"]
     assert plots.retention(frame[::-1]).svg() == plot.svg()  # a task has its colour, whoever comes first
     several = pd.concat([frame.assign(arm=arm) for arm in "abc"])
     assert [ax.get_visible() for ax in plots.retention(several).figure.axes] == [True, True, True, False]  # two by two
@@ -275,6 +319,14 @@ def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
     assert plot.alt.endswith(
         "small: EC-CF2 plain 50%, floor plain 150%, top-2 triton 80%. large: EC-CF2 plain 25%, floor plain 75%, top-2 triton 40%."
     )
+    left, right = plot.figure.axes
+    marks = [line for line in left.get_lines() if line.get_marker() in ("o", "D") and len(line.get_xdata()) == 3]
+    assert [(line.get_marker(), list(line.get_xdata())) for line in marks] == [
+        ("o", pytest.approx([45, 145, 75])), ("D", pytest.approx([50, 150, 80])),
+    ]  # fmt: skip
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["EC-CF2 plain", "floor plain", "top-2 triton"]
+    assert [100, 100] in [list(line.get_xdata()) for line in left.get_lines()] and right.get_title() == "large"
+    assert plot.data[["ms", "low_ms", "high_ms"]].drop_duplicates().values.tolist() == [[2.0, 1.0, 3.0]]
     assert plot.data.groupby(["size", "layer"], sort=False)["share_of_floor"].apply(list).to_dict() == {
         (size, name): pytest.approx([k * (x - 0.05), k * x])
         for size, k in (("small", 1.0), ("large", 0.5))
@@ -374,6 +426,17 @@ def test_gates_send_images_to_experts():
         1.0,
     ]
     assert [ax.get_xlabel() for ax in plot.figure.axes] == ["expert", "gate of task"]
+    left, right = plot.figure.axes
+    assert left.get_ylabel() == "images of task" and [text.get_text() for text in left.texts][:3] == [
+        "90.0",
+        "10.0",
+        "0.0",
+    ]
+    assert [text.get_text() for text in right.texts][:3] == ["1.00", "0.90", "0.80"]
+    assert [ax.collections[0].get_clim() for ax in (left, right)] == [(0, 100), (0, 1)]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["cats", "dogs", "cars"]
+    unlike = plots.gate_choices(confusion, related - 0.5, ["cats", "dogs", "cars"]).figure.axes[1]
+    assert unlike.collections[0].get_clim() == (pytest.approx(-0.3), 1)  # relatedness may be below 0
     for given in ((None, related), (confusion, None)):
         assert plots.gate_choices(*given, ["cats", "dogs", "cars"]).figure is None
 
