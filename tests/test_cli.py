@@ -209,7 +209,7 @@ def test_bench_all_measures_what_it_is_asked_for_once(tmp_path, monkeypatch):
     asked = ["bench", "all", "--scale", "smoke", "--out", str(tmp_path), "--only"]
     for words, expected in (
         (["step"], ["step"]),
-        (["step,layer"], ["layer-a"]),
+        (["step,layer,"], ["layer-a"]),
         (["growth,step", "--force"], ["step", "growth"]),
     ):
         made.clear()

@@ -69,7 +69,7 @@ def bench_all(
     from ecmoe.study import speed
 
     known = speed.jobs(**speed.plan(scale))
-    asked = only.split(",")
+    asked = list(filter(None, only.split(","))) or [""]  # all of them begin so
     starts = tuple(start for start in asked if start not in known)
     wanted = {name: job for name, job in known.items() if name in asked or name.startswith(starts)}
     if not wanted:

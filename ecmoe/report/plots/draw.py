@@ -267,5 +267,4 @@ def short(x: float) -> str:
 
 def number(row: object) -> str:
     """A row's mean, and its interval in brackets, where there is one."""
-    known = row.low is not None and not math.isnan(row.low)
-    return short(row.mean) + (f" ({short(row.low)} to {short(row.high)})" if known else "")
+    return short(row.mean) + ("" if math.isnan(row.low) else f" ({short(row.low)} to {short(row.high)})")
