@@ -29,7 +29,7 @@ from ecmoe.training.optimizer import clip
 from ecmoe.training.trainer import new_trainer, repeatable
 
 SEPARATOR = "\n"  # ends each text of an example
-ROUND = 16  # a batch's T is a multiple of it
+ROUND = 16  # a batch's T is a multiple of it; compiled, for each size anew, one of 128, 512, 2048, ...
 # Examples as a model reads them: (N, T) tokens, (N,) lengths without padding, (N,) labels; int64.
 Encoded = tuple[Tensor, Tensor, Tensor]
 
@@ -63,7 +63,9 @@ def fine_tuned(
     if (has := len(sides[0].labels)) < batch_size:
         raise ValueError(f"task {task!r}: batch_size={batch_size} is more than its {has} training examples")
     (train, validation), truncated = _encode(tokens.load(config).tokenizer, sides, config.sequence_length)
-    with torch.random.fork_rng(), repeatable(), warnings.catch_warnings():
+    # Blocks are compiled in several sizes, and none of their numbers becomes a variable.
+    compiling = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
+    with torch.random.fork_rng(), repeatable(), compiling, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", module="lightning.*")
         torch.manual_seed(config.seed)
@@ -84,20 +86,26 @@ class LitFineTuning(L.LightningModule):
 
     def __init__(self, model: Transformer, config: RunConfig, classes: int, learning_rate: float, steps: int) -> None:
         super().__init__()
-        self.model, self.learning_rate, self.steps = model.train(), learning_rate, steps
-        self.scaled = config.precision == "16-mixed"  # gradients, by a GradScaler
+        self.model, self.learning_rate, self.steps, self.config = model.train(), learning_rate, steps, config
+        if config.compile:
+            model.compile_blocks()
         self.head = nn.Linear(config.d_model, classes)
         for p in self.head.parameters():
             nn.init.zeros_(p)  # all classes alike, whatever the seed
 
     def on_before_batch_transfer(self, batch: Encoded, dataloader_idx: int) -> Encoded:
-        """A batch is no longer than its longest example asks for."""
+        """A batch is about as long as its longest example."""
         tokens, lengths, labels = batch
-        return tokens[:, : -(-int(lengths.max()) // ROUND) * ROUND], lengths, labels
+        longest = int(lengths.max())
+        T = -(-longest // ROUND) * ROUND
+        if self.config.compile:
+            T = min(next(128 * 4**i for i in range(longest) if 128 * 4**i >= longest), self.config.sequence_length)
+        return F.pad(tokens[:, :T], (0, max(T - tokens.shape[1], 0))), lengths, labels
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        hidden = self.model.hidden(tokens, mask=mask)  # padding takes no expert, and is in nobody's past
+        # Padding takes no expert, and is in nobody's past. (`hidden` would look where it lies, and wait for the device.)
+        hidden = self.model.through(self.model.embedding(tokens), token_ids=tokens, mask=mask)
         last = (lengths - 1).clamp_min(0)
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])
 
@@ -109,7 +117,8 @@ class LitFineTuning(L.LightningModule):
     def predict_step(self, batch: Encoded, batch_idx: int) -> Tensor:
         """(B,) Does the example's class get the largest logit?"""
         tokens, lengths, labels = batch
-        return self(tokens, lengths).argmax(dim=1) == labels
+        with torch.compiler.set_stance("force_eager"):  # sizes of causal routing depend on the data
+            return self(tokens, lengths).argmax(dim=1) == labels
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -117,7 +126,7 @@ class LitFineTuning(L.LightningModule):
         clip(self.parameters(), optimizer, 1.0)  # Lightning's own refuses a fused optimiser
 
     def configure_optimizers(self) -> dict[str, Any]:
-        fused = self.device.type == "cuda" and not self.scaled  # as in `build_optimizer`
+        fused = self.device.type == "cuda" and self.config.precision != "16-mixed"  # as in `build_optimizer`
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=fused or None)
         track(self.model, optimizer)
         warm = max(self.steps // 10, 1)

@@ -47,6 +47,14 @@ class Trunk(nn.Module):
         """The layers with experts, first to last; none in the dense twin."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
+    def compile_blocks(self) -> None:
+        """Let torch compile each block, for every size anew: two kinds of blocks take seconds, the whole model a minute."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        for layer in self.moe_layers:
+            if layer.router.across:  # its sizes depend on what the tokens of all ranks hold
+                layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+
     def initialize(self, seed: int) -> None:
         """Draw every parameter from a generator seeded by (seed, name)."""
         with ThreadPoolExecutor() as pool:  # a core draws 100 million numbers a second, and 0.1B/64E has 1.8 billion

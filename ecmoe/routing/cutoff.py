@@ -44,10 +44,13 @@ class RunningCutoff(RunningState):
         self.count = nn.Buffer(torch.zeros(()))
 
     @torch.no_grad()
-    def add(self, kth: Tensor) -> None:
-        """kth: (pools, e) the k-th largest score of each expert in each pool."""
+    def add(self, kth: Tensor, known: Tensor | None = None) -> None:
+        """kth: (pools, e) the k-th largest score of each expert in each pool. known: (pools,) bool, False where it stands for
+        none, as there was nothing but padding."""
+        if known is not None:
+            kth = kth.where(known[:, None], 0.0)
         self.pending.add_(kth[0] if len(kth) == 1 else kth.sum(0))  # a sum of one is a pass too
-        self.count.add_(kth.shape[0])
+        self.count.add_(len(kth) if known is None else known.sum())
 
     @torch.no_grad()
     def end_step(self) -> Tensor:

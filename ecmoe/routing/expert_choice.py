@@ -87,7 +87,7 @@ class ExpertChoice(Router):
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
         G, I = self._select(pooled, k, valid)  # (g, e, k): each expert takes its k best tokens (Eq. 2)
         if self.gathers:
-            self.cutoff.add(G.detach().amin(-1) if valid is None else self._kth(G, valid, k))
+            self.cutoff.add(*(G.detach().amin(-1), None) if valid is None else self._kth(G, valid, k))
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
             filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
             I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)
@@ -151,11 +151,11 @@ class ExpertChoice(Router):
                 taken = torch.minimum(taken, tokens * self.max_experts_per_token // self.num_experts)
         return taken.clamp(max=k)
 
-    def _kth(self, G: Tensor, valid: Tensor, k: int) -> Tensor:
-        """(g', e) the lowest score that was still taken, of the pools where any was."""
+    def _kth(self, G: Tensor, valid: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(g, e) the lowest score that was still taken, and (g,) whether any was."""
         last = self._valid_k(valid, k)
         kth = G.detach().gather(2, (last - 1).clamp_min(0)[:, None, None].expand(-1, G.shape[1], 1))[..., 0]
-        return kth[last > 0]
+        return kth, last > 0
 
     def _above_cutoff(self, S: Tensor, mask: Tensor | None) -> Assignment:
         """Every expert takes every token at or above its cut-off: each decision sees one token alone."""

@@ -61,22 +61,22 @@ class ExpertThreshold(ExpertChoice):
         G, token = scores.topk(slots, dim=1)  # (e, slots), best first
 
         share = self._valid_k(valid, k)  # (1,) k of the valid tokens
-        kth = G[None, :, k - 1].detach() if mask is None else self._kth(G[None], valid, k)
-        taken = scores.detach() >= self._threshold(kth).to(S.dtype)[:, None]
+        kth, known = (G[None, :, k - 1].detach(), None) if mask is None else self._kth(G[None], valid, k)
+        own = kth[0] if known is None else kth[0].where(known, 1.0)
+        taken = scores.detach() >= self._threshold(own).to(S.dtype)[:, None]
         count = (taken & valid).sum(1)  # (e,)
         least = torch.ceil(share / self.slack).long()
         most = (share * self.slack).long().clamp(max=slots)
-        load = count.clamp(min=least).clamp(max=torch.minimum(most, valid.sum(1)))
+        load = count.clamp(least, most)
         if self.gathers:
-            self.cutoff.add(kth)
+            self.cutoff.add(kth, known)
         filled = torch.arange(slots, device=S.device) < load[:, None]
         return Assignment(torch.where(filled, token, n), torch.where(filled, G, 0.0), torch.maximum(count, load))
 
-    def _threshold(self, kth: Tensor) -> Tensor:
+    def _threshold(self, own: Tensor) -> Tensor:
         """(e,) the average of finished steps; while warming up, this batch's own k-th score: expert choice."""
         average, weight = self.cutoff.average, self.cutoff.weight
         warming = self.steps < self.warmup_steps
-        own = kth.sum(0) if kth.shape[0] else torch.ones_like(average)
         return torch.where(warming, own, average / weight.clamp_min(torch.finfo(weight.dtype).tiny))
 
     def end_step(self) -> None:

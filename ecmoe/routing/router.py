@@ -108,7 +108,7 @@ class Router(RunningState):
         """
         if not fast(self.kernels, x):
             return False
-        if self.kernels != "auto" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if self.kernels != "auto" or not torch.compiler.is_compiling():
             return True
         return torch.are_deterministic_algorithms_enabled() or n * self.d_model >= FEW
 

@@ -18,7 +18,6 @@ from ecmoe.config import RunConfig
 from ecmoe.model import metrics
 from ecmoe.model.build import build_model
 from ecmoe.model.expert_parallel import share_experts
-from ecmoe.model.moe import MoE
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Block
 from ecmoe.routing import causal_routing, routers
@@ -62,13 +61,9 @@ class LitModel(L.LightningModule):
         self.configured = True
         if self.config.sharded:
             self._shard(self.device_mesh["data_parallel"])
-        if self.config.compile:  # two kinds of blocks compile in seconds, the whole model in a minute
+        if self.config.compile:
             torch.compiler.reset()  # another run's numbers, such as its capacity factor, would become variables
-            for module in self.model.modules():
-                if isinstance(module, Block):
-                    module.compile(dynamic=False)
-                if isinstance(module, MoE) and module.router.across:  # each size would be compiled anew, in seconds
-                    module.forward = torch.compiler.disable(module.forward)
+            self.model.compile_blocks()
 
     def _shard(self, mesh: Any) -> None:
         """Experts by rank (expert parallelism), all else by FSDP2, block by block."""

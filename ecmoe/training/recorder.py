@@ -183,4 +183,4 @@ class Recorder(L.Callback):
             raise Diverged(f"the training loss is {loss} before step {step}")
 
     def _clock(self) -> float:
-        return self.seconds + ((time.perf_counter() - self.began) / self.sharing if self.began else 0.0)
+        return self.seconds + ((time.perf_counter() - self.began) / self.sharing if self.began is not None else 0.0)

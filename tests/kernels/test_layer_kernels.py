@@ -232,6 +232,22 @@ def test_few_tokens_are_compiled_plainly_unless_sums_need_a_fixed_order(kind, ex
     assert not one.fast(cuda, 8)
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_the_compiler_sees_plain_pytorch_for_few_tokens_and_kernels_for_many(few, monkeypatch):
+    torch._dynamo.reset()
+    seen = []
+    monkeypatch.setattr(router, "fast", lambda kernels, x: kernels != "plain")  # as on a GPU
+    monkeypatch.setattr(router, "FEW", 2**24 if few else 1)
+
+    def looked_at(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        raise RuntimeError("seen")
+
+    with pytest.raises(Exception, match="seen"):
+        torch.compile(layer("auto"), backend=looked_at, fullgraph=True)(tokens())
+    assert any("bmm" in name for name in seen) == few != any("ecmoe" in name for name in seen)
+
+
 def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(ValueError, match="kernels='fast': must be one of auto, plain, triton"):
         layer("fast")

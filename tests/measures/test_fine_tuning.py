@@ -1,12 +1,14 @@
 """Fine-tuning learns what can be learned, sees no padding, and names what it can't do."""
 
 import base64
+import functools
 import json
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.data import DataLoader
 
 from ecmoe.data import tasks
@@ -14,6 +16,7 @@ from ecmoe.data.tokenizer import Bytes
 from ecmoe.measures import fine_tuning
 from ecmoe.measures.fine_tuning import LitFineTuning, fine_tuned
 from ecmoe.model.build import build_model
+from ecmoe.model.transformer import Block
 from ecmoe.training.trainer import new_trainer
 
 ROUTERS = {
@@ -136,6 +139,33 @@ def test_a_fused_step_tunes_like_any_other(tiny_config, shouting, monkeypatch):
         settings = {"task": "cola", "folder": str(shouting), "steps": 60, "batch_size": 16, "learning_rate": 1e-2}
         found.append(fine_tuned(build_model(config), config, **settings)["rows"][0]["accuracy"])
     assert min(found) > 0.9 and found[0] == pytest.approx(found[1], abs=0.05)
+
+
+def test_compiled_it_tunes_alike_and_compiles_each_size_once_for_all_tasks(tiny_config, shouting, monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
+    found = {}
+    for compiled in (False, True, True):  # the second task meets blocks of another model
+        config = tiny_config(compile=compiled, precision="32-true", sequence_length=256)
+        settings = {"task": "cola", "folder": str(shouting), "steps": 12, "batch_size": 16, "learning_rate": 1e-2}
+        found[compiled] = fine_tuned(build_model(config), config, **settings)
+        assert counter.frame_count == (config.layers if compiled else 0)
+    assert found[True] == found[False]  # padding is seen by nobody
+
+
+@pytest.mark.parametrize("longest, T", [(1, 128), (128, 128), (129, 512), (513, 1024), (1024, 1024)])
+def test_compiled_there_are_few_sizes_and_none_is_longer_than_a_sequence(tiny_config, longest, T):
+    config = tiny_config(compile=True, sequence_length=1024)
+    tuned = LitFineTuning(build_model(config), config, 3, 1e-3, 10)
+    tokens = torch.randint(1, 200, (2, -(-longest // 16) * 16))
+    cut, lengths, labels = tuned.on_before_batch_transfer((tokens, torch.tensor([1, longest]), torch.zeros(2)), 0)
+    assert (
+        cut.shape == (2, T)
+        and torch.equal(cut[:, :longest], tokens[:, :longest])
+        and not cut[:, tokens.shape[1] :].any()
+    )
+    assert (lengths.tolist(), labels.tolist()) == ([1, longest], [0, 0])
 
 
 def batch_of(seed, count=8):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ecmoe import MoE
-from ecmoe.routing import Assignment, ExpertChoice, Hash, TokenChoice
+from ecmoe.routing import Assignment, ExpertChoice, ExpertThreshold, Hash, TokenChoice
 from ecmoe.routing.router import Router
 
 D, FF, E, B, T = 8, 16, 4, 2, 12
@@ -165,11 +165,17 @@ def test_checkpointing_changes_neither_output_nor_gradient_nor_statistics(router
         assert torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize("router", [lambda: ExpertChoice(D, E), lambda: TokenChoice(D, E, 2, 1.0)])
-def test_compiles_without_a_graph_break(router):
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "router", [lambda: ExpertChoice(D, E), lambda: TokenChoice(D, E, 2, 1.0), lambda: ExpertThreshold(D, E)]
+)
+def test_compiles_without_a_graph_break(router, padded):
+    """So nothing in a training pass waits for the device: its sizes depend on no data."""
     torch._dynamo.reset()  # else a second capacity factor is taken for a variable
     moe, x = layer(router), tokens()
-    torch.testing.assert_close(torch.compile(moe, fullgraph=True, backend="eager")(x), moe(x))
+    mask = torch.arange(x.shape[1]) < torch.arange(2, 2 + x.shape[0])[:, None] if padded else None
+    assert mask is None or not mask.all()
+    torch.testing.assert_close(torch.compile(moe, fullgraph=True, backend="eager")(x, mask=mask), moe(x, mask=mask))
 
 
 def test_aux_loss_is_set_in_training_and_not_in_evaluation():

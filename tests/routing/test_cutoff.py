@@ -52,6 +52,16 @@ def test_what_a_step_has_added_counts_before_it_ends():
     assert not torch.allclose(cutoff.value(), run(1).value())
 
 
+def test_a_pool_without_a_score_counts_for_nothing():
+    cutoff, of_two = RunningCutoff(E, 0.9), RunningCutoff(E, 0.9)
+    cutoff.add(torch.stack([STEPS[0][0], torch.full((E,), torch.nan), STEPS[0][1]]), torch.tensor([True, False, True]))
+    of_two.add(STEPS[0][:2])
+    assert torch.equal(cutoff.pending, of_two.pending) and cutoff.count == of_two.count == 2
+    cutoff, before = run(1), run(1).value()
+    cutoff.add(STEPS[1][:1], torch.tensor([False]))
+    assert not cutoff.end_step() and torch.equal(cutoff.value(), before)
+
+
 def test_a_step_without_batches_moves_nothing():
     cutoff = run(1)
     before = cutoff.value()
