@@ -36,12 +36,12 @@ def show(plot: Plot, caption: str) -> None:
 def show_table(
     frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None, fold: str = ""
 ) -> None:
-    """Show a table; where nothing stands in it but what its rows are called, that nothing was run.
+    """Show a table; where nothing stands in it but what its rows are called, if there are any, that nothing was run.
 
     As `markup.table_html`; fold: what the reader opens to see it; "": it is open.
     """
     values = frame.iloc[:, 1:]
-    if not fold and values.size and (values.isna() | values.eq(NOTHING)).all(axis=None):
+    if not fold and values.shape[1] and (values.isna() | values.eq(NOTHING)).all(axis=None):
         show_html(markup("not_run_yet", caption))
         return
     shown = table_html(frame, caption, formats)
