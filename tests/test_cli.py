@@ -68,7 +68,9 @@ def test_version():
 def test_keys_lists_every_key_with_help():
     lines = call("keys").output.splitlines()
     assert [line.split()[0] for line in lines] == [field.name for field in dataclasses.fields(RunConfig)]
-    assert all(len(line.split()) > 2 for line in lines)
+    for line, field in zip(lines, dataclasses.fields(RunConfig), strict=True):
+        default = "null" if field.default is None else str(field.default)
+        assert line.split()[1:] == f"{default} {field.metadata['help']}".split()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,25 @@ def test_train_prints_the_run(tiny_config, tmp_path):
     assert summary["config"] == config.to_dict() and summary["status"] == "finished"
     assert summary["mfu"] is None  # unknown on a CPU: JSON has no NaN
     again = call("train", path, "--set", "seed=90")
-    assert again.exit_code == 0 and f"{summary['val_loss']:.6g}" in again.stdout and config.name in again.stdout
+    told = dict(line.split(maxsplit=1) for line in again.stdout.splitlines())
+    shown = (
+        "name",
+        "status",
+        "val_loss",
+        "val_loss_causal",
+        "perplexity",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "device",
+    )
+    for key in shown:
+        assert told[key] == (f"{summary[key]:.6g}" if isinstance(summary[key], float) else str(summary[key]))
+    assert (
+        told["path"].endswith(config.name)
+        and [key for key in told if key in shown] == list(shown)
+        and "error" not in told
+    )
 
 
 def test_a_damaged_run_is_named(tiny_config, tmp_path, monkeypatch):
@@ -239,6 +259,9 @@ def test_runs_are_listed_with_who_wants_them_and_what_is_missing(tmp_path, monke
     )
     wrong = call("runs")
     assert wrong.exit_code == 2 and wrong.stderr == "error: page '01_a' is wrong\n" and last[-10:] in wrong.stdout
+    planned.clear()  # of the only page
+    wrong = call("runs")
+    assert (wrong.exit_code, wrong.stderr, wrong.stdout) == (2, "error: page '01_a' is wrong\n", "0 of 0 missing\n")
 
 
 def test_what_was_timed_is_printed_and_kept_where_asked(monkeypatch, tmp_path):

@@ -126,6 +126,8 @@ def test_another_error_is_told_as_it_is(tmp_path, monkeypatch, error):
         ("lr", ["lower", "learning_rate"], "did you mean learning_rate?"),  # by its initials, though another is alike
         ("stesp", ["seed", "steps"], "did you mean steps?"),
         ("Learning-Rates", ["steps", "learning_rate"], "did you mean learning_rate?"),
+        ("dense", ["hash", "DENSE"], "did you mean DENSE?"),
+        ("a-b-c-d", ["e", "a_b_c_d"], "did you mean a_b_c_d?"),
         ("convergence", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
         ("GENCE", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
         ("01", ["01_convergence_of_all"], "must be one of 01_convergence_of_all"),  # too short to mean one
@@ -174,6 +176,7 @@ def test_damaged_json_is_named_with_its_remedy(tmp_path, content):
         ("seed: 2024-13-45\n", "month must be in"),
         ("!!python/object/apply:os.getpid []", "could not determine a constructor"),
         ("? [1]\n: 2", "unhashable"),
+        ("!!map x", "expected a mapping node"),
         ("a: b: c", "mapping values are not allowed"),
     ],
 )

@@ -214,7 +214,7 @@ def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():
     assert page.find(class_="tally").find(class_="badge").text == "contradicted"
 
 
-PAGE = """<html><head><title>A &amp; B</title><meta name="description" content="About it"><style>x</style></head><body>
+PAGE = """<html><head><meta name="viewport" content="wide"><title>A &amp; B</title><meta name="description" content="About it"><style>x</style></head><body>
 <nav>no</nav><main>Before <h1>A &amp; B</h1><p>First   words</p><details class="code">code</details><h2 id="part">A <i>part</i></h2>
 <p>Some</p><svg aria-label="it rises"><text>1</text></svg><math>n</math><h4>in it</h4><details class="log">log</details></main></body></html>"""
 
@@ -238,14 +238,23 @@ def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path, monkeypat
 def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "judge_all", lambda scale: verdicts if scale == "gpu" else {})
     (tmp_path / "05_other_routers.html").write_text(PAGE)
-    made = index.index("gpu", tmp_path)
+    (tmp_path / "09_x.failed.html").write_text("<p>no page")
+    made = index.index("gpu", str(tmp_path))
     page = BeautifulSoup(made.read_text(), "html.parser")
     assert made == tmp_path / "index.html"
     assert page.find("meta", {"name": "description"})["content"].startswith("At scale gpu. EC is expert choice")
     headings = ["What holds", "All pages", "Search", "What was run, and what is missing"]
     assert [heading.text for heading in page.main.find_all("h2")] == headings
+    listed = [
+        [li.a["href"], li.a.text, li.small.text, bool(li.strong)]
+        for li in page.find("nav", class_="pages").find_all("li")
+    ]
+    assert listed == [
+        ["05_other_routers.html", "A & B", "About it", False],
+        ["09_x.failed.html", "09_x.failed", "", True],
+    ]
     words, script = page.find_all("script")
-    assert json.loads(words.string)[1:] == [
+    assert json.loads(words.string)[1:-1] == [
         ["05_other_routers.html", "A & B", "main", "A & B", "First words"],
         ["05_other_routers.html", "A & B", "part", "A part", "Some it rises in it"],
     ]
