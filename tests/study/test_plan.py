@@ -132,6 +132,7 @@ def test_what_cannot_be_planned_names_the_page(configs, text, said):
         ("order.yaml", "- 01_a\n", "order.yaml: 0='01_a': Input should be a valid list"),
         ("order.yaml", "- [EC, {a: b}]\n", "order.yaml: 0: 1={'a': 'b'}: Input should be a valid string"),
         ("order.yaml", "- [01_b]\n", "order.yaml: there is no page or arm '01_b': did you mean 02_b?"),
+        ("order.yaml", "- [quux]\n", "order.yaml: there is no page or arm 'quux': leave it out"),
         ("arms.yaml", "", "arms.yaml: None: Input should be a valid dictionary"),
         ("arms.yaml", "EC: expert_choice\n", "arms.yaml: EC='expert_choice': Input should be a valid dictionary"),
         ("scale/big/arms.yaml", "EC:\n", "arms.yaml: EC=None: Input should be a valid dictionary"),
@@ -143,6 +144,11 @@ def test_what_cannot_be_an_order_or_arms_is_named(configs, file, text, said):
     with pytest.raises(ConfigError) as error:
         plan.plan("big")
     assert said in str(error.value)
+
+
+def test_a_page_without_arms_plans_no_run(configs):
+    configs("03_c.yaml", "seeds: [0]\n")
+    assert plan.plan("big", ["03_c"]) == []
 
 
 def test_a_scale_without_a_base_is_named(configs):

@@ -1,5 +1,6 @@
 """What 08_step_time measures is kept, belongs to its machine, and is read by rules that can be checked by hand."""
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from ecmoe.bench import layer as bench
 from ecmoe.bench import profile as bench_profile
 from ecmoe.bench import step as bench_step
 from ecmoe.bench.growth import bench_growth, exponents
-from ecmoe.config import ConfigError
+from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import write_json
 from ecmoe.report import plots
 from ecmoe.study import speed
@@ -93,6 +94,38 @@ def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
         "growth": ("growth", {"base": base, "axes": AXES, "repeats": 3}),
         "profile": ("profile", {"compiled": True} | STEP),
     }
+
+
+def test_what_a_bench_cannot_take_is_named_before_it_begins():
+    for name, keys, said in (
+        ("layer", {"repeats": "x"}, "bench layer: repeats='x' must be a int"),
+        (
+            "growth",
+            {"base": TINY, "axes": AXES, "repeat": 3},
+            "bench growth has no parameter 'repeat'.*did you mean repeats",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            speed.job(name, **keys)()
+
+
+def test_a_scale_but_smoke_is_timed_on_a_gpu_alone(monkeypatch):
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert [speed.may(scale) for scale in ("smoke", "gpu", "paper")] == [True, gpu, gpu]
+    with pytest.raises(ConfigError, match="scale='gpuu'"):
+        speed.may("gpuu")
+
+
+def test_arms_of_a_study_are_those_of_its_first_seed_in_a_file_of_their_names(monkeypatch):
+    made = [SimpleNamespace(arms=(arm, "alias"), seed=seed, config=f"{arm}{seed}") for seed in (7, 3) for arm in "ab"]
+    monkeypatch.setattr(
+        speed, "of_page", lambda page, scale: made if (page, scale) == ("01_convergence", "paper") else []
+    )
+    assert speed.study_arms("paper") == {"a": "a7", "b": "b7"}
+    arms = {"a": RunConfig(seed=3), "b": RunConfig(router="dense", seed=3)}
+    names = f"a {RunConfig().name},b {RunConfig(router='dense').name}"
+    assert speed.study_file(arms) == f"study-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def test_verdicts_read_the_steps_that_the_bench_kept(found, own_home):
