@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecmoe.routing import Hash
+from ecmoe.routing import Hash, causal_routing
 from ecmoe.routing.hash import balanced_table
 from tests.routing.problems import alone, check, problems, two_hundred
 
@@ -27,6 +27,9 @@ def test_200_problems(problem, factor):
         held[word % e] += 1
     assert alone(chosen, problem).tolist() == expected.tolist()
     assert chosen.demand.tolist() == held
+    with causal_routing(router):  # nothing is dropped
+        free = router.assign(problem.logits, token_ids=problem.ids, mask=problem.mask)
+    assert (free.experts_per_token(n) == problem.valid).all()
 
 
 def test_nothing_is_learned_and_the_input_does_not_matter():

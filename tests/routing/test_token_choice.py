@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecmoe.routing import TokenChoice
+from ecmoe.routing import TokenChoice, causal_routing
 from tests.routing.problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 
 D = 3
@@ -66,6 +66,9 @@ def test_200_problems(problem, top_k, factor, gate, priority):
         assert chosen.load(n).tolist() == [min(count, capacity) for count in demand]
     else:
         assert len(found) == n_valid * top_k
+    with causal_routing(router):
+        free = router.assign(problem.logits, mask=problem.mask)
+    assert free.load(n).tolist() == demand  # nothing is dropped
 
 
 def test_by_hand():
