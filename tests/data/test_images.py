@@ -123,6 +123,15 @@ def test_a_label_that_cannot_be_is_named(tmp_path, label):
         images.load(f"images:{tmp_path}")
 
 
+def test_a_jpeg_that_cannot_be_read_is_named_by_its_place(tmp_path):
+    for part in ("train", "test"):
+        pack(tmp_path, part, [0, 1])
+    places = lzma.open(tmp_path / "toy_test.idx.xz", "rt").read().split("\n")
+    (tmp_path / "toy_test.idx.xz").write_bytes(lzma.compress(f"{places[0]}\n3 9 1".encode()))
+    with pytest.raises(ConfigError, match=r"toy_test\.jpgs\.xz, image 1 can't be read"):
+        images.load(f"images:{tmp_path}")
+
+
 @pytest.mark.parametrize("of", ["digest", "source_sha256"])  # of pixels and of files
 def test_digest_tells_other_images_apart(tmp_path, of):
     digests = [images.load(folder_of(tmp_path / name, n)).provenance[of] for name, n in (("a", 5), ("b", 5), ("c", 6))]

@@ -279,7 +279,7 @@ def test_compressed_source_gives_the_same_tokens(book, make, tmp_path):
 
 def test_too_small_to_split(make, tmp_path):
     (tmp_path / "tiny.txt").write_text("one line")
-    with pytest.raises(ConfigError, match="data=.*too few to split"):
+    with pytest.raises(ConfigError, match="data=.*1 documents of 9 bytes of tiny.txt are too few to split"):
         make(tmp_path / "tiny.txt")
     assert not list((tmp_path / "cache").rglob("meta.json")) and not list((tmp_path / "cache").rglob("work"))
 

@@ -101,6 +101,7 @@ def test_a_nan_score_breaks_no_cap(solver):
     assert all(len(set(row)) == 16 for row in I[0].tolist())
     G, _ = capped_top_k(S.nan_to_num(0.0), 16, 2, solver=solver)
     assert G.isfinite().all()
+    assert not (capped_top_k(S, 8, 2, solver=solver)[1] == 5).any()  # last of all
     G, I = capped_top_k(S, 56, 7, solver=solver)  # nearly all are chosen
     assert torch.equal(G.isnan(), I == 5) and (I == 5).any()
 
