@@ -265,8 +265,27 @@ def test_digest_follows_what_the_run_reads_and_nothing_else():
     assert config.replace(kernels="triton").digest() == config.digest()  # the same results within rounding
     here, there = config.replace(data="data/x.txt.xz"), config.replace(data="/elsewhere/x.txt.xz")
     assert here.digest() == there.digest() != config.digest()
+    assert config.replace(data="images:pets").digest() != config.replace(data="pets").digest()
+    mixes = [config.replace(data=f"mix:{place}a.txt,{place}b.txt").digest() for place in ("", "/elsewhere/")]
+    assert mixes[0] == mixes[1] != config.replace(data="mix:b.txt,a.txt").digest()
     for name in ("folder", "x.txt.gz"):  # with or without a slash
         assert config.replace(data=name).digest() == config.replace(data=f"./{name}").digest()
+
+
+def test_a_pool_of_tokens_holds_whole_sequences_and_divides_the_batch():
+    assert [RunConfig(pool=tokens).pool_tokens for tokens in (128, 256, 2048)] == [128, 256, 2048]
+    for tokens in (384, 4096, 64):
+        with pytest.raises(ConfigError, match=f"pool={tokens}: must be a multiple of sequence_length=128 and divide the 2048"):
+            RunConfig(pool=tokens)
+
+
+def test_the_least_that_weights_take_is_counted_by_hand():
+    keys = {"layers": 3, "d_model": 8, "d_ff": 16, "heads": 2, "num_experts": 5, "capacity_factor": 1.25}
+    attention, gated, experts = 4 * 8 * 8, 3 * 8 * 16, 5 * 2 * 8 * 16
+    config = RunConfig(data="digits", patch_size=4, channels=3, classes=7, **keys)
+    assert config.weights_at_least == 3 * attention + 2 * gated + experts + 8 * (4 * 4 * 3 + 7)
+    assert config.replace(router="dense").weights_at_least == 3 * attention + 3 * gated + 8 * (4 * 4 * 3 + 7)
+    assert RunConfig(moe_every=1, **keys).weights_at_least == 3 * attention + 3 * experts + 8 * 256
 
 
 def test_ranks_are_counted_over_all_nodes():

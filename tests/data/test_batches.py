@@ -53,6 +53,7 @@ def test_seeds_and_epochs_differ_and_ranks_deal_out_one_order():
 def test_no_epoch_of_a_seed_is_one_of_another_seed():
     orders = {tuple(window_order(seed, epoch, 50)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25 and all(sorted(order) == list(range(50)) for order in orders)
+    assert (window_order(3, 5, 50) == np.random.default_rng([3, 5]).permutation(50)).all()  # for ever
 
 
 def test_batches_are_whole_windows():
@@ -150,6 +151,9 @@ def test_counts_digest_and_provenance(text):
     assert (text.token_counts == np.bincount(train, minlength=256)).all()
     assert text.bytes_per_token == 1.0 and text.digest == text.provenance["digest"]
     said = text.provenance
+    counts = {f"{side}_{what}" for side in ("train", "val") for what in ("tokens", "bytes", "documents")}
+    words = {"name", "licence", "attribution", "split", "digest", "source_sha256", "tokenizer", "vocab_size"}
+    assert set(said) == counts | words and said["tokenizer"] == "bytes" and len(said["source_sha256"]) == 64
     assert "PSF" in said["licence"] and said["attribution"] and said["vocab_size"] == 256
     assert said["train_tokens"] == len(train) and all(said[key] is not None for key in (*data._PROVENANCE, "split"))
     assert said["train_documents"] == (np.asarray(train) == 0).sum() and said["val_documents"] > 0

@@ -83,7 +83,7 @@ def test_a_mark_of_utf_8_is_no_text(tmp_path, name):
 
 
 def test_rows_of_json_are_documents(tmp_path):
-    rows = [{"text": f"row {i}", "label": i} for i in range(5)]
+    rows = [{"text": f"row {i}: ü", "label": i} for i in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "b.json").write_text(" " + json.dumps(rows, indent=1))
     expected = [row["text"] for row in rows]

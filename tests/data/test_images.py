@@ -50,6 +50,7 @@ def test_digits_are_all_there_in_a_fixed_split():
     assert found.classes == tuple("0123456789") and torch.bincount(found.val_y).min() > 30
     said = found.provenance
     assert said["licence"] == "CC BY 4.0" and said["attribution"] and len(said["digest"]) == 16
+    assert set(said) == {"name", "licence", "attribution", "digest", "train_images", "val_images", "shape"}
     assert (said["train_images"], said["val_images"], said["shape"]) == (1437, 360, [1, 8, 8])
 
 

@@ -111,6 +111,8 @@ def test_max_bytes_are_shared_out(mix):
     whole = tokens.load(config(mix, max_bytes=240_000))
     assert len(whole.train) + len(whole.val) == pytest.approx(240_000, rel=0.01)
     assert [set(bytes(part).decode()) & set(LETTERS) for part in np.split(whole.train, 3)] == [{x} for x in LETTERS]
+    with pytest.raises(ConfigError, match="too few to split"):
+        tokens.load(config(mix, max_bytes=2))  # less than a byte each, which is not all
 
 
 def test_classes_are_those_of_the_text_before(mix):

@@ -46,7 +46,7 @@ def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
     (tmp_path / "boolq" / "validation.jsonl").write_text('{"question": "why", "passage": "So.", "label": 1}')
     train, validation = tasks.load("boolq", tmp_path)
     assert train.texts == [("It is.", "is it"), ("No.", "was it")] and validation.texts == [("So.", "why")]
-    assert train.labels.tolist() == [1, 0] and train.texts[0] == ("It is.", "is it")
+    assert train.labels.tolist() == [1, 0] and train.labels.dtype == np.int64 and train.texts[0] == ("It is.", "is it")
 
 
 @pytest.mark.parametrize(

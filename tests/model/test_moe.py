@@ -129,7 +129,8 @@ def test_a_token_that_nobody_takes_gets_zero():
 
 def test_statistics_count_what_was_dispatched():
     moe, x = layer(lambda: TokenChoice(D, E, 2, 0.5)), tokens()
-    moe(x)
+    for seen in (tokens(5), x):  # of the last pass alone
+        moe(seen)
     chosen = moe.router.assign(moe.router.logits(x))
     per_token = (chosen.dense(N) > 0).sum(1)
     statistics = {name: float(value) for name, value in moe.statistics().items()}

@@ -229,7 +229,7 @@ def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_pa
         SimpleNamespace(global_step=0), SimpleNamespace(config=tiny_config(), device=torch.device("cpu"))
     )
     recorder.began -= 60  # a minute goes by
-    assert recorder._clock() == pytest.approx(30, abs=5)
+    assert recorder._clock() == pytest.approx(30, abs=5) and recorder.state_dict()["seconds"] == pytest.approx(30, abs=5)
     there[0] = 1
     recorder.on_validation_start(None, None)  # the other has ended meanwhile, nobody knows when
     assert recorder.seconds == pytest.approx(30, abs=5) and recorder.shared == 2 and recorder.sharing == 1
