@@ -168,12 +168,12 @@ def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(tiny_config, monke
     ("of", "before", "taken", "kept"),
     [
         (training.Recorder, "write_curve", True, set()),
-        (training.Recorder, "write_curve", False, set()),
+        (training.Recorder, "save", False, set()),
         (training, "_whole_state", False, {"curve.csv"}),  # after the last step
     ],
 )
 def test_a_removed_lock_stops_the_run_that_held_it(of, before, taken, kept, tiny_config, monkeypatch):
-    config = tiny_config(seed=52 + taken)
+    config = tiny_config(seed=52 + taken, checkpoint_every=3 if before == "save" else 100)
     go_on = getattr(of, before)
 
     def removed(*given):
