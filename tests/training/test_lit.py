@@ -31,7 +31,9 @@ def test_loss_is_the_cross_entropy_of_the_next_tokens(tiny_config):
 def test_blocks_are_compiled_and_validation_is_not(tiny_config):
     lit = LitModel(tiny_config(router="dense", compile=True)).eval()
     lit.configure_model()
-    assert all(block._compiled_call_impl is not None for block in lit.model.blocks)
+    compiled = [block._compiled_call_impl for block in lit.model.blocks]
+    lit.configure_model()  # as every fit and every validation calls it
+    assert all(block._compiled_call_impl is made is not None for block, made in zip(lit.model.blocks, compiled, strict=True))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     batch = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
     assert lit.validation_step(batch, 0)["val_loss"].isfinite()
