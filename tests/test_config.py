@@ -275,7 +275,9 @@ def test_digest_follows_what_the_run_reads_and_nothing_else():
 def test_a_pool_of_tokens_holds_whole_sequences_and_divides_the_batch():
     assert [RunConfig(pool=tokens).pool_tokens for tokens in (128, 256, 2048)] == [128, 256, 2048]
     for tokens in (384, 4096, 64):
-        with pytest.raises(ConfigError, match=f"pool={tokens}: must be a multiple of sequence_length=128 and divide the 2048"):
+        with pytest.raises(
+            ConfigError, match=f"pool={tokens}: must be a multiple of sequence_length=128 and divide the 2048"
+        ):
             RunConfig(pool=tokens)
 
 

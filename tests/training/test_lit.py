@@ -33,7 +33,9 @@ def test_blocks_are_compiled_and_validation_is_not(tiny_config):
     lit.configure_model()
     compiled = [block._compiled_call_impl for block in lit.model.blocks]
     lit.configure_model()  # as every fit and every validation calls it
-    assert all(block._compiled_call_impl is made is not None for block, made in zip(lit.model.blocks, compiled, strict=True))
+    assert all(
+        block._compiled_call_impl is made is not None for block, made in zip(lit.model.blocks, compiled, strict=True)
+    )
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     batch = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
     assert lit.validation_step(batch, 0)["val_loss"].isfinite()
@@ -179,6 +181,9 @@ def test_sums_are_of_all_steps_since_they_were_read(tiny_config):
     total = sum(float(value) for name, value in lit.sums.items() if name != "count")
     assert total == pytest.approx(sum(losses)) and lit.sums["count"] == 3
     assert not any(value.requires_grad for value in lit.sums.values())  # they would hold on to every pass
+    before = dict(lit.sums)
+    lit.on_fit_start()  # of a run that goes on
+    assert lit.sums == before
 
 
 def test_a_table_that_waits_for_its_counts_is_as_large_as_the_vocabulary(tiny_config):

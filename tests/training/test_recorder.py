@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ecmoe.files import sealed
 from ecmoe.model import metrics
 from ecmoe.training import recorder as recording
 from ecmoe.training.lit import LitModel
@@ -40,7 +41,16 @@ def test_a_row_is_of_all_ranks(module, tmp_path):
     row = recorder.rows[3]
     assert row["val_loss"] == (3 + 4 + 2 + 2) / 4 and row["train_loss"] == (6 + 2) / (2 + 2)
     assert row["max_load"] == 2 and row["share_0"] == 1  # nothing was routed here: 0 in both layers
-    assert (tmp_path / "last.ckpt").exists()
+    assert sealed(tmp_path / "last.ckpt")
+
+
+def test_a_validation_without_a_step_before_it_has_no_training_loss_and_diverges_from_nothing(module, tmp_path):
+    module.sums |= {"loss": torch.tensor(0.0), "count": torch.tensor(0.0)}
+    module._trainer = one = trainer(0.0)
+    recorder = Recorder(tmp_path, progress=False)
+    recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(1.0)}, None, 0)
+    recorder.on_validation_end(one, module)
+    assert math.isnan(recorder.rows[3]["train_loss"]) and recorder.rows[3]["val_loss"] == 0.5
 
 
 def test_of_layers_and_ranks_a_load_is_the_worst_and_a_share_the_mean(module):
@@ -66,13 +76,23 @@ def test_other_ranks_write_and_say_nothing_and_help_to_save(module, tmp_path, mo
     assert not capsys.readouterr().err and recorder.rows[3]["val_loss"] == 1.5
 
 
-@pytest.mark.parametrize(("loss", "kept"), [(1.0, True), (math.nan, False)])
-def test_what_is_no_number_is_not_kept_at_a_sigterm(module, tmp_path, loss, kept):
-    recorder, one = Recorder(tmp_path, progress=False), trainer(loss)
-    one.world_size, one.training, recorder.whole_step = 1, True, True
-    with contextlib.nullcontext() if kept else pytest.raises(Diverged):
-        recorder.on_exception(one, module, SIGTERMException())
-    assert (tmp_path / "last.ckpt").exists() == kept
+@pytest.mark.parametrize(
+    "otherwise",
+    [{}, {"world_size": 2}, {"training": False}, {"whole_step": False}, {"loss": math.nan}, {"exception": OSError()}],
+)
+def test_a_sigterm_keeps_what_a_whole_step_of_one_process_has_done(module, tmp_path, otherwise):
+    given = {
+        "world_size": 1,
+        "training": True,
+        "whole_step": True,
+        "loss": 1.0,
+        "exception": SIGTERMException(),
+    } | otherwise
+    recorder, one = Recorder(tmp_path, progress=False), trainer(given["loss"])
+    one.world_size, one.training, recorder.whole_step = (given[key] for key in ("world_size", "training", "whole_step"))
+    with pytest.raises(Diverged) if "loss" in otherwise else contextlib.nullcontext():
+        recorder.on_exception(one, module, given["exception"])
+    assert (tmp_path / "last.ckpt").exists() == (not otherwise)
 
 
 def test_after_the_last_step_there_is_nothing_to_go_on_with(tiny_config, module, tmp_path):
@@ -143,11 +163,13 @@ def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_co
 
 
 def test_seconds_are_shared_by_the_most_runs_that_were_side_by_side(tmp_path):
-    counts = iter([1, 3, 2])
+    counts = iter([1, 3, 2, 1, 1])
     recorder = Recorder(tmp_path, sharing=lambda: next(counts))
     recorder.began -= 30  # half a minute goes by, and two others come
     recorder.on_validation_start(None, None)
     assert recorder.seconds == pytest.approx(10, abs=0.1) and (recorder.shared, recorder.sharing) == (3, 2)
+    recorder.on_validation_start(None, None)  # the others have ended
+    assert (recorder.shared, recorder.sharing) == (3, 1)
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
@@ -229,7 +251,9 @@ def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_pa
         SimpleNamespace(global_step=0), SimpleNamespace(config=tiny_config(), device=torch.device("cpu"))
     )
     recorder.began -= 60  # a minute goes by
-    assert recorder._clock() == pytest.approx(30, abs=5) and recorder.state_dict()["seconds"] == pytest.approx(30, abs=5)
+    assert recorder._clock() == pytest.approx(30, abs=5) and recorder.state_dict()["seconds"] == pytest.approx(
+        30, abs=5
+    )
     there[0] = 1
     recorder.on_validation_start(None, None)  # the other has ended meanwhile, nobody knows when
     assert recorder.seconds == pytest.approx(30, abs=5) and recorder.shared == 2 and recorder.sharing == 1

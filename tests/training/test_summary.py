@@ -102,7 +102,11 @@ def test_a_resumed_curve_has_the_rows_of_before(tmp_path):
     assert again.state_dict() == recorder.state_dict() == {
         "seconds": 5.5, "shared": 3, "marked": [4, 2.5], "rows": [{"step": 4, "val_loss": 3.0}]
     }  # fmt: skip
-    assert again.curve()[["step", "val_loss"]].to_numpy().tolist() == [[4, 3.0]] and again.marked == (4, 2.5)
+    assert (
+        again.rows == recorder.rows
+        and again.curve()[["step", "val_loss"]].to_numpy().tolist() == [[4, 3.0]]
+        and again.marked == (4, 2.5)
+    )
 
 
 def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
