@@ -103,7 +103,7 @@ def test_every_flipped_bit_of_a_record_is_found(tmp_path):
         ({"status": "great"}, "its status is 'great'"),
         ({"schema": 99}, f"schema 99, where this version has {SCHEMA}"),
         ({"name": "../../elsewhere"}, "its name is '../../elsewhere'"),
-        ({"config": None}, "says nothing of config"),
+        *(({key: None}, f"says nothing of {key}") for key in ("config", "name", "seed", "schema", "status")),
     ],
 )
 def test_a_record_that_no_run_writes_is_not_believed(tmp_path, changes, named):
