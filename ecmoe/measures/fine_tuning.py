@@ -24,7 +24,7 @@ from ecmoe.data.batches import Batches, batch_of
 from ecmoe.data.tokenizer import Tokenizer
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Transformer
-from ecmoe.routing import causal_routing
+from ecmoe.routing import causal_routing, routers
 from ecmoe.training.optimizer import clip
 from ecmoe.training.trainer import new_trainer, repeatable
 
@@ -72,9 +72,10 @@ def fine_tuned(
         tuned = LitFineTuning(copy.deepcopy(model), config, tasks.TASKS[task].classes, learning_rate, steps)
         trainer = new_trainer(config, max_steps=steps, inference_mode=False)
         trainer.fit(tuned, DataLoader(Batches(train, batch_size, config.seed), batch_size=None))
-        found = right(trainer, tuned, validation, batch_size)
-        with causal_routing(tuned.model):
-            causally = right(trainer, tuned, validation, batch_size)
+        found = causally = right(trainer, tuned, validation, batch_size)
+        if routers(tuned.model):
+            with causal_routing(tuned.model):
+                causally = right(trainer, tuned, validation, batch_size)
     row = {"task": task, "accuracy": float(found.double().mean()), "accuracy_causal": float(causally.double().mean())}
     row |= {"majority": float(validation[2].bincount().max() / len(found))}
     row |= {"train": len(train[2]), "validation": len(found), "truncated": truncated}
