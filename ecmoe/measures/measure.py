@@ -43,7 +43,6 @@ def measure(
 
 def lock(run: str) -> FileLock:
     """Held by whoever needs a run's weights to stay: to measure it, or to take them away."""
-    paths.runs().mkdir(parents=True, exist_ok=True)
     return FileLock(paths.runs() / f"{run}.measures.lock", is_singleton=True)  # a process may hold it twice
 
 

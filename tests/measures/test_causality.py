@@ -95,7 +95,9 @@ def test_the_ridge_is_chosen_on_other_text_than_is_scored():
     for seed in range(12):
         dice = generator(seed)
         target = torch.randint(C, (10, 8), generator=dice)
-        parts = probe._parts(uniform(target), torch.randn(10, 8, 30, generator=dice), target)
+        features = torch.randn(10, 8, 30, generator=dice)
+        features[..., :C] += 4 * F.one_hot(target, C) * (seed > 9)  # which is best read with the weakest
+        parts = probe._parts(uniform(target), features, target)
         W, tried = torch.zeros(31, C, requires_grad=True), []
         for ridge in (1000.0, 100.0, 10.0):
             probe._fit(W, parts[0], ridge)
@@ -107,6 +109,7 @@ def test_the_ridge_is_chosen_on_other_text_than_is_scored():
         chosen, best = tried[stop - 1][1], min(score for _, score in tried)
         assert probe._held_out(parts) == pytest.approx(chosen, rel=1e-5)
         differed += chosen > best + 1e-3
+        assert (stop == 3) or seed <= 9
     assert differed > 2
 
 
@@ -355,6 +358,8 @@ def test_measurements_of_a_run(tiny_config, monkeypatch):
     decoded = causality.decoding(model, config, tokens=5)
     (((prompt, count), sampling),) = told
     assert torch.equal(prompt, windows[:1, :8]) and count == 5 and sampling == {"temperature": 0.8, "top_k": 40}
+    monkeypatch.setattr(causality, "generate", lambda *a, **k: told.append(a[2]) or windows[:1])
+    assert len(causality.decoding(model, config)["prompt"]) == 8 and told[1:] == [64]  # where nothing is asked for
     assert decoded["prompt"] == "".join(map(chr, windows[0, :8])) and len(decoded["continuation"]) == 5  # half of 16
     opened = causality._opened(model.train(), config)[0]
     assert not opened.training and model.training  # which is left as it was

@@ -102,10 +102,10 @@ def test_what_a_choice_breaks_is_counted(trained, monkeypatch):
         return S.gather(2, I), I
 
     def soft(S, left, b, every):
-        """Rows of k + b, but the last of 1, each spread over tokens as they score."""
+        """Rows of k + b, but the last of 2, each spread over tokens as they score."""
         assert left.tolist() == [k] and every.shape == S[:, 0].shape and every.all()
         rows = torch.full((S.shape[1], 1), float(k + b))
-        rows[-1] = 1
+        rows[-1] = 2
         return (rows * S / S.sum(2, keepdim=True)).log()
 
     monkeypatch.setattr(inspection, "capped_top_k", first_tokens)
@@ -134,5 +134,5 @@ def test_what_a_choice_breaks_is_counted(trained, monkeypatch):
         if row["solver"] == "feasible":
             assert errors == (k - 1, e - cap)
         else:  # of what the choice is made from
-            of_tokens = ((k + cap) * spread[row["layer"]][:-1].sum(0) + spread[row["layer"]][-1]).max()
-            assert errors == pytest.approx((max(cap, k - 1), max(float(of_tokens) - cap, 0)), rel=1e-3)
+            of_tokens = ((k + cap) * spread[row["layer"]][:-1].sum(0) + 2 * spread[row["layer"]][-1]).max()
+            assert errors == pytest.approx((max(cap, k - 2), max(float(of_tokens) - cap, 0)), rel=1e-3)

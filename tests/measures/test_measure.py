@@ -178,6 +178,7 @@ def test_every_row_names_a_function_with_these_keys():
         assert set(row.where) | {row.each} <= {*row.keys, None}
 
 
-def test_a_process_may_hold_the_lock_of_a_run_twice():
+def test_a_process_may_hold_the_lock_of_a_run_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "new"))  # where nothing was run
     with lock("a-run") as held, lock("a-run").acquire(timeout=1):
         assert Path(held.lock_file) == paths.runs() / "a-run.measures.lock"
