@@ -245,4 +245,4 @@ def _routing(layer: MoE, x: Tensor) -> Call:
     """From scores to the assignment."""
     with torch.no_grad():
         logits = layer.router.logits(x)
-    return torch.no_grad()(lambda: layer.router.assign(logits))
+    return lambda: layer.router.assign(logits)

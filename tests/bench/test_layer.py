@@ -209,10 +209,12 @@ def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypat
     assert torch.equal(x, same) and torch.equal(layer.w1, again.w1) and not torch.equal(x, gradient)
     assert [(one.kernels, one.router.pool) for one in (layer, again)] == [("plain", "batch"), ("triton", "rank")]
     calls, made, bmm = bench.floor(layer, x[0], 6), [], torch.bmm
+    named, names = [], {}
 
     def product(a, b):
         assert not a.requires_grad and not b.requires_grad  # nothing is kept
         made.append((*a.shape, b.shape[2]))
+        named.append(tuple(names.setdefault(t.data_ptr(), len(names)) for t in (a, b)))
         return bmm(a, b)
 
     forward = [(4, 6, 8, 12), (4, 6, 12, 8)]  # e, rows, depth, columns
@@ -221,6 +223,8 @@ def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypat
         calls[bench.FORWARD]()
         assert made == forward
         calls[bench.BOTH]()
+    x_in, w1, a, w2, dy, dh = range(6)  # as they come
+    assert named[2:] == [(x_in, w1), (a, w2), (dy, w2), (a, dy), (dh, w1), (x_in, dh)]
     assert made[2:] == [*forward, (4, 6, 8, 12), (4, 12, 6, 8), (4, 6, 12, 8), (4, 8, 6, 12)]
     calls = bench.forward_and_both(layer, x, layer, gradient)
     out = layer(x)
@@ -257,7 +261,8 @@ def test_all_columns_of_a_row_by_hand():
     seconds = {
         floor._replace(what=bench.FORWARD): [0.001, 0.004, 0.002], floor._replace(what=bench.BOTH): [0.005, 0.006, 0.009],
         ec._replace(what=bench.FORWARD): [0.009, 0.003, 0.004], ec._replace(what=bench.BOTH): [0.01, 0.011, 0.015],
-        ec._replace(what=bench.ROUTING): [0.001, 0.0005, 0.0008], cap._replace(what=bench.BOTH): [0.02, 0.022, 0.03],
+        ec._replace(what=bench.ROUTING): [0.001, 0.0005, 0.0008],
+        ec._replace(variant="capacity", what=bench.BOTH): [0.012, 0.012, 0.012], cap._replace(what=bench.BOTH): [0.02, 0.022, 0.03],
     }  # fmt: skip
     memory = {row: (2.0, 5.0 + i) for i, row in enumerate(seconds)}
     rows = bench._rows(bench.timing.Timed(seconds, memory, []), flops=6e9)
@@ -265,7 +270,8 @@ def test_all_columns_of_a_row_by_hand():
     expected = [
         [2.0, 1.5, 3.0, 1.0, None, None, 3.0, 3.0], [6.0, 5.5, 7.5, 1.0, None, None, 3.0, 4.0],
         [4.0, 3.5, 6.5, 0.5, None, None, 1.5, 5.0], [11.0, 10.5, 13.0, 6 / 11, None, None, 18 / 11, 6.0],
-        [0.8, 0.65, 0.9, None, 0.4, None, None, 7.0], [22.0, 21.0, 26.0, 6 / 22, None, 1.0, 18 / 22, 8.0],
+        [0.8, 0.65, 0.9, None, 0.4, None, None, 7.0], [12.0, 12.0, 12.0, 0.5, None, None, 1.5, 8.0],
+        [22.0, 21.0, 26.0, 6 / 22, None, 1.0, 18 / 22, 9.0],
     ]  # fmt: skip
     for row, found, numbers in zip(seconds, rows, expected, strict=True):
         assert found == row._asdict() | {n: x and pytest.approx(x) for n, x in zip(names, numbers, strict=True)}
@@ -534,12 +540,16 @@ def test_a_studys_step_takes_the_path_of_its_run(kind, changes, capturable, capt
     monkeypatch.setattr(bench_step_module, "_tokens", lambda config, device: (config.seed, device.type))
     monkeypatch.setattr(bench_step_module.graph, "capturable", lambda lit: capturable)
     monkeypatch.setattr(bench_step_module, "step_of", lambda *args, **keys: given.append((args, keys)))
-    config = tiny_config(**{"seed": 3, "cuda_graph": True, "compile": False} | changes)
+    counts, make = [], LitModel
+    monkeypatch.setattr(bench_step_module, "LitModel", lambda config, of: counts.append(of) or make(config, of))
+    usual = {"seed": 3, "cuda_graph": True, "compile": False, "tokenizer": "bpe", "vocab_size": 300}
+    config = tiny_config(**usual | changes)
     bench_step_module._run_step(config, torch.device(kind), "pool")
     (((lit, optimizer, tokens), keys),) = given
     assert keys == {"pool": "pool" if captured else None, "tracked": True} and tokens == (3, kind)
     assert lit.config == config and {group["lr"] for group in optimizer.param_groups} == {0.0}
     assert compiled == [{"dynamic": False}] * (config.layers * config.compile)
+    assert torch.equal(counts[0], torch.ones(300))  # how a hash table balances costs no time
 
 
 @pytest.mark.parametrize("tracked", [False, True])
@@ -611,6 +621,14 @@ def test_a_twin_routes_as_its_arm_says_on_its_path(path):
         assert type(layer) is bench_step_module.Grouped if path == "grouped_mm" else layer.kernels == path
         assert twin.routers == [router] and router.weight is lit.routers[0].weight and router is not lit.routers[0]
         assert not tokens or router.push.shape == (32, 4)
+        assert router.kernels == ("auto" if path == "grouped_mm" else path)
+
+
+def test_arms_have_the_sizes_of_the_device_in_whole_sequences(monkeypatch):
+    assert arms(STEP | {"n": 8})["EC-CF2"].batch_size == 1
+    monkeypatch.setattr(bench_step_module.timing, "this_device", lambda: torch.device("cuda"))
+    sizes = {(one.d_model, one.layers, one.batch_size, one.tokenizer) for one in arms({}).values()}
+    assert sizes == {(768, 12, 64, "bpe")}
 
 
 def test_even_routing_is_even_and_own_is_not():

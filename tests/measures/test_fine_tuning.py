@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -47,7 +48,10 @@ def test_learns_an_easy_task_and_leaves_the_run_as_it_was(tiny_config, shouting,
     model = build_model(config).eval()
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     settings = {"task": "cola", "folder": str(shouting), "steps": 60, "batch_size": 16, "learning_rate": 1e-2}
-    found = fine_tuned(model, config, **settings)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = fine_tuned(model, config, **settings)
+    assert not said
     (row,) = found["rows"]
     for right, share in (("right", "accuracy"), ("right_causal", "accuracy_causal")):
         bits = np.unpackbits(np.frombuffer(base64.b64decode(found[right]), np.uint8), count=43)
@@ -77,7 +81,9 @@ def test_padding_and_the_fill_of_the_last_batch_change_nothing(tiny_config):
     for batch_size in (4, 5):  # expert choice's tokens compete in batches of one size
         found = fine_tuning.right(trainer, tuned, (tokens, lengths, labels % 3), batch_size)
         assert found.tolist() == [True, False, True, True, False]
-    assert sizes == [4, 4, 5]
+    assert sizes == [4, 4, 5] and right.any()
+    for other in (1, 2):  # a larger class or a smaller one
+        assert not fine_tuning.right(trainer, tuned, (tokens, lengths, (right + other) % 3), 5).any()
 
 
 def test_padding_takes_no_places_of_experts(tiny_config):
@@ -228,6 +234,7 @@ def test_running_statistics_move_once_a_step(tiny_config):
         ([[1, 2, 3, 4, 5, 6], [7, 8]], 5, [4, 5, 6, 7, 8]),
         ([[1, 2, 3, 4], [5, 6, 7, 8]], 4, [3, 4, 7, 8]),
         ([[1, 2, 3]], 2, [2, 3]),
+        ([[1, 2, 3], [4, 5, 6, 7, 8]], 5, [2, 3, 6, 7, 8]),
     ],
 )
 def test_what_is_too_long_loses_the_beginning_of_the_longest(pieces, most, fitted):
