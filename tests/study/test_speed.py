@@ -277,9 +277,9 @@ def test_growth_times_the_layer_that_a_run_gets_at_each_size(monkeypatch):
 
     def timed(calls, repeats):
         asked.append((calls, repeats))
-        missing = len(asked) == 6  # of the last
+        missing = len(asked) == 2  # of the first, the floor
         times = {("layer",): [0.001, 0.004, 0.002], ("floor",): [0.003, 0.001, 0.0005]}
-        return SimpleNamespace(times={} if missing else times, absent=["no memory"] * missing)
+        return SimpleNamespace(times={("layer",): [1.0]} if missing else times, absent=["no memory"] * missing)
 
     monkeypatch.setattr(growth, "layer_and_input", layer_and_input)
     monkeypatch.setattr(growth, "forward_and_both", lambda *given: {bench.FORWARD: "forward", bench.BOTH: given})
@@ -295,7 +295,7 @@ def test_growth_times_the_layer_that_a_run_gets_at_each_size(monkeypatch):
     ]
     row = {"ms": 2.0, "low_ms": 1.5, "high_ms": 3.0, "floor_ms": 1.0}
     assert table.to_dict("records") == [
-        {"axis": "d_model", "value": 16.0} | row, {"axis": "capacity_factor", "value": 0.5} | row,
+        {"axis": "capacity_factor", "value": 0.5} | row, {"axis": "n", "value": 32.0} | row,
     ]  # fmt: skip
     assert table.attrs["absent"] == ["no memory"] and (base | {"repeats": 3}).items() <= table.attrs["setting"].items()
 
@@ -317,6 +317,10 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
     events = [
         event("cpu_op", "aten::bmm", 0, 5, 1),
         event("cpu_op", "aten::mm", 5, 5, 2),
+        event("gpu_memset", "Memset (Device)", 4300, 100, 3),
+        event("kernel", "last", 3900, 200, 3),  # while the long one runs, as the short one before it
+        event("kernel", "short", 3100, 100, 3),
+        event("kernel", "long", 3000, 1000, 3),
         event("kernel", "nvjet_x", 100, 1000, 1),
         event("kernel", "nvjet_x", 1600, 400, 2),
         event("gpu_memcpy", "Memcpy DtoD", 1900, 300, 3),
@@ -324,11 +328,15 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
         event("gpu_user_annotation", "Optimizer.step", 0, 9000, 4),
     ]
     spent = bench_profile.kernel_time(events)
-    assert spent == pytest.approx({"aten::bmm nvjet_x": 1.0, "idle": 0.5, "aten::mm nvjet_x": 0.4, "Memcpy DtoD": 0.2})
+    by_hand = {"aten::bmm nvjet_x": 1.0, "idle": 0.5 + 0.8 + 0.2, "aten::mm nvjet_x": 0.4, "Memcpy DtoD": 0.2}
+    by_hand |= {"long": 1.0, "short": 0.0, "last": 0.1, "Memset (Device)": 0.1}
+    assert spent == pytest.approx(by_hand) and bench_profile.kernel_time([]) == {}
     most = bench_profile.by_kind({"aten::mm b": 1.0, "aten::mm d": 0.5, "aten::mm c": 3.0, "aten::mm a": 2.0})["most"]
     assert most.tolist() == ["aten::mm c; aten::mm a; aten::mm b"]  # that took most
     table = bench_profile.by_kind(spent)
-    assert table["kind"].tolist() == ["experts' products", "idle", "other products", "copies and casts"]
+    kinds = dict(zip(table["kind"], table["ms"], strict=True))
+    assert list(kinds) == ["idle", "norms and other passes", "experts' products", "other products", "copies and casts"]
+    assert list(kinds.values()) == pytest.approx([1.5, 1.1, 1.0, 0.4, 0.3])
     assert table["share"].sum() == pytest.approx(1)
 
 
