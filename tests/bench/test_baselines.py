@@ -31,13 +31,18 @@ def test_grouped_is_token_choice_with_nothing_dropped(top_k, gate):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "how", [lambda grouped: grouped, lambda grouped: torch.compile(grouped, backend="aot_eager", fullgraph=True)]
-)
-def test_grouped_by_torchs_product_in_one_graph(how):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grouped_by_torchs_product_in_one_graph(compiled, monkeypatch):
     moe, x = layer(dtype=torch.bfloat16)
-    for ours, theirs in zip(with_gradients(how(Grouped(moe)), x), with_gradients(moe, x), strict=True):
+    asked, product = [], torch._grouped_mm
+    grouped = Grouped(moe)
+    if compiled:
+        grouped = torch.compile(grouped, backend="aot_eager", fullgraph=True)
+    else:
+        monkeypatch.setattr(torch, "_grouped_mm", lambda *given, **keys: asked.append(keys) or product(*given, **keys))
+    for ours, theirs in zip(with_gradients(grouped, x), with_gradients(moe, x), strict=True):
         assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
+    assert [keys["offs"].dtype for keys in asked] == ([] if compiled else 2 * [torch.int32])
 
 
 def test_a_balance_loss_is_of_training_where_it_counts():
@@ -151,6 +156,7 @@ def test_scattermoe_gets_the_same_experts(monkeypatch):
             self.activation = activation
 
         def forward(self, x, expert_p, expert_idxs):
+            assert expert_p.dtype == x.dtype
             h = self.activation(torch.einsum("nd,nkfd->nkf", x, self.experts.weight[expert_idxs]))
             return torch.einsum("nkf,nkdf,nk->nd", h, self.output_experts.weight[expert_idxs], expert_p)
 
@@ -163,6 +169,8 @@ def test_scattermoe_gets_the_same_experts(monkeypatch):
     found[3:5] = (w.transpose(1, 2) for w in found[3:5])
     for ours, theirs in zip(found, with_gradients(moe, x), strict=True):
         torch.testing.assert_close(ours, theirs)
+    narrow, x = layer(top_k=3, dtype=torch.bfloat16)
+    assert bench_baselines.ScatterMoE(narrow)(x).dtype == torch.bfloat16
     assert scatter.w1.is_contiguous() and scatter.w2.is_contiguous()
     kinds = {name: kind for name, (_, kind) in bench_baselines.PEERS.items()}
     assert kinds == {"ScatterMoE": bench_baselines.ScatterMoE, "Liger": bench_baselines.Liger}

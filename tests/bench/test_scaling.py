@@ -246,12 +246,15 @@ def test_a_run_that_is_timed_takes_a_place_and_leaves_nothing(devices, tiny_conf
         told.append((RunConfig.from_yaml(folder / "config.yaml"), "their own", keep_weights, folder.parent))
         write_run(folder, not_run(of).summary | {"status": "finished"})
 
+    for name in ("check_machine", "free_memory"):
+        monkeypatch.setattr(scaling, name, lambda *of, name=name: told.append((name, *of)))
     monkeypatch.setattr(scaling, "place", lambda: nullcontext("a place"))
     monkeypatch.setattr(scaling, "train_run", alone)
     monkeypatch.setattr(scaling, "by_torchrun", several)
     before = set(paths.cache().iterdir()) if paths.cache().exists() else set()
     assert scaling._trained(config).ok and set(paths.cache().iterdir()) == before
-    assert told == [(config, "a place" if devices == 1 else "their own", False, paths.cache())]
+    assert told[:2] == [("check_machine", config), ("free_memory",)]  # of the run before
+    assert told[2:] == [(config, "a place" if devices == 1 else "their own", False, paths.cache())]
 
 
 def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_config, monkeypatch):

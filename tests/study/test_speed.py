@@ -258,6 +258,14 @@ def test_exponents_are_those_of_a_power_law():
     (found,) = exponents(pd.DataFrame(rows)).to_dict("records")
     assert [found[key] for key in ("exponent", "low", "high")] == pytest.approx([1.5] * 3)
     assert (found["of_floor"], found["at_1"]) == pytest.approx((1.0, 3.0))
+    two = [
+        {"axis": axis, "value": v, "ms": v**p, "floor_ms": 1.0}
+        for axis, p in (("n", 2), ("d_model", 1))
+        for v in (1, 2)
+    ]
+    found = exponents(pd.DataFrame(two))  # in the order of the axes; two points tell no interval
+    assert found["axis"].tolist() == ["n", "d_model"] and found["exponent"].tolist() == pytest.approx([2, 1])
+    assert found[["low", "high"]].isna().all(axis=None)
     noisy = pd.DataFrame(rows).assign(ms=[3.0, 9.0, 60.0])
     (found,) = exponents(noisy).to_dict("records")
     x, y = np.log([1, 2, 8]), np.log([3.0, 9.0, 60.0])
