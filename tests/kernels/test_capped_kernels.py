@@ -219,7 +219,7 @@ def by_hand(S, k, b, uncapped, sampled, rounds):
 
 @pytest.mark.parametrize(
     ("e", "k", "b", "uncapped", "sampled", "rounds"),
-    [(8, 24, 3, 4, 14, 22), (6, 50, 3, 2, 6, 10), (4, 29, 2, 1, 6, 9), (8, 24, 3, 4, 14, 2), (6, 50, 3, 1, 6, 2)],
+    [(8, 24, 3, 3, 7, 12), (6, 50, 3, 2, 6, 10), (4, 29, 2, 1, 6, 9), (8, 24, 3, 4, 14, 2), (6, 50, 3, 1, 6, 2)],
 )
 def test_it_is_the_auction_by_hand(e, k, b, uncapped, sampled, rounds, monkeypatch):
     """Of 100 tokens a pool, 24 are the sample, all of them several programs; after two rounds much is left to settle."""
@@ -229,5 +229,5 @@ def test_it_is_the_auction_by_hand(e, k, b, uncapped, sampled, rounds, monkeypat
     tiles = {name: {"ELEMENTS": size, "num_warps": 4} for name, size in tiles.items()}
     for name, value in (sizes | tiles | {"SWEEP": {"BLOCK": 32}, "SETTLE": {"BLOCK": 32}}).items():
         monkeypatch.setattr(kernel, name, value)
-    S = scores("a little biased", 2, 100, e, seed=3) + 0.5 * scores("biased", 2, 100, e, seed=4)
+    S = scores("a little biased", 2, 100, e, seed=3) + 0.5 * scores("biased", 2, 100, e, seed=4) - 0.2
     assert capped(S, k, b).tolist() == by_hand(S.cpu().numpy(), k, b, uncapped, sampled, rounds).tolist()

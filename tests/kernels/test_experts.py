@@ -107,6 +107,15 @@ def test_several_tiles_down_across_and_deep():
     assert distance(dh, steepness * gate[..., None] * (dy.double() @ w2.double().mT)) < TOLERANCE[dtype]
 
 
+def test_experts_and_gradients_are_the_same_in_any_layout():
+    given, found = [t.detach() for t in problem(*WHOLE, torch.float32)], []
+    for order in (lambda t: t, lambda t: t.mT.contiguous().mT):
+        x, w1, w2, token, gate, gradient = map(order, given)
+        wanted = [t.requires_grad_() for t in (x, w1, w2, gate)]
+        found.append(with_gradients(kernels.experts, *wanted[:3], token, wanted[3], gradient))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_slopes_are_kept_in_8_bits():
     """All that gelu' can be, to half a step of 1/200."""
     h = torch.linspace(-12, 12, 4800, device=DEVICE).view(1, 4, 1200).bfloat16()
@@ -115,6 +124,7 @@ def test_slopes_are_kept_in_8_bits():
     steepness = torch.autograd.grad(value.sum(), wide)[0]
     gate = torch.ones(1, 4, device=DEVICE)
     slope, a = rows.activate_(h, gate)
+    assert rows.new_slope(h.half(), True).dtype == torch.int8 and rows.new_slope(h.float(), True).dtype == torch.float32
     assert slope.dtype == torch.int8 and distance(a, value) < TOLERANCE[torch.bfloat16]
     again = rows.scale_(torch.ones_like(h), slope, gate)
     rounding = 2**-7 if kernels.INTERPRETED else 2**-8  # bf16's, which the interpreter cuts off

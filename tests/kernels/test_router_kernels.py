@@ -87,6 +87,38 @@ def test_select_takes_pools_and_softmax_scores():
     assert torch.equal(chosen, scores.topk(7).indices.sort().values)
 
 
+def test_a_choice_writes_down_what_it_is_given_room_for():
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    inverse, pending, pools = (
+        torch.full((40, 3), 15, dtype=torch.int32),
+        torch.tensor([10.0, 20.0, 30.0]),
+        torch.tensor(2.0),
+    )
+    bins = torch.full((16,), 7)
+    mine = [t.clone().to(DEVICE) for t in (inverse, pending, pools, bins)]
+    chosen = selection.choose(scores.to(DEVICE), 5, mine[0], (mine[1], mine[2]), mine[3][:9]).cpu()
+    assert torch.equal(chosen, scores.topk(5).indices.sort().values)
+    for row in range(3):
+        inverse[chosen[row], row] = 5 * row + torch.arange(5, dtype=torch.int32)
+    lowest = scores.topk(5).values.min(1).values
+    for found, expected in zip(
+        mine, (inverse, pending + lowest, pools + 1, torch.tensor(9 * [0] + 7 * [7])), strict=True
+    ):
+        torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_statistics_of_a_layer_stay_within_their_room():
+    """Of three experts, in kernels that reckon with four; of which tokens have at most two."""
+    x, weight, w1, w2 = (torch.randn(*s, device=DEVICE) for s in ((20, 8), (8, 3), (3, 8, 16), (3, 16, 8)))
+    room = [torch.full((size,), -1, device=DEVICE) for size in (8, 8, 2, 16)]
+    choice.expert_choice(x, weight, w1, w2, 10, statistics=[t[:n] for t, n in zip(room, (3, 3, 1, 3), strict=True)])
+    got = torch.zeros(20, dtype=torch.long, device=DEVICE)
+    for best in (x @ weight).softmax(1).T.topk(10).indices:
+        got[best] += 1
+    bins = got.clamp(max=2).bincount(minlength=3).tolist()
+    assert [t.tolist() for t in room] == [3 * [10] + 5 * [-1], 3 * [10] + 5 * [-1], [20, -1], bins + 13 * [-1]]
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d", "e"), [(40, 24, 6), (130, 70, 17), (1, 1, 1)])
