@@ -101,16 +101,14 @@ class Evidence:
         """Seed -> for each task, (N,): was each validation example right? of: accuracy, accuracy_causal; less the majority's share."""
         which, _, less = of.partition(" - ")
         key = {"accuracy": "right", "accuracy_causal": "right_causal"}[which]
-        found = {}
-        for seed in self.values(arm, "val_loss"):
-            tasks = self.measured(arm, seed, "fine-tuned")
-            if tasks and all(key in task for task in tasks):
-                found[seed] = []
-                for task, row in ((task, task["rows"][0]) for task in tasks):
-                    packed = np.frombuffer(base64.b64decode(task[key]), np.uint8)
-                    right = np.unpackbits(packed, count=row["validation"]).astype(float)
-                    found[seed].append(right - (row[less] if less else 0.0))
-        return found
+
+        def right(task: Mapping[str, Any]) -> np.ndarray:
+            (row,) = task["rows"]
+            packed = np.frombuffer(base64.b64decode(task[key]), np.uint8)
+            return np.unpackbits(packed, count=row["validation"]) - (row[less] if less else 0.0)
+
+        tasks = {seed: self.measured(arm, seed, "fine-tuned") for seed in self.values(arm, "val_loss")}
+        return {seed: [*map(right, of)] for seed, of in tasks.items() if of and all(key in task for task in of)}
 
     def step_ratio(self, a: str, b: str, routing: str) -> Estimate:
         """Time of a step of a over b's, each on its best path, turn by turn; of token choice by that routing, "even" or its "own"."""
