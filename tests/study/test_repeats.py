@@ -70,6 +70,13 @@ def test_a_run_of_several_processes_or_tasks_is_not_repeated(changes, tiny_confi
             repeats.again("one", "gpu")
 
 
+def test_repeats_are_kept_in_the_order_of_their_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    for name in "bca":
+        write_json(tmp_path / f"reports/gpu/repeats/{name}.json", {"run": name}, sealed=True)
+    assert repeats.kept("gpu") == [{"run": name} for name in "abc"] and repeats.kept("paper") == []
+
+
 def run(code, router="dense", device="H100"):
     return {"code": code, "device": device, "config": {"router": router}}
 
