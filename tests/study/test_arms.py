@@ -45,6 +45,10 @@ def test_an_arm_is_its_base_and_its_keys():
     base = {"steps": 300, "d_ff": 128, "learning_rate": 0.5}
     assert plan.arm_keys("Dense", base) == {**base, "router": "dense"}
     assert plan.arm_keys("Dense", base, {"Dense": {"learning_rate": 0.1}})["learning_rate"] == 0.1
+    own = {"Dense equal FLOPs": {"d_ff": 64}}  # of its scale, in place of the arm's
+    assert (
+        plan.arm_keys("Dense equal FLOPs", base, own)["d_ff"] == 64 and plan.arm_keys("Dense", base, own)["d_ff"] == 128
+    )
     half = plan.arm_keys("EC-CF2 raw, 1/2 of the steps", base)
     assert half["steps"] == 150 and half["gate"] == "softmax" and half["learning_rate"] == 0.5
     assert plan.arm_keys("Dense equal FLOPs", base)["d_ff"] == 152  # 149.3, in whole multiples of 8

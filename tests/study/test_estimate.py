@@ -160,6 +160,12 @@ def test_seeds_of_a_ratio_decide_a_factor():
         )
 
 
+def test_more_seeds_are_no_answer_to_what_lies_in_examples_spreads_or_turns():
+    of_examples = estimate.crossed([[np.array([1.0, 0.0, 1.0])], [np.array([1.0, 1.0, 0.0])]])
+    others = (estimate.spread_ratio([1.0, 2.0], [1.0, 3.0]), of_values([1.0, 2.0], of="turn"), of_values([1.0]))
+    assert {one.seeds_for(0.1) for one in (of_examples, *others)} == {None}
+
+
 # Numbers in words
 
 

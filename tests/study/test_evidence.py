@@ -107,6 +107,21 @@ def test_numbers_are_those_of_finished_runs_by_seed_of_a_summary_or_of_measured_
     assert evidence.measured("EC", 2, "losses") == [] and evidence.values("EC", "losses/causally") == {}
 
 
+def test_time_is_the_share_of_steps_times_what_a_whole_run_of_it_takes_a_step(monkeypatch):
+    evidence, ms = Evidence("gpu", "01_convergence"), {("half", "b"): 9.0, ("all", "b"): 1.5}
+    values = {"half": {0: 4.0, 1: 4.0}, "all": {0: 3.0, 1: 3.0}, "b": {1: 3.5, 0: 4.0}}
+    monkeypatch.setattr(evidence, "values", lambda arm, column: values[arm] if column == "train_loss" else {})
+    monkeypatch.setattr(evidence, "step_time", lambda a, b: ms[a, b])
+    found = [
+        evidence.estimate(Part("p", ("half", "all"), "below", "", "train_loss", ("b",), how=how, over=(0.5, 1.0)))
+        for how in ("steps", "time")
+    ]
+    shares = [0.5, math.exp((math.log(0.5) + math.log(1.0)) / 2)]  # seed 0 at its half, seed 1 in the middle
+    assert [one.value for one in found] == [
+        pytest.approx(takes * math.sqrt(shares[0] * shares[1])) for takes in (1.0, 1.5)
+    ]
+
+
 def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     study(
         {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"

@@ -104,6 +104,10 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
             module._claim("C1", {**{other: keys[other] for other in keys if other != key}, "parts": [part]}, MARGINS)
     with pytest.raises(ConfigError, match="two parts are called 'x'"):
         module._claim("C1", {**keys, "parts": [part, part]}, MARGINS)
+    later = [part | {"or_direction": "y", "direction": "it does"}, part | {"name": "y"}]
+    assert (
+        module._claim("C1", {**keys, "parts": later}, MARGINS).family[0].or_direction == "y"
+    )  # of those below it, too
     for own, margin in (({}, 0.005), ({"margin": 0.02}, 0.02)):
         claim = module._claim("C1", {**keys, "parts": [part | own]}, MARGINS)
         assert claim.parts[0].margin == margin

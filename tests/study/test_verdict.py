@@ -1,5 +1,8 @@
 """Rules, labels and Holm against what is true by construction; and what is said beside the label."""
 
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
 import pytest
 from scipy.stats import t, ttest_1samp
@@ -22,7 +25,7 @@ from ecmoe.study.verdict import (
     of_evidence,
     weakest,
 )
-from tests.study.known import CENTRE, Known, judged, losses, seeds
+from tests.study.known import CENTRE, HALF, Known, judged, losses, seeds
 
 
 def part(says="below", *, ratio=False, **keys):
@@ -126,6 +129,25 @@ def test_fewer_than_three_seeds_give_no_verdict():
 )
 def test_a_claim_is_as_good_as_its_weakest_part(labels, label):
     assert weakest(labels) == weakest(labels[::-1]) == label
+
+
+@pytest.mark.parametrize(
+    ("labels", "others", "label", "said"),
+    [
+        ((REPRODUCED, IN_DIRECTION, NOT_RUN), (REPRODUCED, NO_EFFECT, NOT_RUN), None, "{0}"),  # needs none
+        ((UNDECIDED, NO_EFFECT, CONTRADICTED), (REPRODUCED, IN_DIRECTION), IN_DIRECTION, "{0}, but it does: {1}"),
+        ((UNDECIDED, NO_EFFECT, CONTRADICTED), (UNDECIDED, NOT_RUN), UNDECIDED, "{0}; open is whether it does: {1}"),
+        ((UNDECIDED, NO_EFFECT, CONTRADICTED), (NO_EFFECT, CONTRADICTED), None, "{0}"),
+    ],
+)
+def test_a_part_may_have_another_to_thank_for_its_direction(labels, others, label, said):
+    (one, *_), sentences = judged("C1", losses(**CENTRE)).parts, ("a is above", "b is below")
+    for own, other in product(labels, others):
+        parts = [
+            replace(one, label=x, sentence=text, direction="it does")
+            for x, text in zip((own, other), sentences, strict=True)
+        ]
+        assert verdict._or_direction(*parts) == replace(parts[0], label=label or own, sentence=said.format(*sentences))
 
 
 # Holm
@@ -296,6 +318,9 @@ def test_another_page_judges_the_parts_whose_arms_it_trains():
     ]  # fmt: skip
     assert found.label == NO_EFFECT  # in place of half the steps: as many
     assert of_evidence(find_claim("C2"), Known(losses(**paper_size), page="07_fine_tuning")).parts == ()
+    half = {arm: CENTRE[arm] for arm in (HALF, "GShard top-2 renormalized")}  # without what could put it in direction
+    (alone,) = of_evidence(find_claim("C1"), Known(losses(**half), page="07_fine_tuning")).parts
+    assert alone.label == CONTRADICTED
     there = of_evidence(
         find_claim("C1"), Known(losses(**CENTRE), page="07_fine_tuning")
     )  # where all are, none stands in
