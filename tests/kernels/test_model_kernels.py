@@ -34,3 +34,20 @@ def test_losses_of_no_token_and_of_every_other_target():
     found = loss.losses_(z.clone(), targets, False)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, F.cross_entropy(z.float(), targets, reduction="none"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("near", "asked"), [(50, 50), (1000, 128)])
+def test_biases_are_asked_for_the_near_distances_of_a_sequence(near, asked, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def biases(*given):
+        raise Asked(given[2:])
+
+    monkeypatch.setattr(attention, "biases", biases)
+    qkv, table, lse = (torch.zeros(*s, device=DEVICE) for s in ((1, 128, 3, 1, 16), (1, 128), (1, 1, 128)))
+    with pytest.raises(Asked) as forward:
+        attention.forward(qkv, table, near)
+    with pytest.raises(Asked) as backward:
+        attention.backward(qkv[:, :, 0], qkv, qkv[:, :, 0], lse, table, near)
+    assert [error.value.args[0] for error in (forward, backward)] == [(asked, 1), (asked, 2)]
