@@ -82,19 +82,21 @@ def test_a_table_says_what_its_times_belong_to(monkeypatch):
 @pytest.fixture
 def log(monkeypatch):
     """What a GPU would be asked for."""
-    said = []
+    said, made = [], []
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
+            made.append(self)
 
         def record(self):
-            said.append("event")
+            said.append(("start", "end")[made.index(self) % 2])
 
         def synchronize(self):
             said.append("wait")
 
         def elapsed_time(self, end):
+            assert made.index(end) == made.index(self) + 1
             return 30.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -111,7 +113,7 @@ def log(monkeypatch):
 def test_on_a_gpu_calls_follow_each_other_and_events_tell_the_time(log):
     call = lambda: log.append("call")  # noqa: E731  what doesn't count comes before, and no rest between
     assert timing.seconds(call, torch.device("cuda"), count=2, settle=3) == pytest.approx(0.015)
-    assert log == ["call"] * 3 + ["event", "call", "call", "event", "wait"]
+    assert log == ["call"] * 3 + ["start", "call", "call", "end", "wait"]
 
 
 def test_a_burst_is_as_long_as_it_takes_the_chip_to_settle(log):

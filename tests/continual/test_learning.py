@@ -185,7 +185,12 @@ def test_after_each_task_those_that_came_are_asked_about(monkeypatch):
             return torch.tensor([len(x), k])
 
     monkeypatch.setattr(learning, "ExpertGate", Model)
-    found = run(GATE.replace(seed=7, held_out=9))
+    load, asked = images.load, []
+    monkeypatch.setattr(images, "load", lambda name: load("digits" if asked.append(name) is None else name))
+    monkeypatch.setattr(images, "check", lambda config, data: asked.append((config.data, len(data.train_x))))
+    found = run(GATE.replace(seed=7, held_out=9, data="cifar10"))
+    assert asked == ["cifar10", ("cifar10", len(load("digits").train_x))]  # by another name
+    monkeypatch.setattr(images, "load", load)
     tasks = split(images.load("digits"), GATE.replace(held_out=9))
     for given, task in zip(learned, tasks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(given, (task.x, task.y, task.held), strict=True))

@@ -333,6 +333,7 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
         event("kernel", "nvjet_x", 1600, 400, 2),
         event("gpu_memcpy", "Memcpy DtoD", 1900, 300, 3),
         {"ph": "M", "name": "process_name"},
+        {"cat": "cpu_op", "name": "cudaLaunchKernel", "args": {}},
         event("gpu_user_annotation", "Optimizer.step", 0, 9000, 4),
     ]
     spent = bench_profile.kernel_time(events)
