@@ -153,6 +153,7 @@ def test_a_run_that_a_callback_stops_is_not_finished_and_goes_on(tiny_config):
     result = run_or_load(config, callbacks=[stop], progress=False)
     assert result.summary["status"] == "stopped" and "after step 6 of 10" in result.summary["error"]
     assert result.summary["val_loss"] != result.summary["val_loss"] and not (result.path / "model.safetensors").exists()
+    assert torch.load(result.path / "last.ckpt", weights_only=True)["global_step"] == 6
     whole = run_or_load(config.replace(eval_every=10), progress=False)  # the same run, which goes on
     shutil.rmtree(whole.path)
     assert whole.summary["val_loss"] == run_or_load(config, progress=False).summary["val_loss"]

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ecmoe.config import SCHEMA, ConfigError, RunConfig
 from ecmoe.files import read_json, write_json
 from ecmoe.model import metrics
+from ecmoe.model.build import build_model
 from ecmoe.training import result as results
 from ecmoe.training.result import Result
 
@@ -132,8 +135,18 @@ def test_a_changed_loss_is_not_believed(tmp_path):
         results.load_records(tmp_path)
 
 
+def test_a_model_is_loaded_to_be_used_with_its_table_and_for_any_length(tmp_path, tiny_config):
+    for router in ("hash", "expert_choice"):
+        config = tiny_config(router=router, hash_table="balanced", capacity_factor=1.0)
+        saved = build_model(config, torch.arange(256) ** 2)
+        save_file(saved.state_dict(), tmp_path / "model.safetensors")
+        results.write_run(tmp_path, make(config).summary)
+        model = results.load_model(str(tmp_path))
+        assert not model.training and model(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 256)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.state_dict().items())
+
+
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
-    pytest.importorskip("torch")
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="record holds none"):
         make(RunConfig()).load_model()
