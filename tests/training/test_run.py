@@ -142,6 +142,14 @@ def test_who_trains_is_told_all_that_the_caller_said(tiny_config, monkeypatch):
     assert run_or_load(two, progress=False).summary["status"] == "diverged"
 
 
+def test_images_are_classified(tmp_path, monkeypatch):
+    told, config = [], RunConfig(data="digits", sequence_length=16)
+    monkeypatch.setattr(train, "LitClassifier", lambda *given: told.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train_run(config, tmp_path, progress=False)
+    assert told == [(config,)]
+
+
 def test_a_run_that_is_only_measured_leaves_no_weights(tiny_config, tmp_path, capsys):
     config = tiny_config(seed=94, steps=2, eval_every=2, checkpoint_every=1)
     result = train.train_run(config, tmp_path, progress=False, keep_weights=False)
