@@ -30,10 +30,10 @@ help:
 	@echo 'SCALE=smoke|gpu|paper    size of the study (now: $(SCALE))'
 
 reproduce: .venv/.installed
-	@$(SNAKEMAKE); code=$$?; echo 'The reports begin at'; echo $(INDEX); exit $$code
+	@$(SNAKEMAKE); code=$$?; test ! -e $(INDEX) || printf 'The reports begin at\n%s\n' $(INDEX); exit $$code
 
 report: .venv/.installed
-	@$(SNAKEMAKE) train_missing=false --forceall; code=$$?; echo $(INDEX); exit $$code
+	@$(SNAKEMAKE) train_missing=false --forceall; code=$$?; test ! -e $(INDEX) || echo $(INDEX); exit $$code
 
 test: .venv/.installed
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

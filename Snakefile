@@ -19,12 +19,14 @@ import time
 from pathlib import Path
 
 from ecmoe import paths
+from ecmoe.files import check_known
 from ecmoe.study import engine, plan, speed
 from ecmoe.study.parameters import check_scale, parameter_files
 
 SCALE = str(config.get("scale", "smoke"))
 TRAIN = str(config.get("train_missing", True)).lower() in ("true", "1", "yes")
 try:
+    check_known("--config has no key", config, ["scale", "train_missing", "runs"])
     check_scale(SCALE)
 except ValueError as error:
     sys.exit(f"error: {error}")
@@ -142,7 +144,7 @@ rule page:
     output:
         REPORTS + "/{name}.html",
     wildcard_constraints:
-        name="[0-9][^/]*",
+        name="|".join(map(re.escape, NAMES)) or "-",
     params:
         notebook=lambda wildcards: sources(wildcards.name)[0],
         # It would take such a name for a pattern.

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -243,6 +244,22 @@ def test_make_says_which_python_it_needs(tmp_path):
         refused = subprocess.run([*make, f"PYTHON={python}"], capture_output=True, text=True)
         assert refused.returncode != 0 and said in refused.stdout
     subprocess.run([*make, f"PYTHON={sys.executable}"], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("target", ["reproduce", "report"])
+def test_make_names_the_index_that_is_there_whatever_failed(tmp_path, target):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    engine, index = tmp_path / ".venv/bin/snakemake", tmp_path / "reports/gpu/index.html"
+    engine.parent.mkdir(parents=True)
+    engine.write_text("#!/bin/sh\nexit 3\n")
+    engine.chmod(0o755)
+    (tmp_path / ".venv/.installed").touch()
+    make = lambda: subprocess.run(["make", "-C", tmp_path, target, "SCALE=gpu"], capture_output=True, text=True)  # noqa: E731
+    assert (none := make()).returncode == 2 and str(index) not in none.stdout
+    index.parent.mkdir(parents=True)
+    index.touch()
+    assert (named := make()).returncode == 2 and f"{index}\n" in named.stdout
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])

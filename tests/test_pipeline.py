@@ -139,11 +139,19 @@ def test_pipeline_from_a_kill_to_a_failure(project):
     assert not page(project, "00_a.failed").exists()  # a failed page is made again
 
 
-def test_unknown_scale_is_named(project):
-    for scale in ("huge", "../scale/smoke", "$(touch hacked)"):
-        code, output, _ = snakemake(project, "--config", f"scale={scale}")
-        assert code != 0 and f"scale={scale!r}: must be one of smoke" in output and "Traceback" not in output
-    assert not (project / "hacked").exists()
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--config", "scale=../scale/smoke"], "scale='../scale/smoke': must be one of smoke"),
+        (["--config", "scale=$(touch hacked)"], "scale='$(touch hacked)': must be one of smoke"),
+        (["--config", "scael=gpu"], "--config has no key 'scael': did you mean scale?"),
+        (["reports/smoke/09_x.html"], "rule to produce reports/smoke/09_x.html"),
+    ],
+)
+def test_what_there_is_not_is_named(project, asked, said):
+    code, output, ran = snakemake(project, *asked)
+    assert code != 0 and said in output and "Traceback" not in output
+    assert not ran and not (project / "hacked").exists()
 
 
 @pytest.fixture
