@@ -84,7 +84,8 @@ def test_what_is_stated_stays_and_what_is_known_needs_no_content(tmp_path):
     assert paths.plain(stated) == f"{tmp_path}/x.txt" and paths.plain("x#1.txt") == "x#1.txt"
     with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated.*leave out #0123456789abcdef"):
         paths.check_content(stated)
-    paths.check_content(paths.with_content(paths.plain(stated)))
+    for fine in (paths.plain(stated), paths.with_content(paths.plain(stated)), "stdlib", "nowhere.txt"):
+        paths.check_content(fine)
 
 
 def test_a_mix_has_the_content_of_its_local_parts(tmp_path):

@@ -215,6 +215,11 @@ def test_load_is_in_percent(runs):
     assert re.search(r"equal share \(%\): [^:]*: EC 30\.000", plot.alt) and re.search(
         r"dropped \(%\): [^:]*: EC 10", plot.alt
     )
+    frame = curves(runs)
+    frame.loc[frame["arm"] == "EC", "dropped"] = math.nan  # it has no such number
+    half = plots.over(frame, "step", ("over_capacity", "dropped"))
+    assert half.data.groupby("measure", sort=False)["arm"].unique().map(list).tolist() == [["EC", "top-2"], ["top-2"]]
+    assert half.alt.endswith("Not run: Hash.")
     swept = {
         "top-2": [
             run(TOP2.replace(capacity_factor=c, seed=s), 2.0, dropped=0.2 / c) for c in (1.0, 2.0) for s in (0, 1)

@@ -154,6 +154,10 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     below = scoreboard.effects({"C9": judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7)}))})
     row = below.data.set_index("name").loc["C9 loss against the twin of equal width"]
     assert row["mean"] == pytest.approx(0.1) and row["low"] <= row["mean"] <= row["high"]  # the paper: EC below
+    wide = judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7, 0.01)}))
+    low, high = wide.parts[0].interval
+    row = scoreboard.effects({"C9": wide}).data.set_index("name").loc[f"C9 {wide.parts[0].name}"]
+    assert (row["low"], row["high"]) == (-high, -low) and row["high"] - row["low"] > 0.01
     half = scoreboard.effects({"C1": judged("C1", losses(**CENTRE))})  # the paper: at or below
     assert half.data.set_index("name").loc["C1 half the steps, renormalized gates", "mean"] == pytest.approx(-0.099)
     assert half.figure.axes[0].get_xlim()[1] > 0.099  # the largest is seen, beside smaller ones
