@@ -19,7 +19,7 @@ from ecmoe.report.execution import execute
 from ecmoe.report.markup import table_html
 from ecmoe.report.plots import Plot
 from ecmoe.report.plots.style import COUNT_COLORS
-from ecmoe.report.render import page_html, ways
+from ecmoe.report.render import page_html, render, ways
 from ecmoe.study.load import Study
 from ecmoe.study.plan import Planned
 from ecmoe.training.result import Result, not_run
@@ -509,6 +509,15 @@ def test_what_a_cell_shows_comes_before_its_log_and_its_headings_are_in_the_cont
     )
 
 
+def test_headings_of_signs_have_an_address_and_tables_scroll(tmp_path):
+    words = "# T\n\n## !!!\n\n## ???\n\n## A *b* (c)\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+    render(notebook(("md", words)), tmp_path / "reports/gpu/01_a.html", tmp_path / "notebooks/01 a.ipynb")
+    page = BeautifulSoup((tmp_path / "reports/gpu/01_a.html").read_text(), "html.parser")
+    assert [heading["id"] for heading in page.main.find_all("h2")] == ["section", "section-2", "a-b-c"]
+    assert [td.text for td in page.find("div", class_="scroll").table.find_all("td")] == ["1", "2"]
+    assert page.find("a", string="Notebook")["href"] == "../../notebooks/01%20a.ipynb"
+
+
 def test_of_what_a_cell_shows_html_comes_before_a_picture():
     made = notebook(("md", "# T"), ("code", "1"))
     data = {"image/png": "iVBORw0KGgo=", "text/html": "<b>shown</b>", "text/plain": "plain"}
@@ -555,6 +564,26 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
         assert (
             page.title.text == "The title" and "RuntimeError: no memory" in page.find("section", class_="failed").text
         )
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_notebook_that_has_the_parameter_is_told_whether_to_train(asked, tmp_path, monkeypatch):
+    def run(source, executed, values, **_):
+        given.append(values)
+        nbformat.write(source, executed)
+
+    given = []
+    monkeypatch.setattr("papermill.execute_notebook", run)
+    cells = [("md", "# T"), ("parameters", "train_missing: bool = True\nwidth: float = 1.0")]
+    nbformat.write(notebook(*cells), tmp_path / "a.ipynb")
+    (tmp_path / "new/a.failed.html").parent.mkdir()
+    (tmp_path / "new/a.failed.html").touch()
+    page = execute(
+        str(tmp_path / "a.ipynb"), str(tmp_path / "new/a.html"), parameters={"width": 2.0}, train_missing=asked
+    )
+    assert given == [{"width": 2.0} | ({} if asked is None else {"train_missing": asked})]
+    assert page == tmp_path / "new/a.html" and [path.name for path in page.parent.iterdir()] == ["a.html"]
+    assert BeautifulSoup(page.read_text(), "html.parser").find("a", string="Notebook")["href"] == "../a.ipynb"
 
 
 def test_an_arm_that_cannot_be_is_named_at_the_scale_that_was_asked_for(tmp_path, monkeypatch):

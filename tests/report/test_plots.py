@@ -353,6 +353,8 @@ def test_times_of_steps_stand_by_arm_and_path():
     (ax,) = plot.figure.axes
     (marks,) = (one for one in ax.collections if len(one.get_offsets()) == 3)
     assert marks.get_offsets().tolist() == [[3.0, -0.15], [2.0, 0.85], [1.0, 1.15]]  # its own above, even below
+    bars = next(one for one in ax.collections if hasattr(one, "get_segments"))
+    assert [bar.tolist() for bar in bars.get_segments()] == [[[0.5, y], [4.0, y]] for y in (-0.15, 0.85, 1.15)]
     own, forced = style.looks("AB"), style.PAPER
     filled = [mpl.colors.to_hex(color) for color in marks.get_facecolors()]
     assert filled == [own["A"].color.lower(), own["B"].color.lower(), forced.lower()]
@@ -398,6 +400,8 @@ def test_growth_shows_times_power_and_floor():
     first, second = plot.figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in first.get_lines()}
     assert lines["EC layer"] == [2.0, 4.0] and lines["floor: six products"] == [0.5, 0.5]
+    (bars,) = first.collections
+    assert [bar.tolist() for bar in bars.get_segments()] == [[[x, 1.0], [x, 6.0]] for x in (1000, 8192)]
     assert lines["fitted power"] == pytest.approx([2 * 1000**0.5, 2 * 8192**0.5])
     assert [tick.get_text() for tick in first.get_xticklabels()] == ["1000", "8k"]
     assert first.get_xlabel() == "power 0.50 (0.40 to 0.60)" and second.get_xlabel() == "power 1.25 (1.00 to 1.50)"
@@ -560,6 +564,18 @@ def test_no_two_arms_of_a_figure_look_alike_and_all_are_seen_on_black_and_on_whi
         for paper in ("#ffffff", "#16191d"):  # of template/style.css
             light, dark = sorted((_luminance(color), _luminance(paper)), reverse=True)
             assert (light + 0.05) / (dark + 0.05) > 1.9, (color, paper)
+
+
+def test_ink_is_the_one_that_is_read_best():
+    inks = {
+        "#000000": "#fff",
+        "#ffffff": "#000",
+        "#ff0000": "#fff",
+        "#00ff00": "#000",
+        "#0000ff": "#fff",
+        "#808080": "#000",
+    }
+    assert {color: style.on_color(color) for color in inks} == inks
 
 
 def _luminance(color: str) -> float:

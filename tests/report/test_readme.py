@@ -1,5 +1,6 @@
 """README.md: its code runs, and its figure and claim table are those of the committed results."""
 
+import os
 import re
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
     assert readme.update("gpu") and not readme.update("gpu") and drawn.path == tmp_path / "figure.png"
     for name, text in made.items():
         assert f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" in page.read_text()
+    os.utime(page, (0, 0))
+    assert not readme.update("gpu") and page.stat().st_mtime == 0  # what hasn't changed isn't written
     assert page.read_text().startswith("evidence a\n") and page.read_text().endswith("\nlast\n")
     page.write_text("no marks")
     with pytest.raises(ValueError, match="evidence:begin"):
