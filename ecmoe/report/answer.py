@@ -82,8 +82,8 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     """A row for each part: what was found, and by which rule it has its label."""
     rows = []
     for part in parts:
-        without = f"; without {', '.join(part.missing)}" * bool(part.missing)
-        seeds = counted(part.effect.n, part.effect.of) + without if part.effect.n else None
+        missing = f"; missing: {', '.join(part.missing)}" * bool(part.missing)
+        seeds = counted(part.effect.n, part.effect.of) + missing if part.effect.n else None
         either = ", either way" * (part.unit is Unit.RATIO)
         seen = amount(part.smallest, part.unit, compares=True) + either if part.interval else None
         rows.append((part.name, part.label, found(part), seeds, part.rule, seen))

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 TEMPLATE = Path(__file__).parent / "template"
 Format = str | Callable[[Any], str]
+_WRITTEN = {"gflops": "GFLOPs", "gpu": "GPU", "mfu": "MFU", "mb": "MB"}  # words in names of columns
 # Of verdicts: white on them has a contrast above 4.5, and as marks they are seen on white and on black.
 COLORS = {
     "reproduced": "#1a7f4b",
@@ -52,7 +53,8 @@ def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, For
     unknown = [name for name in formats if name not in frame.columns]
     if unknown:
         raise ValueError(f"formats names {unknown}, but the columns are {list(frame.columns)}")
-    heads = [(str(name).replace("_", " "), _is_numeric(frame[name])) for name in frame.columns]
+    written = lambda name: " ".join(_WRITTEN.get(word, word) for word in str(name).replace("_", " ").split(" "))  # noqa: E731
+    heads = [(written(name), _is_numeric(frame[name])) for name in frame.columns]
     cells = [[_cell(v, formats.get(name) or _by_size(frame[name])) for v in frame[name]] for name in frame.columns]
     return markup("table", heads, list(zip(*cells, strict=True)), caption)
 

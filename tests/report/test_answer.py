@@ -123,13 +123,13 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     rows = soup(answer.parts_html(parts, "reproduced")).tbody.find_all("tr")
     cells = [cell.text for cell in rows[0].find_all(["th", "td"])]
     assert cells[:2] == [part.name, part.label] and cells[2].startswith("70% (") and cells[4] == part.rule
-    assert cells[3] == "3 seeds; without EC-CF2 renormalized s3"
+    assert cells[3] == "3 seeds; missing: EC-CF2 renormalized s3"
     assert cells[5] == f"{100 * part.smallest:.1f} points" and part.smallest < 0.1  # of shares that are compared
     fewer = {of: seeds(0.1, n=2) for of in shares}
     (row, *_) = soup(
         answer.parts_html(judged("C7", {"EC-CF2 renormalized": fewer}).deciding, "reproduced")
     ).tbody.find_all("tr")
-    assert row.find_all("td")[2].text == "2 seeds; without EC-CF2 renormalized s2, EC-CF2 renormalized s3"
+    assert row.find_all("td")[2].text == "2 seeds; missing: EC-CF2 renormalized s2, EC-CF2 renormalized s3"
     (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
     (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
     assert row.find_all("td")[4].text == f"{spread.smallest:.3f}".rstrip("0") + " times, either way"
