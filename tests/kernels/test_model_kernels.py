@@ -51,3 +51,20 @@ def test_biases_are_asked_for_the_near_distances_of_a_sequence(near, asked, monk
     with pytest.raises(Asked) as backward:
         attention.backward(qkv[:, :, 0], qkv, qkv[:, :, 0], lse, table, near)
     assert [error.value.args[0] for error in (forward, backward)] == [(asked, 1), (asked, 2)]
+
+
+def test_gradients_of_biases_add_up_in_float32():
+    """Of 16 bits: off by what rounding P, dS and the output has cost, not by that of each sum."""
+    g = torch.Generator().manual_seed(0)
+    qkv, dout = (torch.randn(*s, generator=g).to(DEVICE, torch.bfloat16) for s in ((2, 128, 3, 1, 16), (2, 128, 1, 16)))
+    table = torch.zeros(1, 128, device=DEVICE)
+    out, lse = attention.forward(qkv, table, 100)
+    _, sums = attention.backward(dout, qkv, out, lse, table, 100)
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)[:, :, 0]
+    later = torch.ones(128, 128, device=DEVICE).triu(1).bool()
+    p = (q @ k.mT / 4).masked_fill(later, float("-inf")).softmax(-1)
+    dp = dout[:, :, 0].double() @ v.mT
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+    expected = torch.stack([ds.diagonal(-distance, 1, 2).sum() for distance in range(100)])
+    assert sums.dtype == torch.float32
+    assert (sums[0, :100] - expected).norm() / expected.norm() < 5e-3

@@ -12,7 +12,7 @@ from tests.kernels.oracle import DEVICE, distance
 def test_select_takes_the_k_highest(m, k):
     scores = torch.randn(3, m, generator=torch.Generator().manual_seed(m)).to(DEVICE)
     chosen = kernels.select(scores, k)
-    assert torch.equal(chosen, scores.topk(k).indices.sort().values)
+    assert torch.equal(chosen, scores.topk(k).indices.sort().values) and chosen.is_contiguous()
 
 
 def test_select_takes_the_k_highest_of_two_blocks_of_whole_numbers():
@@ -128,7 +128,8 @@ def test_logits_are_float32s(n, d, e, dtype, narrow, monkeypatch):
     x = torch.randn(n, d, generator=g).to(DEVICE, dtype).requires_grad_()
     w = torch.randn(d, e, generator=g).to(DEVICE, torch.bfloat16 if narrow else torch.float32).requires_grad_()
     gradient = torch.randn(n, e, generator=g).to(DEVICE)
-    out, expected = kernels.logits(x, w)[0], x.double() @ w.double()
+    (out, again), expected = kernels.logits(x, w), x.double() @ w.double()
+    assert torch.equal(again, x) and again.dtype == dtype
     assert out.dtype == torch.float32 and distance(out, expected) < 2e-6
     (dx, dw), theirs = (torch.autograd.grad(o, [x, w], gradient.to(o.dtype)) for o in (out, expected))
     assert dx.dtype == dtype and distance(dx, theirs[0]) < (2**-6 if dtype == torch.bfloat16 else 2e-6)
