@@ -167,6 +167,19 @@ def test_the_exit_code_says_whether_to_try_again(project, monkeypatch, said, cod
     assert engine.in_turn(plan.plan("gpu")[: len(said.split())], "gpu", keep_weights=True) == code
 
 
+def test_each_run_is_a_line_however_long_its_error(project, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        engine, "carry_out", lambda *given, **keys: asked.append((*given, keys)) or "failed: OSError: a\n  b"
+    )
+    planned = plan.plan("gpu")[:2]
+    assert engine.in_turn(planned, "gpu", keep_weights=False) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{one.pages[0]} {one.arms[0]} s{one.seed}  {one.name}  failed: OSError: a b" for one in planned
+    ]
+    assert asked == [(one, "gpu", {"keep_weights": False}) for one in planned]
+
+
 def test_snakemake_gets_the_runs(project, monkeypatch):
     planned, did, ends = plan.plan("gpu")[:2], [], 0
 

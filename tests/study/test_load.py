@@ -151,6 +151,11 @@ def test_a_run_that_fails_leaves_the_others_and_says_why(monkeypatch, capsys, tm
     (paths.runs() / one.name / "summary.json").touch()
     assert module._result(one, "gpu", False, []).summary["status"] == "failed"  # it was there to be read
     assert asked[1] == (one.config, False, False, [])
+    record = paths.records("gpu") / f"{one.name}.json"
+    record.parent.mkdir(parents=True)
+    record.touch()
+    monkeypatch.setattr(module, "read_record", lambda path: path)
+    assert module._result(one, "gpu", True, []) == record and len(asked) == 2  # whatever lies in runs/
 
 
 def test_only_what_is_missing_moves_the_bar(monkeypatch, tmp_path):

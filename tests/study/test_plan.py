@@ -57,6 +57,8 @@ def test_blocks_come_in_their_order_each_seed_whole_before_the_next(configs):
 def test_a_share_is_of_the_base(configs):
     configs("03_c.yaml", "arms: [Wide]\n")
     assert plan.plan("big", ["03_c"])[0].config.d_ff == 120  # 116.7, in eights
+    configs("03_c.yaml", "arms: [Wide]\nbase: {d_ff: 99}\n")
+    assert plan.plan("big", ["03_c"])[0].config.d_ff == 120  # 115.5, never less
     configs("03_c.yaml", "arms: {Mine: {steps: 12}}\n")  # an arm of one's own has no share
     assert plan.plan("big", ["03_c"])[0].config.steps == 12
     configs("04_d.yaml", "arms: [Slow]\n")

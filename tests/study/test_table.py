@@ -23,6 +23,10 @@ def test_table_has_a_row_per_run_and_gaps_for_what_is_missing():
     assert frame["share_8"].isna().all() and frame["mfu"].isna().all()
     assert not any(isinstance(x, dict | list) for x in frame.to_numpy().flat)
     assert table({}).empty
+    made = make(config)
+    made.summary["precision"] = "bf16-mixed"  # in which it was trained, whatever was asked for
+    (row,) = table({"EC": [made]}).to_dict("records")
+    assert row["precision"] == "bf16-mixed" != made.summary["config"]["precision"]
 
 
 def test_curves_are_tidy_and_name_the_missing():
