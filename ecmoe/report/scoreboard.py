@@ -21,7 +21,7 @@ from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 
 Verdicts = Mapping[str, ClaimVerdict]
 CAPTION = (
-    "Every part that decides a claim, turned so that right of 0 is what the paper says (0 is, where a figure is to be met); "
+    "Every part that decides a claim, turned so that right of 0 is what the paper says; where it gives a figure to be met, that is 0; "
     "bars: intervals, 95% for those of a claim together."
 )
 
