@@ -232,7 +232,9 @@ def test_no_text_but_called_so(tmp_path, name):
     (tmp_path / "d.txt").mkdir()
     (tmp_path / "link.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(ConfigError, match=f"data='.*{name}': .* exists, but must be, or hold, files that end in"):
+    with pytest.raises(
+        ConfigError, match=rf"data='.*{name}': .* exists, but must be, or hold, .* end in \.txt, .*\.jsonl"
+    ):
         open_corpus(str(tmp_path / name))
 
 

@@ -75,7 +75,9 @@ def test_records_come_first_and_are_added_to(tiny_config, tmp_path, monkeypatch)
     assert read_record(tmp_path / f"{config.name}.json").summary["val_loss"] == trained.summary["val_loss"]
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "elsewhere"))  # neither runs nor data here
     monkeypatch.setattr(train, "train_run", lambda *a: pytest.fail("trained again"))
-    assert run_or_load(config, records=tmp_path).summary["val_loss"] == trained.summary["val_loss"]
+    for weights in (False, True):  # which no record has
+        again = run_or_load(config, records=tmp_path, weights=weights)
+        assert again.summary["val_loss"] == trained.summary["val_loss"] and again.path is None
 
 
 def test_a_finished_run_that_lost_its_weights_is_trained_again_for_them(tiny_config):
