@@ -223,6 +223,8 @@ def test_later_files_win_and_changes_win_over_files(tmp_path):
     (tmp_path / "b.yaml").write_text("steps: 2\n")
     config = RunConfig.from_yaml(tmp_path / "a.yaml", tmp_path / "b.yaml", d_ff=32)
     assert (config.steps, config.seed, config.d_ff) == (2, 1, 32)
+    changed = RunConfig.from_yaml(tmp_path / "a.yaml", tmp_path / "b.yaml", steps=3, seed=4)
+    assert (changed.steps, changed.seed) == (3, 4)
 
 
 def test_bad_files_are_named(tmp_path):

@@ -57,7 +57,7 @@ def test_digits_are_all_there_in_a_fixed_split():
 def test_folder_holds_out_a_fifth_of_each_class(tmp_path):
     found = images.load(folder_of(tmp_path / "pets", 7))
     assert found.classes == ("cat", "dog") and found.train_x.shape == (12, 3, 4, 6)  # 6 wide, 4 high
-    assert found.val_y.tolist() == [0, 1]
+    assert found.val_y.tolist() == [0, 1] and found.train_y.dtype == torch.int64
     red = (found.val_x[:, 0, 0, 0] * 255).round().int().tolist()
     assert red == [4, 24] and found.train_x[:, 2].min() == 1
     assert found.provenance["name"] == "pets" and found.provenance["licence"] == "not stated"

@@ -67,6 +67,11 @@ def test_an_example_that_cannot_be_is_named_with_its_file_and_line(tmp_path, row
         tasks.load("cb", tmp_path)
 
 
+def test_a_hypothesis_is_read_after_its_premise(tmp_path):
+    write(tmp_path, "cb", [{"hypothesis": "b", "premise": "a", "label": 2}])
+    assert tasks.load("cb", tmp_path)[1].texts == [("a", "b")]
+
+
 def test_texts_stay_what_they_are(tmp_path):
     write(
         tmp_path,

@@ -108,7 +108,11 @@ def test_a_machine_must_have_as_many_gpus_as_are_asked_for_and_their_memory(tiny
     gpu.total_memory -= 8
     with pytest.raises(ConfigError, match="num_experts=1024.*weights and gradients alone take"):
         trainer.check_machine(config)
-    trainer.check_machine(config.replace(strategy="fsdp2"))  # each has half of them
+    trainer.check_machine(sharded := config.replace(strategy="fsdp2"))  # each has half of them
+    gpu.total_memory = 2 * config.weights_at_least
+    trainer.check_machine(sharded.replace(num_nodes=2))  # or a quarter
+    with pytest.raises(ConfigError, match="weights and gradients alone take"):
+        trainer.check_machine(sharded)
 
 
 @pytest.mark.parametrize("gpu", [True, False])
