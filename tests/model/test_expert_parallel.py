@@ -12,7 +12,7 @@ from ecmoe.model.expert_parallel import Exchange, share_experts
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-D, E, FF, V = 8, 4, 16, 11
+D, E, FF, V = 8, 8, 16, 11  # a rank has more experts than there are ranks
 ROUTERS = {
     "expert choice": lambda: ExpertChoice(D, E, 2.0),
     "of a rank's pool": lambda: ExpertChoice(D, E, 2.0, pool="rank"),
