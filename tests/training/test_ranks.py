@@ -40,6 +40,7 @@ def test_wrong_number_of_processes_is_refused(tiny_config, monkeypatch):
 
 def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    monkeypatch.setattr(train, "train_run", lambda *_: pytest.fail("would wait for the other"))
     with pytest.raises(ConfigError, match="num_nodes=2: start torchrun --nnodes=2"):
         run_or_load(tiny_config(num_nodes=2), progress=False)
     assert not any(tmp_path.iterdir())
