@@ -1,8 +1,10 @@
 """measure: what needs a run's weights is computed once and kept, so that pages are redrawn without them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -11,9 +13,18 @@ from ecmoe.files import Damaged, read_json, write_json
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.training.result import Result
 
+if TYPE_CHECKING:
+    from ecmoe.model.transformer import Trunk
+
 
 def measure(
-    result: Result, how: Measurement, *, scale: str = "smoke", train: bool = True, keep: bool = False
+    result: Result,
+    how: Measurement,
+    *,
+    scale: str = "smoke",
+    train: bool = True,
+    keep: bool = False,
+    model: Callable[[], "Trunk"] | None = None,
 ) -> dict[str, Any] | None:
     """What a measurement finds of a finished run's model: kept from an earlier call, or computed now; None where there is none.
 
@@ -21,6 +32,7 @@ def measure(
         scale: whose pages ask: what reports/<scale>/measures has is read first.
         train: False: nothing is computed. Else a run whose weights aren't here, as of a record, is trained again.
         keep: in reports/<scale>/measures, as the engine does; else in the run's own folder.
+        model: `trained_model` of the run, where it serves several measurements.
     """
     if not result.ok:
         return None
@@ -30,7 +42,9 @@ def measure(
     if train:
         with lock(name):  # whoever comes second finds it done
             if not any(path.exists() for path in places):
-                kept = {"run": name, "what": how.what, "keys": how.keys, "found": _computed(result, how)}
+                with trained_model(result) as alone:
+                    found = _computed(result, how, model or alone)
+                kept = {"run": name, "what": how.what, "keys": how.keys, "found": found}
                 write_json(places[-1], kept, sealed=True)
     for path in places:
         if path.exists():
@@ -46,7 +60,12 @@ def lock(run: str) -> FileLock:
     return FileLock(paths.runs() / f"{run}.measures.lock", is_singleton=True)  # a process may hold it twice
 
 
-def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
+@contextmanager
+def trained_model(result: Result) -> Iterator[Callable[[], "Trunk"]]:
+    """A finished run's model, on this machine's device: read when it is first asked for, and once for all who ask.
+
+    Its weights may be many GB. Where they aren't here, the run is trained again.
+    """
     import torch
 
     from ecmoe.config import RunConfig
@@ -54,14 +73,23 @@ def _computed(result: Result, how: Measurement) -> Mapping[str, Any]:
     from ecmoe.training.result import load_model
     from ecmoe.training.run import free_memory, run_or_load
 
-    module, _, function = MEASURES[how.what].compute.partition(":")
-    compute = getattr(import_module(module), function)
-    config = RunConfig.from_dict(result.summary["config"])
-    run = run_or_load(config, weights=True).path
-    with place(say=False):
-        model = load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as held:
+
+        @cache
+        def model() -> "Trunk":
+            run = run_or_load(RunConfig.from_dict(result.summary["config"]), weights=True).path
+            held.enter_context(place(say=False))
+            return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
+
         try:
-            return compute(model, config, **how.keys)
+            yield model
         finally:
-            del model
+            model.cache_clear()
             free_memory()
+
+
+def _computed(result: Result, how: Measurement, model: Callable[[], "Trunk"]) -> Mapping[str, Any]:
+    from ecmoe.config import RunConfig
+
+    module, _, function = MEASURES[how.what].compute.partition(":")
+    return getattr(import_module(module), function)(model(), RunConfig.from_dict(result.summary["config"]), **how.keys)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
     Returns:
         the status that the run ends with; or "failed: why", after all else was done.
     """
-    from ecmoe.measures.measure import lock, measure
+    from ecmoe.measures.measure import lock, measure, trained_model
     from ecmoe.training.result import write_record
     from ecmoe.training.run import run_or_load
 
@@ -59,11 +60,15 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
         status = result.summary["status"]
         if status == "diverged":
             write_record(record(one, scale), result)
-        for how in one.measures:
-            try:
-                measure(result, how, scale=scale, keep=True)
-            except Exception as error:  # the others are still wanted
-                failed.append(f"{how.name}: {type(error).__name__}: {error}")
+        with trained_model(result) as model:
+            for how, kept in zip(one.measures, files(one, scale)[1:], strict=True):
+                missing, began = not kept.exists(), time.monotonic()
+                try:
+                    measure(result, how, scale=scale, keep=True, model=model)
+                except Exception as error:  # the others are still wanted
+                    failed.append(f"{how.name}: {type(error).__name__}: {error}")
+                if missing and kept.exists():
+                    print(f"[{one.name}] {how.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if not keep_weights and not failed:
             (paths.runs() / one.name / "model.safetensors").unlink(missing_ok=True)
     return f"failed: {'; '.join(failed)}" if failed else status

@@ -1,6 +1,7 @@
 """A measurement is taken once, kept with the run, and read without weights."""
 
 import shutil
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from ecmoe import measures, paths
 from ecmoe.files import ConfigError, Damaged, read_json, write_json
 from ecmoe.measures import Measurement, Row, measurements
-from ecmoe.measures.measure import lock, measure
+from ecmoe.measures.measure import lock, measure, trained_model
 from ecmoe.training import gpus
+from ecmoe.training import result as training_result
 from ecmoe.training.result import not_run
 from ecmoe.training.run import run_or_load
 
@@ -61,6 +63,22 @@ def test_a_record_without_weights_is_trained_again(tiny_config):
     assert measure(record, how(), scale="gpu")["seed"] == 12
     (paths.runs() / config.name / "model.safetensors").unlink()
     assert measure(record, how(layers=3), scale="gpu")["seed"] == 12
+
+
+def test_a_model_is_read_once_for_all_that_ask_and_gone_afterwards(tiny_config, monkeypatch):
+    result, read = run_or_load(tiny_config(steps=2, seed=11), progress=False), []
+    load, given = training_result.load_model, []
+    monkeypatch.setattr(training_result, "load_model", lambda path: (read.append(path), load(path))[1])
+    with trained_model(result) as model:
+        assert not read  # nobody has asked yet
+        for layers in (21, 22):
+            measure(
+                result, how(layers=layers), scale="gpu", model=lambda: (given.append(weakref.ref(model())), model())[1]
+            )
+        measure(result, how(layers=22), scale="gpu", model=model)  # which is there
+    assert read == [result.path] and given[0]() is None and len(given) == 2
+    measure(result, how(layers=23), scale="gpu")
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("change", ["a bit", "cut", "another run", "another measure"])

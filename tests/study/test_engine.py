@@ -1,6 +1,7 @@
 """Planned runs are found by name, carried out one by one, and lose nothing that was done."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -109,7 +110,7 @@ def test_a_run_that_diverged_is_a_finding(project, monkeypatch):
     assert not engine.lacks(one, "gpu") and read_record(plan.record(one, "gpu")).summary["status"] == "diverged"
 
 
-def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project):
+def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project, capsys):
     one = plan.plan("gpu")[1]
     bad = Measurement("fine-tuned", {"task": "nosuch"})
     one = plan.Planned(one.name, one.config, one.pages, one.arms, one.seed, (bad, *one.measures))
@@ -118,6 +119,10 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project):
         said.startswith("failed: fine-tuned-nosuch: ") and engine.lacks(one, "gpu") == "to measure: fine-tuned-nosuch"
     )
     assert list(paths.runs().glob("*/model.safetensors"))  # still wanted
+    told = re.findall(r"^\[(\S+)\] (\S+): \d+ s$", capsys.readouterr().err, re.M)
+    assert told == [(one.name, how.name) for how in one.measures[1:]]
+    engine.carry_out(one, "gpu")
+    assert " s\n" not in capsys.readouterr().err  # what is there is not told again
 
 
 @pytest.mark.parametrize(
