@@ -104,5 +104,4 @@ def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
     caption = f"Pages share runs; \u201c{again}\u201d trains what is missing, and nothing else."
     fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)  # noqa: E731
     link = lambda name: markup("page_link", name, pages.get(name))  # noqa: E731
-    whole = lambda text: text.replace(" ", "\u00a0")  # noqa: E731
-    return table_html(studies(scale), caption, {"page": link, "runs": whole, "missing (seeds)": fold})
+    return table_html(studies(scale), caption, {"page": link, "missing (seeds)": fold})

@@ -163,3 +163,10 @@ def test_the_search_finds_words_of_every_page(folder, tab):
     assert tab.js("document.querySelectorAll('.hits small')[1].textContent").startswith("Some words on capacity")
     tab.do("Input.insertText", text=" nowhere")
     assert "No page has" in tab.js("document.querySelector('.hits').textContent")
+
+
+def test_how_many_runs_there_are_stands_in_one_line_on_a_desk(folder, tab):
+    tab.open(folder / "index.html", 1280)
+    heights = tab.js("[...document.querySelectorAll('td[data-of=runs]')].map(e => e.firstChild).map(t => {"
+                     "let r = document.createRange(); r.selectNode(t); return r.getClientRects().length})")  # fmt: skip
+    assert heights and set(heights) == {1}
