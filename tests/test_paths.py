@@ -158,6 +158,13 @@ def test_a_linked_folder_is_part_of_the_text_but_one_that_holds_itself_is_named(
     (tmp_path / "else" / "round").symlink_to(tmp_path / "text")
     with pytest.raises(ConfigError, match="text/linked/round is a link to a folder that holds it"):
         paths.local_files(str(tmp_path / "text"))
+    (tmp_path / "else" / "round").unlink()
+    (tmp_path / "text" / "self").symlink_to(tmp_path / "text")
+    (tmp_path / "alias").symlink_to(tmp_path / "text")
+    with pytest.raises(
+        ConfigError, match="alias/self is a link to a folder that holds it"
+    ):  # by whatever name it is read
+        paths.local_files(str(tmp_path / "alias"))
 
 
 def test_what_is_no_file_is_named_and_what_is_not_asked_for_left_out(tmp_path):

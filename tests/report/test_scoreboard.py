@@ -37,11 +37,12 @@ def pages(tmp_path, monkeypatch):
     (configs / "scale").mkdir(parents=True)
     (configs / "scale/gpu.yaml").write_text("scale: gpu\nbase: {}\n")
     (configs / "arms.yaml").write_text(
-        "EC: {}\nGShard: {router: token_choice, capacity_factor: 1.0, gate: renormalized}\n"
+        "EC: {}\nEC again: {}\nGShard: {router: token_choice, capacity_factor: 1.0, gate: renormalized}\n"
     )
     (configs / "01_a.yaml").write_text("arms: [EC]\nseeds: [0]\n")
     (configs / "02_b.yaml").write_text("arms: [EC, GShard]\nseeds: [0, 1, 2]\n")
     (configs / "03_c.yaml").write_text("arms: [ECC]\n")  # plans nothing
+    (configs / "04_d.yaml").write_text("arms: [EC, EC again]\nseeds: [0, 2]\n")  # the same runs by two names
     monkeypatch.setattr(paths, "configs", lambda: configs)
     lost = finished(EC.replace(seed=1), 60)
     lost.summary["status"] = "diverged"
@@ -52,15 +53,15 @@ def pages(tmp_path, monkeypatch):
 
 def test_every_page_says_what_is_missing(pages):
     rows = scoreboard.studies("gpu")
-    assert rows["page"].tolist() == ["01_a", "02_b"]
-    assert rows["runs"].tolist() == ["1 of 1", "3 of 6"]  # one that diverged is a finding
-    assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC s2"]
+    assert rows["page"].tolist() == ["01_a", "02_b", "04_d"]
+    assert rows["runs"].tolist() == ["1 of 1", "3 of 6", "1 of 2"]  # one that diverged is a finding
+    assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC s2", "EC s2"]
 
 
 def test_shown_with_the_command_that_repeats_it(pages):
     page = BeautifulSoup(scoreboard.studies_html("gpu", {"02_b": "02_b.failed.html"}), "html.parser")
     assert "make reproduce SCALE=gpu" in page.caption.text and not page.find("details")
-    assert [row.th.text for row in page.tbody.find_all("tr")] == ["01_a", "02_b"]
+    assert [row.th.text for row in page.tbody.find_all("tr")] == ["01_a", "02_b", "04_d"]
     assert [a["href"] for a in page.find_all("a")] == ["02_b.failed.html"]  # the other isn't there yet
 
 
