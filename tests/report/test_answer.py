@@ -130,6 +130,10 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
         answer.parts_html(judged("C7", {"EC-CF2 renormalized": fewer}).deciding, "reproduced")
     ).tbody.find_all("tr")
     assert row.find_all("td")[2].text == "2 seeds; missing: EC-CF2 renormalized s2, EC-CF2 renormalized s3"
+    (row, *_) = soup(
+        answer.parts_html(judged("C2", {}, bench={"even": [1.1, 1.12, 1.3]}).deciding, "undecided")
+    ).tbody.find_all("tr")
+    assert row.find_all("td")[4].text.endswith(" times, either way") and row.find_all("td")[2].text == "3 turns"
     (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
     (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
     assert row.find_all("td")[4].text == f"{spread.smallest:.3f}".rstrip("0") + " times, either way"

@@ -45,6 +45,10 @@ def test_every_run_once_seed_by_seed_with_all_that_pages_want_of_it(configs):
     assert [how.what for how in runs[2].measures] == ["dependence", "losses"]
     assert [one.config.steps for one in runs[:2]] == [40, 20]
     assert [one.arms[0] for one in plan.plan("big", ["02_b"])] == ["Top", "EC", "Top", "EC"]
+    configs("03_c.yaml", "arms: {Mine: {}}\nseeds: [0]\n")  # the first, by another name
+    named = plan.plan("big")
+    assert [one.name for one in named] == [one.name for one in runs]
+    assert (named[0].arms, named[0].pages) == (("EC", "Mine"), ("01_a", "02_b", "03_c")) and named[2].arms == ("EC",)
 
 
 def test_blocks_come_in_their_order_each_seed_whole_before_the_next(configs):

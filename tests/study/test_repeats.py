@@ -43,6 +43,12 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     monkeypatch.setattr(repeats, "device_name", lambda: "another")  # says nothing of the code
     assert not repeats.again(config.name, "gpu", steps=2)["differs"] and len(repeats.kept("gpu")) == 2
 
+    with monkeypatch.context() as patch:
+        patch.setattr(repeats, "_curve", lambda *_: kept.curve)
+        write_record(record, Result(kept.summary, kept.curve.iloc[1:]))  # which lacks the first validation
+        shorter = repeats.again(config.name, "gpu")
+        assert shorter["equal"] and shorter["rows"] == 2
+
     write_record(record, kept)
     assert record.read_bytes() == before and sorted(paths.runs().rglob("*")) == runs
     with pytest.raises(ConfigError, match="nobody: has no record"):
