@@ -60,7 +60,7 @@ def measures(scale: str) -> Path:
 def resolve(name: str | Path) -> Path:
     """The file or folder `name` means: relative to the working folder, else to the root."""
     path = Path(os.path.expanduser(name))  # which, unlike Path's, leaves alone the ~ of a user that isn't known
-    return path if path.is_absolute() or path.exists() else root() / path
+    return path if path.exists() else root() / path  # which is an absolute path itself
 
 
 def parts_of(data: str) -> list[str]:

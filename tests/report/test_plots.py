@@ -305,6 +305,8 @@ def test_retention():
     ]
     assert len({line.get_color() for line in lines}) == 2 and plot.data["arm"].unique().tolist() == ["gate"]
     assert plots.retention(frame[::-1]).svg() == plot.svg()  # a task has its colour, whoever comes first
+    two = plots.retention(pd.concat([frame.assign(arm=arm) for arm in "ab"])).figure.axes
+    assert two[0].get_gridspec().get_geometry() == (1, 2) and [ax.get_title() for ax in two] == ["a", "b"]
     several = pd.concat([frame.assign(arm=arm) for arm in "abc"])
     assert [ax.get_visible() for ax in plots.retention(several).figure.axes] == [True, True, True, False]  # two by two
 
