@@ -271,6 +271,7 @@ def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_co
     same = config.replace(steps=39, eval_every=3, checkpoint_every=10**9, pool="batch")
     several = {"devices": 2, "strategy": "fsdp2", "batch_size": 4, "eval_batches": 2}
     assert asked == [same.replace(batch_size=8, eval_batches=1), same.replace(**several)]
+    assert {"devices": 2, "strategy": "fsdp2", "batch_size": 9}.items() <= table.attrs["setting"].items()
     assert table.to_dict("list") == {
         "step": [3, 6], "train_loss_one": [3.0, 3.0], "val_loss_one": [4.0, 5.0],
         "train_loss_several": [3.0, 4.0], "val_loss_several": [4.0, 10.0], "difference": [0.0, 1.0],
