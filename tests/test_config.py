@@ -38,6 +38,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"batch": 3}, ["'batch'", "did you mean"]),
         ({"zzz": 3}, ["'zzz'", "`ecmoe keys` lists the keys"]),
         ({"d_model": 1_000_000_000_001}, ["heads=4", "d_model=1000000000001", "heads may be 1"]),
+        ({"heads": 2, "d_model": 15}, ["heads=2 doesn't divide d_model=15: heads may be 1 or 3 or 5 or 15"]),
         ({"heads": 10**15 + 1}, ["heads=1000000000000001", "heads may be 1"]),
         ({"capacity_factor": 1e308}, ["capacity_factor=1e+308", "(num_experts)"]),
         ({"capacity_factor": 5e-324}, ["capacity_factor=5e-324", "(num_experts)"]),

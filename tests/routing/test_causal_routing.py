@@ -122,6 +122,14 @@ def test_a_cap_holds_also_causally():
     assert chosen.experts_per_token(9).tolist() == [2] * 9
     best = random_logits(9, E, 0).topk(2, 1).indices.sort(1).values
     assert chosen.dense(9).nonzero()[:, 1].view(9, 2).tolist() == best.tolist()
+    router.end_step()
+    router.cutoff.average.copy_(0.3 * router.cutoff.weight)  # of their two best experts few want all
+    with causal_routing(router):
+        found = router.assign(random_logits(9, E, 0)).dense(9)
+    S = random_logits(9, E, 0).softmax(1)
+    expected = S * (S >= 0.3) * torch.zeros(9, E).scatter(1, best, 1.0)
+    same_choice(found, expected)
+    assert 0 < (found > 0).sum() < 18
 
 
 def test_evaluation_and_recomputation_move_no_statistic():

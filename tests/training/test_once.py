@@ -76,6 +76,7 @@ def test_what_is_damaged_is_made_again_and_told(run, capsys, name, damage):
     again = run_or_load(config)
     assert again.ok and again.summary["val_loss"] == before and again.path == folder
     assert f"{name} is damaged" in (said := capsys.readouterr().err) and "made again now, beside the old files" in said
+    assert said.count("is damaged") == 1
     assert not (folder / "again").exists() and load_model(folder)
 
 
