@@ -93,7 +93,6 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
     names = [name for name in given if not (name[0] == "_" or name.isupper() or name in ("In", "Out"))]
     given = {name: given[name] for name in names if isinstance(given[name], str | int | float | list | dict)}
     scale = given.get("scale", "smoke")
-    check_scale(scale)
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
     ours = {name: value for name, value in given.items() if name in values}
     check_kinds(page, given if unknown else ours, values)

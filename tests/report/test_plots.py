@@ -332,6 +332,7 @@ def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
         ("o", pytest.approx([45, 145, 75])), ("D", pytest.approx([50, 150, 80])),
     ]  # fmt: skip
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["EC-CF2 plain", "floor plain", "top-2 triton"]
+    assert left.get_legend() is right.get_legend() is None and legend(plot) == [FORWARD, BOTH]
     assert [100, 100] in [list(line.get_xdata()) for line in left.get_lines()] and right.get_title() == "large"
     assert plot.data[["ms", "low_ms", "high_ms"]].drop_duplicates().values.tolist() == [[2.0, 1.0, 3.0]]
     assert plot.data.groupby(["size", "layer"], sort=False)["share_of_floor"].apply(list).to_dict() == {
@@ -383,7 +384,9 @@ def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_la
     )
     assert drawn[:1] == [([0, 1], [1, 1])]  # as fast as plain
     assert drawn[1:] == [([512, 8192], [0.6, 0.5]), ([512, 8192], [0.8, 0.7])]
-    assert legend(plot) == ["width d", "256", "4,096", BOTH, FORWARD]
+    assert (
+        legend(plot) == ["width d", "256", "4,096", BOTH, FORWARD] and left.get_legend() is right.get_legend() is None
+    )
 
 
 def test_growth_shows_times_power_and_floor():
@@ -402,6 +405,9 @@ def test_growth_shows_times_power_and_floor():
     first, second = plot.figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in first.get_lines()}
     assert lines["EC layer"] == [2.0, 4.0] and lines["floor: six products"] == [0.5, 0.5]
+    dashed = {line.get_label(): line.get_linestyle() for line in first.get_lines()}
+    assert dashed == {"EC layer": "None", "fitted power": "-", "floor: six products": "--"}
+    assert first.yaxis.get_major_formatter()(0.5, 0) == "0.5" and not first.xaxis.get_minor_ticks()
     (bars,) = first.collections
     assert [bar.tolist() for bar in bars.get_segments()] == [[[x, 1.0], [x, 6.0]] for x in (1000, 8192)]
     assert lines["fitted power"] == pytest.approx([2 * 1000**0.5, 2 * 8192**0.5])

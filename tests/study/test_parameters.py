@@ -81,6 +81,7 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
     defaults = {"width": 1, "rate": 0.1, "fail": False, "limit": None, "names": None, "rate_of": {"a": 2}}
     assert notebook_parameters(made) == defaults and list(notebook_parameters(made)) == list(defaults)
     check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
+    check_parameters(made, {"width": None, "rate": 1}, "x.ipynb")  # as it has it; and a whole number is a number
     with pytest.raises(ConfigError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):
         check_parameters(made, {"widht": 2}, "x.ipynb")
     with pytest.raises(ConfigError, match=r"rate='1e-3' must be a float.*1\.0e-3"):
@@ -133,7 +134,7 @@ def test_what_a_notebook_is_given_is_checked_before_any_work(given, said):
     assert said in str(error.value)
 
 
-def test_what_a_notebook_is_given_wins_over_its_files():
+def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
     unset = {"scale": "smoke", "seeds": None, "arms": None, "_private": 3, "SHARES": ["share_0"], "pytest": pytest}
     values = page_parameters("03_capacity_factor", unset)
     assert values["seeds"] == [0] and values["train_missing"] is True and "Switch top-1" in values["arms"]
@@ -146,5 +147,11 @@ def test_what_a_notebook_is_given_wins_over_its_files():
         and changed["base"] == values["base"] | {"steps": 7}
         and list(changed["arms"]) == ["mine"]
     )
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale/smoke.yaml").write_text("train_missing: false\nseeds: [0]\n")
+    (tmp_path / "01_a.yaml").write_text("seeds: [3]\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "configs", lambda: tmp_path)
+        assert page_parameters("01_a", {}) == {"train_missing": False, "seeds": [3]}
     late = {"rows": [1], "seeds": [5]}  # what a notebook has made by now
     assert page_parameters("03_capacity_factor", late, unknown=False)["seeds"] == [5]
