@@ -97,9 +97,9 @@ def part_files(part: str) -> dict[str, Path]:
         kinds = ", ".join(paths.TEXT_FILES + paths.ROW_FILES)
         raise ConfigError(f"data={part!r}: {path} exists, but must be, or hold, files that end in {kinds}")
     known = [*paths.KNOWN_TEXTS, *paths.IMAGES, "hub:NAME", "hub:OWNER/NAME/CONFIG", "a path"]
-    raise ConfigError(
-        f"data={part!r}: no such file or folder, neither in {Path.cwd()} nor in {paths.root()}; {nearest(part, known)}"
-    )
+    where = " or ".join(dict.fromkeys(map(str, (Path.cwd(), paths.root()))))
+    hint = f"{nearest(part, known)}; README.md says where the study's texts come from"
+    raise ConfigError(f"data={part!r}: no such file or folder in {where}; {hint}")
 
 
 def open_corpus(data: str, streaming: bool = False) -> Corpus:

@@ -142,6 +142,8 @@ class MoE(nn.Module):
                              f"{self.router.d_model}), the router's d_model last")  # fmt: skip
         if not x.is_floating_point():
             raise ValueError(f"x is of {x.dtype}: must be floating-point numbers, such as embeddings of token ids")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask is of {mask.dtype}: must be bool, False for padding")
         for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
             if given is not None and given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
                 raise ValueError(

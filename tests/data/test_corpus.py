@@ -26,6 +26,17 @@ def test_standard_library_is_over_ten_megabytes_without_its_tests():
     assert text == files["json/decoder.py"].read_text(encoding="utf-8")
 
 
+def test_a_missing_text_is_looked_for_in_places_that_are_named_once(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    for home, where in ((here, str(here)), (tmp_path, f"{here} or {tmp_path}")):
+        monkeypatch.chdir(here)
+        monkeypatch.setattr(corpus.paths, "root", lambda home=home: home)
+        with pytest.raises(ConfigError) as told:
+            part_files("nowhere.txt")
+        assert f"no such file or folder in {where}; " in str(told.value) and "README.md" in str(told.value)
+
+
 @given(st.lists(st.text(alphabet="ab\n", max_size=200), max_size=6), st.integers(1, 20))
 def test_blocks_are_the_text(chunks, size):
     found = list(blocks(chunks, size))

@@ -316,3 +316,5 @@ def test_a_layer_without_width_and_an_input_of_integers_are_named():
             MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"x is of torch.int64: must be floating-point numbers"):
         MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(1, 8, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"mask is of torch.int64: must be bool, False for padding"):
+        MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(1, 8, 4), mask=torch.ones(1, 8, dtype=torch.long))
