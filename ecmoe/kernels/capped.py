@@ -139,7 +139,7 @@ def _threshold(row):
 
 @triton.jit
 def _price(state, counts, pool, node, e, unit, target, damping, r, first):
-    """Prices and scales of some nodes in round r: experts 0 to e - 1, and e, a place that stays free.
+    """Prices and scales of some nodes in round r: experts 0 to e - 1, and e, a place that stays free; nodes beyond are none.
 
     The round before counted the gains of at least each threshold times the scale; that of the target-th token lies
     between two of them. `first`: the first round that counted for these nodes. Stored by the pool's first program.
@@ -196,7 +196,7 @@ def _round_kernel(
     unit = tl.load(units + pool)
     free_node = tl.full((1,), 0, tl.int32) + e
     free, free_scale = _price(state, counts, pool, free_node, e, unit, before * e, damping, r, first)
-    price, scale = _price(state, counts, pool, expert, e, unit, before, damping, r, 0)
+    price, scale = _price(state, counts, pool, tl.where(expert < e, expert, E + 1), e, unit, before, damping, r, 0)
     gain = _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter) - price[None, :]
     counts += (r * pools + pool) * 9 * (e + 1)
     if CAPPED:
@@ -229,7 +229,7 @@ def _hold_kernel(
     unit = tl.load(units + pool)
     free_node = tl.full((1,), 0, tl.int32) + e
     free, _ = _price(state, counts, pool, free_node, e, unit, before * e, damping, r, first)
-    price, _ = _price(state, counts, pool, expert, e, unit, before, damping, r, 0)
+    price, _ = _price(state, counts, pool, tl.where(expert < e, expert, E + 1), e, unit, before, damping, r, 0)
     R = _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter) - price[None, :]
     can = inside
     if SPARE:

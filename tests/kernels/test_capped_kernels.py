@@ -220,7 +220,14 @@ def by_hand(S, k, b, uncapped, sampled, rounds):
 
 @pytest.mark.parametrize(
     ("e", "k", "b", "uncapped", "sampled", "rounds"),
-    [(8, 24, 3, 3, 7, 12), (6, 50, 3, 2, 6, 10), (4, 29, 2, 1, 6, 9), (8, 24, 3, 4, 14, 2), (6, 50, 3, 1, 6, 2)],
+    [
+        (8, 24, 3, 3, 7, 12),
+        (6, 50, 3, 2, 6, 10),
+        (4, 29, 2, 1, 6, 9),
+        (6, 29, 2, 1, 6, 9),
+        (8, 24, 3, 4, 14, 2),
+        (6, 50, 3, 1, 6, 2),
+    ],
 )
 def test_it_is_the_auction_by_hand(e, k, b, uncapped, sampled, rounds, monkeypatch):
     """Of 100 tokens a pool, 24 are the sample, all of them several programs; after two rounds much is left to settle."""
