@@ -125,8 +125,9 @@ class Router(RunningState):
 
     @property
     def gathers(self) -> bool:
-        """Do running statistics take in what `assign` sees now? In training; not again where a pass is recomputed."""
-        return self.training and not recomputing()
+        """Do running statistics take in what `assign` sees now? In training, where tokens compete; not again where a pass is
+        recomputed."""
+        return self.training and not self.causal and not recomputing()
 
     def extra_repr(self) -> str:
         kept = {name: getattr(self, name, ...) for name in inspect.signature(type(self)).parameters}

@@ -297,3 +297,20 @@ def test_as_trained_who_sees_what(arm, change, leaks):
         assert flips > 10 and largest > 1e-3
     else:
         assert flips == 0 and largest < 1e-12
+
+
+@pytest.mark.parametrize(
+    "router", [ExpertChoice(D, E), ExpertThreshold(D, E), KMeans(D, E), TokenChoice(D, E, 2, 1.0, balance="bias")]
+)
+def test_running_statistics_take_in_training_batches_as_they_are_trained_and_nothing_routed_causally(router):
+    x = torch.randn(16, D, generator=generator(0))
+    first = None
+    for again in (False, True):
+        router.causal = again
+        router.assign(router.read(x)[0])
+        state = {name: value.clone() for name, value in router.state_dict().items()}
+        assert first is None or all(torch.equal(state[name], value) for name, value in first.items())
+        first = state
+    router.causal = False
+    router.assign(router.read(x)[0])
+    assert any(not torch.equal(value, first[name]) for name, value in router.state_dict().items())
