@@ -579,8 +579,8 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
 
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_a_notebook_that_has_the_parameter_is_told_whether_to_train(asked, tmp_path, monkeypatch):
-    def run(source, executed, values, **_):
-        given.append(values)
+    def run(source, executed, values, *, cwd, **_):
+        given.append((values, cwd))
         nbformat.write(source, executed)
 
     given = []
@@ -592,7 +592,8 @@ def test_a_notebook_that_has_the_parameter_is_told_whether_to_train(asked, tmp_p
     page = execute(
         str(tmp_path / "a.ipynb"), str(tmp_path / "new/a.html"), parameters={"width": 2.0}, train_missing=asked
     )
-    assert given == [{"width": 2.0} | ({} if asked is None else {"train_missing": asked})]
+    told = {"width": 2.0} | ({} if asked is None else {"train_missing": asked})
+    assert given == [(told, tmp_path)]  # the notebook's folder, wherever the page goes
     assert page == tmp_path / "new/a.html" and [path.name for path in page.parent.iterdir()] == ["a.html"]
     assert BeautifulSoup(page.read_text(), "html.parser").find("a", string="Notebook")["href"] == "../a.ipynb"
 

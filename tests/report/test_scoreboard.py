@@ -242,7 +242,7 @@ def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path, monkeypat
 def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "judge_all", lambda scale: verdicts if scale == "gpu" else {})
     (tmp_path / "05_other_routers.html").write_text(PAGE)
-    (tmp_path / "09_x.failed.html").write_text("<p>no page")
+    (tmp_path / "08_step_time.failed.html").write_text("<p>no page")
     made = index.index("gpu", str(tmp_path))
     page = BeautifulSoup(made.read_text(), "html.parser")
     assert made == tmp_path / "index.html"
@@ -255,7 +255,7 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     ]
     assert listed == [
         ["05_other_routers.html", "A & B", "About it", False],
-        ["09_x.failed.html", "09_x.failed", "", True],
+        ["08_step_time.failed.html", "08_step_time.failed", "", True],
     ]
     words, script = page.find_all("script")
     assert json.loads(words.string)[1:-1] == [
@@ -264,7 +264,10 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     ]
     allowed = base64.b64encode(hashlib.sha256(script.string.encode()).digest()).decode()  # that script, and no other
     assert f"script-src 'sha256-{allowed}'" in page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
-    assert page.find(id="C6").find("a")["href"] == "05_other_routers.html" and not page.find(id="C1").find("a")
+    links = {claim: [a["href"] for a in page.find(id=claim).find_all("a")[:1]] for claim in verdicts}
+    assert links == {"C1": [], "C6": ["05_other_routers.html"], "C2": ["08_step_time.failed.html"]}  # what is there
+    studies = page.main.find_all("table")[-1].find_all("a")
+    assert [a["href"] for a in studies] == ["05_other_routers.html"]  # page 08 trains nothing
     assert answer("gpu", verdicts).sentences[0] in page.text
     assert "all pages and results" in page.footer.text and page.find("a", string="Search")["href"] == "#search"
     assert not page.find("a", string="All reports")  # it is that page
