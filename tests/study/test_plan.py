@@ -29,7 +29,10 @@ def configs(tmp_path, monkeypatch):
         "EC: {}\nHalf: {steps: 1/2}\nWide: {router: dense, d_ff: 7/6}\nTop: {router: token_choice, top_k: 2}\nSlow: {warmup_steps: 1/2}\n",
     )
     write("01_a.yaml", "arms: [EC, Half]\nmeasures: {decoding: {arms: [EC], seeds: [0]}, dependence: }\n")
-    write("02_b.yaml", "arms: [Top, EC]\nseeds: [1, 0]\nmeasures: {losses: {pools: [4]}}\n")
+    write(
+        "02_b.yaml",
+        "arms: [Top, EC]\nseeds: [1, 0]\nmeasures: {losses: {pools: [4]}, dependence: , decoding: {tokens: 3}}\n",
+    )
     monkeypatch.setattr(paths, "configs", lambda: tmp_path)
     yield write
 
@@ -41,8 +44,11 @@ def test_every_run_once_seed_by_seed_with_all_that_pages_want_of_it(configs):
     ]  # fmt: skip
     first = runs[0]
     assert first.pages == ("01_a", "02_b") and first.name == first.config.name
-    assert [how.what for how in first.measures] == ["decoding", "dependence", "losses"]
-    assert [how.what for how in runs[2].measures] == ["dependence", "losses"]
+    asked = [[(how.what, how.keys) for how in one.measures] for one in runs]
+    once, longer = ("dependence", {}), [("losses", {"pools": [4]}), ("decoding", {"tokens": 3})]
+    assert asked[0] == [("decoding", {}), once, *longer]  # the same once, with other keys another
+    assert asked[2] == [once, *longer] and asked[1] == asked[3] == [once]
+    assert asked[4] == asked[5] == [longer[0], once, longer[1]]
     assert [one.config.steps for one in runs[:2]] == [40, 20]
     assert [one.arms[0] for one in plan.plan("big", ["02_b"])] == ["Top", "EC", "Top", "EC"]
     configs("03_c.yaml", "arms: {Mine: {}}\nseeds: [0]\n")  # the first, by another name
