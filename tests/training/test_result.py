@@ -13,6 +13,7 @@ from ecmoe.files import read_json, write_json
 from ecmoe.model import metrics
 from ecmoe.model.build import build_model
 from ecmoe.training import result as results
+from ecmoe.training.continuation import continue_text
 from ecmoe.training.result import Result
 
 
@@ -148,8 +149,9 @@ def test_a_model_is_loaded_to_be_used_with_its_table_and_for_any_length(tmp_path
 
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="record holds none"):
-        make(RunConfig()).load_model()
+    for ask in (make(RunConfig()).load_model, lambda: continue_text(tmp_path, "The a", 2)):
+        with pytest.raises(FileNotFoundError, match="once a run has finished, and a record holds none"):
+            ask()
 
 
 def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
