@@ -139,7 +139,7 @@ def assert_near(found, expected, near, tolerance):
 # Tiles are of 64: at T=256 some hold far distances alone where near is up to 129, at T=384 where it is 130 too.
 @pytest.mark.parametrize(
     ("B", "T", "near"),
-    [(1, 128, near) for near in (1, 2, 65, 114, 130, 1000)]
+    [(1, 128, near) for near in (1, 2, 65, 114, 128, 130, 1000)]
     + [(2, 128, 66)]
     + [(1, 256, near) for near in (1, 2, 65, 66, 114, 1000)]
     + [(1, 384, 130)],
