@@ -47,14 +47,22 @@ def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
 
 def test_a_figure_has_its_words_in_quotes_and_a_part_without_one_says_so(monkeypatch):
     plot = readme.Plot(Drawn(), 'a "b" <c>', None)
-    monkeypatch.setattr(readme, "judge_all", lambda scale: {})
+    asked, plan, measured = [], readme.speed.plan, readme.speed.measured
+    monkeypatch.setattr(readme, "judge_all", lambda scale: asked.append(scale) or {})
+    monkeypatch.setattr(readme.speed, "plan", lambda scale: asked.append(scale) or plan(scale))
+    monkeypatch.setattr(
+        readme.speed,
+        "measured",
+        lambda jobs, *, scale, **how: asked.append(scale) or measured(jobs, scale=scale, **how),
+    )
     monkeypatch.setattr(readme, "effects", lambda verdicts: plot)
     monkeypatch.setattr(readme, "share_of_floor", lambda layers: plot._replace(figure=None))
-    texts, plots = readme.sections("gpu")
-    assert '"reports/gpu/readme-evidence.png" width="760" alt="a &quot;b&quot; &lt;c&gt;">' in texts["evidence"]
+    texts, plots = readme.sections("paper")
+    assert '"reports/paper/readme-evidence.png" width="760" alt="a &quot;b&quot; &lt;c&gt;">' in texts["evidence"]
     assert texts["speed"].startswith("Not run yet: Speed of the layer") and plots == {
-        "reports/gpu/readme-evidence.png": plot
+        "reports/paper/readme-evidence.png": plot
     }
+    assert asked == ["paper"] * 3 and "make reproduce SCALE=paper" in texts["evidence"]
 
 
 class Drawn:

@@ -268,6 +268,7 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     assert links == {"C1": [], "C6": ["05_other_routers.html"], "C2": ["08_step_time.failed.html"]}  # what is there
     studies = page.main.find_all("table")[-1].find_all("a")
     assert [a["href"] for a in studies] == ["05_other_routers.html"]  # page 08 trains nothing
+    assert page.text.count("make reproduce SCALE=gpu") == 2  # in the answer, and below those runs
     assert answer("gpu", verdicts).sentences[0] in page.text
     assert "all pages and results" in page.footer.text and page.find("a", string="Search")["href"] == "#search"
     assert not page.find("a", string="All reports")  # it is that page
