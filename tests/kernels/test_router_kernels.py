@@ -85,6 +85,8 @@ def test_select_takes_pools_and_softmax_scores():
     scores = torch.randn(2, 5, 60, generator=torch.Generator().manual_seed(0)).to(DEVICE).softmax(1)
     chosen = kernels.select(scores.transpose(0, 1), 7).transpose(0, 1)
     assert torch.equal(chosen, scores.topk(7).indices.sort().values)
+    of_one = scores[0].T.contiguous().T  # as the router leaves them, whose softmax is over the experts
+    assert not of_one.is_contiguous() and torch.equal(kernels.select(of_one, 7), chosen[0])
 
 
 def test_a_choice_writes_down_what_it_is_given_room_for():
@@ -134,6 +136,14 @@ def test_logits_are_float32s(n, d, e, dtype, narrow, monkeypatch):
     (dx, dw), theirs = (torch.autograd.grad(o, [x, w], gradient.to(o.dtype)) for o in (out, expected))
     assert dx.dtype == dtype and distance(dx, theirs[0]) < (2**-6 if dtype == torch.bfloat16 else 2e-6)
     assert dw.dtype == w.dtype and distance(dw, theirs[1]) < (2**-6 if narrow else 2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "e"), [(torch.float16, 6), (torch.bfloat16, routing.MOST_EXPERTS + 1)])
+def test_logits_are_float32s_also_where_no_kernel_makes_them(dtype, e):
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*size, generator=g).to(DEVICE, dtype) for size in ((40, 24), (24, e)))
+    out, _ = kernels.logits(x, w)
+    assert out.dtype == torch.float32 and distance(out, x.double() @ w.double()) < 2e-6
 
 
 def test_the_two_gradients_of_a_token_add_up():
