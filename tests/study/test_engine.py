@@ -114,14 +114,14 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project, 
     one = plan.plan("gpu")[1]
     bad = Measurement("fine-tuned", {"task": "nosuch"})
     one = plan.Planned(one.name, one.config, one.pages, one.arms, one.seed, (bad, *one.measures))
-    said = engine.carry_out(one, "gpu", keep_weights=False)
+    said = engine.carry_out(one, "paper", keep_weights=False)
     assert (
-        said.startswith("failed: fine-tuned-nosuch: ") and engine.lacks(one, "gpu") == "to measure: fine-tuned-nosuch"
+        said.startswith("failed: fine-tuned-nosuch: ") and engine.lacks(one, "paper") == "to measure: fine-tuned-nosuch"
     )
     assert list(paths.runs().glob("*/model.safetensors"))  # still wanted
     told = re.findall(r"^\[(\S+)\] (\S+): \d+ s$", capsys.readouterr().err, re.M)
     assert told == [(one.name, how.name) for how in one.measures[1:]]
-    engine.carry_out(one, "gpu")
+    engine.carry_out(one, "paper")
     assert " s\n" not in capsys.readouterr().err  # what is there is not told again
 
 
