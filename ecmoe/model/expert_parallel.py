@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
@@ -86,6 +87,7 @@ class _Sent(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # a second pass would have to know which factors are those of a first
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         return _Sent.apply(dout, ctx.group, 1.0).mul_(ctx.factor), None, None
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ecmoe import MoE, causal_routing
 from ecmoe.model import moe as moe_module
-from ecmoe.model.expert_parallel import Exchange, share_experts
+from ecmoe.model.expert_parallel import Exchange, _Sent, share_experts
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -119,3 +119,14 @@ def test_kernels_compute_the_same(by_rank):
     for rank in by_rank:
         for key, value in rank["by kernels"].items():
             torch.testing.assert_close(torch.tensor(value), torch.tensor(rank["of a rank's pool"][key]))
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = torch.randn(4, requires_grad=True)
+        (slope,) = torch.autograd.grad((_Sent.apply(x * x, dist.group.WORLD, 0.5) ** 2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()
+    finally:
+        dist.destroy_process_group()
