@@ -25,7 +25,7 @@ from ecmoe.data.tokenizer import Tokenizer
 from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import causal_routing, routers
-from ecmoe.training.optimizer import clip
+from ecmoe.training.optimizer import clip, fuses
 from ecmoe.training.trainer import new_trainer, repeatable
 
 SEPARATOR = "\n"  # ends each text of an example
@@ -100,7 +100,10 @@ class LitFineTuning(L.LightningModule):
         longest = int(lengths.max())
         T = -(-longest // ROUND) * ROUND
         if self.config.compile:
-            T = min(next(128 * 4**i for i in range(longest) if 128 * 4**i >= longest), self.config.sequence_length)
+            T = 128
+            while T < longest:
+                T *= 4
+            T = min(T, self.config.sequence_length)
         return F.pad(tokens[:, :T], (0, max(T - tokens.shape[1], 0))), lengths, labels
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -127,8 +130,8 @@ class LitFineTuning(L.LightningModule):
         clip(self.parameters(), optimizer, 1.0)  # Lightning's own refuses a fused optimiser
 
     def configure_optimizers(self) -> dict[str, Any]:
-        fused = self.device.type == "cuda" and self.config.precision != "16-mixed"  # as in `build_optimizer`
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=fused or None)
+        fused = fuses(self.config, self.device) or None
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=fused)
         track(self.model, optimizer)
         warm = max(self.steps // 10, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(

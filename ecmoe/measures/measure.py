@@ -1,7 +1,7 @@
 """measure: what needs a run's weights is computed once and kept, so that pages are redrawn without them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,8 @@ def measure(
     if train:
         with lock(name):  # whoever comes second finds it done
             if not any(path.exists() for path in places):
-                with trained_model(result) as alone:
-                    found = _computed(result, how, model or alone)
+                with nullcontext(model) if model else trained_model(result) as read:
+                    found = _computed(result, how, read)
                 kept = {"run": name, "what": how.what, "keys": how.keys, "found": found}
                 write_json(places[-1], kept, sealed=True)
     for path in places:

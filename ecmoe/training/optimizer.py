@@ -18,11 +18,13 @@ def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: tor
     c = config
     if c.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
-    # With a GradScaler, a fused step would unscale gradients that were clipped while scaled.
-    fused = device.type == "cuda" and c.precision != "16-mixed"
-    return torch.optim.AdamW(
-        parameters, lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=fused or None
-    )
+    fused, betas = fuses(config, device) or None, (c.beta1, c.beta2)
+    return torch.optim.AdamW(parameters, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay, fused=fused)
+
+
+def fuses(config: RunConfig, device: torch.device) -> bool:
+    """Can AdamW step in one pass over each tensor? With a GradScaler it would unscale gradients that were clipped while scaled."""
+    return device.type == "cuda" and config.precision != "16-mixed"
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:

@@ -53,8 +53,8 @@ _KNOWN = {
     "one EC network": ("#0072B2", "o"),
     "one dense network": (INK, "P"),
 }
-# Of EC-CF2, GShard and Switch: other arms take them where nothing else is left.
-_CENTRE = ("#0072B2", "#D55E00", "#E69F00")
+# Other arms take their colours where nothing else is left.
+_CENTRE = [_KNOWN[arm][0] for arm in ("EC-CF2", "GShard top-2", "Switch top-1")]
 _GATES = {"renormalized": "", "raw": (4, 2), "scaled": (1, 1.5)}  # what a name says of the gate: its dashes
 
 
