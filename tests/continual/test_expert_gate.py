@@ -55,6 +55,13 @@ def test_the_gate_with_the_lowest_error_chooses(learned):
     for i in range(0, len(x), 17):
         k = by_hand[i]
         assert said[i] == model.classes[k][model.experts[k](x[i : i + 1]).argmax()]
+    own = [(c.min(), c.max()) for c in model.classes]
+    answers, told = model.answers([task.val_x for task in tasks], [task.classes for task in tasks])
+    assert torch.equal(torch.cat(answers), said) and len(answers) == len(told) == 2
+    for k, task in enumerate(tasks):  # the task's own expert, whatever the gates say
+        assert told[k].tolist() == task.classes[model.experts[k](task.val_x).argmax(1)].tolist()
+    swapped = model.answers([task.val_x for task in reversed(tasks)], [])[1]
+    assert all(low <= said.min() and said.max() <= high for said, (low, high) in zip(swapped, own, strict=True))
 
 
 def test_relatedness_by_hand(learned):

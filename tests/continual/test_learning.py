@@ -90,6 +90,14 @@ def test_balance_losses_are_trained_on(monkeypatch):
     assert losses[1] - losses[0] > 5  # the balance loss is at least about 1
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_tasks_lie_on_the_gpu_where_there_is_one(there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(learning, "split", lambda data, config, device: pytest.fail(f"on {device}"))
+    with pytest.raises(BaseException, match="on cuda" if there else "on cpu"):
+        run(GATE)
+
+
 def test_tasks_are_disjoint_and_hold_every_image():
     data = images.load("digits")
     tasks = split(data, DENSE.replace(held_out=7))

@@ -1,0 +1,90 @@
+"""Routing makes what it needs where the tokens are, wherever else new tensors go."""
+
+import pytest
+import torch
+
+from ecmoe.routing import (
+    Dense,
+    ExpertChoice,
+    ExpertThreshold,
+    Hash,
+    KMeans,
+    LinearAssignment,
+    TaskLevel,
+    TokenChoice,
+    causal_routing,
+)
+
+D, E, N = 3, 4, 16
+ROUTERS = {
+    "dense": lambda: Dense(D, E),
+    "batch": lambda: ExpertChoice(D, E),
+    "sequence": lambda: ExpertChoice(D, E, pool="sequence", gate="renormalized"),
+    "tokens": lambda: ExpertChoice(D, E, pool=8, rounding="down"),
+    "capped": lambda: ExpertChoice(D, E, max_experts_per_token=2),
+    "dykstra": lambda: ExpertChoice(D, E, max_experts_per_token=2, cap_solver="dykstra"),
+    "threshold": lambda: ExpertThreshold(D, E),
+    "hash": lambda: Hash(D, E, 10, 1.0),
+    "k-means": lambda: KMeans(D, E, 1.0),
+    "auction": lambda: LinearAssignment(D, E),
+    "learned task": lambda: TaskLevel(D, E, 5),
+    "fixed task": lambda: TaskLevel(D, E, 5, "fixed"),
+    **{
+        balance: lambda balance=balance: TokenChoice(D, E, 2, 1.0, priority="score", balance=balance)
+        for balance in ("switch", "first_choice", "importance_load", "bias")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_what_is_made_lies_where_the_tokens_are(name):
+    """Who forgets `device=` gets a tensor without numbers here, as it would be one on a CPU beside a GPU's."""
+    draw = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(2, N // 2, D, generator=draw), torch.rand(N, generator=draw) < 0.7
+    ids = torch.randint(5, (N,), generator=draw)
+
+    def routed():
+        router, found = ROUTERS[name](), []
+        router.load_state_dict({key: value.detach().clone() for key, value in state.items()})
+
+        def choose():
+            torch.manual_seed(0)
+            for m in (None, mask):
+                chosen = router.assign(router.logits(x), batch_shape=x.shape[:2], token_ids=ids, task_ids=ids, mask=m)
+                found.extend([*chosen, chosen.aux_loss, chosen.dense(N), chosen.renormalized(N).gate])
+                found.append(chosen.experts_per_token(N))
+
+        with place:
+            choose()
+            router.end_step()
+            choose()
+            with causal_routing(router):
+                choose()
+        return [one for one in [*found, *router.buffers()] if one is not None]
+
+    state = ROUTERS[name]().state_dict()
+    runs = []
+    for place in (torch.device("cpu"), torch.device("meta")):
+        runs.append(routed())
+    for there, here in zip(*runs, strict=True):
+        assert torch.equal(there, here)
+
+
+@pytest.mark.parametrize(
+    ("make", "static"),
+    [
+        (lambda: Dense(D, E), True), (lambda: ExpertChoice(D, E), True), (lambda: ExpertThreshold(D, E), True),
+        (lambda: Hash(D, E, 10, 1.0), True), (lambda: Hash(D, E, 10), False),
+        (lambda: TokenChoice(D, E, 1, 1.0), True), (lambda: TokenChoice(D, E, 1), False),
+    ],
+)  # fmt: skip
+def test_static_is_who_needs_no_number_from_the_device(make, static):
+    """On one that has none to give, choosing in training works or not."""
+    router, ids = make().to("meta"), torch.zeros(N, dtype=torch.long, device="meta")
+    logits = torch.zeros(N, E, device="meta")
+    try:
+        router.assign(logits, batch_shape=(2, N // 2), token_ids=ids)
+        works = True
+    except (RuntimeError, NotImplementedError):
+        works = False
+    assert router.static == works == static
