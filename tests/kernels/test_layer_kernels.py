@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,28 +207,6 @@ def test_autocast_takes_the_products_down_and_the_routing_not():
         out, expected = layer("triton")(x), layer("plain")(x)
     assert out.dtype == expected.dtype == torch.float32
     assert 0 < distance(out, expected) < 1e-2
-
-
-def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
-    cpu, cuda = SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)
-    assert [router.fast(kind, cpu) for kind in MAY_BE["kernels"]] == [False, False, True, True]
-    assert [router.fast(kind, cuda) for kind in MAY_BE["kernels"]] == [True, False, True, True]
-    monkeypatch.setattr(router, "TRITON", False)
-    assert not router.fast("auto", cuda)
-
-
-@pytest.mark.parametrize("kind, expected", [("auto", [True, False, True, True]), ("triton", [True] * 4)])
-def test_few_tokens_are_compiled_plainly_unless_sums_need_a_fixed_order(kind, expected, monkeypatch):
-    cuda, one = SimpleNamespace(is_cuda=True), ExpertChoice(D, E)
-    one.kernels = kind
-    monkeypatch.setattr(router, "FEW", 8 * D)
-    eager = one.fast(cuda, 7)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    few, enough = one.fast(cuda, 7), one.fast(cuda, 8)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert [eager, few, enough, one.fast(cuda, 7)] == expected
-    one.kernels = "plain"
-    assert not one.fast(cuda, 8)
 
 
 @pytest.mark.parametrize("few", [True, False])

@@ -43,7 +43,7 @@ def test_what_is_made_lies_where_the_tokens_are(name):
     x, mask = torch.randn(2, N // 2, D, generator=draw), torch.rand(N, generator=draw) < 0.7
     ids = torch.randint(5, (N,), generator=draw)
 
-    def routed():
+    def routed(place):
         router, found = ROUTERS[name](), []
         router.load_state_dict({key: value.detach().clone() for key, value in state.items()})
 
@@ -63,10 +63,7 @@ def test_what_is_made_lies_where_the_tokens_are(name):
         return [one for one in [*found, *router.buffers()] if one is not None]
 
     state = ROUTERS[name]().state_dict()
-    runs = []
-    for place in (torch.device("cpu"), torch.device("meta")):
-        runs.append(routed())
-    for there, here in zip(*runs, strict=True):
+    for there, here in zip(*map(routed, map(torch.device, ("cpu", "meta"))), strict=True):
         assert torch.equal(there, here)
 
 
