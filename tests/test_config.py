@@ -1,6 +1,8 @@
 """RunConfig: what it refuses, and what makes two runs the same."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import re
 
@@ -83,6 +85,9 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"vocab_size": 256, "tokenizer": "bpe"}, ["vocab_size=256 with tokenizer=bpe", "at least 257"]),
         ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
+        ({"data": "digits", "router": "task_level"}, ["router='task_level' with data='digits': it routes by tasks, which images "
+         "don't have; take one of expert_choice, token_choice, dense_moe, dense, linear_assignment, kmeans, expert_threshold"]),
+        ({"data": "images:x", "router": "hash", "hash_table": "balanced"}, ["routes by token ids and token counts, which"]),
         # Held to the config's own sizes, not to those of the defaults.
         (
             {"router": "linear_assignment", "batch_size": 3, "sequence_length": 5, "accumulate": 8},
@@ -198,9 +203,10 @@ def test_the_largest_number_is_none_too_large():
     assert RunConfig(seed=2**63 - 1).seed == 2**63 - 1
 
 
-def test_no_remedy_would_change_a_number():
+@pytest.mark.parametrize("steps", [10.5, "10.5"])
+def test_no_remedy_would_change_a_number(steps):
     with pytest.raises(ConfigError) as error:
-        RunConfig.from_dict({"steps": 10.5})
+        RunConfig.from_dict({"steps": steps})
     assert "must be int" in str(error.value) and "write" not in str(error.value)
 
 
@@ -275,6 +281,26 @@ def test_digest_follows_what_the_run_reads_and_nothing_else():
         assert config.replace(data=name).digest() == config.replace(data=f"./{name}").digest()
 
 
+@pytest.mark.parametrize(
+    ("keys", "data", "unread"),
+    [
+        ({"max_experts_per_token": 3}, "stdlib", "patch_size channels classes augment"),
+        ({"data": "images:/there/pets/"}, "images:pets", "cap_solver streaming max_bytes tokenizer vocab_size "
+         "relative_buckets relative_max_distance relative_init"),
+        ({"data": "mix:c4,/there/b.txt"}, "mix:c4,b.txt", "cap_solver patch_size channels classes augment"),
+    ],
+)  # fmt: skip
+def test_an_identity_is_all_keys_but_those_that_change_nothing(keys, data, unread):
+    """And a digest is of it: a name is for ever, as runs are found by it."""
+    config = RunConfig(seed=3, **keys)
+    watched = "eval_every checkpoint_every compile cuda_graph kernels activation_checkpointing"
+    others = ("top_k priority balance aux_loss_weight z_loss_weight hash_table num_tasks task_table threshold_beta").split()
+    kept = {key: value for key, value in config.to_dict().items() if key not in [*unread.split(), *watched.split(), *others]}
+    assert config.identity() == kept | {"data": data}
+    written = json.dumps({"schema": 1} | config.identity(), sort_keys=True)
+    assert config.digest() == hashlib.sha256(written.encode()).hexdigest()[:12]
+
+
 def test_a_pool_of_tokens_holds_whole_sequences_and_divides_the_batch():
     assert [RunConfig(pool=tokens).pool_tokens for tokens in (128, 256, 2048)] == [128, 256, 2048]
     for tokens in (384, 4096, 64):
@@ -291,6 +317,14 @@ def test_the_least_that_weights_take_is_counted_by_hand():
     assert config.weights_at_least == 3 * attention + 2 * gated + experts + 8 * (4 * 4 * 3 + 7)
     assert config.replace(router="dense").weights_at_least == 3 * attention + 3 * gated + 8 * (4 * 4 * 3 + 7)
     assert RunConfig(moe_every=1, **keys).weights_at_least == 3 * attention + 3 * experts + 8 * 256
+
+
+@pytest.mark.parametrize(
+    "data", ["mix:", "mix:a.txt", "mix:a.txt,", "mix:a.txt,a.txt", "mix:a.txt,b.txt,a.txt", "mix:,a.txt"]
+)
+def test_a_mix_of_less_than_two_texts(data):
+    with pytest.raises(ConfigError, match="data='mix:.*at least two texts, all different"):
+        RunConfig(data=data)
 
 
 def test_ranks_are_counted_over_all_nodes():

@@ -151,14 +151,6 @@ def test_what_is_stated_of_files_tells_no_data_sets_of_the_hub_apart():
     assert stated == ["c4,#0123456789abcdef", "wikitext-103,#0123456789abcdef"]  # nothing need be here
 
 
-@pytest.mark.parametrize(
-    "data", ["mix:", "mix:a.txt", "mix:a.txt,", "mix:a.txt,a.txt", "mix:a.txt,b.txt,a.txt", "mix:,a.txt"]
-)
-def test_a_mix_of_less_than_two_texts(data):
-    with pytest.raises(ConfigError, match="data='mix:.*at least two texts, all different"):
-        RunConfig(data=data)
-
-
 def test_a_part_that_is_nowhere_is_named(mix):
     with pytest.raises(ConfigError, match="data='/nowhere/x.txt'.*no such file"):
         opened(config(f"{mix},/nowhere/x.txt"))
