@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
@@ -120,9 +122,25 @@ def test_a_fused_run_is_clipped_like_any_other(tiny_config, monkeypatch, tmp_pat
         assert losses[True, norm] == pytest.approx(losses[False, norm], rel=max(CLOSE, 5e-5))
 
 
-def test_a_fused_step_clips_as_it_reads_and_leaves_gradients_alone():
+@pytest.mark.parametrize(
+    ("gradient", "most", "factor"), [([3.0, 4.0], 0.5, 10), ([3e-6, 4e-6], 2e-6, 3), ([3.0, 4.0], 9.0, 1)]
+)
+def test_a_fused_step_clips_as_it_reads_and_leaves_gradients_alone(gradient, most, factor):
     weight = nn.Parameter(torch.zeros(2, device=DEVICE))
     optimizer = torch.optim.AdamW([weight], fused=True)
-    weight.grad = torch.tensor([3.0, 4.0], device=DEVICE)
-    clip([weight, nn.Parameter(torch.zeros(1))], optimizer, 0.5)  # one has no gradient
-    assert weight.grad.tolist() == [3.0, 4.0] and float(optimizer.grad_scale) == pytest.approx(10)
+    weight.grad = torch.tensor(gradient, device=DEVICE)
+    clip([weight, nn.Parameter(torch.zeros(1))], optimizer, most)  # one has no gradient
+    assert weight.grad.tolist() == pytest.approx(gradient, rel=1e-6)
+    assert float(optimizer.grad_scale) == pytest.approx(factor)  # (norm + 1e-6) / most, as torch has it
+
+
+def test_a_fused_step_clips_by_the_norm_of_all_ranks_parts(two_ranks):
+    def work(rank: int) -> list:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        weight = nn.Parameter(DTensor.from_local(torch.zeros(1), mesh, [Shard(0)]))
+        optimizer = torch.optim.AdamW([weight], fused=True)
+        weight.grad = DTensor.from_local(torch.tensor([3.0 + rank]), mesh, [Shard(0)])
+        clip([weight], optimizer, 0.5)
+        return [isinstance(optimizer.grad_scale, DTensor), round(float(optimizer.grad_scale), 3)]
+
+    assert two_ranks(work) == [[False, 10.0]] * 2
