@@ -102,6 +102,7 @@ def test_a_balanced_table_comes_from_the_corpus_or_a_checkpoint_never_from_nothi
     with pytest.raises(ValueError, match="give LitModel token_counts"):
         L.Trainer(max_steps=1, **QUIET).fit(LitModel(config), batches(WINDOWS[:1]))
     lit = LitModel(config, torch.arange(256))
+    assert torch.equal(lit.routers[0].table, routing.build_router(config, torch.arange(256)).table)
     trainer = L.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
     trainer.fit(lit, batches(WINDOWS[:1]))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -220,7 +221,9 @@ def test_a_sharded_model_reduces_what_it_computes_in(tiny_config, two_ranks, str
     def work(rank: int) -> list:
         lit = LitModel(tiny_config(strategy=strategy, devices=2, precision=precision, layers=4))
         lit._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
-        lit._shard(dist.device_mesh.init_device_mesh("cpu", (2,)))
+        lit._device_mesh = {"data_parallel": dist.device_mesh.init_device_mesh("cpu", (2,))}
+        lit.configure_model()
+        lit.configure_model()  # as every fit and every validation calls it
         sharded = [module for module in lit.modules() if isinstance(module, FSDPModule)]
         groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded]
         weights = lit.model.moe_layers[0].w1.to_local()
