@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import io
+import json
 import lzma
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import textwrap
 
 import datasets
+import filelock
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -54,9 +56,10 @@ def test_tokens_are_the_text(book, make, keys):
     assert meta["train_bytes"] == len(train.encode()) and meta["val_bytes"] == len(val.encode())
     assert meta["val_documents"] == val.count(END) and meta["train_documents"] == train.count(END)
     assert found.train.dtype == (np.uint16 if keys else np.uint8) and isinstance(found.train, np.memmap)
-    assert meta["source_sha256"] and meta["parts"][0]["licence"] == "not stated"
     whole = train + val  # with the end of each document
-    assert (meta["parts"][0]["bytes"], meta["parts"][0]["documents"]) == (len(whole.encode()), whole.count(END))
+    said = {"name": "book.txt", "licence": "not stated", "attribution": "not stated", "split": "the last 5% of the text"}
+    assert meta["parts"] == [said | {"bytes": len(whole.encode()), "documents": whole.count(END)}]
+    assert len(meta["source_sha256"]) == 64
 
 
 def test_bpe_learns_nothing_from_what_validates(monkeypatch, make):
@@ -216,10 +219,11 @@ def test_text_of_the_same_size_and_time_is_another(tmp_path, make):
         assert bytes(make(path).train[:4]).decode() == letter * 4
 
 
-def test_text_that_changes_under_a_config_is_not_taken_for_its_own(book, make):
+def test_text_that_changes_under_a_config_is_not_taken_for_its_own(book, make, monkeypatch):
     stated = config(book).data
     book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
-    with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring that back, or leave out #"):
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring that back, or leave out #"):
+        patch.setattr(tokens, "_tokenise", lambda *a: pytest.fail("read"))
         make(stated)
     assert config(book).data != stated and make(book).meta["parts"]
 
@@ -257,17 +261,20 @@ def test_damage_is_found_and_repaired(book, make, name, damage, tmp_path):
         assert hashlib.sha256((place / file).read_bytes()).hexdigest() == said["sha256"]
 
 
-def test_cache_alone_is_enough(book, make, tmp_path):
+def test_cache_alone_is_enough(book, make, tmp_path, monkeypatch):
     before = make(book).meta["digest"]
     book.unlink()
-    assert make(book).meta["digest"] == before
+    with monkeypatch.context() as patch:
+        patch.setattr(filelock, "FileLock", lambda path: pytest.fail("locked"))  # where nobody may write, it is read
+        assert make(book).meta["digest"] == before
     place = tokens.folder(config(book))
     (place / "val.bin").write_bytes(b"short")
     with pytest.raises(ConfigError, match=r"val.bin is missing or damaged.*can't be made again.*no such file"):
         make(book)
     shutil.rmtree(place)
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="no such file") as error:
         make(book)
+    assert "made again" not in str(error.value)
     assert not place.exists()
 
 
@@ -328,6 +335,11 @@ def test_names_tell_configs_apart(book, tmp_path):
     folders = {tokens.folder(config(book, **keys)) for keys in variants}
     assert len(folders) == len(variants)
     assert tokens.folder(config(book, steps=5, seed=3)) == tokens.folder(config(book))
+    mix = RunConfig(data=f"mix:{book},c4", tokenizer="bpe", vocab_size=301, max_bytes=5000)  # its tokens are found for ever
+    stated = {"schema": 2, "data": ",c4#" + mix.data.partition("#")[2]}
+    stated |= {"max_bytes": 5000, "tokenizer": "bpe", "vocab_size": 301}
+    digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
+    assert tokens.folder(mix) == paths.cache() / "tokens" / f"book.txt-c4-bpe301-{digest}"
 
 
 def test_every_byte_of_meta_is_checked(book, make, tmp_path):
