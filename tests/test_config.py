@@ -85,9 +85,17 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"vocab_size": 256, "tokenizer": "bpe"}, ["vocab_size=256 with tokenizer=bpe", "at least 257"]),
         ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
-        ({"data": "digits", "router": "task_level"}, ["router='task_level' with data='digits': it routes by tasks, which images "
-         "don't have; take one of expert_choice, token_choice, dense_moe, dense, linear_assignment, kmeans, expert_threshold"]),
-        ({"data": "images:x", "router": "hash", "hash_table": "balanced"}, ["routes by token ids and token counts, which"]),
+        (
+            {"data": "digits", "router": "task_level"},
+            [
+                "router='task_level' with data='digits': it routes by tasks, which images "
+                "don't have; take one of expert_choice, token_choice, dense_moe, dense, linear_assignment, kmeans, expert_threshold"
+            ],
+        ),
+        (
+            {"data": "images:x", "router": "hash", "hash_table": "balanced"},
+            ["routes by token ids and token counts, which"],
+        ),
         # Held to the config's own sizes, not to those of the defaults.
         (
             {"router": "linear_assignment", "batch_size": 3, "sequence_length": 5, "accumulate": 8},
@@ -294,8 +302,12 @@ def test_an_identity_is_all_keys_but_those_that_change_nothing(keys, data, unrea
     """And a digest is of it: a name is for ever, as runs are found by it."""
     config = RunConfig(seed=3, **keys)
     watched = "eval_every checkpoint_every compile cuda_graph kernels activation_checkpointing"
-    others = ("top_k priority balance aux_loss_weight z_loss_weight hash_table num_tasks task_table threshold_beta").split()
-    kept = {key: value for key, value in config.to_dict().items() if key not in [*unread.split(), *watched.split(), *others]}
+    others = (
+        "top_k priority balance aux_loss_weight z_loss_weight hash_table num_tasks task_table threshold_beta"
+    ).split()
+    kept = {
+        key: value for key, value in config.to_dict().items() if key not in [*unread.split(), *watched.split(), *others]
+    }
     assert config.identity() == kept | {"data": data}
     written = json.dumps({"schema": 1} | config.identity(), sort_keys=True)
     assert config.digest() == hashlib.sha256(written.encode()).hexdigest()[:12]

@@ -57,7 +57,12 @@ def test_tokens_are_the_text(book, make, keys):
     assert meta["val_documents"] == val.count(END) and meta["train_documents"] == train.count(END)
     assert found.train.dtype == (np.uint16 if keys else np.uint8) and isinstance(found.train, np.memmap)
     whole = train + val  # with the end of each document
-    said = {"name": "book.txt", "licence": "not stated", "attribution": "not stated", "split": "the last 5% of the text"}
+    said = {
+        "name": "book.txt",
+        "licence": "not stated",
+        "attribution": "not stated",
+        "split": "the last 5% of the text",
+    }
     assert meta["parts"] == [said | {"bytes": len(whole.encode()), "documents": whole.count(END)}]
     assert len(meta["source_sha256"]) == 64
 
@@ -222,7 +227,10 @@ def test_text_of_the_same_size_and_time_is_another(tmp_path, make):
 def test_text_that_changes_under_a_config_is_not_taken_for_its_own(book, make, monkeypatch):
     stated = config(book).data
     book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring that back, or leave out #"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring that back, or leave out #"),
+    ):
         patch.setattr(tokens, "_tokenise", lambda *a: pytest.fail("read"))
         make(stated)
     assert config(book).data != stated and make(book).meta["parts"]
@@ -335,7 +343,9 @@ def test_names_tell_configs_apart(book, tmp_path):
     folders = {tokens.folder(config(book, **keys)) for keys in variants}
     assert len(folders) == len(variants)
     assert tokens.folder(config(book, steps=5, seed=3)) == tokens.folder(config(book))
-    mix = RunConfig(data=f"mix:{book},c4", tokenizer="bpe", vocab_size=301, max_bytes=5000)  # its tokens are found for ever
+    mix = RunConfig(
+        data=f"mix:{book},c4", tokenizer="bpe", vocab_size=301, max_bytes=5000
+    )  # its tokens are found for ever
     stated = {"schema": 2, "data": ",c4#" + mix.data.partition("#")[2]}
     stated |= {"max_bytes": 5000, "tokenizer": "bpe", "vocab_size": 301}
     digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
