@@ -71,6 +71,8 @@ def fine_tuned(
         torch.manual_seed(config.seed)
         tuned = LitFineTuning(copy.deepcopy(model), config, tasks.TASKS[task].classes, learning_rate, steps)
         trainer = new_trainer(config, max_steps=steps, inference_mode=False)
+        # Lightning would move weights and moments to the host after each loop, and back: 30 GB a task at the paper's size.
+        trainer.strategy.teardown = lambda: None  # type: ignore[method-assign]
         trainer.fit(tuned, DataLoader(Batches(train, batch_size, config.seed), batch_size=None))
         found = causally = right(trainer, tuned, validation, batch_size)
         if routers(tuned.model):

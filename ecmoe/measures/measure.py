@@ -78,6 +78,7 @@ def trained_model(result: Result) -> Iterator[Callable[[], "Trunk"]]:
         @cache
         def model() -> "Trunk":
             run = run_or_load(RunConfig.from_dict(result.summary["config"]), weights=True).path
+            free_memory()  # of its training
             held.enter_context(place(say=False))
             return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -90,6 +91,10 @@ def trained_model(result: Result) -> Iterator[Callable[[], "Trunk"]]:
 
 def _computed(result: Result, how: Measurement, model: Callable[[], "Trunk"]) -> Mapping[str, Any]:
     from ecmoe.config import RunConfig
+    from ecmoe.training.run import free_memory
 
     module, _, function = MEASURES[how.what].compute.partition(":")
-    return getattr(import_module(module), function)(model(), RunConfig.from_dict(result.summary["config"]), **how.keys)
+    try:
+        return getattr(import_module(module), function)(model(), RunConfig.from_dict(result.summary["config"]), **how.keys)
+    finally:
+        free_memory()  # a copy that was fine-tuned, say: the next one needs its room

@@ -137,6 +137,15 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     assert entered == ["repeatable"] and most == [32]
 
 
+def test_weights_and_moments_stay_on_the_device_between_its_loops(tiny_config, shouting, monkeypatch):
+    """Lightning's teardown would take 30 GB of the paper's model to the host, for each task three times."""
+    config, moved, trainers = tiny_config(), [], []
+    monkeypatch.setattr(LitFineTuning, "cpu", lambda tuned: moved.append(tuned) or tuned)
+    monkeypatch.setattr(fine_tuning, "new_trainer", lambda *a, **k: trainers.append(new_trainer(*a, **k)) or trainers[0])
+    fine_tuned(build_model(config), config, task="cola", folder=str(shouting), steps=2, batch_size=16)
+    assert not moved and len(trainers) == 1 and trainers[0].global_step == 2
+
+
 def test_a_fused_step_tunes_like_any_other(tiny_config, shouting, monkeypatch):
     """As on a GPU, in its precision: Lightning's own clipping would refuse the optimiser."""
     adamw, found, config = torch.optim.AdamW, [], tiny_config(precision="bf16-mixed")

@@ -1,5 +1,6 @@
 """A measurement is taken once, kept with the run, and read without weights."""
 
+import gc
 import shutil
 import weakref
 from contextlib import contextmanager
@@ -79,6 +80,37 @@ def test_a_model_is_read_once_for_all_that_ask_and_gone_afterwards(tiny_config, 
     assert read == [result.path] and given[0]() is None and len(given) == 2
     measure(result, how(layers=23), scale="gpu")
     assert len(read) == 2
+
+
+def test_nothing_of_a_training_or_of_a_measurement_is_in_the_way_of_the_next(tiny_config, monkeypatch):
+    """They are as large as the model, and a GPU may hold few; their parts point at each other."""
+    left = []
+
+    class Part:
+        def __init__(self):
+            self.itself = self
+            left.append(weakref.ref(self))
+
+    def seen(work):
+        def work_and_leave(*args, **keys):
+            there.append(sum(part() is not None for part in left))
+            Part()
+            return work(*args, **keys)
+
+        return work_and_leave
+
+    result, there = run_or_load(tiny_config(steps=2, seed=11), progress=False), []
+    monkeypatch.setattr("ecmoe.training.run.run_or_load", seen(run_or_load))
+    monkeypatch.setattr(training_result, "load_model", seen(training_result.load_model))
+    monkeypatch.setattr(f"{__name__}.weights", seen(lambda model, config, **keys: {}))
+    gc.disable()  # else it comes by chance
+    try:
+        with trained_model(result) as model:
+            for layers in (31, 32):
+                measure(result, how(layers=layers), model=model)
+    finally:
+        gc.enable()
+    assert there == [0, 0, 1, 0]  # before training, loading (which is part of measuring), the first and the second
 
 
 @pytest.mark.parametrize("change", ["a bit", "cut", "another run", "another measure"])
