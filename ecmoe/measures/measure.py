@@ -95,6 +95,8 @@ def _computed(result: Result, how: Measurement, model: Callable[[], "Trunk"]) ->
 
     module, _, function = MEASURES[how.what].compute.partition(":")
     try:
-        return getattr(import_module(module), function)(model(), RunConfig.from_dict(result.summary["config"]), **how.keys)
+        return getattr(import_module(module), function)(
+            model(), RunConfig.from_dict(result.summary["config"]), **how.keys
+        )
     finally:
         free_memory()  # a copy that was fine-tuned, say: the next one needs its room

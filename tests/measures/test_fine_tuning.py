@@ -141,7 +141,9 @@ def test_weights_and_moments_stay_on_the_device_between_its_loops(tiny_config, s
     """Lightning's teardown would take 30 GB of the paper's model to the host, for each task three times."""
     config, moved, trainers = tiny_config(), [], []
     monkeypatch.setattr(LitFineTuning, "cpu", lambda tuned: moved.append(tuned) or tuned)
-    monkeypatch.setattr(fine_tuning, "new_trainer", lambda *a, **k: trainers.append(new_trainer(*a, **k)) or trainers[0])
+    monkeypatch.setattr(
+        fine_tuning, "new_trainer", lambda *a, **k: trainers.append(new_trainer(*a, **k)) or trainers[0]
+    )
     fine_tuned(build_model(config), config, task="cola", folder=str(shouting), steps=2, batch_size=16)
     assert not moved and len(trainers) == 1 and trainers[0].global_step == 2
 
