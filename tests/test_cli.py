@@ -215,6 +215,20 @@ def test_a_command_passes_on_what_it_is_given(words, monkeypatch):
     assert (said(args), kwargs) == (given, keys)
 
 
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [("generate a b --tokens", 1), ("generate a b --temperature", 0), ("generate a b --top-k", 1), ("generate a b --seed", 0),
+     ("again a --steps", 1), ("runs --jobs", 1), ("bench scaling --devices", 1), ("bench scaling --repeats", 2)],
+)  # fmt: skip
+def test_a_number_has_its_least(words, least, monkeypatch):
+    for function in ("training.continuation.continue_text", "study.plan.sound", "study.speed.scaling"):
+        monkeypatch.setattr(f"ecmoe.{function}", lambda *_, **__: 1 / 0)  # it is let in
+    assert isinstance(call(*words.split(), least).exception, ZeroDivisionError)
+    refused = call(*words.split(), least - 1)
+    said = " ".join(refused.stderr.replace("\u2502", "").split())
+    assert refused.exit_code == 2 and f"'{words.split()[-1]}': Input should be greater than or equal to {least}" in said
+
+
 def test_bench_all_measures_what_it_is_asked_for_once(tmp_path, monkeypatch):
     made = []
 
@@ -279,11 +293,11 @@ def test_what_was_timed_is_printed_and_kept_where_asked(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("equal", "code"), [([True, True], 0), ([False, True], 1), ([True, False], 1)])
 def test_one_run_that_differs_is_an_exit_code(equal, code, monkeypatch):
     planned = [SimpleNamespace(name=name) for name in "ab"]
-    found = {"rows": 3, "differs": {"val_loss": 0.25}, "recorded": "x", "code": "y", "device": "CPU"}
+    found = {"rows": 3, "differs": {"val_loss": 0.25, "train_loss": 1e-5}, "recorded": "x", "code": "y", "device": "CPU"}
     monkeypatch.setattr("ecmoe.study.repeats.again", lambda name, *_: found | {"equal": equal["ab".index(name)]})
     monkeypatch.setattr("ecmoe.study.plan.sound", lambda scale: (planned, {}))
     ran = call("again", "a", "b")
-    said = ["equal in 3 rows" if one else "of 3 rows some differ: val_loss by up to 0.25" for one in equal]
+    said = ["equal in 3 rows" if one else "of 3 rows some differ: val_loss by up to 0.25; train_loss by up to 1e-05" for one in equal]
     assert ran.exit_code == code and ran.stdout.splitlines() == [
         f"{n}  code x -> y  CPU  {s}" for n, s in zip("ab", said, strict=True)
     ]

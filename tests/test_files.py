@@ -36,7 +36,7 @@ from ecmoe.files import (
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "a.json"
+    path = tmp_path / "new" / "in" / "a.json"
     write_json(path, {"x": float("nan"), "t": torch.tensor(2), 3: [float("-inf"), (True, None, path)]})
     with pytest.raises(ZeroDivisionError), written(path) as temporary:
         temporary.write_text("half of")
@@ -101,7 +101,8 @@ def test_two_writers_of_one_file_never_meet(tmp_path):
     ],
 )
 def test_a_full_disk_is_told_with_file_and_remedy(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 2**20 - 1))
+    free = {tmp_path: 2**20 - 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, free[path]))
     with (
         pytest.raises(OSError, match=r"no space left to write .*a\.json: free some") as told,
         written(tmp_path / "a.json"),
@@ -130,6 +131,7 @@ def test_another_error_is_told_as_it_is(tmp_path, monkeypatch, error):
         ("a-b-c-d", ["e", "a_b_c_d"], "did you mean a_b_c_d?"),
         ("convergence", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
         ("GENCE", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
+        ("01_", ["00_start", "01_convergence_of_all"], "did you mean 01_convergence_of_all?"),
         ("01", ["01_convergence_of_all"], "must be one of 01_convergence_of_all"),  # too short to mean one
         (7, ["one", "two"], "must be one of one, two"),
         ("x", [], "must be one of none"),
@@ -202,13 +204,13 @@ def test_the_sha256_of_several_files_is_of_names_and_contents_each_read_once(tmp
     (tmp_path / "x").write_bytes(b"abc")
     (tmp_path / "y").write_bytes(b"")
     lines = "".join(
-        f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in (("one", b"abc"), ("two", b""))
+        f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in (("one", b"abc"), ("\udcff", b""))
     )
     read = []
     monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or sha256(path))
     for _ in range(2):
-        found = content_sha256({"one": tmp_path / "x", "two": tmp_path / "y"})
-        assert found == hashlib.sha256(lines.encode()).hexdigest() and read == [tmp_path / "x", tmp_path / "y"]
+        found = content_sha256({"one": tmp_path / "x", os.fsdecode(b"\xff"): tmp_path / "y"})
+        assert found == hashlib.sha256(os.fsencode(lines)).hexdigest() and read == [tmp_path / "x", tmp_path / "y"]
     (tmp_path / "x").write_bytes(b"abd")
     assert sha256_once(tmp_path / "x") == hashlib.sha256(b"abd").hexdigest()
     with pytest.raises(ConfigError, match=r"gone can't be read: No such file or directory$"):

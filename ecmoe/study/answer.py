@@ -61,8 +61,7 @@ def answer(scale: str, verdicts: Mapping[str, ClaimVerdict]) -> Answer:
 
 
 def _holds(found: Sequence[ClaimVerdict]) -> str:
-    of_runs = [v for v in found if v.rests_on.runs]
-    size = next((v.rests_on for v in of_runs if v.claim == "C1"), of_runs[0].rests_on if of_runs else None)
+    size = next((verdict.rests_on for verdict in found if verdict.rests_on.runs), None)
     run = sum(verdict.label != NOT_RUN for verdict in found)
     at = f", at {size.size}, trained on {size.trained}" if size else ""
     so_far = f" {run} {'was' if run == 1 else 'were'} run so far" if run < len(found) else ""

@@ -30,14 +30,11 @@ class Evidence:
     def planned(self) -> dict[str, dict[int, Planned]]:
         """Arm -> seed -> the planned run: of the page's arms, by whichever page plans the very same run."""
         values = merge_parameters(parameter_files(self.page, self.scale))
-        arms = arms_of(values, self.scale)
-        further = [arm for arm in self._further if arm not in arms] or None
-        arms |= arms_of({"base": values["base"], "arms": further}, self.scale)
-        found = {
+        further = arms_of({"base": values["base"], "arms": self._further or None}, self.scale)
+        return {
             arm: {one.seed: one for one in self._everything if one.of_all_seeds == config.name}
-            for arm, (config,) in configs(values["base"], arms, [0]).items()
+            for arm, (config,) in configs(values["base"], further | arms_of(values, self.scale), [0]).items()
         }
-        return {arm: by_seed for arm, by_seed in found.items() if by_seed}
 
     def config(self, arm: str) -> RunConfig:
         """Of its first seed."""

@@ -108,7 +108,7 @@ class Claim(Held):
     @property
     def family(self) -> tuple[Part, ...]:
         """The parts that are judged together: those that decide, and those that can put one of these in direction."""
-        helping = {part.or_direction for part in self.parts}
+        helping = {part.or_direction for part in self.parts if part.decides}
         return tuple(part for part in self.parts if part.decides or part.name in helping)
 
     @property

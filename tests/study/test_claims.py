@@ -84,7 +84,8 @@ def test_c2_is_a_ratio_over_turns():
     level = judged("C2", {}, bench={"even": [1.001, 1.002, 1.0]})
     assert level.label == NO_EFFECT and level.sentence.endswith("which counts as equal (by 2% or less).")
     assert str(found.rests_on) == "3 turns of training steps of one model, on an unknown device"
-    assert judged("C2", {}).label == NOT_RUN and judged("C2", {}).sentence == "Not run yet."
+    none = judged("C2", {}, scale="paper")
+    assert (none.label, none.sentence, none.command) == (NOT_RUN, "Not run yet.", "ecmoe bench all --scale paper")
 
 
 def experts(ec, gshard, noise=0.0003):

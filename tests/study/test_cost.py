@@ -3,7 +3,7 @@
 import pytest
 
 from ecmoe import paths
-from ecmoe.model.build import TABLE_1, flops_per_token
+from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.study import cost
 from ecmoe.training.result import Result, not_run, write_record
 
@@ -11,6 +11,9 @@ from ecmoe.training.result import Result, not_run, write_record
 def test_every_row_of_table_1_is_counted():
     sizes = cost.table_1().set_index("model")
     assert list(sizes.index) == list(TABLE_1)
+    assert {which: sizes.loc["0.1B/64E", f"printed_{which}"] for which in ("total", "active")} == {"total": 1.9e9, "active": 0.145e9}
+    counted = count_parameters(TABLE_1["0.1B/64E"].config)
+    assert sizes.loc["0.1B/64E", ["total", "active"]].tolist() == [counted.total, counted.active]
     assert sizes.filter(like="ratio").stack().between(0.87, 1.0).all()  # in millions and in billions
     assert sizes.loc["0.1B", "total_ratio"] == pytest.approx(
         0.87, abs=0.01

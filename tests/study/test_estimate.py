@@ -147,7 +147,7 @@ def test_no_spread_has_no_ratio():
     critical = reference.f.ppf([0.025, 0.975, 0.2], 1, 1)
     assert two.interval() == pytest.approx((0.5 / critical[1] ** 0.5, 0.5 / critical[0] ** 0.5))
     assert two.smallest() == pytest.approx((critical[1] / critical[2]) ** 0.5)
-    assert none.interval() is None and math.isnan(none.smallest())
+    assert none.interval() is None and math.isnan(none.smallest()) and none.unit is Unit.RATIO
 
 
 def test_seeds_of_a_ratio_decide_a_factor():
@@ -162,8 +162,9 @@ def test_seeds_of_a_ratio_decide_a_factor():
 
 def test_more_seeds_are_no_answer_to_what_lies_in_examples_spreads_or_turns():
     of_examples = estimate.crossed([[np.array([1.0, 0.0, 1.0])], [np.array([1.0, 1.0, 0.0])]])
+    of_one_seed = estimate.crossed([[np.array([1.0, 0.0, 1.0])]])
     others = (estimate.spread_ratio([1.0, 2.0], [1.0, 3.0]), of_values([1.0, 2.0], of="turn"), of_values([1.0]))
-    assert {one.seeds_for(0.1) for one in (of_examples, *others)} == {None}
+    assert {one.seeds_for(0.1) for one in (of_examples, of_one_seed, *others)} == {None}
 
 
 # Numbers in words

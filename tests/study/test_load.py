@@ -92,11 +92,12 @@ def test_what_is_measured_without_weights_is_told_before_too(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("hours", "said"), [(0.99, ""), (2.0, "3 runs will take more than 2 hours"), (1234.4, "than 1,234 hours")]
-)
-def test_hours_are_the_flops_of_all_tokens_over_what_cores_do(monkeypatch, capsys, hours, said):
+    ("hours", "cores", "said"),
+    [(0.99, 8, ""), (2.0, 8, "3 runs will take more than 2 hours"), (1234.4, 8, "than 1,234 hours"), (2.0, None, "than 16 hours")],
+)  # fmt: skip
+def test_hours_are_the_flops_of_all_tokens_over_what_cores_do(monkeypatch, capsys, hours, cores, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
     configs = [RunConfig(steps=steps) for steps in (1, 2, 5)]
     tokens = [config.steps * config.tokens_per_batch for config in configs]
     monkeypatch.setattr(module, "flops_per_token", lambda config: hours * 3600 * 8 * module.CORE / sum(tokens))

@@ -125,7 +125,7 @@ def test_what_a_pages_file_has_may_be_given_where_its_notebook_reads_it(tmp_path
         ({"arms": 5}, "arms=5 must be a list"),
         ({"base": [1]}, "base=[1] must be `key: value` lines"),
         ({"sed": [3]}, "has no parameter 'sed' (given: [3]): did you mean seeds?"),
-        ({"factor": 4}, "has no parameter 'factor'"),
+        *(({"factor": value}, "has no parameter 'factor'") for value in (4, 0.5, "x", {})),
     ],
 )
 def test_what_a_notebook_is_given_is_checked_before_any_work(given, said):
@@ -135,7 +135,7 @@ def test_what_a_notebook_is_given_is_checked_before_any_work(given, said):
 
 
 def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
-    unset = {"scale": "smoke", "seeds": None, "arms": None, "_private": 3, "SHARES": ["share_0"], "pytest": pytest}
+    unset = {"scale": "smoke", "seeds": None, "arms": None, "_private": 3, "SHARES": ["share_0"], "pytest": pytest, "In": [""], "Out": {}}
     values = page_parameters("03_capacity_factor", unset)
     assert values["seeds"] == [0] and values["train_missing"] is True and "Switch top-1" in values["arms"]
     assert values["base"]["data"] == "stdlib" and set(values) <= {"scale", "seeds", "base", "arms", "train_missing"}

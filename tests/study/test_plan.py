@@ -149,6 +149,8 @@ def test_what_cannot_be_planned_names_the_page(configs, text, said):
         ("arms.yaml", "EC: expert_choice\n", "arms.yaml: EC='expert_choice': Input should be a valid dictionary"),
         ("scale/big/arms.yaml", "EC:\n", "arms.yaml: EC=None: Input should be a valid dictionary"),
         ("scale/big/arms.yaml", "ECC: {steps: 3}\n", "there is no arm 'ECC': did you mean EC?"),
+        ("scale/big/arms.yaml", "Quux: {steps: 3}\n", "there is no arm 'Quux': configs/arms.yaml names them all"),
+        ("arms.yaml", "EC: [", "page '01_a': arms '/"),
     ],
 )
 def test_what_cannot_be_an_order_or_arms_is_named(configs, file, text, said):

@@ -108,6 +108,9 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
     assert (
         module._claim("C1", {**keys, "parts": later}, MARGINS).family[0].or_direction == "y"
     )  # of those below it, too
+    beside = {"name": "y", "decides": False, "or_direction": "z", "direction": "it does"}
+    helped = [part, part | beside, part | {"name": "z", "decides": False}]
+    assert [one.name for one in module._claim("C1", {**keys, "parts": helped}, MARGINS).family] == ["x"]
     for own, margin in (({}, 0.005), ({"margin": 0.02}, 0.02)):
         claim = module._claim("C1", {**keys, "parts": [part | own]}, MARGINS)
         assert claim.parts[0].margin == margin

@@ -1,7 +1,10 @@
 """A recorded run trained anew: equal where the code computes the same; and which codes that shows to be one."""
 
+import contextlib
 import shutil
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -57,6 +60,30 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     file.write_text(file.read_text().replace("false", "true"))
     with pytest.raises(Damaged, match="check sum"):
         repeats.kept("gpu")
+
+
+def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_room(tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    config, did = tiny_config(), []
+
+    @contextlib.contextmanager
+    def place():
+        yield "a card"
+        did.append("left")
+
+    def train_run(config, folder, *, callbacks, where):
+        did.append((config, where))
+        pd.DataFrame({"step": [3, 4], "val_loss": [2.5, 2.25]}).to_csv(folder / "curve.csv", index=False)
+        for step in (3, 4, 5):
+            callbacks[0].on_validation_end(SimpleNamespace(global_step=step), None)
+            did.append(step)
+
+    monkeypatch.setattr("ecmoe.training.gpus.place", place)
+    monkeypatch.setattr("ecmoe.training.run.train_run", train_run)
+    monkeypatch.setattr("ecmoe.training.run.free_memory", lambda: did.append("free"))
+    curve = repeats._curve(config, 4, not_run(config))
+    assert did == [(config, "a card"), 3, "free", "left"] and not any(paths.cache().iterdir())
+    assert curve[["step", "val_loss"]].values.tolist() == [[3, 2.5], [4, 2.25]]
 
 
 @pytest.mark.parametrize("changes", [{"world_size": 2}, {"config": {"approach": "joint"}}])

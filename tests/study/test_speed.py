@@ -99,6 +99,8 @@ def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
 def test_what_a_bench_cannot_take_is_named_before_it_begins():
     for name, keys, said in (
         ("layer", {"repeats": "x"}, "bench layer: repeats='x' must be a int"),
+        ("auto", {"sizes": [], "repeat": 3}, "bench auto has no parameter 'repeat'"),
+        ("study", {"config": {}}, "bench study has no parameter 'config'"),
         (
             "growth",
             {"base": TINY, "axes": AXES, "repeat": 3},
@@ -155,7 +157,7 @@ def test_each_part_is_measured_once(own_home):
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
 def test_the_plan_of_a_scale_can_be_measured(scale, own_home, monkeypatch):
     plan = speed.plan(scale)
-    assert set(speed.jobs(**plan)) >= {"step", "growth", "profile"}
+    assert set(speed.jobs(**plan)) >= {"step", "growth", "profile", speed.study_file(speed.study_arms(scale))}
     assert speed.folder(scale) == paths.root() / "reports" / scale / "bench"
     assert speed.files(scale) == [speed.folder(scale) / f"{name}.json" for name in speed.jobs(**plan)]
     monkeypatch.setattr("ecmoe.bench.clock.in_turns", lambda *_: pytest.fail("measured"))
