@@ -293,11 +293,20 @@ def test_what_was_timed_is_printed_and_kept_where_asked(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("equal", "code"), [([True, True], 0), ([False, True], 1), ([True, False], 1)])
 def test_one_run_that_differs_is_an_exit_code(equal, code, monkeypatch):
     planned = [SimpleNamespace(name=name) for name in "ab"]
-    found = {"rows": 3, "differs": {"val_loss": 0.25, "train_loss": 1e-5}, "recorded": "x", "code": "y", "device": "CPU"}
+    found = {
+        "rows": 3,
+        "differs": {"val_loss": 0.25, "train_loss": 1e-5},
+        "recorded": "x",
+        "code": "y",
+        "device": "CPU",
+    }
     monkeypatch.setattr("ecmoe.study.repeats.again", lambda name, *_: found | {"equal": equal["ab".index(name)]})
     monkeypatch.setattr("ecmoe.study.plan.sound", lambda scale: (planned, {}))
     ran = call("again", "a", "b")
-    said = ["equal in 3 rows" if one else "of 3 rows some differ: val_loss by up to 0.25; train_loss by up to 1e-05" for one in equal]
+    said = [
+        "equal in 3 rows" if one else "of 3 rows some differ: val_loss by up to 0.25; train_loss by up to 1e-05"
+        for one in equal
+    ]
     assert ran.exit_code == code and ran.stdout.splitlines() == [
         f"{n}  code x -> y  CPU  {s}" for n, s in zip("ab", said, strict=True)
     ]

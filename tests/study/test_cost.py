@@ -11,7 +11,10 @@ from ecmoe.training.result import Result, not_run, write_record
 def test_every_row_of_table_1_is_counted():
     sizes = cost.table_1().set_index("model")
     assert list(sizes.index) == list(TABLE_1)
-    assert {which: sizes.loc["0.1B/64E", f"printed_{which}"] for which in ("total", "active")} == {"total": 1.9e9, "active": 0.145e9}
+    assert {which: sizes.loc["0.1B/64E", f"printed_{which}"] for which in ("total", "active")} == {
+        "total": 1.9e9,
+        "active": 0.145e9,
+    }
     counted = count_parameters(TABLE_1["0.1B/64E"].config)
     assert sizes.loc["0.1B/64E", ["total", "active"]].tolist() == [counted.total, counted.active]
     assert sizes.filter(like="ratio").stack().between(0.87, 1.0).all()  # in millions and in billions

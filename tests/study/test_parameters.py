@@ -135,7 +135,16 @@ def test_what_a_notebook_is_given_is_checked_before_any_work(given, said):
 
 
 def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
-    unset = {"scale": "smoke", "seeds": None, "arms": None, "_private": 3, "SHARES": ["share_0"], "pytest": pytest, "In": [""], "Out": {}}
+    unset = {
+        "scale": "smoke",
+        "seeds": None,
+        "arms": None,
+        "_private": 3,
+        "SHARES": ["share_0"],
+        "pytest": pytest,
+        "In": [""],
+        "Out": {},
+    }
     values = page_parameters("03_capacity_factor", unset)
     assert values["seeds"] == [0] and values["train_missing"] is True and "Switch top-1" in values["arms"]
     assert values["base"]["data"] == "stdlib" and set(values) <= {"scale", "seeds", "base", "arms", "train_missing"}

@@ -62,7 +62,9 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
         repeats.kept("gpu")
 
 
-def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_room(tiny_config, monkeypatch, tmp_path):
+def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_room(
+    tiny_config, monkeypatch, tmp_path
+):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     config, did = tiny_config(), []
 
