@@ -99,6 +99,12 @@ def test_a_vocabulary_is_learned_from_the_same_documents_for_ever():
     np.testing.assert_array_equal(text.some(109), sorted(order[:10]))
 
 
+def test_units_that_fill_just_half_of_the_share_are_too_few():
+    for size, whole in ((10, False), (11, True)):  # of 20 bytes, 5% of 400
+        is_val, rule = split(np.array([1, 2], np.uint64), np.array([size, 400 - size]))
+        assert is_val.tolist() == [whole, not whole] and ("whole files" in rule) == whole
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 1000)), min_size=2, max_size=60))
 @example([(0, 10)] * 100)  # a book of many paragraphs
 @example([(0, 1000), (1, 20)])  # and a leaflet

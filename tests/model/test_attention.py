@@ -1,6 +1,7 @@
 """Attention: its bias as written out, and the fast path against the plain one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,6 +257,19 @@ def test_generation_and_odd_lengths_take_the_plain_path(monkeypatch, anywhere):
     past = []
     layer(torch.randn(2, 128, 16), past)
     assert past[0].shape[2] == 128
+
+
+def test_the_fast_path_takes_whole_blocks_in_16_bits_on_a_gpu(monkeypatch):
+    def fits(T=256, width=32, dtype=torch.bfloat16, is_cuda=True):
+        return attention.fits(SimpleNamespace(shape=(2, T, 3, 5, width), dtype=dtype, is_cuda=is_cuda))
+
+    monkeypatch.setattr(attention, "TRITON", True)
+    assert [T for T in range(32, 400, 32) if fits(T=T)] == [128, 256, 384]
+    assert [width for width in range(8, 300, 8) if fits(width=width)] == [16, 32, 64, 128]
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    assert [fits(dtype=dtype) for dtype in dtypes] == [False, False, True, True] and not fits(is_cuda=False)
+    monkeypatch.setattr(attention, "TRITON", False)
+    assert not fits()
 
 
 def test_far_distances_share_what_is_left_of_a_sum_of_zero():

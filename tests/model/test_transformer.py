@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ecmoe.config import ROUTERS, RunConfig
 from ecmoe.model import moe, transformer
 from ecmoe.model.build import TABLE_1, build_model, count_parameters, flops_per_token
+from ecmoe.routing import build_router
 
 SMALL = RunConfig(layers=2, d_model=16, d_ff=24, heads=2, sequence_length=12, batch_size=2, num_experts=4)
 
@@ -88,6 +89,39 @@ def test_values_follow_from_seed_and_name_for_ever():
         (seed,) = struct.unpack_from("<Q", hashlib.sha256(f"7/{name}".encode()).digest())
         drawn = torch.randn(named[name].shape, generator=torch.Generator().manual_seed(seed // 2))
         torch.testing.assert_close(named[name].detach(), drawn * std)
+
+
+def test_whatever_was_learned_values_start_anew():
+    model = build_model(SMALL)
+    for parameter in model.parameters():
+        parameter.data.fill_(7)
+    model.initialize(SMALL.seed)
+    expected = build_model(SMALL).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_experts_are_told_what_is_known_of_the_tokens(monkeypatch):
+    told, model = [], build_model(SMALL)
+    monkeypatch.setattr(moe.MoE, "forward", lambda layer, x, **known: told.append(known) or x)
+    known = {"token_ids": ids(), "task_ids": torch.tensor([1, 3]), "mask": torch.arange(12) < torch.tensor([[5], [9]])}
+    model(**known, targets=ids(seed=1))
+    model(ids())
+    (first, second) = told
+    assert all(first.pop(name) is value for name, value in known.items()) and not first
+    assert torch.equal(second.pop("token_ids"), ids()) and second == {"task_ids": None, "mask": None}
+
+
+def test_a_balanced_table_is_of_the_corpus_counts():
+    config, counts = SMALL.replace(router="hash", hash_table="balanced"), torch.arange(256)
+    (layer,) = build_model(config, counts).moe_layers
+    assert torch.equal(layer.router.table, build_router(config, counts).table)
+
+
+def test_a_block_is_compiled_for_each_size(monkeypatch):
+    told = []
+    monkeypatch.setattr(transformer.Block, "compile", lambda block, **how: told.append((block, how)))
+    (model := build_model(SMALL)).compile_blocks()
+    assert told == [(block, {"dynamic": False}) for block in model.blocks]
 
 
 def test_same_seed_same_values_in_all_shared_parameters():
