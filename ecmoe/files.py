@@ -1,4 +1,4 @@
-"""Files: written by rename, so that each is there whole or not at all; read with path and remedy in every error."""
+"""Read and write files: atomic writes (a file is complete or absent), and errors that name the path and the remedy."""
 
 import difflib
 import errno
@@ -19,20 +19,20 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """What a user wrote, or a file that they can mend, can't be used. Names key or path, value and remedy."""
+    """A user's setting or input file can't be used. The message names the key or path, the value, and the remedy."""
 
 
 class Damaged(ConfigError):
-    """A file of our own that isn't what was written. Names it, and what to do."""
+    """A file that ecmoe wrote no longer holds what was written. The message names the file, the reason and the remedy."""
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(f"{path} is damaged ({why}): delete it, and the run is done again")
 
 
 def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
-    """For an error: which of the names may have been meant; else all of them, or where they are `listed`."""
+    """Return a hint for an error message: the known name closest to `name`, else `listed`, else all known names."""
     name, known = str(name), list(known)
-    near = [other for other in known if name == "".join(word[:1] for word in other.split("_"))]  # lr: learning_rate
+    near = [other for other in known if name == "".join(word[:1] for word in other.split("_"))]  # lr -> learning_rate
     alike = {other.lower().replace("-", "_"): other for other in known}
     near += [alike[word] for word in difflib.get_close_matches(name.lower().replace("-", "_"), alike, n=1)]
     near += [other for other in known if len(name) > 2 and name.lower() in other]
@@ -40,7 +40,7 @@ def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
 
 
 def check_known(what: str, names: Iterable[object], known: Collection[object], listed: str = "") -> None:
-    """Raise a ConfigError at the first name that isn't known: `what` it is, the name, and which may have been meant."""
+    """Raise a ConfigError for the first of `names` that isn't in `known`: "<what> <name>: <hint>" (see `nearest`)."""
     for name in names:
         if name not in known:
             raise ConfigError(f"{what} {name!r}: {nearest(name, map(str, known), listed)}")
@@ -48,12 +48,12 @@ def check_known(what: str, names: Iterable[object], known: Collection[object], l
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to. It becomes `path` where the block ends well, and is gone where it doesn't.
+    """Write a file atomically: yield a temporary path, renamed to `path` if the block succeeds, else deleted.
 
-    The name holds the process's number, so that two writers never share it; the last to end wins.
+    The temporary name contains the process id, so concurrent writers never share a file; the last one to finish wins.
 
     Raises:
-        OSError: the disk is full; says which file and what to do.
+        OSError: the disk is full; the message names the file and the remedy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -61,7 +61,7 @@ def written(path: Path) -> Iterator[Path]:
         with disk_may_be_full(path):
             yield temporary
             with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # a rename may reach the disk before what it names
+                os.fsync(file.fileno())  # otherwise the rename may reach the disk before the content
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -69,11 +69,11 @@ def written(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_may_be_full(path: Path) -> Iterator[None]:
-    """Where it is, the error says that `path` was being written, and what to do."""
+    """Turn errors caused by a full disk into an OSError that names the file being written, `path`, and the remedy."""
     try:
         yield
     except Exception as error:
-        # Who writes tensors says it in words of their own, or not at all.
+        # The writers of tensors report a full disk only in the text of their error, or not at all.
         in_words = "os error 28" in str(error) or "Writer" in str(error) and shutil.disk_usage(path.parent).free < 2**20
         if in_words or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             said = f"no space left to write {path}: free some, then call again; what was finished is kept"
@@ -82,16 +82,16 @@ def disk_may_be_full(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 by rename."""
+    """Write a UTF-8 text file atomically."""
     with written(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1, sealed: bool = False) -> None:
-    """Write by rename; numpy's and torch's numbers become Python's, and what isn't finite becomes null.
+    """Write a JSON file atomically, with values converted by `plain`.
 
     Args:
-        sealed: with a check sum, `check`, by which `read_json` finds what has changed since.
+        sealed: add a checksum under the key `check`, by which `read_json` detects later changes.
     """
     said = dict(plain(value))
     if sealed:
@@ -100,29 +100,29 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1, sea
 
 
 def check_sum(value: Mapping[str, Any]) -> str:
-    """16 hex digits of a value of JSON, whatever the order of its keys."""
+    """Return a checksum of a JSON value: 16 hex digits, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
-    """What `write_json` wrote; `sealed`: as it did.
+    """Read a JSON file written by `write_json`; with `sealed`, verify and remove its checksum.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: the file is no JSON object, or its checksum is missing or wrong.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, or cut within a letter
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8
         raise Damaged(path, error) from error
     if not isinstance(value, dict):
         raise Damaged(path, f"it holds {type(value).__name__}, not a dict")
     if sealed and value.pop("check", None) != check_sum(value):
-        raise Damaged(path, "its check sum is another: somebody or something has changed it")
+        raise Damaged(path, "its check sum doesn't match: it was changed after it was written")
     return value
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: numpy's numbers become Python's, and what isn't finite becomes null."""
+    """Convert a value for JSON: numpy and torch scalars to Python's, non-finite numbers to None, other types to str."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -135,20 +135,20 @@ def plain(value: Any) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """64 hex digits of a file's content."""
+    """Return the SHA-256 of a file's content, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(path: Path) -> None:
-    """Add a file's SHA-256 at its end, 64 hex digits, which readers of archives pass over."""
+    """Append a file's SHA-256, 64 hex digits, to the file itself; readers of archives ignore the extra bytes."""
     said = sha256(path)
     with path.open("ab") as file:
         file.write(said.encode())
 
 
 def sealed(path: Path) -> bool:
-    """Is it as it was when `seal` ended it?"""
+    """Return whether the file still matches the SHA-256 that `seal` appended."""
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -158,7 +158,7 @@ def sealed(path: Path) -> bool:
 
 
 def content_sha256(files: Mapping[str, Path]) -> str:
-    """64 hex digits of the content of several files and of their names; wherever they lie, whenever they were written.
+    """Return one SHA-256, 64 hex digits, of the names (keys) and contents of several files, wherever they are.
 
     Raises:
         ConfigError: a file can't be read.
@@ -173,7 +173,7 @@ def content_sha256(files: Mapping[str, Path]) -> str:
 
 
 def sha256_once(path: Path) -> str:
-    """`sha256`, read once a process as long as the file is as it was: nobody can set back its st_ctime."""
+    """Return `sha256(path)`, cached in this process until the file changes (st_ctime can't be set back)."""
     stat = path.stat()
     return _sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
@@ -184,10 +184,10 @@ def _sha256(path: Path, *state: int) -> str:
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """What a YAML file holds; `what` says in an error whose file it is.
+    """Read a YAML file; `what` begins the error message, and says what the file is for.
 
     Raises:
-        ConfigError: there is no such file, or it is no YAML in UTF-8; as in `parse_yaml`.
+        ConfigError: the file can't be read, isn't UTF-8, or isn't accepted by `parse_yaml`.
     """
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
@@ -196,21 +196,21 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML, but nothing that says something else than it seems to.
+    """Parse YAML, but reject values that YAML reads differently from how they look.
 
     Raises:
-        ConfigError: no YAML; a key that stands twice; `010`, which YAML takes for 8, and `1:30`, which it takes for 90.
+        ConfigError: invalid YAML; a duplicate key; `010`, which YAML reads as 8, or `1:30`, which it reads as 90.
     """
     try:
         return yaml.load(text, _StrictLoader)  # a SafeLoader
     except RecursionError:
         raise ConfigError("nested too deeply") from None
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date or number that can't be
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: an impossible date or number
         raise ConfigError(str(error)) from error
 
 
 def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
-    """`key=value`, such as after --set, as in YAML: 2 is a number, null is nothing, 1.0e-3 is a number. A ConfigError as in `parse_yaml`."""
+    """Parse `key=value` pairs (--set), the values as YAML; raise a ConfigError where `parse_yaml` would."""
     values = {}
     for pair in pairs or ():
         key, equals, text = pair.partition("=")
@@ -230,7 +230,7 @@ class _StrictLoader(yaml.SafeLoader):
         first = {key.value: key for key in reversed(keys)}
         for key in keys:
             if first[key.value] is not key:
-                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} stands twice: leave one", key.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} occurs twice: remove one", key.start_mark)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

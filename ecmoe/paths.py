@@ -1,7 +1,7 @@
-"""Where things lie, and what the key `data` names: nothing depends on the working folder of a notebook, or on a file's name.
+"""The project's folders, and the files that the key `data` names, independent of a notebook's working folder.
 
-`data` may end in the content of its files, `data/book.txt#1a2b3c4d5e6f7a8b`. RunConfig adds it where the files are here, so that
-another text is another run; stated in YAML, the runs are found where the text isn't.
+`data` may end in a hash of its files' content, `data/book.txt#1a2b3c4d5e6f7a8b`. RunConfig appends it if the files exist,
+so that a different text is a different run. If YAML states the hash, runs are found without the text.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from ecmoe.files import ConfigError, content_sha256, write_text
 
-# What `data` names: images, texts, and all else is a path.
+# Special values and prefixes of `data`; any other value is a path.
 IMAGES, IMAGES_PREFIX = ("digits", "cifar10"), "images:"
 KNOWN_TEXTS, HUB_PREFIX = ("stdlib", "c4", "wikitext-103", "enwik8"), "hub:"
 MIX_PREFIX = "mix:"  # several texts, in equal shares
@@ -24,7 +24,7 @@ _CONTENT = re.compile(r"#[0-9a-f]{16}$")
 
 
 def root() -> Path:
-    """$ECMOE_HOME, else the checkout that holds this package, else the working folder."""
+    """Return the project's root: $ECMOE_HOME, else the checkout that contains this package, else the working folder."""
     home = os.environ.get("ECMOE_HOME")
     if home:
         return Path(os.path.expanduser(home)).resolve()
@@ -33,62 +33,62 @@ def root() -> Path:
 
 
 def configs() -> Path:
-    """Scales, arms, pages and the protocol: $ECMOE_CONFIGS, else of the checkout that holds this package."""
+    """Return the folder of YAML configs: $ECMOE_CONFIGS, else `configs` in the checkout that contains this package."""
     return Path(os.environ.get("ECMOE_CONFIGS") or Path(__file__).resolve().parents[1] / "configs")
 
 
 def runs() -> Path:
-    """Folders of runs."""
+    """Return the folder that contains a folder per run."""
     return root() / "runs"
 
 
 def cache() -> Path:
-    """What can be made again: tokenised corpora."""
+    """Return the folder of files that can be recomputed, such as tokenised corpora."""
     return root() / ".cache"
 
 
 def records(scale: str) -> Path:
-    """Small records of the runs at `scale`."""
+    """Return the folder of the small records of the runs at `scale`."""
     return root() / "reports" / scale / "runs"
 
 
 def measures(scale: str) -> Path:
-    """What was measured on the runs at `scale`."""
+    """Return the folder of the measurements of the runs at `scale`."""
     return root() / "reports" / scale / "measures"
 
 
 def resolve(name: str | Path) -> Path:
-    """The file or folder `name` means: relative to the working folder, else to the root."""
-    path = Path(os.path.expanduser(name))  # which, unlike Path's, leaves alone the ~ of a user that isn't known
-    return path if path.exists() else root() / path  # which is an absolute path itself
+    """Return the path of a file or folder: `name` relative to the working folder if that exists, else to the root."""
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, doesn't raise for the ~ of an unknown user
+    return path if path.exists() else root() / path  # an absolute path stays as it is
 
 
 def parts_of(data: str) -> list[str]:
-    """The texts of a mix, `mix:A,B`; else `data` alone. Without their content."""
+    """Return the texts of a mix, `mix:A,B`, else `data` alone; without the content hash."""
     data = _CONTENT.sub("", data)
     return data.removeprefix(MIX_PREFIX).split(",") if data.startswith(MIX_PREFIX) else [data]
 
 
 def is_local(data: str) -> bool:
-    """Does it name a file or a folder, here or not, rather than what is known or the Hub's?"""
+    """Return whether `data` is a path, existing or not, rather than a known name or a data set of the Hub."""
     return data not in (*KNOWN_TEXTS, *IMAGES) and not data.startswith(HUB_PREFIX)
 
 
 def content_of(data: str) -> str:
-    """`#` and 16 hex digits, what the key `data` says of its files' content; "" if nothing."""
+    """Return the content hash at the end of `data`, `#` and 16 hex digits, or "" if it has none."""
     found = _CONTENT.search(data)
     return found[0] if found else ""
 
 
 def plain(data: str) -> str:
-    """`data` without its files' content."""
+    """Return `data` without its content hash."""
     return data.removesuffix(content_of(data))
 
 
 def with_content(data: str) -> str:
-    """`data` and, of local files, their content: `#` and 16 hex digits of a SHA-256.
+    """Append the content hash of local files to `data`: `#` and 16 hex digits of a SHA-256.
 
-    Where it is stated, it stays. Where the files aren't here, it is what they held when last read, if that is known.
+    A hash in `data` is kept. If files are missing, the hash stored when they were last read is appended, if any.
 
     Raises:
         ConfigError: a file can't be read.
@@ -105,7 +105,7 @@ def with_content(data: str) -> str:
 
 
 def check_content(data: str) -> None:
-    """Raise a ConfigError where the files that `data` names hold something else than it states."""
+    """Raise a ConfigError if the files that `data` names don't match its content hash."""
     stated, found = content_of(data), content_of(with_content(plain(data)))
     if stated and stated != found:
         raise ConfigError(f"data={data!r}: the files hold {found or 'nothing'} by now, not what is stated: bring that back, or leave "
@@ -113,9 +113,9 @@ def check_content(data: str) -> None:
 
 
 def remember_content(data: str) -> None:
-    """Keep what `with_content` adds for a text that was read, for when it is gone and its runs and tokens are not."""
+    """Store the content hash of `data`, so that its runs and tokens are still found after the text is deleted."""
     if content_of(data) and not (_remembered(data).is_file() and _remembered(data).read_text() == content_of(data)):
-        with contextlib.suppress(OSError):  # a cache that can't be written
+        with contextlib.suppress(OSError):  # the cache may be read-only
             write_text(_remembered(data), content_of(data))
 
 
@@ -125,7 +125,7 @@ def _remembered(data: str) -> Path:
 
 
 def local_files(data: str) -> dict[str, Path]:
-    """The files of a local text or a folder of images, by their path relative to it; none where there are none."""
+    """Return the files of a local text or folder of images, relative path -> path; empty if there are none."""
     path, kinds = _path(data), IMAGE_FILES if data.startswith(IMAGES_PREFIX) else TEXT_FILES + ROW_FILES
     if not path.is_dir():
         return {path.name: path} if path.is_file() and path.name.lower().endswith(kinds) else {}
@@ -133,8 +133,8 @@ def local_files(data: str) -> dict[str, Path]:
 
 
 def files_below(path: Path, kinds: tuple[str, ...], without: Collection[str] = ()) -> dict[str, Path]:
-    """Files of a folder that end so, by their path relative to it; none that are hidden, or in folders that are or are called so.
-    Links are followed."""
+    """Return the files below a folder that end in one of `kinds`, relative path -> path, following symbolic links.
+    Hidden files, hidden folders and folders named in `without` are skipped."""
     found = {}
     for folder, folders, names in os.walk(path, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]

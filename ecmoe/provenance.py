@@ -1,4 +1,4 @@
-"""Provenance: which code, on which device, with which libraries. What a result needs to be believed, and repeated."""
+"""Provenance of a result: the code, device and library versions behind it, so that others can trust and repeat it."""
 
 import ast
 import functools
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
-# Dense bf16 matrix rate by device, in FLOP/s (vendors' data sheets, without sparsity).
+# Peak dense bf16 matrix-product rate by device, in FLOP/s (vendors' data sheets, without sparsity).
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
-# What decides the numbers of a run. Not the rest: a page, a plot or a table changes no loss.
+# The modules that determine the numbers of a run. Pages, plots and tables don't change a loss.
 DECIDES = ("config.py", "routers.py", "data", "kernels", "model", "routing", "training")
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's kind and cores."""
+    """Return the GPU's name, or the CPU's architecture and number of cores."""
     import torch
 
     if torch.cuda.is_available():
@@ -28,22 +28,22 @@ def device_name() -> str:
 
 
 def peak_flops(device: str | None = None) -> float:
-    """FLOP/s that a device (this one) could do at best in bf16; NaN if we don't know it."""
+    """Return the peak bf16 FLOP/s of a device (default: this machine's), or NaN if the device isn't in `PEAK_BF16`."""
     device = device or device_name()
     return next((rate for kind, rate in PEAK_BF16.items() if kind in device), math.nan)
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Name -> version of installed packages, and of Python."""
+    """Return the versions of installed packages and of Python, name -> version."""
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" if files differ from it; "unknown" outside a checkout of this project.
+    """Return $ECMOE_COMMIT, else the checkout's commit, with "+" if tracked files differ from it, else "unknown".
 
-    A package that lies in another repository's folder, as in its virtual environment, is none of that repository's commits.
+    It is "unknown" too if the package is installed inside another repository, such as in its virtual environment.
     """
-    if os.environ.get("ECMOE_COMMIT"):  # a copy without its history
+    if os.environ.get("ECMOE_COMMIT"):  # for a copy without git history
         return os.environ["ECMOE_COMMIT"]
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != PACKAGE.parent:
@@ -56,14 +56,14 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set within a hook
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # git hooks set these
     done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=True, env=ours)
     return done.stdout.strip()
 
 
 @functools.lru_cache(maxsize=1)
 def code_digest() -> str:
-    """12 hex digits of the code that decides the numbers of a run; comments, docstrings, types and line breaks don't count."""
+    """Return 12 hex digits of a hash of the code in `DECIDES`, ignoring comments, docstrings, types and line breaks."""
     digest = hashlib.sha256()
     for name in DECIDES:
         path = PACKAGE / name
@@ -77,7 +77,7 @@ _TYPES = ("annotation", "returns", "type_comment")
 
 
 def _meaning(node: Any) -> Any:
-    """A syntax tree as lists, without docstrings and types. `ast.dump` writes the same code differently in another Python."""
+    """Return a syntax tree as lists, without docstrings and types (`ast.dump` differs between Python versions)."""
     if isinstance(node, list):
         return [_meaning(item) for item in node if not (isinstance(item, ast.AnnAssign) and item.value is None)]
     if not isinstance(node, ast.AST):

@@ -260,7 +260,7 @@ def test_keys_that_no_run_would_read_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"scale\.yaml': steps=7 stands beside base, .* move it below base"):
         RunConfig.from_yaml(tmp_path / "scale.yaml")
     (tmp_path / "twice.yaml").write_text("steps: 10\nsteps: 20\n")
-    with pytest.raises(ConfigError, match=r"(?s)twice\.yaml'.*key 'steps' stands twice"):
+    with pytest.raises(ConfigError, match=r"(?s)twice\.yaml'.*key 'steps' occurs twice"):
         RunConfig.from_yaml(tmp_path / "twice.yaml")
 
 

@@ -168,9 +168,9 @@ def test_damaged_json_is_named_with_its_remedy(tmp_path, content):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("steps: 10\nseed: 1\nsteps: 20\n", "(?s)key 'steps' stands twice.*line 3"),
-        ("base: {d_ff: 1, d_ff: 2}", "key 'd_ff' stands twice"),
-        ("arms: [{a: 1, a: 1}]", "key 'a' stands twice"),
+        ("steps: 10\nseed: 1\nsteps: 20\n", "(?s)key 'steps' occurs twice.*line 3"),
+        ("base: {d_ff: 1, d_ff: 2}", "key 'd_ff' occurs twice"),
+        ("arms: [{a: 1, a: 1}]", "key 'a' occurs twice"),
         ("steps: 010\n", "(?s)takes 010 for 8: .*steps: 010"),
         ("steps: -0_7\n", "takes -0_7 for -7"),
         ("seeds: [1, 1:30]\n", "takes 1:30 for 90"),

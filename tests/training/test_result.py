@@ -132,7 +132,7 @@ def test_a_changed_loss_is_not_believed(tmp_path):
     record = read_json(tmp_path / "a.json")
     record["summary"]["val_loss"] = -1.0
     write_json(tmp_path / "a.json", record)
-    with pytest.raises(ConfigError, match="its check sum is another"):
+    with pytest.raises(ConfigError, match="its check sum doesn't match"):
         results.load_records(tmp_path)
 
 
