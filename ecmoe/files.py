@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 class Damaged(ConfigError):
-    """A file that ecmoe wrote no longer holds what was written. The message names the file, the reason and the remedy."""
+    """A file written by ecmoe no longer holds what was written. The message names the file, reason and remedy."""
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(f"{path} is damaged ({why}): delete it, and the run is done again")

@@ -1,7 +1,7 @@
-"""Corpus to batches: text from files or the Hub, its tokens, images, and the tasks of fine-tuning.
+"""Data: from a corpus to batches of tokens, images, and the classification tasks for fine-tuning.
 
-`open_data` is what training calls. Text goes from corpus.py (documents) over split.py (what validates), tokenizer.py and
-tokens.py (made once, kept) to batches.py; images.py has images and their batches; tasks.py has examples to fine-tune on."""
+Training calls `open_data`. Text passes through corpus.py (documents), split.py (training and validation), tokenizer.py,
+tokens.py (cached token ids) and batches.py. images.py loads and batches images; tasks.py loads fine-tuning examples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["open_data"]
 
 
 def open_data(config: RunConfig) -> RunData:
-    """The text or the images of a config, in batches.
+    """Return a LightningDataModule of the config's text or images.
 
     Returns:
-        a LightningDataModule. After `prepare_data()` and `setup()`: batches of token windows (B, T+1) int64, with tasks (B,)
-        beside them for task-level routing; or of images (B, C, H, W) float32 in [0, 1] with classes (B,).
+        after `prepare_data()` and `setup()` it yields batches of token windows (B, T+1) int64, with task ids (B,) for
+        task-level routing; or of images (B, C, H, W) float32 in [0, 1] and classes (B,).
 
     Raises:
-        ConfigError: in `prepare_data` or `setup`: the data aren't here, can't be read, or are too few for a batch.
+        ConfigError: in `prepare_data` or `setup`, if the data are missing, unreadable, or too few for a batch.
     """
     if config.images:
         from ecmoe.data.images import ImageData

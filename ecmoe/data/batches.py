@@ -1,4 +1,4 @@
-"""TextData: the same windows of text for every arm of a comparison, and an exact resume in mid-epoch."""
+"""TextData: batches of text that are the same for every arm of a comparison, and resume exactly within an epoch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,27 +18,27 @@ from ecmoe.paths import plain
 
 _PROVENANCE = ("digest", "source_sha256", "tokenizer", "vocab_size",
                *(f"{side}_{what}" for what in ("tokens", "bytes", "documents") for side in ("train", "val")))  # fmt: skip
-Parts = Sequence[np.ndarray | Tensor]  # of examples, all as long: windows, perhaps their tasks; images and classes
+Parts = Sequence[np.ndarray | Tensor]  # arrays of equal length: windows and optionally task ids; or images and classes
 Batch = Tensor | tuple[Tensor, ...]
 
 
 def batch_of(parts: Parts, which: np.ndarray | slice) -> Batch:
-    """Some examples; whole numbers as int64."""
+    """Return the selected examples of each part as tensors, integers as int64; a single tensor if there is one part."""
     found = [torch.as_tensor(part[which]) for part in parts]
     found = [x if x.is_floating_point() else x.long() for x in found]
     return tuple(found) if len(found) > 1 else found[0]
 
 
 def window_order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    """(windows,) the order of an epoch: a permutation, another one in each epoch."""
+    """Return the order of an epoch, a permutation (windows,) that depends on seed and epoch."""
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
 class Batches(IterableDataset):
-    """Endless batches of training examples from micro-step `start` on.
+    """Endless batches of training examples, beginning at micro-step `start`.
 
-    Micro-step s of a rank depends on nothing but (seed, s, rank, world size): an epoch deals its permuted examples
-    out to all ranks, a batch each; those left over at its end are dropped.
+    Micro-step s of a rank depends only on (seed, s, rank, world size): each epoch permutes the examples and assigns
+    consecutive batches to the ranks in turn. Examples that don't fill a batch for every rank are dropped.
     """
 
     def __init__(self, parts: Parts, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
@@ -57,14 +57,14 @@ class Batches(IterableDataset):
             step += 1
 
     def take(self, which: np.ndarray, step: int) -> Batch:
-        """The batch of the examples `which`; micro-step `step` is for those who draw at random."""
+        """Return the batch of the examples `which`; subclasses seed random augmentation with micro-step `step`."""
         return batch_of(self.parts, which)
 
 
 class RunData(L.LightningDataModule):
-    """What the data of all runs share: `start_step`, micro-batches that a resumed run has already seen, and ranks.
+    """Base class of text and image data: loaders, ranks, and `start_step`, the micro-step at which a run resumes.
 
-    A kind of data has after `setup()` the examples `train` and `val`, and `digest`, which a checkpoint keeps."""
+    Subclasses set in `setup()` the examples `train` and `val`, and `digest`, a hash that checkpoints store."""
 
     train: Parts
     val: Parts
@@ -79,7 +79,7 @@ class RunData(L.LightningDataModule):
         return {"digest": self.digest}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
-        """Go on from a checkpoint; a ConfigError where it is of other data."""
+        """Check a checkpoint's digest; raise a ConfigError if the checkpoint was written with different data."""
         if state["digest"] != self.digest:
             raise ConfigError(
                 f"data={self.config.data!r} has changed since the checkpoint was written: its digest was {state['digest']} and is "
@@ -87,11 +87,11 @@ class RunData(L.LightningDataModule):
             )
 
     def train_batches(self, start: int, rank: int, world: int) -> Batches:
-        """A rank's, from micro-step `start` on."""
+        """Return the training batches of a rank, beginning at micro-step `start`."""
         return self.batches(self.train, self.config.batch_size, self.config.seed, start, rank, world)
 
     def val_batches(self) -> list[Batch]:
-        """All ranks' in turn."""
+        """Return the validation batches of all ranks; batch i belongs to rank i mod the number of ranks."""
         size = self.config.batch_size
         return [batch_of(self.val, slice(i, i + size)) for i in range(0, len(self.val[0]), size)]
 
@@ -108,13 +108,15 @@ class RunData(L.LightningDataModule):
 
     @property
     def _place(self) -> tuple[int, int]:
-        """Rank and number of ranks."""
+        """Rank and world size."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _enough(self, train: int, val: int, what: str) -> int:
-        """How much validates: every rank equally often, together as much as was asked for; a ConfigError if there is less."""
+        """Return the number of validation examples: at least eval_batches batches, equally many on every rank.
+
+        Raise a ConfigError if there are fewer, or too few training examples for a batch on every rank."""
         config = self.config
-        ranks = config.ranks  # also where no trainer is attached: it depends on the config alone
+        ranks = config.ranks  # from the config, because a trainer may not be attached
         validated = -(-config.eval_batches // ranks) * ranks * config.batch_size
         for side, have, need, keys in (("training", train, config.batch_size * ranks, "batch_size, on every rank,"),
                                        ("validation", val, validated, "eval_batches x batch_size")):  # fmt: skip
@@ -126,13 +128,10 @@ class RunData(L.LightningDataModule):
 
 
 class TextData(RunData):
-    """The text of a config as batches of token windows; `datasets` and the tokeniser run on first use only.
+    """The text of a config as batches of token windows. The text is downloaded and tokenised only on first use.
 
-    After `setup()`: digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token (of the
-    validation windows), tokenizer, provenance.
-
-    Raises:
-        ConfigError: the corpus is missing, or too small for a batch.
+    `setup()` sets digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token of the
+    validation windows, tokenizer and provenance. It raises a ConfigError if the corpus is missing or too small.
     """
 
     def prepare_data(self) -> None:
@@ -144,9 +143,9 @@ class TextData(RunData):
         config, loaded = self.config, tokens.load(self.config)
         train, val = (loaded.windows(ids, config.sequence_length) for ids in (loaded.train, loaded.val))
         parts, have, length = val.shape
-        self.train = [train.reshape(-1, length)]  # `Batches` shuffles all parts together
+        self.train = [train.reshape(-1, length)]  # `Batches` shuffles the windows of all texts together
         count = self._enough(len(self.train[0]), parts * have, f"windows of sequence_length + 1 = {length} tokens")
-        # Spread over each part; one of each in turn, so that every batch validates on all of them.
+        # Validate on evenly spaced windows of each text in a mix, interleaved so that every batch contains all texts.
         which = np.linspace(0, have - 1, -(-count // parts)).round().astype(np.int64)
         self.val = [val[:, which].swapaxes(0, 1).reshape(-1, length)[:count]]
         if "tasks" in config.needs:

@@ -1,7 +1,7 @@
-"""Where text comes from: a corpus is a stream of documents with a name, a licence and an attribution.
+"""Sources of text: a corpus is a stream of documents with a name, a licence and an attribution.
 
-The key `data` names it: `stdlib` (on every machine with Python), a local file or folder, or a data set of the Hub; or
-several of them, a mix, whose parts this module takes one by one.
+The key `data` names `stdlib` (Python's standard library, available everywhere), a local file or folder, a data set of
+the Hub, or a mix of several texts, each of which this module opens separately.
 """
 
 import gzip
@@ -22,18 +22,18 @@ from typing import Any, NamedTuple, TextIO
 from ecmoe import paths
 from ecmoe.files import ConfigError, content_sha256, nearest, read_yaml
 
-# A text file doesn't say where its documents end: it is cut at the first blank line after so many characters.
+# A text file doesn't mark its documents, so it is cut at the first blank line after BLOCK characters (see `blocks`).
 BLOCK = 1 << 14
 NOT_STATED = "not stated"
 
-# (unit, text): documents of one unit never lie on both sides of the split.
+# (unit, text): all documents of a unit are on the same side of the training/validation split.
 Documents = Iterable[tuple[str, str]]
-# (where, row): a dict that is read, and how an error calls its place.
+# (place, row): a row of a data set, preceded by its place for error messages.
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 class Corpus(NamedTuple):
-    """Documents and what a report must say of them; validation: the source's own, or None: ours is split off."""
+    """Documents, and what reports say of them. validation: the source's own split; None: split some off `train`."""
 
     name: str
     licence: str
@@ -43,12 +43,12 @@ class Corpus(NamedTuple):
 
 
 class Hub(NamedTuple):
-    """A data set of the Hub that `datasets` reads without running code of its author."""
+    """A data set of the Hub that `datasets` can read without running its author's code."""
 
     path: str
     config: str | None
     name: str
-    licence: str = ""  # "": as the Hub has it
+    licence: str = ""  # "": as the Hub states it
     attribution: str = ""
     options: Mapping[str, Any] = {}
 
@@ -58,35 +58,35 @@ PRESETS = {
               "Raffel et al. 2020, as prepared by the Allen Institute for AI"),
     "wikitext-103": Hub("Salesforce/wikitext", "wikitext-103-raw-v1", "WikiText-103 (raw)", "CC BY-SA 3.0 and GFDL",
                         "Merity et al. 2016; text by the authors of English Wikipedia"),
-    # The Hub's enwik8 is a script, which `datasets` no longer runs: read its source through the text loader.
+    # The Hub's enwik8 is a script, which `datasets` no longer runs, so read the original file with the text loader.
     "enwik8": Hub("text", None, "enwik8", "GFDL 1.2; CC BY-SA 3.0",
                   "Mahoney, Large Text Compression Benchmark; text by the authors of English Wikipedia",
                   {"data_files": "https://mattmahoney.net/dc/enwik8.zip", "keep_linebreaks": True}),
 }  # fmt: skip
-# The library's tests are most of its text, and absent on some systems.
+# The standard library's tests are most of its text, and missing on some systems, so they are left out.
 _NO_TEXT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload")
-_NAME = r"[A-Za-z0-9]\w*(?:[.-]\w+)*"  # of an owner or a data set of the Hub: no `..`, no hidden folder
+_NAME = r"[A-Za-z0-9]\w*(?:[.-]\w+)*"  # an owner, data set or config of the Hub, but no `..` and no hidden folder
 _HUB = re.compile(f"{paths.HUB_PREFIX}({_NAME}(?:/{_NAME})?)(?:/({_NAME}))?")
 
 
 def source_key(data: str) -> str:
-    """What the tokens of `data` depend on: names of the Hub's data sets, content of files, which the key may state."""
+    """Return what the tokens of `data` depend on: names of Hub data sets, content hashes of files (perhaps stated)."""
     stated, named = paths.content_of(data), []
     for part in paths.parts_of(data):
-        known = stated and paths.is_local(part)  # then nothing need be here
+        known = stated and paths.is_local(part)  # the stated hash is enough: the files may be missing
         named.append("" if known else content_sha256(files) if (files := part_files(part)) else part)
     return ",".join(named) + stated
 
 
 def source_sha256(data: str) -> str | None:
-    """64 hex digits of the files that `data` is made of; None of the Hub's. A ConfigError where there is no such text."""
+    """Return a SHA-256 of the files of `data`, None if it has none (Hub); raise a ConfigError if a text is missing."""
     parts = enumerate(map(part_files, paths.parts_of(data)))
     files = {f"{i}:{name}": path for i, part in parts for name, path in part.items()}
     return content_sha256(files) if files else None
 
 
 def part_files(part: str) -> dict[str, Path]:
-    """The files of a text that is no mix, or of a folder of images, by their path in it; none of the Hub's."""
+    """Return the files of a text (not a mix), relative path -> path, empty for the Hub; a ConfigError if there are none."""
     if part == "stdlib":
         return paths.files_below(Path(sysconfig.get_path("stdlib")), (".py",), _NO_TEXT)
     if not paths.is_local(part) and (not part.startswith(paths.HUB_PREFIX) or _HUB.fullmatch(part)):
@@ -103,7 +103,7 @@ def part_files(part: str) -> dict[str, Path]:
 
 
 def open_corpus(data: str, streaming: bool = False) -> Corpus:
-    """The corpus that `data`, which is no mix, names. `streaming`: don't download a Hub data set whole."""
+    """Open the corpus that `data` (not a mix) names. streaming: read a Hub data set without downloading all of it."""
     files = part_files(data)
     if data == "stdlib":
         return Corpus(
@@ -116,8 +116,8 @@ def open_corpus(data: str, streaming: bool = False) -> Corpus:
 
 
 def about(data: str) -> dict[str, str]:
-    """name, licence and attribution of local files; `PATH.about.yaml` beside them may state them."""
-    path = os.path.abspath(paths.resolve(data))  # without a slash at the end
+    """Return name, licence and attribution of local files, as stated in `PATH.about.yaml` if that exists."""
+    path = os.path.abspath(paths.resolve(data))  # removes a trailing slash
     said = {"name": os.path.basename(path), "licence": NOT_STATED, "attribution": NOT_STATED}
     beside = Path(f"{path}.about.yaml")
     if not beside.is_file():
@@ -129,7 +129,7 @@ def about(data: str) -> dict[str, str]:
 
 
 def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a report says of a corpus, of whose parts tokens know name, licence, attribution, split; a file beside one now wins."""
+    """Describe a corpus for reports: `parts` as stored with its tokens, updated by `about`, and combined for a mix."""
     parts = [
         part | (about(one) if paths.is_local(one) else {}) | {"data": one, "share": 1 / len(parts)}
         for one, part in zip(paths.parts_of(data), parts, strict=True)
@@ -143,7 +143,7 @@ def described(data: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _local(data: str, files: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """Text files in blocks of one unit a file; JSON files a row at a time, every text a unit of its own."""
+    """Yield (unit, text) of local files: text files in blocks, a unit per file; JSON files by row, a unit per text."""
     for name, path in files.items():
         if name.lower().endswith(paths.TEXT_FILES):
             with _opened(f"data={data!r}", path, "UTF-8 text") as file:
@@ -155,7 +155,7 @@ def _local(data: str, files: dict[str, Path]) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _opened(what: str, path: Path, right: str) -> Iterator[TextIO]:
-    """A text file, perhaps compressed; whatever the reader meets in a broken one becomes a ConfigError."""
+    """Open a text file, perhaps compressed; turn errors in reading it into a ConfigError that ends in `right`."""
     reader = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
     try:
         with reader(path, "rt", encoding="utf-8-sig") as file:
@@ -168,7 +168,7 @@ def _opened(what: str, path: Path, right: str) -> Iterator[TextIO]:
 
 
 def json_rows(what: str, path: Path, texts: Sequence[str]) -> Rows:
-    """The rows of a file that holds a JSON object a line, or a list of them; `texts` must be strings. Errors name file and row."""
+    """Yield `checked_rows` of a file that holds JSON Lines or a list of JSON objects. Errors name the file and row."""
     with _opened(what, path, f"a JSON object a line, with {' and '.join(texts)}") as file:
         first = file.readline()
         if first.lstrip().startswith("["):
@@ -178,7 +178,7 @@ def json_rows(what: str, path: Path, texts: Sequence[str]) -> Rows:
 
 
 def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:
-    """The rows, dicts or lines of JSON, each with its place; their `texts` are strings that can be written."""
+    """Yield (place, row) of dicts or JSON lines; raise a ConfigError unless their fields `texts` are UTF-8 strings."""
     for number, row in enumerate(rows, start=1):
         place = f"{where} {number}"
         if isinstance(row, str):
@@ -199,7 +199,7 @@ def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:
 
 
 def blocks(chunks: Iterable[str], size: int = BLOCK) -> Iterator[str]:
-    """A text in documents of `size` to 8 `size` characters that end at a blank line, else a line's end, else anywhere."""
+    """Cut a text into documents of `size` to 8 `size` characters, at a blank line, a line end, or else after `size`."""
     rest = ""
     for chunk in itertools.chain(chunks, [None]):
         rest, start = rest + (chunk or ""), 0
@@ -217,7 +217,7 @@ def _hub(data: str, streaming: bool) -> Corpus:
     hub = PRESETS.get(data) or Hub(*_HUB.fullmatch(data).groups(), data.removeprefix(paths.HUB_PREFIX))
     what = f"data={data!r}"
     reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")
-    if os.path.exists(hub.path) or reader and not hub.options:  # `datasets` would read what lies here
+    if os.path.exists(hub.path) or reader and not hub.options:  # `datasets` would read local files instead
         raise ConfigError(f"{what}: {hub.path!r} means files in {Path.cwd()} to `datasets`, no data set of the Hub; for "
                           "local text give its path, such as ./text; else start from another folder")  # fmt: skip
     right = "it must be a data set of the Hub (hub:OWNER/NAME or hub:OWNER/NAME/CONFIG), and the Hub must be reachable"
@@ -232,7 +232,7 @@ def _hub(data: str, streaming: bool) -> Corpus:
 
 
 def from_hub(what: str, right: str, path: str, *config: str | None, **options: Any) -> Any:
-    """`datasets.load_dataset`; its errors (no network, no such data set, a gated one) say whose data these are and what is right."""
+    """Call `datasets.load_dataset`; turn its errors (no network, no such data set) into a ConfigError: `what`, `right`."""
     from datasets import load_dataset
 
     try:
@@ -243,7 +243,7 @@ def from_hub(what: str, right: str, path: str, *config: str | None, **options: A
 
 
 def _hub_documents(data: str, hub: Hub, rows: Any) -> Documents:
-    """A row is a document, and a unit: copies of it lie on the same side of the split."""
+    """Yield (unit, text): a row is a document and its own unit, so that copies are on the same side of the split."""
     texts = (row["text"] for _, row in checked_rows(f"data={data!r}: row", rows, ["text"]))
     if hub.options:
         return ((data, block) for block in blocks(texts))
@@ -252,7 +252,7 @@ def _hub_documents(data: str, hub: Hub, rows: Any) -> Documents:
 
 
 def _articles(lines: Iterable[str]) -> Iterator[str]:
-    """WikiText has a line a row; an article begins at a heading of the first level, ` = Title = `."""
+    """Join WikiText's rows, one per line, into articles, which begin at a first-level heading, ` = Title = `."""
     article: list[str] = []
     for line in itertools.chain(lines, [None]):
         if line is None or re.fullmatch(r" = [^=].* = \n?", line):

@@ -1,6 +1,6 @@
-"""Images: labelled pictures of one size, for classification; the key `data` names them. And ImageData, their batches.
+"""Labelled images of one size, for classification, and ImageData, their batches.
 
-`digits` needs no download, `cifar10` comes from the Hub, and `images:PATH` is a local folder.
+The key `data` names them: `digits` needs no download, `cifar10` comes from the Hub, `images:PATH` is a local folder.
 
 Letters: n images of C channels, H x W pixels.
 """
@@ -30,15 +30,15 @@ from ecmoe.files import ConfigError
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, check_content, local_files, plain, remember_content, with_content
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-VALIDATION = ("validation", "val", "test")  # names of a folder's own split; the first that is there
-HELD_OUT = 5  # where a source has no split of its own, one image in so many validates
-Stored = tuple[np.ndarray, np.ndarray]  # images as they lie on disk: (n, H, W, C) uint8, (n,) int64
+VALIDATION = ("validation", "val", "test")  # folder names of a validation split; the first that exists is used
+HELD_OUT = 5  # without a split, every HELD_OUT-th image of a class is held out for validation
+Stored = tuple[np.ndarray, np.ndarray]  # pixels (n, H, W, C) uint8, and labels (n,) int64
 
 
 class Images(NamedTuple):
-    """A data set, split. The same data give the same images in the same order.
+    """A data set split into training and validation images, always in the same order.
 
-    train_x, val_x: (n, C, H, W) float32 in [0, 1]. train_y, val_y: (n,) int64, places in `classes`.
+    train_x, val_x: (n, C, H, W) float32 in [0, 1]. train_y, val_y: (n,) int64, indices into `classes`.
     provenance: name, licence, attribution, digest (hex, of pixels and labels), train_images, val_images, shape.
     """
 
@@ -51,10 +51,10 @@ class Images(NamedTuple):
 
 
 def load(data: str) -> Images:
-    """The images that the key `data` names; the last ones asked for are kept in memory.
+    """Load the images that the key `data` names; the last data set loaded is cached in memory.
 
-    images:PATH is a folder of image files in a sub-folder per class (perhaps below train and test), or of
-    NAME_{train,test}.jpgs.xz with NAME_{train,test}.idx.xz: JPEGs end to end, and a line `offset length label` for each.
+    images:PATH is a folder with a sub-folder of image files per class (optionally below train and test), or with
+    NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each.
     """
     data, content = plain(data), with_content(data)
     if data not in IMAGES and (not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX):
@@ -67,7 +67,7 @@ def load(data: str) -> Images:
     return _load(data, content)
 
 
-@functools.lru_cache(maxsize=1)  # the runs of a study read the same images one after the other
+@functools.lru_cache(maxsize=1)  # consecutive runs of a study read the same images
 def _load(data: str, content: str) -> Images:
     if data == "digits":
         return _digits()
@@ -80,7 +80,7 @@ def _load(data: str, content: str) -> Images:
 
 
 def _digits() -> Images:
-    """scikit-learn's copy of UCI's digits, 8 x 8 pixels of 17 greys; most of the last are by people who wrote none of the first."""
+    """Load scikit-learn's UCI digits, 8 x 8 pixels of 17 greys; most validation images are by writers not in training."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -95,7 +95,7 @@ def _digits() -> Images:
 
 
 def _cifar10(data: str) -> Images:
-    """CIFAR-10 as the Hub has it: 50,000 images train, the 10,000 of the test set validate."""
+    """Load CIFAR-10 from the Hub: 50,000 images for training, and the test set of 10,000 for validation."""
     right = f"the Hub must be reachable, or give a local copy as data: {IMAGES_PREFIX}PATH, or take data: digits"
     sets = from_hub(f"data={data!r}", right, "uoft-cs/cifar10")
     said = {"name": "CIFAR-10", "licence": NOT_STATED,
@@ -126,12 +126,12 @@ def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
 
 
 def _folder(data: str, files: dict[str, Path]) -> tuple[Stored, Stored, tuple[str, ...]]:
-    """CLASS/IMAGE, perhaps below train and one of VALIDATION; where there is no such, some of each class are held out."""
+    """Load CLASS/IMAGE, below train and one of `VALIDATION`; else hold out one in `HELD_OUT` images of each class."""
     parts = {name: Path(name).parts for name in files}
     top = {part[0] for part in parts.values()}
     own = [side for side in VALIDATION if {"train", side} <= top][:1]
     sides = ["train", *own] if "train" in top else [""]
-    deep = len(sides[0]) > 0  # folders above the class
+    deep = len(sides[0]) > 0  # number of folders above the class folder
     images = [[(str(files[name]), files[name], part[deep]) for name, part in parts.items()
                if len(part) > deep + 1 and side in ("", part[0])] for side in sides]  # fmt: skip
     classes = sorted({label for rows in images for *_, label in rows})
@@ -139,7 +139,7 @@ def _folder(data: str, files: dict[str, Path]) -> tuple[Stored, Stored, tuple[st
         raise ConfigError(f"data={data!r}: holds no images of classes; it must hold a sub-folder of image files per class, "
                           f"perhaps below train and one of {', '.join(VALIDATION)}")  # fmt: skip
     splits = [_stack(data, ((where, path, classes.index(label)) for where, path, label in rows)) for rows in images]
-    if not own:  # the same share of every class
+    if not own:  # hold out the same share of every class
         ((pixels, labels),) = splits
         held = pd.Series(labels).groupby(labels).cumcount().to_numpy() % HELD_OUT == HELD_OUT - 1
         splits = [(pixels[which], labels[which]) for which in (~held, held)]
@@ -147,12 +147,12 @@ def _folder(data: str, files: dict[str, Path]) -> tuple[Stored, Stored, tuple[st
 
 
 def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> Stored:
-    """Images as RGB, one below the other; they must be of one size. rows: how to call it, file or Pillow's image, label."""
+    """Stack images as RGB; all must have one size. rows: (name for errors, file or Pillow image, label) of each."""
     pixels, labels = [], []
     for where, file, label in rows:
         try:
             pixels.append(_rgb(file))
-        except Exception as error:  # Pillow's decoders raise whatever they meet in a damaged file
+        except Exception as error:  # Pillow's decoders raise many kinds of errors for a damaged file
             told = f"{type(error).__name__}: {error}"
             raise ConfigError(f"data={data!r}: {where} can't be read ({told}): mend or remove it") from error
         (h, w, _), (height, width, _) = pixels[0].shape, pixels[-1].shape
@@ -166,7 +166,7 @@ def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> Stored:
 
 
 def _rgb(file: Any) -> np.ndarray:
-    """(H, W, 3) uint8 of a file or an image. Pillow cuts off greys of 16 bits at 255: they are scaled."""
+    """Return a file or Pillow image as (H, W, 3) uint8; 16-bit greys are scaled, because Pillow clips them at 255."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = file if isinstance(file, Image.Image) else Image.open(file)
@@ -197,7 +197,7 @@ def _images(train: Stored, val: Stored, classes: tuple[str, ...], said: dict[str
 class ImageData(RunData):
     """Batches of images (B, C, H, W) float32 in [0, 1] and their classes (B,) int64.
 
-    After `setup()`: digest (hex, of pixels and labels), provenance, classes."""
+    `setup()` sets digest (hex, of pixels and labels), provenance and classes."""
 
     def prepare_data(self) -> None:
         load(self.config.data)
@@ -207,7 +207,7 @@ class ImageData(RunData):
         check(config, loaded)
         count = self._enough(len(loaded.train_y), len(loaded.val_y), "images")
         which = np.linspace(0, len(loaded.val_y) - 1, count).round().astype(np.int64)
-        # Some sources lie class by class: patches must compete with those of all classes, in evaluation too.
+        # Shuffle, as some sources are ordered by class: in evaluation too, patches must compete with those of all classes.
         which = np.random.default_rng(0).permutation(which)
         self.train, self.val = (loaded.train_x, loaded.train_y), (loaded.val_x[which], loaded.val_y[which])
         self.batches = AugmentedBatches if config.augment else Batches
@@ -216,7 +216,7 @@ class ImageData(RunData):
 
 
 class AugmentedBatches(Batches):
-    """Batches of images and classes, the images `shifted` by draws of (seed, rank, step)."""
+    """Batches of images and classes, with images augmented by `shifted`, seeded with (seed, rank, step)."""
 
     def take(self, which: np.ndarray, step: int) -> Batch:
         x, y = super().take(which, step)
@@ -224,7 +224,7 @@ class AugmentedBatches(Batches):
 
 
 def shifted(x: Tensor, draw: np.random.Generator) -> Tensor:
-    """(B, C, H, W) -> the same images, each moved by up to an eighth of its side, black coming in, half of them mirrored."""
+    """Shift each image of (B, C, H, W) by up to max(1, H // 8) pixels, filled with black; mirror half of the images."""
     B, _, H, W = x.shape
     most = max(1, H // 8)
     padded = F.pad(x, [most] * 4)
@@ -238,7 +238,7 @@ def shifted(x: Tensor, draw: np.random.Generator) -> Tensor:
 
 
 def check(config: RunConfig, loaded: Images) -> None:
-    """Raise a ConfigError that names the right value where a key doesn't fit the images."""
+    """Raise a ConfigError that names the right value if patch_size, sequence_length, channels or classes don't fit."""
     channels, height, width = loaded.train_x.shape[1:]
     size, side = f"{height} x {width} pixels", config.patch_size
     if height % side or width % side:

@@ -1,8 +1,8 @@
-"""Classification tasks to fine-tune on: the paper's eleven, of GLUE and SuperGLUE, and one that every machine has.
+"""Classification tasks for fine-tuning: the paper's eleven, from GLUE and SuperGLUE, and `lines`, stored in the package.
 
-An example is some texts, in the order in which a model reads them, and a label. The eleven come from the Hub, or from a
-folder with TASK/train.jsonl and TASK/validation.jsonl in the Hub's columns. The task of our own, `lines`, lies beside this file:
-is a line of Python's standard library (PSF licence) code, 0, or prose of a docstring, 1? No module is on both sides.
+An example is one or more texts, in reading order, and a label. The eleven tasks come from the Hub, or from a folder
+with TASK/train.jsonl and TASK/validation.jsonl in the Hub's columns. `lines` is ours: is a line of Python's standard
+library (PSF licence) code, 0, or docstring prose, 1? No module is in both training and validation.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ecmoe.data.corpus import Rows, checked_rows, from_hub, json_rows
 from ecmoe.files import ConfigError, nearest
 from ecmoe.paths import check_content, plain, remember_content, with_content
 
-_GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"  # of the Hub
+_GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"  # data sets of the Hub
 
 
 class Task(NamedTuple):
-    """Where a task comes from."""
+    """The source and columns of a task."""
 
-    hub: str  # a data set whose config is the task's name; "": it lies beside this file
-    columns: tuple[str, ...]  # of text, in reading order; what is asked comes last
+    hub: str  # Hub data set with a config named like the task; "": the task is stored beside this file
+    columns: tuple[str, ...]  # text columns in reading order; the question, if any, is last
     classes: int
     validation: str = "validation"
 
@@ -46,16 +46,16 @@ TASKS = {
 
 
 class Examples(NamedTuple):
-    """texts: of each example, as many as the task has columns. labels: (n,) int64."""
+    """n examples. texts: a tuple for each, one text per column of the task. labels: (n,) int64."""
 
     texts: list[tuple[str, ...]]
     labels: np.ndarray
 
 
 def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Examples]:
-    """Training and validation examples of one of `TASKS`, in their source's order.
+    """Load the training and validation examples of one of `TASKS`, in the source's order.
 
-    folder: with local copies, perhaps with their content, PATH#SHA256; a task that isn't there comes from the Hub.
+    folder: local copies, PATH or PATH#HASH of their content; a task missing there is loaded from the Hub.
     """
     if name not in TASKS:
         raise ConfigError(f"task {name!r}: {nearest(name, TASKS)}")

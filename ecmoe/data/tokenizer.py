@@ -7,11 +7,11 @@ import numpy as np
 
 from ecmoe.config import ConfigError
 
-END, END_ID = "\0", 0  # ends every document: one byte, a token of its own
+END, END_ID = "\0", 0  # end of every document: a single byte and token
 
 
 class Bytes:
-    """UTF-8 bytes are the tokens. byte_lengths: (V,) bytes of text that a token stands for."""
+    """Use UTF-8 bytes as tokens. byte_lengths: (V,) number of bytes of text per token."""
 
     vocab_size = 256
     byte_lengths = np.ones(256, np.int64)
@@ -24,14 +24,14 @@ class Bytes:
 
 
 class BPE:
-    """Byte-level BPE (GPT-2's pre-tokenisation) by `tokenizers`."""
+    """Byte-level BPE with GPT-2's pre-tokenisation, from the `tokenizers` library."""
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Fast
 
         self._fast = Fast.from_file(str(path))
         self.vocab_size = self._fast.get_vocab_size()
-        # In the byte-level alphabet, a character of a token stands for a byte.
+        # In the byte-level alphabet, each character of a token represents one byte.
         self.byte_lengths = np.array([len(self._fast.id_to_token(i)) for i in range(self.vocab_size)])
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -45,7 +45,7 @@ Tokenizer = Bytes | BPE  # decode(encode([text])[0]) is the text
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learn merges and write them to `path` as JSON; a ConfigError where the text is too small for so many tokens."""
+    """Train BPE and write it to `path` as JSON; raise a ConfigError if the text is too small for vocab_size tokens."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""The tokens of a corpus: made once, kept as memory-mapped files, checked against damage."""
+"""The tokens of a corpus: computed once, cached in memory-mapped files, and verified by checksums."""
 
 import contextlib
 import itertools
@@ -18,14 +18,14 @@ from ecmoe.data.tokenizer import BPE, END, END_ID, Bytes, Tokenizer, train_bpe
 from ecmoe.files import ConfigError, Damaged, check_sum, disk_may_be_full, read_json, sha256, sha256_once, write_json
 from ecmoe.paths import check_content, parts_of, remember_content, with_content
 
-# Part of every cache's name: raise it when the same source would give other tokens.
+# Version of the cache format, part of every cache's name. Increase it if the same source would give different tokens.
 SCHEMA = 2
-BPE_BYTES = 50_000_000  # BPE learns its merges from at most so much text
+BPE_BYTES = 50_000_000  # BPE learns its merges from at most this much text
 NEW = "not tokenised yet"
 
 
 class Tokens(NamedTuple):
-    """A tokenised corpus: (tokens,) memory-mapped ids, of a mix one part after the other, all as long; meta: as in meta.json."""
+    """A tokenised corpus: (tokens,) memory-mapped ids, the texts of a mix in turn, equally long. meta: meta.json."""
 
     train: np.ndarray
     val: np.ndarray
@@ -33,14 +33,14 @@ class Tokens(NamedTuple):
     meta: dict[str, Any]
 
     def windows(self, ids: np.ndarray, length: int) -> np.ndarray:
-        """(parts, windows, T+1) consecutive, non-overlapping windows of T = `length`; none reaches into the next part."""
+        """Cut each part into consecutive, non-overlapping windows: (parts, windows, T+1), where T = `length`."""
         ids = ids.reshape(len(self.meta["parts"]), -1)
         count = ids.shape[1] // (length + 1)
         return ids[:, : count * (length + 1)].reshape(len(ids), count, length + 1)
 
 
 def folder(config: Any) -> Path:
-    """Where the tokens of this config are kept: it depends on the content of the text and on the keys that are read here."""
+    """Return the cache folder of a config's tokens; it depends on the text's content and on the keys in `_keys`."""
     names = "-".join(Path(part).name for part in parts_of(config.data))
     slug = re.sub(r"[^\w.-]+", "-", names).strip("-")[:40]
     digest = check_sum(_keys(config))[:12]
@@ -53,16 +53,16 @@ def _keys(config: Any) -> dict[str, Any]:
 
 
 def load(config: Any) -> Tokens:
-    """The corpus of `config` in tokens; made on first use, while other processes wait.
+    """Load the tokens of `config`'s corpus. The first process to need them computes them, while others wait.
 
-    Made again when one of its files is damaged. A ConfigError: no such text, and no cache that is whole."""
+    Damaged files are computed again. Raise a ConfigError if there is no intact cache and the text is missing."""
     from filelock import FileLock
 
     place = folder(config)
     if _trouble(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
-            if trouble := _trouble(place):  # else another process has made it meanwhile
+            if trouble := _trouble(place):  # otherwise another process has computed the tokens meanwhile
                 _make(config, place, trouble)
     remember_content(config.data)
     meta = read_json(place / "meta.json")
@@ -71,7 +71,7 @@ def load(config: Any) -> Tokens:
 
 
 def _trouble(place: Path) -> str | None:
-    """What is wrong with the cache, in words; None if nothing is."""
+    """Return what is wrong with the cache, in words, or None if it is complete and intact."""
     try:
         files = read_json(place / "meta.json", sealed=True)["files"]
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def _make(config: Any, place: Path, trouble: str) -> None:
     try:
         source = source_sha256(config.data)
         check_content(config.data)
-        streaming = config.streaming or config.max_bytes > 0  # a part: not the whole download
+        streaming = config.streaming or config.max_bytes > 0  # part of a text doesn't need the whole download
         corpora = [open_corpus(part, streaming) for part in parts_of(config.data)]
     except ConfigError as error:
         if trouble == NEW:
@@ -95,24 +95,24 @@ def _make(config: Any, place: Path, trouble: str) -> None:
         raise ConfigError(f"data={config.data!r}: {told}") from error
     (place / "meta.json").unlink(missing_ok=True)
     work = place / "work"
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
     work.mkdir(parents=True)
     try:
         with disk_may_be_full(place):
             meta = _tokenise(config, corpora, work)
-        check_content(config.data)  # nobody wrote while it was read
+        check_content(config.data)  # the text must not have changed while it was read
         made = [path for path in sorted(work.iterdir()) if path.is_file()]
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in made}
         for path in made:
             os.replace(path, place / path.name)
         meta |= _keys(config) | {"source_sha256": source, "digest": check_sum(files), "files": files}
-        write_json(place / "meta.json", meta, sealed=True)  # last: what it describes is then complete
+        write_json(place / "meta.json", meta, sealed=True)  # last, because it marks the cache as complete
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
-    """Read and split each corpus, train BPE on the training sides, encode, cut all to the shortest; what meta.json says of it."""
+    """Read and split each corpus, train BPE on training text, encode, cut all to the shortest; return the metadata."""
     (spools := work / "spools").mkdir()
     limit = -(-config.max_bytes // len(corpora))
     with contextlib.ExitStack() as files:
@@ -125,7 +125,7 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
                 raise ConfigError(f"data={config.data!r}: {len(text.lengths)} documents of {text.lengths.sum()} bytes of {corpus.name} "
                                   "are too few to split into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip
         tokenizer: Tokenizer = Bytes()
-        if config.tokenizer == "bpe":  # learned from as many bytes of each text, none of which validates
+        if config.tokenizer == "bpe":  # learned from equally many bytes of each text, none of them validation text
             share = min(BPE_BYTES // len(texts), *(int(text.lengths[~text.is_val].sum()) for text in texts))
             documents = (
                 d.removesuffix(END) for text in texts for d in text.documents(text.some(share), "learning BPE")
@@ -154,7 +154,7 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
 
 
 def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, path: Path) -> None:
-    """Write the tokens of `documents`, so many at a time over all cores."""
+    """Write the tokens of `documents`, encoded 256 documents at a time on all cores."""
     with path.open("wb") as out:
         while some := list(itertools.islice(documents, 256)):
             for ids in tokenizer.encode(some):
@@ -162,7 +162,7 @@ def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, pat
 
 
 def counts(ids: np.ndarray, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
-    """(tokens,) ids -> (V,) int64 how often each occurs."""
+    """Return how often each token occurs in `ids` (tokens,): (V,) int64."""
     found = np.zeros(vocab_size, np.int64)
     for start in range(0, len(ids), chunk):
         found += np.bincount(ids[start : start + chunk], minlength=vocab_size)
