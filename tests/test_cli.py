@@ -19,6 +19,7 @@ import ecmoe
 from ecmoe.cli import app
 from ecmoe.config import RunConfig
 from ecmoe.study.plan import plan
+from ecmoe.training.result import Result
 
 CHECK_LIGHT = """
 import sys, ecmoe.cli
@@ -132,6 +133,15 @@ def test_train_prints_the_run(tiny_config, tmp_path):
         and [key for key in told if key in shown] == list(shown)
         and "error" not in told
     )
+
+
+def test_of_many_ranks_the_first_speaks_for_all(monkeypatch):
+    found = Result({"name": "one", "status": "finished", "val_loss": 2.5})
+    monkeypatch.setattr("ecmoe.training.run.run_or_load", lambda config: found)
+    for rank, said in ((0, "one\nfinished\n2.5\n"), (1, "")):
+        monkeypatch.setattr("ecmoe.training.ranks.rank", lambda rank=rank: rank)
+        shown = call("train")
+        assert re.sub(r"^\w+ +", "", shown.stdout, flags=re.M) == said and shown.exit_code == 0
 
 
 def test_a_damaged_run_is_named(tiny_config, tmp_path, monkeypatch):

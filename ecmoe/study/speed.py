@@ -59,7 +59,7 @@ def jobs(
     return found | {
         "step": job("step", **usual | step_sizes),
         "growth": job("growth", base=growth_from, axes=growth_axes, repeats=repeats),
-        "profile": job("profile", compiled=compiled, **step_sizes),
+        "profile": job("profile", **{"compiled": compiled} | step_sizes),
     }
 
 

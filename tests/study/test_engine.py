@@ -1,5 +1,6 @@
 """Planned runs are found by name, carried out one by one, and lose nothing that was done."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from ecmoe import paths
 from ecmoe.cli import app
+from ecmoe.files import Damaged, write_json
 from ecmoe.measures import Measurement
 from ecmoe.study import engine, plan
 from ecmoe.study.load import load
@@ -108,6 +110,24 @@ def test_a_run_that_diverged_is_a_finding(project, monkeypatch):
     one = plan.Planned(changed.name, changed, one.pages, one.arms, one.seed, one.measures)
     assert engine.carry_out(one, "gpu") == "diverged"
     assert not engine.lacks(one, "gpu") and read_record(plan.record(one, "gpu")).summary["status"] == "diverged"
+
+
+def test_a_record_that_was_changed_is_not_believed(project):
+    one = plan.plan("gpu")[1]
+    write_json(plan.record(one, "gpu"), {"summary": {"status": "diverged"}}, sealed=True)
+    assert engine.lacks(one, "gpu") == ""
+    plan.record(one, "gpu").write_text(plan.record(one, "gpu").read_text().replace("diverged", "finished"))
+    with pytest.raises(Damaged, match=one.name):
+        engine.lacks(one, "gpu")
+
+
+def test_a_run_is_locked_by_its_name(project, monkeypatch):
+    locked = []
+    monkeypatch.setattr("ecmoe.measures.measure.lock", lambda name: locked.append(name) or contextlib.nullcontext())
+    monkeypatch.setattr("ecmoe.training.run.run_or_load", lambda config, *, records: locked.append((config, records)) or 1 / 0)
+    one = plan.plan("gpu")[1]
+    assert engine.carry_out(one, "paper") == "failed: ZeroDivisionError: division by zero"
+    assert locked == [one.name, (one.config, paths.records("paper"))]
 
 
 def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project, capsys):
@@ -213,6 +233,9 @@ def test_snakemake_gets_the_runs(project, monkeypatch):
     monkeypatch.setattr(engine, "lacks", lambda *_: "")
     for ends in (0, 3):  # all is there, whatever else failed
         assert engine.train(planned, "gpu") == ends
+    monkeypatch.setattr(engine, "lacks", lambda one, scale: "missing" * (one is planned[1]))
+    for ends, code in ((0, 1), (3, 3)):
+        assert engine.train(planned, "gpu") == code
     ends = None  # Ctrl-C: Snakemake got it, too, and ends by itself
     with pytest.raises(KeyboardInterrupt):
         engine.train(planned, "gpu")

@@ -1,13 +1,20 @@
 """Parameters of a notebook: merged in a known order, and held to what the notebook knows."""
 
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
 import nbformat
 import pytest
+from pydantic import Field
 
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.study.parameters import (
+    Held,
     check_parameters,
     check_scale,
+    held_to,
     merge_parameters,
     notebook_parameters,
     page_parameters,
@@ -18,6 +25,30 @@ from ecmoe.study.parameters import (
 def notebook(source: str, tag: str = "parameters") -> nbformat.NotebookNode:
     cell = nbformat.v4.new_code_cell(source, metadata={"tags": [tag]})
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A page"), cell])
+
+
+@dataclass
+class Box(Held):
+    width: Annotated[float, Field(gt=1)]
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (Box, {"width": 2, "nams": []}, "here: unknown key 'nams': did you mean names?"),
+        (Box, {"names": []}, "here: width is missing"),
+        (Box, {"width": 1}, "here: width=1: Input should be greater than 1"),
+        (Box, {"width": 2, "names": ["a", 3]}, "here: names: 1=3: Input should be a valid string"),
+        (Box, {"width": float("inf")}, "here: width=inf: Input should be a finite number"),
+        (list[int], "a", "here: 'a': Input should be a valid list"),
+    ],
+)
+def test_what_yaml_says_is_held_to_a_type(kind, value, said):
+    assert held_to(Box, {"width": 1.5, "names": ["a"]}, "here") == Box(1.5, ("a",))
+    with pytest.raises(ConfigError) as error:
+        held_to(kind, value, "here")
+    assert str(error.value) == said
 
 
 def test_files_merge_key_by_key(tmp_path):
@@ -104,6 +135,7 @@ def test_what_a_pages_file_has_may_be_given_where_its_notebook_reads_it(tmp_path
     (tmp_path / "scale").mkdir()
     (tmp_path / "scale" / "big.yaml").write_text("")
     (tmp_path / "01_a.yaml").write_text("factor: 4\nseeds: [0]\n")
+    check_parameters(notebook("width: int = 1"), {"width": 2}, "01_a.ipynb")  # of no scale
     for reads in ("", '\nsettings["factor"]'):
         made = notebook(f'scale: str = "big"{reads}')
         check_parameters(made, {"scale": "big", "seeds": [1]}, "01_a.ipynb")  # seeds are the plan's
@@ -162,5 +194,7 @@ def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(paths, "configs", lambda: tmp_path)
         assert page_parameters("01_a", {}) == {"train_missing": False, "seeds": [3]}
+    with pytest.raises(ConfigError, match=re.escape(f"a list, such as {values['arms'][:3]}") + "$"):
+        page_parameters("03_capacity_factor", {"arms": 5})
     late = {"rows": [1], "seeds": [5]}  # what a notebook has made by now
     assert page_parameters("03_capacity_factor", late, unknown=False)["seeds"] == [5]

@@ -86,13 +86,14 @@ def test_each_part_is_measured_and_shown(found):
 def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
     monkeypatch.setattr(speed, "job", lambda name, **keys: (name, keys))
     base, usual = TINY | {"capacity_factor": 1.0}, {"compiled": True, "repeats": 3}
-    found = speed.jobs({"0.1B/64E": TINY}, STEP, base, AXES, auto_sizes=[TINY], **usual)
+    layer, step = TINY | {"repeats": 7}, STEP | {"compiled": False}  # of their own
+    found = speed.jobs({"0.1B/64E": layer}, step, base, AXES, auto_sizes=[TINY], repeats=3, compiled=True)
     assert found == {
-        "layer-0-1b-64e": ("layer", usual | TINY),
+        "layer-0-1b-64e": ("layer", usual | layer),
         "auto": ("auto", usual | {"sizes": [TINY]}),
-        "step": ("step", usual | STEP),
+        "step": ("step", usual | step),
         "growth": ("growth", {"base": base, "axes": AXES, "repeats": 3}),
-        "profile": ("profile", {"compiled": True} | STEP),
+        "profile": ("profile", step),
     }
 
 
