@@ -103,7 +103,7 @@ def test_how_it_was_judged_has_every_part_with_its_rule():
     assert [row.th.text for row in beside.tbody.find_all("tr")] == [
         part.name for part in found.parts if not part.decides
     ]
-    assert beside.find_parent("details") and not deciding.find_parent("details")
+    assert beside.find_parent("details") and not deciding.find_parent("details") and not page.caption
     cells = [cell.text for cell in deciding.tbody.tr.find_all("td")]
     part = found.deciding[0]
     assert (
@@ -134,6 +134,7 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
         answer.parts_html(judged("C2", {}, bench={"even": [1.1, 1.12, 1.3]}).deciding, "undecided")
     ).tbody.find_all("tr")
     assert row.find_all("td")[4].text.endswith(" times, either way") and row.find_all("td")[2].text == "3 turns"
+    assert row.find_all("td")[1].text.startswith("1.17 times (")
     (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
     (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
     assert row.find_all("td")[4].text == f"{spread.smallest:.3f}".rstrip("0") + " times, either way"

@@ -306,6 +306,8 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "device": None}))
     all_done = shown.pop()
     assert "--train" not in all_done and "Rests on 2 runs of 20,480 tokens (seeds 0, 1) of " in all_done
+    report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "status": "diverged"}))
+    assert "--train" in (broke_off := shown.pop()) and "Rests on 1 run of 20,480 tokens (seed 0) of " in broke_off
     labels = [BeautifulSoup(part, "html.parser").find(class_="badge").text for part in shown[2:]]
     assert labels == ["finding", "plumbing only"] and "--train" in shown[2] and "--train" not in shown[3]
     assert "Rests on 1 run of 20,480 tokens (seed 0) of " in shown[2] and "Rests on" not in shown[1] + shown[3]

@@ -11,7 +11,9 @@ from ecmoe.training.result import Result, not_run, write_record
 def test_every_row_of_table_1_is_counted():
     sizes = cost.table_1().set_index("model")
     assert list(sizes.index) == list(TABLE_1)
-    assert list(sizes) == [form.format(which) for which in ("total", "active") for form in ("{}", "printed_{}", "{}_ratio")]
+    assert list(sizes) == [
+        form.format(which) for which in ("total", "active") for form in ("{}", "printed_{}", "{}_ratio")
+    ]
     assert {which: sizes.loc["0.1B/64E", f"printed_{which}"] for which in ("total", "active")} == {
         "total": 1.9e9,
         "active": 0.145e9,
