@@ -79,7 +79,19 @@ def test_content_is_read_again_when_a_file_changes_but_neither_size_nor_time(tmp
 def test_what_is_stated_stays_and_what_is_known_needs_no_content(tmp_path):
     stated = f"{tmp_path}/x.txt#0123456789abcdef"
     (tmp_path / "x.txt").write_text("text")
-    for data in (stated, "stdlib", "c4", "hub:a/b", "digits", "mix:stdlib,c4", "nowhere.txt", "images:nowhere"):
+    for data in (
+        stated,
+        "stdlib",
+        "c4",
+        "wikitext-103",
+        "enwik8",
+        "hub:a/b",
+        "digits",
+        "cifar10",
+        "mix:stdlib,c4",
+        "nowhere.txt",
+        "images:nowhere",
+    ):
         assert paths.with_content(data) == data
     assert paths.plain(stated) == f"{tmp_path}/x.txt" and paths.plain("x#1.txt") == "x#1.txt"
     with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated.*leave out #0123456789abcdef"):

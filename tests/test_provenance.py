@@ -133,6 +133,8 @@ def test_a_machine_is_told_by_its_kind_and_libraries_by_their_versions(monkeypat
 def test_peak_rates_are_found_in_a_devices_full_name(monkeypatch):
     for kind, rate in provenance.PEAK_BF16.items():
         assert provenance.peak_flops(f"NVIDIA {kind} 80GB HBM3") == rate  # not that of another, such as L4 in L40S
+    tera = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250}  # of the vendor's data sheets
+    assert {kind: 1e12 * rate for kind, rate in tera.items()} == provenance.PEAK_BF16
     assert math.isnan(provenance.peak_flops("CPU (x86_64, 2 cores)"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L40S")

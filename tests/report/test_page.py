@@ -266,9 +266,9 @@ def test_where_no_html_is_shown_stands_a_text(monkeypatch):
 
 
 def test_columns_are_headed_as_one_writes_their_names():
-    frame = pd.DataFrame([[0] * 4], columns=["gpu_hours", "gflops_per_token", "at_mfu", "embedding"])
+    frame = pd.DataFrame([[0] * 5], columns=["gpu_hours", "gflops_per_token", "at_mfu", "embedding", "peak_mb"])
     heads = [head.text for head in BeautifulSoup(table_html(frame), "html.parser").thead.find_all("th")]
-    assert heads == ["GPU hours", "GFLOPs per token", "at MFU", "embedding"]
+    assert heads == ["GPU hours", "GFLOPs per token", "at MFU", "embedding", "peak MB"]
 
 
 def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():

@@ -234,6 +234,8 @@ def test_what_is_labelled_in_percent_is_shown_so():
     losses = [
         label for column, label in plots.LABELS.items() if column.split("_")[-1] == "loss" and column != "aux_loss"
     ]
+    letters = {"num_experts": "e", "capacity_factor": "c", "n": "n", "d_model": "d"}  # the paper's
+    assert {column: plots.LABELS[column].split()[-1] for column in letters} == letters
     assert len(losses) > 2 and all(label.endswith("loss (nats per token)") for label in losses)
 
 

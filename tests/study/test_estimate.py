@@ -96,6 +96,7 @@ def test_crossed_is_the_mean_over_tasks_of_means_over_examples():
     a = [[np.array([1.0, 0.0, 1.0]), np.array([1.0])], [np.array([1.0, 1.0, 1.0]), np.array([0.0])]]
     found = estimate.crossed(a)
     assert found.value == pytest.approx(np.mean([(2 / 3 + 1) / 2, (1 + 0) / 2])) and found.n == 2
+    assert found.unit is Unit.SHARE and found.of == "seed"
     seeds = np.var([(2 / 3 + 1) / 2, 0.5], ddof=1) / 2
     examples = np.var([1.0, 0.5, 1.0], ddof=1) / 3 / 4
     assert math.hypot(*(error for error, _ in found.errors)) == pytest.approx(math.sqrt(seeds + examples))

@@ -47,6 +47,12 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     assert not repeats.again(config.name, "gpu", steps=2)["differs"] and len(repeats.kept("gpu")) == 2
 
     with monkeypatch.context() as patch:
+        write_record(record, kept)
+        for column in ("train_loss", "val_loss", "val_loss_causal"):
+            patch.setattr(
+                repeats, "_curve", lambda *_, column=column: kept.curve.assign(**{column: kept.curve[column] + 0.5})
+            )
+            assert repeats.again(config.name, "gpu")["differs"] == {column: pytest.approx(0.5)}
         patch.setattr(repeats, "_curve", lambda *_: kept.curve)
         write_record(record, Result(kept.summary, kept.curve.iloc[1:]))  # which lacks the first validation
         shorter = repeats.again(config.name, "gpu")
