@@ -195,6 +195,8 @@ def test_names_say_what_and_for_what_and_hold_nothing_else():
     (evil,) = measurements("fine-tuned", {"task": ["../$(x)"]})
     (capital,) = measurements("fine-tuned", {"task": ["SST_2"]})
     assert evil.name == "fine-tuned--x-" and capital.name == "fine-tuned-sst-2"
+    assert list(measurements("losses", {"pools": [4]})) == [Measurement("losses", {"pools": [4]})]
+    assert other == Measurement("accuracy-at", {"places": 2.0}) and tuned.keys["folder"] == "a"
     (nowhere,) = measurements("fine-tuned", {"task": ["rte"], "steps": 10, "folder": None})
     assert nowhere.name == tuned.name and len(tuned.name) == len("fine-tuned-rte-") + 8
     assert len({Measurement("dependence", keys).name for keys in ({}, {"kept": 0}, {"kept": 1})}) == 3

@@ -27,11 +27,19 @@ ROUTERS = {
     "hash": lambda: Hash(D, E, 10, 1.0),
     "k-means": lambda: KMeans(D, E, 1.0),
     "auction": lambda: LinearAssignment(D, E),
+    "auction of one": lambda: LinearAssignment(D, 1),
     "learned task": lambda: TaskLevel(D, E, 5),
     "fixed task": lambda: TaskLevel(D, E, 5, "fixed"),
     **{
-        balance: lambda balance=balance: TokenChoice(D, E, 2, 1.0, priority="score", balance=balance)
-        for balance in ("switch", "first_choice", "importance_load", "bias")
+        balance: lambda balance=balance, priority=priority: TokenChoice(
+            D, E, 2, 1.0, "softmax", priority, balance=balance
+        )
+        for balance, priority in (
+            ("switch", "score"),
+            ("first_choice", "order"),
+            ("importance_load", "score"),
+            ("bias", "order"),
+        )
     },
 }
 
