@@ -246,6 +246,7 @@ def test_running_statistics_move_once_a_step(tiny_config):
         ([[1, 2, 3, 4], [5, 6, 7, 8]], 4, [3, 4, 7, 8]),
         ([[1, 2, 3]], 2, [2, 3]),
         ([[1, 2, 3], [4, 5, 6, 7, 8]], 5, [2, 3, 6, 7, 8]),
+        ([[*range(10)], [20], [*range(30, 35)]], 8, [7, 8, 9, 20, 31, 32, 33, 34]),
     ],
 )
 def test_what_is_too_long_loses_the_beginning_of_the_longest(pieces, most, fitted):
