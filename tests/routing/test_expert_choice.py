@@ -185,7 +185,9 @@ def test_a_padded_pool_that_rounds_down_takes_what_its_cap_allows():
     logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     taken = router.assign(logits, mask=mask).dense(16) > 0
     assert taken.sum(0).tolist() == [1] * 4 and taken.sum(1).tolist() == [2] * 2 + [0] * 14
-    assert not router.assign(logits, mask=torch.arange(16) < 1).dense(16).any()  # one token, two of four: less than one each
+    assert (
+        not router.assign(logits, mask=torch.arange(16) < 1).dense(16).any()
+    )  # one token, two of four: less than one each
     token, gate = ExpertChoice(3, 4, 1.0, 1, rounding="down").assign(logits[:3])  # nor here
     assert token.shape == gate.shape == (4, 0) and (token.dtype, gate.dtype) == (torch.int64, logits.dtype)
 
