@@ -21,8 +21,8 @@ from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 
 Verdicts = Mapping[str, ClaimVerdict]
 CAPTION = (
-    "Every part that decides a claim, turned so that right of 0 is what the paper says; where it gives a figure to be met, that is 0; "
-    "bars: intervals, 95% for those of a claim together."
+    "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's figure is to be met, 0 is "
+    "that figure. Bars are confidence intervals, jointly 95% for the parts of a claim."
 )
 
 
@@ -61,7 +61,7 @@ def effects(verdicts: Verdicts) -> Plot:
         reach = max(1.6 * sizes.max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(xlim=(-reach, reach), xlabel="right of 0: as the paper says (logarithmic away from 0)")
+        ax.set(xlim=(-reach, reach), xlabel="right of 0: agrees with the paper (logarithmic away from 0)")
         name_rows(ax, rows["name"], fontsize=9)
         return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 

@@ -118,7 +118,7 @@ def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
 def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     plot = scoreboard.effects(verdicts)
     assert [ax.get_ylim() for ax in plot.figure.axes] == [(0.5, -0.5)] * 2  # half a row's place around a row
-    assert all(ax.get_xlabel().startswith("right of 0: as the paper says") for ax in plot.figure.axes)
+    assert all(ax.get_xlabel().startswith("right of 0: agrees with the paper") for ax in plot.figure.axes)
     for ax, (unit, of) in zip(plot.figure.axes, plot.data.groupby("unit"), strict=True):
         bars, marks, *_ = ax.collections
         assert [bar.tolist() for bar in bars.get_segments()] == [

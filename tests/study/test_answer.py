@@ -74,7 +74,7 @@ SIZE = "at 4 layers of width 64, 8 experts, trained on 122,880 tokens"
 def test_one_or_several_claims_of_each_label(home, labels, holds, does_not):
     found = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}))
     sentences = answer("gpu", {str(i): replace(found, label=label) for i, label in enumerate(labels)}).sentences
-    choice = "What that means for a choice of router, no run tells yet."
+    choice = "No run shows yet what this means for the choice of a router."
     assert sentences == (f"Of the paper's {holds}", does_not[0].upper() + does_not[1:], choice)
 
 
