@@ -22,8 +22,7 @@ def provenance(study: Study, differences: str = "") -> None:
     rows: dict[str, Iterable[Any]] = same | {
         "data": {_data_text(d) for d in data},
         "processes": _distinct(done, "world_size") - {"1"},
-        "runs that shared a device (seconds: wall time divided by their number)": _distinct(done, "sharing", 1)
-        - {"1"},
+        "runs that shared a device (seconds: wall time divided by their number)": _distinct(done, "sharing", 1) - {"1"},
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
         "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
         "tokens trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
@@ -34,7 +33,9 @@ def provenance(study: Study, differences: str = "") -> None:
         rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
     linked = repeats.linked(done, repeats.kept(study.scale))
-    rows["repeated runs, equal to the last digit, which show that these versions of the code compute the same numbers"] = set(linked or ())
+    rows[
+        "repeated runs, equal to the last digit, which show that these versions of the code compute the same numbers"
+    ] = set(linked or ())
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
     shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}

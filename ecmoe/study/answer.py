@@ -90,7 +90,9 @@ def _choice(found: Sequence[ClaimVerdict]) -> str:
     parts = {(v.claim, part.name): part for v in found for part in v.parts if part.effect.n}
     first, *others = [parts[key].sentence for key in CHOICE if key in parts] or [""]
     said = ". ".join([first, *(text[0].upper() + text[1:] for text in others)])
-    return f"For a choice of router: {said}." if said else "No run shows yet what this means for the choice of a router."
+    return (
+        f"For a choice of router: {said}." if said else "No run shows yet what this means for the choice of a router."
+    )
 
 
 def _cost(scale: str) -> str:
