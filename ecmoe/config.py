@@ -1,6 +1,6 @@
-"""RunConfig: one flat, frozen, validated dataclass is the only schema of a run.
+"""RunConfig, the only schema of a training run: a flat, frozen dataclass that validates its values.
 
-Letters are the paper's: n tokens compete, e experts choose, each takes k = n c / e (Eq. 1).
+Letters follow the paper: n tokens compete for e experts, and each expert takes k = n c / e tokens (Eq. 1).
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from ecmoe.files import ConfigError, check_sum, nearest, read_yaml
 from ecmoe.paths import IMAGES, IMAGES_PREFIX, MIX_PREFIX, content_of, is_local, parts_of, with_content
 from ecmoe.routers import ROUTERS, RouterRow
 
-# Part of every digest: raise it when the meaning of a config or of a result changes.
+# Part of every run's digest: increase it when the meaning of a config or of a result changes.
 SCHEMA = 1
-LARGEST = 2**63 - 1  # the largest whole number of PyTorch
+LARGEST = 2**63 - 1  # the largest int64, PyTorch's widest integer type
 
 
 def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None,
         below: float | None = None, choices: Collection[str] | None = None) -> Any:  # fmt: skip
-    """A key of a config: its default, what it means, and what it may be; low and high may be reached, above and below may not."""
+    """Declare a config key. Values may equal the bounds low and high, but must lie strictly between above and below."""
     meta = {"help": help, "low": low, "high": high, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=meta)
 
 
 def bare_data(data: str) -> str:
-    """What a key `data` says without saying where it lies: a copy elsewhere is the same text, or images."""
+    """Return the value of the key `data` without folders, so that a copy of the files elsewhere is the same data."""
     kind = next((kind for kind in (IMAGES_PREFIX, MIX_PREFIX) if data.startswith(kind)), "")
     parts = parts_of(data.removeprefix(IMAGES_PREFIX))
     names = [Path(part).name if is_local(part) else part for part in parts]
     return kind + ",".join(names) + content_of(data)
 
 
-# Keys that change how a run is watched or where it runs, not what it computes.
+# Keys that affect how a run is monitored or executed, but not what it computes; they are not part of its identity.
 _NOT_IDENTITY = {"eval_every", "checkpoint_every", "compile", "cuda_graph", "kernels", "activation_checkpointing"}
-# Each kind of run leaves out what the other alone reads.
+# Keys that only text runs, or only image runs, read; the identity of the other kind of run leaves them out.
 _TEXT_KEYS = {"streaming", "max_bytes", "tokenizer", "vocab_size", "relative_buckets", "relative_max_distance",
               "relative_init"}  # fmt: skip
 _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
@@ -49,15 +49,15 @@ _IMAGE_KEYS = {"patch_size", "channels", "classes", "augment"}
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a training run computes, as flat keys. `ecmoe keys` lists them.
+    """All settings of a training run, as flat keys. `ecmoe keys` lists them.
 
-    The default is EC-CF2 on the embedded corpus at smoke size.
+    The defaults are EC-CF2 (expert choice, capacity factor 2) on the corpus `stdlib`, small enough to train on a CPU.
 
     Raises:
-        ConfigError: on construction, with key, value and what would be right.
+        ConfigError: on construction, if a value is invalid; names the key, the value and what would be right.
     """
 
-    # Not a key: "module:function" that trains such a run, called as `ecmoe.training.run.train_run` is.
+    # Not a key: "module:function" that trains runs of this class; same arguments as `ecmoe.training.run.train_run`.
     trained_by: ClassVar[str] = "ecmoe.training.run:train_run"
 
     # Routing
@@ -166,14 +166,14 @@ class RunConfig:
         if self.data.startswith(MIX_PREFIX) and (len(set(parts)) < 2 or len(set(parts)) < len(parts) or not all(parts)):
             raise ConfigError(f"data={self.data!r}: must be {MIX_PREFIX} and at least two texts, all different, with commas "
                               f"between them, such as {MIX_PREFIX}data/a.txt,data/b.txt")  # fmt: skip
-        if not all(Path(part.removeprefix(IMAGES_PREFIX)).name for part in parts):  # which would name the run
+        if not all(Path(part.removeprefix(IMAGES_PREFIX)).name for part in parts):  # part of the run's identity
             raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a name of "
                               f"its own, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
         if not self.images and (self.vocab_size != 256 if self.tokenizer == "bytes" else self.vocab_size < 257):
             raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer={self.tokenizer}: must be 256 with bytes, and "
                               "at least 257 with bpe (256 bytes and a merge)")  # fmt: skip
         self._check_routing()
-        object.__setattr__(self, "data", with_content(self.data))  # so that another text is another run
+        object.__setattr__(self, "data", with_content(self.data))  # so that a changed text gives a different run
 
     def _check_routing(self) -> None:
         row = self.row
@@ -191,37 +191,37 @@ class RunConfig:
 
     @property
     def row(self) -> RouterRow:
-        """What its router is."""
+        """The router's row in `ROUTERS`: its class, the keys that it reads, and its checks."""
         return ROUTERS[self.router]
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What its router reads beside the tokens: "token ids", "token counts", "tasks"."""
+        """Inputs that the router needs besides the tokens, out of "token ids", "token counts" and "tasks"."""
         return self.row.needs(vars(self))
 
     @property
     def images(self) -> bool:
-        """Does the run classify images, rather than model text?"""
+        """Whether the run classifies images instead of modelling text."""
         return self.data in IMAGES or self.data.startswith(IMAGES_PREFIX)
 
     @property
     def tokens_per_batch(self) -> int:
-        """Tokens of an optimiser step, over all ranks."""
+        """Number of tokens in an optimiser step, over all ranks."""
         return self.batch_size * self.sequence_length * self.accumulate * self.ranks
 
     @property
     def sharded(self) -> bool:
-        """Has each rank a part of the weights only?"""
+        """Whether each rank stores only a part of the weights."""
         return self.strategy in ("fsdp2", "ep")
 
     @property
     def ranks(self) -> int:
-        """Processes that train it together."""
+        """Number of processes that train the run together."""
         return self.devices * self.num_nodes
 
     @property
     def weights_at_least(self) -> int:
-        """Numbers in the model's matrices, without building it; routers and norms not counted."""
+        """Lower bound on the number of parameters, without building the model: matrices only, no routers or norms."""
         experts = 0 if self.row.layer is None else self.layers // self.moe_every
         d, f = self.d_model, self.d_ff
         ends = self.patch_size**2 * self.channels + self.classes if self.images else self.vocab_size
@@ -230,7 +230,7 @@ class RunConfig:
 
     @property
     def pool_tokens(self) -> int:
-        """n, the tokens that compete for an expert (Eq. 1)."""
+        """n, the number of tokens that compete for an expert (Eq. 1); a ConfigError if `pool` doesn't fit the batch."""
         batch = self.batch_size * self.sequence_length
         if isinstance(self.pool, int):
             if self.pool % self.sequence_length or batch % self.pool:
@@ -245,7 +245,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From flat keys; an unknown one is an error that names its nearest neighbour."""
+        """Build a config from flat keys. An unknown key raises a ConfigError that suggests the nearest known key."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -255,20 +255,20 @@ class RunConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys and values, in the order of the schema."""
+        """Return all keys and values, in the order of their declaration."""
         return dataclasses.asdict(self)
 
     def replace(self, **changes: Any) -> Self:
-        """The same but for `changes`; checked like any other."""
+        """Return a copy with `changes` applied, validated like any other config."""
         return self.from_dict(self.to_dict() | changes)
 
     @classmethod
     def from_yaml(cls, *files: str | Path, **changes: Any) -> RunConfig:
-        """A config from YAML files, later ones winning, and `changes` on top."""
+        """Build a config from YAML files. Later files override earlier ones, and `changes` override all files."""
         values: dict[str, Any] = {}
         for path in files:
             loaded = read_yaml(path, "config")
-            # A scale file keeps a run's keys under `base`, beside what only notebooks read.
+            # A scale file holds the keys of a run under `base`, next to keys that only notebooks read.
             below = isinstance(loaded, dict) and "base" in loaded
             keys = loaded["base"] if below else loaded
             if not isinstance(keys, dict):
@@ -282,7 +282,7 @@ class RunConfig:
         return cls.from_dict(values | changes)
 
     def identity(self) -> dict[str, Any]:
-        """The keys that decide what is computed: two configs with equal identities are one run."""
+        """Return the keys that determine what is computed: two configs with equal identities are the same run."""
         unread = {name for row in ROUTERS.values() for name in row.keys} - set(self.row.keys)
         unread |= _TEXT_KEYS if self.images else _IMAGE_KEYS
         if self.max_experts_per_token is None:
@@ -293,16 +293,16 @@ class RunConfig:
         return keep | {"data": bare_data(self.data)}
 
     def digest(self) -> str:
-        """12 hex digits of identity and schema version."""
+        """Return 12 hex digits of the SHA-256 of the identity and the schema version."""
         return check_sum({"schema": SCHEMA} | self.identity())[:12]
 
     @property
     def name(self) -> str:
-        """`slug-digest`: the folder of the run, and the name of its record."""
+        """`slug-digest`, which names the run's folder and its record."""
         return f"{self.slug()}-{self.digest()}"
 
     def slug(self) -> str:
-        """What a reader looks for in a folder of runs: router, its main setting, seed."""
+        """Return the readable part of the run's name: router, its main settings, seed."""
         words = [self.router.replace("_", "-")]
         if "top_k" in self.row.keys:
             words.append(f"top{self.top_k}")
@@ -312,13 +312,13 @@ class RunConfig:
 
 
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(RunConfig)}
-# Of a class; a plan makes thousands of configs.
+# Cached per class, since a plan creates thousands of configs.
 _types: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _BOUNDS = {"low": (ge, "at least"), "high": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
 
 def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """The value as its key's type, or a ConfigError; an int is a fine float, nothing else converts."""
+    """Return the value if it is valid for its key, else raise a ConfigError. Only int to float is converted."""
     meta = field.metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(value) is int and abs(value) > LARGEST:
@@ -348,7 +348,7 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:
-    """YAML reads `1e-3` as text and `no` as False: say how to write what was meant."""
+    """Return a hint on how to write a number of the wrong type (YAML reads `1e-3` as text), or an empty string."""
     if isinstance(value, str) and {int, float} & set(allowed):
         try:
             number = float(value)

@@ -1,3 +1,3 @@
-"""The Transformer of section 3.4 and its parts. moe.py is Eq. 3 and 4; transformer.py puts the layers together.
+"""The Transformer of section 3.4 and its parts: moe.py implements Eq. 3 and 4, transformer.py assembles the layers.
 
-Nothing here knows how a model is trained."""
+Nothing in this package depends on how a model is trained; see ecmoe/training for that."""

@@ -1,15 +1,15 @@
-"""Attention of the Transformer: causal, with a learned bias for each head and distance; or to all tokens alike.
+"""Attention of the Transformer: causal, with a learned bias per head and distance; or, for images, over all tokens.
 
-`Attention` hands the bias to PyTorch's attention as a mask, one number per head, query and key. On a GPU in 16 bits
-this is slow, the more so as its gradient is that large too. There we have kernels of our own (ecmoe/kernels/attention.py),
-flash attention (Dao et al. 2022) with the bias added inside:
+`Attention` passes the bias to PyTorch's attention as a mask with one number per head, query and key. On a GPU in 16
+bits this is slow, also because the mask's gradient has the same size. There we use our own kernels
+(ecmoe/kernels/attention.py): flash attention (Dao et al. 2022) that adds the bias inside the kernel:
 
     S = q k^T / (d/h)^1/2 + bias,  P = exp(S - lse),  out = P v                                lse = logsumexp S
     dv = P^T dout,  dS = P (dout v^T - delta),  dq ~ dS k,  dk ~ dS^T q                        delta = sum(dout out)
 
-All distances beyond T5's longest share a bias, and softmax doesn't see a constant: with that one subtracted from all, far
-keys need no bias. Nor does anybody ask which of them a gradient belongs to: dS sums to 0 over the keys of a query, so they
-get minus the sum of all near ones. Sums are float32 and have a fixed order: the same input gives the same bits.
+All distances beyond T5's longest share one bias, and adding a constant doesn't change a softmax: with the shared bias
+subtracted from all biases, far keys need none. Its gradient needs no sum over far keys either: dS sums to 0 over the
+keys of a query, so it is minus the sum over near keys. Sums are float32 in a fixed order: equal inputs give equal bits.
 
 Letters: B sequences of T tokens, width d, h heads.
 """
@@ -25,7 +25,7 @@ from ecmoe.routing.router import TRITON
 
 
 class Attention(nn.Module):
-    """Multi-head attention; causal, with a relative position bias (per layer, as in GLaM), or, of images, to all tokens alike."""
+    """Multi-head attention: causal with relative position bias (per layer, as in GLaM), or over all tokens (images)."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Attention(nn.Module):
             self.relative = RelativeBias(config.heads, config.relative_buckets, config.relative_max_distance)
 
     def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
-        """x: (B, T, d). past: [keys, values], each (B, h, tokens before x, d/h), or []; extended in place."""
+        """Attend from x, (B, T, d). past: [keys, values] of earlier tokens, (B, h, t, d/h), or []; updated in place."""
         B, T, d = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, d // self.heads)
         if self.relative is not None and past is None and fits(qkv):
@@ -59,7 +59,7 @@ class RelativeBias(nn.Module):
     """A learned bias per head and bucket of distances (Raffel et al. 2020, causal).
 
     Attributes:
-        near: distances from this one on share the last bucket; the first that does may lie just below.
+        near: all distances from `near` on are in the last bucket; `near` - 1 may be in it, too.
     """
 
     def __init__(self, heads: int, buckets: int, max_distance: int) -> None:
@@ -67,14 +67,14 @@ class RelativeBias(nn.Module):
         self.buckets, self.max_distance = buckets, max_distance
         self.weight = nn.Parameter(torch.zeros(buckets, heads))
         distances = torch.arange(max(buckets, max_distance) + 1, device="cpu")
-        # One more, should a GPU's logarithm put the first of them into the bucket before.
+        # Plus one, since a GPU's logarithm may put the first distance of the last bucket into the bucket before.
         self.near = int((bucket(distances, buckets, max_distance) < buckets - 1).sum()) + 1
 
     def falling(self) -> Tensor:
-        """(buckets, h) initial values after ALiBi (Press et al. 2022): minus a head's slope times the distance.
+        """Return (buckets, h) initial values after ALiBi (Press et al. 2022): minus a head's slope times the distance.
 
-        Head i of h has the slope 2^(-8 (i + 1) / h). A bucket's distance is the mean of its distances; the last one,
-        which has no end, takes its first. The start of training is then spent on what to look for, not on where.
+        Head i of h has the slope 2^(-8 (i + 1) / h). A bucket's distance is the mean of its distances; the last bucket
+        is unbounded and uses its smallest. Early training can then learn what to attend to, rather than where.
         """
         heads = self.weight.shape[1]
         slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
@@ -86,24 +86,24 @@ class RelativeBias(nn.Module):
         return -slopes * mean[:, None]
 
     def table(self, keys: int, device: torch.device) -> Tensor:
-        """(h, keys), the bias by distance."""
+        """Return the (h, keys) bias by distance."""
         of = bucket(torch.arange(keys, device=device), self.buckets, self.max_distance)
-        # A sum with one term, not a look-up, whose gradient a GPU would have to sort before it adds it up in a fixed order.
+        # A sum with one nonzero term, not an index: on a GPU, the deterministic gradient of indexing needs a sort.
         chosen = torch.arange(self.buckets, device=device)[:, None, None] == of  # (buckets, 1, keys)
         return (self.weight[:, :, None] * chosen).sum(0)
 
     def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """(h, queries, keys), -inf where the key lies in the future; the last query is the last key's token."""
-        # A Toeplitz matrix: from far to near, then the future, and each row one to the right of the row above. Written
-        # again and again, a line that is one longer than a row does that, and its backward pass is a plain sum;
-        # indexing (queries, keys) entries would add up one by one.
+        """Return the (h, queries, keys) bias, -inf for future keys. The last query and the last key are one token."""
+        # A Toeplitz matrix: a row runs from far keys to near keys to the future, and is the row above shifted right by
+        # one. Repeating a line that is one element longer than a row produces this, and its backward pass is a plain
+        # sum; the gradient of indexing (queries, keys) entries would be accumulated one by one.
         line = F.pad(self.table(keys, device).flip(1), (0, queries), value=float("-inf"))
         rows = line.roll(1 - queries, 1).repeat(1, queries)[:, :-queries].unflatten(1, (queries, -1))
         return rows[..., :keys]
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """T5's causal buckets: exact up to half of them, then logarithmic up to max_distance."""
+    """Return T5's causal bucket of each distance: exact in the first half of them, then logarithmic to max_distance."""
     exact = buckets // 2
     log = (distance.clamp_min(1).float() / exact).log() / math.log(max(max_distance / exact, 1.0001))
     far = exact + (log * (buckets - exact)).long().clamp(0, buckets - exact - 1)
@@ -114,19 +114,19 @@ def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
 
 
 def fits(qkv: Tensor) -> bool:
-    """Can `fast_attention` take this (B, T, 3, h, d/h) tensor? On a GPU with Triton, 16 bits, in whole blocks."""
+    """Return whether `fast_attention` supports a (B, T, 3, h, d/h) tensor: GPU with Triton, 16 bits, whole blocks."""
     whole = qkv.shape[1] % 128 == 0 and qkv.shape[4] in (16, 32, 64, 128)
     return qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and whole and TRITON
 
 
 @torch.library.custom_op("ecmoe::attention", mutates_args=())
 def fast_attention(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
-    """Causal softmax(q k^T / (d/h)^1/2 + bias) v, (B, T, h, d/h); and what the backward pass needs of the softmax.
+    """Return causal softmax(q k^T / (d/h)^1/2 + bias) v, (B, T, h, d/h), and lse, (B, h, T), for the backward pass.
 
     Args:
-        qkv: (B, T, 3, h, d/h), as one product leaves queries, keys and values.
-        table: (h, T) float32, the bias by distance. All from `near` on are one parameter: they are equal, and only
-            their gradients' sum counts.
+        qkv: (B, T, 3, h, d/h), queries, keys and values as one linear map computes them.
+        table: (h, T) float32, the bias by distance. Entries from `near` on must be equal: they stand for one
+            parameter, so only the sum of their gradients matters.
     """
     from ecmoe.kernels import attention as kernel
 
@@ -143,7 +143,7 @@ def _(qkv, table, near):
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor, near: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and table; of the far distances' the sum stands at the last."""
+    """Return the gradients of qkv and table; the last entry of the table's holds the sum over far distances."""
     from ecmoe.kernels import attention as kernel
 
     dout, qkv, table = dout.contiguous(), qkv.contiguous(), table.contiguous()
@@ -169,7 +169,7 @@ fast_attention.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _of_table(sums: Tensor, near: int, T: int) -> Tensor:
-    """(h, distances) sums of dS -> (h, T), the table's gradient; of the far distances' the sum stands at the last."""
+    """Return the table's (h, T) gradient from (h, distances) sums of dS; its last entry sums over far distances."""
     dtable, exact = sums.new_zeros(len(sums), T), min(near, T)
     dtable[:, :exact] = sums[:, :exact]
     if near < T:

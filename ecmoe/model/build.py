@@ -1,4 +1,4 @@
-"""From a config to its model: built, counted, and the sizes of Table 1."""
+"""Build the model of a config, count its parameters and FLOPs, and list the model sizes of Table 1."""
 
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ from ecmoe.model.vision import VisionTransformer
 
 
 def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
-    """The model of a config, its initial values drawn from config.seed.
+    """Return the model of a config, with initial values drawn from config.seed.
 
-    Every parameter has a generator of its own, seeded by (seed, name): two configs with the same seed
+    Each parameter has its own random generator, seeded by (seed, name): two configs with the same seed
     start from the same values in all parameters that they share.
 
     Args:
-        config: checked already. token_counts: (V,) corpus frequencies, for hash_table=balanced.
+        config: the run's config. token_counts: (V,) corpus frequencies, for hash_table=balanced.
 
     Returns:
-        a `Transformer`, (B, T) token ids -> (B, T, V) logits; of images a `VisionTransformer`.
+        a `Transformer`, which maps (B, T) token ids to (B, T, V) logits, or a `VisionTransformer` for images.
 
     >>> config = RunConfig(layers=2, d_model=16, d_ff=32, heads=2, num_experts=4, sequence_length=16, batch_size=4)
     >>> build_model(config)(torch.randint(256, (4, 16))).shape
@@ -37,7 +37,7 @@ def _new_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
 
 
 class Preset(NamedTuple):
-    """A row of Table 1: the config's keys, and the parameters that the paper prints."""
+    """A row of Table 1: a config, and the parameter counts that the paper prints."""
 
     config: RunConfig
     total: str
@@ -63,14 +63,14 @@ TABLE_1: dict[str, Preset] = {
 
 
 class Count(NamedTuple):
-    """Parameters without the embedding: all, and those that an average token passes through."""
+    """Numbers of parameters, without the embedding: in total, and those that an average token uses."""
 
     total: int
     active: int
 
 
 def count_parameters(config: RunConfig) -> Count:
-    """Count on the meta device: nothing is allocated, whatever the size."""
+    """Count the parameters of a config's model on the meta device, without allocating memory."""
     if "token counts" in config.needs:  # the table is data, not parameters
         config = config.replace(hash_table="modulo")
     with torch.device("meta"):
@@ -82,9 +82,9 @@ def count_parameters(config: RunConfig) -> Count:
 
 
 def flops_per_token(config: RunConfig) -> float:
-    """Training FLOPs of a token: 6 N_active (output layer in, embedding out) + 6 L T d of causal attention.
+    """Return training FLOPs per token: 6 N_active (with output layer, without embedding) + 6 L T d (causal attention).
 
-    Of a patch: attention to all tokens takes twice as much; the head, once an image, is counted as if once a patch.
+    Per patch of an image, attention takes 12 L T d, and the head is counted as if it ran for every patch.
     """
     active = count_parameters(config).active
     attention = 6 * config.layers * config.sequence_length * config.d_model

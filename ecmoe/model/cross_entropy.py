@@ -1,17 +1,17 @@
-"""The output layer and its loss in one: cross-entropy of x W^T without ever holding all the logits.
+"""The output layer and its loss in one step: cross-entropy of x W^T without storing all logits.
 
-At 65,536 tokens and a vocabulary of 32k the logits are 4 GB in bf16, and the loss wants them in float32: 8 GB more,
-read and written several times. But the loss is a sum over tokens, so a chunk of tokens at a time is enough; and
-its gradient, softmax(z) - onehot, is known as soon as the logits z are, up to the factor that comes from
-outside. So all three products of a chunk run in the forward pass, and the backward pass only multiplies two small
-results (Liger Kernel, Hsu et al. 2024; Cut Cross-Entropy, Wijmans et al. 2025):
+At 65,536 tokens and a vocabulary of 32k, the logits take 4 GB in bf16, and the loss needs them in float32: 8 GB more,
+read and written several times. But the loss is a sum over tokens, so one chunk of tokens at a time is enough. Its
+gradient, softmax(z) - onehot, is known as soon as the logits z are, up to the upstream gradient, a scalar. So all
+three products of a chunk run in the forward pass, and the backward pass only scales dx and dW
+(Liger Kernel, Hsu et al. 2024; Cut Cross-Entropy, Wijmans et al. 2025):
 
     z = x W^T                       product
-    loss += logsumexp(z) - z[target]     one pass over z, which then holds
-    z <- softmax(z) - onehot(target)     its own gradient
+    loss += logsumexp(z) - z[target]     one pass over z, which overwrites
+    z <- softmax(z) - onehot(target)     z with its gradient
     dx = z W,  dW += z^T x          products
 
-Sums, exponentials and dW are float32 (float64 if x is); z is rounded to the dtype of x, before the pass and after.
+Sums, exponentials and dW are float32 (float64 if x is); z is rounded to the dtype of x before and after that pass.
 
 Letters: n tokens of width d, V vocabulary.
 """
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from ecmoe.routing.router import TRITON
 
-CHUNK_BYTES = 1 << 30  # of the logits that are held at once; each chunk reads and writes the weights' gradient
+CHUNK_BYTES = 1 << 30  # size of the logits of a chunk; more chunks would read and write dW more often
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(x weight^T)[target], in nats.
+    """Return the mean of -log softmax(x weight^T)[target], in nats.
 
     Args:
         x: (..., d). weight: (V, d). targets: (...) int64 in 0..V - 1.
 
     Returns:
-        scalar, float32 (float64 if x is). Products run in autocast's dtype where it is on. No second derivatives.
+        scalar, float32 (float64 if x is). Products use autocast's dtype if it is on. It has no second derivatives.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -43,7 +43,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @torch.library.custom_op("ecmoe::linear_cross_entropy", mutates_args=())
 def _sum(x: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over (n, d) tokens, and its gradients for x and weight (empty unless `keep`)."""
+    """Return the sum of losses over (n, d) tokens, and its gradients for x and weight (empty unless `keep`)."""
     n, V, wide = len(x), len(weight), _wide(x)
     x, w = x.contiguous(), weight.to(x.dtype).contiguous()
     losses = x.new_empty(n, dtype=wide)
@@ -51,7 +51,7 @@ def _sum(x: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor
     dw = weight.new_zeros(weight.shape if keep else 0, dtype=wide)
     chunks = max(-(-n * V * x.element_size() // CHUNK_BYTES), 1)
     rows = max(-(-n // chunks), 1)
-    logits = x.new_empty(min(rows, n), V)  # the same memory for every chunk
+    logits = x.new_empty(min(rows, n), V)  # reused by all chunks
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         z = torch.mm(x[part], w.T, out=logits[: len(x[part])])
@@ -84,7 +84,7 @@ _sum.register_autograd(_backward, setup_context=_keep_for_backward)
 
 @torch.library.custom_op("ecmoe::linear_cross_entropy_backward", mutates_args=())
 def _scaled(g: Tensor, factor: Tensor) -> Tensor:
-    """In the factor's float32: as a bf16 number, 1/n would be off by up to 2^-9, for all tokens alike."""
+    """Return g times factor, computed in float32: rounded to bf16, 1/n would be off by up to 2^-9 for all tokens."""
     if g.is_cuda and factor.dtype == torch.float32 and TRITON:
         from ecmoe.kernels.loss import scaled
 
@@ -98,7 +98,7 @@ def _(g, factor):
 
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
-    """(m, V) logits, (m,) targets -> (m,) losses; with `keep`, z becomes their gradient."""
+    """Return the (m,) losses of (m, V) logits z and (m,) targets. With `keep`, overwrite z with its gradient."""
     if z.is_cuda and z.dtype != torch.float64 and TRITON:
         from ecmoe.kernels.loss import losses_  # reads and writes z once
 

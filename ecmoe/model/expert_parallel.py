@@ -1,16 +1,16 @@
-"""Expert parallelism: of R ranks each holds e/R of a layer's experts, and computes them for the tokens of all.
+"""Expert parallelism: each of R ranks holds e/R of a layer's experts, and computes them for the tokens of all ranks.
 
-    rows = P x           gather: what each expert takes of this rank's tokens, s slots of each of the e experts
-    rows -> all ranks    all-to-all: e/R experts' slots from each rank, R s of an expert
-    y = gelu(rows w1) w2                  the layer's own path, with its gates
+    rows = P x           gather: this rank's tokens, s slots for each of the e experts
+    rows -> all ranks    all-to-all: each rank gets the slots of its e/R experts from all ranks, R s per expert
+    y = gelu(rows w1) w2                  as in a layer on one rank, with the gates
     y -> all ranks       all-to-all back
     out = P^T y          combine
 
-Expert choice gives every expert as many tokens, known in advance: sizes are fixed, and nobody waits for counts. Routers whose
-sizes depend on the data first agree on the largest (GShard, Lepikhin et al. 2021, section 3.3, pads likewise).
+Expert choice gives all experts the same number of tokens: sizes are fixed, and no rank waits for counts. If a router's
+sizes depend on the data, ranks first agree on the largest (GShard, Lepikhin et al. 2021, section 3.3, pads likewise).
 
-Losses are means over a rank's tokens, and their gradients' mean over ranks is what data parallelism takes of all other
-weights. An expert's gradient has all ranks' tokens in it already: so what comes back to it is divided by R.
+Losses are means over a rank's tokens, and data parallelism averages the gradients of all other weights over ranks. An
+expert's gradient already sums over the tokens of all ranks, so gradients on their way to experts are divided by R.
 """
 
 from functools import reduce
@@ -28,11 +28,11 @@ from ecmoe.model.moe import MoE
 
 
 def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
-    """Leave each rank of a one-dimensional mesh its part of all experts, on its device; the parameters that are now shared out.
+    """Keep only this rank's part of all experts, moved to `device`, and return the sharded parameters.
 
-    They are DTensors: `clip_grad_norm_`, checkpoints and optimisers of PyTorch know what they are parts of.
+    They are DTensors on the one-dimensional mesh, so PyTorch's `clip_grad_norm_`, checkpoints and optimisers work.
     """
-    group = dist.new_group(mesh.mesh.flatten().tolist())  # of its own: tokens must not wait for gradients
+    group = dist.new_group(mesh.mesh.flatten().tolist())  # a separate group, so that tokens don't wait for gradients
     shared = set()
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
         for name in ("w1", "w2"):
@@ -45,14 +45,14 @@ def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> s
 
 
 class Exchange:
-    """`MoE.experts` where the experts lie on the ranks of a group."""
+    """Replacement for `MoE.experts` if the experts are spread over the ranks of a group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.ranks = group, dist.get_world_size(group)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        """(n, d) tokens, (e, s) assignment -> (n, d), all of this rank; every rank must call it."""
+        """Return (n, d) outputs for this rank's (n, d) tokens and (e, s) assignment. Every rank must call it."""
         n, e = len(x), len(token)
         if not (layer.router.static and layer.training):
             most = torch.tensor(token.shape[1], device=x.device)
@@ -60,7 +60,7 @@ class Exchange:
             more = (0, int(most) - token.shape[1])
             token, gate = F.pad(token, more, value=n), F.pad(gate, more)
         slots = max(layer.room(x) // e, 1)
-        parts = zip(token.split(slots, 1), gate.split(slots, 1), strict=True)  # one expert may get nearly all tokens
+        parts = zip(token.split(slots, 1), gate.split(slots, 1), strict=True)  # if one expert gets nearly all tokens
         return reduce(torch.add, (self._some(layer, x, *part) for part in parts))
 
     def _some(self, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Exchange:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rows, back = _gathered(layer.router.fast(x, len(x)), x, token)
-        # (R e/R s, d): slots of all ranks, rank after rank; `slot` sorts them by expert.
+        # (R e/R s, d): the slots of all ranks, ordered by rank; `slot` reorders them by expert.
         slot = torch.arange(len(rows), device=x.device).view(R, e // R, -1).transpose(0, 1).reshape(e // R, -1)
         gates = _Sent.apply(gate, self.group, R).view(-1)[slot]
         w1, w2 = (w.to_local() for w in (layer.w1, layer.w2))  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ class Exchange:
 
 
 class _Sent(torch.autograd.Function):
-    """The first part of the rows to the first rank, and so on: what the ranks sent, in their order. Gradients go back times a factor."""
+    """Send the i-th part of the rows to rank i; return the received parts, by rank. Gradients are scaled by factor."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, factor: float) -> Tensor:
@@ -87,13 +87,13 @@ class _Sent(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # a second pass would have to know which factors are those of a first
+    @once_differentiable  # a second derivative would apply the factor wrongly
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         return _Sent.apply(dout, ctx.group, 1.0).mul_(ctx.factor), None, None
 
 
 def _gathered(fast: bool, x: Tensor, token: Tensor) -> tuple[Tensor, Any]:
-    """P x, (e s, d), and the function P^T of such rows; an empty slot (token n) reads any row, and is added to none."""
+    """Return P x, (e s, d), and a function that applies P^T. Empty slots (token n) read any row and add to none."""
     n, d = x.shape
     if fast:
         from ecmoe.kernels.rows import invert
@@ -106,7 +106,7 @@ def _gathered(fast: bool, x: Tensor, token: Tensor) -> tuple[Tensor, Any]:
 
 
 class _Gather(torch.autograd.Function):
-    """P x by kernels, and its transpose backwards."""
+    """P x, computed by kernels; the backward pass applies the transpose."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """P^T rows by kernels, and its transpose backwards."""
+    """P^T rows, computed by kernels; the backward pass applies the transpose."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, token: Tensor, inverse: Tensor) -> Tensor:

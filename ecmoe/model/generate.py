@@ -1,4 +1,4 @@
-"""Generation: token by token with a key-value cache, routed causally, so a batch of one works."""
+"""Token-by-token generation with a key-value cache. Routing is causal, so a single prompt is enough."""
 
 import torch
 from torch import Tensor
@@ -17,18 +17,18 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Continue prompts.
+    """Sample continuations of prompts.
 
     Args:
-        model: trained; expert choice routes by the cut-offs that it gathered in training.
-        prompt: (B, T) int64, T at least 1. tokens: how many to add.
-        temperature: 0 takes the most likely token. top_k: sample among the k most likely ones only.
+        model: a trained model; expert choice routes by the cut-offs that it gathered in training.
+        prompt: (B, T) int64, T at least 1. tokens: number of tokens to add.
+        temperature: 0 always takes the most likely token. top_k: sample from the k most likely tokens only.
 
     Returns:
         (B, T + tokens).
 
     Raises:
-        ValueError: an empty prompt, a bad setting, or a model without cut-offs.
+        ValueError: the prompt is empty, a setting is out of range, or the model has no cut-offs yet.
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}: must be (B, T) with at least one token")
@@ -51,7 +51,7 @@ def generate(
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """(B, V) -> (B, 1)."""
+    """Draw (B, 1) token ids from (B, V) logits."""
     if temperature == 0:
         return logits.argmax(dim=1, keepdim=True)
     if top_k is not None:

@@ -1,6 +1,6 @@
-"""One list of what a run is measured by: a metric added here arrives in curves, summaries, tables and figures.
+"""The list of a run's metrics: a metric added here appears in curves, summaries, tables and figures.
 
-What a layer with experts tells, `of` computes from the layer's last forward, with tensors alone; this file needs no torch.
+Metrics of MoE layers are computed by `of` from a layer's last forward, with tensor methods only: no torch import.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run.
+    """A metric of a run.
 
     Attributes:
-        name: of its column. label: what an axis says.
-        unit: "nats" (a token; of images, an image), "share" (0 to 1, shown in percent), or whatever `label` says.
-        curve: does each validation measure it? table: has a finished run one?
-        of: an `MoE` -> a scalar tensor, what its last forward did; None: who trains measures it.
-        worst: over layers and ranks the largest counts, not the mean.
-        result: is it void in a run that broke off?
+        name: name of its column. label: axis label.
+        unit: "nats" (per token, or per image), "share" (0 to 1, shown in percent), or "" if `label` gives the unit.
+        curve: whether each validation measures it. table: whether tables of runs show it.
+        of: function of an `MoE` layer that returns a scalar tensor for its last forward; None: measured in training.
+        worst: take the maximum over layers and ranks, not the mean.
+        result: whether only a finished run has a valid value.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Metric:
     result: bool = False
 
 
-MOST = 8  # experts that are counted one by one; share_8 is that many or more
+MOST = 8  # share_j: tokens that j experts took; share_8: 8 or more
 SHARES = [f"share_{j}" for j in range(MOST + 1)]
 
 
@@ -72,20 +72,20 @@ METRICS = [
 
 
 def curve() -> list[str]:
-    """Columns of a curve."""
+    """Return the columns of a curve."""
     return [metric.name for metric in METRICS if metric.curve]
 
 
 def table() -> list[str]:
-    """Columns that a table of runs has even where no run could measure them."""
+    """Return the columns that a table of runs always has, even if no run measured them."""
     return [metric.name for metric in METRICS if metric.table]
 
 
 def of_layers() -> list[Metric]:
-    """What layers with experts tell."""
+    """Return the metrics that are computed from MoE layers."""
     return [metric for metric in METRICS if metric.of is not None]
 
 
 def results() -> list[str]:
-    """What only a finished run has."""
+    """Return the names of the metrics that only finished runs have."""
     return [metric.name for metric in METRICS if metric.result]

@@ -1,6 +1,6 @@
-"""MoE: Eq. 3 and 4. Gather each expert's tokens, multiply, weigh, add up; every router takes this path.
+"""MoE, Eq. 3 and 4: gather each expert's tokens, apply the expert, weight its outputs and add them up, for any router.
 
-Letters: n tokens of width d, e experts of hidden width f, k slots of an expert.
+Letters: n tokens of width d, e experts of hidden width f, k slots per expert.
 """
 
 import sys
@@ -16,8 +16,8 @@ from ecmoe.model.tracking import expect_tracking
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import TRITON, Router, one_of, recomputing
 
-# Without a capacity one expert may get nearly all tokens, and every expert then has as many slots. Evaluation computes
-# experts in groups, so that h, (e, k, f), holds at most HELD numbers at a time, or SLOTS rows a token if that is more.
+# Without a capacity, one expert may get nearly all tokens, and all experts then have that many slots. Passes without
+# gradients compute experts in groups, so that h, (e, k, f), has at most HELD elements, or SLOTS rows per token if more.
 HELD, SLOTS = 2**28, 3
 
 
@@ -27,22 +27,22 @@ class MoE(nn.Module):
     Args:
         router: any `Router`; it alone decides which tokens an expert gets, and with what weight.
         d_model: d. d_ff: f, the hidden width of an expert (plain GeLU, two matrices, no bias).
-        recompute: keep only the routing and the input for the backward pass and compute the experts
+        recompute: store only the routing and the input for the backward pass, and compute the experts
             again there (activation checkpointing; the chosen tokens stay the same).
-        kernels: who computes. "plain": this file and the routers', on any device. "triton": ecmoe/kernels, the
-            same results within rounding on a CUDA GPU, the same bits every time; "triton-bmm": as that, with all
-            products by torch.bmm. "auto": "triton" on a GPU where it is installed (see
+        kernels: implementation. "plain": PyTorch, on any device. "triton": ecmoe/kernels on a CUDA GPU, with the
+            same results up to rounding, and the same bits every time. "triton-bmm": like "triton", but with all
+            matrix products by torch.bmm. "auto": "triton" on a GPU if the package is installed (see
             `Router.fast`), else "plain".
 
     Raises:
-        ValueError: the router has another width, d_ff is below 1, or kernels has no such value.
+        ValueError: the router's width differs from d_model, d_ff is below 1, or kernels has an unknown value.
         RuntimeError: kernels="triton" without the package triton; in forward, without a CUDA device.
 
     Attributes:
         w1: (e, d, f). w2: (e, f, d), the transpose of Eq. 3's W_2.
-        aux_loss: scalar tensor to add to the loss, or None; set by forward, read once a step.
-        load, demand: (e,) tokens processed and requested in the last forward.
-        tokens: () tokens routed in it. experts_per_token: (9,) tokens by number of experts, 8 = 8 or more.
+        aux_loss: scalar tensor to add to the loss, or None; set by forward, to be read once per step.
+        load, demand: (e,) tokens that each expert processed, and tokens requested of it, in the last forward.
+        tokens: () tokens routed. experts_per_token: (9,) tokens that 0 to 7 experts took, and that 8 or more took.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class MoE(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
-        self.exchange: Any = None  # `expert_parallel.Exchange` where other ranks hold some experts
-        self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients
+        self.exchange: Any = None  # `expert_parallel.Exchange` if other ranks hold some experts
+        self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients (see `_keep`)
         self.load = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
         self.demand = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
         self.experts_per_token = nn.Buffer(torch.zeros(metrics.MOST + 1, dtype=torch.long), persistent=False)
@@ -72,7 +72,7 @@ class MoE(nn.Module):
 
     @property
     def kernels(self) -> str:
-        """Who computes, the router included, which holds it."""
+        """Implementation used by the layer and its router; stored on the router."""
         return self.router.kernels
 
     @kernels.setter
@@ -80,26 +80,26 @@ class MoE(nn.Module):
         self.router.kernels = one_of("kernels", kind)
 
     def reset_parameters(self) -> None:
-        """Fan-in: every expert starts with outputs of about the size of its inputs."""
+        """Draw the weights, scaled by fan-in: an expert's outputs start at about the size of its inputs."""
         nn.init.normal_(self.w1, std=self.w1.shape[1] ** -0.5)
         nn.init.normal_(self.w2, std=self.w2.shape[1] ** -0.5)
 
     def forward(
         self, x: Tensor, token_ids: Tensor | None = None, task_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Route and compute.
+        """Route the tokens, apply the experts and combine their outputs.
 
         Args:
-            x: (B, T, d), or (n, d) where sequences don't matter; there may be none.
+            x: (B, T, d), or (n, d) if the router needs no sequences; may be empty.
             token_ids: (B, T) vocabulary ids (hash routing).
             task_ids: (B,) or (B, T) (task-level routing).
-            mask: (B, T) bool, False for padding, which takes no capacity and gets 0.
+            mask: (B, T) bool, False for padding, which uses no capacity and gets output 0.
 
         Returns:
-            as x; a token that no expert took gets 0 and keeps only its residual stream.
+            a tensor of the shape of x. A token that no expert took gets 0: only its residual stream continues.
 
         Raises:
-            ValueError: x is of another width or holds integers, or token_ids, task_ids or mask of another shape.
+            ValueError: x has a wrong shape or holds integers, mask isn't bool, or other shapes don't match that of x.
         """
         shape, d = x.shape[:-1], x.shape[-1]  # (B, T)
         self._check_shapes(x, token_ids, task_ids, mask)
@@ -110,9 +110,9 @@ class MoE(nn.Module):
         if x.shape[0] == 0:
             return self._nothing(x).view(*shape, d)
         if mask is not None:
-            x = x.masked_fill(~mask[:, None], 0)  # an empty slot reads any row, and 0 times NaN is NaN
+            x = x.masked_fill(~mask[:, None], 0)  # empty slots read any row, and 0 times NaN is NaN
         again, checkpointed = recomputing(), self.recompute and self.training
-        if mask is None and self.exchange is None and not checkpointed:  # all experts are here, and computed once
+        if mask is None and self.exchange is None and not checkpointed:  # all experts are here, computed once
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
             fuse = self.kernels != "triton-bmm"
             out = self.router.at_once(x, self.w1, self.w2, self.room(x), statistics=record, fuse=fuse)
@@ -151,17 +151,17 @@ class MoE(nn.Module):
                 )
 
     def _keep(self, aux_loss: Tensor | None) -> None:
-        """What the pass adds to the loss.
+        """Set `aux_loss`.
 
-        Reentrant checkpointing first runs a pass without gradients. `aux_loss` is then a leaf of its own: its gradient,
-        which the loss gives it, goes on where the pass is run again.
+        Reentrant checkpointing first runs a pass without gradients. `aux_loss` is then a separate leaf, which receives
+        a gradient from the loss; when the pass is recomputed, `_WithLoss` passes this gradient on.
         """
         self.aux_loss, self._leaf = aux_loss, None
         if aux_loss is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.aux_loss = self._leaf = aux_loss.detach().requires_grad_()
 
     def _nothing(self, x: Tensor) -> Tensor:
-        """(0, d) -> (0, d), with gradients of 0 for all parameters, which other ranks may wait for."""
+        """Return the (0, d) input, with zero gradients for all parameters: other ranks may wait for these."""
         for buffer in (self.load, self.demand, self.experts_per_token, self.tokens):
             buffer.zero_()
         nothing = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
@@ -169,13 +169,13 @@ class MoE(nn.Module):
         return x + nothing
 
     def experts(self, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        """(n, d) tokens, (e, k) assignment -> (n, d) (Eq. 3 and 4)."""
+        """Return (n, d) outputs for (n, d) tokens and their (e, k) assignment (Eq. 3 and 4)."""
         if self.exchange is not None:
             return self.exchange(self, x, token, gate)
         return self.compute(x, self.w1, self.w2, token, gate)
 
     def compute(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        """`experts`, with the weights of these experts."""
+        """Like `experts`, with the given weights, which may be those of some experts only."""
         groups = -(-token.numel() // self.room(x))
         if groups <= 1:
             return self._some_experts(x, w1, w2, token, gate)
@@ -183,11 +183,11 @@ class MoE(nn.Module):
         return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))  # type: ignore[return-value]
 
     def room(self, x: Tensor) -> int:
-        """Slots that may be computed at a time."""
+        """Return the number of slots that may be computed at a time."""
         return sys.maxsize if torch.is_grad_enabled() else max(HELD // self.w1.shape[2], SLOTS * x.shape[0], 1)
 
     def _some_experts(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        """(n, d): what these experts add to each token. An empty slot (token n, gate 0) reads any row and adds to row n."""
+        """Return these experts' contribution to each token, (n, d). Empty slots (token n, gate 0) add to no token."""
         if token.numel() and self.router.fast(x, x.shape[0]):
             from ecmoe import kernels
 
@@ -201,7 +201,7 @@ class MoE(nn.Module):
         return y.new_zeros(n + 1, d).index_add(0, slots, y.view(-1, d))[:-1].to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "aux_loss": None, "_leaf": None}  # they hang on a graph, which nobody can copy
+        return {**self.__dict__, "aux_loss": None, "_leaf": None}  # an autograd graph can't be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -211,14 +211,14 @@ class MoE(nn.Module):
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
         token = assignment.token
         if token.numel() and self.router.fast(token, n) and not torch.compiler.is_compiling():
-            from ecmoe.kernels.rows import invert  # where sums are to come in a fixed order, torch would sort
+            from ecmoe.kernels.rows import invert  # torch would sort under deterministic algorithms
 
             counts = (invert(token.contiguous(), n) < token.numel()).sum(1).clamp(max=metrics.MOST)
         else:
             counts = assignment.experts_per_token(n).clamp(max=metrics.MOST)
-        if mask is not None:  # padding is in no bin
+        if mask is not None:  # don't count padding
             counts = counts.masked_fill(~mask, -1)
-        # Comparing is faster than adding: all tokens would queue for a few bins.
+        # Comparing is faster than scattering: atomic additions of all tokens would compete for a few bins.
         bins = (counts == torch.arange(metrics.MOST + 1, device=counts.device)[:, None]).sum(1)
         self.load.copy_(assignment.load(n))
         self.experts_per_token.copy_(bins)
@@ -226,13 +226,13 @@ class MoE(nn.Module):
         self.demand.copy_(self.load if assignment.demand is None else assignment.demand)
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the last forward did, as scalar tensors on the layer's device: dropped, over_capacity, max_load, share_0 to
-        share_8, as `ecmoe.model.metrics` says them."""
+        """Return metrics of the last forward as scalar tensors on the layer's device: dropped, over_capacity, max_load,
+        share_0 to share_8. `ecmoe.model.metrics` defines them."""
         return {metric.name: metric.of(self) for metric in metrics.of_layers()}  # type: ignore[misc]
 
 
 class _WithLoss(torch.autograd.Function):
-    """out, and a loss beside it that gets the gradient of a leaf."""
+    """Return `out` unchanged; in the backward pass, give `loss` the gradient that `leaf` received."""
 
     @staticmethod
     def forward(ctx, out: Tensor, loss: Tensor, leaf: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""track: running statistics of routers move once after every step of an optimiser, whoever's training loop it is.
+"""track: update the routers' running statistics once after every optimiser step, in any training loop.
 
-Cut-offs of expert choice, centroids of k-means and the loss-free bias are gathered by training forwards. A loop that
-never lets them move trains a router by what it was at first; the first loop that does so is told.
+Training forwards gather data for the cut-offs of expert choice, the centroids of k-means and the loss-free bias.
+Without updates, a router is trained with its initial statistics; a loop that doesn't call `track` gets a warning.
 """
 
 import warnings
@@ -15,18 +15,18 @@ from torch.utils.hooks import RemovableHandle
 
 from ecmoe.routing import routers
 
-# Layers whose statistics nobody has moved yet: has an optimiser moved their experts once?
+# Layers for which `track` hasn't been called -> whether an optimiser has stepped on their experts yet.
 _untracked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    """Move the running statistics of all routers of a model after every `optimizer.step()`; under several ranks, over all.
+    """Update the running statistics of all routers of a model, over all ranks, after every `optimizer.step()`.
 
     Args:
-        model: any module with `MoE` layers in it. optimizer: that of its loop; call once for each.
+        model: any module that contains `MoE` layers. optimizer: the training loop's; call once per optimiser.
 
     Returns:
-        a handle whose `remove()` ends it.
+        a handle whose `remove()` stops the updates.
     """
     for module in model.modules():
         _untracked.pop(module, None)
@@ -40,7 +40,7 @@ def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle
 
 
 def expect_tracking(layer: Any) -> None:
-    """Warn when an optimiser moves a layer's experts a second time, and nobody its router's statistics."""
+    """Warn when an optimiser updates a layer's experts a second time and `track` hasn't been called for the layer."""
     if layer.router.moves:
         _untracked[layer] = False
 
@@ -50,7 +50,7 @@ def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer, stepped in list(_untracked.items()):
-        if id(layer.w1) not in moved or not layer.router.moves:  # it may have another router now
+        if id(layer.w1) not in moved or not layer.router.moves:  # its router may have been replaced
             continue
         _untracked[layer] = True
         if stepped:

@@ -1,7 +1,7 @@
-"""The Transformer of section 3.4: decoder-only, the FFN of every other layer is an MoE; and its dense twin.
+"""The Transformer of section 3.4: decoder-only, with an MoE as the FFN of every other layer; and its dense counterpart.
 
-From the paper: relative position bias in each layer, GELU-gated FFNs where there are no experts. Ours, the
-paper is silent: RMSNorm before each block, no biases, T5's buckets, tied embeddings, initial values.
+From the paper: relative position bias in each layer, GELU-gated FFNs where there are no experts. Our choices, where
+the paper is silent: RMSNorm before attention and FFN, no biases, T5's buckets, tied embeddings, initial values.
 
 Letters: B sequences of T tokens, width d, h heads, V vocabulary, L layers.
 """
@@ -22,11 +22,11 @@ from ecmoe.model.cross_entropy import linear_cross_entropy
 from ecmoe.model.moe import MoE
 from ecmoe.routing import build_router
 
-Cache = list[list[Tensor]]  # of each block: keys and values of the tokens seen so far
+Cache = list[list[Tensor]]  # per block: keys and values of the tokens seen so far
 
 
 class Trunk(nn.Module):
-    """An embedding, blocks, and a last norm; and how all parameters start."""
+    """An embedding, blocks and a final norm; and the initialisation of all parameters."""
 
     def __init__(self, config: RunConfig, embedding: nn.Module, token_counts: Tensor | None = None) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Trunk(nn.Module):
         self.norm = nn.RMSNorm(config.d_model)
 
     def through(self, x: Tensor, cache: Cache | None = None, **known: Tensor | None) -> Tensor:
-        """(B, T, d) of the embedding -> (B, T, d), through all blocks and the last norm. known: what `MoE` reads beside x."""
+        """Apply all blocks and the final norm to (B, T, d) embeddings. known: further inputs of `MoE`, such as mask."""
         update = None
         for layer, block in enumerate(self.blocks):
             x, update = block(x, update, cache[layer] if cache else None, **known)
@@ -44,19 +44,19 @@ class Trunk(nn.Module):
 
     @property
     def moe_layers(self) -> list[MoE]:
-        """The layers with experts, first to last; none in the dense twin."""
+        """The MoE layers, first to last; empty for a dense model."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def compile_blocks(self) -> None:
-        """Let torch compile each block, for every size anew: two kinds of blocks take seconds, the whole model a minute."""
+        """Compile block by block, for static sizes: two kinds of blocks take seconds, the whole model a minute."""
         for block in self.blocks:
             block.compile(dynamic=False)
         for layer in self.moe_layers:
-            if layer.router.across:  # its sizes depend on what the tokens of all ranks hold
+            if layer.router.across:  # its sizes depend on the values of all ranks' tokens
                 layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
 
     def initialize(self, seed: int) -> None:
-        """Draw every parameter from a generator seeded by (seed, name)."""
+        """Draw each parameter from its own generator, seeded by (seed, name)."""
         with ThreadPoolExecutor() as pool:  # a core draws 100 million numbers a second, and 0.1B/64E has 1.8 billion
             list(pool.map(lambda named: self._draw(seed, *named), self.named_parameters()))
         if self.config.relative_init == "alibi":
@@ -75,7 +75,7 @@ class Trunk(nn.Module):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def _initial_std(self, name: str, parameter: Tensor) -> float | None:
-        """Fan-in, with the blocks' outputs scaled by (2L)^-1/2, so that the residual stream starts near 1."""
+        """Return fan-in^-1/2 (None: fill with ones), times (2L)^-1/2 for outputs of blocks, whose sum starts near 1."""
         if name.endswith("norm.weight"):
             return None
         if name.endswith("relative.weight"):
@@ -87,7 +87,7 @@ class Trunk(nn.Module):
             return parameter.shape[1] ** -0.5 * out * self.config.moe_init_scale
         if name.endswith(("attention.out.weight", "ffn.down.weight")):
             return parameter.shape[1] ** -0.5 * out
-        # nn.Linear keeps (out, in); experts (e, in, out) and routers (in, out) have the fan-in before last.
+        # nn.Linear weights are (out, in); in experts, (e, in, out), and routers, (in, out), fan-in is second to last.
         return parameter.shape[1 if name.endswith((".qkv.weight", "_up.weight")) else -2] ** -0.5
 
 
@@ -107,16 +107,16 @@ class Transformer(Trunk):
         cache: Cache | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token; with targets, their mean cross-entropy instead, which needs no logits in memory.
+        """Return logits of the next token; or, given targets, their mean cross-entropy, without storing all logits.
 
         Args:
-            targets: (B, T) int64, the next token of each. The others: as in `hidden`.
+            targets: (B, T) int64, the next token at each position. Other arguments: as in `hidden`.
         """
         x = self.hidden(token_ids, task_ids, mask, cache)
         return self.logits(x) if targets is None else linear_cross_entropy(x, self.embedding.weight, targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) of `hidden` -> (..., V); the output layer is the embedding (tied)."""
+        """Map the (..., d) output of `hidden` to (..., V) logits. The output layer is tied to the embedding."""
         return F.linear(hidden, self.embedding.weight)
 
     def hidden(
@@ -126,29 +126,29 @@ class Transformer(Trunk):
         mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """(B, T, d), what the output layer reads.
+        """Return the (B, T, d) input of the output layer.
 
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T).
-            mask: (B, T) bool, False for padding, which must follow a sequence's tokens: no expert takes it, and as
-                attention looks back only, no token sees it.
-            cache: keys and values of the tokens before these, a list for each block, at first `[[] for _ in model.blocks]`;
-                extended by these, so that decoding computes each token once.
+            mask: (B, T) bool, False for padding, which must follow a sequence's tokens: no expert takes padding, and
+                as attention is causal, no token sees it.
+            cache: keys and values of earlier tokens, one list per block, initially `[[] for _ in model.blocks]`. Those
+                of token_ids are appended in place, so that decoding computes each token once.
 
         Raises:
-            ValueError: padding comes before a token.
+            ValueError: mask has padding before a token.
         """
         if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("mask has padding before a token: pad on the right, attention reads all that comes before")
-        x = self.embedding(token_ids)  # (B, T, d); small beside the blocks' outputs, so that the tied
-        # output layer doesn't start by repeating its input
+        x = self.embedding(token_ids)  # (B, T, d); small compared with the blocks' outputs, so that
+        # the tied output layer doesn't start by predicting the input token
         return self.through(x, cache, token_ids=token_ids, task_ids=task_ids, mask=mask)
 
 
 class Block(nn.Module):
-    """Attention, then experts or a gated FFN, each on the normalised residual stream.
+    """Attention, then an MoE or a gated FFN, each applied to the normalised residual stream.
 
-    The second's output is left to the next block to add: compiled, the sum is one pass with that block's norm.
+    The output of the MoE or FFN is added by the next block: when compiled, the sum fuses with that block's norm.
     """
 
     moe: MoE | None
@@ -176,7 +176,7 @@ class Block(nn.Module):
         if update is not None:
             x = x + update
         x = x + self._maybe_recomputed(lambda y: self.attention(self.attention_norm(y), past), x)
-        if self.moe is not None:  # recomputes its experts itself, and keeps the routing
+        if self.moe is not None:  # MoE recomputes its experts itself, and stores the routing
             return x, self.moe(self.ffn_norm(x), **known)
         return x, self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)  # type: ignore[misc]
 
@@ -187,7 +187,7 @@ class Block(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """GELU-gated linear unit (section 3.4; Shazeer 2020): three matrices."""
+    """GELU-gated linear unit with three matrices (section 3.4; Shazeer 2020)."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()

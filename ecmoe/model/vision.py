@@ -1,7 +1,7 @@
-"""A Vision Transformer whose every other layer has experts: patches are routed (V-MoE, Riquelme et al. 2021).
+"""A Vision Transformer with an MoE in every other layer, which routes patches (V-MoE, Riquelme et al. 2021).
 
-The blocks are those of the language model, with attention to all patches. Ours, for a small model: RMSNorm, gated
-FFNs where there are no experts, the mean over patches in place of a class token.
+The blocks are those of the language model, with attention over all patches. Our choices for a small model: RMSNorm,
+gated FFNs where there are no experts, the mean over patches instead of a class token.
 
 Letters: B images of C channels, H x W pixels; T patches of P x P pixels; width d.
 """
@@ -14,14 +14,14 @@ from ecmoe.model.transformer import Trunk
 
 
 def patchify(images: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, T, C P P): patches row by row, each channel by channel (T = H W / P^2)."""
+    """Split (B, C, H, W) images into (B, T, C P P) patches, row by row, each channel by channel (T = H W / P^2)."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // size, size, W // size, size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * size * size)
 
 
 class PatchEmbedding(nn.Module):
-    """(B, C, H, W) in [0, 1] -> (B, T, d): a linear map of each patch, and a learned vector for each place."""
+    """(B, C, H, W) images in [0, 1] -> (B, T, d): a linear map of each patch plus a learned vector per position."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class VisionTransformer(Trunk):
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, d), what the head reads: the mean over patches."""
+        """Return the (B, d) input of the head: the mean over patches."""
         return self.through(self.embedding(images)).mean(dim=1)
 
     def _initial_std(self, name: str, parameter: Tensor) -> float | None:
         if name == "embedding.position":
-            return 0.1  # beside patches of about 1
+            return 0.1  # small compared with embedded patches, which are about 1
         if name in ("embedding.patch.weight", "head.weight"):
             return parameter.shape[1] ** -0.5
         return super()._initial_std(name, parameter)
