@@ -1,24 +1,24 @@
 """Mixture-of-Experts with Expert Choice Routing (Zhou et al., NeurIPS 2022), replicated and measured.
 
-A layer in a model of one's own:
+Use an MoE layer in your own model:
 
 >>> import torch
 >>> from ecmoe import MoE, track
 >>> from ecmoe.routing import ExpertChoice
 >>> moe = MoE(ExpertChoice(d_model=64, num_experts=8, capacity_factor=2.0), d_model=64, d_ff=256)
 >>> optimizer = torch.optim.AdamW(moe.parameters())
->>> handle = track(moe, optimizer)  # cut-offs move with each step
+>>> handle = track(moe, optimizer)  # update the running cut-offs at each step
 >>> moe(torch.randn(4, 32, 64)).shape  # (B, T, d) -> (B, T, d)
 torch.Size([4, 32, 64])
 
-A model of the study, and a run of it: `build_model(RunConfig(...))` and `run_or_load(RunConfig(...))`.
+Build a model of the study with `build_model(RunConfig(...))`, and train it with `run_or_load(RunConfig(...))`.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Public name -> module. Loaded on first use, so that `ecmoe --help` needs no torch.
+# Public name -> module, which is imported on first use, so that `ecmoe --help` needs no torch.
 _HOME = {
     "MoE": "ecmoe.model.moe",
     "RunConfig": "ecmoe.config",
@@ -32,7 +32,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
-# What `pip install .` leaves out.
+# A plain `pip install .` leaves these packages out.
 _HINT = "{} isn't installed; it comes with the extra 'study': pip install '.[study]' in a checkout of ecmoe"
 
 

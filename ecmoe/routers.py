@@ -1,8 +1,8 @@
-"""One row a router: all that a config, a count of FLOPs or a page needs to know of it, without torch.
+"""The table of routers: the facts that configs, FLOP counts and report pages need about each one, without torch.
 
-To add a router, write its class (ecmoe/routing/, one family a file) and its row here.
+To add a router, write its class (in ecmoe/routing/, one family per file) and add its row to `ROUTERS`.
 
-Letters are the paper's: n tokens compete, e experts choose, each takes k = n c / e (Eq. 1).
+Letters are the paper's: n tokens compete, e experts choose, each expert takes k = n c / e tokens (Eq. 1).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ecmoe.files import ConfigError
 
 
 def exact(factor: float) -> Fraction:
-    """The fraction that a capacity factor stands for: 1.1 is 11/10 and 4/3 is 4/3, which no float is."""
+    """Return the fraction that a capacity factor stands for: 11/10 for 1.1, 4/3 for 4 / 3 (no float equals either)."""
     return Fraction(factor).limit_denominator(1_000_000)
 
 
 def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
-    """k = n c / e (Eq. 1). The ablation is over c, so a fraction is an error, not something to round.
+    """Return k = n c / e (Eq. 1). The study compares values of c, so a fractional k is an error by default.
 
     Args:
-        n: tokens that compete. e: experts. c: capacity factor, the average number of experts a token.
-        rounding: "exact", or "down", with which any n works: k = max(1, floor), and never more than n.
+        n: tokens that compete. e: experts. c: capacity factor, the average number of experts per token.
+        rounding: "exact", or "down" to accept any n: k = max(1, floor(n c / e)), but at most n.
 
     Raises:
-        ConfigError: k is no whole number, or an expert would need more than the n tokens there are; not by "down".
+        ConfigError: with rounding="exact", k is not a whole number or does not lie in 1..n.
     """
     share = exact(c) / e
     if rounding == "down":
@@ -51,7 +51,7 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
 
 
 def equal_share(n: int, e: int) -> int:
-    """n / e, the tokens of an expert where all get as many; a ConfigError where that is a fraction."""
+    """Return n / e, the tokens per expert if all get the same number; raise a ConfigError if e doesn't divide n."""
     if n % e:
         raise ConfigError(
             f"num_experts={e}: every expert takes n/e tokens, so it must divide n={n} (batch_size x sequence_length)"
@@ -60,38 +60,38 @@ def equal_share(n: int, e: int) -> int:
 
 
 def check_capacity(c: float | None, none: bool = True) -> float | None:
-    """c; a ConfigError where it is no number above 0, nor None, if that may be: nothing is dropped then."""
+    """Return c; raise a ConfigError unless it is a number above 0, or None (drop nothing) where `none` allows it."""
     if not (none if c is None else isinstance(c, int | float) and 0 < c < math.inf):
         raise ConfigError(f"capacity_factor={c!r}: must be a number above 0" + ", or None to drop nothing" * none)
     return c
 
 
 def check_cap(b: int | None, c: float) -> None:
-    """Raise a ConfigError where at most b experts a token can't be c on average."""
+    """Raise a ConfigError if b < c: with at most b experts per token, the average can't be c."""
     if b is not None and b < c:
         raise ConfigError(f"max_experts_per_token={b}: experts take capacity_factor={c:g} n tokens in all, but {b} n places are "
                           f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
 
 
 def check_top_k(top_k: int, e: int) -> None:
-    """Raise a ConfigError where a token would choose no expert, or one twice."""
+    """Raise a ConfigError unless 1 <= top_k <= e."""
     if not 1 <= top_k <= e:
         raise ConfigError(f"top_k={top_k}: must lie in 1..{e} (num_experts={e}: a token can't choose an expert twice)")
 
 
 @dataclass(frozen=True)
 class RouterRow:
-    """What a router is.
+    """The facts about one router.
 
     Attributes:
-        layer: "module:Class"; None: the model has no layer with experts.
-        keys: of RunConfig that it reads. Others don't make two runs different.
-        experts_per_token: of a config's keys, how many experts an average token is offered; FLOPs follow.
-        build: class, config, (V,) token counts -> the router; None: the class takes d_model and `keys` by name.
-        needs: of a config's keys, what else it reads: "token ids" and "tasks" of a batch, which images don't have;
+        layer: "module:Class"; None for the dense model, which has no MoE layer.
+        keys: RunConfig keys that the router reads. Keys that only other routers read don't make two runs different.
+        experts_per_token: config's values -> average number of experts offered per token, used to count FLOPs.
+        build: class, config, (V,) token counts -> router. None: call the class with d_model and `keys` by name.
+        needs: config's values -> further inputs: "token ids" and "tasks" of a batch, which images don't have, or
             "token counts" of the corpus.
-        capacity: has an expert so many places, set by capacity_factor, in evaluation?
-        check: of a config that can't work, raises ConfigError with key, value and remedy.
+        capacity: whether capacity_factor limits the tokens per expert in evaluation.
+        check: config -> None, or raises a ConfigError with key, value and remedy if the config can't work.
     """
 
     layer: str | None
@@ -104,7 +104,7 @@ class RouterRow:
 
     @property
     def cls(self) -> type:
-        """The class itself; imports torch."""
+        """The router class; reading it imports torch. Raises a ValueError for the dense model."""
         if self.layer is None:
             raise ValueError("the dense model has no layer with experts, and so no router")
         module, name = self.layer.split(":")

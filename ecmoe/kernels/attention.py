@@ -1,14 +1,14 @@
-"""The kernels of ecmoe/model/attention.py, in Triton: attention and its gradients, the bias's included.
+"""The kernels of ecmoe/model/attention.py, in Triton: attention and its gradients, including the bias's.
 
-A program holds a tile of queries (of keys, for the keys' gradients) and walks over the keys that they see (the queries
-that see them), in two loops: over far tiles, with nothing beside the products, and over near ones, with the bias.
+A program holds a tile of queries and loops over the keys that they see (for the keys' gradients: a tile of keys, and
+the queries that see them). One loop covers far tiles, which need no bias; the other covers near tiles, which do.
 
-Near tiles don't look the bias up score by score. As tiles as far from the diagonal hold the same distances at the same
-places, `biases` writes the bias once for BLOCK queries of each head, against the keys around them; its rows then load
-as those of the keys do. The future is -inf in it, so that there is no other mask. With each row turned by one more than
-the row above, a near tile of dS has its distances in columns: they are summed where the queries' gradients are made.
+Near tiles don't look up the bias score by score. All tiles at one offset from the diagonal hold the same distances at
+the same positions, so `biases` writes the bias once for BLOCK queries of each head and the keys around them; its rows
+load like rows of keys. Its entries for future keys are -inf: no other mask is needed. For the bias' gradient, each row
+of a near tile of dS is rotated by one more than the row above: a column then holds one distance and can be summed.
 
-Exponentials are of base 2: scores and biases are multiplied by log2 e, and lse is a binary logarithm.
+Exponentials use base 2: scores and biases are multiplied by log2 e, and lse is a base-2 logarithm.
 """
 
 from typing import NamedTuple
@@ -25,17 +25,17 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut, and how its loops overlap loads with the rest."""
+    """Tile sizes of a kernel, and how its loops overlap loads with computation."""
 
     own: int  # rows of a program, a divisor of BLOCK
-    step: int  # rows that a step of its loops takes, a divisor of its own; of QUERIES the same
+    step: int  # rows per loop step, a divisor of `own`; equal to it in QUERIES
     warps: int
     far_stages: int
-    near_stages: int  # where biases take their place in the pipeline too
-    per_sm: int = 1  # programs on a multiprocessor, as far as registers go
+    near_stages: int  # pipeline stages of the near loop, which also loads biases
+    per_sm: int = 1  # programs per multiprocessor, as registers allow
 
 
-# By the width of a head: up to 64, and 128. Those for 64 were the fastest of some six each on an H200.
+# By head width: up to 64, and 128. On an H200 those for 64 were the fastest of about six tried for each kernel.
 FORWARD = {64: Tile(64, 64, 4, 3, 2, 4), 128: Tile(128, 64, 8, 2, 2, 1)}
 QUERIES = {64: Tile(64, 64, 4, 3, 2, 3), 128: Tile(64, 64, 4, 2, 1, 2)}
 KEYS = {64: Tile(64, 64, 4, 2, 2, 3), 128: Tile(64, 32, 4, 2, 2, 2)}
@@ -49,24 +49,24 @@ def _options(tiles: dict[int, Tile], width: int) -> dict:
 
 
 def biases(like: Tensor, table: Tensor, near: int, sides: int) -> Tensor:
-    """(sides, h, BLOCK, span + BLOCK): the bias, less that of the far distances, around a block on the diagonal.
+    """Return (sides, h, BLOCK, span + BLOCK): the bias minus that of far distances, around a block on the diagonal.
 
-    The first side has the block's queries as rows; keys start `span` tokens before them, and distances from there on
-    are all far. The second has the block's keys as rows; queries start with them.
+    The first side has the block's queries as rows; its keys start `span` tokens before the block, and all earlier keys
+    are far. The second side has the block's keys as rows; its queries start with the block.
 
     Args:
-        like: attention's input. table: (h, T) float32, the bias by distance, the last one also that of all from `near` on.
+        like: attention's input. table: (h, T) float32, the bias by distance, equal for all distances from `near` on.
     """
     h, T = table.shape
     width = cdiv(near, BLOCK) * BLOCK + BLOCK
-    # Of 16 bits, float16's are the right ones: biases are small, and it has 11 digits to bfloat16's 8.
+    # In 16 bits float16 suits biases, which are small: it has 11 significant bits, bfloat16 has 8.
     out = like.new_empty(sides, h, BLOCK, width, dtype=torch.float32 if like.dtype == torch.float32 else torch.float16)
     _flash_biases_kernel[BLOCK // 16, h, sides](table, out, T, width, BLOCK=BLOCK, ROWS=16)
     return out
 
 
 def forward(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
-    """out (B, T, h, d/h), and lse (B, h, T) of the scores with the far distances' bias subtracted; all contiguous."""
+    """Return out (B, T, h, d/h), and lse (B, h, T) of the scores minus the far distances' bias; all contiguous."""
     B, T, _, h, width = qkv.shape
     near = min(near, T)
     out, lse = qkv.new_empty(B, T, h, width), qkv.new_empty(B, h, T, dtype=torch.float32)
@@ -80,7 +80,7 @@ def forward(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
 
 
 def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tensor]:
-    """dqkv, and (h, distances) float32: dS summed by distance, of the near ones; what it holds from `near` on is not whole."""
+    """Return dqkv, and (h, distances) float32, dS summed by distance: complete only for distances below `near`."""
     B, T, _, h, width = qkv.shape
     near = min(near, T)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
@@ -119,7 +119,7 @@ def _flash_biases_kernel(table, out, T, width, BLOCK: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def _place(h, T, OWN: tl.constexpr):
-    """A program's sequence, head, and block. Blocks of a head follow each other: the second finds its keys in the cache."""
+    """Return a program's sequence, head and block. Blocks of a head run in turn, to find its keys in the cache."""
     blocks = T // OWN
     pair = tl.program_id(0) // blocks
     return (pair // h).to(tl.int64), pair % h, tl.program_id(0) % blocks
@@ -127,19 +127,19 @@ def _place(h, T, OWN: tl.constexpr):
 
 @triton.jit
 def _tile(base, first, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers to ROWS x COLUMNS numbers from row `first` on."""
+    """Return pointers to ROWS x COLUMNS numbers from row `first` on."""
     return base + (first + tl.arange(0, ROWS))[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
 def _product(a, b):
-    """a b^T"""
+    """Return a b^T."""
     return dot(a, b.T, tl.zeros((a.shape[0], b.shape[0]), tl.float32))
 
 
 @triton.jit
 def _far_keys(first, near, STEP: tl.constexpr):
-    """So many keys, in whole steps, are far from query `first` and all after it."""
+    """Return how many keys, in whole steps, are far from query `first` and all later ones."""
     return tl.maximum(first - near + 1, 0) // STEP * STEP
 
 
@@ -158,7 +158,7 @@ def _flash_forward_kernel(
     total, output = tl.zeros((OWN,), tl.float32), tl.zeros((OWN, WIDTH), tl.float32)
     far = _far_keys(first, near, STEP)
     scale *= _LOG2E
-    # Online softmax. Key 0 comes first, which all see: `highest` is finite from then on.
+    # Online softmax. Key 0 comes first and all queries see it, so `highest` is finite from then on.
     for NEAR in tl.static_range(2):
         start, stop = far if NEAR else 0, first + OWN if NEAR else far
         for key in tl.range(start, stop, STEP, num_stages=NEAR_STAGES if NEAR else FAR_STAGES):
@@ -169,7 +169,7 @@ def _flash_forward_kernel(
                 score = score * scale + tl.load(_tile(bias + key, 0, width, OWN, STEP)).to(tl.float32)
                 higher = tl.maximum(highest, tl.max(score, 1))
                 p = tl.exp2(score - higher[:, None])
-            else:  # a multiplication a score less
+            else:  # one multiplication per score less
                 higher = tl.maximum(highest, tl.max(score, 1) * scale)
                 p = tl.exp2(score * scale - higher[:, None])
             shrink = tl.exp2(highest - higher)
@@ -192,7 +192,7 @@ def _flash_queries_kernel(
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     FAR_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries; on the way delta, and the sums of dS by distance."""
+    """Compute the queries' gradients; also delta, and the sums of dS by distance."""
     tl.static_assert(OWN == STEP, "a turned tile is a square")
     b, head, block = _place(h, T, OWN)
     first = T - OWN - block * OWN
@@ -236,7 +236,7 @@ def _flash_keys_kernel(
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     FAR_STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values; the first keys, which come first, have the most queries."""
+    """Compute the gradients of keys and values. The first keys come first: they have the most queries."""
     b, head, block = _place(h, T, OWN)
     first = block * OWN
     qkv += (b * T * 3 * h + head) * WIDTH
@@ -246,9 +246,9 @@ def _flash_keys_kernel(
     lse += (b * h + head) * T
     delta += (b * h + head) * T
     bias += head * BLOCK * width - first
-    far = tl.minimum(tl.cdiv(first + OWN - 1 + near, STEP) * STEP, T)  # from the last key on
+    far = tl.minimum(tl.cdiv(first + OWN - 1 + near, STEP) * STEP, T)  # far from all keys of the program
     dk, dv = tl.zeros((OWN, WIDTH), tl.float32), tl.zeros((OWN, WIDTH), tl.float32)
-    for FAR in tl.static_range(2):  # keys are the rows, so that nothing is transposed
+    for FAR in tl.static_range(2):  # keys are the rows: this avoids transposes
         start, stop = far if FAR else first, T if FAR else far
         for query in tl.range(start, stop, STEP, num_stages=FAR_STAGES if FAR else NEAR_STAGES):
             q = tl.load(_tile(qkv, query, 3 * h * WIDTH, STEP, WIDTH))

@@ -1,24 +1,24 @@
-"""Capped expert choice on a GPU, in Triton: `transport`'s problem in 25 launches and no wait for the device.
+"""Capped expert choice on a GPU, in Triton: solves `transport`'s problem in 25 launches and never waits for the device.
 
-Letters: g pools of m tokens, e experts, k tokens of an expert, b the cap, S (g, e, m) scores, X (g, e, m) who holds
-whom; E is e rounded up to a power of two, T the tokens of a program.
+Letters: g pools of m tokens, e experts, k tokens per expert, b the cap, S (g, e, m) scores, X (g, e, m) nonzero where
+an expert holds a token; E is e rounded up to a power of two, T the tokens of a program.
 
-    prices  a damped auction, as in `transport`: tokens take their b best of S - price, and an expert's next price is
-            what its k-th token gains over that token's b-th best other offer. A round is a launch: it counts the
-            gains above nine thresholds around the price, and the next one interpolates. The first rounds leave the
-            cap out, to find the order of magnitude; most ask a sample of the tokens, the last ones all.
-    hold    every token its b best at these prices. With places to spare (m b > e k) a place that stays free has a
-            price too, and stays free where nothing is worth more.
-    settle  experts with more than k give tokens, about one in a thousand, to those with fewer: first tokens that
-            lose little by it, then others, in token order, an exact number each time.
+    prices  A damped auction, as in `transport`: tokens take their b best of S - price, and an expert's next price is
+            the gain of its k-th token over that token's b-th best other offer. Each round is one launch: it counts the
+            gains above nine thresholds around the price, and the next round interpolates. The first rounds ignore the
+            cap, to find the order of magnitude; most rounds use a sample of the tokens, the last ones use all.
+    hold    Every token takes its b best experts at these prices. With places to spare (m b > e k) a free place also
+            has a price, and stays free if no expert is worth more.
+    settle  Experts with more than k tokens pass some, about one in a thousand, to experts with fewer: first tokens
+            that lose little, then others, in token order, an exact number each time.
 
-Feasible for any scores. No token ever has more than b < e. If fewer than e k places are held, a token has a place
-free, and takes an expert that it doesn't hold; if more are, an expert with more than k drops one. Once e k are, let
-u have more than k and v fewer: at least load_u - load_v of u's tokens are not v's, so min(load_u - k, k - load_v)
-can move from u to v, and then one of the two is done. `settle` thus ends within b + 2 e sweeps over the tokens.
-Counts are integers, the same in whatever order they are added: the same scores give the same choice.
+The result is feasible for any scores. No token ever has more than b < e experts. While fewer than e k places are held,
+some token has a free place and takes another expert; while more are held, an expert with more than k tokens drops one.
+At e k places, let u hold more than k tokens and v fewer: v lacks at least load_u - load_v of u's tokens, so
+min(load_u - k, k - load_v) can move from u to v, and then u or v holds k. `settle` thus ends within b + 2 e sweeps over
+the tokens. Counts are integers, whose sums don't depend on the order: the same scores give the same choice.
 
-The sum of scores loses what the jitter that parts equal tokens and those moves cost.
+The sum of scores is below the largest by the cost of these moves, and of the jitter that separates equal tokens.
 """
 
 import torch
@@ -28,15 +28,15 @@ from torch import Tensor
 
 from ecmoe.kernels.common import INTERPRETED, Operator, block, cdiv, device_of
 
-# Rounds of prices: without the cap, for a sample of the tokens, for all.
+# Rounds of prices: without the cap, for a sample of the tokens, for all tokens.
 UNCAPPED, SAMPLED, FULL = 4, 14, 4
 ROUNDS = UNCAPPED + SAMPLED + FULL
-SAMPLE, SAMPLE_LEAST = 8192, 1024  # tokens of all pools together; of one pool at least
-JITTER_FIRST, JITTER_LAST = 0.2, 5e-3  # of the mean score
+SAMPLE, SAMPLE_LEAST = 8192, 1024  # sampled tokens over all pools; minimum per pool
+JITTER_FIRST, JITTER_LAST = 0.2, 5e-3  # as shares of the mean score
 DAMPING = 0.7
-CHEAP = tl.constexpr(0.05)  # of the mean score: what a token may lose that moves first
-# T E numbers of a program, where all tokens are asked, and where a sample is.
-MOST_TOKENS = 512  # T: three counts of them are added up in 30 bits
+CHEAP = tl.constexpr(0.05)  # share of the mean score that the tokens moved first may lose
+# ELEMENTS, T E numbers per program, for all tokens and for a sample.
+MOST_TOKENS = 512  # T at most: three counts of up to T are packed into 30 bits
 TILE = {"ELEMENTS": 4096, "num_warps": 4}
 SAMPLE_TILE = {"ELEMENTS": 2048, "num_warps": 4}
 SETTLE = {"BLOCK": 1024, "num_warps": 4}
@@ -45,15 +45,15 @@ MOST_EXPERTS = 512
 
 
 def available(scores: Tensor, b: int) -> bool:
-    """Can `capped` take these (g, e, m) scores?"""
+    """Return whether `capped` supports these (g, e, m) scores and this cap."""
     on_device = scores.is_cuda or (INTERPRETED and scores.device.type == "cpu")
     return on_device and scores.dtype == torch.float32 and b < scores.shape[1] <= MOST_EXPERTS
 
 
 def capped(scores: Tensor, k: int, b: int) -> Tensor:
-    """(g, e, m) float32 scores, with any strides -> (g, e, k) int64: places of the chosen tokens, in rising order.
+    """Return (g, e, k) int64, the chosen tokens in rising order, for (g, e, m) float32 scores of any strides.
 
-    Exactly k tokens of each expert, at most b < e experts of each token; e k <= m b. No gradient: gather the scores.
+    Each expert gets k tokens, each token at most b < e experts; e k <= m b. No gradient: gather the scores for that.
     """
     return _capped_op(scores.detach(), k, b)
 
@@ -67,12 +67,12 @@ _capped_op = Operator(_capped, lambda scores, k, b: scores.new_empty(*scores.sha
 
 
 def hold(scores: Tensor, k: int, b: int) -> Tensor:
-    """X, (g, e, m) int8."""
+    """Return X, (g, e, m) int8, 1 where an expert holds a token."""
     g, e, m = scores.shape
     X = torch.empty(g, e, m, dtype=torch.int8, device=scores.device)
     unit = scores[:, :, :: max(1, m // SAMPLE)].abs().mean((1, 2)).nan_to_num(1.0, 1.0, 1.0)
     unit = unit.clamp_min(torch.finfo(scores.dtype).tiny * 1e6)
-    # Of experts, and of a place that stays free: price and scale before each round; gains above each threshold.
+    # Of each expert, and of a free place: price and scale before each round; number of gains above each threshold.
     state = scores.new_zeros(ROUNDS + 1, g, 2, e + 1)
     state[0, :, 1] = 4 * unit[:, None]
     counts = torch.zeros(ROUNDS, g, 9, e + 1, dtype=torch.int32, device=scores.device)
@@ -81,7 +81,7 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
     spare = {"b": b, "SPARE": m * b > e * k}
 
     few = min(m, max(SAMPLE // g // 8 * 8, SAMPLE_LEAST))
-    before = 0.0  # what an expert should have had in the round before
+    before = 0.0  # tokens that an expert should get in the previous round
     everyone = cut(m, e, TILE)
     for r in range(ROUNDS):
         tokens = few if r < UNCAPPED + SAMPLED else m
@@ -102,14 +102,14 @@ def hold(scores: Tensor, k: int, b: int) -> Tensor:
 
 
 def cut(tokens: int, e: int, tile: dict) -> dict:
-    """Of `tokens` of a pool, what a program takes at a time, as its kernel's arguments."""
+    """Return the kernel arguments E, T (out of `tokens` of a pool) and number of warps."""
     E = block(e)
     T = block(tokens, 16, min(max(16, tile["ELEMENTS"] // E), MOST_TOKENS))
     return {"E": E, "T": T, "num_warps": tile["num_warps"]}
 
 
 def places(X: Tensor, k: int) -> Tensor:
-    """(g, e, m) int8 of zeros and k ones a row -> (g, e, k) int64: where the ones are, in rising order."""
+    """Return (g, e, k) int64, the positions of the k ones in each row of X, (g, e, m) int8, in rising order."""
     g, e, m = X.shape
     out = torch.empty(g, e, k, dtype=torch.int64, device=X.device)
     sizes = SWEEP | {"BLOCK": block(m, 16, SWEEP["BLOCK"])}
@@ -119,10 +119,10 @@ def places(X: Tensor, k: int) -> Tensor:
 
 @triton.jit
 def _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter):
-    """(T, E) scores with a jitter that depends on nothing but token and expert; -inf outside."""
+    """Return (T, E) scores with a jitter that depends only on token and expert; -inf outside."""
     place = pool.to(tl.int64) * sg + expert[None, :].to(tl.int64) * se + token[:, None].to(tl.int64) * sm
     S = tl.load(scores + place, mask=inside, other=0.0)
-    S = tl.where(tl.abs(S) < 1e30, S, 0.0)  # NaN breaks nothing else
+    S = tl.where(tl.abs(S) < 1e30, S, 0.0)  # a NaN affects no other score
     x = token[:, None].to(tl.uint32) * 0x9E3779B1 + expert[None, :].to(tl.uint32) * 0x85EBCA77
     x = (x ^ (x >> 15)) * 0x2C1B3C6D
     x = (x ^ (x >> 12)) * 0x297A2D39
@@ -132,17 +132,17 @@ def _offers(scores, sg, se, sm, pool, token, expert, inside, unit, jitter):
 
 @triton.jit
 def _threshold(row):
-    """-16, -4, -1, -1/4, 0, 1/4, 1, 4, 16."""
+    """Return -16, -4, -1, -1/4, 0, 1/4, 1, 4, 16 for rows 0 to 8."""
     size = tl.exp2(2.0 * tl.abs(row - 4).to(tl.float32) - 4.0)
     return tl.where(row == 4, 0.0, tl.where(row < 4, -size, size))
 
 
 @triton.jit
 def _price(state, counts, pool, node, e, unit, target, damping, r, first):
-    """Prices and scales of some nodes in round r: experts 0 to e - 1, and e, a place that stays free; nodes beyond are none.
+    """Return prices and scales of some nodes in round r: 0 to e - 1 are experts, e is a free place, higher ones unused.
 
-    The round before counted the gains of at least each threshold times the scale; that of the target-th token lies
-    between two of them. `first`: the first round that counted for these nodes. Stored by the pool's first program.
+    The previous round counted the gains that reach each threshold times the scale; the gain of the target-th token lies
+    between two thresholds. `first`: first round that counted for these nodes. The pool's first program stores them.
     """
     pools, n = tl.num_programs(1), e + 1
     before = tl.maximum(r - 1, 0)
@@ -153,7 +153,7 @@ def _price(state, counts, pool, node, e, unit, target, damping, r, first):
     old = state + (before * pools + pool) * 2 * n + node
     price = tl.load(old, mask=node <= e, other=0.0)
     scale = tl.load(old + n, mask=node <= e, other=1.0)
-    enough = tl.sum((inside & (count >= target)).to(tl.int32), 0)  # the more, the higher its gain
+    enough = tl.sum((inside & (count >= target)).to(tl.int32), 0)  # thresholds that its gain reaches
     low = tl.minimum(tl.maximum(enough - 1, 0), 7)
     most = tl.sum(tl.where(row[:, None] == low[None, :], count, 0.0), 0)
     least = tl.sum(tl.where(row[:, None] == low[None, :] + 1, count, 0.0), 0)
@@ -170,7 +170,7 @@ def _price(state, counts, pool, node, e, unit, target, damping, r, first):
 
 @triton.jit
 def _count(counts, gain, scale, node, e):
-    """Add to (9, e + 1) counts how many gains (T, nodes) reach their thresholds."""
+    """Add to counts, (9, e + 1), how many of the gains, (T, nodes), reach each threshold."""
     for row in tl.static_range(0, 9, 3):
         three = tl.zeros(gain.shape, tl.int32)
         for i in tl.static_range(3):
@@ -188,7 +188,7 @@ def _round_kernel(
     b: tl.constexpr, B: tl.constexpr, SPARE: tl.constexpr, CAPPED: tl.constexpr,
     E: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """One round of prices, for `tokens` of each pool: eight neighbours out of 8 stride."""
+    """Run one round of prices for `tokens` tokens of each pool: 8 neighbours out of every 8 stride tokens."""
     pool, pools = tl.program_id(1), tl.num_programs(1)
     place, expert = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, E)
     inside = (place < tokens)[:, None] & (expert < e)[None, :]
@@ -222,7 +222,7 @@ def _hold_kernel(
     scores, sg, se, sm, e, m, units, state, jitter, counts, before, damping, r, first, X, loads,
     b: tl.constexpr, SPARE: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Every token its b best at the last prices; counts who holds how many."""
+    """Give every token its b best experts at the last prices, and count the tokens of each expert."""
     pool = tl.program_id(1)
     token, expert = tl.program_id(0) * T + tl.arange(0, T), tl.arange(0, E)
     inside = (token < m)[:, None] & (expert < e)[None, :]
@@ -253,7 +253,7 @@ def _settle_kernel(
     scores, sg, se, sm, e, m, units, state, jitter, r, X, loads, k,
     b: tl.constexpr, SPARE: tl.constexpr, E: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program a pool: `settle` above."""
+    """Run `settle` (see above), one program per pool."""
     pool, pools = tl.program_id(1), tl.num_programs(1)
     expert, offset = tl.arange(0, E), tl.arange(0, BLOCK)
     excess = tl.load(loads + pool * e + expert, mask=expert < e, other=k) - k
@@ -261,7 +261,7 @@ def _settle_kernel(
     if SPARE:
         while total < 0:  # each token with a free place takes its best other expert
             price = tl.load(state + (r * pools + pool) * 2 * (e + 1) + expert, mask=expert < e, other=0.0)
-            price = tl.where(tl.abs(price) < 1e35, price, 0.0)  # what ends this loop is that offers are finite
+            price = tl.where(tl.abs(price) < 1e35, price, 0.0)  # finite offers make sure that the loop ends
             start = 0
             while (start < m) & (total < 0):
                 token = start + tl.arange(0, T)
@@ -287,7 +287,7 @@ def _settle_kernel(
         source, target = X + u.to(tl.int64) * m, X + v.to(tl.int64) * m
         at, price = scores + pool.to(tl.int64) * sg, state + (r * pools + pool) * 2 * (e + 1)
         rise = tl.load(price + v) - tl.load(price + u)
-        left, start, cheap = amount, 0, ~drop  # first tokens that lose next to nothing
+        left, start, cheap = amount, 0, ~drop  # first, tokens that lose next to nothing
         while (left > 0) & ((start < m) | cheap):
             cheap &= start < m
             start = tl.where(start < m, start, 0)
@@ -312,7 +312,7 @@ def _settle_kernel(
 
 @triton.jit
 def _places_kernel(X, out, m, k, BLOCK: tl.constexpr):
-    """A program writes the ones of its block, behind those of the blocks before."""
+    """Write the positions of the ones in this program's block, after those of earlier blocks."""
     row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     X, out = X + row * m, out + row * k
     mine = tl.program_id(1) * BLOCK

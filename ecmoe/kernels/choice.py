@@ -1,9 +1,9 @@
-"""`expert_choice`: a whole layer, its router included, as one step of autograd.
+"""`expert_choice`: a whole layer, including its router, as one autograd function.
 
-A kernel costs the host 7 to 20 us, and a step of autograd more, whatever they compute. Where nobody looks at what lies
-between, a third of them go (36 were left of plain PyTorch's 89, 24 are): the logits' kernel makes the scores and clears the
-table `inverse` (who holds which token, and in which slot), the top-k fills it in, and gates and statistics are read off it.
-The plain path is `Router.read`, `ExpertChoice.assign`, `MoE.experts`.
+A kernel launch costs the host 7 to 20 us and an autograd step more, whatever it computes. If nothing else reads the
+intermediate results, 24 launches suffice, not 36 as with separate kernels or 89 as in plain PyTorch (`Router.read`,
+`ExpertChoice.assign`, `MoE.experts`): the logits' kernel also computes the scores and clears the table `inverse` (which
+slot of which expert holds a token), the top-k fills this table, and gates and statistics are read from it.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from ecmoe.kernels import layer, routing
 from ecmoe.kernels.common import block, cdiv, check, device_of, kernel
 from ecmoe.kernels.selection import BINS, LONGEST, choose
 
-NUMBERS = 2048  # of a program, tokens x experts
+NUMBERS = 2048  # tokens x experts of a program
 
 
 def available(x: Tensor, weight: Tensor, k: int) -> bool:
-    """Can `expert_choice` take (n, d) tokens, (d, e) router weights, and k tokens an expert?"""
+    """Return whether `expert_choice` supports (n, d) tokens, (d, e) router weights, and k tokens per expert."""
     types = x.dtype in (torch.bfloat16, torch.float32) and weight.dtype in (torch.bfloat16, torch.float32)
     return types and 0 < k < len(x) < LONGEST and weight.shape[1] <= routing.MOST_EXPERTS
 
@@ -38,15 +38,15 @@ def expert_choice(
     statistics: Sequence[Tensor] | None = None,
     fuse: bool = True,
 ) -> Tensor:
-    """Every expert takes the k of all tokens that score highest for it, Eq. 1 to 4.
+    """Compute a layer in which every expert takes the k tokens that score highest for it (Eq. 1 to 4).
 
     Args:
         x: (n, d). weight: (d, e), the router's. w1: (e, d, f). w2: (e, f, d).
-        scale: of the gates; None: a token's add up to 1.
-        cutoff: (e,) and (), each expert's lowest chosen score, and 1, are added; None: nothing is.
-        statistics: of the layer, (e,) load, (e,) demand, () tokens, at most 16 bins, all int64, are written: bins
-            count the tokens with 0, 1, ... experts, the last one also those with more. None: nothing is.
-        fuse: as in `experts`.
+        scale: factor from scores to gates; None: a token's gates are normalised to sum to 1.
+        cutoff: (e,) and () tensors, to which each expert's lowest chosen score, and 1, are added; None: nothing is.
+        statistics: int64 tensors to overwrite: (e,) load, (e,) demand, () tokens, and at most 16 bins, which count the
+            tokens with 0, 1, ... experts, the last bin those with as many or more. None: nothing is written.
+        fuse: see `experts`.
 
     Returns:
         (n, d), in the dtype of x.
@@ -59,7 +59,7 @@ def expert_choice(
 
 
 def _cut(n: int, e: int) -> tuple[tuple[int], dict]:
-    """Programs, and their tokens x experts."""
+    """Return the grid, and the tokens and experts of a program."""
     rows = max(NUMBERS // block(e), 1)
     return (cdiv(n, rows),), {"E": block(e), "ROWS": rows}
 
@@ -142,7 +142,7 @@ def _weigh_backward_kernel(dgate, S, inverse, out, n, e, slots, scale, E: tl.con
     slot = tl.load(inverse + place, mask=inside, other=slots)
     ds = tl.load(dgate + slot, mask=slot < slots, other=0)
     s = tl.load(S + expert[None, :].to(tl.int64) * n + t[:, None], mask=inside, other=0)
-    if scale is None:  # of s / sum s over those that hold the token
+    if scale is None:  # gradient of s / sum(s) over the token's experts
         own = tl.where(slot < slots, s, 0.0)
         total = tl.maximum(tl.sum(own, 1), 1.1754943508222875e-38)[:, None]
         ds = tl.where(slot < slots, ds - tl.sum(own / total * ds, 1)[:, None], 0.0) / total

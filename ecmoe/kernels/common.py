@@ -1,4 +1,4 @@
-"""What the kernels share: where they may run, how they are launched and become operators, sizes of blocks, a product."""
+"""Shared by all kernels: device checks, launches, custom operators, block sizes, and a matrix product."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # on CPU tensors, without a GPU
+INTERPRETED: bool = triton.knobs.runtime.interpret  # runs on CPU tensors, without a GPU
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_REAL = (Tensor, torch.nn.Parameter)  # not what a compiler traces with
-REMEMBERED = 4096  # launches of a kernel; causal routing has as many sizes as batches
+_REAL = (Tensor, torch.nn.Parameter)  # not the types with which torch.compile traces
+REMEMBERED = 4096  # launches per kernel, at most; causal routing has new sizes in every batch
 
 
 def check(x: Tensor) -> None:
@@ -26,12 +26,12 @@ def check(x: Tensor) -> None:
         )
 
 
-class kernel:  # noqa: N801  it is used as triton.jit is
-    """`triton.jit`, whose launches cost half of the host's time.
+class kernel:  # noqa: N801  lower case like triton.jit
+    """`triton.jit` with launches that take half the host's time.
 
-    Triton looks at type, alignment and divisibility of every argument of every launch, to find the binary compiled for
-    such ones; that takes longer than a small kernel runs. Here the numbers themselves and the tensors' types and
-    alignments are the key: one look-up. A number that differs goes through Triton, once.
+    At every launch Triton inspects type, alignment and divisibility of all arguments to find the compiled binary, which
+    takes longer than a small kernel runs. This class looks the binary up by the values of numbers and the types and
+    alignments of tensors. A launch with a new value goes through Triton once.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -42,12 +42,12 @@ class kernel:  # noqa: N801  it is used as triton.jit is
         return partial(self.launch, grid)
 
     def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        """Launch on the current device and stream, where the tensors are."""
+        """Launch on the current device, which must hold the tensors, and the current stream."""
         if INTERPRETED:
             self.jit[grid](*args, **constants)
             return
         device = torch.cuda.current_device()
-        # All that Triton could compile for: of tensors type and alignment, of descriptors type and block, numbers themselves.
+        # All that Triton may specialise on: type and alignment of tensors, type and block of descriptors, other values.
         key = (device, *constants.items(), *[
             (a.dtype, a.data_ptr() & 15) if type(a) in _REAL else getattr(a, "kind", a) for a in args
         ])  # fmt: skip
@@ -66,21 +66,21 @@ class kernel:  # noqa: N801  it is used as triton.jit is
 
 
 def described(base: Tensor, block: list[int]) -> TensorDescriptor:
-    """A contiguous tensor for the copy engine, in blocks; `TensorDescriptor` checks what holds here, for 10 us."""
+    """Return a contiguous tensor's descriptor for the copy engine. Checks in `TensorDescriptor` would cost 10 us."""
     out = object.__new__(TensorDescriptor)
     vars(out).update(base=base, shape=base.shape, strides=base.stride(), block_shape=block, kind=(base.dtype, *block))
     return out
 
 
 class Operator:
-    """A function of tensors that torch.compile takes for one step, with shapes that `fake` tells.
+    """A function of tensors that torch.compile treats as one step.
 
-    Elsewhere it is just called, for a registered operator costs 0.1 to 0.5 ms of the host's time a call. Gradients are the
-    business of an autograd function around it, which the compiler sees through.
+    Without torch.compile the function is called directly, because a registered operator costs the host 0.1 to 0.5 ms
+    per call. Gradients come from an autograd function around the operator, which torch.compile can trace.
 
     Args:
-        function: with annotated arguments, the first of them a tensor.
-        fake: the same, for tensors without numbers.
+        function: function with annotated arguments, of which the first is a tensor.
+        fake: function that returns tensors of the right shapes and types, for tensors without data.
     """
 
     def __init__(self, function: Callable, fake: Callable) -> None:
@@ -94,7 +94,7 @@ class Operator:
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Where x's kernels are launched; nothing to do where it is the current device, as it is almost always."""
+    """Return a context in which x's device is current; it does nothing if the device is already current, as usual."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device_of(x)
@@ -104,23 +104,23 @@ _HERE = contextlib.nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; Triton's takes microseconds."""
+    """Return a / b rounded up; Triton's own function takes microseconds."""
     return -(-a // b)
 
 
 def block(size: int, least: int = 1, most: int = 1 << 20) -> int:
-    """The next power of two within bounds."""
+    """Return the smallest power of two >= size, limited to least..most."""
     return min(max(1 << (size - 1).bit_length(), least), most)
 
 
 def wide(x: Tensor) -> dict:
-    """The type that sums of x run in, as a kernel's argument."""
+    """Return the type in which x is summed, as a kernel argument."""
     return {"WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32}
 
 
 @triton.jit
 def dot(a, b, c):
-    """c + a b, without TF32."""
-    if _INTERPRETED:  # it multiplies the bits of bf16 numbers
+    """Return c + a b, without TF32."""
+    if _INTERPRETED:  # the interpreter would multiply bf16 bit patterns
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, c, input_precision="ieee")

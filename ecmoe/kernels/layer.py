@@ -1,4 +1,4 @@
-"""`experts`: Eq. 3 and 4 as one operator, forward and backward; the package's docstring shows its passes."""
+"""`experts`: Eq. 3 and 4 as one operator, forward and backward; the docstring of ecmoe.kernels lists its passes."""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,20 @@ from ecmoe.kernels.rows import activate_, combine, gather, gather_dot_, invert, 
 
 
 def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, fuse: bool = True) -> Tensor:
-    """Eq. 3 and 4, as `MoE.experts`.
+    """Compute Eq. 3 and 4, as `MoE.experts` does.
 
     Args:
         x: (n, d). w1: (e, d, f). w2: (e, f, d).
         token: (e, k) int64, n in an empty slot; no expert holds a token twice. gate: (e, k), 0 in an empty slot.
-        fuse: multiply x_in w1 and dy w2^T in Triton, with the activation in the epilogue; else, and for
-            sizes or types that this can't do, by `torch.bmm` and a pass of its own.
+        fuse: compute x_in w1 and dy w2^T in Triton, with the activation in the epilogue. If False, or for sizes and
+            types that the fused kernels don't support, use `torch.bmm` and a separate pass.
 
     Returns:
-        (n, d), in the dtype of x; products run in autocast's dtype where it is on.
+        (n, d), in the dtype of x; under autocast, products run in autocast's dtype.
 
     Raises:
-        RuntimeError: x is on no CUDA device; on a second backward pass through the same forward pass, whose
-            kept tensors the first has overwritten.
+        RuntimeError: x is not on a CUDA device; or a second backward pass goes through the same forward pass, whose
+            saved tensors the first one has overwritten.
     """
     check(x)
     kind = x.device.type
@@ -36,8 +36,8 @@ def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, f
 def experts_forward(
     x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, inverse: Tensor | None, fuse: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Out, and what the backward pass needs, empty unless `keep`: inverse (n, e), x_in, slope, a, y (e, k, ...), and w1, w2
-    in the dtype of x, empty if they are in it."""
+    """Return out, and tensors for the backward pass: inverse (n, e); x_in, slope, a, y (e, k, ...); w1, w2 in the dtype
+    of x, empty if this is their own dtype. All but out are empty unless `keep`."""
     x, token, gate = x.contiguous(), token.contiguous(), gate.contiguous()
     with device_of(x):
         x_in, v1, v2 = gather(x, token), w1.to(x.dtype).contiguous(), w2.to(x.dtype).contiguous()
@@ -82,11 +82,11 @@ def experts_backward(
     v2: Tensor,
     fuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, w2, gate, those of the weights in their dtype.
+    """Return the gradients of x, w1, w2 and gate; those of the weights have the weights' dtype.
 
-    What is made here takes the places of a and y, which were kept for this alone: that saves a third of the memory.
-    It is not declared, for torch.compile would copy them first; a second backward pass finds their versions raised,
-    and fails.
+    The results overwrite a and y, which nothing else needs: this saves a third of the memory. The operator doesn't
+    declare this, because torch.compile would then copy a and y first; raised version counters make a second backward
+    pass fail.
     """
     gate = gate.contiguous()
     if not v1.numel():
@@ -109,7 +109,7 @@ def _fake_backward(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, v1, v2
 
 
 def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in `dtype`; where that is wider, the sums are not rounded on their way."""
+    """Return a b in `dtype`; on CUDA, float32 results aren't rounded to the dtype of a on the way."""
     if dtype == a.dtype:
         return torch.bmm(a, b)
     if a.is_cuda and dtype == torch.float32:

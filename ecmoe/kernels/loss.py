@@ -1,4 +1,4 @@
-"""The passes of ecmoe/model/cross_entropy.py, in Triton: over a chunk of logits, a program per token; over a gradient."""
+"""The Triton passes of ecmoe/model/cross_entropy.py: losses of a chunk of logits, a program per token; a scaling."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ BLOCK, WARPS = 4096, 8
 
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
-    """(m, V) contiguous logits, (m,) targets -> (m,) float32 losses; with `keep`, z becomes their gradient."""
+    """Return (m,) float32 losses of contiguous logits z, (m, V), and targets (m,); `keep`: z becomes their gradient."""
     m, V = z.shape
     losses = z.new_empty(m, dtype=torch.float32)
     if m:
@@ -22,7 +22,7 @@ def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x times a tensor of one float32, rounded once."""
+    """Return x times `factor`, a tensor of one float32, rounded once."""
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     with device_of(x):
         _scaled_kernel[cdiv(x.numel(), BLOCK),](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
@@ -41,8 +41,8 @@ def _losses_kernel(z, targets, losses, V, KEEP: tl.constexpr, BLOCK: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     target = tl.load(targets + row)
-    # Before the sums, which wait for all threads: later, one of them may have overwritten it.
-    # A target that is none, such as -100, makes the loss NaN, not another token's.
+    # Load this before the sums, which synchronise all threads: afterwards, a thread may have overwritten it.
+    # An invalid target, such as -100, makes the loss NaN instead of reading another token's logit.
     of_target = tl.load(z + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     highest, total = float("-inf"), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):

@@ -1,8 +1,8 @@
-"""The two products that have an activation beside them, each with it as its epilogue: persistent Triton kernels.
+"""The two products next to the activation, each with the activation as its epilogue: persistent Triton kernels.
 
-Operands come by the copy engine (tensor descriptors), tile after tile in one loop that is flattened, so that the
-next tile's operands load while this one's epilogue runs. An epilogue takes a slice of columns at a time: slices need
-less shared memory, which is the pipeline's.
+The copy engine loads operands (tensor descriptors), tile after tile in one flattened loop, so that the next tile's
+operands load while the epilogue of the current tile runs. An epilogue processes a slice of columns at a time: slices
+need less shared memory, which leaves more for the pipeline.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ from ecmoe.kernels.rows import approximate, gelu, new_slope, pack, unpack
 
 
 class Tile(NamedTuple):
-    """How a product is cut: blocks of m x n, k deep, whose epilogue takes `slice` columns at a time."""
+    """Tile sizes of a product: blocks of m x n, k deep; the epilogue takes `slice` columns at a time."""
 
     m: int
     n: int
@@ -27,20 +27,20 @@ class Tile(NamedTuple):
     slice: int
     warps: int
     stages: int
-    per_sm: int  # programs on a multiprocessor: with two, one multiplies while the other is in its epilogue
+    per_sm: int  # programs per multiprocessor: of two, one can multiply while the other runs its epilogue
 
     def options(self) -> dict:
-        """What Triton's launcher takes."""
+        """Return the options for Triton's launcher."""
         registers = min(65_536 // (32 * self.warps * self.per_sm), 255)
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
 
 
 def tile_for(depth: int, slopes: bool = False) -> Tile:
-    """The faster of two tiles: two small ones share a multiprocessor, a large one loads less.
+    """Return the faster of two tiles: two small tiles share a multiprocessor, a large one loads less.
 
-    On an H200, of the speed of cuBLAS, which activates nothing, at depths of 512, 768 and 4096: small 0.68, 0.70, 0.89 with
-    slopes to write, 0.85, 0.81, 0.91 without, 0.76, 0.78, 0.89 backward; large 0.67, 0.74, 0.97, 0.73, 0.78, 1.00, 0.66,
-    0.73, 0.98.
+    Speed relative to cuBLAS (which computes no activation) on an H200 at depths 512, 768 and 4096, when writing slopes;
+    without slopes; backward. Small: 0.68, 0.70, 0.89; 0.85, 0.81, 0.91; 0.76, 0.78, 0.89. Large: 0.67, 0.74, 0.97;
+    0.73, 0.78, 1.00; 0.66, 0.73, 0.98.
     """
     if depth > (512 if slopes else 1024):
         return Tile(128, 256, 64, 64, warps=8, stages=3, per_sm=1)
@@ -48,8 +48,8 @@ def tile_for(depth: int, slopes: bool = False) -> Tile:
 
 
 def fusible(a: Tensor, w: Tensor) -> bool:
-    """Can the fused products take these? On Hopper, whose shared memory the tiles are cut for; 16 bits, and rows of whole
-    16 bytes for the copy engine."""
+    """Return whether the fused products support these: on Hopper GPUs (tiles are sized for their shared memory), with
+    16-bit types, and with rows of whole 16 bytes for the copy engine."""
     if a.is_cuda and not _hopper(a.device.index):
         return False
     narrow = a.dtype in (torch.bfloat16, torch.float16)
@@ -60,7 +60,7 @@ def fusible(a: Tensor, w: Tensor) -> bool:
 def product(
     x_in: Tensor, w1: Tensor, gate: Tensor, *, keep: bool = True, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """slope = gelu'(h) and a = gate gelu(h) of h = x_in w1, both (e, k, f); slope is empty unless `keep`."""
+    """Return slope = gelu'(h) and a = gate gelu(h) of h = x_in w1, both (e, k, f); slope is empty unless `keep`."""
     a = x_in.new_empty(*gate.shape, w1.shape[2])
     slope, t = new_slope(a, keep), tile or tile_for(x_in.shape[2], keep)
     _launch(
@@ -72,7 +72,7 @@ def product(
 def product_backward(
     dy: Tensor, w2: Tensor, slope: Tensor, gate: Tensor, *, out: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
-    """dh = gate (dy w2^T) slope, (e, k, f), into `out` if given."""
+    """Return dh = gate (dy w2^T) slope, (e, k, f), written to `out` if given."""
     dh, t = dy.new_empty(*gate.shape, w2.shape[1]) if out is None else out, tile or tile_for(dy.shape[2])
     _launch(dy, described(w2, [1, t.n, t.k]), slope, dh, gate, t, True)
     return dh
@@ -107,7 +107,7 @@ def _multiprocessors(device: int) -> int:
 
 @triton.jit
 def _tile(tile, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Tiles of an expert follow each other, down and then across: its operands stay in the cache."""
+    """Return a tile's expert, row and column. An expert's tiles are consecutive, so its operands stay in the cache."""
     down = tl.cdiv(rows, M)
     inside = tile % (down * tl.cdiv(COLUMNS, N))
     return tile // (down * tl.cdiv(COLUMNS, N)), inside % down, inside // down
@@ -118,7 +118,7 @@ def _multiply(
     x, w, expert, m, n,
     DEPTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x w of an expert, of x w^T if TRANSPOSED."""
+    """Return a tile of an expert's x w, or of x w^T if TRANSPOSED."""
     total = tl.zeros((M, N), tl.float32)
     for i in range(tl.cdiv(DEPTH, K)):
         left = x.load([expert, m * M, i * K]).reshape(M, K)
@@ -132,7 +132,7 @@ def _multiply(
 
 @triton.jit
 def _halves(total):
-    """Left and right columns."""
+    """Return the left and the right half of the columns."""
     return total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1).split()
 
 
@@ -149,7 +149,7 @@ def _product_kernel(
         place = expert.to(tl.int64) * rows + row
         g = tl.load(gate + place, mask=row < rows, other=0)
         if BACKWARD:
-            # The whole tile at once, and by ordinary loads: slices that the copy engine brings are each waited for.
+            # Load the whole tile at once with ordinary loads: the copy engine would wait for each slice.
             inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
             steepness = tl.load(slope + place[:, None] * COLUMNS + column[None, :], mask=inside, other=0)
             _scale(out, total, steepness, g, expert, m * M, n * N)

@@ -14,17 +14,17 @@ from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, dot, k
 LOGITS = {"ROWS": 128, "DEPTH": 64, "num_warps": 8}
 LOGITS_DX = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 LOGITS_DW = {"ROWS": 32, "COLUMNS": 128, "num_warps": 8}
-TOKENS_PER_SUM = 1024  # of the partial sums of the router's gradient
-MOST_EXPERTS = 128  # of `logits`: more would not fit into shared memory
+TOKENS_PER_SUM = 1024  # per partial sum of the router's gradient
+MOST_EXPERTS = 128  # of the kernels: more would not fit into shared memory
 
 
 def logits(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, d) tokens, (d, e) weights -> (n, e) float32 x @ weight, to float32's precision; and x: whoever goes on with this x
-    adds up its two gradients in one pass, not in one more.
+    """Return (n, e) float32 x @ weight, to float32's precision, for x (n, d), weight (d, e); and x. If the caller uses
+    the returned x, the two gradients of x are added in one pass.
 
-    bf16 numbers multiply exactly in tensor cores and add up in float32; a float32 number goes in as the sum of
-    three of them (`_split`), so that weights in bf16 take a third of the products. float64 and float16 take the plain
-    product.
+    Tensor cores multiply bf16 numbers exactly and add them in float32. A float32 number enters as the sum of three bf16
+    numbers (`_split`), so bf16 weights need a third of the products. float64, float16 and more than MOST_EXPERTS
+    experts use the plain product.
     """
     if x.dtype not in (torch.bfloat16, torch.float32) or weight.shape[1] > MOST_EXPERTS:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -51,14 +51,14 @@ def _logits(x: Tensor, w: Tensor) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor, inverse: Tensor | None = None, empty: int = 0) -> Tensor:
-    """(n, e) logits of contiguous (n, d) tokens, (d, e) weights; with `inverse`, (n, e) int32, their softmax over the experts
-    instead, laid out as they choose, (e, n), and `inverse` is filled with `empty`."""
+    """Return (n, e) logits of contiguous x (n, d), w (d, e). With `inverse`, (n, e) int32, return their softmax over
+    experts instead, transposed to (e, n), and fill `inverse` with `empty`."""
     (n, d), e = x.shape, w.shape[1]
     out = x.new_empty((n, e) if inverse is None else (e, n), dtype=torch.float32)
     E = block(e, 16)
     depth = (
         LOGITS["DEPTH"] if w.dtype == torch.bfloat16 or E <= 64 else LOGITS["DEPTH"] // 2
-    )  # three parts need more room
+    )  # the three parts of float32 need more room
     _logits_kernel[cdiv(n, LOGITS["ROWS"]),](x, w, out, inverse, empty, n, d, e, E=E, **LOGITS | {"DEPTH": depth})
     return out
 
@@ -69,7 +69,7 @@ def _logits_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
 
 
 def product_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """dx + dlogits w^T, and w's gradient, summed in a fixed order; of contiguous tensors."""
+    """Return dx + dlogits w^T and the gradient of w, summed in a fixed order; all tensors are contiguous."""
     (n, d), e = x.shape, w.shape[1]
     out, sums = torch.empty_like(x), cdiv(n, TOKENS_PER_SUM)
     dw = w.new_empty(sums, d, e, dtype=torch.float32)
@@ -91,7 +91,7 @@ _logits_backward_op = Operator(_logits_backward, lambda dlogits, dx, x, w: (x.ne
 
 @triton.jit
 def _split(x):
-    """A float32 tensor as the sum of three bf16 ones, exact but for the last bit."""
+    """Return three bf16 tensors whose sum is the float32 tensor x, exact except for the last bit."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -100,7 +100,7 @@ def _split(x):
 
 @triton.jit
 def _multiply(a, w, total, ROUND: tl.constexpr):
-    """total + a w to float32's precision, each in bf16 or float32, small terms first; ROUND: w to bf16."""
+    """Return total + a w to float32's precision, adding small terms first; a, w: bf16 or float32. ROUND: w to bf16."""
     if w.dtype == tl.bfloat16:
         high, middle, low = w, w, w
     else:
@@ -154,7 +154,7 @@ def _logits_dx_kernel(
     dlogits, dx, w, out, n, d, e,
     E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx + dlogits w^T."""
+    """Compute dx + dlogits w^T."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, expert = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, E)
     known = (t < n)[:, None] & (expert < e)[None, :]
@@ -165,7 +165,7 @@ def _logits_dx_kernel(
     ours = (t < n)[:, None] & (column < d)[None, :]
     other = tl.load(dx + place, mask=ours, other=0).to(tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if out.dtype.element_ty == tl.bfloat16:  # rounds the sum as much
+    if out.dtype.element_ty == tl.bfloat16:  # the sum is rounded as coarsely anyway
         total = dot(left.to(tl.bfloat16), weight.to(tl.bfloat16), total)
     else:
         total = _multiply(left, weight, total, False)
@@ -177,7 +177,7 @@ def _logits_dw_kernel(
     x, dlogits, dw, n, d, e,
     ROUND: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x^T dlogits over TOKENS tokens; ROUND: these to bf16, for gradients that will be."""
+    """Compute x^T dlogits over TOKENS tokens. ROUND: round dlogits to bf16, because the gradient will be bf16."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1).to(tl.int64) * TOKENS
     expert = tl.arange(0, E)

@@ -1,6 +1,6 @@
-"""Passes over rows: gather and combine tokens, activate. One kernel each, on contiguous tensors.
+"""Passes over rows: gather and combine tokens, apply the activation. One kernel each, on contiguous tensors.
 
-Rows are counted in int64: e k f passes 2^31.
+Rows are indexed in int64, because e k f can exceed 2^31.
 """
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ecmoe.kernels.common import INTERPRETED, block, cdiv, device_of, kernel, wide
 
-# Programs hold (rows, columns) at a time.
+# Rows and columns that a program holds at a time.
 GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 GATHER_DOT = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
 COMBINE = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 1}
 
 
 def gather(x: Tensor, token: Tensor) -> Tensor:
-    """P x: (n, d), (e, k) -> (e, k, d); zeros in empty slots."""
+    """Return P x: (n, d), (e, k) -> (e, k, d), with zeros in empty slots."""
     (n, d), slots = x.shape, token.numel()
     out = x.new_empty(*token.shape, d)
     grid = cdiv(slots, GATHER["ROWS"]), cdiv(d, GATHER["COLUMNS"])
@@ -26,9 +26,9 @@ def gather(x: Tensor, token: Tensor) -> Tensor:
 
 
 def gather_dot_(dout: Tensor, y: Tensor, token: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """dy = P dout, (e, k, d), in y's place; and the gate's gradient, (e, k): dy . y / gate, for y has the gate in it.
+    """Return dy = P dout, (e, k, d), written over y; and the gate's gradient, (e, k): dy . y / gate (y contains gate).
 
-    Where a gate is 0 its gradient is taken for 0: an empty slot, or a softmax that has underflowed.
+    A gate of 0 gets the gradient 0: it is an empty slot, or a softmax that has underflowed.
     """
     (n, d), slots = dout.shape, token.numel()
     dgate = torch.empty_like(gate)
@@ -38,7 +38,7 @@ def gather_dot_(dout: Tensor, y: Tensor, token: Tensor, gate: Tensor) -> tuple[T
 
 
 def invert(token: Tensor, n: int) -> Tensor:
-    """(e, k) -> (n, e) int32: the slot in which expert i holds token t, in 0..e k - 1; e k where it doesn't."""
+    """Return (n, e) int32: the slot, in 0..e k - 1, in which expert i holds token t; e k where it doesn't hold t."""
     (e, k), slots = token.shape, token.numel()
     inverse = torch.full((n, e), slots, dtype=torch.int32, device=token.device)
     with device_of(token):
@@ -47,7 +47,7 @@ def invert(token: Tensor, n: int) -> Tensor:
 
 
 def combine(rows: Tensor, inverse: Tensor) -> Tensor:
-    """P^T rows: (e, k, d), (n, e) -> (n, d): each token's slots added up, expert by expert."""
+    """Return P^T rows: (e, k, d), (n, e) -> (n, d), the sum of each token's slots, in the order of experts."""
     (e, k, d), n = rows.shape, inverse.shape[0]
     out = rows.new_empty(n, d)
     cut = COMBINE | {"COLUMNS": block(d, 16, COMBINE["COLUMNS"])}
@@ -57,14 +57,14 @@ def combine(rows: Tensor, inverse: Tensor) -> Tensor:
 
 
 def activate_(h: Tensor, gate: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
-    """slope = gelu'(h), empty unless `keep`, and a = gate gelu(h), in h's place; (e, k, f)."""
+    """Return slope = gelu'(h), empty unless `keep`, and a = gate gelu(h), written over h; both (e, k, f)."""
     slope = new_slope(h, keep)
     _activate_kernel[gate.numel(),](h, gate, slope, h.shape[-1], FORWARD=True, KEEP=keep, **_activation(h))
     return slope, h
 
 
 def scale_(da: Tensor, slope: Tensor, gate: Tensor) -> Tensor:
-    """dh = gate da slope, in da's place; (e, k, f)."""
+    """Return dh = gate da slope, (e, k, f), written over da."""
     _activate_kernel[gate.numel(),](da, gate, slope, da.shape[-1], FORWARD=False, KEEP=False, **_activation(da))
     return da
 
@@ -74,19 +74,19 @@ def _activation(h: Tensor) -> dict:
 
 
 def new_slope(h: Tensor, keep: bool) -> Tensor:
-    """Room for the slopes of h: 8 bits where h has 16."""
+    """Return an empty tensor for the slopes of h: int8 if h has 16 bits; of size 0 unless `keep`."""
     shape, dtype = h.shape if keep else (0,), torch.int8 if h.element_size() == 2 else h.dtype
     return torch.empty(shape, dtype=dtype, device=h.device)
 
 
 def approximate(x: Tensor) -> dict:
-    """The hardware's tanh, good to 2^-11, where the result is rounded to bf16's 2^-9 anyway."""
+    """Return a kernel argument: whether to use the hardware's tanh, exact to 2^-11, as bf16 rounds to 2^-9 anyway."""
     return {"APPROXIMATE": x.dtype == torch.bfloat16 and not INTERPRETED}
 
 
 @triton.jit
 def gelu(h, APPROXIMATE: tl.constexpr):
-    """GELU by tanh, and its derivative: h s(2u), u = (2/pi)^1/2 (h + 0.044715 h^3), s the logistic function."""
+    """Return GELU by tanh, h s(2u), and its derivative; u = (2/pi)^1/2 (h + 0.044715 h^3), s the logistic function."""
     square = h * h
     u = h * (0.7978845608028654 + 0.035677408136300125 * square)
     if APPROXIMATE:
@@ -100,8 +100,8 @@ def gelu(h, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def pack(slope, dtype: tl.constexpr):
-    """A slope as it is kept; in int8 in steps of 1/200 from -27/200."""
-    if dtype == tl.int8:  # adding 1.5 2^23 leaves the whole number in the last bits: faster than a conversion
+    """Return a slope as it is stored: in int8, as steps of 1/200 above -27/200."""
+    if dtype == tl.int8:  # 1.5 x 2^23 puts the integer into the last bits, faster than a conversion
         return (slope * 200 + 12582939.0).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         return slope.to(dtype)
@@ -109,7 +109,7 @@ def pack(slope, dtype: tl.constexpr):
 
 @triton.jit
 def unpack(slope):
-    """`pack` undone."""
+    """Undo `pack`."""
     if slope.dtype == tl.int8:
         return (((slope.to(tl.int32) & 255) | 0x4B000000).to(tl.float32, bitcast=True) - 8388635.0) * 0.005
     else:

@@ -1,10 +1,10 @@
-"""`select`: the places of the k highest of each row, without a sort, in rising order.
+"""`select`: the positions of the k highest scores of each row, in rising order, without a sort.
 
-Radix select: a score's key is an int32 that orders as the score does, and the k-th key is pinned down two bits at a
-time, by counting how many keys lie above, from the first bit on in which keys differ. One program a row can do that,
-but reads the row again and again. In a long row a sample first guesses a key that a few more than k should reach; all
-programs count and list who does, and the search goes through that list. Where the guess was bad, it goes through the
-row: slower, never wrong.
+Radix select: each score becomes an int32 key of the same order. The k-th highest key is found two bits at a time, by
+counting the keys above, starting at the first bit in which keys differ. One program per row can do this, but reads the
+row repeatedly. For a long row, a sample first guesses a key that slightly more than k keys should reach; all programs
+count and list the keys that do, and the search uses that list. If the guess was bad, the search uses the whole row:
+this is slower, but never wrong.
 """
 
 import torch
@@ -17,24 +17,24 @@ from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, kernel
 SEARCH = {"BLOCK": 4096, "num_warps": 16}
 GUESS = {"BLOCK": 4096, "num_warps": 8}
 CHUNK = {"BLOCK": 1024, "num_warps": 2}
-SAMPLE = 4096  # keys of a row that guess; rows up to twice as long are searched at once
-DEVIATIONS = 6  # of the sample's count: how many more than k the guess aims at
-SLACK = 8  # it may overshoot by a 1/SLACK of that, and so ends sooner
-BINS = tl.constexpr(16)  # room for those of a layer's statistics
-LONGEST = 1 << 21  # of a row: three counts are added up in 63 bits
+SAMPLE = 4096  # sampled keys of a row; rows up to twice as long are searched directly
+DEVIATIONS = 6  # standard deviations of the sample's count by which the guess aims beyond k
+SLACK = 8  # the guess may overshoot its rank by 1/SLACK, to end sooner
+BINS = tl.constexpr(16)  # room for the bins of a layer's statistics
+LONGEST = 1 << 21  # limit of a row: three counts are packed into 63 bits
 
 
 def select(scores: Tensor, k: int) -> Tensor:
-    """(..., m) -> (..., k) int64: places of the k highest scores of each row, in rising order; no gradient.
+    """Return (..., k) int64: the positions of the k highest of (..., m) scores, in rising order; no gradient.
 
-    Of equal scores the first are taken. Float32 only, and rows of less than 2^21; others take `torch.topk`, whose
-    order is another.
+    Among equal scores the first are taken. Types other than float32, and rows of 2^21 scores or more, use `torch.topk`,
+    which returns another order.
     """
     m, scores = scores.shape[-1], scores.detach()
     if scores.dtype != torch.float32 or m >= LONGEST:
         return scores.topk(k, dim=-1).indices
     check(scores)
-    if k == m:  # also a single score, on which Triton 3.6 fails
+    if k == m:  # includes rows of one score, on which Triton 3.6 fails
         return torch.arange(k, device=scores.device).expand(scores.shape).contiguous()
     return _select_op(scores.reshape(-1, m).contiguous(), k).view(*scores.shape[:-1], k)
 
@@ -54,16 +54,16 @@ def choose(
     cutoff: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
     bins: Tensor | None = None,
 ) -> Tensor:
-    """`select` of contiguous (rows, m) scores, k < m; and what else is ready to be written down then, if it is given.
+    """Run `select` on contiguous (rows, m) scores, k < m, and update the given optional tensors in the same kernel.
 
     Args:
-        inverse: (m, rows) int32, filled with rows k: gets the slot of each place in each row that chose it.
-        cutoff: (rows,) and (): get each row's lowest chosen score, and 1, added.
-        bins: is set to zeros.
+        inverse: (m, rows) int32, filled with rows x k: gets the slot of each position in each row that chose it.
+        cutoff: (rows,) and () tensors, to which each row's lowest chosen score, and 1, are added.
+        bins: set to zeros.
     """
     rows, m = scores.shape
     out = scores.new_empty(rows, k, dtype=torch.int64)
-    chunks, room, listed, held = 1, 1, out, out  # of a short row, where nothing is listed
+    chunks, room, listed, held = 1, 1, out, out  # for a short row, which has no list
     if m > 2 * SAMPLE:
         chunks, room = cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m)
         listed, low, held = (scores.new_empty(rows, size, dtype=torch.int32) for size in (room, 1, chunks))
@@ -81,7 +81,7 @@ def choose(
 
 @triton.jit
 def _keys(scores, place, inside):
-    """Scores as int32 that order as they do; the least where there is none. -0 is 0, and NaN the largest."""
+    """Return scores as int32 keys of the same order; outside the row, the lowest key. -0 equals 0; NaN is largest."""
     bits = tl.load(scores + place, mask=inside, other=0).to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     bits = tl.where(size == 0, 0, tl.where(size > 0x7F800000, 0x7FFFFFFF, bits))
@@ -90,7 +90,7 @@ def _keys(scores, place, inside):
 
 @triton.jit
 def _places(listed, use, stride, start, m, BLOCK: tl.constexpr):
-    """A block of the m places to look at: from the list, or every stride-th of the row."""
+    """Return a block of the m positions to search, from the list or every stride-th of the row, and which are valid."""
     offset = start + tl.arange(0, BLOCK)
     place = tl.load(listed + offset, mask=(offset < m) & use, other=0)
     return tl.where(use, place, offset * stride), offset < m
@@ -98,19 +98,19 @@ def _places(listed, use, stride, start, m, BLOCK: tl.constexpr):
 
 @triton.jit
 def _three(ones, twos, threes):
-    """Three sums for the price of one."""
+    """Return three sums, computed as one."""
     total = tl.sum(ones.to(tl.int64) + (twos.to(tl.int64) << 21) + (threes.to(tl.int64) << 42))
     return (total & 0x1FFFFF).to(tl.int32), ((total >> 21) & 0x1FFFFF).to(tl.int32), (total >> 42).to(tl.int32)
 
 
 @triton.jit
 def _search(scores, listed, use, stride, m, k, slack, BLOCK: tl.constexpr):
-    """A key range low..last that holds the k-th: `count` >= k keys are >= low, `above` < k are > last.
+    """Return a key range low..last that holds the k-th highest: `count` >= k keys are >= low, `above` < k are > last.
 
-    Done once count is at most k + slack: with a slack of 0 the other bits don't matter then.
+    The search ends once count is at most k + slack: with slack 0, the remaining bits no longer matter.
     """
     place, inside = _places(listed, use, stride, 0, m, BLOCK)
-    first = _keys(scores, place, inside)  # most often all there is, and in registers
+    first = _keys(scores, place, inside)  # usually all keys; they stay in registers
     most, least = first, tl.where(inside, first, 0x7FFFFFFF)
     for start in range(BLOCK, m, BLOCK):
         place, inside = _places(listed, use, stride, start, m, BLOCK)
@@ -149,7 +149,7 @@ def _search(scores, listed, use, stride, m, k, slack, BLOCK: tl.constexpr):
 
 @kernel
 def _guess_kernel(scores, low, m, rank, slack, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
-    """A key that about k and a few more of the row should reach: the rank-th of the sample, or a little below."""
+    """Store a key that slightly more than k keys of the row should reach: the rank-th of the sample, or a bit lower."""
     row = tl.program_id(0).to(tl.int64)
     key, _, _, _ = _search(scores + row * m, low, False, m // SAMPLE, SAMPLE, rank, slack, BLOCK)
     tl.store(low + row, key)
@@ -157,7 +157,7 @@ def _guess_kernel(scores, low, m, rank, slack, SAMPLE: tl.constexpr, BLOCK: tl.c
 
 @kernel
 def _list_kernel(scores, low, held, listed, m, room, COUNT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """COUNT: how many places of each chunk hold a key of at least `low`; then which, in rising order, as far as there is room."""
+    """COUNT: count each chunk's keys of at least `low`; else list their positions, in rising order, up to `room`."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = chunk * BLOCK + tl.arange(0, BLOCK)
     reach = (_keys(scores + row * m, place, place < m) >= tl.load(low + row)) & (place < m)

@@ -1,4 +1,4 @@
-"""Who chooses: one family a file. Every router returns an `Assignment`; `MoE` does the rest."""
+"""Routers: which expert processes which token; one family per file. All return an `Assignment`; `MoE` does the rest."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ __all__ = [
 
 
 def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Router:
-    """The router that a config names, as its row in ecmoe/routers.py says.
+    """Return the router that a config names, built as its row in ecmoe/routers.py specifies.
 
     Args:
         config: a checked RunConfig.
         token_counts: (V,) how often each token id occurs in the corpus; needed by hash_table=balanced.
 
     Raises:
-        ValueError: the dense model has no router; token_counts is missing.
+        ValueError: the config is that of the dense model, which has no router; or token_counts is missing.
     """
     row = ROUTERS[config.router]
     if row.build is not None:
@@ -61,13 +61,13 @@ def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Route
 
 
 def routers(model: nn.Module) -> list[Router]:
-    """All routers of a model, first layer to last."""
+    """Return all routers of a model, from the first layer to the last."""
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
-    """A list that fills with (logits (n, e), assignment) of every MoE layer, in order, as the model runs."""
+    """Yield a list to which every MoE layer, in order, appends (logits (n, e), assignment) as the model runs."""
     seen: list[tuple[Tensor, Assignment]] = []
     hooks = [router.register_forward_hook(lambda _, args, out: seen.append((*args, out))) for router in routers(model)]
     try:
@@ -79,10 +79,10 @@ def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
 
 @contextmanager
 def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
-    """Within it every router has these attributes: `altered(model, pool="sequence")`. Afterwards, those of before.
+    """Set attributes of every router, as in `altered(model, pool="sequence")`; restore the old values on exit.
 
     Args:
-        attributes: values; a function becomes a method, so that `assign=` replaces how a router chooses.
+        attributes: new values; a function is bound as a method, so that `assign=` replaces how a router chooses.
     """
     before = [(router, dict(vars(router))) for router in routers(model)]
     try:
@@ -96,18 +96,18 @@ def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
                 if name in old:
                     setattr(router, name, old[name])
                 else:
-                    vars(router).pop(name, None)  # the class's own is seen again
+                    vars(router).pop(name, None)  # uncover the class attribute
 
 
 @contextmanager
 def causal_routing(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it no token's routing sees another token, and nothing is dropped.
+    """Route so that no token's routing sees another token and nothing is dropped, until the context exits.
 
-    Expert choice routes by its running cut-offs, gathered by training forwards; token choice and hash
-    routing see the token alone once there is no capacity.
+    Expert choice then routes by its running cut-offs, which it learned in training. Token choice and hash
+    routing see only the token itself once they have no capacity limit.
 
     Args:
-        model: any module with `MoE` layers in it.
+        model: any module that contains `MoE` layers.
 
     Raises:
         ValueError: a router has no cut-offs yet.

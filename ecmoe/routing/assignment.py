@@ -1,4 +1,4 @@
-"""Assignment: the one value that every router returns, and `pack`, which fills it from requests."""
+"""`Assignment`, the value that every router returns, and `pack`, which builds one from a list of requests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Which tokens each expert processes, and with what weight (I and G of Eq. 2); and all else that a router has to say.
+    """Which tokens each expert processes, and with what weight (I and G of Eq. 2); also demand and auxiliary loss.
 
     token: (e, k) int64, the j-th token of expert i; n (one past the last token) marks an empty slot.
-    gate:  (e, k) float, its combine weight; 0 in an empty slot.
-    demand: (e,) int64, requests before any was dropped; None: none was, they are the load.
-    aux_loss: scalar to add to the loss, in training; None: nothing.
+    gate: (e, k) float, the combine weight of that token; 0 in an empty slot.
+    demand: (e,) int64, requests per expert before any was dropped; None: no request was dropped, so demand equals load.
+    aux_loss: scalar to add to the training loss; None: nothing to add.
 
-    `token, gate = assignment` takes the first two.
+    `token, gate = assignment` unpacks the first two.
 
     >>> chosen = Assignment(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0.9, 0.6], [0.8, 0.0]]))  # 3: an empty slot
     >>> chosen.dense(3)
@@ -38,26 +38,26 @@ class Assignment:
         return iter((self.token, self.gate))
 
     def dense(self, n: int) -> Tensor:
-        """(n, e) combine weights, 0 where a token is not routed to an expert."""
+        """Return (n, e) combine weights, 0 where a token is not routed to an expert."""
         e = self.token.shape[0]
         out = self.gate.new_zeros(n + 1, e)
         expert = torch.arange(e, device=self.token.device)[:, None].expand_as(self.token)
         return out.index_put((self.token, expert), self.gate, accumulate=True)[:n]
 
     def experts_per_token(self, n: int) -> Tensor:
-        """(n,) int64: how many experts took each token. A slot counts also where its gate is 0."""
+        """Return (n,) int64, the number of experts that took each token, including those whose gate is 0."""
         held = torch.zeros(n + 1, len(self.token), dtype=torch.int8, device=self.token.device)
         return held.scatter(0, self.token.T, 1)[:n].sum(1)
 
     def load(self, n: int) -> Tensor:
-        """(e,) int64: tokens that each expert processes, empty slots left out."""
+        """Return (e,) int64, the number of tokens that each expert processes; empty slots don't count."""
         return (self.token < n).sum(dim=1)
 
     def renormalized(self, n: int) -> Assignment:
-        """The same choice with each token's gates divided by their sum over the experts that took it.
+        """Return the same choice with each token's gates divided by their sum over the experts that took it.
 
-        By way of an (n + 1, e) table, in which no two slots of tokens meet: a sum by index would add up in no fixed
-        order on a GPU, forward or backward.
+        The sums run over an (n + 1, e) table, where every pair of token and expert has its own entry. `index_add`
+        would add in no fixed order on a GPU, forward or backward.
         """
         token = self.token.T  # (k, e)
         table = self.gate.new_zeros(n + 1, token.shape[1]).scatter(0, token, self.gate.T)
@@ -65,7 +65,7 @@ class Assignment:
         return self.weighing(table.gather(0, token).T)
 
     def weighing(self, gate: Tensor) -> Assignment:
-        """The same choice with other gates, (e, k)."""
+        """Return the same choice with other gates, (e, k)."""
         return Assignment(self.token, gate, self.demand, self.aux_loss)
 
 
@@ -79,17 +79,17 @@ def pack(
     slots: int | None,
     limit: Tensor | None = None,
 ) -> Assignment:
-    """Serve requests in the order given until an expert is full; the rest is dropped.
+    """Serve requests in the given order until an expert is full, and drop its further requests.
 
     Args:
-        token, expert, gate: (r,) one request each, best first; expert e marks no request (padding).
+        token, expert, gate: (r,) one entry per request, first served first; expert e marks no request (padding).
         n, e: number of tokens and of experts.
-        slots: places of an expert; None: as many as the fullest needs, nothing is dropped
+        slots: capacity of each expert; None: as many slots as the fullest expert needs, so that nothing is dropped
             (this reads one number from the device).
-        limit: scalar tensor, a capacity below `slots` that depends on the data.
+        limit: scalar tensor, a smaller capacity that depends on the data.
 
     Returns:
-        (e, slots), with its demand.
+        Assignment of shape (e, slots), with its demand.
 
     >>> token, expert = torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1])
     >>> token, gate = pack(token, expert, torch.tensor([0.9, 0.8, 0.7]), n=3, e=2, slots=2)  # all want expert 1
@@ -98,7 +98,7 @@ def pack(
             [0, 1]])
 
     Raises:
-        ValueError: not as many tokens as experts and gates.
+        ValueError: token, expert and gate differ in shape.
     """
     if not token.shape == expert.shape == gate.shape:
         raise ValueError(f"{len(token)} tokens, {len(expert)} experts, {len(gate)} gates: a request has one of each")
@@ -110,8 +110,8 @@ def pack(
     if slots is None:
         slots = max(int(demand[:e].max()), 1)
     full = place >= (slots if limit is None else limit.clamp(max=slots))
-    # What has no place goes to a spare slot of its own behind the last, all cut off: a GPU that repeats its bits writes one
-    # after the other what shares a slot.
+    # Each request without a place writes to its own spare slot behind the last one; these slots are cut off below. With
+    # deterministic algorithms, a GPU would execute writes to a shared slot one after the other.
     spare = e * slots + torch.arange(expert.numel(), device=expert.device)
     slot = torch.where(full | (expert == e), spare, expert * slots + place)
     tokens = torch.full((e * slots + expert.numel(),), n, dtype=torch.long, device=token.device)

@@ -1,4 +1,4 @@
-"""Losses that balance token choice. Letters: n tokens, e experts, S (n, e) scores."""
+"""Auxiliary losses of token choice: load balance and z-loss. Letters: n tokens, e experts, S (n, e) scores."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ def balance_loss(
     mask: Tensor | None,
     top_k: int,
 ) -> Tensor:
-    """The balance loss called `kind`: "switch", "first_choice" or "importance_load"; a scalar tensor.
+    """Return the balance loss called `kind` ("switch", "first_choice" or "importance_load") as a scalar tensor.
 
-    Padding, where the mask (n,) is False, takes no part; if all is padding the loss is 0.
+    Padding, where the mask (n,) is False, is ignored; if all tokens are padding the loss is 0.
     """
     if kind == "switch":
         return switch_loss(S, demand, mask)
@@ -26,14 +26,14 @@ def balance_loss(
 
 
 def switch_loss(S: Tensor, demand: Tensor, mask: Tensor | None = None) -> Tensor:
-    """e sum_i f_i P_i: share of the requests times mean score (Switch, Eq. 4).
+    """Return e sum_i f_i P_i, with f_i the share of requests and P_i the mean score of expert i (Switch, Eq. 4).
 
     Args:
-        S: (n, e) scores. demand: (e,) requests for each expert, before capacity. GShard's l_aux counts first choices alone
-            (Lepikhin et al. 2021, Algorithm 1): balance="first_choice".
+        S: (n, e) scores. mask: (n,) bool, False for padding. demand: (e,) requests per expert, before any is dropped.
+            GShard's l_aux counts first choices only (Lepikhin et al. 2021, Algorithm 1): balance="first_choice".
 
     Returns:
-        1 for a uniform router, e if all requests go to one expert that gets the whole score.
+        A scalar: 1 for a uniform router, e if all requests go to one expert whose score is always 1.
     """
     e = S.shape[1]
     f = demand.to(S.dtype) / demand.sum().clamp_min(1)
@@ -41,14 +41,14 @@ def switch_loss(S: Tensor, demand: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 def importance_loss(S: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared coefficient of variation of the experts' summed scores (V-MoE, Appendix A, Eq. 9)."""
+    """Return the squared coefficient of variation of the experts' summed scores (V-MoE, Appendix A, Eq. 9)."""
     return _cv_squared(_sum(S, mask))
 
 
 def load_loss(logits: Tensor, noisy: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
-    """Squared coefficient of variation of the experts' smooth load (V-MoE, Appendix A, Eq. 14).
+    """Return the squared coefficient of variation of the experts' smooth load (V-MoE, Appendix A, Eq. 14).
 
-    The load of an expert is the chance, were its noise drawn again, that it is in a token's top_k.
+    The smooth load sums, over tokens, the probability that the expert is in the top_k if its noise is drawn again.
     """
     e = logits.shape[1]
     threshold = noisy.topk(top_k, dim=1).values[:, -1:]
@@ -57,17 +57,17 @@ def load_loss(logits: Tensor, noisy: Tensor, top_k: int, mask: Tensor | None = N
 
 
 def load_noise(logits: Tensor, active: bool) -> Tensor:
-    """Noise of standard deviation 1/e on the logits, which makes V-MoE's load smooth; zeros if not active."""
+    """Return noise of standard deviation 1/e for the logits, which makes V-MoE's load smooth; zeros unless `active`."""
     return torch.randn_like(logits) / logits.shape[1] if active else torch.zeros_like(logits)
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared log of the softmax' normaliser (ST-MoE, Zoph et al. 2022, Eq. 5)."""
+    """Return the mean squared logarithm of the softmax normaliser (ST-MoE, Zoph et al. 2022, Eq. 5)."""
     return _mean(logits.logsumexp(dim=1).square(), mask)
 
 
 def _sum(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Over the tokens, (n, ...) -> (...)."""
+    """Sum over unmasked tokens, (n, ...) -> (...)."""
     return x.sum(dim=0) if mask is None else x.where(mask.view(-1, *[1] * (x.dim() - 1)), 0).sum(dim=0)
 
 

@@ -1,10 +1,10 @@
 """Capped expert choice (section 3.3): every expert takes k tokens, no token goes to more than b experts.
 
-Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: who holds whom,
-k = m c / e (Eq. 1), b the cap. `capped_top_k` is the entry; "feasible" is ours, "dykstra" is the paper's.
+Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: True where an expert takes a token,
+k = m c / e (Eq. 1), b the cap. `capped_top_k` is the entry point; solver "feasible" is ours, "dykstra" the paper's.
 
-"feasible" is a transport problem in units of the mean score of a plain top-k. On a GPU ecmoe/kernels/capped.py
-solves it, near enough without the transport solver's many small steps.
+"feasible" solves a transport problem (transport.py), with scores in units of the mean score of a plain top-k. On a
+GPU, ecmoe/kernels/capped.py solves it nearly as well in far fewer steps.
 """
 
 import math
@@ -29,24 +29,24 @@ def capped_top_k(
     target: Tensor | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Each expert's k tokens with no token in more than b experts.
+    """Choose k tokens for each expert, with no token in more than b experts.
 
     Args:
-        S: (g, e, m) scores; gradients pass to the ones that are chosen.
-        k: tokens of an expert. b: the most experts of a token.
-        solver: "feasible": exactly k and at most b, the sum of the chosen scores within 1% of the largest;
-            "dykstra": the paper's entropy-regularised programme cut off at 100 iterations (see `Dykstra`).
-        valid: (g, m) bool, False for padding. A pool then has `target` (g,) tokens an expert, at most k, in its first
-            places; what follows is filler.
-        kernels: who computes, see `MoE`. The kernels take float32 scores without padding; their sum is within 1% of
-            the largest too but where tokens fall into a few kinds of exactly equal scores, which may cost 10%.
+        S: (g, e, m) scores; gradients flow to the chosen ones.
+        k: tokens per expert. b: largest number of experts per token.
+        solver: "feasible": exactly k and at most b, with a sum of chosen scores within 1% of the largest possible;
+            "dykstra": the paper's entropy-regularised programme, stopped after 100 iterations (see `dykstra`).
+        valid: (g, m) bool, False for padding. An expert then takes `target` (g,) tokens of each pool, at most k: the
+            first entries of the result; the other entries are filler.
+        kernels: implementation to use, see `MoE`. The kernels take float32 scores without padding. Their sum is within
+            1% of the largest too, except if tokens fall into a few groups of equal scores: then it may lose 10%.
 
     Returns:
-        (G, I), both (g, e, k): scores and places of the chosen tokens, best first; from kernels in no
-        such order.
+        (G, I), both (g, e, k): scores and positions of the chosen tokens, best first; from the kernels, in order of
+        position.
 
     Raises:
-        ConfigError: m b < e k, more places to fill than tokens may take.
+        ConfigError: m b < e k, so that the experts take more tokens than the cap allows.
     """
     g, e, m = S.shape
     if m * b < e * k:
@@ -54,7 +54,7 @@ def capped_top_k(
             f"max_experts_per_token={b}: {e} experts take k={k} of n={m} tokens each, {e * k} places, but "
             f"n b = {m * b}: use at least {-(-e * k // m)}"
         )
-    scores, S = S, S.detach().nan_to_num(0.0)  # a NaN is chosen last; if it is, its gate says so
+    scores, S = S, S.detach().nan_to_num(0.0)  # for the choice NaN is 0; its gate stays NaN
     if solver == "feasible" and valid is None and fast(kernels, S):
         from ecmoe.kernels import capped as ours
 
@@ -88,11 +88,11 @@ def dykstra(
     regularization: float = REGULARIZATION,
     iterations: int = ITERATIONS,
 ) -> Tensor:
-    """log A, (g, e, m), of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to at most b, 0 <= A <= 1.
+    """Return log A, (g, e, m), of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to <= b, 0 <= A <= 1.
 
-    Dykstra's alternating projections in the Kullback-Leibler sense and the log domain, from exp(S / lambda): a row
-    or column is scaled to its sum; the cap of 1 and the inequality carry Dykstra's correction, which an affine set
-    doesn't need. A stays S / lambda less what each of the three subtracts. The paper doesn't print its projections.
+    Runs Dykstra's alternating Kullback-Leibler projections in the log domain, starting from exp(S / lambda). Rows and
+    columns are scaled to their sums. The inequalities (columns; entries <= 1) need Dykstra's correction; the equality
+    of rows doesn't. log A is always S / lambda minus one term per constraint. The paper doesn't print its projections.
     """
     Z = (S / regularization).masked_fill(~valid[:, None], float("-inf"))
     log_k = target.to(S.dtype).log()[:, None, None]

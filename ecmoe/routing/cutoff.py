@@ -1,6 +1,6 @@
-"""RunningCutoff: the score that a token needs for an expert to take it, learnt from training batches.
+"""RunningCutoff: the score that a token needs for an expert to take it, learned from training batches.
 
-Expert choice compares tokens with each other; a cut-off compares a token with a number, so it sees no
+Expert choice compares tokens with each other. A cut-off compares each token with a number, so it sees no
 other token (Expert Threshold, arXiv 2603.11535: an exponential moving average of the k-th largest score).
 """
 
@@ -13,8 +13,8 @@ from ecmoe.routing.ranks import add_up
 
 
 class RunningState(nn.Module):
-    """A module whose floating buffers never fall below float32: `module.to(bfloat16)` and Lightning's `bf16-true` move them and
-    cast the parameters only. A moving average in 16 bits stands still, as its steps round to nothing.
+    """A module that never casts its buffers below float32: `module.to(bfloat16)` and Lightning's `bf16-true` only cast
+    its parameters. A moving average in 16 bits would stand still, because its updates round to nothing.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -27,10 +27,10 @@ class RunningState(nn.Module):
 
 
 class RunningCutoff(RunningState):
-    """(e,) cut-offs: EMA over optimiser steps, bias-corrected, of the mean k-th largest score of a step.
+    """(e,) cut-offs: the bias-corrected moving average, over optimiser steps, of a step's mean k-th largest score.
 
-    `add` gathers within a step (over micro-batches and pools), `end_step` moves the average once, over all
-    ranks. All state is in buffers, so a checkpoint carries it.
+    `add` accumulates scores within a step (over micro-batches and pools). `end_step` updates the average once, over all
+    ranks. All state is in buffers, so checkpoints contain it.
     """
 
     def __init__(self, num_experts: int, beta: float) -> None:
@@ -45,16 +45,16 @@ class RunningCutoff(RunningState):
 
     @torch.no_grad()
     def add(self, kth: Tensor, known: Tensor | None = None) -> None:
-        """kth: (pools, e) the k-th largest score of each expert in each pool. known: (pools,) bool, False where it stands for
-        none, as there was nothing but padding."""
+        """Add (pools, e) scores `kth`, the k-th largest of each expert in each pool. `known`: (pools,) bool, False for
+        pools with too few unmasked tokens, whose scores are ignored."""
         if known is not None:
             kth = kth.where(known[:, None], 0.0)
-        self.pending.add_(kth[0] if len(kth) == 1 else kth.sum(0))  # a sum of one is a pass too
+        self.pending.add_(kth[0] if len(kth) == 1 else kth.sum(0))  # summing one pool would cost a pass
         self.count.add_(len(kth) if known is None else known.sum())
 
     @torch.no_grad()
     def end_step(self) -> Tensor:
-        """Take what was added into the average, and say if it moved: a step that added nothing, or NaN, moves nothing."""
+        """Update the average; return whether it moved, () bool: not without added scores, nor if one is not finite."""
         add_up(self.pending, self.count)
         moves, (average, weight) = self._moves(), self._moved()
         self.average.copy_(average)
@@ -64,16 +64,16 @@ class RunningCutoff(RunningState):
         return moves
 
     def value(self) -> Tensor:
-        """(e,) cut-offs, with what was added since the last step counted as a step."""
+        """Return the (e,) cut-offs, as if a step ended now: scores added since the last step count."""
         average, weight = self._moved()
         return average / weight
 
     def empty(self) -> bool:
-        """Has no training batch been seen yet?"""
+        """Return whether no training batch has been seen yet."""
         return bool((self.weight == 0) & ~self._moves())
 
     def _moves(self) -> Tensor:
-        """Does a step begun by what was added since the last move the average? One NaN would stay in it for good."""
+        """Return whether the added scores would move the average: a NaN must not, as it would stay there forever."""
         return (self.count > 0) & self.pending.isfinite().all()
 
     def _moved(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Dense: every expert processes every token, weighted by the softmax (Jacobs et al. 1991)."""
+"""Dense: every expert processes every token, weighted by a softmax over experts (Jacobs et al. 1991)."""
 
 import torch
 
@@ -7,10 +7,10 @@ from ecmoe.routing.router import Router, without_padding
 
 
 class Dense(Router):
-    """All e experts on all n tokens: e times the compute of one expert, and nothing to balance or drop.
+    """Route all n tokens to all e experts: e times the compute of one expert, with nothing to balance or drop.
 
     Args:
-        d_model, num_experts, learned: as of any `Router`.
+        d_model, num_experts, learned: see `Router`.
     """
 
     static = True

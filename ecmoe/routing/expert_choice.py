@@ -2,8 +2,8 @@
 
 Letters: n tokens, e experts, k = n c / e (Eq. 1), g pools of m tokens, S (n, e), G and I of Eq. 2.
 
-The top-k over tokens sees the whole pool, past and future: in a decoder the loss can profit from it.
-`causal_routing` routes by running cut-offs instead and sees nothing but the token itself.
+The top-k over tokens sees the whole pool, including future tokens, which can lower the loss of a decoder.
+`causal_routing` routes by running cut-offs instead and sees only the token itself.
 """
 
 from typing import Any
@@ -26,15 +26,15 @@ class ExpertChoice(Router):
 
     Args:
         d_model, num_experts: d, e.
-        capacity_factor: c, the average number of experts a token.
-        max_experts_per_token: b, the most experts a token may get; None: no cap.
-        pool: which tokens compete: "batch" (the paper), "sequence", "position" (the same position of all
-            sequences), or a number of tokens, whole sequences together. Batch and sequences are those of all ranks of
-            the process group, which must route together, in evaluation too; "rank": of each rank's own batch.
-        gate: "softmax" (Eq. 4 as printed), "renormalized" over the experts that took the token,
-            "scaled" (softmax x e/c: 1 on average for a uniform router).
-        cap_solver: "feasible" (ours: no token over b, every expert full) or "dykstra" (the paper's).
-        rounding: "exact": n c / e must be whole, as a study wants; "down": any n works, by max(1, floor(n c / e)).
+        capacity_factor: c, the average number of experts per token.
+        max_experts_per_token: b, the largest number of experts per token; None: no cap.
+        pool: which tokens compete: "batch" (the paper), "sequence", "position" (the same position of all sequences),
+            "rank" (this rank's own batch), or a number of consecutive tokens (a RunConfig wants whole sequences).
+            "batch" and "position" span all ranks of the process group, which must route together, in evaluation too.
+        gate: "softmax" (Eq. 4 as printed), "renormalized" (over the experts that took the token), or
+            "scaled" (softmax x e/c: with a uniform router, a token's gates sum to 1 on average).
+        cap_solver: "feasible" (ours: no token exceeds b, every expert is full) or "dykstra" (the paper's).
+        rounding: "exact": n c / e must be a whole number, as in the study; "down": any n, k = max(1, floor(n c / e)).
 
     >>> router = ExpertChoice(d_model=16, num_experts=4, capacity_factor=2.0)
     >>> logits = router.logits(torch.randn(2, 8, 16))  # (..., d) -> (n, e), float32
@@ -75,13 +75,13 @@ class ExpertChoice(Router):
         if self.causal:
             return self._weigh(self._above_cutoff(logits.softmax(dim=1), mask), n)
         ids = self._pools(n, batch_shape, logits.device)  # (g, m)
-        S = logits.softmax(dim=1).T  # each token spreads 1 over the experts
+        S = logits.softmax(dim=1).T  # (e, n); a token's scores sum to 1
         S = pooled = S[None] if ids is None else S[:, ids].transpose(0, 1)  # (g, e, m)
         valid = None if mask is None else mask[None] if ids is None else mask[ids]  # (g, m)
         if self.across:
             pooled, valid = gathered(S), None if valid is None else gathered(valid)
         k = self._bucket(pooled.shape[2])
-        if k == 0:  # no tokens, or too few for a cap
+        if k == 0:  # no tokens, or too few for the cap
             return Assignment(torch.empty(e, 0, dtype=torch.long, device=logits.device), logits.new_empty(e, 0))
         if valid is not None:
             pooled = pooled.masked_fill(~valid[:, None], -1.0)
@@ -99,7 +99,7 @@ class ExpertChoice(Router):
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
     def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(g, e, m) scores -> scores and places of the k chosen of each expert, best first where there is padding."""
+        """Return scores and positions, both (g, e, k), chosen from (g, e, m) scores; best first if there is padding."""
         if (cap := self._cap) is not None:
             target = None if valid is None else self._valid_k(valid, k)
             how = dict(solver=self.cap_solver, kernels=self.kernels)
@@ -117,12 +117,12 @@ class ExpertChoice(Router):
 
     @property
     def _cap(self) -> int | None:
-        """b, where it can keep a token from an expert."""
+        """b; None if there is no cap, or one that can't bind (b >= e)."""
         b = self.max_experts_per_token
         return b if b is not None and b < self.num_experts else None
 
     def _pools(self, n: int, batch_shape: tuple[int, int] | None, device: torch.device) -> Tensor | None:
-        """(g, m) token ids: which tokens compete with each other; None: all of them."""
+        """Return (g, m) indices of the tokens of each pool; None if all tokens compete."""
         if self.pool in ("batch", "rank"):
             return None
         ids = torch.arange(n, device=device)
@@ -136,13 +136,13 @@ class ExpertChoice(Router):
         return ids if self.pool == "sequence" else ids.T
 
     def _bucket(self, m: int) -> int:
-        """k of a pool of m tokens; none where the cap leaves less than one a expert."""
+        """Return k for a pool of m tokens; 0 if the cap leaves less than one token per expert."""
         e, b = self.num_experts, self.max_experts_per_token
         k = bucket_size(m, e, self.capacity_factor, self.rounding)
         return k if b is None else min(k, m * b // e)
 
     def _valid_k(self, valid: Tensor, k: int) -> Tensor:
-        """(g,) floor(valid tokens x c / e), as if they were all."""
+        """Return (g,) k for the unmasked tokens alone, floor(valid tokens x c / e), at most k."""
         share, tokens = exact(self.capacity_factor) / self.num_experts, valid.sum(1)
         taken = tokens * share.numerator // share.denominator
         if self.rounding == "down":
@@ -152,13 +152,13 @@ class ExpertChoice(Router):
         return taken.clamp(max=k)
 
     def _kth(self, G: Tensor, valid: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(g, e) the lowest score that was still taken, and (g,) whether any was."""
+        """Return (g, e) the lowest chosen score of each expert, and (g,) whether a pool has any."""
         last = self._valid_k(valid, k)
         kth = G.detach().gather(2, (last - 1).clamp_min(0)[:, None, None].expand(-1, G.shape[1], 1))[..., 0]
         return kth, last > 0
 
     def _above_cutoff(self, S: Tensor, mask: Tensor | None) -> Assignment:
-        """Every expert takes every token at or above its cut-off: each decision sees one token alone."""
+        """Assign to every expert the tokens at or above its cut-off: each decision sees one token only."""
         take = self.cutoff.value().to(S.dtype) <= S  # (n, e)
         if (cap := self._cap) is not None:
             best = S.topk(cap, dim=1).indices
@@ -170,7 +170,7 @@ class ExpertChoice(Router):
 
     @property
     def scale(self) -> float | None:
-        """What multiplies a score to make it a gate; None: a token's gates add up to 1."""
+        """Factor between scores and gates; None if a token's gates are normalised to sum to 1."""
         return {"softmax": 1.0, "scaled": self.num_experts / self.capacity_factor, "renormalized": None}[self.gate]
 
     def _weigh(self, chosen: Assignment, n: int) -> Assignment:
@@ -179,8 +179,8 @@ class ExpertChoice(Router):
         return chosen if self.gate == "softmax" else chosen.weighing(chosen.gate * self.scale)
 
     def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:
-        """As in `Router`, for `more` of `kernels.expert_choice`: one pool of all tokens, without a cap, and nobody who looks
-        at a choice or makes another."""
+        """See `Router`; `more` goes to `kernels.expert_choice`. Needs one pool of all tokens, no cap, and no hook or
+        subclass that reads or changes the assignment."""
         if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
             return None
         changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
@@ -206,7 +206,7 @@ class ExpertChoice(Router):
 
 
 class _At(torch.autograd.Function):
-    """S.gather(2, I) of places that differ: no two gradients meet, so none is added, in whatever order."""
+    """S.gather(2, I) for distinct positions. Backward doesn't add gradients, so their order doesn't matter."""
 
     @staticmethod
     def forward(ctx, S: Tensor, I: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Expert threshold (arXiv 2603.11535): each expert takes every token above its running cut-off.
+"""Expert threshold (arXiv 2603.11535): each expert takes every token that reaches its running cut-off.
 
 Letters: n tokens, e experts, k = n c / e (Eq. 1), S (n, e) scores. The cut-off is a moving average of the k-th
-largest score, so experts get k tokens on average, and no token's routing sees another one.
+largest score, so an expert gets k tokens on average, and no token's routing sees another token.
 """
 
 import torch
@@ -15,17 +15,17 @@ from ecmoe.routing.router import without_padding
 
 
 class ExpertThreshold(ExpertChoice):
-    """Expert choice by a number instead of by comparing tokens; nothing is dropped in evaluation.
+    """Expert choice that compares tokens with a cut-off, not with each other; evaluation drops nothing.
 
     Args:
         d_model, num_experts, capacity_factor: d, e, c.
-        beta: decay of the cut-offs, one update an optimiser step, bias-corrected.
-        gate: as in `ExpertChoice`.
+        beta: decay of the cut-offs' moving average, which is bias-corrected and updated once per optimiser step.
+        gate: see `ExpertChoice`.
 
     Attributes:
-        warmup_steps: optimiser steps that are routed by plain expert choice, since the cut-offs of a router that
-            still moves fast are old at once; ours, as the paper's depends on its schedule.
-        slack: in training an expert takes at least k / slack and at most slack k tokens, its best; ours.
+        warmup_steps: number of optimiser steps that first use plain expert choice, because a router that still
+            changes fast makes its cut-offs outdated at once; ours, since the paper's value depends on its schedule.
+        slack: in training an expert takes its best tokens, at least k / slack and at most slack k of them; ours.
     """
 
     warmup_steps, slack = 10, 2.0
@@ -40,19 +40,19 @@ class ExpertThreshold(ExpertChoice):
     ) -> None:
         super().__init__(d_model, num_experts, capacity_factor, pool="rank", gate=gate)
         self.cutoff = RunningCutoff(num_experts, beta)
-        self.steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # that moved the cut-offs
+        self.steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # optimiser steps that moved the cut-offs
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n = logits.shape[0]
         S = without_padding(logits, mask).softmax(dim=1)  # (n, e)
         if self.training and not self.causal:
             return self._weigh(self._bounded(S, mask), n)
-        if not self.causal and self.cutoff.empty():  # nothing learnt yet: plain expert choice
+        if not self.causal and self.cutoff.empty():  # no cut-offs yet: plain expert choice
             return super().assign(logits, mask=mask)
         return self._weigh(self._above_cutoff(S, mask), n)
 
     def _bounded(self, S: Tensor, mask: Tensor | None) -> Assignment:
-        """Training: the tokens above the cut-off, best first, as far as the places reach."""
+        """Assign, in training, the tokens above the cut-off, best first, as many as `slack` allows."""
         n, e = S.shape
         k = bucket_size(n, e, self.capacity_factor)
         slots = min(int(k * self.slack), n)
@@ -74,7 +74,7 @@ class ExpertThreshold(ExpertChoice):
         return Assignment(torch.where(filled, token, n), torch.where(filled, G, 0.0), torch.maximum(count, load))
 
     def _threshold(self, own: Tensor) -> Tensor:
-        """(e,) the average of finished steps; while warming up, this batch's own k-th score: expert choice."""
+        """Return (e,) cut-offs of finished steps; during warm-up, this batch's k-th scores, as expert choice does."""
         average, weight = self.cutoff.average, self.cutoff.weight
         warming = self.steps < self.warmup_steps
         return torch.where(warming, own, average / weight.clamp_min(torch.finfo(weight.dtype).tiny))

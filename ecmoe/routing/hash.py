@@ -1,4 +1,4 @@
-"""Hash routing (Roller et al. 2021): the token id alone says which expert."""
+"""Hash routing (Roller et al. 2021): the token id alone determines the expert."""
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,14 @@ from ecmoe.routing.router import Router, by_token, capacity
 
 
 class Hash(Router):
-    """One expert a token, by a fixed table of the vocabulary; gate 1, nothing is learned.
+    """Route each token to one expert by a fixed table over the vocabulary. The gate is 1; nothing is learned.
 
     Args:
         d_model, num_experts: d, e.
         vocab_size: V.
         capacity_factor: an expert holds ceil(capacity_factor n / e) tokens; None: nothing is dropped.
-        token_counts: (V,) how often each id occurs in the corpus: the table is then balanced by frequency
-            (Roller et al., "balanced"); None: token id mod e, as in the paper's section 4.6.
+        token_counts: (V,) how often each id occurs in the corpus, to balance the table by frequency
+            (Roller et al., "balanced"); None: token id mod e, as in section 4.6 of the expert choice paper.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Hash(Router):
     ) -> None:
         super().__init__(d_model, num_experts, learned=False)
         self.capacity_factor = check_capacity(capacity_factor)
-        self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
+        self.static = capacity_factor is not None  # else sizes depend on the fullest expert's load
         table = torch.arange(vocab_size) % num_experts
         if token_counts is not None:
             if len(token_counts) != vocab_size:
@@ -46,7 +46,7 @@ class Hash(Router):
 
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:
-    """(V,) counts -> (V,) experts: the most frequent id first, each to the expert with the least load yet."""
+    """Return (V,) experts for (V,) counts: most frequent id first, each to the expert with the least load so far."""
     counts = torch.as_tensor(token_counts).tolist()
     load, table = [0] * num_experts, [0] * len(counts)
     for v in sorted(range(len(counts)), key=lambda v: (-counts[v], v)):

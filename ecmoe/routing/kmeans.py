@@ -1,4 +1,4 @@
-"""KMeans: an expert is a cluster of the layer's input; the clusters move with the data, not by gradients.
+"""KMeans: each expert is a cluster of the layer's inputs. Clusters follow the data, not gradients.
 
 Letters: n tokens x of width d, e experts with centroids c (e, d).
 """
@@ -13,17 +13,17 @@ from ecmoe.routing.router import Router, by_token, capacity
 
 
 class KMeans(Router):
-    """One expert a token, that of the nearest centroid; gate 1.
+    """Route each token to the expert with the nearest centroid; the gate is 1.
 
-    The clusters are online k-means: sums and counts of each cell are averaged exponentially over optimiser steps
-    and over all ranks, and a centroid is their ratio (the update of van den Oord et al. 2017, appendix A.1). They
+    Online k-means: each cluster's sum and count of tokens, over all ranks, enter exponential moving averages over
+    optimiser steps, and a centroid is their ratio (the update of van den Oord et al. 2017, appendix A.1). Centroids
     start as small random vectors, which split the input by direction; the first step moves them to the means.
 
     Args:
         d_model, num_experts: d, e.
         capacity_factor: an expert holds ceil(capacity_factor n / e) tokens in order of arrival; None: nothing is
             dropped.
-        beta: decay of the averages. seed: of the first centroids.
+        beta: decay of the averages. seed: seed of the initial centroids.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class KMeans(Router):
         self._input: Tensor | None = None
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, d) -> (n, e) negative squared distances to the centroids, which carry no gradient; and x."""
+        """Return (n, e) negative squared distances of x, (n, d), to the centroids, without gradients; and x."""
         rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         centroids = self.centroids.to(rows.dtype)
         with torch.autocast(x.device.type, enabled=False):
             product = rows @ centroids.T
-        # `assign` knows which tokens are padding, and gathers the others.
+        # For `assign`, which knows the padding and collects the other tokens.
         self._input = rows if self.gathers else None
         return 2 * product - rows.square().sum(1, keepdim=True) - centroids.square().sum(1), x
 
@@ -67,7 +67,7 @@ class KMeans(Router):
 
     @torch.no_grad()
     def _gather(self, expert: Tensor, n: int) -> None:
-        """Add the tokens that `read` saw last to the sums of their cells; expert e is padding."""
+        """Add the tokens of the last `read` to their clusters' pending sums; expert e marks padding."""
         x, self._input = self._input, None
         if x is None or x.shape[0] != n:
             return
@@ -77,14 +77,14 @@ class KMeans(Router):
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Move the averages by what this step gathered, and the centroids to them."""
+        """Update the averages with the tokens of this step, and set the centroids to their ratio."""
         add_up(self.pending_sums, self.pending_counts)
-        # A step that saw no token moves nothing; nor does one that saw a NaN, which would stay for good.
+        # Skip steps without tokens, and steps with a NaN, which would stay in the averages forever.
         moves = (self.pending_counts.sum() > 0) & self.pending_sums.isfinite().all()
         beta = torch.where(moves, self.beta, 1.0)
         for average, pending in [(self.sums, self.pending_sums), (self.counts, self.pending_counts)]:
             average.mul_(beta).add_((1 - beta) * pending.where(moves, 0.0))
             pending.zero_()
-        seen = self.counts[:, None] > 0  # a cell that was always empty stays where it is
+        seen = self.counts[:, None] > 0  # a cluster that never had a token stays where it is
         mean = self.sums / self.counts[:, None].clamp_min(torch.finfo(self.counts.dtype).tiny)
         self.centroids.copy_(torch.where(seen, mean, self.centroids))

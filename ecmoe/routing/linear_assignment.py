@@ -1,4 +1,4 @@
-"""LinearAssignment: BASE layers (Lewis et al. 2021). Every expert gets the same number of tokens, at the best sum of scores.
+"""LinearAssignment: BASE layers (Lewis et al. 2021). Experts get equally many tokens, at the largest sum of scores.
 
 Letters: n tokens, e experts, S (n, e) scores.
 """
@@ -11,24 +11,24 @@ from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import Router, by_token, without_padding
 from ecmoe.routing.transport import transport
 
-# Of the scores' standard deviation: what a token's score may fall short of the best assignment's on average.
+# How much lower than in the best assignment a token's mean score may be, in standard deviations of the scores.
 TOLERANCE = 1e-4
 
 
 class LinearAssignment(Router):
-    """One expert a token: balanced in training by an auction, the best-scoring one in evaluation.
+    """Route each token to one expert: balanced by an auction in training, the best-scoring one in evaluation.
 
     The gate is the sigmoid of the token's score for its expert (Lewis et al. 2021, section 3).
 
     Args:
-        d_model, num_experts, learned: as of any `Router`; in training e must divide n.
+        d_model, num_experts, learned: see `Router`; in training e must divide n.
     """
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
-        """As in `Router`; in training no expert gets more than ceil(v / e) of v unmasked tokens.
+        """See `Router`; in training no expert gets more than ceil(v / e) of v unmasked tokens.
 
         Raises:
-            ConfigError: e doesn't divide n, in training.
+            ConfigError: in training, e doesn't divide n.
         """
         n, e = logits.shape
         logits = without_padding(logits, mask)
@@ -41,14 +41,14 @@ class LinearAssignment(Router):
 
 @torch.no_grad()
 def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
-    """(n, e) scores, e divides n -> (n,) experts, of v unmasked tokens at most ceil(v / e) each."""
+    """Return (n,) experts for (n, e) scores, where e divides n: at most ceil(v / e) of v unmasked tokens each."""
     n, e = S.shape
     if e == 1 or n == 0:
         return torch.zeros(n, dtype=torch.long, device=S.device)
     valid = torch.ones(n, dtype=torch.bool, device=S.device) if mask is None else mask
-    # Padding that scores the same everywhere makes v a multiple of e, and goes where a token is missing.
+    # Filler is padding with equal scores for all experts: it makes v a multiple of e and fills the remaining places.
     filler = ~valid & ((~valid).cumsum(0) <= -valid.sum() % e)
-    # A constant for a token or for an expert changes no choice, but would hide the differences that do.
+    # Adding a constant per token or per expert changes no choice, but would hide the differences that matter.
     S = S.where(valid[:, None] & ~S.isnan(), 0.0)
     S = S - S.mean(dim=1, keepdim=True)
     mean = S.sum(dim=0) / valid.sum().clamp_min(1)

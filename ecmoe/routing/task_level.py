@@ -1,4 +1,4 @@
-"""Task-level routing (Kudugunta et al. 2021): all tokens of a task go to the task's experts."""
+"""Task-level routing (Kudugunta et al. 2021): all tokens of a task go to the task's expert."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,14 @@ from ecmoe.routing.router import Router, by_token, one_of
 
 
 class TaskLevel(Router):
-    """The task of a token says which experts; nothing is dropped, so a task is served by its experts alone.
+    """Route each token to the expert of its task; nothing is dropped, so a task uses no other expert.
 
     Args:
         d_model, num_experts: d, e.
-        num_tasks: tasks are numbered 0 .. num_tasks - 1.
-        table: "learned": a score for every task and expert, the best serves the task and the gate is its softmax
-            (Kudugunta et al., section 3.2, with a task's embedding in the place of the token's); "fixed": task t has
-            expert t modulo e, and gate 1.
+        num_tasks: number of tasks, whose ids are 0 .. num_tasks - 1.
+        table: "learned": a score for every task and expert; the task's best expert serves it, with its softmax score as
+            gate (Kudugunta et al., section 3.2, with a task embedding in place of the token's); "fixed": expert
+            t modulo e serves task t, with gate 1.
     """
 
     table: Tensor
@@ -32,7 +32,7 @@ class TaskLevel(Router):
             self.table = nn.Buffer(torch.arange(num_tasks)[:, None] % num_experts)
 
     def reset_parameters(self) -> None:
-        """Scores ~ N(0, 1 / num_tasks), so that tasks start apart; ours."""
+        """Draw scores ~ N(0, 1 / num_tasks), so that tasks start with different experts; ours."""
         if isinstance(getattr(self, "table", None), nn.Parameter):
             nn.init.normal_(self.table, std=self.num_tasks**-0.5)
 

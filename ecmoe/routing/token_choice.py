@@ -1,4 +1,4 @@
-"""Token choice: each token takes its top_k experts, and an expert that is full drops the rest.
+"""Token choice: each token requests its top_k experts, and an expert that is full drops further requests.
 
 Switch Transformer (Fedus et al. 2021) is top_k=1; GShard (Lepikhin et al. 2021) and GLaM (Du et al. 2022)
 are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
@@ -18,16 +18,16 @@ class TokenChoice(Router):
     """Top-k routing over experts (GShard, Algorithm 1; Switch, Eq. 2).
 
     Args:
-        d_model, num_experts, top_k: d, e, experts that a token asks for.
+        d_model, num_experts, top_k: d, e, experts requested per token.
         capacity_factor: an expert holds ceil(capacity_factor top_k n / e) tokens; None: nothing is dropped.
-        gate: "softmax": raw probabilities (Switch); "renormalized": over the token's top_k before anything
+        gate: "softmax": raw probabilities (Switch); "renormalized": normalised over the token's top_k, before any
             is dropped (GShard, GLaM); "scaled": softmax x e / top_k.
-        priority: who finds a place: "order" of arrival, all first choices before second ones (GShard), or
-            "score": tokens with the largest top score first (V-MoE's batch priority, Riquelme et al. 2021).
+        priority: which requests are served first, with all first choices before second ones: "order" of arrival
+            (GShard), or "score": tokens with the largest top score (V-MoE's batch priority, Riquelme et al. 2021).
         aux_loss_weight: weight of the balance loss. z_loss_weight: weight of the router z-loss (ST-MoE).
-        balance: which balance: "switch" (all choices count), "first_choice" (GShard: first ones do), "importance_load"
-            (V-MoE), "bias" (Wang et al. 2024: a bias on the choice, moved by sign of the load error, no loss), "none".
-        bias_rate: how far that bias moves in a step.
+        balance: "switch" (loss over all choices), "first_choice" (GShard: over first choices), "importance_load"
+            (V-MoE), "bias" (Wang et al. 2024: no loss; the sign of the load error moves a bias on the choice), "none".
+        bias_rate: change of that bias per step.
 
     >>> switch = TokenChoice(d_model=16, num_experts=4, top_k=1, capacity_factor=1.25)
     >>> switch.assign(torch.randn(16, 4)).token.shape  # ceil(1.25 x 1 x 16 / 4) slots
@@ -50,7 +50,7 @@ class TokenChoice(Router):
         super().__init__(d_model, num_experts)
         check_top_k(top_k, num_experts)
         self.top_k, self.capacity_factor = top_k, check_capacity(capacity_factor)
-        self.static = capacity_factor is not None  # else the fullest expert's load sets the sizes
+        self.static = capacity_factor is not None  # else sizes depend on the fullest expert's load
         self.gate = one_of("gate", gate)
         self.priority = one_of("priority", priority)
         self.balance = one_of("balance", balance)
@@ -72,7 +72,7 @@ class TokenChoice(Router):
         elif self.gate == "scaled":
             gate = gate * (e / k)
 
-        # Requests: all first choices, then all second ones; tokens within by priority.
+        # Requests: all first choices, then all second ones; within each, tokens by priority.
         token, chooses = torch.arange(n, device=S.device), mask
         if self.priority == "score":
             token = S.detach().amax(dim=1).argsort(descending=True, stable=True)
@@ -102,7 +102,7 @@ class TokenChoice(Router):
         return self.balance == "bias"
 
     def end_step(self) -> None:
-        """Move the balancing bias by `bias_rate` towards experts that got too few tokens (Wang et al. 2024)."""
+        """Move each expert's bias by `bias_rate`: up if it got too few tokens, down if too many (Wang et al. 2024)."""
         if not self.moves:
             return
         add_up(self.load_error)

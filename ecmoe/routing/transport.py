@@ -1,29 +1,29 @@
-"""Transport: the best choice in which every expert holds as many tokens and no token is held by more than b.
+"""Transport: the largest sum of scores if every expert takes equally many tokens, and a token at most b experts.
 
-Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: who holds whom.
+Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: True where an expert holds a token.
 
-It is solved by prices. An expert's price is what its last token gains over that token's b-th best other offer;
-all experts set theirs at once, again and again (a damped auction), with a jitter on the scores that shrinks and
-keeps equal tokens from moving together. For the loads that they give, those prices are optimal, and cheapest
-paths then carry the surplus of one expert to another (successive shortest paths, Ahuja et al. 1993, section
-9.7), many tokens at a time. What is left moves directly, which is always possible. The number of rounds is
-fixed but on a CPU, so no step waits for a number from the device.
+The solver uses prices: a token's offer from an expert is score minus price. An expert's price is the gain of its last
+token over that token's b-th best other offer. All experts update prices at once, round after round (a damped auction),
+with a shrinking jitter on the scores that keeps equal tokens from moving together. The final prices are optimal for
+the loads they give, and cheapest paths then move tokens from experts with too many to others (successive shortest
+paths, Ahuja et al. 1993, section 9.7), many at a time. The rest moves directly, which is always possible. Except on a
+CPU the number of rounds is fixed, so no step waits for a number from the device.
 """
 
 import torch
 from torch import Tensor
 
-# Shares of the unit: where the jitter starts, and where it ends, which is what the objective may lose.
+# First and last size of the jitter, as shares of the unit; the last one is what the objective may lose.
 JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
 PRICE_ROUNDS = 80
-SAMPLE, FULL_ROUNDS = 4096, 10  # tokens that set the prices first; rounds that ask all
-PATH_ROUNDS = 64  # at most; on a CPU, which may look whether more are needed, 16 times as many
+SAMPLE, FULL_ROUNDS = 4096, 10  # sampled tokens in the first rounds; last rounds, with all tokens
+PATH_ROUNDS = 64  # maximum; 16 times as many on a CPU, which can check if more are needed
 PATH_LENGTH = 6
-NEAR = 512  # tokens of an expert that may move along a path, those that lose least by leaving
+NEAR = 512  # tokens of an expert that may move along a path: those that lose least
 CHUNK = 2**25  # numbers in memory at once
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would unroll hundreds of rounds, for minutes
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compiling would take minutes to unroll the rounds
 def transport(
     S: Tensor,
     target: Tensor,
@@ -32,13 +32,13 @@ def transport(
     unit: Tensor,
     tolerance: float = JITTER_LAST,
 ) -> Tensor:
-    """(g, e, m) bool: exactly `target` tokens of each expert, at most b experts of each valid token.
+    """Return (g, e, m) bool: exactly `target` tokens per expert, at most b experts per valid token.
 
     Args:
-        S: (g, e, m) finite scores. target: (g,) tokens of an expert, at most b valid tokens / e.
-        b: at most e - 1. valid: (g, m) bool.
-        unit: (g, 1, 1) what counts as a large difference of scores.
-        tolerance: share of the unit that a place may lose against the best sum of scores.
+        S: (g, e, m) finite scores. target: (g,) tokens per expert, at most b x valid tokens / e.
+        b: cap, at most e - 1. valid: (g, m) bool, False for padding.
+        unit: (g, 1, 1) size of a large difference of scores.
+        tolerance: loss per place allowed against the largest sum of scores, as a share of the unit.
     """
     unit = unit.clamp_min(torch.finfo(S.dtype).tiny)
     Z = S.masked_fill(~valid[:, None], float("-inf"))
@@ -49,22 +49,22 @@ def transport(
 
 
 def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
-    """(g, e, m) logistic numbers that depend on nothing but the place: the same choice every time."""
-    place = valid.cumsum(1) - 1  # of the valid tokens alone: padding changes nothing
+    """Return (g, e, m) logistic numbers that depend only on the position, so that the choice is reproducible."""
+    place = valid.cumsum(1) - 1  # among valid tokens: padding changes nothing
     expert = torch.arange(e, device=valid.device)
-    rate = (expert[:, None] + 1) * 0.6180339887498949 % 1  # each expert's own, so that no two agree
+    rate = (expert[:, None] + 1) * 0.6180339887498949 % 1  # differs between experts
     u = (place[:, None].double() + 1) * rate % 1
     return torch.logit(u.clamp(1e-3, 1 - 1e-3)).to(dtype)
 
 
 def _prices(Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, tolerance: float) -> Tensor:
-    """(g, e, 1) prices at which each expert is wanted by about `target` tokens, each taking its b best."""
+    """Return (g, e, 1) prices at which about `target` tokens want each expert, if each wants its b best offers."""
     e, m = Z.shape[1:]
-    # With a place to spare a token takes nothing below the price; without, it must take b whatever they cost.
+    # With places to spare, a free place is an offer worth 0; otherwise a token must take b experts at any price.
     tokens = valid.sum(1)
     floor = torch.where(tokens * b > e * target, 0.0, float("-inf"))[:, None, None].to(Z)
     rounds = [(Z, J, target, valid)] * PRICE_ROUNDS
-    if m > 2 * SAMPLE:  # the first rounds ask a sample, spread evenly
+    if m > 2 * SAMPLE:  # the first rounds use an evenly spread sample
         place = (valid.cumsum(1).double() * 0.6180339887498949 % 1).masked_fill(~valid, 2.0)
         few = place.argsort(1)[:, :SAMPLE]
         share = valid.gather(1, few).sum(1)
@@ -80,11 +80,11 @@ def _prices(Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, toleran
 
 
 def _worth(Y: Tensor, q: Tensor, target: Tensor, b: int, valid: Tensor, floor: Tensor) -> Tensor:
-    """(g, e, 1) the price at which an expert would be wanted by its target, if the others kept theirs."""
+    """Return (g, e, 1) prices at which `target` tokens would want an expert if the other prices stayed."""
     g, e, m = Y.shape
     R = Y - q
     offers = R.topk(b + 1, dim=1).values
-    # What the token would get instead: its b-th best offer of the others.
+    # What the token would get instead: its b-th best offer among the other experts.
     other = torch.where(R >= offers[:, b - 1 : b], offers[:, b:], offers[:, b - 1 : b])
     gain = torch.where(valid[:, None], Y - other.clamp_min(floor), float("-inf"))
     ranked = gain.topk(min(m * b // e + 1, m), dim=2).values
@@ -93,7 +93,7 @@ def _worth(Y: Tensor, q: Tensor, target: Tensor, b: int, valid: Tensor, floor: T
 
 
 def _hold(R: Tensor, target: Tensor, b: int) -> Tensor:
-    """(g, e, m) bool: the e k best of all tokens' b best offers; no token over b, experts not yet even."""
+    """Return (g, e, m) bool: the e x target best of all tokens' b best offers; experts are not balanced yet."""
     g, e, m = R.shape
     offers = R.topk(b, dim=1)
     order = offers.values.flatten(1).argsort(1, descending=True)
@@ -103,29 +103,29 @@ def _hold(R: Tensor, target: Tensor, b: int) -> Tensor:
 
 
 def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance: Tensor, valid: Tensor) -> Tensor:
-    """Carry tokens from experts with too many to experts with too few, along the cheapest paths.
+    """Move tokens from experts with too many to experts with too few, along the cheapest paths.
 
-    The last node, e, stands for a token's free places: a path through it drops one token and takes up another.
+    The last node, e, stands for the tokens' free places: a path through it drops one token and adds another.
     """
     g, e, m = X.shape
     at = torch.arange(g, device=X.device)[:, None]
     every = torch.arange(e + 1, device=X.device).expand(g, e + 1)
     taken = X.sum(1)  # (g, m)
-    # What a token loses at these prices by leaving a node for its best offer that it doesn't hold.
+    # What a token loses at these prices by leaving a node for the best offer that it hasn't taken.
     R = Z - q
     other = R.topk(b + 1, dim=1).values.gather(1, taken[:, None])
     leave = torch.cat([R, torch.zeros_like(other)], dim=1) - other
     Z = torch.cat([Z, torch.where(valid, 0.0, float("-inf")).to(Z)[:, None]], dim=1)
     X = torch.cat([X, (valid & (taken < b))[:, None]], dim=1)  # (g, e + 1, m)
     excess = _excess(X, every, target)
-    # What the moved tokens may lose: together as much as all tokens at the tolerance.
+    # Loss allowed per moved token: together they may lose as much as all places at the tolerance.
     surplus = excess.clamp_min(0).sum(1).clamp_min(1)
     spare = tolerance * (e * target / surplus)[:, None, None].to(Z.dtype)
 
-    touched = every  # since their edges were last looked at
+    touched = every  # nodes that changed since their edges were computed
     near = every.new_zeros(g, e + 1, max(1, min(m, NEAR, CHUNK // (g * (e + 1) ** 2))))
     cost, count = Z.new_zeros(g, e + 1, e + 1), every.new_zeros(g, e + 1, e + 1)
-    on_cpu = X.device.type == "cpu"  # another device would stall for the answer, whether anything is left to move
+    on_cpu = X.device.type == "cpu"  # elsewhere, checking for remaining surplus would stall
     for _ in range(PATH_ROUNDS * (16 if on_cpu else 1)):
         if on_cpu and not excess.any():
             break
@@ -141,7 +141,7 @@ def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance:
         touched = torch.stack([path[0][1], *(u for u, _ in path)], dim=1)
         excess[at, touched] = _excess(X, touched, target)
 
-    # An expert with more tokens than another holds as many more that the other doesn't: these can move.
+    # If u has more tokens than v, at least the difference are tokens that v doesn't hold: these can move.
     tokens = torch.arange(m, device=X.device).expand(g, m)
     for _ in range(e - 1):
         excess = _excess(X, every, target)
@@ -154,14 +154,14 @@ def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance:
 
 
 def _excess(X: Tensor, nodes: Tensor, target: Tensor) -> Tensor:
-    """(g, r) tokens of each of the nodes (g, r) beyond the target; 0 for the free places."""
+    """Return (g, r), by how many tokens the nodes (g, r) exceed the target; 0 for the node of free places."""
     at = torch.arange(X.shape[0], device=X.device)[:, None]
     excess = X[at, nodes].sum(2) - target[:, None]
     return excess.masked_fill(nodes == X.shape[1] - 1, 0)
 
 
 def _edges(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (g, p, r): the least loss of moving a token of near (g, p, l) from u to v, and how many cost about that."""
+    """Return (g, p, r) the least loss of moving a token of near (g, p, l) from u to v; and how many lose about that."""
     g, nodes, m = X.shape
     X, Z = X.flatten(1), Z.flatten(1)
 
@@ -171,14 +171,14 @@ def _edges(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tens
 
     give = look(Z, u[:, :, None]).masked_fill(~look(X, u[:, :, None]), float("inf"))
     v = v[:, None].expand(-1, u.shape[1], -1)
-    held = look(X, v) & (v != nodes - 1)[..., None]  # a place can always become free
+    held = look(X, v) & (v != nodes - 1)[..., None]  # any token may move to the node of free places
     loss = (give - look(Z, v)).masked_fill(held, float("inf"))
     least = loss.amin(3)
     return least, (loss <= (least + spare)[..., None]).sum(3)
 
 
 def _path(cost: Tensor, count: Tensor, excess: Tensor, tolerance: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """The cheapest path in each pool to the emptiest expert: edges (u, v), both (g,), last first; and how many may go."""
+    """Return each pool's cheapest path to its emptiest expert: edges (u, v) (g,), last first; and how many may move."""
     g, nodes = excess.shape
     at = torch.arange(g, device=cost.device)
     node = torch.arange(nodes, device=cost.device)
@@ -201,10 +201,10 @@ def _path(cost: Tensor, count: Tensor, excess: Tensor, tolerance: Tensor) -> tup
 
 
 def _move(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, amount: Tensor) -> Tensor:
-    """In each pool move the `amount` tokens of near (g, l) that lose least from u to v (g,), if there are so many.
+    """In each pool move, from u to v (g,), the `amount` tokens of near (g, l) that lose least, or as many as can move.
 
     Returns:
-        (g, m) by how many more experts each token is held.
+        (g, m) change in the number of experts that hold each token.
     """
     g, nodes, m = X.shape
     at, free = torch.arange(g, device=X.device)[:, None], nodes - 1
