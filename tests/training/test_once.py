@@ -305,7 +305,9 @@ def test_who_finds_the_lock_taken_waits_and_a_rank_does_not(tmp_path, monkeypatc
     assert ("[run] waiting: another process makes it" in capsys.readouterr().err) == progress
 
 
-def test_a_failure_is_kept_until_a_try_succeeds(tiny_config):
+def test_a_failure_is_kept_until_a_try_succeeds_and_where_nothing_is_finished(tiny_config, run):
+    protocol.keep_failure(*run, RuntimeError("of a rank"))
+    assert read_run(run[1]).ok
     config = tiny_config(seed=96, steps=2)
     with pytest.raises(ZeroDivisionError):
         protocol.once(config, lambda *_: 1 / 0)

@@ -77,6 +77,7 @@ def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
     assert again.curve["step"].is_monotonic_increasing and again.curve["step"].is_unique
     assert again.curve["val_loss"].iloc[-1] == pytest.approx(2.0)
     assert again.curve["dropped"].isna().all()  # not measured stays not measured
+    assert set(again.curve.dtypes) == {np.dtype(float)}
     written = (tmp_path / "a.json").read_text()
     assert "NaN" not in written and len(written.splitlines()) == 1
     assert again.curve["val_loss"][1] == float(f"{result.curve['val_loss'][3]:.7g}") != result.curve["val_loss"][3]
