@@ -11,6 +11,7 @@ import torch
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import TextData
+from ecmoe.files import seal
 from ecmoe.training import gpus
 from ecmoe.training import run as train
 from ecmoe.training.lit import LitModel
@@ -178,6 +179,16 @@ def test_what_a_machine_cannot_do_is_said_before_any_work(tiny_config, monkeypat
     monkeypatch.setattr(TextData, "prepare_data", lambda self: pytest.fail("work began"))
     with pytest.raises(ConfigError, match=named):
         run_or_load(tiny_config(seed=61, **changes), progress=False)
+
+
+def test_a_checkpoint_is_at_its_step_and_of_a_damaged_one_the_first_rank_tells(tmp_path, capsys):
+    assert train._step_of(tmp_path / "last.ckpt", True) is None and not capsys.readouterr().err
+    torch.save({"global_step": 5}, tmp_path / "last.ckpt")
+    for say in (False, True):  # nobody has sealed it
+        assert train._step_of(tmp_path / "last.ckpt", say) is None
+        assert ("last.ckpt is damaged (its SHA-256 is another)" in capsys.readouterr().err) == say
+    seal(tmp_path / "last.ckpt")
+    assert train._step_of(tmp_path / "last.ckpt", True) == 5 and not capsys.readouterr().err
 
 
 def test_a_wrong_number_in_the_environment_is_named(tiny_config, monkeypatch):
