@@ -7,6 +7,7 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
@@ -37,6 +38,8 @@ def test_summary_says_what_ran(tiny_config):
     result = run_or_load(config, progress=False)
     s = result.summary
     assert s["config"] == config.to_dict() and s["status"] == "finished" and s["error"] is None
+    written = yaml.safe_load((result.path / "config.yaml").read_text())
+    assert list(written.items()) == list(config.to_dict().items())  # in the order in which keys are explained
     assert s["tokens"] == config.steps * config.tokens_per_batch and s["steps"] == config.steps
     assert s["bits_per_byte"] == pytest.approx(s["val_loss"] / 0.6931471805599453)  # bytes: one a token
     assert s["perplexity"] == pytest.approx(2.718281828459045 ** s["val_loss"])

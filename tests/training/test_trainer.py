@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch._inductor import config as inductor
@@ -86,6 +87,24 @@ def test_a_trainer_keeps_nothing_and_says_nothing_unless_it_is_told(tiny_config)
     assert quiet.loggers == quiet.callbacks == [] and quiet.precision == "64-true" and quiet.max_epochs == -1
     told = trainer.new_trainer(tiny_config(), enable_checkpointing=True, max_steps=3)
     assert [type(callback) for callback in told.callbacks] == [ModelCheckpoint] and told.max_steps == 3
+
+
+@pytest.mark.parametrize(("gpu", "ranks"), [(False, 1), (True, 1), (False, 2)])
+def test_a_trainer_is_of_the_current_device_and_hears_signals_where_it_is_alone(tiny_config, monkeypatch, gpu, ranks):
+    given, connector = {}, SimpleNamespace(register_signal_handlers=(theirs := lambda: None))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace())
+    made = SimpleNamespace(world_size=ranks, _signal_connector=connector, fit_loop=loop)
+    monkeypatch.setattr(trainer.L, "Trainer", lambda **keys: given.update(keys) or made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert trainer.new_trainer(tiny_config(), max_steps=5) is made
+    assert [type(plugin) for plugin in given.pop("plugins")] == [LightningEnvironment]
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    device = {"accelerator": "cuda", "devices": [3], "precision": "bf16-mixed"}
+    expected = device if gpu else {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+    assert given == expected | dict.fromkeys(quiet, False) | {"max_epochs": -1, "max_steps": 5}
+    assert torch.get_float32_matmul_precision() == ("high" if gpu else "highest")
+    assert (connector.register_signal_handlers is theirs) == (ranks == 1)
 
 
 def test_no_rank_waits_for_its_device_before_a_batch(tiny_config, monkeypatch):
