@@ -43,9 +43,15 @@ def test_over_layers_a_load_is_the_worst_and_a_share_the_mean():
 
 
 def test_units_are_those_that_the_words_say():
+    own = {"seconds": "(s)", "tokens_per_second": "(tokens per second)", "bits_per_byte": "(bits per byte)", "mfu": "(MFU)",
+           "step_ms": "(ms)"}  # fmt: skip
     for metric in metrics.METRICS:
         said = "nats" if "nats per token" in metric.label else "share" if "(%)" in metric.label else ""
         assert metric.unit == said, metric.name
+        words = {"nats": "(nats per token)", "share": "(%)"}.get(said, own.get(metric.name, ""))
+        assert metric.label.endswith(words) and bool(words) == ("(" in metric.label), metric.name
+        of_validation = metric.name.startswith("val_") or metric.name in ("accuracy", "perplexity", "bits_per_byte")
+        assert metric.label.startswith("validation") == of_validation, metric.name
 
 
 def test_a_layer_tells_what_it_did():
