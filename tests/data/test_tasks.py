@@ -29,7 +29,9 @@ def test_columns_are_those_of_the_hub():
     columns |= dict.fromkeys(("cb", "mnli"), "premise hypothesis")
     columns |= dict.fromkeys(("mrpc", "rte", "wnli"), "sentence1 sentence2")
     assert {name: " ".join(task.columns) for name, task in tasks.TASKS.items()} == columns
-    hubs = {name: "aps/super_glue" if name in ("boolq", "cb", "wic") else "nyu-mll/glue" for name in columns} | {"lines": ""}
+    hubs = {name: "aps/super_glue" if name in ("boolq", "cb", "wic") else "nyu-mll/glue" for name in columns} | {
+        "lines": ""
+    }
     assert {name: task.hub for name, task in tasks.TASKS.items()} == hubs
     assert {name: task.validation for name, task in tasks.TASKS.items() if task.validation != "validation"} == {
         "mnli": "validation_matched"
