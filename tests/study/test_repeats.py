@@ -168,4 +168,4 @@ def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, m
     assert "differ in code" in said[0]
     write_json(repeats.folder("gpu") / "one.json", repeat("a", "b"), sealed=True)
     provenance(study)
-    assert "differ" not in said[1] and "compute the samedense a" in said[1]
+    assert "differ" not in said[1] and "compute the same numbersdense a" in said[1]
