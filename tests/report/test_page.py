@@ -284,6 +284,8 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     assert page.summary.text == "all of them" and len(page.find_all("tr")) == 3 and not page.find(class_="not-run")
     report.show_table(empty, "Losses")
     report.show_table(empty[:0], "Losses")
+    report.show_table(empty.assign(loss=1.5), "Losses")
+    assert "1.500" in shown.pop()
     for page in shown:
         assert BeautifulSoup(page, "html.parser").find(class_="not-run").text == "Not run: Losses"
     assert len(shown) == 2
@@ -314,10 +316,10 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
 
 
 def test_text_is_coloured_by_count_and_escaped(shown):
-    report.show_text(["a ", EVIL, "\n"], [1, 0, 12], "A caption <b>")
+    report.show_text(["a", EVIL, "\n", " "], [1, 0, 12, 1], "A caption <b>")
     page = BeautifulSoup(shown[0], "html.parser")
-    assert page.pre.text == f"a {EVIL}\u23ce\n" and not page.find_all(["script", "b"])
-    one, none, many = page.pre.find_all("span")
+    assert page.pre.text == f"a{EVIL}\u23ce\n " and not page.find_all(["script", "b"])
+    one, none, many, _ = page.pre.find_all("span")
     assert [span["title"] for span in (one, none, many)] == ["1 expert", "0 experts", "12 experts"]
     colors = [f"background:{COUNT_COLORS[i]};" for i in (1, 0, 8)]  # 8 or more are one colour
     assert [color in span["style"] for color, span in zip(colors, (one, none, many), strict=True)] == [True] * 3
@@ -453,6 +455,8 @@ def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
     ("values", "texts"),
     [
         ([1.0, 2500.0], ["1", "2,500"]),
+        ([1000.0, 0.5], ["1,000", "0.5"]),
+        ([100.0, 0.5], ["100.0", "0.5"]),
         ([0.5, 2500.4], ["0.5", "2,500.4"]),  # what is there is no 0
         ([1.5, 2500.4], ["2", "2,500"]),
         ([0.0, 2500.4], ["0", "2,500"]),
@@ -467,6 +471,13 @@ def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
 def test_numbers_are_written_by_the_size_of_their_column(values, texts):
     cells = BeautifulSoup(table_html(pd.DataFrame({"name": ["x", "y"], "v": values})), "html.parser").find_all("td")
     assert [cell.text for cell in cells] == texts
+
+
+def test_a_column_is_written_as_it_is_asked_for():
+    formats = {"share": "{:.1%} of all", "time": ".1f", "named": lambda x: f"<{x}>"}
+    table = table_html(pd.DataFrame({"share": [0.25], "time": [3.0], "named": ["a"]}), formats=formats)
+    cells = BeautifulSoup(table, "html.parser").tbody.find_all(["th", "td"])
+    assert [cell.text for cell in cells] == ["25.0% of all", "3.0", "<a>"]
 
 
 def test_provenance_says_where_runs_shared_a_device(shown):
