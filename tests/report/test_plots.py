@@ -181,7 +181,7 @@ def test_expert_shares(runs):
     rows = plots.expert_shares(table(runs)).figure.axes[0].get_yticklabels()
     assert [tick.get_text() for tick in rows] == ["EC", "top-2", "Hash"]
     assert texts(plot)[:27:3] == ["", "4%", "7%", "9%", "11%", "13%", "16%", "18%", "20%"]  # where there is room
-    assert legend(plot) == [*"01234567", "8+"]
+    assert legend(plot) == [*"01234567", "8+"] and ax.get_legend() is None
     assert "The paper: 1 or 2: most, 3 or 4: 23%, 3%." in plot.alt and "Not run: Hash." in plot.alt
 
 
@@ -474,6 +474,8 @@ def test_arms_and_panels_stand_in_the_order_of_the_page():
     assert list(dict.fromkeys(plot.data["arm"])) == re.findall("([abc]), causally", plot.alt)[:3] == [*"cab"]
     shares = plots.expert_shares(frame.assign(**{f"share_{j}": 0.1 for j in range(9)}))
     assert shares.data["arm"].tolist() == re.findall("([abc]): 10.0% none", shares.alt) == [*"cab"]
+    few = plots.expert_shares(frame.assign(**{f"share_{j}": 0.1 if j < 8 else math.nan for j in range(9)}))
+    assert "c: 10.0% none" in few.alt and "30.0% more" in few.alt and "Not run" not in few.alt  # of fewer than 8 experts
     tasks = frame.assign(after=1, task=1, accuracy=0.5)
     kept = plots.retention(tasks)
     assert [ax.get_title() for ax in kept.figure.axes if ax.get_visible()] == [*"cab"]
