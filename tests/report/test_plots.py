@@ -131,6 +131,9 @@ def test_loss_against_a_key():
     plot = drawn(plots.over(table(by_size), "num_experts"))
     assert plot.data["num_experts"].tolist() == [4, 8, 16] and "2.250 (2.250 to 2.250) at 4, 2.125" in plot.alt
     assert [tick.get_text() for tick in plot.figure.axes[0].get_xticklabels()] == ["4", "8", "16"]
+    gap = plots.over(table(by_size | {"Hash": [not_run(HASH)]}).assign(mine=1.5), "num_experts", ("val_loss", "mine"))
+    assert gap.alt.startswith("Validation loss (nats per token) and mine over number of experts e. ")
+    assert plots.over(table(by_size | {"Hash": [not_run(HASH)]}), "num_experts").alt.endswith(" Not run: Hash.")
     scales = [plots.over(table(by_size), "num_experts", log=log).figure.axes[0].get_xscale() for log in (True, False)]
     assert scales == ["log", "linear"] and plot.figure.axes[0].get_xscale() == "log"
     assert plots.over(curves(by_size), "step").figure.axes[0].get_xscale() == "linear"
@@ -166,7 +169,7 @@ def test_expert_shares(runs):
     plot = drawn(plots.expert_shares(table(runs), paper=paper))
     percent = [100 * (j + 1) / 45 for j in range(9)]
     assert plot.data.set_index("arm").loc["EC", [*"01234567", "8+"]].tolist() == pytest.approx(percent)
-    assert "EC: 2.2% none, 11.1% one or two, 20.0% three or four, 66.7% more" in plot.alt
+    assert "EC: 2.2% none, 11.1% one or two, 20.0% three or four, 66.7% more; top-2: 2.2%" in plot.alt
     (ax,) = plot.figure.axes
     bars = [(bar.get_x(), bar.get_width()) for bars in ax.containers[:9] for bar in bars[:1]]
     assert bars == [pytest.approx((sum(percent[:j]), percent[j])) for j in range(9)]
@@ -260,6 +263,8 @@ def test_routing_matrix_names_who_is_left_out():
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b", "c"]
     several = plots.routing_matrix({"EC": w[:2], "top-2": 2 * w[:2]}, ["a", "b"])
     assert [ax.collections[0].get_clim() for ax in several.figure.axes] == [(0.0, 1.0), (0.0, 1.8)]
+    left, right = several.figure.axes
+    assert left.get_shared_y_axes().joined(left, right)  # whose tokens are named once
     assert "every token is taken" in several.alt and [ax.get_title() for ax in several.figure.axes] == ["EC", "top-2"]
     with pytest.raises(ValueError, match="Shape of passed values"):
         plots.routing_matrix({"EC": w}, ["a", "b"])
@@ -366,6 +371,8 @@ def test_times_of_steps_stand_by_arm_and_path():
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["A, plain", "B, triton, CUDA graph"]
     assert ax.get_ylim() == (1.5, -0.5) and plot.data["mfu"].tolist() == [0.25] * 3
     assert legend(plot) == ["routed by its own router", "routed evenly, by force"]
+    fills = [handle.get_markerfacecolor() for handle in plot.figure.legends[0].legend_handles]
+    assert fills == [style.GREY, style.PAPER]
 
 
 def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_launch():
@@ -376,6 +383,7 @@ def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_la
         for n, d, ratio in ((8192, 4096, 0.5 + more + worse), (512, 4096, 0.6 + more + worse), (512, 256, 0.4 + worse))
     ]
     plot = plots.over_plain(pd.DataFrame(rows))
+    assert plot.alt.startswith("Time of a layer as a run gets it, over that of plain PyTorch. ")
     assert "eager: 0.40 to 0.80, at n 512 and d 4,096, forward." in plot.alt
     assert "CUDA graph: 0.10 to 0.50, at n 512 and d 4,096, forward." in plot.alt
     assert plot.data.to_dict("records") == [row | {"panel": row["mode"]} for row in rows]
@@ -433,6 +441,7 @@ def test_gates_send_images_to_experts():
     confusion = pd.DataFrame([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.0, 0.3, 0.7]])
     related = pd.DataFrame([[1.0, 0.9, 0.8], [0.3, 1.0, 0.95], [0.6, 0.2, 1.0]])  # above the diagonal: later tasks
     plot = drawn(plots.gate_choices(confusion, related, ["cats", "dogs", "cars"]))
+    assert plot.alt.startswith("Which expert the gates send a task's images to. ")
     assert plot.alt.endswith(
         "images sent to each expert (%): on average 70.0% of a task's images go to its own expert, fewest of dogs (50.0%). "
         "relatedness: 1 to itself; to an earlier task at most 0.60 (cars to cats)."
@@ -475,7 +484,9 @@ def test_arms_and_panels_stand_in_the_order_of_the_page():
     shares = plots.expert_shares(frame.assign(**{f"share_{j}": 0.1 for j in range(9)}))
     assert shares.data["arm"].tolist() == re.findall("([abc]): 10.0% none", shares.alt) == [*"cab"]
     few = plots.expert_shares(frame.assign(**{f"share_{j}": 0.1 if j < 8 else math.nan for j in range(9)}))
-    assert "c: 10.0% none" in few.alt and "30.0% more" in few.alt and "Not run" not in few.alt  # of fewer than 8 experts
+    assert (
+        "c: 10.0% none" in few.alt and "30.0% more" in few.alt and "Not run" not in few.alt
+    )  # of fewer than 8 experts
     tasks = frame.assign(after=1, task=1, accuracy=0.5)
     kept = plots.retention(tasks)
     assert [ax.get_title() for ax in kept.figure.axes if ax.get_visible()] == [*"cab"]
