@@ -48,7 +48,7 @@ def runs():
 def drawn(plot):
     """Draw it as a page does, and look that its SVG is XML, says what it shows, and has no colour of a white page."""
     root = xml.fromstring(plot.svg())
-    assert root.get("aria-label") == plot.alt and len(plot.alt) > 30
+    assert root.get("aria-label") == plot.alt and len(plot.alt) > 30 and re.match(r"0 0 \d+", root.get("viewBox"))
     assert not pyplot.get_fignums()  # shown by the report alone
     assert {group.get("id") for group in root.iter("g")} == {None}  # two figures of a page would share names
     assert all(ax.get_xlabel() for ax in plot.figure.axes) or "Combine weights" in plot.alt  # whose columns are named
@@ -597,6 +597,8 @@ def test_ink_is_the_one_that_is_read_best():
         "#00ff00": "#000",
         "#0000ff": "#fff",
         "#808080": "#000",
+        "#ff8000": "#000",
+        "#0080ff": "#fff",
     }
     assert {color: style.on_color(color) for color in inks} == inks
 

@@ -28,13 +28,14 @@ def test_every_generated_part_is_what_the_results_give():
 
 def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
     made = {"evidence": "![new]", "claims": "| new |"}
-    drawn = Drawn()
-    monkeypatch.setattr(readme, "sections", lambda scale: (made, {"figure.png": drawn}))
+    drawn = {"figure.png": Drawn(), "in/other.png": Drawn()}
+    monkeypatch.setattr(readme, "sections", lambda scale: (made, drawn))
     monkeypatch.setattr(readme.paths, "root", lambda: tmp_path)
     page = tmp_path / "README.md"
     marks = "{} a\n<!-- {}:begin -->\nold\n<!-- {}:end -->\n"
     page.write_text("".join(marks.format(name, name, name) for name in made) + "last\n")
-    assert readme.update("gpu") and not readme.update("gpu") and drawn.path == tmp_path / "figure.png"
+    assert readme.update("gpu") and not readme.update("gpu")
+    assert {name: figure.path for name, figure in drawn.items()} == {name: tmp_path / name for name in drawn}
     for name, text in made.items():
         assert f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" in page.read_text()
     os.utime(page, (0, 0))
@@ -59,9 +60,8 @@ def test_a_figure_has_its_words_in_quotes_and_a_part_without_one_says_so(monkeyp
     monkeypatch.setattr(readme, "share_of_floor", lambda layers: plot._replace(figure=None))
     texts, plots = readme.sections("paper")
     assert '"reports/paper/readme-evidence.png" width="760" alt="a &quot;b&quot; &lt;c&gt;">' in texts["evidence"]
-    assert texts["speed"].startswith("Not run yet: Speed of the layer") and plots == {
-        "reports/paper/readme-evidence.png": plot
-    }
+    assert texts["speed"].startswith("Not run yet: Speed of the layer") and "on one no device yet;" in texts["speed"]
+    assert plots == {"reports/paper/readme-evidence.png": plot}
     assert asked == ["paper"] * 3 and "make reproduce SCALE=paper" in texts["evidence"]
 
 

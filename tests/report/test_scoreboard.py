@@ -219,7 +219,7 @@ def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():
 
 
 PAGE = """<html><head><meta name="viewport" content="wide"><title>A &amp; B</title><meta name="description" content="About it"><style>x</style></head><body>
-<nav>no</nav><main>Before <h1>A &amp; B</h1><p>First   words</p><details class="code">code</details><h2 id="part">A <i>part</i></h2>
+<nav>no</nav><main>Before <style>y</style><h1>A &amp; B</h1><p>First   words</p><details class="code">code</details><h2 id="part">A <i>part</i></h2>
 <p>Some</p><svg aria-label="it rises"><text>1</text></svg><math>n</math><h4>in it</h4><details class="log">log</details></main></body></html>"""
 
 
