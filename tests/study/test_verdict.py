@@ -198,6 +198,8 @@ def test_a_sentence_has_number_interval_and_what_keeps_it_from_a_better_label():
         UNDECIDED: f", which doesn't decide it; {needs} seeds would",
     }.items():
         assert verdict._found(rule, label, found, 0.9) == f"a is 5.0 points over b ({low} to {high}; 4 seeds){more}"
+    enough = verdict._found(replace(rule, margin=0.05), UNDECIDED, found, 0.9)
+    assert found.seeds_for(0.05, 0.9, 0.8) == found.n and enough.endswith(", which doesn't decide it")
     less = of_values([-0.03, -0.05, -0.04, -0.08], Unit.SHARE)
     assert verdict._found(rule, REPRODUCED, less, 0.9) == f"a is 5.0 points under b ({low} to {high}; 4 seeds)"
     two = verdict._found(rule, UNDECIDED, of_values([0.0500, 0.0501], Unit.SHARE), 0.9)
