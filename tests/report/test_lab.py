@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from jupyter_server.services.contents.filemanager import FileContentsManager
 
+from ecmoe.report.lab import as_written
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
@@ -29,6 +31,21 @@ def save(manager, source: Path, name: str) -> bytes:
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_to_run_and_save_a_page_is_no_change(manager, notebook):
     assert save(manager, notebook, notebook.name) == notebook.read_bytes()
+
+
+def test_of_a_page_in_a_folder_alone_is_anything_left_out():
+    cells = [{"cell_type": "markdown", "source": "a"}, {"cell_type": "code", "outputs": [1], "execution_count": 3}]
+    model = {"type": "notebook", "content": {"metadata": {"a": 1}, "cells": cells}}
+    as_written(model, "notebooks/01_a.ipynb", contents_manager=None)
+    assert cells == [
+        {"cell_type": "markdown", "source": "a"},
+        {"cell_type": "code", "outputs": [], "execution_count": None},
+    ]
+    assert list(model["content"]["metadata"]) == ["kernelspec", "language_info"]
+    for name in ("01_a.ipynb.txt", "x01_a.ipynb", "1_a.ipynb"):
+        as_written({"type": "notebook", "content": {}}, name)
+    as_written(other := {"type": "file", "content": "text"}, "01_a.ipynb")
+    assert other["content"] == "text"
 
 
 def test_a_copy_keeps_what_it_showed(manager):

@@ -565,8 +565,10 @@ def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives():
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monkeypatch, capsys):
-    def dies(source, executed, values, *, on_cell_start, cwd, kernel_name, **_):
+    def dies(source, executed, values, *, on_cell_start, cwd, kernel_name, **more):
         assert (cwd, kernel_name, values) == (tmp_path, "python3", {"width": 2.0})
+        same = {"language": "python", "progress_bar": False, "stderr_file": sys.stderr, "start_timeout": 180}
+        assert more == same | {"kernel_manager_class": execution._ThisPython}
         for number, cell in enumerate(source.cells):
             on_cell_start(cell=cell, cell_index=number)
         if begun:
