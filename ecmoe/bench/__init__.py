@@ -1,3 +1,3 @@
-"""On the clock: the layer against its floor and its rivals, whole training steps, growth with each size, a profile.
+"""Benchmarks: the layer against its lower bound and other implementations, training steps, scaling, and a profile.
 
-What is timed here depends on nothing that was trained. The clock is clock.py; read layer.py first."""
+None of them needs a trained model. Begin with layer.py; clock.py measures the times."""

@@ -1,12 +1,12 @@
-"""What expert choice is measured against: token choice on its fastest ways, ours and those of other packages.
+"""Baselines for expert choice: fast implementations of token choice, ours and those of other packages.
 
-Each computes what an `MoE` with `TokenChoice` computes:
+Each computes the same as an `MoE` with `TokenChoice`:
 
-    capacity           `MoE` itself: (e, slots) tokens and a batched product; what finds no place is dropped
-    grouped_mm         `Grouped`: nothing dropped, nothing padded; torch's product over rows sorted by expert
-    ScatterMoE, Liger  the same in Triton (Tan et al. 2024; Hsu et al. 2024); measured where they are installed
+    capacity           `MoE` itself: (e, slots) tokens and a batched product; tokens beyond capacity are dropped
+    grouped_mm         `Grouped`: no dropping, no padding; torch's grouped product over rows sorted by expert
+    ScatterMoE, Liger  the same in Triton (Tan et al. 2024; Hsu et al. 2024); timed if they are installed
 
-Letters: n tokens of width d, e experts of hidden width f, k experts that a token asks for.
+Letters: n tokens of width d, e experts of hidden width f, k experts per token (top-k).
 """
 
 from importlib.util import find_spec
@@ -20,14 +20,14 @@ from ecmoe.model.moe import MoE
 from ecmoe.routing import TokenChoice
 from ecmoe.routing.balance import switch_loss
 
-FAR = 16.0  # beyond what the logits of a fresh router differ by, and the softmax still has a gradient
+FAR = 16.0  # more than the logits of an untrained router differ by, but the softmax still has a gradient
 
 
 class Grouped(nn.Module):
-    """Token choice that drops nothing: rows sorted by expert, one grouped product for all experts.
+    """Token choice without dropping: rows sorted by expert, and one grouped product for all experts.
 
-    How many rows an expert has stays on the device, so the host waits for nothing; a gather's gradient is a gather,
-    so no sum is by atomics. `layer` has a `TokenChoice`, whose capacity doesn't count here; weights are shared.
+    The numbers of rows per expert stay on the device, so the host doesn't wait; the gradient of a gather is a gather,
+    so there are no atomic sums. The router of `layer` is a `TokenChoice`; its capacity is ignored. Weights are shared.
     """
 
     def __init__(self, layer: MoE) -> None:
@@ -36,7 +36,7 @@ class Grouped(nn.Module):
         self.aux_loss: Tensor | None = None
 
     def forward(self, x: Tensor, **_: Tensor | None) -> Tensor:
-        """(B, T, d) -> (B, T, d)."""
+        """Map tokens (B, T, d) to outputs (B, T, d)."""
         logits, flat = self.router.read(x.flatten(0, -2))
         S = logits.softmax(1)  # (n, e)
         gate, choice = S.topk(self.router.top_k, dim=1)  # (n, k)
@@ -47,7 +47,7 @@ class Grouped(nn.Module):
         return self.experts(flat, choice, gate).view_as(x)
 
     def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
-        """(n, d), (n, k), (n, k) -> (n, d)."""
+        """Apply the experts `choice` (n, k) with weights `gate` (n, k) to x: (n, d) -> (n, d)."""
         kind, (n, k) = x.device.type, choice.shape
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         order = choice.flatten().argsort(stable=True)  # (n k,) requests, by expert
@@ -60,7 +60,7 @@ class Grouped(nn.Module):
 
 
 class _Take(torch.autograd.Function):
-    """Rows order // k of x, where order is a permutation of the n k requests and place its inverse."""
+    """Gather rows order // k of x, where `order` is a permutation of the n k requests, and `place` its inverse."""
 
     @staticmethod
     def forward(ctx, x, order, place, k):
@@ -76,24 +76,24 @@ class _Take(torch.autograd.Function):
 
 
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """(r, i) rows sorted by expert, (e, i, o), (e,) where each expert's rows end -> (r, o)."""
+    """Multiply rows (r, i), sorted by expert, by weight (e, i, o) -> (r, o); ends: (e,) where each expert's rows end."""
     if rows.dtype == torch.bfloat16:
         return torch._grouped_mm(rows, weight, offs=ends)
-    # torch compiles no other, and has none in float64.
+    # torch._grouped_mm can't be compiled in other dtypes, and doesn't support float64.
     starts = [0, *ends.tolist()]
     return torch.cat([rows[a:b] @ w for a, b, w in zip(starts, starts[1:], weight, strict=False)])
 
 
 def _counts(choice: Tensor, e: int) -> Tensor:
-    """(n, k) experts -> (e,) requests. `bincount` would wait for the device, and atomics for each other."""
+    """Count requests per expert, (e,), in choice (n, k); `bincount` would wait for the device, and atomics are slow."""
     return (choice.flatten()[:, None] == torch.arange(e, device=choice.device)).sum(0)
 
 
 class Even(TokenChoice):
-    """Token choice whose choices can be forced: random, and exactly as many for each expert.
+    """Token choice that can be forced to random choices with equally many tokens for each expert.
 
-    A router's own choice depends on where its training stands. Forced, no expert is over capacity and no capacity is left,
-    which is the best that token choice can hope for. `forced`, 1 or 0, is set in place, so that it makes no other graph.
+    A router's own choices depend on its training. With forced choices, no expert exceeds its capacity and none is
+    unused, the best case of token choice. `forced` (1 or 0) is set in place, so that one graph serves both.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -102,24 +102,24 @@ class Even(TokenChoice):
         self.register_buffer("push", torch.empty(0), persistent=False)
 
     def prepare(self, n: int) -> None:
-        """Draw the choices for n tokens."""
+        """Draw the forced choices for n tokens."""
         choice = even_choice(n, self.num_experts, self.top_k, self.weight.device)
         self.push = torch.zeros(n, self.num_experts, device=self.weight.device).scatter(1, choice, FAR)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, pushed towards the choice."""
+        """Return the logits, increased by `FAR` for the forced choices, and x."""
         logits, x = super().read(x)
         return logits + self.forced * self.push, x
 
 
 def even_choice(n: int, e: int, k: int, device: torch.device | str = "cpu") -> Tensor:
-    """(n, k) random experts: each token's k differ, and each expert has n k / e tokens (within k, where e doesn't divide n)."""
-    first = torch.rand(-(-n // e), e, device=device).argsort(1)  # each e tokens take all experts, in some order
+    """Draw k distinct experts per token, (n, k); each expert has n k / e tokens (within k if e doesn't divide n)."""
+    first = torch.rand(-(-n // e), e, device=device).argsort(1)  # every e tokens choose each expert once
     return torch.stack([first.roll(j, 1).flatten()[:n] for j in range(k)], 1)
 
 
 class ScatterMoE(Grouped):
-    """By scattermoe's MLP, on the same experts, in memory as it wants them: (e, out, in)."""
+    """Token choice by scattermoe's MLP, on copies of the same weights in its layout, (e, out, in)."""
 
     def __init__(self, layer: MoE) -> None:
         from scattermoe.mlp import MLP
@@ -132,12 +132,12 @@ class ScatterMoE(Grouped):
         self.mlp.experts.weight, self.mlp.output_experts.weight = self.w1, self.w2
 
     def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
-        """(n, d), (n, k), (n, k) -> (n, d)."""
+        """Apply the experts `choice` (n, k) with weights `gate` (n, k) to x: (n, d) -> (n, d)."""
         return self.mlp(x, gate.to(x.dtype), choice)
 
 
 class Liger(Grouped):
-    """By Liger's fused experts, which are gated, of three matrices: two thirds of f make them cost the same."""
+    """Token choice by Liger's fused experts. They are gated (three matrices), so a width of 2/3 f gives the same cost."""
 
     def __init__(self, layer: MoE) -> None:
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
@@ -150,7 +150,7 @@ class Liger(Grouped):
         self.w2 = nn.Parameter(layer.w2.new_empty(e, d, f).normal_(std=f**-0.5))
 
     def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
-        """(n, d), (n, k), (n, k) -> (n, d)."""
+        """Apply the experts `choice` (n, k) with weights `gate` (n, k) to x: (n, d) -> (n, d)."""
         return self.compute(x, self.w1, self.w2, choice.int(), gate.to(x.dtype))
 
 
@@ -158,7 +158,7 @@ PEERS = {"ScatterMoE": ("scattermoe", ScatterMoE), "Liger": ("liger_kernel", Lig
 
 
 def peers(layer: MoE) -> tuple[dict[str, Grouped], list[str]]:
-    """Layers by the other packages, as far as they are here; and which one isn't, and why."""
+    """Return the layers of other packages that are installed and work, and the names of the others, with the reason."""
     found, absent = {}, []
     for name, (module, kind) in PEERS.items():
         if find_spec(module) is None:
@@ -166,6 +166,6 @@ def peers(layer: MoE) -> tuple[dict[str, Grouped], list[str]]:
             continue
         try:
             found[name] = kind(layer)
-        except Exception as error:  # whatever another version of it raises
+        except Exception as error:  # another version of a package may raise anything
             absent.append(f"{name} ({reason(error)})")
     return found, absent

@@ -1,11 +1,11 @@
-"""How long a call takes: the one clock, and the one loop, of every benchmark here.
+"""Time calls: the clock and the loop that all benchmarks share.
 
-A call takes what it takes among its like, one after the other, as in training: the device's time or the host's,
-whichever is longer. On a GPU events on the device tell it, over some 50 ms of calls in a row, after as many that don't
-count as it takes for the chip to settle at what this call draws of its power (on an H200 the six products of 0.1B/64E
-take 4.9 ms one at a time, and 5.7 ms in a row). On a CPU the clock is the host's.
+A call is timed while it is repeated back to back, as in training, so its time is the device's or the host's, whichever
+is longer. On a GPU, CUDA events time about 50 ms of calls, after 0.2 s of untimed ones in which clock rate and power
+settle (on an H200, the six matrix products of 0.1B/64E take 4.9 ms alone, but 5.7 ms back to back). On a CPU, the
+host's clock times single calls.
 
-Calls are taken in turns, each time in another order, so that a slow moment hits all of them alike.
+Calls are interleaved: each turn times all of them once, in random order, so that a slow moment affects all alike.
 """
 
 import math
@@ -27,14 +27,14 @@ from ecmoe.provenance import commit, device_name
 Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]
 
-SETTLE, BURST, MOST = 0.2, 0.05, 256  # seconds of work before the calls that count, and of these; how many at most
-SLOW = 5  # seconds after which a reader wants to know how it goes
-WARM_UP = {"cuda": 3, "cpu": 1}  # calls before the first that counts: allocator, compilation, clocks
+SETTLE, BURST, MOST = 0.2, 0.05, 256  # seconds of untimed calls, seconds of timed calls, maximum number of timed calls
+SLOW = 5  # seconds after which progress is printed
+WARM_UP = {"cuda": 3, "cpu": 1}  # untimed calls for memory allocation, compilation and clock rates
 
 
 class Timed(NamedTuple):
-    """Seconds of every repeat of each call; (memory before a warm call, the most at any moment of it) in MB, None on a CPU;
-    and what could not be timed, with the reason."""
+    """Seconds of each repeat of each call; MB of GPU memory (before a call, peak during it), None on a CPU; and the
+    calls that failed, with the reason."""
 
     times: dict[Any, list[float]]
     memory: dict[Any, tuple[float, float] | None]
@@ -44,15 +44,15 @@ class Timed(NamedTuple):
 def timed(
     calls: Mapping[Key, Call], repeats: int, then: Callable[[Mapping[Key, Call], list[str]], Mapping[Key, Call]] = lambda *_: {}
 ) -> Timed:  # fmt: skip
-    """Time the calls in turns, once each is warm; what doesn't work is named, and the rest is timed.
+    """Warm up all calls, then time them in turns; calls that fail are left out and listed in `absent`.
 
-    then: (the calls that work, absent) -> calls that are timed after all others, on a GPU alone.
+    then: on a GPU, called with (the calls that work, absent), returns more calls, which are timed after all others.
     """
     if not isinstance(repeats, int) or repeats < 2:
         raise ConfigError(f"repeats={repeats}: must be a whole number of at least 2, for a median with quartiles")
     device, absent, works, memory = this_device(), [], {}, {}
     torch._dynamo.reset()
-    # Let many layers that share their code be compiled side by side, each for its own sizes and numbers.
+    # Let torch.compile specialise code shared by many layers to each layer's sizes and numbers.
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 1024}
     with torch._dynamo.config.patch(specialize_float=True, **limits):
         for key, call in calls.items():
@@ -61,7 +61,7 @@ def timed(
                 warm_up(call, device)
                 memory[key] = peak_mb(call, device)
                 works[key] = call
-            except Exception as error:  # no memory; a compiler or another package that fails
+            except Exception as error:  # such as out of memory, or a failure of the compiler or another package
                 absent.append(f"{named(key)} ({reason(error)})")
             _say(f"{named(key)}: {{:.0f}} s to get warm", began)
         times = in_turns(works, repeats, device)
@@ -76,8 +76,8 @@ def in_turns(
     device: torch.device,
     agreed: Callable[[dict], dict] = lambda bursts: bursts,
 ) -> dict[Key, list[float]]:
-    """Seconds of every repeat of each call; the calls are warm already. agreed: what processes that wait for each other make
-    of how many calls each of them would time."""
+    """Return the seconds of each repeat of each call; the calls are warm. agreed: maps the bursts of this process to
+    those that all processes use, if their calls wait for each other."""
     bursts = agreed({key: burst(call, device) for key, call in calls.items()})
     times: dict[Key, list[float]] = {key: [] for key in calls}
     order, dice, began = list(calls), random.Random(0), time.perf_counter()
@@ -90,7 +90,7 @@ def in_turns(
 
 
 def burst(call: Call, device: torch.device) -> tuple[int, int]:
-    """How a call, which is warm already, is timed: so many in a row, after so many that don't count."""
+    """Return how many calls to time, and how many untimed calls to make before them; the call is warm."""
     if device.type != "cuda":
         return 1, 0
     one = seconds(call, device, 3)
@@ -98,7 +98,7 @@ def burst(call: Call, device: torch.device) -> tuple[int, int]:
 
 
 def seconds(call: Call, device: torch.device, count: int = 1, settle: int = 0) -> float:
-    """Of one call."""
+    """Return the seconds per call over `count` calls (one on a CPU), after `settle` untimed calls."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()
@@ -115,13 +115,13 @@ def seconds(call: Call, device: torch.device, count: int = 1, settle: int = 0) -
 
 
 def warm_up(call: Call, device: torch.device) -> None:
-    """Call it until it is as fast as it gets."""
+    """Make untimed calls until speed is steady."""
     for _ in range(WARM_UP[device.type]):
         call()
 
 
 def peak_mb(call: Call, device: torch.device) -> tuple[float, float] | None:
-    """Memory before a warm call, and the most at any moment of it, in MB; None on a CPU, which doesn't tell."""
+    """Return GPU memory in MB, before a warm call and its peak during the call; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -133,7 +133,7 @@ def peak_mb(call: Call, device: torch.device) -> tuple[float, float] | None:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error's type and message in one line of at most 160 characters."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]
 
 
@@ -143,18 +143,18 @@ def _say(progress: str, began: float) -> None:
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Median and quartiles of seconds, in milliseconds: ms, low_ms, high_ms."""
+    """Return the median and quartiles of seconds, in milliseconds: ms, low_ms, high_ms."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
 
 
 def this_device() -> torch.device:
-    """A GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tabled(rows: list[dict], absent: list[str], setting: Mapping[str, Any], **more: Any) -> pd.DataFrame:
-    """What was timed, with `setting`, and what a time belongs to, in `attrs`."""
+    """Return a table of rows, with the setting, the machine, what is absent, and `more` in `attrs`."""
     table = pd.DataFrame(rows, columns=None if rows else ["ms"])
     machine = dict(device=device_name(), torch=torch.__version__, threads=torch.get_num_threads(), commit=commit())
     settled = {"settled_s": SETTLE} if torch.cuda.is_available() else {}
@@ -163,5 +163,5 @@ def tabled(rows: list[dict], absent: list[str], setting: Mapping[str, Any], **mo
 
 
 def save(table: pd.DataFrame, path: Path) -> None:
-    """Write what was measured, and where, as JSON."""
+    """Write a table's rows and `attrs` as JSON."""
     write_json(path, {**table.attrs, "rows": table.to_dict("records")})

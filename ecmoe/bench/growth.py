@@ -1,7 +1,7 @@
-"""The EC layer's time, forward + backward, as one size grows and the others stay.
+"""Time of the expert choice layer, forward + backward, as one size grows and the others stay fixed.
 
-The layer is what a run gets ("auto"), beside the floor of the same sizes. A power law's exponent is least squares in
-the logarithms, with Student's interval over the sizes: it says how straight the line is, too.
+The layer uses the implementation that runs use ("auto"), beside its floor, a lower bound (see layer.py). Exponents of
+power laws are fitted by least squares on logarithms, with Student's t interval over sizes, which also shows the fit.
 """
 
 import statistics
@@ -22,10 +22,10 @@ AXES = ("n", "num_experts", "capacity_factor", "d_model")
 
 
 def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *, repeats: int = 9) -> pd.DataFrame:
-    """Time the layer at each value of each axis: a row with ms, quartiles and floor_ms.
+    """Time the layer at each value of each axis; return a row for each, with ms, quartiles and floor_ms.
 
-    base: n, d_model, d_ff, num_experts, capacity_factor. axes: of `AXES` -> values; f grows with d. A ConfigError, before
-    anything is timed, where k = n c / e is no whole number.
+    base: n, d_model, d_ff, num_experts, capacity_factor. axes: a name in `AXES` -> values; d_ff is scaled with d_model.
+    Raises a ConfigError before anything is timed if k = n c / e is not a whole number, or an axis is unknown.
     """
     if unknown := set(axes) - set(AXES):
         raise ConfigError(f"axes={sorted(unknown)}: must be of {', '.join(AXES)}")
@@ -47,7 +47,7 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
 
 
 def exponents(grown: pd.DataFrame) -> pd.DataFrame:
-    """The power by which time grows along each axis: axis, exponent, low, high, of_floor; and at, the fit's time at 1."""
+    """Fit a power law by axis: exponent, its 95% interval (low, high), of_floor (the floor's exponent), at_1 (ms)."""
     rows = []
     for axis, group in grown.groupby("axis", sort=False):
         x = np.log(group["value"].to_numpy(float))

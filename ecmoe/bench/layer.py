@@ -1,9 +1,9 @@
-"""The layer against its floor, the six matrix products that it can't do without, and against its rivals.
+"""Time the layer against its floor, the six matrix products that it can't avoid, and against other implementations.
 
-Two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these experts
-can be faster. A share of 0.7 means that the layer takes 1/0.7 of the floor's time, routing included. All rows are
-measured in one run, in turns, by one clock (clock.py), on the same random data; times are medians. On a GPU with triton
-the kernels are measured too, also as a CUDA graph, with the routing alone. How exact they are is tests/kernels'.
+The floor is two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these
+experts can be faster. A share of 0.7 means that the layer, including routing, takes 1/0.7 of the floor's time. All rows
+are timed in one run, in turns (clock.py), on the same random data; times are medians. On a GPU with Triton, the kernels
+are timed too, also in a CUDA graph, and routing alone. tests/kernels checks their accuracy.
 """
 
 import statistics
@@ -32,18 +32,18 @@ def bench_layer(
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
 
     Args:
-        capacity_factor: c; token choice gets the same slots. repeats: of each row, at least 2. compiled: under torch.compile
-            too. sizes: n, d_model, d_ff, num_experts, instead of the device's in `SIZES`.
+        capacity_factor: c; token choice gets the same number of slots. repeats: of each row, at least 2.
+        compiled: also time with torch.compile. sizes: n, d_model, d_ff, num_experts; default: the device's in `SIZES`.
 
     Returns:
-        the fields of a `Row`; milliseconds with quartiles, share of the floor's speed, TFLOP/s, and on a GPU the memory
-        that a call takes at most beyond what was there before it. Routing alone (scores to assignment) has its time
-        as a share of the forward floor's, of_forward_floor; a capped layer what the cap adds to the same path
-        without it, over_uncapped. `attrs` hold the setting, and in absent what could not be measured, and why.
+        a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's),
+        TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of routing alone (scores
+        to assignment) over the forward floor's. over_uncapped: relative extra time due to a cap, on the same path.
+        `attrs` contain the setting, and in `absent` what could not be timed, and why.
     """
     device = timing.this_device()
     size = sized(device.type, OF_LAYER, sizes) | {"capacity_factor": capacity_factor}
-    k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # before any time is spent
+    k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # raises before any time is spent
     first, x, gradient = layer_and_input(**size)
     ours = _expert_choice(first)
     others, absent = _token_choice(first)
@@ -51,7 +51,7 @@ def bench_layer(
     layers = {**ours, **others}
     steps: dict[Row, Callable] = dict(layers)
     for row, layer in layers.items() if compiled else ():
-        # Not variants of others, nor what no graph holds in one piece: that would be minutes.
+        # Others are caps, or have graph breaks, and would take minutes to compile.
         if row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm"))):
             steps[row._replace(mode=COMPILED)] = torch.compile(layer, dynamic=False)
     calls = _parts(Row("floor"), floor(first, x[0], k))
@@ -61,10 +61,10 @@ def bench_layer(
 
     def uncapped(works: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
         for module in (part for layer in layers.values() for part in layer.modules()):
-            if getattr(module, "aux_loss", None) is not None:  # its graph ties x to another stream than a capture's
+            if getattr(module, "aux_loss", None) is not None:  # its autograd graph ties x to a stream not captured
                 module.aux_loss = None
         wanted = {row: call for row, call in works.items() if row._replace(what="") in ours and not row.variant}
-        return graphs(wanted, absent)  # they show what launching costs; token choice may read from the device
+        return graphs(wanted, absent)  # to show the cost of kernel launches; token choice may wait for the device
 
     found = timing.timed(calls, repeats, uncapped)
     setting = size | {"dtype": str(x.dtype).removeprefix("torch."), "repeats": repeats}
@@ -75,10 +75,10 @@ def bench_layer(
 def bench_auto(
     sizes: Sequence[Mapping[str, int]] = AUTO, *, num_experts: int = 32, compiled: bool = False, repeats: int = 9
 ) -> pd.DataFrame:
-    """What a run gets (`kernels="auto"`) beside the plain path, by size (n and d_model; f is 4 d, c is 2): it must never be slower.
+    """Time the implementation that runs use (`kernels="auto"`) against the plain one: it must never be slower.
 
-    Returns:
-        a row per size, mode and part: n, d_model, mode, what, plain_ms, auto_ms, and ratio, the second over the first.
+    sizes: n and d_model of each; d_ff = 4 d_model, c = 2. Returns a row per size, mode and part: n, d_model, mode, what,
+    plain_ms, auto_ms, and ratio = auto_ms / plain_ms.
     """
     absent, rows = [], []
     for size in sizes:
@@ -113,19 +113,19 @@ def layer_and_input(
     kernels: str = PLAIN,
     pool: str = "batch",
 ) -> tuple[MoE, Tensor, Tensor]:
-    """A layer of expert choice, and (1, n, d) as its input and as the gradient of its output."""
+    """Return an expert choice layer, a random input (1, n, d), and a random gradient of its output (1, n, d)."""
     device = timing.this_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
-    with device:  # 8B/64E has 8.6 billion weights, which a CPU takes minutes to draw
+    with device:  # 8B/64E has 8.6 billion weights, which take minutes to initialise on a CPU
         router = ExpertChoice(d_model, num_experts, capacity_factor, pool=pool)
         layer = MoE(router, d_model, d_ff, kernels=kernels).to(dtype)
     return layer, x, torch.randn_like(x)
 
 
 def kernels_run(device: torch.device) -> bool:
-    """Is it worth timing the kernels here: is triton installed, and is this a GPU, not Triton's interpreter?"""
+    """Return whether to time the kernels: on a GPU with Triton installed, but not in Triton's interpreter on a CPU."""
     return device.type == "cuda" and TRITON
 
 
@@ -134,12 +134,12 @@ def _parts(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
 
 
 def _expert_choice(first: MoE) -> dict[Row, MoE]:
-    """The layer on each path, and with caps; all on the weights of `first`."""
+    """Return the expert choice layer on each path, and with caps, all sharing the weights of `first`."""
     router, kinds = first.router, KINDS if kernels_run(first.w1.device) else ()
     sizes = router.d_model, router.num_experts, router.capacity_factor
     ec = Row(f"EC-CF{router.capacity_factor:g}")
     layers = {ec: first} | {ec._replace(path=kind): _twin(first, ExpertChoice(*sizes), kind) for kind in kinds}
-    path = kinds[0] if kinds else PLAIN  # beside the kernels the plain solver takes seconds a call
+    path = kinds[0] if kinds else PLAIN  # with kernels, skip the plain solver, which takes seconds per call
     for b in CAPS:
         if router.capacity_factor <= b < router.num_experts:
             layers[ec._replace(variant=f"cap {b}", path=path)] = _twin(first, ExpertChoice(*sizes, b), path)
@@ -147,7 +147,7 @@ def _expert_choice(first: MoE) -> dict[Row, MoE]:
 
 
 def _token_choice(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
-    """Top-k with as many places as expert choice has, and with as many as are asked for; and who is absent."""
+    """Return token choice layers, with expert choice's number of slots and without dropping; and what is absent."""
     router, kinds = first.router, KINDS[:1] if kernels_run(first.w1.device) else ()
     d, e, c = router.d_model, router.num_experts, router.capacity_factor
     k = min(max(round(c), 1), e)
@@ -163,22 +163,22 @@ def _token_choice(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
 
 
 def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
-    """A layer with another router on the same weights, which are in memory once."""
+    """Return a layer with another router that shares the weights of `first`."""
     layer = MoE(router.to(first.w1), router.d_model, 1, kernels=kernels)
     layer.w1, layer.w2, router.weight = first.w1, first.w2, first.router.weight
     return layer.to(first.w1.device)
 
 
 def graphs(calls: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
-    """The eager calls as CUDA graphs; they share memory, for nobody reads their results.
+    """Capture eager calls as CUDA graphs, which share memory because their results aren't used.
 
-    They come after all else, and the first that can't be captured is the last: it leaves the allocator in no good state."""
+    Stop at the first failure, which leaves the allocator in a bad state; for that reason, graphs are timed last."""
     captured, pool = {}, torch.cuda.graph_pool_handle()
     for row, call in calls.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):  # warm-up, as capturing asks for
+            with torch.cuda.stream(stream):  # capture requires a warm-up on a side stream
                 timing.warm_up(call, torch.device("cuda"))
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
@@ -192,7 +192,7 @@ def graphs(calls: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
 
 
 def _rows(found: timing.Timed, flops: float) -> list[dict]:
-    """Out of samples; flops: of the two forward products."""
+    """Return the rows of `bench_layer`'s table; flops: of the two forward products."""
     medians = {row: statistics.median(samples) for row, samples in found.times.items()}
     rows = []
     for row, samples in found.times.items():
@@ -210,7 +210,7 @@ def _rows(found: timing.Timed, flops: float) -> list[dict]:
 
 
 def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
-    """The two forward products, and all six, on the layer's weights and random operands."""
+    """Return calls of the two forward products, and of all six, on the layer's weights and random operands."""
     (e, d, f), w1, w2 = layer.w1.shape, layer.w1.detach(), layer.w2.detach()
     x_in, dy = (x.new_empty(e, k, d).normal_() for _ in range(2))
     a, dh = (x.new_empty(e, k, f).normal_() for _ in range(2))
@@ -232,7 +232,7 @@ def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
 def forward_and_both(
     step: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Module, gradient: Tensor
 ) -> dict[str, Call]:
-    """The step alone, and with its gradients for x and all weights of the layer."""
+    """Return calls of the step alone, and with gradients for x and all weights of the layer."""
     wanted = [x, *layer.parameters()]
 
     def both() -> tuple[Tensor, ...]:
@@ -242,7 +242,7 @@ def forward_and_both(
 
 
 def _routing(layer: MoE, x: Tensor) -> Call:
-    """From scores to the assignment."""
+    """Return a call of routing alone, from logits to the assignment."""
     with torch.no_grad():
         logits = layer.router.logits(x)
     return lambda: layer.router.assign(logits)

@@ -1,7 +1,7 @@
-"""Where the time of an EC-CF2 training step goes, by kind of work.
+"""Profile a training step of EC-CF2 by kind of work.
 
-torch.profiler tells which kernels ran on the GPU and which operators launched them; both names sort the time. What no
-kernel fills is "idle". On a CPU operators' own time is sorted; attention's products, batched there, count as experts'.
+On a GPU, torch.profiler records the kernels and the operators that launched them; both names determine the kind. Time
+without a kernel is "idle". On a CPU, an operator's own time counts, and attention's batched products count as experts'.
 """
 
 import json
@@ -21,7 +21,7 @@ from ecmoe.bench.step import arms, setting, steps
 
 ARM, STEPS = "EC-CF2", 3
 IDLE = "idle"
-# The first pattern that is found in "operator kernel", in lower case, names the kind.
+# The kind is the first whose pattern is found in the lower-case name, "operator kernel".
 KINDS = {
     "experts' products": r"bmm|grouped_mm|_product_kernel",
     "attention": r"flash|fmha|scaled_dot_product",
@@ -37,15 +37,15 @@ KINDS = {
 
 
 def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
-    """Profile some steps of EC-CF2 on its fastest path; compiled, sizes: as for `bench_step`.
+    """Profile `STEPS` steps of EC-CF2 with its fastest implementation; compiled, sizes: as in `bench_step`.
 
     Returns:
-        a row per kind of work: kind, ms of a step, share of it; and the three names that took most of it. `attrs`
-        hold the setting with the path, and step_ms, the step's time without the profiler.
+        a row per kind of work: kind, ms per step, share of all time, and most, the three names with most time. `attrs`
+        contain the setting with the path, and step_ms, the time of a step without the profiler.
     """
     device, configs = timing.this_device(), {ARM: arms(sizes)[ARM]}
     every = steps(configs, device, compiled=compiled)
-    calls = {row: call for row, call in every.items() if GRAPH not in row.mode}  # whose kernels have no operators
+    calls = {row: call for row, call in every.items() if GRAPH not in row.mode}  # a graph's kernels have no operators
     found = timing.timed(calls, 3)
     medians = {row: statistics.median(samples) for row, samples in found.times.items()}
     best = min(medians, key=medians.__getitem__)
@@ -59,7 +59,7 @@ def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             profiler.export_chrome_trace(file.name)
             spent = kernel_time(json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"])
-    else:  # by operator, children left out
+    else:  # by operator, without the time of the operators that it calls
         spent = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
     if not spent:
         raise RuntimeError("torch.profiler saw no kernels: CUPTI, which counts them, doesn't run on this machine")
@@ -69,7 +69,7 @@ def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
 
 
 def kernel_time(events: list[dict]) -> dict[str, float]:
-    """Milliseconds by "operator kernel" of a Chrome trace; and idle, between the first kernel and the last."""
+    """Return milliseconds by "operator kernel" in a Chrome trace, and "idle" time between the first and last kernel."""
     called = (event for event in events if event.get("cat") == "cpu_op" and "External id" in event.get("args", {}))
     operators = {event["args"]["External id"]: event["name"] for event in called}
     spent: dict[str, float] = defaultdict(float)
@@ -79,19 +79,19 @@ def kernel_time(events: list[dict]) -> dict[str, float]:
         operator = operators.get(event.get("args", {}).get("External id"), "")
         end = event["ts"] + event["dur"]
         spent[IDLE] += max(event["ts"] - busy_until, 0) / 1e3
-        # What runs beside another kernel costs no time.
+        # Count the time of kernels that overlap only once.
         spent[f"{operator} {event['name']}".strip()] += max(end - max(event["ts"], busy_until), 0) / 1e3
         busy_until = max(end, busy_until)
     return dict(spent)
 
 
 def kind_of(name: str) -> str:
-    """The kind of work of an "operator kernel"."""
+    """Return the kind of work of an "operator kernel" name."""
     return name if name == IDLE else next(kind for kind, how in KINDS.items() if re.search(how, name.lower()))
 
 
 def by_kind(spent: dict[str, float]) -> pd.DataFrame:
-    """Rows of kind, ms, share and most (names), the longest first."""
+    """Return rows of kind, ms, share and most (the three names with most time), sorted by ms, largest first."""
     names = pd.Series(spent).sort_values(ascending=False)
     kinds = names.groupby(kind_of)
     most = kinds.apply(lambda of: "; ".join(name[:60] for name in of.index[:3]))

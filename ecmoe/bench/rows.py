@@ -1,4 +1,4 @@
-"""What is timed, by name: the columns that every table of the layer has; read without torch."""
+"""Names and sizes of what is timed, and the columns of layer tables; imported without torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from ecmoe.files import ConfigError, nearest
 FORWARD, BOTH, ROUTING = "forward", "forward + backward", "routing"
 EAGER, COMPILED, GRAPH = "eager", "compiled", "CUDA graph"
 PLAIN = "plain"
-# Where nothing else is asked for: 0.1B/64E of Table 1 with a vocabulary of 32k on a GPU; what a CPU does in seconds. A layer has the first four.
+# Default sizes: on a GPU, 0.1B/64E of Table 1 with a vocabulary of 32k; on a CPU, sizes that take seconds.
 SIZES = {
     "cuda": {
         "n": 65_536, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12,
@@ -20,11 +20,11 @@ SIZES = {
     },
 }  # fmt: skip
 OF_LAYER = ("n", "d_model", "d_ff", "num_experts")
-CAPS = (2, 3)  # of the experts of a token
+CAPS = (2, 3)  # maximum numbers of experts per token
 
 
 def sized(kind: str, keys: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of a kind of device, but for those that are given: a ConfigError, where one isn't among `keys`, or no whole number above 0."""
+    """Return a device's default sizes, updated by `given`; raise a ConfigError for an unknown key or invalid value."""
     for key, value in given.items():
         if key not in keys:
             raise ConfigError(f"there is no size {key!r} (given: {value!r}): {nearest(key, keys)}")
@@ -34,7 +34,7 @@ def sized(kind: str, keys: Sequence[str], given: Mapping[str, int]) -> dict[str,
 
 
 class Row(NamedTuple):
-    """A layer ("floor", "EC-CF2", "top-2"), a variant of it, who computes, in which mode, and which part."""
+    """A layer ("floor", "EC-CF2", "top-2"), its variant, its implementation (path), mode, and the part timed (what)."""
 
     layer: str
     variant: str = ""
@@ -43,10 +43,10 @@ class Row(NamedTuple):
     what: str = ""
 
     def __str__(self) -> str:
-        """For people; what is usual goes without saying."""
+        """Join the fields, leaving out the path "plain" and the mode "eager"."""
         return named(self._replace(path=self.path.replace(PLAIN, ""), mode=self.mode.replace(EAGER, "")))
 
 
 def named(key: tuple[str, ...]) -> str:
-    """What is timed, for people."""
+    """Join the non-empty fields of a key by commas."""
     return ", ".join(filter(None, key))

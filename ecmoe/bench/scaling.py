@@ -1,8 +1,8 @@
-"""What several GPUs do: training, as `ecmoe train` does it, by every strategy; a layer whose experts are shared out; one model.
+"""Benchmark several GPUs: training, as `ecmoe train` does it, by each strategy; and an expert-parallel layer.
 
-Each rank has the batch of the one, so that twice the GPUs do twice the tokens in a step: at best in the same time. Or it
-has its share of that batch, and all together train the same model. A shared layer is held to its floor: the six matrix products of
-what a GPU computes then, its experts on the tokens of all.
+`bench_scaling` keeps the batch of a rank fixed (weak scaling): twice the GPUs process twice the tokens, ideally in the
+same time. `bench_losses` divides one batch among GPUs, to compare training with that on one GPU. `bench_across` times a
+layer with experts spread over GPUs against its floor: a GPU's six matrix products, its experts on tokens of all GPUs.
 """
 
 import statistics
@@ -32,24 +32,24 @@ from ecmoe.training.result import Result, read_run
 from ecmoe.training.run import free_memory, train_run
 from ecmoe.training.trainer import check_machine
 
-EVERY = 10  # steps of a sample
+EVERY = 10  # steps per sample
 
 
 def bench_scaling(
     base: Mapping[str, Any], devices: Sequence[int] = (1, 2), strategies: Sequence[str] = ("ddp", "fsdp2", "ep"),
     pools: Sequence[str] = ("rank", "batch"), *, repeats: int = 5,
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
-    """Train for some steps on each number of devices, by each strategy where there are several.
+    """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool.
 
     Args:
-        base: keys of RunConfig, the batch that of a rank. pools: whose tokens compete, where there are several devices: a
-            rank's own, whose sizes are known in advance, or those of all; a router that reads no pool is trained once.
-            repeats: samples of `EVERY` steps, after one that doesn't count.
+        base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices. strategies: as in RunConfig.
+        pools: on several devices, which tokens compete: those of a rank ("rank"), or of all ranks ("batch"). A router
+            without the key `pool` is trained once. repeats: samples of `EVERY` steps, after one that isn't counted.
 
     Yields:
-        after each run the table so far, a row per strategy, pool and number: milliseconds of a step with quartiles, tokens
-        per second, of_ideal (of one device's times their number), and the memory of the first rank at most. `attrs` hold
-        the setting, and in absent what could not be trained.
+        the table so far, after each run: a row per strategy, pool and number of devices, with milliseconds of a step
+        and quartiles, tokens per second, of_ideal (share of linear speed-up), and the first rank's peak memory. `attrs`
+        contain the setting, and in `absent` what could not be trained.
     """
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
     rows, absent, one = [], [], float("nan")
@@ -63,7 +63,7 @@ def bench_scaling(
         try:
             config = RunConfig.from_dict({**base, **length, **way})
             result = _trained(config)
-        except Exception as error:  # a GPU too few, no memory: the others are still wanted
+        except Exception as error:  # such as too few GPUs or out of memory: go on with the others
             absent.append(f"{way['strategy']} on {way['devices']}, pool {way['pool']} ({timing.reason(error)})")
         else:
             rates = result.curve["tokens_per_second"].iloc[1:]
@@ -75,11 +75,11 @@ def bench_scaling(
 
 
 def bench_losses(base: Mapping[str, Any], devices: int, strategy: str = "ddp", steps: int = 200) -> pd.DataFrame:
-    """Train the same model twice: on one device, and on several that share out its batch, whose tokens all compete.
+    """Train the same model on one device, and on several that divide its batch but let all its tokens compete.
 
     Returns:
-        a row per tenth of the steps: step, and train_loss and val_loss (nats) of either, and `difference`, the train_loss of several less that of one.
-    """
+        a row per tenth of the steps: step, train_loss and val_loss (nats) with the suffix _one or _several, and
+        `difference`, train_loss_several - train_loss_one."""
     same = {"steps": steps, "eval_every": max(steps // 10, 1), "checkpoint_every": 10**9, "pool": "batch"}
     batch = base["batch_size"] // devices
     several = {"devices": devices, "strategy": strategy, "batch_size": batch, "eval_batches": devices}
@@ -93,9 +93,9 @@ def bench_losses(base: Mapping[str, Any], devices: int, strategy: str = "ddp", s
 
 
 def _trained(config: RunConfig) -> Result:
-    """In a folder that nobody finds: it is timed anew each time, and its weights, gigabytes, are nobody's."""
+    """Train in a temporary folder, which is deleted: each call times the run anew. Raise an error if the run fails."""
     check_machine(config)
-    free_memory()  # of the run before
+    free_memory()  # left by the previous run
     paths.cache().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=paths.cache()) as name:
         if config.devices == 1:
@@ -113,22 +113,22 @@ def _trained(config: RunConfig) -> Result:
 def bench_across(
     sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int = 5
 ) -> Iterator[pd.DataFrame]:
-    """Time layers on each number of GPUs, each of which has n tokens of its own.
+    """Time expert-parallel layers on each number of GPUs, with n tokens on each GPU.
 
     Args:
-        sizes: name -> n, d_model, d_ff, num_experts. repeats: of each row.
+        sizes: name -> n, d_model, d_ff, num_experts. devices: numbers of GPUs. repeats: of each row.
 
     Yields:
-        after each size and number the table so far, a row for each and part (forward; forward + backward): milliseconds with quartiles, floor_ms,
-        share_of_floor, and the memory of the first GPU at most. `attrs` hold in absent what could not be timed.
-    """
+        the table so far, after each size and number: a row per size, number and part (forward; forward + backward),
+        with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory. `attrs["absent"]`
+        lists what could not be timed."""
     rows, absent = [], []
     for name, many in product(sizes, devices):
         with TemporaryDirectory() as folder:
             try:
                 torch.multiprocessing.spawn(_rank, (many, folder, sizes[name] | {"repeats": repeats}), many)
                 rows += [{"size": name, **row} for row in read_json(Path(folder) / "table.json")["rows"]]
-            except Exception as error:  # the others are still wanted; a rank's error ends with what it raised
+            except Exception as error:  # go on with the others; the last line of a rank's traceback is its error
                 absent.append(f"{name} on {many} ({str(error).strip().splitlines()[-1][:160]})")
         yield timing.tabled(rows, list(absent), {"repeats": repeats})
 
@@ -146,7 +146,7 @@ def _rank(rank: int, ranks: int, folder: str, asked: Mapping[str, int]) -> None:
 
 
 def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
-    """Rows of one size, on every rank of a process group."""
+    """Time one size on this rank of a process group; every rank must call it."""
     device, ranks = timing.this_device(), dist.get_world_size()
     layer, x, gradient = layer_and_input(**sizes, kernels="auto", pool="rank")
     mesh = dist.device_mesh.init_device_mesh(device.type, (ranks,))
@@ -170,7 +170,7 @@ def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
 
 
 def _of_first(bursts: dict) -> dict:
-    """All ranks make as many calls as the first: each waits for the others within."""
+    """Return the first rank's bursts on all ranks: as calls wait for the other ranks, their numbers must agree."""
     box = [bursts]
     dist.broadcast_object_list(box, 0)
     return box[0]

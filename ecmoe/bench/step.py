@@ -1,15 +1,15 @@
-"""A whole training step on random tokens, expert choice against token choice (claim C2).
+"""Time whole training steps on random tokens, expert choice against token choice (claim C2).
 
-Forward, loss, backward, clipping, optimiser: what a run does, without data and logging. Arms differ in their routers
-alone, so all share one set of weights, gradients and moments, and their steps are taken in turns, on any card that
-holds one model. The learning rate is 0: the optimiser does all its work, and no step changes the next one's routing.
+A step is forward, loss, backward, clipping and optimiser, as in a run, but without data loading and logging. The arms
+(the configs compared) differ only in their routers, so they share weights, gradients and moments, and need the memory
+of one model. The learning rate is 0: the optimiser does all its work, but no step changes the routing of the next.
 
-Every arm is measured on each path: "triton", the kernels; for token choice "grouped_mm", which drops nothing; and, where
-there are no kernels and for the two arms of C2, "plain"; for these two the kernels also as a CUDA graph. The fastest is the
-arm's best path. Token choice is routed by its own router, and evenly by force, which is its best case.
+Each arm is timed with several implementations (paths): "triton", our kernels; for token choice "grouped_mm", which
+drops nothing; "plain", if there are no kernels, and for the two arms of C2; for these two, also the kernels in a CUDA
+graph. The fastest path counts. Token choice is timed with its router's choices and, as its best case, forced balance.
 
-The arms of a study are timed by `bench_study`, each on the path that its runs take: runs come from several machines, and
-may have shared one, so that their own seconds compare with nobody's.
+`bench_study` times the arms of a study, each as its runs are trained. The runs' own times aren't comparable, because
+the runs come from several machines, and may have shared them.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ ARMS = {
     "Switch top-1": {"router": "token_choice", "top_k": 1, "capacity_factor": 1.0},
 }
 
-PAIR = ("EC-CF2", "GShard top-2")  # of claim C2
+PAIR = ("EC-CF2", "GShard top-2")  # the arms of claim C2
 
 
 class Row(NamedTuple):
-    """What is timed: an arm, whose choice it routes by ("own" or "even"), who computes, and in which mode."""
+    """What is timed: an arm, its routing (the router's "own" or forced "even"), its implementation (path), and mode."""
 
     arm: str
     routing: str
@@ -61,12 +61,12 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd
     """Time a training step of each of `ARMS`.
 
     Args:
-        repeats: steps that are timed, at least 2. compiled: under torch.compile, block by block.
-        sizes: instead of those of the device in `SIZES`.
+        repeats: number of timings, at least 2. compiled: compile each block with torch.compile.
+        sizes: replace the device's defaults in `SIZES`.
 
     Returns:
-        the fields of a `Row`: milliseconds with quartiles, tokens per second, MFU of bf16's peak (where the
-        device's is known), peak memory on a GPU, and in samples_ms every repeat; `attrs` hold the setting.
+        a row per `Row`: its fields, milliseconds with quartiles, tokens per second, MFU (model FLOP/s over the device's
+        bf16 peak, if known), peak memory on a GPU, and all repeats in samples_ms; `attrs` contain the setting.
     """
     device, configs = timing.this_device(), arms(sizes)
     found = timing.timed(steps(configs, device, compiled=compiled), repeats)
@@ -78,30 +78,30 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd
 
 
 def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
-    """Time a step of every arm of a study (name -> config, of text), on random tokens and at a learning rate of 0.
+    """Time a step of every arm of a study (name -> config, text only), on random tokens and with learning rate 0.
 
     Returns:
-        a row per arm, as `bench_step` has them, without memory: all arms' models are held.
+        a row per arm, as in `bench_step`, but without peak memory, because the models of all arms are in memory.
     """
     device = timing.this_device()
-    # Steps are over one by one, so their graphs can share the memory of what only a step needs.
+    # Only one step runs at a time, so their CUDA graphs can share memory.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    with repeatable():  # as runs are
+    with repeatable():  # as in runs
         found = timing.timed({(arm,): _run_step(config, device, pool) for arm, config in configs.items()}, repeats)
     rows = [{"arm": arm} | _measured(configs[arm], samples) for (arm,), samples in found.times.items()]
     return timing.tabled(rows, found.absent, {"repeats": repeats})
 
 
 def _measured(config: RunConfig, samples: list[float]) -> dict[str, Any]:
-    """What a table shows of a step's seconds, one a turn."""
+    """Return a table's columns for a step, from its seconds in each turn."""
     rate = config.batch_size * config.sequence_length / statistics.median(samples)
     took = {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak_flops()}
     return timing.spread(samples) | took | {"samples_ms": [1e3 * seconds for seconds in samples]}
 
 
 def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
-    """A step on the path that a run takes: compiled and as a CUDA graph where its config says so."""
-    lit = LitModel(config, torch.ones(config.vocab_size)).to(device)  # how a hash table balances costs no time
+    """Return a step as runs take it: compiled, and in a CUDA graph, if the config says so."""
+    lit = LitModel(config, torch.ones(config.vocab_size)).to(device)  # counts affect only how hash routing balances
     optimizer = lit.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -119,7 +119,7 @@ def _tokens(config: RunConfig, device: torch.device) -> Tensor:
 
 
 def arms(sizes: Mapping[str, int]) -> dict[str, RunConfig]:
-    """The config of each arm, checked, before anything runs."""
+    """Return the config of each arm; raise a ConfigError for invalid sizes before anything is timed."""
     size = sized(timing.this_device().type, list(SIZES["cpu"]), sizes)
     n, T = size.pop("n"), size["sequence_length"]
     if n % T:
@@ -129,7 +129,7 @@ def arms(sizes: Mapping[str, int]) -> dict[str, RunConfig]:
 
 
 def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, Any]:
-    """What all arms have in common."""
+    """Return the setting that all arms share."""
     config = next(iter(configs.values()))
     keys = [key for key in SIZES["cpu"] if key != "n"]
     return {"n": config.batch_size * config.sequence_length} | {key: getattr(config, key) for key in keys} | {
@@ -139,14 +139,14 @@ def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str,
 
 
 def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: bool = False) -> dict[Row, Call]:
-    """A training step for every row, on the same weights, gradients and moments; those that are graphs come last."""
+    """Return a training step for every row, on the same weights, gradients and moments; CUDA graphs come last."""
     torch.manual_seed(0)
     first = next(iter(configs.values()))
     lit = LitModel(first).to(device)
     optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=True)
     batch = _tokens(first, device)
     calls: dict[Row, Call] = {}
-    graphs: dict[Row, Call] = {}  # come last: one that can't be captured leaves little memory to others
+    graphs: dict[Row, Call] = {}  # last, because a failed capture leaves little memory for other steps
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for arm, config in configs.items():
         tokens = config.router == "token_choice"
@@ -167,7 +167,7 @@ def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: b
 
 
 def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
-    """A model with the router of another config on the same parameters."""
+    """Return a model with the router of another config that shares `lit`'s parameters."""
     twin = copy.deepcopy(lit, {id(p): p for p in lit.parameters()})
     for block in twin.model.blocks:
         if block.moe is None:
@@ -187,7 +187,7 @@ def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
 
 
 def check_room() -> None:
-    """Raise an OutOfMemoryError unless a graph has room beside the steps before: one captured in part leaves them none."""
+    """Raise an OutOfMemoryError unless a CUDA graph has room; a failed capture would leave other steps no memory."""
     torch.cuda.empty_cache()
     step, (free, _) = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
     if free < 2 * step:
@@ -198,8 +198,8 @@ def check_room() -> None:
 def step_of(
     lit: LitModel, optimizer: Optimizer, batch: Tensor, even: bool = False, pool: Any = None, tracked: bool = False
 ) -> Call:
-    """A training step on that batch. With a `pool` of memory its losses are a graph, captured in the first call; steps share it.
-    even: routers that are `Even` choose evenly. tracked: the optimiser moves the routers' statistics already."""
+    """Return a training step on `batch`. even: force balanced choices of `Even` routers. pool: memory, shared by steps, for
+    a CUDA graph of the losses, captured on the first call. tracked: the optimiser already updates router statistics."""
     layers = [block.moe for block in lit.model.blocks if block.moe is not None]
     forced = [router.forced for router in lit.routers if isinstance(router, Even)]
     mixed = batch.is_cuda and lit.config.precision != "bf16-true"
@@ -219,12 +219,12 @@ def step_of(
             loss = loss + aux_loss
         loss.backward()
         clip(lit.parameters(), optimizer, lit.config.gradient_clip)
-        moving = None if tracked else track(lit.model, optimizer)  # for this step alone: others share the optimiser
+        moving = None if tracked else track(lit.model, optimizer)  # removed below: other models share the optimiser
         optimizer.step()
         if moving is not None:
             moving.remove()
         optimizer.zero_grad(set_to_none=True)
-        for layer in layers:  # it ties weights to this stream, which a graph must not wait for
+        for layer in layers:  # its autograd graph ties weights to this stream, for which a CUDA graph must not wait
             layer.aux_loss = None
 
     return step

@@ -1,6 +1,6 @@
-"""Continual learning: tasks arrive in sequence. Expert Gate, one expert a task, beside one network with and without experts.
+"""Continual learning of tasks in sequence: Expert Gate, with an expert per task, against one network for all tasks.
 
-config.py says what such a run reads beside a RunConfig's keys, learning.py learns and measures, expert_gate.py is Expert Gate."""
+config.py adds keys to RunConfig, learning.py trains and evaluates, and expert_gate.py implements Expert Gate."""
 
 from ecmoe.continual.config import ContinualConfig
 

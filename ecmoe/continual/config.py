@@ -1,4 +1,4 @@
-"""ContinualConfig: a RunConfig of images whose classes come in groups, a task each, one after the other."""
+"""ContinualConfig: a RunConfig of images whose classes are divided into tasks, learned one after the other."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -8,19 +8,19 @@ from ecmoe.config import ConfigError, RunConfig, key
 
 @dataclasses.dataclass(frozen=True)
 class ContinualConfig(RunConfig):
-    """A RunConfig, and what tasks in sequence need beside it. It trains in float32, on one device, by `steps` for each task."""
+    """A RunConfig with keys for tasks in sequence. It trains in float32 on one device, `steps` steps for each task."""
 
     trained_by: ClassVar[str] = "ecmoe.continual.learning:train_run"
 
-    approach: str = key("sequence", "expert_gate: a dense network and a gate for each task; sequence: one network, as large, "
-                        "task after task; joint: that on all tasks at once, for as many steps",
+    approach: str = key("sequence", "expert_gate: a dense network and a gate for each task; sequence: one network as large as "
+                        "all of these, task after task; joint: it learns all tasks at once, in as many steps",
                         choices=("expert_gate", "sequence", "joint"))  # fmt: skip
-    tasks: int = key(5, "K, tasks: groups of as many classes each, in the data's order", low=2)
+    tasks: int = key(5, "K, number of tasks: groups of equally many classes, in the data's order", low=2)
     code: int = key(32, "hidden units of a gate, fewer than an image has pixels", low=1)
-    gate_steps: int = key(300, "steps of a gate", low=1)
+    gate_steps: int = key(300, "training steps of a gate", low=1)
     gate_learning_rate: float = key(1e-2, "peak learning rate of gates", above=0, high=1e30)
     threshold: float = key(0.85, "relatedness above which an expert learns without forgetting (the paper: 0.85)")
-    held_out: int = key(10, "one training image in so many doesn't train the gate, but measures relatedness", low=2)
+    held_out: int = key(10, "one in this many training images measures relatedness instead of training the gate", low=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,14 +45,14 @@ class ContinualConfig(RunConfig):
 
     @property
     def pixels(self) -> int:
-        """D, numbers of an image."""
+        """D, the number of values in an image: height x width x channels."""
         return self.sequence_length * self.patch_size**2 * self.channels
 
     def identity(self) -> dict[str, Any]:
-        """As a RunConfig's, without what a run of this kind doesn't read."""
+        """Return `RunConfig.identity` without the keys that a run of this kind doesn't use."""
         unread = ("accumulate", "augment", "eval_batches", "precision")
         return {key: value for key, value in super().identity().items() if key not in unread}
 
     def slug(self) -> str:
-        """The approach, and what a RunConfig says."""
+        """Return the approach, followed by `RunConfig.slug`."""
         return f"{self.approach.replace('_', '-')}-{super().slug()}"

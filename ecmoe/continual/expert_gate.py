@@ -1,7 +1,7 @@
-"""Expert Gate (Aljundi, Chakravarty and Tuytelaars, CVPR 2017): one expert and one gate a task, none ever overwritten.
+"""Expert Gate (Aljundi, Chakravarty and Tuytelaars, CVPR 2017): an expert and a gate per task, never overwritten.
 
-Who chooses: autoencoders. Each is trained on the images of one task and reconstructs those best, so the gate with the
-lowest error says which task an image is from. Tasks arrive one after the other; earlier images are gone by then.
+The gates are autoencoders. Each is trained on the images of one task, and reconstructs them best, so the gate with the
+lowest error predicts an image's task. Tasks arrive one after the other, without the images of earlier tasks.
 
 Letters: n images of D pixels; K tasks so far; T_k the new task, T_a an earlier one, Er_a the mean error that the gate
 of T_a makes on images of T_k.
@@ -25,27 +25,27 @@ from ecmoe.model.build import build_model
 from ecmoe.model.tracking import track
 from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
 
-LWF_TEMPERATURE = 2.0  # of learning without forgetting's soft targets (Li and Hoiem 2016)
+LWF_TEMPERATURE = 2.0  # of the soft targets in learning without forgetting (LwF; Li and Hoiem 2016)
 
 
 class Gate(nn.Module):
-    """Undercomplete one-layer autoencoder of D pixels in [0, 1]: ReLU code of fewer units, sigmoid output (section 3.1)."""
+    """Undercomplete one-layer autoencoder of D pixels in [0, 1]: smaller ReLU code, sigmoid output (section 3.1)."""
 
     def __init__(self, pixels: int, code: int) -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(pixels, code), nn.Linear(code, pixels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, D) -> (n, D) the reconstruction, before the sigmoid."""
+        """Map images (n, D) to logits of their reconstructions (n, D), before the sigmoid."""
         return self.decoder(F.relu(self.encoder(x)))
 
     def error(self, x: Tensor) -> Tensor:
-        """(n, D) -> (n,) squared distance between image and reconstruction."""
+        """Return the squared distance between each image (n, D) and its reconstruction, (n,)."""
         return (self(x).sigmoid() - x).square().sum(1)
 
 
 class Origin(NamedTuple):
-    """Where an expert started: `how` is "scratch", "fine-tuning" or "LwF"; `task` and `related` None for the first."""
+    """Where an expert started from: an earlier `task` and its relatedness (None: from scratch), and the method."""
 
     task: int | None
     related: float | None
@@ -53,27 +53,27 @@ class Origin(NamedTuple):
 
 
 def new_expert(config: ContinualConfig, classes: int) -> Any:
-    """A network (n, C, H, W) -> (n, classes), with `features` (n, d) before its `head`."""
+    """Build a network from images (n, C, H, W) to logits (n, classes), with `features` (n, d) before its `head`."""
     expert = build_model(config)
     expert.head = nn.Linear(config.d_model, classes, bias=False)
     return expert
 
 
 class ExpertGate(nn.Module):
-    """A network that grows by an expert and a gate a task."""
+    """A network that grows by an expert and a gate for each task."""
 
     def __init__(self, config: ContinualConfig) -> None:
         super().__init__()
         self.config = config
         self.gates, self.experts = nn.ModuleList(), nn.ModuleList()
-        self.classes: list[Tensor] = []  # (classes of a task,) each: what an expert's outputs mean
+        self.classes: list[Tensor] = []  # by task, the class of each output of its expert
         self.origins: list[Origin] = []
 
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
-        """Learn a task: its gate, then an expert that starts from the most related one.
+        """Learn a task: train its gate, then its expert, which starts from the expert of the most related task.
 
         Args:
-            x: (n, C, H, W). y: (n,) classes. held: (n,) bool: images that don't train the gate, but measure relatedness.
+            x: (n, C, H, W). y: (n,) classes. held: (n,) bool: images used for relatedness, and not to train the gate.
         """
         c = self.config
         gate, seen = Gate(c.pixels, c.code).to(x.device), x[~held].flatten(1)
@@ -89,7 +89,7 @@ class ExpertGate(nn.Module):
             head, expert = expert.head, copy.deepcopy(self.experts[a]).requires_grad_(True)
             expert.head, old_head = head, expert.head
         if origin.how == "LwF":
-            soft = (self.experts[a](x) / LWF_TEMPERATURE).softmax(1)  # as it was, and stays
+            soft = (self.experts[a](x) / LWF_TEMPERATURE).softmax(1)  # from the original, which stays frozen
             fit(c, nn.ModuleList([expert, old_head]), partial(without_forgetting, expert, old_head), x, local, soft)
         else:
             fit(c, expert, lambda batch: F.cross_entropy(expert(batch[0]), batch[1]), x, local)
@@ -99,43 +99,43 @@ class ExpertGate(nn.Module):
 
     @torch.no_grad()
     def errors(self, x: Tensor) -> Tensor:
-        """(n, C, H, W) -> (n, K) reconstruction error of each gate."""
+        """Return each gate's reconstruction error of images (n, C, H, W): (n, K)."""
         return torch.stack([gate.error(x.flatten(1)) for gate in self.gates], dim=1)
 
     def relatedness(self, x: Tensor, k: int = -1) -> Tensor:
-        """(K,) Rel(T_k, T_a) = 1 - (Er_a - Er_k) / Er_k (section 3.3) of task k, from which the images (n, C, H, W) are, to each."""
+        """Return Rel(T_k, T_a) = 1 - (Er_a - Er_k) / Er_k (section 3.3) for every task a, (K,), from images of task k."""
         mean = self.errors(x).mean(0)
         return 1 - (mean - mean[k]) / mean[k]
 
     @torch.no_grad()
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(n, C, H, W), perhaps (n,) which expert looks at an image, else the gates decide -> (n,) classes, (n,) their experts."""
+        """Classify images (n, C, H, W): return classes (n,), and the experts used (n,), `expert` or the gates' choice."""
         if expert is None:
-            # The largest of softmax(-er / t), whatever the temperature t (section 3.2).
+            # The argmax of softmax(-er / t), for any temperature t (section 3.2).
             expert = self.errors(x).argmin(1)
         said = torch.empty_like(expert)
-        for k in expert.unique().tolist():  # an expert sees its own images alone
+        for k in expert.unique().tolist():  # run each expert only on its images
             chosen = expert == k
             said[chosen] = self.classes[k][self.experts[k](x[chosen]).argmax(1)]
         return said, expert
 
     def answers(self, images: Sequence[Tensor], classes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each task's images, the classes that are said: by the expert that the gates choose; by the task's own."""
+        """Classify each task's images twice: by the experts that the gates choose, and by the task's own expert."""
         said = [self(x)[0] for x in images]
         return said, [self(x, torch.full((len(x),), k, device=x.device))[0] for k, x in enumerate(images)]
 
 
 def without_forgetting(expert: Any, old_head: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Loss of learning without forgetting: the new task's, and the old expert's answers to the new images (Li and Hoiem 2016).
+    """Loss of learning without forgetting (Li and Hoiem 2016): the new task's, and distillation of the old expert.
 
-    batch: images, classes, and (B, old classes) what the old expert said, at LWF_TEMPERATURE."""
+    batch: images, classes, and the old expert's probabilities of its classes for these images, at LWF_TEMPERATURE."""
     x, y, soft = batch
     h = expert.features(x)
     return F.cross_entropy(expert.head(h), y) + F.cross_entropy(old_head(h) / LWF_TEMPERATURE, soft)
 
 
 def fit(config: RunConfig, learnt: nn.Module, loss: Callable[[Any], Tensor], *examples: Tensor) -> None:
-    """Train a module by the config's optimiser, in the config's batches of examples: (n, ...) tensors, of which loss gets (B, ...)."""
+    """Train a module with the config's optimiser and schedule; `loss` maps a batch of the tensors `examples` to a scalar."""
     parameters = list(learnt.parameters())
     optimizer = build_optimizer(config, parameters, parameters[0].device)
     track(learnt, optimizer)

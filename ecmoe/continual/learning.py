@@ -1,7 +1,7 @@
-"""Learn tasks in sequence, and measure after each what is still known.
+"""Learn tasks in sequence, and evaluate on all tasks so far after each of them.
 
-Expert Gate beside one network of the same total size, dense or with an expert choice layer, and beside that network
-trained on all tasks at once. Evaluation is class-incremental: nobody says which task an image is from.
+Three approaches are compared: Expert Gate; one network of the same total size, dense or with expert choice, trained
+task after task; and that network trained on all tasks jointly. In evaluation, an image's task is not given.
 
 Letters: K tasks; n images (C, H, W).
 """
@@ -28,13 +28,13 @@ from ecmoe.training.result import Result, not_run, read_run, write_run
 from ecmoe.training.summary import circumstances, now
 from ecmoe.training.trainer import repeatable
 
-Accuracies = Sequence[Sequence[float | None]]  # a row after each task, with one of each task
+Accuracies = Sequence[Sequence[float | None]]  # [i][j]: accuracy on task j after learning task i
 
 
 def train_run(
     config: ContinualConfig, folder: Path, still_ours: StillOurs = lambda: None, progress: bool = True, *_: Any
 ) -> Result:
-    """As `ecmoe.training.run.train_run`, but without curve, weights and callbacks; of a run that is interrupted nothing is left."""
+    """Train as `ecmoe.training.run.train_run`, but without curve, weights, callbacks, or resuming after interruption."""
     made, clock = circumstances(), time.perf_counter()
     with repeatable():
         measured = run(config)
@@ -50,16 +50,16 @@ def train_run(
     said |= {"data": images.load(config.data).provenance} | made | {"finished": now()}
     still_ours()
     write_run(folder, not_run(config).summary | measured | said)
-    return read_run(folder)  # as a later call will see it
+    return read_run(folder)  # the same result that a later call will load
 
 
 def run(config: ContinualConfig) -> dict[str, Any]:
-    """Learn all tasks, and measure after each. The same config gives the same numbers on a CPU.
+    """Learn all tasks, and evaluate after each. On a CPU, the same config gives the same numbers.
 
     Returns:
-        accuracy: K rows, after each task, of K accuracies, one a task; None for a task that hasn't come yet, and in all
-        rows but the last of joint training. accuracy_task_known: the same, told the task of an image. Of Expert Gate:
-        confusion (row: task, column: expert; shares of images), relatedness, origins.
+        accuracy: (K, K) accuracy on each task (column) after learning each task (row); None for tasks not learned yet,
+        and for joint training in all rows but the last. accuracy_task_known: the same, with each image's task given.
+        For Expert Gate: confusion (row: task, column: expert; shares of images), gate_right, relatedness, origins.
     """
     data = images.load(config.data)
     tasks = split(data, config, "cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +103,7 @@ class Task(NamedTuple):
 
 
 def split(data: images.Images, config: ContinualConfig, device: torch.device | str = "cpu") -> list[Task]:
-    """The tasks: neighbouring classes together, none in two tasks."""
+    """Divide the images into tasks of consecutive classes; raise a ConfigError if a task is smaller than a batch."""
     images.check(config, data)
     tasks = []
     for group in torch.arange(config.classes).view(config.tasks, -1):
@@ -119,7 +119,7 @@ def split(data: images.Images, config: ContinualConfig, device: torch.device | s
 
 
 class OneNetwork(nn.Module):
-    """One network for all classes, as large as Expert Gate after all tasks, gates included."""
+    """One network for all classes, with as many parameters as Expert Gate has after all tasks, including its gates."""
 
     def __init__(self, config: ContinualConfig) -> None:
         super().__init__()
@@ -128,16 +128,16 @@ class OneNetwork(nn.Module):
         self.lit = LitClassifier(self.config)
 
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
-        """Train on a task: x (n, C, H, W), y (n,) classes; `held` is Expert Gate's."""
+        """Train on a task: x (n, C, H, W), y (n,) classes; `held`, an argument of Expert Gate, is ignored."""
         self.train()
         fit(self.config, self.lit.model, lambda batch: sum(self.lit.losses(batch)), x, y)
         self.eval()
 
     @torch.no_grad()
     def answers(self, images: Sequence[Tensor], classes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each task's images, the classes that are said: among all; among the task's own.
+        """Predict each task's images twice: among all classes, and among the task's classes only.
 
-        Experts choose within a batch, so images of all tasks come mixed, in batches as in training; the last is smaller."""
+        Experts choose within a batch, so images of all tasks are shuffled into batches of the training batch size."""
         x = torch.cat(list(images))
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
         with altered(self, rounding="down"):
@@ -148,22 +148,22 @@ class OneNetwork(nn.Module):
 
 
 def as_large(config: ContinualConfig, parameters: int) -> ContinualConfig:
-    """The config with the d_ff that comes nearest to that many parameters; they grow linearly with it."""
+    """Return the config with the d_ff that comes closest to `parameters` parameters, which are linear in d_ff."""
     one, two = (count_parameters(config.replace(d_ff=f)).total for f in (1, 2))
     return config.replace(d_ff=max(1, round(1 + (parameters - one) / (two - one))))
 
 
 def count(model: nn.Module) -> int:
-    """Parameters, frozen ones too."""
+    """Count parameters, including frozen ones."""
     return sum(p.numel() for p in model.parameters())
 
 
 def final_accuracy(accuracy: Accuracies) -> float:
-    """Mean over tasks, after the last."""
+    """Return the mean accuracy over all tasks after the last task is learned."""
     return sum(accuracy[-1]) / len(accuracy)
 
 
 def forgetting(accuracy: Accuracies) -> float:
-    """Mean over all tasks but the last: accuracy right after it was learned, minus accuracy at the end; NaN for joint training."""
+    """Return the mean, over all tasks but the last, of accuracy right after learning minus at the end; NaN if joint."""
     matrix = np.array(accuracy, float)  # None is NaN
     return float((matrix.diagonal() - matrix[-1])[:-1].mean())

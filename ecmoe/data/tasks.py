@@ -1,4 +1,4 @@
-"""Classification tasks for fine-tuning: the paper's eleven, from GLUE and SuperGLUE, and `lines`, stored in the package.
+"""Classification tasks for fine-tuning: the paper's eleven, from GLUE and SuperGLUE, and `lines`, stored here.
 
 An example is one or more texts, in reading order, and a label. The eleven tasks come from the Hub, or from a folder
 with TASK/train.jsonl and TASK/validation.jsonl in the Hub's columns. `lines` is ours: is a line of Python's standard

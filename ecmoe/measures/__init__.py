@@ -1,6 +1,6 @@
-"""What is measured on trained models, once, and kept beside their records.
+"""Measurements of trained models, each computed once and stored beside the run's records.
 
-MEASURES lists what there is, a row each; measure.py takes and keeps; each other file is one question that needs a run's weights."""
+`MEASURES` lists them, measure.py computes and stores them, and the other files implement them on a run's model."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,12 @@ from ecmoe.paths import content_of, with_content
 
 
 class Row(NamedTuple):
-    """A measurement: who computes it, and how it may be set."""
+    """A kind of measurement: the function that computes it, and the keys (settings) that a page may pass to it."""
 
-    compute: str  # "module:function" of ecmoe; function(model in evaluation mode, config, **keys) -> what JSON can hold
-    keys: tuple[str, ...] = ()  # that the function takes
-    each: str | None = None  # of a list under this key every value is a measurement of its own
-    where: tuple[str, ...] = ()  # keys that say where files lie: only what these hold changes what is measured
+    compute: str  # "module:function"; function(model in evaluation mode, config, **keys) -> dict of JSON values
+    keys: tuple[str, ...] = ()  # keyword arguments of the function
+    each: str | None = None  # a key whose value is a list, with a separate measurement for each element
+    where: tuple[str, ...] = ()  # keys that are paths: the files' content is part of the name, the path isn't
 
 
 _HERE = "ecmoe.measures"
@@ -34,14 +34,14 @@ MEASURES = {
 
 
 class Measurement(NamedTuple):
-    """One measurement with its settings. The same settings have the same name, and so are taken once."""
+    """A measurement with its settings. Its name identifies both, so that each is computed only once per run."""
 
-    what: str  # of MEASURES
+    what: str  # a key of MEASURES
     keys: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        """`what`, the value of its `each`, and a digest of the keys, where it has any: the name of a file."""
+        """File name: `what`, the value of the key `each`, and a digest if there are other keys."""
         row = MEASURES[self.what]
         where = {key: content_of(with_content(self.keys[key])) for key in row.where if self.keys.get(key)}
         keys = {key: value for key, value in {**self.keys, **where}.items() if key not in row.where or value}
@@ -54,7 +54,7 @@ class Measurement(NamedTuple):
 
 
 def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
-    """What a page's YAML asks for under `measures`: one measurement, or one for each value of the row's `each`."""
+    """Yield the measurements for an entry of `measures` in a page's YAML: one, or one per value of the key `each`."""
     check_known("measurement", [what], MEASURES)
     row = MEASURES[what]
     check_known(f"measurement {what!r} has no key", keys, row.keys)
@@ -63,6 +63,6 @@ def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
         return
     values = keys.get(row.each)
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"measurement {what!r}: {row.each}={values!r} must be a list of what it is taken for")
+        raise ConfigError(f"measurement {what!r}: {row.each}={values!r} must be a list of values to measure")
     for value in values:
         yield Measurement(what, {**keys, row.each: value})

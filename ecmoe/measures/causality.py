@@ -1,7 +1,6 @@
-"""What expert choice's top-k sees of other tokens, what it gains by that, and how it is served without.
+"""How expert choice's top-k depends on other tokens, what it gains from that, and how causal routing compares.
 
-All is measured on a copy of the model in float64, in which a decision that doesn't depend on a token can't be flipped by
-rounding either.
+Everything is measured on a copy of the model in float64, so that rounding doesn't flip decisions.
 
 Letters: B sequences of T tokens, n = B T, e experts, c capacity factor, L MoE layers, V vocabulary, C classes.
 """
@@ -26,37 +25,37 @@ from ecmoe.model.transformer import Transformer
 from ecmoe.routing import Assignment, Router, altered, causal_routing, watched
 from ecmoe.routing.assignment import pack
 
-SMOOTHING = 8.0  # tokens that the unigram counts for in the bigram; ours
+SMOOTHING = 8.0  # pseudo-count, in tokens, of the unigram in the smoothed bigram; ours
 GIVEN = ("token frequencies", "the current token", "the model, causally")
-# Two routings of the same weights: the pool of training, and the running cut-offs.
+# Two routings of the same weights: top-k over the pool, as in training, and causal routing by running cut-offs.
 ROUTINGS = {"as trained": nullcontext, "causally": causal_routing}
 
 
 @torch.no_grad()
 def decisions(model: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the output layer reads, (B, T, d), and who took whom: (L, B, T, e) bool."""
+    """Return the input of the output layer, (B, T, d), and which experts took each token, (L, B, T, e) bool."""
     with watched(model) as seen:
         hidden = model.hidden(ids)
     B, T = ids.shape
     return hidden, torch.stack([a.dense(B * T).view(B, T, -1) != 0 for _, a in seen])
 
 
-# Who sees whom --------------------------------------------------------------------------------------
+# Which tokens routing depends on --------------------------------------------------------------------
 
 
 def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[str, Any]:
-    """Share of routing decisions that change with tokens that they must not depend on. No probe, no model of it.
+    """Measure directly which share of routing decisions changes with tokens that they must not depend on.
 
-    The second half of every sequence is replaced by other held-out text, and the decisions on the first half are
-    compared; then all sequences but one, and that one's decisions are compared (`kept` times, another one each).
-    A row per change and routing has the share of `decisions` (L x e a token) that changed, and of `tokens` of which any did.
+    First, replace the second half of every sequence by other held-out text, and compare decisions on the first half.
+    Second, replace all sequences but one, and compare decisions on that one; repeat for `kept` different sequences.
+    `rows` has, by change and routing, the share of `decisions` (L x e per token), and of `tokens`, that changed.
     """
     model, _, windows = _opened(model, config, 2)
     return {"rows": changed_decisions(model, *windows[:, :-1].chunk(2), kept)}
 
 
 def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int = 4) -> list[dict[str, Any]]:
-    """`dependence` on texts of your own: ids, other (B, T)."""
+    """Return the rows of `dependence` for any text `ids` and its replacement `other`, both (B, T) tokens."""
     B, T = ids.shape
     later = torch.cat([ids[:, : T // 2], other[:, T // 2 :]], dim=1)
     rows = []
@@ -78,25 +77,25 @@ def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int 
     return rows
 
 
-# What routing tells of the next token ---------------------------------------------------------------
+# Information about the next token in routing decisions ----------------------------------------------
 
 
 def next_token_information(
     model: Transformer, config: RunConfig, *, batches: int = 16, classes: int = 32
 ) -> dict[str, Any]:
-    """Bits about the next token in the routing of a token, as trained and causally, by what is known besides.
+    """Measure how many bits about the next token a token's routing holds, as trained and causally, beyond a baseline.
 
-    The probe (`ecmoe.measures.probe`) reads a token's own decisions, and for each expert and layer the share of the sequence's
-    remaining tokens that it still has places for. What it holds beyond the unigram may be the current token, or what the model
-    causally knows of the next one. So it is asked again beyond the bigram of the training text, and beyond the model's own
-    prediction when routed causally: what only the decisions as trained still hold there comes from tokens not yet seen.
+    The probe (`ecmoe.measures.probe`) reads the token's decisions and, by expert and layer, the remaining capacity per
+    remaining token of the sequence. Bits beyond the first baseline, the unigram, may only reflect the current token, or
+    what the model knows causally. So there are two more baselines: the bigram of the training text, and the model's
+    prediction under causal routing. Bits beyond these that only routing as trained holds come from later tokens.
 
     Args:
-        batches: of held-out text. classes: C, the most frequent tokens, each a class, and one class for all others.
+        batches: of held-out text. classes: C, one for each of the C - 1 most frequent tokens, and one for all others.
 
     Returns:
-        rows: one per `given` and `routing`, with `bits`. entropy: bits per token of the next one by `given`, before
-        any probe. classes, covered: C, and the share of next tokens with a class of their own. tokens: probed.
+        rows: `bits` by baseline (`given`) and `routing`. entropy: bits per next token by baseline, without a probe.
+        classes, covered: C, and the share of the training text in the first C - 1 classes. tokens: number probed.
     """
     model, data, windows = _opened(model, config.replace(eval_batches=batches), batches)
     class_of, covered = frequent_classes(data.token_counts, classes)
@@ -108,9 +107,9 @@ def next_token_information(
             with routed(model):
                 hidden, taken = decisions(model, batch[:, :-1])
             features[routing].append(routing_features(taken, config.capacity_factor))
-        with torch.no_grad():  # causal: the last of ROUTINGS; the logits of a whole batch take 8 GB in float64
+        with torch.no_grad():  # `hidden` is from the last of ROUTINGS, causally; a batch's logits take 8 GB in float64
             predicted += [by_class(model.logits(part), class_of) for part in hidden[:, :-1].split(8)]
-    # The last token's next one takes no part in the pool.
+    # Leave out the last token: its next token isn't in the pool.
     current, target = windows[:, :-2], class_of[windows[:, 1:-1]]
     unigram, bigram = (table.to(windows.device) for table in class_tables(data, class_of.cpu()))
     known = (unigram.expand(*target.shape, -1), bigram[current], torch.cat(predicted))
@@ -124,30 +123,30 @@ def next_token_information(
 
 
 def routing_features(taken: Tensor, c: float) -> Tensor:
-    """(L, B, T, e) decisions -> (B, T - 1, 2 L e): each token's own, and the share of tokens left that places are left for."""
+    """(L, B, T, e) decisions -> (B, T - 1, 2 L e): a token's decisions, and remaining capacity per remaining token."""
     L, B, T, e = taken.shape
     own = taken.permute(1, 2, 0, 3).reshape(B, T, L * e).float()
-    tokens_left = torch.arange(T - 1, 0, -1, device=taken.device)[:, None]  # after token t: T - 1 - t
+    tokens_left = torch.arange(T - 1, 0, -1, device=taken.device)[:, None]  # T - 1 - t after token t
     places_left = T * c / e - own.cumsum(dim=1)
     return torch.cat([own[:, :-1], (places_left[:, :-1] / tokens_left).clamp(0, 1)], dim=2)
 
 
 def frequent_classes(counts: np.ndarray, classes: int) -> tuple[Tensor, float]:
-    """(V,) class of each token: its rank by frequency, the last class for all others; and the share of text not in that."""
+    """Return each token's class (V,), its frequency rank but at most C - 1, and the share of text below C - 1."""
     C = min(classes, len(counts))
     rank = np.argsort(-counts, kind="stable").argsort()
     return torch.from_numpy(rank.clip(max=C - 1)), float(counts[rank < C - 1].sum() / counts.sum())
 
 
 def by_class(logits: Tensor, class_of: Tensor) -> Tensor:
-    """(..., V) logits -> (..., C) log-probabilities of classes."""
+    """Map logits (..., V) to log-probabilities of classes (..., C)."""
     p = logits.softmax(dim=-1)
     sums = p.new_zeros(*p.shape[:-1], int(class_of.max()) + 1).index_add(-1, class_of, p)
     return sums.clamp_min(1e-30).log().float()
 
 
 def class_tables(data: Any, class_of: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(class) (C,) and log p(class | token before) (V, C), of the training text; the latter smoothed by the former."""
+    """Return the training text's log p(class), (C,), and log p(class | last token), (V, C), smoothed by p(class)."""
     V, C = len(class_of), int(class_of.max()) + 1
     counts = np.zeros(V * C, np.int64)
     for windows in np.array_split(data.train[0], max(1, len(data.train[0]) // 4096)):
@@ -159,22 +158,22 @@ def class_tables(data: Any, class_of: Tensor) -> tuple[Tensor, Tensor]:
     return unigram.log().float(), bigram.log().float()
 
 
-# Every way to route a trained model -----------------------------------------------------------------
+# Validation loss under other routings ---------------------------------------------------------------
 
 
 def losses_by_routing(
     model: Transformer, config: RunConfig, *, pools: Sequence[str | int] = ("sequence", "batch")
 ) -> dict[str, Any]:
-    """Validation loss (nats per token) of the same weights and text: as trained, causally, in each pool, and by global top-k.
+    """Compute the validation loss (nats per token) as trained, causally, with each pool, and with global top-k routing.
 
-    pools: which tokens compete: as in RunConfig, and any number of tokens that divides a sequence: a serving batch that small.
+    pools: which tokens compete, as in RunConfig, or a number of tokens that divides a sequence (a small serving batch).
     """
     model, _, windows = _opened(model, config, config.eval_batches)
     ways: list[tuple[str, int | None, AbstractContextManager]] = [
         ("as trained", config.pool_tokens if "pool" in config.row.keys else None, nullcontext()),
         ("causally", None, causal_routing(model)),
     ]
-    if "pool" in config.row.keys:  # a threshold has no pool, and takes no top-k
+    if "pool" in config.row.keys:  # routers by threshold have no pool and no top-k
         for pool in pools:
             tokens = pool if isinstance(pool, int) else config.replace(pool=pool).pool_tokens
             ways.append((str(pool), tokens, altered(model, pool=pool, rounding="exact")))
@@ -188,15 +187,15 @@ def losses_by_routing(
 
 @torch.no_grad()
 def loss(model: Transformer, windows: Tensor, batch_size: int) -> float:
-    """(N, T + 1) tokens, routed in batches of batch_size sequences -> nats per token."""
+    """Return the mean loss in nats per token of windows (N, T + 1), routed in batches of `batch_size` sequences."""
     parts = [model(batch[:, :-1], targets=batch[:, 1:]) for batch in windows.split(batch_size)]
     return float(torch.stack(parts).mean())
 
 
 def best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int], **_: Any) -> Assignment:
-    """How a router assigns if each sequence takes the T c best of its T e pairs of token and expert (section 6's proposal).
+    """Route by global top-k (proposed in section 6): each sequence takes the T c best of its T e (token, expert) pairs.
 
-    The caps that section 6 adds are left out: they bound an expert's load, and take from the best pairs.
+    The caps on an expert's load that section 6 adds are left out, because they would exclude some of the best pairs.
     """
     (B, T), (n, e) = batch_shape, logits.shape
     S = logits.softmax(dim=1)
@@ -210,7 +209,7 @@ def best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int], 
 
 
 def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict[str, Any]:
-    """Generation by a batch of one, routed causally, with the key-value cache: half a held-out sequence, and how it goes on."""
+    """Continue half a held-out sequence by `tokens` tokens, with causal routing, a key-value cache and batch size 1."""
     model, data, windows = _opened(model, config)
     T = config.sequence_length // 2
     text = generate(model, windows[:1, :T], tokens, temperature=0.8, top_k=40)[0].tolist()
@@ -218,9 +217,9 @@ def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict
 
 
 def _opened(model: Transformer, config: RunConfig, batches: int = 1) -> tuple[Transformer, TextData, Tensor]:
-    """A copy in float64, on the GPU if there is one, the data of its run, and held-out windows, (batches B, T + 1), where it is."""
+    """Return a float64 copy of the model, its data, and held-out windows (batches B, T + 1), on a GPU if available."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, (data, windows) = copy.deepcopy(model).double().eval().to(device), held_out(config, batches)
-    for layer in model.moe_layers:  # the fast path is for the dtypes of training
+    for layer in model.moe_layers:  # the kernels are for the dtypes of training
         layer.kernels = "plain"
     return model, data, windows.to(device)

@@ -1,7 +1,7 @@
-"""Fine-tune a trained run on a classification task (claim C4): the whole model, and a linear head on its last token.
+"""Fine-tune a trained model, with a linear head on its last token, on a classification task (claim C4).
 
-The paper doesn't print how it fine-tunes; all of this is ours: one pass of the texts by a decoder, one learning rate for all
-arms and tasks.
+The paper doesn't state its procedure, so this one is ours: the decoder reads an example's texts once, and all compared
+configs (arms) and tasks use the same learning rate.
 
 Letters: N examples of T tokens, padded on the right; batches of B; width d; C classes.
 """
@@ -28,9 +28,9 @@ from ecmoe.routing import causal_routing, routers
 from ecmoe.training.optimizer import clip, fuses
 from ecmoe.training.trainer import new_trainer, repeatable
 
-SEPARATOR = "\n"  # ends each text of an example
-ROUND = 16  # a batch's T is a multiple of it; compiled, for each size anew, one of 128, 512, 2048, ...
-# Examples as a model reads them: (N, T) tokens, (N,) lengths without padding, (N,) labels; int64.
+SEPARATOR = "\n"  # appended to each text of an example
+ROUND = 16  # T is rounded up to a multiple of ROUND; if blocks are compiled, once per T, to one of 128, 512, 2048, ...
+# Tokenised examples: (N, T) tokens, (N,) lengths without padding, (N,) labels; int64.
 Encoded = tuple[Tensor, Tensor, Tensor]
 
 
@@ -45,17 +45,17 @@ def fine_tuned(
     learning_rate: float = 3e-4,
     examples: int | None = None,
 ) -> dict[str, Any]:
-    """Accuracy on a task's validation examples after fine-tuning on its training examples.
+    """Fine-tune a copy of the model on a task's training examples, and return its accuracy on the validation examples.
 
     Args:
-        task, folder: as in `tasks.load`. steps: of AdamW, the first tenth warming up, then a linear decay to 0.
-        batch_size: of examples; also in validation, where expert choice's tokens compete, too.
-        examples: at most so many train, and so many validate; None: all.
+        task, folder: as in `tasks.load`. steps: of AdamW, with warm-up in the first tenth, then linear decay to 0.
+        batch_size: examples in a batch, also in validation, where tokens compete in expert choice, too.
+        examples: maximum number of training and of validation examples; None: all.
 
     Returns:
-        rows: one; `accuracy_causal` is routed by cut-offs, `majority` the share of the most frequent class, `truncated` of
-        examples that didn't fit into the model's sequence. right, right_causal: which validation examples were right, a bit
-        each (numpy.packbits, base64): arms are compared example by example.
+        rows: one row: `accuracy`; `accuracy_causal`, with causal routing; `majority`, share of the most frequent class;
+        `truncated`, share of examples longer than the model's sequence; `train`, `validation`, numbers of examples.
+        right, right_causal: a bit per validation example, 1 if correct (packed, base64), to compare arms by example.
     """
     if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
@@ -63,7 +63,7 @@ def fine_tuned(
     if (has := len(sides[0].labels)) < batch_size:
         raise ValueError(f"task {task!r}: batch_size={batch_size} is more than its {has} training examples")
     (train, validation), truncated = _encode(tokens.load(config).tokenizer, sides, config.sequence_length)
-    # Blocks are compiled in several sizes, and none of their numbers becomes a variable.
+    # Compile blocks separately for each size, with numbers as constants.
     compiling = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
     with torch.random.fork_rng(), repeatable(), compiling, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -71,7 +71,7 @@ def fine_tuned(
         torch.manual_seed(config.seed)
         tuned = LitFineTuning(copy.deepcopy(model), config, tasks.TASKS[task].classes, learning_rate, steps)
         trainer = new_trainer(config, max_steps=steps, inference_mode=False)
-        # Lightning would move weights and moments to the host after each loop, and back: 30 GB a task at the paper's size.
+        # Otherwise Lightning moves weights and moments to the host after each loop: 30 GB a task at the paper's size.
         trainer.strategy.teardown = lambda: None  # type: ignore[method-assign]
         trainer.fit(tuned, DataLoader(Batches(train, batch_size, config.seed), batch_size=None))
         found = causally = right(trainer, tuned, validation, batch_size)
@@ -85,7 +85,7 @@ def fine_tuned(
 
 
 class LitFineTuning(L.LightningModule):
-    """A trained model and a new head: tokens, lengths -> logits of classes, (B, C)."""
+    """A trained model with a new classification head: tokens (B, T), lengths (B,) -> logits (B, C)."""
 
     def __init__(self, model: Transformer, config: RunConfig, classes: int, learning_rate: float, steps: int) -> None:
         super().__init__()
@@ -94,10 +94,10 @@ class LitFineTuning(L.LightningModule):
             model.compile_blocks()
         self.head = nn.Linear(config.d_model, classes)
         for p in self.head.parameters():
-            nn.init.zeros_(p)  # all classes alike, whatever the seed
+            nn.init.zeros_(p)  # start with equal probabilities, whatever the seed
 
     def on_before_batch_transfer(self, batch: Encoded, dataloader_idx: int) -> Encoded:
-        """A batch is about as long as its longest example."""
+        """Cut or pad a batch to the length of its longest example, rounded up as `ROUND` says."""
         tokens, lengths, labels = batch
         longest = int(lengths.max())
         T = -(-longest // ROUND) * ROUND
@@ -110,7 +110,7 @@ class LitFineTuning(L.LightningModule):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        # Padding takes no expert, and is in nobody's past. (`hidden` would look where it lies, and wait for the device.)
+        # No expert takes padding, and it is after all tokens. (`hidden` would check that, and wait for the device.)
         hidden = self.model.through(self.model.embedding(tokens), token_ids=tokens, mask=mask)
         last = (lengths - 1).clamp_min(0)
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])
@@ -121,15 +121,15 @@ class LitFineTuning(L.LightningModule):
         return loss + sum(layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None)
 
     def predict_step(self, batch: Encoded, batch_idx: int) -> Tensor:
-        """(B,) Does the example's class get the largest logit?"""
+        """Return whether each example is classified correctly, (B,) bool."""
         tokens, lengths, labels = batch
-        with torch.compiler.set_stance("force_eager"):  # sizes of causal routing depend on the data
+        with torch.compiler.set_stance("force_eager"):  # in causal routing, shapes depend on the data
             return self(tokens, lengths).argmax(dim=1) == labels
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        clip(self.parameters(), optimizer, 1.0)  # Lightning's own refuses a fused optimiser
+        clip(self.parameters(), optimizer, 1.0)  # Lightning refuses to clip with a fused optimiser
 
     def configure_optimizers(self) -> dict[str, Any]:
         fused = fuses(self.config, self.device) or None
@@ -143,7 +143,7 @@ class LitFineTuning(L.LightningModule):
 
 
 def right(trainer: L.Trainer, tuned: LitFineTuning, examples: Encoded, batch_size: int) -> Tensor:
-    """(N,) Which examples are classified rightly; the last batch is filled up with padding."""
+    """Return which examples are classified correctly, (N,) bool; the last batch is filled with padding."""
     N = len(examples[0])
     filled = [F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -N % batch_size)) for x in examples]
     batches = [batch_of(filled, slice(i, i + batch_size)) for i in range(0, N, batch_size)]
@@ -155,7 +155,7 @@ def _packed(bits: Tensor) -> str:
 
 
 def _encode(tokenizer: Tokenizer, sides: list[tasks.Examples], most: int) -> tuple[list[Encoded], float]:
-    """Texts joined, each ended by a line break; where that is too long, the longest text loses its beginning. And how often."""
+    """Tokenise and join each example's texts, cut to `most` tokens; return the examples, and the share of those cut."""
     found, cut = [], []
     for part in sides:
         ids = iter(tokenizer.encode([text + SEPARATOR for texts in part.texts for text in texts]))
@@ -169,7 +169,7 @@ def _encode(tokenizer: Tokenizer, sides: list[tasks.Examples], most: int) -> tup
 
 
 def _fitted(pieces: list[list[int]], most: int) -> list[int]:
-    """One after the other, at most so many; the longest is cut down to the second, then both alike."""
+    """Join texts into at most `most` tokens: drop tokens from the beginning of the longest text, until all fit."""
     while (over := sum(map(len, pieces)) - most) > 0:
         *_, second, longest = [0, *sorted(map(len, pieces))]
         which = max(range(len(pieces)), key=lambda i: len(pieces[i]))

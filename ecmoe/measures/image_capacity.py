@@ -1,7 +1,7 @@
-"""How a trained classifier bears less capacity, without retraining (Riquelme et al. 2021, section 4).
+"""Accuracy of a trained classifier at other capacities, without retraining (Riquelme et al. 2021, section 4).
 
-Capacity is in expert places per patch, c, for every router: experts hold c n / e patches each. That is expert choice's
-capacity factor, and top_k times token choice's.
+For every router, capacity is c expert places per patch: each expert has places for c n / e patches. So c is expert
+choice's capacity factor, and top_k times token choice's capacity factor.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from ecmoe.routing import altered, watched
 
 @contextmanager
 def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTransformer]:
-    """Within it every MoE layer has `places` expert places per patch."""
+    """Give every MoE layer `places` expert places per patch within the block; raise a ValueError if that can't be."""
     row, values = model.config.row, model.config.to_dict()
     if not row.capacity:
         able = ", ".join(name for name, other in ROUTERS.items() if other.capacity)
@@ -34,7 +34,7 @@ def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTrans
 
 @torch.no_grad()
 def experts_per_patch(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) -> logits (B, classes), and how many experts took each patch: (MoE layers, B, T)."""
+    """Map images (B, C, H, W) to logits (B, classes) and the number of experts per patch, (MoE layers, B, T)."""
     with watched(model) as seen:
         logits = model(images)
     B, T = len(images), model.config.sequence_length
@@ -43,10 +43,10 @@ def experts_per_patch(model: VisionTransformer, images: Tensor) -> tuple[Tensor,
 
 @torch.no_grad()
 def accuracy_at(model: VisionTransformer, config: RunConfig, *, places: float) -> dict[str, float]:
-    """The validation images with `places` expert places per patch: accuracy, val_loss (nats per image), shares left out.
+    """Evaluate on the validation images with `places` expert places per patch: accuracy and val_loss (nats per image).
 
-    patches_left_out: (patch, layer) pairs that no expert took. images_left_out: images of which no expert took any
-    patch in any layer.
+    patches_left_out: share of (patch, layer) pairs that no expert took. images_left_out: share of images of which no
+    expert took any patch in any layer.
     """
     data, device, rows = ImageData(config), next(model.parameters()).device, []
     data.setup()

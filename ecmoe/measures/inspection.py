@@ -1,4 +1,4 @@
-"""What a trained model's routing does on held-out text: how many experts a token gets, and which tokens get many.
+"""Inspect a trained model's routing on held-out text: how many experts tokens get, and what a cap would change.
 
 Letters: B sequences of T tokens, n = B T, e experts.
 """
@@ -19,7 +19,7 @@ EXCERPT = 240  # tokens of text that a page shows
 
 
 def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
-    """The data of a run, and (batches B, T + 1) tokens that it was not trained on."""
+    """Return the data of a run, and the first `batches` batches of its validation tokens, (batches B, T + 1)."""
     data = TextData(config)
     data.setup()
     return data, torch.cat(data.val_batches()[:batches])
@@ -27,12 +27,12 @@ def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
 
 @torch.no_grad()
 def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
-    """How many experts tokens get, as trained, on a batch of held-out text.
+    """Count the experts per token, routed as in training, on a batch of held-out text.
 
     Returns:
-        text, counts: an excerpt token by token, and the experts of each, a row per layer. words: tokens that occur often, those
-        with most experts first: text, occurrences, mean over these and layers. A token that is no text alone, such as a byte of
-        a letter, is called by its id, <195>.
+        text, counts: the tokens of an excerpt, and the number of experts of each, a row per layer. words: frequent
+        tokens, those with most experts first: token, times (occurrences), experts (mean over occurrences and layers).
+        A token that isn't valid UTF-8 by itself is named by its id, such as <195>.
     """
     data, batch = held_out(config)
     ids = batch[:, :-1]
@@ -51,11 +51,11 @@ def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, Any]:
-    """The two solvers of capped expert choice on the scores that a trained model gives held-out text, by layer, cap and solver.
+    """Apply both solvers of capped expert choice to a trained model's scores on held-out text, by layer, cap, solver.
 
-    score_kept: the sum of the chosen scores over that of the uncapped top-k. over_cap: tokens in more experts than the cap.
-    row_error, column_error: largest |row sum of A - k|, and largest excess of a column sum over the cap, of section 3.3's A
-    ("feasible": of the choice itself). empty: slots that hold no token.
+    score_kept: sum of the chosen scores, divided by that of the uncapped top-k. over_cap: tokens with more experts than
+    the cap. row_error, column_error: largest |row sum of A - k|, and largest excess of a column sum of A over the cap,
+    where A is that of section 3.3 (for "feasible", the 0/1 choice itself). empty: slots without a token.
     """
     _, batch = held_out(config)
     with watched(model) as seen:

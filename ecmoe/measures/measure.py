@@ -1,4 +1,4 @@
-"""measure: what needs a run's weights is computed once and kept, so that pages are redrawn without them."""
+"""measure: compute once and store what needs a run's weights, so that pages can be redrawn without the weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,13 +26,13 @@ def measure(
     keep: bool = False,
     model: Callable[[], "Trunk"] | None = None,
 ) -> dict[str, Any] | None:
-    """What a measurement finds of a finished run's model: kept from an earlier call, or computed now; None where there is none.
+    """Return the stored result of a measurement of a finished run, or compute and store it; None if there is none.
 
     Args:
-        scale: whose pages ask: what reports/<scale>/measures has is read first.
-        train: False: nothing is computed. Else a run whose weights aren't here, as of a record, is trained again.
-        keep: in reports/<scale>/measures, as the engine does; else in the run's own folder.
-        model: `trained_model` of the run, where it serves several measurements.
+        result: the run. how: the measurement. scale: results in reports/<scale>/measures are read first.
+        train: False: compute nothing. True: compute a missing result, training the run again if it has no weights.
+        keep: store in reports/<scale>/measures, as the pipeline does, and read only there; False: in the run's folder.
+        model: the function from `trained_model`, to share one model between several measurements.
     """
     if not result.ok:
         return None
@@ -40,7 +40,7 @@ def measure(
     folders = [paths.measures(scale) / name, paths.runs() / name / "measures"][: 1 if keep else 2]
     places = [folder / f"{how.name}.json" for folder in folders]
     if train:
-        with lock(name):  # whoever comes second finds it done
+        with lock(name):  # a second process waits, then finds the result
             if not any(path.exists() for path in places):
                 with nullcontext(model) if model else trained_model(result) as read:
                     found = _computed(result, how, read)
@@ -56,15 +56,15 @@ def measure(
 
 
 def lock(run: str) -> FileLock:
-    """Held by whoever needs a run's weights to stay: to measure it, or to take them away."""
-    return FileLock(paths.runs() / f"{run}.measures.lock", is_singleton=True)  # a process may hold it twice
+    """Return the lock to acquire before measuring a run or deleting its weights, so that neither disturbs the other."""
+    return FileLock(paths.runs() / f"{run}.measures.lock", is_singleton=True)  # reentrant within a process
 
 
 @contextmanager
 def trained_model(result: Result) -> Iterator[Callable[[], "Trunk"]]:
-    """A finished run's model, on this machine's device: read when it is first asked for, and once for all who ask.
+    """Yield a function that returns a finished run's model on this machine's device, loaded once, on the first call.
 
-    Its weights may be many GB. Where they aren't here, the run is trained again.
+    The weights may be many GB, and are freed at the end of the block. If they are missing, the run is trained again.
     """
     import torch
 
@@ -78,7 +78,7 @@ def trained_model(result: Result) -> Iterator[Callable[[], "Trunk"]]:
         @cache
         def model() -> "Trunk":
             run = run_or_load(RunConfig.from_dict(result.summary["config"]), weights=True).path
-            free_memory()  # of its training
+            free_memory()  # left by training
             held.enter_context(place(say=False))
             return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -99,4 +99,4 @@ def _computed(result: Result, how: Measurement, model: Callable[[], "Trunk"]) ->
             model(), RunConfig.from_dict(result.summary["config"]), **how.keys
         )
     finally:
-        free_memory()  # a copy that was fine-tuned, say: the next one needs its room
+        free_memory()  # such as a fine-tuned copy of the model, before the next measurement

@@ -1,9 +1,9 @@
-"""Probe: how many bits about a target some features hold, beyond what is known without them.
+"""A probe: how many bits about a target some features hold, beyond a given baseline prediction.
 
-Usable information (Xu et al. 2020, "A Theory of Usable Information under Computational Constraints"): the fall in
-held-out cross-entropy when multinomial logistic regression may read the features. What it can't read isn't counted,
-so it is a lower bound of what they hold; and as it is scored on sequences that it wasn't trained on, it comes out
-slightly below 0 where there is nothing to read. It is not clipped.
+Usable information (Xu et al. 2020, "A Theory of Usable Information under Computational Constraints") is the decrease
+in held-out cross-entropy when multinomial logistic regression may read the features. It is a lower bound, since it
+leaves out what the regression can't read. Because it is scored on held-out sequences, it is slightly below 0 for
+features without information; it is not clipped.
 
 Letters: n tokens, m features, C classes.
 """
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RIDGES = (1000.0, 100.0, 10.0)  # precisions of the weights' prior, strongest first
-TRAIN, SELECT = 0.6, 0.2  # shares of the sequences; the rest is scored
+RIDGES = (1000.0, 100.0, 10.0)  # L2 penalties on the weights, strongest first
+TRAIN, SELECT = 0.6, 0.2  # shares of the sequences to train on and to select the ridge; the rest are scored
 
 
 class Sample(NamedTuple):
-    """Some tokens."""
+    """Tokens of the training, selection or scoring sequences."""
 
-    known: Tensor  # (n, C) log-probabilities of the target before the features are read
+    known: Tensor  # (n, C) baseline log-probabilities of the target
     features: Tensor  # (n, m)
     target: Tensor  # (n,) int64
 
 
 def information(known: Tensor, features: Mapping[str, Tensor], target: Tensor) -> dict[str, float]:
-    """Bits per token that each set of features holds about the target, beyond what is known; held out.
+    """Return the held-out bits per token that each set of features holds about the target, beyond `known`.
 
     Args:
-        known: (N, T, C) log-probabilities of N sequences' targets. features: name -> (N, T, m). target: (N, T) int64.
+        known: (N, T, C) baseline log-probabilities of the target. features: name -> (N, T, m). target: (N, T) int64.
 
-    Whole sequences are dealt out by a fixed shuffle: 60% to train on, 20% to choose the ridge by, 20% to score. The
-    probe without features has an intercept too, so that correcting `known` as a whole counts as nothing.
+    Whole sequences are split by a fixed shuffle: 60% to train on, 20% to select the ridge, 20% to score. The probe
+    without features has an intercept too, so that a global correction of `known` doesn't count as information.
     """
     nothing = target.new_zeros(*target.shape, 0)
     blind = _held_out(_parts(known, nothing, target))
@@ -43,7 +43,7 @@ def information(known: Tensor, features: Mapping[str, Tensor], target: Tensor) -
 
 
 def _parts(*tensors: Tensor) -> list[Sample]:
-    """(N, T, ...) known, features, target -> the three samples, features standardised by the first."""
+    """Split known, features, target (N, T, ...) into the three samples; standardise features by the training sample."""
     N = len(tensors[0])
     sizes = [round(TRAIN * N), round(SELECT * N)]
     sizes.append(N - sum(sizes))
@@ -60,12 +60,12 @@ def _parts(*tensors: Tensor) -> list[Sample]:
 
 
 def _held_out(parts: list[Sample]) -> float:
-    """Nats per token on the last part of the probe trained on the first, at the ridge that is best on the second."""
+    """Train the probe on the first part, select the ridge on the second, and return nats per token on the third."""
     train, select, score = parts
     m, C = train.features.shape[1], train.known.shape[1]
     W = train.known.new_zeros(m + 1, C, requires_grad=True)  # the last row is the intercept
     best, nats = math.inf, math.inf
-    for ridge in RIDGES if m else (0.0,):  # each goes on from the one before
+    for ridge in RIDGES if m else (0.0,):  # each fit starts from the previous one
         _fit(W, train, ridge)
         with torch.no_grad():
             selected, scored = float(_loss(W, select)), float(_loss(W, score))
@@ -76,7 +76,7 @@ def _held_out(parts: list[Sample]) -> float:
 
 
 def _fit(W: Tensor, sample: Sample, ridge: float) -> None:
-    """Minimise cross-entropy + ridge/2 |W|^2, in place: it is convex, so where it starts doesn't matter."""
+    """Minimise cross-entropy + ridge / (2 n) |W|^2 in place; the problem is convex, so the start doesn't matter."""
     optimizer = torch.optim.LBFGS([W], max_iter=20, history_size=8, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
