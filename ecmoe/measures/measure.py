@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from ecmoe import paths
-from ecmoe.files import Damaged, read_json, write_json
+from ecmoe.files import Damaged, plain, read_json, write_json
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.training.result import Result
 
@@ -49,10 +49,18 @@ def measure(
     for path in places:
         if path.exists():
             kept = read_json(path, sealed=True)
-            if (kept.get("run"), kept.get("what")) != (name, how.what):
-                raise Damaged(path, f"it holds {kept.get('what')!r} of {kept.get('run')}")
+            said = kept.get("run"), kept.get("what"), _settings(how.what, kept.get("keys") or {})
+            if said != (name, how.what, _settings(how.what, how.keys)):
+                raise Damaged(
+                    path, f"it holds {kept.get('what')!r} of {kept.get('run')}, taken with {kept.get('keys')}"
+                )
             return kept["found"]
     return None
+
+
+def _settings(what: str, keys: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As JSON keeps them, without the places of files, which may lie elsewhere."""
+    return plain({key: value for key, value in keys.items() if key not in MEASURES[what].where})
 
 
 def lock(run: str) -> FileLock:

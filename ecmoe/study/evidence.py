@@ -13,9 +13,9 @@ from ecmoe.measures.measure import measure
 from ecmoe.study import estimate, repeats, speed
 from ecmoe.study.estimate import Estimate, Unit
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.plan import Planned, arms_of, configs, record
+from ecmoe.study.plan import Planned, arms_of, configs, recorded
 from ecmoe.study.protocol import Part
-from ecmoe.training.result import Result, read_record
+from ecmoe.training.result import Result
 
 
 class Evidence:
@@ -44,8 +44,8 @@ class Evidence:
     def summaries(self, arm: str) -> dict[int, dict[str, Any]]:
         """Seed -> summary, of the runs that have a record."""
         if arm not in self._summaries:
-            files = {seed: record(one, self.scale) for seed, one in self.planned.get(arm, {}).items()}
-            self._summaries[arm] = {s: read_record(path).summary for s, path in sorted(files.items()) if path.exists()}
+            found = {s: recorded(one, self.scale) for s, one in sorted(self.planned.get(arm, {}).items())}
+            self._summaries[arm] = {seed: result.summary for seed, result in found.items() if result}
         return self._summaries[arm]
 
     def finished(self, arm: str) -> dict[int, dict[str, Any]]:

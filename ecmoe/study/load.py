@@ -19,7 +19,7 @@ from ecmoe.model.build import flops_per_token
 from ecmoe.study import engine
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
-from ecmoe.training.result import Result, not_run, read_record
+from ecmoe.training.result import Result, not_run
 
 CORE = 1e11  # FLOP/s that a core of a CPU does at most in training, or few do more
 _CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
@@ -135,10 +135,9 @@ def _places(one: planning.Planned, scale: str) -> tuple[Path, Path]:
 
 
 def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]) -> Result:
-    record, summary = _places(one, scale)
-    if record.exists():
-        return read_record(record)
-    if not train and not summary.exists():
+    if kept := planning.recorded(one, scale):
+        return kept
+    if not train and not _places(one, scale)[1].exists():
         return not_run(one.config)
     try:
         from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there

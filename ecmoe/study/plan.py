@@ -14,14 +14,17 @@ from fractions import Fraction
 from functools import cache, cached_property
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig
-from ecmoe.files import check_known, read_yaml
+from ecmoe.files import Damaged, check_known, read_yaml
 from ecmoe.measures import Measurement, measurements
 from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merged, parameter_files
+
+if TYPE_CHECKING:
+    from ecmoe.training.result import Result
 
 Keys = Mapping[str, Any]
 LISTED = "configs/arms.yaml names them all"
@@ -243,3 +246,15 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
 def record(one: Planned, scale: str) -> Path:
     """Where the run's record is kept, once it is there."""
     return paths.records(scale) / f"{one.name}.json"
+
+
+def recorded(one: Planned, scale: str) -> "Result | None":
+    """What the run's record holds; None where there is none. Damaged: it isn't what was written, or it is another run's."""
+    from ecmoe.training.result import read_record  # a plan needs no pandas
+
+    if not (path := record(one, scale)).exists():
+        return None
+    result = read_record(path)
+    if result.summary["name"] != one.name:
+        raise Damaged(path, f"it holds the run {result.summary['name']}")
+    return result

@@ -113,10 +113,10 @@ def test_nothing_of_a_training_or_of_a_measurement_is_in_the_way_of_the_next(tin
     assert there == [0, 0, 1, 0]  # before training, loading (which is part of measuring), the first and the second
 
 
-@pytest.mark.parametrize("change", ["a bit", "cut", "another run", "another measure"])
+@pytest.mark.parametrize("change", ["a bit", "cut", "another run", "another measure", "other keys"])
 def test_a_damaged_file_is_named(tiny_config, change):
     result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
-    one = how(layers={"a bit": 4, "cut": 5, "another run": 6, "another measure": 8}[change])
+    one = how(layers={"a bit": 4, "cut": 5, "another run": 6, "another measure": 8, "other keys": 9}[change])
     found = measure(result, one, scale="gpu", keep=True)
     path = paths.measures("gpu") / result.summary["name"] / f"{one.name}.json"
     text = path.read_text()
@@ -125,11 +125,12 @@ def test_a_damaged_file_is_named(tiny_config, change):
     elif change == "cut":
         path.write_text(text[:-20])
     else:
-        other = {"run": "another"} if change == "another run" else {"what": "caps"}
+        other = {"another run": {"run": "another"}, "another measure": {"what": "caps"}}.get(
+            change, {"keys": {"layers": 3}}
+        )
         write_json(path, read_json(path, sealed=True) | other, sealed=True)
-    with pytest.raises(
-        Damaged, match=f"{path.name}.*(check sum|Unterminated|holds 'weights' of another|holds 'caps' of)"
-    ):
+    held = "'weights' of another|'caps' of|'weights' of .*, taken with {'layers': 3}"
+    with pytest.raises(Damaged, match=f"{path.name}.*(check sum|Unterminated|holds ({held}))"):
         measure(result, one, scale="gpu", train=False)
 
 

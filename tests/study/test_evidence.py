@@ -9,7 +9,7 @@ import pytest
 
 from ecmoe import paths
 from ecmoe.config import SCHEMA
-from ecmoe.files import write_json
+from ecmoe.files import Damaged, write_json
 from ecmoe.study import speed
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import plan, record
@@ -70,6 +70,15 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study, monkey
     assert judge_all("gpu")["C5"] == found and judge("C5", "smoke").label == PLUMBING
     monkeypatch.setattr("ecmoe.study.verdict.plan", lambda scale: 1 / 0)  # which a page that can't be planned stops
     assert judge_all("gpu")["C5"] == found
+
+
+def test_a_record_of_another_run_is_not_believed(study):
+    arm = "EC-CF2 renormalized"
+    evidence = study({arm: 3.6}, "04_capped_experts")
+    first, second = (record(evidence.planned[arm][seed], "gpu") for seed in (0, 1))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(Damaged, match=f"{second.name} is damaged .it holds the run {first.stem}"):
+        evidence.summaries(arm)
 
 
 def test_a_number_of_the_routing_is_a_number_of_the_run(study):
@@ -134,7 +143,7 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
 
 def keep_measure(one, how, found):
     path = paths.measures("gpu") / one.name / f"{how.name}.json"
-    write_json(path, {"run": one.name, "what": how.what, "found": found}, sealed=True)
+    write_json(path, {"run": one.name, "what": how.what, "keys": how.keys, "found": found}, sealed=True)
 
 
 def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):

@@ -14,7 +14,7 @@ from ecmoe.measures import measurements
 from ecmoe.study import load as module
 from ecmoe.study.load import Study, beside, load, watching
 from ecmoe.study.plan import Planned
-from ecmoe.training.result import Result, not_run
+from ecmoe.training.result import Result, not_run, write_record
 
 
 def planned_of(seed: int) -> Planned:
@@ -153,10 +153,10 @@ def test_a_run_that_fails_leaves_the_others_and_says_why(monkeypatch, capsys, tm
     assert module._result(one, "gpu", False, []).summary["status"] == "failed"  # it was there to be read
     assert asked[1] == (one.config, False, False, [])
     record = paths.records("gpu") / f"{one.name}.json"
-    record.parent.mkdir(parents=True)
-    record.touch()
-    monkeypatch.setattr(module, "read_record", lambda path: path)
-    assert module._result(one, "gpu", True, []) == record and len(asked) == 2  # whatever lies in runs/
+    write_record(record, not_run(one.config))
+    assert (
+        module._result(one, "gpu", True, []).summary["status"] == "not run" and len(asked) == 2
+    )  # whatever lies in runs/
 
 
 def test_only_what_is_missing_moves_the_bar(monkeypatch, tmp_path):
