@@ -28,15 +28,16 @@ TRAIN = str(config.get("train_missing", True)).lower() in ("true", "1", "yes")
 try:
     check_known("--config has no key", config, ["scale", "train_missing", "runs"])
     check_scale(SCALE)
+    GPUS, PLACES = engine.places()
 except ValueError as error:
     sys.exit(f"error: {error}")
 ECMOE = f"{shlex.quote(sys.executable)} -m ecmoe"
 REPORTS = f"reports/{SCALE}"
 ATTEMPTS = 3
 
-# A page's name in rules holds nothing that a shell or a pattern could read otherwise; files keep their own names.
+# Rules name a page as its file; notebooks and configs keep their own names.
 NAMES = {
-    re.sub(r"[^\w.-]", "-", path.stem): path.stem
+    paths.page_name(path.stem): path.stem
     for path in sorted(Path("notebooks").glob("*.ipynb"))
     if Path(f"configs/{path.stem}.yaml").exists()
 }
@@ -62,7 +63,6 @@ try:
 except (ValueError, OSError):
     TIMES = []
 # Several runs side by side on a GPU are done sooner than one after the other.
-GPUS, PLACES = engine.places()
 CORES = workflow.cores or 2
 if "place" not in workflow.global_resources:  # --resources place=2 says otherwise
     workflow.register_resource("place", GPUS * PLACES or CORES)
@@ -91,6 +91,11 @@ def sources(name):
     """The notebook of a page, and its YAML files."""
     stem = NAMES[name]
     return [f"notebooks/{stem}.ipynb", *map(os.path.relpath, parameter_files(stem, SCALE))]
+
+
+def odd(file):
+    """Would Snakemake take such a name for a pattern?"""
+    return set(file) & set("{}<>")
 
 
 def files(name):
@@ -139,7 +144,7 @@ rule index:
 
 rule page:
     input:
-        lambda wildcards: [file for file in sources(wildcards.name) if "{" not in file],
+        lambda wildcards: [file for file in sources(wildcards.name) if not odd(file)],
         lambda wildcards: results(wildcards.name),
     output:
         REPORTS + "/{name}.html",
@@ -147,8 +152,7 @@ rule page:
         name="|".join(map(re.escape, NAMES)) or "-",
     params:
         notebook=lambda wildcards: sources(wildcards.name)[0],
-        # It would take such a name for a pattern.
-        changed=lambda wildcards: [os.stat(file).st_mtime_ns for file in sources(wildcards.name) if "{" in file],
+        changed=lambda wildcards: [os.stat(file).st_mtime_ns for file in sources(wildcards.name) if odd(file)],
         files=lambda wildcards: files(wildcards.name),
     shell:
         "{ECMOE} report {params.notebook:q} {output:q} {params.files:q} --no-train"

@@ -57,6 +57,11 @@ def measures(scale: str) -> Path:
     return root() / "reports" / scale / "measures"
 
 
+def page_name(notebook: str) -> str:
+    """What the page of a notebook is called: it holds nothing that a shell, a pattern or an address could read otherwise."""
+    return re.sub(r"[^\w.-]", lambda odd: f"-{ord(odd[0]):x}-", notebook)
+
+
 def resolve(name: str | Path) -> Path:
     """Return the path of a file or folder: `name` relative to the working folder if that exists, else to the root."""
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, doesn't raise for the ~ of an unknown user

@@ -235,3 +235,10 @@ def test_a_folder_that_cannot_be_read_is_named_not_left_out(tmp_path, monkeypatc
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(ConfigError, match="text/b can't be read: Permission denied"):
         paths.local_files(str(tmp_path / "text"))
+
+
+def test_pages_have_names_that_nothing_reads_otherwise_and_none_the_same():
+    assert [paths.page_name(name) for name in ("01_a-b.c", "38_\u00fc")] == ["01_a-b.c", "38_\u00fc"]
+    odd = ["a b", "a-b", "a;b", "a\nb", "$(a)", "{a}", "<a>", " ", "a'b", 'a"b', "*", "~", "a/b"]
+    names = [paths.page_name(name) for name in odd]
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in names) and len(set(names)) == len(odd)

@@ -168,7 +168,7 @@ def study(tmp_path, tiny_config) -> Path:
     (tmp_path / "configs/arms.yaml").write_text("EC: {}\nLost: {data: absent/text.txt}\n")
     pages = {
         "01_runs": "arms: [EC, Lost]\nmeasures: {losses: {arms: [EC], pools: [sequence]}}",
-        "02_$(touch hacked) {x} 'y'": "value: 1",
+        "02_$(touch hacked) {x} <y> 'z'": "value: 1",
         "04_no_json": "value: 1",
         "05_no_yaml": "value: [1",
         "06_unknown_arm": "arms: [ECC]",
@@ -184,8 +184,9 @@ def study(tmp_path, tiny_config) -> Path:
 def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     code, output, ran = snakemake(study)
     assert code != 0 and not (study / "hacked").exists(), output
-    assert ran == sorted(["01_runs", "02_$(touch", "hacked)", "{x}", "'y'"]), output
-    for name in ("01_runs", "02_--touch-hacked---x---y-", "index"):
+    assert ran == sorted(["01_runs", "02_$(touch", "hacked)", "{x}", "<y>", "'z'"]), output
+    odd = "02_-24--28-touch-20-hacked-29--20--7b-x-7d--20--3c-y-3e--20--27-z-27-"
+    for name in ("01_runs", odd, "index"):
         assert page(study, name).exists(), output
     for name in ("04_no_json", "05_no_yaml", "06_unknown_arm", "07_unknown_parameter"):
         assert f"failed: {name}, see" in output and f"{name}.failed.html" in page(study, "index").read_text()

@@ -16,6 +16,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from ecmoe.files import write_text
+from ecmoe.paths import page_name
 from ecmoe.report.markup import TEMPLATE, math_html, text_of
 
 _LABELS = {
@@ -112,7 +113,7 @@ def ways(source: Path) -> list[dict[str, str]]:
         if 0 <= at < len(names):
             number, _, words = names[at].partition("_")
             text = form.format(f"{number} {words.replace('_', ' ').capitalize()}")
-            found.append({"rel": rel, "href": f"{quote(names[at])}.html", "text": text})
+            found.append({"rel": rel, "href": f"{page_name(names[at])}.html", "text": text})
     return found
 
 

@@ -93,7 +93,10 @@ def places() -> tuple[int, int]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
         chosen = ",".join(line for line in listed.stdout.splitlines() if line.startswith("GPU "))
     gpus = len([gpu for gpu in (chosen or "").split(",") if gpu.strip() not in ("", "-1")])
-    return gpus, int(os.environ.get("ECMOE_SLOTS", "4")) if gpus else 1
+    slots = os.environ.get("ECMOE_SLOTS") or "4"
+    if not (slots.isdecimal() and int(slots)):
+        raise ConfigError(f"ECMOE_SLOTS={slots}: must be a whole number, 1 or more")
+    return gpus, int(slots) if gpus else 1
 
 
 def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1) -> int:

@@ -12,6 +12,7 @@ from ecmoe import paths
 from ecmoe.files import ConfigError, nearest, read_yaml
 
 PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # what a plan is made of
+_SCALE = re.compile(r"\w[\w.-]*")  # it stands in commands, and names a folder
 
 
 class Held:
@@ -43,11 +44,11 @@ def parameter_files(notebook: str, scale: str) -> list[Path]:
 
 
 def check_scale(scale: str) -> None:
-    """Is there such a scale? Where there are no configs, as outside a checkout, nobody knows. A ConfigError, where there are others."""
-    found = (paths.configs() / "scale").glob("*.yaml")
-    known = sorted(path.stem for path in found if re.fullmatch(r"[\w.-]+", path.stem))  # it stands in commands
-    if known and (not isinstance(scale, str) or scale not in known):
-        raise ConfigError(f"scale={scale!r}: must be one of {', '.join(known)}")
+    """Is there such a scale? Where there are no configs, as outside a checkout, any name will do. A ConfigError, where there are others."""
+    found = [path.stem for path in (paths.configs() / "scale").glob("*.yaml")]
+    known = sorted(name for name in found if _SCALE.fullmatch(name))
+    if not isinstance(scale, str) or not (scale in known if known else _SCALE.fullmatch(scale)):
+        raise ConfigError(f"scale={scale!r}: must be one of {', '.join(known) or 'letters and digits, such as smoke'}")
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:

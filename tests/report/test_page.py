@@ -121,7 +121,7 @@ def test_the_first_and_the_last_page_have_one_neighbour(tmp_path):
         name: [(way["rel"], way["href"], way["text"]) for way in ways(tmp_path / f"{name}.ipynb")]
         for name in ("01_a", "02_b_c", "10_d $x", "notes")
     }
-    first, last = ("prev", "01_a.html", "\u2190 01 A"), ("next", "10_d%20%24x.html", "10 D $x \u2192")
+    first, last = ("prev", "01_a.html", "\u2190 01 A"), ("next", "10_d-20--24-x.html", "10 D $x \u2192")
     middle = "02_b_c.html"
     assert shown == {
         "01_a": [("next", middle, "02 B c \u2192")], "02_b_c": [first, last], "10_d $x": [("prev", middle, "\u2190 02 B c")], "notes": [],

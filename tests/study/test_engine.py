@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ecmoe import paths
 from ecmoe.cli import app
-from ecmoe.files import Damaged, write_json
+from ecmoe.files import ConfigError, Damaged, write_json
 from ecmoe.measures import Measurement
 from ecmoe.study import engine, plan
 from ecmoe.study.load import load
@@ -264,6 +264,10 @@ def test_gpus_that_may_be_used_are_counted(monkeypatch, visible, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("ECMOE_SLOTS", "3")
     assert engine.places() == (gpus, 3 if gpus else 1)
+    for slots in ("many", "0", "-1"):
+        monkeypatch.setenv("ECMOE_SLOTS", slots)
+        with pytest.raises(ConfigError, match=f"ECMOE_SLOTS={slots}: must be a whole number, 1 or more"):
+            engine.places()
 
 
 def test_gpus_of_the_machine_count_where_none_is_chosen(monkeypatch):

@@ -102,6 +102,9 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
             check_scale(name)
     monkeypatch.setattr(paths, "configs", lambda: tmp_path)
     check_scale("any")  # no configs, as outside a checkout
+    for name in ("a;touch hacked", "../x", "..", "", None):
+        with pytest.raises(ConfigError, match="must be one of letters and digits, such as smoke"):
+            check_scale(name)
 
 
 def test_unknown_parameters_and_text_for_numbers_are_errors():
