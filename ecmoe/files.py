@@ -199,14 +199,16 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML, but reject values that YAML reads differently from how they look.
 
     Raises:
-        ConfigError: invalid YAML; a duplicate key; `010`, which YAML reads as 8, or `1:30`, which it reads as 90.
+        ConfigError: invalid YAML; a duplicate key; `010`, which YAML reads as 8; `1:30` or `1:30.5`, which it reads as 90 or 90.5.
     """
     try:
         return yaml.load(text, _StrictLoader)  # a SafeLoader
     except RecursionError:
         raise ConfigError("nested too deeply") from None
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: an impossible date or number
+    except yaml.YAMLError as error:
         raise ConfigError(str(error)) from error
+    except Exception as error:  # PyYAML's own, at an impossible date or number, or a tag that doesn't fit: `!!bool x`
+        raise ConfigError(f"a value doesn't fit its type ({error!r}): correct it, or put it in quotes") from error
 
 
 def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
@@ -233,12 +235,14 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} occurs twice: remove one", key.start_mark)
         return super().construct_mapping(node, deep)
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)
-        if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        whole = node.tag.endswith("int")
+        value = (super().construct_yaml_int if whole else super().construct_yaml_float)(node)
+        if ":" in node.value or whole and re.match(r"[-+]?0[0-9_]", node.value):
             said = f"YAML takes {node.value} for {value}: write the number that you mean"
             raise yaml.MarkedYAMLError(None, None, said, node.start_mark)
         return value
 
 
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_number)

@@ -134,10 +134,12 @@ def _show(table: Any, output: Path | None = None) -> None:
     """Print a DataFrame of what was measured, and where; and keep it in a file."""
     from ecmoe.bench.clock import save
 
-    if output:
-        save(table, output)
-    typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
-    rows = table.drop(columns="samples_ms", errors="ignore").dropna(axis=1, how="all")
-    typer.echo(rows.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
-    if table.attrs.get("absent"):
-        typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))
+    try:
+        if output:
+            save(table, output)
+    finally:  # what can't be kept is shown at least
+        typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
+        rows = table.drop(columns="samples_ms", errors="ignore").dropna(axis=1, how="all")
+        typer.echo(rows.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+        if table.attrs.get("absent"):
+            typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))

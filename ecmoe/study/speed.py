@@ -66,7 +66,7 @@ def jobs(
 MODULES = {"auto": "layer", "study": "step"}  # of `bench_auto` and `bench_study`; others have one of their own
 
 
-def job(name: str, **keys: Any) -> Job:
+def job(name: str, /, **keys: Any) -> Job:
     """`bench_<name>` of the bench with these arguments, which are checked, and torch imported, when it is called."""
 
     def measure() -> pd.DataFrame:

@@ -34,6 +34,7 @@ def options(keys):
         ["layer", "--set", "n=many"],
         ["layer", "--set", "d_ff=0"],
         ["step", "--set", "repeats=1"],
+        ["layer", "--set", "name=auto"],
     ],
 )
 def test_no_option_is_silently_ignored(command):
@@ -54,6 +55,12 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path):
     assert "n=64 d_model=8 d_ff=16 num_experts=4" in setting and all(f"{key}=" in setting for key in kept["setting"])
     assert names.split() == [key for key in kept["rows"][0] if any(row[key] is not None for row in kept["rows"])]
     assert [row.split()[0] for row in rows] == [row["layer"] for row in kept["rows"]]
+
+
+def test_a_table_that_cannot_be_kept_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "job", lambda name, **_: fake)
+    shown = CliRunner().invoke(app, ["bench", "layer", "--json", str(tmp_path)])
+    assert shown.exit_code == 2 and str(tmp_path) in shown.stderr and "\n" in shown.stdout.strip()
 
 
 def test_a_fraction_of_a_token_is_named_before_anything_is_timed():
