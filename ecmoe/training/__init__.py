@@ -1,4 +1,4 @@
-"""run_or_load: train what is missing, load what is there, and lose nothing that was finished.
+"""Training: `run_or_load` loads the result of a finished run or trains a missing one, and never loses finished work.
 
-run.py is the way from a config to a summary; lit.py is Lightning's side of it, recorder.py what is written while it runs,
-result.py what is read afterwards. Losses are made here, and compared in study/."""
+Start with run.py, which trains a config and writes its summary. lit.py holds the LightningModules, recorder.py writes
+curve and checkpoints during training, result.py stores and loads finished runs. ecmoe/study compares their losses."""

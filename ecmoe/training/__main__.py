@@ -1,4 +1,4 @@
-"""A rank of a run that `by_torchrun` started: `torchrun -m ecmoe.training FOLDER [--no-weights]`. The caller holds the lock."""
+"""Train as one rank of a run: `by_torchrun` starts `-m ecmoe.training FOLDER [--no-weights]`, and holds the lock."""
 
 import sys
 from pathlib import Path

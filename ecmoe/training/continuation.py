@@ -1,4 +1,4 @@
-"""A text, continued by a trained run."""
+"""Continue a text with the model of a trained run."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from ecmoe.training.result import check_weights, find_run, load_model, read_run
 
 
 def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object) -> str:
-    """The prompt and what a trained run makes of it.
+    """Return the prompt and its continuation by a trained run.
 
     Args:
-        run: a finished run, as in `find_run`; its tokens must be in the cache, or its text at hand.
-        prompt: at least one token. tokens, sampling: as in `generate`.
+        run: a finished run, as in `find_run`; its tokenised corpus must be in the cache, or its text available.
+        prompt: a text of at least one token. tokens, sampling: as in `generate`.
 
     Raises:
-        FileNotFoundError: no finished run there. Damaged: a file of it isn't what was written. ValueError: as in `generate`;
-        the run's text is another one here than its vocabulary was learned from, or it is no language model whose router
-        reads tokens alone.
+        FileNotFoundError: there is no such finished run. Damaged: a file of the run differs from what was written.
+        ValueError: as in `generate`; the run isn't a language model, or its router needs tasks; the text here isn't the
+        one from which the run's vocabulary was learned.
     """
     folder = find_run(run)
     check_weights(folder)

@@ -1,7 +1,7 @@
-"""A step's forward and backward pass as two CUDA graphs: launched at once, not kernel by kernel.
+"""Run a step's forward and backward pass as two CUDA graphs, instead of launching kernel by kernel.
 
-A step has hundreds of kernels, and Python needs longer to launch them than a fast GPU to run those of a small model. A
-graph repeats what it has seen once, at the same addresses: all sizes must be fixed, and nothing may wait for the device.
+A step has hundreds of kernels. For a small model, Python takes longer to launch them than a fast GPU takes to run them.
+A graph replays captured kernels at the same addresses: sizes must be fixed, and the host must not wait for the device.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ Losses = Callable[..., tuple[Tensor, Tensor]]
 
 
 def capturable(lit: Any) -> bool:
-    """Can the step of a LitModel be a graph? On one GPU, with routers that read nothing from it, and one backward pass an update."""
+    """Return whether a LitModel's step can be captured: one GPU, static routers, one backward pass per update."""
     c = lit.config
-    # A second micro-batch would write its gradients over those of the first; recomputing saves the state of a generator,
-    # which a capture forbids; a GradScaler's factor is a number that changes.
+    # A second micro-batch would overwrite the gradients of the first. Activation checkpointing saves generator states,
+    # which is forbidden during capture. A GradScaler's factor changes between steps.
     fixed = c.accumulate == 1 and not c.activation_checkpointing and c.precision != "16-mixed"
     alone = lit.device.type == "cuda" and c.strategy == "auto"
     return alone and fixed and all(router.static for router in lit.routers)
 
 
 class _Step(nn.Module):
-    """Losses as a module: its parameters are inputs of the graph."""
+    """`lit.losses` as a module, so that the model's parameters are inputs of the graph."""
 
     def __init__(self, lit: Any) -> None:
         super().__init__()
@@ -36,20 +36,20 @@ class _Step(nn.Module):
 
 
 def captured(lit: Any, batch: Tensor | tuple[Tensor, ...], pool: Any = None) -> Losses:
-    """`lit.losses` as a graph, for batches of the shapes of this one; call it where training calls it, autocast included.
+    """Return `lit.losses` as a graph for batches with the shapes of `batch`. Capture it under the autocast of training.
 
-    The graph is captured after a few passes on this batch, whose traces in the model's buffers are wiped out.
+    Warm-up and capture run a few passes on `batch`; afterwards, the model's buffers are restored.
 
     Args:
-        pool: memory that graphs share of which one step is over before another's begins (`torch.cuda.graph_pool_handle`).
+        pool: memory pool (`torch.cuda.graph_pool_handle`) to share with graphs whose steps never overlap in time.
     """
     parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
     buffers = list(lit.model.buffers())
     before = [buffer.clone() for buffer in buffers]
     kind = lit.device.type
-    # Gradients meet their parameters on the stream of the capture: steps wait for it, and torch warns of that.
+    # Gradients are accumulated on the stream of the capture, for which steps wait: torch's warning isn't needed.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    # A cached cast of a weight would lie outside the graph, and never change.
+    # A weight that autocast has cast and cached would lie outside the graph, and never be updated.
     torch.clear_autocast_cache()
     with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
         step = torch.cuda.make_graphed_callables(

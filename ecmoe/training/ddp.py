@@ -1,7 +1,7 @@
-"""Data parallelism by DDP, except for the experts, whose gradients are nearly all of the traffic.
+"""Data parallelism by PyTorch's DDP, but with a separate all-reduce for each gradient of experts, most of the traffic.
 
-DDP copies every gradient into a bucket, and the bucket into the numbers that travel. An expert's gradient is large enough
-to travel alone, as soon as it is there: two passes over memory less.
+DDP copies every gradient into a bucket, and the bucket into the tensor that is sent. An expert's gradient is large
+enough to be sent alone, as soon as it has been computed, which saves two passes over memory.
 """
 
 import warnings
@@ -20,45 +20,45 @@ from ecmoe.model.moe import MoE
 
 
 class DDP(DDPStrategy):
-    """Copies of the model on all ranks, with the mean of their gradients: from before they are clipped on, but not yet in a
-    callback's `on_after_backward`, where those of experts may be on their way.
+    """Strategy that keeps a copy of the model on each rank, and averages gradients before they are clipped. In a
+    callback's `on_after_backward`, experts' gradients may not be averaged yet.
 
     Args:
-        narrow: what gradients are on their way; None: as they are.
+        narrow: dtype in which gradients are sent; None: their own.
     """
 
     def __init__(self, config: RunConfig, narrow: torch.dtype | None, **keys: Any) -> None:
-        # Dynamo would cut each compiled block where a bucket ends; a block is little enough to wait for.
+        # Dynamo would split compiled blocks at bucket boundaries; blocks are small enough to stay whole.
         torch._dynamo.config.optimize_ddp = False
         super().__init__(
-            broadcast_buffers=False,  # each rank's routing statistics are its own; end_step adds them up
+            broadcast_buffers=False,  # routing statistics differ between ranks; end_step adds them up
             gradient_as_bucket_view=True,
-            static_graph=config.accumulate == 1,  # nor would it see a step whose first micro-batches aren't reduced
+            static_graph=config.accumulate == 1,  # a static graph can't skip the reduction of micro-batches
             ddp_comm_hook=bf16_compress_hook if narrow else None,
             **keys,
         )
         self.narrow = narrow
-        self.travelling: list[torch.futures.Future[Tensor]] = []  # gradients of this step
-        self.hooks: list[RemovableHandle] = []  # which send them
+        self.travelling: list[torch.futures.Future[Tensor]] = []  # all-reduces of this step's gradients
+        self.hooks: list[RemovableHandle] = []  # start these all-reduces
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         of_experts = {w for layer in model.modules() if isinstance(layer, MoE) for w in (layer.w1, layer.w2)}
         experts = {name: w for name, w in model.named_parameters() if w in of_experts and w.requires_grad}
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, list(experts))
-        with warnings.catch_warnings():  # of a name that older versions of torch don't know by its new one
+        with warnings.catch_warnings():  # about an old name, which older versions of torch need
             warnings.simplefilter("ignore", FutureWarning)
-            # Lightning's own does this on a side stream, on which each gradient would then wait for its parameter.
+            # Lightning's method does this on a side stream; each gradient would then have to wait for that stream.
             ddp = DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
-        ignore(model, [])  # by whoever trains the model next
+        ignore(model, [])  # reset, so that the model can be wrapped again by another strategy
 
         def send(weight: Tensor) -> None:
             gradient = weight.grad
-            if ddp.require_backward_grad_sync and gradient is not None:  # else more micro-batches follow
+            if ddp.require_backward_grad_sync and gradient is not None:  # otherwise more micro-batches follow
                 sent = torch.empty_like(gradient, dtype=self.narrow)
                 torch.mul(gradient, 1 / self.world_size, out=sent)
                 arrived = dist.all_reduce(sent, async_op=True).get_future()
-                # Beside the backward pass, on a stream of its own, as soon as it is there.
+                # As soon as it arrives, on a separate stream, in parallel with the backward pass.
                 self.travelling.append(arrived.then(lambda sent: gradient.copy_(sent.value()[0])))
 
         for weight in experts.values():
@@ -67,14 +67,14 @@ class DDP(DDPStrategy):
         return ddp
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """The experts' gradients are there, too."""
+        """Wait for the all-reduces of the experts' gradients, too."""
         for arrived in self.travelling:
             arrived.wait()
         self.travelling.clear()
         super().post_backward(closure_loss)
 
     def teardown(self) -> None:
-        """Hooks would go on sending, and keep the model's memory."""
+        """Remove the hooks, which would continue to send gradients and keep the model in memory."""
         while self.hooks:
             self.hooks.pop().remove()
         super().teardown()

@@ -1,8 +1,8 @@
-"""A place on a GPU for a run, and how many share it.
+"""Slots on the machine's GPUs: each run holds one, and can count the runs that share its GPU.
 
-Several runs side by side on one GPU are done sooner than one after the other: a small run waits for its host more than
-for its GPU. A run takes a place on the GPU with the fewest, a lock in the cache folder, so that runs of any processes on
-the machine find their places, and count each other, without knowing of each other.
+Several small runs finish sooner side by side on one GPU than one after the other, because a small run waits for its
+host more than for its GPU. A slot is a file lock in the cache folder, so independent processes can share the GPUs. A
+run takes a free slot with the lowest number, so that runs spread over the GPUs.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ from ecmoe.files import ConfigError
 
 @dataclass
 class Place:
-    """Where a run is. gpu: its number; None: on the CPU, or on several GPUs, for which nobody else asks.
+    """The slot of a run. gpu: its index; None: no slot, since the run is on the CPU, or on several GPUs.
 
-    others: the locks of the other places on it.
+    others: lock files of the other slots on that GPU.
     """
 
     gpu: int | None = None
     others: Sequence[Path] = ()
 
     def sharing(self) -> int:
-        """Runs on this device now, this one among them; at least as many as who started it says ($ECMOE_SHARING)."""
+        """Return the number of runs on this device now, including this run, but at least $ECMOE_SHARING."""
         return max(number("ECMOE_SHARING", 1), 1 + sum(map(_taken, self.others)))
 
 
 @contextmanager
 def place(say: bool = True) -> Iterator[Place]:
-    """Hold a place, waiting for one if all are taken ($ECMOE_SLOTS runs a GPU, else 4); within it, "cuda" is its GPU. There is no
-    end of them on a CPU."""
+    """Hold a slot and make its GPU the current device within the context. Wait if all slots are taken ($ECMOE_SLOTS per
+    GPU, 4 by default). Without a GPU, the number of runs is unlimited."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         yield Place()
         return
-    # CUDA_VISIBLE_DEVICES may renumber them.
+    # Name lock files by UUID, since CUDA_VISIBLE_DEVICES may renumber GPUs.
     names = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(gpus)]
     slots, folder = number("ECMOE_SLOTS", 4), paths.cache() / "gpus"
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def place(say: bool = True) -> Iterator[Place]:
 
 
 def _find(of_gpu: list[list[Path]]) -> tuple[int, Path, FileLock] | None:
-    """A GPU, and the lock of its place, held now: the first place of every GPU before the second of any."""
+    """Lock a free slot, the first slot of any GPU before a second one; return GPU, lock file and lock, or None."""
     for slot in zip(*of_gpu, strict=True):
         for gpu, path in enumerate(slot):
             lock = FileLock(path)
@@ -85,10 +85,10 @@ def _taken(path: Path) -> bool:
 
 
 def number(variable: str, default: int) -> int:
-    """A positive number from the environment.
+    """Return a positive integer from an environment variable.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the variable has another value.
     """
     text = os.environ.get(variable) or str(default)
     if not text.isascii() or not text.isdigit() or int(text) < 1:

@@ -1,9 +1,9 @@
-"""LitModel and LitClassifier: a run as a LightningModule, for our Trainer or anyone's.
+"""LitModel and LitClassifier: a run as a LightningModule, for this project's Trainer or your own.
 
     L.Trainer(max_steps=100, val_check_interval=20).fit(LitModel(config), datamodule=TextData(config))
 
-What is logged: train_loss and aux_loss each step; val_loss, val_loss_causal (or accuracy) and what the layers with experts
-did (`MoE.statistics`) at each validation.
+They log train_loss and aux_loss at each step; val_loss, val_loss_causal (or accuracy) and routing statistics of the MoE
+layers (`MoE.statistics`) at each validation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ from ecmoe.training.trainer import reduced_dtype
 
 
 class LitModel(L.LightningModule):
-    """Next-token prediction.
+    """A language model, trained to predict the next token.
 
     Args:
-        config: the run, or its keys.
-        token_counts: (V,) corpus frequencies, for hash_table=balanced; a checkpoint holds what came of them.
+        config: the run's config, or its keys and values.
+        token_counts: (V,) corpus frequencies, for hash_table=balanced; not needed to load a checkpoint.
 
-    A batch is (B, T + 1) int64: T inputs, each with the next token as target; for task-level routing with the (B,)
-    tasks of its sequences. Losses are nats per token.
+    A batch is (B, T + 1) int64: T inputs, each with the next token as target. For task-level routing it is a pair with
+    the (B,) tasks of its sequences. Losses are in nats per token.
     """
 
     def __init__(self, config: RunConfig | Mapping[str, Any], token_counts: Tensor | None = None) -> None:
@@ -44,29 +44,29 @@ class LitModel(L.LightningModule):
         self.counts_lack = token_counts is None and "token counts" in self.config.needs
         self.model = build_model(self.config, torch.ones(self.config.vocab_size) if self.counts_lack else token_counts)
         self.routers = routers(self.model)
-        # Sums since `means` was last called, on the device: reading them each step would stall the GPU.
+        # Sums since the last call of `means`, kept on the device: reading them in each step would stall the GPU.
         self.sums = {"loss": torch.zeros(()), "aux_loss": torch.zeros(()), "count": torch.zeros(())}
-        self.statistics: dict[str, Tensor] = {}  # of the layers with experts, at the last validation
-        self.captured: graph.Losses | None = None  # `losses` as a CUDA graph, from the first step on
+        self.statistics: dict[str, Tensor] = {}  # of the MoE layers, set at each validation
+        self.captured: graph.Losses | None = None  # `losses` as a CUDA graph, captured at the first step
         self.configured = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the model: (B, T) token ids -> (B, T, V) logits."""
+        """Apply the model: (B, T) token ids -> (B, T, V) logits."""
         return self.model(*args, **kwargs)
 
     def configure_model(self) -> None:
-        """Shard the blocks, then the rest (FSDP2); called by Lightning once the processes are up, and at every fit or validate."""
+        """Shard and compile the model, once. Lightning calls this in all processes, at the start of fit and validate."""
         if self.configured:
             return
         self.configured = True
         if self.config.sharded:
             self._shard(self.device_mesh["data_parallel"])
         if self.config.compile:
-            torch.compiler.reset()  # another run's numbers, such as its capacity factor, would become variables
+            torch.compiler.reset()  # else numbers of an earlier run, such as its capacity factor, become dynamic
             self.model.compile_blocks()
 
     def _shard(self, mesh: Any) -> None:
-        """Experts by rank (expert parallelism), all else by FSDP2, block by block."""
+        """Shard block by block with FSDP2; with strategy ep, spread the experts over ranks instead of sharding them."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         layers, narrow = self.model.moe_layers, reduced_dtype(self.config)
@@ -75,11 +75,11 @@ class LitModel(L.LightningModule):
         else:
             experts = {w for layer in layers for w in (layer.w1, layer.w2)}
         how = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=narrow), "ignored_params": experts}
-        if by_expert:  # what is left is small: kept whole until the backward pass, it travels once less
+        if by_expert:  # the other weights are small: keep them whole until the backward pass, which saves a gather
             how["reshard_after_forward"] = False
         for module in (*(m for m in self.model.modules() if isinstance(m, Block)), self.model):
             fully_shard(module, mesh=mesh, **how)
-        # Experts compute in 16 bits, and travel so; norms and routers, which don't, came with their block.
+        # Experts compute in 16 bits, so send them in 16 bits. Norms and routers don't: they were sharded above.
         how = {"mp_policy": MixedPrecisionPolicy(narrow, narrow, cast_forward_inputs=False)}
         for layer in layers if not by_expert else ():
             fully_shard(layer, mesh=mesh, ignored_params=set(layer.parameters()) - experts, **how)
@@ -92,7 +92,7 @@ class LitModel(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if self.config.cuda_graph and self.captured is None and graph.capturable(self):
             self.captured = graph.captured(self, batch)
-        # What is random in a step (V-MoE's noise) depends on seed, step and rank alone, so a resumed run repeats it.
+        # Random numbers of a step (V-MoE's noise) depend only on seed, batch and rank, so a resumed run draws the same.
         torch.manual_seed(hash((self.config.seed, batch_idx, self.global_rank)))
         loss, aux_loss = (self.captured or self.losses)(batch)
         self.sums["loss"] += loss.detach()
@@ -103,7 +103,7 @@ class LitModel(L.LightningModule):
         return loss + aux_loss
 
     def means(self) -> dict[str, Tensor]:
-        """train_loss and aux_loss of all ranks since this was last called; NaN where there was no step."""
+        """Return means of train_loss and aux_loss over ranks and over steps since the last call; NaN without steps."""
         every = self.trainer.strategy.all_gather
         sums = {name: every(value).double().sum() for name, value in self.sums.items()}
         for value in self.sums.values():
@@ -111,16 +111,16 @@ class LitModel(L.LightningModule):
         return {"train_loss": sums["loss"] / sums["count"], "aux_loss": sums["aux_loss"] / sums["count"]}
 
     def on_validation_epoch_start(self) -> None:
-        """Keep what the layers did in the last training step, of all ranks: what follows overwrites it."""
+        """Store the routing statistics of the last training step, over all ranks, before validation overwrites them."""
         layers = [layer.statistics() for layer in self.model.moe_layers]
         for metric in metrics.of_layers() if layers else ():
             values = self.trainer.strategy.all_gather(torch.stack([layer[metric.name] for layer in layers]).float())
             self.statistics[metric.name] = values.max() if metric.worst else values.mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int, kind: str = "val_") -> dict[str, Tensor]:
-        """Loss as trained, and routed causally: by running cut-offs, nothing dropped; NaN before there are any.
+        """Compute and log the values of `evaluate`, under names that begin with `kind`.
 
-        Never compiled: sizes of causal routing depend on the data, and each would be compiled anew.
+        The model isn't compiled here: sizes in causal routing depend on the data, and each size would be compiled anew.
         """
         with torch.compiler.set_stance("force_eager"):
             found = {name.replace("val_", kind): value for name, value in self.evaluate(batch).items()}
@@ -132,11 +132,11 @@ class LitModel(L.LightningModule):
         self.log_dict(self.statistics)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """As `validation_step`, under the names test_loss and so on."""
+        """Like `validation_step`, but with names such as test_loss."""
         return self.validation_step(batch, batch_idx, "test_")
 
     def evaluate(self, batch: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-        """val_loss and val_loss_causal of a batch."""
+        """Return val_loss, routed as trained, and val_loss_causal, routed causally (NaN before there are cut-offs)."""
         loss = self.loss(batch)
         if not self.routers:
             return {"val_loss": loss, "val_loss_causal": loss}
@@ -149,7 +149,7 @@ class LitModel(L.LightningModule):
             return {"val_loss": loss, "val_loss_causal": self.loss(batch)}
 
     def losses(self, batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss, and the sum of the layers' auxiliary losses, which the layers then forget: they hold on to the whole pass."""
+        """Return the loss and the sum of auxiliary losses. Clear these in the layers: they keep the graph in memory."""
         loss = self.loss(batch)
         aux = [layer.aux_loss for layer in self.model.moe_layers if layer.aux_loss is not None]
         for layer in self.model.moe_layers:
@@ -157,14 +157,14 @@ class LitModel(L.LightningModule):
         return loss, torch.stack(aux).sum() if aux else torch.zeros_like(loss)
 
     def loss(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
-        """(B, T + 1) token ids -> mean cross-entropy in nats per token."""
+        """Return the mean cross-entropy of (B, T + 1) token ids, in nats per token."""
         tokens, tasks = (batch, None) if isinstance(batch, Tensor) else batch
         return self.model(tokens[:, :-1], tasks, targets=tokens[:, 1:])
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """By the Trainer's own value where it has one, else by the config's gradient_clip, which also clips sharded models."""
+        """Clip by the Trainer's value if set, else by the config's gradient_clip, which also clips sharded models."""
         if gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif self.config.gradient_clip:
@@ -177,7 +177,7 @@ class LitModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What an exact resume needs beside weights, optimiser and loops; all ranks go on from the mean of their sums."""
+        """Add the running sums, which an exact resume needs; on resume, each rank starts from their mean over ranks."""
         every = self.trainer.strategy.all_gather
         checkpoint["sums"] = {name: every(value).mean().cpu() for name, value in self.sums.items()}
 
@@ -186,19 +186,19 @@ class LitModel(L.LightningModule):
 
 
 class LitClassifier(LitModel):
-    """Image classification; nothing is causal here.
+    """An image classifier. Validation reports the accuracy, and no causal loss.
 
-    A batch is images (B, C, H, W) in [0, 1] and classes (B,) int64. Losses are nats per image.
+    A batch is images (B, C, H, W) in [0, 1] and classes (B,) int64. Losses are in nats per image.
     """
 
     def evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Loss, and the share of images whose class got the largest logit."""
+        """Return the loss, and the accuracy: the share of images whose class has the largest logit."""
         images, labels = batch
         logits = self.model(images).float()
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return {"val_loss": F.cross_entropy(logits, labels), "accuracy": accuracy}
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Images and classes -> mean cross-entropy in nats per image."""
+        """Return the mean cross-entropy of images and their classes, in nats per image."""
         images, labels = batch
         return F.cross_entropy(self.model(images).float(), labels)

@@ -1,8 +1,8 @@
-"""Once and only once: a run is found where an earlier call kept it, or made now, by one process.
+"""Run each config at most once: load its result if it exists, otherwise compute it in a single process.
 
-What is kept is believed only if it is what was written (`ecmoe.training.result`). A finished run that has to be made again,
-since its weights are gone or a file is damaged, is made beside the old files, in `again`, and takes their place when it is
-finished: whatever happens on the way, nothing that was finished is lost.
+Stored results are used only if their checksums match (see `ecmoe.training.result`). If a finished run has to be
+computed again, because its weights are missing or a file is damaged, the new files are written to its subfolder `again`
+and replace the old ones once the run has finished. Finished work is never lost, even if the process is killed.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from ecmoe.training import result as results
 from ecmoe.training.ranks import in_torchrun, rank
 from ecmoe.training.result import FILES, Result
 
-DONE = ("finished", "diverged")  # what another try would not change
+DONE = ("finished", "diverged")  # statuses that another attempt would not change
 
 
 class LostLock(OSError):
-    """The run's lock is gone: another process may make the run, and this one must not write any more."""
+    """The run's lock file is gone: another process may compute the run now, so this one must stop writing."""
 
 
 StillOurs = Callable[[], None]
@@ -42,13 +42,13 @@ def once(
     weights: bool = False,
     progress: bool = True,
 ) -> Result:
-    """The result of a run: from `records`, from `runs/`, or made now.
+    """Return the result of a run: from `records`, from `runs/`, or by computing it now.
 
     Args:
-        config: the run; the same name is the same run.
-        make: (folder, still_ours) -> Result: computes the run, writes what it keeps into the folder, the summary last
-            (`write_run`), and goes on from what an interrupted call left there. It calls still_ours before it writes.
-        The others: as in `ecmoe.run_or_load`.
+        config: the run's config; configs with the same name are the same run.
+        make: (folder, still_ours) -> Result. Computes the run, or resumes what an interrupted call left in the folder.
+            It calls still_ours, which raises LostLock, before writing. It writes the summary last (`write_run`).
+        Other arguments: as in `ecmoe.run_or_load`.
     """
     record = None if records is None else Path(records) / f"{config.name}.json"
     if record is not None and record.exists():
@@ -58,9 +58,9 @@ def once(
     if result is None and not train:
         return results.read_run(folder) if (folder / "summary.json").exists() else results.not_run(config)
     if result is None and rank():
-        return make(_place(folder), lambda: None)  # the first rank holds the lock
+        return make(_place(folder), lambda: None)  # rank 0 holds the lock
     if result is None:
-        with lock(folder, progress) as still_ours:  # whoever comes second finds it done
+        with lock(folder, progress) as still_ours:  # another process may have finished it meanwhile
             result = _done(config, folder, weights, say=False) or _made(config, folder, make, still_ours)
     if record is not None and result.ok:
         results.write_record(record, result)
@@ -68,7 +68,7 @@ def once(
 
 
 def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool = False) -> Result | None:
-    """The run, if nothing is left to do. A failed one is tried again; so is one that is damaged, or lacks wanted weights."""
+    """Return the stored result, or None if the run must be computed: missing, failed, damaged, or without `weights`."""
     if not (folder / "summary.json").exists():
         return None
     try:
@@ -96,7 +96,7 @@ def _of(config: Any, result: Result, path: Path) -> Result:
 
 
 def _place(folder: Path) -> Path:
-    """Where the run is made: beside what is, or, being damaged, may be finished."""
+    """Return the folder in which to compute the run: `again` if the run's own folder holds, or may hold, a done run."""
     with contextlib.suppress(FileNotFoundError, Damaged):
         return folder / "again" if results.read_run(folder).summary["status"] in DONE else folder
     return folder / "again" if (folder / "summary.json").exists() else folder
@@ -106,9 +106,9 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
     into = _place(folder)
     into.mkdir(parents=True, exist_ok=True)
     try:
-        for left in into.glob(".*.tmp"):  # of a process that was killed while it wrote
+        for left in into.glob(".*.tmp"):  # left by a process that was killed while writing
             left.unlink()
-        (into / "summary.json").unlink(missing_ok=True)  # an earlier failure's would be taken for this try's
+        (into / "summary.json").unlink(missing_ok=True)  # of an earlier, failed attempt
         result = make(into, still_ours)
     except LostLock:
         raise
@@ -122,7 +122,7 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
 
 
 def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
-    """Say in the run's folder why it ended, unless it is finished; the next call tries again."""
+    """Write why the run failed to its folder, unless that holds a done run. The next call tries again."""
     with contextlib.suppress(OSError):
         if _place(folder) == folder:
             said = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}
@@ -130,9 +130,9 @@ def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
 
 
 def _take_place(folder: Path) -> None:
-    """Put the files of a run that was made again in the place of the old ones, once all are whole; the summary last.
+    """Replace a run's files by those in `again`, if all of these are complete; the summary last.
 
-    After a kill between two of them each is in one of both places, where it is read (`place_of`), and the next call goes on."""
+    After a kill in between, each file is in one of the two folders (see `place_of`), and the next call continues."""
     again = folder / "again"
     if results.place_of(folder, "summary.json").parent != again:
         return
@@ -146,7 +146,7 @@ def _take_place(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path, progress: bool) -> Iterator[StillOurs]:
-    """Hold the run's lock, waiting for whoever has it; yields what raises once the lock's file is gone or another's."""
+    """Hold the run's lock, waiting for it if needed. Yield a function that raises LostLock if the lock file is lost."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f"{folder.name}.lock"
     held = FileLock(path)

@@ -1,4 +1,4 @@
-"""The optimiser of a run: which, clipped how, and at what rate when."""
+"""The optimiser of a run, its learning rate schedule, and gradient clipping."""
 
 import math
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from ecmoe.config import RunConfig
 
 
 def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, in one pass over each tensor where that can be; or Adafactor.
+    """Return AdamW, fused if possible, or Adafactor.
 
-    Torch's Adafactor has no first moment (beta1 = 0, as in the paper), and its second moment decays as 1 - t^-0.8.
+    PyTorch's Adafactor has no first moment (beta1 = 0, as in the paper); its second has the decay 1 - t^-0.8 at step t.
     """
     c = config
     if c.optimizer == "adafactor":
@@ -23,12 +23,12 @@ def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: tor
 
 
 def fuses(config: RunConfig, device: torch.device) -> bool:
-    """Can AdamW step in one pass over each tensor? With a GradScaler it would unscale gradients that were clipped while scaled."""
+    """Return whether to fuse AdamW: on CUDA, but not with a GradScaler, as gradients would be clipped while scaled."""
     return device.type == "cuda" and config.precision != "16-mixed"
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Share of the peak learning rate at an optimiser step (0 is the first).
+    """Return the learning rate at an optimiser step (the first is 0), as a fraction of the peak.
 
     A linear warm-up; then constant, or the paper's inverse square root after `constant_steps`, or a linear
     decay to 0 over the last `decay_fraction` of the steps.
@@ -44,16 +44,16 @@ def learning_rate_factor(config: RunConfig, step: int) -> float:
 
 
 def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Scale gradients down to a norm of at most max_norm, as clip_grad_norm_; call before every `optimizer.step()`.
+    """Scale gradients down to a norm of at most max_norm, like clip_grad_norm_. Call before every `optimizer.step()`.
 
-    A fused optimiser does it itself in its next step, as it reads them, which saves a pass: it divides by its attribute
-    grad_scale, made for GradScaler. Nothing waits for the device.
+    A fused optimiser scales the gradients itself when its next step reads them, which saves a pass over memory: it
+    divides them by its attribute grad_scale, intended for GradScaler. The host doesn't wait for the device.
     """
     parameters = [p for p in parameters if p.grad is not None]
     if not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if isinstance(norm, DTensor):  # of all ranks' parts
+        if isinstance(norm, DTensor):  # combine the norms of all ranks' shards
             norm = norm.full_tensor()
-        optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # clip_grad_norm_'s factor, upside down
+        optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # 1 / clip_grad_norm_'s factor

@@ -1,7 +1,7 @@
-"""The processes of one run: which of them this is, and how they are started where nobody else has.
+"""The ranks (processes) of one run: the rank of this process, and how to start the ranks outside torchrun.
 
-Rank variables count under torchrun only. What a SLURM job, an MPI launcher or a program long gone has left in the
-environment says nothing of a run.
+Rank variables in the environment are read under torchrun only. Those that a SLURM job, an MPI launcher or an earlier
+program left there say nothing about the run.
 """
 
 import os
@@ -15,20 +15,20 @@ from ecmoe.config import ConfigError, RunConfig
 
 
 def in_torchrun() -> bool:
-    """Is this process a rank of torchrun?"""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank() -> int:
-    """Of this process among those of its run; 0 leads: it alone writes and speaks."""
+    """Return this process's rank within its run. Only rank 0 writes files and prints progress."""
     return int(os.environ["RANK"]) if in_torchrun() else 0
 
 
 def check_world(config: RunConfig) -> None:
-    """Are there as many processes as the run wants, or can they be started here?
+    """Check that the run has as many processes as its config says, or that they can be started here.
 
     Raises:
-        ConfigError: torchrun started another number; or the run wants several machines.
+        ConfigError: torchrun started a different number; or the run needs several nodes, but not under torchrun.
     """
     there, start = (
         os.environ["WORLD_SIZE"] if in_torchrun() else None,
@@ -45,21 +45,21 @@ def check_world(config: RunConfig) -> None:
 
 
 def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
-    """The command that starts so many processes of a module, all on this machine."""
+    """Return the command that starts `ranks` processes of a module on this machine."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [*start, "-m", module, *arguments]
 
 
 def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None], keep_weights: bool = True) -> None:
-    """Several ranks in a process group of their own: Lightning allows a notebook's kernel one device only.
+    """Train with several ranks in subprocesses: in a notebook's kernel, Lightning allows one device only.
 
-    They hold no lock, so they mustn't outlive this call: their input is a pipe that ends with it, however it ends.
+    The ranks hold no lock, so they must not outlive this call: their stdin is a pipe, closed however the call ends.
 
     Args:
-        folder: of the run, with its config.yaml. still_ours: raises where the run's lock is lost.
+        folder: the run's, with its config.yaml. still_ours: raises if the run's lock is lost.
 
     Raises:
-        RuntimeError: they ended without a summary.
+        RuntimeError: the ranks ended without writing a summary.
     """
     command = torchrun(config.devices, "ecmoe.training", str(folder), *([] if keep_weights else ["--no-weights"]))
     output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
@@ -75,10 +75,10 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None],
 
 
 def end_with_caller() -> None:
-    """Where `by_torchrun` is gone, or has been interrupted, its ranks would go on beside the next call's."""
+    """Exit when the `by_torchrun` call that started this rank ends, as the next call will start ranks of its own."""
 
     def watch() -> None:
-        os.read(0, 1)  # not sys.stdin, whose lock an exit waits for
+        os.read(0, 1)  # sys.stdin would take a lock that exit waits for
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

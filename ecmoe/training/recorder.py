@@ -1,4 +1,4 @@
-"""Recorder: the Lightning callback that writes a run's curve, checkpoints and progress, and stops what diverges."""
+"""Recorder: the Lightning callback that writes a run's curve, checkpoints and progress, and stops diverging runs."""
 
 import gc
 import math
@@ -24,12 +24,12 @@ class Diverged(RuntimeError):
 
 
 class Recorder(L.Callback):
-    """One row of `curve.csv` per validation; `last.ckpt` every `checkpoint_every` steps while the loss is finite.
+    """Callback that writes a row of `curve.csv` per validation, and `last.ckpt` every `checkpoint_every` steps.
 
     Args:
-        folder: of the run. progress: print a line a validation, and on a terminal the time that is left.
-        sharing: how many runs train side by side on the device now; each counts its seconds over their number, and no rate.
-        still_ours: asked before anything is written; raises where another process may write there, too.
+        folder: the run's folder. progress: print a line per validation, and show the remaining time on a terminal.
+        sharing: returns the number of runs on the device now. Seconds are divided by it; above 1, no rate is recorded.
+        still_ours: called before files are written; raises if another process may write to the folder, too.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class Recorder(L.Callback):
         self.folder, self.progress = folder, progress
         self.count, self.sharing = sharing, sharing()
         self.still_ours = still_ours
-        self.shared = self.sharing  # the most it has shared with, also before a resume
+        self.shared = self.sharing  # the largest `sharing` so far, including before a resume
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
-        self.seconds = 0.0  # of training; validation, checkpoints, and a first step that compiles are left out
-        self.began: float | None = time.perf_counter()  # None: the clock stands
+        self.seconds = 0.0  # of training, without validation, checkpoints, and a first step that compiles
+        self.began: float | None = time.perf_counter()  # None: the clock is stopped
         self.marked = (0, 0.0)  # step and seconds at the last validation
         self.bar = tqdm(disable=True)
-        self.whole_step = False  # are the micro-batches of a step all done?
-        self.compiling = False  # is the next step the first of this process, on a device that compiles then?
+        self.whole_step = False  # have all micro-batches of the step been processed?
+        self.compiling = False  # does the next step, the first of this process, compile?
 
-    # Lightning keeps these in the checkpoint, so a resumed run goes on with its own clock and curve.
+    # Lightning stores this state in checkpoints, so that a resumed run continues its clock and curve.
     def state_dict(self) -> dict[str, Any]:
         rows = list(self.rows.values())
         return {"seconds": self._clock(), "shared": self.shared, "marked": list(self.marked), "rows": rows}
@@ -73,7 +73,7 @@ class Recorder(L.Callback):
             desc=module.config.name,
             unit="step",
             leave=False,
-            disable=None if self.progress and trainer.is_global_zero else True,  # None: shown on a terminal alone
+            disable=None if self.progress and trainer.is_global_zero else True,  # None: only on a terminal
         )
 
     def on_train_batch_end(
@@ -83,16 +83,16 @@ class Recorder(L.Callback):
         self.whole_step = (batch_idx + 1) % module.config.accumulate == 0
         if not self.whole_step:
             return
-        if self.compiling:  # kernels at least; also in a run that goes on in another process
+        if self.compiling:  # at least Triton kernels; also after a resume in another process
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
-            # What is there now stays. To look through it for what doesn't takes Python half a second, time and again, for which
-            # all other ranks would wait.
+            # Objects that exist now are long-lived. Each garbage collection would search them for half a second, while
+            # all other ranks wait.
             gc.collect()
             gc.freeze()
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
-        # Where a validation follows, the checkpoint waits for it: its row is then part of it. After the last step there is
-        # none: the validation that follows also says what the layers did in that step, which no checkpoint holds.
+        # If a validation follows, the checkpoint is written after it and includes its row. None is written after the
+        # last step: the validation that follows also records that step's routing statistics, which no checkpoint holds.
         between = step % module.config.eval_every and step < module.config.steps
         if step % module.config.checkpoint_every == 0 and between:
             self._check_finite(trainer, module, step)
@@ -109,7 +109,7 @@ class Recorder(L.Callback):
         self.sharing = max(self.sharing, self.count())
         self.seconds, self.losses = self._clock(), {}
         self.shared, self.sharing = max(self.shared, self.sharing), self.count()
-        self.began = None  # the clock stands while validating
+        self.began = None  # stop the clock during validation
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -119,7 +119,7 @@ class Recorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
         config, step = module.config, trainer.global_step
-        every = trainer.strategy.all_gather  # a rank sees its own batches only, and all must decide alike what follows
+        every = trainer.strategy.all_gather  # a rank sees only its own batches, but all must decide alike below
         trained = bool(module.sums["count"])
         means = {name: float(value) for name, value in module.means().items()}
         tokens, seconds = (step - self.marked[0]) * config.tokens_per_batch, self.seconds - self.marked[1]
@@ -130,7 +130,7 @@ class Recorder(L.Callback):
             "train_loss": means["train_loss"],
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
             "aux_loss": means["aux_loss"],
-            # Beside other runs, which may rest, a rate is nobody's.
+            # If other runs share the device, the rate depends on how busy they are.
             "tokens_per_second": tokens / seconds if tokens and seconds and self.shared == 1 else math.nan,
         }
         row |= {name: float(every(torch.stack(values)).double().mean()) for name, values in self.losses.items()}
@@ -148,7 +148,7 @@ class Recorder(L.Callback):
             self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
-        """Asked to end by SIGTERM, which Lightning does between two steps: keep what was done."""
+        """On SIGTERM, which Lightning handles between two steps, save a checkpoint if this is the run's only process."""
         self.bar.close()
         gc.unfreeze()
         if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1 and self.whole_step:
@@ -156,7 +156,7 @@ class Recorder(L.Callback):
             self.save(trainer)
 
     def curve(self) -> pd.DataFrame:
-        """All rows so far, with every column of the schema; NaN where nothing was measured."""
+        """Return all rows so far with every column of a curve, NaN where nothing was measured."""
         return pd.DataFrame(list(self.rows.values())).reindex(columns=metrics.curve())
 
     def write_curve(self, trainer: L.Trainer) -> None:
@@ -166,14 +166,14 @@ class Recorder(L.Callback):
                 self.curve().to_csv(temporary, index=False)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write last.ckpt by rename, so that a kill leaves the one before it whole; the clock stands meanwhile."""
+        """Write last.ckpt atomically: a kill leaves the previous checkpoint intact. The clock is stopped meanwhile."""
         self.seconds, self.began = self._clock(), None
         if trainer.is_global_zero:
             self.still_ours()
             with written(self.folder / "last.ckpt") as temporary:
                 trainer.save_checkpoint(temporary)
                 seal(temporary)
-        else:  # what is sharded is gathered from all
+        else:  # sharded weights are gathered from all ranks
             trainer.save_checkpoint(self.folder / "last.ckpt")
         self.began = time.perf_counter()
 

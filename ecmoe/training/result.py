@@ -1,8 +1,8 @@
-"""Finished runs, and where they are kept.
+"""Results of runs: how they are stored, verified and loaded.
 
-A run folder holds `config.yaml`, `curve.csv`, `model.safetensors` and `summary.json`, which is
-written last and by rename: it says "done". A record is the small, committed form of a run: one
-JSON file with summary and curve.
+A run folder holds `config.yaml`, `curve.csv`, `model.safetensors` and `summary.json`. The summary is
+written last, in one atomic step, and marks the run as done. A record is the small form of a run that
+is committed to the repository: one JSON file with summary and curve.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ecmoe.model import metrics
 if TYPE_CHECKING:
     from ecmoe.model.transformer import Trunk
 
-FILES = ("config.yaml", "curve.csv", "model.safetensors")  # of a run folder, beside its summary
+FILES = ("config.yaml", "curve.csv", "model.safetensors")  # files of a run folder besides the summary
 STATUSES = ("finished", "diverged", "failed", "stopped", "not run")
-CURVE_POINTS = 300  # of a record; a curve is thinned to this many
+CURVE_POINTS = 300  # largest number of points in a record; longer curves are thinned
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: what it measured (`summary`), when (`curve`), and where its weights are (`path`)."""
+    """One run: its final values (`summary`), one row per validation (`curve`), and its folder, if any (`path`)."""
 
     summary: dict[str, Any]
     curve: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=metrics.curve(), dtype=float))
@@ -38,7 +38,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Did the run finish?"""
+        """Whether the run finished."""
         return self.summary.get("status") == "finished"
 
     def __repr__(self) -> str:
@@ -47,18 +47,18 @@ class Result:
         return f"<{self.summary['name']}: {self.summary['status']}{found}>"
 
     def load_model(self) -> Trunk:
-        """The trained model, in evaluation mode.
+        """Load the trained model, in evaluation mode.
 
         Raises:
-            FileNotFoundError: its weights aren't here; a committed record has none.
-            Damaged: they aren't what was written.
+            FileNotFoundError: the weights aren't on this machine; a committed record has none.
+            Damaged: a file differs from what was written.
         """
         return load_model(self.path or paths.runs() / self.summary["name"])
 
 
 def load_model(path: str | Path) -> Trunk:
-    """The trained model of a run folder, in evaluation mode, its cut-offs included. It takes texts of any length: the routers
-    round k down.
+    """Load the trained model of a run folder, with its cut-offs, in evaluation mode. It accepts texts of any length, as
+    its routers round k down.
 
     Args:
         path: the folder, runs/NAME.
@@ -73,23 +73,23 @@ def load_model(path: str | Path) -> Trunk:
     from ecmoe.routing import routers
 
     path = Path(path)
-    check_weights(path)  # before it is missed that there is no summary
+    check_weights(path)  # first, so that missing weights are reported before a missing summary
     summary = read_run(path).summary
     weights = load_file(check_weights(path, summary))
     config = RunConfig.from_dict(summary["config"])
-    counts = torch.ones(config.vocab_size) if "token counts" in config.needs else None  # the table is in the file
+    counts = torch.ones(config.vocab_size) if "token counts" in config.needs else None  # the file has the real table
     model = build_model(config, counts)
     model.load_state_dict(weights)
     for router in routers(model):
-        router.rounding = "down"  # of those that have a bucket to fill
+        router.rounding = "down"  # read only by routers that compute k = n c / e
     return model.eval()
 
 
 def find_run(run: str | Path) -> Path:
-    """The folder of a run: its path, its name, or how the name of one run alone begins.
+    """Return the folder of a run, given its path, its name, or a prefix that no other run's name has.
 
     Raises:
-        FileNotFoundError: there is none, or there are several.
+        FileNotFoundError: no run matches, or several do.
     """
     if str(run) and Path(run).is_dir():
         return Path(run)
@@ -102,7 +102,7 @@ def find_run(run: str | Path) -> Path:
 
 
 def not_run(config: Any) -> Result:
-    """The Result of a run that is missing: a gap, never a 0. `config`: as in `once`."""
+    """Return the Result of a missing run, which figures show as a gap, never as 0. `config`: as in `once`."""
     return Result(
         {"config": config.to_dict(), "name": config.name, "seed": config.seed, "schema": SCHEMA}
         | {"status": "not run", "error": None}
@@ -113,18 +113,18 @@ def not_run(config: Any) -> Result:
 
 
 def write_run(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, last of all and by rename: what it names is there whole. It holds the others' SHA-256."""
+    """Write `summary.json`, with the SHA-256 of the run's other files. Call it last: these files must be complete."""
     folder = Path(folder)
     files = {name: sha256(folder / name) for name in FILES if (folder / name).exists()}
     write_json(folder / "summary.json", {**summary, "files": files}, sealed=True)
 
 
 def read_run(folder: str | Path) -> Result:
-    """The Result of a run folder.
+    """Return the Result of a run folder.
 
     Raises:
         FileNotFoundError: the run isn't done (no summary.json).
-        Damaged: a file isn't what was written. (Weights are looked at when they are read.)
+        Damaged: a file differs from what was written. (Weights are verified when they are loaded.)
     """
     folder = Path(folder)
     summary = read_summary(folder)
@@ -135,20 +135,20 @@ def read_run(folder: str | Path) -> Result:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run folder alone. Raises: as `read_run`."""
+    """Return only the summary of a run folder. Raises: as `read_run`."""
     path = place_of(folder, "summary.json")
     return _checked(read_json(path, sealed=True), path)
 
 
 def place_of(folder: Path, name: str) -> Path:
-    """Where a file of a run folder is: in `again` as long as a run that was made again is on its way into place, file by file."""
+    """Return the path of a run folder's file: in `again` if the finished run there hasn't replaced this file yet."""
     again = folder / "again"
     ready = (again / "summary.json").exists() and read_summary(again)["status"] == "finished"
     return again / name if ready and (again / name).exists() else folder / name
 
 
 def check_weights(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
-    """The file of a finished run's weights; with its summary, as it was written. Raises: as `Result.load_model`."""
+    """Return the path of a finished run's weights, verified if `summary` is given. Raises: as `Result.load_model`."""
     path = place_of(folder, "model.safetensors")
     if not path.exists():
         raise FileNotFoundError(
@@ -161,14 +161,14 @@ def check_weights(folder: Path, summary: Mapping[str, Any] | None = None) -> Pat
 
 
 def verify(folder: Path, name: str, summary: Mapping[str, Any]) -> None:
-    """Raise `Damaged` where a file of a run folder isn't what its summary says."""
+    """Raise `Damaged` if a run folder's file is missing or its SHA-256 differs, according to the summary."""
     said, path = summary.get("files", {}).get(name), place_of(folder, name)
     if said is not None and (not path.exists() or sha256(path) != said):
         raise Damaged(path, "its SHA-256 is another" if path.exists() else "it is gone")
 
 
 def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A summary that says what one says; a check sum alone would let through what another version has written."""
+    """Return a valid summary, else raise `Damaged`. A checksum alone would accept what another version has written."""
     for key in ("config", "name", "seed", "schema", "status"):
         if key not in summary:
             raise Damaged(path, f"it says nothing of {key}")
@@ -176,13 +176,13 @@ def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:
         raise Damaged(path, f"it has schema {summary['schema']}, where this version has {SCHEMA}")
     if summary["status"] not in STATUSES:
         raise Damaged(path, f"its status is {summary['status']!r}")
-    if not re.fullmatch(r"[A-Za-z0-9._+-]+", str(summary["name"])):  # it names files
+    if not re.fullmatch(r"[A-Za-z0-9._+-]+", str(summary["name"])):  # it becomes a file name
         raise Damaged(path, f"its name is {summary['name']!r}")
     return summary
 
 
 def write_record(path: Path, result: Result) -> None:
-    """Write the committed form of a run, its curve thinned to CURVE_POINTS, both ends kept, and to seven digits."""
+    """Write a run's record. Its curve is thinned to CURVE_POINTS, with both ends, and rounded to seven digits."""
     curve, rows = result.curve.reindex(columns=metrics.curve()), len(result.curve)
     if rows > CURVE_POINTS:
         curve = curve.iloc[[round(i * (rows - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]]
@@ -191,10 +191,10 @@ def write_record(path: Path, result: Result) -> None:
 
 
 def read_record(path: str | Path) -> Result:
-    """The Result of a committed record.
+    """Return the Result of a committed record.
 
     Raises:
-        Damaged: it isn't what was written.
+        Damaged: the file differs from what was written, or isn't a record.
     """
     path = Path(path)
     record = read_json(path, sealed=True)
@@ -208,5 +208,5 @@ def read_record(path: str | Path) -> Result:
 
 
 def load_records(folder: str | Path) -> list[Result]:
-    """All committed results of a folder, by name; none if there is no such folder. Raises: as `read_record`."""
+    """Return all committed results of a folder, sorted by name; none if it doesn't exist. Raises: as `read_record`."""
     return [read_record(path) for path in sorted(Path(folder).glob("*.json"))]

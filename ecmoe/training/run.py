@@ -1,4 +1,4 @@
-"""run_or_load: train what is missing, load what is there."""
+"""run_or_load: load the result of a run, or train it if there is none."""
 
 import gc
 import os
@@ -43,26 +43,25 @@ def run_or_load(
     callbacks: Sequence[L.Callback] = (),
     loggers: Sequence[Any] = (),
 ) -> Result:
-    """The result of a run: from `records`, from `runs/`, or by training it now.
+    """Return the result of a run: from `records`, from `runs/`, or by training it now.
 
     Args:
-        config: the run; the same config is the same run.
-        records: folder of committed results, looked at first; a run trained here is added to it.
-        train: False: a run that is missing comes back as "not run".
+        config: the run's config; the same config is the same run.
+        records: folder of committed results, searched first; a finished result from elsewhere is added to it.
+        train: False: return a missing run as "not run" instead of training it.
         progress: print a line per validation to stderr.
-        weights: train a finished run again if its weights aren't here. Not with records, which have none.
-        callbacks, loggers: of Lightning, for a run that is trained now. A logger may be named: csv, tensorboard, wandb.
+        weights: train a finished run again if its weights aren't here. Without effect on records, which have none.
+        callbacks, loggers: Lightning's, for a run that is trained now. A logger may be a name: csv, tensorboard, wandb.
 
     Returns:
-        a Result whose status is finished, diverged, failed, stopped (by a callback, before its last step) or not run. A run
-        that failed keeps its error and is tried again by the next call; one that was stopped or killed goes on from its last
-        checkpoint.
+        a Result with status finished, diverged, failed, stopped (by a callback, before its last step) or not run. The
+        next call tries a failed run again, and continues a stopped or killed run from its last checkpoint.
 
     Raises:
-        ConfigError: this machine can't train the run; or `data` is a local text of the same name as the run's, but another
-            one. (Of records, and of texts that are no files of yours, such as the standard library's of another Python,
-            that is a warning.)
-        Damaged: with train=False, a file that an earlier call kept isn't what was written. (Else the run is trained again.)
+        ConfigError: this machine can't train the run; or the local text that `data` names differs from the one that the
+            stored run was trained on. (For records, and for texts that aren't files of yours, such as the standard
+            library of another Python, this is only a warning.)
+        Damaged: with train=False, a stored file differs from what was written. (Otherwise, the run is trained again.)
     """
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
@@ -96,11 +95,11 @@ def train_run(
     where: Place | None = None,
     keep_weights: bool = True,
 ) -> Result:
-    """Train, or go on from the last checkpoint of `folder`; its summary, written last, says how it ended.
+    """Train a run, or resume it from the last checkpoint in `folder`; the summary, written last, says how it ended.
 
     Args:
-        still_ours: as in `once`. where: its GPU; None: its `config.devices` ranks take a GPU each.
-        keep_weights: False: a run that is finished leaves none.
+        still_ours: as in `once`. where: the run's slot on a GPU; None: each of its `config.devices` ranks uses one GPU.
+        keep_weights: False: don't store the weights of the finished run.
     """
     _share_compiled_code()
     where = where or Place()
@@ -112,7 +111,7 @@ def train_run(
     data.setup("fit")
     torch.manual_seed(config.seed)
     module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
-    if resolved_precision(config) == "64-true":  # Lightning would restore a checkpoint in float32 first
+    if resolved_precision(config) == "64-true":  # else Lightning would restore checkpoints in float32
         module.double()
     recorder = Recorder(folder, progress, where.sharing, still_ours)
     trainer = new_trainer(
@@ -130,7 +129,7 @@ def train_run(
         logger=[_logger(logger, folder) for logger in loggers],
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         default_root_dir=folder,
-        use_distributed_sampler=False,  # TextData deals out the batches itself
+        use_distributed_sampler=False,  # TextData distributes the batches itself
         inference_mode=False,
     )
     checkpoint = folder / "last.ckpt"
@@ -149,11 +148,11 @@ def train_run(
             if trainer.global_step < config.steps:
                 status, error = "stopped", f"a callback ended it after step {trainer.global_step} of {config.steps}"
                 recorder.save(trainer)
-            elif config.steps not in recorder.rows:  # the last step is no multiple of eval_every
+            elif config.steps not in recorder.rows:  # the last step isn't a multiple of eval_every
                 trainer.validate(module, datamodule=data, verbose=False)
     except Diverged as diverged:
         status, error = "diverged", str(diverged)
-    except SIGTERMException:  # which Lightning would let end with exit code 0
+    except SIGTERMException:  # Lightning would exit with code 0
         raise SystemExit(143) from None
     state = _whole_state(module) if status == "finished" and keep_weights else None
     curve = recorder.curve()
@@ -164,20 +163,20 @@ def train_run(
             with written(folder / "model.safetensors") as temporary:
                 save_file(state, temporary)
         write_run(folder, summary)
-        if state is not None:  # done: the weights are kept, the optimiser's state isn't
+        if state is not None:  # the run is done, and the optimiser's state no longer needed
             checkpoint.unlink(missing_ok=True)
     return Result(summary, curve, folder)
 
 
 def free_memory() -> None:
-    """Give back what a model that is no longer used holds on a GPU: its parts point at each other, and others may share it."""
+    """Free the GPU memory of unused models for other processes. Models have reference cycles: collect garbage first."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _check(config: RunConfig, folder: Path, callbacks: Sequence[L.Callback], loggers: Sequence[Any]) -> None:
-    """What can be known before any work is done."""
+    """Raise the errors that can be known before any work is done."""
     check_machine(config)
     number("ECMOE_SHARING", 1)
     if (callbacks or loggers) and config.devices > 1 and not in_torchrun():
@@ -188,9 +187,9 @@ def _check(config: RunConfig, folder: Path, callbacks: Sequence[L.Callback], log
 
 
 def _of_other_data(config: RunConfig, said: Mapping[str, Any]) -> bool:
-    """Are the texts or images here others than those of `said`, a run's provenance? No, where they aren't here.
+    """Return whether the data here differs from that of a run, whose provenance is `said`; False if it isn't here.
 
-    The source is compared, not its tokens: reading a result must not start long work."""
+    The source is compared instead of its tokens, since reading a result must not start a long tokenisation."""
     try:
         source = source_sha256(config.data)
     except ConfigError:
@@ -202,7 +201,7 @@ LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "Wan
 
 
 def _logger(logger: Any, folder: Path) -> Any:
-    """A logger of that name writes into the run's folder."""
+    """Return the logger, or create the logger of that name, which writes to the run's folder."""
     if not isinstance(logger, str):
         return logger
     if logger not in LOGGERS:
@@ -215,32 +214,32 @@ def _logger(logger: Any, folder: Path) -> Any:
 
 
 def _step_of(checkpoint: Path, say: bool) -> int | None:
-    """The step after which a checkpoint was written; None if there is none, or one that is damaged, which is told."""
+    """Return the step after which a checkpoint was written; None if it is missing, or damaged, which is printed."""
     if not checkpoint.exists():
         return None
     try:
         if not sealed(checkpoint):
             raise ValueError("its SHA-256 is another")
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:  # whatever bytes can make of a reader
+    except Exception as error:  # damaged bytes may raise anything
         if say:
             told = f"{checkpoint} is damaged ({error}): it is left aside, and the run begins anew"
             print(told, file=sys.stderr, flush=True)
         return None
 
 
-TORCHS = "torchinductor_"  # how the folder begins that torch takes by itself, and which an import may have set
+TORCHS = "torchinductor_"  # prefix of torch's default cache folder, which an import may have set
 
 
 def _share_compiled_code() -> None:
-    """What Inductor and Triton have compiled serves all runs of this machine: the second of a shape starts in seconds."""
+    """Share code compiled by Inductor and Triton between runs of this machine: later runs of a shape start fast."""
     for variable, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
         if Path(os.environ.get(variable, TORCHS)).name.startswith(TORCHS):
             os.environ[variable] = str(paths.cache() / folder)
 
 
 def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:
-    """The model's tensors on the CPU, gathered from all ranks if sharded (so every rank must call it)."""
+    """Return the model's tensors on the CPU, gathered from all ranks if sharded (so every rank must call it)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

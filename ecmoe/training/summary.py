@@ -1,4 +1,4 @@
-"""What a training run says of itself when it ends: how, how well, how fast, of what, on what."""
+"""The summary of a training run: how it ended, its losses, speed, size, data, device and code."""
 
 import datetime
 import math
@@ -26,10 +26,11 @@ def summarize(
     error: str | None = None,
     sharing: int = 1,
 ) -> dict[str, Any]:
-    """The summary of a run that ended as `status` after the last row of `curve`. A loss stands there only if it finished.
+    """Return the summary of a run that ended with `status` after the last row of `curve`. Validation results are NaN
+    unless it finished.
 
     Args:
-        data: what it was trained on, a `RunData`. made: its `circumstances`. sharing: runs that shared its device, itself among them.
+        data: the run's `RunData`. made: its `circumstances`. sharing: number of runs on its device, including itself.
     """
     last = curve.iloc[-1].to_dict() if len(curve) else {}
     losses = {key: last.get(key, math.nan) for key in metrics.results() if key in metrics.curve()}
@@ -68,7 +69,7 @@ def summarize(
 
 
 def circumstances() -> dict[str, Any]:
-    """When, where and by which code: what a result needs to be believed. Asked as work begins: files may change meanwhile."""
+    """Return a run's device, code, library versions and start time. Call it first: files may change during a run."""
     return {
         "device": device_name(),
         "commit": commit(),
@@ -79,5 +80,5 @@ def circumstances() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time, in UTC, to the second."""
+    """Return the current time in UTC, ISO format, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""The Lightning Trainer of a run: its precision, its strategy over ranks, and what makes its steps repeatable."""
+"""The Lightning Trainer of a run: its precision, its strategy over ranks, and deterministic steps."""
 
 import logging
 import os
@@ -16,13 +16,13 @@ from ecmoe.training.ranks import in_torchrun
 
 
 def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
-    """A Trainer of the run's precision, on the current GPU if there is one, that keeps nothing and says nothing; `keys` are its own."""
+    """Return a Trainer with the run's precision, on the current GPU if any. It prints and saves nothing by default."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.set_float32_matmul_precision("high")
-    if not in_torchrun():  # Lightning would believe what another launcher, or one long gone, left in the environment
+    if not in_torchrun():  # Lightning would use variables that another launcher left in the environment
         rank_zero_only.rank = 0
         keys = {"plugins": [LightningEnvironment()]} | keys
     quiet = dict(
@@ -35,9 +35,9 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cuda" if cuda else "cpu", precision=resolved_precision(config), max_epochs=-1, **quiet | keys
     )
-    # Before each batch Lightning asks rank 0 whether it was told to end, and the host waits for the device's answer. Nobody
-    # need ask: torchrun tells every rank. Each ends where it is: to tell the others, as Lightning would, is to wait for ranks
-    # that wait elsewhere, or are gone.
+    # Before each batch, Lightning broadcasts whether rank 0 received SIGTERM, and the host waits for the device. This
+    # isn't needed, as torchrun sends SIGTERM to every rank. Each rank then ends at once: Lightning's handler would
+    # inform the other ranks, and so wait for ranks that wait elsewhere or have ended.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     if trainer.world_size > 1:
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -45,7 +45,7 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
 
 
 def strategy(config: RunConfig) -> Any:
-    """How the ranks of a run work together."""
+    """Return the Lightning strategy of a run, by which its ranks work together."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if config.strategy == "ddp":
         from ecmoe.training.ddp import DDP
@@ -54,7 +54,7 @@ def strategy(config: RunConfig) -> Any:
     if config.sharded:
         from lightning.pytorch.strategies import ModelParallelStrategy
 
-        # Lightning's "auto" takes the ranks of a node for tensor parallel: each would then train a model of its own.
+        # Lightning's "auto" uses the ranks of a node for tensor parallelism: each would train a separate model.
         return ModelParallelStrategy(
             data_parallel_size=config.ranks,
             tensor_parallel_size=1,
@@ -65,29 +65,29 @@ def strategy(config: RunConfig) -> Any:
 
 
 def reduced_dtype(config: RunConfig) -> torch.dtype | None:
-    """Of gradients on their way between ranks: as their factors were, in half the time. None: their own."""
+    """Return the dtype in which gradients are sent: bf16 in bf16-mixed, to halve the traffic; None: their own dtype."""
     return torch.bfloat16 if resolved_precision(config) == "bf16-mixed" else None
 
 
 def resolved_precision(config: RunConfig) -> str:
-    """The Trainer's precision: bf16 on a GPU and float32 on a CPU, unless the config says otherwise."""
+    """Return the Trainer's precision: bf16-mixed on a GPU and float32 on a CPU, unless the config sets it."""
     if config.precision != "auto":
         return config.precision
     return "bf16-mixed" if torch.cuda.is_available() else "32-true"
 
 
 def check_machine(config: RunConfig) -> None:
-    """Can this machine train the run? Asked before any work is done.
+    """Check, before any work is done, that this machine can train the run.
 
     Raises:
-        ConfigError: a key asks for a GPU, for more of them than there are, or for more memory.
+        ConfigError: the run needs a GPU, more GPUs or more memory than this machine has.
     """
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     shards = config.ranks if config.sharded else 1
-    needed = 2 * (2 if config.precision == "bf16-true" else 4) * config.weights_at_least // shards  # gradients, too
+    needed = 2 * (2 if config.precision == "bf16-true" else 4) * config.weights_at_least // shards  # with gradients
     if needed > memory:
         keys = ("layers", "d_model", "d_ff", "num_experts", "vocab_size")
         raise ConfigError(f"{', '.join(f'{key}={getattr(config, key)}' for key in keys)}: weights and gradients alone take "
@@ -103,11 +103,11 @@ def check_machine(config: RunConfig) -> None:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Within it, a step on a GPU computes the same bits every time, in this process and in another.
+    """Within the context, make a step on a GPU compute the same bits every time, in this and in other processes.
 
-    Left alone, sums whose terms many threads add at once come out in the order in which they arrive: gradients of looked-up
-    tables and of tokens that several experts took, where Inductor compiles them. Inductor also picks a reduction's shape by
-    timing it. What has no deterministic form warns. On a CPU nothing changes.
+    By default, the order of a sum by many threads depends on their timing: gradients of embeddings and of tokens that
+    several experts took, if compiled by Inductor. Inductor also chooses the shape of a reduction by timing it. If an
+    operation has no deterministic implementation, torch warns. On a CPU, nothing changes.
     """
     if not torch.cuda.is_available():
         yield
@@ -115,13 +115,13 @@ def repeatable() -> Iterator[None]:
     from torch._inductor import config as inductor
     from torch.utils import deterministic
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch takes by itself on Hopper
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch's default on Hopper
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = deterministic.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         deterministic.fill_uninitialized_memory = (
-            False  # a pass over all that is allocated, against a fault we don't have
+            False  # would fill all new memory, against reads of uninitialised memory, which don't occur here
         )
         with inductor.patch(deterministic=True):
             yield
