@@ -11,7 +11,7 @@ Use an MoE layer in your own model:
 >>> moe(torch.randn(4, 32, 64)).shape  # (B, T, d) -> (B, T, d)
 torch.Size([4, 32, 64])
 
-Build a model of the study with `build_model(RunConfig(...))`, and train it with `run_or_load(RunConfig(...))`.
+`build_model(RunConfig(...))` builds a model of the study; `run_or_load(RunConfig(...))` trains it or loads the result.
 """
 
 from importlib import import_module
@@ -32,7 +32,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
-# A plain `pip install .` leaves these packages out.
+# For packages that a plain `pip install .` leaves out.
 _HINT = "{} isn't installed; it comes with the extra 'study': pip install '.[study]' in a checkout of ecmoe"
 
 

@@ -91,7 +91,7 @@ class RouterRow:
         needs: config's values -> further inputs: "token ids" and "tasks" of a batch, which images don't have, or
             "token counts" of the corpus.
         capacity: whether capacity_factor limits the tokens per expert in evaluation.
-        check: config -> None, or raises a ConfigError with key, value and remedy if the config can't work.
+        check: called with a config; raises a ConfigError with key, value and remedy if the config can't work.
     """
 
     layer: str | None

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED: bool = triton.knobs.runtime.interpret  # runs on CPU tensors, without a GPU
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _REAL = (Tensor, torch.nn.Parameter)  # not the types with which torch.compile traces
-REMEMBERED = 4096  # launches per kernel, at most; causal routing has new sizes in every batch
+REMEMBERED = 4096  # most launches kept per kernel; causal routing has new sizes in every batch
 
 
 def check(x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The Triton passes of ecmoe/model/cross_entropy.py: losses of a chunk of logits, a program per token; a scaling."""
+"""The Triton kernels of ecmoe/model/cross_entropy.py: losses of a chunk of logits (a program per token); scaling."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""The two products next to the activation, each with the activation as its epilogue: persistent Triton kernels.
+"""The two matrix products next to the activation, which is fused in as their epilogue: persistent Triton kernels.
 
 The copy engine loads operands (tensor descriptors), tile after tile in one flattened loop, so that the next tile's
 operands load while the epilogue of the current tile runs. An epilogue processes a slice of columns at a time: slices

@@ -26,7 +26,7 @@ def gather(x: Tensor, token: Tensor) -> Tensor:
 
 
 def gather_dot_(dout: Tensor, y: Tensor, token: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dy = P dout, (e, k, d), written over y; and the gate's gradient, (e, k): dy . y / gate (y contains gate).
+    """Return dy = P dout, (e, k, d), written over y; and gate's gradient, (e, k): dy . y / gate, as y contains gate.
 
     A gate of 0 gets the gradient 0: it is an empty slot, or a softmax that has underflowed.
     """

@@ -54,7 +54,7 @@ class RunningCutoff(RunningState):
 
     @torch.no_grad()
     def end_step(self) -> Tensor:
-        """Update the average; return whether it moved, () bool: not without added scores, nor if one is not finite."""
+        """Update the average; return a () bool, whether it moved: not without scores, or if a score is not finite."""
         add_up(self.pending, self.count)
         moves, (average, weight) = self._moves(), self._moved()
         self.average.copy_(average)
@@ -73,7 +73,7 @@ class RunningCutoff(RunningState):
         return bool((self.weight == 0) & ~self._moves())
 
     def _moves(self) -> Tensor:
-        """Return whether the added scores would move the average: a NaN must not, as it would stay there forever."""
+        """Return whether the added scores move the average: they must be finite, as a NaN would stay in it forever."""
         return (self.count > 0) & self.pending.isfinite().all()
 
     def _moved(self) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ class ExpertThreshold(ExpertChoice):
         gate: see `ExpertChoice`.
 
     Attributes:
-        warmup_steps: number of optimiser steps that first use plain expert choice, because a router that still
-            changes fast makes its cut-offs outdated at once; ours, since the paper's value depends on its schedule.
+        warmup_steps: number of first optimiser steps that use plain expert choice, because the cut-offs of a router
+            that still changes fast are outdated at once; ours, since the paper's value depends on its schedule.
         slack: in training an expert takes its best tokens, at least k / slack and at most slack k of them; ours.
     """
 

@@ -11,7 +11,7 @@ from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import Router, by_token, without_padding
 from ecmoe.routing.transport import transport
 
-# How much lower than in the best assignment a token's mean score may be, in standard deviations of the scores.
+# How far the mean score may fall below that of the best assignment, in standard deviations of the scores.
 TOLERANCE = 1e-4
 
 

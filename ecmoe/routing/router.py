@@ -155,7 +155,7 @@ def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def one_of(name: str, value: Any, key: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """Return value; raise a ValueError if it isn't in `choices`, by default those of RunConfig's `key` or `name`."""
+    """Return `value`; raise a ValueError if it isn't in `choices`, by default those of RunConfig's `key` or `name`."""
     choices = choices or CHOICES[key or name]
     if value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")

@@ -1,13 +1,13 @@
-"""Transport: the largest sum of scores if every expert takes equally many tokens, and a token at most b experts.
+"""Transport: give every expert equally many tokens, and a token at most b experts, at the largest sum of scores.
 
 Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: True where an expert holds a token.
 
-The solver uses prices: a token's offer from an expert is score minus price. An expert's price is the gain of its last
-token over that token's b-th best other offer. All experts update prices at once, round after round (a damped auction),
-with a shrinking jitter on the scores that keeps equal tokens from moving together. The final prices are optimal for
-the loads they give, and cheapest paths then move tokens from experts with too many to others (successive shortest
-paths, Ahuja et al. 1993, section 9.7), many at a time. The rest moves directly, which is always possible. Except on a
-CPU the number of rounds is fixed, so no step waits for a number from the device.
+The solver uses prices: a token's offer from an expert is score minus price. An expert's price is the gain of the last
+token it takes over that token's b-th best other offer. All experts update prices at once, round after round (a damped
+auction), with a shrinking jitter on the scores that keeps equal tokens from moving together. The final prices are
+optimal for the loads they give. Cheapest paths then move tokens from experts with too many to others (successive
+shortest paths, Ahuja et al. 1993, section 9.7), many at a time. The rest moves directly, which is always possible.
+Except on a CPU the number of rounds is fixed, so no step waits for a number from the device.
 """
 
 import torch
