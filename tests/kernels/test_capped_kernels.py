@@ -132,11 +132,13 @@ def test_the_capped_choice_runs_on_them_and_passes_gradients():
     assert torch.equal(*papers)  # nor is the paper's programme
 
 
-def test_what_it_takes():
+def test_what_it_takes(monkeypatch):
     def takes(e, b, dtype=torch.float32):
         return kernel.available(torch.empty(1, e, 4, dtype=dtype, device=DEVICE), b)
 
     assert takes(3, 2) and not takes(3, 3) and takes(512, 2) and not takes(513, 2) and not takes(3, 2, torch.float64)
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    assert takes(3, 2) == (DEVICE == "cuda")  # a CPU's tensors in the interpreter alone
 
 
 def test_shapes_are_known_to_the_compiler(monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,7 +135,8 @@ def test_a_damaged_file_is_named(tiny_config, change):
         measure(result, one, scale="gpu", train=False)
 
 
-def test_the_model_lies_on_a_gpu_of_its_own(tiny_config, monkeypatch):
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_the_model_lies_on_a_gpu_of_its_own_where_there_is_one(tiny_config, monkeypatch, kind):
     held = []
 
     @contextmanager
@@ -157,9 +159,17 @@ def test_the_model_lies_on_a_gpu_of_its_own(tiny_config, monkeypatch):
     monkeypatch.setattr(gpus, "place", place)
     monkeypatch.setattr("ecmoe.measures.measure.lock", locked)
     monkeypatch.setattr(f"{__name__}.weights", compute)
-    measure(result, how(layers=7))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: kind == "cuda")
+    monkeypatch.setattr(training_result, "load_model", lambda path: SimpleNamespace(to=held.append))
+    monkeypatch.setattr("ecmoe.training.run.free_memory", lambda: held.append("freed"))
+    monkeypatch.setattr(
+        "ecmoe.training.run.run_or_load", lambda config, weights: (held.append((config, weights)), result)[1]
+    )
+    measure(result, how(layers={"cuda": 7, "cpu": 17}[kind]))
     name = result.summary["name"]
-    assert held == [name, ("a place", False), "computed", "given back", "free"]
+    run = tiny_config(steps=2, seed=11), True  # with its weights
+    used = [("a place", False), kind, "computed", "freed", "freed", "given back"]
+    assert held == [name, run, "freed", *used, "free"]  # what is done leaves no room taken
 
 
 def test_what_reports_hold_comes_before_what_was_found_by_hand(tiny_config):
