@@ -1,0 +1,136 @@
+"""The steps of the transport solver, each against a loop; what it finds in the end is test_capped's and test_linear_assignment's."""
+
+from itertools import permutations, product
+
+import pytest
+import torch
+
+from ecmoe.routing import transport as solver
+from tests.routing.problems import generator
+
+G, E, M = 2, 3, 7
+FREE = E  # the node of free places
+INF = float("inf")
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def near_ones(seed: int, *shape: int) -> torch.Tensor:
+    """(*shape, M - 2) different tokens, in some order."""
+    return drawn(seed, *shape, M).argsort(-1)[..., : M - 2]
+
+
+@pytest.mark.parametrize("b", [1, 2])
+def test_a_price_is_what_the_last_token_gains_over_its_best_other_offer(b):
+    for seed, floor in product(range(4), (-INF, 0.0)):
+        Y, q, valid = (
+            drawn(seed, G, E, M),
+            drawn(seed + 9, G, E, 1),
+            torch.arange(M).expand(G, M) < torch.tensor([[M], [M - 2]]),
+        )
+        target = torch.tensor([2, 1])
+        bound = torch.full((G, 1, 1), floor, dtype=Y.dtype)
+        found = solver._worth(Y, q, target, b, valid, bound)
+        for g, i in product(range(G), range(E)):
+            gains = []
+            for t in range(M - 2 * g):
+                others = sorted((float(Y[g, j, t] - q[g, j]) for j in range(E) if j != i), reverse=True)
+                gains.append(float(Y[g, i, t]) - max(others[b - 1], floor))
+            gains.sort(reverse=True)
+            assert found[g, i].item() == pytest.approx((gains[target[g] - 1] + gains[target[g]]) / 2)
+
+
+@pytest.mark.parametrize("b", [1, 2])
+def test_the_best_of_all_tokens_best_offers_are_held(b):
+    R, target = drawn(0, G, E, M), torch.tensor([2, 1])
+    expected = torch.zeros(G, E, M, dtype=torch.bool)
+    for g in range(G):
+        offers = [(float(R[g, i, t]), i, t) for t in range(M) for i in R[g, :, t].argsort(descending=True)[:b].tolist()]
+        for _, i, t in sorted(offers, reverse=True)[: E * target[g]]:
+            expected[g, i, t] = True
+    assert torch.equal(solver._hold(R, target, b), expected)
+
+
+def test_the_excess_is_beyond_the_target_and_none_of_free_places():
+    X, nodes = drawn(0, G, E + 1, M) > 0, torch.tensor([[2, FREE, 0], [FREE, 1, 1]])
+    found = solver._excess(X, nodes, torch.tensor([2, 5]))
+    loads = [[0 if i == FREE else int(X[g, i].sum()) - (2, 5)[g] for i in row] for g, row in enumerate(nodes.tolist())]
+    assert found.tolist() == loads
+
+
+def loss_of(X: torch.Tensor, Z: torch.Tensor, t: int, u: int, v: int) -> float:
+    """Of moving token t from node u to v of a pool: infinite where it can't."""
+    return float(Z[u, t] - Z[v, t]) if X[u, t] and (v == FREE or not X[v, t]) else INF
+
+
+def test_an_edge_is_the_least_loss_and_how_many_cost_about_that():
+    spare = torch.tensor([0.0, 0.7], dtype=torch.float64).view(G, 1, 1)
+    for seed in range(5):
+        X, Z = drawn(seed, G, E + 1, M) > 0, drawn(seed + 9, G, E + 1, M)
+        near, u, v = near_ones(seed, G, 2), torch.tensor([[0, FREE], [2, 1]]), torch.arange(E + 1).expand(G, E + 1)
+        cost, count = solver._edges(X, Z, near, u, v, spare)
+        for g, p, r in product(range(G), range(2), range(E + 1)):
+            losses = [loss_of(X[g], Z[g], t, int(u[g, p]), r) for t in near[g, p].tolist()]
+            assert cost[g, p, r].item() == pytest.approx(min(losses))
+            assert count[g, p, r] == sum(loss <= min(losses) + spare[g].item() for loss in losses)
+
+
+def test_those_that_lose_least_move_and_free_places_are_counted():
+    for seed, u, v in product(range(5), range(E + 1), range(E + 1)):
+        X, Z, near, amount = drawn(seed, G, E + 1, M) > 0, drawn(seed + 9, G, E + 1, M), near_ones(seed, G), (2, 9)
+        expected, more = X.clone(), torch.zeros(G, M, dtype=torch.long)
+        for g in range(G):
+            can = [t for t in near[g].tolist() if loss_of(X[g], Z[g], t, u, v) < INF and u != v]
+            for t in sorted(can, key=lambda t: loss_of(X[g], Z[g], t, u, v))[: amount[g]]:
+                expected[g, u, t], expected[g, v, t] = False, True
+                more[g, t] = (u == FREE) - (v == FREE)
+        moved = solver._move(X, Z, near, torch.full((G,), u), torch.full((G,), v), torch.tensor(amount))
+        assert torch.equal(X, expected) and torch.equal(moved, more)
+
+
+def test_the_path_is_the_cheapest_to_the_emptiest_and_as_wide_as_its_narrowest_edge():
+    """Against all paths. Costs are above 0, as a cycle would never end else."""
+    nodes, moved = 5, 0
+    for seed in range(20):
+        cost = drawn(seed, G, nodes, nodes).abs() + 0.1
+        cost = cost.masked_fill(drawn(seed + 50, G, nodes, nodes) > 0.9, INF)
+        count = torch.randint(1, 9, (G, nodes, nodes), generator=generator(seed))
+        excess = torch.randint(-6, 7, (G, nodes), generator=generator(seed + 9))
+        excess[:, -1] = 0
+        path, amount = solver._path(cost, count, excess, torch.full((G, 1, 1), 1e-9, dtype=torch.float64))
+        for g in range(G):
+            full = [i for i in range(nodes) if excess[g, i] > 0]
+            best = {i: (0.0, (i,)) for i in full}
+            for length in range(2, nodes + 1):
+                for way in permutations(range(nodes), length):
+                    price = sum(float(cost[g, a, b]) for a, b in zip(way, way[1:], strict=False))
+                    if way[0] in full and price < best.get(way[-1], (INF,))[0]:
+                        best[way[-1]] = price, way
+            least = min([int(excess[g, i]) for i in best if excess[g, i] < 0], default=0)
+            found = [(int(u[g]), int(v[g])) for u, v in reversed(path) if u[g] != v[g]]
+            if not least:
+                assert amount[g] == 0
+                continue
+            _, way = min(best[i] for i in best if excess[g, i] == least and i == found[-1][1])
+            edges = list(zip(way, way[1:], strict=False))
+            assert found == edges
+            assert amount[g] == min([-least, int(excess[g, way[0]]), *(int(count[g, a, b]) for a, b in edges)])
+            moved += 1
+    assert moved > 10
+
+
+@pytest.mark.parametrize("e", [2, 5])
+def test_what_paths_leave_moves_directly(e, monkeypatch):
+    """One expert holds all; e - 1 moves are needed."""
+    monkeypatch.setattr(solver, "PATH_ROUNDS", 0)
+    X, Z, valid = (
+        torch.zeros(G, e, 4 * e, dtype=torch.bool),
+        drawn(0, G, e, 4 * e),
+        torch.ones(G, 4 * e, dtype=torch.bool),
+    )
+    X[0, 1], X[1, 0] = True, True
+    unit = torch.full((G, 1, 1), 1e-3, dtype=torch.float64)
+    found = solver._balance(X, Z, torch.zeros(G, e, 1), torch.full((G,), 4), 1, unit, valid)
+    assert found.sum(2).tolist() == G * [e * [4]] and found.sum(1).tolist() == G * [4 * e * [1]]
