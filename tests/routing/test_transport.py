@@ -1,5 +1,6 @@
 """The steps of the transport solver, each against a loop; what it finds in the end is test_capped's and test_linear_assignment's."""
 
+import math
 from itertools import permutations, product
 
 import pytest
@@ -134,3 +135,41 @@ def test_what_paths_leave_moves_directly(e, monkeypatch):
     unit = torch.full((G, 1, 1), 1e-3, dtype=torch.float64)
     found = solver._balance(X, Z, torch.zeros(G, e, 1), torch.full((G,), 4), 1, unit, valid)
     assert found.sum(2).tolist() == G * [e * [4]] and found.sum(1).tolist() == G * [4 * e * [1]]
+
+
+@pytest.mark.parametrize("sample", [8, 10])
+def test_prices_go_half_the_way_of_each_round_which_asks_a_sample_first(sample, monkeypatch):
+    """Two pools of 20 places, of which the second has 5 tokens; 20 are more than twice 8."""
+    asked, rounds = [], (4, 3) if sample == 8 else (0, 7)  # of the sample, of all
+    m, target = 20, torch.tensor([6, 4])
+    valid = torch.arange(m).expand(G, m) < torch.tensor([[m], [5]])
+    Z = drawn(0, G, E, m).masked_fill(~valid[:, None], -INF)
+
+    def worth(Y, q, target, b, valid, floor):
+        asked.append((Y, target.tolist(), b, valid.sum(1).tolist(), floor.flatten().tolist()))
+        return torch.full_like(q, float(len(asked) == sum(rounds)))
+
+    for name, value in {"SAMPLE": sample, "PRICE_ROUNDS": 7, "FULL_ROUNDS": 3, "_worth": worth}.items():
+        monkeypatch.setattr(solver, name, value)
+    q = solver._prices(Z, torch.full_like(Z, 2.0), target, 2, valid, 0.01)
+    assert torch.equal(q, torch.full_like(q, 0.5))  # 0 but for the last, which says 1
+    floor = [0.0, -INF]  # 40 places for 18, and 10 for 12
+    few = [([6 * 8 // 20, 4], 2, [8, 5], floor)] * rounds[0]
+    assert [tuple(rest) for _, *rest in asked] == few + [([6, 4], 2, [m, 5], floor)] * rounds[1]
+    for step, (Y, *_) in enumerate(asked):
+        offers = Y - 2 * 0.3 * (0.01 / 0.3) ** (step / 6)  # what jitter is left
+        for g in range(G):
+            known = {tuple(column) for column in Z[g].T.round(decimals=9).tolist()}
+            columns = [tuple(column) for column in offers[g].T.round(decimals=9).tolist()]
+            assert set(columns) <= known and len(columns) == (sample if step < rounds[0] else m)
+            assert len({column for column in columns if column[0] > -INF}) == ([8, m][step >= rounds[0]], 5)[g]
+
+
+def test_the_jitter_is_of_an_experts_own_and_leaves_padding_out():
+    """The logit of float32 multiples of the golden ratio's, modulo 1: each expert's step is another multiple."""
+    valid = torch.tensor([[True, False, True, True], [True] * 4])
+    found = solver._jitter(valid, 3, torch.float64)
+    for g, places in enumerate(([0, 0, 1, 2], [0, 1, 2, 3])):
+        for i, (t, place) in product(range(3), enumerate(places)):
+            u = (place + 1) * ((i + 1) * 0.6180339887498949 % 1) % 1
+            assert found[g, i, t].item() == pytest.approx(math.log(u / (1 - u)), rel=1e-4)
