@@ -280,6 +280,10 @@ def test_cifar10_comes_from_the_hub(monkeypatch):
     images._load.cache_clear()
     found = images.load("cifar10")
     assert asked == ["uoft-cs/cifar10"] and found.classes == images.CIFAR10 and found.train_x.shape == (20, 3, 32, 32)
+    assert (found.provenance["name"], found.provenance["licence"]) == ("CIFAR-10", "not stated")
+    assert found.provenance["attribution"].startswith("Krizhevsky 2009")
+    with pytest.raises(ConfigError, match=r"patch_size=3: must divide .*; may be one of \[1, 2, 4, 8, 16, 32\]"):
+        images.check(RunConfig(data="cifar10", patch_size=3), found)
     assert found.val_y.tolist() == [7] and list(found.classes) == sorted(set(found.classes))
     images._load.cache_clear()
 

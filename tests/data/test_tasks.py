@@ -102,6 +102,8 @@ def test_a_task_that_is_nowhere_says_where_it_could_be(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(ConfigError, match="task 'rte': .*no network.*rte/train.jsonl and validation.jsonl be there"):
         tasks.load("rte", tmp_path)
+    with pytest.raises(ConfigError, match="the Hub must be reachable, or a folder of local copies be there"):
+        tasks.load("rte")
     with pytest.raises(ConfigError, match="task 'sst': did you mean sst2"):
         tasks.load("sst")
 

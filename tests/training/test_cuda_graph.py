@@ -54,6 +54,35 @@ def test_a_run_may_ask_for_it_anywhere(tiny_config, tmp_path, monkeypatch):
     assert run_or_load(asking, progress=False).ok
 
 
+@pytest.mark.parametrize("router", ["expert_choice", "task_level"])  # whose batches hold tasks, too
+def test_what_is_captured_leaves_no_trace_and_is_the_losses_of_any_batch(tiny_config, monkeypatch, router):
+    lit, seen = LitModel(tiny_config(router=router)), []
+    some, other = (torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    if router == "task_level":
+        some, other = (some, torch.arange(8) % 4), (other, torch.arange(8) % 3)
+
+    def capture(step, given, **keys):
+        parts = (some,) if isinstance(some, torch.Tensor) else some
+        assert all(torch.equal(a, b) and a is not b for a, b in zip(given, parts, strict=True))  # addresses of its own
+        assert not torch.is_autocast_cache_enabled() and torch.is_autocast_enabled("cpu")
+        seen.append((set(step.parameters()) == set(lit.model.parameters()), keys))
+        step(*given)
+        return step
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: seen.append("cleared"))
+    lit.losses(other)
+    before = {name: value.clone() for name, value in lit.model.named_buffers()}
+    with torch.autocast("cpu", torch.bfloat16):
+        captured = graph.captured(lit, some, pool=(1, 2))
+    (told,) = (one for one in seen if one != "cleared")
+    assert seen.index("cleared") < seen.index(told) and told == (True, {"allow_unused_input": True, "pool": (1, 2)})
+    assert any(value.any() for value in before.values())
+    assert all(torch.equal(value, before[name]) for name, value in lit.model.named_buffers())
+    for ours, theirs in zip(captured(other), lit.losses(other), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @ON_GPU
 @pytest.mark.parametrize(
     "keys",

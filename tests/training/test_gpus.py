@@ -44,11 +44,11 @@ def test_runs_spread_over_the_gpus_count_each_other_and_wait_when_all_are_full(t
                 assert "waiting for a place on 3 GPUs of 2 runs each ($ECMOE_SLOTS)" in capsys.readouterr().err
 
 
-def test_a_place_is_free_again_after_a_failure(three):
+def test_a_place_is_free_again_after_a_failure(three, tmp_path):
     for _ in range(3):
         with pytest.raises(ZeroDivisionError), gpus.place() as place:
             raise ZeroDivisionError
-        assert place.gpu == 0
+        assert place.gpu == 0 and place.others == [tmp_path / "gpus" / "GPU-c-1.lock"]  # where all processes look
 
 
 def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
@@ -77,6 +77,7 @@ def test_one_gpu_has_four_places_and_says_nothing_of_itself(three, monkeypatch, 
 def test_a_wrong_number_of_places_is_named(three, monkeypatch):
     monkeypatch.setenv("ECMOE_SLOTS", "")  # as if it were not there
     assert gpus.number("ECMOE_SLOTS", 4) == 4
-    monkeypatch.setenv("ECMOE_SLOTS", "many")
-    with pytest.raises(ConfigError, match="ECMOE_SLOTS=many: must be a whole number, 1 or more"), gpus.place():
-        pass
+    for wrong in ("many", "0", "²"):
+        monkeypatch.setenv("ECMOE_SLOTS", wrong)
+        with pytest.raises(ConfigError, match=f"ECMOE_SLOTS={wrong}: must be a whole number, 1 or more"), gpus.place():
+            pass

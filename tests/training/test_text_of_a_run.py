@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from ecmoe import run_or_load
 from ecmoe.config import ConfigError
 from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
+from ecmoe.data.tokenizer import Bytes
 from ecmoe.files import read_json, write_json
+from ecmoe.training import continuation
 from ecmoe.training import run as train
 from ecmoe.training.continuation import continue_text
 from ecmoe.training.result import write_run
@@ -100,6 +103,31 @@ def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts, monkeyp
     monkeypatch.setattr("ecmoe.training.continuation.generate", generate)
     sampling = {"temperature": 0.5, "top_k": 3, "seed": 7}
     assert continue_text(result.path, "The a", 2, **sampling) == "The a!" and told == [(b"The a", 2, sampling)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "prompt", "said"),
+    [
+        ({"router": "task_level"}, "a", "only a language model whose .* has data='stdlib' and router='task_level'"),
+        ({"data": "digits"}, "a", "only a language model whose .* has data='digits' and router='expert_choice'"),
+        ({"tokenizer": "bpe", "vocab_size": 300}, "a", "data='stdlib' is another text here than the one that NAME was"),
+        ({}, "", "prompt='': must have at least one token, to be continued"),
+        ({"router": "hash"}, "a", None),
+    ],
+)
+def test_what_cannot_be_continued_is_named(tiny_config, monkeypatch, tmp_path, keys, prompt, said):
+    config = tiny_config(**keys)
+    loaded = SimpleNamespace(meta={"digest": "here"}, tokenizer=Bytes())
+    summary = {"config": config.to_dict(), "data": {"digest": "there"}}
+    fakes = {"check_weights": None, "read_run": SimpleNamespace(summary=summary), "load_tokens": loaded,
+             "load_model": None, "generate": torch.tensor([[97, 98]])}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(continuation, name, lambda *given, fake=fake, **keys: fake)
+    if said is None:
+        assert continuation.continue_text(tmp_path, prompt, 1) == "ab"
+        return
+    with pytest.raises(ValueError, match=said.replace("NAME", config.name)):
+        continuation.continue_text(tmp_path, prompt, 1)
 
 
 def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
