@@ -113,8 +113,8 @@ def check_content(data: str) -> None:
     """Raise a ConfigError if the files that `data` names don't match its content hash."""
     stated, found = content_of(data), content_of(with_content(plain(data)))
     if stated and stated != found:
-        raise ConfigError(f"data={data!r}: the files hold {found or 'nothing'} by now, not what is stated: bring that back, or leave "
-                          f"out {stated}")  # fmt: skip
+        raise ConfigError(f"data={data!r}: the content of the files is {found or 'unknown'}, not what is stated: restore the files, "
+                          f"or leave out {stated}")  # fmt: skip
 
 
 def remember_content(data: str) -> None:

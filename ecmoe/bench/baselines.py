@@ -76,7 +76,7 @@ class _Take(torch.autograd.Function):
 
 
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply rows (r, i), sorted by expert, by weight (e, i, o) -> (r, o); ends: (e,) where each expert's rows end."""
+    """Multiply rows (r, i), sorted by expert, by weight (e, i, o) -> (r, o); ends: (e,) end of each expert's rows."""
     if rows.dtype == torch.bfloat16:
         return torch._grouped_mm(rows, weight, offs=ends)
     # torch._grouped_mm can't be compiled in other dtypes, and doesn't support float64.
@@ -137,7 +137,7 @@ class ScatterMoE(Grouped):
 
 
 class Liger(Grouped):
-    """Token choice by Liger's fused experts. They are gated (three matrices), so a width of 2/3 f gives the same cost."""
+    """Token choice by Liger's fused experts, gated (three matrices), so that a width of 2/3 f has the same cost."""
 
     def __init__(self, layer: MoE) -> None:
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction

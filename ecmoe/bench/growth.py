@@ -1,7 +1,7 @@
 """Time of the expert choice layer, forward + backward, as one size grows and the others stay fixed.
 
 The layer uses the implementation that runs use ("auto"), beside its floor, a lower bound (see layer.py). Exponents of
-power laws are fitted by least squares on logarithms, with Student's t interval over sizes, which also shows the fit.
+power laws are fitted by least squares on logarithms; the width of Student's t interval over sizes shows how well.
 """
 
 import statistics

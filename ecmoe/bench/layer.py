@@ -77,8 +77,8 @@ def bench_auto(
 ) -> pd.DataFrame:
     """Time the implementation that runs use (`kernels="auto"`) against the plain one: it must never be slower.
 
-    sizes: n and d_model of each; d_ff = 4 d_model, c = 2. Returns a row per size, mode and part: n, d_model, mode, what,
-    plain_ms, auto_ms, and ratio = auto_ms / plain_ms.
+    sizes: n and d_model of each; d_ff = 4 d_model, c = 2. Returns a row per size, mode and part: n, d_model, mode,
+    what, plain_ms, auto_ms, and ratio = auto_ms / plain_ms.
     """
     absent, rows = [], []
     for size in sizes:

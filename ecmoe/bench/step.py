@@ -198,8 +198,8 @@ def check_room() -> None:
 def step_of(
     lit: LitModel, optimizer: Optimizer, batch: Tensor, even: bool = False, pool: Any = None, tracked: bool = False
 ) -> Call:
-    """Return a training step on `batch`. even: force balanced choices of `Even` routers. pool: memory, shared by steps, for
-    a CUDA graph of the losses, captured on the first call. tracked: the optimiser already updates router statistics."""
+    """Return a training step on `batch`. even: force `Even` routers to balance. pool: memory, shared by steps, for a CUDA
+    graph of the losses, captured on the first call. tracked: the optimiser already updates router statistics."""
     layers = [block.moe for block in lit.model.blocks if block.moe is not None]
     forced = [router.forced for router in lit.routers if isinstance(router, Even)]
     mixed = batch.is_cuda and lit.config.precision != "bf16-true"

@@ -109,7 +109,7 @@ class ExpertGate(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, expert: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Classify images (n, C, H, W): return classes (n,), and the experts used (n,), `expert` or the gates' choice."""
+        """Classify images (n, C, H, W): return classes (n,) and experts (n,): `expert` if given, else the gates' choice."""
         if expert is None:
             # The argmax of softmax(-er / t), for any temperature t (section 3.2).
             expert = self.errors(x).argmin(1)
@@ -120,7 +120,7 @@ class ExpertGate(nn.Module):
         return said, expert
 
     def answers(self, images: Sequence[Tensor], classes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Classify each task's images twice: by the experts that the gates choose, and by the task's own expert."""
+        """Classify each task's images twice: with the experts that the gates choose, and with the task's own expert."""
         said = [self(x)[0] for x in images]
         return said, [self(x, torch.full((len(x),), k, device=x.device))[0] for k, x in enumerate(images)]
 
@@ -135,7 +135,7 @@ def without_forgetting(expert: Any, old_head: nn.Module, batch: Sequence[Tensor]
 
 
 def fit(config: RunConfig, learnt: nn.Module, loss: Callable[[Any], Tensor], *examples: Tensor) -> None:
-    """Train a module with the config's optimiser and schedule; `loss` maps a batch of the tensors `examples` to a scalar."""
+    """Train a module with the config's optimiser and schedule on batches of the tensors `examples`, passed to `loss`."""
     parameters = list(learnt.parameters())
     optimizer = build_optimizer(config, parameters, parameters[0].device)
     track(learnt, optimizer)

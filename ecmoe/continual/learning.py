@@ -34,7 +34,7 @@ Accuracies = Sequence[Sequence[float | None]]  # [i][j]: accuracy on task j afte
 def train_run(
     config: ContinualConfig, folder: Path, still_ours: StillOurs = lambda: None, progress: bool = True, *_: Any
 ) -> Result:
-    """Train as `ecmoe.training.run.train_run`, but without curve, weights, callbacks, or resuming after interruption."""
+    """Train as `ecmoe.training.run.train_run`, but without curve, weights, callbacks, or resuming after a kill."""
     made, clock = circumstances(), time.perf_counter()
     with repeatable():
         measured = run(config)

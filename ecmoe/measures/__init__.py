@@ -1,6 +1,6 @@
 """Measurements of trained models, each computed once and stored beside the run's records.
 
-`MEASURES` lists them, measure.py computes and stores them, and the other files implement them on a run's model."""
+`MEASURES` lists them, measure.py runs and stores them, and the other files compute them from a run's model."""
 
 import re
 from collections.abc import Iterator, Mapping

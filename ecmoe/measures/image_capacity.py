@@ -21,7 +21,7 @@ from ecmoe.routing import altered, watched
 
 @contextmanager
 def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTransformer]:
-    """Give every MoE layer `places` expert places per patch within the block; raise a ValueError if that can't be."""
+    """Give every MoE layer `places` expert places per patch in the block; raise a ValueError if its router can't."""
     row, values = model.config.row, model.config.to_dict()
     if not row.capacity:
         able = ", ".join(name for name, other in ROUTERS.items() if other.capacity)

@@ -235,7 +235,7 @@ def test_text_that_changes_under_a_config_is_not_taken_for_its_own(book, make, m
     book.write_text("".join(PARAGRAPHS[1:]), encoding="utf-8")
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: bring that back, or leave out #"),
+        pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated: restore the files, or leave out #"),
     ):
         patch.setattr(tokens, "_tokenise", lambda *a: pytest.fail("read"))
         make(stated)

@@ -84,7 +84,7 @@ def test_a_text_is_continued_in_the_vocabulary_of_the_run(tiny_config, texts):
     path.write_text(path.read_text().upper())
     assert continue_text(result.path, "The a", 2, temperature=0).startswith("The a")  # its tokens are kept
     shutil.rmtree(tokens.folder(config))
-    with pytest.raises(ConfigError, match="not what is stated: bring that back"):
+    with pytest.raises(ConfigError, match="not what is stated: restore the files"):
         continue_text(result.path, "The a", 2)
 
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monk
     path.write_text(text.upper())
     assert tiny_config(seed=32, data=str(path), checkpoint_every=2).name != config.name
     shutil.rmtree(tokens.folder(config))
-    with pytest.raises(ConfigError, match="not what is stated: bring that back"):
+    with pytest.raises(ConfigError, match="not what is stated: restore the files"):
         run_or_load(config, progress=False)
     path.write_text(text)
     assert run_or_load(config, progress=False).ok
