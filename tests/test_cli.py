@@ -36,6 +36,7 @@ def test_help_is_quick_and_names_the_commands():
     began = time.time()
     shown = subprocess.run([sys.executable, "-m", "ecmoe", "--help"], capture_output=True, text=True, check=True)
     assert time.time() - began < 10  # 0.3 s on an idle machine; with torch it would be many
+    assert "Usage: ecmoe [" in shown.stdout
     assert all(command in shown.stdout for command in ("train", "generate", "bench", "report", "index", "keys"))
     subprocess.run([sys.executable, "-c", CHECK_LIGHT], check=True)
 
@@ -237,6 +238,13 @@ def test_a_number_has_its_least(words, least, monkeypatch):
     refused = call(*words.split(), least - 1)
     said = " ".join(refused.stderr.replace("\u2502", "").split())
     assert refused.exit_code == 2 and f"'{words.split()[-1]}': Input should be greater than or equal to {least}" in said
+
+
+def test_a_page_is_named_where_it_was_written(monkeypatch):
+    monkeypatch.setattr("ecmoe.report.execution.execute", lambda *_, **__: None)
+    monkeypatch.setattr("ecmoe.report.index.index", lambda *_: "there/index.html")
+    said = [call(*words.split()).output for words in ("report a.ipynb b/c.html", "index gpu")]
+    assert said == ["b/c.html\n", "there/index.html\n"]
 
 
 def test_bench_all_measures_what_it_is_asked_for_once(tmp_path, monkeypatch):

@@ -129,6 +129,7 @@ def test_another_error_is_told_as_it_is(tmp_path, monkeypatch, error):
         ("Learning-Rates", ["steps", "learning_rate"], "did you mean learning_rate?"),
         ("dense", ["hash", "DENSE"], "did you mean DENSE?"),
         ("a-b-c-d", ["e", "a_b_c_d"], "did you mean a_b_c_d?"),
+        ("a_b_c_d", ["e", "A-B-C-D"], "did you mean A-B-C-D?"),
         ("convergence", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
         ("GENCE", ["00_start", "01_convergence"], "did you mean 01_convergence?"),
         ("01_", ["00_start", "01_convergence_of_all"], "did you mean 01_convergence_of_all?"),

@@ -88,6 +88,7 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "layer-a.json"]
     shown = CliRunner().invoke(app, [*command, "--only", "layer,growth"])
     assert shown.exit_code == 0 and shown.stdout.count("is there already") == 2
+    assert "growth: is there already (--force measures again)" in shown.stdout
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
     assert CliRunner().invoke(app, [*command[:4], "--only", "growth"]).exit_code == 0
     assert [path.name for path in speed.folder("smoke").iterdir()] == ["growth.json"]
