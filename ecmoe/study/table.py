@@ -17,7 +17,7 @@ def table(study: Study) -> pd.DataFrame:
     for arm, result in _runs(study):
         numbers = result.summary | (result.summary.get("routing") or {})
         scalars = {key: x for key, x in numbers.items() if x is not None and not isinstance(x, (dict, list))}
-        rows.append({"arm": arm, "status": "not run", **result.summary["config"], **scalars})
+        rows.append({"arm": arm, **result.summary["config"], **scalars})
     frame = pd.DataFrame(rows)
     measured = metrics.table()
     frame = frame.reindex(columns=[*dict.fromkeys([*frame, *measured])])

@@ -440,7 +440,9 @@ def test_runs_one_by_one_are_folded_and_those_that_are_missing_named(shown):
     report.show_runs(table.assign(more=1), ["lost", "val_loss"], "Ends.")
     table.loc[1, "status"] = "diverged"
     report.show_runs(table, ["val_loss"])
-    first, second = (BeautifulSoup(part, "html.parser") for part in shown)
+    report.show_runs(table[table["status"] != "not run"], ["val_loss"], "Ends.")
+    first, second, whole = (BeautifulSoup(part, "html.parser") for part in shown)
+    assert (whole.summary.text, whole.caption.text) == ("2 of 2 runs, one by one", "Ends.")
     assert first.summary.text == second.summary.text == "2 of 5 runs, one by one"
     assert first.caption.text == "Ends. Not run: b (seed 0); a (seed 1, 2)."
     cells = [
