@@ -90,6 +90,9 @@ def test_loss_against_a_reference_is_paired_by_seed(runs):
     assert sorted(texts(plot)) == ["EC", "top-2"] and "minus that of EC" in plot.alt
     assert plot.figure.axes[0].get_ylabel() == "validation loss (nats per token)\nminus that of EC"
     assert plots.over(curves(runs), "step", reference="Hash").figure is None
+    finer = curves({"EC": [run(EC, 2.0, rows=9)], "top-2": [run(TOP2, 2.5, rows=9)]})
+    later = plots.over(finer, "step", reference="EC").data["step"]
+    assert later.tolist() == [25, 37.5, 50, 62.5, 75, 87.5, 100]  # without the first quarter
 
 
 def test_a_diverged_run_ends_where_it_broke_off():
@@ -389,6 +392,7 @@ def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_la
     assert plot.data.to_dict("records") == [row | {"panel": row["mode"]} for row in rows]
     left, right = plot.figure.axes
     assert [ax.get_title() for ax in (left, right)] == [EAGER, GRAPH] and left.get_xscale() == "log"
+    assert left.get_ylabel() == "over plain PyTorch's time"
     drawn = sorted(
         (list(x), [round(v, 3) for v in y]) for x, y in (line.get_data() for line in left.lines) if len(x) == 2
     )
@@ -480,6 +484,7 @@ def test_arms_and_panels_stand_in_the_order_of_the_page():
     frame = pd.DataFrame(rows, columns=["arm", "seed", "loss", "routing", "given"])
     plot = plots.by_routing(frame, "loss", "given", "loss")
     assert [ax.get_title() for ax in plot.figure.axes if ax.get_title()] == [*"yxz"]
+    assert plot.figure.axes[0].get_shared_y_axes().joined(*plot.figure.axes[:2])
     assert list(dict.fromkeys(plot.data["arm"])) == re.findall("([abc]), causally", plot.alt)[:3] == [*"cab"]
     shares = plots.expert_shares(frame.assign(**{f"share_{j}": 0.1 for j in range(9)}))
     assert shares.data["arm"].tolist() == re.findall("([abc]): 10.0% none", shares.alt) == [*"cab"]
