@@ -549,6 +549,12 @@ def test_of_what_a_cell_shows_html_comes_before_a_picture():
     data = {"image/png": "iVBORw0KGgo=", "text/html": "<b>shown</b>", "text/plain": "plain"}
     made.cells[1].outputs = [nbformat.v4.new_output("display_data", data=data)]
     assert "<b>shown</b>" in (page := page_html(made)) and "image/png" not in page
+    made.cells[1].outputs[0].data = {"image/svg+xml": "<svg id='other'/>", "text/latex": "$x$", "text/plain": "plain"}
+    made.cells[1].outputs += [nbformat.v4.new_output("stream", name="stderr", text=text) for text in ("one,", " log")]
+    page = BeautifulSoup(page_html(made), "html.parser")
+    assert not page.find(id="other") and "plain" in page.main.text and not page.find("math")
+    assert [log.pre.text.strip() for log in page.find_all("details", class_="log")] == ["one, log"]
+    made.cells[1].outputs = made.cells[1].outputs[:1]
     for plain, alt in (("a 'plot'", "a 'plot'"), ("", "a figure")):
         made.cells[1].outputs[0].data = {"image/png": "iVBORw0KGgo=", "text/plain": plain}
         picture = BeautifulSoup(page_html(made), "html.parser").find("img")
