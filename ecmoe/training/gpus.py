@@ -2,7 +2,7 @@
 
 Several small runs finish sooner side by side on one GPU than one after the other, because a small run waits for its
 host more than for its GPU. A slot is a file lock in the cache folder, so independent processes can share the GPUs. A
-run takes a free slot with the lowest number, so that runs spread over the GPUs.
+run takes the first slot of any GPU before a second one, so that runs spread over the GPUs.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from ecmoe.files import ConfigError
 
 @dataclass
 class Place:
-    """The slot of a run. gpu: its index; None: no slot, since the run is on the CPU, or on several GPUs.
+    """The slot of a run. gpu: index of its GPU; None: the run holds no slot, as it is on the CPU or on several GPUs.
 
     others: lock files of the other slots on that GPU.
     """

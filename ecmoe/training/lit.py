@@ -55,7 +55,7 @@ class LitModel(L.LightningModule):
         return self.model(*args, **kwargs)
 
     def configure_model(self) -> None:
-        """Shard and compile the model, once. Lightning calls this in all processes, at the start of fit and validate."""
+        """Shard and compile the model, once. Lightning calls this in each process, whenever it fits or validates."""
         if self.configured:
             return
         self.configured = True

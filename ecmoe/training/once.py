@@ -78,7 +78,7 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
             return None
         if weights and result.ok:
             results.check_weights(folder, result.summary)
-    except FileNotFoundError:  # no weights
+    except FileNotFoundError:  # the weights are missing
         return None
     except Damaged as damage:
         if raises:

@@ -148,7 +148,7 @@ class Recorder(L.Callback):
             self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
-        """On SIGTERM, which Lightning handles between two steps, save a checkpoint if this is the run's only process."""
+        """On SIGTERM, which Lightning handles between two steps, save a checkpoint if the run has only one process."""
         self.bar.close()
         gc.unfreeze()
         if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1 and self.whole_step:
