@@ -4,7 +4,9 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from ecmoe.files import ConfigError, check_known, check_sum
 from ecmoe.paths import content_of, with_content
@@ -14,22 +16,31 @@ class Row(NamedTuple):
     """A kind of measurement: the function that computes it, and the keys (settings) that a page may pass to it."""
 
     compute: str  # "module:function"; function(model in evaluation mode, config, **keys) -> dict of JSON values
-    keys: tuple[str, ...] = ()  # keyword arguments of the function
+    keys: Mapping[str, Any] = {}  # keyword arguments of the function: name -> type of its value
     each: str | None = None  # a key whose value is a list, with a separate measurement for each element
     where: tuple[str, ...] = ()  # keys that are paths: the files' content is part of the name, the path isn't
 
 
 _HERE = "ecmoe.measures"
-_TUNED = ("task", "folder", "steps", "batch_size", "learning_rate", "examples")
+_Count = Annotated[int, Field(strict=True, ge=1)]
+_Above0 = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+_TUNED = {
+    "task": str,
+    "folder": str | None,
+    "steps": _Count,
+    "batch_size": _Count,
+    "learning_rate": _Above0,
+    "examples": _Count | None,
+}
 MEASURES = {
     "experts-by-token": Row(f"{_HERE}.inspection:experts_by_token"),
     "caps": Row(f"{_HERE}.inspection:caps_on_trained_scores"),
-    "dependence": Row(f"{_HERE}.causality:dependence", ("kept",)),
-    "next-token": Row(f"{_HERE}.causality:next_token_information", ("batches", "classes")),
-    "losses": Row(f"{_HERE}.causality:losses_by_routing", ("pools",)),
-    "decoding": Row(f"{_HERE}.causality:decoding", ("tokens",)),
+    "dependence": Row(f"{_HERE}.causality:dependence", {"kept": _Count}),
+    "next-token": Row(f"{_HERE}.causality:next_token_information", {"batches": _Count, "classes": _Count}),
+    "losses": Row(f"{_HERE}.causality:losses_by_routing", {"pools": list[_Count | str]}),
+    "decoding": Row(f"{_HERE}.causality:decoding", {"tokens": _Count}),
     "fine-tuned": Row(f"{_HERE}.fine_tuning:fine_tuned", _TUNED, each="task", where=("folder",)),
-    "accuracy-at": Row(f"{_HERE}.image_capacity:accuracy_at", ("places",), each="places"),
+    "accuracy-at": Row(f"{_HERE}.image_capacity:accuracy_at", {"places": _Above0}, each="places"),
 }
 
 

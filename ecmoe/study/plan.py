@@ -20,7 +20,7 @@ from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig
 from ecmoe.files import Damaged, check_known, read_yaml
-from ecmoe.measures import Measurement, measurements
+from ecmoe.measures import MEASURES, Measurement, measurements
 from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merged, parameter_files
 
 if TYPE_CHECKING:
@@ -238,6 +238,8 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
         _check_list(f"measures: {what}: seeds", of_seeds, int)
         check_known(f"measurement {what!r} names arm", of_arms, arms)
         for how in measurements(what, keys):
+            for key, value in how.keys.items():
+                held_to(MEASURES[what].keys[key], value, f"measurement {what!r}: {key}={value!r}")
             for arm, seed in product(of_arms, of_seeds):
                 wanted.setdefault((arm, seed), []).append(how)
     return wanted

@@ -29,7 +29,7 @@ def weights(model, config, *, layers=1):
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch):
-    monkeypatch.setitem(measures.MEASURES, "weights", Row(f"{__name__}:weights", ("layers",)))
+    monkeypatch.setitem(measures.MEASURES, "weights", Row(f"{__name__}:weights", {"layers": int}))
 
 
 def how(**keys) -> Measurement:
@@ -211,7 +211,7 @@ def test_names_say_what_and_for_what_and_hold_nothing_else():
     (nowhere,) = measurements("fine-tuned", {"task": ["rte"], "steps": 10, "folder": None})
     assert nowhere.name == tuned.name and len(tuned.name) == len("fine-tuned-rte-") + 8
     assert len({Measurement("dependence", keys).name for keys in ({}, {"kept": 0}, {"kept": 1})}) == 3
-    assert measures.MEASURES["caps"].keys == () and Measurement("caps", {}).name == "caps"
+    assert not measures.MEASURES["caps"].keys and Measurement("caps", {}).name == "caps"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_every_row_names_a_function_with_these_keys():
     for what, row in measures.MEASURES.items():
         module, _, name = row.compute.partition(":")
         model, config, *keys = inspect.signature(getattr(import_module(module), name)).parameters
-        assert (model, config, tuple(keys)) == ("model", "config", row.keys), what
+        assert (model, config, tuple(keys)) == ("model", "config", tuple(row.keys)), what
         assert set(row.where) | {row.each} <= {*row.keys, None}
 
 
