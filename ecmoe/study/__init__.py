@@ -1,5 +1,5 @@
-"""Which runs a page rests on, and what follows from them.
+"""The study: plan the runs behind each page, carry them out, and judge the paper's claims from their results.
 
-plan: names and YAML -> runs and measurements. engine: carries them out. load, table: what is there. estimate, protocol,
-verdict: what it says of a claim; answer: of all claims, in three sentences. cost, speed: what it takes.
+An arm is a named configuration that is trained with several seeds. plan: YAML -> runs and measurements. engine: runs the plan.
+load, table: read the results. estimate, protocol, verdict: judge a claim; answer: summarise all claims. cost, speed: time and FLOPs.
 """

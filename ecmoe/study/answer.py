@@ -1,6 +1,6 @@
-"""The answer in words: three sentences of what holds, what doesn't, and what that means for a choice of router; and its cost.
+"""Summarise all claims: which hold, which don't, what that means for the choice of a router, and what the runs cost.
 
-Every number comes from verdicts and records, so README and index can't say what the results don't.
+Every number is computed from verdicts and records, so README and index can't disagree with the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from ecmoe.study.verdict import (
     ClaimVerdict,
 )
 
-# What somebody who chooses a router asks: claim and part.
+# (claim, part) of the comparisons that matter when choosing a router.
 CHOICE = (
     ("C1", "all steps, renormalized gates"),
     ("C1", "steps for an equal loss, renormalized gates"),
     ("C2", "even routing, each on its best path"),
     ("C9", "loss against the twin of equal FLOPs"),
 )
-# What is said of claims with that label: how many, and which.
+# Label -> sentence template; filled with the number of claims that have the label, and which they are.
 HOLDS = {
     REPRODUCED: "{n} hold{s} ({said})",
     IN_DIRECTION: "{n} hold{s} in direction, but not by as much ({said})",
@@ -41,14 +41,14 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """sentences: three, or one where nothing was run. cost: GPU hours of all runs, and the command that goes on from them."""
+    """sentences: three, or one if nothing can be concluded. cost: training hours of all runs, and the command to continue."""
 
     sentences: tuple[str, ...]
     cost: str
 
 
 def answer(scale: str, verdicts: Mapping[str, ClaimVerdict]) -> Answer:
-    """The paragraph on a scale, by the verdicts of `judge_all`."""
+    """Return the summary of a scale. verdicts: from `judge_all`."""
     found, labels = list(verdicts.values()), {verdict.label for verdict in verdicts.values()}
     if PLUMBING in labels:
         sentences = ("Scale smoke shows that every part works, and says nothing about the paper.",)
@@ -70,7 +70,7 @@ def _holds(found: Sequence[ClaimVerdict]) -> str:
 
 
 def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
-    """What is said of the claims with these labels."""
+    """Return one clause for each label in `texts` that at least one claim has."""
     told = []
     for label, text in texts.items():
         if some := [verdict for verdict in found if verdict.label == label]:
@@ -81,7 +81,7 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
 
 
 def _in_short(verdict: ClaimVerdict) -> str:
-    """The claim; where its label is that of some parts alone, of how many."""
+    """Return the claim's id and short text, with the number of parts if only some of them have the claim's label."""
     some = verdict.said.removeprefix(verdict.label)
     return f"{verdict.claim}{some and f',{some}'}: {verdict.about.short}"
 

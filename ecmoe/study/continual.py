@@ -1,4 +1,4 @@
-"""What page 11 reads of the runs of continual learning."""
+"""Tables for page 11 from the runs of continual learning."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,11 +7,11 @@ import pandas as pd
 
 from ecmoe.training.result import Result
 
-ORACLE = "oracle gate"  # Expert Gate's experts, told the task: no run of its own
+ORACLE = "oracle gate"  # Expert Gate's experts, chosen by the true task; read from Expert Gate's runs
 
 
 def with_oracle(runs: Mapping[str, list[Result]]) -> dict[str, list[Result]]:
-    """The runs, and beside Expert Gate its experts under an oracle gate: the same networks, told the task."""
+    """Return the runs with one more arm after Expert Gate: the same experts under an oracle gate, which knows the task."""
     shown: dict[str, list[Result]] = {}
     for arm, results in runs.items():
         shown[arm] = results
@@ -23,7 +23,7 @@ def with_oracle(runs: Mapping[str, list[Result]]) -> dict[str, list[Result]]:
 
 
 def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
-    """Accuracies one below the other: arm, seed, `after` (tasks learned), `task`, its name, accuracy; a missing run is a row of NaN."""
+    """Return accuracies in long form: arm, seed, `after` (tasks learned), `task`, its name, accuracy. A missing run is a row of NaN."""
     columns, rows = ["arm", "seed", "after", "task", "name", "accuracy"], []
     for arm, results in runs.items():
         for r in results:
@@ -34,13 +34,13 @@ def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
 
 
 def mean_matrix(results: Iterable[Result], name: str) -> pd.DataFrame | None:
-    """Mean over seeds of a matrix of the summary, such as confusion; None if there is none."""
+    """Return the mean over seeds of a matrix in the summaries, such as "confusion"; None if no run finished."""
     there = [pd.DataFrame(r.summary[name], dtype=float) for r in results if r.ok]
     return sum(there) / len(there) if there else None
 
 
 def origins(results: Iterable[Result]) -> pd.DataFrame:
-    """Where Expert Gate's experts started: a row per task, the source tasks of its seeds, mean relatedness, fine-tuning or LwF."""
+    """Return where Expert Gate's experts started: a row per task with source tasks, mean relatedness, and fine-tuning or LwF."""
     rows = [
         {"task": name, "started from": "nothing" if o["task"] is None else r.summary["task_names"][o["task"]],
          "relatedness": o["related"], "how": o["how"]}

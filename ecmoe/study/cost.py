@@ -1,4 +1,4 @@
-"""What a size costs before anyone trains it: parameters counted on the meta device, FLOPs, GPU hours."""
+"""Estimate what a model size costs without training it: parameters (counted on the meta device), FLOPs, GPU hours."""
 
 import statistics
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.provenance import PEAK_BF16
 from ecmoe.training.result import load_records
 
-PEAK = PEAK_BF16["H100"]  # the H200's too
-ASSUMED_MFU = 0.4  # where nothing has been measured
+PEAK = PEAK_BF16["H100"]  # the same for the H200
+ASSUMED_MFU = 0.4  # model FLOPs utilisation, if no run has measured it
 
 
 def table_1() -> pd.DataFrame:
-    """Table 1: our counts, without the embedding, beside the printed ones; a row per model."""
+    """Return Table 1 of the paper, a row per model: our parameter counts (without the embedding), the printed ones, their ratio."""
     rows = []
     for name, preset in TABLE_1.items():
         row, counted = {"model": name}, count_parameters(preset.config)
@@ -29,12 +29,12 @@ def table_1() -> pd.DataFrame:
 
 
 def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, scale: str = "gpu") -> pd.DataFrame:
-    """What one run of each config takes: parameters, training FLOPs of a token, tokens, hours of one GPU; a row per name.
+    """Return the cost of one run of each config, a row per name: parameters, training FLOPs per token, tokens, hours on one GPU.
 
     Args:
-        tokens: of the training run; None: its own.
-        scale: whose committed runs give the share of the GPU's bf16 rate; without any the share is assumed, and the table
-            says so.
+        tokens: number of training tokens; None: as in each config.
+        scale: the scale whose committed runs give the model FLOPs utilisation (MFU). Without such runs `ASSUMED_MFU` is
+            used, and the table says so.
     """
     rates = [rate for r in load_records(paths.records(scale)) if (rate := r.summary.get("mfu"))]
     share = statistics.median(rates) if rates else ASSUMED_MFU

@@ -1,6 +1,6 @@
-"""The engine room: one run of the plan trained, measured and kept; and what of the plan is there.
+"""Carry out the plan: train and measure a planned run, store the results, and report which runs are still missing.
 
-`ecmoe run` calls it in a process of its own. Many at once, their GPUs, retries and clusters are Snakemake's (Snakefile).
+`ecmoe run` calls this module, one process per call. Snakemake (see Snakefile) handles parallel runs, GPUs, retries and clusters.
 """
 
 import importlib.util
@@ -17,35 +17,35 @@ from ecmoe.config import ConfigError
 from ecmoe.files import nearest, read_json
 from ecmoe.study.plan import Planned, record
 
-DONE = ("finished", "diverged")  # a run that diverged is a finding: nothing is left to do
+DONE = ("finished", "diverged")  # divergence is a result too: the run is not repeated
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def files(one: Planned, scale: str) -> list[Path]:
-    """Where a planned run and its measurements are kept, once they are there."""
+    """Return the paths of a planned run's record and of its measurements; a file exists once it has been computed."""
     kept = paths.measures(scale) / one.name
     return [record(one, scale), *(kept / f"{how.name}.json" for how in one.measures)]
 
 
 def lacks(one: Planned, scale: str) -> str:
-    """What is left to do of a planned run, in words; "" where it is done. By names of files alone: `ecmoe run` reads them."""
+    """Return in words what a planned run still needs, or "" if it is done. `ecmoe run` checks the contents of the files."""
     there, *measured = (path.exists() for path in files(one, scale))
     if not there:
         return "missing"
     lacking = [how.name for how, kept in zip(one.measures, measured, strict=True) if not kept]
     if not lacking or read_json(record(one, scale), sealed=True)["summary"]["status"] == "diverged":
-        return ""  # one that diverged has no weights that could be measured
+        return ""  # a diverged run has no weights to measure
     return f"to measure: {', '.join(lacking)}"
 
 
 def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
-    """Train the run or load it, take its measurements while its weights are there, and keep both.
+    """Train or load a run, compute its measurements, and store its record and the measurements in reports/<scale>.
 
     Args:
-        keep_weights: leave them in runs/NAME; else they go once all is measured.
+        keep_weights: keep the weights in runs/NAME. If False, they are deleted once all measurements have succeeded.
 
     Returns:
-        the status that the run ends with; or "failed: why", after all else was done.
+        The run's status; or "failed: reason" if training or any measurement failed (the other measurements are still made).
     """
     from ecmoe.measures.measure import lock, measure, trained_model
     from ecmoe.training.result import write_record
@@ -55,7 +55,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
     with lock(one.name):
         try:
             result = run_or_load(one.config, records=paths.records(scale))
-        except Exception as error:  # its folder keeps it, too
+        except Exception as error:  # the error is also stored in the run's folder
             return f"failed: {type(error).__name__}: {error}"
         status = result.summary["status"]
         if status == "diverged":
@@ -65,7 +65,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
                 missing, began = not kept.exists(), time.monotonic()
                 try:
                     measure(result, how, scale=scale, keep=True, model=model)
-                except Exception as error:  # the others are still wanted
+                except Exception as error:  # go on with the other measurements
                     failed.append(f"{how.name}: {type(error).__name__}: {error}")
                 if missing and kept.exists():
                     print(f"[{one.name}] {how.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -75,19 +75,19 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
 
 
 def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
-    """Runs of the plan by name, or by how their name begins. A ConfigError, where no run, or more than one, is called so."""
+    """Return the planned runs with these names or unique name prefixes. Raise a ConfigError if a name fits no run, or several."""
     found, names_of = [], [one.name for one in planned]
     for name in names:
         like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]
         if len(like) != 1:
-            hint = f"{len(like)} runs begin so" if like else nearest(name, names_of, "`ecmoe runs` lists them")
+            hint = f"{len(like)} names begin with it" if like else nearest(name, names_of, "`ecmoe runs` lists them")
             raise ConfigError(f"no run {name!r} in the plan: {hint}")
         found += like
     return found
 
 
 def places() -> tuple[int, int]:
-    """GPUs of this machine that may be used, and how many runs share one ($ECMOE_SLOTS); no torch is imported."""
+    """Return the number of usable GPUs and of runs that share one ($ECMOE_SLOTS), without importing torch, which is slow."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
@@ -100,24 +100,24 @@ def places() -> tuple[int, int]:
 
 
 def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1) -> int:
-    """Carry out all of it: by Snakemake, so many jobs side by side, or one after the other where there is none. Returns an exit code."""
+    """Train and measure these runs and return an exit code: `jobs` at a time with Snakemake, one by one if it isn't installed."""
     if not planned:
         return 0
     if importlib.util.find_spec("snakemake") and (CHECKOUT / "Snakefile").exists():
         command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"place={jobs}"]
         command += ["--config", f"scale={scale}", f"runs={','.join(one.name for one in planned)}"]
         command += ["--", "trained"]
-        # At Ctrl-C `subprocess.run` would kill it, and its lock would stay.
+        # At Ctrl-C `subprocess.run` would kill Snakemake, which would leave its lock behind.
         with subprocess.Popen(command, cwd=CHECKOUT) as process:
             code = process.wait()
-        return code or int(any(lacks(one, scale) for one in planned))  # a page with gaps is no failure
+        return code or int(any(lacks(one, scale) for one in planned))  # Snakemake succeeds even if runs are missing
     return in_turn(planned, scale, keep_weights=scale == "smoke")
 
 
 def in_turn(planned: Iterable[Planned], scale: str, *, keep_weights: bool) -> int:
-    """One after the other, a line on each as it ends; returns an exit code.
+    """Carry out the runs one by one, print a line as each ends, and return an exit code.
 
-    0: each is done. 1: one failed, and may go well another time. 2: what failed can't be, by its config.
+    0: all runs are done. 1: a run failed in a way that a retry may fix. 2: runs failed, all of them with a ConfigError.
     """
     failed = set()
     for one in planned:

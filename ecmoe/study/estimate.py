@@ -1,7 +1,6 @@
-"""Estimates over paired seeds: how large an effect is, how sure that is, and how many seeds would make it sure.
+"""Estimate effects over paired seeds: mean, confidence interval, and the number of seeds needed to decide a margin.
 
-Every interval is Student's t over seeds, and so says what another set of seeds would show; ratios are taken in the logarithm.
-What an estimate means for a claim is verdict.py's.
+Intervals are Student's t over seeds unless stated otherwise; ratios are averaged in the logarithm. verdict.py draws conclusions.
 """
 
 from __future__ import annotations
@@ -20,31 +19,32 @@ LEVEL, POWER = 0.95, 0.8
 
 
 class Unit(enum.StrEnum):
-    """What an effect is measured in. A share is of 1: of tokens, of examples, above an equal share."""
+    """The unit of an effect. A SHARE is a fraction of 1, such as a fraction of tokens or an accuracy."""
 
     NATS = "nats per token"
     RATIO = "ratio"
     SHARE = "share"
 
     def inner(self, x: float) -> float:
-        """On the scale on which intervals are symmetric: of a ratio the logarithm."""
+        """Map to the scale on which intervals are symmetric: the logarithm for ratios, else unchanged."""
         return math.log(x) if self is Unit.RATIO else x
 
     def outer(self, x: float) -> float:
-        """Back from `inner`."""
+        """Invert `inner`."""
         return math.exp(x) if self is Unit.RATIO else x
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An effect: its mean over n values, and how sure that is.
+    """An effect: its mean over n values, and its standard errors.
 
     Args:
-        mean: on the inner scale of the unit. errors: (standard error, degrees of freedom) on that scale, for each kind of
-            sample that it is a mean over. n: values; none where nothing was measured. of: what there is one value of.
+        mean: on the unit's inner scale. errors: (standard error, degrees of freedom) on the inner scale, one pair for each
+            source of sampling, such as seeds and examples. n: number of values; 0 if nothing was measured. of: what one
+            value stands for, such as "seed".
 
-    Half its interval is the root of the sum of squares of what each kind alone would have (MOVER, Zou and Donner 2008), which
-    keeps its level where one kind has few values and the other many; of one kind it is Student's.
+    The half-width of the interval is the root of the sum of the squared half-widths of each source alone (MOVER, Zou and Donner
+    2008). It keeps its level if one source has few values and another many; for a single source it is Student's t interval.
     """
 
     mean: float
@@ -55,40 +55,40 @@ class Estimate:
 
     @property
     def value(self) -> float:
-        """In the unit."""
+        """The mean, in the unit."""
         return self.unit.outer(self.mean)
 
     def inner(self, level: float = LEVEL) -> tuple[float, float] | None:
-        """The interval on the inner scale; None for fewer than two values."""
+        """Return the confidence interval on the inner scale; None for fewer than two values."""
         if self.n < 2:
             return None
         half = math.hypot(*(error * _critical(level, df) for error, df in self.errors))
         return self.mean - half, self.mean + half
 
     def interval(self, level: float = LEVEL) -> tuple[float, float] | None:
-        """In the unit."""
+        """Return the confidence interval in the unit; None for fewer than two values."""
         found = self.inner(level)
         return None if found is None else (self.unit.outer(found[0]), self.unit.outer(found[1]))
 
     def smallest(self, level: float = LEVEL, power: float = POWER) -> float:
-        """The smallest true effect that as many values, as noisy, would show with that power: in the unit, of a ratio the factor.
+        """Return the minimum detectable effect of the two-sided t test with this number and noise of values, in the unit.
 
-        The minimum detectable effect of the two-sided t test, larger than half the interval. NaN for fewer than two values.
+        For a ratio it is a factor. It is larger than the interval's half-width. NaN for fewer than two values.
         """
         if self.n < 2:
             return math.nan
 
-        def shift(df: float) -> float:  # at which a t test reaches the power; what its other tail adds is nothing
+        def shift(df: float) -> float:  # noncentrality at which the t test reaches the power; the far tail is negligible
             critical = _critical(level, df)
             return optimize.brentq(lambda at: nct.sf(critical, df, at) - power, 1e-6, 20 + 10 * critical)
 
         return self.unit.outer(math.hypot(*(error * shift(df) for error, df in self.errors)))
 
     def seeds_for(self, margin: float, level: float = LEVEL, power: float = POWER) -> int | None:
-        """How many seeds as noisy as these would decide the margin (`seeds_needed`); None where seeds don't tell.
+        """Return how many seeds with this noise would decide the margin (see `seeds_needed`); None if seeds alone can't tell.
 
-        margin: in the unit; of a ratio what is added to 1."""
-        if self.of != "seed" or self.n < 2 or len(self.errors) != 1:  # more seeds are no more examples
+        margin: in the unit; for a ratio its distance from 1, such as 0.02."""
+        if self.of != "seed" or self.n < 2 or len(self.errors) != 1:  # more seeds don't reduce the error of the examples
             return None
         inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
         ((error, _),) = self.errors
@@ -96,7 +96,7 @@ class Estimate:
 
 
 class Spread(Estimate):
-    """The ratio of two standard deviations, of values whose degrees of freedom are in `errors`; F's interval, which is lopsided."""
+    """The ratio of two standard deviations with the F distribution's asymmetric interval; `errors` has their degrees of freedom."""
 
     def _quantile(self, p: float) -> float:
         (_, df), (_, other) = self.errors
@@ -108,17 +108,17 @@ class Spread(Estimate):
         return self.mean - self._quantile((1 + level) / 2), self.mean - self._quantile((1 - level) / 2)
 
     def smallest(self, level: float = LEVEL, power: float = POWER) -> float:
-        """The ratio of true standard deviations that would show with that power."""
+        """Return the smallest true ratio of standard deviations that would be detected with this power."""
         return math.exp(self._quantile((1 + level) / 2) - self._quantile(1 - power)) if self.n >= 2 else math.nan
 
 
 def nothing(unit: Unit, of: str = "seed") -> Estimate:
-    """Nothing was measured."""
+    """Return the Estimate of an effect that was not measured."""
     return Estimate(math.nan, (), 0, unit, of)
 
 
 def of_values(values: Iterable[float | None], unit: Unit = Unit.NATS, of: str = "seed") -> Estimate:
-    """The mean of values, one a seed; what isn't finite is left out. Ratios must be above 0, and have the geometric mean."""
+    """Return the mean of values, one per seed, without those that aren't finite. Ratios must be above 0; their mean is geometric."""
     x = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
     if unit is Unit.RATIO:
         if (x <= 0).any():
@@ -130,53 +130,53 @@ def of_values(values: Iterable[float | None], unit: Unit = Unit.NATS, of: str = 
 
 
 def _error(x: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """Of a mean of values; none where there is one."""
+    """Return the `errors` of a mean of values; empty for fewer than two."""
     return ((float(x.std(ddof=1)) / math.sqrt(len(x)), len(x) - 1),) if len(x) > 1 else ()
 
 
 def slope(values: Sequence[float], over: Sequence[float]) -> float:
-    """Of the least-squares line through values, by doubling of what they stand over."""
+    """Return the slope of the least-squares line through values: their change per doubling of `over`."""
     return float(np.polyfit(np.log2(over), values, 1)[0])
 
 
 def share_of_steps(losses: Sequence[float], over: Sequence[float], target: float) -> float:
-    """The share of the steps at which a loss would be the target, between horizons each of which was trained.
+    """Return the share of the steps at which the loss would reach the target, from runs of several lengths.
 
     Args:
-        losses: at the horizons `over`, shares of all steps in rising order.
+        losses: final loss of each run. over: length of each run as a share of all steps, in rising order.
 
-    Linear in the logarithm of the share between two horizons, and beyond them along the nearest two. NaN where losses
-    don't fall there, so that nothing can be said.
+    Interpolates linearly in the logarithm of the share between two lengths, and extrapolates from the nearest two. NaN if the
+    loss doesn't fall between these two.
     """
     x = np.log(np.asarray(over, dtype=float))
-    i = next((i for i in range(len(x) - 1) if losses[i + 1] <= target), len(x) - 2)  # the first that gets there
+    i = next((i for i in range(len(x) - 1) if losses[i + 1] <= target), len(x) - 2)  # the first interval that reaches it
     fall = losses[i] - losses[i + 1]
     return float(np.exp(x[i] + (losses[i] - target) / fall * (x[i + 1] - x[i]))) if fall > 0 else math.nan
 
 
 def crossed(differences: Sequence[Sequence[np.ndarray]], unit: Unit = Unit.SHARE) -> Estimate:
-    """The mean over tasks of mean differences, as sure as seeds *and* test examples make it.
+    """Return the mean over tasks of mean differences, with the errors of both seeds and test examples.
 
     Args:
-        differences: for each seed, for each task, (N,): one arm's score of each example minus the other's. All seeds have
-            the same examples.
+        differences: for each seed, for each task, (N,): one arm's score on each example minus the other arm's. All seeds
+            use the same examples.
 
-    Seeds and examples are both samples, crossed: the variance of the mean is that over seeds plus that over examples (each
-    averaged over seeds). What is left over counts once in each, which errs on the wide side.
+    Seeds and examples are crossed random samples: the variance of the mean is the variance over seeds plus the variance over
+    examples (averaged over seeds). The residual counts in both terms, which makes the interval slightly too wide.
     """
     seeds, tasks = len(differences), len(differences[0]) if differences else 0
     if not tasks:
         return nothing(unit)
     each = np.array([np.mean([task.mean() for task in seed]) for seed in differences])
     of_tasks = [_error(np.mean([seed[i] for seed in differences], axis=0)) for i in range(tasks)]
-    examples = [one for errors in of_tasks for one in errors]  # a task of one example has none
+    examples = [one for errors in of_tasks for one in errors]  # a task with a single example has no error
     of_examples = math.hypot(*(error for error, _ in examples)) / tasks, sum(df for _, df in examples)
     errors = _error(each) + (of_examples,) * bool(examples)
     return Estimate(float(each.mean()), errors, seeds, unit)
 
 
 def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
-    """Standard deviation over seeds of a, over that of b."""
+    """Return a's standard deviation over seeds divided by b's; `Spread.n` is 0 if one is 0 or has fewer than two seeds."""
     errors = [_error(np.array(list(x), dtype=float)) for x in (a, b)]
     if not all(errors) or not all(error for ((error, _),) in errors):
         return Spread(math.nan, (), 0, Unit.RATIO)
@@ -186,22 +186,22 @@ def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
 
 
 def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: float = POWER) -> int | None:
-    """How many paired seeds decide the margin: find a true difference as large, and exclude one where there is none.
+    """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none.
 
     Args:
         spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit.
-        level: of the interval (of the smallest of m parts under Holm: 1 - 0.05 / m). power: of both.
+        level: of the interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases.
 
     Returns:
-        2 to 1000, or None where these are too few.
+        A number from 2 to 1000, or None if 1000 are too few.
     """
     if not spread:
         return 2
 
     def decides(n: int) -> bool:
         critical, in_errors, df = _critical(level, n - 1), margin / (spread / math.sqrt(n)), n - 1
-        # That the whole interval lies within the margin where there is no difference, over what the error may be estimated as.
-        error = chi(df, scale=df**-0.5)  # over the true one
+        # Probability that the whole interval lies within the margin if there is no difference, integrated over the error's estimate.
+        error = chi(df, scale=df**-0.5)  # estimated standard error / true standard error
         inside = lambda s: (2 * norm.cdf(in_errors - critical * s) - 1) * error.pdf(s)  # noqa: E731
         equal, _ = integrate.quad(inside, 0, min(in_errors / critical, error.ppf(1 - 1e-9)))
         return min(nct.sf(critical, df, in_errors), equal) >= power
@@ -214,36 +214,36 @@ def _critical(level: float, df: float) -> float:
 
 
 def shared(*by_seed: Mapping[int, float]) -> list[int]:
-    """Seeds that all of them have, in order."""
+    """Return the seeds that all arguments have, in order."""
     return sorted(set.intersection(*(set(one) for one in by_seed))) if by_seed else []
 
 
-# Numbers in words: the one place that formats them
+# Formatting: every number with a unit is written by these functions
 
 
 def amount(x: float, unit: Unit, *, compares: bool = False) -> str:
-    """A size with its unit: "0.004 nats", "1.8 points" (of shares that are compared), "23.4%", "0.97 times"."""
+    """Format a value with its unit: "0.004 nats", "1.8 points" (a difference of shares), "23.4%", "0.97 times"."""
     word = {Unit.NATS: " nats", Unit.RATIO: " times", Unit.SHARE: " points" if compares else "%"}[unit]
     return _digits(x, unit) + word
 
 
 def span(low: float, high: float, unit: Unit) -> str:
-    """An interval, in the unit of the amount beside it: "0.002 to 0.006", "21 to 25"."""
+    """Format an interval without its unit: "0.002 to 0.006", "21 to 25"."""
     return f"{_digits(low, unit)} to {_digits(high, unit)}"
 
 
 def tolerance(margin: float, unit: Unit) -> str:
-    """What counts as equal: "0.005 nats", "2.0 points", and of ratios "2%"."""
+    """Format a margin: "0.005 nats", "2.0 points", or "2%" for ratios."""
     return f"{100 * margin:g}%" if unit is Unit.RATIO else amount(margin, unit, compares=True)
 
 
 def counted(n: int, of: str) -> str:
-    """ "1 seed", "4 seeds"."""
+    """Format a count: "1 seed", "4 seeds"."""
     return f"{n} {of}{'' if n == 1 else 's'}"
 
 
 def _digits(x: float, unit: Unit) -> str:
-    """Three decimals of a ratio, where they say something; of losses, as these are read; one of a share below 10%."""
+    """Format without a unit: ratios with up to three decimals, shares in percent (one decimal below 10), losses with three."""
     if unit is Unit.RATIO:
         return f"{x:.3f}".rstrip("0").rstrip(".")
     if unit is Unit.SHARE:

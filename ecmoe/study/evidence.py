@@ -1,4 +1,4 @@
-"""What the records of a scale say of a part of a claim: its estimate. Nothing here trains or measures; what isn't there is missing."""
+"""Read the evidence on a claim: estimate its parts from stored records and measurements. Nothing here trains or measures."""
 
 import base64
 import math
@@ -19,16 +19,16 @@ from ecmoe.training.result import Result
 
 
 class Evidence:
-    """What is there of a page's arms at a scale, read from reports/<scale> when it is asked for."""
+    """The results of a page's arms at a scale, read lazily from reports/<scale>."""
 
     def __init__(self, scale: str, page: str, everything: Sequence[Planned] = (), further: Sequence[str] = ()) -> None:
-        """everything: the plan of the scale. further: arms beside the page's own, as they would be there."""
+        """everything: the plan of the scale. further: arms to read besides the page's own, configured with the page's base."""
         self.scale, self.page, self._everything, self._further = scale, page, everything, further
         self._summaries: dict[str, dict[int, dict[str, Any]]] = {}
 
     @cached_property
     def planned(self) -> dict[str, dict[int, Planned]]:
-        """Arm -> seed -> the planned run: of the page's arms, by whichever page plans the very same run."""
+        """Arm -> seed -> planned run, for every seed of the arm's config that any page of the scale plans."""
         values = merge_parameters(parameter_files(self.page, self.scale))
         further = arms_of({"base": values["base"], "arms": self._further or None}, self.scale)
         return {
@@ -37,23 +37,23 @@ class Evidence:
         }
 
     def config(self, arm: str) -> RunConfig:
-        """Of its first seed."""
+        """Return the config of the arm's first seed."""
         by_seed = self.planned[arm]
         return by_seed[min(by_seed)].config
 
     def summaries(self, arm: str) -> dict[int, dict[str, Any]]:
-        """Seed -> summary, of the runs that have a record."""
+        """Return seed -> summary, for the arm's runs that have a record."""
         if arm not in self._summaries:
             found = {s: recorded(one, self.scale) for s, one in sorted(self.planned.get(arm, {}).items())}
             self._summaries[arm] = {seed: result.summary for seed, result in found.items() if result}
         return self._summaries[arm]
 
     def finished(self, arm: str) -> dict[int, dict[str, Any]]:
-        """The same, without those that broke off."""
+        """Return seed -> summary, for the arm's runs that finished."""
         return {seed: summary for seed, summary in self.summaries(arm).items() if summary["status"] == "finished"}
 
     def missing(self, part: Part) -> list[tuple[str, int]]:
-        """Arm and seed of what a part lacks: of seeds that all its arms plan, with what it reads of them, those not there."""
+        """Return (arm, seed) of the runs that a part lacks: planned for all its arms, but not finished or not fully measured."""
         measured = [column.partition("/")[0] for _, column in part.terms if "/" in column]
         whats = {"fine-tuned"} if part.how == "accuracy" else set(measured)
 
@@ -67,17 +67,17 @@ class Evidence:
         return [(arm, seed) for arm in part.arms for seed in estimate.shared(*planned) if not there(arm, seed)]
 
     def trains(self, arm: str, seed: int) -> str:
-        """The page that plans a run: this one, where it does."""
+        """Return a page that plans the run, preferably this one."""
         pages = self.planned[arm][seed].pages
         return self.page if self.page in pages else pages[0]
 
     @cached_property
     def repeats(self) -> list[dict[str, Any]]:
-        """Runs of the scale that were trained again, as `ecmoe again` kept them."""
+        """The scale's repeated runs, as `ecmoe again` stored them."""
         return repeats.kept(self.scale)
 
     def values(self, arm: str, column: str) -> dict[int, float]:
-        """Seed -> a number of the summary, or `what/row` of a measurement; of finished runs."""
+        """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement."""
         what, _, row = column.partition("/")
         numbers = {
             seed: _of_rows(self.measured(arm, seed, what), what, row)
@@ -88,14 +88,15 @@ class Evidence:
         return {seed: float(x) for seed, x in numbers.items() if x is not None}
 
     def measured(self, arm: str, seed: int, what: str) -> list[dict[str, Any]]:
-        """What was measured on a run under that name, for each of what it was to be measured for; empty, where one is missing."""
+        """Return a run's stored results of the measurements called `what`, such as one for each task; empty if any is missing."""
         one, result = self.planned[arm][seed], Result(self.summaries(arm)[seed])
         asked = [how for how in one.measures if how.what == what]
         found = [measure(result, how, scale=self.scale, train=False, keep=True) for how in asked]
         return [] if None in found else found
 
     def right(self, arm: str, of: str) -> dict[int, list[np.ndarray]]:
-        """Seed -> for each task, (N,): was each validation example right? of: accuracy, accuracy_causal; less the majority's share."""
+        """Return seed -> for each task, (N,): 1 for a validation example predicted correctly, else 0. of: "accuracy" or
+        "accuracy_causal"; " - key" subtracts that number of the task's row, such as the majority's share."""
         which, _, less = of.partition(" - ")
         key = {"accuracy": "right", "accuracy_causal": "right_causal"}[which]
 
@@ -108,7 +109,7 @@ class Evidence:
         return {seed: [*map(right, of)] for seed, of in tasks.items() if of and all(key in task for task in of)}
 
     def step_ratio(self, a: str, b: str, routing: str) -> Estimate:
-        """Time of a step of a over b's, each on its best path, turn by turn; of token choice by that routing, "even" or its "own"."""
+        """Return a's step time divided by b's, per turn of the bench, each on its fastest path. routing: "even" or "own", of token choice."""
         rows = speed.kept("step", speed.folder(self.scale))["rows"]
 
         def best(name: str) -> list[float]:
@@ -120,13 +121,13 @@ class Evidence:
         return estimate.of_values((x / y for x, y in pairs), Unit.RATIO, "turn")
 
     def step_time(self, a: str, b: str) -> float:
-        """A step of a over a step of b, each alone on one device; NaN where that isn't measured."""
+        """Return the time of a's training step divided by b's, each alone on one device; NaN if not measured."""
         rows = speed.kept(speed.study_file(speed.study_arms(self.scale)), speed.folder(self.scale))["rows"]
         ms = {row["arm"]: row["ms"] for row in rows}
         return ms.get(a, math.nan) / ms.get(b, math.nan)
 
     def estimate(self, part: Part) -> Estimate:
-        """Of a part, as its `how` says."""
+        """Return the estimate of a part by the method that its `how` names."""
         if part.how == "bench":
             return self.step_ratio(part.a[0], part.b[0], part.of)
         if part.how == "accuracy":
@@ -140,27 +141,27 @@ class Evidence:
         seeds = estimate.shared(*a, *b)
         if part.how == "difference":
             return estimate.of_values((_one(part, s, a) - (_one(part, s, b) if b else 0.0) for s in seeds), part.unit)
-        # The share of its steps at which a reaches b's loss; as time, times what a step of a takes over one of b.
+        # The share of the steps at which a reaches b's loss; for "time", multiplied by the ratio of their step times.
         takes = self.step_time(part.a[-1], part.b[0]) if part.how == "time" else 1.0
         shares = (estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds)
         return estimate.of_values((takes * share for share in shares), Unit.RATIO)
 
     def _by_seed(self, part: Part, arm: str) -> dict[int, float]:
-        """Seed -> what `of` asks for."""
+        """Return seed -> the sum of the part's signed terms."""
         terms = [(sign, self.values(arm, column)) for sign, column in part.terms]
         return {seed: sum(sign * of[seed] for sign, of in terms) for seed in estimate.shared(*(of for _, of in terms))}
 
 
 def _one(part: Part, seed: int, arms: Sequence[Mapping[int, float]]) -> float:
-    """A seed's mean over arms, or their slope."""
+    """Return a seed's mean over arms, or the slope over them if the part has `over`."""
     values = [arm[seed] for arm in arms]
     return estimate.slope(values, part.over) if part.over else float(np.mean(values))
 
 
 def _of_rows(found: Sequence[Mapping[str, Any]], what: str, row: str) -> float | None:
-    """The number of a measurement's row: a loss by way of routing; bits of the probe beyond the model's own prediction, in nats."""
+    """Return the value of a measurement's row: a loss under one way of routing, or the probe's information in nats."""
     rows = found[0]["rows"] if found else []
     if what == "losses":
         return next((r["loss"] for r in rows if r["way"] == row), None)
-    beyond = rows[-1]["given"] if rows else None  # the last, which alone tells a leak from honest prediction
+    beyond = rows[-1]["given"] if rows else None  # only the last condition separates a leak from honest prediction
     return next((r["bits"] * math.log(2) for r in rows if r["routing"] == row and r["given"] == beyond), None)

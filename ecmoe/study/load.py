@@ -1,4 +1,4 @@
-"""load: what a page shows, read from where the engine kept it. What notebooks call in their first cell."""
+"""load: read a page's runs and measurements, as stored by the engine. Notebooks call it in their first cell."""
 
 import os
 import sys
@@ -21,16 +21,16 @@ from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
 from ecmoe.training.result import Result, not_run
 
-CORE = 1e11  # FLOP/s that a core of a CPU does at most in training, or few do more
-_CHECKED: set[str] = set()  # pages whose parameters were asked for here: later, a notebook has names of its own
+CORE = 1e11  # FLOP/s of one CPU core in training, estimated high
+_CHECKED: set[str] = set()  # pages loaded before in this process: their notebooks have defined other names since
 
 
 @dataclass
 class Study(UserDict[str, list[Result]]):
-    """The runs of a page, as a mapping: name of an arm -> a Result for each seed.
+    """The runs of a page, as a mapping: arm -> one Result per seed.
 
-    scale, parameters (all of the page's, by name) and what was measured stand beside them. train: arms that are trained, and
-    measured, where something is missing.
+    Args:
+        parameters: all parameters of the page, by name. planned: its runs. train: arms to train and measure if missing.
     """
 
     page: str
@@ -41,9 +41,9 @@ class Study(UserDict[str, list[Result]]):
     data: dict[str, list[Result]] = field(repr=False)  # the mapping
 
     def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
-        """Arm, seed, measurement, and what it found, for every measurement of that name that the page asks for.
+        """Return (arm, seed, measurement, result) for every measurement called `what` in the page's plan.
 
-        What is missing is None, unless it may be measured now.
+        A missing result is measured now if its arm is in `train`, else it is None.
         """
         from ecmoe.measures.measure import measure
 
@@ -56,7 +56,7 @@ class Study(UserDict[str, list[Result]]):
         return found
 
     def measured(self, what: str) -> pd.DataFrame:
-        """The same as one table: the `rows` of each, or its numbers, with `arm`, `seed` and what it was taken for.
+        """Return the results of `found` as one table: their rows, with `arm`, `seed` and the measurement's key, such as `task`.
 
         A run without the measurement is one row without values, so that figures can name the gap.
         """
@@ -68,14 +68,14 @@ class Study(UserDict[str, list[Result]]):
 
 
 def load(page: str, given: Mapping[str, Any]) -> Study:
-    """The runs of a page, in the order of its plan.
+    """Load the runs of a page, in the order of its plan.
 
     Args:
-        page: such as "03_capacity_factor". given: the notebook's globals(): its parameters, of which `scale` says whose
-            files are read, and `train_missing` whether what isn't there is trained now (into runs/, never into reports/).
+        page: such as "03_capacity_factor". given: the notebook's globals(), which hold its parameters. `scale` selects
+            the stored results; with `train_missing` missing runs are trained now (into runs/, never into reports/).
 
     Raises:
-        ConfigError: a parameter, arm or key that can't be; before any work.
+        ConfigError: a parameter, arm or key is invalid; raised before any work.
     """
     parameters = page_parameters(page, given, unknown=page not in _CHECKED)
     _CHECKED.add(page)
@@ -83,13 +83,13 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
 
 
 def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> Study:
-    """The runs that these parameters ask for. also: arms that are trained even where what is missing isn't."""
+    """Load the runs of these parameters. also: arms to train even if `train_missing` is False."""
     scale = parameters["scale"]
     planned = planning.of_page(page, scale, parameters)
     results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}
     train = {*also, *(results if parameters["train_missing"] else ())}
     waiting = [one for one in planned if one.arms[0] in train and not any(map(Path.exists, _places(one, scale)))]
-    # To measure a run whose weights aren't here trains it, too.
+    # Measuring a run also trains it if its weights aren't on this machine.
     trained = [one for one in planned if not (paths.runs() / one.name / "model.safetensors").exists()]
     if anew := [one.config for one in trained if one.arms[0] in train and engine.lacks(one, scale)]:
         warn_of_hours(anew)
@@ -101,20 +101,20 @@ def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> 
 
 
 def warn_of_hours(configs: Sequence[RunConfig]) -> None:
-    """Say it before runs begin that a CPU takes hours for, and what to do."""
-    import torch  # not needed to read what is there
+    """Warn before training runs that would take more than an hour on this machine's CPU, and name the alternatives."""
+    import torch  # not needed to read stored results
 
     flops = sum(flops_per_token(config) * config.steps * config.tokens_per_batch for config in configs)
     hours = flops / (CORE * (os.cpu_count() or 1)) / 3600
     if hours > 1 and not torch.cuda.is_available():
-        said = f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Stop it, and take"
+        said = f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and use"
         print(f"{said} scale='smoke', train_missing=False, or a machine with a GPU.", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def watching(bar: tqdm, one: planning.Planned, waiting: Sequence[planning.Planned]) -> Iterator[list[Any]]:
-    """Callbacks of a run that is trained now, next of those that wait: they move the bar, in a notebook a widget, with its steps."""
-    from lightning.pytorch.callbacks import LambdaCallback  # not needed to read what is there
+    """Yield Lightning callbacks that advance the progress bar while a run trains. waiting: all runs to train, in order."""
+    from lightning.pytorch.callbacks import LambdaCallback  # not needed to read stored results
 
     def moved(trainer: Any, *_: Any) -> None:
         bar.update(trainer.global_step + before - bar.n)
@@ -126,11 +126,11 @@ def watching(bar: tqdm, one: planning.Planned, waiting: Sequence[planning.Planne
     before = bar.n
     bar.set_description(f"run {waiting.index(one) + 1} of {len(waiting)}, {one.arms[0]} s{one.seed}")
     yield [LambdaCallback(on_train_batch_end=moved, on_validation_end=measured)]
-    bar.update(one.config.steps + before - bar.n)  # of one that ended early, or called nobody back
+    bar.update(one.config.steps + before - bar.n)  # if the run stopped early, or never called back
 
 
 def _places(one: planning.Planned, scale: str) -> tuple[Path, Path]:
-    """Where a run that is done can be: its record, its summary."""
+    """Return the paths of a run's record and of its summary; a run is done if either exists."""
     return planning.record(one, scale), paths.runs() / one.name / "summary.json"
 
 
@@ -140,17 +140,17 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
     if not train and not _places(one, scale)[1].exists():
         return not_run(one.config)
     try:
-        from ecmoe.training.run import run_or_load  # torch and Lightning: not needed to read what is there
+        from ecmoe.training.run import run_or_load  # imports torch and Lightning: not needed to read stored results
 
         return run_or_load(one.config, train=train, progress=False, callbacks=callbacks)
-    except Exception as error:  # its run folder keeps it too; the others are still wanted
+    except Exception as error:  # also stored in the run's folder; go on with the other runs
         print(f"[{one.arms[0]} s{one.seed}] failed: {error}", file=sys.stderr, flush=True)
         return Result(not_run(one.config).summary | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
 
 
 def beside(study: Study, mine: Mapping[str, Any]) -> Study:
-    """The study's first seed and one more arm, "yours", which is trained now: to try what a changed line does. mine: its keys of RunConfig."""
-    # Varied already, where a page varies a key.
+    """Return the study's arms and one more, "yours", with the first seed only; "yours" is trained now. mine: its RunConfig keys."""
+    # `arms_of` has applied `vary` already.
     arms = planning.arms_of(study.parameters, study.scale) | {"yours": dict(mine)}
     asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}
     return _load(study.page, study.parameters | asked, {*study.train, "yours"})

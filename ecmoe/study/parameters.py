@@ -1,4 +1,4 @@
-"""A notebook's parameters: in which YAML files they stand, how these are merged, and what may stand there."""
+"""A notebook's parameters: find their YAML files, merge them, and check keys and types."""
 
 import ast
 import re
@@ -11,18 +11,18 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ecmoe import paths
 from ecmoe.files import ConfigError, nearest, read_yaml
 
-PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # what a plan is made of
-_SCALE = re.compile(r"\w[\w.-]*")  # it stands in commands, and names a folder
+PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # parameters that define a plan
+_SCALE = re.compile(r"\w[\w.-]*")  # scales are used in shell commands and as folder names
 
 
 class Held:
-    """A dataclass that `held_to` fills from YAML: no other keys, and no number that isn't finite."""
+    """Base of dataclasses that `held_to` fills from YAML: unknown keys and numbers that aren't finite are errors."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def held_to(kind: Any, value: Any, where: str) -> Any:
-    """What YAML says, as a type, such as `dict[str, float]` or a dataclass with `Annotated` bounds; or a ConfigError."""
+    """Convert a value from YAML to a type, such as `dict[str, float]` or a dataclass with `Annotated` bounds, or raise a ConfigError."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -36,7 +36,7 @@ def held_to(kind: Any, value: Any, where: str) -> Any:
 
 
 def parameter_files(notebook: str, scale: str) -> list[Path]:
-    """The scale's file, the study's, and the study's at that scale, where it has one; later ones win. A ConfigError: as in `check_scale`."""
+    """Return a notebook's YAML files, later ones override: the scale's, the notebook's, its own at that scale. Raises as `check_scale`."""
     configs = paths.configs()
     check_scale(scale)
     own = configs / "scale" / scale / f"{notebook}.yaml"
@@ -44,7 +44,7 @@ def parameter_files(notebook: str, scale: str) -> list[Path]:
 
 
 def check_scale(scale: str) -> None:
-    """Is there such a scale? Where there are no configs, as outside a checkout, any name will do. A ConfigError, where there are others."""
+    """Raise a ConfigError for an unknown scale; without configs, as outside a checkout, for an invalid name."""
     found = [path.stem for path in (paths.configs() / "scale").glob("*.yaml")]
     known = sorted(name for name in found if _SCALE.fullmatch(name))
     if not isinstance(scale, str) or not (scale in known if known else _SCALE.fullmatch(scale)):
@@ -52,10 +52,10 @@ def check_scale(scale: str) -> None:
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The parameters of YAML files: later ones win; `base`, a run's keys, is merged key by key.
+    """Merge the parameters of YAML files: later files override, `base` (RunConfig keys) key by key.
 
     Raises:
-        ConfigError: a file can't be read, or it or its `base` holds no `key: value` lines.
+        ConfigError: a file can't be read, or the file or its `base` isn't a mapping.
     """
     found: dict[str, Any] = {}
     for file in files:
@@ -70,7 +70,7 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
 
 
 def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, the later ones winning; `base`, a run's keys, key by key. A ConfigError, where something else stands below a key."""
+    """Merge `later` over `values`, `base` key by key. Raise a ConfigError if base, vary or measures isn't a mapping."""
     both = {**values, **later}
     for key in ("base", "vary", "measures"):
         if not isinstance(both.get(key) or {}, Mapping):
@@ -81,15 +81,15 @@ def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any
 
 
 def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True) -> dict[str, Any]:
-    """The parameters of a page: those of its scale's files, and what is given on top, checked before any work.
+    """Return the parameters of a page: those of its YAML files, overridden by `given`, checked before any work.
 
     Args:
-        given: such as the globals() of the notebook's first cell. None means: as the files have it. What is no data, or
-            has the name of a constant or an underscore in front, is none of ours.
-        unknown: is a name that the page doesn't have an error? Not where the rest of a notebook has run already.
+        given: such as the globals() of the notebook's first cell. Ignored are values that aren't strings, numbers, lists
+            or dicts (None too: the file's value counts), and names in capitals or with a leading underscore.
+        unknown: raise for a name that isn't a parameter of the page. False once a notebook has defined other names.
 
     Raises:
-        ConfigError: an unknown scale or name; a value of another type than the files have, such as "false" for false.
+        ConfigError: an unknown scale or name; a value whose type differs from the file's, such as "false" for false.
     """
     names = [name for name in given if not (name[0] == "_" or name.isupper() or name in ("In", "Out"))]
     given = {name: given[name] for name in names if isinstance(given[name], str | int | float | list | dict)}
@@ -101,7 +101,7 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
 
 
 def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> None:
-    """Every key must be in the notebook's parameters cell, or be read by it from its page's YAML; with a value of the same kind."""
+    """Raise a ConfigError for a value of the wrong type, or a key that the notebook neither declares nor reads from its page's YAML."""
     known = notebook_parameters(notebook)
     if values and not known:
         raise ConfigError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
@@ -114,7 +114,7 @@ def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> Non
 
 
 def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """A name must be known, and its value of the usual one's kind; None stands for anything."""
+    """Raise a ConfigError for a name that isn't in `known`, or a value of another type than there. None fits any type."""
     for name, value in given.items():
         if name not in known:
             near = nearest(name, known, f"it has {', '.join(known)}")
@@ -124,21 +124,21 @@ def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
             continue
         if isinstance(usual, Mapping):
             fits, must = isinstance(value, Mapping), "`key: value` lines"
-        elif isinstance(usual, list | tuple):  # arms are names, or name -> keys
+        elif isinstance(usual, list | tuple):  # a mapping fits too: `arms` is a list of names, or name -> keys
             fits, must = isinstance(value, Mapping | list | tuple), f"a list, such as {list(usual)[:3]}"
         else:
             like = (int, float) if isinstance(usual, int | float) else type(usual)
             fits = isinstance(value, like) and isinstance(value, bool) == isinstance(usual, bool)
-            wrong = "YAML takes 1e-3 for text (write 1.0e-3), no for false and 'false' for text; papermill's -p, too, false (write False)"
+            wrong = "YAML reads 1e-3 as text (write 1.0e-3), no as false, and 'false' as text; papermill's -p reads false as text (write False)"
             must = f"a {type(usual).__name__}; {wrong}"
         if not fits:
             raise ConfigError(f"{where}: {name}={value!r} must be {must}")
 
 
 def notebook_parameters(notebook: Any) -> dict[str, Any]:
-    """Names in the parameters cell -> their defaults, None where a default is no literal.
+    """Return name -> default of the notebook's parameters cell; None for a default that isn't a literal.
 
-    Read by Python's own parser: papermill's misses names whose comment has a `=`, or `int | None`.
+    Uses Python's own parser, because papermill's misses names annotated `int | None` or with a `=` in their comment.
     """
     found: dict[str, Any] = {}
     tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]

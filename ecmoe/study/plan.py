@@ -1,10 +1,10 @@
-"""plan: every run and measurement that a scale's pages rest on, from YAML alone.
+"""plan: list every run and measurement that the pages of a scale need, from YAML alone.
 
-    configs/arms.yaml                      name of an arm -> the keys of RunConfig in which it differs
-    configs/scale/<scale>/arms.yaml        the same, where a scale needs other values
-    configs/<page>.yaml, configs/scale/... what a page rests on: `arms`, `seeds`, `base`, `vary`, `measures`
+    configs/arms.yaml                      name of an arm -> the RunConfig keys in which it differs from the base
+    configs/scale/<scale>/arms.yaml        overrides of arms at a scale
+    configs/<page>.yaml, configs/scale/... what a page needs: `arms`, `seeds`, `base`, `vary`, `measures`
 
-No notebook is run and no torch is imported. engine.py carries the plan out, load.py reads what is there.
+No notebook is run and torch isn't imported. engine.py carries the plan out, load.py reads the results.
 """
 
 import math
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 Keys = Mapping[str, Any]
 LISTED = "configs/arms.yaml names them all"
-# Keys that may be a share of the base's, and of what the result is a multiple; None: it must come out whole.
+# Keys that an arm may give as a fraction of the base's value -> multiple to round up to; None: the result must be an integer.
 SHARES = {"steps": None, "warmup_steps": None, "batch_size": None, "d_ff": 8}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the plan: who wants it, under which names, and what is to be measured on it."""
+    """A run of the plan: the pages that need it, the arm's names on these pages, and the measurements to make."""
 
-    name: str  # of run and record: slug and digest
+    name: str  # of the run and its record: slug and digest
     config: RunConfig
     pages: tuple[str, ...]
     arms: tuple[str, ...]
@@ -45,15 +45,15 @@ class Planned:
 
     @cached_property
     def of_all_seeds(self) -> str:
-        """The name that every seed of an arm shares."""
+        """A name that all seeds of the arm share: the run's name with seed 0."""
         return self.config.replace(seed=0).name
 
 
 def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
-    """What the pages of a scale rest on, or those asked for: each run once, in the order of configs/order.yaml, seed by seed.
+    """Return the runs that the `asked` pages (default: all) need, each once, in the order of configs/order.yaml, seed by seed.
 
     Raises:
-        ConfigError: no such scale or page; a file can't be read; an arm, key or measurement that can't be; names page and arm.
+        ConfigError: an unknown scale or page, an unreadable file, or an invalid arm, key or measurement; names page and arm.
     """
     planned, wrong = sound(scale, asked)
     for error in wrong.values():
@@ -62,7 +62,7 @@ def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
 
 
 def sound(scale: str, asked: Sequence[str] = ()) -> tuple[list[Planned], dict[str, Exception]]:
-    """The plan of all pages that can be planned, and what is wrong with the others: one of them stops no other's runs."""
+    """Return the plan of all valid pages, and page -> error for the invalid ones, so that one bad page doesn't stop the others."""
     known = pages(scale)
     found: dict[str, Planned] = {}
     wrong: dict[str, Exception] = {}
@@ -82,7 +82,7 @@ def sound(scale: str, asked: Sequence[str] = ()) -> tuple[list[Planned], dict[st
 
 
 def _order(known: list[str]) -> list[list[str]]:
-    """configs/order.yaml: blocks of pages and arms."""
+    """Return the blocks of pages and arms in configs/order.yaml."""
     if not (file := paths.configs() / "order.yaml").exists():
         return []
     blocks = held_to(list[list[str]], read_yaml(file, "order of runs") or [], "order.yaml")
@@ -91,20 +91,20 @@ def _order(known: list[str]) -> list[list[str]]:
 
 
 def _both(other: Planned, one: Planned) -> Planned:
-    """The same run, wanted by two pages or under two names."""
+    """Merge two plans of the same run, made by two pages or under two names."""
     pages, arms = (tuple(dict.fromkeys(x)) for x in (other.pages + one.pages, other.arms + one.arms))
     measures = {how.name: how for how in other.measures + one.measures}
     return replace(other, pages=pages, arms=arms, measures=tuple(measures.values()))
 
 
 def pages(scale: str) -> list[str]:
-    """The pages of this checkout that have a config, in their order."""
+    """Return the names of the pages that have a config, in order."""
     check_scale(scale)
     return sorted(path.stem for path in paths.configs().glob("[0-9]*.yaml"))
 
 
 def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]:
-    """What one page rests on, seed by seed, so that a study cut short is still a paired one. changes: win over the files' parameters."""
+    """Return the runs of a page, seed by seed, so that an interrupted study has complete pairs. changes: override the YAML files."""
     try:
         values = merged(merge_parameters(parameter_files(page, scale)), changes or {})
         if "base" not in values:
@@ -126,7 +126,7 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
 
 
 def _check_list(name: str, value: Any, of: type = object) -> None:
-    """Raise a ConfigError where it is no list of such items, or has none; of arms it may be a mapping, too."""
+    """Raise a ConfigError if the value isn't a list of distinct items of this type, or is empty. `arms` may be a mapping."""
     if not isinstance(value, list | tuple) and not (name == "arms" and isinstance(value, Mapping)):
         raise ConfigError(f"{name}={value!r} must be a list, such as [{value!r}]")
     if not value:
@@ -135,15 +135,15 @@ def _check_list(name: str, value: Any, of: type = object) -> None:
         if not isinstance(item, of) or isinstance(item, bool) and of is int:
             items = "whole numbers" if of is int else "names"
             raise ConfigError(f"{name}={value!r} must be a list of {items}, not of {item!r}")
-        if list(value).count(item) > 1:  # a seed would count as two
-            raise ConfigError(f"{name}={value!r} holds {item!r} twice: leave one")
+        if list(value).count(item) > 1:  # a repeated seed would count twice
+            raise ConfigError(f"{name}={value!r} holds {item!r} twice: remove one")
 
 
 def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
-    """Name -> keys of the arms of a page, each at all values of `vary`, where the page has that.
+    """Return arm -> RunConfig keys for a page, one arm for each combination of the values in `vary`.
 
-    `arms` is a list of names; or name -> keys, for arms of one's own (no keys: by its name). configs/scale/<scale>/arms.yaml
-    is what a scale changes of some, such as a family's own learning rate.
+    `arms` is a list of names, or a mapping name -> keys that defines new arms (no keys: the arm of that name).
+    configs/scale/<scale>/arms.yaml overrides keys of arms at a scale, such as their learning rate.
     """
     asked, vary = values.get("arms"), values.get("vary") or {}
     own = paths.configs() / "scale" / scale / "arms.yaml"
@@ -164,7 +164,7 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
 
 
 def named_arms() -> dict[str, dict[str, Any]]:
-    """Name -> keys, as configs/arms.yaml has them; nothing else names an arm."""
+    """Return name -> keys of all arms in configs/arms.yaml."""
     return _arms_of(paths.configs() / "arms.yaml")
 
 
@@ -174,10 +174,10 @@ def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
-    """The keys of RunConfig of a named arm, but for its seed: base, what the arm changes, and what its scale changes of that arm (`own`).
+    """Return the RunConfig keys of a named arm, without its seed: `base`, overridden by the arm, then by `own` (its scale's changes).
 
     Raises:
-        ConfigError: no arm has that name (the nearest is suggested), or its share of one of the base's keys is no whole number.
+        ConfigError: no arm has this name (the nearest is suggested), or its fraction of a key of the base isn't an integer.
     """
     check_known("there is no arm", [name], named_arms(), LISTED)
     changes = {**named_arms()[name], **(own or {}).get(name, {})}
@@ -185,7 +185,7 @@ def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> di
 
 
 def _share(name: str, key: str, value: Any, base: Keys) -> Any:
-    """1/2 of the base's value; any other value as it is."""
+    """Resolve a fraction such as "1/2" to that share of the base's value; return any other value unchanged."""
     if not isinstance(value, str) or key not in SHARES:
         return value
     whole = base.get(key, getattr(RunConfig, key))
@@ -202,14 +202,14 @@ def _share(name: str, key: str, value: Any, base: Keys) -> Any:
 
 
 def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
-    """Name of an arm -> its config for each seed.
+    """Return arm -> its config for each seed.
 
     Args:
-        base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs; where `approach` is among
-            them all, it is a ContinualConfig.
+        base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs. With the key `approach`
+            the config is a ContinualConfig.
 
     Raises:
-        ConfigError: names the arm beside key, value and remedy.
+        ConfigError: an invalid config; names the arm, the key, its value and what would be right.
     """
     made = {}
     for arm, keys in arms.items():
@@ -227,7 +227,7 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
 
 
 def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[str, int], list[Measurement]]:
-    """What is measured on which arm and seed: on all of a page's, unless `arms` or `seeds` stand beside the keys."""
+    """Return (arm, seed) -> measurements: on all arms and seeds of the page, unless a measurement has its own `arms` or `seeds`."""
     wanted: dict[tuple[str, int], list[Measurement]] = {}
     for what, keys in asked.items():
         if not isinstance(keys or {}, Mapping):
@@ -246,7 +246,7 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
 
 
 def record(one: Planned, scale: str) -> Path:
-    """Where the run's record is kept, once it is there."""
+    """Return the path of the run's record, which exists once the run has ended."""
     return paths.records(scale) / f"{one.name}.json"
 
 

@@ -1,4 +1,4 @@
-"""The protocol: what each claim says, and how it is judged, as configs/protocol.yaml fixed it before the runs.
+"""Read configs/protocol.yaml: each claim of the paper and the rules that judge it, fixed before the runs.
 
 Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022 (arXiv 2202.09368).
 """
@@ -29,7 +29,7 @@ RATIOS = ("steps", "time", "bench", "spread")
 
 @dataclass(frozen=True)
 class Part(Held):
-    """One comparison of a claim; configs/protocol.yaml explains the keys."""
+    """One comparison within a claim; configs/protocol.yaml explains the keys."""
 
     name: str
     a: Annotated[tuple[str, ...], OneOrMore, Field(min_length=1)]
@@ -49,7 +49,7 @@ class Part(Held):
 
     @property
     def unit(self) -> Unit:
-        """What its estimate is measured in."""
+        """The unit of the part's estimate."""
         if self.how in RATIOS:
             return Unit.RATIO
         share = next((metric.unit == "share" for metric in METRICS if metric.name == self.terms[0][1]), False)
@@ -57,12 +57,12 @@ class Part(Held):
 
     @property
     def compares(self) -> bool:
-        """Is it a difference, rather than how large something is?"""
+        """Whether the estimate is a difference, rather than the size of a quantity."""
         return bool(self.b or " - " in self.of or self.over)
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """All of its arms, each once; a bench has none that are trained."""
+        """The trained arms that the part compares, each once; none for a bench."""
         return () if self.how == "bench" else tuple(dict.fromkeys(self.a + self.b))
 
     @property
@@ -73,7 +73,7 @@ class Part(Held):
 
     @property
     def rule(self) -> str:
-        """In words, as a page shows it beside the estimate."""
+        """The rule in words, as a page shows it beside the estimate."""
         ratio = self.unit is Unit.RATIO
         equal = tolerance(self.margin, self.unit)
         neutral = f"{self.neutral:g}" if ratio or not self.neutral else amount(self.neutral, self.unit)
@@ -92,7 +92,8 @@ class Part(Held):
 
 @dataclass(frozen=True)
 class Claim(Held):
-    """A claim of the paper. short: in a few words. paper: its figure in short. proxy: by what else it is judged. differences: from the paper."""
+    """A claim of the paper. short: in a few words. paper, where: the paper's result and its section. proxy: what is measured
+    instead, if the claim can't be tested directly. differences: from the paper's setting. page: the page that tests it."""
 
     id: str
     page: str
@@ -107,19 +108,19 @@ class Claim(Held):
 
     @property
     def family(self) -> tuple[Part, ...]:
-        """The parts that are judged together: those that decide, and those that can put one of these in direction."""
+        """The parts judged together by Holm's method: those that decide, and those that their `or_direction` names."""
         helping = {part.or_direction for part in self.parts if part.decides}
         return tuple(part for part in self.parts if part.decides or part.name in helping)
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Every arm that it rests on, once."""
+        """The arms of all parts, each once."""
         return tuple(dict.fromkeys(arm for part in self.parts for arm in part.arms))
 
 
 @dataclass(frozen=True)
 class Amendment(Held):
-    """A change of the rules after a look at runs that they judge."""
+    """A change of the rules made after looking at runs that they judge."""
 
     date: datetime.date
     claims: list[str]
@@ -129,7 +130,7 @@ class Amendment(Held):
 
 @dataclass(frozen=True)
 class Protocol(Held):
-    """What holds for all claims, and the claims by id, in the paper's order."""
+    """The rules for all claims, and the claims by id, in the paper's order."""
 
     level: Share
     least_seeds: Annotated[int, Field(ge=2)]
@@ -140,13 +141,13 @@ class Protocol(Held):
 
 @cache
 def protocol() -> Protocol:
-    """configs/protocol.yaml.
+    """Return the validated content of configs/protocol.yaml.
 
     Raises:
-        ConfigError: names claim and part, key, value, and what would be right.
+        ConfigError: names claim, part, key, value, and what would be right.
     """
     values = held_to(dict[str, Any], read_yaml(paths.configs() / "protocol.yaml", "protocol"), "protocol")
-    values.pop("lists", None)  # to name lists of arms in the file
+    values.pop("lists", None)  # YAML anchors: lists of arms that the parts refer to
     margins = held_to(dict[Unit, Margin], values.pop("margins", None), "protocol: margins")
     claims = held_to(dict[str, dict[str, Any]], values.pop("claims", None), "protocol: claims")
     values["claims"] = {id: _claim(id, keys, margins) for id, keys in claims.items()}
@@ -154,7 +155,7 @@ def protocol() -> Protocol:
 
 
 def find_claim(id: str) -> Claim:
-    """The claim of that id; an unknown one is an error."""
+    """Return the claim with this id. Raise a ConfigError if there is none."""
     check_known("claim", [id], protocol().claims)
     return protocol().claims[id]
 
@@ -167,11 +168,11 @@ def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> C
     names = [part.name for part in parts]
     for part in parts:
         if names.count(part.name) > 1:
-            raise ConfigError(f"claim {id}: two parts are called {part.name!r}")
+            raise ConfigError(f"claim {id}: two parts have the name {part.name!r}")
         if part.or_direction not in (None, *names):
-            raise ConfigError(f"{where}, part {part.name!r}: or_direction={part.or_direction!r} is none of its parts")
+            raise ConfigError(f"{where}, part {part.name!r}: or_direction={part.or_direction!r} isn't one of its parts")
     if not any(part.decides for part in parts):
-        raise ConfigError(f"claim {id}: no part decides")
+        raise ConfigError(f"claim {id}: one part or more must have decides: true")
     if "page" in keys and not (paths.configs() / f"{keys['page']}.yaml").exists():
         raise ConfigError(f"{where}: page={keys['page']!r}: there is no configs/{keys['page']}.yaml")
     return held_to(Claim, keys | {"id": id, "parts": parts}, where)
@@ -184,18 +185,18 @@ def _part(where: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) ->
     try:
         part.found.format(size="", side="")
     except (LookupError, ValueError) as error:
-        raise ConfigError(f"{where}: found={part.found!r} may hold {{size}} and {{side}} alone: {error}") from error
+        raise ConfigError(f"{where}: found={part.found!r} may contain only {{size}} and {{side}}: {error}") from error
     for _, column in part.terms if part.how not in ("bench", "accuracy") else ():
         what, _, row = column.partition("/")
         if what not in (MEASURES if row else [metric.name for metric in METRICS]):
             raise ConfigError(f"{where}: of={part.of!r}: there is no {'measurement' if row else 'metric'} {what!r}")
     if part.or_direction and not part.direction:
-        raise ConfigError(f"{where}: or_direction needs `direction`, what that part shows")
+        raise ConfigError(f"{where}: or_direction needs `direction`, which says in words what that part shows")
     if part.says == "near" and part.figure is None:
         raise ConfigError(f"{where}: says=near needs a figure")
     if part.over and len(part.over) != len(part.a):
         raise ConfigError(f"{where}: over has {len(part.over)} numbers for {len(part.a)} arms")
     if part.unit not in margins:
-        raise ConfigError(f"{where}: unit={part.unit!s}: margins has none for {part.unit!s}")
+        raise ConfigError(f"{where}: unit={part.unit!s}: margins has no entry for {part.unit!s}")
     usual = {"margin": margins[part.unit], "neutral": 1.0 if part.unit is Unit.RATIO else 0.0}
     return dataclasses.replace(part, **{key: value for key, value in usual.items() if key not in keys})

@@ -1,7 +1,7 @@
-"""Repeats: a recorded run, trained anew aside, shows whether this code on this card ends in the same numbers.
+"""Repeat recorded runs, to check whether this code on this kind of device reproduces their numbers.
 
-Evidence is gathered over weeks while code is tidied. The same code repeats a run to the last digit on one kind of card; so
-where other code repeats it, too, both compute the same, and their runs may be compared.
+Runs are collected over weeks, while the code is refactored. The same code repeats a run to the last digit on the same kind of
+device. So if changed code repeats the run exactly, both versions compute the same, and their runs may be compared.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ from ecmoe.files import read_json, write_json
 from ecmoe.provenance import code_digest, device_name
 from ecmoe.training.result import Result, read_record, write_record
 
-COMPARED = ("train_loss", "val_loss", "val_loss_causal")  # columns of a curve, with all digits that a record keeps
+COMPARED = ("train_loss", "val_loss", "val_loss_causal")  # columns of a curve, compared at the precision of records
 
 
 def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
-    """Train a recorded run anew, aside, and compare its curve; nothing of the record is touched.
+    """Train a recorded run again in a temporary folder and compare its curve with the record, which stays unchanged.
 
     Args:
-        steps: stop at the first validation after so many steps of its schedule; None: at its end.
+        steps: stop at the first validation after this many steps of its schedule; None: train to the end.
 
     Returns:
-        run, router, device, recorded (code of the record), code, rows that were compared, equal, differs (where, and by how
-        much). Kept in reports/SCALE/repeats where the card is the record's (elsewhere it says nothing of the code).
+        run, router, device, recorded (code digest of the record), code (current digest), rows (number compared), equal, differs
+        (column -> largest difference). Stored in reports/SCALE/repeats, but only on the record's kind of device.
 
     Raises:
-        ConfigError: no such record, or one that isn't trained in this process. Damaged: it isn't what was written.
+        ConfigError: there is no such record, or its run isn't repeatable in one process. Damaged: its checksum doesn't match.
     """
     path = paths.records(scale) / f"{name}.json"
     if not path.exists():
-        raise ConfigError(f"{name}: has no record in {path.parent} that could be repeated; `ecmoe run` makes one")
+        raise ConfigError(f"{name}: there is no record in {path.parent} to repeat; `ecmoe run` makes one")
     record = read_record(path)
     if "approach" in record.summary["config"] or record.summary.get("world_size", 1) > 1:
-        raise ConfigError(f"{name}: only runs of one process, of text or images, are repeated")
+        raise ConfigError(f"{name}: only single-process runs on text or images can be repeated")
     config = RunConfig.from_dict(record.summary["config"])
     curve = _curve(config, steps or config.steps, record)
     ours, theirs = (of.set_index("step")[list(COMPARED)] for of in (curve, record.curve))
@@ -52,14 +52,14 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
         "differs": differs.to_dict(),
     }  # fmt: skip
     path = folder(scale) / f"{name}-{found['recorded']}-{found['code']}.json"
-    longer = path.exists() and read_json(path, sealed=True)["rows"] > len(ours)  # an earlier one, which says more
+    longer = path.exists() and read_json(path, sealed=True)["rows"] > len(ours)  # an earlier repeat that compared more
     if found["device"] == record.summary["device"] and not longer:
         write_json(path, found, sealed=True)
     return found
 
 
 def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
-    """Trained now, with the digits of a record."""
+    """Train the run and return its curve, rounded as records are."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     from ecmoe.training.gpus import place
@@ -69,7 +69,7 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
         pass
 
     def stop(trainer: Any, _: Any) -> None:
-        if trainer.global_step >= steps:  # its row is written
+        if trainer.global_step >= steps:  # the curve has this step's row already
             raise Enough
 
     paths.cache().mkdir(parents=True, exist_ok=True)
@@ -77,26 +77,26 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
         folder = Path(aside)
         with contextlib.suppress(Enough):
             train_run(config, folder, callbacks=[LambdaCallback(on_validation_end=stop)], where=where)
-        free_memory()  # for the next
+        free_memory()  # for the next run
         curve = pd.read_csv(folder / "curve.csv")
         write_record(folder / "record.json", Result(record.summary, curve))
         return read_record(folder / "record.json").curve
 
 
 def folder(scale: str) -> Path:
-    """Where repeats are kept, a file each, so that those of several machines add up."""
+    """Return the folder of the repeats: one file each, so that results of several machines can be merged."""
     return paths.records(scale).with_name("repeats")
 
 
 def kept(scale: str) -> list[dict[str, Any]]:
-    """All repeats of a scale. Raises Damaged: as `again`."""
+    """Return all repeats of a scale. Raise Damaged if one fails its checksum."""
     return [read_json(path, sealed=True) for path in sorted(folder(scale).glob("*.json"))]
 
 
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The repeats which show that one code would give the numbers of all these runs (summaries); None where that isn't shown.
+    """Return the repeated runs which show that all code versions of these runs (summaries) compute the same; else None.
 
-    Two codes compute the same of a router on a card if all repeats of its runs by the other were equal there.
+    Two versions compute the same for a router on a device if all repeats of one's runs by the other were equal there.
     """
     if len({run.get("code") for run in runs}) < 2:
         return []
@@ -105,7 +105,7 @@ def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any
     for one in repeats:
         by_pair[one["device"], one["router"], frozenset((one["recorded"], one["code"]))].append(one)
     equal = [(key, those) for key, those in by_pair.items() if len(key[2]) > 1 and all(one["equal"] for one in those)]
-    same = {kind: {kind[2]} for kind in of}  # codes that compute the same as the run's own
+    same = {kind: {kind[2]} for kind in of}  # code versions that compute the same as the run's own
     shown = []
     for kind, codes in same.items():
         pairs = {pair: those for (*where, pair), those in equal if tuple(where) == kind[:2]}

@@ -1,8 +1,7 @@
-"""What takes how long: layers, training steps, growth and a profile for 08_step_time, and the steps of a study's arms; each
-measured once on one machine, kept as JSON, and read without torch.
+"""Timings for the pages: layers, training steps, growth with size and a profile (08_step_time), and the steps of page 01's arms.
 
-A time belongs to the machine that took it. At scale gpu measurements are taken on a GPU only, and committed, so that
-the page can be drawn anywhere; at smoke they are ratios on a CPU. `ecmoe bench all` takes them without a notebook.
+Each is measured once on one machine, stored as JSON, and read without torch. At scale gpu timings are taken only on a GPU, and
+committed, so that pages can be drawn on any machine. `ecmoe bench all` takes them without a notebook.
 """
 
 import hashlib
@@ -22,11 +21,11 @@ from ecmoe.files import check_known, read_json
 from ecmoe.study.parameters import check_kinds, check_scale, held_to, merge_parameters, parameter_files
 from ecmoe.study.plan import of_page
 
-STUDY, SPEED = "01_convergence", "08_step_time"  # the first has claims about seconds, too
+STUDY, SPEED = "01_convergence", "08_step_time"  # page 01 also judges claims about time
 Sizes = dict[str, int]
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any]]
-NOTHING: dict[str, Any] = {"rows": [], "setting": {}, "absent": []}  # of what isn't measured
+NOTHING: dict[str, Any] = {"rows": [], "setting": {}, "absent": []}  # stands for a missing file
 
 
 def jobs(
@@ -42,13 +41,13 @@ def jobs(
     scaling: dict[str, list[int | str] | dict[str, Any]] | None = None,
     **_: Any,
 ) -> dict[str, Job]:
-    """What there is to measure, by the name of its file. YAML is held to these types; which sizes a bench has it says itself.
+    """Return file name -> benchmark for everything that the pages show. `plan` checks YAML against this signature's types.
 
     Args:
-        layer_sizes: name -> keys of `bench_layer`. step_sizes: keys of `bench_step`.
-        growth_from, growth_axes: of `bench_growth`. compiled, repeats: of all of these that have them.
-        auto_sizes: of `bench_auto`. study_arms: of `bench_study`, on the path and with the repeats that page 01 has. scaling: none
-            of these, see `scaling`.
+        layer_sizes: name -> arguments of `bench_layer`. step_sizes: arguments of `bench_step` and `bench_profile`.
+        growth_from, growth_axes: arguments of `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which
+            uses its own repeats. compiled, repeats: passed to the benchmarks that take them. scaling: not used here, see
+            `scaling`.
     """
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
@@ -63,16 +62,16 @@ def jobs(
     }
 
 
-MODULES = {"auto": "layer", "study": "step"}  # of `bench_auto` and `bench_study`; others have one of their own
+MODULES = {"auto": "layer", "study": "step"}  # modules of `bench_auto` and `bench_study`; the others have their own names
 
 
 def job(name: str, /, **keys: Any) -> Job:
-    """`bench_<name>` of the bench with these arguments, which are checked, and torch imported, when it is called."""
+    """Return a function that calls `bench_<name>` with these arguments; it checks them and imports torch only when called."""
 
     def measure() -> pd.DataFrame:
         bench = getattr(import_module(f"ecmoe.bench.{MODULES.get(name, name)}"), f"bench_{name}")
         takes = signature(bench).parameters.values()
-        sizes = [one.name for one in takes if one.kind is one.VAR_KEYWORD]  # which are checked there
+        sizes = [one.name for one in takes if one.kind is one.VAR_KEYWORD]  # **sizes, which the benchmark itself checks
         usual = {one.name: None if one.default is one.empty else one.default for one in takes if one.name not in sizes}
         check_kinds(f"bench {name}", {key: x for key, x in keys.items() if key in usual or not sizes}, usual)
         return bench(**keys)
@@ -81,9 +80,10 @@ def job(name: str, /, **keys: Any) -> Job:
 
 
 def plan(scale: str) -> dict[str, Any]:
-    """Arguments of `jobs` at a scale: the parameters of 08_step_time, as the notebook gets them, and of the study.
+    """Return the arguments of `jobs` at a scale: the parameters of 08_step_time and the arms of the study.
 
-    Raises a ConfigError, which names what can't be among them.
+    Raises:
+        ConfigError: a parameter has the wrong type; names page, key and value.
     """
     values = merge_parameters(parameter_files(SPEED, scale))
     held = get_type_hints(jobs, include_extras=True)
@@ -93,8 +93,8 @@ def plan(scale: str) -> dict[str, Any]:
 
 
 def scaling(scale: str) -> dict[str, Any]:
-    """Arguments of `bench_scaling` at a scale, `scaling` of 08_step_time, whose `base` wins over that of the scale; and the
-    layers, name -> sizes, whose experts are shared out."""
+    """Return the arguments of `bench_scaling`: `scaling` of 08_step_time, its `base` merged over the scale's. `layers` (name ->
+    sizes) are the layers whose experts are distributed over GPUs, for `bench_across`."""
     values = plan(scale)
     asked, sizes = values["scaling"], values["layer_sizes"]
     check_known(f"page {SPEED!r}: scaling: layers names", asked.get("layers", []), sizes)
@@ -103,42 +103,42 @@ def scaling(scale: str) -> dict[str, Any]:
 
 
 def may(scale: str) -> bool:
-    """Times of scale smoke are any machine's, those of others a GPU's: is this one of them?"""
+    """Return whether this machine may take the timings of a scale: any machine for smoke, a machine with CUDA for the others."""
     check_scale(scale)
     return scale == "smoke" or import_module("torch").cuda.is_available()
 
 
 def folder(scale: str) -> Path:
-    """Where the engine keeps what was timed at a scale."""
+    """Return the folder of a scale's timings."""
     return paths.records(scale).with_name("bench")
 
 
 def files(scale: str) -> list[Path]:
-    """Where all that pages of a scale want timed is kept, once it is there."""
+    """Return the paths of the timing files that a scale's pages need; a file exists once it has been measured."""
     return [folder(scale) / f"{name}.json" for name in jobs(**plan(scale))]
 
 
 def layer_file(size: str) -> str:
-    """The name of a layer's file."""
+    """Return the file name, without suffix, of a layer's timings."""
     return "layer-" + "".join(letter if letter.isalnum() else "-" for letter in size.lower())
 
 
 def study_arms(scale: str) -> dict[str, RunConfig]:
-    """The arms whose steps are timed side by side: name -> config of a seed."""
+    """Return the arms of page 01, whose training steps are timed: name -> config of the first seed."""
     planned = of_page(STUDY, scale)
     return {one.arms[0]: one.config for one in planned if one.seed == planned[0].seed}
 
 
 def study_file(arms: Mapping[str, RunConfig]) -> str:
-    """The name of the file of a study's steps: other arms, or arms of other keys, are measured anew, side by side."""
+    """Return the file name of the study's step times. It has a digest of the arms' configs: if one changes, all are timed again."""
     names = ",".join(f"{arm} {config.replace(seed=0).name}" for arm, config in arms.items())
     return f"study-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = True) -> Found:
-    """Each job's rows and attributes, measured now where it is missing and this machine may.
+    """Return the results of each job: name -> rows and attributes. `measure`: measure missing ones now, if `may(scale)`.
 
-    What is measured here lies in runs/bench; only the engine's `ecmoe bench all` writes to reports.
+    New results are stored in runs/bench; only `ecmoe bench all` writes to reports/.
     """
     places = folder(scale), paths.runs() / "bench" / scale
     missing = {name: job for name, job in wanted.items() if kept(name, *places) is NOTHING}
@@ -151,19 +151,19 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
 
 
 def kept(name: str, *places: Path) -> dict[str, Any]:
-    """What the first of these folders that has such a file keeps: rows, and the attributes of their table."""
+    """Read a result from the first of these folders that has it: its rows and their attributes; else `NOTHING`."""
     return next((NOTHING | read_json(path) for place in places if (path := place / f"{name}.json").exists()), NOTHING)
 
 
 def setting(scale: str) -> tuple[str, str]:
-    """Of the steps of `bench_step`: the models' size in words, and the device."""
+    """Return what the scale's `bench_step` timed: the model size in words, and the device."""
     found = kept("step", folder(scale))["setting"]
     size = "{layers} layers of width {d_model}, {num_experts} experts".format_map(found) if found else "one model"
     return size, found.get("device", "an unknown device")
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
-    """What a training step of each arm takes, alone on the device: a row per arm, by its name, as `bench_study` has them. measure: as in `measured`."""
+    """Return the step time of each arm, alone on the device: a row per arm, indexed by name. measure: measure if it is missing."""
     name = study_file(arms)
     found = measured({name: job("study", configs=arms)}, scale=scale, measure=measure)
     table = rows(found, name).reindex(columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
@@ -173,12 +173,12 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
 
 
 def rows(found: Found, name: str) -> pd.DataFrame:
-    """The rows of one file, without the single samples; none if it isn't measured."""
+    """Return the rows of one result, without the individual samples; empty if not measured."""
     return pd.DataFrame(found[name]["rows"]).drop(columns="samples_ms", errors="ignore")
 
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
-    """The rows of all layers, with their size and their name. A size that isn't measured is one empty row."""
+    """Return the rows of all layers, with size and name. A size that isn't measured is one empty row."""
     tables = []
     for size in sizes:
         timed = [row | {"name": str(Row(*map(row.get, Row._fields[:4])))} for row in found[layer_file(size)]["rows"]]
@@ -187,7 +187,7 @@ def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
 
 
 def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
-    """A row per size and layer, as a table shows them: forward, with backward, routing, what a cap adds, memory."""
+    """Return a row per size and layer: times of forward, forward + backward and routing, the cost of a cap, and memory."""
     columns = {
         "forward, ms": (FORWARD, "ms"), "share of floor": (FORWARD, "share_of_floor"),
         "with backward, ms": (BOTH, "ms"), "its share": (BOTH, "share_of_floor"), "a cap adds": (BOTH, "over_uncapped"),
@@ -202,5 +202,5 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def absent(found: Found) -> list[str]:
-    """What could not be measured, and why."""
+    """Return what could not be measured, with reasons, each once."""
     return list(dict.fromkeys(line for one in found.values() for line in one["absent"]))

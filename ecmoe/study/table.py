@@ -1,4 +1,4 @@
-"""A study's runs as tidy tables: a row per run, a row per step, a number per seed."""
+"""A study's runs as tidy tables: one row per run (`table`), or one row per recorded step (`curves`)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ import pandas as pd
 from ecmoe.model import metrics
 from ecmoe.training.result import Result
 
-Study = Mapping[str, Sequence[Result]]  # as `load` returns it: name of an arm -> its runs
+Study = Mapping[str, Sequence[Result]]  # arm -> its runs, as `load` returns them
 
 
 def table(study: Study) -> pd.DataFrame:
-    """One row per run and seed: `arm`, every config key, every number of summary and routing; NaN where a run is missing or broke off."""
+    """Return one row per run: `arm`, config keys, and the scalars of summary and routing; NaN for results of unfinished runs."""
     rows = []
     for arm, result in _runs(study):
         numbers = result.summary | (result.summary.get("routing") or {})
@@ -22,13 +22,13 @@ def table(study: Study) -> pd.DataFrame:
     measured = metrics.table()
     frame = frame.reindex(columns=[*dict.fromkeys([*frame, *measured])])
     frame[measured] = frame[measured].astype(float)
-    if "status" in frame:  # a loss of a run that broke off is no result
+    if "status" in frame:  # the last loss of an unfinished run is no result
         frame.loc[frame["status"] != "finished", metrics.results()] = math.nan
     return frame
 
 
 def curves(study: Study) -> pd.DataFrame:
-    """All curves below each other: `arm`, `seed`, `status`, `name` and the columns of a curve.
+    """Return all curves in long form: `arm`, `seed`, `status`, `name` and the columns of a curve.
 
     A missing run is one row of NaN, so that figures can name it.
     """

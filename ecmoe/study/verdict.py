@@ -1,8 +1,8 @@
-"""Verdicts: a claim's label in one plain sentence, with its parts and what it rests on.
+"""Judge the paper's claims: a label, a sentence, the parts that decide, and the runs behind them.
 
     judge("C8", "gpu")      protocol.yaml -> estimates over paired seeds -> Holm -> labels of parts -> label of the claim
 
-Nothing here trains, measures or needs a notebook: what isn't there is "not run".
+Nothing here trains, measures or needs a notebook: missing results are "not run".
 """
 
 import bisect
@@ -23,17 +23,17 @@ from ecmoe.study.protocol import Claim, Part, find_claim, protocol
 
 REPRODUCED, IN_DIRECTION, NO_EFFECT = "reproduced", "reproduced in direction", "no effect"
 CONTRADICTED, UNDECIDED, NOT_RUN = "contradicted", "undecided", "not run"
-PLUMBING = "plumbing only"  # of scale smoke: whatever its numbers say
-# A claim is as good as the weakest of its deciding parts: the last of these.
+PLUMBING = "plumbing only"  # label of everything that ran at scale smoke, whatever its numbers
+# A claim gets the label of its weakest deciding part: the one that comes last in this order.
 WEAKEST_LAST = (REPRODUCED, IN_DIRECTION, NOT_RUN, UNDECIDED, NO_EFFECT, CONTRADICTED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPart(Part):
-    """A part of a claim as the records have it.
+    """A part of a claim with its label and estimate.
 
-    level: of its interval, after Holm. missing: "arm s2" of the runs that it lacks. mixed: "code", "card": what differs among its
-    runs that mustn't. repeats: runs whose repeats show that their codes compute the same.
+    level: of the interval, after Holm. missing: runs that the part lacks, such as "EC-CF2 s2". mixed: "code" if compared runs have
+    code versions not shown to agree, "card" if they used different kinds of device. repeats: runs that show that versions agree.
     """
 
     label: str
@@ -46,20 +46,20 @@ class JudgedPart(Part):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """In the unit; None for fewer than two seeds, or turns of a bench."""
+        """The confidence interval in the unit; None for fewer than two seeds (or turns of a bench)."""
         return self.effect.interval(self.level)
 
     @property
     def smallest(self) -> float:
-        """The smallest true effect that as many would have shown (of a ratio the factor); NaN as the interval is None."""
+        """The minimum detectable effect in the unit (a factor for a ratio); NaN for fewer than two values."""
         return self.effect.smallest(self.level, protocol().power)
 
 
 @dataclass(frozen=True)
 class RestsOn:
-    """What a sentence rests on: runs, or turns of a bench.
+    """The runs, or the turns of a bench, that a sentence is based on.
 
-    tokens: the fewest and the most that a run was trained on. mixed, repeats: of the comparisons that decide a verdict.
+    tokens: the smallest and largest number of training tokens of a run. mixed, repeats: as in `JudgedPart`, of all parts judged.
     """
 
     size: str = ""
@@ -73,7 +73,7 @@ class RestsOn:
 
     @classmethod
     def of(cls, runs: Collection[Mapping[str, Any]], configs: Sequence[RunConfig], **more: Any) -> "RestsOn":
-        """Of finished runs' summaries, and the configs of their arms."""
+        """Build it from the summaries of finished runs and the configs of their arms."""
         tokens = [config.steps * config.tokens_per_batch for config in configs] or [0]
         return cls(
             size=size(configs) if configs else "",
@@ -95,14 +95,14 @@ class RestsOn:
 
     @property
     def trained(self) -> str:
-        """ "52 million tokens", "26 to 52 million tokens"."""
+        """The training tokens in words: "52 million tokens", "26 to 52 million tokens"."""
         unit, word = (1e6, " million") if self.tokens[0] >= 1e6 else (1, "")
         return f"{' to '.join(f'{n / unit:,.0f}' for n in dict.fromkeys(self.tokens))}{word} tokens"
 
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """A claim's label, in one plain sentence, with its parts and what it rests on. command: what would run what is missing."""
+    """The verdict on a claim: label, sentence, parts, and the runs behind it. command: the shell command that runs what is missing."""
 
     claim: str
     label: str
@@ -114,29 +114,29 @@ class ClaimVerdict:
 
     @property
     def deciding(self) -> tuple[JudgedPart, ...]:
-        """The parts that make the label."""
+        """The parts that determine the label."""
         return tuple(part for part in self.parts if part.decides)
 
     @property
     def said(self) -> str:
-        """The label; where only some of the deciding parts have it, of how many: "no effect in 1 of 2 parts"."""
+        """The label, with a count if only some deciding parts have it: "no effect in 1 of 2 parts"."""
         some, all_parts = sum(part.label == self.label for part in self.deciding), len(self.deciding)
         return f"{self.label} in {some} of {all_parts} parts" if 0 < some < all_parts else self.label
 
     @property
     def lacks(self) -> bool:
-        """Would a run tell more about the label?"""
+        """Whether runs that could change the label are missing."""
         names = {part.name for part in self.about.family}
         return any(part.missing or part.label == NOT_RUN for part in self.parts if part.name in names)
 
 
 def judge(claim: str, scale: str, *, page: str | None = None, planned: Sequence[Planned] | None = None) -> ClaimVerdict:
-    """The verdict on a claim, from protocol, plan and records.
+    """Return the verdict on a claim, from protocol, plan and records.
 
     Args:
-        claim: "C1" ... "C10", "L1", "L2". scale: whose records are read; at smoke the label is "plumbing only".
-        page: whose arms are judged, where not the claim's own: what another size says. Parts whose arms it doesn't train are
-            left out. planned: the plan of the scale, where it is at hand.
+        claim: "C1" ... "C10", "L1", "L2". scale: the scale whose records are read; at smoke the label is "plumbing only".
+        page: judge the arms of this page instead of the claim's own, such as a page with larger models. Parts whose arms
+            the page doesn't train are left out. planned: the plan of the scale, if the caller has it.
 
     Raises:
         ConfigError: there is no such claim.
@@ -148,13 +148,13 @@ def judge(claim: str, scale: str, *, page: str | None = None, planned: Sequence[
 
 
 def judge_all(scale: str) -> dict[str, ClaimVerdict]:
-    """Claim -> verdict, of all claims in the paper's order."""
-    planned, _ = sound(scale)  # a page that can't be planned hides no claim of another
+    """Return claim -> verdict for all claims, in the paper's order."""
+    planned, _ = sound(scale)  # an invalid page must not prevent verdicts on the claims of other pages
     return {claim: judge(claim, scale, planned=planned) for claim in protocol().claims}
 
 
 def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
-    """The verdict on a claim, whatever the evidence is read from."""
+    """Return the verdict on a claim from this evidence."""
     parts = _parts(about, evidence)
     found = {part.name: evidence.estimate(part) for part in parts}
     family = {part.name: part for part in parts if part.name in {one.name for one in about.family}}
@@ -183,9 +183,9 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
 
 
 def _parts(about: Claim, evidence: Evidence) -> list[Part]:
-    """All parts on the claim's own page; elsewhere those whose arms are there.
+    """Return all parts on the claim's own page; on another page, those whose arms it has.
 
-    Where a part is left out that another could make "in direction", that other one decides.
+    If a part is left out, the part named by its `or_direction` decides instead.
     """
     if evidence.page == about.page:
         return list(about.parts)
@@ -212,7 +212,7 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
 
 
 def _or_direction(part: JudgedPart, other: JudgedPart) -> JudgedPart:
-    """A part that isn't reproduced has the other to thank if it is in direction, and is undecided until that one is decided."""
+    """Relabel a part that isn't reproduced: "in direction" if `other` (its `or_direction`) holds, undecided while `other` is."""
     if part.label not in (UNDECIDED, NO_EFFECT, CONTRADICTED):
         return part
     if other.label in (REPRODUCED, IN_DIRECTION):
@@ -225,9 +225,9 @@ def _or_direction(part: JudgedPart, other: JudgedPart) -> JudgedPart:
 
 
 def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
-    """The summaries that are held against each other: arms are, seed by seed; where spreads are compared, seeds are, too.
+    """Return groups of summaries that are compared directly: the arms of each seed, or all runs if spreads are compared.
 
-    A seed on another card, or with other code, than the next is as good a block as any: its arms share what it adds.
+    Different seeds may use different devices or code versions, because these cancel in the paired difference between arms.
     """
     runs = [run for arm in part.arms for run in evidence.summaries(arm).values()]
     seeds = {run["seed"] for run in runs}
@@ -253,7 +253,7 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
 
 
 def label_of(part: Part, found: Estimate, level: float) -> str:
-    """The label of a part at that level, by the protocol's rule."""
+    """Return the label of a part at this confidence level, by the protocol's rule."""
     if not found.n:
         return NOT_RUN
     least = protocol().least_seeds if found.of == "seed" else 2
@@ -262,7 +262,7 @@ def label_of(part: Part, found: Estimate, level: float) -> str:
 
 
 def _of_interval(part: Part, low: float, high: float) -> str:
-    """Low and high on the unit's inner scale."""
+    """Return the label for an interval given on the unit's inner scale."""
     neutral, unit = part.unit.inner(part.neutral), part.unit
     margin = math.log1p(part.margin) if unit is Unit.RATIO else part.margin
     figure = None if part.figure is None else unit.inner(part.figure)
@@ -271,7 +271,7 @@ def _of_interval(part: Part, low: float, high: float) -> str:
             return REPRODUCED
         return CONTRADICTED if high < figure - margin or low > figure + margin else UNDECIDED
     sign = 1.0 if part.says == "above" else -1.0
-    nearest, farthest = sorted((sign * (low - neutral), sign * (high - neutral)))  # above 0: the claim's side
+    nearest, farthest = sorted((sign * (low - neutral), sign * (high - neutral)))  # positive: on the claim's side
     if part.says == "at or below":
         return REPRODUCED if nearest > -margin else CONTRADICTED if farthest < -margin else UNDECIDED
     if -margin <= nearest and farthest <= margin:
@@ -283,10 +283,10 @@ def _of_interval(part: Part, low: float, high: float) -> str:
 
 
 def holm(cases: Sequence[tuple[Part, Estimate]]) -> list[float]:
-    """The level of each part's interval, so that all labels of the family together are wrong as seldom as the protocol says.
+    """Return the level of each part's interval, such that the labels of all parts together hold with the protocol's level.
 
-    Holm (1979), step by step: the part that is decided most surely is held to 1 - 0.05 / m, the next to 1 - 0.05 / (m - 1), and
-    so on, until one is undecided at its level, which is then that of all others. m counts parts that did not run, too.
+    Holm's step-down method (1979): the part with the smallest p-value gets 1 - 0.05 / m, the next 1 - 0.05 / (m - 1), and so
+    on. The first part that is undecided at its level sets the level of all remaining parts. m includes parts that did not run.
     """
     alpha, m = 1 - protocol().level, len(cases)
     sureness = [_smallest_alpha(part, found) for part, found in cases]
@@ -300,9 +300,9 @@ def holm(cases: Sequence[tuple[Part, Estimate]]) -> list[float]:
 
 
 def _smallest_alpha(part: Part, found: Estimate) -> float:
-    """The p-value of the part's label: the least alpha at which it is decided; 1, where none would do.
+    """Return the p-value of the part's label: the smallest alpha at which the label is decided, or 1 if there is none.
 
-    An interval within another decides whatever that decides, so it can be searched for by halves.
+    A narrower interval decides whatever a wider one decides, so a binary search finds it.
     """
     alphas = np.logspace(-12, math.log10(0.5), 100_000)
     decided = bisect.bisect_left(alphas, True, key=lambda a: label_of(part, found, 1 - a) not in (NOT_RUN, UNDECIDED))
@@ -310,18 +310,18 @@ def _smallest_alpha(part: Part, found: Estimate) -> float:
 
 
 def weakest(labels: Sequence[str]) -> str:
-    """The label of a claim whose parts have these: what one part refutes stays refuted, whatever the others would say."""
+    """Return the label of a claim: the weakest of its parts' labels, where a part that isn't run counts as undecided."""
     if all(label == NOT_RUN for label in labels):
         return NOT_RUN
     worst = max(labels, key=WEAKEST_LAST.index)
     return UNDECIDED if worst == NOT_RUN else worst
 
 
-# In words
+# Sentences
 
 
 def size(configs: Sequence[RunConfig]) -> str:
-    """The size of models in words: "8 layers of width 512, 16 to 128 experts"; of experts only where there are some."""
+    """Return the model size in words: "8 layers of width 512, 16 to 128 experts"; without experts if all models are dense."""
 
     def span(key: str, of: Sequence[RunConfig]) -> str:
         least, most = (pick(getattr(config, key) for config in of) for pick in (min, max))
@@ -333,14 +333,14 @@ def size(configs: Sequence[RunConfig]) -> str:
 
 
 def _found(part: Part, label: str, found: Estimate, level: float) -> str:
-    """The sentence of a part: its number, interval and seeds, and what keeps it from a better label."""
+    """Return the sentence of a part: its value, interval and seeds, and the reason if the label isn't "reproduced"."""
     if not found.n:
         return f"{part.name}: not run"
     below, above = part.sides
     size = amount(abs(found.value), part.unit, compares=part.compares)
     text = part.found.format(size=size, side=below if found.value < 0 else above)
     ends, seeds = found.interval(level), counted(found.n, found.of)
-    if ends and part.compares and found.value < 0:  # like the size: towards the side that is named
+    if ends and part.compares and found.value < 0:  # like `size`, positive towards the side that the sentence names
         ends = -ends[1], -ends[0]
     text += f" ({span(*ends, part.unit)}; {seeds})" if ends else f" ({seeds}, no interval)"
     if label == NO_EFFECT:

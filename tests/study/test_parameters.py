@@ -155,7 +155,7 @@ def test_what_a_pages_file_has_may_be_given_where_its_notebook_reads_it(tmp_path
         ({"scale": "gpuu"}, "scale='gpuu': must be one of gpu, paper, smoke"),
         ({"scale": 3}, "scale=3: must be one of"),
         ({"train_missing": "false"}, "train_missing='false' must be a bool"),
-        ({"train_missing": "false"}, "papermill's -p, too, false (write False)"),
+        ({"train_missing": "false"}, "papermill's -p reads false as text (write False)"),
         ({"seeds": 3}, "seeds=3 must be a list, such as"),
         ({"arms": 5}, "arms=5 must be a list"),
         ({"base": [1]}, "base=[1] must be `key: value` lines"),

@@ -67,13 +67,13 @@ def test_units_and_neutral_values_follow_from_what_is_compared():
         ({"of": "loses/sequence"}, "there is no measurement 'loses'"),
         ({"over": [1, 2]}, "over has 2 numbers for 1 arms"),
         ({"or_direction": "x"}, "or_direction needs `direction`"),
-        ({"or_direction": "y", "direction": "it does"}, "or_direction='y' is none of its parts"),
-        ({"decides": False}, "claim C1: no part decides"),
+        ({"or_direction": "y", "direction": "it does"}, "or_direction='y' isn't one of its parts"),
+        ({"decides": False}, "claim C1: one part or more must have decides: true"),
         ({"a": "BAZE"}, "there is no arm 'BAZE': did you mean BASE"),
         ({"a": []}, "a=\\[\\]: Value should have at least 1 item"),
         ({"margin": -1}, "margin=-1: Input should be greater than 0"),
         ({"margin": float("inf")}, "margin=inf: Input should be a finite number"),
-        ({"found": "{siz}"}, "found='{siz}' may hold {size} and {side} alone"),
+        ({"found": "{siz}"}, "found='{siz}' may contain only {size} and {side}"),
         ({"sides": ["less"]}, "sides: 1 is missing"),
         ({"decides": "perhaps"}, "decides='perhaps': Input should be a valid boolean"),
     ],
@@ -102,7 +102,7 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
     for key in keys:
         with pytest.raises(ConfigError, match=f"claim C1: {key} is missing"):
             module._claim("C1", {**{other: keys[other] for other in keys if other != key}, "parts": [part]}, MARGINS)
-    with pytest.raises(ConfigError, match="two parts are called 'x'"):
+    with pytest.raises(ConfigError, match="two parts have the name 'x'"):
         module._claim("C1", {**keys, "parts": [part, part]}, MARGINS)
     later = [part | {"or_direction": "y", "direction": "it does"}, part | {"name": "y"}]
     assert (
@@ -123,7 +123,7 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
         ("level", 2, "protocol: level=2: Input should be less than 1"),
         ("level", None, "protocol: level=None: Input should be a valid number"),
         ("margin", {}, "protocol: unknown key 'margin'"),
-        ("margins", {"nats per token": 0.005}, "margins has none for ratio"),
+        ("margins", {"nats per token": 0.005}, "margins has no entry for ratio"),
         ("margins nats", 1, "margins: nats: .*Input should be 'nats per token'"),
         ("claims C1", "x", "claims: C1='x'"),
         ("claims C1 parts", [1], "claim C1: parts: 0=1"),

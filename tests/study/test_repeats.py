@@ -102,7 +102,7 @@ def test_a_run_of_several_processes_or_tasks_is_not_repeated(changes, tiny_confi
     monkeypatch.setattr(repeats, "read_record", lambda path: Result(record))
     (paths.records("gpu")).mkdir(parents=True)
     (paths.records("gpu") / "one.json").touch()
-    with pytest.raises(ConfigError, match="one: only runs of one process, of text or images, are repeated"):
+    with pytest.raises(ConfigError, match="one: only single-process runs on text or images can be repeated"):
         repeats.again("one", "gpu")
     record["config"], record["world_size"] = tiny_config().to_dict(), 1
     for one in (record, {key: value for key, value in record.items() if key != "world_size"}):
