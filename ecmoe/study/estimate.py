@@ -78,7 +78,9 @@ class Estimate:
         if self.n < 2:
             return math.nan
 
-        def shift(df: float) -> float:  # noncentrality at which the t test reaches the power; the far tail is negligible
+        def shift(
+            df: float,
+        ) -> float:  # noncentrality at which the t test reaches the power; the far tail is negligible
             critical = _critical(level, df)
             return optimize.brentq(lambda at: nct.sf(critical, df, at) - power, 1e-6, 20 + 10 * critical)
 
@@ -88,7 +90,9 @@ class Estimate:
         """Return how many seeds with this noise would decide the margin (see `seeds_needed`); None if seeds alone can't tell.
 
         margin: in the unit; for a ratio its distance from 1, such as 0.02."""
-        if self.of != "seed" or self.n < 2 or len(self.errors) != 1:  # more seeds don't reduce the error of the examples
+        if (
+            self.of != "seed" or self.n < 2 or len(self.errors) != 1
+        ):  # more seeds don't reduce the error of the examples
             return None
         inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
         ((error, _),) = self.errors
@@ -149,7 +153,9 @@ def share_of_steps(losses: Sequence[float], over: Sequence[float], target: float
     loss doesn't fall between these two.
     """
     x = np.log(np.asarray(over, dtype=float))
-    i = next((i for i in range(len(x) - 1) if losses[i + 1] <= target), len(x) - 2)  # the first interval that reaches it
+    i = next(
+        (i for i in range(len(x) - 1) if losses[i + 1] <= target), len(x) - 2
+    )  # the first interval that reaches it
     fall = losses[i] - losses[i + 1]
     return float(np.exp(x[i] + (losses[i] - target) / fall * (x[i + 1] - x[i]))) if fall > 0 else math.nan
 

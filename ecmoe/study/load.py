@@ -107,7 +107,9 @@ def warn_of_hours(configs: Sequence[RunConfig]) -> None:
     flops = sum(flops_per_token(config) * config.steps * config.tokens_per_batch for config in configs)
     hours = flops / (CORE * (os.cpu_count() or 1)) / 3600
     if hours > 1 and not torch.cuda.is_available():
-        said = f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and use"
+        said = (
+            f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and use"
+        )
         print(f"{said} scale='smoke', train_missing=False, or a machine with a GPU.", file=sys.stderr, flush=True)
 
 

@@ -62,7 +62,10 @@ def jobs(
     }
 
 
-MODULES = {"auto": "layer", "study": "step"}  # modules of `bench_auto` and `bench_study`; the others have their own names
+MODULES = {
+    "auto": "layer",
+    "study": "step",
+}  # modules of `bench_auto` and `bench_study`; the others have their own names
 
 
 def job(name: str, /, **keys: Any) -> Job:
