@@ -87,7 +87,9 @@ def test_those_that_lose_least_move_and_free_places_are_counted():
             for t in sorted(can, key=lambda t: loss_of(X[g], Z[g], t, u, v))[: amount[g]]:
                 expected[g, u, t], expected[g, v, t] = False, True
                 more[g, t] = (u == FREE) - (v == FREE)
-        moved = solver._move(X, Z, near, torch.full((G,), u), torch.full((G,), v), torch.tensor(amount))
+        edge = torch.full((G,), u), torch.full((G,), v), torch.tensor(amount)
+        with torch.device("meta"):  # where what is made without `device=` has no numbers
+            moved = solver._move(X, Z, near, *edge)
         assert torch.equal(X, expected) and torch.equal(moved, more)
 
 
@@ -100,7 +102,9 @@ def test_the_path_is_the_cheapest_to_the_emptiest_and_as_wide_as_its_narrowest_e
         count = torch.randint(1, 9, (G, nodes, nodes), generator=generator(seed))
         excess = torch.randint(-6, 7, (G, nodes), generator=generator(seed + 9))
         excess[:, -1] = 0
-        path, amount = solver._path(cost, count, excess, torch.full((G, 1, 1), 1e-9, dtype=torch.float64))
+        tolerance = torch.full((G, 1, 1), 1e-9, dtype=torch.float64)
+        with torch.device("meta"):  # where what is made without `device=` has no numbers
+            path, amount = solver._path(cost, count, excess, tolerance)
         for g in range(G):
             full = [i for i in range(nodes) if excess[g, i] > 0]
             best = {i: (0.0, (i,)) for i in full}
