@@ -86,6 +86,7 @@ def test_patches_of_pictures_that_are_not_square(tmp_path):
     images.check(config := RunConfig(data=data, classes=2, channels=3, sequence_length=6), loaded)
     for keys, said in (
         ({"patch_size": 4}, r"patch_size=4: must divide the 4 x 6 pixels of data='.*'; may be one of \[1, 2\]"),
+        ({"patch_size": 3}, r"patch_size=3: must divide the 4 x 6 pixels"),
         ({"sequence_length": 4}, "images of 4 x 6 pixels have 6 patches of patch_size=2; set sequence_length: 6"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -322,6 +323,15 @@ def test_only_who_asks_for_it_sees_them_moved():
     assert torch.equal(y, same) and torch.equal(moved, images.shifted(x, np.random.default_rng([0, 0, 0, 1])))
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"batch_size": 1438, "eval_batches": 1}, "1437 training"), ({"batch_size": 361, "eval_batches": 1}, "360 validation")],
+)
+def test_too_few_images_are_named(keys, said):
+    with pytest.raises(ConfigError, match=f"data='digits' has {said} images, but .* need {keys['batch_size']} "):
+        images.ImageData(RunConfig(data="digits", sequence_length=16, router="dense", **keys)).setup()
+
+
 def test_validation_is_spread_over_its_images_in_an_order_that_stays():
     data = images.ImageData(RunConfig(data="digits", sequence_length=16, batch_size=7, eval_batches=9))
     data.setup()
@@ -339,9 +349,9 @@ def test_a_small_image_is_moved_too():
 
 
 def test_an_image_is_moved_by_at_most_an_eighth_of_its_side_and_may_be_mirrored():
-    x = torch.zeros(400, 1, 20, 20)
-    x[:, :, 10, 5] = 1
+    x = torch.zeros(400, 1, 26, 28)
+    x[:, :, 12, 6] = 1
     _, _, rows, columns = images.shifted(x, np.random.default_rng(0)).nonzero(as_tuple=True)
-    assert len(rows) == 400 and set(rows.tolist()) == set(range(8, 13))  # 20 / 8, rounded down
-    assert set(columns.tolist()) == {*range(3, 8), *range(12, 17)}
-    assert 150 < (columns < 10).sum() < 250
+    assert len(rows) == 400 and set(rows.tolist()) == set(range(9, 16))  # 26 / 8, rounded down
+    assert set(columns.tolist()) == {*range(3, 10), *range(18, 25)}
+    assert 150 < (columns < 14).sum() < 250

@@ -250,6 +250,24 @@ def test_attention_runs_in_a_cuda_graph(kernels):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("images", [False, True])
+def test_what_fits_and_looks_back_takes_the_fast_path_with_its_bias(monkeypatch, images):
+    layer = Attention(SMALL.replace(data="digits") if images else SMALL).double()
+    x, told = torch.randn(3, 12, 16, dtype=torch.float64), []
+    if not images:
+        torch.nn.init.normal_(layer.relative.weight)
+    expected = layer(x)
+
+    def fast(qkv, table, near):
+        told.append((table.dtype, near))
+        return plain(qkv, table), None
+
+    monkeypatch.setattr(attention, "fits", lambda qkv: qkv.shape == (3, 12, 3, 2, 8))
+    monkeypatch.setattr(attention, "fast_attention", fast)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+    assert told == ([] if images else [(torch.float32, layer.relative.near)])
+
+
 def test_generation_and_odd_lengths_take_the_plain_path(monkeypatch, anywhere):
     monkeypatch.setattr(attention, "fast_attention", lambda *given: pytest.fail("taken"))
     layer = Attention(SMALL)

@@ -122,6 +122,7 @@ def test_a_block_is_compiled_for_each_size(monkeypatch):
     monkeypatch.setattr(transformer.Block, "compile", lambda block, **how: told.append((block, how)))
     (model := build_model(SMALL)).compile_blocks()
     assert told == [(block, {"dynamic": False}) for block in model.blocks]
+    assert "forward" not in vars(model.moe_layers[0])  # it is compiled with its block
 
 
 def test_same_seed_same_values_in_all_shared_parameters():

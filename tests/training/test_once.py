@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.files import ConfigError, Damaged
@@ -302,6 +302,8 @@ def test_who_finds_the_lock_taken_waits_and_a_rank_does_not(tmp_path, monkeypatc
     threading.Timer(0.1, done.set).start()
     with protocol.lock(tmp_path / "run", progress) as still_ours:
         still_ours()
+        with pytest.raises(Timeout):  # nobody else has it
+            FileLock(tmp_path / "run.lock").acquire(timeout=0)
     assert ("[run] waiting: another process makes it" in capsys.readouterr().err) == progress
 
 

@@ -144,6 +144,7 @@ def test_a_model_is_loaded_to_be_used_with_its_table_and_for_any_length(tmp_path
         save_file(saved.state_dict(), tmp_path / "model.safetensors")
         results.write_run(tmp_path, make(config).summary)
         model = results.load_model(str(tmp_path))
+        assert Result(make(config).summary, path=tmp_path).load_model().config == config  # wherever it lies
         assert not model.training and model(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 256)
         assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.state_dict().items())
 

@@ -26,8 +26,10 @@ def test_record_of_other_text_warns(tiny_config, tmp_path):
     record = read_json(path, sealed=True)
     record["summary"]["data"]["source_sha256"] = "0" * 64
     write_json(path, record, sealed=True)
-    with pytest.warns(UserWarning, match="data='stdlib' is another text here than the one that .* was trained on"):
+    said = "data='stdlib' is another text here than the one that .* was trained on"
+    with pytest.warns(UserWarning, match=said) as told:
         run_or_load(config, records=tmp_path)
+    assert told[0].filename == __file__  # of who asked
 
 
 def test_a_run_of_a_text_that_is_no_file_of_ones_own_warns_and_one_that_says_nothing_of_its_text_does_not(
