@@ -325,7 +325,10 @@ def test_only_who_asks_for_it_sees_them_moved():
 
 @pytest.mark.parametrize(
     ("keys", "said"),
-    [({"batch_size": 1438, "eval_batches": 1}, "1437 training"), ({"batch_size": 361, "eval_batches": 1}, "360 validation")],
+    [
+        ({"batch_size": 1438, "eval_batches": 1}, "1437 training"),
+        ({"batch_size": 361, "eval_batches": 1}, "360 validation"),
+    ],
 )
 def test_too_few_images_are_named(keys, said):
     with pytest.raises(ConfigError, match=f"data='digits' has {said} images, but .* need {keys['batch_size']} "):
