@@ -199,7 +199,7 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML, but reject values that YAML reads differently from how they look.
 
     Raises:
-        ConfigError: invalid YAML; a duplicate key; `010`, which YAML reads as 8; `1:30` or `1:30.5`, which it reads as 90 or 90.5.
+        ConfigError: invalid YAML; a duplicate key; `010`, which YAML reads as 8; `1:30` or `1:30.5`, read as 90 or 90.5.
     """
     try:
         return yaml.load(text, _StrictLoader)  # a SafeLoader
@@ -207,7 +207,7 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError("nested too deeply") from None
     except yaml.YAMLError as error:
         raise ConfigError(str(error)) from error
-    except Exception as error:  # PyYAML's own, at an impossible date or number, or a tag that doesn't fit: `!!bool x`
+    except Exception as error:  # of any type, for an impossible date or number, or a tag that doesn't fit: `!!bool x`
         raise ConfigError(f"a value doesn't fit its type ({error!r}): correct it, or put it in quotes") from error
 
 

@@ -58,7 +58,7 @@ def measures(scale: str) -> Path:
 
 
 def page_name(notebook: str) -> str:
-    """The name of a notebook's page, without characters that a shell, a pattern or a URL could misread."""
+    """Return the name of a notebook's page, without characters that a shell, a pattern or a URL could misread."""
     return re.sub(r"[^\w.-]", lambda odd: f"-{ord(odd[0]):x}-", notebook)
 
 

@@ -59,7 +59,7 @@ def measure(
 
 
 def _settings(what: str, keys: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As JSON keeps them, without the places of files, which may lie elsewhere."""
+    """Return a measurement's keys as JSON stores them, without paths, which may differ between machines."""
     return plain({key: value for key, value in keys.items() if key not in MEASURES[what].where})
 
 
