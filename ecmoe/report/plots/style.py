@@ -117,8 +117,8 @@ class Plot(NamedTuple):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
         text = buffer.getvalue()
-        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
-        text = re.sub(r'<g id="[^"]*"', "<g", text)  # two figures of a page would share these names
+        # Two figures of a page would share the names of groups.
+        text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
         text = re.sub(r"font-family: [^;]*; ?", "", text)  # the page's own
         view = re.search(r'viewBox="([^"]+)"', text)[1]
         for color, in_page in _IN_PAGE.items():
