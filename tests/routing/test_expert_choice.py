@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ecmoe.config import ConfigError
 from ecmoe.routing import ExpertChoice
+from ecmoe.routing.expert_choice import _At
 from tests.routing.problems import (
     Problem,
     alone,
@@ -225,3 +226,22 @@ def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
         lambda router: monkeypatch.setattr(choice, "available", lambda x, weight, k: False),
     ):
         assert told(change=change)[1] is None
+
+
+def test_a_sequence_of_padding_alone_moves_no_cutoff():
+    router, logits = ExpertChoice(D, 4, 1.0, pool="sequence"), random_logits(24, 4, 0)
+    router.assign(logits, batch_shape=(3, 8), mask=torch.arange(24) >= 8)
+    second, third = (logits[i : i + 8].softmax(1).sort(0).values[-2] for i in (8, 16))  # k = 2
+    assert router.cutoff.count == 2
+    torch.testing.assert_close(router.cutoff.pending, (second + third).float())
+
+
+def test_places_that_differ_are_gathered_and_their_gradients_put_back():
+    S, I = torch.randn(2, 3, 5, requires_grad=True), torch.rand(2, 3, 5).argsort(2)[..., :2]
+    weight = torch.randn(2, 3, 2)
+    found = _At.apply(S, I)
+    assert torch.equal(found, S.gather(2, I))
+    for ours, theirs in zip(
+        *(torch.autograd.grad((x * weight).sum(), S) for x in (found, S.gather(2, I))), strict=True
+    ):
+        assert torch.equal(ours, theirs)
