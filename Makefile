@@ -1,7 +1,7 @@
 # make reproduce | test | report | check | lab | wheelhouse     (make help)
 SCALE ?= smoke
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-# Folder of wheels to install from, without a network; `make wheelhouse` fills it.
+# Folder of wheels to install from without a network; `make wheelhouse` fills it.
 WHEELHOUSE ?=
 # TORCH=system: use the torch that $(PYTHON) already has, such as a GPU image's.
 TORCH ?=
@@ -10,7 +10,7 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
   $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; exit; }; done; echo no-python)
 BIN := .venv/bin
-# The shell reads SCALE from its environment, whatever it holds. Snakemake keeps a cache in HOME, if that can be written.
+# The shell reads SCALE from the environment, so special characters do no harm. Snakemake's cache moves here if HOME isn't writable.
 export SCALE
 SNAKEMAKE = test -w "$$HOME" || export XDG_CACHE_HOME='$(CURDIR)/.cache'; $(BIN)/snakemake --cores $(JOBS) --config "scale=$$SCALE"
 INDEX = "$(CURDIR)/reports/$$SCALE/index.html"
@@ -38,7 +38,7 @@ report: .venv/.installed
 test: .venv/.installed
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# What to run while working; `make test` is all of it.
+# A quick check during development; `make test` runs everything.
 check: .venv/.installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --quick
@@ -47,7 +47,7 @@ lab: .venv/.installed
 	@$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) --ContentsManager.pre_save_hook=ecmoe.report.lab.as_written \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
-# Everything at the tested pins. Reinstalled when they change.
+# Install the tested versions of all packages; again when pyproject.toml or constraints.txt changes.
 .venv/.installed: pyproject.toml constraints.txt | check-python
 	@echo 'Setting up .venv (some minutes; PyPI'\''s torch for Linux brings CUDA, the README names the CPU build)'
 	@$(PYTHON) -m venv $(if $(TORCH),--system-site-packages) .venv
@@ -55,7 +55,7 @@ lab: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(FROM) -c $(PINS) -e '.[dev]'
 	@touch $@
 
-# Run it with the Python version of the machine that the wheels are for, on the same kind of system.
+# Run this with the Python version and on the kind of system of the machine that will use the wheels.
 wheelhouse: check-python
 	@mkdir -p .wheelhouse
 	@$(if $(TORCH),grep -Ev '^(torch|triton)==' constraints.txt > .wheelhouse/pins.txt,cp constraints.txt .wheelhouse/pins.txt)

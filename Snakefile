@@ -1,13 +1,13 @@
-# The plan of a scale, carried out: runs with their measurements -> pages -> index.
+# Carry out the plan of a scale: runs with their measurements -> pages -> index.
 #
-#   snakemake                                  what is missing, and what is older than its notebook, configs or records
-#   snakemake --config scale=gpu               another scale
+#   snakemake                                  make what is missing or older than its notebook, configs or records
+#   snakemake --config scale=gpu               the same at another scale
 #   snakemake reports/smoke/01_convergence.html
-#   snakemake --profile profiles/slurm         each run a job of a cluster
+#   snakemake --profile profiles/slurm         submit each run as a cluster job
 #
-# The flags that make it go on after a failure or a kill are in profiles/default. What is missing is known from the plan
-# (ecmoe.study.plan) and from what lies in reports/<scale>; a record is never an output of a rule, since Snakemake removes
-# the outputs of a job that fails. `make report` draws all pages again after a change of the package.
+# profiles/default holds the flags for continuing after a failed or killed job. Missing runs are found by comparing the plan
+# (ecmoe.study.plan) with the files in reports/<scale>. Records are not outputs of rules, because Snakemake deletes the outputs
+# of failed jobs. `make report` draws all pages again, for example after a change of the package.
 import math
 import os
 import re
@@ -35,76 +35,76 @@ ECMOE = f"{shlex.quote(sys.executable)} -m ecmoe"
 REPORTS = f"reports/{SCALE}"
 ATTEMPTS = 3
 
-# Rules name a page as its file; notebooks and configs keep their own names.
+# Name of a page's file, used in rules -> name of its notebook and configs.
 NAMES = {
     paths.page_name(path.stem): path.stem
     for path in sorted(Path("notebooks").glob("*.ipynb"))
     if Path(f"configs/{path.stem}.yaml").exists()
 }
 PAGES = {name: f"{REPORTS}/{name}.html" for name in NAMES}
-RUNS, DONE, MISSING = {}, {}, set()  # page -> names of runs; -> their files; names of runs
+RUNS, DONE, MISSING = {}, {}, set()  # page -> names of its runs; page -> result files that exist; names of missing runs
 for page, stem in NAMES.items():
     try:
         planned = plan.plan(SCALE, [stem])
-    except (ValueError, OSError):  # the page itself says what is wrong, the others are made
+    except (ValueError, OSError):  # making the page will report the error; the other pages are still made
         planned = []
     RUNS[page] = [one.name for one in planned]
     DONE[page] = [str(file) for one in planned for file in engine.files(one, SCALE) if file.exists()]
-    if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the pages that are asked for
+    if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the requested pages, by default all
         MISSING |= {one.name for one in planned if engine.lacks(one, SCALE)}
 
-MISSING = set(str(config["runs"]).split(",")) if "runs" in config else MISSING  # what `ecmoe runs --train` asks for
+MISSING = set(str(config["runs"]).split(",")) if "runs" in config else MISSING  # as `ecmoe runs --train` passes them
 MISSING = [one.name for one in plan.sound(SCALE)[0] if one.name in MISSING]  # in the order of configs/order.yaml
 
-# What is timed: at scale gpu on a GPU alone.
-TIMED = {"01_convergence", "08_step_time"}  # pages that show it
+# Timing files; at scales other than smoke they are measured on a GPU only.
+TIMED = {"01_convergence", "08_step_time"}  # pages that show timings
 try:
     TIMES = [str(file) for file in speed.files(SCALE)] if TIMED & set(NAMES) else []
 except (ValueError, OSError):
     TIMES = []
-# Several runs side by side on a GPU are done sooner than one after the other.
+# Several runs that share a GPU finish sooner than the same runs one by one. A "place" is one run's slot.
 CORES = workflow.cores or 2
-if "place" not in workflow.global_resources:  # --resources place=2 says otherwise
+if "place" not in workflow.global_resources:  # `--resources place=2` overrides it
     workflow.register_resource("place", GPUS * PLACES or CORES)
 AT_ONCE = workflow.global_resources["place"].value
-# A file that says to Snakemake that a job has ended. The record is the truth; these are gone at the end.
+# A marker file tells Snakemake that a job has ended, whether or not its runs succeeded: the records show that. Deleted at the end.
 MARKER = str(paths.cache() / "engine" / SCALE / "{batch}.done")
 BENCH = MARKER.replace("{batch}", "bench")
 MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, TIMES))
-# A process takes seconds to start, so on one machine it does several runs; at smoke, where these take seconds too, its whole
-# share. On a cluster each run is a job.
+# Starting a process takes seconds, so on one machine each job does up to four runs; at smoke, where runs take seconds too, the
+# missing runs are divided evenly among the jobs. On a cluster each run is a job.
 MOST = 1 if workflow.nodes else len(MISSING) if SCALE == "smoke" else 4
 SIZE = max(1, min(MOST, math.ceil(len(MISSING) / AT_ONCE)))
 NAMED = [MISSING[i : i + SIZE] for i in range(0, len(MISSING), SIZE)]
 BATCHES = {batch[0] if len(batch) == 1 else f"batch-{i}": batch for i, batch in enumerate(NAMED)}
 MARKERS = {name: MARKER.replace("{batch}", batch) for batch, names in BATCHES.items() for name in names}
-# A marker says that a job has ended, to this call alone: the next one asks the records again. A page that lacks something
-# rests on a newer file, too: Snakemake doesn't make what is missing in between for an output that is there.
+# Markers hold for this call only; the next call checks the records again. Pages that wait for a job also depend on the file `asked`,
+# which is always newer: otherwise Snakemake wouldn't make missing intermediate files for a page that exists.
 ASKED = Path(BENCH).with_name("asked")
 if workflow.is_main_process:
     shutil.rmtree(ASKED.parent, ignore_errors=True)
     ASKED.parent.mkdir(parents=True)
-    ASKED.write_text(str(time.time_ns()))  # it compares the content, too
+    ASKED.write_text(str(time.time_ns()))  # unique, because Snakemake also compares the content
 
 
 def sources(name):
-    """The notebook of a page, and its YAML files."""
+    """Return the notebook of a page and its YAML files."""
     stem = NAMES[name]
     return [f"notebooks/{stem}.ipynb", *map(os.path.relpath, parameter_files(stem, SCALE))]
 
 
 def odd(file):
-    """Would Snakemake take such a name for a pattern?"""
+    """Return whether Snakemake would read a file's name as a pattern; such files are tracked by their time of modification."""
     return set(file) & set("{}<>")
 
 
 def files(name):
-    """The YAML files of a page, with the flag of each."""
+    """Return the command-line arguments that pass a page's YAML files."""
     return [word for file in sources(name)[1:] for word in ("-f", file)]
 
 
 def results(name):
-    """What a page shows: markers of what is made before it, and files of what is there."""
+    """Return the inputs of a page besides its sources: existing results, and markers of jobs that must end first."""
     made = {MARKERS[run] for run in RUNS[name] if run in MISSING} if TRAIN else set()
     if NAMES[name] in TIMED:
         made |= {BENCH} if MEASURE else {file for file in TIMES if os.path.exists(file)}
@@ -119,7 +119,7 @@ ruleorder: bench > run
 
 rule all:
     input:
-        list(PAGES.values()),  # each by name: a page that failed is missing though the index was made
+        list(PAGES.values()),  # not only the index, which is made even if a page has failed
         f"{REPORTS}/index.html",
     params:
         runs=f"{ECMOE} runs --scale {SCALE} --missing --check" if TRAIN and MISSING else "true",
@@ -163,13 +163,13 @@ rule bench:
         touch(BENCH),
     threads: CORES if GPUS else 1
     resources:
-        place=AT_ONCE if GPUS else 1,  # nothing beside it
+        place=AT_ONCE if GPUS else 1,  # on a GPU nothing else runs meanwhile
     shell:
-        "{ECMOE} bench all --scale {SCALE} || true"  # pages show the gap, and `all` says so
+        "{ECMOE} bench all --scale {SCALE} || true"  # after a failure pages show a gap, and rule `all` fails
 
 
 rule run:
-    # Its runs may fail in the end: pages then show a gap, and `all` says so.
+    # If runs fail in all attempts, the job still succeeds: pages show gaps, and rule `all` fails.
     output:
         touch(MARKER),
     wildcard_constraints:
@@ -182,11 +182,11 @@ rule run:
     threads: max(1, CORES // AT_ONCE)
     resources:
         attempt=lambda wildcards, attempt: attempt,
-        # One that found no memory beside others comes again with a GPU to itself, then with all of them.
+        # A failed job may have run out of GPU memory: the second attempt gets a GPU of its own, the third all GPUs.
         place=lambda wildcards, attempt: min([1, PLACES, GPUS * PLACES or 1][attempt - 1], AT_ONCE),
     shell:
         "ECMOE_SHARING={params.places} {ECMOE} run {params.names:q} --scale {SCALE}"
-        " || test $? -eq 2 -o {resources.attempt} -ge {ATTEMPTS}"  # another try would find the same config
+        " || test $? -eq 2 -o {resources.attempt} -ge {ATTEMPTS}"  # 2: invalid config, a retry can't help
 
 
 onsuccess:
@@ -194,7 +194,7 @@ onsuccess:
 
 
 onerror:
-    # Something failed: the others are done, and the index says which one is missing.
+    # Write the index even though a page failed; it shows which.
     subprocess.run([sys.executable, "-m", "ecmoe", "index", SCALE, "--reports", REPORTS])
     for page in sorted(Path(REPORTS).glob("*.failed.html")):
         print(f"failed: {page.name.removesuffix('.failed.html')}, see {page}", file=sys.stderr)

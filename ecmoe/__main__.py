@@ -1,4 +1,4 @@
-"""`ecmoe` and `python -m ecmoe`: the command line, or one line that says what it lacks."""
+"""Entry point of `ecmoe` and `python -m ecmoe`: run the command line, or name the package that is missing."""
 
 import sys
 
@@ -9,7 +9,7 @@ def main() -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: always, with the command's exit code; 2 where a package of the extra `study` is not installed.
+        SystemExit: always, with the command's exit code; 2 if a package of the extra `study` isn't installed.
     """
     try:
         from ecmoe.cli import main

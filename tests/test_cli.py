@@ -278,7 +278,7 @@ def test_runs_are_listed_with_who_wants_them_and_what_is_missing(tmp_path, monke
     missing = sum(one.seed == 1 for one in planned)
     *lines, last = call("runs", "09_causality").output.splitlines()
     assert [re.split("  +", line) for line in lines] == [
-        ["09_causality", one.arms[0], f"s{one.seed}", one.name, "missing" if one.seed == 1 else "there"] for one in planned
+        ["09_causality", one.arms[0], f"s{one.seed}", one.name, "missing" if one.seed == 1 else "done"] for one in planned
     ]  # fmt: skip
     assert last == f"{missing} of {len(planned)} missing" and 0 < missing < len(planned)
     names = call("runs", "09_causality", "--missing", "--names", "--check")
@@ -302,7 +302,7 @@ def test_what_was_timed_is_printed_and_kept_where_asked(monkeypatch, tmp_path):
     monkeypatch.setattr("ecmoe.study.speed.job", lambda name, **keys: lambda: table)
     said = [call("bench", "layer", *more).stdout.split() for more in ([], ["--json", tmp_path / "a.json"])]
     assert (
-        said[0] == said[1] == "n=4 path ms plain 1.235 not measured, since not there or not possible: a rival".split()
+        said[0] == said[1] == "n=4 path ms plain 1.235 not measured (not installed, or not possible here): a rival".split()
     )
     (kept,) = tmp_path.iterdir()
     assert json.loads(kept.read_text())["rows"][0]["samples_ms"] == [1.0]

@@ -1,6 +1,6 @@
 """The command line: `ecmoe train | runs | run | again | generate | bench | report | index | readme | keys`, also as `python -m ecmoe`.
 
-Imports wait until a command needs them, so that help comes at once.
+Commands import slow packages when called, so that `--help` is fast.
 """
 
 from typing import Annotated, Any
@@ -14,14 +14,14 @@ from ecmoe.config import ConfigError
 
 
 class Commands(typer.core.TyperGroup):
-    """What is wrong with a config, a notebook or a file, which a user can mend, is told in one line, with exit code 2."""
+    """A command group that reports errors which a user can fix (config, notebook, file) in one line, with exit code 2."""
 
     def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
-        except BrokenPipeError:  # who reads the output has seen enough
+        except BrokenPipeError:  # an OSError, but no error: the reader of the output, such as `head`, has closed the pipe
             raise
-        except SystemExit as left:  # Lightning's, with 1, at Ctrl-C
+        except SystemExit as left:  # at Ctrl-C Lightning exits with 1: raise the KeyboardInterrupt instead
             raise (left.__context__ if isinstance(left.__context__, KeyboardInterrupt) else left) from None
         except (ConfigError, OSError) as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)

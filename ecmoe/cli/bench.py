@@ -1,4 +1,4 @@
-"""`ecmoe bench`: times of this machine, part by part; what is timed, and how, stands in ecmoe/bench/ and ecmoe/study/speed.py."""
+"""`ecmoe bench`: take timings on this machine. ecmoe/bench/ holds the benchmarks, ecmoe/study/speed.py what the pages need."""
 
 import subprocess
 import sys
@@ -11,23 +11,23 @@ import typer
 from ecmoe.config import CHOICES, ConfigError
 from ecmoe.files import assignments, check_known
 
-bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or all that the page of speed shows.")
+bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or everything that page 08 shows.")
 TIMED = {
-    "layer": "The MoE layer beside its floor, the six matrix products that it can't do without, and beside its rivals.",
-    "auto": "What a run gets beside the plain path, size by size.",
-    "step": "A whole training step, expert choice against token choice.",
-    "profile": "Where the time of EC-CF2's training step goes, by kind of work.",
+    "layer": "Time the MoE layer, its floor (the six matrix products that it needs at least), and other implementations.",
+    "auto": "Time the implementation that a run chooses against plain PyTorch, for several sizes.",
+    "step": "Time a whole training step, expert choice against token choice.",
+    "profile": "Show where the time of EC-CF2's training step goes, by kind of work.",
 }
 Sizes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, small on a CPU"),
+    typer.Option("--set", help="key=value, such as n=4096; default: the size of 0.1B/64E on a GPU, a small one on a CPU"),
 ]
 
 
 def _timed(name: str) -> Callable[..., None]:
     def command(
         changes: Sizes = None,
-        output: Annotated[Path | None, typer.Option("--json", help="keep the table as JSON")] = None,
+        output: Annotated[Path | None, typer.Option("--json", help="also save the table as JSON")] = None,
     ) -> None:
         from ecmoe.study import speed
 
@@ -45,50 +45,50 @@ def _of_this_machine(scale: str) -> str:
 
     scale = scale or ("gpu" if speed.may("gpu") else "smoke")
     if not speed.may(scale):
-        raise ConfigError(f"--scale {scale}: its times are a GPU's, and there is none here: take --scale smoke")
+        raise ConfigError(f"--scale {scale}: its timings need a GPU, and this machine has none: use --scale smoke")
     return scale
 
 
 Scale = Annotated[
     str,
-    typer.Option(callback=_of_this_machine, help="whose sizes; default: gpu with CUDA, else smoke", show_default=False),
+    typer.Option(callback=_of_this_machine, help="sizes of this scale; default: gpu with CUDA, else smoke", show_default=False),
 ]
-Out = Annotated[Path | None, typer.Option(help="the folder; default: the scale's")]
+Out = Annotated[Path | None, typer.Option(help="folder to write to; default: reports/SCALE/bench")]
 
 
 @bench.command("all")
 def bench_all(
     scale: Scale = "",
-    only: Annotated[str, typer.Option(help="these parts, by name or how it begins: layer,step")] = "",
+    only: Annotated[str, typer.Option(help="parts to measure, by name or prefix: layer,step")] = "",
     out: Out = None,
-    force: Annotated[bool, typer.Option("--force", help="measure again what is there")] = False,
+    force: Annotated[bool, typer.Option("--force", help="measure again parts that exist")] = False,
 ) -> None:
-    """All that page 08 shows, and steps of page 01's arms; each part is kept at once, and one that fails stops no other."""
+    """Time all that page 08 shows, and steps of page 01's arms. Each part is saved once measured; if one fails, the rest go on."""
     import torch
 
     from ecmoe.study import speed
 
     known = speed.jobs(**speed.plan(scale))
-    asked = list(filter(None, only.split(","))) or [""]  # all of them begin so
+    asked = list(filter(None, only.split(","))) or [""]  # the empty prefix fits all
     starts = tuple(start for start in asked if start not in known)
     wanted = {name: job for name, job in known.items() if name in asked or name.startswith(starts)}
     if not wanted:
         raise ConfigError(f"--only {only}: no such part; there are {', '.join(known)}")
     into, failed = out or speed.folder(scale), False
     typer.echo(f"{', '.join(wanted)} -> {into}")
-    if torch.cuda.is_available() and len(wanted) > 1:  # what a part leaves on the GPU, or breaks, ends with its process
+    if torch.cuda.is_available() and len(wanted) > 1:  # a process for each part: GPU memory is freed, and a crash is contained
         command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
         command += ["--force"] * force
         raise typer.Exit(int(any([subprocess.run([*command, "--only", name]).returncode for name in wanted])))
     for name, job in wanted.items():
         path = into / f"{name}.json"
         if path.exists() and not force:
-            typer.echo(f"{name}: is there already (--force measures again)")
+            typer.echo(f"{name}: exists already (--force measures it again)")
             continue
         try:
             typer.echo(f"\n{name}:")
             _show(job(), path)
-        except Exception as error:  # the others are still wanted
+        except Exception as error:  # go on with the other parts
             failed = True
             typer.echo(f"{name}: {type(error).__name__}: {error}", err=True)
     raise typer.Exit(int(failed))
@@ -97,15 +97,15 @@ def bench_all(
 @bench.command("scaling")
 def bench_scaling(
     scale: Scale = "",
-    devices: Annotated[list[int] | None, typer.Option(min=1, help="each of these; default: as page 08")] = None,
-    strategy: Annotated[list[str] | None, typer.Option(help="each of these: ddp, fsdp2, ep")] = None,
-    pool: Annotated[list[str] | None, typer.Option(help="whose tokens compete: rank, batch")] = None,
-    repeats: Annotated[int, typer.Option(min=2, help="samples of ten steps; medians count")] = 5,
-    only: Annotated[str, typer.Option(help="these parts")] = "training,layers,losses",
+    devices: Annotated[list[int] | None, typer.Option(min=1, help="number of GPUs; default: those of page 08")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="strategy to time: ddp, fsdp2, ep")] = None,
+    pool: Annotated[list[str] | None, typer.Option(help="tokens that compete for experts: rank, batch")] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="timed samples of ten steps; the median counts")] = 5,
+    only: Annotated[str, typer.Option(help="parts to measure")] = "training,layers,losses",
     out: Out = None,
 ) -> None:
-    """Training on one GPU and on several, by every strategy, against as many times one; layers whose experts are shared out,
-    against their floor; and the losses of one model on one GPU and on several. Each row is kept at once."""
+    """Time training on one GPU and on several with each strategy, and layers whose experts are distributed over GPUs; compare
+    the losses of one model on one GPU and on several. Each row is saved as soon as it is measured."""
     import torch
 
     from ecmoe.bench import scaling
@@ -131,15 +131,15 @@ def bench_scaling(
 
 
 def _show(table: Any, output: Path | None = None) -> None:
-    """Print a DataFrame of what was measured, and where; and keep it in a file."""
+    """Print a DataFrame of timings with its setting, and save it if `output` is given."""
     from ecmoe.bench.clock import save
 
     try:
         if output:
             save(table, output)
-    finally:  # what can't be kept is shown at least
+    finally:  # print the table even if it can't be saved
         typer.echo(" ".join(f"{key}={value}" for key, value in table.attrs["setting"].items()))
         rows = table.drop(columns="samples_ms", errors="ignore").dropna(axis=1, how="all")
         typer.echo(rows.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
         if table.attrs.get("absent"):
-            typer.echo("\nnot measured, since not there or not possible:\n" + "\n".join(table.attrs["absent"]))
+            typer.echo("\nnot measured (not installed, or not possible here):\n" + "\n".join(table.attrs["absent"]))

@@ -1,4 +1,4 @@
-"""Commands of pages: of one notebook, of the index, and of README.md."""
+"""Commands that write pages: from one notebook, the index, and README.md."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,11 @@ from ecmoe.files import assignments
 
 
 def report(
-    notebook: Annotated[Path, typer.Argument(help="a notebook of notebooks/")],
+    notebook: Annotated[Path, typer.Argument(help="a notebook in notebooks/")],
     page: Annotated[Path, typer.Argument(help="the HTML page to write")],
-    files: Annotated[list[Path] | None, typer.Option("-f", "--file", help="parameters in YAML, later ones win")] = None,
+    files: Annotated[list[Path] | None, typer.Option("-f", "--file", help="YAML parameters; later files override")] = None,
     changes: Set = None,
-    no_train: Annotated[bool, typer.Option("--no-train", help="leave missing runs as gaps")] = False,
+    no_train: Annotated[bool, typer.Option("--no-train", help="show missing runs as gaps")] = False,
 ) -> None:
     """Execute a notebook with parameters and render it as one HTML page."""
     from ecmoe.report.execution import execute
@@ -25,16 +25,16 @@ def report(
 
 def index(
     scale: Annotated[str, typer.Argument(help="smoke, gpu or paper")] = "smoke",
-    reports: Annotated[Path | None, typer.Option(help="the folder of pages; default: reports/SCALE")] = None,
+    reports: Annotated[Path | None, typer.Option(help="folder of the pages; default: reports/SCALE")] = None,
 ) -> None:
-    """Write index.html: the scoreboard, with a list of the pages that are there."""
+    """Write index.html (verdicts, list of pages, search) and scoreboard.md."""
     from ecmoe.report.index import index as write_index
 
     typer.echo(write_index(scale, reports))
 
 
-def readme(scale: Annotated[str, typer.Argument(help="whose results: gpu")] = "gpu") -> None:
-    """Fill in README.md's figure and claim table from finished reports."""
+def readme(scale: Annotated[str, typer.Argument(help="scale of the results")] = "gpu") -> None:
+    """Update the generated parts of README.md (summary, figures, claim table) from the results of a scale."""
     from ecmoe.report.readme import update
 
     typer.echo("README.md " + ("changed" if update(scale) else "is up to date"))

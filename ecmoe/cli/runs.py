@@ -1,4 +1,4 @@
-"""Commands of runs: of one's own, and of the plan."""
+"""Commands that train or use runs: single runs from a config, and the runs of the plan."""
 
 import dataclasses
 import json
@@ -11,25 +11,25 @@ from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import assignments, plain
 
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, on top of the files")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides the files")]
 Scale = Annotated[str, typer.Option(help="smoke, gpu or paper")]
-# Of a run's summary.
+# Keys of a run's summary that `ecmoe train` prints.
 SHOWN = ("name", "status", "error", "val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte", "tokens",
          "seconds", "tokens_per_second", "mfu", "device", "path")  # fmt: skip
 
 
 def train(
-    configs: Annotated[list[Path] | None, typer.Argument(help="YAML files, later ones win")] = None,
+    configs: Annotated[list[Path] | None, typer.Argument(help="YAML files; later files override")] = None,
     changes: Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
 ) -> None:
-    """Train a run, or load it if it is there. No CONFIG: the defaults, EC-CF2 at smoke size."""
+    """Train a run, or load it if it was trained before. Without CONFIGS: the defaults, EC-CF2 at smoke size."""
     config = RunConfig.from_yaml(*(configs or []), **assignments(changes))
     from ecmoe.training.ranks import rank
     from ecmoe.training.run import run_or_load
 
     result = run_or_load(config)
-    if rank():  # of torchrun: the first speaks for all
+    if rank():  # under torchrun only rank 0 prints
         return
     summary = plain(result.summary)
     if as_json:
@@ -42,18 +42,18 @@ def train(
 
 
 def runs(
-    pages: Annotated[list[str] | None, typer.Argument(help="such as 01_convergence; none: all")] = None,
+    pages: Annotated[list[str] | None, typer.Argument(help="such as 01_convergence; default: all")] = None,
     scale: Scale = "gpu",
-    missing: Annotated[bool, typer.Option("--missing", help="only those that are not done")] = False,
-    names: Annotated[bool, typer.Option("--names", help="only their names, one a line, as for xargs")] = False,
-    check: Annotated[bool, typer.Option("--check", help="exit with 1 if any is not done")] = False,
-    part: Annotated[str, typer.Option(help="this share of the plan: 2/3, the second of three machines")] = "1/1",
+    missing: Annotated[bool, typer.Option("--missing", help="only runs that are not done")] = False,
+    names: Annotated[bool, typer.Option("--names", help="print only names, one per line, as for xargs")] = False,
+    check: Annotated[bool, typer.Option("--check", help="exit with 1 if any run is not done")] = False,
+    part: Annotated[str, typer.Option(help="one share of the plan: 2/3 for the second of three machines")] = "1/1",
     train_them: Annotated[bool, typer.Option("--train", help="train and measure what is missing")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="with --train: so many side by side")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="with --train: number of runs at a time")] = 1,
 ) -> None:
-    """List the plan: the runs and measurements that pages rest on, and what is there of them; or carry it out.
+    """List the plan (the runs and measurements that pages need) and what is missing; or, with --train, carry it out.
 
-    Each is kept as it ends, so that a machine can be taken away at any time; pages then draw themselves from the records.
+    Each run is saved as it ends, so the machine may be stopped at any time; pages are then drawn from the records.
     """
     from ecmoe.study import engine
     from ecmoe.study.plan import plan, sound
@@ -71,7 +71,7 @@ def runs(
     for one, lacks in lacking:
         if lacks or not missing:
             where = f"{one.pages[0]:24} {one.arms[0]:48} s{one.seed}"
-            typer.echo(one.name if names else f"{where:78} {one.name:46} {lacks or 'there'}")
+            typer.echo(one.name if names else f"{where:78} {one.name:46} {lacks or 'done'}")
     if not names:
         typer.echo(f"{len(left)} of {len(lacking)} missing")
     for error in wrong.values():
@@ -80,14 +80,14 @@ def runs(
 
 
 def run(
-    names: Annotated[list[str], typer.Argument(help="of runs, as `ecmoe runs` lists them; or how they begin")],
+    names: Annotated[list[str], typer.Argument(help="names of runs, as `ecmoe runs` lists them, or unique prefixes")],
     scale: Scale = "gpu",
-    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="in runs/NAME, as scale smoke does")] = False,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="keep weights in runs/NAME, as at scale smoke")] = False,
 ) -> None:
-    """Train runs of the plan, or load them, and take the measurements that pages want of them.
+    """Train runs of the plan, or load them, and take the measurements that pages need.
 
-    Leaves reports/SCALE/runs/NAME.json and reports/SCALE/measures/NAME/*.json. The exit code is 1 if any failed, 2 if it
-    will always fail, since something in its config can't be.
+    Writes reports/SCALE/runs/NAME.json and reports/SCALE/measures/NAME/*.json. Exit code: 1 if a run failed; 2 if all failures
+    are due to invalid configs, which a retry can't fix.
     """
     from ecmoe.study import engine
     from ecmoe.study.plan import sound
@@ -97,14 +97,14 @@ def run(
 
 
 def again(
-    names: Annotated[list[str], typer.Argument(help="of recorded runs; or how they begin")],
+    names: Annotated[list[str], typer.Argument(help="names of recorded runs, or unique prefixes")],
     scale: Scale = "gpu",
-    steps: Annotated[int | None, typer.Option(min=1, help="stop at the first validation after so many steps")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="stop at the first validation after this many steps")] = None,
 ) -> None:
-    """Train recorded runs anew, aside, and compare their curves: does this machine reproduce the numbers?
+    """Train recorded runs again in a temporary folder and compare their curves: does this machine reproduce the numbers?
 
-    The exit code is 1 if one differs. On the card of the record, what was found is kept in reports/SCALE/repeats: it shows
-    whether two versions of the code compute the same.
+    Exit code: 1 if a run differs. If this device is of the record's kind, the comparison is saved in reports/SCALE/repeats, where
+    it shows whether two versions of the code compute the same.
     """
     from ecmoe.study import engine, repeats
     from ecmoe.study.plan import sound
@@ -120,14 +120,14 @@ def again(
 
 
 def generate(
-    run: Annotated[str, typer.Argument(help="a finished run: its folder, its name, or how that begins")],
+    run: Annotated[str, typer.Argument(help="a finished run: its folder, its name, or a unique prefix")],
     prompt: Annotated[str, typer.Argument(help="the text to continue")],
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to add")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="sample among the k likeliest")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the samples")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="number of tokens to add")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="sample among the k most likely tokens")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of the samples")] = 0,
 ) -> None:
-    """Continue a text with a trained run, routed causally."""
+    """Continue a text with a trained model, using causal routing."""
     from ecmoe.training.continuation import continue_text
 
     try:
@@ -137,14 +137,14 @@ def generate(
 
 
 def keys() -> None:
-    """List the keys of a run: name, default, meaning."""
+    """List the keys of a run's config: name, default, meaning."""
     for field in dataclasses.fields(RunConfig):
         default = "null" if field.default is None else str(field.default)
         typer.echo(f"{field.name:26} {default:14} {field.metadata['help']}")
 
 
 def _part(text: str) -> tuple[int, int]:
-    """ "2/3" -> 1, 3."""
+    """Parse "2/3" to (1, 3): the index of the part, from 0, and the number of parts."""
     part, _, count = text.partition("/")
     if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
         raise ConfigError(f"--part {text}: must be I/N with I in 1..N, such as 1/2")

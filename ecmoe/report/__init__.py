@@ -1,1 +1,1 @@
-"""Pages: notebooks run with parameters, their figures, verdicts and the scoreboard, as HTML that sends no request."""
+"""Reports: run notebooks with parameters and render them, their figures and the verdicts as self-contained HTML pages."""

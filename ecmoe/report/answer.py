@@ -1,6 +1,6 @@
-"""The answer on top of a page: verdict, one sentence, what it rests on; and, further down, how it was judged.
+"""The answer at the top of a page (verdict, one sentence, the runs behind it) and, further down, how it was judged.
 
-What it says of a claim comes from `ecmoe.study.verdict` alone, which reads protocol and records: a notebook adds nothing to it.
+Everything about a claim is computed by `ecmoe.study.verdict` from protocol and records; notebooks add nothing to it.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ NOTHING = "(not run)"
 
 
 def answer(scale: str, *claims: str) -> None:
-    """Show the verdict on each claim ("C1", "L2"): label, one sentence, what it rests on; at smoke there is none."""
+    """Show the verdict on each claim ("C1", "L2"): label, sentence, and the runs behind it; at scale smoke a note that there is none."""
     for claim in claims[:1] if scale == "smoke" else claims:
         show_html(answer_html(judge(claim, scale)))
 
 
 def finding(said: str, rests_on: Study | str) -> None:
-    """Show what a page found that judges no claim of the paper: one sentence with its number.
+    """Show the finding of a page that judges no claim of the paper: one sentence with its number.
 
     Args:
-        said: the sentence. rests_on: in words; or a study, whose finished runs are named below, with the command where some are
-            missing, and which at smoke says nothing.
+        said: the sentence. rests_on: what it is based on, in words; or a study, whose finished runs are summarised, with the
+            command that trains missing ones. For a study at scale smoke the finding is labelled "plumbing only".
     """
     label, more = "finding", Markup()
     if isinstance(rests_on, Study):
@@ -48,12 +48,12 @@ def finding(said: str, rests_on: Study | str) -> None:
 
 
 def judged(scale: str, *claims: str) -> None:
-    """Show how each claim was judged: its parts, the rule of each, what it could have seen, what would refute it."""
+    """Show how each claim was judged: its parts with their rules and minimum detectable effects, and what would refute it."""
     show_html(markup("judged_claims", [(claim, judged_html(judge(claim, scale))) for claim in claims]))
 
 
 def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
-    """Claims as the arms of another page have them, beside their own: a row per part of which that has runs; at smoke none."""
+    """Return claims judged on another page's arms beside the original verdicts, a row per part with runs there; empty at smoke."""
     rows = []
     for claim in claims:
         own = {part.name: part for part in judge(claim, scale).parts}
@@ -65,13 +65,13 @@ def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
 
 
 def answer_html(verdict: ClaimVerdict) -> Markup:
-    """A claim's label, sentence, and what it rests on."""
+    """Return a claim's label, its sentence, and the runs behind it."""
     claim = "" if verdict.label == PLUMBING else verdict.claim
     return markup("answer", verdict.label, verdict.sentence, claim, markup("rests", verdict))
 
 
 def judged_html(verdict: ClaimVerdict) -> Markup:
-    """The parts of a claim in a table, those that decide nothing folded; below, the claim and the rules for all."""
+    """Return a table of the claim's deciding parts, a folded one of the other parts, then the claim and the common rules."""
     beside, rules = [part for part in verdict.parts if not part.decides], protocol()
     amended = [one for one in rules.amendments if verdict.claim in one.claims]
     tables = [parts_html(parts, verdict.label) for parts in (verdict.deciding, beside)]
@@ -79,7 +79,7 @@ def judged_html(verdict: ClaimVerdict) -> Markup:
 
 
 def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
-    """A row for each part: what was found, and by which rule it has its label."""
+    """Return a table with a row per part: its label, estimate, seeds, rule, and minimum detectable effect."""
     rows = []
     for part in parts:
         missing = f"; missing: {', '.join(part.missing)}" * bool(part.missing)
@@ -88,13 +88,13 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
         seen = amount(part.smallest, part.unit, compares=True) + either if part.interval else None
         rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
     frame = pd.DataFrame(rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "could have seen"])
-    if label == PLUMBING:  # numbers of smoke say nothing
+    if label == PLUMBING:  # numbers at scale smoke are meaningless
         return table_html(frame[["part", "reproduced if"]])
     return table_html(frame, "", {"verdict": partial(markup, "badge")})
 
 
 def found(part: JudgedPart) -> str:
-    """A part's estimate and interval in its unit; a difference has its sign."""
+    """Return a part's estimate and interval in its unit; differences have a sign."""
     if not part.effect.n:
         return "\u2013"
     size = amount(part.effect.value, part.unit, compares=part.compares)
@@ -104,10 +104,10 @@ def found(part: JudgedPart) -> str:
 
 
 def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "nats per token") -> str:
-    """How much more a has than b, over the seeds that both have: "+0.004 nats (0.002 to 0.006; 3 seeds)"; or "(not run)".
+    """Return a minus b over their common seeds, such as "+0.004 nats (0.002 to 0.006; 3 seeds)"; "(not run)" without any.
 
     Args:
-        frame: a row per arm and seed. value: the column; shares are of 1. unit: of `Unit`.
+        frame: a row per arm and seed. value: the column, shares as fractions of 1. unit: a value of `Unit`.
     """
     of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
     found = of_values(of[a] - of[b], Unit(unit))

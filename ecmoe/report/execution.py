@@ -1,4 +1,4 @@
-"""Execute a notebook by papermill, its parameters checked first, and render it as a page."""
+"""Check a notebook's parameters, execute it with papermill, and render it as a page."""
 
 import logging
 import os
@@ -23,11 +23,11 @@ from ecmoe.study.plan import of_page
 
 
 class _ThisPython(AsyncKernelManager):
-    """Kernels of the running interpreter: an installed `python3` kernel may be another one's.
+    """Start kernels with the running interpreter: an installed `python3` kernel may use another one.
 
-    They are reached by sockets in the file system: nothing listens on a port. In a folder of its own, as
-    Jupyter's default is the working folder, which kernels that run side by side would share; and in /tmp, as the name of a
-    socket may have some 100 characters in all.
+    Kernels communicate over Unix sockets, so that no port is open. The sockets get a folder of their own, because parallel
+    kernels would share Jupyter's default, the working folder. It is in /tmp, because a socket's path is limited to some 100
+    characters.
     """
 
     transport = CaselessStrEnum(["tcp", "ipc"], "ipc")
@@ -41,7 +41,7 @@ class _ThisPython(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        command += ["--log-level=50"]  # its own log, not what a notebook writes
+        command += ["--log-level=50"]  # silences ipykernel's log, not the notebook's output
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
@@ -53,22 +53,22 @@ def execute(
     parameters: Mapping[str, Any] | None = None,
     train_missing: bool | None = None,
 ) -> Path:
-    """Run a notebook with the parameters of YAML files and render it; returns the page's path.
+    """Run a notebook with the parameters of YAML files, render it, and return the page's path.
 
-    A line per cell, and what the notebook writes to stderr, goes to stderr.
+    Progress (a line per cell) and the notebook's stderr go to stderr.
 
     Args:
-        parameter_files: later ones win, key by key; below `base`, key by key too.
-        parameters: win over the files. train_missing: the notebook's parameter of that name, where it has one.
+        parameter_files: YAML files; later files override, key by key, also within `base`.
+        parameters: override the files. train_missing: sets the parameter of that name, if the notebook has it.
 
     Raises:
-        ConfigError: an unknown key, no such notebook, or the page is a folder; before anything runs. Or a cell failed. The page, with
-            the error on top, is then `<name>.failed.html`, so that the page asked for is not taken for done.
+        ConfigError: before anything runs, for an unknown key, an unreadable notebook, or a folder as `out_html`; later, if a cell
+            fails. Parameter and cell errors write `<name>.failed.html` with the error on top; the page itself isn't written.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of what `check_parameters` knows to be read
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters that `check_parameters` accepts
     notebook, out_html = Path(notebook), Path(out_html)
     failed_html = out_html.with_suffix(".failed.html")
 
@@ -81,15 +81,15 @@ def execute(
         values = merged(merge_parameters(parameter_files), parameters or {})
         try:
             source = nbformat.read(notebook, as_version=4)
-        except Exception as error:  # nbformat has no error of its own for all that JSON can be
+        except Exception as error:  # nbformat raises many kinds of errors for invalid files
             what = f"{notebook} can't be read ({type(error).__name__}: {error})"
             raise ConfigError(f"{what}: it must be a notebook, such as notebooks/01_convergence.ipynb") from error
         if train_missing is not None and "train_missing" in notebook_parameters(source):
             values["train_missing"] = train_missing
         check_parameters(source, values, notebook.name)
         if (paths.configs() / f"{notebook.stem}.yaml").exists():
-            of_page(notebook.stem, values.get("scale", "smoke"), values)  # an arm that can't be is named at once
-    except ConfigError as error:  # the list of pages names it, too
+            of_page(notebook.stem, values.get("scale", "smoke"), values)  # raises for invalid arms
+    except ConfigError as error:  # the failed page is listed in index.html
         if notebook.exists():
             title = nbformat.v4.new_markdown_cell(f"# {notebook.stem}")
             fail(nbformat.v4.new_notebook(cells=[title]), str(error))
@@ -105,12 +105,12 @@ def execute(
         executed = Path(folder) / "executed.ipynb"
         try:
             papermill.execute_notebook(
-                source,  # not its path, in which papermill would fill in {names}
+                source,  # not its path, as papermill would format {names} in a path
                 executed,
                 values,
                 kernel_name="python3",
                 language="python",
-                cwd=notebook.resolve().parent,  # as in JupyterLab
+                cwd=notebook.resolve().parent,  # as JupyterLab does
                 progress_bar=False,
                 start_timeout=180,
                 kernel_manager_class=_ThisPython,
@@ -122,7 +122,7 @@ def execute(
             where = f"{notebook.name}, cell {cell}"
             fail(nbformat.read(executed, as_version=4), what, where, cell)
             raise ConfigError(f"{where} failed: {what} (see {failed_html})") from None
-        except Exception as failure:  # the kernel died, such as for want of memory
+        except Exception as failure:  # the kernel died, for example out of memory
             what = f"{type(failure).__name__}: {failure}"
             if executed.exists():
                 fail(nbformat.read(executed, as_version=4), what)

@@ -1,7 +1,7 @@
-"""index.html of a scale: the answer, a tally, a line for each claim, all pages, and a search over them.
+"""Write index.html of a scale: summary, number of claims per label, a line per claim, all pages, and a search over them.
 
-The search is a few lines of script in this page alone, allowed by their own digest; its words lie in the page, so it needs no
-network and no server.
+The search is a short script, the only one in any page; the Content-Security-Policy allows it by its digest. The searched text
+is part of index.html, so no network or server is needed.
 """
 
 import base64
@@ -22,11 +22,11 @@ from ecmoe.study.answer import answer
 from ecmoe.study.parameters import check_scale
 from ecmoe.study.verdict import judge_all
 
-_LONGEST = 4000  # characters of a section that can be found
+_LONGEST = 4000  # searchable characters per section
 
 
 def index(scale: str, reports: str | Path | None = None) -> Path:
-    """Write `index.html`, and `scoreboard.md` for GitHub, from the pages in `reports` (default: reports/<scale>) and the results that are there."""
+    """Write index.html, and scoreboard.md for GitHub, from the scale's results and the pages in `reports` (default: reports/<scale>)."""
     check_scale(scale)
     folder = Path(reports) if reports else paths.root() / "reports" / scale
     pages, verdicts = list(_pages(folder)), judge_all(scale)
@@ -55,7 +55,7 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
 
 
 def _pages(folder: Path) -> Iterator[dict[str, Any]]:
-    """Each page: its name, title, description, whether it failed, and its sections for the search."""
+    """Yield each page's name, file, title, description, whether it failed, and its sections for the search."""
     for path in sorted(folder.glob("[0-9]*.html")):
         failed = path.name.endswith(".failed.html")
         if failed and path.with_name(path.name.replace(".failed.html", ".html")).exists():
@@ -73,7 +73,7 @@ def _pages(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _sections(soup: BeautifulSoup) -> list[tuple[str, str, str]]:
-    """Id, heading and text of each section; of figures what their alternative text says, of code nothing."""
+    """Return (id, heading, text) of each section; figures count with their alternative text, code is left out."""
     for element in soup.select("details.code, details.log, math, nav, style"):
         element.decompose()
     for svg in soup.select("svg"):

@@ -1,4 +1,4 @@
-"""What JupyterLab saves of a page's notebook: what somebody wrote, not what it showed. `make lab` hands this to Jupyter."""
+"""A JupyterLab hook that saves a page's notebook without outputs. `make lab` passes it to Jupyter."""
 
 import re
 from pathlib import PurePosixPath
@@ -8,9 +8,9 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def as_written(model: dict[str, Any], path: str = "", **_: Any) -> None:
-    """A `pre_save_hook`: no outputs, no counters, so that to run a notebook is no change to commit.
+    """Remove outputs and execution counts before saving (a `pre_save_hook`), so that running a notebook changes nothing to commit.
 
-    Of NN_name.ipynb alone: a copy under another name keeps what it showed.
+    Applies to NN_name.ipynb only: a copy under another name keeps its outputs.
     """
     if model["type"] != "notebook" or not re.fullmatch(r"\d\d_\w+\.ipynb", PurePosixPath(path).name):
         return

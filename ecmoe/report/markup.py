@@ -1,4 +1,4 @@
-"""Pieces of pages as HTML, drawn by the macros of template/parts.html.j2, which escape what comes in; nothing needs a script."""
+"""HTML building blocks of pages, made by the macros of template/parts.html.j2, which escape their arguments; no scripts."""
 
 import html
 import math
@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 TEMPLATE = Path(__file__).parent / "template"
 Format = str | Callable[[Any], str]
-_WRITTEN = {"gflops": "GFLOPs", "gpu": "GPU", "mfu": "MFU", "mb": "MB"}  # words in names of columns
-# Of verdicts: white on them has a contrast above 4.5, and as marks they are seen on white and on black.
+_WRITTEN = {"gflops": "GFLOPs", "gpu": "GPU", "mfu": "MFU", "mb": "MB"}  # spelling of words in column headings
+# Colours of verdicts: white text on them has a contrast above 4.5, and they are visible on white and on black.
 COLORS = {
     "reproduced": "#1a7f4b",
     "reproduced in direction": "#2f6fb0",
@@ -37,17 +37,17 @@ def _macros() -> Any:
 
 
 def markup(name: str, *args: Any, **kwargs: Any) -> Markup:
-    """What a macro of parts.html.j2 makes of its arguments; all of them are escaped but Markup."""
+    """Call a macro of parts.html.j2. Arguments are escaped, unless they are Markup."""
     return getattr(_macros(), name)(*args, **kwargs)
 
 
 def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None) -> Markup:
-    """A table: escaped, numbers to the right, the first column heading its row; what is missing is a dash, never a 0.
+    """Return a DataFrame as an escaped HTML table; the first column is the row header, missing values are dashes.
 
     Args:
-        frame: its index is not shown. caption: above it.
-        formats: column -> format such as ".1f" or "{:.0%}", or a function; else by size. What a
-            function returns is escaped too, unless it is markupsafe's Markup.
+        frame: its index isn't shown. caption: shown above the table.
+        formats: column -> a format such as ".1f" or "{:.0%}", or a function whose result is escaped unless it is Markup.
+            Other columns are formatted by the size of their numbers. A ValueError for an unknown column.
     """
     formats = formats or {}
     unknown = [name for name in formats if name not in frame.columns]
@@ -60,12 +60,12 @@ def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, For
 
 
 def math_html(latex: str, mode: str = "inline") -> str:
-    """LaTeX as MathML, which browsers draw by themselves; `mode`: "inline" or "block"."""
+    """Convert LaTeX to MathML, which browsers render without a script. mode: "inline" or "block"."""
     return convert(latex, display=mode).replace("<math ", f'<math alttext="{html.escape(latex)}" ', 1)
 
 
 def text_of(markup: str) -> str:
-    """Markup without its tags, on one line."""
+    """Return the text of markup on one line, without tags and backticks."""
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", markup)).replace("`", "").split())
 
 
@@ -74,14 +74,14 @@ def _is_numeric(column: pd.Series) -> bool:
 
 
 def _by_size(column: pd.Series) -> Format:
-    """Whole numbers with commas; else three decimals below 100, and no false digits above."""
+    """Choose a format: thousands separators for whole numbers, else fewer decimals the larger the numbers are."""
     if not _is_numeric(column):
         return str
     finite = column.dropna().abs()
     if (finite == finite.round()).all():
         return ",.0f"
     if finite.max() >= 1000:
-        return ",.0f" if finite[finite > 0].min() >= 1 else ",g"  # what is there is no 0
+        return ",.0f" if finite[finite > 0].min() >= 1 else ",g"  # keeps small values from being shown as 0
     return ".1f" if finite.max() >= 100 else ".3f" if finite.max() >= 0.01 else ".2e"
 
 
@@ -96,7 +96,7 @@ def _cell(value: Any, how: Format) -> str | None:
 
 
 def show_html(shown: str, text: str = "") -> None:
-    """Show HTML in a notebook; where there is none a text, or what stands between the tags."""
+    """Show HTML in a notebook. Front ends without HTML show `text`, by default the HTML without its tags."""
     from IPython.display import display
 
     display({"text/html": str(shown), "text/plain": text or text_of(str(shown).replace("<", " <"))}, raw=True)

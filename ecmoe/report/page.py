@@ -1,6 +1,6 @@
-"""What a notebook shows: figures with alternative text, tables, text. The answer on top is `answer`'s.
+"""Functions that notebooks call to show figures with alternative text, tables and text, as HTML without scripts or requests.
 
-Everything is HTML that needs no script and no network.
+`answer` and its neighbours, for the top of a page, are in report/answer.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ __all__ = [
 
 
 def show(plot: Plot, caption: str) -> None:
-    """Show a figure with its alternative text and caption, its numbers folded below; where nothing was run, that.
+    """Show a figure with alternative text and caption, its numbers folded below; without runs, "Not run" and the caption.
 
-    The caption says what the intervals are, where there are some.
+    A sentence about the intervals is added to the caption if the figure has any.
     """
     if plot.figure is None:
         show_html(markup("not_run_yet", caption))
@@ -36,9 +36,9 @@ def show(plot: Plot, caption: str) -> None:
 def show_table(
     frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None, fold: str = ""
 ) -> None:
-    """Show a table; where nothing stands in it but what its rows are called, if there are any, that nothing was run.
+    """Show a table, or "Not run" if all values beyond its first column are missing.
 
-    As `markup.table_html`; fold: what the reader opens to see it; "": it is open.
+    Arguments as in `markup.table_html`; fold: a summary under which the table is folded; "": the table is shown open.
     """
     values = frame.iloc[:, 1:]
     if not fold and values.shape[1] and (values.isna() | values.eq(NOTHING)).all(axis=None):
@@ -49,7 +49,7 @@ def show_table(
 
 
 def show_runs(table: pd.DataFrame, columns: Sequence[str], caption: str = "") -> None:
-    """Show a table of runs, folded: a row for each that is there, a sentence for those that aren't."""
+    """Show a folded table with a row per run, and the names of missing runs in its caption."""
     there = table[table["status"] != "not run"]
     missing = table.loc[table["status"] == "not run"].groupby("arm", sort=False)["seed"]
     named = "; ".join(f"{arm} (seed {', '.join(map(str, seeds))})" for arm, seeds in missing)
@@ -60,7 +60,7 @@ def show_runs(table: pd.DataFrame, columns: Sequence[str], caption: str = "") ->
 
 
 def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str) -> None:
-    """Show text with each token on the colour of its number of experts, as in `plots.expert_shares`; 0 is struck through."""
+    """Show text with each token coloured by its number of experts, as in `plots.expert_shares`; 0 is struck through."""
 
     def piece(text: str, count: int) -> tuple:
         color = COUNT_COLORS[min(count, len(COUNT_COLORS) - 1)]

@@ -1,4 +1,4 @@
-"""Where the numbers of a page come from: commit, versions, devices, seeds, hours, data, and what is missing."""
+"""Show where the numbers of a page come from: commit, versions, devices, seeds, hours, data, and missing runs."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from ecmoe.study.load import Study
 
 
 def provenance(study: Study, differences: str = "") -> None:
-    """Show where numbers come from, with a page's differences from the paper; warns if its runs differ in what they mustn't."""
+    """Show the provenance of a study's runs and a page's differences from the paper; warn if code, device or data differ among runs."""
     results = [r for by_arm in study.values() for r in by_arm]
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
@@ -39,7 +39,7 @@ def provenance(study: Study, differences: str = "") -> None:
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
     shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}
-    # A commit may differ in what decides no number: the digest of the code that does is what counts, where runs have it.
+    # Commits may differ without changing any number: the digest of the code that determines the numbers counts, if known.
     passed = ("commit", "code") if linked else ("commit",)
     mixed = [name for name in same if name not in passed and len(shown.get(name, ())) > 1]
     mixed += ["commit"] * ("unknown" in shown.get("code", ()) and len(shown.get("commit", ())) > 1)

@@ -1,7 +1,7 @@
-"""The parts of README.md that are made of committed results: the answer, its figure, the claims, the layer's speed.
+"""Generate parts of README.md from committed results: the summary and its figure, the claims, the layer's speed.
 
-Each lies between two marks, such as <!-- claims:begin --> and <!-- claims:end -->; a test fails when what lies
-there is not what the results give.
+Each part is between two marks, such as <!-- claims:begin --> and <!-- claims:end -->. A test fails if the text there differs
+from what the results give.
 """
 
 import html
@@ -17,10 +17,10 @@ from ecmoe.study.verdict import judge_all
 
 
 def update(scale: str = "gpu") -> bool:
-    """Draw the figures, fill in the README's parts; says whether the text changed.
+    """Draw the figures, update the generated parts of README.md, and return whether its text changed.
 
     Raises:
-        ConfigError: there is no README.md; or a mark is missing in it, or there twice.
+        ConfigError: there is no README.md, or a mark is missing in it or occurs twice.
     """
     path = paths.root() / "README.md"
     if not path.exists():
@@ -41,7 +41,7 @@ def update(scale: str = "gpu") -> bool:
 
 
 def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
-    """Name of a part -> the Markdown that the committed results give; file of an image -> the figure."""
+    """Return two mappings: name of a part -> its Markdown, and image file -> its figure."""
     verdicts, plan, plots = judge_all(scale), speed.plan(scale), {}
     timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))
     device = timed[speed.layer_file(size)]["setting"].get("device", "no device yet")

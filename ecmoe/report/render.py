@@ -1,6 +1,6 @@
-"""Executed notebooks as pages, by nbconvert with a template of our own.
+"""Render executed notebooks as pages, with nbconvert and the template in template/.
 
-A page is one file: no script, no request, formulas as MathML, code folded away. The list of pages is `index`'s.
+A page is a single file without scripts or requests, with formulas as MathML and code folded. index.py lists the pages.
 """
 
 import os
@@ -26,17 +26,17 @@ _LABELS = {
 }
 _NBCONVERT = {
     "NbConvertBase": {"display_data_priority": ["text/html", "image/png", "text/plain"]},
-    "CoalesceStreamsPreprocessor": {"enabled": True},  # one log a cell, however many pieces it came in
+    "CoalesceStreamsPreprocessor": {"enabled": True},  # merges a cell's log messages into one log
 }
 FOOTER = "Made from a notebook; this page sends no request and runs no script."
 
 
 def render(notebook: Any, out_html: Path, source: Path, error: Mapping[str, Any] | None = None) -> None:
-    """Render an executed notebook as a page, written by rename.
+    """Render an executed notebook as a page, with an atomic write.
 
     Args:
-        source: the notebook as it lies in notebooks/; the page links to it and to the pages of its neighbours.
-        error: shown on top: {"where": text, "what": text, "cell": number or None}.
+        source: path of the notebook in notebooks/; the page links to it and to the pages of its neighbours.
+        error: shown at the top: {"where": text, "what": text, "cell": number or None}.
     """
     there = os.path.relpath(source.resolve(), out_html.parent.resolve())
     write_text(out_html, page_html(notebook, error, ways(source), quote(Path(there).as_posix())))
@@ -50,17 +50,17 @@ def page_html(
     parts: Mapping[str, str] | None = None,
     **more: str,
 ) -> str:
-    """An executed notebook as a page of HTML.
+    """Return an executed notebook as an HTML page.
 
     Args:
-        ways: to the pages before and after, each with `href`, `rel` and `text`. source: address of the notebook.
-        parts: heading -> HTML that follows the cells. more: footer; script and script_digest (base64 of its SHA-256), of the
-            one script that may run.
+        ways: links to the previous and next page, each with `href`, `rel` and `text`. source: address of the notebook.
+        parts: heading -> HTML that follows the cells. more: `footer`; `script` and `script_digest` (base64 of its SHA-256) of
+            the only script that the page may run.
     """
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for number, cell in enumerate(notebook.cells, 1):
         cell.page = {"number": number}
-    # The cell tagged `answer` stands right below the title, whatever had to be loaded for it.
+    # The cell tagged `answer` is shown right below the title, above the cells that load its data.
     notebook.cells[1:] = sorted(notebook.cells[1:], key=lambda cell: "answer" not in cell.metadata.get("tags", []))
     toc: list[dict[str, Any]] = []
     markdown = MarkdownWithMath(renderer=_Markdown(toc))
@@ -76,8 +76,8 @@ def page_html(
             tags = cell.metadata.get("tags", [])
             cell.page["label"] = next((_LABELS[tag] for tag in tags if tag in _LABELS), "code")
             cell.page["failed"] = bool(error) and error["cell"] == cell.page["number"]
-            cell.page["read"] = "read" in tags  # its code is what there is to read
-            # What a cell shows, then its log; no bar that has come to its end.
+            cell.page["read"] = "read" in tags  # cells whose code is meant to be read: shown unfolded
+            # Results before the log; finished progress bars are dropped.
             outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
             cell.outputs = sorted(outputs, key=lambda output: output.get("name") == "stderr")
             shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
@@ -106,7 +106,7 @@ def page_html(
 
 
 def ways(source: Path) -> list[dict[str, str]]:
-    """To the pages of the notebooks before and after this one, by their number; "03_capacity_factor" is "03 Capacity factor"."""
+    """Return links to the pages of the previous and next notebook; the text for "03_capacity_factor" is "03 Capacity factor"."""
     names, found = sorted(path.stem for path in source.parent.glob("[0-9][0-9]_*.ipynb")), []
     for rel, step, form in (("prev", -1, "\u2190 {}"), ("next", 1, "{} \u2192")):
         at = names.index(source.stem) + step if source.stem in names else -1
@@ -118,7 +118,7 @@ def ways(source: Path) -> list[dict[str, str]]:
 
 
 class _Markdown(IPythonRenderer):
-    """Markdown with $formulas$ as MathML, and headings that the table of contents can link to."""
+    """Render Markdown with $formulas$ as MathML, and give headings ids for the table of contents."""
 
     def __init__(self, toc: list[dict[str, Any]]) -> None:
         super().__init__(escape=False, exclude_anchor_links=True)
@@ -141,7 +141,7 @@ class _Markdown(IPythonRenderer):
 
 
 def _anchor(text: str, toc: list[dict[str, Any]], level: int = 2) -> str:
-    """An id for a heading, which is added to the contents."""
+    """Return a unique id for a heading, and add the heading to the table of contents."""
     plain = re.sub(r"[^\w]+", "-", text_of(text).lower()).strip("-") or "section"
     taken = sum(entry["plain"] == plain for entry in toc)
     name = f"{plain}-{taken + 1}" if taken else plain

@@ -1,4 +1,4 @@
-"""All claims at a glance: a tally, every effect on one scale, a line for each claim that unfolds to its parts."""
+"""The scoreboard of all claims: number of claims per label, a figure of all effects, and a line per claim that unfolds to its parts."""
 
 import math
 from collections import Counter
@@ -27,7 +27,7 @@ CAPTION = (
 
 
 def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Mapping[str, str]) -> Markup:
-    """The claims of a scale: verdicts of `judge_all`, the answer in words, links to the pages that are there (name -> file)."""
+    """Return the claims of a scale. verdicts: from `judge_all`. answer: the summary. pages: name -> file, of existing pages."""
     tally = Counter(verdict.label for verdict in verdicts.values())
     plot = effects(verdicts)
     shown = "" if plot.figure is None else markup("figure", plot.svg(), CAPTION, table_html(plot.data))
@@ -36,11 +36,11 @@ def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Mapping[str, str]
 
 
 def effects(verdicts: Verdicts) -> Plot:
-    """All deciding parts on the claim's side or not: a panel in nats, and one in percent: of a share, or of what a ratio is over 1."""
+    """Plot all deciding parts, positive on the paper's side: a panel in nats, and one in percent for shares and ratios minus 1."""
     rows = []
     for verdict in verdicts.values():
         for part in verdict.deciding if verdict.label != PLUMBING else ():
-            if part.effect.n:  # else the line of its claim says so
+            if part.effect.n:  # parts that weren't run are named in their claim's line
                 turned = _to_the_papers_side(part, part.effect.value, *(part.interval or (math.nan, math.nan)))
                 unit = "difference in loss (nats per token)" if part.unit is Unit.NATS else "percent"
                 rows.append((unit, f"{verdict.claim} {part.name}", *turned, part.label))
@@ -55,8 +55,8 @@ def effects(verdicts: Verdicts) -> Plot:
         ax.scatter(rows["mean"], rows.index, c=colors, s=64, zorder=3)
         for label in [label for label in COLORS if label in set(frame["label"])]:
             ax.scatter([], [], c=COLORS[label], s=64, label=label)
-        # Effects lie decades apart, so the axis is logarithmic away from 0. An interval of few seeds may be hundreds wide: the
-        # marks decide how far it goes.
+        # Effects differ by orders of magnitude, so the axis is logarithmic away from 0. Intervals of few seeds may be very wide:
+        # the estimates and the median interval set the limits.
         sizes = rows["mean"].abs()
         reach = max(1.6 * sizes.max(), 1.1 * rows[["low", "high"]].abs().max(axis=1).median())
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
@@ -70,24 +70,24 @@ def effects(verdicts: Verdicts) -> Plot:
 
 
 def _to_the_papers_side(part: JudgedPart, *values: float) -> tuple[float, float, float]:
-    """Mean, low, high from no effect (of a value that is claimed: from that), the paper's side above 0."""
+    """Return mean, low, high relative to no effect (or to the figure that "near" claims), positive on the paper's side."""
     from_here = part.figure if part.says == "near" and part.figure is not None else part.neutral
     mean, low, high = ((1.0 if part.unit is Unit.NATS else 100.0) * (x - from_here) for x in values)
     return (-mean, -high, -low) if part.says in ("below", "at or below") else (mean, low, high)
 
 
 def markdown(name: str, verdicts: Verdicts, scale: str) -> str:
-    """The claims as Markdown: "scoreboard", with their deciding parts, for GitHub, which shows no HTML; "claims", a line each."""
+    """Return the claims as Markdown. name: "scoreboard" (with deciding parts, for GitHub) or "claims" (a table row each)."""
     environment = Environment(loader=FileSystemLoader(TEMPLATE), trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"found": found, "cell": lambda text: text.replace("|", "\\|")}
     return environment.get_template(f"{name}.md.j2").render(verdicts=verdicts.values(), scale=scale)
 
 
 def studies(scale: str) -> pd.DataFrame:
-    """A row per page: how many runs of its plan, which pages share, are there and measured, and what is missing."""
+    """Return a row per page: how many runs of its plan are done (pages share runs), and which are missing."""
     rows = []
     for page in plan.pages(scale):
-        planned, missing = plan.sound(scale, [page])[0], {}  # its own page says what is wrong
+        planned, missing = plan.sound(scale, [page])[0], {}  # an invalid page reports its own error
         for one in planned:
             if engine.lacks(one, scale):
                 missing.setdefault(one.arms[0], []).append(str(one.seed))
@@ -99,7 +99,7 @@ def studies(scale: str) -> pd.DataFrame:
 
 
 def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
-    """What every page of that scale rests on, what is missing, and the command that trains it. pages: as of `scoreboard_html`."""
+    """Return a table of every page's runs, the missing ones, and the command to train them. pages: as in `scoreboard_html`."""
     again = f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
     caption = f"Pages share runs; \u201c{again}\u201d trains what is missing, and nothing else."
     fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)  # noqa: E731

@@ -87,8 +87,8 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     assert shown.exit_code == 1 and "step: ZeroDivisionError" in shown.stderr and "growth:" in shown.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "layer-a.json"]
     shown = CliRunner().invoke(app, [*command, "--only", "layer,growth"])
-    assert shown.exit_code == 0 and shown.stdout.count("is there already") == 2
-    assert "growth: is there already (--force measures again)" in shown.stdout
+    assert shown.exit_code == 0 and shown.stdout.count("exists already") == 2
+    assert "growth: exists already (--force measures it again)" in shown.stdout
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
     assert CliRunner().invoke(app, [*command[:4], "--only", "growth"]).exit_code == 0
     assert [path.name for path in speed.folder("smoke").iterdir()] == ["growth.json"]
@@ -98,7 +98,7 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["all", "scaling"])
 @pytest.mark.parametrize(
-    ("scale", "said"), [("gpu", "gpu: its times are a GPU's"), ("gpuu", "must be one of gpu, paper")]
+    ("scale", "said"), [("gpu", "gpu: its timings need a GPU"), ("gpuu", "must be one of gpu, paper")]
 )
 def test_no_time_of_a_cpu_is_kept_among_those_of_a_gpu(command, scale, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

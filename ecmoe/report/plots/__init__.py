@@ -1,7 +1,7 @@
 """One function per figure: tidy data in, `Plot(figure, alt, data)` out.
 
-`alt` states the finding with numbers, `data` is what the figure shows. What was not run is a gap that is named, never a 0;
-where nothing was run there is no figure. Bands and bars are 95% intervals over seeds.
+`alt` (alternative text) states the finding with numbers, `data` holds the numbers shown. Missing runs are named and left as
+gaps; `figure` is None if nothing was run. Bands and bars are 95% intervals over seeds.
 """
 
 from ecmoe.report.plots.continual import gate_choices, retention

@@ -1,4 +1,4 @@
-"""Figures of continual learning: what is retained of each task, and which expert a task goes to."""
+"""Figures of continual learning: the accuracy retained on each task, and the expert to which a task's images are sent."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from ecmoe.report.plots.style import Look, Plot
 
 
 def retention(accuracies: pd.DataFrame) -> Plot:
-    """Accuracy on each task over the sequence: a panel per arm, a line per task from where it was learned. accuracies: of `continual.retained`."""
+    """Plot accuracy over the number of tasks learned: a panel per arm, a line per task. accuracies: from `continual.retained`."""
     there = accuracies.dropna(subset=["accuracy"])
     there = there.assign(percent=100 * there["accuracy"], task=[f"task {k:g}" for k in there["task"]])
     tasks = sorted(there["task"].unique())
@@ -33,11 +33,11 @@ def retention(accuracies: pd.DataFrame) -> Plot:
 
 
 def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, tasks: Sequence[str]) -> Plot:
-    """Which expert the gates send a task's images to, and how related they find the tasks.
+    """Plot which expert the gates send each task's images to, and how related the tasks are.
 
     Args:
-        confusion: (K, K) share of a row's images that a column's expert got; None: not run.
-        related: (K, K) relatedness of a row's task to a column's. tasks: K names.
+        confusion: (K, K) share of the row task's images sent to the column's expert; None: not run.
+        related: (K, K) relatedness of the row's task to the column's; None: not run. tasks: K names.
     """
     what = "which expert the gates send a task's images to"
     if confusion is None or related is None:

@@ -1,7 +1,6 @@
-"""The three ways in which most figures here are drawn: lines, points and heat maps, from long tables, by seaborn.
+"""Building blocks of figures: lines, points and heat maps, drawn by seaborn from long tables, and `panels`, which combines them.
 
-By hand stays what seaborn has no word for: names at the ends of lines (a reader needs no legend), and the sentence that says
-what is missing. `panels` puts them side by side.
+Our own code adds what seaborn doesn't have: names at the ends of lines instead of a legend, and labels for missing runs.
 """
 
 import math
@@ -37,7 +36,7 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
 PERCENT = [m.name for m in METRICS if m.unit == "share"] + [
     "patches_left_out", "images_left_out", "final_accuracy", "forgetting",
 ]  # fmt: skip
-DECADES = ("over_capacity",)  # a balanced router's lie within 10%, a collapsed one's in the thousands
+DECADES = ("over_capacity",)  # below 10% for a balanced router, thousands for a collapsed one: needs a logarithmic axis
 
 
 @plain()
@@ -55,12 +54,12 @@ def panels(
     legend: int = 0,
     **kwargs: object,
 ) -> Plot:
-    """A figure whose panels draw themselves, each saying what it shows; their numbers become one table.
+    """Draw a figure of one or more panels, and combine their numbers into one table and their texts into the alternative text.
 
     Args:
-        what: the figure shows. each: title ("" for an only one) -> what `draw` gets beside the axes; it returns numbers and words.
-        arms, measured: those that should be there, and are; where none is, there is no figure. key: the table's column of
-            titles. legend: its columns, of the first panel's names. kwargs: of matplotlib's `subplots`.
+        what: what the figure shows. draw: (axes, given) -> (numbers, text). each: title of a panel ("" for a single one) -> `given`.
+        arms, measured: the planned arms, and those with results; without results there is no figure. key: the table's column
+            of titles. legend: its number of columns (0: none), with the first panel's labels. kwargs: for `subplots`.
     """
     there = arms if measured is None else set(measured)
     missing = ", ".join(str(arm) for arm in arms if arm not in there)
@@ -81,7 +80,7 @@ def panels(
         ax.set_visible(False)
     if ylabel:
         axes[0].set_ylabel(ylabel)
-    if legend:  # under the panels, where it can hide nothing
+    if legend:  # below the panels, where it hides nothing
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(legend, len(labels)))
     alt += f"{'.' if '' not in each else ':'} {' '.join(said)}{missing}"
@@ -102,15 +101,16 @@ def lines(
     named: bool = True,
     level: str | None = None,
 ) -> pd.DataFrame:
-    """A line per arm: the mean, and its 95% interval over seeds; each named where it ends.
+    """Draw a line per arm, its mean and 95% interval over seeds, with its name at its end.
 
     Args:
-        frame: a row per arm, seed and x. by: the column that makes lines.
-        reference: an arm that the others are shown as differences to, seed by seed.
-        log: x in powers of two. ticks_at_values: and nowhere else. level: an arm with one x, drawn across, dashed.
+        frame: a row per arm, seed and x. by: the column whose values are the lines.
+        reference: an arm; the others are shown as differences from it, seed by seed.
+        log: x in powers of two. ticks_at_values: ticks and markers only at the values of x. shown: line -> look.
+        named: write the names. level: an arm with a single x, drawn as a horizontal dashed line.
 
     Returns:
-        by, x, mean, low, high, seeds.
+        The numbers shown: `by`, x, mean, low, high, seeds.
     """
     frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
     if reference in set(frame[by]):
@@ -147,16 +147,16 @@ def lines(
 
 
 def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) -> None:
-    """Write each line's name beside its end, name -> y; none over another."""
+    """Write each line's name beside its end without overlaps. ends: name -> y."""
     low, high = ax.get_ylim()
     gap = 0.062 * (high - low) * 3.3 / max(ax.figure.get_size_inches()[1] - 1, 1)
     order = sorted(ends, key=ends.get)
     at, text = [ends[name] for name in order], [textwrap.wrap(name, 30) for name in order]
-    for i in range(1, len(at)):  # push up what is too near, then all back to the middle
-        further = (len(text[i]) + len(text[i - 1])) / 2 - 1  # lines
+    for i in range(1, len(at)):  # move names up that are too close, then shift all back towards the lines' ends
+        further = (len(text[i]) + len(text[i - 1])) / 2 - 1  # additional lines of text between the names' centres
         at[i] = max(at[i], at[i - 1] + gap * (1 + 0.7 * further))
     at = np.array(at) - (np.mean(at) - np.mean(list(ends.values())))
-    below, above = at[0] - gap / 2 - low, high - at[-1] - gap / 2  # room that is left in the axes
+    below, above = at[0] - gap / 2 - low, high - at[-1] - gap / 2  # free space in the axes
     at += max(-below, 0) - max(-above, 0) if below + above > 0 else (above - below) / 2
     for name, lines, y in zip(order, text, at, strict=True):
         ax.annotate(
@@ -174,14 +174,14 @@ def points(
     pairs: Mapping[str, Look] | None = None,
     hue: str | None = None,
 ) -> pd.DataFrame:
-    """A row per arm: a tick for each seed, the mean, its 95% interval.
+    """Draw a row per arm: a tick for each seed, the mean, and its 95% interval.
 
     Args:
-        frame: a row per arm and seed. order: of the rows, from the top.
-        hue, pairs: a column that makes several points of a row, in place of ticks: its values and their looks.
+        frame: a row per arm and seed. value: the column shown. order: arms from top to bottom.
+        hue, pairs: a column whose values are separate points in a row (without ticks), and value -> look.
 
     Returns:
-        arm (and hue), mean, low, high, seeds, in that order.
+        The numbers shown: arm (and hue), mean, low, high, seeds.
     """
     there = frame.assign(**{value: frame[value] * factor(value)}).dropna(subset=[value])
     shown = pairs or looks(order)
@@ -201,7 +201,7 @@ def points(
 
 
 def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None = None, top: float | None = None) -> None:
-    """A heat map with every number written; a cell of NaN is empty."""
+    """Draw a heat map with a number in each cell; NaN cells are empty. low, top: range of the colours."""
     sns.heatmap(
         matrix, ax=ax, cmap="Blues", vmin=low, vmax=top, annot=True, fmt=form, annot_kws={"fontsize": 9}, cbar=False,
         linewidths=1, linecolor=LINE,
@@ -212,38 +212,38 @@ def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None = None, to
 
 
 def name_rows(ax: Axes, names: Sequence[str], **text: Any) -> None:
-    """Names beside rows, from the top."""
+    """Label the rows of the y axis, from top to bottom."""
     ax.set_yticks(range(len(names)), names, **text)
     ax.set(ylabel="", ylim=(len(names) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
 
 
 def name_gaps(ax: Axes, rows: Sequence[int]) -> None:
-    """Write "not run" where an arm has no measurement."""
-    above = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # the lines of the grid
+    """Write "not run" in these rows."""
+    above = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # hides the grid lines behind the text
     for y in rows:
         place = ax.get_yaxis_transform()
         ax.text(0.01, y, "not run", transform=place, va="center", color=GREY, style="italic", bbox=above)
 
 
 def minus(frame: pd.DataFrame, value: str, reference: str, keys: Sequence[str] = ("seed",)) -> pd.DataFrame:
-    """The other arms, with their differences to the reference at the same seed (and x); NaN where it has none."""
+    """Return the other arms with `value` minus that of the reference at the same keys; NaN if the reference has none."""
     base = frame[frame["arm"] == reference].set_index(list(keys))[value]
     others = frame[frame["arm"] != reference]
     return others.assign(**{value: others[value] - others.join(base.rename("base"), on=list(keys))["base"]})
 
 
 def in_decades(ax: Axes, which: str, column: str) -> None:
-    """Make an axis, "x" or "y", logarithmic from 10 on, where its numbers lie decades apart."""
+    """Make an axis, "x" or "y", logarithmic above 10 if the column is in `DECADES`."""
     if column in DECADES:
         getattr(ax, f"set_{which}scale")("symlog", linthresh=10)
         ax.autoscale(axis=which)
-        getattr(ax, f"set_{which}lim")(-3)  # room for a mark at 0, and no decades below it
+        getattr(ax, f"set_{which}lim")(-3)  # space for a marker at 0, but no negative decades
         getattr(ax, f"{which}axis").set_major_formatter("{x:g}")
 
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
-    """A row for each value of the keys, in their order: mean, 95% interval over seeds (low, high), number of seeds."""
+    """Return a row per group of the keys, in order of appearance: mean, 95% interval over seeds (low, high), number of seeds."""
     rows = []
     for found, group in frame.groupby(list(keys), sort=False, dropna=False):
         effect = of_values(group[value])
@@ -253,20 +253,20 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataF
 
 
 def bounds(values: pd.Series) -> tuple[float, float]:
-    """The 95% interval over seeds, as seaborn asks for error bars."""
+    """Return the 95% interval over seeds, in the form of seaborn's `errorbar` argument."""
     return of_values(values).interval() or (math.nan, math.nan)
 
 
 def factor(column: str) -> float:
-    """100 for what figures show in percent."""
+    """Return 100 for columns that figures show in percent, else 1."""
     return 100.0 if column in PERCENT else 1.0
 
 
 def short(x: float) -> str:
-    """Three decimals for losses, none for large numbers."""
+    """Format with three decimals below 100, else as a whole number."""
     return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
 
 
 def number(row: object) -> str:
-    """A row's mean, and its interval in brackets, where there is one."""
+    """Format a row's mean, with its interval in parentheses if it has one."""
     return short(row.mean) + ("" if math.isnan(row.low) else f" ({short(row.low)} to {short(row.high)})")

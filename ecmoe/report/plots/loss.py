@@ -1,4 +1,4 @@
-"""Figures of what was measured: over training or a setting, as lines; and at the end of training, a row per arm."""
+"""Figures of measured columns: lines over training steps or over a setting, and final values with a row per arm."""
 
 from collections.abc import Sequence
 
@@ -21,12 +21,12 @@ def over(
     level: str | None = None,
     log: bool = True,
 ) -> Plot:
-    """Measured columns over "step", or over a setting with few values: a panel each, a line per arm, 95% intervals over seeds.
+    """Plot columns over "step" or over a setting with few values: a panel per column, a line per arm, 95% intervals over seeds.
 
     Args:
-        frame: of `table.curves`, or a row per arm, seed and x.
-        reference: an arm that the others are shown as differences to, seed by seed: small gaps are then seen.
-        level: an arm with one x, that others are read against: a line across, and no point. log: a setting in powers of two.
+        frame: from `table.curves`, or a row per arm, seed and x.
+        reference: an arm; the others are shown as differences from it, seed by seed, which makes small gaps visible.
+        level: an arm with a single x, shown as a horizontal line for comparison. log: show the setting in powers of two.
     """
     columns = [columns] if isinstance(columns, str) else list(columns)
     arms, setting = list(dict.fromkeys(frame["arm"])), x != "step"
@@ -34,9 +34,9 @@ def over(
     what = f"{' and '.join(LABELS.get(column, column) for column in columns)}{minus} over {LABELS[x]}"
     there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
     measured = set(there["arm"]) if reference is None or reference in set(there["arm"]) else ()
-    if setting and there[x].nunique() == 1:  # one value says nothing of it
+    if setting and there[x].nunique() == 1:  # a single value shows no dependence on the setting
         measured = ()
-    if reference and not setting:  # the first steps, where all lose ten times as much, would flatten the rest
+    if reference and not setting:  # the large differences of the first steps would flatten the rest
         there = there[there["step"] >= 0.25 * there["step"].max()]
 
     def draw(ax: Axes, column: str) -> tuple[pd.DataFrame, str]:
@@ -57,19 +57,19 @@ def over(
     several = len(columns) > 1
     each = {LABELS.get(column, column) if several else "": column for column in columns}
     ylabel = "" if several else LABELS.get(columns[0], columns[0]) + minus.replace(" minus", "\nminus")
-    height = max(4.2, 1 + 0.3 * len(arms))  # so that names, which may take two lines, find room beside each other
+    height = max(4.2, 1 + 0.3 * len(arms))  # enough for the arms' names, which may take two lines
     return panels(what, draw, each, height, arms, measured, key="measure", ylabel=ylabel)
 
 
 def final_loss(
     table: pd.DataFrame, column: str = "val_loss", reference: str | None = None, lowest_first: bool = True
 ) -> Plot:
-    """What each arm ends with: a tick per seed, the mean and its 95% interval, sorted.
+    """Plot each arm's final value: a tick per seed, the mean and its 95% interval, sorted by the mean.
 
     Args:
-        table: a row per arm and seed. column: a measured one, such as "bits_per_byte".
-        reference: an arm that the others are shown as differences to, over the seeds that both have; or another column,
-            such as "val_loss", that is taken from this one.
+        table: a row per arm and seed. column: a measured column, such as "bits_per_byte".
+        reference: an arm; the others are shown as differences from it over common seeds. Or another column, such as
+            "val_loss", which is subtracted from this one.
     """
     what = LABELS.get(column, column)
     if reference in table:
@@ -89,7 +89,7 @@ def final_loss(
             in_decades(ax, "x", column)
         low, high = ax.get_xlim()
         label = what + ("" if low <= 0 <= high else "; the axis doesn't start at 0")
-        ax.set_xlabel(label.replace(" minus", "\nminus"))  # in one line it would be wider than the figure
+        ax.set_xlabel(label.replace(" minus", "\nminus"))  # too wide for one line
         return data, rows_text(data)
 
     measured = table.loc[table[column].notna(), "arm"]
@@ -97,11 +97,11 @@ def final_loss(
 
 
 def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
-    """What two routings of the same weights give, "as trained" and "causally": an arm a row, a panel for each condition.
+    """Compare two routings of the same weights, "as trained" and "causally": a row per arm, a panel per condition.
 
     Args:
-        frame: a row per arm, seed, `routing` and condition, with `value`; NaN where not run. panel: the column whose
-            values are the panels' titles. label: what `value` is, with its unit.
+        frame: a row per arm, seed, `routing` and condition; `value` is NaN where not run. panel: the column with the
+            conditions, which are the panels' titles. label: name and unit of `value`.
     """
     arms, there = list(dict.fromkeys(frame["arm"])), frame.dropna(subset=[value, panel])
 
@@ -119,7 +119,7 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
 
 
 def rows_text(data: pd.DataFrame, at: str | None = None) -> str:
-    """What each row shows, in the order of the figure. at: a column with where that is."""
+    """Describe each row in words, in the figure's order. at: a column with the x value of the row."""
     there = data.dropna(subset=["mean"])
     where = there[at].map(" at {:g}".format) if at else [""] * len(there)
     rows = zip(there.itertuples(), where, strict=True)

@@ -1,4 +1,4 @@
-"""Figures of routing: who processes what, and how many experts a token gets."""
+"""Figures of routing: which experts process which tokens, and how many experts a token gets."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,11 +13,11 @@ from ecmoe.study.estimate import counted
 
 
 def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Plot:
-    """Share of tokens by how many experts processed them (C7): a stacked bar per arm.
+    """Plot the share of tokens by the number of experts that processed them (C7): a stacked bar per arm.
 
     Args:
-        table: with share_0 ... share_8; rows of an arm are averaged.
-        paper: shares to show in a bar below, by what is written there: {"3 or 4: 23%": .23}.
+        table: a row per arm and seed with share_0 ... share_8; an arm's rows are averaged.
+        paper: label -> share of the paper's bar, shown below: {"3 or 4: 23%": .23}.
     """
     names = [*map(str, range(8)), "8+"]
     data = (100 * table.groupby("arm", sort=False)[SHARES].mean()).set_axis(names, axis=1)
@@ -48,7 +48,7 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
 
 
 def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot:
-    """Who processes what, with what weight: tokens x experts, a panel per router (Fig. 1).
+    """Plot the combine weights, tokens x experts, a panel per router (Fig. 1).
 
     weights: title -> (n, e) array or tensor, 0 where not routed. tokens: n labels.
     """

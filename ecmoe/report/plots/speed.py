@@ -1,6 +1,6 @@
-"""Figures of speed: layers against their floor, training steps, growth with each size, where a step's time goes.
+"""Figures of speed: layers against their floor, training steps, growth with each size, and a step's time by kind of work.
 
-Medians and middle halves of turns were taken by the bench: nothing is left to estimate, so these are drawn as they come.
+The floor of a layer is the time of its matrix products alone. The bench has computed medians and quartiles already.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 
 
 def share_of_floor(layers: pd.DataFrame) -> Plot:
-    """Each layer's speed as a share of its floor's, a panel per size; forward, and forward + backward. layers: of `speed.layers`.
+    """Plot each layer's speed as a share of its floor's, forward and forward + backward; a panel per size. layers: from `speed.layers`.
 
-    CUDA graphs and the paper's slow way to cap are in tables alone.
+    Leaves out CUDA graphs and the paper's slow capping method (Dykstra), which tables show.
     """
     sizes = list(dict.fromkeys(layers["size"]))
     columns = ["size", "layer", "variant", "mode", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
@@ -36,7 +36,7 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
                       markers=["o", "D"], dodge=0.3, linestyle="none", errorbar=None, markersize=6, ax=ax)  # fmt: skip
         ax.get_legend().remove()
         ax.axvline(100, color=INK, linewidth=1)
-        middle = size == measured[len(measured) // 2]  # beside each other the labels would touch
+        middle = size == measured[len(measured) // 2]  # one label for all panels: adjacent labels would touch
         ax.set(xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * middle)
         said = ", ".join(f"{row.name} {row.percent:.0f}%" for row in here[here["what"] == BOTH].itertuples())
         shown = here[["name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
@@ -48,7 +48,7 @@ def share_of_floor(layers: pd.DataFrame) -> Plot:
 
 
 def over_plain(auto: pd.DataFrame) -> Plot:
-    """The time of a layer as a run gets it, over that of plain PyTorch, by its size: a panel per way to launch it. auto: of `bench_auto`."""
+    """Plot the time of the layer that a run would choose, divided by plain PyTorch's, over size; a panel per mode. auto: from `bench_auto`."""
     width = LABELS["d_model"]
     rows = auto.sort_values("d_model", kind="stable").rename(columns={"d_model": width, "what": ""})
     rows[width] = rows[width].map("{:,}".format)
@@ -70,7 +70,7 @@ def over_plain(auto: pd.DataFrame) -> Plot:
 
 
 def step_times(steps: pd.DataFrame) -> Plot:
-    """Time of a training step by arm and path: median, and the middle half of the turns; own and even routing."""
+    """Plot the median time of a training step and its quartiles, a row per arm and path, for own and even routing."""
     columns = ["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
     data = steps.reindex(columns=columns).dropna(subset=["ms"]).reset_index(drop=True)
     both = zip(data["path"], data.pop("mode"), strict=True)
@@ -93,7 +93,7 @@ def step_times(steps: pd.DataFrame) -> Plot:
 
 
 def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
-    """Time of the EC layer as one size grows: a panel per size; its times (of `bench_growth`), the power law fitted to them (of `exponents`), the floor."""
+    """Plot the EC layer's time as one size grows, a panel per size: times (from `bench_growth`), fitted power law (`exponents`), floor."""
 
     def draw(ax: Axes, fit: object) -> tuple[pd.DataFrame, str]:
         here = grown[grown["axis"] == fit.axis].sort_values("value")
@@ -117,7 +117,7 @@ def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
 
 
 def profile(kinds: pd.DataFrame) -> Plot:
-    """Where a step's time goes, as `bench_profile` found it: a bar per kind of work."""
+    """Plot a training step's time by kind of work, a bar each. kinds: from `bench_profile`."""
     data = kinds.reindex(columns=["kind", "ms", "share", "most"])
 
     def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:

@@ -1,6 +1,6 @@
-"""How figures look: one colour and marker per arm, the same in every figure of every report; on white and on black.
+"""The style of figures: each arm has the same colour and marker in all reports, legible on white and on black.
 
-A figure is drawn under matplotlib's own defaults and ours, whatever a user's matplotlibrc says.
+Figures use matplotlib's defaults with our changes and ignore the user's matplotlibrc.
 """
 
 import io
@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from ecmoe.files import written
 
-WIDTH = 9.0  # inches; a page shows it 900 pixels wide
-# What a page draws in the colours of its text and of its paper, so that a figure is right in the dark, too.
+WIDTH = 9.0  # inches; pages show figures 900 pixels wide
+# In a page's SVG these become the page's own text, line and background colours, so that figures work in dark mode.
 INK, LINE, PAPER = "#1d2126", "#d8dde3", "#fefefe"
 _IN_PAGE = {INK: "currentColor", LINE: "var(--line, #d8dde3)", PAPER: "var(--paper, #fff)"}
 GREY = "#7f868f"
@@ -32,12 +32,12 @@ _RC = {
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white",
     "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "ecmoe",
 }  # fmt: skip
-# Okabe and Ito's palette without yellow and black, then Tol's: told apart with any colour vision, on white and on black.
+# Okabe and Ito's palette without yellow and black, then Tol's: distinguishable with any colour vision, on white and on black.
 _PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA4499", "#44AA99", "#999933", "#CC6677",
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-# The arms that are in nearly every figure; all others get theirs by their name.
+# Fixed looks of the most frequent arms; other arms get one from a hash of their name.
 _KNOWN = {
     "EC-CF2": ("#0072B2", "o"),
     "EC": ("#0072B2", "o"),
@@ -53,13 +53,13 @@ _KNOWN = {
     "one EC network": ("#0072B2", "o"),
     "one dense network": (INK, "P"),
 }
-# Other arms take their colours where nothing else is left.
+# Colours of these arms are used for other arms only if no other colour is left.
 _CENTRE = [_KNOWN[arm][0] for arm in ("EC-CF2", "GShard top-2", "Switch top-1")]
-_GATES = {"renormalized": "", "raw": (4, 2), "scaled": (1, 1.5)}  # what a name says of the gate: its dashes
+_GATES = {"renormalized": "", "raw": (4, 2), "scaled": (1, 1.5)}  # gate in an arm's name -> dashes
 
 
 class Look(NamedTuple):
-    """Colour, marker and dashes of an arm."""
+    """Colour, marker and dashes of a line."""
 
     color: str
     marker: str
@@ -67,9 +67,9 @@ class Look(NamedTuple):
 
 
 def looks(arms: Iterable[str]) -> dict[str, Look]:
-    """The look of each arm: its colour goes by its name, and no two in a figure are alike."""
+    """Return arm -> look: the colour is chosen by the arm's name, and no two arms of a figure look alike."""
     arms, found = list(dict.fromkeys(arms)), {}
-    # Those that have a colour take it first; by name, so that another order of the arms changes none.
+    # Arms with a fixed look come first; sorted by name, so that looks don't depend on the order of the arms.
     for arm in sorted(arms, key=lambda arm: (_without_gate(arm) not in _KNOWN, arm)):
         name, dashes = _without_gate(arm), next((_GATES[word] for word in arm.split() if word in _GATES), "")
         start, count = zlib.crc32(name.encode()), len(_PALETTE)
@@ -85,41 +85,41 @@ def _without_gate(arm: str) -> str:
     return " ".join(word for word in arm.split() if word not in _GATES)
 
 
-# For 0, 1, ... 7, 8 or more experts a token, light to dark; grey for none at all.
+# Colours for 0 (grey), 1, ... 7, 8 or more experts per token, light to dark.
 COUNT_COLORS = ["#c7c7c7", *map(to_hex, colormaps["viridis_r"](np.linspace(0.05, 1.0, 8)))]
 
 
 def on_color(color: str) -> str:
-    """The ink that is read best on this colour, white or black."""
+    """Return the text colour with more contrast on this colour, white or black."""
     return "#fff" if np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.5 else "#000"
 
 
-# matplotlib as we want it, whatever a user's matplotlibrc says; as it was, afterwards. Or a decorator: `@plain()`.
+# A context manager or decorator, `@plain()`, that applies our style, ignores the user's matplotlibrc, and restores it afterwards.
 plain = partial(matplotlib.style.context, _RC, after_reset=True)
 
 
 class PageFigure(Figure):
-    """A figure that is saved as it was drawn: ticks are made only then."""
+    """A figure that is also saved in our style, because matplotlib creates ticks only when it saves."""
 
     savefig = plain()(Figure.savefig)
 
 
 class Plot(NamedTuple):
-    """A figure, its alternative text, and the numbers that it shows; no figure where nothing was run."""
+    """A figure, its alternative text, and the numbers it shows; `figure` is None if nothing was run."""
 
     figure: Figure | None
     alt: str
     data: pd.DataFrame
 
     def svg(self) -> str:
-        """The figure as SVG that stands in a page: its text is text, its ink that of the page; the same bytes each time."""
+        """Return reproducible SVG to embed in a page, with real text and the page's colours."""
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
         text = buffer.getvalue()
-        # Two figures of a page would share the names of groups.
+        # Without ids of groups, which would occur twice in a page with two figures, and in the page's font.
         text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
-        text = re.sub(r"font-family: [^;]*; ?", "", text)  # the page's own
+        text = re.sub(r"font-family: [^;]*; ?", "", text)
         view = re.search(r'viewBox="([^"]+)"', text)[1]
         for color, in_page in _IN_PAGE.items():
             text = text.replace(color, in_page)
@@ -128,6 +128,6 @@ class Plot(NamedTuple):
         return re.sub(r"<svg [^>]*>", lambda _: head, text, count=1)
 
     def save(self, path: Path) -> None:
-        """The figure as a PNG, for where a page can't be shown, written by rename; the same bytes each time."""
+        """Save the figure as a reproducible PNG, for places that can't show a page, with an atomic write."""
         with written(path) as temporary:
             self.figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})

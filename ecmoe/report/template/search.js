@@ -1,4 +1,4 @@
-// Every word typed must begin a word of the section; sections whose heading or title has it come first.
+// A section matches if each typed word is a prefix of one of its words. Matches in title or heading come first.
 const sections = JSON.parse(document.getElementById("search-index").textContent);
 const box = document.getElementById("words");
 const hits = document.querySelector(".hits");
