@@ -217,7 +217,7 @@ def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[
         try:
             if "seed" in keys:
                 raise ConfigError(
-                    f"seed={keys['seed']!r} is none of an arm: name it in `seeds`, which all arms are trained with"
+                    f"seed={keys['seed']!r} can't be set by an arm: list it in `seeds`, which applies to all arms"
                 )
             kind = ContinualConfig if "approach" in keys else RunConfig
             made[arm] = [kind.from_dict({**keys, "seed": seed}) for seed in seeds]

@@ -96,7 +96,7 @@ def kept(scale: str) -> list[dict[str, Any]]:
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """Return the repeated runs which show that all code versions of these runs (summaries) compute the same; else None.
 
-    Two versions compute the same for a router on a device if all repeats of one's runs by the other were equal there.
+    Two versions agree for a router and device if every repeat there by one version, of a run recorded by the other, was equal.
     """
     if len({run.get("code") for run in runs}) < 2:
         return []
