@@ -302,7 +302,9 @@ def test_what_was_timed_is_printed_and_kept_where_asked(monkeypatch, tmp_path):
     monkeypatch.setattr("ecmoe.study.speed.job", lambda name, **keys: lambda: table)
     said = [call("bench", "layer", *more).stdout.split() for more in ([], ["--json", tmp_path / "a.json"])]
     assert (
-        said[0] == said[1] == "n=4 path ms plain 1.235 not measured (not installed, or not possible here): a rival".split()
+        said[0]
+        == said[1]
+        == "n=4 path ms plain 1.235 not measured (not installed, or not possible here): a rival".split()
     )
     (kept,) = tmp_path.iterdir()
     assert json.loads(kept.read_text())["rows"][0]["samples_ms"] == [1.0]

@@ -19,7 +19,9 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
-        except BrokenPipeError:  # an OSError, but no error: the reader of the output, such as `head`, has closed the pipe
+        except (
+            BrokenPipeError
+        ):  # an OSError, but no error: the reader of the output, such as `head`, has closed the pipe
             raise
         except SystemExit as left:  # at Ctrl-C Lightning exits with 1: raise the KeyboardInterrupt instead
             raise (left.__context__ if isinstance(left.__context__, KeyboardInterrupt) else left) from None

@@ -20,7 +20,9 @@ TIMED = {
 }
 Sizes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="key=value, such as n=4096; default: the size of 0.1B/64E on a GPU, a small one on a CPU"),
+    typer.Option(
+        "--set", help="key=value, such as n=4096; default: the size of 0.1B/64E on a GPU, a small one on a CPU"
+    ),
 ]
 
 
@@ -51,7 +53,9 @@ def _of_this_machine(scale: str) -> str:
 
 Scale = Annotated[
     str,
-    typer.Option(callback=_of_this_machine, help="sizes of this scale; default: gpu with CUDA, else smoke", show_default=False),
+    typer.Option(
+        callback=_of_this_machine, help="sizes of this scale; default: gpu with CUDA, else smoke", show_default=False
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="folder to write to; default: reports/SCALE/bench")]
 
@@ -76,7 +80,9 @@ def bench_all(
         raise ConfigError(f"--only {only}: no such part; there are {', '.join(known)}")
     into, failed = out or speed.folder(scale), False
     typer.echo(f"{', '.join(wanted)} -> {into}")
-    if torch.cuda.is_available() and len(wanted) > 1:  # a process for each part: GPU memory is freed, and a crash is contained
+    if (
+        torch.cuda.is_available() and len(wanted) > 1
+    ):  # a process for each part: GPU memory is freed, and a crash is contained
         command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
         command += ["--force"] * force
         raise typer.Exit(int(any([subprocess.run([*command, "--only", name]).returncode for name in wanted])))

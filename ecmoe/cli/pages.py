@@ -12,7 +12,9 @@ from ecmoe.files import assignments
 def report(
     notebook: Annotated[Path, typer.Argument(help="a notebook in notebooks/")],
     page: Annotated[Path, typer.Argument(help="the HTML page to write")],
-    files: Annotated[list[Path] | None, typer.Option("-f", "--file", help="YAML parameters; later files override")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Option("-f", "--file", help="YAML parameters; later files override")
+    ] = None,
     changes: Set = None,
     no_train: Annotated[bool, typer.Option("--no-train", help="show missing runs as gaps")] = False,
 ) -> None:
