@@ -80,7 +80,7 @@ def check_machine(config: RunConfig) -> None:
     """Check, before any work is done, that this machine can train the run.
 
     Raises:
-        ConfigError: the run needs a GPU, more GPUs or more memory than this machine has.
+        ConfigError: the run needs a GPU, or more GPUs (without any: CPU cores) or memory than this machine has.
     """
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -97,8 +97,9 @@ def check_machine(config: RunConfig) -> None:
             raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")
         if config.kernels.startswith("triton"):
             raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
-    elif config.devices > torch.cuda.device_count():
-        raise ConfigError(f"devices={config.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    there, what = (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (os.cpu_count() or 1, "CPU cores")
+    if config.devices > there:
+        raise ConfigError(f"devices={config.devices}: this machine has {there} {what}")
 
 
 @contextmanager

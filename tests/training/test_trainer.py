@@ -134,6 +134,15 @@ def test_a_machine_must_have_as_many_gpus_as_are_asked_for_and_their_memory(tiny
         trainer.check_machine(sharded)
 
 
+def test_without_gpus_a_machine_must_have_a_core_for_each_process(tiny_config, monkeypatch):
+    """Else devices=1000 starts a thousand processes, and the memory is gone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trainer.os, "cpu_count", lambda: 4)
+    trainer.check_machine(tiny_config(devices=4, strategy="ddp"))
+    with pytest.raises(ConfigError, match=r"^devices=5: this machine has 4 CPU cores$"):
+        trainer.check_machine(tiny_config(devices=5, strategy="ddp"))
+
+
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)])
 def test_steps_of_a_gpu_are_repeatable_and_what_was_set_is_set_again(monkeypatch, gpu, before):
