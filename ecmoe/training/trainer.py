@@ -97,7 +97,9 @@ def check_machine(config: RunConfig) -> None:
             raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")
         if config.kernels.startswith("triton"):
             raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
-    there, what = (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (os.cpu_count() or 1, "CPU cores")
+    there, what = (
+        (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (os.cpu_count() or 1, "CPU cores")
+    )
     if config.devices > there:
         raise ConfigError(f"devices={config.devices}: this machine has {there} {what}")
 
