@@ -67,7 +67,7 @@ def bench_all(
     out: Out = None,
     force: Annotated[bool, typer.Option("--force", help="measure again parts that exist")] = False,
 ) -> None:
-    """Time all that page 08 shows, and steps of page 01's arms. Each part is saved once measured; if one fails, the rest go on."""
+    """Time all that page 08 shows, and the steps of page 01's arms. Each part is saved at once; one that fails stops no other."""
     import torch
 
     from ecmoe.study import speed
@@ -103,9 +103,9 @@ def bench_all(
 @bench.command("scaling")
 def bench_scaling(
     scale: Scale = "",
-    devices: Annotated[list[int] | None, typer.Option(min=1, help="number of GPUs; default: those of page 08")] = None,
-    strategy: Annotated[list[str] | None, typer.Option(help="strategy to time: ddp, fsdp2, ep")] = None,
-    pool: Annotated[list[str] | None, typer.Option(help="tokens that compete for experts: rank, batch")] = None,
+    devices: Annotated[list[int] | None, typer.Option(min=1, help="GPUs to use; repeatable; default: as page 08")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="strategy, repeatable: ddp, fsdp2, ep")] = None,
+    pool: Annotated[list[str] | None, typer.Option(help="tokens that compete, repeatable: rank, batch")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="timed samples of ten steps; the median counts")] = 5,
     only: Annotated[str, typer.Option(help="parts to measure")] = "training,layers,losses",
     out: Out = None,

@@ -251,8 +251,8 @@ def record(one: Planned, scale: str) -> Path:
 
 
 def recorded(one: Planned, scale: str) -> "Result | None":
-    """What the run's record holds; None where there is none. Damaged: it isn't what was written, or it is another run's."""
-    from ecmoe.training.result import read_record  # a plan needs no pandas
+    """Read the run's record; None if there is none. Raise Damaged if its checksum doesn't match, or it is the record of another run."""
+    from ecmoe.training.result import read_record  # imports pandas, which making a plan doesn't need
 
     if not (path := record(one, scale)).exists():
         return None
