@@ -103,9 +103,7 @@ def bench_all(
 @bench.command("scaling")
 def bench_scaling(
     scale: Scale = "",
-    devices: Annotated[
-        list[int] | None, typer.Option(min=1, help="GPUs to use; repeatable; default: as page 08")
-    ] = None,
+    devices: Annotated[list[int] | None, typer.Option(min=1, help="GPUs, repeatable; default: as page 08")] = None,
     strategy: Annotated[list[str] | None, typer.Option(help="strategy, repeatable: ddp, fsdp2, ep")] = None,
     pool: Annotated[list[str] | None, typer.Option(help="tokens that compete, repeatable: rank, batch")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="timed samples of ten steps; the median counts")] = 5,
