@@ -61,98 +61,95 @@ class RunConfig:
     trained_by: ClassVar[str] = "ecmoe.training.run:train_run"
 
     # Routing
-    router: str = key("expert_choice", "who chooses", choices=ROUTERS)
-    num_experts: int = key(8, "e, experts of an MoE layer", low=1)
+    router: str = key("expert_choice", "routing algorithm: expert_choice, token_choice, hash, ... (ecmoe/routers.py lists all); "
+                      "dense: no experts", choices=ROUTERS)  # fmt: skip
+    num_experts: int = key(8, "e, number of experts in an MoE layer", low=1)
     capacity_factor: float | None = key(
-        2.0, "c; expert choice: experts a token on average (k is n c / e); token choice and hash: "
-        "capacity over top_k n / e, null for nothing dropped", above=0)  # fmt: skip
-    top_k: int = key(2, "experts that a token chooses (token choice): Switch 1, GShard 2", low=1)
-    gate: str = key("softmax", "combine weights: softmax (Eq. 4), renormalized over a token's experts, "
+        2.0, "c: mean number of experts per token (expert choice); capacity relative to an equal share, null: "
+        "unlimited (token choice, hash)", above=0)  # fmt: skip
+    top_k: int = key(2, "token choice: number of experts that each token chooses (Switch: 1, GShard: 2)", low=1)
+    gate: str = key("softmax", "weights of expert outputs: softmax (Eq. 4), renormalized (sum to 1 per token), "
                     "scaled (softmax x e/c)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
-    pool: str | int = key("batch", "tokens that compete (expert choice): batch (of all ranks), rank (each rank's own), "
-                          "sequence, position, or a number of tokens (whole sequences)", low=1,
+    pool: str | int = key("batch", "expert choice: tokens that compete: batch (of all ranks), rank (a rank's batch), "
+                          "sequence, position, or a number of tokens", low=1,
                           choices=("batch", "rank", "sequence", "position"))  # fmt: skip
-    max_experts_per_token: int | None = key(None, "b of capped expert choice (3.3); null: no cap", low=1)
-    cap_solver: str = key("feasible", "how the cap is met: feasible (ours), dykstra (the paper's, to the letter)",
+    max_experts_per_token: int | None = key(None, "b, expert choice: most experts per token (3.3); null: no cap", low=1)
+    cap_solver: str = key("feasible", "algorithm for max_experts_per_token: feasible (ours), dykstra (the paper's)",
                           choices=("feasible", "dykstra"))  # fmt: skip
-    priority: str = key("order", "who keeps a full expert (token choice): order of arrival, score (V-MoE)",
+    priority: str = key("order", "token choice: which tokens a full expert keeps: order (the first), score (the highest; V-MoE)",
                         choices=("order", "score"))  # fmt: skip
-    balance: str = key("switch", "how token choice is balanced: switch (all choices count), first_choice (GShard), "
-                       "importance_load (V-MoE), bias (Wang et al. 2024), none",
+    balance: str = key("switch", "token choice: load balancing: switch, first_choice (GShard), importance_load (V-MoE), "
+                       "bias (no loss; Wang et al. 2024), none",
                        choices=("switch", "first_choice", "importance_load", "bias", "none"))  # fmt: skip
-    aux_loss_weight: float = key(0.01, "weight of the balance loss (GLaM: 0.01)", low=0)
+    aux_loss_weight: float = key(0.01, "weight of the load-balancing loss (GLaM: 0.01)", low=0)
     z_loss_weight: float = key(0.0, "weight of the router z-loss", low=0)
-    hash_table: str = key("modulo", "hash routing: modulo (token id mod e), balanced (by corpus frequency)",
+    hash_table: str = key("modulo", "hash: expert of a token: modulo (token id mod e), balanced (equal loads, from token counts)",
                           choices=("modulo", "balanced"))  # fmt: skip
-    num_tasks: int = key(4, "tasks of task-level routing; in language modelling, classes of sequences", low=1)
-    task_table: str = key("learned", "task-level routing: learned or fixed", choices=("learned", "fixed"))
-    threshold_beta: float = key(0.999, "decay of the expert threshold's moving average", low=0, below=1)
+    num_tasks: int = key(4, "task_level: number of tasks; for text, classes of sequences found by k-means", low=1)
+    task_table: str = key("learned", "task_level: expert of a task: learned or fixed", choices=("learned", "fixed"))
+    threshold_beta: float = key(0.999, "expert_threshold: decay of the thresholds' moving average", low=0, below=1)
 
     # Model (section 3.4)
-    layers: int = key(4, "Transformer layers", low=1, high=10_000)
-    d_model: int = key(64, "d, width", low=1)
-    d_ff: int = key(128, "hidden width of an expert and of the gated FFN", low=1)
-    heads: int = key(4, "attention heads", low=1)
-    moe_every: int = key(2, "every which layer has experts (3.4: every other)", low=1)
-    moe_init_scale: float = key(1.0, "scale of the MoE output at initialisation; ours, the paper is silent", low=0)
-    relative_buckets: int = key(
-        32, "buckets of the relative position bias (T5's; the paper is silent)", low=2, high=1_000_000
-    )
-    relative_max_distance: int = key(128, "distance beyond which all share a bucket (T5's)", low=2, high=1_000_000)
-    relative_init: str = key("alibi", "how the relative position bias starts: alibi (each head's falls with distance; ours, the "
-                             "paper is silent), normal (std 0.1)", choices=("alibi", "normal"))  # fmt: skip
+    layers: int = key(4, "number of Transformer layers", low=1, high=10_000)
+    d_model: int = key(64, "d, width of the model", low=1)
+    d_ff: int = key(128, "hidden width of each expert, and of the gated FFN in layers without experts", low=1)
+    heads: int = key(4, "number of attention heads; must divide d_model", low=1)
+    moe_every: int = key(2, "an MoE layer every so many layers (section 3.4: 2)", low=1)
+    moe_init_scale: float = key(1.0, "scale of the experts' initial output weights (not stated in the paper)", low=0)
+    relative_buckets: int = key(32, "number of buckets of the relative position bias (as in T5)", low=2, high=1_000_000)
+    relative_max_distance: int = key(128, "distance from which all tokens share a bucket (T5)", low=2, high=1_000_000)
+    relative_init: str = key("alibi", "initial relative position bias: alibi (decreases with distance), normal (std "
+                             "0.1); not stated in the paper", choices=("alibi", "normal"))  # fmt: skip
 
     # Data
     data: str = key(
-        "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, or a path to .txt, .txt.xz, .jsonl; mix:A,B: several of "
-        "these in equal shares; images: digits, cifar10, images:PATH. Of local files their content is added, #SHA256")  # fmt: skip
-    streaming: bool = key(False, "stream a Hub data set instead of downloading it whole")
-    max_bytes: int = key(0, "read at most this much text, in bytes; 0: all", low=0)
-    tokenizer: str = key("bytes", "bytes, or bpe trained on the corpus", choices=("bytes", "bpe"))
-    vocab_size: int = key(256, "V; bytes: 256", low=2)
-    sequence_length: int = key(
-        128, "T, tokens of a sequence (the paper: 1024); of an image, its patches", low=1, high=2**24
-    )
-    patch_size: int = key(2, "pixels on a side of a patch (images)", low=1)
-    channels: int = key(1, "colours of a pixel (images): 1 or 3", low=1)
-    classes: int = key(10, "classes to tell apart (images)", low=2)
-    augment: bool = key(False, "shift training images by up to an eighth of their side, and mirror them (images)")
+        "stdlib", "stdlib, c4, wikitext-103, enwik8, hub:NAME, a path to .txt, .txt.xz, .jsonl, or mix:A,B (equal shares); "
+        "images: digits, cifar10, images:PATH. Local paths get #SHA256 of their content")  # fmt: skip
+    streaming: bool = key(False, "stream a data set from the Hugging Face Hub instead of downloading it")
+    max_bytes: int = key(0, "most bytes of text to read; 0: no limit", low=0)
+    tokenizer: str = key("bytes", "bytes, or bpe (byte-pair encoding, trained on the corpus)", choices=("bytes", "bpe"))
+    vocab_size: int = key(256, "V, number of tokens in the vocabulary; must be 256 with tokenizer: bytes", low=2)
+    sequence_length: int = key(128, "T, tokens of a sequence (paper: 1024) or patches of an image", low=1, high=2**24)
+    patch_size: int = key(2, "images: side of a patch, in pixels", low=1)
+    channels: int = key(1, "images: colour channels, 1 or 3", low=1)
+    classes: int = key(10, "images: number of classes", low=2)
+    augment: bool = key(False, "images: randomly shift (by up to 1/8 of the height) and mirror training images")
 
     # Training
-    seed: int = key(0, "initial values and order of the batches", low=0)
-    batch_size: int = key(16, "B, sequences of a micro-batch on one device", low=1)
-    accumulate: int = key(1, "micro-batches of an optimiser step", low=1)
-    steps: int = key(60, "optimiser steps", low=1)
-    optimizer: str = key("adamw", "adamw (ours), adafactor (the paper's kind; decay t^-0.8 for its 0.99)",
+    seed: int = key(0, "random seed of the initial weights and the order of the batches", low=0)
+    batch_size: int = key(16, "B, sequences (or images) in a micro-batch on one device", low=1)
+    accumulate: int = key(1, "micro-batches per optimiser step (gradient accumulation)", low=1)
+    steps: int = key(60, "number of optimiser steps", low=1)
+    optimizer: str = key("adamw", "adamw, or adafactor (as in the paper, but with decay t^-0.8 instead of 0.99)",
                          choices=("adamw", "adafactor"))  # fmt: skip
-    learning_rate: float = key(3e-3, "peak learning rate; ours, the paper is silent", low=0, high=1e30)
-    beta1: float = key(0.9, "AdamW; ours (the paper's Adafactor: 0)", low=0, below=1)
-    beta2: float = key(0.99, "AdamW (the paper's Adafactor: 0.99)", low=0, below=1)
-    weight_decay: float = key(0.0, "AdamW; ours, the paper is silent", low=0, high=1e6)
-    gradient_clip: float = key(1.0, "largest gradient norm (GLaM: 1.0); 0: none", low=0)
-    schedule: str = key("constant", "after the warm-up: constant, inverse_sqrt (the paper's), linear (decay to 0)",
+    learning_rate: float = key(3e-3, "peak learning rate (not stated in the paper)", low=0, high=1e30)
+    beta1: float = key(0.9, "adamw: decay of the first moment (the paper's Adafactor: 0)", low=0, below=1)
+    beta2: float = key(0.99, "adamw: decay of the second moment (the paper's Adafactor: 0.99)", low=0, below=1)
+    weight_decay: float = key(0.0, "weight decay of adamw or adafactor (not stated in the paper)", low=0, high=1e6)
+    gradient_clip: float = key(1.0, "clip the gradient norm to this value (GLaM: 1.0); 0: no clipping", low=0)
+    schedule: str = key("constant", "learning rate after the warm-up: constant, inverse_sqrt (the paper), linear (decay to 0)",
                         choices=("constant", "inverse_sqrt", "linear"))  # fmt: skip
-    warmup_steps: int = key(10, "steps of linear warm-up; ours, the paper is silent", low=0)
-    constant_steps: int = key(10_000, "inverse_sqrt: steps before the decay (the paper: 10K)", low=1)
-    decay_fraction: float = key(0.2, "linear: the last share of the steps decays to 0", low=0, high=1)
+    warmup_steps: int = key(10, "steps of linear learning-rate warm-up (not stated in the paper)", low=0)
+    constant_steps: int = key(10_000, "inverse_sqrt: steps before the decay (the paper: 10,000)", low=1)
+    decay_fraction: float = key(0.2, "linear: last share of the steps, in which the rate decays to 0", low=0, high=1)
     eval_every: int = key(20, "steps between validations", low=1)
-    eval_batches: int = key(8, "validation batches, the same for every run", low=1)
+    eval_batches: int = key(8, "number of validation batches, the same for every run", low=1)
     checkpoint_every: int = key(1000, "steps between checkpoints", low=1)
 
     # Machine
-    precision: str = key("auto", "auto: bf16-mixed on a GPU, 32-true on a CPU", choices=(
+    precision: str = key("auto", "number format, as in Lightning; auto: bf16-mixed on a GPU, 32-true on a CPU", choices=(
         "auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"))  # fmt: skip
-    compile: bool = key(False, "torch.compile the model, block by block")
-    cuda_graph: bool = key(False, "launch a training step as a CUDA graph where that can be: one GPU, a router whose "
-                           "sizes depend on no data")  # fmt: skip
-    kernels: str = key("auto", "who computes an MoE layer: plain (PyTorch, any device), triton, triton-bmm (Triton, on a "
-                       "CUDA GPU), auto (the layer decides)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
-    activation_checkpointing: bool = key(False, "recompute attention and experts in the backward pass")
-    strategy: str = key("auto", "how several ranks share a run: ddp (each has all weights), fsdp2 (each a part of every "
-                        "weight), ep (each some of the experts, the rest as fsdp2), auto (ddp)",
+    compile: bool = key(False, "compile each block of the model with torch.compile")
+    cuda_graph: bool = key(False, "run training steps as a CUDA graph where possible: one GPU, a router whose sizes "
+                           "don't depend on data")  # fmt: skip
+    kernels: str = key("auto", "implementation of the MoE layer: plain (PyTorch), triton or triton-bmm (CUDA GPU only), "
+                       "auto (triton where possible)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
+    activation_checkpointing: bool = key(False, "save memory: recompute attention and experts in the backward pass")
+    strategy: str = key("auto", "distribution over ranks: ddp (copies), fsdp2 (sharded weights), ep (experts divided, "
+                        "the rest as fsdp2), auto (ddp)",
                         choices=("auto", "ddp", "fsdp2", "ep"))  # fmt: skip
-    devices: int = key(1, "processes of a node; more than one: torchrun -m ecmoe train", low=1, high=1024)
-    num_nodes: int = key(1, "nodes", low=1, high=65_536)
+    devices: int = key(1, "processes (GPUs) per node; several nodes: torchrun -m ecmoe train", low=1, high=1024)
+    num_nodes: int = key(1, "number of nodes (machines)", low=1, high=65_536)
 
     def __post_init__(self) -> None:
         types = _types(type(self))

@@ -12,15 +12,15 @@ class ContinualConfig(RunConfig):
 
     trained_by: ClassVar[str] = "ecmoe.continual.learning:train_run"
 
-    approach: str = key("sequence", "expert_gate: a dense network and a gate for each task; sequence: one network as large as "
-                        "all of these, task after task; joint: it learns all tasks at once, in as many steps",
+    approach: str = key("sequence", "expert_gate: a dense network and a gate per task; sequence: one network of the same total "
+                        "size, task after task; joint: that network, all tasks at once, in as many steps",
                         choices=("expert_gate", "sequence", "joint"))  # fmt: skip
-    tasks: int = key(5, "K, number of tasks: groups of equally many classes, in the data's order", low=2)
-    code: int = key(32, "hidden units of a gate, fewer than an image has pixels", low=1)
-    gate_steps: int = key(300, "training steps of a gate", low=1)
-    gate_learning_rate: float = key(1e-2, "peak learning rate of gates", above=0, high=1e30)
-    threshold: float = key(0.85, "relatedness above which an expert learns without forgetting (the paper: 0.85)")
-    held_out: int = key(10, "one in this many training images measures relatedness instead of training the gate", low=2)
+    tasks: int = key(5, "K, number of tasks: groups of equally many classes, in the order of the data", low=2)
+    code: int = key(32, "hidden units of a gate (an autoencoder); fewer than the values in an image", low=1)
+    gate_steps: int = key(300, "training steps per gate", low=1)
+    gate_learning_rate: float = key(1e-2, "peak learning rate of the gates", above=0, high=1e30)
+    threshold: float = key(0.85, "relatedness above which an expert learns by LwF, else by fine-tuning (paper: 0.85)")
+    held_out: int = key(10, "one in this many training images is held out to measure relatedness", low=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
