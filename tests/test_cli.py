@@ -403,6 +403,8 @@ def test_generate_continues_a_text_with_a_run(tiny_config):
     for run, prompt, named in [
         (path / "absent", "def f", "absent"),
         (path, "", "prompt='': must have at least one token"),
+        (path, "\udcff", "prompt='\\udcff': must be UTF-8"),
     ]:
         wrong = call("generate", run, prompt)
         assert wrong.exit_code == 2 and named in wrong.stderr
+    assert call("generate", path, "def f", "--seed", 2**63).exit_code == 2

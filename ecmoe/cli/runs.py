@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ecmoe import paths
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import LARGEST, ConfigError, RunConfig
 from ecmoe.files import assignments, plain
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides the files")]
@@ -127,13 +127,15 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="number of tokens to add")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="sample among the k most likely tokens")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="random seed of the samples")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="random seed of the samples")] = 0,
 ) -> None:
     """Continue a text with a trained model, using causal routing."""
     from ecmoe.training.continuation import continue_text
 
     try:
         typer.echo(continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed))
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"prompt={prompt!r}: must be UTF-8") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -41,14 +41,18 @@ def jobs(
     scaling: dict[str, list[int | str] | dict[str, Any]] | None = None,
     **_: Any,
 ) -> dict[str, Job]:
-    """Return file name -> benchmark for everything that the pages show. `plan` checks YAML against this signature's types.
+    """Return file name -> benchmark for everything that the pages show.
 
     Args:
         layer_sizes: name -> arguments of `bench_layer`. step_sizes: arguments of `bench_step` and `bench_profile`.
         growth_from, growth_axes: arguments of `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which
             uses its own repeats. compiled, repeats: passed to the benchmarks that take them. scaling: not used here, see
             `scaling`.
+
+    Raises:
+        ConfigError: as in `plan`.
     """
+    _check_types(locals())
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
     if auto_sizes:
@@ -89,10 +93,14 @@ def plan(scale: str) -> dict[str, Any]:
         ConfigError: a parameter has the wrong type; names page, key and value.
     """
     values = merge_parameters(parameter_files(SPEED, scale))
-    held = get_type_hints(jobs, include_extras=True)
-    for key in held.keys() & values.keys():
-        held_to(held[key], values[key], f"page {SPEED!r}: {key}")
+    _check_types(values)
     return values | {"study_arms": study_arms(scale)}
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    held = get_type_hints(jobs, include_extras=True)
+    for key in held.keys() & values.keys() - {"study_arms"}:
+        held_to(held[key], values[key], f"page {SPEED!r}: {key}")
 
 
 def scaling(scale: str) -> dict[str, Any]:
