@@ -164,4 +164,4 @@ def tabled(rows: list[dict], absent: list[str], setting: Mapping[str, Any], **mo
 
 def save(table: pd.DataFrame, path: Path) -> None:
     """Write a table's rows and `attrs` as JSON."""
-    write_json(path, {**table.attrs, "rows": table.to_dict("records")})
+    write_json(path, {**table.attrs, "rows": table.to_dict("records")}, sealed=True)

@@ -162,8 +162,15 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
 
 
 def kept(name: str, *places: Path) -> dict[str, Any]:
-    """Read a result from the first of these folders that has it: its rows and their attributes; else `NOTHING`."""
-    return next((NOTHING | read_json(path) for place in places if (path := place / f"{name}.json").exists()), NOTHING)
+    """Read a result from the first of these folders that has it: its rows and their attributes; else `NOTHING`.
+
+    Raises:
+        Damaged: it isn't what was written.
+    """
+    path = next((path for place in places if (path := place / f"{name}.json").exists()), None)
+    if path is None:
+        return NOTHING
+    return NOTHING | read_json(path, sealed="check" in read_json(path))  # older files have no check sum
 
 
 def setting(scale: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from ecmoe.bench import profile as bench_profile
 from ecmoe.bench import step as bench_step
 from ecmoe.bench.growth import bench_growth, exponents
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import write_json
+from ecmoe.files import Damaged, write_json
 from ecmoe.report import plots
 from ecmoe.study import speed
 from ecmoe.study.evidence import Evidence
@@ -153,6 +153,10 @@ def test_each_part_is_measured_once(own_home):
     found = speed.measured(jobs, scale="smoke")
     assert found["a"] == {"rows": [{"ms": 2.0}], "setting": {}, "absent": []} and found["b"]["rows"] == [{"ms": 1.0}]
     assert speed.measured(jobs, scale="gpu", measure=False)["a"] == speed.NOTHING
+    file = paths.runs() / "bench/smoke/b.json"
+    file.write_text(file.read_text().replace('"ms": 1.0', '"ms": 1.5'))
+    with pytest.raises(Damaged, match=r"b\.json is damaged"):
+        speed.measured(jobs, scale="smoke")
 
 
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
