@@ -161,11 +161,11 @@ class RunConfig:
             raise ConfigError(f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be {fits}")
         parts = parts_of(self.data)
         if self.data.startswith(MIX_PREFIX) and (len(set(parts)) < 2 or len(set(parts)) < len(parts) or not all(parts)):
-            raise ConfigError(f"data={self.data!r}: must be {MIX_PREFIX} and at least two texts, all different, with commas "
-                              f"between them, such as {MIX_PREFIX}data/a.txt,data/b.txt")  # fmt: skip
+            raise ConfigError(f"data={self.data!r}: must be {MIX_PREFIX} followed by at least two different texts, separated "
+                              f"by commas, such as {MIX_PREFIX}data/a.txt,data/b.txt")  # fmt: skip
         if not all(Path(part.removeprefix(IMAGES_PREFIX)).name for part in parts):  # part of the run's identity
-            raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a name of "
-                              f"its own, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
+            raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a file "
+                              f"or folder name, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
         if not self.images and (self.vocab_size != 256 if self.tokenizer == "bytes" else self.vocab_size < 257):
             raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer={self.tokenizer}: must be 256 with bytes, and "
                               "at least 257 with bpe (256 bytes and a merge)")  # fmt: skip
@@ -177,13 +177,13 @@ class RunConfig:
         if self.images and self.needs:
             others = ", ".join(name for name, other in ROUTERS.items() if not other.needs(vars(self)))
             raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(self.needs)}, which "
-                              f"images don't have; take one of {others}")  # fmt: skip
+                              f"images don't have; use one of {others}")  # fmt: skip
         if self.strategy == "ep" and (row.layer is None or self.num_experts % self.ranks):
             raise ConfigError(f"strategy='ep' with router={self.router!r}, num_experts={self.num_experts}: each of devices x num_nodes="
-                              f"{self.ranks} ranks holds as many experts; make num_experts a multiple of that, or take fsdp2")  # fmt: skip
+                              f"{self.ranks} ranks holds an equal number of experts; make num_experts a multiple, or use fsdp2")  # fmt: skip
         if self.sharded and self.optimizer == "adafactor":
-            raise ConfigError(f"optimizer='adafactor' with strategy={self.strategy!r}: torch's reads a whole matrix, and a rank "
-                              "has a part of it; take adamw, or strategy: ddp")  # fmt: skip
+            raise ConfigError(f"optimizer='adafactor' with strategy={self.strategy!r}: Adafactor reads whole matrices, but a rank "
+                              "has only parts of them; use adamw, or strategy: ddp")  # fmt: skip
         row.check(self)
 
     @property
@@ -273,7 +273,7 @@ class RunConfig:
                                   f"but holds {'nothing' if keys is None else type(keys).__name__}")  # fmt: skip
             beside = [field.name for field in dataclasses.fields(cls) if below and field.name in loaded]
             if beside:
-                raise ConfigError(f"config {str(path)!r}: {beside[0]}={loaded[beside[0]]!r} stands beside base, where no run "
+                raise ConfigError(f"config {str(path)!r}: {beside[0]}={loaded[beside[0]]!r} is next to base, where no run "
                                   f"reads it: move it below base")  # fmt: skip
             values |= keys
         return cls.from_dict(values | changes)
@@ -323,9 +323,9 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if float in allowed and type(value) is int:
         value = float(value)
     if isinstance(value, str) and len(value) > 4000:
-        raise ConfigError(f"{field.name}={value[:40]!r}...: is a text of {len(value)} letters")
+        raise ConfigError(f"{field.name}={value[:40]!r}...: is too long: {len(value)} characters")
     if isinstance(value, str) and not value.isascii() and value != value.encode(errors="ignore").decode():
-        raise ConfigError(f"{field.name}={ascii(value)}: holds what is no UTF-8: rename the file, or leave it out")
+        raise ConfigError(f"{field.name}={ascii(value)}: is not valid UTF-8: rename the file, or leave it out")
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise ConfigError(
@@ -355,7 +355,7 @@ def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:
             return ""
         if float in allowed:
             mantissa, exponent = f"{number:.12e}".split("e")
-            return f": write {float(mantissa)}e{int(exponent):+d} (YAML takes {value} for text)"
+            return f": write {float(mantissa)}e{int(exponent):+d} (YAML reads {value} as text)"
         return f": write {int(number)}, without quotes" if number.is_integer() else ""
     if isinstance(value, float) and int in allowed and value.is_integer():
         return f": write {int(value)}"

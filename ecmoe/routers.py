@@ -43,9 +43,9 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
     if n * share.numerator % share.denominator:
         raise ConfigError(
             f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(share * n):g} of "
-            f"n={n} tokens, which is no whole number: make n (batch_size x sequence_length for "
+            f"n={n} tokens, which isn't a whole number: make n (batch_size x sequence_length for "
             f"pool=batch) a multiple of {share.denominator}, or change capacity_factor or num_experts; "
-            "a layer of your own may round: ExpertChoice(..., rounding='down')"
+            "a layer outside a RunConfig may round: ExpertChoice(..., rounding='down')"
         )
     return n * share.numerator // share.denominator
 
@@ -69,8 +69,8 @@ def check_capacity(c: float | None, none: bool = True) -> float | None:
 def check_cap(b: int | None, c: float) -> None:
     """Raise a ConfigError if b < c: with at most b experts per token, the average can't be c."""
     if b is not None and b < c:
-        raise ConfigError(f"max_experts_per_token={b}: experts take capacity_factor={c:g} n tokens in all, but {b} n places are "
-                          f"allowed (n b >= e k): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
+        raise ConfigError(f"max_experts_per_token={b}: capacity_factor={c:g} is the average per token, above the cap of {b} "
+                          f"(n b >= e k must hold): use at least {math.ceil(c)}, or a capacity_factor of at most {b}")  # fmt: skip
 
 
 def check_top_k(top_k: int, e: int) -> None:

@@ -156,7 +156,7 @@ def test_a_damaged_run_is_named(tiny_config, tmp_path, monkeypatch):
     assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and f"{weights} is damaged" in wrong.stderr
     summary.write_bytes(summary.read_bytes()[:-100])
     again = call("train", run / "config.yaml")
-    assert again.exit_code == 0 and f"{summary} is damaged" in again.stderr and "made again now" in again.stderr
+    assert again.exit_code == 0 and f"{summary} is damaged" in again.stderr and "computed again now" in again.stderr
     assert call("generate", run.name[:20], "def f", "--tokens", 1).exit_code == 0
 
 
@@ -173,7 +173,7 @@ def test_generate_refuses_what_continues_no_text(changes, tiny_config, tmp_path)
     save_file(build_model(config).state_dict(), tmp_path / "model.safetensors")
     write_run(tmp_path, not_run(config).summary | {"status": "finished", "data": None})
     wrong = call("generate", tmp_path, "hi")
-    assert wrong.exit_code == 2 and "only a language model whose router reads tokens alone" in wrong.stderr
+    assert wrong.exit_code == 2 and "only a language model whose router needs no tasks" in wrong.stderr
 
 
 # Words -> the function behind the command, and what it gets of them. ONE: all that is planned.

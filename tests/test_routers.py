@@ -108,7 +108,7 @@ def test_a_router_says_what_it_is_and_what_it_lacks():
         "balance=switch, bias_rate=0.001)"
     )
     assert routing.ExpertChoice(8, 1, 1.0).kernels == "plain"  # until a layer says otherwise
-    with pytest.raises(NotImplementedError, match="Router doesn't say how it assigns"):
+    with pytest.raises(NotImplementedError, match="Router must implement assign"):
         routing.router.Router(8, 4).assign(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="hash_table=balanced needs token_counts"):
         build_router(RunConfig(router="hash", hash_table="balanced"))

@@ -83,7 +83,7 @@ class RunData(L.LightningDataModule):
         if state["digest"] != self.digest:
             raise ConfigError(
                 f"data={self.config.data!r} has changed since the checkpoint was written: its digest was {state['digest']} and is "
-                f"{self.digest}; bring the data back, or delete runs/{self.config.name} to begin anew"
+                f"{self.digest}; restore the data, or delete runs/{self.config.name} to start again"
             )
 
     def train_batches(self, start: int, rank: int, world: int) -> Batches:

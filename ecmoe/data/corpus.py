@@ -95,7 +95,7 @@ def part_files(part: str) -> dict[str, Path]:
         return files
     if os.path.lexists(path := paths.resolve(part)):
         kinds = ", ".join(paths.TEXT_FILES + paths.ROW_FILES)
-        raise ConfigError(f"data={part!r}: {path} exists, but must be, or hold, files that end in {kinds}")
+        raise ConfigError(f"data={part!r}: {path} exists, but must be a file ending in {kinds}, or a folder of them")
     known = [*paths.KNOWN_TEXTS, *paths.IMAGES, "hub:NAME", "hub:OWNER/NAME/CONFIG", "a path"]
     where = " or ".join(dict.fromkeys(map(str, (Path.cwd(), paths.root()))))
     hint = f"{nearest(part, known)}; README.md says where the study's texts come from"
@@ -124,7 +124,7 @@ def about(data: str) -> dict[str, str]:
         return said
     stated = read_yaml(beside, f"data={data!r}:")
     if not isinstance(stated, dict) or not set(stated) <= set(said):
-        raise ConfigError(f"data={data!r}: {beside} must hold no keys but {', '.join(said)}; it holds {stated!r}")
+        raise ConfigError(f"data={data!r}: {beside} must have only the keys {', '.join(said)}; it has {stated!r}")
     return said | {key: str(value) for key, value in stated.items()}
 
 
@@ -187,14 +187,14 @@ def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:
             try:
                 row = json.loads(row)
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{place} is no JSON: {error}") from error
+                raise ConfigError(f"{place} isn't JSON: {error}") from error
         for name in texts:
             text = row.get(name) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 has = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
                 raise ConfigError(f"{place} has {has}, but must have a string {name!r}; it holds {text!r}")
             if not text.isascii() and re.search("[\ud800-\udfff]", text):
-                raise ConfigError(f"{place}: {name!r} holds half a character, which no text can be (a lone surrogate)")
+                raise ConfigError(f"{place}: {name!r} has half a character (a lone surrogate): remove it")
         yield place, row
 
 
@@ -218,12 +218,12 @@ def _hub(data: str, streaming: bool) -> Corpus:
     what = f"data={data!r}"
     reader = hub.path.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{hub.path}")
     if os.path.exists(hub.path) or reader and not hub.options:  # `datasets` would read local files instead
-        raise ConfigError(f"{what}: {hub.path!r} means files in {Path.cwd()} to `datasets`, no data set of the Hub; for "
-                          "local text give its path, such as ./text; else start from another folder")  # fmt: skip
+        raise ConfigError(f"{what}: `datasets` takes {hub.path!r} for files in {Path.cwd()}, not for a data set of the Hub; for "
+                          "local text give its path, such as ./text; else start in another folder")  # fmt: skip
     right = "it must be a data set of the Hub (hub:OWNER/NAME or hub:OWNER/NAME/CONFIG), and the Hub must be reachable"
     sets = dict(from_hub(what, right, hub.path, hub.config, streaming=streaming, **hub.options))
     if "train" not in sets:
-        raise ConfigError(f"{what}: has splits {', '.join(sets)}, but no train")
+        raise ConfigError(f"{what}: has splits {', '.join(sets)}, but must have train")
     info = sets["train"].info
     licence = hub.licence or str(info.license or NOT_STATED)
     attribution = hub.attribution or " ".join((info.citation or info.homepage or NOT_STATED).split())

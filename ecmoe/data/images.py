@@ -60,8 +60,8 @@ def load(data: str) -> Images:
     if data not in IMAGES and (not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX):
         raise ConfigError(f"data={data!r}: images must be one of {', '.join(IMAGES)}, or {IMAGES_PREFIX}PATH")
     if data not in IMAGES and not (folder := paths.resolve(data.removeprefix(IMAGES_PREFIX))).is_dir():
-        raise ConfigError(f"data={data!r}: {folder} is no folder; it must hold a sub-folder of image files per class, "
-                          "or NAME_train.jpgs.xz and the files that go with it")  # fmt: skip
+        raise ConfigError(f"data={data!r}: {folder} isn't a folder; it must hold a sub-folder of image files per class, "
+                          "or NAME_train.jpgs.xz and its companion files")  # fmt: skip
     check_content(content)
     remember_content(content)
     return _load(data, content)
@@ -117,12 +117,12 @@ def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
         images = lzma.open(f"{stem}.jpgs.xz").read()
         places = [tuple(map(int, line.split())) for line in lzma.open(f"{stem}.idx.xz", "rt")]
         if not all(0 <= label < 1 << 16 for _, _, label in places):
-            raise ValueError("labels are 0 to 65,535")
+            raise ValueError("labels must be 0 to 65,535")
         yield from ((f"{stem}.jpgs.xz, image {i}", io.BytesIO(images[at : at + n]), label)
                     for i, (at, n, label) in enumerate(places))  # fmt: skip
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise ConfigError(f"data={data!r}: {stem}.jpgs.xz with {stem.name}.idx.xz can't be read ({error}); they must hold "
-                          "JPEGs end to end, and a line `offset length label` for each")  from error  # fmt: skip
+                          "concatenated JPEGs, and a line `offset length label` for each")  from error  # fmt: skip
 
 
 def _folder(data: str, files: dict[str, Path]) -> tuple[Stored, Stored, tuple[str, ...]]:
@@ -136,8 +136,8 @@ def _folder(data: str, files: dict[str, Path]) -> tuple[Stored, Stored, tuple[st
                if len(part) > deep + 1 and side in ("", part[0])] for side in sides]  # fmt: skip
     classes = sorted({label for rows in images for *_, label in rows})
     if not classes or not all(images):
-        raise ConfigError(f"data={data!r}: holds no images of classes; it must hold a sub-folder of image files per class, "
-                          f"perhaps below train and one of {', '.join(VALIDATION)}")  # fmt: skip
+        raise ConfigError(f"data={data!r}: has no images in class folders; it must hold a sub-folder of image files per class, "
+                          f"either directly or below train and one of {', '.join(VALIDATION)}")  # fmt: skip
     splits = [_stack(data, ((where, path, classes.index(label)) for where, path, label in rows)) for rows in images]
     if not own:  # hold out the same share of every class
         ((pixels, labels),) = splits
@@ -154,14 +154,14 @@ def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> Stored:
             pixels.append(_rgb(file))
         except Exception as error:  # Pillow's decoders raise many kinds of errors for a damaged file
             told = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"data={data!r}: {where} can't be read ({told}): mend or remove it") from error
+            raise ConfigError(f"data={data!r}: {where} can't be read ({told}): repair or remove it") from error
         (h, w, _), (height, width, _) = pixels[0].shape, pixels[-1].shape
         if (h, w) != (height, width):
-            raise ConfigError(f"data={data!r}: holds images of {w} x {h} and {width} x {height} pixels ({where}), but all "
-                              "must be of one size: resize them first")  # fmt: skip
+            raise ConfigError(f"data={data!r}: has images of {w} x {h} and {width} x {height} pixels ({where}), but all "
+                              "must have the same size: resize them")  # fmt: skip
         labels.append(label)
     if not pixels:
-        raise ConfigError(f"data={data!r}: holds no images")
+        raise ConfigError(f"data={data!r}: contains no images")
     return np.stack(pixels), np.array(labels, np.int64)
 
 
@@ -176,7 +176,7 @@ def _rgb(file: Any) -> np.ndarray:
             raise ValueError("its greys have more than 16 bits")
         return np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "F":
-        raise ValueError("its greys are fractions, of which nothing says what is white")
+        raise ValueError("its greys are floats, so their white level is unknown")
     return np.asarray(image.convert("RGB"))
 
 

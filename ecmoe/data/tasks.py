@@ -70,7 +70,7 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
             sides = (json_rows(what, local / f"{side}.jsonl", task.columns) for side in ("train", "validation"))
             return tuple(_examples(name, rows) for rows in sides)
         there = f"{local}/train.jsonl and validation.jsonl"
-    sets = from_hub(what, f"the Hub must be reachable, or {there} be there", task.hub, name)
+    sets = from_hub(what, f"the Hub must be reachable, or {there} must exist", task.hub, name)
     sides = (checked_rows(f"{what}: {side}", sets[side], task.columns) for side in ("train", task.validation))
     return tuple(_examples(name, rows) for rows in sides)
 
@@ -84,5 +84,5 @@ def _examples(name: str, rows: Rows) -> Examples:
         texts.append(tuple(row[column] for column in TASKS[name].columns))
         labels.append(label)
     if not labels:
-        raise ConfigError(f"task {name!r}: has no examples to train on, or none to validate on")
+        raise ConfigError(f"task {name!r}: has no training examples, or no validation examples")
     return Examples(texts, np.array(labels, np.int64))

@@ -61,7 +61,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     fast.train_from_iterator(texts, trainer)
     if fast.get_vocab_size() != vocab_size:
         raise ConfigError(
-            f"vocab_size={vocab_size}: the corpus gives only {fast.get_vocab_size()} tokens; set at most that many (257 "
-            "are the least), raise max_bytes, or take a larger corpus"
+            f"vocab_size={vocab_size}: the corpus gives only {fast.get_vocab_size()} tokens; set at most that many (at "
+            "least 257), raise max_bytes, or take a larger corpus"
         )
     fast.save(str(path))

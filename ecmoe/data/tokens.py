@@ -91,7 +91,7 @@ def _make(config: Any, place: Path, trouble: str) -> None:
     except ConfigError as error:
         if trouble == NEW:
             raise
-        told = f"the cache {place} can't be used: {trouble}; it can't be made again: {error}"
+        told = f"the cache {place} can't be used: {trouble}; it can't be rebuilt: {error}"
         raise ConfigError(f"data={config.data!r}: {told}") from error
     (place / "meta.json").unlink(missing_ok=True)
     work = place / "work"

@@ -50,7 +50,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if router.d_model != d_model:
-            raise ValueError(f"d_model={d_model}: must be the router's, {router.d_model}")
+            raise ValueError(f"d_model={d_model}: must equal the router's, {router.d_model}")
         if d_ff < 1:
             raise ValueError(f"d_ff={d_ff}: must be at least 1")
         if one_of("kernels", kernels).startswith("triton") and not TRITON:

@@ -55,7 +55,7 @@ def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[
         _untracked[layer] = True
         if stepped:
             _untracked.clear()
-            told = "which nobody moves: call ecmoe.track(model, optimizer) once, before the training loop"
+            told = "which aren't updated: call ecmoe.track(model, optimizer) once, before the training loop"
             warnings.warn(f"{type(layer.router).__name__} has running statistics, {told}", stacklevel=4)
             return
 

@@ -139,7 +139,7 @@ class Transformer(Trunk):
             ValueError: mask has padding before a token.
         """
         if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError("mask has padding before a token: pad on the right, attention reads all that comes before")
+            raise ValueError("mask has padding before a token: pad on the right, as tokens attend to all before them")
         x = self.embedding(token_ids)  # (B, T, d); small compared with the blocks' outputs, so that
         # the tied output layer doesn't start by predicting the input token
         return self.through(x, cache, token_ids=token_ids, task_ids=task_ids, mask=mask)

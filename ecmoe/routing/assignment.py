@@ -101,7 +101,7 @@ def pack(
         ValueError: token, expert and gate differ in shape.
     """
     if not token.shape == expert.shape == gate.shape:
-        raise ValueError(f"{len(token)} tokens, {len(expert)} experts, {len(gate)} gates: a request has one of each")
+        raise ValueError(f"{len(token)} tokens, {len(expert)} experts, {len(gate)} gates: one of each per request")
     by_expert = torch.argsort(expert, stable=True)  # keeps the order within an expert
     expert = expert[by_expert]
     ends = torch.searchsorted(expert, torch.arange(e + 1, device=expert.device), right=True)

@@ -197,8 +197,8 @@ class ExpertChoice(Router):
     def check_causal(self) -> None:
         if self.cutoff.empty():
             raise ValueError(
-                "causal routing needs running cut-offs, and this expert choice router has seen no training "
-                "batch yet: run training forwards first, or load a trained run"
+                "causal routing needs running cut-offs, but this expert choice router has seen no training "
+                "batch yet: train it first, or load a trained run"
             )
 
     def end_step(self) -> None:

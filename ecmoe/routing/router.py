@@ -97,7 +97,7 @@ class Router(RunningState):
             task_ids: (n,) task of each token, for task-level routing.
             mask: (n,) bool, False for padding.
         """
-        raise NotImplementedError(f"{type(self).__name__} doesn't say how it assigns")
+        raise NotImplementedError(f"{type(self).__name__} must implement assign")
 
     def fast(self, x: Tensor, n: int) -> bool:
         """Return whether the kernels compute n tokens on the device of x.

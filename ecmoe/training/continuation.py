@@ -27,13 +27,13 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
     summary = read_run(folder).summary
     config = RunConfig.from_dict(summary["config"])
     if config.images or "tasks" in config.needs:
-        raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can continue a text, "
+        raise ValueError(f"{config.name}: only a language model whose router needs no tasks can continue a text, "
                          f"but it has data={config.data!r} and router={config.router!r}")  # fmt: skip
     model = load_model(folder)
     loaded = load_tokens(config)
     if config.tokenizer == "bpe" and (summary["data"] or {}).get("digest") != loaded.meta["digest"]:
-        raise ValueError(f"data={config.data!r} is another text here than the one that {config.name} was trained on, "
-                         "and so is its vocabulary: bring that text back")  # fmt: skip
+        raise ValueError(f"data={config.data!r} differs from the text that {config.name} was trained on, "
+                         "and so does its vocabulary: restore the files")  # fmt: skip
     ids = loaded.tokenizer.encode([prompt])[0]
     if not len(ids):
         raise ValueError(f"prompt={prompt!r}: must have at least one token, to be continued")

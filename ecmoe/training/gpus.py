@@ -51,7 +51,7 @@ def place(say: bool = True) -> Iterator[Place]:
     of_gpu = [[folder / f"{name}-{slot}.lock" for slot in range(slots)] for name in names]
     found = _find(of_gpu)
     if found is None and say:
-        print(f"waiting for a place on {gpus} GPU{'s' * (gpus > 1)} of {slots} runs each ($ECMOE_SLOTS)", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"waiting for a slot on {gpus} GPU{'s' * (gpus > 1)}, {slots} slots each ($ECMOE_SLOTS)", file=sys.stderr, flush=True)  # fmt: skip
     while found is None:
         time.sleep(1)
         found = _find(of_gpu)

@@ -86,7 +86,7 @@ class LitModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.counts_lack:
-            raise ValueError("hash_table=balanced: give LitModel token_counts, as TextData has them after setup()")
+            raise ValueError("hash_table=balanced: pass token_counts to LitModel; TextData has them after setup()")
         self.sums = {name: value.to(self.device) for name, value in self.sums.items()}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -84,7 +84,7 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
         if raises:
             raise
         if say:
-            print(f"{damage}; it is made again now, beside the old files", file=sys.stderr, flush=True)
+            print(f"{damage}; it is computed again now, next to the old files", file=sys.stderr, flush=True)
         return None
     return result
 
@@ -154,17 +154,17 @@ def lock(folder: Path, progress: bool) -> Iterator[StillOurs]:
         held.acquire(timeout=0)
     except Timeout:
         if in_torchrun():
-            raise SystemExit(f"another process makes {folder.name}: wait for it, then call again") from None
+            raise SystemExit(f"another process is computing {folder.name}: wait for it, then call again") from None
         if progress:
-            print(f"[{folder.name}] waiting: another process makes it", file=sys.stderr, flush=True)
+            print(f"[{folder.name}] waiting: another process is computing it", file=sys.stderr, flush=True)
         held.acquire()
     try:
         inode = path.stat().st_ino
 
         def still_ours() -> None:
             if not path.exists() or path.stat().st_ino != inode:
-                raise LostLock(f"{path} was removed while {folder.name} was made, so that another process may make it "
-                                   "too: this one stops here; call again to go on from the last checkpoint")  # fmt: skip
+                raise LostLock(f"{path} was removed while {folder.name} was computed, so another process may compute it "
+                                   "too: this one stops; call again to resume from the last checkpoint")  # fmt: skip
 
         yield still_ours
     finally:

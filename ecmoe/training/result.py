@@ -96,8 +96,8 @@ def find_run(run: str | Path) -> Path:
     names = sorted(path.name for path in paths.runs().glob("*") if path.is_dir() and path.name.startswith(str(run)))
     names = [name for name in names if name == str(run)] or names
     if len(names) != 1:
-        what = f"begins the names of {len(names)} runs: {', '.join(names[:5])}" if names and run else "names no run"
-        raise FileNotFoundError(f"{str(run)!r} {what}; name a folder of {paths.runs()}, or enough of its beginning")
+        what = f"matches {len(names)} runs: {', '.join(names[:5])}" if names and run else "matches no run"
+        raise FileNotFoundError(f"{str(run)!r} {what}; give a folder of {paths.runs()}, or the beginning of its name")
     return paths.runs() / names[0]
 
 
@@ -152,7 +152,7 @@ def check_weights(folder: Path, summary: Mapping[str, Any] | None = None) -> Pat
     path = place_of(folder, "model.safetensors")
     if not path.exists():
         raise FileNotFoundError(
-            f"no weights in {folder}: they are there once a run has finished, and a record holds none; to have them: "
+            f"no weights in {folder}: only finished runs have them, and records have none; to get them: "
             "run_or_load(config, weights=True), without records"
         )
     if summary is not None:
@@ -164,16 +164,16 @@ def verify(folder: Path, name: str, summary: Mapping[str, Any]) -> None:
     """Raise `Damaged` if a run folder's file is missing or its SHA-256 differs, according to the summary."""
     said, path = summary.get("files", {}).get(name), place_of(folder, name)
     if said is not None and (not path.exists() or sha256(path) != said):
-        raise Damaged(path, "its SHA-256 is another" if path.exists() else "it is gone")
+        raise Damaged(path, "its SHA-256 differs" if path.exists() else "it is missing")
 
 
 def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a valid summary, else raise `Damaged`. A checksum alone would accept what another version has written."""
     for key in ("config", "name", "seed", "schema", "status"):
         if key not in summary:
-            raise Damaged(path, f"it says nothing of {key}")
+            raise Damaged(path, f"it has no {key}")
     if summary["schema"] != SCHEMA:
-        raise Damaged(path, f"it has schema {summary['schema']}, where this version has {SCHEMA}")
+        raise Damaged(path, f"it has schema {summary['schema']}, but this version has {SCHEMA}")
     if summary["status"] not in STATUSES:
         raise Damaged(path, f"its status is {summary['status']!r}")
     if not re.fullmatch(r"[A-Za-z0-9._+-]+", str(summary["name"])):  # it becomes a file name
@@ -204,7 +204,7 @@ def read_record(path: str | Path) -> Result:
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, Damaged):
             raise
-        raise Damaged(path, f"no record of a run: {error!r}; it must hold `summary` and `curve`") from error
+        raise Damaged(path, f"it isn't a record of a run: {error!r}; it must have `summary` and `curve`") from error
 
 
 def load_records(folder: str | Path) -> list[Result]:

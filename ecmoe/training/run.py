@@ -78,9 +78,9 @@ def run_or_load(
     check_world(config)
     result = once(config, make, records=records, train=train, weights=weights, progress=progress)
     if _of_other_data(config, result.summary.get("data") or {}):
-        said = f"data={config.data!r} is another text here than the one that {config.name} was trained on"
+        said = f"data={config.data!r} differs from the data that {config.name} was trained on"
         if result.path and content_of(config.data):
-            raise ConfigError(f"{said}: bring that back, or leave out {content_of(config.data)} for a run of its own")
+            raise ConfigError(f"{said}: restore the files, or leave out {content_of(config.data)} to train a new run")
         warnings.warn(said, stacklevel=2)
     return result
 
@@ -137,7 +137,7 @@ def train_run(
     if step is not None:
         data.start_step = step * config.accumulate
         if progress and leads:
-            print(f"[{config.name}] goes on from step {step}", file=sys.stderr)
+            print(f"[{config.name}] resumes from step {step}", file=sys.stderr)
     status, error = "finished", None
     try:
         with repeatable(), warnings.catch_warnings():
@@ -146,7 +146,7 @@ def train_run(
             resume = None if step is None else str(checkpoint)
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
             if trainer.global_step < config.steps:
-                status, error = "stopped", f"a callback ended it after step {trainer.global_step} of {config.steps}"
+                status, error = "stopped", f"a callback stopped it after step {trainer.global_step} of {config.steps}"
                 recorder.save(trainer)
             elif config.steps not in recorder.rows:  # the last step isn't a multiple of eval_every
                 trainer.validate(module, datamodule=data, verbose=False)
@@ -180,7 +180,7 @@ def _check(config: RunConfig, folder: Path, callbacks: Sequence[L.Callback], log
     check_machine(config)
     number("ECMOE_SHARING", 1)
     if (callbacks or loggers) and config.devices > 1 and not in_torchrun():
-        raise ConfigError(f"devices={config.devices} with callbacks or loggers: they can't follow into processes of their own; "
+        raise ConfigError(f"devices={config.devices} with callbacks or loggers: they can't be passed to subprocesses; "
                           f"start torchrun --nproc-per-node={config.devices} with a script that calls run_or_load")  # fmt: skip
     for logger in loggers:
         _logger(logger, folder)
@@ -205,7 +205,7 @@ def _logger(logger: Any, folder: Path) -> Any:
     if not isinstance(logger, str):
         return logger
     if logger not in LOGGERS:
-        raise ConfigError(f"logger {logger!r}: must be one of {', '.join(LOGGERS)}, or a Logger of Lightning")
+        raise ConfigError(f"logger {logger!r}: must be one of {', '.join(LOGGERS)}, or a Lightning logger")
     keys = {"project": "ecmoe", "name": folder.name} if logger == "wandb" else {"name": logger, "version": ""}
     try:
         return getattr(L.pytorch.loggers, LOGGERS[logger])(save_dir=folder, **keys)
@@ -219,11 +219,11 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
         return None
     try:
         if not sealed(checkpoint):
-            raise ValueError("its SHA-256 is another")
+            raise ValueError("its SHA-256 differs")
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:  # damaged bytes may raise anything
         if say:
-            told = f"{checkpoint} is damaged ({error}): it is left aside, and the run begins anew"
+            told = f"{checkpoint} is damaged ({error}): it is ignored, and the run starts again"
             print(told, file=sys.stderr, flush=True)
         return None
 

@@ -155,8 +155,8 @@ def test_known_corpora_have_no_file_beside_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize("data, remedy", [
     ("stdlb", "did you mean stdlib"), ("nowhere.txt", "no such file"), ("nowhere.txt.gz", "no such file"),
     ("a/b", "no such file"),
-    ("hub:a/b/c/d", "hub:OWNER/NAME/CONFIG"), ("{folder}", "must be, or hold, files that end in .txt"),
-    ("{folder}/x.pdf", "must be, or hold, files that end in .txt"),
+    ("hub:a/b/c/d", "hub:OWNER/NAME/CONFIG"), ("{folder}", "must be a file ending in .txt, "),
+    ("{folder}/x.pdf", "must be a file ending in .txt, "),
 ])  # fmt: skip
 def test_unknown_source(data, remedy, tmp_path):
     (tmp_path / "x.pdf").touch()
@@ -209,12 +209,12 @@ def test_rows_need_not_be_alike(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"text": "x\\ud83d"}', "line 3: 'text' holds half a character"),
+        ('{"text": "x\\ud83d"}', "line 3: 'text' has half a character"),
         ('{"text": null}', "line 3 has the fields text, but must have a string 'text'; it holds None"),
         ('{"text": 5}', "line 3 .*it holds 5"),
         ("[1]", "line 3 has a list, but must have a string 'text'"),
-        ('{"text": "x"', "line 3 is no JSON"),
-        ("[" * 100_000, "line 3 is no JSON"),
+        ('{"text": "x"', "line 3 isn't JSON"),
+        ("[" * 100_000, "line 3 isn't JSON"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, said):
@@ -244,7 +244,7 @@ def test_no_text_but_called_so(tmp_path, name):
     (tmp_path / "link.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(
-        ConfigError, match=rf"data='.*{name}': .* exists, but must be, or hold, .* end in \.txt, .*\.jsonl"
+        ConfigError, match=rf"data='.*{name}': .* exists, but must be a file ending in \.txt, .*\.jsonl"
     ):
         open_corpus(str(tmp_path / name))
 
@@ -264,7 +264,7 @@ def test_the_hub_is_never_the_working_folder(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.txt").write_text("local")
     for data in ("hub:txt", "hub:owner/set", "hub:text", "hub:json"):  # the last two are readers of `datasets`
-        with pytest.raises(ConfigError, match=f"data='{data}': .*no data set of the Hub"):
+        with pytest.raises(ConfigError, match=f"data='{data}': .*not for a data set of the Hub"):
             open_corpus(data)
 
 
@@ -342,7 +342,7 @@ def test_hub_errors_name_the_key(monkeypatch):
     with pytest.raises(ConfigError, match="data='hub:a/b'.*no route to host.*reachable"):
         open_corpus("hub:a/b")
     FakeHub(monkeypatch, test=["one"])
-    with pytest.raises(ConfigError, match="data='hub:a/b': has splits test, but no train"):
+    with pytest.raises(ConfigError, match="data='hub:a/b': has splits test, but must have train"):
         open_corpus("hub:a/b")
     FakeHub(monkeypatch, train=["one", None])
     with pytest.raises(ConfigError, match="data='hub:a/b': row 2 has the fields text, but must have a string 'text'"):

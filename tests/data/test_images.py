@@ -121,7 +121,7 @@ def test_a_label_that_cannot_be_is_named(tmp_path, label):
     for part in ("train", "test"):
         pack(tmp_path, part, [0, 1])
     (tmp_path / "toy_train.idx.xz").write_bytes(lzma.compress(f"0 9 1\n9 9 {label}".encode()))
-    with pytest.raises(ConfigError, match="toy_train.idx.xz can't be read .labels are 0 to 65,535"):
+    with pytest.raises(ConfigError, match="toy_train.idx.xz can't be read .labels must be 0 to 65,535"):
         images.load(f"images:{tmp_path}")
 
 
@@ -232,7 +232,7 @@ def test_a_folder_of_training_images_alone_holds_some_out(tmp_path):
     [
         ("digit", ["data='digit'", "digits, cifar10", "images:PATH"]),
         ("images:", ["data='images:'", "images:PATH"]),
-        ("images:nowhere", ["data='images:nowhere'", "no folder", "sub-folder"]),
+        ("images:nowhere", ["data='images:nowhere'", "isn't a folder", "sub-folder"]),
     ],
 )
 def test_error_names_key_value_and_remedy(data, named):
@@ -264,7 +264,7 @@ def test_unreadable_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match="toy_test.idx.xz"):
         images.load(f"images:{tmp_path}")
     pack(tmp_path, "test", [])
-    with pytest.raises(ConfigError, match="holds no images"):
+    with pytest.raises(ConfigError, match="contains no images"):
         images.load(f"images:{tmp_path}")
 
 

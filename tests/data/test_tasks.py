@@ -58,7 +58,7 @@ def test_a_local_copy_is_read_in_the_order_in_which_a_model_reads(tmp_path):
     [
         ({"premise": "a", "label": 1}, "the fields premise, label, but must have a string 'hypothesis'"),
         ({"premise": "a", "hypothesis": None, "label": 1}, "must have a string 'hypothesis'; it holds None"),
-        ({"premise": "\ud83d", "hypothesis": "b", "label": 1}, "'premise' holds half a character"),
+        ({"premise": "\ud83d", "hypothesis": "b", "label": 1}, "'premise' has half a character"),
         *(
             ({"premise": "a", "hypothesis": "b", "label": label}, f"label {label!r} must be 0 to 2, a whole number")
             for label in (-1, "not", None, 0.7, 3, True)
@@ -84,7 +84,7 @@ def test_texts_stay_what_they_are(tmp_path):
     )
     assert tasks.load("sst2", tmp_path)[0].texts == [("2020-01-01",), ("1.0",)]
     (tmp_path / "sst2" / "train.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="task 'sst2': has no examples to train on"):
+    with pytest.raises(ConfigError, match="task 'sst2': has no training examples"):
         tasks.load("sst2", tmp_path)
 
 
@@ -100,9 +100,9 @@ def test_files_hold_what_is_stated(tmp_path):
 
 def test_a_task_that_is_nowhere_says_where_it_could_be(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
-    with pytest.raises(ConfigError, match="task 'rte': .*no network.*rte/train.jsonl and validation.jsonl be there"):
+    with pytest.raises(ConfigError, match="task 'rte': .*no network.*rte/train.jsonl and validation.jsonl must exist"):
         tasks.load("rte", tmp_path)
-    with pytest.raises(ConfigError, match="the Hub must be reachable, or a folder of local copies be there"):
+    with pytest.raises(ConfigError, match="the Hub must be reachable, or a folder of local copies must exist"):
         tasks.load("rte")
     with pytest.raises(ConfigError, match="task 'sst': did you mean sst2"):
         tasks.load("sst")

@@ -283,12 +283,12 @@ def test_cache_alone_is_enough(book, make, tmp_path, monkeypatch):
         assert make(book).meta["digest"] == before
     place = tokens.folder(config(book))
     (place / "val.bin").write_bytes(b"short")
-    with pytest.raises(ConfigError, match=r"val.bin is missing or damaged.*can't be made again.*no such file"):
+    with pytest.raises(ConfigError, match=r"val.bin is missing or damaged.*can't be rebuilt.*no such file"):
         make(book)
     shutil.rmtree(place)
     with pytest.raises(ConfigError, match="no such file") as error:
         make(book)
-    assert "made again" not in str(error.value)
+    assert "rebuilt" not in str(error.value)
     assert not place.exists()
 
 

@@ -74,7 +74,7 @@ def test_a_router_without_capacity_is_refused():
     with pytest.raises(ValueError, match="gate='scaled'"), capacity.at_capacity(model, 1.0):
         pass
     model = build_model(config(EC, 2.0)).eval()
-    with pytest.raises(ValueError, match="no whole number"), capacity.at_capacity(model, 0.21):  # never rounded
+    with pytest.raises(ValueError, match="isn't a whole number"), capacity.at_capacity(model, 0.21):  # never rounded
         model(torch.rand(20, 1, 8, 8))
 
 

@@ -36,7 +36,7 @@ def test_a_router_must_say_how_it_assigns_and_has_an_expert_at_least():
     for experts in (0, -1):
         with pytest.raises(ValueError, match=f"num_experts={experts}: must be at least 1"):
             Router(3, experts)
-    with pytest.raises(NotImplementedError, match="Router doesn't say how it assigns"):
+    with pytest.raises(NotImplementedError, match="Router must implement assign"):
         Router(3, 1).assign(torch.zeros(2, 1))
 
 

@@ -24,7 +24,7 @@ def test_the_last_checkpoint_stays_until_the_summary_is_written(tiny_config, mon
         with pytest.raises(OSError, match="No space"):
             run_or_load(config, progress=False)
     assert run_or_load(config).ok
-    assert "goes on from step 8" in capsys.readouterr().err  # there is none after the last step
+    assert "resumes from step 8" in capsys.readouterr().err  # there is none after the last step
 
 
 def test_killed_and_resumed_ends_the_same_to_the_last_bit(tiny_config, forked):
@@ -108,7 +108,7 @@ def test_sigterm_ends_with_143_and_the_next_call_goes_on(tmp_path):
         said = process.stderr.readline()
         process.terminate()
         process.communicate(timeout=60)
-    assert "goes on from step" in said and int(said.split()[-1]) >= 40  # nothing that was done is done again
+    assert "resumes from step" in said and int(said.split()[-1]) >= 40  # nothing that was done is done again
 
 
 @pytest.mark.parametrize(("at", "accumulate"), [(3, 1), (4, 1), (5, 2)])  # 4: in a validation, where nothing is saved

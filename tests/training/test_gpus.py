@@ -41,7 +41,7 @@ def test_runs_spread_over_the_gpus_count_each_other_and_wait_when_all_are_full(t
             monkeypatch.setattr(gpus.time, "sleep", lambda _: held.close())  # while it waits, the others end
             with gpus.place() as again:
                 assert again.gpu == 0 and again.sharing() == 1
-                assert "waiting for a place on 3 GPUs of 2 runs each ($ECMOE_SLOTS)" in capsys.readouterr().err
+                assert "waiting for a slot on 3 GPUs, 2 slots each ($ECMOE_SLOTS)" in capsys.readouterr().err
 
 
 def test_a_place_is_free_again_after_a_failure(three, tmp_path):

@@ -99,7 +99,7 @@ def test_images_log_their_accuracy():
 
 def test_a_balanced_table_comes_from_the_corpus_or_a_checkpoint_never_from_nothing(tiny_config, tmp_path):
     config = tiny_config(router="hash", hash_table="balanced")
-    with pytest.raises(ValueError, match="give LitModel token_counts"):
+    with pytest.raises(ValueError, match="pass token_counts to LitModel"):
         L.Trainer(max_steps=1, **QUIET).fit(LitModel(config), batches(WINDOWS[:1]))
     lit = LitModel(config, torch.arange(256))
     assert torch.equal(lit.routers[0].table, routing.build_router(config, torch.arange(256)).table)

@@ -75,7 +75,7 @@ def test_what_is_damaged_is_made_again_and_told(run, capsys, name, damage):
     damage(folder / name)
     again = run_or_load(config)
     assert again.ok and again.summary["val_loss"] == before and again.path == folder
-    assert f"{name} is damaged" in (said := capsys.readouterr().err) and "made again now, beside the old files" in said
+    assert f"{name} is damaged" in (said := capsys.readouterr().err) and "next to the old files" in said
     assert said.count("is damaged") == 1
     assert not (folder / "again").exists() and load_model(folder)
 
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_begins_anew(tiny_config, monke
     }
     checkpoint.write_bytes(damages.get(damage, b"x" * 500))
     again = run_or_load(config)
-    assert again.ok and "last.ckpt is damaged" in (said := capsys.readouterr().err) and "begins anew" in said
+    assert again.ok and "last.ckpt is damaged" in (said := capsys.readouterr().err) and "starts again" in said
     whole = run_or_load(config.replace(checkpoint_every=4, eval_every=2), progress=False)
     assert again.summary["val_loss"] == whole.summary["val_loss"] and not checkpoint.exists()
     shutil.rmtree(folder)
@@ -186,7 +186,7 @@ def test_a_removed_lock_stops_the_run_that_held_it(of, before, taken, kept, tiny
     shutil.rmtree(paths.runs() / config.name, ignore_errors=True)
     with monkeypatch.context() as meddled:
         meddled.setattr(of, before, removed)
-        with pytest.raises(OSError, match=r"lock was removed while .* call again to go on"):
+        with pytest.raises(OSError, match=r"lock was removed while .* call again to resume"):
             run_or_load(config, progress=False)
     left = {path.name for path in (paths.runs() / config.name).iterdir()}
     assert left == {"config.yaml"} | kept and run_or_load(config, progress=False).ok
@@ -294,7 +294,7 @@ def test_who_finds_the_lock_taken_waits_and_a_rank_does_not(tmp_path, monkeypatc
 
     threading.Thread(target=hold, daemon=True).start()
     taken.wait()
-    with monkeypatch.context() as ranks, pytest.raises(SystemExit, match="another process makes run: wait for it"):
+    with monkeypatch.context() as ranks, pytest.raises(SystemExit, match="another process is computing run: wait"):
         ranks.setattr(protocol, "in_torchrun", lambda: True)
         with protocol.lock(tmp_path / "run", progress):
             pass
@@ -304,7 +304,7 @@ def test_who_finds_the_lock_taken_waits_and_a_rank_does_not(tmp_path, monkeypatc
         still_ours()
         with pytest.raises(Timeout):  # nobody else has it
             FileLock(tmp_path / "run.lock").acquire(timeout=0)
-    assert ("[run] waiting: another process makes it" in capsys.readouterr().err) == progress
+    assert ("[run] waiting: another process is computing it" in capsys.readouterr().err) == progress
 
 
 def test_a_failure_is_kept_until_a_try_succeeds_and_where_nothing_is_finished(tiny_config, run):

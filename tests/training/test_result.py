@@ -107,9 +107,9 @@ def test_every_flipped_bit_of_a_record_is_found(tmp_path):
     ("changes", "named"),
     [
         ({"status": "great"}, "its status is 'great'"),
-        ({"schema": 99}, f"schema 99, where this version has {SCHEMA}"),
+        ({"schema": 99}, f"schema 99, but this version has {SCHEMA}"),
         ({"name": "../../elsewhere"}, "its name is '../../elsewhere'"),
-        *(({key: None}, f"says nothing of {key}") for key in ("config", "name", "seed", "schema", "status")),
+        *(({key: None}, f"has no {key}") for key in ("config", "name", "seed", "schema", "status")),
     ],
 )
 def test_a_record_that_no_run_writes_is_not_believed(tmp_path, changes, named):
@@ -153,7 +153,7 @@ def test_a_model_is_loaded_to_be_used_with_its_table_and_for_any_length(tmp_path
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     for ask in (make(RunConfig()).load_model, lambda: continue_text(tmp_path, "The a", 2)):
-        with pytest.raises(FileNotFoundError, match="once a run has finished, and a record holds none"):
+        with pytest.raises(FileNotFoundError, match="only finished runs have them, and records have none"):
             ask()
 
 
@@ -170,8 +170,8 @@ def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
         == runs / "hash-s1-3"
     )
     assert results.find_run("dense-s0-1") == runs / "dense-s0-1"  # a whole name, though another begins so
-    with pytest.raises(FileNotFoundError, match="'dense' begins the names of 2 runs: dense-s0-1, dense-s0-12"):
+    with pytest.raises(FileNotFoundError, match="'dense' matches 2 runs: dense-s0-1, dense-s0-12"):
         results.find_run("dense")
     for wrong in ("kmeans", ""):
-        with pytest.raises(FileNotFoundError, match="names no run; name a folder of"):
+        with pytest.raises(FileNotFoundError, match="matches no run; give a folder of"):
             results.find_run(wrong)

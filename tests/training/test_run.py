@@ -162,7 +162,7 @@ def test_a_run_that_is_only_measured_leaves_no_weights(tiny_config, tmp_path, ca
     assert result.ok and not (tmp_path / "model.safetensors").exists() and (tmp_path / "last.ckpt").exists()
     assert read_run(tmp_path).summary["val_loss"] == result.summary["val_loss"]
     assert train.train_run(config, tmp_path, progress=False).ok  # goes on, and says nothing
-    assert "goes on" not in capsys.readouterr().err and not (tmp_path / "last.ckpt").exists()
+    assert "resumes" not in capsys.readouterr().err and not (tmp_path / "last.ckpt").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU can't")
@@ -189,7 +189,7 @@ def test_a_checkpoint_is_at_its_step_and_of_a_damaged_one_the_first_rank_tells(t
     torch.save({"global_step": 5}, tmp_path / "last.ckpt")
     for say in (False, True):  # nobody has sealed it
         assert train._step_of(tmp_path / "last.ckpt", say) is None
-        assert ("last.ckpt is damaged (its SHA-256 is another)" in capsys.readouterr().err) == say
+        assert ("last.ckpt is damaged (its SHA-256 differs)" in capsys.readouterr().err) == say
     seal(tmp_path / "last.ckpt")
     assert train._step_of(tmp_path / "last.ckpt", True) == 5 and not capsys.readouterr().err
 

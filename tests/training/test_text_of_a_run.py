@@ -26,7 +26,7 @@ def test_record_of_other_text_warns(tiny_config, tmp_path):
     record = read_json(path, sealed=True)
     record["summary"]["data"]["source_sha256"] = "0" * 64
     write_json(path, record, sealed=True)
-    said = "data='stdlib' is another text here than the one that .* was trained on"
+    said = "data='stdlib' differs from the data that .* was trained on"
     with pytest.warns(UserWarning, match=said) as told:
         run_or_load(config, records=tmp_path)
     assert told[0].filename == __file__  # of who asked
@@ -38,7 +38,7 @@ def test_a_run_of_a_text_that_is_no_file_of_ones_own_warns_and_one_that_says_not
     config = tiny_config(seed=93, steps=2, eval_every=2)
     result = run_or_load(config, progress=False)
     monkeypatch.setattr(train, "source_sha256", lambda data: "of another Python")
-    with pytest.warns(UserWarning, match="another text here"):
+    with pytest.warns(UserWarning, match="differs from the data"):
         assert run_or_load(config).ok
     said = {key: value for key, value in result.summary["data"].items() if key != "source_sha256"}
     write_run(result.path, result.summary | {"data": said})
@@ -67,10 +67,10 @@ def test_another_text_of_the_same_name_is_not_taken_for_the_first(tiny_config, t
     (texts / "b" / "text.txt").unlink()
     assert run_or_load(b, train=False).ok  # what isn't here is no other one
     (texts / "b" / "text.txt").write_text("The end.")
-    with pytest.warns(UserWarning, match="another text here"):  # a record says what it was trained on
+    with pytest.warns(UserWarning, match="differs from the data"):  # a record says what it was trained on
         assert run_or_load(b, records=texts).ok
     for call in ({}, {"train": False}):
-        with pytest.raises(ConfigError, match="another text here than the one .* bring that back, or leave out #"):
+        with pytest.raises(ConfigError, match="differs from the data .* restore the files, or leave out #"):
             run_or_load(b, **call)
 
 
@@ -112,7 +112,7 @@ def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts, monkeyp
     [
         ({"router": "task_level"}, "a", "only a language model whose .* has data='stdlib' and router='task_level'"),
         ({"data": "digits"}, "a", "only a language model whose .* has data='digits' and router='expert_choice'"),
-        ({"tokenizer": "bpe", "vocab_size": 300}, "a", "data='stdlib' is another text here than the one that NAME was"),
+        ({"tokenizer": "bpe", "vocab_size": 300}, "a", "data='stdlib' differs from the text that NAME was"),
         ({}, "", "prompt='': must have at least one token, to be continued"),
         ({"router": "hash"}, "a", None),
     ],
