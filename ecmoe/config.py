@@ -255,12 +255,12 @@ class RunConfig:
         """Return all keys and values, in the order of their declaration."""
         return dataclasses.asdict(self)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, /, **changes: Any) -> Self:
         """Return a copy with `changes` applied, validated like any other config."""
         return self.from_dict(self.to_dict() | changes)
 
     @classmethod
-    def from_yaml(cls, *files: str | Path, **changes: Any) -> RunConfig:
+    def from_yaml(cls, /, *files: str | Path, **changes: Any) -> RunConfig:
         """Build a config from YAML files. Later files override earlier ones, and `changes` override all files."""
         values: dict[str, Any] = {}
         for path in files:
@@ -319,11 +319,12 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     meta = field.metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(value) is int and abs(value) > LARGEST:
-        raise ConfigError(f"{field.name}={value} is too large a number: must be at most {LARGEST}")
+        shown = value if value.bit_length() < 10_000 else f"2**{value.bit_length() - 1}"  # Python prints no more digits
+        raise ConfigError(f"{field.name}={shown} is too large: must be at most {LARGEST}")
     if float in allowed and type(value) is int:
         value = float(value)
     if isinstance(value, str) and len(value) > 4000:
-        raise ConfigError(f"{field.name}={value[:40]!r}...: is too long: {len(value)} characters")
+        raise ConfigError(f"{field.name}={value[:40]!r}...: has {len(value)} characters; at most 4000 are allowed")
     if isinstance(value, str) and not value.isascii() and value != value.encode(errors="ignore").decode():
         raise ConfigError(f"{field.name}={ascii(value)}: is not valid UTF-8: rename the file, or leave it out")
     if type(value) not in allowed:

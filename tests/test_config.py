@@ -64,9 +64,10 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"decay_fraction": 1.5}, ["decay_fraction", "at most 1"]),
         ({"seed": 10**23}, ["seed=100000000000000000000000", "at most 9223372036854775807"]),
         ({"learning_rate": 10**400}, ["learning_rate=1000", "at most 9223372036854775807"]),
-        ({"learning_rate": -(10**400)}, ["learning_rate=-1000", "too large a number"]),
+        ({"learning_rate": -(10**400)}, ["learning_rate=-1000", "is too large"]),
+        ({"steps": 2**20_000}, ["steps=2**20000 is too large", "at most 9223372036854775807"]),  # more digits than Python prints
         ({"gate": "raw"}, ["gate='raw': must be one of softmax, renormalized, scaled"]),
-        ({"data": "a" * 4001}, ["data='aaaa", "is too long: 4001 characters"]),
+        ({"data": "a" * 4001}, ["data='aaaa", "has 4001 characters; at most 4000"]),
         ({"data": "/"}, ["data='/'", "file or folder name"]),
         ({"data": "b\udcfcch.txt"}, ["data='b\\udcfcch.txt'", "not valid UTF-8", "rename"]),  # a file's name in Latin-1
         ({"data": "images:./"}, ["data='images:./'", "images:PATH"]),
@@ -240,6 +241,13 @@ def test_later_files_win_and_changes_win_over_files(tmp_path):
     assert (config.steps, config.seed, config.d_ff) == (2, 1, 32)
     changed = RunConfig.from_yaml(tmp_path / "a.yaml", tmp_path / "b.yaml", steps=3, seed=4)
     assert (changed.steps, changed.seed) == (3, 4)
+
+
+def test_a_key_may_be_called_like_an_argument_of_python_and_is_unknown_all_the_same():
+    for make in (RunConfig.from_yaml, RunConfig().replace):
+        for key in ("cls", "self"):
+            with pytest.raises(ConfigError, match=f"'{key}'"):
+                make(**{key: 1})
 
 
 def test_bad_files_are_named(tmp_path):
