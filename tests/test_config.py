@@ -65,7 +65,10 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"seed": 10**23}, ["seed=100000000000000000000000", "at most 9223372036854775807"]),
         ({"learning_rate": 10**400}, ["learning_rate=1000", "at most 9223372036854775807"]),
         ({"learning_rate": -(10**400)}, ["learning_rate=-1000", "is too large"]),
-        ({"steps": 2**20_000}, ["steps=2**20000 is too large", "at most 9223372036854775807"]),  # more digits than Python prints
+        (
+            {"steps": 2**20_000},
+            ["steps=2**20000 is too large", "at most 9223372036854775807"],
+        ),  # more digits than Python prints
         ({"gate": "raw"}, ["gate='raw': must be one of softmax, renormalized, scaled"]),
         ({"data": "a" * 4001}, ["data='aaaa", "has 4001 characters; at most 4000"]),
         ({"data": "/"}, ["data='/'", "file or folder name"]),
