@@ -180,7 +180,7 @@ class RunConfig:
                               f"images don't have; use one of {others}")  # fmt: skip
         if self.strategy == "ep" and (row.layer is None or self.num_experts % self.ranks):
             raise ConfigError(f"strategy='ep' with router={self.router!r}, num_experts={self.num_experts}: each of devices x num_nodes="
-                              f"{self.ranks} ranks holds an equal number of experts; make num_experts a multiple, or use fsdp2")  # fmt: skip
+                              f"{self.ranks} ranks holds an equal number of experts; make num_experts divisible, or use fsdp2")  # fmt: skip
         if self.sharded and self.optimizer == "adafactor":
             raise ConfigError(f"optimizer='adafactor' with strategy={self.strategy!r}: Adafactor reads whole matrices, but a rank "
                               "has only parts of them; use adamw, or strategy: ddp")  # fmt: skip

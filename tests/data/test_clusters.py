@@ -83,7 +83,7 @@ def test_many_classes_are_found_in_seconds_and_too_many_are_named():
     started = time.perf_counter()
     assert len(set(TextClusters(windows, 1000).before(windows))) > 500
     assert time.perf_counter() - started < 5
-    with pytest.raises(ConfigError, match="num_tasks=2001: must be at most the 2000 windows"):
+    with pytest.raises(ConfigError, match="num_tasks=2001: must be at most 2000, the number of text windows"):
         TextClusters(windows, 2001)
 
 
