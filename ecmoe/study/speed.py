@@ -167,10 +167,8 @@ def kept(name: str, *places: Path) -> dict[str, Any]:
     Raises:
         Damaged: it isn't what was written.
     """
-    path = next((path for place in places if (path := place / f"{name}.json").exists()), None)
-    if path is None:
-        return NOTHING
-    return NOTHING | read_json(path, sealed="check" in read_json(path))  # older files have no check sum
+    there = (path for place in places if (path := place / f"{name}.json").exists())
+    return next((NOTHING | read_json(path, sealed=True) for path in there), NOTHING)
 
 
 def setting(scale: str) -> tuple[str, str]:

@@ -195,14 +195,14 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     rows = [step("EC-CF2", "own", 11.0), step("EC-CF2", "own", 10.0), step("GShard top-2", "even", 11.0)]
     setting = {"layers": 12, "d_model": 768, "num_experts": 64, "device": "NVIDIA H100"}
     rows = [*rows, step("GShard top-2", "own", 9.0)]
-    write_json(speed.folder("paper") / "step.json", {"rows": rows, "setting": setting})
+    write_json(speed.folder("paper") / "step.json", {"rows": rows, "setting": setting}, sealed=True)
     found = judge("C2", "paper")
     assert str(found.rests_on) == "3 turns of training steps of 12 layers of width 768, 64 experts, on NVIDIA H100"
     assert found.parts[0].effect.value == pytest.approx(1.1, rel=1e-3) and found.parts[1].effect.value == pytest.approx(
         0.9, rel=1e-3
     )
     timed = [{"arm": arm, "ms": 10.0 + i} for i, arm in enumerate(speed.study_arms("paper"))]
-    write_json(speed.folder("paper") / f"{speed.study_file(speed.study_arms('paper'))}.json", {"rows": timed})
+    write_json(speed.folder("paper") / f"{speed.study_file(speed.study_arms('paper'))}.json", {"rows": timed}, sealed=True)
     assert Evidence("paper", "").step_time(timed[3]["arm"], timed[0]["arm"]) == 1.3
     assert math.isnan(Evidence("paper", "").step_time("no arm", timed[0]["arm"]))
 

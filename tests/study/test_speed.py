@@ -132,7 +132,7 @@ def test_arms_of_a_study_are_those_of_its_first_seed_in_a_file_of_their_names(mo
 
 
 def test_verdicts_read_the_steps_that_the_bench_kept(found, own_home):
-    write_json(speed.folder("smoke") / "step.json", found["step"])
+    write_json(speed.folder("smoke") / "step.json", found["step"], sealed=True)
     for routing in ("even", "own"):
         ratio = Evidence("smoke", "08_step_time").step_ratio("GShard top-2", "EC-CF2", routing)
         assert ratio.n == 2 and ratio.value > 0 and ratio.of == "turn"
@@ -149,7 +149,7 @@ def test_each_part_is_measured_once(own_home):
     assert speed.rows(sampled, "a").to_dict("records") == [{"ms": 2.0}]
     assert counts == ["a", "b"] and not speed.folder("smoke").exists()  # where the engine alone writes
     assert sorted(path.name for path in (paths.runs() / "bench/smoke").iterdir()) == ["a.json", "b.json"]
-    write_json(speed.folder("smoke") / "a.json", {"rows": [{"ms": 2.0}]})
+    write_json(speed.folder("smoke") / "a.json", {"rows": [{"ms": 2.0}]}, sealed=True)
     found = speed.measured(jobs, scale="smoke")
     assert found["a"] == {"rows": [{"ms": 2.0}], "setting": {}, "absent": []} and found["b"]["rows"] == [{"ms": 1.0}]
     assert speed.measured(jobs, scale="gpu", measure=False)["a"] == speed.NOTHING
