@@ -202,7 +202,9 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
         0.9, rel=1e-3
     )
     timed = [{"arm": arm, "ms": 10.0 + i} for i, arm in enumerate(speed.study_arms("paper"))]
-    write_json(speed.folder("paper") / f"{speed.study_file(speed.study_arms('paper'))}.json", {"rows": timed}, sealed=True)
+    write_json(
+        speed.folder("paper") / f"{speed.study_file(speed.study_arms('paper'))}.json", {"rows": timed}, sealed=True
+    )
     assert Evidence("paper", "").step_time(timed[3]["arm"], timed[0]["arm"]) == 1.3
     assert math.isnan(Evidence("paper", "").step_time("no arm", timed[0]["arm"]))
 
