@@ -152,6 +152,16 @@ def test_known_corpora_have_no_file_beside_them(tmp_path, monkeypatch):
         assert corpus.described(data, [made]) == made
 
 
+@pytest.mark.parametrize("data", ["c4", "wikitext-103", "enwik8"])
+def test_a_known_text_is_no_folder_of_that_name(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / data).mkdir()
+    (tmp_path / data / "a.txt").write_text("local")
+    FakeHub(monkeypatch, train=["from the Hub"])
+    assert part_files(data) == {} and corpus.source_sha256(data) is None and corpus.source_key(data) == data
+    assert [text for _, text in open_corpus(data).train] == ["from the Hub"]
+
+
 @pytest.mark.parametrize("data, remedy", [
     ("stdlb", "did you mean stdlib"), ("nowhere.txt", "no such file"), ("nowhere.txt.gz", "no such file"),
     ("a/b", "no such file"),
@@ -295,7 +305,9 @@ def test_c4(monkeypatch, streaming):
     assert found.name == "C4 (en)" and "ODC-BY" in found.licence and "Raffel" in found.attribution
 
 
-def test_wikitext_rows_are_lines_of_articles(monkeypatch):
+@pytest.mark.parametrize(("data", "config"), [("wikitext-103", "wikitext-103-raw-v1"),
+                                              ("hub:Salesforce/wikitext/wikitext-2-v1", "wikitext-2-v1")])  # fmt: skip
+def test_wikitext_rows_are_lines_of_articles(monkeypatch, data, config):
     lines = [
         "",
         " = A = \n",
@@ -308,9 +320,9 @@ def test_wikitext_rows_are_lines_of_articles(monkeypatch):
         " Text . \n",
     ]
     hub = FakeHub(monkeypatch, train=lines, validation=lines)
-    found = [t for _, t in open_corpus("wikitext-103").train]
+    found = [t for _, t in open_corpus(data).train]
     assert found == [" = A = \n\n Text of a . \n = = Part = = \n More . \n", " = B = \n Text . "]
-    assert hub.asked[0][0] == ("Salesforce/wikitext", "wikitext-103-raw-v1")
+    assert hub.asked[0][0] == ("Salesforce/wikitext", config)
 
 
 def test_enwik8_is_read_without_its_script(monkeypatch):

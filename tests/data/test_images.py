@@ -202,6 +202,33 @@ def test_greys_of_16_bits_keep_their_shades(tmp_path):
     np.testing.assert_allclose(found[0, 2].numpy(), ramp / 65535, atol=0.5 / 255 + 1e-6)
 
 
+def test_a_picture_of_any_mode_is_read_as_red_green_and_blue(tmp_path):
+    wide, rng = 6, np.random.default_rng(0)
+    colours, greys = rng.integers(0, 256, (4, wide, 3), np.uint8), rng.integers(0, 256, (4, wide), np.uint8)
+    alpha, which = np.full((4, wide), 99, np.uint8), rng.integers(0, 5, (4, wide), np.uint8)
+    palette = Image.fromarray(which, "P")
+    palette.putpalette((table := rng.integers(0, 256, (5, 3), np.uint8)).tobytes())
+    grey = np.stack([greys] * 3, axis=2)
+    saved = {
+        "1": (Image.fromarray(greys > 127), 255 * (grey > 127)),
+        "L": (Image.fromarray(greys), grey),
+        "LA": (Image.fromarray(np.dstack([greys, alpha])), grey),
+        "P": (palette, table[which]),
+        "RGB": (Image.fromarray(colours), colours),
+        "RGBA": (Image.fromarray(np.dstack([colours, alpha])), colours),
+    }
+    for side in ("train", "val"):
+        for mode, (image, _) in saved.items():
+            (tmp_path / side / mode).mkdir(parents=True)
+            image.save(tmp_path / side / mode / "x.png")
+            assert Image.open(tmp_path / side / mode / "x.png").mode == mode
+    found = images.load(f"images:{tmp_path}")
+    assert found.classes == tuple(saved) and found.train_y.tolist() == list(range(6))
+    for x in (found.train_x, found.val_x):
+        expected = np.stack([pixels for _, pixels in saved.values()]).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(x.numpy(), expected / 255, atol=1e-7)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "bomb", "float", "32 bits", "negative"])
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, damage, monkeypatch):
     folder_of(tmp_path)

@@ -12,15 +12,16 @@ from ecmoe.data.tokenizer import END
 
 T = 16
 LETTERS = "ABC"
+FILES = ("m.txt", "z.txt", "c.txt")  # a mix has its own order
 
 
 @pytest.fixture
 def mix(tmp_path):
     """Texts that hold one letter, each twice as long as the one before: every token tells whose it is."""
-    paths = [tmp_path / f"{letter.lower()}.txt" for letter in LETTERS]
+    paths = [tmp_path / name for name in FILES]
     for i, (path, letter) in enumerate(zip(paths, LETTERS, strict=True)):
         path.write_text(f"{letter * 30}\n\n" * 3000 * 2**i)
-    (tmp_path / "a.txt.about.yaml").write_text("{name: All A, licence: CC0}")
+    (tmp_path / "m.txt.about.yaml").write_text("{name: All A, licence: CC0}")
     return "mix:" + ",".join(map(str, paths))
 
 
@@ -77,12 +78,12 @@ def test_counts_bytes_and_provenance_are_those_of_what_is_used(mix):
     assert said["train_documents"] == (tokens.load(data.config).train == 0).sum()
     each = [data.token_counts[ord(letter)] for letter in LETTERS]
     assert min(each) > 0.98 * max(each)
-    assert said["name"] == "33% All A + 33% b.txt + 33% c.txt"
-    assert said["licence"] == "All A: CC0; b.txt: not stated; c.txt: not stated"
+    assert said["name"] == "33% All A + 33% z.txt + 33% c.txt"
+    assert said["licence"] == "All A: CC0; z.txt: not stated; c.txt: not stated"
     assert [part["share"] for part in said["parts"]] == [1 / 3] * 3
     assert [part["data"] for part in said["parts"]] == mix.removeprefix("mix:").split(",")
     two = described(mix.rpartition(",")[0], said["parts"][:2])
-    assert two["name"] == "50% All A + 50% b.txt" and two["split"].startswith("All A: ") and len(two["parts"]) == 2
+    assert two["name"] == "50% All A + 50% z.txt" and two["split"].startswith("All A: ") and len(two["parts"]) == 2
 
 
 def test_one_tokenizer_learns_from_all_alike(mix):
@@ -131,7 +132,7 @@ def test_order_of_parts_and_content_make_another_mix(mix, tmp_path):
     first = opened(config(mix)).digest
     a, b, c = mix.removeprefix("mix:").split(",")
     assert opened(config(f"mix:{b},{a},{c}")).digest != first
-    (tmp_path / "b.txt").write_text("B" * 30_000 + "\n\nb" * 20_000)
+    (tmp_path / "z.txt").write_text("B" * 30_000 + "\n\nb" * 20_000)
     assert opened(config(mix)).digest != first
     assert config(mix).name != config(f"mix:{a},{b}").name
 

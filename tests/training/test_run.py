@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import lightning as L
 import pandas as pd
@@ -163,6 +164,16 @@ def test_a_run_that_is_only_measured_leaves_no_weights(tiny_config, tmp_path, ca
     assert read_run(tmp_path).summary["val_loss"] == result.summary["val_loss"]
     assert train.train_run(config, tmp_path, progress=False).ok  # goes on, and says nothing
     assert "resumes" not in capsys.readouterr().err and not (tmp_path / "last.ckpt").exists()
+
+
+def test_weights_are_kept_in_the_types_that_the_model_has():
+    model = torch.nn.Module()
+    for i, dtype in enumerate((torch.float64, torch.bfloat16, torch.float32, torch.int64, torch.bool)):
+        model.register_buffer(f"of_{i}", (torch.arange(6) / (1 if i > 2 else 3)).to(dtype).view(2, 3).T)
+    found = train._whole_state(SimpleNamespace(model=model))
+    assert list(found) == list(model.state_dict()) and all(value.is_contiguous() for value in found.values())
+    for name, value in model.state_dict().items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU can't")
