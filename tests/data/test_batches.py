@@ -130,6 +130,11 @@ def test_a_rank_is_counted_over_all_machines(text):
     assert data._place == (0, 1)
     data.trainer = SimpleNamespace(global_rank=3, local_rank=1, world_size=4)
     assert data._place == (3, 4)
+    data.setup()
+    whole = list(itertools.islice(text.train_dataloader(), 12))
+    data.start_step = 1
+    for step, batch in zip((1, 2), data.train_dataloader(), strict=False):
+        assert torch.equal(batch, whole[4 * step + 3])
 
 
 def test_validation_over_ranks_is_the_validation_of_one(text, monkeypatch):

@@ -67,6 +67,8 @@ def test_of_the_library_nothing_is_read_that_is_no_part_of_it(tmp_path, monkeypa
         (tmp_path / place / "a.py").touch()
     monkeypatch.setattr(corpus.sysconfig, "get_path", {"stdlib": tmp_path}.get)
     assert list(part_files("stdlib")) == ["a.py", "email/a.py"]
+    (tmp_path / "email" / "a.py").write_bytes("# Grüße\n".encode("latin-1"))
+    assert list(open_corpus("stdlib").train) == [("a.py", ""), ("email/a.py", "# Gr\ufffd\ufffde\n")]
 
 
 def test_a_text_is_read_in_documents_of_16384_characters_or_a_little_more(tmp_path):
@@ -83,6 +85,11 @@ def test_xz_is_the_same_text(tmp_path):
     for name in ("packed.TXT.XZ", "packed.txt.gz"):
         assert [t for _, t in open_corpus(str(tmp_path / name)).train] == plain
     assert "".join(plain) == text and len(plain) > 1
+
+
+def test_lines_end_alike_wherever_they_were_written(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x\r\n\r\n" * 9000)
+    assert [text for _, text in open_corpus(str(tmp_path / "a.txt")).train] == ["x\n\n" * 5462, "x\n\n" * 3538]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "A.TXT", "A.JSONL"])
@@ -127,6 +134,8 @@ def test_licence_of_local_text(tmp_path):
     (tmp_path / "book.txt.about.yaml").write_text("licence: CC0\nattribution: A. Author")
     found = open_corpus(str(path))
     assert (found.name, found.licence, found.attribution) == ("book.txt", "CC0", "A. Author")
+    (tmp_path / "book.txt.about.yaml").write_text("name: 1984\nlicence: 4.0")  # which YAML takes for numbers
+    assert open_corpus(str(path))[:3] == ("1984", "4.0", "not stated")
     for stated in (b"license: CC0", b"licence: [", "name: Grüße".encode("latin-1"), b""):
         (tmp_path / "book.txt.about.yaml").write_bytes(stated)
         with pytest.raises(ConfigError, match=r"data='.*book\.txt'.*book\.txt\.about\.yaml"):
@@ -233,6 +242,12 @@ def test_a_bad_row_is_named(tmp_path, line, said):
         list(open_corpus(str(tmp_path / "a.jsonl")).train)
 
 
+def test_a_bad_row_of_a_list_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('\n [{"text": "one"},\n\n {"body": 1, "label": 2}]'.lstrip("\n"))
+    with pytest.raises(ConfigError, match="a.json, row 2 has the fields body, label, but must have a string 'text'"):
+        list(open_corpus(str(tmp_path / "a.json")).train)
+
+
 def test_what_a_folder_may_hold_beside_texts(tmp_path):
     (tmp_path / "d.txt").mkdir()
     for empty in ("empty.jsonl", "empty.json", "empty.txt", ".hidden.txt", "x.pdf"):
@@ -297,7 +312,7 @@ class FakeHub:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_c4(monkeypatch, streaming):
-    hub = FakeHub(monkeypatch, train=["one", "", "two"], validation=["three"])
+    hub = FakeHub(monkeypatch, test=["four"], validation=["three"], train=["one", "", "two"])
     found = open_corpus("c4", streaming)
     assert list(found.train) == [("one", "one"), ("two", "two")]  # copies of a text are a unit
     assert [t for _, t in found.validation] == ["three"]
@@ -309,6 +324,7 @@ def test_c4(monkeypatch, streaming):
                                               ("hub:Salesforce/wikitext/wikitext-2-v1", "wikitext-2-v1")])  # fmt: skip
 def test_wikitext_rows_are_lines_of_articles(monkeypatch, data, config):
     lines = [
+        " Text of none . \n",
         "",
         " = A = \n",
         "",
@@ -316,12 +332,20 @@ def test_wikitext_rows_are_lines_of_articles(monkeypatch, data, config):
         " = = Part = = \n",
         " More . \n",
         "",
-        " = B = \n",
+        " = B = b = \n",
         " Text . \n",
+        " = = = Deep = = = \n",
+        " = C = ",
+        " Text of c . ",
     ]
     hub = FakeHub(monkeypatch, train=lines, validation=lines)
     found = [t for _, t in open_corpus(data).train]
-    assert found == [" = A = \n\n Text of a . \n = = Part = = \n More . \n", " = B = \n Text . "]
+    assert found == [
+        " Text of none . \n",
+        " = A = \n\n Text of a . \n = = Part = = \n More . \n",
+        " = B = b = \n Text . \n = = = Deep = = = ",
+        " = C = \n Text of c . ",
+    ]
     assert hub.asked[0][0] == ("Salesforce/wikitext", config)
 
 

@@ -1,5 +1,6 @@
 """Images: the same pictures in the same order, from every kind of source; errors that say what to do."""
 
+import hashlib
 import io
 import lzma
 
@@ -28,12 +29,13 @@ def folder_of(path, per_class=5, size=(6, 4)):
 
 
 def pack(path, part: str, labels):
-    data, lines = b"", []
+    data, places = b"", []
     for label in labels:
         buffer = io.BytesIO()
         picture(100 * label).save(buffer, "JPEG", quality=95)
-        lines.append(f"{len(data)} {buffer.tell()} {label}")
-        data += buffer.getvalue()
+        data = buffer.getvalue() + data  # the last comes first: only its line says where an image is
+        places.append((len(data), buffer.tell(), label))
+    lines = [f"{len(data) - end} {size} {label}" for end, size, label in places]
     (path / f"toy_{part}.jpgs.xz").write_bytes(lzma.compress(data))
     (path / f"toy_{part}.idx.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
 
@@ -49,7 +51,10 @@ def test_digits_are_all_there_in_a_fixed_split():
     np.testing.assert_array_equal(torch.cat([found.train_y, found.val_y]), source.target)
     assert found.classes == tuple("0123456789") and torch.bincount(found.val_y).min() > 30
     said = found.provenance
-    assert said["licence"] == "CC BY 4.0" and said["attribution"] and len(said["digest"]) == 16
+    assert said["licence"] == "CC BY 4.0" and said["attribution"]
+    sides = [part for side in (slice(1437), slice(1437, None)) for part in (source.images.astype(np.uint8)[side], source.target[side])]  # fmt: skip
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in sides) + repr(found.classes).encode()).hexdigest()
+    assert said["digest"] == digest[:16]
     assert set(said) == {"name", "licence", "attribution", "digest", "train_images", "val_images", "shape"}
     assert (said["train_images"], said["val_images"], said["shape"]) == (1437, 360, [1, 8, 8])
 
@@ -67,8 +72,11 @@ def test_folder_with_its_own_split_keeps_it(tmp_path):
     folder_of(tmp_path / "train", 3)
     folder_of(tmp_path / "test", 2)
     picture(0).save(tmp_path / "train" / "x.png")  # of no class
+    (tmp_path / "train" / "dog" / "deep").mkdir()
+    picture(9).save(tmp_path / "train" / "dog" / "deep" / "x.png")  # of the class of the folder above
     found = images.load(f"images:{tmp_path}")
-    assert (len(found.train_y), len(found.val_y)) == (6, 4) and found.classes == ("cat", "dog")
+    assert found.train_y.tolist() == [0] * 3 + [1] * 4 and found.val_y.tolist() == [0, 0, 1, 1]
+    assert found.classes == ("cat", "dog")
     for side, count in (("val", 1), ("validation", 4)):  # the first of three that is there
         folder_of(tmp_path / side, count)
         assert len(images.load(f"images:{tmp_path}").val_y) == 2 * count
@@ -310,6 +318,9 @@ def test_cifar10_comes_from_the_hub(monkeypatch):
     assert asked == ["uoft-cs/cifar10"] and found.classes == images.CIFAR10 and found.train_x.shape == (20, 3, 32, 32)
     assert (found.provenance["name"], found.provenance["licence"]) == ("CIFAR-10", "not stated")
     assert found.provenance["attribution"].startswith("Krizhevsky 2009")
+    assert found.train_y.tolist() == [i % 10 for i in range(20)]
+    for x, reds in ((found.train_x, range(20)), (found.val_x, [7])):
+        assert (x[:, :, 5, 31] * 255).round().int().tolist() == [[red, 0, 255] for red in reds]
     with pytest.raises(ConfigError, match=r"patch_size=3: must divide .*; may be one of \[1, 2, 4, 8, 16, 32\]"):
         images.check(RunConfig(data="cifar10", patch_size=3), found)
     assert found.val_y.tolist() == [7] and list(found.classes) == sorted(set(found.classes))
@@ -337,6 +348,21 @@ def test_draws_are_of_seed_rank_and_step_alone():
     assert torch.equal(first, batch())
     for other in (batch(seed=1), batch(rank=1), batch(step=1)):
         assert not torch.equal(first, other)
+    for_ever = images.shifted(X[:32], np.random.default_rng([4, 1, 3, 1]))
+    assert torch.equal(batch(seed=4, rank=1, step=3), for_ever)
+
+
+def test_shifted_is_a_loop_over_images():
+    x = torch.rand(9, 3, 17, 40)  # moved by 17 / 8 = 2 in both directions
+    found, draw = images.shifted(x, np.random.default_rng(5)), np.random.default_rng(5)
+    (down, right), mirrored = draw.integers(0, 5, (2, 9, 1)) - 2, draw.random(9) < 0.5
+    assert 0 < mirrored.sum() < 9 and found.is_contiguous()
+    for image, before, (by,), (aside,), mirror in zip(found, x, down, right, mirrored, strict=True):
+        expected = torch.zeros(3, 17, 40)
+        for row in range(max(0, -by), min(17, 17 - by)):
+            for column in range(max(0, -aside), min(40, 40 - aside)):
+                expected[:, row, column] = before[:, row + by, column + aside]
+        assert torch.equal(image, expected.flip(2) if mirror else expected)
 
 
 def test_only_who_asks_for_it_sees_them_moved():
@@ -363,7 +389,7 @@ def test_too_few_images_are_named(keys, said):
 
 
 def test_validation_is_spread_over_its_images_in_an_order_that_stays():
-    data = images.ImageData(RunConfig(data="digits", sequence_length=16, batch_size=7, eval_batches=9))
+    data = images.ImageData(RunConfig(data="digits", sequence_length=16, batch_size=7, eval_batches=9, seed=3))
     data.setup()
     loaded = images.load("digits")
     which = np.random.default_rng(0).permutation([round(i * 359 / 62) for i in range(63)])

@@ -9,6 +9,7 @@ from ecmoe.data import tokens
 from ecmoe.data.batches import TextData
 from ecmoe.data.corpus import described, source_key, source_sha256
 from ecmoe.data.tokenizer import END
+from ecmoe.files import content_sha256
 
 T = 16
 LETTERS = "ABC"
@@ -145,6 +146,16 @@ def test_parts_whose_files_have_the_same_names_are_told_apart(tmp_path):
             (tmp_path / place / "a.txt").write_text(text)
         found.add((source_sha256(data), source_key(data)))
     assert len({sha256 for sha256, _ in found}) == len({key for _, key in found}) == 3
+
+
+def test_the_source_of_a_mix_is_its_files_by_the_number_of_their_text(tmp_path):
+    for name in "ba":
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    files = {f"{i}:{name}.txt": tmp_path / f"{name}.txt" for i, name in ((1, "b"), (2, "a"))}
+    data = f"mix:c4,{files['1:b.txt']},{files['2:a.txt']}"
+    assert source_sha256(data) == content_sha256(files) and source_sha256("mix:c4,enwik8") is None
+    parts = [content_sha256({f"{name}.txt": tmp_path / f"{name}.txt"}) for name in "ba"]
+    assert source_key(data) == ",".join(["c4", *parts])
 
 
 def test_what_is_stated_of_files_tells_no_data_sets_of_the_hub_apart():

@@ -98,6 +98,18 @@ def test_files_hold_what_is_stated(tmp_path):
         tasks.load("sst2", stated)
 
 
+def test_a_folder_is_looked_for_as_data_are_and_remembered(tmp_path, monkeypatch):
+    (tmp_path / "copies").mkdir()
+    write(tmp_path / "copies", "sst2", [{"sentence": "a", "label": 0}])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    assert tasks.load("sst2", "copies")[1].texts == [("a",)]
+    stated = with_content("copies")
+    (tmp_path / "copies").rename(tmp_path / "gone")
+    assert with_content("copies") == stated != "copies"
+
+
 def test_a_task_that_is_nowhere_says_where_it_could_be(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(ConfigError, match="task 'rte': .*no network.*rte/train.jsonl and validation.jsonl must exist"):
@@ -115,6 +127,19 @@ def test_the_hub_has_its_own_names(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *names: asked.append(names) or sets)
     train, validation = tasks.load("mnli")
     assert asked == [("nyu-mll/glue", "mnli")] and (len(train.labels), len(validation.labels)) == (3, 2)
+
+
+def test_a_task_that_is_in_no_folder_comes_from_the_hub(tmp_path, monkeypatch):
+    asked, write_one = [], lambda text, label: {"question": text, "passage": f"{text} it is", "label": label}
+    write(tmp_path, "sst2", [{"sentence": "a", "label": 0}])
+    sets = {"test": [], "validation": [write_one("c", 1)], "train": [write_one("b", 1), write_one("a", 0)]}
+    monkeypatch.setattr("datasets.load_dataset", lambda *names: asked.append(names) or sets)
+    train, validation = tasks.load("boolq", tmp_path)
+    assert asked == [("aps/super_glue", "boolq")] and validation.texts == [("c it is", "c")]
+    assert train.texts == [("b it is", "b"), ("a it is", "a")] and train.labels.tolist() == [1, 0]
+    sets["validation"].append(write_one("d", 2))
+    with pytest.raises(ConfigError, match="^task 'boolq': validation 2: label 2 must be 0 to 1"):
+        tasks.load("boolq", tmp_path)
 
 
 def test_our_own_task_has_code_and_prose_in_halves():
