@@ -349,7 +349,10 @@ def test_names_tell_configs_apart(book, tmp_path):
     folders = {tokens.folder(config(book, **keys)) for keys in variants}
     assert len(folders) == len(variants)
     assert tokens.folder(config(book, steps=5, seed=3)) == tokens.folder(config(book))
-    for odd, slug in (("mix:hub:a/b.c,/x/Grüße & (mehr).txt", "b.c-Grüße-mehr-.txt"), (f"/y/({'x' * 50}).txt", "x" * 40)):
+    for odd, slug in (
+        ("mix:hub:a/b.c,/x/Grüße & (mehr).txt", "b.c-Grüße-mehr-.txt"),
+        (f"/y/({'x' * 50}).txt", "x" * 40),
+    ):
         assert tokens.folder(config(f"{odd}#0123456789abcdef")).name.startswith(f"{slug}-bytes256-")
     mix = RunConfig(
         data=f"mix:{book},c4", tokenizer="bpe", vocab_size=301, max_bytes=5000
