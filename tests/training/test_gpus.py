@@ -51,6 +51,11 @@ def test_a_place_is_free_again_after_a_failure(three, tmp_path):
         assert place.gpu == 0 and place.others == [tmp_path / "gpus" / "GPU-c-1.lock"]  # where all processes look
 
 
+def test_who_wants_no_progress_is_told_no_gpu(three, capsys):
+    with gpus.place(say=False) as first, gpus.place(False) as second:
+        assert (first.gpu, second.gpu) == (0, 1) and not capsys.readouterr().err
+
+
 def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with gpus.place() as one, gpus.place() as other:
@@ -62,7 +67,10 @@ def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
         assert third.sharing() == 3
 
 
-def test_one_gpu_has_four_places_and_says_nothing_of_itself(three, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("say", "said"), [(False, ""), (True, "waiting for a slot on 1 GPU, 4 slots each ($ECMOE_SLOTS)\n")]
+)
+def test_one_gpu_has_four_places_and_says_nothing_of_itself(three, monkeypatch, capsys, say, said):
     monkeypatch.delenv("ECMOE_SLOTS")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(gpus.time, "sleep", lambda _: pytest.fail("waits"))
@@ -70,8 +78,8 @@ def test_one_gpu_has_four_places_and_says_nothing_of_itself(three, monkeypatch, 
         assert [held.enter_context(gpus.place()).sharing() for _ in range(4)] == [1, 2, 3, 4]
         assert not capsys.readouterr().err
         monkeypatch.setattr(gpus.time, "sleep", lambda _: held.close())
-        with gpus.place(say=False) as fifth:
-            assert fifth.sharing() == 1 and not capsys.readouterr().err
+        with gpus.place(say) as fifth:
+            assert fifth.sharing() == 1 and capsys.readouterr().err == said
 
 
 def test_a_wrong_number_of_places_is_named(three, monkeypatch):

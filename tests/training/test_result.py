@@ -152,8 +152,11 @@ def test_a_model_is_loaded_to_be_used_with_its_table_and_for_any_length(tmp_path
 
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    for ask in (make(RunConfig()).load_model, lambda: continue_text(tmp_path, "The a", 2)):
-        with pytest.raises(FileNotFoundError, match="only finished runs have them, and records have none"):
+    of_run = make(config := RunConfig(seed=5)).load_model
+    for place, ask in ((tmp_path / "runs" / config.name, of_run), (tmp_path, lambda: continue_text(tmp_path, "A", 2))):
+        with pytest.raises(
+            FileNotFoundError, match=f"no weights in {place}: only finished runs .*, and records have none"
+        ):
             ask()
 
 

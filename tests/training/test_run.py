@@ -218,6 +218,11 @@ def test_compiled_code_lies_in_the_cache_unless_a_user_says_where(monkeypatch):
     _share_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(paths.cache() / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/of/a/user")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    _share_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/of/a/user"
+    assert os.environ["TRITON_CACHE_DIR"] == str(paths.cache() / "triton")
 
 
 def test_callbacks_and_loggers_come_along(tiny_config, tmp_path, monkeypatch):

@@ -126,7 +126,9 @@ def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
 
 def test_images_have_no_perplexity():
     config = RunConfig(data="digits", patch_size=2, sequence_length=16)
-    said = summarize(config, CURVE, DATA, MADE, status="finished")
+    data = SimpleNamespace(provenance={"name": "digits"})  # of no bytes
+    said = summarize(config, CURVE.assign(accuracy=[0.25, 0.75, 0.5]), data, MADE, status="finished")
+    assert said["accuracy"] == 0.5 and math.isnan(said["bits_per_byte"]) and said["data"] == {"name": "digits"}
     assert config.precision == "auto" and said["precision"] == resolved_precision(config) != "auto"
     assert math.isnan(said["perplexity"]) and said["val_loss"] == 2.25
 
