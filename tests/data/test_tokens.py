@@ -305,6 +305,16 @@ def test_too_small_to_split(make, tmp_path):
     assert not list((tmp_path / "cache").rglob("meta.json")) and not list((tmp_path / "cache").rglob("work"))
 
 
+@pytest.mark.parametrize("empty", ["train", "validation"])
+def test_a_source_of_one_side_is_too_small(make, monkeypatch, empty):
+    sets = {side: [] if side == empty else ["ten bytes."] * 30 for side in ("train", "validation")}
+    columns = datasets.Features({"text": datasets.Value("string")})
+    fake = {side: datasets.Dataset.from_dict({"text": texts}, features=columns) for side, texts in sets.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: fake)
+    with pytest.raises(ConfigError, match="^data='hub:a/b': 30 documents of 330 bytes of a/b are too few to split"):
+        make("hub:a/b")
+
+
 def test_a_full_disk_says_where_and_leaves_nothing(book, make, monkeypatch, tmp_path):
     def full(*a):
         raise OSError(errno.ENOSPC, "No space left on device")
