@@ -106,6 +106,8 @@ def test_packed_jpegs(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     pack(tmp_path, "train", [0, 1, 2, 1])
     pack(tmp_path, "test", [2, 0])
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "toy_train.jpgs.xz").write_bytes(b"of another day")
     (tmp_path.parent / f"{tmp_path.name}.about.yaml").write_text("{name: Toys, licence: CC0}")
     found = images.load(f"images:{place.format(tmp_path)}")
     assert found.train_y.tolist() == [0, 1, 2, 1] and found.val_y.tolist() == [2, 0]

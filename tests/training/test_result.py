@@ -175,6 +175,6 @@ def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
     assert results.find_run("dense-s0-1") == runs / "dense-s0-1"  # a whole name, though another begins so
     with pytest.raises(FileNotFoundError, match="'dense' matches 2 runs: dense-s0-1, dense-s0-12"):
         results.find_run("dense")
-    for wrong in ("kmeans", ""):
+    for wrong in ("kmeans", "", "s1-3"):
         with pytest.raises(FileNotFoundError, match="matches no run; give a folder of"):
             results.find_run(wrong)
