@@ -38,7 +38,7 @@ def lacks(one: Planned, scale: str) -> str:
     return f"to measure: {', '.join(lacking)}"
 
 
-def carry_out(one: Planned, scale: str, *, keep_weights: bool = True) -> str:
+def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
     """Train or load a run, compute its measurements, and store its record and the measurements in reports/<scale>.
 
     Args:

@@ -93,11 +93,11 @@ def test_a_router_without_a_pool_is_trained_once_by_each_strategy(tiny_config, m
     assert trained == ["auto", "ddp", "ep"] and len(table.attrs["absent"]) == 3
 
 
-@pytest.mark.parametrize("only", ["training,layers,losses", "layers", "losses"])
+@pytest.mark.parametrize("only", ["", "layers", "losses,training"])
 @pytest.mark.parametrize("there", [0, 3])
 def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monkeypatch):
     asked = {"base": {"d_model": 8}, "devices": [1, 4, 2], "strategies": ["ddp"], "layers": {"a": {"n": 4}}}
-    called = []
+    called, scales, repeats = [], [], 7 if only else 5
 
     def one(name, *arguments, **keys):
         called.append((name, arguments, keys))
@@ -108,22 +108,25 @@ def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monke
 
     for name, bench in (("scaling", each), ("across", each), ("losses", one)):
         monkeypatch.setattr(scaling, f"bench_{name}", partial(bench, name))
-    monkeypatch.setattr(speed, "scaling", lambda scale: dict(asked))
+    monkeypatch.setattr(speed, "scaling", lambda scale: scales.append(scale) or dict(asked))
     monkeypatch.setattr("torch.cuda.device_count", lambda: there)
-    words = f"--strategy fsdp2 --strategy ep --pool batch --repeats 7 --only {only} --out".split()
-    shown = CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", *words, str(tmp_path)])
+    monkeypatch.setattr(speed, "may", lambda scale: bool(there) or scale == "smoke")
+    words = "--strategy fsdp2 --strategy ep --pool batch".split()
+    words += f"--scale smoke --repeats 7 --only {only}".split() if only else []
+    shown = CliRunner().invoke(app, ["bench", "scaling", *words, "--out", str(tmp_path)])
     assert shown.exit_code == 0, shown.output
     several = [2] if there else [2, 4]
     given = {"base": asked["base"], "devices": asked["devices"], "strategies": ["fsdp2", "ep"], "pools": ["batch"]}
     every = {
-        "training": ("scaling", (), given | {"repeats": 7}),
-        "layers": ("across", (asked["layers"], several), {"repeats": 7}),
+        "training": ("scaling", (), given | {"repeats": repeats}),
+        "layers": ("across", (asked["layers"], several), {"repeats": repeats}),
         "losses": ("losses", (asked["base"], several[-1], "fsdp2"), {}),
     }
     files = {"training": "scaling", "layers": "scaling-layers", "losses": "scaling-losses"}
-    assert called == [every[part] for part in only.split(",")]
+    parts = only.split(",") if only else list(every)
+    assert called == [every[part] for part in parts] and scales == ["gpu" if there and not only else "smoke"]
     kept = {path.name: json.loads(path.read_text())["setting"]["of"] for path in tmp_path.iterdir()}
-    assert kept == {f"{files[part]}.json": every[part][0] for part in only.split(",")}
+    assert kept == {f"{files[part]}.json": every[part][0] for part in parts}
 
 
 def test_a_rank_is_held_to_the_products_of_its_experts_on_the_tokens_of_all(monkeypatch):

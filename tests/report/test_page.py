@@ -508,7 +508,7 @@ def test_what_a_cell_shows_comes_before_its_log_and_its_headings_are_in_the_cont
         ("code", "2"),
         ("md", "# Another title\n\nMore words."),
     )
-    made.cells[2].metadata["tags"] = ["try"]
+    made.cells[2].metadata["tags"] = ["of mine", "try"]
     bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a bar that has ended"}
     heading = {"text/html": '<h2 id="judged">How <i>it</i> was</h2>', "text/plain": "How"}
     made.cells[1].outputs = [
@@ -569,6 +569,15 @@ def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives():
     managers.clear()
     gc.collect()
     assert not any(folder.exists() for folder in folders)
+
+
+def test_what_a_notebook_showed_before_its_kernel_died_is_on_the_page(tmp_path):
+    cells = [("code", "print('so', 'far')"), ("code", "import os; os._exit(1)")]
+    nbformat.write(notebook(*cells), tmp_path / "a.ipynb")
+    with pytest.raises(ConfigError, match=r"a\.ipynb failed: DeadKernelError"):
+        execute(tmp_path / "a.ipynb", tmp_path / "a.html")
+    page = BeautifulSoup((tmp_path / "a.failed.html").read_text(), "html.parser")
+    assert page.find(id="cell-1").pre.text.strip() == "so far" and not page.find("a", string="Go to the cell")
 
 
 @pytest.mark.parametrize("begun", [True, False])

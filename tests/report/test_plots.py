@@ -432,13 +432,15 @@ def test_growth_shows_times_power_and_floor():
 
 
 def test_a_profile_has_a_bar_for_each_kind_of_work():
-    kinds = pd.DataFrame([("idle", 6.0, 0.6, "x"), ("loss", 4.0, 0.4, "y")], columns=["kind", "ms", "share", "most"])
+    kinds = pd.DataFrame([("idle", 1600.0, 0.6, "x"), ("loss", 4.0, 0.4, "y")], columns=["kind", "ms", "share", "most"])
     plot = drawn(plots.profile(kinds))
     assert plot.alt == "Where the time of a training step goes: idle 60%; loss 40%."
     (ax,) = plot.figure.axes
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx([60, 40]) and texts(plot) == ["6.0 ms", "4.0 ms"]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([60, 40]) and texts(plot) == ["1600.0 ms", "4.0 ms"]
     colors = [mpl.colors.to_hex(bar.get_facecolor()) for bar in ax.patches]
     assert colors[0] == style.GREY.lower() != colors[1] and ax.get_ylim()[0] > ax.get_ylim()[1]  # the longest on top
+    plot.figure.canvas.draw()
+    assert all(text.get_window_extent().x1 < ax.bbox.x1 for text in ax.texts)  # beside its bar, and within the axes
 
 
 def test_gates_send_images_to_experts():

@@ -84,7 +84,7 @@ def test_what_is_there_and_what_is_missing(project):
 
 def test_a_page_reads_what_the_engine_kept(project):
     one = plan.plan("gpu")[1]
-    assert engine.carry_out(one, "gpu") == "finished"
+    assert engine.carry_out(one, "gpu", keep_weights=True) == "finished"
     study = load("01_a", {"scale": "gpu", "train_missing": False})
     assert [(r.summary["seed"], r.summary["status"]) for r in study["EC"]] == [(0, "not run"), (1, "finished")]
     measured = study.measured("losses")
@@ -108,7 +108,7 @@ def test_a_run_that_diverged_is_a_finding(project, monkeypatch):
     one = plan.plan("gpu")[1]
     changed = one.config.replace(learning_rate=1e30, gradient_clip=0.0)
     one = plan.Planned(changed.name, changed, one.pages, one.arms, one.seed, one.measures)
-    assert engine.carry_out(one, "gpu") == "diverged"
+    assert engine.carry_out(one, "gpu", keep_weights=True) == "diverged"
     assert not engine.lacks(one, "gpu") and read_record(plan.record(one, "gpu")).summary["status"] == "diverged"
 
 
@@ -128,7 +128,7 @@ def test_a_run_is_locked_by_its_name(project, monkeypatch):
         "ecmoe.training.run.run_or_load", lambda config, *, records: locked.append((config, records)) or 1 / 0
     )
     one = plan.plan("gpu")[1]
-    assert engine.carry_out(one, "paper") == "failed: ZeroDivisionError: division by zero"
+    assert engine.carry_out(one, "paper", keep_weights=True) == "failed: ZeroDivisionError: division by zero"
     assert locked == [one.name, (one.config, paths.records("paper"))]
 
 
@@ -143,7 +143,7 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project, 
     assert list(paths.runs().glob("*/model.safetensors"))  # still wanted
     told = re.findall(r"^\[(\S+)\] (\S+): \d+ s$", capsys.readouterr().err, re.M)
     assert told == [(one.name, how.name) for how in one.measures[1:]]
-    engine.carry_out(one, "paper")
+    engine.carry_out(one, "paper", keep_weights=True)
     assert " s\n" not in capsys.readouterr().err  # what is there is not told again
 
 

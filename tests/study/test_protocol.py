@@ -1,5 +1,7 @@
 """The protocol: complete, readable, and about arms that exist."""
 
+import re
+
 import pytest
 import yaml
 
@@ -54,6 +56,14 @@ def test_units_and_neutral_values_follow_from_what_is_compared():
     assert (
         len(CLAIMS["C1"].family) == sum(part.decides for part in CLAIMS["C1"].parts) + 2
     )  # the parts that can make it "in direction"
+
+
+def test_the_unit_of_every_part_follows_from_how_it_compares_and_what():
+    kinds = {"steps": "ratio", "time": "ratio", "bench": "ratio", "spread": "ratio", "accuracy": "share"}
+    kinds |= dict.fromkeys(("train_loss", "val_loss", "val_loss_causal", "losses", "next-token"), "nats per token")
+    kinds |= dict.fromkeys(("over_capacity", *(f"share_{j}" for j in range(9))), "share")
+    what = [part.how if part.how != "difference" else re.split("[ /]", part.of)[0] for _, part in PARTS]
+    assert [str(part.unit) for _, part in PARTS] == [kinds[kind] for kind in what] and len(set(what)) > 10
 
 
 @pytest.mark.parametrize(

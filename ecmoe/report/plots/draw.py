@@ -82,7 +82,7 @@ def panels(
         axes[0].set_ylabel(ylabel)
     if legend:  # below the panels, where it hides nothing
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(legend, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=legend)
     alt += f"{'.' if '' not in each else ':'} {' '.join(said)}{missing}"
     return Plot(figure, alt, pd.concat(frames, ignore_index=True))
 
