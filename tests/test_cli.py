@@ -137,12 +137,16 @@ def test_train_prints_the_run(tiny_config, tmp_path):
 
 
 def test_of_many_ranks_the_first_speaks_for_all(monkeypatch):
-    found = Result({"name": "one", "status": "finished", "val_loss": 2.5})
+    keys = "name status error val_loss val_loss_causal accuracy perplexity bits_per_byte tokens seconds tokens_per_second mfu device"
+    found = Result(
+        {"seed": 3, "commit": "c"} | {key: f"its {key}" for key in keys.split()} | {"status": "finished", "mfu": 0.25}
+    )
+    every = [f"{key:18} {found.summary[key]}" for key in keys.split()]
     monkeypatch.setattr("ecmoe.training.run.run_or_load", lambda config: found)
-    for rank, said in ((0, "one\nfinished\n2.5\n"), (1, "")):
+    for rank, said in ((0, every), (1, [])):
         monkeypatch.setattr("ecmoe.training.ranks.rank", lambda rank=rank: rank)
         shown = call("train")
-        assert re.sub(r"^\w+ +", "", shown.stdout, flags=re.M) == said and shown.exit_code == 0
+        assert shown.stdout.splitlines() == said and shown.exit_code == 0
 
 
 def test_a_damaged_run_is_named(tiny_config, tmp_path, monkeypatch):

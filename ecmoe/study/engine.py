@@ -99,7 +99,7 @@ def places() -> tuple[int, int]:
     return gpus, int(slots) if gpus else 1
 
 
-def train(planned: Sequence[Planned], scale: str, *, jobs: int = 1) -> int:
+def train(planned: Sequence[Planned], scale: str, *, jobs: int) -> int:
     """Train and measure these runs and return an exit code: `jobs` at a time with Snakemake, one by one if it isn't installed."""
     if not planned:
         return 0

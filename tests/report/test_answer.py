@@ -1,10 +1,12 @@
 """The answer of a page and how it was judged: what they say is what the verdict says, at every label."""
 
 import dataclasses
+from colorsys import rgb_to_hsv
 
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.colors import to_rgb
 
 from ecmoe.report import answer
 from ecmoe.report.markup import COLORS
@@ -152,6 +154,12 @@ def test_every_label_has_a_colour_on_which_white_can_be_read():
 
     for label in (*labels.WEAKEST_LAST, labels.PLUMBING):
         assert 1.05 / (_luminance(COLORS[label]) + 0.05) > 4.5, label
+    hues = {label: round(360 * rgb_to_hsv(*to_rgb(color))[0]) for label, color in COLORS.items()}
+    ranges = {"reproduced": (120, 160), "reproduced in direction": (200, 220), "no effect": (260, 300), "contradicted": (0, 20),
+              "undecided": (40, 55), "finding": (200, 220)}  # fmt: skip
+    assert all(low <= hues[label] <= high for label, (low, high) in ranges.items())  # green holds, red doesn't
+    grey = [rgb_to_hsv(*to_rgb(COLORS[label]))[1] for label in ("not run", "plumbing only")]
+    assert max(grey) < 0.1 and len(COLORS) == len(ranges) + len(grey)
 
 
 def test_a_difference_is_paired_and_says_its_sign():

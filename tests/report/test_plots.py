@@ -242,6 +242,12 @@ def test_what_is_labelled_in_percent_is_shown_so():
     ]
     letters = {"num_experts": "e", "capacity_factor": "c", "n": "n", "d_model": "d"}  # the paper's
     assert {column: plots.LABELS[column].split()[-1] for column in letters} == letters
+    words = {"steps": "steps", "num_experts": "experts", "capacity_factor": "factor", "n": "tokens", "devices": "GPUs", "d_model": "width",
+             "moe_init_scale": "initial scale", "capacity": "places", "patches_left_out": "patches that no", "images_left_out": "images without",
+             "loss": "loss", "final_accuracy": "accuracy", "forgetting": "forgetting"}  # fmt: skip
+    assert all(word in plots.LABELS[column] for column, word in words.items())
+    assert set(plots.LABELS) - set(words) == {metric.name for metric in metrics.METRICS}
+    assert len(set(plots.LABELS.values())) == len(plots.LABELS)
     assert len(losses) > 2 and all(label.endswith("loss (nats per token)") for label in losses)
 
 
@@ -580,6 +586,31 @@ def test_an_arm_looks_the_same_in_every_figure():
     assert all(plots.looks([*crowd, name])[name][:2] == known for name, known in style._KNOWN.items())
     gates = plots.looks(["EC-CF2 renormalized", "EC-CF2 raw", "EC-CF2 scaled"])
     assert len({look.color for look in gates.values()}) == 1 and len({look.dashes for look in gates.values()}) == 3
+
+
+def test_known_arms_have_the_colours_of_okabe_and_ito():
+    blue, sky, green, orange, vermilion, purple = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+    named = {"EC-CF2": blue, "EC": blue, "one EC network": blue, "EC-CF1": green, "EC-CF0.5": sky, "GShard top-2": vermilion,
+             "Switch top-1": orange, "Hash modulo": purple, "Dense": style.INK, "one dense network": style.INK}  # fmt: skip
+    assert {arm: plots.looks([arm])[arm].color for arm in named} == named
+    together = [
+        "EC-CF2",
+        "EC-CF1.5",
+        "EC-CF1",
+        "EC-CF0.5",
+        "EC-CAP2",
+        "EC-CAP3",
+        "GShard top-2",
+        "Switch top-1",
+        "Hash modulo",
+        "Dense",
+    ]
+    shown = plots.looks(together).values()
+    assert len({look.color for look in shown}) == len({look.marker for look in shown}) == len(together)
+    gates = plots.looks(f"EC-CF2 {gate}" for gate in ("renormalized", "raw", "scaled"))
+    assert [look.dashes for look in gates.values()] == ["", (4, 2), (1, 1.5)]  # solid, dashed, dotted
+    none, *some = map(_luminance, style.COUNT_COLORS)
+    assert some == sorted(some, reverse=True) and 0.5 < none < 0.7 and len(set(to_rgb(style.COUNT_COLORS[0]))) == 1
 
 
 def test_the_colours_of_the_centre_are_no_other_arms_even_where_it_is_not_in_the_figure():

@@ -70,6 +70,10 @@ def test_what_cannot_be_an_arm_is_said_with_its_name():
         plan.arm_keys("EC-CF2 renormalised", {})
     with pytest.raises(ConfigError, match=r"1/2 of the scale.s steps is 1\.5, which is no whole number"):
         plan.arm_keys("EC-CF2 raw, 1/2 of the steps", {"steps": 3})
+    for key in ("steps", "warmup_steps", "batch_size"):
+        assert plan.arm_keys("Dense", {key: 6}, {"Dense": {key: "1/2"}})[key] == 3
+        with pytest.raises(ConfigError, match=rf"1/2 of the scale.s {key} is 2\.5, which is no whole number"):
+            plan.arm_keys("Dense", {key: 5}, {"Dense": {key: "1/2"}})
     for share in ("half", "1/0"):
         with pytest.raises(ConfigError, match=f"arm 'Dense': .*steps='{share}' must be a number"):
             plan.arm_keys("Dense", {"steps": 4}, {"Dense": {"steps": share}})

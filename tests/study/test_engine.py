@@ -180,7 +180,7 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
     monkeypatch.setattr(engine, "CHECKOUT", project)  # without a Snakefile, whatever is installed
     for found in (None, "snakemake"):
         monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name, found=found: found)
-        assert [engine.train(plan.plan("gpu"), scale) for scale in ("smoke", "gpu")] == [True, False]
+        assert [engine.train(plan.plan("gpu"), scale, jobs=1) for scale in ("smoke", "gpu")] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -231,16 +231,16 @@ def test_snakemake_gets_the_runs(project, monkeypatch):
     assert folder == engine.CHECKOUT and (folder / "Snakefile").exists()
     said = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", "place=3", "--config", "scale=gpu"]
     assert command == [*said, f"runs={planned[0].name},{planned[1].name}", "--", "trained"]
-    assert engine.train([], "gpu") == 0 and len(did) == 1
+    assert engine.train([], "gpu", jobs=1) == 0 and len(did) == 1
     monkeypatch.setattr(engine, "lacks", lambda *_: "")
     for ends in (0, 3):  # all is there, whatever else failed
-        assert engine.train(planned, "gpu") == ends
+        assert engine.train(planned, "gpu", jobs=1) == ends
     monkeypatch.setattr(engine, "lacks", lambda one, scale: "missing" * (one is planned[1]))
     for ends in (0, 3):
-        assert engine.train(planned, "gpu") == (ends or 1)
+        assert engine.train(planned, "gpu", jobs=1) == (ends or 1)
     ends = None  # Ctrl-C: Snakemake got it, too, and ends by itself
     with pytest.raises(KeyboardInterrupt):
-        engine.train(planned, "gpu")
+        engine.train(planned, "gpu", jobs=1)
 
 
 def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import write_json, write_text
 from ecmoe.measures import measurements
+from ecmoe.model.build import flops_per_token
 from ecmoe.study import load as module
 from ecmoe.study.load import Study, beside, load, watching
 from ecmoe.study.plan import Planned
@@ -64,11 +65,15 @@ def test_an_unknown_name_is_an_error_where_a_notebook_begins_and_its_own_later(m
 )
 def test_who_would_train_for_hours_without_a_gpu_is_told_before(monkeypatch, capsys, gpu, scale, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
     said = []
     monkeypatch.setattr(module, "_result", lambda one, *_: said.append(capsys.readouterr().err) or not_run(one.config))
     study = load("13_gates", {"scale": scale, "train_missing": False})
-    beside(study, {"gate": "softmax"})
-    assert ("1 runs will take more than" in "".join(said)) is told
+    config = RunConfig.from_dict(beside(study, {"gate": "softmax"})["yours"][0].summary["config"])
+    hours = (
+        flops_per_token(config) * config.steps * config.tokens_per_batch / (8 * 100e9) / 3600
+    )  # at 100 GFLOP/s a core
+    assert (f"1 runs will take more than {hours:,.0f} hours" in "".join(said)) is told
 
 
 @pytest.mark.parametrize("lacking", ["", "a measurement", "measurements whose weights are here"])

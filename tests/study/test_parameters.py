@@ -137,11 +137,13 @@ def test_what_a_pages_file_has_may_be_given_where_its_notebook_reads_it(tmp_path
     monkeypatch.setattr(paths, "configs", lambda: tmp_path)
     (tmp_path / "scale").mkdir()
     (tmp_path / "scale" / "big.yaml").write_text("")
-    (tmp_path / "01_a.yaml").write_text("factor: 4\nseeds: [0]\n")
+    of_plan = {"seeds": [1], "base": {"steps": 2}, "arms": ["EC"], "vary": {"steps": [3]}, "measures": {"losses": {}},
+               "train_missing": False}  # fmt: skip
+    (tmp_path / "01_a.yaml").write_text("factor: 4\n" + "".join(f"{key}:\n" for key in of_plan))
     check_parameters(notebook("width: int = 1"), {"width": 2}, "01_a.ipynb")  # of no scale
     for reads in ("", '\nsettings["factor"]'):
         made = notebook(f'scale: str = "big"{reads}')
-        check_parameters(made, {"scale": "big", "seeds": [1]}, "01_a.ipynb")  # seeds are the plan's
+        check_parameters(made, {"scale": "big"} | of_plan, "01_a.ipynb")
         if reads:
             check_parameters(made, {"scale": "big", "factor": 5}, "01_a.ipynb")
             continue
