@@ -93,11 +93,11 @@ def burst(call: Call, device: torch.device) -> tuple[int, int]:
     """Return how many calls to time, and how many untimed calls to make before them; the call is warm."""
     if device.type != "cuda":
         return 1, 0
-    one = seconds(call, device, 3)
+    one = seconds(call, device, 3, 0)
     return min(max(round(BURST / one), 1), MOST), math.ceil(SETTLE / one)
 
 
-def seconds(call: Call, device: torch.device, count: int = 1, settle: int = 0) -> float:
+def seconds(call: Call, device: torch.device, count: int, settle: int) -> float:
     """Return the seconds per call over `count` calls (one on a CPU), after `settle` untimed calls."""
     if device.type != "cuda":
         began = time.perf_counter()

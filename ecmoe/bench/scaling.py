@@ -36,8 +36,8 @@ EVERY = 10  # steps per sample
 
 
 def bench_scaling(
-    base: Mapping[str, Any], devices: Sequence[int] = (1, 2), strategies: Sequence[str] = ("ddp", "fsdp2", "ep"),
-    pools: Sequence[str] = ("rank", "batch"), *, repeats: int = 5,
+    base: Mapping[str, Any], devices: Sequence[int], strategies: Sequence[str] = ("ddp", "fsdp2", "ep"),
+    pools: Sequence[str] = ("rank", "batch"), *, repeats: int,
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool.
 
@@ -74,7 +74,7 @@ def bench_scaling(
         yield timing.tabled(rows, list(absent), {**base, "repeats": repeats})
 
 
-def bench_losses(base: Mapping[str, Any], devices: int, strategy: str = "ddp", steps: int = 200) -> pd.DataFrame:
+def bench_losses(base: Mapping[str, Any], devices: int, strategy: str, steps: int = 200) -> pd.DataFrame:
     """Train the same model on one device, and on several that divide its batch but let all its tokens compete.
 
     Returns:
@@ -111,7 +111,7 @@ def _trained(config: RunConfig) -> Result:
 
 
 def bench_across(
-    sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int = 5
+    sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int
 ) -> Iterator[pd.DataFrame]:
     """Time expert-parallel layers on each number of GPUs, with n tokens on each GPU.
 

@@ -138,7 +138,7 @@ def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str,
     }  # fmt: skip
 
 
-def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: bool = False) -> dict[Row, Call]:
+def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: bool) -> dict[Row, Call]:
     """Return a training step for every row, on the same weights, gradients and moments; CUDA graphs come last."""
     torch.manual_seed(0)
     first = next(iter(configs.values()))

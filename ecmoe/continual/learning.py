@@ -102,7 +102,7 @@ class Task(NamedTuple):
     val_y: Tensor
 
 
-def split(data: images.Images, config: ContinualConfig, device: torch.device | str = "cpu") -> list[Task]:
+def split(data: images.Images, config: ContinualConfig, device: torch.device | str) -> list[Task]:
     """Divide the images into tasks of consecutive classes; raise a ConfigError if a task is smaller than a batch."""
     images.check(config, data)
     tasks = []

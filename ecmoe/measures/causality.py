@@ -54,7 +54,7 @@ def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[
     return {"rows": changed_decisions(model, *windows[:, :-1].chunk(2), kept)}
 
 
-def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int = 4) -> list[dict[str, Any]]:
+def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int) -> list[dict[str, Any]]:
     """Return the rows of `dependence` for any text `ids` and its replacement `other`, both (B, T) tokens."""
     B, T = ids.shape
     later = torch.cat([ids[:, : T // 2], other[:, T // 2 :]], dim=1)

@@ -21,7 +21,7 @@ def measure(
     result: Result,
     how: Measurement,
     *,
-    scale: str = "smoke",
+    scale: str,
     train: bool = True,
     keep: bool = False,
     model: Callable[[], "Trunk"] | None = None,

@@ -28,7 +28,7 @@ def test_calls_are_taken_in_turns_each_in_another_order():
 
 
 def test_a_call_takes_what_it_takes():
-    assert 0.02 <= timing.seconds(lambda: time.sleep(0.02), CPU) < 2
+    assert 0.02 <= timing.seconds(lambda: time.sleep(0.02), CPU, 1, 0) < 2
 
 
 def test_who_waits_for_each_other_agrees_on_how_many_calls_are_timed(monkeypatch):
@@ -125,7 +125,7 @@ def test_a_burst_is_as_long_as_it_takes_the_chip_to_settle(log):
 def test_a_burst_is_some_50_ms_after_at_least_200(one, expected, monkeypatch):
     asked = []
     monkeypatch.setattr(timing, "seconds", lambda *given: asked.append(given) or one)
-    assert timing.burst("call", torch.device("cuda")) == expected and asked == [("call", torch.device("cuda"), 3)]
+    assert timing.burst("call", torch.device("cuda")) == expected and asked == [("call", torch.device("cuda"), 3, 0)]
 
 
 def test_a_gpu_tells_what_a_call_takes_of_its_memory_a_cpu_nothing(log):

@@ -139,6 +139,16 @@ def test_the_path_of_a_run_has_the_plain_ones_weights_and_input(compiled, wired,
     assert len(given) == 2
 
 
+def test_how_it_is_timed_where_nothing_is_asked_for(wired):
+    sizes = {"n": 16, "d_model": 8}
+    modes, tables = [], []
+    for time_it in (lambda: bench.bench_layer(**sizes, d_ff=8, num_experts=4), lambda: bench.bench_auto([sizes])):
+        tables.append(time_it().attrs["setting"])
+        modes += [{row.mode for row in wired["calls"]}, wired["repeats"]]
+    assert modes == [{"eager"}, 15, {"eager"}, 9]
+    assert tables[0]["capacity_factor"] == 2.0 and tables[1]["num_experts"] == 32
+
+
 @pytest.fixture(scope="module")
 def measured():
     return bench.bench_layer(n=64, d_model=8, d_ff=16, num_experts=4, repeats=2)

@@ -47,7 +47,7 @@ def test_a_run_that_diverges_is_no_rate(tiny_config, monkeypatch):
 
 def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tmp_path, monkeypatch):
     speeds = {("auto", "batch"): 100.0, ("ddp", "rank"): 180.0, ("fsdp2", "rank"): 150.0, ("ddp", "batch"): 160.0}
-    speeds["fsdp2", "batch"] = 140.0
+    speeds |= {("fsdp2", "batch"): 140.0, ("ep", "rank"): 120.0, ("ep", "batch"): 110.0}
 
     def trained(config):
         rate = speeds[config.strategy, config.pool]
@@ -56,7 +56,7 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
         return SimpleNamespace(curve=rates, summary={"peak_mb": 5.0})
 
     monkeypatch.setattr(scaling, "_trained", trained)
-    base = {"base": tiny_config(steps=7, eval_every=3).to_dict(), "strategies": ["ddp", "fsdp2"], "layers": {}}
+    base = {"base": tiny_config(steps=7, eval_every=3).to_dict(), "layers": {}}
     monkeypatch.setattr(speed, "scaling", lambda scale: base)
     called = [
         "bench",
@@ -82,7 +82,7 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
     assert setting.items() <= kept["setting"].items() and {row["peak_mb"] for row in rows} == {5.0}
     shares = {(row["strategy"], row["pool"]): row["of_ideal"] for row in rows}
     assert shares == {("auto", "batch"): 1.0, ("ddp", "rank"): 0.9, ("ddp", "batch"): 0.8, ("fsdp2", "rank"): 0.75,
-                      ("fsdp2", "batch"): 0.7}  # fmt: skip
+                      ("fsdp2", "batch"): 0.7, ("ep", "rank"): 0.6, ("ep", "batch"): 0.55}  # fmt: skip
 
 
 def test_a_router_without_a_pool_is_trained_once_by_each_strategy(tiny_config, monkeypatch):
@@ -276,7 +276,9 @@ def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_co
     table = scaling.bench_losses(config.to_dict(), 2, "fsdp2", steps=39)
     same = config.replace(steps=39, eval_every=3, checkpoint_every=10**9, pool="batch")
     several = {"devices": 2, "strategy": "fsdp2", "batch_size": 4, "eval_batches": 2}
-    assert asked == [same.replace(batch_size=8, eval_batches=1), same.replace(**several)]
+    scaling.bench_losses(config.to_dict(), 2, "fsdp2")
+    assert {(config.steps, config.eval_every) for config in asked[2:]} == {(200, 20)}
+    assert asked[:2] == [same.replace(batch_size=8, eval_batches=1), same.replace(**several)]
     assert {"devices": 2, "strategy": "fsdp2", "batch_size": 9}.items() <= table.attrs["setting"].items()
     assert table["step"].dtype == int and table.to_dict("list") == {
         "step": [3, 6], "train_loss_one": [3.0, 3.0], "val_loss_one": [4.0, 5.0],
@@ -285,7 +287,7 @@ def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_co
 
 
 def test_one_model_on_one_device_and_on_two(tiny_config):
-    table = scaling.bench_losses(tiny_config(learning_rate=1e-3).to_dict(), 2, steps=10)
+    table = scaling.bench_losses(tiny_config(learning_rate=1e-3).to_dict(), 2, "ddp", steps=10)
     assert table["step"].tolist() == list(range(1, 11))
     assert table["difference"].abs().max() < 1e-5 and table["difference"].abs().max() > 0  # two sums, in another order
     assert table["val_loss_several"].tolist() == pytest.approx(

@@ -25,6 +25,19 @@ STEP = {
 CPU = torch.device("cpu")
 
 
+def test_arms_are_those_of_claim_c2():
+    """Expert choice with places for two experts a token and for one, GShard's top-2 with as many, Switch's top-1 with one."""
+    found = {
+        name: (config.router, config.capacity_factor * (config.router == "expert_choice" or config.top_k), config.gate)
+        for name, config in arms(STEP).items()
+    }
+    assert found == {
+        "EC-CF2": ("expert_choice", 2, "softmax"), "EC-CF1": ("expert_choice", 1, "softmax"),
+        "GShard top-2": ("token_choice", 2, "renormalized"), "Switch top-1": ("token_choice", 1, "softmax"),
+    }  # fmt: skip
+    assert bench_step_module.PAIR == ("EC-CF2", "GShard top-2")
+
+
 def test_step_of_every_arm_is_timed(monkeypatch):
     monkeypatch.setattr(bench_step_module, "peak_flops", lambda: 1e9)
     table = bench_step(repeats=2, **STEP)
@@ -58,6 +71,8 @@ def test_a_table_of_steps_has_the_medians_and_rates_of_each_arm(monkeypatch):
         module, "steps", lambda configs, device, compiled: {row: (configs, device, compiled) for row in rows}
     )
     monkeypatch.setattr(module.timing, "timed", timed)
+    bench_step(**STEP)
+    assert asked == {"calls": {row: (arms_of, CPU, False) for row in rows}, "repeats": 15}
     table = bench_step(repeats=3, compiled=True, **STEP)
     assert asked == {"calls": {row: (arms_of, CPU, True) for row in rows}, "repeats": 3}
     rate = 32 / 0.002
@@ -78,6 +93,7 @@ def test_a_table_of_steps_has_the_medians_and_rates_of_each_arm(monkeypatch):
     monkeypatch.setattr(module.timing, "this_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     module.bench_study(arms_of)
+    assert asked["repeats"] == 15
     assert {call[2] for call in asked["calls"].values()} == {"pool"}  # of one memory
 
 
@@ -92,7 +108,7 @@ def test_all_steps_train_the_same_weights(monkeypatch):
     made = []
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
-    calls = steps(arms(STEP), CPU)
+    calls = steps(arms(STEP), CPU, compiled=False)
     (optimizer,) = made
     assert optimizer.defaults["fused"]  # as in training
     weights = [p for group in optimizer.param_groups for p in group["params"]]

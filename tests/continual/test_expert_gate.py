@@ -20,7 +20,7 @@ from tests.continual.small import GATE
 @pytest.fixture(scope="module")
 def learned():
     """An Expert Gate that has learned two tasks of digits, the tasks, and what its experts were after the first."""
-    tasks = split(images.load("digits"), GATE)[:2]
+    tasks = split(images.load("digits"), GATE, "cpu")[:2]
     torch.manual_seed(0)
     model, first = ExpertGate(GATE), None
     for task in tasks:
@@ -99,7 +99,7 @@ def test_a_task_is_learned_from_the_most_related_one(monkeypatch):
 
     monkeypatch.setattr(expert_gate, "fit", fit)
     monkeypatch.setattr(ExpertGate, "relatedness", relatedness)
-    tasks = split(images.load("digits"), GATE)[:4]
+    tasks = split(images.load("digits"), GATE, "cpu")[:4]
     model = ExpertGate(GATE)
     for task in tasks:
         model.learn(task.x, task.y, task.held)
@@ -164,7 +164,7 @@ def test_training_takes_the_batches_of_the_seed():
 
 
 def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
-    first, second = split(images.load("digits"), GATE)[:2]
+    first, second = split(images.load("digits"), GATE, "cpu")[:2]
     drift = {}
     for threshold in (-1e9, 1e9):
         torch.manual_seed(0)

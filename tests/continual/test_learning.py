@@ -48,7 +48,7 @@ def test_as_large_takes_the_nearest_width():
 def test_answers_come_in_the_order_of_the_images(config):
     """Where all fit into one batch, mixing changes nothing but who is computed when."""
     torch.manual_seed(0)
-    tasks = split(images.load("digits"), config)
+    tasks = split(images.load("digits"), config, "cpu")
     network = OneNetwork(config)
     x = [task.val_x[:10] for task in tasks]
     said, told = network.answers(x, [task.classes for task in tasks])
@@ -82,7 +82,7 @@ def test_balance_losses_are_trained_on(monkeypatch):
         losses.append(float(loss(examples)))
 
     monkeypatch.setattr(learning, "fit", fit)
-    task = split(images.load("digits"), EC)[0]
+    task = split(images.load("digits"), EC, "cpu")[0]
     for weight in (0.0, 10.0):
         network = OneNetwork(EC.replace(router="token_choice", aux_loss_weight=weight)).eval()
         network.learn(task.x, task.y, task.held)
@@ -100,7 +100,7 @@ def test_tasks_lie_on_the_gpu_where_there_is_one(there, monkeypatch):
 
 def test_tasks_are_disjoint_and_hold_every_image():
     data = images.load("digits")
-    tasks = split(data, DENSE.replace(held_out=7))
+    tasks = split(data, DENSE.replace(held_out=7), "cpu")
     assert [task.classes.tolist() for task in tasks] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert sum(len(task.x) for task in tasks) == len(data.train_x) and sum(len(task.val_x) for task in tasks) == len(
         data.val_x
@@ -109,9 +109,9 @@ def test_tasks_are_disjoint_and_hold_every_image():
         assert set(task.y.tolist()) == set(task.val_y.tolist()) == set(task.classes.tolist())
         assert task.held.nonzero()[:, 0].tolist() == list(range(0, len(task.x), 7))  # one in so many, from the first on
     fewest = min(int((~task.held).sum()) for task in tasks)
-    assert len(split(data, DENSE.replace(held_out=7, batch_size=fewest))) == 5
+    assert len(split(data, DENSE.replace(held_out=7, batch_size=fewest), "cpu")) == 5
     with pytest.raises(ConfigError, match=f"is more than the {fewest} training images"):
-        split(data, DENSE.replace(held_out=7, batch_size=fewest + 1))
+        split(data, DENSE.replace(held_out=7, batch_size=fewest + 1), "cpu")
 
 
 # Measures
@@ -168,7 +168,7 @@ def test_one_network_forgets_and_expert_gate_does_not(study):
 
 def test_after_each_task_those_that_came_are_asked_about(monkeypatch):
     """Models that say of every image the class of the first of the task that came last, and told the task its last class."""
-    tasks, learned, seeds = split(images.load("digits"), GATE), [], []
+    tasks, learned, seeds = split(images.load("digits"), GATE, "cpu"), [], []
 
     class Model(ExpertGate):
         def __init__(self, config):
@@ -199,7 +199,7 @@ def test_after_each_task_those_that_came_are_asked_about(monkeypatch):
     found = run(GATE.replace(seed=7, held_out=9, data="cifar10"))
     assert asked == ["cifar10", ("cifar10", len(load("digits").train_x))]  # by another name
     monkeypatch.setattr(images, "load", load)
-    tasks = split(images.load("digits"), GATE.replace(held_out=9))
+    tasks = split(images.load("digits"), GATE.replace(held_out=9), "cpu")
     for given, task in zip(learned, tasks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(given, (task.x, task.y, task.held), strict=True))
     share = [float((task.val_y == task.classes[0]).float().mean()) for task in tasks]
@@ -245,7 +245,9 @@ def test_the_same_config_gives_the_same_numbers(config, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as of running statistics that nobody moves
         one = run(config)
-    assert set(asked) <= {int(task.held.sum()) for task in split(images.load("digits"), config)}  # of held images alone
+    assert set(asked) <= {
+        int(task.held.sum()) for task in split(images.load("digits"), config, "cpu")
+    }  # of held images alone
     torch.manual_seed(2)
     state = torch.get_rng_state()
     assert run(config) == one

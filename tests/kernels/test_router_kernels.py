@@ -23,6 +23,18 @@ def test_select_takes_the_k_highest_of_two_blocks_of_whole_numbers():
         assert torch.equal(kernels.select(scores, k), scores.topk(k).indices.sort().values)
 
 
+def test_select_counts_a_last_score_that_is_in_a_block_of_its_own():
+    """Of 4097 scores, as a block holds 4096: the last is the highest, between the others, and the lowest."""
+    scores = torch.rand(3, 4097, generator=torch.Generator().manual_seed(0))
+    scores[:, -1] = torch.tensor([2.0, 0.5, -1.0])
+    for k in (1, 2100, 4096):
+        expected = scores.topk(k).indices.sort().values
+        assert torch.equal(kernels.select(scores.to(DEVICE), k).cpu(), expected)
+    alike = torch.full((2, 4097), 0x3F000003, dtype=torch.int32).view(torch.float32)  # but for the last
+    alike[:, -1] = torch.tensor([2.0, -1.0])
+    assert kernels.select(alike.to(DEVICE), 2).tolist() == [[0, 4096], [0, 1]]
+
+
 @pytest.mark.parametrize("kind", ["rising", "few values", "periodic", "one high"])
 def test_select_is_right_where_its_sample_misleads(kind):
     m, k = 12_000, 500

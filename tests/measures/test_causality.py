@@ -1,6 +1,7 @@
 """The leak's measures against oracles: information that is known, routings whose dependence is known, loops by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -250,7 +251,7 @@ def model_of(**keys):
     ids=str,
 )
 def test_what_decisions_depend_on(keys, later, others):
-    found = causality.changed_decisions(model_of(**keys), ids(0), ids(1))
+    found = causality.changed_decisions(model_of(**keys), ids(0), ids(1), kept=4)
     share = {(row["change"], row["routing"]): (float(row["decisions"]), float(row["tokens"])) for row in found}
     assert share["later tokens replaced", "causally"] == share["other sequences replaced", "causally"] == (0, 0)
     for change, changes in (("later tokens replaced", later), ("other sequences replaced", others)):
@@ -279,7 +280,7 @@ def test_a_token_changed_if_any_of_its_layers_did(monkeypatch):
 
     monkeypatch.setattr(causality, "decisions", of_ends)
     zeros = torch.zeros(2, 4, dtype=torch.long)
-    for row in causality.changed_decisions(model_of(), zeros, zeros + 1):
+    for row in causality.changed_decisions(model_of(), zeros, zeros + 1, kept=4):
         expected = {"later tokens replaced": (3 / 16, 3 / 4), "other sequences replaced": (2 / 32, 2 / 8)}
         assert (float(row["decisions"]), float(row["tokens"])) == expected[row["change"]]
 
@@ -305,6 +306,17 @@ def test_dependence_is_of_whole_sequences(monkeypatch):
     monkeypatch.setattr(causality, "changed_decisions", lambda _, here, other, kept: [here, other, kept])
     here, other, kept = causality.dependence(None, CONFIG, kept=3)["rows"]
     assert torch.equal(torch.cat([here, other]), windows[:, :16]) and len(here) == len(other) and kept == 3
+    assert causality.dependence(None, CONFIG)["rows"][2] == 4
+
+
+def test_how_much_is_probed_where_nothing_is_asked_for(monkeypatch):
+    asked, data = [], SimpleNamespace(token_counts="counts")
+    opened = lambda model, config, batches: asked.append((config.eval_batches, batches)) or (model, data, ids(0))  # noqa: E731
+    monkeypatch.setattr(causality, "_opened", opened)
+    monkeypatch.setattr(causality, "frequent_classes", lambda *given: asked.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        causality.next_token_information(None, CONFIG)
+    assert asked == [(16, 16), ("counts", 32)]
 
 
 def test_one_sequence_on_its_own_is_a_loop_by_hand():

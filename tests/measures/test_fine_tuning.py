@@ -140,6 +140,14 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     assert entered == ["repeatable"] and most == [32]
 
 
+def test_how_a_task_is_tuned_where_nothing_is_asked_for(tiny_config, shouting, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fine_tuning, "LitFineTuning", lambda *given: asked.append(given[2:]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fine_tuned(build_model(tiny_config()), tiny_config(), task="cola", folder=str(shouting))
+    assert asked == [(2, 3e-4, 300)]  # classes, learning rate, steps
+
+
 def test_weights_and_moments_stay_on_the_device_between_its_loops(tiny_config, shouting, monkeypatch):
     """Lightning's teardown would take 30 GB of the paper's model to the host, for each task three times."""
     config, moved, trainers = tiny_config(), [], []

@@ -13,6 +13,7 @@ from ecmoe import measures, paths
 from ecmoe.files import ConfigError, Damaged, read_json, write_json
 from ecmoe.measures import Measurement, Row, measurements
 from ecmoe.measures.measure import lock, measure, trained_model
+from ecmoe.study.parameters import held_to
 from ecmoe.training import gpus
 from ecmoe.training import result as training_result
 from ecmoe.training.result import not_run
@@ -108,7 +109,7 @@ def test_nothing_of_a_training_or_of_a_measurement_is_in_the_way_of_the_next(tin
     try:
         with trained_model(result) as model:
             for layers in (31, 32):
-                measure(result, how(layers=layers), model=model)
+                measure(result, how(layers=layers), scale="gpu", model=model)
     finally:
         gc.enable()
     assert there == [0, 0, 1, 0]  # before training, loading (which is part of measuring), the first and the second
@@ -165,7 +166,7 @@ def test_the_model_lies_on_a_gpu_of_its_own_where_there_is_one(tiny_config, monk
     monkeypatch.setattr(
         "ecmoe.training.run.run_or_load", lambda config, weights: (held.append((config, weights)), result)[1]
     )
-    measure(result, how(layers={"cuda": 7, "cpu": 17}[kind]))
+    measure(result, how(layers={"cuda": 7, "cpu": 17}[kind]), scale="gpu")
     name = result.summary["name"]
     run = tiny_config(steps=2, seed=11), True  # with its weights
     used = [("a place", False), kind, "computed", "freed", "freed", "given back"]
@@ -179,11 +180,13 @@ def test_what_reports_hold_comes_before_what_was_found_by_hand(tiny_config):
     by_hand = result.path / "measures" / f"{one.name}.json"
     kept = read_json(by_hand, sealed=True) | {"found": {"seed": "reports"}}
     write_json(paths.measures("gpu") / result.summary["name"] / by_hand.name, kept, sealed=True)
-    assert measure(result, one, scale="gpu") == {"seed": "reports"} and measure(result, one)["seed"] == 11
+    assert (
+        measure(result, one, scale="gpu") == {"seed": "reports"} and measure(result, one, scale="smoke")["seed"] == 11
+    )
 
 
 def test_a_run_that_is_missing_has_none(tiny_config):
-    assert measure(not_run(tiny_config(seed=13)), how()) is None
+    assert measure(not_run(tiny_config(seed=13)), how(), scale="gpu") is None
 
 
 def test_other_task_files_are_another_measurement(tmp_path):
@@ -239,6 +242,41 @@ def test_every_row_names_a_function_with_these_keys():
         model, config, *keys = inspect.signature(getattr(import_module(module), name)).parameters
         assert (model, config, tuple(keys)) == ("model", "config", tuple(row.keys)), what
         assert set(row.where) | {row.each} <= {*row.keys, None}
+
+
+SETTINGS = {  # measurement -> what it takes and what it refuses, by key
+    "count": ("dependence: kept; next-token: batches classes; decoding: tokens; fine-tuned: steps batch_size examples",
+              [1, 7], [0, 1.5, "3", True]),
+    "above 0": ("fine-tuned: learning_rate; accuracy-at: places", [0.5, 2], [0.0, float("inf"), float("nan"), "1"]),
+    "name": ("fine-tuned: task folder", ["cb"], [3]),
+    "pools": ("losses: pools", [[4, "batch"]], [[0], [1.5], 4]),
+    "nothing": ("fine-tuned: folder examples", [None], []),
+    "something": ("fine-tuned: task steps batch_size learning_rate", [], [None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "taken", "refused"), SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_is_what_it_may_be(keys, taken, refused):
+    for what, names in (one.split(": ") for one in keys.split("; ")):
+        for kind in (measures.MEASURES[what].keys[name] for name in names.split()):
+            assert [held_to(kind, value, what) for value in taken] == taken
+            for value in refused:
+                with pytest.raises(ConfigError):
+                    held_to(kind, value, what)
+
+
+def test_a_row_leads_to_the_measurement_that_its_name_says(tiny_config):
+    """The two without keys; that no other is another's, its keys tell (see above)."""
+    result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
+    model = result.load_model()
+    tokens, caps = (
+        measure(result, Measurement(what, {}), scale="gpu", model=lambda: model)
+        for what in ("experts-by-token", "caps")
+    )
+    assert len("".join(tokens["text"])) == len(tokens["counts"][0]) == 16 and not {"rows"} & set(tokens)
+    assert {(row["cap"], row["solver"]) for row in caps["rows"]} == {
+        (b, s) for b in (2, 3) for s in ("feasible", "dykstra")
+    }
 
 
 def test_a_process_may_hold_the_lock_of_a_run_twice(tmp_path, monkeypatch):

@@ -305,6 +305,8 @@ def test_growth_times_the_layer_that_a_run_gets_at_each_size(monkeypatch):
     monkeypatch.setattr(growth.timing, "timed", timed)
     base = {"n": 64, "d_model": 8, "d_ff": 24, "num_experts": 4, "capacity_factor": 2.0}
     table = bench_growth(base, {"d_model": [16], "capacity_factor": [0.5], "n": [32]}, repeats=3)
+    bench_growth(base, {"num_experts": [2]})
+    assert asked.pop()[1] == 9 and asked.pop() == base | {"num_experts": 2, "kernels": "auto"}
     sizes = [base | {"d_model": 16, "d_ff": 48}, base | {"capacity_factor": 0.5}, base | {"n": 32}]
     assert asked[::2] == [size | {"kernels": "auto"} for size in sizes]
     assert asked[1::2] == [
@@ -409,9 +411,9 @@ def test_the_fastest_path_is_profiled_on_its_device(kind, monkeypatch):
     }.items():
         monkeypatch.setattr(bench_profile, name, value)
     monkeypatch.setattr(bench_profile, "setting", lambda configs, device: {"of": configs["EC-CF2"]})
-    table = bench_profile.bench_profile(compiled=True, n=4)
+    table = bench_profile.bench_profile(n=4, **{"compiled": True} if kind == "cuda" else {})
     assert asked == [
-        (["EC-CF2"], kind, {"compiled": True}),
+        (["EC-CF2"], kind, {"compiled": kind == "cuda"}),
         ["CPU"] + ["CUDA"] * (kind == "cuda"),
     ]
     assert made == [fast] * 3 + ["wait"] * (kind == "cuda")  # by its median
