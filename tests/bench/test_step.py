@@ -276,8 +276,19 @@ def test_a_twin_routes_as_its_arm_says_on_its_path(path):
 def test_arms_have_the_sizes_of_the_device_in_whole_sequences(monkeypatch):
     assert arms(STEP | {"n": 8})["EC-CF2"].batch_size == 1
     monkeypatch.setattr(bench_step_module.timing, "this_device", lambda: torch.device("cuda"))
-    sizes = {(one.d_model, one.layers, one.batch_size, one.tokenizer) for one in arms({}).values()}
-    assert sizes == {(768, 12, 64, "bpe")}
+    keys = (
+        "d_model",
+        "layers",
+        "batch_size",
+        "tokenizer",
+        "sequence_length",
+        "vocab_size",
+        "num_experts",
+        "d_ff",
+        "heads",
+    )
+    sizes = {tuple(getattr(one, key) for key in keys) for one in arms({}).values()}
+    assert sizes == {(768, 12, 64, "bpe", 1024, 32_000, 64, 3072, 12)}
 
 
 def test_even_routing_is_even_and_own_is_not():

@@ -78,6 +78,14 @@ def test_a_token_is_drawn_from_the_softmax_of_the_k_largest_logits_over_the_temp
     assert torch.equal(generate(model, prompts, 1, temperature=0.3, top_k=5, seed=9)[:, -1:], drawn)
 
 
+def test_where_nothing_is_asked_for_a_token_is_drawn_from_the_softmax_itself():
+    model, prompts = warm(), ids(64, 3)
+    with causal_routing(model), torch.no_grad():
+        p = model(prompts)[:, -1].softmax(1)
+    drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(generate(model, prompts, 1)[:, -1:], drawn)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_and_routing_come_back(training):
     model = warm().train(training)

@@ -38,6 +38,10 @@ def test_every_metric_has_words_for_its_axis():
     assert len({metric.name for metric in metrics.METRICS}) == len(metrics.METRICS)
 
 
+def test_validation_alone_needs_a_run_that_finished():
+    assert metrics.results() == ["val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte"]
+
+
 def test_over_layers_a_load_is_the_worst_and_a_share_the_mean():
     assert [m.name for m in metrics.of_layers() if m.worst] == ["over_capacity", "max_load"]
 

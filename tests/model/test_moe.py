@@ -62,6 +62,11 @@ def test_output_and_gradients_are_those_of_the_one_hot_einsum(name):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_layer_keeps_what_its_backward_pass_needs_and_takes_what_is_fast_unless_told():
+    assert (layer().recompute, layer().kernels) == (False, "auto")
+    assert (layer(recompute=True).recompute, layer(kernels="plain").kernels) == (True, "plain")
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 5), (7, 1)])
 def test_odd_sizes(shape):
     moe = layer(lambda: TokenChoice(D, E, 2, 1.0))

@@ -64,7 +64,10 @@ def test_a_run_that_broke_off_has_no_loss(tiny_config, status):
     )
     assert said["status"] == status and said["error"] == "why" and said["steps"] == 10
     at_once = summarize(tiny_config(), CURVE[:0], DATA, MADE, status=status)
-    assert (at_once["steps"], at_once["tokens"], at_once["routing"]) == (0, 0, {}) and math.isnan(at_once["seconds"])
+    assert (at_once["steps"], at_once["tokens"], at_once["routing"]) == (0, 0, {})
+    for unknown in ("seconds", "train_loss", "tokens_per_second", "val_loss"):
+        assert math.isnan(at_once[unknown]), unknown
+    assert (at_once["sharing"], at_once["error"]) == (1, None)
 
 
 def test_it_is_written_after_all_that_it_names(tiny_config, monkeypatch):
