@@ -304,6 +304,7 @@ def test_what_was_timed_is_printed_and_kept_where_asked(monkeypatch, tmp_path):
     table = pd.DataFrame({"path": ["plain"], "ms": [1.23456], "samples_ms": [[1.0]], "mfu": [None]})
     table.attrs = {"setting": {"n": 4}, "absent": ["a rival"]}
     monkeypatch.setattr("ecmoe.study.speed.job", lambda name, **keys: lambda: table)
+    monkeypatch.chdir(tmp_path)
     said = [call("bench", "layer", *more).stdout.split() for more in ([], ["--json", tmp_path / "a.json"])]
     assert (
         said[0]

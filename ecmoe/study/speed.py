@@ -37,7 +37,7 @@ def jobs(
     auto_sizes: list[Sizes] | None = None,
     *,
     compiled: bool = False,
-    repeats: Annotated[int, Field(ge=2)] = 15,
+    repeats: Annotated[int, Field(ge=2)],
     scaling: dict[str, list[int | str] | dict[str, Any]] | None = None,
     **_: Any,
 ) -> dict[str, Job]:

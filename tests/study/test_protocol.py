@@ -48,6 +48,10 @@ def test_units_and_neutral_values_follow_from_what_is_compared():
     by_name = {(claim.id, part.name): part for claim, part in PARTS}
     steps = by_name["C1", "steps for an equal loss, renormalized gates"]
     assert (steps.unit, steps.neutral, steps.figure, steps.margin) == (Unit.RATIO, 1.0, 0.5, 0.02)
+    assert by_name["C1", "all steps, raw gates"].sides == (
+        "below",
+        "above",
+    )  # of a negative difference, of a positive one
     assert by_name["C7", "one or two experts"].terms == [(1, "share_1"), (1, "share_2")]
     leak = by_name["L1", "leak of the batch"]
     assert leak.terms == [(1, "val_loss_causal"), (-1, "val_loss")] and leak.unit is Unit.NATS and leak.compares
