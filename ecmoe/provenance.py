@@ -73,7 +73,7 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-_TYPES = ("annotation", "returns", "type_comment")
+_TYPES = ("annotation", "returns")
 
 
 def _meaning(node: Any) -> Any:

@@ -34,7 +34,7 @@ def test_panels_have_their_titles_and_one_table_of_their_numbers():
 
     each = {"one": 1, "two": 2, "three": 3}
     plot = draw.panels(
-        "loss of it", panel, each, 5.0, "pqr", ["q", "q"], rows=2, key="size", ylabel="y", legend=2, sharey=True
+        "loss of it", panel, each, 5.0, "pqr", ["q", "q"], rows=2, key="size", ylabel="y", legend=1, sharey=True
     )
     assert plot.alt == "Loss of it. one: it is 1. two: it is 2. three: it is 3. Not run: p, r."
     assert plot.data.to_dict("index") == {i: {"x": i + 1, "size": name} for i, name in enumerate(each)}
@@ -46,9 +46,10 @@ def test_panels_have_their_titles_and_one_table_of_their_numbers():
         axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 2) and axes[0].get_ylim() == axes[2].get_ylim()
     )
     assert plot.figure.get_size_inches().tolist() == [WIDTH, 5.0] and plot.figure.get_constrained_layout()
-    (legend,) = plot.figure.legends  # of the first, side by side
-    assert [text.get_text() for text in legend.get_texts()] == ["first of 1", "second"] and legend._ncols == 2
-    wide = draw.panels("loss", panel, dict.fromkeys("abc", 1), 5.0, rows=2).figure.axes[0]
+    (legend,) = plot.figure.legends  # of the first, one below the other
+    assert [text.get_text() for text in legend.get_texts()] == ["first of 1", "second"] and legend._ncols == 1
+    wide = draw.panels("loss", panel, dict.fromkeys("abc", 1), 5.0, rows=2, legend=3).figure.axes[0]
+    assert wide.figure.legends[0]._ncols == 3
     assert wide.get_subplotspec().get_gridspec().get_geometry() == (2, 2)
     assert draw.panels("loss", panel, dict.fromkeys("abc", 1), 5.0).figure.axes[0].get_gridspec().ncols == 3
     alone = draw.panels("loss", panel, {"": 4}, 3.0, ["p"])
