@@ -93,7 +93,10 @@ def test_forced_choices_drop_nothing_and_free_ones_are_the_routers():
     for ours, theirs in zip(with_gradients(even, x), with_gradients(free, x), strict=True):
         torch.testing.assert_close(ours, theirs)
     even.router.forced.fill_(1)
+    logits = free.router.logits(x[0]).detach()
+    even.router.weight.data *= 15 / (logits.max() - logits.min())  # more than an untrained router's differ by
     even(x)
+    assert (even.router.read(x[0])[0].softmax(1) > 0).all()  # which have a gradient still
     assert even.demand.tolist() == even.load.tolist() == [24] * 4
 
 

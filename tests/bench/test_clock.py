@@ -31,12 +31,21 @@ def test_a_call_takes_what_it_takes():
     assert 0.02 <= timing.seconds(lambda: time.sleep(0.02), CPU, 1, 0) < 2
 
 
+@pytest.mark.parametrize(("kind", "times"), [("cuda", 3), ("cpu", 1)])
+def test_calls_before_the_first_that_counts(kind, times):
+    called = []
+    timing.warm_up(lambda: called.append(kind), torch.device(kind))
+    assert called == times * [kind]
+
+
 def test_who_waits_for_each_other_agrees_on_how_many_calls_are_timed(monkeypatch):
     timed, agreed = [], []
     monkeypatch.setattr(timing, "burst", lambda call, device: (call, device))
     monkeypatch.setattr(timing, "seconds", lambda *given: timed.append(given) or 0.5)
     found = timing.in_turns({"x": "call"}, 2, CPU, agreed=lambda bursts: agreed.append(bursts) or {"x": (5, 7)})
     assert agreed == [{"x": ("call", CPU)}] and timed == [("call", CPU, 5, 7)] * 2 and found == {"x": [0.5, 0.5]}
+    timing.in_turns({"x": "call"}, 1, CPU)  # which waits for nobody
+    assert timed[2:] == [("call", CPU, "call", CPU)]
 
 
 def test_median_and_quartiles_in_milliseconds():
@@ -149,6 +158,10 @@ def test_on_a_gpu_alone_more_calls_come_after_all_others(log, monkeypatch, kind)
     first = called.index("c after [('a',)], 1 absent") if kind == "cuda" else len(called)
     assert set(called[:first]) == {"a"} and "a" not in called[first:]
     assert len(called[:first]) >= {"cuda": 3, "cpu": 1}[kind] + 3
+    turns = []
+    monkeypatch.setattr(timing, "in_turns", lambda calls, *_: turns.append(list(calls)) or {})
+    timing.timed({("a",): lambda: None}, 2)
+    assert turns == [[("a",)], []][: 1 + (kind == "cuda")]  # no more, where none are given
 
 
 def test_what_fails_is_named_and_the_rest_is_warm(monkeypatch):

@@ -142,9 +142,10 @@ def test_a_checkpoint_holds_the_mean_of_the_sums(module):
 def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_config, tmp_path, capsys):
     lit = LitModel(tiny_config(steps=5, accumulate=3, devices=2, strategy="ddp", checkpoint_every=9))
     lit._trainer = trainer(2.0)
-    for shared, before in ((1, 1), (2, 1), (1, 2)):  # runs side by side now, and before it was broken off
+    for shared, before in ((1, None), (1, 1), (2, 1), (1, 2)):  # runs side by side now, and before it was broken off
         recorder = Recorder(tmp_path, sharing=lambda n=shared: n)
-        recorder.load_state_dict({"seconds": 6.0, "shared": before, "marked": [1, 2.0], "rows": []})
+        said = {"shared": before} if before else {}  # nothing: alone
+        recorder.load_state_dict({"seconds": 6.0, "marked": [1, 2.0], "rows": []} | said)
         recorder.began = None
         lit.sums |= {"loss": torch.tensor(6.0), "aux_loss": torch.tensor(8.0), "count": torch.tensor(2.0)}
         recorder.on_validation_batch_end(None, lit, {"val_loss": torch.tensor(1.0)}, None, 0)
@@ -153,7 +154,7 @@ def test_a_row_counts_all_ranks_tokens_and_the_time_since_the_row_before(tiny_co
         assert row["tokens"] == 3 * 8 * 16 * 3 * 2 and row["seconds"] == 6.0
         rate = 2 * 8 * 16 * 3 * 2 / (6.0 - 2.0)
         assert row["aux_loss"] == (8 + 2) / (2 + 2) and list(recorder.curve()) == metrics.curve()
-        alone = shared == before == 1
+        alone = shared == (before or 1) == 1
         assert row["tokens_per_second"] == rate if alone else math.isnan(row["tokens_per_second"])
         said = capsys.readouterr().err
         assert (

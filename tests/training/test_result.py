@@ -35,6 +35,12 @@ def make(config: RunConfig, loss: float = 2.0, status: str = "finished", rows: i
     return Result(summary, curve.reindex(columns=metrics.curve()))
 
 
+@pytest.mark.parametrize("status", ["finished", "diverged", "failed", "stopped", "not run"])
+def test_however_a_run_ended_it_is_read_as_it_was_written(status, tmp_path):
+    results.write_run(tmp_path, make(RunConfig(), status=status).summary)
+    assert results.read_run(tmp_path).summary["status"] == status
+
+
 def test_a_run_survives_the_disk(tmp_path):
     result = make(RunConfig(seed=3))
     result.curve.to_csv(tmp_path / "curve.csv", index=False)
