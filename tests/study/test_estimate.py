@@ -66,6 +66,9 @@ def test_a_share_of_steps_lies_between_the_horizons_that_reach_the_loss():
     assert math.isnan(estimate.share_of_steps([3.0, 3.0, 3.1], over, 2.5))
     bent = estimate.share_of_steps([3.4, 3.2, 3.15], over, 3.3)  # in the first of two unlike pieces
     assert bent == pytest.approx(math.exp((math.log(0.5) + math.log(0.75)) / 2))
+    assert estimate.share_of_steps([3.4, 3.2, 3.1], over, 3.0) == pytest.approx(
+        0.75 * (4 / 3) ** 2
+    )  # on from the last two
 
 
 # Over seeds and examples
