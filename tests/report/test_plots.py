@@ -75,6 +75,8 @@ def test_loss_over_steps(runs):
     assert texts(plot) == ["EC", "top-2"]  # each at the end of its line
     (ax,) = plot.figure.axes
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "validation loss (nats per token)")
+    assert [side for side, spine in ax.spines.items() if spine.get_visible()] == ["left", "bottom"]
+    assert all(f"stroke: {color}" in plot.svg() for color in ("currentColor", "var(--line, #d8dde3)"))  # ticks and grid
     assert not plot.figure.axes[0].get_title()  # its axis says it
     drawn_in = [line.get_color() for line in ax.get_lines()][:2]
     assert drawn_in == [style.looks(runs)[arm].color for arm in ("EC", "top-2")] and ax.get_ylim()[0] > 1

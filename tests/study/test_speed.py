@@ -95,6 +95,7 @@ def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
         "growth": ("growth", {"base": base, "axes": AXES, "repeats": 3}),
         "profile": ("profile", step),
     }
+    assert speed.jobs({}, STEP, base, AXES, repeats=3)["profile"] == ("profile", STEP | {"compiled": False})
 
 
 def test_what_a_bench_cannot_take_is_named_before_it_begins():
