@@ -397,6 +397,8 @@ def test_each_way_routes_as_its_row_says_on_all_held_out_text(monkeypatch):
         ("2", 2, (2, "exact", False, False, 4)), ("position", 4, ("position", "exact", False, False, 4)),
         ("global top-k", 16, ("batch", "down", False, True, 4)),
     ]  # fmt: skip
+    usual = causality.losses_by_routing(model, CONFIG)["rows"]
+    assert [row["way"] for row in usual] == ["as trained", "causally", "sequence", "batch", "global top-k"]
 
 
 def test_a_threshold_has_no_pool(tiny_config):
