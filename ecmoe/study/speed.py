@@ -66,10 +66,8 @@ def jobs(
     }
 
 
-MODULES = {
-    "auto": "layer",
-    "study": "step",
-}  # modules of `bench_auto` and `bench_study`; the others have their own names
+# Modules of `bench_auto` and `bench_study`; the module of every other benchmark has its name.
+MODULES = {"auto": "layer", "study": "step"}
 
 
 def job(name: str, /, **keys: Any) -> Job:
