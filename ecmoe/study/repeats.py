@@ -79,8 +79,9 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
             train_run(config, folder, callbacks=[LambdaCallback(on_validation_end=stop)], where=where)
         free_memory()  # for the next run
         curve = pd.read_csv(folder / "curve.csv")
-        write_record(folder / "record.json", Result(record.summary, curve))
-        return read_record(folder / "record.json").curve
+        path = folder / f"{record.summary['name']}.json"
+        write_record(path, Result(record.summary, curve))
+        return read_record(path).curve
 
 
 def folder(scale: str) -> Path:

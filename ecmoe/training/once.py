@@ -52,7 +52,7 @@ def once(
     """
     record = None if records is None else Path(records) / f"{config.name}.json"
     if record is not None and record.exists():
-        return _of(config, results.read_record(record), record)
+        return results.read_record(record)
     folder = paths.runs() / config.name
     result = _done(config, folder, weights, say=train and progress, raises=not train)
     if result is None and not train:
@@ -73,7 +73,9 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
         return None
     try:
         _take_place(folder)
-        result = _of(config, results.read_run(folder), folder / "summary.json")
+        result = results.read_run(folder)
+        if result.summary["name"] != config.name:
+            raise Damaged(folder / "summary.json", f"it holds the run {result.summary['name']}")
         if result.summary["status"] not in DONE:
             return None
         if weights and result.ok:
@@ -86,12 +88,6 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
         if say:
             print(f"{damage}; it is computed again now, next to the old files", file=sys.stderr, flush=True)
         return None
-    return result
-
-
-def _of(config: Any, result: Result, path: Path) -> Result:
-    if result.summary["name"] != config.name:
-        raise Damaged(path, f"it holds the run {result.summary['name']}")
     return result
 
 

@@ -191,20 +191,23 @@ def write_record(path: Path, result: Result) -> None:
 
 
 def read_record(path: str | Path) -> Result:
-    """Return the Result of a committed record.
+    """Return the Result of a committed record, a file that is named after its run.
 
     Raises:
-        Damaged: the file differs from what was written, or isn't a record.
+        Damaged: the file differs from what was written, isn't a record, or holds another run than its name says.
     """
     path = Path(path)
     record = read_json(path, sealed=True)
     try:
         curve = pd.DataFrame(record["curve"]).reindex(columns=metrics.curve()).astype(float)
-        return Result(_checked(record["summary"], path), curve)
+        result = Result(_checked(record["summary"], path), curve)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, Damaged):
             raise
         raise Damaged(path, f"it isn't a record of a run: {error!r}; it must have `summary` and `curve`") from error
+    if result.summary["name"] != path.stem:
+        raise Damaged(path, f"it holds the run {result.summary['name']}")
+    return result
 
 
 def load_records(folder: str | Path) -> list[Result]:

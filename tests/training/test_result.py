@@ -74,37 +74,40 @@ def test_a_run_says_in_a_line_how_it_ended():
     assert list(missing.curve.columns) == metrics.curve() and set(missing.curve.dtypes) == {np.dtype(float)}
 
 
+def record_of(result, folder):
+    path = folder / f"{result.summary['name']}.json"
+    results.write_record(path, result)
+    return path
+
+
 def test_a_record_is_thinned_and_keeps_both_ends(tmp_path):
     result = make(RunConfig(), rows=1000)
-    results.write_record(tmp_path / "a.json", result)
-    again = results.read_record(str(tmp_path / "a.json"))
+    path = record_of(result, tmp_path)
+    again = results.read_record(str(path))
     assert len(again.curve) == 300
     assert again.curve["step"].iloc[[0, -1]].tolist() == [1.0, 1000.0]
     assert again.curve["step"].is_monotonic_increasing and again.curve["step"].is_unique
     assert again.curve["val_loss"].iloc[-1] == pytest.approx(2.0)
     assert again.curve["dropped"].isna().all()  # not measured stays not measured
     assert set(again.curve.dtypes) == {np.dtype(float)}
-    written = (tmp_path / "a.json").read_text()
+    written = path.read_text()
     assert "NaN" not in written and len(written.splitlines()) == 1
     assert again.curve["val_loss"][1] == float(f"{result.curve['val_loss'][3]:.7g}") != result.curve["val_loss"][3]
     other = make(RunConfig(seed=3), rows=299)
     few = Result(other.summary, other.curve[["val_loss", "step"]])  # of a version that measured less
-    results.write_record(tmp_path / "b.json", few)
-    assert results.read_record(tmp_path / "b.json").curve["step"].tolist() == list(range(1, 300))
+    assert results.read_record(record_of(few, tmp_path)).curve["step"].tolist() == list(range(1, 300))
     found = [r.summary["name"] for r in results.load_records(str(tmp_path))]
     assert found == [result.summary["name"], other.summary["name"]]
     assert results.load_records(tmp_path / "absent") == []
 
 
 def test_every_flipped_bit_of_a_record_is_found(tmp_path):
-    path = tmp_path / "a.json"
-    result = make(RunConfig())
-    results.write_record(path, result)
+    path = record_of(make(RunConfig()), tmp_path)
     good = path.read_bytes()
     rng = np.random.default_rng(0)
     for at, bit in zip(rng.integers(len(good), size=60), rng.integers(8, size=60), strict=True):
         path.write_bytes(good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :])
-        with pytest.raises(ConfigError, match=r"a\.json is damaged .* delete it"):
+        with pytest.raises(ConfigError, match=f"{path.name} is damaged .* delete it"):
             results.read_record(path)
             raise AssertionError(f"bit {bit} of byte {at} was believed: {path.read_bytes()[at - 20 : at + 20]}")
 
@@ -131,8 +134,16 @@ def test_a_record_that_no_run_writes_is_not_believed(tmp_path, changes, named):
     assert str(error.value).count("is damaged") == 1
     for broken in ({}, {"summary": {}}, {"summary": [], "curve": {}}):
         write_json(tmp_path / "a.json", broken, sealed=True)
-        with pytest.raises(ConfigError, match=r"a\.json is damaged"):
+        with pytest.raises(ConfigError, match=r"a\.json is damaged .*(isn't a record|has no config)"):
             results.read_record(tmp_path / "a.json")
+
+
+def test_a_record_of_another_run_is_not_believed(tmp_path):
+    ours, theirs = (make(RunConfig(seed=seed)) for seed in (0, 1))
+    path = record_of(ours, tmp_path)
+    record_of(theirs, tmp_path).replace(path)
+    with pytest.raises(ConfigError, match=f"{path.name} is damaged .it holds the run {theirs.summary['name']}"):
+        results.read_record(path)
 
 
 def test_a_changed_loss_is_not_believed(tmp_path):
