@@ -60,7 +60,6 @@ def load(config: Any) -> Tokens:
 
     place = folder(config)
     if _trouble(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
             if trouble := _trouble(place):  # otherwise another process has computed the tokens meanwhile
                 _make(config, place, trouble)

@@ -66,7 +66,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.buckets, self.max_distance = buckets, max_distance
         self.weight = nn.Parameter(torch.zeros(buckets, heads))
-        distances = torch.arange(max(buckets, max_distance) + 1, device="cpu")
+        distances = torch.arange(max(buckets, max_distance), device="cpu")
         # Plus one, since a GPU's logarithm may put the first distance of the last bucket into the bucket before.
         self.near = int((bucket(distances, buckets, max_distance) < buckets - 1).sum()) + 1
 
@@ -78,11 +78,9 @@ class RelativeBias(nn.Module):
         """
         heads = self.weight.shape[1]
         slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
-        distances = torch.arange(max(self.buckets, self.max_distance) + 1)
+        distances = torch.arange(self.near)  # the last of them is the smallest in the last bucket
         of = bucket(distances, self.buckets, self.max_distance)
-        counts, last = of.bincount(minlength=self.buckets), self.buckets - 1
-        mean = of.bincount(weights=distances.float(), minlength=self.buckets) / counts.clamp_min(1)
-        mean[last] = distances[of == last][0]
+        mean = of.bincount(weights=distances.float()) / of.bincount().clamp_min(1)
         return -slopes * mean[:, None]
 
     def table(self, keys: int, device: torch.device) -> Tensor:

@@ -99,39 +99,25 @@ def _gathered(fast: bool, x: Tensor, token: Tensor) -> tuple[Tensor, Any]:
         from ecmoe.kernels.rows import invert
 
         inverse = invert(token, n)
-        return _Gather.apply(x, token, inverse), lambda rows: _Combine.apply(rows, token, inverse)
+        return _Moved.apply(x, token, inverse, False), lambda rows: _Moved.apply(rows, token, inverse, True)
     slots = token.reshape(-1)
     rows = x.index_select(0, slots.clamp(max=n - 1))
     return rows, lambda rows: rows.new_zeros(n + 1, d).index_add(0, slots, rows)[:-1]
 
 
-class _Gather(torch.autograd.Function):
-    """P x, computed by kernels; the backward pass applies the transpose."""
+class _Moved(torch.autograd.Function):
+    """P x, or P^T x if `back`, computed by kernels; the backward pass applies the transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
-        from ecmoe.kernels.rows import gather
+    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor, back: bool) -> Tensor:
+        from ecmoe.kernels.rows import combine, gather
 
         ctx.save_for_backward(token, inverse)
+        ctx.back = back
+        if back:
+            return combine(x.contiguous().view(*token.shape, -1), inverse)
         return gather(x.contiguous(), token).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
-        token, inverse = ctx.saved_tensors
-        return _Combine.apply(drows, token, inverse), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """P^T rows, computed by kernels; the backward pass applies the transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
-        from ecmoe.kernels.rows import combine
-
-        ctx.save_for_backward(token, inverse)
-        return combine(rows.contiguous().view(*token.shape, -1), inverse)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
-        token, inverse = ctx.saved_tensors
-        return _Gather.apply(dout, token, inverse), None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Moved.apply(dout, *ctx.saved_tensors, not ctx.back), None, None, None

@@ -4,6 +4,7 @@ Training forwards gather data for the cut-offs of expert choice, the centroids o
 Without updates, a router is trained with its initial statistics; a loop that doesn't call `track` gets a warning.
 """
 
+import sys
 import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,8 +42,7 @@ def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle
 
 def expect_tracking(layer: Any) -> None:
     """Warn when an optimiser updates a layer's experts a second time and `track` hasn't been called for the layer."""
-    if layer.router.moves:
-        _untracked[layer] = False
+    _untracked[layer] = False
 
 
 def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,7 +56,10 @@ def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[
         if stepped:
             _untracked.clear()
             told = "which aren't updated: call ecmoe.track(model, optimizer) once, before the training loop"
-            warnings.warn(f"{type(layer.router).__name__} has running statistics, {told}", stacklevel=4)
+            depth = 1  # of the loop's frame: torch has wrapped `step`, a scheduler perhaps too
+            while sys._getframe(depth).f_globals.get("__name__", "").startswith("torch."):
+                depth += 1
+            warnings.warn(f"{type(layer.router).__name__} has running statistics, {told}", stacklevel=depth + 1)
             return
 
 

@@ -30,7 +30,7 @@ class PatchEmbedding(nn.Module):
         self.position = nn.Parameter(torch.empty(config.sequence_length, config.d_model))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.patch(patchify(2 * images - 1, self.size)) + self.position
+        return self.patch(patchify(2 * images - 1, self.size).to(self.position.dtype)) + self.position
 
 
 class VisionTransformer(Trunk):

@@ -47,7 +47,6 @@ def place(say: bool = True) -> Iterator[Place]:
     # Name lock files by UUID, since CUDA_VISIBLE_DEVICES may renumber GPUs.
     names = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(gpus)]
     slots, folder = number("ECMOE_SLOTS", 4), paths.cache() / "gpus"
-    folder.mkdir(parents=True, exist_ok=True)
     of_gpu = [[folder / f"{name}-{slot}.lock" for slot in range(slots)] for name in names]
     found = _find(of_gpu)
     if found is None and say:

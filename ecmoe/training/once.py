@@ -143,7 +143,6 @@ def _take_place(folder: Path) -> None:
 @contextmanager
 def lock(folder: Path, progress: bool) -> Iterator[StillOurs]:
     """Hold the run's lock, waiting for it if needed. Yield a function that raises LostLock if the lock file is lost."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f"{folder.name}.lock"
     held = FileLock(path)
     try:

@@ -57,8 +57,8 @@ class Result:
 
 
 def load_model(path: str | Path) -> Trunk:
-    """Load the trained model of a run folder, with its cut-offs, in evaluation mode. It accepts texts of any length, as
-    its routers round k down.
+    """Load the trained model of a run folder, with its cut-offs, in evaluation mode and in the dtype of its file. It
+    accepts texts of any length, as its routers round k down.
 
     Args:
         path: the folder, runs/NAME.
@@ -79,7 +79,7 @@ def load_model(path: str | Path) -> Trunk:
     config = RunConfig.from_dict(summary["config"])
     counts = torch.ones(config.vocab_size) if "token counts" in config.needs else None  # the file has the real table
     model = build_model(config, counts)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)  # a copy would be rounded to float32
     for router in routers(model):
         router.rounding = "down"  # read only by routers that compute k = n c / e
     return model.eval()

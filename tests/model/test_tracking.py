@@ -1,6 +1,7 @@
 """track: running statistics move once a step, in anyone's loop; a loop that forgets them is told once."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -57,6 +58,19 @@ def test_a_loop_that_forgets_is_told_once(router):
     with pytest.warns(UserWarning, match=r"running statistics.*ecmoe\.track\(model, optimizer\)") as told:
         loop(net, optimizer, steps=5)
     assert len([w for w in told if "running statistics" in str(w.message)]) == 1 and idle[1].w1.grad is None
+
+
+@pytest.mark.parametrize("scheduled", [False, True])  # a scheduler wraps the optimiser's step
+def test_the_warning_names_the_line_that_steps(scheduled):
+    net = model(lambda: ExpertChoice(D, E))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    if scheduled:
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.warns(UserWarning, match="running statistics") as told:
+        loop(net, optimizer, steps=2)
+    lines = inspect.getsourcelines(loop)
+    assert [warning.filename for warning in told] == [__file__]
+    assert "optimizer.step()" in lines[0][told[0].lineno - lines[1]]
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,21 @@ def test_a_model_is_loaded_to_be_used_with_its_table_and_for_any_length(tmp_path
         assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.state_dict().items())
 
 
+@pytest.mark.parametrize(("data", "dtype"), [("stdlib", torch.float64), ("digits", torch.float64), ("stdlib", torch.bfloat16)])  # fmt: skip
+def test_a_model_has_the_dtype_of_its_file(tmp_path, tiny_config, data, dtype):
+    config = tiny_config(data=data, sequence_length=16)
+    saved = build_model(config).to(dtype)
+    for parameter in saved.parameters():
+        parameter.data.add_(torch.rand(parameter.shape, dtype=torch.float64))  # float32 doesn't hold these
+    save_file(saved.state_dict(), tmp_path / "model.safetensors")
+    results.write_run(tmp_path, make(config).summary)
+    model = results.load_model(tmp_path)
+    for name, value in saved.state_dict().items():
+        assert model.state_dict()[name].dtype == value.dtype and torch.equal(model.state_dict()[name], value)
+    given = torch.rand(4, 1, 8, 8) if config.images else torch.randint(256, (4, 16))
+    assert model(given).dtype == dtype and all(p.requires_grad for p in model.parameters())
+
+
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     of_run = make(config := RunConfig(seed=5)).load_model
