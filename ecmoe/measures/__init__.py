@@ -40,7 +40,7 @@ MEASURES = {
     "losses": Row(f"{_HERE}.causality:losses_by_routing", {"pools": list[_Count | str]}),
     "decoding": Row(f"{_HERE}.causality:decoding", {"tokens": _Count}),
     "fine-tuned": Row(f"{_HERE}.fine_tuning:fine_tuned", _TUNED, each="task", where=("folder",)),
-    "accuracy-at": Row(f"{_HERE}.image_capacity:accuracy_at", {"places": _Above0}, each="places"),
+    "accuracy-at": Row(f"{_HERE}.inspection:accuracy_at", {"places": _Above0}, each="places"),
 }
 
 

@@ -40,9 +40,6 @@ def decisions(model: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, torch.stack([a.dense(B * T).view(B, T, -1) != 0 for _, a in seen])
 
 
-# Which tokens routing depends on --------------------------------------------------------------------
-
-
 def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[str, Any]:
     """Measure directly which share of routing decisions changes with tokens that they must not depend on.
 
@@ -77,17 +74,13 @@ def changed_decisions(model: Transformer, ids: Tensor, other: Tensor, kept: int)
     return rows
 
 
-# Information about the next token in routing decisions ----------------------------------------------
-
-
 def next_token_information(
     model: Transformer, config: RunConfig, *, batches: int = 16, classes: int = 32
 ) -> dict[str, Any]:
     """Measure how many bits about the next token a token's routing holds, as trained and causally, beyond a baseline.
 
-    The probe (`ecmoe.measures.probe`) reads the token's decisions and, by expert and layer, the remaining capacity per
-    remaining token of the sequence. Bits beyond the first baseline, the unigram, may only reflect the current token, or
-    what the model knows causally. So there are two more baselines: the bigram of the training text, and the model's
+    The probe (probe.py) reads `routing_features`. Bits beyond the first baseline, the unigram, may only reflect the current
+    token, or what the model knows causally. So there are two more baselines: the bigram of the training text, and the model's
     prediction under causal routing. Bits beyond these that only routing as trained holds come from later tokens.
 
     Args:
@@ -158,9 +151,6 @@ def class_tables(data: Any, class_of: Tensor) -> tuple[Tensor, Tensor]:
     return unigram.log().float(), bigram.log().float()
 
 
-# Validation loss under other routings ---------------------------------------------------------------
-
-
 def losses_by_routing(
     model: Transformer, config: RunConfig, *, pools: Sequence[str | int] = ("sequence", "batch")
 ) -> dict[str, Any]:
@@ -203,9 +193,6 @@ def best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int], 
     token = (pair // e + T * torch.arange(B, device=S.device)[:, None]).flatten()
     expert = (pair % e).flatten()
     return router._weigh(pack(token, expert, S[token, expert], n=n, e=e, slots=None), n)
-
-
-# Generation -----------------------------------------------------------------------------------------
 
 
 def decoding(model: Transformer, config: RunConfig, *, tokens: int = 64) -> dict[str, Any]:

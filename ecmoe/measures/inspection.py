@@ -1,18 +1,26 @@
-"""Inspect a trained model's routing on held-out text: how many experts tokens get, and what a cap would change.
+"""Inspect a trained model's routing on held-out data: experts per token, what a cap would change, accuracy at other capacities.
 
-Letters: B sequences of T tokens, n = B T, e experts.
+For every router, capacity is c expert places per token or patch: each expert has places for c n / e of them. So c is expert
+choice's capacity factor, and top_k times token choice's capacity factor. Letters: B sequences or images of T tokens or
+patches, n = B T, e experts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
 from ecmoe.data.batches import TextData
+from ecmoe.data.images import ImageData
 from ecmoe.model.transformer import Transformer
-from ecmoe.routing import watched
+from ecmoe.model.vision import VisionTransformer
+from ecmoe.routers import ROUTERS
+from ecmoe.routing import altered, watched
 from ecmoe.routing.capped import capped_top_k, dykstra
 
 EXCERPT = 240  # tokens of text that a page shows
@@ -80,3 +88,46 @@ def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, A
                 where = {"layer": layer, "cap": b, "solver": solver}
                 rows.append(where | {name: float(value) for name, value in found.items()})
     return {"rows": rows, "tokens": batch[:, :-1].numel()}
+
+
+@contextmanager
+def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTransformer]:
+    """Give every MoE layer `places` expert places per patch in the block; raise a ValueError if its router can't."""
+    row, values = model.config.row, model.config.to_dict()
+    if not row.capacity:
+        able = ", ".join(name for name, other in ROUTERS.items() if other.capacity)
+        raise ValueError(f"router={model.config.router!r} has no capacity that could be changed: take one of {able}")
+    if model.config.router == "expert_choice" and values["gate"] == "scaled":
+        raise ValueError("gate='scaled' is a multiple of e / c: another capacity would change the gates, too")
+    with altered(model, capacity_factor=places / (values["top_k"] if "top_k" in row.keys else 1), rounding="exact"):
+        yield model
+
+
+@torch.no_grad()
+def experts_per_patch(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Map images (B, C, H, W) to logits (B, classes) and the number of experts per patch, (MoE layers, B, T)."""
+    with watched(model) as seen:
+        logits = model(images)
+    B, T = len(images), model.config.sequence_length
+    return logits, torch.stack([chosen.experts_per_token(B * T).view(B, T) for _, chosen in seen])
+
+
+@torch.no_grad()
+def accuracy_at(model: VisionTransformer, config: RunConfig, *, places: float) -> dict[str, float]:
+    """Evaluate on the validation images with `places` expert places per patch, without retraining (Riquelme et al. 2021, section 4):
+    accuracy and val_loss (nats per image).
+
+    patches_left_out: share of (patch, layer) pairs that no expert took. images_left_out: share of images of which no
+    expert took any patch in any layer.
+    """
+    data, device, rows = ImageData(config), next(model.parameters()).device, []
+    data.setup()
+    with at_capacity(model, places):
+        for x, y in data.val_batches():
+            y = y.to(device)
+            logits, counts = experts_per_patch(model, x.to(device))
+            left_out = counts == 0
+            row = {"accuracy": logits.argmax(1) == y, "val_loss": F.cross_entropy(logits, y)}
+            row |= {"patches_left_out": left_out, "images_left_out": left_out.all(2).all(0)}
+            rows.append({name: float(value.double().mean()) for name, value in row.items()})
+    return pd.DataFrame(rows).mean().to_dict()

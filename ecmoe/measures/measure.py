@@ -3,28 +3,22 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import Any
 
 from filelock import FileLock
 
 from ecmoe import paths
+from ecmoe.config import RunConfig
 from ecmoe.files import Damaged, plain, read_json, write_json
 from ecmoe.measures import MEASURES, Measurement
 from ecmoe.training.result import Result
 
-if TYPE_CHECKING:
-    from ecmoe.model.transformer import Trunk
+Load = Callable[[], Any]  # returns a Trunk; importing that class would import torch
 
 
 def measure(
-    result: Result,
-    how: Measurement,
-    *,
-    scale: str,
-    train: bool = True,
-    keep: bool = False,
-    model: Callable[[], "Trunk"] | None = None,
+    result: Result, how: Measurement, *, scale: str, train: bool = True, keep: bool = False, model: Load | None = None
 ) -> dict[str, Any] | None:
     """Return the stored result of a measurement of a finished run, or compute and store it; None if there is none.
 
@@ -43,7 +37,8 @@ def measure(
         with lock(name):  # a second process waits, then finds the result
             if not any(path.exists() for path in places):
                 with nullcontext(model) if model else trained_model(result) as read:
-                    found = _computed(result, how, read)
+                    config = RunConfig.from_dict(result.summary["config"])
+                    found = resolve_name(MEASURES[how.what].compute)(read(), config, **how.keys)
                 kept = {"run": name, "what": how.what, "keys": how.keys, "found": found}
                 write_json(places[-1], kept, sealed=True)
     for path in places:
@@ -69,14 +64,13 @@ def lock(run: str) -> FileLock:
 
 
 @contextmanager
-def trained_model(result: Result) -> Iterator[Callable[[], "Trunk"]]:
+def trained_model(result: Result) -> Iterator[Load]:
     """Yield a function that returns a finished run's model on this machine's device, loaded once, on the first call.
 
     The weights may be many GB, and are freed at the end of the block. If they are missing, the run is trained again.
     """
     import torch
 
-    from ecmoe.config import RunConfig
     from ecmoe.training.gpus import place
     from ecmoe.training.result import load_model
     from ecmoe.training.run import free_memory, run_or_load
@@ -84,27 +78,18 @@ def trained_model(result: Result) -> Iterator[Callable[[], "Trunk"]]:
     with ExitStack() as held:
 
         @cache
-        def model() -> "Trunk":
+        def load() -> Any:
             run = run_or_load(RunConfig.from_dict(result.summary["config"]), weights=True).path
             free_memory()  # left by training
             held.enter_context(place(say=False))
             return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
 
+        def model() -> Any:
+            free_memory()  # left by the previous measurement, such as a fine-tuned copy of the model
+            return load()
+
         try:
             yield model
         finally:
-            model.cache_clear()
+            load.cache_clear()
             free_memory()
-
-
-def _computed(result: Result, how: Measurement, model: Callable[[], "Trunk"]) -> Mapping[str, Any]:
-    from ecmoe.config import RunConfig
-    from ecmoe.training.run import free_memory
-
-    module, _, function = MEASURES[how.what].compute.partition(":")
-    try:
-        return getattr(import_module(module), function)(
-            model(), RunConfig.from_dict(result.summary["config"]), **how.keys
-        )
-    finally:
-        free_memory()  # such as a fine-tuned copy of the model, before the next measurement

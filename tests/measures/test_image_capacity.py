@@ -7,7 +7,7 @@ import torch
 
 from ecmoe.config import RunConfig
 from ecmoe.data.images import ImageData
-from ecmoe.measures import image_capacity as capacity
+from ecmoe.measures import inspection as capacity
 from ecmoe.model.build import build_model
 from ecmoe.training.run import run_or_load
 

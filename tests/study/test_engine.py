@@ -252,7 +252,7 @@ def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert one.name in shown.stdout.split()
-    code = "from ecmoe.measures import measure, causality, inspection, fine_tuning, image_capacity; import ecmoe.training.run, ecmoe.study.engine"
+    code = "from ecmoe.measures import measure, causality, inspection, fine_tuning; import ecmoe.training.run, ecmoe.study.engine"
     subprocess.run(
         [sys.executable, "-c", BARE.format(absent=ABSENT).replace("from ecmoe.cli import main\nmain()", code)],
         check=True,
