@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from ecmoe.config import RunConfig
-from ecmoe.continual.config import ContinualConfig
+from ecmoe.continual import ContinualConfig
 from ecmoe.data.batches import Batches
 from ecmoe.model.build import build_model
 from ecmoe.model.tracking import track

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ecmoe.config import ConfigError
-from ecmoe.continual.config import ContinualConfig
+from ecmoe.continual import ContinualConfig
 from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, new_expert
 from ecmoe.data import images
 from ecmoe.model.build import count_parameters
@@ -27,8 +27,6 @@ from ecmoe.training.once import StillOurs
 from ecmoe.training.result import Result, not_run, read_run, write_run
 from ecmoe.training.summary import circumstances, now
 from ecmoe.training.trainer import repeatable
-
-Accuracies = Sequence[Sequence[float | None]]  # [i][j]: accuracy on task j after learning task i
 
 
 def train_run(
@@ -40,8 +38,8 @@ def train_run(
         measured = run(config)
     seconds = time.perf_counter() - clock
     for suffix in ("", "_task_known"):
-        matrix = measured[f"accuracy{suffix}"]
-        measured |= {f"final_accuracy{suffix}": final_accuracy(matrix), f"forgetting{suffix}": forgetting(matrix)}
+        final, lost = final_and_forgetting(measured[f"accuracy{suffix}"])
+        measured |= {f"final_accuracy{suffix}": final, f"forgetting{suffix}": lost}
     if progress:
         print(
             f"[{config.slug()}] accuracy {measured['final_accuracy']:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True
@@ -158,12 +156,8 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def final_accuracy(accuracy: Accuracies) -> float:
-    """Return the mean accuracy over all tasks after the last task is learned."""
-    return sum(accuracy[-1]) / len(accuracy)
-
-
-def forgetting(accuracy: Accuracies) -> float:
-    """Return the mean, over all tasks but the last, of accuracy right after learning minus at the end; NaN if joint."""
+def final_and_forgetting(accuracy: Sequence[Sequence[float | None]]) -> tuple[float, float]:
+    """Return the mean accuracy over all tasks after the last is learned; and the mean, over all tasks but the last, of the
+    accuracy right after learning minus that at the end (NaN for joint training). accuracy: as `run` returns it."""
     matrix = np.array(accuracy, float)  # None is NaN
-    return float((matrix.diagonal() - matrix[-1])[:-1].mean())
+    return sum(accuracy[-1]) / len(accuracy), float((matrix.diagonal() - matrix[-1])[:-1].mean())
