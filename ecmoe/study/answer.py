@@ -8,16 +8,8 @@ from dataclasses import dataclass
 
 from ecmoe import paths
 from ecmoe.files import read_json
-from ecmoe.study.verdict import (
-    CONTRADICTED,
-    IN_DIRECTION,
-    NO_EFFECT,
-    NOT_RUN,
-    PLUMBING,
-    REPRODUCED,
-    UNDECIDED,
-    ClaimVerdict,
-)
+from ecmoe.study import verdict
+from ecmoe.study.verdict import NOT_RUN, ClaimVerdict
 
 # (claim, part) of the comparisons that matter when choosing a router.
 CHOICE = (
@@ -28,13 +20,13 @@ CHOICE = (
 )
 # Label -> sentence template; filled with the number of claims that have the label, and which they are.
 HOLDS = {
-    REPRODUCED: "{n} hold{s} ({said})",
-    IN_DIRECTION: "{n} hold{s} in direction, but not by as much ({said})",
+    verdict.REPRODUCED: "{n} hold{s} ({said})",
+    verdict.IN_DIRECTION: "{n} hold{s} in direction, but not by as much ({said})",
 }
 OTHERS = {
-    CONTRADICTED: "{n} {are} contradicted ({said})",
-    NO_EFFECT: "no effect was found for {n} ({said})",
-    UNDECIDED: "{n} {are} undecided ({ids})",
+    verdict.CONTRADICTED: "{n} {are} contradicted ({said})",
+    verdict.NO_EFFECT: "no effect was found for {n} ({said})",
+    verdict.UNDECIDED: "{n} {are} undecided ({ids})",
     NOT_RUN: "{n} {are} not run yet ({ids})",
 }
 
@@ -49,8 +41,8 @@ class Answer:
 
 def answer(scale: str, verdicts: Mapping[str, ClaimVerdict]) -> Answer:
     """Return the summary of a scale. verdicts: from `judge_all`."""
-    found, labels = list(verdicts.values()), {verdict.label for verdict in verdicts.values()}
-    if PLUMBING in labels:
+    found, labels = list(verdicts.values()), {one.label for one in verdicts.values()}
+    if verdict.PLUMBING in labels:
         sentences = ("Scale smoke shows that every part works, and says nothing about the paper.",)
     elif labels <= {NOT_RUN}:
         sentences = ("Nothing was run yet.",)
@@ -61,8 +53,8 @@ def answer(scale: str, verdicts: Mapping[str, ClaimVerdict]) -> Answer:
 
 
 def _holds(found: Sequence[ClaimVerdict]) -> str:
-    size = next((verdict.rests_on for verdict in found if verdict.rests_on.runs), None)
-    run = sum(verdict.label != NOT_RUN for verdict in found)
+    size = next((one.rests_on for one in found if one.rests_on.runs), None)
+    run = sum(one.label != NOT_RUN for one in found)
     at = f", at {size.size}, trained on {size.trained}" if size else ""
     so_far = f" {run} {'was' if run == 1 else 'were'} run so far" if run < len(found) else ""
     text = f"of the paper's {len(found)} claims{so_far}{at}{':' if so_far else ',' * bool(at)} "
@@ -73,21 +65,21 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
     """Return one clause for each label in `texts` that at least one claim has."""
     told = []
     for label, text in texts.items():
-        if some := [verdict for verdict in found if verdict.label == label]:
-            said, ids = "; ".join(map(_in_short, some)), ", ".join(v.claim for v in some)
+        if some := [one for one in found if one.label == label]:
+            said, ids = "; ".join(map(_in_short, some)), ", ".join(one.claim for one in some)
             s, are = ("s", "is") if len(some) == 1 else ("", "are")
             told.append(text.format(n=len(some), s=s, are=are, said=said, ids=ids))
     return told
 
 
-def _in_short(verdict: ClaimVerdict) -> str:
+def _in_short(one: ClaimVerdict) -> str:
     """Return the claim's id and short text, with the number of parts if only some of them have the claim's label."""
-    some = verdict.said.removeprefix(verdict.label)
-    return f"{verdict.claim}{some and f',{some}'}: {verdict.about.short}"
+    some = one.said.removeprefix(one.label)
+    return f"{one.claim}{some and f',{some}'}: {one.about.short}"
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
-    parts = {(v.claim, part.name): part for v in found for part in v.parts if part.effect.n}
+    parts = {(one.claim, part.name): part for one in found for part in one.parts if part.effect.n}
     first, *others = [parts[key].sentence for key in CHOICE if key in parts] or [""]
     said = ". ".join([first, *(text[0].upper() + text[1:] for text in others)])
     return (

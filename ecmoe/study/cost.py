@@ -31,10 +31,8 @@ def table_1() -> pd.DataFrame:
 def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, scale: str = "gpu") -> pd.DataFrame:
     """Return the cost of one run of each config, a row per name: parameters, training FLOPs per token, tokens, hours on one GPU.
 
-    Args:
-        tokens: number of training tokens; None: as in each config.
-        scale: the scale whose committed runs give the model FLOPs utilisation (MFU). Without such runs `ASSUMED_MFU` is
-            used, and the table says so.
+    tokens: number of training tokens; None: as in each config. scale: whose committed runs give the model FLOPs utilisation
+    (MFU). Without such runs `ASSUMED_MFU` is used, and the table says so.
     """
     rates = [rate for r in load_records(paths.records(scale)) if (rate := r.summary.get("mfu"))]
     share = statistics.median(rates) if rates else ASSUMED_MFU

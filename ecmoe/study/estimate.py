@@ -36,12 +36,10 @@ class Unit(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Estimate:
-    """An effect: its mean over n values, and its standard errors.
+    """An effect: its mean over n values (0: nothing was measured), and its standard errors. of: what a value stands for.
 
-    Args:
-        mean: on the unit's inner scale. errors: (standard error, degrees of freedom) on the inner scale, one pair for each
-            source of sampling, such as seeds and examples. n: number of values; 0 if nothing was measured. of: what one
-            value stands for, such as "seed".
+    mean: on the unit's inner scale. errors: (standard error, degrees of freedom) on the inner scale, one pair for each source of
+    sampling, such as seeds and examples.
 
     The half-width of the interval is the root of the sum of the squared half-widths of each source alone (MOVER, Zou and Donner
     2008). It keeps its level if one source has few values and another many; for a single source it is Student's t interval.
@@ -78,21 +76,17 @@ class Estimate:
         if self.n < 2:
             return math.nan
 
-        def shift(
-            df: float,
-        ) -> float:  # noncentrality at which the t test reaches the power; the far tail is negligible
+        def shift(df: float) -> float:  # noncentrality that gives the t test this power; the far tail is negligible
             critical = _critical(level, df)
             return optimize.brentq(lambda at: nct.sf(critical, df, at) - power, 1e-6, 20 + 10 * critical)
 
         return self.unit.outer(math.hypot(*(error * shift(df) for error, df in self.errors)))
 
     def seeds_for(self, margin: float, level: float = LEVEL, power: float = POWER) -> int | None:
-        """Return how many seeds with this noise would decide the margin (see `seeds_needed`); None if seeds alone can't tell.
+        """Return how many seeds with this noise would decide the margin (for a ratio its distance from 1), see `seeds_needed`.
 
-        margin: in the unit; for a ratio its distance from 1, such as 0.02."""
-        if (
-            self.of != "seed" or self.n < 2 or len(self.errors) != 1
-        ):  # more seeds don't reduce the error of the examples
+        None if more seeds alone can't: they don't reduce the error of the examples."""
+        if self.of != "seed" or self.n < 2 or len(self.errors) != 1:
             return None
         inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
         ((error, _),) = self.errors
@@ -116,21 +110,14 @@ class Spread(Estimate):
         return math.exp(self._quantile((1 + level) / 2) - self._quantile(1 - power)) if self.n >= 2 else math.nan
 
 
-def nothing(unit: Unit, of: str = "seed") -> Estimate:
-    """Return the Estimate of an effect that was not measured."""
-    return Estimate(math.nan, (), 0, unit, of)
-
-
 def of_values(values: Iterable[float | None], unit: Unit = Unit.NATS, of: str = "seed") -> Estimate:
-    """Return the mean of values, one per seed, without those that aren't finite. Ratios must be above 0; their mean is geometric."""
+    """Return the mean of the finite values, one per seed. Ratios must be above 0; their mean is geometric."""
     x = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
     if unit is Unit.RATIO:
         if (x <= 0).any():
             raise ValueError(f"ratios must be above 0, but one is {x.min():g}")
         x = np.log(x)
-    if not len(x):
-        return nothing(unit, of)
-    return Estimate(float(x.mean()), _error(x), len(x), unit, of)
+    return Estimate(float(x.mean()) if len(x) else math.nan, _error(x), len(x), unit, of)
 
 
 def _error(x: np.ndarray) -> tuple[tuple[float, float], ...]:
@@ -146,16 +133,12 @@ def slope(values: Sequence[float], over: Sequence[float]) -> float:
 def share_of_steps(losses: Sequence[float], over: Sequence[float], target: float) -> float:
     """Return the share of the steps at which the loss would reach the target, from runs of several lengths.
 
-    Args:
-        losses: final loss of each run. over: length of each run as a share of all steps, in rising order.
-
-    Interpolates linearly in the logarithm of the share between two lengths, and extrapolates from the nearest two. NaN if the
-    loss doesn't fall between these two.
+    losses: final loss of each run. over: its length as a share of all steps, in rising order. Interpolates linearly in the
+    logarithm of the share between two lengths, and extrapolates from the nearest two. NaN if the loss doesn't fall between them.
     """
     x = np.log(np.asarray(over, dtype=float))
-    i = next(
-        (i for i in range(len(x) - 1) if losses[i + 1] <= target), len(x) - 2
-    )  # the first interval that reaches it
+    reached = (i for i in range(len(x) - 1) if losses[i + 1] <= target)
+    i = next(reached, len(x) - 2)
     fall = losses[i] - losses[i + 1]
     return float(np.exp(x[i] + (losses[i] - target) / fall * (x[i + 1] - x[i]))) if fall > 0 else math.nan
 
@@ -163,16 +146,13 @@ def share_of_steps(losses: Sequence[float], over: Sequence[float], target: float
 def crossed(differences: Sequence[Sequence[np.ndarray]], unit: Unit = Unit.SHARE) -> Estimate:
     """Return the mean over tasks of mean differences, with the errors of both seeds and test examples.
 
-    Args:
-        differences: for each seed, for each task, (N,): one arm's score on each example minus the other arm's. All seeds
-            use the same examples.
-
+    differences: for each seed, for each task, (N,): one arm's score on each example, the same for all seeds, minus the other's.
     Seeds and examples are crossed random samples: the variance of the mean is the variance over seeds plus the variance over
     examples (averaged over seeds). The residual counts in both terms, which makes the interval slightly too wide.
     """
     seeds, tasks = len(differences), len(differences[0]) if differences else 0
     if not tasks:
-        return nothing(unit)
+        return of_values([], unit)
     each = np.array([np.mean([task.mean() for task in seed]) for seed in differences])
     of_tasks = [_error(np.mean([seed[i] for seed in differences], axis=0)) for i in range(tasks)]
     examples = [one for errors in of_tasks for one in errors]  # a task with a single example has no error
@@ -194,12 +174,8 @@ def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
 def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: float = POWER) -> int | None:
     """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none.
 
-    Args:
-        spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit.
-        level: of the interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases.
-
-    Returns:
-        A number from 2 to 1000, or None if 1000 are too few.
+    spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit. level: of the
+    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. None if 1000 are too few.
     """
     if not spread:
         return 2

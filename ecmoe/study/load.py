@@ -27,11 +27,7 @@ _CHECKED: set[str] = set()  # pages loaded before in this process: their noteboo
 
 @dataclass
 class Study(UserDict[str, list[Result]]):
-    """The runs of a page, as a mapping: arm -> one Result per seed.
-
-    Args:
-        parameters: all parameters of the page, by name. planned: its runs. train: arms to train and measure if missing.
-    """
+    """The runs of a page, as a mapping: arm -> one Result per seed. train: arms to train and measure if missing."""
 
     page: str
     scale: str
@@ -41,10 +37,8 @@ class Study(UserDict[str, list[Result]]):
     data: dict[str, list[Result]] = field(repr=False)  # the mapping
 
     def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
-        """Return (arm, seed, measurement, result) for every measurement called `what` in the page's plan.
-
-        A missing result is measured now if its arm is in `train`, else it is None.
-        """
+        """Return (arm, seed, measurement, result) for every measurement called `what` in the page's plan. A missing result is
+        measured now if its arm is in `train`, else it is None."""
         from ecmoe.measures.measure import measure
 
         by_name = {result.summary["name"]: result for results in self.values() for result in results}
@@ -57,9 +51,7 @@ class Study(UserDict[str, list[Result]]):
 
     def measured(self, what: str) -> pd.DataFrame:
         """Return the results of `found` as one table: their rows, with `arm`, `seed` and the measurement's key, such as `task`.
-
-        A run without the measurement is one row without values, so that figures can name the gap.
-        """
+        A run without the measurement is one row without values, so that figures can name the gap."""
         each, rows = MEASURES[what].each, []
         for arm, seed, how, found in self.found(what):
             taken = {"arm": arm, "seed": seed} | ({each: how.keys[each]} if each else {})
@@ -71,8 +63,8 @@ def load(page: str, given: Mapping[str, Any]) -> Study:
     """Load the runs of a page, in the order of its plan.
 
     Args:
-        page: such as "03_capacity_factor". given: the notebook's globals(), which hold its parameters. `scale` selects
-            the stored results; with `train_missing` missing runs are trained now (into runs/, never into reports/).
+        given: the notebook's globals(), which hold its parameters. `scale` selects the stored results; with `train_missing`
+            missing runs are trained now (into runs/, never into reports/).
 
     Raises:
         ConfigError: a parameter, arm or key is invalid; raised before any work.
@@ -108,9 +100,10 @@ def warn_of_hours(configs: Sequence[RunConfig]) -> None:
     hours = flops / (CORE * (os.cpu_count() or 1)) / 3600
     if hours > 1 and not torch.cuda.is_available():
         said = (
-            f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and use"
+            f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and use "
         )
-        print(f"{said} scale='smoke', train_missing=False, or a machine with a GPU.", file=sys.stderr, flush=True)
+        said += "scale='smoke', train_missing=False, or a machine with a GPU."
+        print(said, file=sys.stderr, flush=True)
 
 
 @contextmanager

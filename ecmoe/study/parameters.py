@@ -52,11 +52,8 @@ def check_scale(scale: str) -> None:
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
-    """Merge the parameters of YAML files: later files override, `base` (RunConfig keys) key by key.
-
-    Raises:
-        ConfigError: a file can't be read, or the file or its `base` isn't a mapping.
-    """
+    """Merge the parameters of YAML files: later files override, `base` (RunConfig keys) key by key. Raise a ConfigError if a file
+    can't be read, or the file or its `base` isn't a mapping."""
     found: dict[str, Any] = {}
     for file in files:
         values = read_yaml(file, "parameter file") or {}

@@ -51,10 +51,7 @@ class Planned:
 
 def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
     """Return the runs that the `asked` pages (default: all) need, each once, in the order of configs/order.yaml, seed by seed.
-
-    Raises:
-        ConfigError: an unknown scale or page, an unreadable file, or an invalid arm, key or measurement; names page and arm.
-    """
+    Raise a ConfigError, which names page and arm, for an unknown scale or page, or an invalid file, arm, key or measurement."""
     planned, wrong = sound(scale, asked)
     for error in wrong.values():
         raise error
@@ -175,10 +172,7 @@ def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
     """Return the RunConfig keys of a named arm, without its seed: `base`, overridden by the arm, then by `own` (its scale's changes).
-
-    Raises:
-        ConfigError: no arm has this name (the nearest is suggested), or its fraction of a key of the base isn't an integer.
-    """
+    Raise a ConfigError if no arm has this name (the nearest is suggested), or its fraction of a key isn't an integer."""
     check_known("there is no arm", [name], named_arms(), LISTED)
     changes = {**named_arms()[name], **(own or {}).get(name, {})}
     return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}
@@ -202,23 +196,16 @@ def _share(name: str, key: str, value: Any, base: Keys) -> Any:
 
 
 def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
-    """Return arm -> its config for each seed.
+    """Return arm -> its config for each seed, a ContinualConfig if it has the key `approach`. Raise a ConfigError if one is invalid.
 
-    Args:
-        base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs. With the key `approach`
-            the config is a ContinualConfig.
-
-    Raises:
-        ConfigError: an invalid config; names the arm, the key, its value and what would be right.
+    base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs.
     """
     made = {}
     for arm, keys in arms.items():
         keys = {**base, **keys}
         try:
             if "seed" in keys:
-                raise ConfigError(
-                    f"seed={keys['seed']!r} can't be set by an arm: list it in `seeds`, which applies to all arms"
-                )
+                raise ConfigError(f"seed={keys['seed']!r} can't be set by an arm: list it in `seeds`, for all arms")
             kind = ContinualConfig if "approach" in keys else RunConfig
             made[arm] = [kind.from_dict({**keys, "seed": seed}) for seed in seeds]
         except ConfigError as error:

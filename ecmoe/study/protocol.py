@@ -80,9 +80,8 @@ class Part(Held):
         if self.says == "near":
             return f"within {equal} of {amount(self.figure, self.unit)}"
         if self.says == "at or below":
-            helped = (
-                f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" if self.or_direction else ""
-            )
+            other = self.or_direction
+            helped = f"; in direction if {self.direction} (\u201c{other}\u201d)" if other else ""
             return f"at or below {neutral}; above it by {equal} or less counts as equal{helped}"
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
@@ -141,11 +140,7 @@ class Protocol(Held):
 
 @cache
 def protocol() -> Protocol:
-    """Return the validated content of configs/protocol.yaml.
-
-    Raises:
-        ConfigError: names claim, part, key, value, and what would be right.
-    """
+    """Return the validated content of configs/protocol.yaml. A ConfigError names claim, part, key, value, and what would be right."""
     values = held_to(dict[str, Any], read_yaml(paths.configs() / "protocol.yaml", "protocol"), "protocol")
     values.pop("lists", None)  # YAML anchors: lists of arms that the parts refer to
     margins = held_to(dict[Unit, Margin], values.pop("margins", None), "protocol: margins")

@@ -25,15 +25,10 @@ COMPARED = ("train_loss", "val_loss", "val_loss_causal")  # columns of a curve, 
 def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     """Train a recorded run again in a temporary folder and compare its curve with the record, which stays unchanged.
 
-    Args:
-        steps: stop at the first validation after this many steps of its schedule; None: train to the end.
-
-    Returns:
-        run, router, device, recorded (code digest of the record), code (current digest), rows (number compared), equal, differs
-        (column -> largest difference). Stored in reports/SCALE/repeats, but only on the record's kind of device.
-
-    Raises:
-        ConfigError: there is no such record, or its run isn't repeatable in one process. Damaged: its checksum doesn't match.
+    steps: stop at the first validation after this many steps of its schedule; None: train to the end. Return run, router, device,
+    recorded (code digest of the record), code (current digest), rows (number compared), equal, differs (column -> largest
+    difference), which is stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if there is no
+    such record, its checksum doesn't match, or its run can't be repeated in one process.
     """
     path = paths.records(scale) / f"{name}.json"
     if not path.exists():

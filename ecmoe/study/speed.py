@@ -41,16 +41,11 @@ def jobs(
     scaling: dict[str, list[int | str] | dict[str, Any]] | None = None,
     **_: Any,
 ) -> dict[str, Job]:
-    """Return file name -> benchmark for everything that the pages show.
+    """Return file name -> benchmark for everything that the pages show. Raise a ConfigError for an argument of the wrong type.
 
-    Args:
-        layer_sizes: name -> arguments of `bench_layer`. step_sizes: arguments of `bench_step` and `bench_profile`.
-        growth_from, growth_axes: arguments of `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which
-            uses its own repeats. compiled, repeats: passed to the benchmarks that take them. scaling: not used here, see
-            `scaling`.
-
-    Raises:
-        ConfigError: as in `plan`.
+    layer_sizes: name -> arguments of `bench_layer`. step_sizes: of `bench_step` and `bench_profile`. growth_from, growth_axes: of
+    `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which uses its own repeats. compiled, repeats: for
+    the benchmarks that take them. scaling: not used here, see `scaling`.
     """
     _check_types(locals())
     usual = {"compiled": compiled, "repeats": repeats}
@@ -85,11 +80,7 @@ def job(name: str, /, **keys: Any) -> Job:
 
 
 def plan(scale: str) -> dict[str, Any]:
-    """Return the arguments of `jobs` at a scale: the parameters of 08_step_time and the arms of the study.
-
-    Raises:
-        ConfigError: a parameter has the wrong type; names page, key and value.
-    """
+    """Return the arguments of `jobs` at a scale: the parameters of 08_step_time, whose types are checked, and the study's arms."""
     values = merge_parameters(parameter_files(SPEED, scale))
     _check_types(values)
     return values | {"study_arms": study_arms(scale)}
@@ -145,10 +136,8 @@ def study_file(arms: Mapping[str, RunConfig]) -> str:
 
 
 def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = True) -> Found:
-    """Return the results of each job: name -> rows and attributes. `measure`: measure missing ones now, if `may(scale)`.
-
-    New results are stored in runs/bench; only `ecmoe bench all` writes to reports/.
-    """
+    """Return the results of each job: name -> rows and attributes. `measure`: measure missing ones now, if `may(scale)`, and store
+    them in runs/bench; only `ecmoe bench all` writes to reports/."""
     places = folder(scale), paths.runs() / "bench" / scale
     missing = {name: job for name, job in wanted.items() if kept(name, *places) is NOTHING}
     if measure and missing and may(scale):
@@ -160,11 +149,7 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
 
 
 def kept(name: str, *places: Path) -> dict[str, Any]:
-    """Read a result from the first of these folders that has it: its rows and their attributes; else `NOTHING`.
-
-    Raises:
-        Damaged: it isn't what was written.
-    """
+    """Read a result from the first of these folders that has it: its rows and their attributes; else `NOTHING`. May raise Damaged."""
     there = (path for place in places if (path := place / f"{name}.json").exists())
     return next((NOTHING | read_json(path, sealed=True) for path in there), NOTHING)
 

@@ -28,10 +28,8 @@ def table(study: Study) -> pd.DataFrame:
 
 
 def curves(study: Study) -> pd.DataFrame:
-    """Return all curves in long form: `arm`, `seed`, `status`, `name` and the columns of a curve.
-
-    A missing run is one row of NaN, so that figures can name it.
-    """
+    """Return all curves in long form: `arm`, `seed`, `status`, `name` and the columns of a curve. A missing run is one row of NaN,
+    so that figures can name it."""
     columns = ["arm", "seed", "status", "name", *metrics.curve()]
     frames = []
     for arm, result in _runs(study):

@@ -30,10 +30,9 @@ WEAKEST_LAST = (REPRODUCED, IN_DIRECTION, NOT_RUN, UNDECIDED, NO_EFFECT, CONTRAD
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPart(Part):
-    """A part of a claim with its label and estimate.
-
-    level: of the interval, after Holm. missing: runs that the part lacks, such as "EC-CF2 s2". mixed: "code" if compared runs have
-    code versions not shown to agree, "card" if they used different kinds of device. repeats: runs that show that versions agree.
+    """A part of a claim with its label and estimate. missing: runs that the part lacks, such as "EC-CF2 s2". level: of the interval,
+    after Holm. mixed: "code" if compared runs have code versions not shown to agree, "card" if they used different kinds of
+    device. repeats: runs that show that versions agree.
     """
 
     label: str
@@ -57,10 +56,8 @@ class JudgedPart(Part):
 
 @dataclass(frozen=True)
 class RestsOn:
-    """The runs, or the turns of a bench, that a sentence is based on.
-
-    tokens: the smallest and largest number of training tokens of a run. mixed, repeats: as in `JudgedPart`, of all parts judged.
-    """
+    """The runs, or the turns of a bench, that a sentence is based on. mixed, repeats: as in `JudgedPart`, of all parts judged.
+    tokens: the smallest and largest number of training tokens of a run."""
 
     size: str = ""
     tokens: tuple[int, int] = (0, 0)
@@ -131,15 +128,10 @@ class ClaimVerdict:
 
 
 def judge(claim: str, scale: str, *, page: str | None = None, planned: Sequence[Planned] | None = None) -> ClaimVerdict:
-    """Return the verdict on a claim, from protocol, plan and records.
+    """Return the verdict on a claim, such as "C1", from protocol, plan and records. Raise a ConfigError if there is none.
 
-    Args:
-        claim: "C1" ... "C10", "L1", "L2". scale: the scale whose records are read; at smoke the label is "plumbing only".
-        page: judge the arms of this page instead of the claim's own, such as a page with larger models. Parts whose arms
-            the page doesn't train are left out. planned: the plan of the scale, if the caller has it.
-
-    Raises:
-        ConfigError: there is no such claim.
+    page: judge the arms of this page instead of the claim's own, such as a page with larger models. Parts whose arms the page
+    doesn't train are left out. planned: the plan of the scale, if the caller has it.
     """
     about = find_claim(claim)
     further = about.arms if page in (None, about.page) else ()
@@ -183,10 +175,8 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
 
 
 def _parts(about: Claim, evidence: Evidence) -> list[Part]:
-    """Return all parts on the claim's own page; on another page, those whose arms it has.
-
-    If a part is left out, the part named by its `or_direction` decides instead.
-    """
+    """Return all parts on the claim's own page; on another page those whose arms it has. For a part that is left out, the one that
+    its `or_direction` names decides."""
     if evidence.page == about.page:
         return list(about.parts)
     there = [part for part in about.parts if part.arms and set(part.arms) <= set(evidence.planned)]
@@ -213,22 +203,16 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
 
 def _or_direction(part: JudgedPart, other: JudgedPart) -> JudgedPart:
     """Relabel a part that isn't reproduced: "in direction" if `other` (its `or_direction`) holds, undecided while `other` is."""
-    if part.label not in (UNDECIDED, NO_EFFECT, CONTRADICTED):
+    if part.label in (REPRODUCED, IN_DIRECTION, NOT_RUN) or other.label in (NO_EFFECT, CONTRADICTED):
         return part
-    if other.label in (REPRODUCED, IN_DIRECTION):
-        text = f"{part.sentence}, but {part.direction}: {other.sentence}"
-        return replace(part, label=IN_DIRECTION, sentence=text)
-    if other.label in (UNDECIDED, NOT_RUN):
-        text = f"{part.sentence}; open is whether {part.direction}: {other.sentence}"
-        return replace(part, label=UNDECIDED, sentence=text)
-    return part
+    holds = other.label in (REPRODUCED, IN_DIRECTION)
+    label, but = (IN_DIRECTION, ", but") if holds else (UNDECIDED, "; open is whether")
+    return replace(part, label=label, sentence=f"{part.sentence}{but} {part.direction}: {other.sentence}")
 
 
 def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
-    """Return groups of summaries that are compared directly: the arms of each seed, or all runs if spreads are compared.
-
-    Different seeds may use different devices or code versions, because these cancel in the paired difference between arms.
-    """
+    """Return groups of summaries that are compared directly: all runs if spreads are compared, else the arms of each seed. Devices
+    and code versions may differ between seeds, because they cancel in the paired difference between arms."""
     runs = [run for arm in part.arms for run in evidence.summaries(arm).values()]
     seeds = {run["seed"] for run in runs}
     return [runs] if part.how == "spread" else [[run for run in runs if run["seed"] == seed] for seed in seeds]
@@ -300,10 +284,8 @@ def holm(cases: Sequence[tuple[Part, Estimate]]) -> list[float]:
 
 
 def _smallest_alpha(part: Part, found: Estimate) -> float:
-    """Return the p-value of the part's label: the smallest alpha at which the label is decided, or 1 if there is none.
-
-    A narrower interval decides whatever a wider one decides, so a binary search finds it.
-    """
+    """Return the p-value of the part's label: the smallest alpha at which the label is decided, or 1 if there is none."""
+    # A narrower interval decides whatever a wider one decides, so a binary search finds it.
     alphas = np.logspace(-12, math.log10(0.5), 100_000)
     decided = bisect.bisect_left(alphas, True, key=lambda a: label_of(part, found, 1 - a) not in (NOT_RUN, UNDECIDED))
     return float(alphas[decided]) if decided < len(alphas) else 1.0
