@@ -6,11 +6,7 @@ from ecmoe import _HINT
 
 
 def main() -> None:
-    """Run the command line.
-
-    Raises:
-        SystemExit: always, with the command's exit code; 2 if a package of the extra `study` isn't installed.
-    """
+    """Run the command line and exit with its code; 2 if a package of the extra `study` isn't installed."""
     try:
         from ecmoe.cli import main
 

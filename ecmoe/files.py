@@ -48,15 +48,10 @@ def check_known(what: str, names: Iterable[object], known: Collection[object], l
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, renamed to `path` if the block succeeds, else deleted.
-
-    The temporary name contains the process id, so concurrent writers never share a file; the last one to finish wins.
-
-    Raises:
-        OSError: the disk is full; the message names the file and the remedy.
-    """
+    """Write a file atomically: yield a temporary path, renamed to `path` if the block succeeds, else deleted. Of concurrent writers
+    the last one to finish wins. An OSError that the disk is full names the file and the remedy."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never share it
     try:
         with disk_may_be_full(path):
             yield temporary
@@ -88,11 +83,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1, sealed: bool = False) -> None:
-    """Write a JSON file atomically, with values converted by `plain`.
-
-    Args:
-        sealed: add a checksum under the key `check`, by which `read_json` detects later changes.
-    """
+    """Write a JSON file atomically, with values converted by `plain`. sealed: add a checksum, by which `read_json` detects later
+    changes, under the key `check`."""
     said = dict(plain(value))
     if sealed:
         said["check"] = check_sum(said)
@@ -105,11 +97,8 @@ def check_sum(value: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
-    """Read a JSON file written by `write_json`; with `sealed`, verify and remove its checksum.
-
-    Raises:
-        Damaged: the file is no JSON object, or its checksum is missing or wrong.
-    """
+    """Read a JSON file written by `write_json`; with `sealed`, verify and remove its checksum. Raise Damaged if the file is no JSON
+    object, or its checksum is missing or wrong."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8
@@ -158,11 +147,8 @@ def sealed(path: Path) -> bool:
 
 
 def content_sha256(files: Mapping[str, Path]) -> str:
-    """Return one SHA-256, 64 hex digits, of the names (keys) and contents of several files, wherever they are.
-
-    Raises:
-        ConfigError: a file can't be read.
-    """
+    """Return one SHA-256, 64 hex digits, of the names (keys) and contents of several files, wherever they are. Raise a ConfigError
+    if one can't be read."""
     total = hashlib.sha256()
     for name, path in files.items():
         try:
@@ -184,11 +170,8 @@ def _sha256(path: Path, *state: int) -> str:
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """Read a YAML file; `what` begins the error message, and says what the file is for.
-
-    Raises:
-        ConfigError: the file can't be read, isn't UTF-8, or isn't accepted by `parse_yaml`.
-    """
+    """Read a YAML file. Raise a ConfigError that begins with `what`, the purpose of the file, if it can't be read, isn't UTF-8, or
+    isn't accepted by `parse_yaml`."""
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
@@ -196,11 +179,8 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML, but reject values that YAML reads differently from how they look.
-
-    Raises:
-        ConfigError: invalid YAML; a duplicate key; `010`, which YAML reads as 8; `1:30` or `1:30.5`, read as 90 or 90.5.
-    """
+    """Parse YAML. Raise a ConfigError if it is invalid, has a duplicate key, or a value that YAML reads differently from how it
+    looks: `010` as 8, `1:30` as 90, `1:30.5` as 90.5."""
     try:
         return yaml.load(text, _StrictLoader)  # a SafeLoader
     except RecursionError:

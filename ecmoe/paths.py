@@ -25,8 +25,7 @@ _CONTENT = re.compile(r"#[0-9a-f]{16}$")
 
 def root() -> Path:
     """Return the project's root: $ECMOE_HOME, else the checkout that contains this package, else the working folder."""
-    home = os.environ.get("ECMOE_HOME")
-    if home:
+    if home := os.environ.get("ECMOE_HOME"):
         return Path(os.path.expanduser(home)).resolve()
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
@@ -70,7 +69,7 @@ def resolve(name: str | Path) -> Path:
 
 def parts_of(data: str) -> list[str]:
     """Return the texts of a mix, `mix:A,B`, else `data` alone; without the content hash."""
-    data = _CONTENT.sub("", data)
+    data = plain(data)
     return data.removeprefix(MIX_PREFIX).split(",") if data.startswith(MIX_PREFIX) else [data]
 
 
@@ -81,8 +80,7 @@ def is_local(data: str) -> bool:
 
 def content_of(data: str) -> str:
     """Return the content hash at the end of `data`, `#` and 16 hex digits, or "" if it has none."""
-    found = _CONTENT.search(data)
-    return found[0] if found else ""
+    return (_CONTENT.search(data) or [""])[0]
 
 
 def plain(data: str) -> str:
@@ -91,13 +89,8 @@ def plain(data: str) -> str:
 
 
 def with_content(data: str) -> str:
-    """Append the content hash of local files to `data`: `#` and 16 hex digits of a SHA-256.
-
-    A hash in `data` is kept. If files are missing, the hash stored when they were last read is appended, if any.
-
-    Raises:
-        ConfigError: a file can't be read.
-    """
+    """Append the content hash of local files to `data`: `#` and 16 hex digits of a SHA-256. A hash in `data` is kept. If files are
+    missing, the hash stored when they were last read is appended, if any. Raise a ConfigError if one can't be read."""
     local = [part for part in parts_of(data) if is_local(part)]
     if content_of(data) or not local:
         return data

@@ -39,10 +39,8 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return $ECMOE_COMMIT, else the checkout's commit, with "+" if tracked files differ from it, else "unknown".
-
-    It is "unknown" too if the package is installed inside another repository, such as in its virtual environment.
-    """
+    """Return $ECMOE_COMMIT, else the checkout's commit, with "+" if tracked files differ from it, else "unknown", as also for a
+    package that is installed inside another repository, such as in its virtual environment."""
     if os.environ.get("ECMOE_COMMIT"):  # for a copy without git history
         return os.environ["ECMOE_COMMIT"]
     try:
@@ -73,6 +71,7 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _TYPES = ("annotation", "returns")
 
 
@@ -83,10 +82,7 @@ def _meaning(node: Any) -> Any:
     if not isinstance(node, ast.AST):
         return node
     fields = dict(ast.iter_fields(node))
-    if (
-        isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and ast.get_docstring(node, clean=False) is not None
-    ):
+    if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = fields["body"][1:]
     said = {name: value for name, value in fields.items() if value not in (None, []) and name not in _TYPES}
     return [type(node).__name__, *([name, _meaning(value)] for name, value in said.items())]

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ecmoe import __version__
-from ecmoe.cli import pages, runs
 from ecmoe.cli.bench import bench
+from ecmoe.cli.commands import again, generate, index, keys, readme, report, run, runs, train
 from ecmoe.config import ConfigError
 
 
@@ -19,9 +19,7 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
-        except (
-            BrokenPipeError
-        ):  # an OSError, but no error: the reader of the output, such as `head`, has closed the pipe
+        except BrokenPipeError:  # an OSError, but no error: the output's reader, such as `head`, has closed the pipe
             raise
         except SystemExit as left:  # at Ctrl-C Lightning exits with 1: raise the KeyboardInterrupt instead
             raise (left.__context__ if isinstance(left.__context__, KeyboardInterrupt) else left) from None
@@ -38,24 +36,16 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Mixture-of-Experts with Expert Choice Routing: train runs, make reports.",
 )
-OF_RUNS = (runs.train, runs.generate, runs.keys, runs.runs, runs.run, runs.again)
-for command in (*OF_RUNS, pages.report, pages.index, pages.readme):
+for command in (train, generate, keys, runs, run, again, report, index, readme):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
         typer.echo(__version__)
         raise typer.Exit
-
-
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")]
-
-
-@app.callback()
-def _root(version: Version = False) -> None:
-    pass
 
 
 def main() -> None:

@@ -20,9 +20,7 @@ TIMED = {
 }
 Sizes = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", help="key=value, such as n=4096; default: the size of 0.1B/64E on a GPU, a small one on a CPU"
-    ),
+    typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, a small size on a CPU"),
 ]
 
 
@@ -54,7 +52,7 @@ def _of_this_machine(scale: str) -> str:
 Scale = Annotated[
     str,
     typer.Option(
-        callback=_of_this_machine, help="sizes of this scale; default: gpu with CUDA, else smoke", show_default=False
+        callback=_of_this_machine, show_default=False, help="scale of the sizes; default: gpu with CUDA, else smoke"
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="folder to write to; default: reports/SCALE/bench")]
@@ -82,7 +80,7 @@ def bench_all(
     typer.echo(f"{', '.join(wanted)} -> {into}")
     if (
         torch.cuda.is_available() and len(wanted) > 1
-    ):  # a process for each part: GPU memory is freed, and a crash is contained
+    ):  # a process each, so that GPU memory is freed and a crash contained
         command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
         command += ["--force"] * force
         raise typer.Exit(int(any([subprocess.run([*command, "--only", name]).returncode for name in wanted])))

@@ -18,6 +18,7 @@ CHOICE = (
     ("C2", "even routing, each on its best path"),
     ("C9", "loss against the twin of equal FLOPs"),
 )
+NO_CHOICE = "No run shows yet what this means for the choice of a router."
 # Label -> sentence template; filled with the number of claims that have the label, and which they are.
 HOLDS = {
     verdict.REPRODUCED: "{n} hold{s} ({said})",
@@ -82,9 +83,7 @@ def _choice(found: Sequence[ClaimVerdict]) -> str:
     parts = {(one.claim, part.name): part for one in found for part in one.parts if part.effect.n}
     first, *others = [parts[key].sentence for key in CHOICE if key in parts] or [""]
     said = ". ".join([first, *(text[0].upper() + text[1:] for text in others)])
-    return (
-        f"For a choice of router: {said}." if said else "No run shows yet what this means for the choice of a router."
-    )
+    return f"For a choice of router: {said}." if said else NO_CHOICE
 
 
 def _cost(scale: str) -> str:

@@ -1,4 +1,4 @@
-"""Commands that train or use runs: single runs from a config, and the runs of the plan."""
+"""All commands but `bench`: they train and use runs, of a config or of the plan, and write pages."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def run(
     names: Annotated[list[str], typer.Argument(help="names of runs, as `ecmoe runs` lists them, or unique prefixes")],
     scale: Scale = "gpu",
     keep_weights: Annotated[
-        bool, typer.Option("--keep-weights", help="keep weights in runs/NAME, as at scale smoke")
+        bool, typer.Option("--keep-weights", help="keep weights in runs/NAME, as at smoke")
     ] = False,
 ) -> None:
     """Train runs of the plan, or load them, and take the measurements that pages need.
@@ -145,6 +145,37 @@ def keys() -> None:
     for field in dataclasses.fields(RunConfig):
         default = "null" if field.default is None else str(field.default)
         typer.echo(f"{field.name:26} {default:14} {field.metadata['help']}")
+
+
+def report(
+    notebook: Annotated[Path, typer.Argument(help="a notebook in notebooks/")],
+    page: Annotated[Path, typer.Argument(help="the HTML page to write")],
+    files: Annotated[list[Path] | None, typer.Option("-f", "--file", help="YAML; later files override")] = None,
+    changes: Set = None,
+    no_train: Annotated[bool, typer.Option("--no-train", help="show missing runs as gaps")] = False,
+) -> None:
+    """Execute a notebook with parameters and render it as one HTML page."""
+    from ecmoe.report.execution import execute
+
+    execute(notebook, page, files or [], parameters=assignments(changes), train_missing=False if no_train else None)
+    typer.echo(page)
+
+
+def index(
+    scale: Annotated[str, typer.Argument(help="smoke, gpu or paper")] = "smoke",
+    reports: Annotated[Path | None, typer.Option(help="folder of the pages; default: reports/SCALE")] = None,
+) -> None:
+    """Write index.html (verdicts, list of pages, search) and scoreboard.md."""
+    from ecmoe.report.index import index as write_index
+
+    typer.echo(write_index(scale, reports))
+
+
+def readme(scale: Annotated[str, typer.Argument(help="scale of the results")] = "gpu") -> None:
+    """Update the generated parts of README.md (summary, figures, claim table) from the results of a scale."""
+    from ecmoe.report.readme import update
+
+    typer.echo("README.md " + ("changed" if update(scale) else "is up to date"))
 
 
 def _part(text: str) -> tuple[int, int]:
