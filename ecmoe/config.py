@@ -231,10 +231,8 @@ class RunConfig:
         batch = self.batch_size * self.sequence_length
         if isinstance(self.pool, int):
             if self.pool % self.sequence_length or batch % self.pool:
-                raise ConfigError(
-                    f"pool={self.pool}: must be a multiple of sequence_length={self.sequence_length} and divide the "
-                    f"{batch} tokens of a batch (batch_size x sequence_length)"
-                )
+                raise ConfigError(f"pool={self.pool}: must be a multiple of sequence_length={self.sequence_length} and divide "
+                                  f"the {batch} tokens of a batch (batch_size x sequence_length)")  # fmt: skip
             return self.pool
         if self.pool == "position":
             return self.batch_size * self.ranks
@@ -246,9 +244,8 @@ class RunConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                raise ConfigError(
-                    f"unknown key {name!r} with value {values[name]!r}: {nearest(name, names, '`ecmoe keys` lists the keys')}"
-                )
+                hint = nearest(name, names, "`ecmoe keys` lists the keys")
+                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {hint}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,15 +326,13 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         raise ConfigError(f"{field.name}={ascii(value)}: is not valid UTF-8: rename the file, or leave it out")
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise ConfigError(
-            f"{field.name}={value!r} is of type {type(value).__name__}, but must be {names}{_remedy(value, allowed)}"
-        )
+        right = f"must be {names}{_remedy(value, allowed)}"
+        raise ConfigError(f"{field.name}={value!r} is of type {type(value).__name__}, but {right}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name}={value!r}: must be a finite number")
     if meta["choices"] and isinstance(value, str) and value not in meta["choices"]:
-        raise ConfigError(
-            f"{field.name}={value!r}: must be one of {', '.join(meta['choices'])}{', or a whole number' * (int in allowed)}"
-        )
+        words = ", ".join(meta["choices"]) + ", or a whole number" * (int in allowed)
+        raise ConfigError(f"{field.name}={value!r}: must be one of {words}")
     if type(value) in (int, float):
         for bound, (holds, words) in _BOUNDS.items():
             if meta[bound] is not None and not holds(value, meta[bound]):

@@ -36,10 +36,9 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
     if rounding == "down":
         return min(max(n * share.numerator // share.denominator, 1), n)
     if share > 1 or n * share < 1:
-        raise ConfigError(
-            f"capacity_factor={c}: every expert would take k={float(min(share, 10**9)) * n:g} of n={n} tokens; k must lie in "  # type: ignore[arg-type]
-            f"1..n, so capacity_factor in {e / n:g}..{e} (num_experts)"
-        )
+        k = float(min(share, 10**9)) * n  # type: ignore[arg-type]
+        raise ConfigError(f"capacity_factor={c}: every expert would take k={k:g} of n={n} tokens; k must lie in 1..n, so "
+                          f"capacity_factor in {e / n:g}..{e} (num_experts)")  # fmt: skip
     if n * share.numerator % share.denominator:
         raise ConfigError(
             f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(share * n):g} of "
@@ -53,9 +52,7 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
 def equal_share(n: int, e: int) -> int:
     """Return n / e, the tokens per expert if all get the same number; raise a ConfigError if e doesn't divide n."""
     if n % e:
-        raise ConfigError(
-            f"num_experts={e}: every expert takes n/e tokens, so it must divide n={n} (batch_size x sequence_length)"
-        )
+        raise ConfigError(f"num_experts={e}: must divide the n={n} tokens of a batch (batch_size x sequence_length)")
     return n // e
 
 

@@ -81,10 +81,8 @@ class RunData(L.LightningDataModule):
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Check a checkpoint's digest; raise a ConfigError if the checkpoint was written with different data."""
         if state["digest"] != self.digest:
-            raise ConfigError(
-                f"data={self.config.data!r} has changed since the checkpoint was written: its digest was {state['digest']} and is "
-                f"{self.digest}; restore the data, or delete runs/{self.config.name} to start again"
-            )
+            was = f"data={self.config.data!r} has changed since the checkpoint was written, from {state['digest']} to"
+            raise ConfigError(f"{was} {self.digest}: restore it, or delete runs/{self.config.name} to start again")
 
     def train_batches(self, start: int, rank: int, world: int) -> Batches:
         """Return the training batches of a rank, beginning at micro-step `start`."""

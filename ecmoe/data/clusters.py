@@ -20,9 +20,7 @@ class TextClusters:
 
         some = windows[np.linspace(0, len(windows) - 1, min(len(windows), FITTED)).astype(int)]
         if num_classes > len(some):
-            raise ConfigError(
-                f"num_tasks={num_classes}: must be at most {len(some)}, the number of text windows to cluster"
-            )
+            raise ConfigError(f"num_tasks={num_classes}: must be at most {len(some)}, the number of text windows")
         # Initialising many clusters is slow.
         start = {"n_init": 3} if num_classes <= 64 else {"n_init": 1, "init": "random"}
         self.clusters = MiniBatchKMeans(num_classes, random_state=0, **start).fit(frequencies(some))

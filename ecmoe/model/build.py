@@ -26,14 +26,10 @@ def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
     >>> build_model(config)(torch.randint(256, (4, 16))).shape
     torch.Size([4, 16, 256])
     """
-    model = _new_model(config, token_counts)
+    model: Trunk = VisionTransformer(config) if config.images else Transformer(config, token_counts)
     if not next(model.parameters()).is_meta:
         model.initialize(config.seed)
     return model
-
-
-def _new_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
-    return VisionTransformer(config) if config.images else Transformer(config, token_counts)
 
 
 class Preset(NamedTuple):
@@ -74,7 +70,7 @@ def count_parameters(config: RunConfig) -> Count:
     if "token counts" in config.needs:  # the table is data, not parameters
         config = config.replace(hash_table="modulo")
     with torch.device("meta"):
-        model = _new_model(config)
+        model = build_model(config)
     total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
     experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
     offered = config.row.experts_per_token(config.to_dict())

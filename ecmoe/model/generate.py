@@ -33,9 +33,8 @@ def generate(
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}: must be (B, T) with at least one token")
     if tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"tokens={tokens}, temperature={temperature}, top_k={top_k}: must not be negative; top_k at least 1"
-        )
+        given = f"tokens={tokens}, temperature={temperature}, top_k={top_k}"
+        raise ValueError(f"{given}: must not be negative; top_k at least 1")
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
     cache: Cache = [[] for _ in model.blocks]
     was_training = model.training

@@ -146,9 +146,8 @@ class MoE(nn.Module):
             raise ValueError(f"mask is of {mask.dtype}: must be bool, False for padding")
         for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
             if given is not None and given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
-                raise ValueError(
-                    f"{name} has shape {tuple(given.shape)}: must be {tuple(shape)}, as x is {tuple(x.shape)}"
-                )
+                right = f"must be {tuple(shape)}, as x is {tuple(x.shape)}"
+                raise ValueError(f"{name} has shape {tuple(given.shape)}: {right}")
 
     def _keep(self, aux_loss: Tensor | None) -> None:
         """Set `aux_loss`.

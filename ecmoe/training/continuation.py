@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
-from ecmoe.config import RunConfig
 from ecmoe.data.tokens import load as load_tokens
 from ecmoe.model.generate import generate
-from ecmoe.training.result import check_weights, find_run, load_model, read_run
+from ecmoe.training.result import find_run, load_model, read_run
 
 
 def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object) -> str:
@@ -23,15 +22,13 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
         one from which the run's vocabulary was learned.
     """
     folder = find_run(run)
-    check_weights(folder)
-    summary = read_run(folder).summary
-    config = RunConfig.from_dict(summary["config"])
+    model = load_model(folder)
+    config = model.config
     if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router needs no tasks can continue a text, "
                          f"but it has data={config.data!r} and router={config.router!r}")  # fmt: skip
-    model = load_model(folder)
-    loaded = load_tokens(config)
-    if config.tokenizer == "bpe" and (summary["data"] or {}).get("digest") != loaded.meta["digest"]:
+    loaded, trained_on = load_tokens(config), read_run(folder).summary["data"] or {}
+    if config.tokenizer == "bpe" and trained_on.get("digest") != loaded.meta["digest"]:
         raise ValueError(f"data={config.data!r} differs from the text that {config.name} was trained on, "
                          "and so does its vocabulary: restore the files")  # fmt: skip
     ids = loaded.tokenizer.encode([prompt])[0]

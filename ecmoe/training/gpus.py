@@ -48,8 +48,7 @@ def place(say: bool = True) -> Iterator[Place]:
     names = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(gpus)]
     slots, folder = number("ECMOE_SLOTS", 4), paths.cache() / "gpus"
     of_gpu = [[folder / f"{name}-{slot}.lock" for slot in range(slots)] for name in names]
-    found = _find(of_gpu)
-    if found is None and say:
+    if (found := _find(of_gpu)) is None and say:
         print(f"waiting for a slot on {gpus} GPU{'s' * (gpus > 1)}, {slots} slots each ($ECMOE_SLOTS)", file=sys.stderr, flush=True)  # fmt: skip
     while found is None:
         time.sleep(1)
@@ -76,11 +75,9 @@ def _find(of_gpu: list[list[Path]]) -> tuple[int, Path, FileLock] | None:
 
 
 def _taken(path: Path) -> bool:
-    try:
-        FileLock(path).acquire(timeout=0).lock.release()
-    except Timeout:
-        return True
-    return False
+    with contextlib.suppress(Timeout), FileLock(path).acquire(timeout=0):
+        return False
+    return True
 
 
 def number(variable: str, default: int) -> int:

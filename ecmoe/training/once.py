@@ -79,7 +79,7 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
         if result.summary["status"] not in DONE:
             return None
         if weights and result.ok:
-            results.check_weights(folder, result.summary)
+            results.checked_weights(folder)
     except FileNotFoundError:  # the weights are missing
         return None
     except Damaged as damage:

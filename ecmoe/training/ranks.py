@@ -30,18 +30,14 @@ def check_world(config: RunConfig) -> None:
     Raises:
         ConfigError: torchrun started a different number; or the run needs several nodes, but not under torchrun.
     """
-    there, start = (
-        os.environ["WORLD_SIZE"] if in_torchrun() else None,
-        f"--nproc-per-node={config.devices} -m ecmoe train CONFIG",
-    )
+    there = os.environ["WORLD_SIZE"] if in_torchrun() else None
+    start = f"--nproc-per-node={config.devices} -m ecmoe train CONFIG"
     if there is None and config.num_nodes > 1:
-        raise ConfigError(
-            f"num_nodes={config.num_nodes}: start torchrun --nnodes={config.num_nodes} {start} on every node"
-        )
+        nodes = config.num_nodes
+        raise ConfigError(f"num_nodes={nodes}: start torchrun --nnodes={nodes} {start} on every node")
     if there not in (None, str(config.ranks)):
-        raise ConfigError(
-            f"devices={config.devices} x num_nodes={config.num_nodes}, but {there} processes run: start torchrun {start}"
-        )
+        ranks = f"devices={config.devices} x num_nodes={config.num_nodes}"
+        raise ConfigError(f"{ranks}, but {there} processes run: start torchrun {start}")
 
 
 def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:

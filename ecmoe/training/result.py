@@ -72,14 +72,11 @@ def load_model(path: str | Path) -> Trunk:
     from ecmoe.model.build import build_model
     from ecmoe.routing import routers
 
-    path = Path(path)
-    check_weights(path)  # first, so that missing weights are reported before a missing summary
-    summary = read_run(path).summary
-    weights = load_file(check_weights(path, summary))
+    weights, summary = checked_weights(Path(path))
     config = RunConfig.from_dict(summary["config"])
     counts = torch.ones(config.vocab_size) if "token counts" in config.needs else None  # the file has the real table
     model = build_model(config, counts)
-    model.load_state_dict(weights, assign=True)  # a copy would be rounded to float32
+    model.load_state_dict(load_file(weights), assign=True)  # a copy would be rounded to float32
     for router in routers(model):
         router.rounding = "down"  # read only by routers that compute k = n c / e
     return model.eval()
@@ -103,10 +100,8 @@ def find_run(run: str | Path) -> Path:
 
 def not_run(config: Any) -> Result:
     """Return the Result of a missing run, which figures show as a gap, never as 0. `config`: as in `once`."""
-    return Result(
-        {"config": config.to_dict(), "name": config.name, "seed": config.seed, "schema": SCHEMA}
-        | {"status": "not run", "error": None}
-    )
+    known = {"config": config.to_dict(), "name": config.name, "seed": config.seed, "schema": SCHEMA}
+    return Result(known | {"status": "not run", "error": None})
 
 
 # Storage
@@ -147,17 +142,17 @@ def place_of(folder: Path, name: str) -> Path:
     return again / name if ready and (again / name).exists() else folder / name
 
 
-def check_weights(folder: Path, summary: Mapping[str, Any] | None = None) -> Path:
-    """Return the path of a finished run's weights, verified if `summary` is given. Raises: as `Result.load_model`."""
+def checked_weights(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the path of a finished run's weights, and its summary, both verified. Raises: as `Result.load_model`."""
     path = place_of(folder, "model.safetensors")
     if not path.exists():
         raise FileNotFoundError(
             f"no weights in {folder}: only finished runs have them, and records have none; to get them: "
             "run_or_load(config, weights=True), without records"
         )
-    if summary is not None:
-        verify(folder, path.name, summary)
-    return path
+    summary = read_run(folder).summary
+    verify(folder, path.name, summary)
+    return path, summary
 
 
 def verify(folder: Path, name: str, summary: Mapping[str, Any]) -> None:

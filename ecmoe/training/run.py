@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.data import open_data
+from ecmoe.data.batches import TextData
 from ecmoe.data.corpus import source_sha256
+from ecmoe.data.images import ImageData
 from ecmoe.files import sealed, write_text, written
 from ecmoe.paths import content_of
 from ecmoe.training.gpus import Place, number, place
@@ -106,7 +107,7 @@ def train_run(
     made, leads = circumstances(), rank() == 0
     if leads:
         write_text(folder / "config.yaml", _yaml(config))
-    data = open_data(config)
+    data = ImageData(config) if config.images else TextData(config)
     data.prepare_data()
     data.setup("fit")
     torch.manual_seed(config.seed)

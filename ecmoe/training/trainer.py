@@ -25,16 +25,10 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
     if not in_torchrun():  # Lightning would use variables that another launcher left in the environment
         rank_zero_only.rank = 0
         keys = {"plugins": [LightningEnvironment()]} | keys
-    quiet = dict(
-        devices=[torch.cuda.current_device()] if cuda else 1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer = L.Trainer(
-        accelerator="cuda" if cuda else "cpu", precision=resolved_precision(config), max_epochs=-1, **quiet | keys
-    )
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    keys = dict.fromkeys(off, False) | {"devices": [torch.cuda.current_device()] if cuda else 1} | keys
+    device = "cuda" if cuda else "cpu"
+    trainer = L.Trainer(accelerator=device, precision=resolved_precision(config), max_epochs=-1, **keys)
     # Before each batch, Lightning broadcasts whether rank 0 received SIGTERM, and the host waits for the device. This
     # isn't needed, as torchrun sends SIGTERM to every rank. Each rank then ends at once: Lightning's handler would
     # inform the other ranks, and so wait for ranks that wait elsewhere or have ended.
@@ -82,24 +76,21 @@ def check_machine(config: RunConfig) -> None:
     Raises:
         ConfigError: the run needs a GPU, or more GPUs (without any: CPU cores) or memory than this machine has.
     """
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
+    if cuda := torch.cuda.is_available():
+        memory, there, what = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count(), "GPUs"
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there, what = os.cpu_count() or 1, "CPU cores"
     shards = config.ranks if config.sharded else 1
     needed = 2 * (2 if config.precision == "bf16-true" else 4) * config.weights_at_least // shards  # with gradients
     if needed > memory:
         keys = ("layers", "d_model", "d_ff", "num_experts", "vocab_size")
         raise ConfigError(f"{', '.join(f'{key}={getattr(config, key)}' for key in keys)}: weights and gradients alone take "
                           f"{needed / 2**30:,.0f} GiB, and this device has {memory / 2**30:,.0f}: lower one of them")  # fmt: skip
-    if not torch.cuda.is_available():
-        if config.precision == "16-mixed":
-            raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")
-        if config.kernels.startswith("triton"):
-            raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
-    there, what = (
-        (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (os.cpu_count() or 1, "CPU cores")
-    )
+    if config.precision == "16-mixed" and not cuda:
+        raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")
+    if config.kernels.startswith("triton") and not cuda:
+        raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
     if config.devices > there:
         raise ConfigError(f"devices={config.devices}: this machine has {there} {what}")
 
@@ -123,9 +114,8 @@ def repeatable() -> Iterator[None]:
     filled = deterministic.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic.fill_uninitialized_memory = (
-            False  # would fill all new memory, against reads of uninitialised memory, which don't occur here
-        )
+        # It would fill all new memory, against reads of uninitialised memory, which don't occur here.
+        deterministic.fill_uninitialized_memory = False
         with inductor.patch(deterministic=True):
             yield
     finally:

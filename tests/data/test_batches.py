@@ -205,7 +205,7 @@ def test_a_copy_has_its_own_name_and_the_same_tokens(tmp_path):
 def test_a_checkpoint_of_other_tokens_is_not_gone_on_from(text):
     text.load_state_dict(text.state_dict())
     with pytest.raises(
-        ConfigError, match=f"has changed since the checkpoint.*was 0123 and is {text.digest}; .*runs/{text.config.name}"
+        ConfigError, match=f"has changed since the checkpoint.*from 0123 to {text.digest}: .*runs/{text.config.name}"
     ):
         text.load_state_dict({"digest": "0123"})
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from ecmoe.data import open_data
+from ecmoe.data.batches import TextData
 from ecmoe.training.lit import LitModel
 from ecmoe.training.trainer import new_trainer, repeatable, strategy
 
@@ -22,7 +22,7 @@ class Gradients(L.Callback):
 
 
 def lit(config, rank: int = 0) -> tuple[LitModel, L.LightningDataModule]:
-    data = open_data(config)
+    data = TextData(config)
     data.prepare_data()
     data.setup("fit")
     module = LitModel(config, torch.as_tensor(data.token_counts))

@@ -120,9 +120,9 @@ def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts, monkeyp
 def test_what_cannot_be_continued_is_named(tiny_config, monkeypatch, tmp_path, keys, prompt, said):
     config = tiny_config(**keys)
     loaded = SimpleNamespace(meta={"digest": "here"}, tokenizer=Bytes())
-    summary = {"config": config.to_dict(), "data": {"digest": "there"}}
-    fakes = {"check_weights": None, "read_run": SimpleNamespace(summary=summary), "load_tokens": loaded,
-             "load_model": None, "generate": torch.tensor([[97, 98]])}  # fmt: skip
+    summary = {"data": {"digest": "there"}}
+    fakes = {"read_run": SimpleNamespace(summary=summary), "load_tokens": loaded,
+             "load_model": SimpleNamespace(config=config), "generate": torch.tensor([[97, 98]])}  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(continuation, name, lambda *given, fake=fake, **keys: fake)
     if said is None:
