@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecmoe.config import ConfigError, RunConfig
+from ecmoe.config import CHOICES, ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig
 from ecmoe.routers import ROUTERS, bucket_size
 
@@ -78,6 +78,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"heads": 3}, ["heads=3", "d_model=64", "heads may be 1 or 2 or 4 or 8"]),
         ({"capacity_factor": 0.3}, ["capacity_factor=0.3", "num_experts=8", "76.8", "multiple of 80"]),
         ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048"]),
+        ({"capacity_factor": 1e6}, ["capacity_factor=1000000", "k=2.56e+08"]),
         ({"capacity_factor": None}, ["capacity_factor=null", "2.0"]),
         ({"pool": "document"}, ["pool='document': must be one of batch, rank, sequence, position, or a whole number"]),
         ({"pool": 0}, ["pool=0", "at least 1"]),
@@ -190,6 +191,20 @@ def test_a_key_reaches_its_bound_and_no_further(words, bound, keys):
     of_words = {"at least": "low", "above": "above", "below": "below", "at most": "high"}[words]
     named = {name for said, _, names in BOUNDS if said == words for name in names.split()}
     assert named == {name for name, field in fields.items() if field.metadata[of_words] is not None}
+
+
+def test_a_key_of_words_takes_these_and_names_them_in_this_order():
+    taken = {
+        "router": "expert_choice token_choice hash dense_moe dense linear_assignment kmeans task_level expert_threshold",
+        "gate": "softmax renormalized scaled", "pool": "batch rank sequence position", "cap_solver": "feasible dykstra",
+        "priority": "order score", "balance": "switch first_choice importance_load bias none", "hash_table": "modulo balanced",
+        "task_table": "learned fixed", "relative_init": "alibi normal", "tokenizer": "bytes bpe", "optimizer": "adamw adafactor",
+        "schedule": "constant inverse_sqrt linear", "precision": "auto 32-true bf16-mixed bf16-true 16-mixed 64-true",
+        "kernels": "auto plain triton triton-bmm", "strategy": "auto ddp fsdp2 ep",
+    }  # fmt: skip
+    assert {key: " ".join(words) for key, words in CHOICES.items() if words} == taken
+    (approach,) = (field for field in dataclasses.fields(ContinualConfig) if field.name == "approach")
+    assert approach.metadata["choices"] == ("expert_gate", "sequence", "joint")
 
 
 def test_a_default_that_changes_changes_what_others_have_run():

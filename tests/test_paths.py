@@ -93,6 +93,7 @@ def test_what_is_stated_stays_and_what_is_known_needs_no_content(tmp_path):
         "images:nowhere",
     ):
         assert paths.with_content(data) == data
+    assert paths.KNOWN_TEXTS + paths.IMAGES == ("stdlib", "c4", "wikitext-103", "enwik8", "digits", "cifar10")
     assert paths.plain(stated) == f"{tmp_path}/x.txt" and paths.plain("x#1.txt") == "x#1.txt"
     with pytest.raises(ConfigError, match=f"data='{stated}'.*not what is stated.*leave out #0123456789abcdef"):
         paths.check_content(stated)

@@ -385,9 +385,19 @@ def test_hub_errors_name_the_key(monkeypatch):
         list(open_corpus("hub:a/b").train)
 
 
-def test_every_preset_states_licence_and_attribution():
-    assert {"c4", "wikitext-103", "enwik8"} <= set(corpus.PRESETS)
-    assert all(p.licence and p.attribution for p in corpus.PRESETS.values())
+def test_a_known_text_has_the_name_licence_and_authors_of_its_source():
+    """https://huggingface.co/datasets/allenai/c4, Salesforce/wikitext, and https://mattmahoney.net/dc/textdata.html."""
+    names = {"c4": "C4 (en)", "wikitext-103": "WikiText-103 (raw)", "enwik8": "enwik8"}
+    licences = {
+        "c4": "ODC-BY 1.0; Common Crawl's terms of use",
+        "wikitext-103": "CC BY-SA 3.0 and GFDL",
+        "enwik8": "GFDL 1.2; CC BY-SA 3.0",
+    }
+    authors = {"c4": "Raffel et al. 2020", "wikitext-103": "Merity et al. 2016", "enwik8": "Mahoney"}
+    assert {data: hub.name for data, hub in corpus.PRESETS.items()} == names
+    assert {data: hub.licence for data, hub in corpus.PRESETS.items()} == licences
+    assert all(corpus.PRESETS[data].attribution.startswith(who) for data, who in authors.items())
+    assert corpus.PRESETS["enwik8"].options["data_files"] == "https://mattmahoney.net/dc/enwik8.zip"
 
 
 def test_without_blank_lines_blocks_end_at_lines_and_without_lines_anywhere():
