@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 
 from ecmoe.report.render import page_html
 from ecmoe.study import load
-from ecmoe.study.parameters import check_parameters, merge_parameters
+from ecmoe.study.parameters import check_parameters, merge_parameters, parameter_files
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -115,6 +116,30 @@ def test_redrawn_without_training_it_says_what_is_missing(page, tmp_path, monkey
     text = page(notebook, parameters(notebook, tmp_path) | {"train_missing": False}).text
     assert "0 of 4 runs, one by one" in text and "any of 4 runs" in text and "Not run: " in text
     assert not list(tmp_path.glob("runs/*/curve.csv"))
+
+
+def seen(soup: BeautifulSoup) -> tuple[list[str], list[float]]:
+    """What a reader sees of a page, but for code and links: the lines of its text and figures, and the decimal numbers in them."""
+    for aside in soup.main.select("nav, .quiet, details.code, details.log"):
+        aside.decompose()
+    for cell in soup.main.select(".cell"):
+        del cell["id"]  # the pipeline's pages have a cell more, of their parameters
+    lines = [line for line in str(soup.main).splitlines() if line.strip()]
+    numbers = re.compile(r"\d+\.\d+(?:e-?\d+)?")
+    return [numbers.sub("#", line) for line in lines], [float(x) for line in lines for x in numbers.findall(line)]
+
+
+@pytest.mark.parametrize(
+    "notebook", [path for path in NOTEBOOKS if "train_missing" in path.read_text()], ids=lambda path: path.stem
+)
+def test_the_committed_page_is_what_the_committed_results_give(notebook, page, monkeypatch):
+    """Who changes what a page says or draws, knowing or not, sees it here; `make report SCALE=gpu` writes the pages anew."""
+    monkeypatch.setenv("ECMOE_HOME", str(ROOT))
+    values = merge_parameters(parameter_files(notebook.stem, "gpu")) | {"train_missing": False}
+    committed = BeautifulSoup((ROOT / f"reports/gpu/{notebook.stem}.html").read_text(encoding="utf-8"), "html.parser")
+    (text, numbers), (written, given) = (seen(soup) for soup in (page(notebook, values), committed))
+    assert text == written
+    np.testing.assert_allclose(numbers, given, rtol=1e-6, atol=1e-5)
 
 
 WRONG = {

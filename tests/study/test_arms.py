@@ -1,6 +1,7 @@
 """configs/arms.yaml: every arm is named once, differs from every other, and can be built at every scale."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -28,6 +29,63 @@ def test_a_name_is_one_arm_and_an_arm_has_one_name():
     assert heads == list(plan.named_arms())  # a key that stood twice would have won in silence
     alike = Counter(json.dumps(keys, sort_keys=True) for name, keys in plan.named_arms().items() if name in TEXT)
     assert max(alike.values()) == 1
+
+
+EC, TOP = {"router": "expert_choice"}, {"router": "token_choice", "capacity_factor": 1.0}
+HASH, TASKS = {"router": "hash", "capacity_factor": 1.25}, {"router": "task_level", "num_tasks": 8}
+# What the words of a name say, from the papers and the README: later ones change what earlier ones said.
+SAYS = (
+    ("EC|one EC network|joint, EC", EC),
+    (r"EC-CF([\d.]+)", lambda c: {"capacity_factor": float(c)}),
+    (r"EC-CAP(\d)", lambda b: {"capacity_factor": 2.0, "max_experts_per_token": int(b)}),
+    ("GShard top-2|Top-2", TOP | {"top_k": 2}),
+    ("Switch top-1", TOP | {"top_k": 1, "capacity_factor": 1.25, "gate": "softmax"}),
+    ("Hash (modulo|balanced)", lambda table: HASH | {"hash_table": table}),
+    ("Dense|Expert Gate|one dense network|joint, dense", {"router": "dense"}),
+    ("Dense MoE", {"router": "dense_moe"}),
+    ("BASE", {"router": "linear_assignment"}),
+    ("K-means", {"router": "kmeans", "capacity_factor": 1.25}),
+    ("Task level", TASKS | {"task_table": "learned"}),
+    ("Task level fixed", {"task_table": "fixed"}),
+    ("Expert threshold", {"router": "expert_threshold", "capacity_factor": 2.0}),
+    ("Batch priority", TOP | {"top_k": 2, "gate": "renormalized", "priority": "score"}),
+    ("Loss-free bias", TOP | {"top_k": 2, "gate": "renormalized", "balance": "bias", "aux_loss_weight": 0.0}),
+    ("Expert Gate", {"approach": "expert_gate"}),
+    ("one (dense|EC) network", lambda _: {"approach": "sequence"}),
+    ("joint", {"approach": "joint"}),
+    ("one EC network|joint, EC", {"gate": "renormalized"}),
+    (".* renormalized", {"gate": "renormalized"}),
+    (".* scaled", {"gate": "scaled"}),
+    (".* raw", {"gate": "softmax"}),
+    (".* nothing dropped", {"capacity_factor": None, "gate": "renormalized"}),
+    (r".*, capacity ([\d.]+)", lambda c: {"capacity_factor": float(c)}),
+    (r".*, (\d+) experts", lambda e: {"num_experts": int(e)}),
+    (r".*, pool (\d+)", lambda n: {"pool": int(n)}),
+    (r".*, pool ([a-z]+)", lambda pool: {"pool": pool}),
+    (".*, no auxiliary loss", {"aux_loss_weight": 0.0}),
+    (r".*, auxiliary weight ([\d.]+)", lambda weight: {"aux_loss_weight": float(weight)}),
+    (".*, first choices counted", {"balance": "first_choice"}),
+    (".*, Dykstra", {"cap_solver": "dykstra"}),
+    (r".*, initial scale (\d+)", lambda scale: {"moe_init_scale": float(scale)}),
+    (r".*, (\d/\d) of the steps", lambda share: {"steps": share}),
+    (".* equal FLOPs", {"d_ff": "7/6"}),  # 7/2 d f of two layers, one of experts, to the 3 d f of a gated FFN
+    (r"EC.*, ([\d.]+) places? a patch", lambda c: {"capacity_factor": float(c)}),
+    (r"Top-2.*, ([\d.]+) places? a patch", lambda c: {"capacity_factor": float(c) / 2, "balance": "importance_load"}),
+    ("Top-2.*, batch priority", {"priority": "score"}),
+    ("Top-2.*, order of arrival", {"priority": "order"}),
+    # As many tokens: 4 x 1/4.
+    (".*, constant rate", {"schedule": "constant", "learning_rate": 0.002, "relative_init": "normal"}),
+    (".*, constant rate", {"batch_size": "4/1", "steps": "1/4", "warmup_steps": "1/2"}),
+)
+
+
+@pytest.mark.parametrize("name", plan.named_arms())
+def test_an_arm_is_what_its_name_says(name):
+    keys = {}
+    for words, says in SAYS:
+        if found := re.match(rf"({words})\b", name):
+            keys |= says if isinstance(says, dict) else says(found[2])
+    assert keys == plan.named_arms()[name]
 
 
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.study import plan
+from ecmoe.study import engine, plan, speed
 
 LIGHT = """
 import sys
@@ -194,3 +195,18 @@ def test_an_arm_has_one_name(scale):
     for name, called in names.items():
         sizes = [arm for arm in called if arm.endswith("experts")]  # 64 experts are the study's own number
         assert len(called) - len(sizes) <= 1, (name, called)
+
+
+def test_what_was_committed_is_planned(monkeypatch):
+    """Who changes a row of a config leaves the runs that it planned on no page: their names hold all that they were."""
+    monkeypatch.setenv("ECMOE_HOME", str(Path(__file__).parents[2]))
+    planned = {file for one in plan.plan("gpu") for file in engine.files(one, "gpu")}
+    assert set(paths.records("gpu").glob("*.json")) | set(paths.measures("gpu").glob("*/*.json")) <= planned
+    timed = {file for file in speed.folder("gpu").glob("*.json") if not file.name.startswith("scaling")}
+    assert timed == set(speed.files("gpu"))
+
+
+def test_the_rates_come_first_the_centre_next_and_the_largest_last():
+    """A machine that is taken away leaves what is worth most; a page that order.yaml doesn't name would come after the last."""
+    begun = list(dict.fromkeys(page for one in plan.plan("gpu") for page in one.pages))
+    assert begun[:2] == ["14_learning_rate", "01_convergence"] and begun[-1] == "07_fine_tuning"
