@@ -169,22 +169,18 @@ class RunConfig:
         if not self.images and (self.vocab_size != 256 if self.tokenizer == "bytes" else self.vocab_size < 257):
             raise ConfigError(f"vocab_size={self.vocab_size} with tokenizer={self.tokenizer}: must be 256 with bytes, and "
                               "at least 257 with bpe (256 bytes and a merge)")  # fmt: skip
-        self._check_routing()
-        object.__setattr__(self, "data", with_content(self.data))  # so that a changed text gives a different run
-
-    def _check_routing(self) -> None:
-        row = self.row
         if self.images and self.needs:
             others = ", ".join(name for name, other in ROUTERS.items() if not other.needs(vars(self)))
             raise ConfigError(f"router={self.router!r} with data={self.data!r}: it routes by {' and '.join(self.needs)}, which "
                               f"images don't have; use one of {others}")  # fmt: skip
-        if self.strategy == "ep" and (row.layer is None or self.num_experts % self.ranks):
+        if self.strategy == "ep" and (self.row.layer is None or self.num_experts % self.ranks):
             raise ConfigError(f"strategy='ep' with router={self.router!r}, num_experts={self.num_experts}: each of devices x num_nodes="
                               f"{self.ranks} ranks holds an equal number of experts; make num_experts divisible, or use fsdp2")  # fmt: skip
         if self.sharded and self.optimizer == "adafactor":
             raise ConfigError(f"optimizer='adafactor' with strategy={self.strategy!r}: Adafactor reads whole matrices, but a rank "
                               "has only parts of them; use adamw, or strategy: ddp")  # fmt: skip
-        row.check(self)
+        self.row.check(self)
+        object.__setattr__(self, "data", with_content(self.data))  # so that a changed text gives a different run
 
     @property
     def row(self) -> RouterRow:

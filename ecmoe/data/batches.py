@@ -84,17 +84,14 @@ class RunData(L.LightningDataModule):
             was = f"data={self.config.data!r} has changed since the checkpoint was written, from {state['digest']} to"
             raise ConfigError(f"{was} {self.digest}: restore it, or delete runs/{self.config.name} to start again")
 
-    def train_batches(self, start: int, rank: int, world: int) -> Batches:
-        """Return the training batches of a rank, beginning at micro-step `start`."""
-        return self.batches(self.train, self.config.batch_size, self.config.seed, start, rank, world)
-
     def val_batches(self) -> list[Batch]:
         """Return the validation batches of all ranks; batch i belongs to rank i mod the number of ranks."""
         size = self.config.batch_size
         return [batch_of(self.val, slice(i, i + size)) for i in range(0, len(self.val[0]), size)]
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_batches(self.start_step, *self._place))
+        size, seed = self.config.batch_size, self.config.seed
+        return self._loader(self.batches(self.train, size, seed, self.start_step, *self._place))
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._place

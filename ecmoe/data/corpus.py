@@ -171,10 +171,9 @@ def json_rows(what: str, path: Path, texts: Sequence[str]) -> Rows:
     """Yield `checked_rows` of a file that holds JSON Lines or a list of JSON objects. Errors name the file and row."""
     with _opened(what, path, f"a JSON object a line, with {' and '.join(texts)}") as file:
         first = file.readline()
-        if first.lstrip().startswith("["):
-            yield from checked_rows(f"{what}: {path}, row", json.loads(first + file.read()), texts)
-        else:
-            yield from checked_rows(f"{what}: {path}, line", itertools.chain([first], file), texts)
+        whole = first.lstrip().startswith("[")
+        rows = json.loads(first + file.read()) if whole else itertools.chain([first], file)
+        yield from checked_rows(f"{what}: {path}, {'row' if whole else 'line'}", rows, texts)
 
 
 def checked_rows(where: str, rows: Iterable[Any], texts: Sequence[str]) -> Rows:

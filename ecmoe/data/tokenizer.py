@@ -59,9 +59,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         show_progress=False,
     )
     fast.train_from_iterator(texts, trainer)
-    if fast.get_vocab_size() != vocab_size:
-        raise ConfigError(
-            f"vocab_size={vocab_size}: the corpus gives only {fast.get_vocab_size()} tokens; set at most that many (at "
-            "least 257), raise max_bytes, or take a larger corpus"
-        )
+    if (found := fast.get_vocab_size()) != vocab_size:
+        remedy = "set at most that many (at least 257), raise max_bytes, or take a larger corpus"
+        raise ConfigError(f"vocab_size={vocab_size}: the corpus gives only {found} tokens; {remedy}")
     fast.save(str(path))

@@ -4,6 +4,7 @@ Rank variables in the environment are read under torchrun only. Those that a SLU
 program left there say nothing about the run.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -62,10 +63,8 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None],
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as ranks:
         while ranks.poll() is None:
             still_ours()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 ranks.wait(timeout=2)
-            except subprocess.TimeoutExpired:
-                continue
     if not (folder / "summary.json").exists():
         raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {ranks.returncode}")
 

@@ -109,7 +109,6 @@ def not_run(config: Any) -> Result:
 
 def write_run(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`, with the SHA-256 of the run's other files. Call it last: these files must be complete."""
-    folder = Path(folder)
     files = {name: sha256(folder / name) for name in FILES if (folder / name).exists()}
     write_json(folder / "summary.json", {**summary, "files": files}, sealed=True)
 
@@ -146,9 +145,9 @@ def checked_weights(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Return the path of a finished run's weights, and its summary, both verified. Raises: as `Result.load_model`."""
     path = place_of(folder, "model.safetensors")
     if not path.exists():
+        remedy = "to get them: run_or_load(config, weights=True), without records"
         raise FileNotFoundError(
-            f"no weights in {folder}: only finished runs have them, and records have none; to get them: "
-            "run_or_load(config, weights=True), without records"
+            f"no weights in {folder}: only finished runs have them, and records have none; {remedy}"
         )
     summary = read_run(folder).summary
     verify(folder, path.name, summary)
@@ -196,9 +195,9 @@ def read_record(path: str | Path) -> Result:
     try:
         curve = pd.DataFrame(record["curve"]).reindex(columns=metrics.curve()).astype(float)
         result = Result(_checked(record["summary"], path), curve)
+    except Damaged:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, Damaged):
-            raise
         raise Damaged(path, f"it isn't a record of a run: {error!r}; it must have `summary` and `curve`") from error
     if result.summary["name"] != path.stem:
         raise Damaged(path, f"it holds the run {result.summary['name']}")

@@ -224,8 +224,7 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:  # damaged bytes may raise anything
         if say:
-            told = f"{checkpoint} is damaged ({error}): it is ignored, and the run starts again"
-            print(told, file=sys.stderr, flush=True)
+            print(f"{checkpoint} is damaged ({error}); the run starts again", file=sys.stderr, flush=True)
         return None
 
 

@@ -376,7 +376,7 @@ def test_only_who_asks_for_it_sees_them_moved():
     for augment in (False, True):
         data = images.ImageData(RunConfig(augment=augment, **keys))
         data.setup()
-        first.append(next(iter(data.train_batches(0, 0, 1))))
+        first.append(next(iter(data.train_dataloader())))
     (x, y), (moved, same) = first
     assert torch.equal(y, same) and torch.equal(moved, images.shifted(x, np.random.default_rng([0, 0, 0, 1])))
 

@@ -65,7 +65,7 @@ def test_every_batch_sees_all_parts(mix):
     )
     (uneven,) = opened(config(mix, batch_size=7, eval_batches=1)).val_batches()
     assert shares(uneven) == [3, 2, 2]
-    steps = [shares(batch) for _, batch in zip(range(200), data.train_batches(0, 0, 1), strict=False)]
+    steps = [shares(batch) for _, batch in zip(range(200), data.train_dataloader(), strict=False)]
     assert (
         sum(min(step) > 0 for step in steps) > 100
     )  # of 200: six windows drawn from three parts miss one 28% of the time
