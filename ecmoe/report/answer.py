@@ -85,7 +85,8 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
         missing = f"; missing: {', '.join(part.missing)}" * bool(part.missing)
         seeds = counted(part.effect.n, part.effect.of) + missing if part.effect.n else None
         either = ", either way" * (part.unit is Unit.RATIO)
-        seen = amount(part.smallest, part.unit, compares=True) + either if part.interval else None
+        smallest = part.effect.smallest(part.level, protocol().power)
+        seen = amount(smallest, part.unit, compares=True) + either if part.interval else None
         rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
     frame = pd.DataFrame(rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "could have seen"])
     if label == PLUMBING:  # numbers at scale smoke are meaningless

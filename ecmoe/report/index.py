@@ -18,7 +18,6 @@ from ecmoe.files import write_text
 from ecmoe.report.markup import TEMPLATE, markup
 from ecmoe.report.render import page_html
 from ecmoe.report.scoreboard import markdown, scoreboard_html, studies_html
-from ecmoe.study.answer import answer
 from ecmoe.study.parameters import check_scale
 from ecmoe.study.verdict import judge_all
 
@@ -33,7 +32,7 @@ def index(scale: str, reports: str | Path | None = None) -> Path:
     files = {page["name"]: page["file"] for page in pages}
     found = [[page["file"], page["title"], *part] for page in pages for part in page["sections"]]
     parts = {
-        "What holds": scoreboard_html(verdicts, answer(scale, verdicts), files),
+        "What holds": scoreboard_html(scale, verdicts, files),
         "All pages": markup("listing", pages),
         "Search": markup("search", found),
         "What was run, and what is missing": studies_html(scale, files),

@@ -12,7 +12,7 @@ from ecmoe.files import ConfigError, write_text
 from ecmoe.report.plots import Plot, share_of_floor
 from ecmoe.report.scoreboard import CAPTION, effects, markdown
 from ecmoe.study import speed
-from ecmoe.study.answer import answer
+from ecmoe.study.answer import answer, cost
 from ecmoe.study.verdict import judge_all
 
 
@@ -57,7 +57,5 @@ def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
             image = f"reports/{scale}/readme-{name}.png"
             found[name] = f'<img src="{image}" width="760" alt="{html.escape(plot.alt)}">\n\n{caption}'
             plots[image] = plot
-    said = answer(scale, verdicts)
-    paragraphs = "\n\n".join(said.sentences)
-    found["evidence"] = f"{paragraphs}\n\n{found['evidence']} {said.cost}"
+    found["evidence"] = "\n\n".join([*answer(verdicts), f"{found['evidence']} {cost(scale)}"])
     return found, plots

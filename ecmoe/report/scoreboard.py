@@ -15,7 +15,7 @@ from ecmoe.report.markup import COLORS, TEMPLATE, markup, table_html
 from ecmoe.report.plots.draw import name_rows, number, panels
 from ecmoe.report.plots.style import INK, Plot
 from ecmoe.study import engine, plan
-from ecmoe.study.answer import Answer
+from ecmoe.study.answer import answer, cost
 from ecmoe.study.estimate import Unit
 from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart
 
@@ -26,13 +26,14 @@ CAPTION = (
 )
 
 
-def scoreboard_html(verdicts: Verdicts, answer: Answer, pages: Mapping[str, str]) -> Markup:
-    """Return the claims of a scale. verdicts: from `judge_all`. answer: the summary. pages: name -> file, of existing pages."""
+def scoreboard_html(scale: str, verdicts: Verdicts, pages: Mapping[str, str]) -> Markup:
+    """Return the claims of a scale, and their summary. verdicts: from `judge_all`. pages: name -> file, of existing pages."""
     tally = Counter(verdict.label for verdict in verdicts.values())
     plot = effects(verdicts)
     shown = "" if plot.figure is None else markup("figure", plot.svg(), CAPTION, table_html(plot.data))
     claims = [(v, pages.get(v.about.page), judged_html(v)) for v in verdicts.values()]
-    return markup("board", [(label, tally[label]) for label in COLORS if tally[label]], answer, claims, shown)
+    counts = [(label, tally[label]) for label in COLORS if tally[label]]
+    return markup("board", counts, answer(verdicts), cost(scale), claims, shown)
 
 
 def effects(verdicts: Verdicts) -> Plot:

@@ -4,7 +4,6 @@ Every number is computed from verdicts and records, so README and index can't di
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from ecmoe import paths
 from ecmoe.files import read_json
@@ -32,25 +31,16 @@ OTHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Answer:
-    """sentences: three, or one if nothing can be concluded. cost: training hours of all runs, and the command to continue."""
-
-    sentences: tuple[str, ...]
-    cost: str
-
-
-def answer(scale: str, verdicts: Mapping[str, ClaimVerdict]) -> Answer:
-    """Return the summary of a scale. verdicts: from `judge_all`."""
+def answer(verdicts: Mapping[str, ClaimVerdict]) -> list[str]:
+    """Return what the verdicts of a scale (from `judge_all`) say: three sentences, or one if nothing can be concluded."""
     found, labels = list(verdicts.values()), {one.label for one in verdicts.values()}
     if verdict.PLUMBING in labels:
-        sentences = ("Scale smoke shows that every part works, and says nothing about the paper.",)
-    elif labels <= {NOT_RUN}:
-        sentences = ("Nothing was run yet.",)
-    else:
-        others = _told(found, OTHERS) or ["none is contradicted, undecided or without an effect"]
-        sentences = _holds(found), f"{'; '.join(others)}.", _choice(found)
-    return Answer(tuple(text[0].upper() + text[1:] for text in sentences), _cost(scale))
+        return ["Scale smoke shows that every part works, and says nothing about the paper."]
+    if labels <= {NOT_RUN}:
+        return ["Nothing was run yet."]
+    others = _told(found, OTHERS) or ["none is contradicted, undecided or without an effect"]
+    sentences = _holds(found), f"{'; '.join(others)}.", _choice(found)
+    return [text[0].upper() + text[1:] for text in sentences]
 
 
 def _holds(found: Sequence[ClaimVerdict]) -> str:
@@ -67,16 +57,12 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
     told = []
     for label, text in texts.items():
         if some := [one for one in found if one.label == label]:
-            said, ids = "; ".join(map(_in_short, some)), ", ".join(one.claim for one in some)
+            of = [one.said.removeprefix(label).replace(" in", ", in") for one in some]  # if only some parts have it
+            said = "; ".join(f"{one.claim}{parts}: {one.about.short}" for one, parts in zip(some, of, strict=True))
+            ids = ", ".join(one.claim for one in some)
             s, are = ("s", "is") if len(some) == 1 else ("", "are")
             told.append(text.format(n=len(some), s=s, are=are, said=said, ids=ids))
     return told
-
-
-def _in_short(one: ClaimVerdict) -> str:
-    """Return the claim's id and short text, with the number of parts if only some of them have the claim's label."""
-    some = one.said.removeprefix(one.label)
-    return f"{one.claim}{some and f',{some}'}: {one.about.short}"
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
@@ -86,7 +72,8 @@ def _choice(found: Sequence[ClaimVerdict]) -> str:
     return f"For a choice of router: {said}." if said else NO_CHOICE
 
 
-def _cost(scale: str) -> str:
+def cost(scale: str) -> str:
+    """Return in words the training hours of all runs of a scale, and the command that continues."""
     runs = [read_json(path)["summary"] for path in sorted(paths.records(scale).glob("*.json"))]
     hours = sum(run.get("seconds") or 0 for run in runs) / 3600
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))

@@ -48,11 +48,6 @@ class JudgedPart(Part):
         """The confidence interval in the unit; None for fewer than two seeds (or turns of a bench)."""
         return self.effect.interval(self.level)
 
-    @property
-    def smallest(self) -> float:
-        """The minimum detectable effect in the unit (a factor for a ratio); NaN for fewer than two values."""
-        return self.effect.smallest(self.level, protocol().power)
-
 
 @dataclass(frozen=True)
 class RestsOn:
@@ -240,14 +235,10 @@ def label_of(part: Part, found: Estimate, level: float) -> str:
     """Return the label of a part at this confidence level, by the protocol's rule."""
     if not found.n:
         return NOT_RUN
-    least = protocol().least_seeds if found.of == "seed" else 2
-    inner = found.inner(level)
-    return UNDECIDED if found.n < least or inner is None else _of_interval(part, *inner)
-
-
-def _of_interval(part: Part, low: float, high: float) -> str:
-    """Return the label for an interval given on the unit's inner scale."""
-    neutral, unit = part.unit.inner(part.neutral), part.unit
+    if found.n < (protocol().least_seeds if found.of == "seed" else 2):
+        return UNDECIDED
+    low, high = found.inner(level)
+    neutral, unit = part.unit.inner(part.neutral), part.unit  # all on the unit's inner scale
     margin = math.log1p(part.margin) if unit is Unit.RATIO else part.margin
     figure = None if part.figure is None else unit.inner(part.figure)
     if part.says == "near":

@@ -126,7 +126,9 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     cells = [cell.text for cell in rows[0].find_all(["th", "td"])]
     assert cells[:2] == [part.name, part.label] and cells[2].startswith("70% (") and cells[4] == part.rule
     assert cells[3] == "3 seeds; missing: EC-CF2 renormalized s3"
-    assert cells[5] == f"{100 * part.smallest:.1f} points" and part.smallest < 0.1  # of shares that are compared
+    assert (
+        cells[5] == f"{100 * part.effect.smallest(part.level):.1f} points" and part.effect.smallest(part.level) < 0.1
+    )  # of shares that are compared
     fewer = {of: seeds(0.1, n=2) for of in shares}
     (row, *_) = soup(
         answer.parts_html(judged("C7", {"EC-CF2 renormalized": fewer}).deciding, "reproduced")
@@ -139,7 +141,9 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     assert row.find_all("td")[1].text.startswith("1.17 times (")
     (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
     (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
-    assert row.find_all("td")[4].text == f"{spread.smallest:.3f}".rstrip("0") + " times, either way"
+    assert (
+        row.find_all("td")[4].text == f"{spread.effect.smallest(spread.level):.3f}".rstrip("0") + " times, either way"
+    )
 
 
 def test_smoke_shows_rules_and_no_number():

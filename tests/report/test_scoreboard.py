@@ -94,9 +94,7 @@ def verdicts():
 
 def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
     page = BeautifulSoup(
-        scoreboard.scoreboard_html(
-            verdicts, answer("gpu", verdicts), {"05_other_routers": "05_other_routers.failed.html"}
-        ),
+        scoreboard.scoreboard_html("gpu", verdicts, {"05_other_routers": "05_other_routers.failed.html"}),
         "html.parser",
     )
     assert {li.span.text: li.text.split()[-1] for li in page.find(class_="tally").find_all("li")} == {
@@ -212,7 +210,7 @@ def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():
     verdicts, said = {"C1": judged("C1", losses(**CENTRE))}, "contradicted in 2 of 4 parts"
     assert f"| {said} |" in scoreboard.markdown("claims", verdicts, "gpu")
     assert f"**{said}.**" in scoreboard.markdown("scoreboard", verdicts, "gpu")
-    page = BeautifulSoup(scoreboard.scoreboard_html(verdicts, answer("gpu", verdicts), {}), "html.parser")
+    page = BeautifulSoup(scoreboard.scoreboard_html("gpu", verdicts, {}), "html.parser")
     badge = page.find(class_="claims").find(class_="badge")
     assert badge.text == said and COLORS["contradicted"] in badge["style"]
     assert page.find(class_="tally").find(class_="badge").text == "contradicted"
@@ -269,7 +267,7 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     studies = page.main.find_all("table")[-1].find_all("a")
     assert [a["href"] for a in studies] == ["05_other_routers.html"]  # page 08 trains nothing
     assert page.text.count("make reproduce SCALE=gpu") == 2  # in the answer, and below those runs
-    assert answer("gpu", verdicts).sentences[0] in page.text
+    assert answer(verdicts)[0] in page.text
     assert "all pages and results" in page.footer.text and page.find("a", string="Search")["href"] == "#search"
     assert not page.find("a", string="All reports")  # it is that page
     assert (tmp_path / "scoreboard.md").read_text() == scoreboard.markdown("scoreboard", verdicts, "gpu")
@@ -277,7 +275,7 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
 
 def test_smoke_judges_nothing():
     found = {"C6": judged("C6", losses(**HASH), scale="smoke")}
-    page = BeautifulSoup(scoreboard.scoreboard_html(found, answer("smoke", found), {}), "html.parser")
+    page = BeautifulSoup(scoreboard.scoreboard_html("smoke", found, {}), "html.parser")
     assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text and not page.find("svg")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ecmoe import paths
 from ecmoe.files import write_json
-from ecmoe.study.answer import answer
+from ecmoe.study.answer import answer, cost
 from ecmoe.study.protocol import find_claim, protocol
 from ecmoe.study.verdict import CONTRADICTED, IN_DIRECTION, NO_EFFECT, NOT_RUN, REPRODUCED, UNDECIDED, of_evidence
 from tests.study.known import CENTRE, Known, judged, losses, seeds
@@ -25,8 +25,7 @@ def verdicts(numbers, scale="gpu", **more):
 
 def test_three_sentences_from_the_verdicts_and_the_cost(home):
     numbers = losses(**CENTRE, **{"EC-CAP2 renormalized": seeds(3.62), "EC-CAP3 renormalized": seeds(3.601)})
-    found = answer("gpu", verdicts(numbers, bench={"even": [1.08, 1.081, 1.079]}, step_time=1.1))
-    holds, does_not, choice = found.sentences
+    holds, does_not, choice = answer(verdicts(numbers, bench={"even": [1.08, 1.081, 1.079]}, step_time=1.1))
     assert holds == (
         "Of the paper's 12 claims 5 were run so far, at 4 layers of width 64, 8 experts, trained on 122,880 tokens: 2 hold (C5: a cap of 2 experts "
         "costs quality; C9: EC beats dense models, and sooner), and 1 holds in direction, but not by as much "
@@ -40,8 +39,8 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
         "For a choice of router: with renormalized gates, EC-CF2 ends 0.001 nats below GShard top-2 after as many"
     )
     assert "). A GShard top-2 step takes 1.08 times the time of an EC-CF2 step" in choice and choice.endswith(".")
-    assert found.cost == "`make reproduce SCALE=gpu` runs it."
-    untimed = answer("gpu", verdicts(numbers)).sentences[2]  # names no part that has no number
+    assert cost("gpu") == "`make reproduce SCALE=gpu` runs it."
+    untimed = answer(verdicts(numbers))[2]  # names no part that has no number
     assert "with renormalized gates" in untimed and "times the time" not in untimed and "not run" not in untimed
 
 
@@ -49,7 +48,7 @@ def test_the_cost_is_that_of_all_records(home):
     for i, device in enumerate(["NVIDIA H200", "A", "NVIDIA H100", "B", "NVIDIA H100", "C", None]):
         seconds = 1800 if device else None  # of one nothing is known
         write_json(paths.records("gpu") / f"{i}.json", {"summary": {"seconds": seconds, "device": device}})
-    assert answer("gpu", verdicts({})).cost == (
+    assert cost("gpu") == (
         "All 7 runs took 3.0 hours of training on A, B, C, NVIDIA H100, NVIDIA H200; `make reproduce SCALE=gpu` loads them and "
         "trains what is missing."
     )
@@ -73,9 +72,9 @@ SIZE = "at 4 layers of width 64, 8 experts, trained on 122,880 tokens"
 )  # fmt: skip
 def test_one_or_several_claims_of_each_label(home, labels, holds, does_not):
     found = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}))
-    sentences = answer("gpu", {str(i): replace(found, label=label) for i, label in enumerate(labels)}).sentences
+    sentences = answer({str(i): replace(found, label=label) for i, label in enumerate(labels)})
     choice = "No run shows yet what this means for the choice of a router."
-    assert sentences == (f"Of the paper's {holds}", does_not[0].upper() + does_not[1:], choice)
+    assert sentences == [f"Of the paper's {holds}", does_not[0].upper() + does_not[1:], choice]
 
 
 def test_a_label_of_some_parts_alone_says_of_how_many(home):
@@ -86,7 +85,7 @@ def test_a_label_of_some_parts_alone_says_of_how_many(home):
     }
     level = judged("C3", losses(**experts))
     assert level.said == "no effect in 1 of 2 parts"
-    assert answer("gpu", {"C3": level}).sentences[1] == (
+    assert answer({"C3": level})[1] == (
         "No effect was found for 1 (C3, in 1 of 2 parts: more experts help, and EC is ahead of GShard)."
     )
     part, *_ = level.parts
@@ -99,6 +98,6 @@ def test_a_label_of_some_parts_alone_says_of_how_many(home):
 
 
 def test_what_says_nothing_is_said_to(home):
-    assert answer("gpu", verdicts({})).sentences == ("Nothing was run yet.",)
-    (plumbing,) = answer("smoke", verdicts(losses(**CENTRE), "smoke")).sentences
+    assert answer(verdicts({})) == ["Nothing was run yet."]
+    (plumbing,) = answer(verdicts(losses(**CENTRE), "smoke"))
     assert "says nothing about the paper" in plumbing

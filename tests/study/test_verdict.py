@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_every_rule(rule, low, high, label):
 )
 def test_an_interval_may_end_at_a_bound(says, low, high, label):
     bounded = part(says, margin=0.25, figure=0.5 if says == "near" else None)
-    assert verdict._of_interval(bounded, low, high) == label
+    assert label_of(bounded, SimpleNamespace(n=3, of="seed", inner=lambda level: (low, high)), 0.95) == label
 
 
 def test_fewer_than_three_seeds_give_no_verdict():
@@ -337,7 +338,7 @@ def test_an_interval_is_widened_by_the_number_of_parts_and_says_what_it_could_ha
     assert sorted(p.level for p in found.deciding) == pytest.approx([0.95, 0.975])
     first = found.parts[0]
     low, high = first.interval
-    assert first.smallest > (high - low) / 2 and low < first.effect.value < high
+    assert first.effect.smallest(first.level) > (high - low) / 2 and low < first.effect.value < high
 
 
 def test_an_undecided_part_says_how_many_seeds_would_decide_it():
