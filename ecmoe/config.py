@@ -338,17 +338,13 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:
     """Return a hint on how to write a number of the wrong type (YAML reads `1e-3` as text), or an empty string."""
-    if isinstance(value, str) and {int, float} & set(allowed):
-        try:
-            number = float(value)
-        except ValueError:
-            return ""
-        if not math.isfinite(number):
-            return ""
-        if float in allowed:
-            mantissa, exponent = f"{number:.12e}".split("e")
-            return f": write {float(mantissa)}e{int(exponent):+d} (YAML reads {value} as text)"
-        return f": write {int(number)}, without quotes" if number.is_integer() else ""
-    if isinstance(value, float) and int in allowed and value.is_integer():
-        return f": write {int(value)}"
+    try:
+        number = float(value) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        return ""
+    if float in allowed and math.isfinite(number):
+        mantissa, exponent = f"{number:.12e}".split("e")
+        return f": write {float(mantissa)}e{int(exponent):+d} (YAML reads {value} as text)"
+    if int in allowed and number.is_integer():
+        return f": write {int(number)}" + ", without quotes" * isinstance(value, str)
     return ""

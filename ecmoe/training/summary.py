@@ -33,9 +33,8 @@ def summarize(
         data: the run's `RunData`. made: its `circumstances`. sharing: number of runs on its device, including itself.
     """
     last = curve.iloc[-1].to_dict() if len(curve) else {}
-    losses = {key: last.get(key, math.nan) for key in metrics.results() if key in metrics.curve()}
-    if status != "finished":
-        losses = dict.fromkeys(losses, math.nan)
+    valid = last if status == "finished" else {}
+    losses = {key: valid.get(key, math.nan) for key in metrics.results() if key in metrics.curve()}
     val_loss = losses["val_loss"]
     rate = float(curve["tokens_per_second"].median()) if len(curve) else math.nan
     count, world = count_parameters(config), config.ranks

@@ -60,6 +60,13 @@ def test_a_loop_that_forgets_is_told_once(router):
     assert len([w for w in told if "running statistics" in str(w.message)]) == 1 and idle[1].w1.grad is None
 
 
+def test_a_layer_whose_router_is_replaced_by_one_with_statistics_is_told_of():
+    net = model(lambda: TokenChoice(D, E, 1))
+    net[1].router = ExpertChoice(D, E)
+    with pytest.warns(UserWarning, match="ExpertChoice has running statistics"):
+        loop(net, torch.optim.SGD(net.parameters(), lr=0.1), steps=2)
+
+
 @pytest.mark.parametrize("scheduled", [False, True])  # a scheduler wraps the optimiser's step
 def test_the_warning_names_the_line_that_steps(scheduled):
     net = model(lambda: ExpertChoice(D, E))
