@@ -77,8 +77,8 @@ class RelativeBias(nn.Module):
         is unbounded and uses its smallest. Early training can then learn what to attend to, rather than where.
         """
         heads = self.weight.shape[1]
-        slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
-        distances = torch.arange(self.near)  # the last of them is the smallest in the last bucket
+        slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, device="cpu") / heads)
+        distances = torch.arange(self.near, device="cpu")  # the last of them is the smallest in the last bucket
         of = bucket(distances, self.buckets, self.max_distance)
         mean = of.bincount(weights=distances.float()) / of.bincount().clamp_min(1)
         return -slopes * mean[:, None]
