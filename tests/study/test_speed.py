@@ -15,6 +15,7 @@ from ecmoe.bench import layer as bench
 from ecmoe.bench import profile as bench_profile
 from ecmoe.bench import step as bench_step
 from ecmoe.bench.growth import bench_growth, exponents
+from ecmoe.bench.rows import SIZES
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import Damaged, write_json
 from ecmoe.report import plots
@@ -190,6 +191,26 @@ def test_what_the_page_cannot_hold_is_named_before_anything_is_timed(key, value,
     if key != "scaling":  # given to the notebook
         with pytest.raises(ConfigError, match=f"page '08_step_time': {said}"):
             speed.jobs(**values)
+
+
+def test_what_was_timed_is_what_page_08_asks_for(monkeypatch):
+    """A size that was changed after it was timed would head numbers that are another's."""
+    monkeypatch.setenv("ECMOE_HOME", str(Path(__file__).parents[2]))
+    asked = speed.plan("gpu")
+    kept = {name: speed.kept(name, speed.folder("gpu")) for name in speed.jobs(**asked)}
+    grown = {
+        axis: [row["value"] for row in kept["growth"]["rows"] if row["axis"] == axis] for axis in asked["growth_axes"]
+    }
+    assert grown == asked["growth_axes"]
+    pairs = dict.fromkeys((row["n"], row["d_model"]) for row in kept["auto"]["rows"])
+    assert list(pairs) == [(size["n"], size["d_model"]) for size in asked["auto_sizes"]]
+    of_file = {speed.layer_file(name): sizes for name, sizes in asked["layer_sizes"].items()}
+    of_file |= {"growth": asked["growth_from"], "step": SIZES["cuda"] | asked["step_sizes"], "auto": {}}
+    for name, sizes in of_file.items():
+        said = sizes | {"repeats": asked["repeats"]}
+        assert {key: kept[name]["setting"][key] for key in said} == said, name
+    for name in ("layer-small", "step", "auto", "profile"):
+        assert asked["compiled"] and "compiled" in str(kept[name]), name
 
 
 def test_scaling_has_its_own_base_on_top_of_the_scales(monkeypatch):
