@@ -3,8 +3,11 @@
 import base64
 import hashlib
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
@@ -271,6 +274,23 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     assert "all pages and results" in page.footer.text and page.find("a", string="Search")["href"] == "#search"
     assert not page.find("a", string="All reports")  # it is that page
     assert (tmp_path / "scoreboard.md").read_text() == scoreboard.markdown("scoreboard", verdicts, "gpu")
+
+
+def test_the_committed_index_is_what_the_committed_pages_and_results_give(tmp_path, monkeypatch):
+    """Who changes the index, the scoreboard or their style sees it here; `ecmoe index gpu` writes them anew."""
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("ECMOE_HOME", str(root))
+    for path in (root / "reports/gpu").glob("[0-9]*.html"):
+        (tmp_path / path.name).symlink_to(path)
+    index.index("gpu", tmp_path)
+    for name in ("index.html", "scoreboard.md"):
+        made, committed = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, root / "reports/gpu"))
+        decimals = re.compile(
+            r"\d+\.\d+(?:e-?\d+)?"
+        )  # of figures, whose last digits other libraries may round otherwise
+        assert decimals.sub("#", made) == decimals.sub("#", committed)
+        made, committed = (np.array(decimals.findall(text), dtype=float) for text in (made, committed))
+        np.testing.assert_allclose(made, committed, rtol=1e-6, atol=1e-5)
 
 
 def test_smoke_judges_nothing():
