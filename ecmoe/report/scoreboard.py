@@ -63,7 +63,7 @@ def effects(verdicts: Verdicts) -> Plot:
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(xlim=(-reach, reach), xlabel="right of 0: agrees with the paper (logarithmic away from 0)")
-        name_rows(ax, rows["name"], fontsize=9)
+        name_rows(ax, rows["name"], set(rows["name"]), fontsize=9)
         return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
     what, height = "effects, above 0 where they are on the paper's side", 1.0 + 0.21 * sum(heights)

@@ -162,7 +162,7 @@ def test_points_of_two_kinds_stand_side_by_side(ax):
         [measured().assign(kind=kind, dropped=lambda rows, k=k: rows["dropped"] + k) for k, kind in enumerate("xy")]
     )
     pairs = {"x": Look("#0072b2", "o"), "y": Look("#d55e00", "D")}
-    data = draw.points(ax, frame.query("num_experts == 2"), "dropped", order=["a", "b"], hue="kind", pairs=pairs)
+    data = draw.points(ax, frame.query("num_experts == 2"), "dropped", ["a", "b"], ("kind", pairs))
     assert data[["arm", "kind"]].values.tolist() == [["b", "x"], ["a", "x"], ["b", "y"], ["a", "y"]]
     assert data["mean"].tolist() == pytest.approx([43, 23, 143, 123]) and not ax.collections  # no seed has a tick
     means = {(to_hex(line.get_color()), line.get_marker()): line.get_ydata() for line in ax.get_lines() if len(line.get_xdata()) == 2
@@ -193,9 +193,10 @@ def test_a_heat_map_writes_every_number_but_what_is_missing(ax):
 
 
 def test_rows_are_named_from_the_top(ax):
-    draw.name_rows(ax, ["x", "y", "z"], fontsize=7)
+    draw.name_rows(ax, ["x", "y", "z"], {"x", "z"}, fontsize=7)
     assert [(tick.get_text(), tick.get_fontsize()) for tick in ax.get_yticklabels()] == [(name, 7) for name in "xyz"]
     assert ax.get_yticks().tolist() == [0, 1, 2] and ax.get_ylim() == (2.5, -0.5)
+    assert [(text.get_text(), text.get_position()) for text in ax.texts] == [("not run", (0.01, 1))]
 
 
 def test_numbers_decades_apart_have_a_logarithmic_axis(ax):

@@ -4,10 +4,9 @@
 gaps; `figure` is None if nothing was run. Bands and bars are 95% intervals over seeds.
 """
 
-from ecmoe.report.plots.continual import gate_choices, retention
 from ecmoe.report.plots.draw import LABELS
-from ecmoe.report.plots.loss import by_routing, final_loss, over
-from ecmoe.report.plots.routing import expert_shares, routing_matrix
+from ecmoe.report.plots.loss import by_routing, final_loss, over, retention
+from ecmoe.report.plots.routing import expert_shares, gate_choices, routing_matrix
 from ecmoe.report.plots.speed import growth, over_plain, profile, share_of_floor, step_times
 from ecmoe.report.plots.style import Plot, looks
 

@@ -166,38 +166,31 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
 
 
 def points(
-    ax: Axes,
-    frame: pd.DataFrame,
-    value: str,
-    *,
-    order: Sequence[str],
-    pairs: Mapping[str, Look] | None = None,
-    hue: str | None = None,
+    ax: Axes, frame: pd.DataFrame, value: str, order: Sequence[str], pairs: tuple[str, Mapping[str, Look]] | None = None
 ) -> pd.DataFrame:
     """Draw a row per arm: a tick for each seed, the mean, and its 95% interval.
 
     Args:
         frame: a row per arm and seed. value: the column shown. order: arms from top to bottom.
-        hue, pairs: a column whose values are separate points in a row (without ticks), and value -> look.
+        pairs: a column whose values are separate points in a row (without ticks), and value -> look.
 
     Returns:
-        The numbers shown: arm (and hue), mean, low, high, seeds.
+        The numbers shown: arm (and the column of `pairs`), mean, low, high, seeds.
     """
     there = frame.assign(**{value: frame[value] * factor(value)}).dropna(subset=[value])
-    shown = pairs or looks(order)
+    hue, shown = pairs or ("arm", looks(order))
     if len(there):
         common = {"data": there, "x": value, "y": "arm", "order": order, "ax": ax, "legend": False} | {
-            "hue": hue or "arm", "hue_order": list(shown), "palette": {name: look.color for name, look in shown.items()},
+            "hue": hue, "hue_order": list(shown), "palette": {name: look.color for name, look in shown.items()},
         }  # fmt: skip
-        if not hue:
+        if not pairs:
             sns.stripplot(**common, marker="|", size=9, linewidth=1.2, jitter=False, alpha=0.7)
-        sns.pointplot(**common, markers=[look.marker for look in shown.values()], dodge=0.25 if hue else False,
+        sns.pointplot(**common, markers=[look.marker for look in shown.values()], dodge=0.25 if pairs else False,
                       errorbar=bounds, linestyle="none", markersize=7, linewidth=2)  # fmt: skip
-    data = over_seeds(there, ["arm", *[hue] * bool(hue)], value)
-    data = data.set_index("arm").reindex(order).reset_index() if not hue else data
-    name_gaps(ax, [y for y, name in enumerate(order) if name not in set(there["arm"])])
-    name_rows(ax, order)
-    return data
+    name_rows(ax, order, set(there["arm"]))
+    if pairs:
+        return over_seeds(there, ["arm", hue], value)
+    return over_seeds(there, ["arm"], value).set_index("arm").reindex(order).reset_index()
 
 
 def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None = None, top: float | None = None) -> None:
@@ -211,17 +204,13 @@ def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None = None, to
     ax.grid(False)
 
 
-def name_rows(ax: Axes, names: Sequence[str], **text: Any) -> None:
-    """Label the rows of the y axis, from top to bottom."""
+def name_rows(ax: Axes, names: Sequence[str], measured: Collection[str], **text: Any) -> None:
+    """Label the rows of the y axis, from top to bottom, and write "not run" in those that weren't measured."""
     ax.set_yticks(range(len(names)), names, **text)
     ax.set(ylabel="", ylim=(len(names) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
-
-
-def name_gaps(ax: Axes, rows: Sequence[int]) -> None:
-    """Write "not run" in these rows."""
     above = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # hides the grid lines behind the text
-    for y in rows:
+    for y in [y for y, name in enumerate(names) if name not in measured]:
         place = ax.get_yaxis_transform()
         ax.text(0.01, y, "not run", transform=place, va="center", color=GREY, style="italic", bbox=above)
 

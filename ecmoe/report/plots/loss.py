@@ -1,9 +1,12 @@
-"""Figures of measured columns: lines over training steps or over a setting, and final values with a row per arm."""
+"""Figures of measured columns: lines over steps, a setting or tasks learned, and final values with a row per arm."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
 from ecmoe.report.plots.draw import LABELS, in_decades, lines, minus, number, panels, points
 from ecmoe.report.plots.style import INK, Look, Plot, looks
@@ -82,7 +85,7 @@ def final_loss(
     order = list(means.sort_values(ascending=lowest_first, na_position="last").index)
 
     def draw(ax: Axes, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        data = points(ax, table, column, order=order)
+        data = points(ax, table, column, order)
         if reference:
             ax.axvline(0, color=INK, linewidth=1)
         else:
@@ -106,7 +109,7 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
     arms, there = list(dict.fromkeys(frame["arm"])), frame.dropna(subset=[value, panel])
 
     def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        data = points(ax, here, value, order=arms, hue="routing", pairs=_ROUTINGS)
+        data = points(ax, here, value, arms, ("routing", _ROUTINGS))
         ax.axvline(0, color=INK, linewidth=1)
         ax.locator_params(axis="x", nbins=4)
         ax.set_xlabel(label)
@@ -116,6 +119,26 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
 
     each, height = dict(iter(there.groupby(panel, sort=False))), 1.7 + 0.4 * max(len(arms), 2)
     return panels(label, draw, each, height, arms, there["arm"], key=panel, legend=2, sharey=True)
+
+
+def retention(accuracies: pd.DataFrame) -> Plot:
+    """Plot accuracy over the number of tasks learned: a panel per arm, a line per task. accuracies: from `continual.retained`."""
+    there = accuracies.dropna(subset=["accuracy"])
+    there = there.assign(percent=100 * there["accuracy"], task=[f"task {k:g}" for k in there["task"]])
+    tasks = sorted(there["task"].unique())
+    colors = colormaps["viridis"](np.linspace(0.15, 0.85, len(tasks)))
+    shown = {task: Look(to_hex(colors[i]), "osD^vPX<>p"[i % 10]) for i, task in enumerate(tasks)}
+
+    def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+        data = lines(ax, here, "after", "percent", by="task", ticks_at_values=True, shown=shown)
+        ax.set(ylim=(-3, 103), xlabel="tasks learned")
+        ends = data.groupby("task", sort=False)["mean"].agg(["first", "last"])
+        return data, ", ".join(f"{task} {end['first']:.0f}% then {end['last']:.0f}%" for task, end in ends.iterrows())
+
+    each = dict(iter(there.groupby("arm", sort=False)))
+    rows, what = (len(each) + 1) // 2, "accuracy on each task, right after it was learned and after the last"
+    return panels(what, draw, each, 2.9 * rows, accuracies["arm"].unique(), there["arm"], rows=rows, key="arm",
+                  ylabel="accuracy (%)", sharey=True)  # fmt: skip
 
 
 def rows_text(data: pd.DataFrame, at: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Figures of routing: which experts process which tokens, and how many experts a token gets."""
+"""Figures of routing: which experts process which tokens or images, and how many experts a token gets."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ecmoe.model.metrics import SHARES
-from ecmoe.report.plots.draw import heat, name_gaps, name_rows, panels
+from ecmoe.report.plots.draw import heat, name_rows, panels
 from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, Plot, on_color
 from ecmoe.study.estimate import counted
 
@@ -28,14 +28,12 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
         for bars, color in zip(list(ax.containers), COUNT_COLORS, strict=True):
             texts = [f"{width:.0f}%" if width >= 4.3 else "" for width in bars.datavalues]
             ax.bar_label(bars, texts, label_type="center", fontsize=9, color=on_color(color))
-        left, rows = 0.0, [*data.index]
+        left, rows = 0.0, [*data.index, *["the paper (100M/64E)"] * bool(paper)]
         for text, share in (paper or {}).items():
             bar = ax.barh(len(data), 100 * share, left=left, color=LINE, edgecolor=PAPER)
             ax.bar_label(bar, [text], label_type="center", fontsize=9)
             left += 100 * share
-        rows += ["the paper (100M/64E)"] * bool(paper)
-        name_gaps(ax, [y for y, name in enumerate(data.index) if name not in there.index])
-        name_rows(ax, rows)
+        name_rows(ax, rows, {*there.index, *rows[len(data) :]})
         ax.set(xlim=(0, 100), xlabel="share of tokens (%), by the number of experts")
         ax.grid(False)
         said = "; ".join(
@@ -66,3 +64,33 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
     given = {title: np.asarray(w, dtype=float) for title, w in weights.items()}
     what, height = "combine weights, tokens by experts", 1.6 + 0.42 * len(tokens)
     return panels(what, draw, given, height, key="router", sharey=True)
+
+
+def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, tasks: Sequence[str]) -> Plot:
+    """Plot which expert the gates send each task's images to, and how related the tasks are.
+
+    Args:
+        confusion: (K, K) share of the row task's images sent to the column's expert; None: not run.
+        related: (K, K) relatedness of the row's task to the column's; None: not run. tasks: K names.
+    """
+    what = "which expert the gates send a task's images to"
+    if confusion is None or related is None:
+        return panels(what, None, {}, 0)
+    own, worst = confusion.to_numpy(float).diagonal(), int(confusion.to_numpy(float).diagonal().argmin())
+    earlier = np.where(np.tri(len(related), k=-1, dtype=bool), related.to_numpy(float), -np.inf)
+    i, j = np.unravel_index(earlier.argmax(), earlier.shape)
+    found = f"on average {100 * own.mean():.1f}% of a task's images go to its own expert, fewest of {tasks[worst]} ({100 * own[worst]:.1f}%)"
+    closest = f"1 to itself; to an earlier task at most {earlier[i, j]:.2f} ({tasks[i]} to {tasks[j]})"
+
+    def draw(ax: Axes, given: tuple) -> tuple[pd.DataFrame, str]:
+        matrix, said, columns, form, top = given
+        named = pd.DataFrame(matrix.to_numpy(float), list(tasks), [str(c + 1) for c in range(len(tasks))])
+        heat(ax, named, form, min(0.0, float(named.min(axis=None))), top)
+        ax.set_xlabel(columns)
+        return named.rename_axis("task").reset_index(), said
+
+    each = {
+        "images sent to each expert (%)": (100 * confusion, found, "expert", ".1f", 100.0),
+        "relatedness": (related, closest, "gate of task", ".2f", 1.0),
+    }
+    return panels(what, draw, each, 1.5 + 0.42 * max(4, len(tasks)), ylabel="images of task")
