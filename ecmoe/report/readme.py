@@ -9,8 +9,8 @@ import re
 
 from ecmoe import paths
 from ecmoe.files import ConfigError, write_text
+from ecmoe.report.index import CAPTION, effects, markdown
 from ecmoe.report.plots import Plot, share_of_floor
-from ecmoe.report.scoreboard import CAPTION, effects, markdown
 from ecmoe.study import speed
 from ecmoe.study.answer import answer, cost
 from ecmoe.study.verdict import judge_all

@@ -5,7 +5,7 @@ A page is a single file without scripts or requests, with formulas as MathML and
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,23 +39,18 @@ def render(notebook: Any, out_html: Path, source: Path, error: Mapping[str, Any]
         error: shown at the top: {"where": text, "what": text, "cell": number or None}.
     """
     there = os.path.relpath(source.resolve(), out_html.parent.resolve())
-    write_text(out_html, page_html(notebook, error, ways(source), quote(Path(there).as_posix())))
+    write_text(out_html, page_html(notebook, error, ways=ways(source), source=quote(Path(there).as_posix())))
 
 
 def page_html(
-    notebook: Any,
-    error: Mapping[str, Any] | None = None,
-    ways: Sequence[Mapping[str, str]] = (),
-    source: str = "",
-    parts: Mapping[str, str] | None = None,
-    **more: str,
+    notebook: Any, error: Mapping[str, Any] | None = None, parts: Mapping[str, str] | None = None, **more: Any
 ) -> str:
     """Return an executed notebook as an HTML page.
 
     Args:
-        ways: links to the previous and next page, each with `href`, `rel` and `text`. source: address of the notebook.
-        parts: heading -> HTML that follows the cells. more: `footer`; `script` and `script_digest` (base64 of its SHA-256) of
-            the only script that the page may run.
+        error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to the previous and next page;
+            `source`, address of the notebook; `footer`; `script` and `script_digest` (base64 of its SHA-256) of the only script
+            that the page may run.
     """
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for number, cell in enumerate(notebook.cells, 1):
@@ -94,11 +89,10 @@ def page_html(
         "toc": [heading for heading in toc if heading["level"] in (2, 3)],
         "css": f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n{style}",
         "error": error,
-        "ways": list(ways),
-        "source": source,
         "parts": sections,
         "footer": FOOTER,
-    } | more
+        **more,
+    }
     exporter = HTMLExporter(
         config=Config(_NBCONVERT), template_name="template", extra_template_basedirs=[str(TEMPLATE.parent)]
     )

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.report import index, scoreboard
+from ecmoe.report import index
 from ecmoe.report.answer import found
 from ecmoe.report.markup import COLORS
 from ecmoe.study.answer import answer
@@ -55,14 +55,14 @@ def pages(tmp_path, monkeypatch):
 
 
 def test_every_page_says_what_is_missing(pages):
-    rows = scoreboard.studies("gpu")
+    rows = index.studies("gpu")
     assert rows["page"].tolist() == ["01_a", "02_b", "04_d"]
     assert rows["runs"].tolist() == ["1 of 1", "3 of 6", "1 of 2"]  # one that diverged is a finding
     assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC s2", "EC s2"]
 
 
 def test_shown_with_the_command_that_repeats_it(pages):
-    page = BeautifulSoup(scoreboard.studies_html("gpu", {"02_b": "02_b.failed.html"}), "html.parser")
+    page = BeautifulSoup(index.studies_html("gpu", {"02_b": "02_b.failed.html"}), "html.parser")
     assert "make reproduce SCALE=gpu" in page.caption.text and not page.find("details")
     assert [row.th.text for row in page.tbody.find_all("tr")] == ["01_a", "02_b", "04_d"]
     assert [a["href"] for a in page.find_all("a")] == ["02_b.failed.html"]  # the other isn't there yet
@@ -74,11 +74,9 @@ def test_a_long_list_of_what_is_missing_is_folded(monkeypatch):
     rows = pd.DataFrame(
         [("01_a", "1 of 9", text) for text in missing.values()], columns=["page", "runs", "missing (seeds)"]
     )
-    monkeypatch.setattr(scoreboard, "studies", lambda scale: rows)
-    assert "\u201cmake reproduce\u201d trains" in scoreboard.studies_html("smoke", {})
-    cells = BeautifulSoup(scoreboard.studies_html("gpu", {}), "html.parser").find_all(
-        attrs={"data-of": "missing (seeds)"}
-    )
+    monkeypatch.setattr(index, "studies", lambda scale: rows)
+    assert "\u201cmake reproduce\u201d trains" in index.studies_html("smoke", {})
+    cells = BeautifulSoup(index.studies_html("gpu", {}), "html.parser").find_all(attrs={"data-of": "missing (seeds)"})
     assert [bool(cell.details) for cell in cells] == [False, False, True]
     assert cells[2].summary.text == "11 arms" and missing[11] in cells[2].details.text and cells[0].text == missing[9]
 
@@ -97,14 +95,14 @@ def verdicts():
 
 def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
     page = BeautifulSoup(
-        scoreboard.scoreboard_html("gpu", verdicts, {"05_other_routers": "05_other_routers.failed.html"}),
+        index.scoreboard_html("gpu", verdicts, {"05_other_routers": "05_other_routers.failed.html"}),
         "html.parser",
     )
     assert {li.span.text: li.text.split()[-1] for li in page.find(class_="tally").find_all("li")} == {
         "reproduced": "1", "no effect": "1", "not run": "1",
     }  # fmt: skip
-    figure, effects = page.figure, scoreboard.effects(verdicts)
-    assert figure.svg["aria-label"] == effects.alt and figure.figcaption.text == scoreboard.CAPTION
+    figure, effects = page.figure, index.effects(verdicts)
+    assert figure.svg["aria-label"] == effects.alt and figure.figcaption.text == index.CAPTION
     numbers = figure.find_next("details", class_="numbers").tbody.find_all("tr")
     assert len(numbers) == len(effects.data) == 2
     lines = page.find(class_="claims").find_all("li", recursive=False)
@@ -117,7 +115,7 @@ def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
 
 
 def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
-    plot = scoreboard.effects(verdicts)
+    plot = index.effects(verdicts)
     assert [ax.get_ylim() for ax in plot.figure.axes] == [(0.5, -0.5)] * 2  # half a row's place around a row
     assert all(ax.get_xlabel().startswith("right of 0: agrees with the paper") for ax in plot.figure.axes)
     for ax, (unit, of) in zip(plot.figure.axes, plot.data.groupby("unit"), strict=True):
@@ -130,7 +128,7 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
         assert colors == [[COLORS[label].lower() for label in of["label"]]] * 2 and ax.get_title() == unit
         assert [tick.get_text() for tick in ax.get_yticklabels()] == of["name"].tolist()
         assert ax.xaxis.get_major_formatter()(0.01, 0) == "0.01" and ax.get_lines()[0].get_xdata() == [0, 0]
-    c1 = scoreboard.effects(verdicts | {"C1": judged("C1", losses(**CENTRE))}).figure
+    c1 = index.effects(verdicts | {"C1": judged("C1", losses(**CENTRE))}).figure
     assert c1.axes[0].get_gridspec().get_height_ratios() == [6.5, 2.5]  # as many rows in nats, and one in percent
     assert c1.get_size_inches()[1] > plot.figure.get_size_inches()[1] + 4 * 0.2
     [legend] = plot.figure.legends
@@ -152,37 +150,35 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
         for row in plot.data.itertuples(index=False)
     ]
     assert all(one in plot.alt for one in said) and {"reproduced", "no effect"} <= set(plot.data["label"])
-    below = scoreboard.effects({"C9": judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7)}))})
+    below = index.effects({"C9": judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7)}))})
     row = below.data.set_index("name").loc["C9 loss against the twin of equal width"]
     assert row["mean"] == pytest.approx(0.1) and row["low"] <= row["mean"] <= row["high"]  # the paper: EC below
     wide = judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6), "Dense": seeds(3.7, 0.01)}))
     low, high = wide.parts[0].interval
-    row = scoreboard.effects({"C9": wide}).data.set_index("name").loc[f"C9 {wide.parts[0].name}"]
+    row = index.effects({"C9": wide}).data.set_index("name").loc[f"C9 {wide.parts[0].name}"]
     assert (row["low"], row["high"]) == (-high, -low) and row["high"] - row["low"] > 0.01
-    half = scoreboard.effects({"C1": judged("C1", losses(**CENTRE))})  # the paper: at or below
+    half = index.effects({"C1": judged("C1", losses(**CENTRE))})  # the paper: at or below
     assert half.data.set_index("name").loc["C1 half the steps, renormalized gates", "mean"] == pytest.approx(-0.099)
     assert half.figure.axes[0].get_xlim()[1] > 0.099  # the largest is seen, beside smaller ones
     shares = {"share_1": 0.4, "share_2": 0.3, "share_3": 0.14, "share_4": 0.08} | dict.fromkeys(
         ("share_5", "share_6", "share_7", "share_8"), 0.005
     )
-    near = scoreboard.effects(
+    near = index.effects(
         {"C7": judged("C7", {"EC-CF2 renormalized": {of: seeds(x, 0.001) for of, x in shares.items()}})}
     )
     assert near.data["mean"].tolist() == pytest.approx(
         [20.0, -1.0, -1.0]
     )  # over 50%; from 23% and 3%, whose side is neither
     assert (near.data["low"] < near.data["mean"]).all() and set(near.data["unit"]) == {"percent"}
-    assert scoreboard.effects({"C1": verdicts["C1"]}).figure is None
+    assert index.effects({"C1": verdicts["C1"]}).figure is None
     two = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.62, noise=0.03)}))
-    left, right = (
-        scoreboard.effects({"C6": verdicts["C6"], "wide": two, "C9": verdicts["C6"]}).figure.axes[0].get_xlim()
-    )
+    left, right = index.effects({"C6": verdicts["C6"], "wide": two, "C9": verdicts["C6"]}).figure.axes[0].get_xlim()
     assert left == -right and right < 0.1  # one wide interval doesn't squeeze the rest
-    alone = scoreboard.effects({"wide": two})
+    alone = index.effects({"wide": two})
     low, high = alone.data.loc[0, ["low", "high"]]
     assert alone.figure.axes[0].get_xlim()[1] > max(-low, high) > 0.04  # whole, where all are as wide
     turned = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.58)}))
-    (ax,), (other,) = (scoreboard.effects({"C6": one}).figure.axes for one in (verdicts["C6"], turned))
+    (ax,), (other,) = (index.effects({"C6": one}).figure.axes for one in (verdicts["C6"], turned))
     assert ax.get_xlim() == pytest.approx(other.get_xlim())  # for and against the paper alike
     assert ax.xaxis.get_transform().linthresh == other.xaxis.get_transform().linthresh == 0.01
 
@@ -192,10 +188,10 @@ def row_of(part) -> str:
 
 
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
-    lines = scoreboard.markdown("claims", verdicts, "gpu").splitlines()
+    lines = index.markdown("claims", verdicts, "gpu").splitlines()
     assert len(lines) == 2 + len(verdicts)
     assert lines[3] == "| [C6](reports/gpu/scoreboard.md#c6) | hash routing is worse than EC | reproduced |"
-    text = scoreboard.markdown("scoreboard", verdicts, "gpu")
+    text = index.markdown("scoreboard", verdicts, "gpu")
     assert "## C6\n\n**reproduced.**" in text and "| modulo against EC-CF2 | +0.020 nats" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     heads = "| part | found | seeds | reproduced if | verdict |"
@@ -206,14 +202,14 @@ def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
     assert f"{verdicts['C6'].sentence} Rests on {verdicts['C6'].rests_on}." in text
     (part,) = verdicts["C6"].deciding
     split = {"C6": replace(verdicts["C6"], parts=(replace(part, name="a | b"),))}
-    assert "\n| a \\| b | +0.020 nats" in scoreboard.markdown("scoreboard", split, "gpu")
+    assert "\n| a \\| b | +0.020 nats" in index.markdown("scoreboard", split, "gpu")
 
 
 def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():
     verdicts, said = {"C1": judged("C1", losses(**CENTRE))}, "contradicted in 2 of 4 parts"
-    assert f"| {said} |" in scoreboard.markdown("claims", verdicts, "gpu")
-    assert f"**{said}.**" in scoreboard.markdown("scoreboard", verdicts, "gpu")
-    page = BeautifulSoup(scoreboard.scoreboard_html("gpu", verdicts, {}), "html.parser")
+    assert f"| {said} |" in index.markdown("claims", verdicts, "gpu")
+    assert f"**{said}.**" in index.markdown("scoreboard", verdicts, "gpu")
+    page = BeautifulSoup(index.scoreboard_html("gpu", verdicts, {}), "html.parser")
     badge = page.find(class_="claims").find(class_="badge")
     assert badge.text == said and COLORS["contradicted"] in badge["style"]
     assert page.find(class_="tally").find(class_="badge").text == "contradicted"
@@ -273,7 +269,7 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     assert answer(verdicts)[0] in page.text
     assert "all pages and results" in page.footer.text and page.find("a", string="Search")["href"] == "#search"
     assert not page.find("a", string="All reports")  # it is that page
-    assert (tmp_path / "scoreboard.md").read_text() == scoreboard.markdown("scoreboard", verdicts, "gpu")
+    assert (tmp_path / "scoreboard.md").read_text() == index.markdown("scoreboard", verdicts, "gpu")
 
 
 def test_the_committed_index_is_what_the_committed_pages_and_results_give(tmp_path, monkeypatch):
@@ -295,11 +291,11 @@ def test_the_committed_index_is_what_the_committed_pages_and_results_give(tmp_pa
 
 def test_smoke_judges_nothing():
     found = {"C6": judged("C6", losses(**HASH), scale="smoke")}
-    page = BeautifulSoup(scoreboard.scoreboard_html("smoke", found, {}), "html.parser")
+    page = BeautifulSoup(index.scoreboard_html("smoke", found, {}), "html.parser")
     assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text and not page.find("svg")
 
 
 def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    rows = scoreboard.studies("gpu")
+    rows = index.studies("gpu")
     assert len(rows) and rows["runs"].str.startswith("0 of ").all() and rows["missing (seeds)"].eq("all of them").all()

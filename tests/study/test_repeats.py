@@ -13,7 +13,7 @@ from ecmoe.cli import app
 from ecmoe.config import ConfigError
 from ecmoe.files import Damaged, write_json
 from ecmoe.report.markup import text_of
-from ecmoe.report.provenance import provenance
+from ecmoe.report.page import provenance
 from ecmoe.study import plan, repeats
 from ecmoe.study.load import Study
 from ecmoe.training.result import Result, not_run, read_record, write_record
@@ -163,7 +163,7 @@ def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, m
     made = [run(code) | {"name": f"r{code}", "seed": 0, "status": "finished"} for code in "ab"]
     study = Study("01_a", "gpu", {}, [], (), {"EC": [Result(one) for one in made]})
     said = []
-    monkeypatch.setattr("ecmoe.report.provenance.show_html", lambda html: said.append(text_of(html)))
+    monkeypatch.setattr("ecmoe.report.page.show_html", lambda html: said.append(text_of(html)))
     provenance(study)
     assert "differ in code" in said[0]
     write_json(repeats.folder("gpu") / "one.json", repeat("a", "b"), sealed=True)
