@@ -9,8 +9,6 @@ Each computes the same as an `MoE` with `TokenChoice`:
 Letters: n tokens of width d, e experts of hidden width f, k experts per token (top-k).
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -132,7 +130,6 @@ class ScatterMoE(Grouped):
         self.mlp.experts.weight, self.mlp.output_experts.weight = self.w1, self.w2
 
     def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
-        """Apply the experts `choice` (n, k) with weights `gate` (n, k) to x: (n, d) -> (n, d)."""
         return self.mlp(x, gate.to(x.dtype), choice)
 
 
@@ -150,22 +147,20 @@ class Liger(Grouped):
         self.w2 = nn.Parameter(layer.w2.new_empty(e, d, f).normal_(std=f**-0.5))
 
     def experts(self, x: Tensor, choice: Tensor, gate: Tensor) -> Tensor:
-        """Apply the experts `choice` (n, k) with weights `gate` (n, k) to x: (n, d) -> (n, d)."""
         return self.compute(x, self.w1, self.w2, choice.int(), gate.to(x.dtype))
 
 
-PEERS = {"ScatterMoE": ("scattermoe", ScatterMoE), "Liger": ("liger_kernel", Liger)}
+PEERS = {"ScatterMoE": ScatterMoE, "Liger": Liger}
 
 
 def peers(layer: MoE) -> tuple[dict[str, Grouped], list[str]]:
     """Return the layers of other packages that are installed and work, and the names of the others, with the reason."""
     found, absent = {}, []
-    for name, (module, kind) in PEERS.items():
-        if find_spec(module) is None:
-            absent.append(f"{name} (not installed)")
-            continue
+    for name, kind in PEERS.items():
         try:
             found[name] = kind(layer)
+        except ModuleNotFoundError:
+            absent.append(f"{name} (not installed)")
         except Exception as error:  # another version of a package may raise anything
             absent.append(f"{name} ({reason(error)})")
     return found, absent

@@ -41,9 +41,7 @@ class Timed(NamedTuple):
     absent: list[str]
 
 
-def timed(
-    calls: Mapping[Key, Call], repeats: int, then: Callable[[Mapping[Key, Call], list[str]], Mapping[Key, Call]] = lambda *_: {}
-) -> Timed:  # fmt: skip
+def timed(calls: Mapping[Key, Call], repeats: int, then: Callable[..., Mapping[Key, Call]] = lambda *_: {}) -> Timed:
     """Warm up all calls, then time them in turns; calls that fail are left out and listed in `absent`.
 
     then: on a GPU, called with (the calls that work, absent), returns more calls, which are timed after all others.

@@ -42,7 +42,7 @@ def bench_layer(
         `attrs` contain the setting, and in `absent` what could not be timed, and why.
     """
     device = timing.this_device()
-    size = sized(device.type, OF_LAYER, sizes) | {"capacity_factor": capacity_factor}
+    size = sized(device.type, sizes, OF_LAYER) | {"capacity_factor": capacity_factor}
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # raises before any time is spent
     first, x, gradient = layer_and_input(**size)
     ours = _expert_choice(first)

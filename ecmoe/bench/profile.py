@@ -65,7 +65,7 @@ def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
         raise RuntimeError("torch.profiler saw no kernels: CUPTI, which counts them, doesn't run on this machine")
     said = {"arm": ARM, "path": str(Row(ARM, path=best.path, mode=best.mode)), "steps": STEPS}
     shares = by_kind({name: ms / STEPS for name, ms in spent.items()}).to_dict("records")
-    return timing.tabled(shares, found.absent, setting(configs, device) | said, step_ms=1e3 * medians[best])
+    return timing.tabled(shares, found.absent, setting(sizes) | said, step_ms=1e3 * medians[best])
 
 
 def kernel_time(events: list[dict]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Names and sizes of what is timed, and the columns of layer tables; imported without torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ecmoe.files import ConfigError, nearest
@@ -23,7 +23,7 @@ OF_LAYER = ("n", "d_model", "d_ff", "num_experts")
 CAPS = (2, 3)  # maximum numbers of experts per token
 
 
-def sized(kind: str, keys: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
+def sized(kind: str, given: Mapping[str, int], keys: Iterable[str] = tuple(SIZES["cpu"])) -> dict[str, int]:
     """Return a device's default sizes, updated by `given`; raise a ConfigError for an unknown key or invalid value."""
     for key, value in given.items():
         if key not in keys:

@@ -27,7 +27,7 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Even, Grouped
 from ecmoe.bench.clock import Call
 from ecmoe.bench.layer import kernels_run
-from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN, SIZES, named, sized
+from ecmoe.bench.rows import COMPILED, EAGER, GRAPH, PLAIN, named, sized
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.model.build import flops_per_token
 from ecmoe.model.tracking import track
@@ -74,7 +74,7 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd
         row._asdict() | {"peak_mb": (memory := found.memory[row]) and memory[1]} | _measured(configs[row.arm], samples)
         for row, samples in found.times.items()
     ]
-    return timing.tabled(rows, found.absent, setting(configs, device) | {"repeats": repeats})
+    return timing.tabled(rows, found.absent, setting(sizes) | {"repeats": repeats})
 
 
 def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
@@ -106,8 +106,7 @@ def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     if config.compile:
-        for block in lit.model.blocks:
-            block.compile(dynamic=False)
+        lit.model.compile_blocks()
     captured = config.cuda_graph and device.type == "cuda" and graph.capturable(lit)
     return step_of(lit, optimizer, _tokens(config, device), pool=pool if captured else None, tracked=True)
 
@@ -120,7 +119,7 @@ def _tokens(config: RunConfig, device: torch.device) -> Tensor:
 
 def arms(sizes: Mapping[str, int]) -> dict[str, RunConfig]:
     """Return the config of each arm; raise a ConfigError for invalid sizes before anything is timed."""
-    size = sized(timing.this_device().type, list(SIZES["cpu"]), sizes)
+    size = sized(timing.this_device().type, sizes)
     n, T = size.pop("n"), size["sequence_length"]
     if n % T:
         raise ConfigError(f"n={n} tokens of a step must be whole sequences of sequence_length={T}")
@@ -128,14 +127,11 @@ def arms(sizes: Mapping[str, int]) -> dict[str, RunConfig]:
     return {name: RunConfig.from_dict(common | keys) for name, keys in ARMS.items()}
 
 
-def setting(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, Any]:
+def setting(sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the setting that all arms share."""
-    config = next(iter(configs.values()))
-    keys = [key for key in SIZES["cpu"] if key != "n"]
-    return {"n": config.batch_size * config.sequence_length} | {key: getattr(config, key) for key in keys} | {
-        "parameters": "float32", "products": "bfloat16" if device.type == "cuda" else "float32", 
-        "optimizer": "AdamW, float32 moments",
-    }  # fmt: skip
+    kind = timing.this_device().type
+    products = "bfloat16" if kind == "cuda" else "float32"
+    return sized(kind, sizes) | {"parameters": "float32", "products": products, "optimizer": "AdamW, float32 moments"}
 
 
 def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: bool) -> dict[Row, Call]:
@@ -154,8 +150,7 @@ def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: b
         for path in paths + ["grouped_mm"] * tokens:
             twin = _twin(lit, config, path)
             if compiled:
-                for block in twin.model.blocks:
-                    block.compile(dynamic=False)
+                twin.model.compile_blocks()
             for routing in ("own", "even") if tokens else ("own",):
                 row = Row(arm, routing, path, COMPILED if compiled else EAGER)
                 even = routing == "even"

@@ -96,9 +96,8 @@ def provenance(study: Study, differences: str = "") -> None:
         rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
     linked = repeats.linked(done, repeats.kept(study.scale))
-    rows[
-        "repeated runs, equal to the last digit, which show that these versions of the code compute the same numbers"
-    ] = set(linked or ())
+    same_numbers = "which show that these versions of the code compute the same numbers"
+    rows[f"repeated runs, equal to the last digit, {same_numbers}"] = set(linked or ())
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
     shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}

@@ -25,6 +25,7 @@ _LABELS = {
     "try": "yours to change",
 }
 _NBCONVERT = {
+    "HTMLExporter": {"template_name": TEMPLATE.name, "extra_template_basedirs": [str(TEMPLATE.parent)]},
     "NbConvertBase": {"display_data_priority": ["text/html", "image/png", "text/plain"]},
     "CoalesceStreamsPreprocessor": {"enabled": True},  # merges a cell's log messages into one log
 }
@@ -93,10 +94,7 @@ def page_html(
         "footer": FOOTER,
         **more,
     }
-    exporter = HTMLExporter(
-        config=Config(_NBCONVERT), template_name="template", extra_template_basedirs=[str(TEMPLATE.parent)]
-    )
-    return exporter.from_notebook_node(notebook, {"page": page})[0]
+    return HTMLExporter(config=Config(_NBCONVERT)).from_notebook_node(notebook, {"page": page})[0]
 
 
 def ways(source: Path) -> list[dict[str, str]]:

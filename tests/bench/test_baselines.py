@@ -102,11 +102,12 @@ def test_forced_choices_drop_nothing_and_free_ones_are_the_routers():
 
 def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch):
     moe, x = layer()
-    kinds = {"Gone": ("no_such_module", Grouped), "Broken": ("json", lambda layer: 1 / 0), "There": ("json", Grouped)}
+    monkeypatch.setitem(sys.modules, "scattermoe.mlp", None)  # as where it isn't installed
+    kinds = {"ScatterMoE": bench_baselines.ScatterMoE, "Broken": lambda layer: 1 / 0, "There": Grouped}
     monkeypatch.setattr(bench_baselines, "PEERS", kinds)
     found, absent = peers(moe)
     assert list(found) == ["There"]
-    assert absent == ["Gone (not installed)", "Broken (ZeroDivisionError: division by zero)"]
+    assert absent == ["ScatterMoE (not installed)", "Broken (ZeroDivisionError: division by zero)"]
 
 
 def test_liger_gets_experts_that_cost_the_same(monkeypatch):
@@ -173,5 +174,4 @@ def test_scattermoe_gets_the_same_experts(monkeypatch):
     narrow, x = layer(top_k=3, dtype=torch.bfloat16)
     assert bench_baselines.ScatterMoE(narrow)(x).dtype == torch.bfloat16
     assert scatter.w1.is_contiguous() and scatter.w2.is_contiguous()
-    kinds = {name: kind for name, (_, kind) in bench_baselines.PEERS.items()}
-    assert kinds == {"ScatterMoE": bench_baselines.ScatterMoE, "Liger": bench_baselines.Liger}
+    assert bench_baselines.PEERS == {"ScatterMoE": bench_baselines.ScatterMoE, "Liger": bench_baselines.Liger}

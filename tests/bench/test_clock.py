@@ -62,16 +62,16 @@ def test_a_row_is_named_without_what_is_usual():
 
 
 def test_sizes_are_the_devices_but_for_those_that_are_given():
-    assert sized("cpu", ("n", "d_ff"), {"n": 8}) == {"n": 8, "d_ff": 256}
+    assert sized("cpu", {"n": 8}, ("n", "d_ff")) == {"n": 8, "d_ff": 256}
     table_1 = {"n": 64 * 1024, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12}
-    assert sized("cuda", (*OF_LAYER, "layers", "heads"), {}) == table_1  # 0.1B/64E
+    assert sized("cuda", {}, (*OF_LAYER, "layers", "heads")) == table_1  # 0.1B/64E
     for given, said in (
         ({"d_model": 8}, "no size 'd_model' .given: 8."),
         ({"n": 0}, "n=0 must be"),
         ({"n": 1.5}, "n=1.5 must be"),
     ):
         with pytest.raises(ConfigError, match=said):
-            sized("cpu", ("n", "d_ff"), given)
+            sized("cpu", given, ("n", "d_ff"))
 
 
 def test_a_table_says_what_its_times_belong_to(monkeypatch):

@@ -48,7 +48,7 @@ def test_step_of_every_arm_is_timed(monkeypatch):
         assert row.mfu == pytest.approx(row.tokens_per_second * flops_per_token(arms(STEP)[row.arm]) / 1e9)
         assert len(row.samples_ms) == 2
     computed = {"parameters": "float32", "products": "float32", "optimizer": "AdamW, float32 moments"}
-    assert bench_step_module.setting(arms(STEP), CPU) == STEP | computed
+    assert bench_step_module.setting(STEP) == STEP | computed
     assert (STEP | {"repeats": 2}).items() <= table.attrs["setting"].items() and table.attrs["absent"] == []
     configs = [config.replace(seed=seed) for config in [arms(STEP)["EC-CF2"]] for seed in (0, 0, 1)]
     first, again, other = (bench_step_module._tokens(config, CPU) for config in configs)

@@ -432,7 +432,7 @@ def test_the_fastest_path_is_profiled_on_its_device(kind, monkeypatch):
         "steps": steps,
     }.items():
         monkeypatch.setattr(bench_profile, name, value)
-    monkeypatch.setattr(bench_profile, "setting", lambda configs, device: {"of": configs["EC-CF2"]})
+    monkeypatch.setattr(bench_profile, "setting", lambda sizes: {"of": sizes})
     table = bench_profile.bench_profile(n=4, **{"compiled": True} if kind == "cuda" else {})
     assert asked == [
         (["EC-CF2"], kind, {"compiled": kind == "cuda"}),
