@@ -15,6 +15,7 @@ from pathlib import Path
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.files import nearest, read_json
+from ecmoe.measures import lock, measure, trained_model
 from ecmoe.study.plan import Planned, record
 
 DONE = ("finished", "diverged")  # divergence is a result too: the run is not repeated
@@ -44,7 +45,6 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
     Return its status, or "failed: reason" if training or any measurement failed (the other measurements are still made). Without
     `keep_weights` the weights in runs/NAME are deleted once all measurements have succeeded.
     """
-    from ecmoe.measures.measure import lock, measure, trained_model
     from ecmoe.training.result import write_record
     from ecmoe.training.run import run_or_load
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ecmoe.config import RunConfig
-from ecmoe.measures.measure import measure
+from ecmoe.measures import measure
 from ecmoe.study import estimate, repeats, speed
 from ecmoe.study.estimate import Estimate, Unit
 from ecmoe.study.parameters import merge_parameters, parameter_files

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.measures import MEASURES, Measurement
+from ecmoe.measures import MEASURES, Measurement, measure
 from ecmoe.model.build import flops_per_token
 from ecmoe.study import engine
 from ecmoe.study import plan as planning
@@ -39,8 +39,6 @@ class Study(UserDict[str, list[Result]]):
     def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
         """Return (arm, seed, measurement, result) for every measurement called `what` in the page's plan. A missing result is
         measured now if its arm is in `train`, else it is None."""
-        from ecmoe.measures.measure import measure
-
         by_name = {result.summary["name"]: result for results in self.values() for result in results}
         found = []
         for one in self.planned:

@@ -11,8 +11,7 @@ import pytest
 
 from ecmoe import measures, paths
 from ecmoe.files import ConfigError, Damaged, read_json, write_json
-from ecmoe.measures import Measurement, Row, measurements
-from ecmoe.measures.measure import lock, measure, trained_model
+from ecmoe.measures import Measurement, Row, lock, measure, measurements, trained_model
 from ecmoe.study.parameters import held_to
 from ecmoe.training import gpus
 from ecmoe.training import result as training_result
@@ -158,7 +157,7 @@ def test_the_model_lies_on_a_gpu_of_its_own_where_there_is_one(tiny_config, monk
 
     result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
     monkeypatch.setattr(gpus, "place", place)
-    monkeypatch.setattr("ecmoe.measures.measure.lock", locked)
+    monkeypatch.setattr("ecmoe.measures.lock", locked)
     monkeypatch.setattr(f"{__name__}.weights", compute)
     monkeypatch.setattr("torch.cuda.is_available", lambda: kind == "cuda")
     monkeypatch.setattr(training_result, "load_model", lambda path: SimpleNamespace(to=held.append))

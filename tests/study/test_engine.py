@@ -123,7 +123,7 @@ def test_a_record_that_was_changed_is_not_believed(project):
 
 def test_a_run_is_locked_by_its_name(project, monkeypatch):
     locked = []
-    monkeypatch.setattr("ecmoe.measures.measure.lock", lambda name: locked.append(name) or contextlib.nullcontext())
+    monkeypatch.setattr("ecmoe.study.engine.lock", lambda name: locked.append(name) or contextlib.nullcontext())
     monkeypatch.setattr(
         "ecmoe.training.run.run_or_load", lambda config, *, records: locked.append((config, records)) or 1 / 0
     )
@@ -252,7 +252,9 @@ def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert one.name in shown.stdout.split()
-    code = "from ecmoe.measures import measure, causality, inspection, fine_tuning; import ecmoe.training.run, ecmoe.study.engine"
+    code = (
+        "from ecmoe.measures import causality, inspection, fine_tuning; import ecmoe.training.run, ecmoe.study.engine"
+    )
     subprocess.run(
         [sys.executable, "-c", BARE.format(absent=ABSENT).replace("from ecmoe.cli import main\nmain()", code)],
         check=True,

@@ -126,7 +126,7 @@ def test_what_was_measured_is_a_table_with_a_row_for_each_gap(monkeypatch):
         asked.append((result.summary["name"], how.name, scale, train))
         return found.get((result.summary["name"], how.keys["places"]))
 
-    monkeypatch.setattr("ecmoe.measures.measure.measure", take)
+    monkeypatch.setattr("ecmoe.study.load.measure", take)
     study = Study("01_a", "gpu", {}, planned, {"b"}, results)
     table = study.measured("accuracy-at")
     assert asked == [(one.name, how.name, "gpu", one.name[0] == "b") for one in planned for how in one.measures]
