@@ -15,7 +15,7 @@ from scipy import stats
 from ecmoe.bench import clock as timing
 from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
 from ecmoe.bench.rows import BOTH
-from ecmoe.files import ConfigError
+from ecmoe.files import check_known
 from ecmoe.routers import bucket_size
 
 AXES = ("n", "num_experts", "capacity_factor", "d_model")
@@ -27,8 +27,7 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
     base: n, d_model, d_ff, num_experts, capacity_factor. axes: a name in `AXES` -> values; d_ff is scaled with d_model.
     Raises a ConfigError before anything is timed if k = n c / e is not a whole number, or an axis is unknown.
     """
-    if unknown := set(axes) - set(AXES):
-        raise ConfigError(f"axes={sorted(unknown)}: must be of {', '.join(AXES)}")
+    check_known("axes", axes, AXES)
     points = []
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
         size = dict(base) | {axis: value}

@@ -158,7 +158,13 @@ def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
     for call in calls.values():
         timing.warm_up(call, device)
     peaks = {key: timing.peak_mb(call, device) for key, call in calls.items()}
-    times = timing.in_turns(calls, repeats, device, agreed=_of_first)
+
+    def first_ranks(bursts: dict) -> dict:  # as calls wait for the other ranks, the numbers of calls must agree
+        box = [bursts]
+        dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    times = timing.in_turns(calls, repeats, device, agreed=first_ranks)
     rows = []
     for kind, what in calls:
         if kind == "layer":
@@ -167,10 +173,3 @@ def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
             peak = peaks[kind, what]
             rows.append(row | {"floor_ms": ms, "share_of_floor": ms / row["ms"], "peak_mb": peak and peak[1]})
     return timing.tabled(rows, [], {**sizes, "repeats": repeats})
-
-
-def _of_first(bursts: dict) -> dict:
-    """Return the first rank's bursts on all ranks: as calls wait for the other ranks, their numbers must agree."""
-    box = [bursts]
-    dist.broadcast_object_list(box, 0)
-    return box[0]

@@ -35,9 +35,7 @@ def show(plot: Plot, caption: str) -> None:
         show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
 
 
-def show_table(
-    frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None, fold: str = ""
-) -> None:
+def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}, fold: str = "") -> None:
     """Show a table, or "Not run" if all values beyond its first column are missing.
 
     Arguments as in `markup.table_html`; fold: a summary under which the table is folded; "": the table is shown open.
