@@ -229,9 +229,7 @@ def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
     return {FORWARD: forward, BOTH: both}
 
 
-def forward_and_both(
-    step: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Module, gradient: Tensor
-) -> dict[str, Call]:
+def forward_and_both(step: Callable, x: Tensor, layer: nn.Module, gradient: Tensor) -> dict[str, Call]:
     """Return calls of the step alone, and with gradients for x and all weights of the layer."""
     wanted = [x, *layer.parameters()]
 

@@ -27,9 +27,7 @@ class ContinualConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.images:
-            raise ConfigError(
-                f"data={self.data!r} with approach={self.approach!r}: must be images: digits, cifar10, images:PATH"
-            )
+            raise ConfigError(f"data={self.data!r}: tasks are of images: digits, cifar10, images:PATH")
         if self.classes % self.tasks:
             fits = [k for k in range(2, self.classes + 1) if self.classes % k == 0]
             raise ConfigError(f"tasks={self.tasks} doesn't divide classes={self.classes}: may be one of {fits}")
@@ -37,13 +35,9 @@ class ContinualConfig(RunConfig):
             raise ConfigError(f"code={self.code}: a gate of images with {self.pixels} pixels needs fewer hidden units, "
                               "or it copies them")  # fmt: skip
         if self.approach == "expert_gate" and self.router != "dense":
-            raise ConfigError(
-                f"router={self.router!r} with approach='expert_gate': its experts are dense networks; set router: dense"
-            )
+            raise ConfigError(f"router={self.router!r}, approach='expert_gate': experts are dense; set router: dense")
         if self.ranks > 1:
-            raise ConfigError(
-                f"devices={self.devices}, num_nodes={self.num_nodes}: tasks in sequence take one device; set both to 1"
-            )
+            raise ConfigError(f"devices={self.devices}, num_nodes={self.num_nodes}: must both be 1 when learning tasks")
 
     @property
     def pixels(self) -> int:

@@ -35,19 +35,17 @@ def train_run(
     """Train as `ecmoe.training.run.train_run`, but without curve, weights, callbacks, or resuming after a kill."""
     made, clock = circumstances(), time.perf_counter()
     with repeatable():
-        measured = run(config)
+        found = run(config)
     seconds = time.perf_counter() - clock
     for suffix in ("", "_task_known"):
-        final, lost = final_and_forgetting(measured[f"accuracy{suffix}"])
-        measured |= {f"final_accuracy{suffix}": final, f"forgetting{suffix}": lost}
+        final, lost = final_and_forgetting(found[f"accuracy{suffix}"])
+        found |= {f"final_accuracy{suffix}": final, f"forgetting{suffix}": lost}
     if progress:
-        print(
-            f"[{config.slug()}] accuracy {measured['final_accuracy']:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True
-        )
+        print(f"[{config.slug()}] accuracy {found['final_accuracy']:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
     said = {"status": "finished", "seconds": seconds, "precision": "32-true", "world_size": 1}
     said |= {"data": images.load(config.data).provenance} | made | {"finished": now()}
     still_ours()
-    write_run(folder, not_run(config).summary | measured | said)
+    write_run(folder, not_run(config).summary | found | said)
     return read_run(folder)  # the same result that a later call will load
 
 

@@ -116,9 +116,7 @@ def measure(
             kept = read_json(path, sealed=True)
             said = kept.get("run"), kept.get("what"), _settings(how.what, kept.get("keys") or {})
             if said != (name, how.what, _settings(how.what, how.keys)):
-                raise Damaged(
-                    path, f"it holds {kept.get('what')!r} of {kept.get('run')}, taken with {kept.get('keys')}"
-                )
+                raise Damaged(path, f"it holds {said[1]!r} of {said[0]}, taken with {kept.get('keys')}")
             return kept["found"]
     return None
 

@@ -306,11 +306,11 @@ def test_a_run_is_kept_like_any_other(study, tmp_path):
         ({"gate_learning_rate": 1e38}, "gate_learning_rate=.*: must be at most 1e"),
         ({"tasks": 3}, r"tasks=3 doesn't divide classes=10: may be one of \[2, 5, 10\]"),
         ({"code": 64}, "code=64: a gate of images with 64 pixels needs fewer"),
-        ({"router": "expert_choice"}, "router='expert_choice' with approach='expert_gate': .* set router: dense"),
-        ({"devices": 2}, "devices=2, num_nodes=1: tasks in sequence take one device"),
-        ({"num_nodes": 2}, "devices=1, num_nodes=2: tasks in sequence take one device"),
-        ({"router": "kmeans"}, "router='kmeans' with approach='expert_gate': its experts are dense"),
-        ({"data": "stdlib"}, "data='stdlib' with approach='expert_gate': must be images"),
+        ({"router": "expert_choice"}, "router='expert_choice', approach='expert_gate': .* set router: dense"),
+        ({"devices": 2}, "devices=2, num_nodes=1: must both be 1"),
+        ({"num_nodes": 2}, "devices=1, num_nodes=2: must both be 1"),
+        ({"router": "kmeans"}, "router='kmeans', approach='expert_gate': experts are dense"),
+        ({"data": "stdlib"}, "data='stdlib': tasks are of images: digits, cifar10, images:PATH"),
     ],
 )
 def test_a_config_that_cannot_work(changes, said):
