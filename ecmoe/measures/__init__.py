@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pkgutil import resolve_name
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from filelock import FileLock
 from pydantic import Field
@@ -15,9 +15,12 @@ from pydantic import Field
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.files import ConfigError, Damaged, check_known, check_sum, plain, read_json, write_json
-from ecmoe.training.result import Result
 
-Load = Callable[[], Any]  # returns a Trunk; importing that class would import torch
+if TYPE_CHECKING:  # the plan reads `MEASURES` without pandas and torch
+    from ecmoe.model.transformer import Trunk
+    from ecmoe.training.result import Result
+
+    Load = Callable[[], Trunk]
 
 
 class Row(NamedTuple):
@@ -88,7 +91,13 @@ def measurements(what: str, keys: Mapping[str, Any]) -> Iterator[Measurement]:
 
 
 def measure(
-    result: Result, how: Measurement, *, scale: str, train: bool = True, keep: bool = False, model: Load | None = None
+    result: "Result",
+    how: Measurement,
+    *,
+    scale: str,
+    train: bool = True,
+    keep: bool = False,
+    model: "Load | None" = None,
 ) -> dict[str, Any] | None:
     """Return the stored result of a measurement of a finished run, or compute and store it; None if there is none.
 
@@ -132,7 +141,7 @@ def lock(run: str) -> FileLock:
 
 
 @contextmanager
-def trained_model(result: Result) -> Iterator[Load]:
+def trained_model(result: "Result") -> Iterator["Load"]:
     """Yield a function that returns a finished run's model on this machine's device, loaded once, on the first call.
 
     The weights may be many GB, and are freed at the end of the block. If they are missing, the run is trained again.
@@ -146,13 +155,13 @@ def trained_model(result: Result) -> Iterator[Load]:
     with ExitStack() as held:
 
         @cache
-        def load() -> Any:
+        def load() -> "Trunk":
             run = run_or_load(RunConfig.from_dict(result.summary["config"]), weights=True).path
             free_memory()  # left by training
             held.enter_context(place(say=False))
             return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
 
-        def model() -> Any:
+        def model() -> "Trunk":
             free_memory()  # left by the previous measurement, such as a fine-tuned copy of the model
             return load()
 
