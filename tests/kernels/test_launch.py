@@ -1,5 +1,6 @@
 """How kernels are launched, and functions become operators."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ecmoe.kernels import common
+from ecmoe.kernels import attention, common, product
 from ecmoe.kernels.common import Operator, block, cdiv, described, kernel
 
 
@@ -81,6 +82,61 @@ def test_a_descriptor_is_tritons_and_has_a_binary_by_type_and_block(launches):
     for base, cut in ((x, [1, 2, 4]), (x + 1, [1, 2, 4]), (x, [1, 4, 2]), (x.double(), [1, 2, 4])):
         _scaled_kernel[1,](described(base, cut), x, 8, 2.0, BLOCK=8)
     assert len(launches.triton) == 3 and len(launches.past) == 1
+
+
+SMALL, LARGE = (128, 128, 64, 32, 4, 3, 2), (128, 256, 64, 64, 8, 3, 1)  # of product.Tile
+SETTINGS = {
+    "attention": {
+        "BLOCK": 128,
+        "FORWARD": {64: (64, 64, 4, 3, 2, 4), 128: (128, 64, 8, 2, 2, 1)},
+        "QUERIES": {64: (64, 64, 4, 3, 2, 3), 128: (64, 64, 4, 2, 1, 2)},
+        "KEYS": {64: (64, 64, 4, 2, 2, 3), 128: (64, 32, 4, 2, 2, 2)},
+    },
+    "capped": {
+        "SAMPLE": 8192, "SAMPLE_LEAST": 1024, "JITTER_FIRST": 0.2, "JITTER_LAST": 0.005, "DAMPING": 0.7, "MOST_TOKENS": 512,
+        "MOST_EXPERTS": 512, "TILE": {"ELEMENTS": 4096, "num_warps": 4}, "SAMPLE_TILE": {"ELEMENTS": 2048, "num_warps": 4},
+        "SETTLE": {"BLOCK": 1024, "num_warps": 4}, "SWEEP": {"BLOCK": 4096, "num_warps": 8},
+    },
+    "choice": {"NUMBERS": 2048},
+    "common": {"REMEMBERED": 4096},
+    "loss": {"BLOCK": 4096, "WARPS": 8},
+    "routing": {
+        "LOGITS": {"ROWS": 128, "DEPTH": 64, "num_warps": 8}, "LOGITS_DX": {"ROWS": 64, "COLUMNS": 128, "num_warps": 4},
+        "LOGITS_DW": {"ROWS": 32, "COLUMNS": 128, "num_warps": 8}, "TOKENS_PER_SUM": 1024, "MOST_EXPERTS": 128,
+    },
+    "rows": {
+        "GATHER": {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}, "GATHER_DOT": {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4},
+        "COMBINE": {"ROWS": 1, "COLUMNS": 1024, "num_warps": 1},
+    },
+    "selection": {
+        "SEARCH": {"BLOCK": 4096, "num_warps": 16}, "GUESS": {"BLOCK": 4096, "num_warps": 8},
+        "CHUNK": {"BLOCK": 1024, "num_warps": 2}, "SAMPLE": 4096, "DEVIATIONS": 6, "SLACK": 8, "LONGEST": 1 << 21,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", SETTINGS)
+def test_settings_are_the_fastest_of_those_that_were_measured(part):
+    """On an H200. Others are slower, or add in another order, and so give other bits."""
+    module = import_module(f"ecmoe.kernels.{part}")
+    assert {name: getattr(module, name) for name in SETTINGS[part]} == SETTINGS[part]
+
+
+@pytest.mark.parametrize(("slopes", "deepest"), [(True, 512), (False, 1024)])
+def test_deep_products_take_large_tiles(slopes, deepest):
+    assert [product.tile_for(depth, slopes) for depth in (deepest, deepest + 1)] == [SMALL, LARGE]
+    assert product.tile_for(deepest) == SMALL  # where nobody says there are no slopes
+
+
+def test_registers_of_a_multiprocessor_are_shared_out():
+    """65,536 of them, at most 255 a thread, and for attention in eights."""
+    assert product.Tile(*LARGE).options() == {"num_warps": 8, "num_stages": 3, "maxnreg": 255}
+    assert product.Tile(*SMALL)._replace(per_sm=3).options() == {"num_warps": 4, "num_stages": 3, "maxnreg": 170}
+    for width, cut, registers in ((16, (64, 64, 4), 168), (64, (64, 64, 4), 168), (65, (64, 32, 4), 255)):
+        found = attention._options(attention.KEYS, width)
+        assert (found["OWN"], found["STEP"], found["num_warps"], found["maxnreg"]) == (*cut, registers)
+        assert (found["WIDTH"], found["FAR_STAGES"]) == (width, 2) and found["NEAR_STAGES"] == 2
+    assert attention._options(attention.FORWARD, 64)["FAR_STAGES"] == 3
 
 
 def test_sizes_of_grids_and_blocks():

@@ -38,6 +38,30 @@ def test_every_metric_has_words_for_its_axis():
     assert len({metric.name for metric in metrics.METRICS}) == len(metrics.METRICS)
 
 
+def test_metrics_are_listed_as_a_reader_looks_for_them():
+    """The order is that of a curve's columns; a label says what the name means."""
+    layers = {
+        "dropped": "requests dropped",
+        "over_capacity": "demand above an equal share",
+        "max_load": "demand over the mean demand",
+    }
+    layers |= {f"share_{j}": f"tokens that {j} experts took (%)" for j in range(8)}
+    layers["share_8"] = "tokens that 8 experts took or more (%)"
+    curve = {
+        "step": "training step", "tokens": "training tokens", "seconds": "training time", "train_loss": "training loss",
+        "learning_rate": "learning rate", "aux_loss": "auxiliary loss", "tokens_per_second": "training speed",
+        "val_loss": "validation loss (", "val_loss_causal": "validation loss, routed causally", "accuracy": "validation accuracy",
+    }  # fmt: skip
+    once = {
+        "perplexity": "validation perplexity", "bits_per_byte": "bits per byte", "mfu": "share of the device's",
+        "step_ms": "time of a training step",
+    }  # fmt: skip
+    said = {metric.name: metric.label for metric in metrics.METRICS}
+    assert list(said) == list(curve | once | layers) and metrics.curve() == list(curve | layers)
+    assert metrics.table() == [name for name in said if name not in ("step", "learning_rate", "aux_loss")]
+    assert all(words in said[name] for name, words in (curve | once | layers).items())
+
+
 def test_validation_alone_needs_a_run_that_finished():
     assert metrics.results() == ["val_loss", "val_loss_causal", "accuracy", "perplexity", "bits_per_byte"]
 

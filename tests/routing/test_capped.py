@@ -241,6 +241,14 @@ def test_the_papers_solver_stops_short_of_its_constraints():
     assert most["dykstra"] > b == most["feasible"]
 
 
+def test_who_solves_is_looked_up_unless_the_caller_says(monkeypatch):
+    told, S = [], scores("random", 64, 8)
+    monkeypatch.setattr(capped, "fast", lambda kernels, S: told.append(kernels) or False)
+    for keys in ({}, {"kernels": "plain"}):
+        capped_top_k(S, 16, 2, **keys)
+    assert told == ["auto", "plain"]
+
+
 def test_the_papers_solver_has_the_papers_settings():
     S, k, every = scores("random", 64, 8), torch.tensor([16]), torch.ones(1, 64, dtype=torch.bool)
     assert torch.equal(dykstra(S, k, 2, every), dykstra(S, k, 2, every, regularization=0.001, iterations=100))
