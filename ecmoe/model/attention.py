@@ -56,11 +56,8 @@ class Attention(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """A learned bias per head and bucket of distances (Raffel et al. 2020, causal).
-
-    Attributes:
-        near: all distances from `near` on are in the last bucket; `near` - 1 may be in it, too.
-    """
+    """A learned bias per head and bucket of distances (Raffel et al. 2020, causal). All distances from `near` on are in
+    the last bucket; `near` - 1 may be in it, too."""
 
     def __init__(self, heads: int, buckets: int, max_distance: int) -> None:
         super().__init__()

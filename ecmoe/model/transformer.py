@@ -107,11 +107,8 @@ class Transformer(Trunk):
         cache: Cache | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Return logits of the next token; or, given targets, their mean cross-entropy, without storing all logits.
-
-        Args:
-            targets: (B, T) int64, the next token at each position. Other arguments: as in `hidden`.
-        """
+        """Return logits of the next token; or, given targets (B, T) int64, their mean cross-entropy, without storing all
+        logits. Other arguments: as in `hidden`."""
         x = self.hidden(token_ids, task_ids, mask, cache)
         return self.logits(x) if targets is None else linear_cross_entropy(x, self.embedding.weight, targets)
 

@@ -38,11 +38,8 @@ class _Step(nn.Module):
 def captured(lit: Any, batch: Tensor | tuple[Tensor, ...], pool: Any = None) -> Losses:
     """Return `lit.losses` as a graph for batches with the shapes of `batch`. Capture it under the autocast of training.
 
-    Warm-up and capture run a few passes on `batch`; afterwards, the model's buffers are restored.
-
-    Args:
-        pool: memory pool (`torch.cuda.graph_pool_handle`) to share with graphs whose steps never overlap in time.
-    """
+    Warm-up and capture run a few passes on `batch`; afterwards, the model's buffers are restored. pool: memory pool
+    (`torch.cuda.graph_pool_handle`) to share with graphs whose steps never overlap in time."""
     parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
     buffers = list(lit.model.buffers())
     before = [buffer.clone() for buffer in buffers]

@@ -20,12 +20,8 @@ from ecmoe.model.moe import MoE
 
 
 class DDP(DDPStrategy):
-    """Strategy that keeps a copy of the model on each rank, and averages gradients before they are clipped. In a
-    callback's `on_after_backward`, experts' gradients may not be averaged yet.
-
-    Args:
-        narrow: dtype in which gradients are sent; None: their own.
-    """
+    """Strategy that keeps a copy of the model on each rank, and averages gradients, sent as dtype `narrow` (None: their
+    own), before they are clipped. In a callback's `on_after_backward`, experts' may not be averaged yet."""
 
     def __init__(self, config: RunConfig, narrow: torch.dtype | None, **keys: Any) -> None:
         # Dynamo would split compiled blocks at bucket boundaries; blocks are small enough to stay whole.

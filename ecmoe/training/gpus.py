@@ -81,11 +81,7 @@ def _taken(path: Path) -> bool:
 
 
 def number(variable: str, default: int) -> int:
-    """Return a positive integer from an environment variable.
-
-    Raises:
-        ConfigError: the variable has another value.
-    """
+    """Return a positive integer from an environment variable; raise a ConfigError if it has another value."""
     text = os.environ.get(variable) or str(default)
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise ConfigError(f"{variable}={text}: must be a whole number, 1 or more")

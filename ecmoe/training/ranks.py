@@ -26,11 +26,8 @@ def rank() -> int:
 
 
 def check_world(config: RunConfig) -> None:
-    """Check that the run has as many processes as its config says, or that they can be started here.
-
-    Raises:
-        ConfigError: torchrun started a different number; or the run needs several nodes, but not under torchrun.
-    """
+    """Raise a ConfigError if torchrun started more or fewer processes than the config says, or if the run needs several
+    nodes, which only torchrun can start."""
     there = os.environ["WORLD_SIZE"] if in_torchrun() else None
     start = f"--nproc-per-node={config.devices} -m ecmoe train CONFIG"
     if there is None and config.num_nodes > 1:

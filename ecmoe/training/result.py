@@ -57,15 +57,8 @@ class Result:
 
 
 def load_model(path: str | Path) -> Trunk:
-    """Load the trained model of a run folder, with its cut-offs, in evaluation mode and in the dtype of its file. It
-    accepts texts of any length, as its routers round k down.
-
-    Args:
-        path: the folder, runs/NAME.
-
-    Raises:
-        as `Result.load_model`.
-    """
+    """Load a trained model, with its cut-offs, in evaluation mode and in the dtype of its file. It accepts texts of any
+    length, as its routers round k down. path: the run's folder, runs/NAME. Raises: as `Result.load_model`."""
     import torch
     from safetensors.torch import load_file
 
@@ -83,11 +76,8 @@ def load_model(path: str | Path) -> Trunk:
 
 
 def find_run(run: str | Path) -> Path:
-    """Return the folder of a run, given its path, its name, or a prefix that no other run's name has.
-
-    Raises:
-        FileNotFoundError: no run matches, or several do.
-    """
+    """Return the folder of a run, given its path, its name, or a prefix that no other run's name has; raise a
+    FileNotFoundError if no run matches, or several do."""
     if str(run) and Path(run).is_dir():
         return Path(run)
     names = sorted(path.name for path in paths.runs().glob("*") if path.is_dir() and path.name.startswith(str(run)))
