@@ -20,15 +20,13 @@ TIMED = {
 }
 Sizes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, a small size on a CPU"),
+    typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, small on a CPU"),
 ]
+Json = Annotated[Path | None, typer.Option("--json", help="also save the table as JSON")]
 
 
 def _timed(name: str) -> Callable[..., None]:
-    def command(
-        changes: Sizes = None,
-        output: Annotated[Path | None, typer.Option("--json", help="also save the table as JSON")] = None,
-    ) -> None:
+    def command(changes: Sizes = None, output: Json = None) -> None:
         from ecmoe.study import speed
 
         _show(speed.job(name, **assignments(changes))(), output)
@@ -50,10 +48,7 @@ def _of_this_machine(scale: str) -> str:
 
 
 Scale = Annotated[
-    str,
-    typer.Option(
-        callback=_of_this_machine, show_default=False, help="scale of the sizes; default: gpu with CUDA, else smoke"
-    ),
+    str, typer.Option(callback=_of_this_machine, show_default=False, help="sizes; default: gpu with CUDA, else smoke")
 ]
 Out = Annotated[Path | None, typer.Option(help="folder to write to; default: reports/SCALE/bench")]
 
@@ -78,9 +73,7 @@ def bench_all(
         raise ConfigError(f"--only {only}: no such part; there are {', '.join(known)}")
     into, failed = out or speed.folder(scale), False
     typer.echo(f"{', '.join(wanted)} -> {into}")
-    if (
-        torch.cuda.is_available() and len(wanted) > 1
-    ):  # a process each, so that GPU memory is freed and a crash contained
+    if torch.cuda.is_available() and len(wanted) > 1:  # a process each: memory is freed, and a crash contained
         command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
         command += ["--force"] * force
         raise typer.Exit(int(any([subprocess.run([*command, "--only", name]).returncode for name in wanted])))

@@ -82,9 +82,7 @@ def runs(
 def run(
     names: Annotated[list[str], typer.Argument(help="names of runs, as `ecmoe runs` lists them, or unique prefixes")],
     scale: Scale = "gpu",
-    keep_weights: Annotated[
-        bool, typer.Option("--keep-weights", help="keep weights in runs/NAME, as at smoke")
-    ] = False,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="keep runs/NAME's weights, as at smoke")] = False,
 ) -> None:
     """Train runs of the plan, or load them, and take the measurements that pages need.
 

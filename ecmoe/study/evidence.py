@@ -12,8 +12,9 @@ from ecmoe.config import RunConfig
 from ecmoe.measures import measure
 from ecmoe.study import estimate, repeats, speed
 from ecmoe.study.estimate import Estimate, Unit
+from ecmoe.study.load import recorded
 from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.plan import Planned, arms_of, configs, recorded
+from ecmoe.study.plan import Planned, arms_of, configs
 from ecmoe.study.protocol import Part
 from ecmoe.training.result import Result
 

@@ -19,7 +19,7 @@ from ecmoe.model.build import flops_per_token
 from ecmoe.study import engine
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
-from ecmoe.training.result import Result, not_run
+from ecmoe.training.result import Result, not_run, read_record
 
 CORE = 1e11  # FLOP/s of one CPU core in training, estimated high
 _CHECKED: set[str] = set()  # pages loaded before in this process: their notebooks have defined other names since
@@ -58,14 +58,10 @@ class Study(UserDict[str, list[Result]]):
 
 
 def load(page: str, given: Mapping[str, Any]) -> Study:
-    """Load the runs of a page, in the order of its plan.
+    """Load the runs of a page, in the order of its plan. Raise a ConfigError before any work if a parameter, arm or key is invalid.
 
-    Args:
-        given: the notebook's globals(), which hold its parameters. `scale` selects the stored results; with `train_missing`
-            missing runs are trained now (into runs/, never into reports/).
-
-    Raises:
-        ConfigError: a parameter, arm or key is invalid; raised before any work.
+    given: the notebook's globals(), which hold its parameters. `scale` selects the stored results; with `train_missing` missing
+    runs are trained now (into runs/, never into reports/).
     """
     parameters = page_parameters(page, given, unknown=page not in _CHECKED)
     _CHECKED.add(page)
@@ -97,11 +93,8 @@ def warn_of_hours(configs: Sequence[RunConfig]) -> None:
     flops = sum(flops_per_token(config) * config.steps * config.tokens_per_batch for config in configs)
     hours = flops / (CORE * (os.cpu_count() or 1)) / 3600
     if hours > 1 and not torch.cuda.is_available():
-        said = (
-            f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and use "
-        )
-        said += "scale='smoke', train_missing=False, or a machine with a GPU."
-        print(said, file=sys.stderr, flush=True)
+        said = f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and"
+        print(f"{said} use scale='smoke', train_missing=False, or a machine with a GPU.", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -128,7 +121,7 @@ def _places(one: planning.Planned, scale: str) -> tuple[Path, Path]:
 
 
 def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]) -> Result:
-    if kept := planning.recorded(one, scale):
+    if kept := recorded(one, scale):
         return kept
     if not train and not _places(one, scale)[1].exists():
         return not_run(one.config)
@@ -139,6 +132,11 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
     except Exception as error:  # also stored in the run's folder; go on with the other runs
         print(f"[{one.arms[0]} s{one.seed}] failed: {error}", file=sys.stderr, flush=True)
         return Result(not_run(one.config).summary | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+
+
+def recorded(one: planning.Planned, scale: str) -> Result | None:
+    """Read the run's record; None if there is none. Raise Damaged if it was changed or holds another run."""
+    return read_record(path) if (path := planning.record(one, scale)).exists() else None
 
 
 def beside(study: Study, mine: Mapping[str, Any]) -> Study:

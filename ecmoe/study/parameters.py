@@ -78,15 +78,12 @@ def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any
 
 
 def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True) -> dict[str, Any]:
-    """Return the parameters of a page: those of its YAML files, overridden by `given`, checked before any work.
+    """Return the parameters of a page: those of its YAML files, overridden by `given`. Raise a ConfigError for an unknown scale, a
+    value whose type differs from the file's, such as "false" for false, and, unless a notebook has defined other names by now
+    (`unknown` is False), for a name that isn't a parameter of the page.
 
-    Args:
-        given: such as the globals() of the notebook's first cell. Ignored are values that aren't strings, numbers, lists
-            or dicts (None too: the file's value counts), and names in capitals or with a leading underscore.
-        unknown: raise for a name that isn't a parameter of the page. False once a notebook has defined other names.
-
-    Raises:
-        ConfigError: an unknown scale or name; a value whose type differs from the file's, such as "false" for false.
+    given: such as the globals() of the notebook's first cell. Ignored are values that aren't strings, numbers, lists or dicts
+    (None too: the file's value counts), and names in capitals or with a leading underscore.
     """
     names = [name for name in given if not (name[0] == "_" or name.isupper() or name in ("In", "Out"))]
     given = {name: given[name] for name in names if isinstance(given[name], str | int | float | list | dict)}
@@ -133,10 +130,8 @@ def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
 
 
 def notebook_parameters(notebook: Any) -> dict[str, Any]:
-    """Return name -> default of the notebook's parameters cell; None for a default that isn't a literal.
-
-    Uses Python's own parser, because papermill's misses names annotated `int | None` or with a `=` in their comment.
-    """
+    """Return name -> default of the notebook's parameters cell; None for a default that isn't a literal."""
+    # Read by Python's own parser, as papermill's misses names annotated `int | None` or with a `=` in their comment.
     found: dict[str, Any] = {}
     tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     for line in (line for source in tagged for line in ast.parse(source).body):

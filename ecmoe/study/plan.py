@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cache, cached_property
 from itertools import chain, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
@@ -22,9 +22,6 @@ from ecmoe.continual import ContinualConfig
 from ecmoe.files import check_known, read_yaml
 from ecmoe.measures import MEASURES, Measurement, measurements
 from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merged, parameter_files
-
-if TYPE_CHECKING:
-    from ecmoe.training.result import Result
 
 Keys = Mapping[str, Any]
 LISTED = "configs/arms.yaml names them all"
@@ -235,10 +232,3 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
 def record(one: Planned, scale: str) -> Path:
     """Return the path of the run's record, which exists once the run has ended."""
     return paths.records(scale) / f"{one.name}.json"
-
-
-def recorded(one: Planned, scale: str) -> "Result | None":
-    """Read the run's record; None if there is none. Raise Damaged if it was changed or holds another run."""
-    from ecmoe.training.result import read_record  # imports pandas, which making a plan doesn't need
-
-    return read_record(path) if (path := record(one, scale)).exists() else None
