@@ -46,14 +46,9 @@ def cache() -> Path:
     return root() / ".cache"
 
 
-def records(scale: str) -> Path:
-    """Return the folder of the small records of the runs at `scale`."""
-    return root() / "reports" / scale / "runs"
-
-
-def measures(scale: str) -> Path:
-    """Return the folder of the measurements of the runs at `scale`."""
-    return root() / "reports" / scale / "measures"
+def results(scale: str, kind: str) -> Path:
+    """Return the folder of a scale's results of one kind: runs (their records), measures, bench (timings), or repeats."""
+    return root() / "reports" / scale / kind
 
 
 def page_name(notebook: str) -> str:

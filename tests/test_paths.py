@@ -14,8 +14,8 @@ def test_home_comes_first(tmp_path, monkeypatch):
     assert paths.root() == tmp_path.resolve()
     assert paths.runs() == paths.root() / "runs"
     assert paths.cache() == paths.root() / ".cache"
-    assert paths.records("gpu") == paths.root() / "reports" / "gpu" / "runs"
-    assert paths.measures("gpu") == paths.root() / "reports" / "gpu" / "measures"
+    assert paths.results("gpu", "runs") == paths.root() / "reports" / "gpu" / "runs"
+    assert paths.results("gpu", "measures") == paths.root() / "reports" / "gpu" / "measures"
     monkeypatch.setenv("HOME", str(tmp_path))
     for home in ("~/here", "here/../here"):
         monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ecmoe import paths
 from ecmoe.config import CHOICES, ConfigError
 from ecmoe.files import assignments, check_known
 
@@ -71,7 +72,7 @@ def bench_all(
     wanted = {name: job for name, job in known.items() if name in asked or name.startswith(starts)}
     if not wanted:
         raise ConfigError(f"--only {only}: no such part; there are {', '.join(known)}")
-    into, failed = out or speed.folder(scale), False
+    into, failed = out or paths.results(scale, "bench"), False
     typer.echo(f"{', '.join(wanted)} -> {into}")
     if torch.cuda.is_available() and len(wanted) > 1:  # a process each: memory is freed, and a crash contained
         command = [sys.executable, "-m", "ecmoe", "bench", "all", "--scale", scale, "--out", str(into)]
@@ -110,7 +111,7 @@ def bench_scaling(
 
     given = {"devices": devices, "strategies": strategy, "pools": pool}
     asked = speed.scaling(scale) | {key: value for key, value in given.items() if value}
-    layers, base, into = asked.pop("layers"), asked["base"], out or speed.folder(scale)
+    layers, base, into = asked.pop("layers"), asked["base"], out or paths.results(scale, "bench")
     there = torch.cuda.device_count() or max(asked["devices"])
     several, how = sorted(many for many in asked["devices"] if 1 < many <= there), (strategy or ["ddp"])[0]
     tables: dict[str, Callable[[], Iterable[Any]]] = {

@@ -110,7 +110,7 @@ def measure(
     if not result.ok:
         return None
     name = result.summary["name"]
-    folders = [paths.measures(scale) / name, paths.runs() / name / "measures"][: 1 if keep else 2]
+    folders = [paths.results(scale, "measures") / name, paths.runs() / name / "measures"][: 1 if keep else 2]
     places = [folder / f"{how.name}.json" for folder in folders]
     if train:
         with lock(name):  # a second process waits, then finds the result

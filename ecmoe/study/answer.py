@@ -74,7 +74,7 @@ def _choice(found: Sequence[ClaimVerdict]) -> str:
 
 def cost(scale: str) -> str:
     """Return in words the training hours of all runs of a scale, and the command that continues."""
-    runs = [read_json(path)["summary"] for path in sorted(paths.records(scale).glob("*.json"))]
+    runs = [read_json(path)["summary"] for path in sorted(paths.results(scale, "runs").glob("*.json"))]
     hours = sum(run.get("seconds") or 0 for run in runs) / 3600
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))
     again = f"`make reproduce{f' SCALE={scale}' * (scale != 'smoke')}`"

@@ -34,7 +34,7 @@ def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, scale: 
     tokens: number of training tokens; None: as in each config. scale: whose committed runs give the model FLOPs utilisation
     (MFU). Without such runs `ASSUMED_MFU` is used, and the table says so.
     """
-    rates = [rate for r in load_records(paths.records(scale)) if (rate := r.summary.get("mfu"))]
+    rates = [rate for r in load_records(paths.results(scale, "runs")) if (rate := r.summary.get("mfu"))]
     share = statistics.median(rates) if rates else ASSUMED_MFU
     said = f"median of {len(rates)} runs" if rates else "assumed"
     rows = []

@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def files(one: Planned, scale: str) -> list[Path]:
     """Return the paths of a planned run's record and of its measurements; a file exists once it has been computed."""
-    kept = paths.measures(scale) / one.name
+    kept = paths.results(scale, "measures") / one.name
     return [record(one, scale), *(kept / f"{how.name}.json" for how in one.measures)]
 
 
@@ -51,7 +51,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
     failed = []
     with lock(one.name):
         try:
-            result = run_or_load(one.config, records=paths.records(scale))
+            result = run_or_load(one.config, records=paths.results(scale, "runs"))
         except Exception as error:  # the error is also stored in the run's folder
             return f"failed: {type(error).__name__}: {error}"
         status = result.summary["status"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import measure
 from ecmoe.study import estimate, repeats, speed
@@ -111,7 +112,7 @@ class Evidence:
 
     def step_ratio(self, a: str, b: str, routing: str) -> Estimate:
         """Return a's step time divided by b's, per turn of the bench, each on its fastest path. routing: "even" or "own", of token choice."""
-        rows = speed.kept("step", speed.folder(self.scale))["rows"]
+        rows = speed.kept("step", paths.results(self.scale, "bench"))["rows"]
 
         def best(name: str) -> list[float]:
             of_arm = [row for row in rows if row["arm"] == name]
@@ -123,7 +124,7 @@ class Evidence:
 
     def step_time(self, a: str, b: str) -> float:
         """Return the time of a's training step divided by b's, each alone on one device; NaN if not measured."""
-        rows = speed.kept(speed.study_file(speed.study_arms(self.scale)), speed.folder(self.scale))["rows"]
+        rows = speed.kept(speed.study_file(speed.study_arms(self.scale)), paths.results(self.scale, "bench"))["rows"]
         ms = {row["arm"]: row["ms"] for row in rows}
         return ms.get(a, math.nan) / ms.get(b, math.nan)
 

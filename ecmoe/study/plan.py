@@ -231,4 +231,4 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
 
 def record(one: Planned, scale: str) -> Path:
     """Return the path of the run's record, which exists once the run has ended."""
-    return paths.records(scale) / f"{one.name}.json"
+    return paths.results(scale, "runs") / f"{one.name}.json"

@@ -30,7 +30,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     difference), which is stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if there is no
     such record, its checksum doesn't match, or its run can't be repeated in one process.
     """
-    path = paths.records(scale) / f"{name}.json"
+    path = paths.results(scale, "runs") / f"{name}.json"
     if not path.exists():
         raise ConfigError(f"{name}: there is no record in {path.parent} to repeat; `ecmoe run` makes one")
     record = read_record(path)
@@ -46,7 +46,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
         "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and ours.equals(theirs.loc[ours.index]),
         "differs": differs.to_dict(),
     }  # fmt: skip
-    path = folder(scale) / f"{name}-{found['recorded']}-{found['code']}.json"
+    path = paths.results(scale, "repeats") / f"{name}-{found['recorded']}-{found['code']}.json"
     longer = path.exists() and read_json(path, sealed=True)["rows"] > len(ours)  # an earlier repeat that compared more
     if found["device"] == record.summary["device"] and not longer:
         write_json(path, found, sealed=True)
@@ -79,14 +79,9 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
         return read_record(path).curve
 
 
-def folder(scale: str) -> Path:
-    """Return the folder of the repeats: one file each, so that results of several machines can be merged."""
-    return paths.records(scale).with_name("repeats")
-
-
 def kept(scale: str) -> list[dict[str, Any]]:
     """Return all repeats of a scale. Raise Damaged if one fails its checksum."""
-    return [read_json(path, sealed=True) for path in sorted(folder(scale).glob("*.json"))]
+    return [read_json(path, sealed=True) for path in sorted(paths.results(scale, "repeats").glob("*.json"))]
 
 
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:

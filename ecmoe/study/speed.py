@@ -108,14 +108,9 @@ def may(scale: str) -> bool:
     return scale == "smoke" or import_module("torch").cuda.is_available()
 
 
-def folder(scale: str) -> Path:
-    """Return the folder of a scale's timings."""
-    return paths.records(scale).with_name("bench")
-
-
 def files(scale: str) -> list[Path]:
     """Return the paths of the timing files that a scale's pages need; a file exists once it has been measured."""
-    return [folder(scale) / f"{name}.json" for name in jobs(**plan(scale))]
+    return [paths.results(scale, "bench") / f"{name}.json" for name in jobs(**plan(scale))]
 
 
 def layer_file(size: str) -> str:
@@ -138,7 +133,7 @@ def study_file(arms: Mapping[str, RunConfig]) -> str:
 def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = True) -> Found:
     """Return the results of each job: name -> rows and attributes. `measure`: measure missing ones now, if `may(scale)`, and store
     them in runs/bench; only `ecmoe bench all` writes to reports/."""
-    places = folder(scale), paths.runs() / "bench" / scale
+    places = paths.results(scale, "bench"), paths.runs() / "bench" / scale
     missing = {name: job for name, job in wanted.items() if kept(name, *places) is NOTHING}
     if measure and missing and may(scale):
         from ecmoe.bench.clock import save
@@ -156,7 +151,7 @@ def kept(name: str, *places: Path) -> dict[str, Any]:
 
 def setting(scale: str) -> tuple[str, str]:
     """Return what the scale's `bench_step` timed: the model size in words, and the device."""
-    found = kept("step", folder(scale))["setting"]
+    found = kept("step", paths.results(scale, "bench"))["setting"]
     size = "{layers} layers of width {d_model}, {num_experts} experts".format_map(found) if found else "one model"
     return size, found.get("device", "an unknown device")
 

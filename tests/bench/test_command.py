@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ecmoe import paths
 from ecmoe.bench.step import ARMS
 from ecmoe.cli import app
 from ecmoe.study import speed
@@ -91,7 +92,7 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     assert "growth: exists already (--force measures it again)" in shown.stdout
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
     assert CliRunner().invoke(app, [*command[:4], "--only", "growth"]).exit_code == 0
-    assert [path.name for path in speed.folder("smoke").iterdir()] == ["growth.json"]
+    assert [path.name for path in paths.results("smoke", "bench").iterdir()] == ["growth.json"]
     refused = CliRunner().invoke(app, [*command, "--only", "stepp"])
     assert refused.exit_code == 2 and "layer-a, step, growth" in refused.stderr
 

@@ -236,7 +236,7 @@ def test_what_was_timed_is_kept_at_once(out, tiny_config, tmp_path, monkeypatch)
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
     place = ["--out", str(tmp_path)] if out else []
     CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", "--repeats", "3", *place])
-    kept = json.loads(((tmp_path if out else speed.folder("smoke")) / "scaling.json").read_text())
+    kept = json.loads(((tmp_path if out else paths.results("smoke", "bench")) / "scaling.json").read_text())
     assert kept["rows"] == [{"strategy": "auto", "ms": 3.0}] and kept["setting"]["repeats"] == 3
 
 

@@ -48,7 +48,7 @@ def test_taken_once_and_read_without_weights(tiny_config, keep):
     assert len(CALLS) == before + 1
     kept, by_hand = (
         folder / f"{one.name}.json"
-        for folder in (paths.measures("gpu") / result.summary["name"], result.path / "measures")
+        for folder in (paths.results("gpu", "measures") / result.summary["name"], result.path / "measures")
     )
     assert (kept.exists(), by_hand.exists()) == (keep, not keep)  # what was found by hand never lies in reports
     said = {"run": result.summary["name"], "what": "weights", "keys": {"layers": 2 + keep}, "found": found}
@@ -58,9 +58,9 @@ def test_taken_once_and_read_without_weights(tiny_config, keep):
 
 def test_a_record_without_weights_is_trained_again(tiny_config):
     config = tiny_config(steps=2, seed=12)
-    run_or_load(config, records=paths.records("gpu"), progress=False)
+    run_or_load(config, records=paths.results("gpu", "runs"), progress=False)
     shutil.rmtree(paths.runs() / config.name)
-    record = run_or_load(config, records=paths.records("gpu"), progress=False)
+    record = run_or_load(config, records=paths.results("gpu", "runs"), progress=False)
     assert record.path is None
     assert measure(record, how(), scale="gpu")["seed"] == 12
     (paths.runs() / config.name / "model.safetensors").unlink()
@@ -119,7 +119,7 @@ def test_a_damaged_file_is_named(tiny_config, change):
     result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
     one = how(layers={"a bit": 4, "cut": 5, "another run": 6, "another measure": 8, "other keys": 9}[change])
     found = measure(result, one, scale="gpu", keep=True)
-    path = paths.measures("gpu") / result.summary["name"] / f"{one.name}.json"
+    path = paths.results("gpu", "measures") / result.summary["name"] / f"{one.name}.json"
     text = path.read_text()
     if change == "a bit":
         path.write_text(text.replace(str(found["numbers"][0]), str(found["numbers"][0] ^ 1)))
@@ -178,7 +178,7 @@ def test_what_reports_hold_comes_before_what_was_found_by_hand(tiny_config):
     measure(result, one, scale="gpu")
     by_hand = result.path / "measures" / f"{one.name}.json"
     kept = read_json(by_hand, sealed=True) | {"found": {"seed": "reports"}}
-    write_json(paths.measures("gpu") / result.summary["name"] / by_hand.name, kept, sealed=True)
+    write_json(paths.results("gpu", "measures") / result.summary["name"] / by_hand.name, kept, sealed=True)
     assert (
         measure(result, one, scale="gpu") == {"seed": "reports"} and measure(result, one, scale="smoke")["seed"] == 11
     )

@@ -50,7 +50,7 @@ def pages(tmp_path, monkeypatch):
     lost = finished(EC.replace(seed=1), 60)
     lost.summary["status"] = "diverged"
     for result in (finished(EC, 1800), lost, finished(TOP2.replace(seed=1), 900)):
-        write_record(paths.records("gpu") / f"{result.summary['name']}.json", result)
+        write_record(paths.results("gpu", "runs") / f"{result.summary['name']}.json", result)
     yield
 
 

@@ -47,7 +47,7 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
 def test_the_cost_is_that_of_all_records(home):
     for i, device in enumerate(["NVIDIA H200", "A", "NVIDIA H100", "B", "NVIDIA H100", "C", None]):
         seconds = 1800 if device else None  # of one nothing is known
-        write_json(paths.records("gpu") / f"{i}.json", {"summary": {"seconds": seconds, "device": device}})
+        write_json(paths.results("gpu", "runs") / f"{i}.json", {"summary": {"seconds": seconds, "device": device}})
     assert cost("gpu") == (
         "All 7 runs took 3.0 hours of training on A, B, C, NVIDIA H100, NVIDIA H200; `make reproduce SCALE=gpu` loads them and "
         "trains what is missing."

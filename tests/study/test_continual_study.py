@@ -26,12 +26,12 @@ def study():
 def test_records_are_read_first_and_by_hand_none_is_written(study, monkeypatch, tmp_path):
     (result,) = study["Expert Gate"]
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    write_record(paths.records("smoke") / f"{result.summary['name']}.json", result)
+    write_record(paths.results("smoke", "runs") / f"{result.summary['name']}.json", result)
     monkeypatch.setattr(run, "run_or_load", lambda config, **_: not_run(config))
     found = study_of([0], steps=40)
     assert found["Expert Gate"][0].summary["accuracy"] == result.summary["accuracy"]
     assert [found[name][0].summary["status"] for name in list(found)[1:]] == ["not run"] * 4
-    assert len(list(paths.records("smoke").iterdir())) == 1
+    assert len(list(paths.results("smoke", "runs").iterdir())) == 1
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(monkeypatch):

@@ -71,7 +71,7 @@ def test_what_is_there_and_what_is_missing(project):
     assert ran.exit_code == 2 and len(lines) == 3  # one that fails stops no other
     assert lines[0].endswith("finished") and lines[1].endswith("finished") and "absent/text.txt" in lines[2]
     assert call("runs", "--missing", "--names").stdout.split() == [lost]
-    assert [read_record(paths.records("gpu") / f"{name}.json").ok for name in (first, second)] == [True, True]
+    assert [read_record(paths.results("gpu", "runs") / f"{name}.json").ok for name in (first, second)] == [True, True]
     assert not list(paths.runs().glob("*/model.safetensors"))
     (way,) = (project / "reports/gpu/measures").glob("*/*.json")
     assert way.parent.name == second and way.name.startswith("losses-")
@@ -129,7 +129,7 @@ def test_a_run_is_locked_by_its_name(project, monkeypatch):
     )
     one = plan.plan("gpu")[1]
     assert engine.carry_out(one, "paper", keep_weights=True) == "failed: ZeroDivisionError: division by zero"
-    assert locked == [one.name, (one.config, paths.records("paper"))]
+    assert locked == [one.name, (one.config, paths.results("paper", "runs"))]
 
 
 def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project, capsys):

@@ -142,7 +142,7 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
 
 
 def keep_measure(one, how, found):
-    path = paths.measures("gpu") / one.name / f"{how.name}.json"
+    path = paths.results("gpu", "measures") / one.name / f"{how.name}.json"
     write_json(path, {"run": one.name, "what": how.what, "keys": how.keys, "found": found}, sealed=True)
 
 
@@ -195,7 +195,7 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     rows = [step("EC-CF2", "own", 11.0), step("EC-CF2", "own", 10.0), step("GShard top-2", "even", 11.0)]
     setting = {"layers": 12, "d_model": 768, "num_experts": 64, "device": "NVIDIA H100"}
     rows = [*rows, step("GShard top-2", "own", 9.0)]
-    write_json(speed.folder("paper") / "step.json", {"rows": rows, "setting": setting}, sealed=True)
+    write_json(paths.results("paper", "bench") / "step.json", {"rows": rows, "setting": setting}, sealed=True)
     found = judge("C2", "paper")
     assert str(found.rests_on) == "3 turns of training steps of 12 layers of width 768, 64 experts, on NVIDIA H100"
     assert found.parts[0].effect.value == pytest.approx(1.1, rel=1e-3) and found.parts[1].effect.value == pytest.approx(
@@ -203,7 +203,9 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     )
     timed = [{"arm": arm, "ms": 10.0 + i} for i, arm in enumerate(speed.study_arms("paper"))]
     write_json(
-        speed.folder("paper") / f"{speed.study_file(speed.study_arms('paper'))}.json", {"rows": timed}, sealed=True
+        paths.results("paper", "bench") / f"{speed.study_file(speed.study_arms('paper'))}.json",
+        {"rows": timed},
+        sealed=True,
     )
     assert Evidence("paper", "").step_time(timed[3]["arm"], timed[0]["arm"]) == 1.3
     for pair in (("no arm", timed[0]["arm"]), (timed[0]["arm"], "no arm")):

@@ -157,7 +157,7 @@ def test_a_run_that_fails_leaves_the_others_and_says_why(monkeypatch, capsys, tm
     (paths.runs() / one.name / "summary.json").touch()
     assert module._result(one, "gpu", False, []).summary["status"] == "failed"  # it was there to be read
     assert asked[1] == (one.config, False, False, [])
-    record = paths.records("gpu") / f"{one.name}.json"
+    record = paths.results("gpu", "runs") / f"{one.name}.json"
     write_record(record, not_run(one.config))
     assert (
         module._result(one, "gpu", True, []).summary["status"] == "not run" and len(asked) == 2
@@ -168,7 +168,10 @@ def test_only_what_is_missing_moves_the_bar(monkeypatch, tmp_path):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     page = {"scale": "smoke", "seeds": [0, 1]}
     planned = module.planning.of_page("13_gates", "smoke", page)
-    for path in (paths.runs() / planned[0].name / "summary.json", paths.records("smoke") / f"{planned[1].name}.json"):
+    for path in (
+        paths.runs() / planned[0].name / "summary.json",
+        paths.results("smoke", "runs") / f"{planned[1].name}.json",
+    ):
         path.parent.mkdir(parents=True)
         path.touch()
     bars, asked = [], []

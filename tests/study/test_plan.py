@@ -201,8 +201,11 @@ def test_what_was_committed_is_planned(monkeypatch):
     """Who changes a row of a config leaves the runs that it planned on no page: their names hold all that they were."""
     monkeypatch.setenv("ECMOE_HOME", str(Path(__file__).parents[2]))
     planned = {file for one in plan.plan("gpu") for file in engine.files(one, "gpu")}
-    assert set(paths.records("gpu").glob("*.json")) | set(paths.measures("gpu").glob("*/*.json")) <= planned
-    timed = {file for file in speed.folder("gpu").glob("*.json") if not file.name.startswith("scaling")}
+    assert (
+        set(paths.results("gpu", "runs").glob("*.json")) | set(paths.results("gpu", "measures").glob("*/*.json"))
+        <= planned
+    )
+    timed = {file for file in paths.results("gpu", "bench").glob("*.json") if not file.name.startswith("scaling")}
     assert timed == set(speed.files("gpu"))
 
 

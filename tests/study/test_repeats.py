@@ -22,8 +22,8 @@ from ecmoe.training.result import Result, not_run, read_record, write_record
 def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     config = tiny_config(steps=6, eval_every=2)
-    run_or_load(config, records=paths.records("gpu"), progress=False)
-    record = paths.records("gpu") / f"{config.name}.json"
+    run_or_load(config, records=paths.results("gpu", "runs"), progress=False)
+    record = paths.results("gpu", "runs") / f"{config.name}.json"
     before, runs = record.read_bytes(), sorted(paths.runs().rglob("*"))
     found = repeats.again(config.name, "gpu")
     assert found["equal"] and found["rows"] == 3 and found["differs"] == {} and found["router"] == "expert_choice"
@@ -62,7 +62,7 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     assert record.read_bytes() == before and sorted(paths.runs().rglob("*")) == runs
     with pytest.raises(ConfigError, match="nobody: there is no record"):
         repeats.again("nobody", "gpu")
-    (file,) = repeats.folder("gpu").glob("*-before-*")
+    (file,) = paths.results("gpu", "repeats").glob("*-before-*")
     file.write_text(file.read_text().replace("false", "true"))
     with pytest.raises(Damaged, match="check sum"):
         repeats.kept("gpu")
@@ -100,8 +100,8 @@ def test_a_run_of_several_processes_or_tasks_is_not_repeated(changes, tiny_confi
     monkeypatch.setattr(repeats, "_curve", lambda config, *_: pytest.fail("trained"))
     record = not_run(tiny_config()).summary | {"status": "finished"} | changes
     monkeypatch.setattr(repeats, "read_record", lambda path: Result(record))
-    (paths.records("gpu")).mkdir(parents=True)
-    (paths.records("gpu") / "one.json").touch()
+    (paths.results("gpu", "runs")).mkdir(parents=True)
+    (paths.results("gpu", "runs") / "one.json").touch()
     with pytest.raises(ConfigError, match="one: only single-process runs on text or images can be repeated"):
         repeats.again("one", "gpu")
     record["config"], record["world_size"] = tiny_config().to_dict(), 1
@@ -166,6 +166,6 @@ def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, m
     monkeypatch.setattr("ecmoe.report.page.show_html", lambda html: said.append(text_of(html)))
     provenance(study)
     assert "differ in code" in said[0]
-    write_json(repeats.folder("gpu") / "one.json", repeat("a", "b"), sealed=True)
+    write_json(paths.results("gpu", "repeats") / "one.json", repeat("a", "b"), sealed=True)
     provenance(study)
     assert "differ" not in said[1] and "compute the same numbersdense a" in said[1]

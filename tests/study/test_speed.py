@@ -134,7 +134,7 @@ def test_arms_of_a_study_are_those_of_its_first_seed_in_a_file_of_their_names(mo
 
 
 def test_verdicts_read_the_steps_that_the_bench_kept(found, own_home):
-    write_json(speed.folder("smoke") / "step.json", found["step"], sealed=True)
+    write_json(paths.results("smoke", "bench") / "step.json", found["step"], sealed=True)
     for routing in ("even", "own"):
         ratio = Evidence("smoke", "08_step_time").step_ratio("GShard top-2", "EC-CF2", routing)
         assert ratio.n == 2 and ratio.value > 0 and ratio.of == "turn"
@@ -149,9 +149,9 @@ def test_each_part_is_measured_once(own_home):
     speed.measured(jobs, scale="smoke")
     sampled = {"a": {"rows": [{"ms": 2.0, "samples_ms": [1.0, 3.0]}]}}
     assert speed.rows(sampled, "a").to_dict("records") == [{"ms": 2.0}]
-    assert counts == ["a", "b"] and not speed.folder("smoke").exists()  # where the engine alone writes
+    assert counts == ["a", "b"] and not paths.results("smoke", "bench").exists()  # where the engine alone writes
     assert sorted(path.name for path in (paths.runs() / "bench/smoke").iterdir()) == ["a.json", "b.json"]
-    write_json(speed.folder("smoke") / "a.json", {"rows": [{"ms": 2.0}]}, sealed=True)
+    write_json(paths.results("smoke", "bench") / "a.json", {"rows": [{"ms": 2.0}]}, sealed=True)
     found = speed.measured(jobs, scale="smoke")
     assert found["a"] == {"rows": [{"ms": 2.0}], "setting": {}, "absent": []} and found["b"]["rows"] == [{"ms": 1.0}]
     assert speed.measured(jobs, scale="gpu", measure=False)["a"] == speed.NOTHING
@@ -165,8 +165,8 @@ def test_each_part_is_measured_once(own_home):
 def test_the_plan_of_a_scale_can_be_measured(scale, own_home, monkeypatch):
     plan = speed.plan(scale)
     assert set(speed.jobs(**plan)) >= {"step", "growth", "profile", speed.study_file(speed.study_arms(scale))}
-    assert speed.folder(scale) == paths.root() / "reports" / scale / "bench"
-    assert speed.files(scale) == [speed.folder(scale) / f"{name}.json" for name in speed.jobs(**plan)]
+    assert paths.results(scale, "bench") == paths.root() / "reports" / scale / "bench"
+    assert speed.files(scale) == [paths.results(scale, "bench") / f"{name}.json" for name in speed.jobs(**plan)]
     monkeypatch.setattr("ecmoe.bench.clock.in_turns", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr("ecmoe.bench.growth.layer_and_input", lambda **_: pytest.fail("sizes are fine"))
     with pytest.raises(BaseException, match="sizes are fine"):  # all are checked before any is measured
@@ -197,7 +197,7 @@ def test_what_was_timed_is_what_page_08_asks_for(monkeypatch):
     """A size that was changed after it was timed would head numbers that are another's."""
     monkeypatch.setenv("ECMOE_HOME", str(Path(__file__).parents[2]))
     asked = speed.plan("gpu")
-    kept = {name: speed.kept(name, speed.folder("gpu")) for name in speed.jobs(**asked)}
+    kept = {name: speed.kept(name, paths.results("gpu", "bench")) for name in speed.jobs(**asked)}
     grown = {
         axis: [row["value"] for row in kept["growth"]["rows"] if row["axis"] == axis] for axis in asked["growth_axes"]
     }
