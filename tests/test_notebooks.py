@@ -129,13 +129,12 @@ def seen(soup: BeautifulSoup) -> tuple[list[str], list[float]]:
     return [numbers.sub("#", line) for line in lines], [float(x) for line in lines for x in numbers.findall(line)]
 
 
-@pytest.mark.parametrize(
-    "notebook", [path for path in NOTEBOOKS if "train_missing" in path.read_text()], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("notebook", NOTEBOOKS[:-1], ids=lambda path: path.stem)  # the last trains a model of its own
 def test_the_committed_page_is_what_the_committed_results_give(notebook, page, monkeypatch):
     """Who changes what a page says or draws, knowing or not, sees it here; `make report SCALE=gpu` writes the pages anew."""
     monkeypatch.setenv("ECMOE_HOME", str(ROOT))
-    values = merge_parameters(parameter_files(notebook.stem, "gpu")) | {"train_missing": False}
+    values = merge_parameters(parameter_files(notebook.stem, "gpu"))
+    values |= {"train_missing": False} if "train_missing" in notebook.read_text(encoding="utf-8") else {}
     committed = BeautifulSoup((ROOT / f"reports/gpu/{notebook.stem}.html").read_text(encoding="utf-8"), "html.parser")
     (text, numbers), (written, given) = (seen(soup) for soup in (page(notebook, values), committed))
     assert text == written

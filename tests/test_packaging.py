@@ -1,6 +1,7 @@
 """Files that must agree: versions, pins, configs, notebooks, commands, style."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -246,20 +247,68 @@ def test_make_says_which_python_it_needs(tmp_path):
     subprocess.run([*make, f"PYTHON={sys.executable}"], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("target", ["reproduce", "report"])
-def test_make_names_the_index_that_is_there_whatever_failed(tmp_path, target):
+@pytest.fixture
+def made(tmp_path):
+    """A folder with all that make looks at, set up; `made(*words)` runs make there."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/.installed").touch()
+    command = ["make", "-C", tmp_path, f"PYTHON={sys.executable}"]
+    alone = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}  # without what was said to a make that runs these tests
+    return lambda *words: subprocess.run([*command, *words], capture_output=True, text=True, env=alone)
+
+
+SETUP, ENGINE = "-m pip install", '.venv/bin/snakemake --cores 3 --config "scale=$SCALE"'
+# What is asked of make -> what it runs, in order, and what it must not. Ends of lines count.
+MAKES = {
+    "reproduce": ([ENGINE + ";"], [SETUP, "train_missing"]),
+    "report": ([f"{ENGINE} train_missing=false --forceall;"], [SETUP]),
+    "test": (["-m pytest -n 3 --dist worksteal\n"], [SETUP, "--quick"]),
+    "check": (["ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy\n", "-m pytest -n 3 --dist worksteal --quick\n"], [SETUP]),
+    "lab PORT=1234": (["jupyter lab --ip 127.0.0.1 --port 1234", "pre_save_hook=ecmoe.report.lab.as_written ", "notebooks\n"], [SETUP]),
+    "lab": (["--port 8888 "], [SETUP]),
+    "help": (["(now: smoke)"], [SETUP]),
+    "help SCALE=gpu": (["(now: gpu)"], [SETUP]),
+    "-B test": ([" -m venv  .venv\n", f".venv/bin/python {SETUP} ", "  -c constraints.txt -e '.[dev]'\n", "touch .venv/.installed\n", "-m pytest"],
+                ["grep", "--no-index"]),
+    "-B test WHEELHOUSE=there TORCH=system": (
+        [" -m venv --system-site-packages .venv\n", "grep -Ev '^(torch|triton|setuptools)==' constraints.txt > .venv/pins.txt\n",
+         f"{SETUP} ", "--no-index --find-links there -c .venv/pins.txt -e '.[dev]'\n"], ["-c constraints.txt"]),
+    "wheelhouse": (["cp constraints.txt .wheelhouse/pins.txt\n", "-m pip wheel ", "--wheel-dir .wheelhouse  -r .wheelhouse/pins.txt\n"], [SETUP]),
+    "wheelhouse TORCH=system": (
+        ["grep -Ev '^(torch|triton)==' constraints.txt > .wheelhouse/pins.txt\n", "--no-deps -r .wheelhouse/pins.txt\n", "TORCH=system"], [SETUP]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MAKES)
+def test_make_does_what_is_said_of_it_and_no_more(words, made):
+    ran, (wanted, never) = made("--dry-run", "JOBS=3", *words.split()).stdout, MAKES[words]
+    ends = [ran.find(part) for part in wanted]
+    assert -1 not in ends and ends == sorted(ends) and not [part for part in never if part in ran], ran
+
+
+@pytest.mark.parametrize("file", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("target", ["reproduce", "report", "test", "check", "lab"])
+def test_what_is_installed_is_installed_anew_where_it_changed(file, target, made, tmp_path):
+    os.utime(tmp_path / ".venv/.installed", (2, 2))
+    assert SETUP not in made("--dry-run", target).stdout
+    os.utime(tmp_path / file, (3, 3))
+    assert SETUP in made("--dry-run", target).stdout
+
+
+@pytest.mark.parametrize("target", ["reproduce", "report"])
+def test_make_names_the_index_that_is_there_whatever_failed(tmp_path, target, made):
     engine, index = tmp_path / ".venv/bin/snakemake", tmp_path / "reports/gpu/index.html"
-    engine.parent.mkdir(parents=True)
     engine.write_text("#!/bin/sh\nexit 3\n")
     engine.chmod(0o755)
-    (tmp_path / ".venv/.installed").touch()
-    make = lambda: subprocess.run(["make", "-C", tmp_path, target, "SCALE=gpu"], capture_output=True, text=True)  # noqa: E731
-    assert (none := make()).returncode == 2 and str(index) not in none.stdout
+    none = made(target, "SCALE=gpu")
+    assert none.returncode == 2 and str(index) not in none.stdout
     index.parent.mkdir(parents=True)
     index.touch()
-    assert (named := make()).returncode == 2 and f"{index}\n" in named.stdout
+    named = made(target, "SCALE=gpu")
+    assert named.returncode == 2 and f"{index}\n" in named.stdout
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
