@@ -3,11 +3,16 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import socket
 import subprocess
+import sys
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # workers of pytest-xdist share the cores; also for child processes
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -19,6 +24,8 @@ from hypothesis import settings
 
 from ecmoe.config import RunConfig
 
+gc.disable()  # until all tests are collected: there is hardly any garbage among what they import
+sys.modules["rfc3987_syntax"] = None  # seconds of import for a format that no test checks; jsonschema does without it
 if not torch.cuda.is_available():  # ecmoe/kernels then run in the interpreter; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")
@@ -76,6 +83,47 @@ def folders():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", lambda path=".": Backwards(scandir(path)))
         patch.setattr(os, "listdir", lambda path=".": sorted(listdir(path), reverse=True))
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    yield
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen():
+    """What `settled` has frozen stays so when a run ends."""
+    from ecmoe.training import recorder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, "gc", SimpleNamespace(collect=gc.collect, freeze=gc.freeze, unfreeze=lambda: None))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def settled(frozen):
+    """Garbage collections skip what was there before the test, mostly imported modules: looking through all takes 0.3 s,
+    and each measurement on a trained model begins and ends with one."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library():
+    """The standard library, the text of most runs here, is listed once."""
+    from ecmoe import paths
+
+    place, listed = Path(sysconfig.get_path("stdlib")), functools.cache(paths.files_below)
+
+    def files_below(path, *how, **keys):
+        return dict(listed(path, *how, **keys)) if path == place else below(path, *how, **keys)
+
+    below = paths.files_below
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "files_below", files_below)
         yield
 
 

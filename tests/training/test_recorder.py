@@ -174,7 +174,9 @@ def test_seconds_are_shared_by_the_most_runs_that_were_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
-def test_python_looks_no_more_through_what_was_there_at_the_first_step(tiny_config, tmp_path, end):
+def test_python_looks_no_more_through_what_was_there_at_the_first_step(tiny_config, tmp_path, monkeypatch, end):
+    monkeypatch.setattr(recording, "gc", gc)
+    gc.unfreeze()
     lit, recorder, one = LitModel(tiny_config(compile=True, steps=9)), Recorder(tmp_path, progress=False), trainer(2.0)
     recorder.on_train_start(one, lit)
     assert gc.get_freeze_count() == 0
