@@ -22,10 +22,9 @@ from ecmoe.config import RunConfig
 from ecmoe.data import tasks, tokens
 from ecmoe.data.batches import Batches, batch_of
 from ecmoe.data.tokenizer import Tokenizer
-from ecmoe.model.tracking import track
 from ecmoe.model.transformer import Transformer
 from ecmoe.routing import causal_routing, routers
-from ecmoe.training.optimizer import clip, fuses
+from ecmoe.training.lit import LitModel
 from ecmoe.training.trainer import new_trainer, repeatable
 
 SEPARATOR = "\n"  # appended to each text of an example
@@ -87,9 +86,17 @@ def fine_tuned(
 class LitFineTuning(L.LightningModule):
     """A trained model with a new classification head: tokens (B, T), lengths (B,) -> logits (B, C)."""
 
+    # Optimiser, schedule and clipping are those of a run with the config below.
+    configure_optimizers = LitModel.configure_optimizers
+    configure_gradient_clipping = LitModel.configure_gradient_clipping
+
     def __init__(self, model: Transformer, config: RunConfig, classes: int, learning_rate: float, steps: int) -> None:
         super().__init__()
-        self.model, self.learning_rate, self.steps, self.config = model.train(), learning_rate, steps, config
+        warm = max(steps // 10, 1)
+        self.model, self.config = model.train(), config.replace(
+            optimizer="adamw", learning_rate=learning_rate, beta1=0.9, beta2=0.999, weight_decay=0.0, gradient_clip=1.0,
+            steps=steps, warmup_steps=warm, schedule="linear", decay_fraction=max(steps - warm, 1) / steps,
+        )  # fmt: skip
         if config.compile:
             model.compile_blocks()
         self.head = nn.Linear(config.d_model, classes)
@@ -125,21 +132,6 @@ class LitFineTuning(L.LightningModule):
         tokens, lengths, labels = batch
         with torch.compiler.set_stance("force_eager"):  # in causal routing, shapes depend on the data
             return self(tokens, lengths).argmax(dim=1) == labels
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        clip(self.parameters(), optimizer, 1.0)  # Lightning refuses to clip with a fused optimiser
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        fused = fuses(self.config, self.device) or None
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=fused)
-        track(self.model, optimizer)
-        warm = max(self.steps // 10, 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm, (self.steps - step) / max(self.steps - warm, 1))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def right(trainer: L.Trainer, tuned: LitFineTuning, examples: Encoded, batch_size: int) -> Tensor:

@@ -107,11 +107,11 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
 
     def predicted(tuned, batch, batch_idx):
         rate = tuned.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"]
-        assert (tuned.steps, rate, tuple(tuned.head.weight.shape)) == (2, 0.125, (2, 24))
+        assert (tuned.config.steps, rate, tuple(tuned.head.weight.shape)) == (2, 0.125, (2, 24))
         seen["causal"].append(tuned.model.moe_layers[0].router.causal)
         return batch[2] == int(seen["causal"][-1])
 
-    monkeypatch.setattr(fine_tuning, "clip", clipped)
+    monkeypatch.setattr("ecmoe.training.lit.clip", clipped)
     monkeypatch.setattr(LitFineTuning, "predict_step", predicted)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)  # of noise on the logits, where a router has some
     trainers = []  # inference tensors could be in no later training step's graph
