@@ -22,6 +22,7 @@ from torch import nn
 from ecmoe import paths
 from ecmoe.bench import clock as timing
 from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
+from ecmoe.bench.rows import BOTH, FORWARD
 from ecmoe.config import RunConfig
 from ecmoe.files import read_json, write_text
 from ecmoe.model.expert_parallel import share_experts
@@ -54,17 +55,14 @@ def bench_scaling(
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
     rows, absent, one = [], [], float("nan")
     pools = pools if "pool" in RunConfig.from_dict(base).row.keys else ["batch"]
-    ways = [
-        {"devices": n, "strategy": strategy, "pool": pool}
-        for n in devices
-        for strategy, pool in (product(strategies, pools) if n > 1 else [("auto", "batch")])
-    ]
-    for way in ways:
+    ways = [(n, *way) for n in devices for way in (product(strategies, pools) if n > 1 else [("auto", "batch")])]
+    for n, strategy, pool in ways:
+        way = {"devices": n, "strategy": strategy, "pool": pool}
         try:
             config = RunConfig.from_dict({**base, **length, **way})
             result = _trained(config)
         except Exception as error:  # such as too few GPUs or out of memory: go on with the others
-            absent.append(f"{way['strategy']} on {way['devices']}, pool {way['pool']} ({timing.reason(error)})")
+            absent.append(f"{strategy} on {n}, pool {pool} ({timing.reason(error)})")
         else:
             rates = result.curve["tokens_per_second"].iloc[1:]
             rate, took = rates.median(), timing.spread((config.tokens_per_batch / rates).tolist())
@@ -84,10 +82,9 @@ def bench_losses(base: Mapping[str, Any], devices: int, strategy: str, steps: in
     batch = base["batch_size"] // devices
     several = {"devices": devices, "strategy": strategy, "batch_size": batch, "eval_batches": devices}
     alone = {"batch_size": batch * devices, "eval_batches": 1}
-    curves = [_trained(RunConfig.from_dict({**base, **same, **keys})).curve for keys in (alone, several)]
-    table = curves[0][["step"]].astype(int)
-    for of, curve in zip(("one", "several"), curves, strict=True):
-        table[[f"train_loss_{of}", f"val_loss_{of}"]] = curve[["train_loss", "val_loss"]].to_numpy()
+    curves = (_trained(RunConfig.from_dict({**base, **same, **keys})).curve for keys in (alone, several))
+    one, other = (curve.set_index("step")[["train_loss", "val_loss"]] for curve in curves)
+    table = one.join(other, lsuffix="_one", rsuffix="_several").reset_index().astype({"step": int})
     table["difference"] = table["train_loss_several"] - table["train_loss_one"]
     return timing.tabled(table.to_dict("records"), [], {**base, "devices": devices, "strategy": strategy})
 
@@ -166,10 +163,8 @@ def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
 
     times = timing.in_turns(calls, repeats, device, agreed=first_ranks)
     rows = []
-    for kind, what in calls:
-        if kind == "layer":
-            ms = 1e3 * statistics.median(times["floor", what])
-            row = {"devices": ranks, "what": what} | timing.spread(times[kind, what])
-            peak = peaks[kind, what]
-            rows.append(row | {"floor_ms": ms, "share_of_floor": ms / row["ms"], "peak_mb": peak and peak[1]})
+    for what in (FORWARD, BOTH):
+        row = {"devices": ranks, "what": what} | timing.spread(times["layer", what])
+        ms, peak = 1e3 * statistics.median(times["floor", what]), peaks["layer", what]
+        rows.append(row | {"floor_ms": ms, "share_of_floor": ms / row["ms"], "peak_mb": peak and peak[1]})
     return timing.tabled(rows, [], {**sizes, "repeats": repeats})
