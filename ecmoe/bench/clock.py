@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -24,8 +24,8 @@ from ecmoe.bench.rows import named
 from ecmoe.files import ConfigError, write_json
 from ecmoe.provenance import commit, device_name
 
-Key = TypeVar("Key", bound=tuple[str, ...])
 Call = Callable[[], object]
+Calls = Mapping[Any, Call]  # key, a tuple of strings -> what to time
 
 SETTLE, BURST, MOST = 0.2, 0.05, 256  # seconds of untimed calls, seconds of timed calls, maximum number of timed calls
 SLOW = 5  # seconds after which progress is printed
@@ -41,7 +41,7 @@ class Timed(NamedTuple):
     absent: list[str]
 
 
-def timed(calls: Mapping[Key, Call], repeats: int, then: Callable[..., Mapping[Key, Call]] = lambda *_: {}) -> Timed:
+def timed(calls: Calls, repeats: int, then: Callable[[Calls, list[str]], Calls] = lambda *_: {}) -> Timed:
     """Warm up all calls, then time them in turns; calls that fail are left out and listed in `absent`.
 
     then: on a GPU, called with (the calls that work, absent), returns more calls, which are timed after all others.
@@ -69,15 +69,12 @@ def timed(calls: Mapping[Key, Call], repeats: int, then: Callable[..., Mapping[K
 
 
 def in_turns(
-    calls: Mapping[Key, Call],
-    repeats: int,
-    device: torch.device,
-    agreed: Callable[[dict], dict] = lambda bursts: bursts,
-) -> dict[Key, list[float]]:
+    calls: Calls, repeats: int, device: torch.device, agreed: Callable[[dict], dict] = lambda bursts: bursts
+) -> dict[Any, list[float]]:
     """Return the seconds of each repeat of each call; the calls are warm. agreed: maps the bursts of this process to
     those that all processes use, if their calls wait for each other."""
     bursts = agreed({key: burst(call, device) for key, call in calls.items()})
-    times: dict[Key, list[float]] = {key: [] for key in calls}
+    times: dict[Any, list[float]] = {key: [] for key in calls}
     order, dice, began = list(calls), random.Random(0), time.perf_counter()
     for turn in range(1, repeats + 1):
         dice.shuffle(order)

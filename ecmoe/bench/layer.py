@@ -45,10 +45,8 @@ def bench_layer(
     size = sized(device.type, sizes, OF_LAYER) | {"capacity_factor": capacity_factor}
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # raises before any time is spent
     first, x, gradient = layer_and_input(**size)
-    ours = _expert_choice(first)
-    others, absent = _token_choice(first)
-
-    layers = {**ours, **others}
+    layers, absent = _layers(first)
+    ours = [row for row in layers if row.layer.startswith("EC")]
     steps: dict[Row, Callable] = dict(layers)
     for row, layer in layers.items() if compiled else ():
         # Others are caps, or have graph breaks, and would take minutes to compile.
@@ -57,7 +55,7 @@ def bench_layer(
     calls = _parts(Row("floor"), floor(first, x[0], k))
     for row, step in steps.items():
         calls |= _parts(row, forward_and_both(step, x, layers[row._replace(mode=EAGER)], gradient))
-    calls |= {row._replace(what=ROUTING): _routing(layer, x[0].detach()) for row, layer in ours.items()}
+    calls |= {row._replace(what=ROUTING): _routing(layers[row], x[0].detach()) for row in ours}
 
     def uncapped(works: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
         for module in (part for layer in layers.values() for part in layer.modules()):
@@ -133,33 +131,26 @@ def _parts(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
     return {row._replace(what=what): call for what, call in parts.items()}
 
 
-def _expert_choice(first: MoE) -> dict[Row, MoE]:
-    """Return the expert choice layer on each path, and with caps, all sharing the weights of `first`."""
-    router, kinds = first.router, KINDS if kernels_run(first.w1.device) else ()
-    sizes = router.d_model, router.num_experts, router.capacity_factor
-    ec = Row(f"EC-CF{router.capacity_factor:g}")
-    layers = {ec: first} | {ec._replace(path=kind): _twin(first, ExpertChoice(*sizes), kind) for kind in kinds}
-    path = kinds[0] if kinds else PLAIN  # with kernels, skip the plain solver, which takes seconds per call
-    for b in CAPS:
-        if router.capacity_factor <= b < router.num_experts:
-            layers[ec._replace(variant=f"cap {b}", path=path)] = _twin(first, ExpertChoice(*sizes, b), path)
-    return layers
-
-
-def _token_choice(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
-    """Return token choice layers, with expert choice's number of slots and without dropping; and what is absent."""
-    router, kinds = first.router, KINDS[:1] if kernels_run(first.w1.device) else ()
-    d, e, c = router.d_model, router.num_experts, router.capacity_factor
+def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
+    """Return expert choice on each path and with caps, and token choice with as many slots and without dropping, all on the
+    weights of `first`; and what is absent."""
+    kinds = KINDS if kernels_run(first.w1.device) else ()
+    d, e, c = first.router.d_model, first.router.num_experts, first.router.capacity_factor
     k = min(max(round(c), 1), e)
-    top = Row(f"top-{k}")
-    layers: dict[Row, nn.Module] = {}
+    ec, top = Row(f"EC-CF{c:g}"), Row(f"top-{k}")
+    routers: dict[Row, nn.Module] = {ec._replace(path=path): ExpertChoice(d, e, c) for path in (PLAIN, *kinds)}
+    for b in CAPS:
+        if c <= b < e:
+            path = kinds[0] if kinds else PLAIN  # with kernels, skip the plain solver, which takes seconds per call
+            routers[ec._replace(variant=f"cap {b}", path=path)] = ExpertChoice(d, e, c, b)
     for variant, share in {f"capacity {c:g} n/e": c / k, "nothing dropped": None}.items():
-        for path in (PLAIN, *kinds):
-            layer = _twin(first, TokenChoice(d, e, k, share, gate="renormalized"), path)
-            layers[top._replace(variant=variant, path=path)] = layer
-    found, absent = peers(layer)
-    dropless = {"grouped_mm": Grouped(layer)} | found
-    return layers | {top._replace(variant=name): other for name, other in dropless.items()}, absent
+        for path in (PLAIN, *kinds[:1]):
+            routers[top._replace(variant=variant, path=path)] = TokenChoice(d, e, k, share, gate="renormalized")
+    layers: dict[Row, nn.Module] = {row: _twin(first, router, row.path) for row, router in routers.items()}
+    *_, dropless = layers.values()
+    others, absent = peers(dropless)
+    others = {"grouped_mm": Grouped(dropless)} | others
+    return layers | {top._replace(variant=name): other for name, other in others.items()}, absent
 
 
 def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:

@@ -80,8 +80,7 @@ def test_each_row_of_the_layer_is_timed_by_its_own_call(compiled, wired, monkeyp
     for layer in layers.values():
         layer.aux_loss = torch.ones(())
     monkeypatch.setattr(bench, "layer_and_input", lambda **size: wired.update(size=size) or (first, x, gradient))
-    monkeypatch.setattr(bench, "_expert_choice", lambda layer: {one: layers[one] for one in ec if layer is first})
-    monkeypatch.setattr(bench, "_token_choice", lambda layer: ({one: layers[one] for one in top}, ["a peer"]))
+    monkeypatch.setattr(bench, "_layers", lambda layer: (layers if layer is first else {}, ["a peer"]))
     monkeypatch.setattr(bench, "_routing", lambda layer, x: (layer, x.requires_grad, x.shape))
     monkeypatch.setattr(bench, "_rows", lambda found, flops: wired.update(flops=flops) or [])
     monkeypatch.setattr(bench.timing, "this_device", lambda: torch.device("cuda"))  # whose sizes stand in
@@ -184,7 +183,8 @@ def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps,
     monkeypatch.setattr(bench, "kernels_run", lambda device: kernels)
     monkeypatch.setattr(bench, "peers", lambda layer: ({"another": layer}, ["absent"]))
     first, _, _ = bench.layer_and_input(n=16, d_model=8, d_ff=16, num_experts=4, capacity_factor=c)
-    ours, (others, absent) = bench._expert_choice(first), bench._token_choice(first)
+    layers, absent = bench._layers(first)
+    ours, others = ({row: of for row, of in layers.items() if row.layer[:2] == name} for name in ("EC", "to"))
     found = {
         tuple(row)[:3]: (layer.router.capacity_factor, layer.router.max_experts_per_token, layer.kernels)
         for row, layer in ours.items()
@@ -245,7 +245,7 @@ def test_kernels_are_timed_on_a_gpu_with_triton_alone(monkeypatch):
 
 def test_no_cap_is_all_experts():
     first, *_ = bench.layer_and_input(n=12, d_model=8, d_ff=12, num_experts=3)
-    assert [row.variant for row in bench._expert_choice(first)] == ["", "cap 2"]
+    assert [row.variant for row in bench._layers(first)[0] if row.layer == "EC-CF2"] == ["", "cap 2"]
 
 
 def test_routing_goes_from_scores_to_the_assignment_without_gradients(monkeypatch):
