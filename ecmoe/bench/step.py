@@ -142,7 +142,6 @@ def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: b
     optimizer = torch.optim.AdamW(lit.parameters(), lr=0.0, fused=True)
     batch = _tokens(first, device)
     calls: dict[Row, Call] = {}
-    graphs: dict[Row, Call] = {}  # last, because a failed capture leaves little memory for other steps
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for arm, config in configs.items():
         tokens = config.router == "token_choice"
@@ -157,8 +156,9 @@ def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: b
                 calls[row] = step_of(twin, optimizer, batch, even)
                 if arm in PAIR and path == "triton" and graph.capturable(twin):
                     mode = named((COMPILED * compiled, GRAPH))
-                    graphs[row._replace(mode=mode)] = step_of(twin, optimizer, batch, even, pool)
-    return calls | graphs
+                    calls[row._replace(mode=mode)] = step_of(twin, optimizer, batch, even, pool)
+    # Graphs last, because a failed capture leaves little memory for other steps.
+    return dict(sorted(calls.items(), key=lambda call: GRAPH in call[0].mode))
 
 
 def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:

@@ -4,8 +4,6 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-
 
 def as_written(model: dict[str, Any], path: str = "", **_: Any) -> None:
     """Remove outputs and execution counts before saving (a `pre_save_hook`), so that running a notebook changes nothing to commit.
@@ -14,7 +12,8 @@ def as_written(model: dict[str, Any], path: str = "", **_: Any) -> None:
     """
     if model["type"] != "notebook" or not re.fullmatch(r"\d\d_\w+\.ipynb", PurePosixPath(path).name):
         return
-    model["content"]["metadata"] = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    model["content"]["metadata"] = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for cell in model["content"]["cells"]:
         if cell["cell_type"] == "code":
             cell.update(outputs=[], execution_count=None)

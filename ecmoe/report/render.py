@@ -29,7 +29,6 @@ _NBCONVERT = {
     "NbConvertBase": {"display_data_priority": ["text/html", "image/png", "text/plain"]},
     "CoalesceStreamsPreprocessor": {"enabled": True},  # merges a cell's log messages into one log
 }
-FOOTER = "Made from a notebook; this page sends no request and runs no script."
 
 
 def render(notebook: Any, out_html: Path, source: Path, error: Mapping[str, Any] | None = None) -> None:
@@ -91,7 +90,7 @@ def page_html(
         "css": f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n{style}",
         "error": error,
         "parts": sections,
-        "footer": FOOTER,
+        "footer": "Made from a notebook; this page sends no request and runs no script.",
         **more,
     }
     return HTMLExporter(config=Config(_NBCONVERT)).from_notebook_node(notebook, {"page": page})[0]

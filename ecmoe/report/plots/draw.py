@@ -251,11 +251,7 @@ def factor(column: str) -> float:
     return 100.0 if column in PERCENT else 1.0
 
 
-def short(x: float) -> str:
-    """Format with three decimals below 100, else as a whole number."""
-    return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
-
-
 def number(row: object) -> str:
-    """Format a row's mean, with its interval in parentheses if it has one."""
-    return short(row.mean) + ("" if math.isnan(row.low) else f" ({short(row.low)} to {short(row.high)})")
+    """Format a row's mean, with its interval in parentheses if it has one: three decimals below 100, else whole numbers."""
+    mean, low, high = (f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}" for x in (row.mean, row.low, row.high))
+    return mean if math.isnan(row.low) else f"{mean} ({low} to {high})"

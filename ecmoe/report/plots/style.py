@@ -69,9 +69,10 @@ class Look(NamedTuple):
 def looks(arms: Iterable[str]) -> dict[str, Look]:
     """Return arm -> look: the colour is chosen by the arm's name, and no two arms of a figure look alike."""
     arms, found = list(dict.fromkeys(arms)), {}
+    names = {arm: " ".join(word for word in arm.split() if word not in _GATES) for arm in arms}
     # Arms with a fixed look come first; sorted by name, so that looks don't depend on the order of the arms.
-    for arm in sorted(arms, key=lambda arm: (_without_gate(arm) not in _KNOWN, arm)):
-        name, dashes = _without_gate(arm), next((_GATES[word] for word in arm.split() if word in _GATES), "")
+    for arm in sorted(arms, key=lambda arm: (names[arm] not in _KNOWN, arm)):
+        name, dashes = names[arm], next((_GATES[word] for word in arm.split() if word in _GATES), "")
         start, count = zlib.crc32(name.encode()), len(_PALETTE)
         by_name = [(_PALETTE[i % count], _MARKERS[(i + i // count) % count]) for i in range(start, start + count)]
         by_name.sort(key=lambda one: one[0] in _CENTRE)
@@ -79,10 +80,6 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
         taken = {(look.color, look.dashes) for look in found.values()}
         found[arm] = Look(*next((one for one in mine if (one[0], dashes) not in taken), mine[-1]), dashes)
     return {arm: found[arm] for arm in arms}
-
-
-def _without_gate(arm: str) -> str:
-    return " ".join(word for word in arm.split() if word not in _GATES)
 
 
 # Colours for 0 (grey), 1, ... 7, 8 or more experts per token, light to dark.
