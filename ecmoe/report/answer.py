@@ -21,7 +21,7 @@ NOTHING = "(not run)"
 def answer(scale: str, *claims: str) -> None:
     """Show the verdict on each claim ("C1", "L2"): label, sentence, and the runs behind it; at scale smoke a note that there is none."""
     for claim in claims[:1] if scale == "smoke" else claims:
-        show_html(answer_html(judge(claim, scale)))
+        show_html(markup("verdict", judge(claim, scale)))
 
 
 def finding(said: str, rests_on: Study | str) -> None:
@@ -62,12 +62,6 @@ def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
             row = {"claim": claim, "part": here.name, "here": found(here), "verdict here": here.label}
             rows.append(row | {"in the study": found(study), "its verdict": study.label})
     return pd.DataFrame(rows)
-
-
-def answer_html(verdict: ClaimVerdict) -> Markup:
-    """Return a claim's label, its sentence, and the runs behind it."""
-    claim = "" if verdict.label == PLUMBING else verdict.claim
-    return markup("answer", verdict.label, verdict.sentence, claim, markup("rests", verdict))
 
 
 def judged_html(verdict: ClaimVerdict) -> Markup:

@@ -9,31 +9,31 @@ from bs4 import BeautifulSoup
 from matplotlib.colors import to_rgb
 
 from ecmoe.report import answer
-from ecmoe.report.markup import COLORS
+from ecmoe.report.markup import COLORS, markup
 from ecmoe.study import verdict as labels
 from tests.study.known import judged, losses, seeds
 
 HASH = {"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}
 
 
-def soup(markup: str) -> BeautifulSoup:
-    return BeautifulSoup(markup, "html.parser")
+def soup(html: str) -> BeautifulSoup:
+    return BeautifulSoup(html, "html.parser")
 
 
 def test_label_sentence_and_what_it_rests_on():
     found = judged("C6", losses(**HASH))
-    page = soup(answer.answer_html(found))
+    page = soup(markup("verdict", found))
     assert page.find(class_="badge").text == found.label == "reproduced" and page.strong.text == "C6"
     assert page.find(class_="said").text == found.sentence and "0.020 nats above EC-CF2" in found.sentence
     assert page.find(class_="rests").text == f"Rests on {found.rests_on}." and not page.find(class_="warning")
     assert not page.code  # what else could be run would change no label
     less = judged("C6", losses(**HASH | {"Hash modulo": seeds(3.62, n=3)}))
-    page = soup(answer.answer_html(less))
+    page = soup(markup("verdict", less))
     assert page.code.text == less.command and page.find(class_="rests") and less.label == "reproduced"
 
 
 def test_not_run_is_one_line_with_its_command():
-    page = soup(answer.answer_html(judged("C6", {})))
+    page = soup(markup("verdict", judged("C6", {})))
     assert (
         page.find(class_="badge").text == "not run"
         and page.code.text == "ecmoe runs 05_other_routers --scale gpu --train"
@@ -53,7 +53,7 @@ def test_each_claim_has_its_answer_and_smoke_one_for_all(monkeypatch):
 def test_runs_that_differ_in_what_they_must_not_are_marked():
     found = judged("C6", losses(**HASH))
     rests_on = dataclasses.replace(found.rests_on, mixed=("card", "code"))
-    page = soup(answer.answer_html(dataclasses.replace(found, rests_on=rests_on)))
+    page = soup(markup("verdict", dataclasses.replace(found, rests_on=rests_on)))
     assert "differ in kind of device and code" in page.find(class_="warning").text
 
 
@@ -148,7 +148,7 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
 
 def test_smoke_shows_rules_and_no_number():
     found = judged("C6", losses(**HASH), scale="smoke")
-    page = soup(answer.answer_html(found) + answer.judged_html(found))
+    page = soup(markup("verdict", found) + answer.judged_html(found))
     assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text
     assert {th.text for th in page.thead.find_all("th")} == {"part", "reproduced if"}
 
