@@ -105,6 +105,12 @@ def test_units_that_fill_just_half_of_the_share_are_too_few():
         assert is_val.tolist() == [whole, not whole] and ("whole files" in rule) == whole
 
 
+def test_a_share_is_full_where_less_than_a_fiftieth_of_it_is_left():
+    for size, full in ((490, False), (491, True)):  # of 500 bytes, 5% of 10,000
+        is_val, _ = split(np.array([1, 2, 3], np.uint64), np.array([size, 5, 9995 - size]))
+        assert is_val.tolist() == [True, not full, False]
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 1000)), min_size=2, max_size=60))
 @example([(0, 10)] * 100)  # a book of many paragraphs
 @example([(0, 1000), (1, 20)])  # and a leaflet

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 
 import pytest
 import torch
@@ -65,6 +66,10 @@ def test_output_and_gradients_are_those_of_the_one_hot_einsum(name):
 def test_a_layer_keeps_what_its_backward_pass_needs_and_takes_what_is_fast_unless_told():
     assert (layer().recompute, layer().kernels) == (False, "auto")
     assert (layer(recompute=True).recompute, layer(kernels="plain").kernels) == (True, "plain")
+    x = torch.zeros(1 << 30, 1, device="meta")  # of many tokens three slots each may be held, of few 2^28 numbers
+    with torch.no_grad():
+        assert [layer().room(x[:n]) for n in (7, 1 << 30)] == [2**28 // FF, 3 << 30]
+    assert layer().room(x) == sys.maxsize  # for gradients all are
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 5), (7, 1)])

@@ -210,6 +210,10 @@ def test_flops_count_the_output_layer_and_attention():
     assert flops_per_token(config) == 6 * (active + 256 * 16) + 6 * 2 * 12 * 16
 
 
+def test_table_1_is_in_the_papers_order():
+    assert " ".join(TABLE_1) == "0.1B 0.1B/16E 0.1B/32E 0.1B/64E 0.1B/128E 8B 8B/64E"
+
+
 @pytest.mark.parametrize("name", TABLE_1)
 def test_table_1_has_the_papers_sizes(name):
     config, (size, _, experts) = TABLE_1[name].config, name.partition("/")

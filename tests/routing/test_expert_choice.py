@@ -107,6 +107,13 @@ def test_pools_equal_a_loop_over_pools(pool, masked):
     same_choice(chosen.dense(B * T), expected)
 
 
+def test_where_nothing_is_said_it_is_the_papers():
+    said = "capacity_factor=2.0, pool=batch, gate=softmax, cap_solver=feasible, rounding=exact"
+    router = ExpertChoice(8, 4)
+    assert router.extra_repr() == f"d_model=8, num_experts=4, {said}" and router.max_experts_per_token is None
+    assert router.static and router.cutoff.beta == 0.99
+
+
 def test_one_pool_of_all_is_the_batch():
     logits = random_logits(12, 3, 0)
     batch = ExpertChoice(D, 3, 2.0).assign(logits).dense(12)

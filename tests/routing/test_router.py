@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecmoe.config import CHOICES
-from ecmoe.routing import ExpertChoice, Hash, KMeans, Router, TokenChoice, router
+from ecmoe.routing import Dense, ExpertChoice, Hash, KMeans, LinearAssignment, Router, TaskLevel, TokenChoice, router
 
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
@@ -29,6 +29,13 @@ def test_few_tokens_are_compiled_plainly_unless_sums_need_a_fixed_order(kind, ex
     assert [eager, few, enough, one.fast(cuda, 7)] == expected
     one.kernels = "plain"
     assert not one.fast(cuda, 8)
+
+
+def test_what_is_true_of_a_router_unless_it_says_otherwise():
+    assert router.FEW == 2**24  # from here on the kernels are faster, as measured
+    assert not Router.static and not Router.across and Dense.static and not TaskLevel.static
+    assert [Hash(8, 4, 10, factor).static for factor in (None, 1.0)] == [False, True]
+    assert TaskLevel(8, 4, 2).kind == "learned" and LinearAssignment(8, 4).weight.shape == (8, 4)
 
 
 def test_a_router_must_say_how_it_assigns_and_has_an_expert_at_least():

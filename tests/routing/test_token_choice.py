@@ -90,6 +90,13 @@ def test_all_first_choices_come_before_any_second():
     assert chosen.token.tolist() == [[0], [1], [1]]
 
 
+def test_where_nothing_is_said_it_drops_nothing_and_balances_as_switch():
+    said = "gate=softmax, priority=order, aux_loss_weight=0.01, z_loss_weight=0.0, balance=switch, bias_rate=0.001"
+    free, limited = TokenChoice(8, 4, 2), TokenChoice(8, 4, 2, 1.0)
+    assert free.extra_repr() == f"d_model=8, num_experts=4, top_k=2, {said}" and free.capacity_factor is None
+    assert (free.static, limited.static) == (False, True)  # the fullest expert decides how many places there are
+
+
 def test_gshards_2n_over_e_is_capacity_factor_1():
     assert TokenChoice(D, 8, 2, 1.0).assign(random_logits(64, 8, 0)).token.shape == (8, 2 * 64 // 8)
     assert TokenChoice(D, 8, 1, 1.25).assign(random_logits(64, 8, 0)).token.shape == (8, 10)
