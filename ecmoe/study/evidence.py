@@ -11,7 +11,7 @@ import numpy as np
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import measure
-from ecmoe.study import estimate, repeats, speed
+from ecmoe.study import estimate, speed
 from ecmoe.study.estimate import Estimate, Unit
 from ecmoe.study.load import recorded
 from ecmoe.study.parameters import merge_parameters, parameter_files
@@ -72,11 +72,6 @@ class Evidence:
         """Return a page that plans the run, preferably this one."""
         pages = self.planned[arm][seed].pages
         return self.page if self.page in pages else pages[0]
-
-    @cached_property
-    def repeats(self) -> list[dict[str, Any]]:
-        """The scale's repeated runs, as `ecmoe again` stored them."""
-        return repeats.kept(self.scale)
 
     def values(self, arm: str, column: str) -> dict[int, float]:
         """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement."""

@@ -31,17 +31,13 @@ WEAKEST_LAST = (REPRODUCED, IN_DIRECTION, NOT_RUN, UNDECIDED, NO_EFFECT, CONTRAD
 @dataclass(frozen=True, kw_only=True)
 class JudgedPart(Part):
     """A part of a claim with its label and estimate. missing: runs that the part lacks, such as "EC-CF2 s2". level: of the interval,
-    after Holm. mixed: "code" if compared runs have code versions not shown to agree, "card" if they used different kinds of
-    device. repeats: runs that show that versions agree.
-    """
+    after Holm."""
 
     label: str
     sentence: str
     effect: Estimate
     level: float
     missing: tuple[str, ...]
-    mixed: tuple[str, ...]
-    repeats: tuple[str, ...]
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -51,8 +47,9 @@ class JudgedPart(Part):
 
 @dataclass(frozen=True)
 class RestsOn:
-    """The runs, or the turns of a bench, that a sentence is based on. mixed, repeats: as in `JudgedPart`, of all parts judged.
-    tokens: the smallest and largest number of training tokens of a run."""
+    """The runs, or the turns of a bench, that a sentence is based on. tokens: the smallest and largest number of training tokens of
+    a run. mixed: "code" if compared runs have code versions not shown to agree, "card" if they used different kinds of device.
+    repeats: runs that show that versions agree."""
 
     size: str = ""
     tokens: tuple[int, int] = (0, 0)
@@ -181,9 +178,6 @@ def _parts(about: Claim, evidence: Evidence) -> list[Part]:
 
 def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> JudgedPart:
     label = label_of(part, found, level)
-    together = _compared(part, evidence)
-    linked = [repeats.linked(runs, evidence.repeats) for runs in together]
-    mixed = {"code": None in linked, "card": any(len({run.get("device") for run in runs}) > 1 for runs in together)}
     return JudgedPart(
         **vars(part),
         label=label,
@@ -191,8 +185,6 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
         effect=found,
         level=level,
         missing=tuple(f"{arm} s{seed}" for arm, seed in evidence.missing(part)),
-        mixed=tuple(what for what, differs in mixed.items() if differs),
-        repeats=tuple(sorted({run for shown in linked for run in shown or ()})),
     )
 
 
@@ -220,12 +212,13 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
         return RestsOn(of, cards=(card,), turns=turns)
     arms = [arm for arm in dict.fromkeys(arm for part in family for arm in part.arms) if evidence.finished(arm)]
     runs = {run["name"]: run for arm in arms for run in evidence.finished(arm).values()}.values()
-    return RestsOn.of(
-        runs,
-        [evidence.config(arm) for arm in arms],
-        mixed=tuple(sorted({what for part in family for what in part.mixed})),
-        repeats=tuple(sorted({run for part in family for run in part.repeats})),
-    )
+    together = [compared for part in family for compared in _compared(part, evidence)]
+    kept = repeats.kept(evidence.scale)
+    linked = [repeats.linked(compared, kept) for compared in together]
+    cards = any(len({run.get("device") for run in compared}) > 1 for compared in together)
+    mixed = ("card",) * cards + ("code",) * (None in linked)
+    shown = {run for those in linked for run in those or ()}
+    return RestsOn.of(runs, [evidence.config(arm) for arm in arms], mixed=mixed, repeats=tuple(sorted(shown)))
 
 
 # Labels

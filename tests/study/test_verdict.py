@@ -270,6 +270,14 @@ def test_a_verdict_rests_on_what_puts_its_parts_in_direction_too_and_on_horizons
     assert RestsOn(tokens=(999_999, 2_000_000)).trained == "999,999 to 2,000,000 tokens"
 
 
+def mixed(evidence, part):
+    """How the runs that this part of C6 compares differ."""
+    about = find_claim("C6")
+    return of_evidence(
+        replace(about, parts=tuple(replace(p, decides=True) for p in about.parts if p.name == part)), evidence
+    ).rests_on.mixed
+
+
 def test_runs_of_two_codes_or_cards_are_marked():
     class Mixed(Known):
         def summaries(self, arm):
@@ -277,12 +285,12 @@ def test_runs_of_two_codes_or_cards_are_marked():
             return {seed: one | other if seed == 1 else one for seed, one in super().summaries(arm).items()}
 
     numbers = losses(**{"Hash modulo": seeds(3.7), "EC-CF2 renormalized": seeds(3.6), "Hash balanced": seeds(3.6)})
-    found = of_evidence(find_claim("C6"), Mixed(numbers, page="05_other_routers"))
-    assert found.parts[0].mixed == ("code", "card") and found.rests_on.mixed == ("card", "code")
-    assert next(p for p in found.parts if p.name == "a balanced table against EC-CF2").mixed == ()
+    evidence = Mixed(numbers, page="05_other_routers")
+    assert of_evidence(find_claim("C6"), evidence).rests_on.mixed == ("card", "code")
+    assert mixed(evidence, "a balanced table against EC-CF2") == ()
 
 
-def test_repeats_that_show_two_codes_to_be_one_are_named_in_place_of_a_mark():
+def test_repeats_that_show_two_codes_to_be_one_are_named_in_place_of_a_mark(monkeypatch):
     class Mixed(Known):
         def summaries(self, arm):
             there = super().summaries(arm)
@@ -291,13 +299,11 @@ def test_repeats_that_show_two_codes_to_be_one_are_named_in_place_of_a_mark():
     numbers = losses(**{"Hash modulo": seeds(3.7), "EC-CF2 renormalized": seeds(3.6)})
     evidence = Mixed(numbers, page="05_other_routers")
     common = {"device": "H100", "recorded": "0ther", "code": "c0de", "equal": True}
-    evidence.repeats = [
-        common | {"run": run, "router": router} for run, router in (("z", "Hash"), ("b", "EC-CF2"), ("x", "BASE"))
-    ]
+    kept = [common | {"run": run, "router": router} for run, router in (("z", "Hash"), ("b", "EC-CF2"), ("x", "BASE"))]
+    monkeypatch.setattr(verdict.repeats, "kept", {"gpu": kept}.__getitem__)
     found = of_evidence(find_claim("C6"), evidence)
-    assert found.parts[0].mixed == found.rests_on.mixed == ()
-    assert found.parts[0].repeats == found.rests_on.repeats == ("b", "z")
-    evidence.repeats = []
+    assert found.rests_on.mixed == () and found.rests_on.repeats == ("b", "z")
+    monkeypatch.setattr(verdict.repeats, "kept", {"gpu": []}.__getitem__)
     assert of_evidence(find_claim("C6"), evidence).rests_on.mixed == ("code",)
 
 
@@ -308,9 +314,9 @@ def test_a_seed_may_be_trained_elsewhere_than_the_next_but_not_than_its_pair():
             return {s: one | {"code": "0ther", "device": "H200"} if s == 0 else one for s, one in there.items()}
 
     numbers = losses(**{"Hash modulo": seeds(3.7), "EC-CF2 renormalized": seeds(3.6)})
-    found = of_evidence(find_claim("C6"), Elsewhere(numbers, page="05_other_routers"))
-    assert found.parts[0].mixed == ()
-    assert next(p for p in found.parts if p.name == "spread over seeds").mixed == ("code", "card")
+    evidence = Elsewhere(numbers, page="05_other_routers")
+    assert of_evidence(find_claim("C6"), evidence).rests_on.mixed == ()
+    assert mixed(evidence, "spread over seeds") == ("card", "code")
 
 
 def test_another_page_judges_the_parts_whose_arms_it_trains():
