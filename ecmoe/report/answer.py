@@ -25,12 +25,10 @@ def answer(scale: str, *claims: str) -> None:
 
 
 def finding(said: str, rests_on: Study | str) -> None:
-    """Show the finding of a page that judges no claim of the paper: one sentence with its number.
+    """Show the finding of a page that judges no claim of the paper: `said`, one sentence with its number.
 
-    Args:
-        said: the sentence. rests_on: what it is based on, in words; or a study, whose finished runs are summarised, with the
-            command that trains missing ones. For a study at scale smoke the finding is labelled "plumbing only".
-    """
+    rests_on: what it is based on, in words; or a study, whose finished runs are summarised, with the command that trains missing
+    ones. For a study at scale smoke the finding is labelled "plumbing only"."""
     label, more = "finding", Markup()
     if isinstance(rests_on, Study):
         study, configs = rests_on, {one.name: one.config for one in rests_on.planned}
@@ -101,9 +99,7 @@ def found(part: JudgedPart) -> str:
 def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "nats per token") -> str:
     """Return a minus b over their common seeds, such as "+0.004 nats (0.002 to 0.006; 3 seeds)"; "(not run)" without any.
 
-    Args:
-        frame: a row per arm and seed. value: the column, shares as fractions of 1. unit: a value of `Unit`.
-    """
+    frame: a row per arm and seed. value: the column, shares as fractions of 1. unit: a value of `Unit`."""
     of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
     found = of_values(of[a] - of[b], Unit(unit))
     if not found.n:

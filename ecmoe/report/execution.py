@@ -53,9 +53,7 @@ def execute(
     parameters: Mapping[str, Any] | None = None,
     train_missing: bool | None = None,
 ) -> Path:
-    """Run a notebook with the parameters of YAML files, render it, and return the page's path.
-
-    Progress (a line per cell) and the notebook's stderr go to stderr.
+    """Run a notebook, render it, and return the page's path. Progress (a line per cell) and its stderr go to stderr.
 
     Args:
         parameter_files: YAML files; later files override, key by key, also within `base`.

@@ -7,9 +7,7 @@ from typing import Any
 
 def as_written(model: dict[str, Any], path: str = "", **_: Any) -> None:
     """Remove outputs and execution counts before saving (a `pre_save_hook`), so that running a notebook changes nothing to commit.
-
-    Applies to NN_name.ipynb only: a copy under another name keeps its outputs.
-    """
+    Applies to NN_name.ipynb only: a copy under another name keeps its outputs."""
     if model["type"] != "notebook" or not re.fullmatch(r"\d\d_\w+\.ipynb", PurePosixPath(path).name):
         return
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}

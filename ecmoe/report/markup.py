@@ -42,13 +42,10 @@ def markup(name: str, *args: Any, **kwargs: Any) -> Markup:
 
 
 def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}) -> Markup:
-    """Return a DataFrame as an escaped HTML table; the first column is the row header, missing values are dashes.
+    """Return a DataFrame, without its index, as an escaped HTML table; the first column is the row header, missing values are dashes.
 
-    Args:
-        frame: its index isn't shown. caption: shown above the table.
-        formats: column -> a format such as ".1f" or "{:.0%}", or a function whose result is escaped unless it is Markup.
-            Other columns are formatted by the size of their numbers. A ValueError for an unknown column.
-    """
+    formats: column -> a format such as ".1f" or "{:.0%}", or a function whose result is escaped unless it is Markup. Other
+    columns are formatted by the size of their numbers. A ValueError for an unknown column."""
     unknown = [name for name in formats if name not in frame.columns]
     if unknown:
         raise ValueError(f"formats names {unknown}, but the columns are {list(frame.columns)}")

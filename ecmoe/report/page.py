@@ -22,9 +22,7 @@ __all__ = [
 
 def show(plot: Plot, caption: str) -> None:
     """Show a figure with alternative text and caption, its numbers folded below; without runs, "Not run" and the caption.
-
-    A sentence about the intervals is added to the caption if the figure has any.
-    """
+    A sentence about the intervals is added to the caption if the figure has any."""
     if plot.figure is None:
         show_html(markup("not_run_yet", caption))
     else:
@@ -36,10 +34,8 @@ def show(plot: Plot, caption: str) -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}, fold: str = "") -> None:
-    """Show a table, or "Not run" if all values beyond its first column are missing.
-
-    Arguments as in `markup.table_html`; fold: a summary under which the table is folded; "": the table is shown open.
-    """
+    """Show a table, or "Not run" if all values beyond its first column are missing. Arguments as in `markup.table_html`; fold: a
+    summary under which the table is folded; "": the table is shown open."""
     values = frame.iloc[:, 1:]
     if not fold and values.shape[1] and (values.isna() | values.eq(NOTHING)).all(axis=None):
         show_html(markup("not_run_yet", caption))

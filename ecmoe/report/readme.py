@@ -17,11 +17,8 @@ from ecmoe.study.verdict import judge_all
 
 
 def update(scale: str = "gpu") -> bool:
-    """Draw the figures, update the generated parts of README.md, and return whether its text changed.
-
-    Raises:
-        ConfigError: there is no README.md, or a mark is missing in it or occurs twice.
-    """
+    """Draw the figures, update the generated parts of README.md, and return whether its text changed. Raise a
+    ConfigError if there is no README.md, or if a mark is missing in it or occurs twice."""
     path = paths.root() / "README.md"
     if not path.exists():
         raise ConfigError(f"{path} is not there: call this in a checkout, with ECMOE_HOME unset or set to it")

@@ -32,12 +32,8 @@ _NBCONVERT = {
 
 
 def render(notebook: Any, out_html: Path, source: Path, error: Mapping[str, Any] | None = None) -> None:
-    """Render an executed notebook as a page, with an atomic write.
-
-    Args:
-        source: path of the notebook in notebooks/; the page links to it and to the pages of its neighbours.
-        error: shown at the top: {"where": text, "what": text, "cell": number or None}.
-    """
+    """Render an executed notebook as a page, with an atomic write. source: path of the notebook in notebooks/; the page links to it
+    and to the pages of its neighbours. error: shown at the top: {"where": text, "what": text, "cell": number or None}."""
     there = os.path.relpath(source.resolve(), out_html.parent.resolve())
     write_text(out_html, page_html(notebook, error, ways=ways(source), source=quote(Path(there).as_posix())))
 
@@ -47,11 +43,9 @@ def page_html(
 ) -> str:
     """Return an executed notebook as an HTML page.
 
-    Args:
-        error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to the previous and next page;
-            `source`, address of the notebook; `footer`; `script` and `script_digest` (base64 of its SHA-256) of the only script
-            that the page may run.
-    """
+    error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to the previous and next page;
+    `source`, address of the notebook; `footer`; `script` and `script_digest` (base64 of its SHA-256) of the only script that the
+    page may run."""
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for number, cell in enumerate(notebook.cells, 1):
         cell.page = {"number": number}

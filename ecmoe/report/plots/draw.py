@@ -56,11 +56,9 @@ def panels(
 ) -> Plot:
     """Draw a figure of one or more panels, and combine their numbers into one table and their texts into the alternative text.
 
-    Args:
-        what: what the figure shows. draw: (axes, given) -> (numbers, text). each: title of a panel ("" for a single one) -> `given`.
-        arms, measured: the planned arms, and those with results; without results there is no figure. key: the table's column
-            of titles. legend: its number of columns (0: none), with the first panel's labels. kwargs: for `subplots`.
-    """
+    what: what the figure shows. draw: (axes, given) -> (numbers, text). each: title of a panel ("" for a single one) -> `given`.
+    arms, measured: the planned arms, and those with results; without results there is no figure. key: the table's column of
+    titles. legend: its number of columns (0: none), with the first panel's labels. kwargs: for `subplots`."""
     there = arms if measured is None else set(measured)
     missing = ", ".join(str(arm) for arm in arms if arm not in there)
     alt, missing = what[:1].upper() + what[1:], f" Not run: {missing}." * bool(missing)
@@ -101,17 +99,12 @@ def lines(
     named: bool = True,
     level: str | None = None,
 ) -> pd.DataFrame:
-    """Draw a line per arm, its mean and 95% interval over seeds, with its name at its end.
+    """Draw a line per arm, its mean and 95% interval over seeds, with its name at its end. Return the numbers shown: `by`, x,
+    mean, low, high, seeds.
 
-    Args:
-        frame: a row per arm, seed and x. by: the column whose values are the lines.
-        reference: an arm; the others are shown as differences from it, seed by seed.
-        log: x in powers of two. ticks_at_values: ticks and markers only at the values of x. shown: line -> look.
-        named: write the names. level: an arm with a single x, drawn as a horizontal dashed line.
-
-    Returns:
-        The numbers shown: `by`, x, mean, low, high, seeds.
-    """
+    frame: a row per arm, seed and x. by: the column whose values are the lines. reference: an arm; the others are shown as
+    differences from it, seed by seed. log: x in powers of two. ticks_at_values: ticks and markers only at the values of x.
+    shown: line -> look. named: write the names. level: an arm with a single x, drawn as a horizontal dashed line."""
     frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
     if reference in set(frame[by]):
         frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
@@ -168,15 +161,11 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
 def points(
     ax: Axes, frame: pd.DataFrame, value: str, order: Sequence[str], pairs: tuple[str, Mapping[str, Look]] | None = None
 ) -> pd.DataFrame:
-    """Draw a row per arm: a tick for each seed, the mean, and its 95% interval.
+    """Draw a row per arm: a tick for each seed, the mean, and its 95% interval. Return the numbers shown: arm (and the column of
+    `pairs`), mean, low, high, seeds.
 
-    Args:
-        frame: a row per arm and seed. value: the column shown. order: arms from top to bottom.
-        pairs: a column whose values are separate points in a row (without ticks), and value -> look.
-
-    Returns:
-        The numbers shown: arm (and the column of `pairs`), mean, low, high, seeds.
-    """
+    frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. pairs: a column whose values are
+    separate points in a row (without ticks), and value -> look."""
     there = frame.assign(**{value: frame[value] * factor(value)}).dropna(subset=[value])
     hue, shown = pairs or ("arm", looks(order))
     if len(there):

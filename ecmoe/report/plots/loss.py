@@ -26,11 +26,9 @@ def over(
 ) -> Plot:
     """Plot columns over "step" or over a setting with few values: a panel per column, a line per arm, 95% intervals over seeds.
 
-    Args:
-        frame: from `table.curves`, or a row per arm, seed and x.
-        reference: an arm; the others are shown as differences from it, seed by seed, which makes small gaps visible.
-        level: an arm with a single x, shown as a horizontal line for comparison. log: show the setting in powers of two.
-    """
+    frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from it,
+    seed by seed, which makes small gaps visible. level: an arm with a single x, shown as a horizontal line for comparison.
+    log: show the setting in powers of two."""
     columns = [columns] if isinstance(columns, str) else list(columns)
     arms, setting = list(dict.fromkeys(frame["arm"])), x != "step"
     minus = f" minus that of {reference}" if reference else ""
@@ -69,11 +67,8 @@ def final_loss(
 ) -> Plot:
     """Plot each arm's final value: a tick per seed, the mean and its 95% interval, sorted by the mean.
 
-    Args:
-        table: a row per arm and seed. column: a measured column, such as "bits_per_byte".
-        reference: an arm; the others are shown as differences from it over common seeds. Or another column, such as
-            "val_loss", which is subtracted from this one.
-    """
+    table: a row per arm and seed. column: a measured column, such as "bits_per_byte". reference: an arm; the others are shown as
+    differences from it over common seeds. Or another column, such as "val_loss", which is subtracted from this one."""
     what = LABELS.get(column, column)
     if reference in table:
         table = table.assign(**{column: table[column] - table[reference]})
@@ -102,10 +97,8 @@ def final_loss(
 def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
     """Compare two routings of the same weights, "as trained" and "causally": a row per arm, a panel per condition.
 
-    Args:
-        frame: a row per arm, seed, `routing` and condition; `value` is NaN where not run. panel: the column with the
-            conditions, which are the panels' titles. label: name and unit of `value`.
-    """
+    frame: a row per arm, seed, `routing` and condition; `value` is NaN where not run. panel: the column with the conditions,
+    which are the panels' titles. label: name and unit of `value`."""
     arms, there = list(dict.fromkeys(frame["arm"])), frame.dropna(subset=[value, panel])
 
     def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:

@@ -15,10 +15,8 @@ from ecmoe.study.estimate import counted
 def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Plot:
     """Plot the share of tokens by the number of experts that processed them (C7): a stacked bar per arm.
 
-    Args:
-        table: a row per arm and seed with share_0 ... share_8; an arm's rows are averaged.
-        paper: label -> share of the paper's bar, shown below: {"3 or 4: 23%": .23}.
-    """
+    table: a row per arm and seed with share_0 ... share_8; an arm's rows are averaged. paper: label -> share of the paper's
+    bar, shown below: {"3 or 4: 23%": .23}."""
     names = [*map(str, range(8)), "8+"]
     data = (100 * table.groupby("arm", sort=False)[SHARES].mean()).set_axis(names, axis=1)
     there, what = data.dropna(how="all"), "share of tokens by the number of experts that processed them"
@@ -46,10 +44,8 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
 
 
 def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot:
-    """Plot the combine weights, tokens x experts, a panel per router (Fig. 1).
-
-    weights: title -> (n, e) array or tensor, 0 where not routed. tokens: n labels.
-    """
+    """Plot the combine weights, tokens x experts, a panel per router (Fig. 1). weights: title -> (n, e) array or tensor, 0
+    where not routed. tokens: n labels."""
 
     def draw(ax: Axes, w: np.ndarray) -> tuple[pd.DataFrame, str]:
         held, columns = (w > 0).sum(axis=0), [f"expert {i}" for i in range(w.shape[1])]
@@ -69,10 +65,8 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
 def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, tasks: Sequence[str]) -> Plot:
     """Plot which expert the gates send each task's images to, and how related the tasks are.
 
-    Args:
-        confusion: (K, K) share of the row task's images sent to the column's expert; None: not run.
-        related: (K, K) relatedness of the row's task to the column's; None: not run. tasks: K names.
-    """
+    confusion: (K, K) share of the row task's images sent to the column's expert. related: (K, K) relatedness of the row's task
+    to the column's. None: not run. tasks: K names."""
     what = "which expert the gates send a task's images to"
     if confusion is None or related is None:
         return panels(what, None, {}, 0)

@@ -18,9 +18,7 @@ _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 
 def share_of_floor(layers: pd.DataFrame) -> Plot:
     """Plot each layer's speed as a share of its floor's, forward and forward + backward; a panel per size. layers: from `speed.layers`.
-
-    Leaves out CUDA graphs and the paper's slow capping method (Dykstra), which tables show.
-    """
+    Leaves out CUDA graphs and the paper's slow capping method (Dykstra), which tables show."""
     sizes = list(dict.fromkeys(layers["size"]))
     columns = ["size", "layer", "variant", "mode", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
     rows = layers.dropna(subset=["layer"]).reindex(columns=columns)
