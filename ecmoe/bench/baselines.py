@@ -25,8 +25,7 @@ class Grouped(nn.Module):
     """Token choice without dropping: rows sorted by expert, and one grouped product for all experts.
 
     The numbers of rows per expert stay on the device, so the host doesn't wait; the gradient of a gather is a gather,
-    so there are no atomic sums. The router of `layer` is a `TokenChoice`; its capacity is ignored. Weights are shared.
-    """
+    so there are no atomic sums. The router of `layer` is a `TokenChoice`; its capacity is ignored. Weights are shared."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
@@ -91,8 +90,7 @@ class Even(TokenChoice):
     """Token choice that can be forced to random choices with equally many tokens for each expert.
 
     A router's own choices depend on its training. With forced choices, no expert exceeds its capacity and none is
-    unused, the best case of token choice. `forced` (1 or 0) is set in place, so that one graph serves both.
-    """
+    unused, the best case of token choice. `forced` (1 or 0) is set in place, so that one graph serves both."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

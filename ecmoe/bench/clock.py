@@ -42,10 +42,8 @@ class Timed(NamedTuple):
 
 
 def timed(calls: Calls, repeats: int, then: Callable[[Calls, list[str]], Calls] = lambda *_: {}) -> Timed:
-    """Warm up all calls, then time them in turns; calls that fail are left out and listed in `absent`.
-
-    then: on a GPU, called with (the calls that work, absent), returns more calls, which are timed after all others.
-    """
+    """Warm up all calls, then time them in turns; calls that fail are left out and listed in `absent`. then: on a GPU,
+    called with (the calls that work, absent), returns more calls, which are timed after all others."""
     if not isinstance(repeats, int) or repeats < 2:
         raise ConfigError(f"repeats={repeats}: must be a whole number of at least 2, for a median with quartiles")
     device, absent, works, memory = this_device(), [], {}, {}

@@ -25,8 +25,7 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
     """Time the layer at each value of each axis; return a row for each, with ms, quartiles and floor_ms.
 
     base: n, d_model, d_ff, num_experts, capacity_factor. axes: a name in `AXES` -> values; d_ff is scaled with d_model.
-    Raises a ConfigError before anything is timed if k = n c / e is not a whole number, or an axis is unknown.
-    """
+    Raises a ConfigError before anything is timed if k = n c / e is not a whole number, or an axis is unknown."""
     check_known("axes", axes, AXES)
     points = []
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):

@@ -31,16 +31,13 @@ def bench_layer(
 ) -> pd.DataFrame:
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
 
-    Args:
-        capacity_factor: c; token choice gets the same number of slots. repeats: of each row, at least 2.
-        compiled: also time with torch.compile. sizes: n, d_model, d_ff, num_experts; default: the device's in `SIZES`.
+    capacity_factor: c; token choice gets the same number of slots. repeats: of each row, at least 2. compiled: also time
+    with torch.compile. sizes: n, d_model, d_ff, num_experts; default: the device's in `SIZES`.
 
-    Returns:
-        a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's),
-        TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of routing alone (scores
-        to assignment) over the forward floor's. over_uncapped: relative extra time due to a cap, on the same path.
-        `attrs` contain the setting, and in `absent` what could not be timed, and why.
-    """
+    Returns a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's),
+    TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of routing alone (scores to
+    assignment) over the forward floor's. over_uncapped: relative extra time due to a cap, on the same path. `attrs`
+    contain the setting, and in `absent` what could not be timed, and why."""
     device = timing.this_device()
     size = sized(device.type, sizes, OF_LAYER) | {"capacity_factor": capacity_factor}
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # raises before any time is spent
@@ -76,8 +73,7 @@ def bench_auto(
     """Time the implementation that runs use (`kernels="auto"`) against the plain one: it must never be slower.
 
     sizes: n and d_model of each; d_ff = 4 d_model, c = 2. Returns a row per size, mode and part: n, d_model, mode,
-    what, plain_ms, auto_ms, and ratio = auto_ms / plain_ms.
-    """
+    what, plain_ms, auto_ms, and ratio = auto_ms / plain_ms."""
     absent, rows = [], []
     for size in sizes:
         bucket_size(size["n"], num_experts, 2.0)

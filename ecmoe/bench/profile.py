@@ -39,10 +39,8 @@ KINDS = {
 def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
     """Profile `STEPS` steps of EC-CF2 with its fastest implementation; compiled, sizes: as in `bench_step`.
 
-    Returns:
-        a row per kind of work: kind, ms per step, share of all time, and most, the three names with most time. `attrs`
-        contain the setting with the path, and step_ms, the time of a step without the profiler.
-    """
+    Returns a row per kind of work: kind, ms per step, share of all time, and most, the three names with most time.
+    `attrs` contain the setting with the path, and step_ms, the time of a step without the profiler."""
     device, configs = timing.this_device(), {ARM: arms(sizes)[ARM]}
     every = steps(configs, device, compiled=compiled)
     calls = {row: call for row, call in every.items() if GRAPH not in row.mode}  # a graph's kernels have no operators

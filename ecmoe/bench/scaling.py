@@ -42,16 +42,13 @@ def bench_scaling(
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool.
 
-    Args:
-        base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices. strategies: as in RunConfig.
-        pools: on several devices, which tokens compete: those of a rank ("rank"), or of all ranks ("batch"). A router
-            without the key `pool` is trained once. repeats: samples of `EVERY` steps, after one that isn't counted.
+    base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices. strategies: as in RunConfig.
+    pools: on several devices, which tokens compete: those of a rank ("rank"), or of all ranks ("batch"). A router without
+    the key `pool` is trained once. repeats: samples of `EVERY` steps, after one that isn't counted.
 
-    Yields:
-        the table so far, after each run: a row per strategy, pool and number of devices, with milliseconds of a step
-        and quartiles, tokens per second, of_ideal (share of linear speed-up), and the first rank's peak memory. `attrs`
-        contain the setting, and in `absent` what could not be trained.
-    """
+    Yields the table so far, after each run: a row per strategy, pool and number of devices, with milliseconds of a step
+    and quartiles, tokens per second, of_ideal (share of linear speed-up), and the first rank's peak memory. `attrs`
+    contain the setting, and in `absent` what could not be trained."""
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
     rows, absent, one = [], [], float("nan")
     pools = pools if "pool" in RunConfig.from_dict(base).row.keys else ["batch"]
@@ -75,9 +72,8 @@ def bench_scaling(
 def bench_losses(base: Mapping[str, Any], devices: int, strategy: str, steps: int = 200) -> pd.DataFrame:
     """Train the same model on one device, and on several that divide its batch but let all its tokens compete.
 
-    Returns:
-        a row per tenth of the steps: step, train_loss and val_loss (nats) with the suffix _one or _several, and
-        `difference`, train_loss_several - train_loss_one."""
+    Returns a row per tenth of the steps: step, train_loss and val_loss (nats) with the suffix _one or _several, and
+    `difference`, train_loss_several - train_loss_one."""
     same = {"steps": steps, "eval_every": max(steps // 10, 1), "checkpoint_every": 10**9, "pool": "batch"}
     batch = base["batch_size"] // devices
     several = {"devices": devices, "strategy": strategy, "batch_size": batch, "eval_batches": devices}
@@ -112,13 +108,11 @@ def bench_across(
 ) -> Iterator[pd.DataFrame]:
     """Time expert-parallel layers on each number of GPUs, with n tokens on each GPU.
 
-    Args:
-        sizes: name -> n, d_model, d_ff, num_experts. devices: numbers of GPUs. repeats: of each row.
+    sizes: name -> n, d_model, d_ff, num_experts. devices: numbers of GPUs. repeats: of each row.
 
-    Yields:
-        the table so far, after each size and number: a row per size, number and part (forward; forward + backward),
-        with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory. `attrs["absent"]`
-        lists what could not be timed."""
+    Yields the table so far, after each size and number: a row per size, number and part (forward; forward + backward),
+    with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory. `attrs["absent"]` lists
+    what could not be timed."""
     rows, absent = [], []
     for name, many in product(sizes, devices):
         with TemporaryDirectory() as folder:

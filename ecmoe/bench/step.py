@@ -58,16 +58,11 @@ class Row(NamedTuple):
 
 
 def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd.DataFrame:
-    """Time a training step of each of `ARMS`.
+    """Time a training step of each of `ARMS`. repeats: number of timings, at least 2. compiled: compile each block with
+    torch.compile. sizes: replace the device's defaults in `SIZES`.
 
-    Args:
-        repeats: number of timings, at least 2. compiled: compile each block with torch.compile.
-        sizes: replace the device's defaults in `SIZES`.
-
-    Returns:
-        a row per `Row`: its fields, milliseconds with quartiles, tokens per second, MFU (model FLOP/s over the device's
-        bf16 peak, if known), peak memory on a GPU, and all repeats in samples_ms; `attrs` contain the setting.
-    """
+    Returns a row per `Row`: its fields, milliseconds with quartiles, tokens per second, MFU (model FLOP/s over the
+    device's bf16 peak, if known), peak memory on a GPU, and all repeats in samples_ms; `attrs` contain the setting."""
     device, configs = timing.this_device(), arms(sizes)
     found = timing.timed(steps(configs, device, compiled=compiled), repeats)
     rows = [
@@ -78,11 +73,8 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd
 
 
 def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
-    """Time a step of every arm of a study (name -> config, text only), on random tokens and with learning rate 0.
-
-    Returns:
-        a row per arm, as in `bench_step`, but without peak memory, because the models of all arms are in memory.
-    """
+    """Time a step of every arm of a study (name -> config, text only), on random tokens and with learning rate 0. Return a
+    row per arm, as in `bench_step`, but without peak memory, because the models of all arms are in memory."""
     device = timing.this_device()
     # Only one step runs at a time, so their CUDA graphs can share memory.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -70,11 +70,8 @@ class ExpertGate(nn.Module):
         self.origins: list[Origin] = []
 
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
-        """Learn a task: train its gate, then its expert, which starts from the expert of the most related task.
-
-        Args:
-            x: (n, C, H, W). y: (n,) classes. held: (n,) bool: images used for relatedness, and not to train the gate.
-        """
+        """Learn a task: train its gate, then its expert, which starts from the expert of the most related task. x:
+        (n, C, H, W). y: (n,) classes. held: (n,) bool: images used for relatedness, and not to train the gate."""
         c = self.config
         gate, seen = Gate(c.pixels, c.code).to(x.device), x[~held].flatten(1)
         fit(c.replace(steps=c.gate_steps, learning_rate=c.gate_learning_rate), gate,

@@ -52,11 +52,9 @@ def train_run(
 def run(config: ContinualConfig) -> dict[str, Any]:
     """Learn all tasks, and evaluate after each. On a CPU, the same config gives the same numbers.
 
-    Returns:
-        accuracy: (K, K) accuracy on each task (column) after learning each task (row); None for tasks not learned yet,
-        and for joint training in all rows but the last. accuracy_task_known: the same, with each image's task given.
-        For Expert Gate: confusion (row: task, column: expert; shares of images), gate_right, relatedness, origins.
-    """
+    Returns accuracy: (K, K) accuracy on each task (column) after learning each task (row); None for tasks not learned yet,
+    and for joint training in all rows but the last. accuracy_task_known: the same, with each image's task given. For
+    Expert Gate: confusion (row: task, column: expert; shares of images), gate_right, relatedness, origins."""
     data = images.load(config.data)
     tasks = split(data, config, "cuda" if torch.cuda.is_available() else "cpu")
     K, lessons = len(tasks), tasks

@@ -101,12 +101,10 @@ def measure(
 ) -> dict[str, Any] | None:
     """Return the stored result of a measurement of a finished run, or compute and store it; None if there is none.
 
-    Args:
-        result: the run. how: the measurement. scale: results in reports/<scale>/measures are read first.
-        train: False: compute nothing. True: compute a missing result, training the run again if it has no weights.
-        keep: store in reports/<scale>/measures, as the pipeline does, and read only there; False: in the run's folder.
-        model: the function from `trained_model`, to share one model between several measurements.
-    """
+    scale: results in reports/<scale>/measures are read first. train: False: compute nothing. True: compute a missing
+    result, training the run again if it has no weights. keep: store in reports/<scale>/measures, as the pipeline does, and
+    read only there; False: in the run's folder. model: the function from `trained_model`, to share one model between
+    several measurements."""
     if not result.ok:
         return None
     name = result.summary["name"]
@@ -144,8 +142,7 @@ def lock(run: str) -> FileLock:
 def trained_model(result: "Result") -> Iterator["Load"]:
     """Yield a function that returns a finished run's model on this machine's device, loaded once, on the first call.
 
-    The weights may be many GB, and are freed at the end of the block. If they are missing, the run is trained again.
-    """
+    The weights may be many GB, and are freed at the end of the block. If they are missing, the run is trained again."""
     import torch
 
     from ecmoe.training.gpus import place

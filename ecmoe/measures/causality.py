@@ -45,8 +45,7 @@ def dependence(model: Transformer, config: RunConfig, *, kept: int = 4) -> dict[
 
     First, replace the second half of every sequence by other held-out text, and compare decisions on the first half.
     Second, replace all sequences but one, and compare decisions on that one; repeat for `kept` different sequences.
-    `rows` has, by change and routing, the share of `decisions` (L x e per token), and of `tokens`, that changed.
-    """
+    `rows` has, by change and routing, the share of `decisions` (L x e per token), and of `tokens`, that changed."""
     model, _, windows = _opened(model, config, 2)
     return {"rows": changed_decisions(model, *windows[:, :-1].chunk(2), kept)}
 
@@ -83,13 +82,10 @@ def next_token_information(
     token, or what the model knows causally. So there are two more baselines: the bigram of the training text, and the model's
     prediction under causal routing. Bits beyond these that only routing as trained holds come from later tokens.
 
-    Args:
-        batches: of held-out text. classes: C, one for each of the C - 1 most frequent tokens, and one for all others.
+    batches: of held-out text. classes: C, one for each of the C - 1 most frequent tokens, and one for all others.
 
-    Returns:
-        rows: `bits` by baseline (`given`) and `routing`. entropy: bits per next token by baseline, without a probe.
-        classes, covered: C, and the share of the training text in the first C - 1 classes. tokens: number probed.
-    """
+    Returns rows: `bits` by baseline (`given`) and `routing`. entropy: bits per next token by baseline, without a probe.
+    classes, covered: C, and the share of the training text in the first C - 1 classes. tokens: number probed."""
     model, data, windows = _opened(model, config.replace(eval_batches=batches), batches)
     class_of, covered = frequent_classes(data.token_counts, classes)
     class_of = class_of.to(windows.device)
@@ -155,9 +151,7 @@ def losses_by_routing(
     model: Transformer, config: RunConfig, *, pools: Sequence[str | int] = ("sequence", "batch")
 ) -> dict[str, Any]:
     """Compute the validation loss (nats per token) as trained, causally, with each pool, and with global top-k routing.
-
-    pools: which tokens compete, as in RunConfig, or a number of tokens that divides a sequence (a small serving batch).
-    """
+    pools: which tokens compete, as in RunConfig, or a number of tokens that divides a sequence (a small serving batch)."""
     model, _, windows = _opened(model, config, config.eval_batches)
     ways: list[tuple[str, int | None, AbstractContextManager]] = [
         ("as trained", config.pool_tokens if "pool" in config.row.keys else None, nullcontext()),
@@ -184,9 +178,7 @@ def loss(model: Transformer, windows: Tensor, batch_size: int) -> float:
 
 def best_pairs(router: Router, logits: Tensor, *, batch_shape: tuple[int, int], **_: Any) -> Assignment:
     """Route by global top-k (proposed in section 6): each sequence takes the T c best of its T e (token, expert) pairs.
-
-    The caps on an expert's load that section 6 adds are left out, because they would exclude some of the best pairs.
-    """
+    The caps on an expert's load that section 6 adds are left out, because they would exclude some of the best pairs."""
     (B, T), (n, e) = batch_shape, logits.shape
     S = logits.softmax(dim=1)
     pair = S.view(B, T * e).topk(round(T * router.capacity_factor), dim=1).indices

@@ -46,16 +46,13 @@ def fine_tuned(
 ) -> dict[str, Any]:
     """Fine-tune a copy of the model on a task's training examples, and return its accuracy on the validation examples.
 
-    Args:
-        task, folder: as in `tasks.load`. steps: of AdamW, with warm-up in the first tenth, then linear decay to 0.
-        batch_size: examples in a batch, also in validation, where tokens compete in expert choice, too.
-        examples: maximum number of training and of validation examples; None: all.
+    task, folder: as in `tasks.load`. steps: of AdamW, with warm-up in the first tenth, then linear decay to 0. batch_size:
+    examples in a batch, also in validation, where tokens compete in expert choice, too. examples: maximum number of
+    training and of validation examples; None: all.
 
-    Returns:
-        rows: one row: `accuracy`; `accuracy_causal`, with causal routing; `majority`, share of the most frequent class;
-        `truncated`, share of examples longer than the model's sequence; `train`, `validation`, numbers of examples.
-        right, right_causal: a bit per validation example, 1 if correct (packed, base64), to compare arms by example.
-    """
+    Returns rows: one row: `accuracy`; `accuracy_causal`, with causal routing; `majority`, share of the most frequent class;
+    `truncated`, share of examples longer than the model's sequence; `train`, `validation`, numbers of examples. right,
+    right_causal: a bit per validation example, 1 if correct (packed, base64), to compare arms by example."""
     if config.images or "tasks" in config.needs:
         raise ValueError(f"{config.name}: only a language model whose router reads tokens alone can be fine-tuned")
     sides = [tasks.Examples(*(part[:examples] for part in side)) for side in tasks.load(task, folder)]

@@ -37,11 +37,9 @@ def held_out(config: RunConfig, batches: int = 1) -> tuple[TextData, Tensor]:
 def experts_by_token(model: Transformer, config: RunConfig) -> dict[str, Any]:
     """Count the experts per token, routed as in training, on a batch of held-out text.
 
-    Returns:
-        text, counts: the tokens of an excerpt, and the number of experts of each, a row per layer. words: frequent
-        tokens, those with most experts first: token, times (occurrences), experts (mean over occurrences and layers).
-        A token that isn't valid UTF-8 by itself is named by its id, such as <195>.
-    """
+    Returns text, counts: the tokens of an excerpt, and the number of experts of each, a row per layer. words: frequent
+    tokens, those with most experts first: token, times (occurrences), experts (mean over occurrences and layers). A token
+    that isn't valid UTF-8 by itself is named by its id, such as <195>."""
     data, batch = held_out(config)
     ids = batch[:, :-1]
     with watched(model) as seen:
@@ -63,8 +61,7 @@ def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, A
 
     score_kept: sum of the chosen scores, divided by that of the uncapped top-k. over_cap: tokens with more experts than
     the cap. row_error, column_error: largest |row sum of A - k|, and largest excess of a column sum of A over the cap,
-    where A is that of section 3.3 (for "feasible", the 0/1 choice itself). empty: slots without a token.
-    """
+    where A is that of section 3.3 (for "feasible", the 0/1 choice itself). empty: slots without a token."""
     _, batch = held_out(config)
     with watched(model) as seen:
         model(batch[:, :-1].to(next(model.parameters()).device))
@@ -114,12 +111,9 @@ def experts_per_patch(model: VisionTransformer, images: Tensor) -> tuple[Tensor,
 
 @torch.no_grad()
 def accuracy_at(model: VisionTransformer, config: RunConfig, *, places: float) -> dict[str, float]:
-    """Evaluate on the validation images with `places` expert places per patch, without retraining (Riquelme et al. 2021, section 4):
-    accuracy and val_loss (nats per image).
-
-    patches_left_out: share of (patch, layer) pairs that no expert took. images_left_out: share of images of which no
-    expert took any patch in any layer.
-    """
+    """Evaluate on the validation images with `places` expert places per patch, without retraining (Riquelme et al. 2021,
+    section 4): accuracy and val_loss (nats per image). patches_left_out: share of (patch, layer) pairs that no expert took.
+    images_left_out: share of images of which no expert took any patch in any layer."""
     data, device, rows = ImageData(config), next(model.parameters()).device, []
     data.setup()
     with at_capacity(model, places):

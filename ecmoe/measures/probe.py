@@ -31,12 +31,9 @@ class Sample(NamedTuple):
 def information(known: Tensor, features: Mapping[str, Tensor], target: Tensor) -> dict[str, float]:
     """Return the held-out bits per token that each set of features holds about the target, beyond `known`.
 
-    Args:
-        known: (N, T, C) baseline log-probabilities of the target. features: name -> (N, T, m). target: (N, T) int64.
-
-    Whole sequences are split by a fixed shuffle: 60% to train on, 20% to select the ridge, 20% to score. The probe
-    without features has an intercept too, so that a global correction of `known` doesn't count as information.
-    """
+    known: (N, T, C) baseline log-probabilities of the target. features: name -> (N, T, m). target: (N, T) int64. Whole
+    sequences are split by a fixed shuffle: 60% to train on, 20% to select the ridge, 20% to score. The probe without
+    features has an intercept too, so that a global correction of `known` doesn't count as information."""
     nothing = target.new_zeros(*target.shape, 0)
     blind = _held_out(_parts(known, nothing, target))
     return {name: (blind - _held_out(_parts(known, x, target))) / math.log(2) for name, x in features.items()}
