@@ -68,11 +68,6 @@ class Evidence:
         planned = [{s: one for s, one in self.planned.get(arm, {}).items() if asks(one)} for arm in part.arms]
         return [(arm, seed) for arm in part.arms for seed in estimate.shared(*planned) if not there(arm, seed)]
 
-    def trains(self, arm: str, seed: int) -> str:
-        """Return a page that plans the run, preferably this one."""
-        pages = self.planned[arm][seed].pages
-        return self.page if self.page in pages else pages[0]
-
     def values(self, arm: str, column: str) -> dict[int, float]:
         """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement."""
         what, _, row = column.partition("/")

@@ -152,8 +152,8 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
         judged = {k: v if v.label == NOT_RUN else replace(v, label=PLUMBING) for k, v in judged.items()}
     deciding = [part for part in judged.values() if part.decides]
     label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in deciding])
-    missing = [run for part in family.values() for run in evidence.missing(part)]
-    pages = dict.fromkeys(evidence.trains(*run) for run in missing) or [evidence.page]
+    planned_by = [evidence.planned[arm][seed].pages for part in family.values() for arm, seed in evidence.missing(part)]
+    pages = dict.fromkeys(evidence.page if evidence.page in some else some[0] for some in planned_by) or [evidence.page]
     trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
     return ClaimVerdict(
         claim=about.id,
@@ -221,9 +221,6 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
     return RestsOn.of(runs, [evidence.config(arm) for arm in arms], mixed=mixed, repeats=tuple(sorted(shown)))
 
 
-# Labels
-
-
 def label_of(part: Part, found: Estimate, level: float) -> str:
     """Return the label of a part at this confidence level, by the protocol's rule."""
     if not found.n:
@@ -281,9 +278,6 @@ def weakest(labels: Sequence[str]) -> str:
         return NOT_RUN
     worst = max(labels, key=WEAKEST_LAST.index)
     return UNDECIDED if worst == NOT_RUN else worst
-
-
-# Sentences
 
 
 def size(configs: Sequence[RunConfig]) -> str:
