@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,6 @@ class Gate(nn.Module):
         return (self(x).sigmoid() - x).square().sum(1)
 
 
-class Origin(NamedTuple):
-    """Where an expert started from: an earlier `task` and its relatedness (None: from scratch), and the method."""
-
-    task: int | None
-    related: float | None
-    how: str
-
-
 def new_expert(config: ContinualConfig, classes: int) -> Any:
     """Build a network from images (n, C, H, W) to logits (n, classes), with `features` (n, d) before its `head`."""
     expert = build_model(config)
@@ -67,7 +59,8 @@ class ExpertGate(nn.Module):
         self.config = config
         self.gates, self.experts = nn.ModuleList(), nn.ModuleList()
         self.classes: list[Tensor] = []  # by task, the class of each output of its expert
-        self.origins: list[Origin] = []
+        # Where each expert started from: an earlier `task` and its relatedness (None: from scratch), and the method.
+        self.origins: list[dict[str, Any]] = []
 
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
         """Learn a task: train its gate, then its expert, which starts from the expert of the most related task. x:
@@ -79,13 +72,14 @@ class ExpertGate(nn.Module):
         self.gates.append(gate.requires_grad_(False))
         classes, local = y.unique(return_inverse=True)
         related = self.relatedness(x[held])[:-1]  # to each earlier task
-        expert, origin = new_expert(c, len(classes)).to(x.device), Origin(None, None, "scratch")
+        expert, origin = new_expert(c, len(classes)).to(x.device), {"task": None, "related": None, "how": "scratch"}
         if len(related):
             a = int(related.argmax())
-            origin = Origin(a, float(related[a]), "LwF" if related[a] > c.threshold else "fine-tuning")
+            how = "LwF" if related[a] > c.threshold else "fine-tuning"
+            origin = {"task": a, "related": float(related[a]), "how": how}
             head, expert = expert.head, copy.deepcopy(self.experts[a]).requires_grad_(True)
             expert.head, old_head = head, expert.head
-        if origin.how == "LwF":
+        if origin["how"] == "LwF":
             soft = (self.experts[a](x) / LWF_TEMPERATURE).softmax(1)  # from the original, which stays frozen
             fit(c, nn.ModuleList([expert, old_head]), partial(without_forgetting, expert, old_head), x, local, soft)
         else:

@@ -80,7 +80,7 @@ def run(config: ContinualConfig) -> dict[str, Any]:
         found |= {
             "confusion": shares, "gate_right": sum(shares[k][k] for k in range(K)) / K,
             "relatedness": [model.relatedness(task.x[task.held], k).tolist() for k, task in enumerate(tasks)],
-            "origins": [origin._asdict() for origin in model.origins],
+            "origins": model.origins,
         }  # fmt: skip
     return found
 

@@ -70,7 +70,7 @@ def test_relatedness_by_hand(learned):
     er_a, er_k = (float(gate.error(held.flatten(1)).mean()) for gate in model.gates)
     found = model.relatedness(held)
     assert found[1] == 1 and found[0].item() == pytest.approx(1 - (er_a - er_k) / er_k, rel=1e-4)
-    assert model.origins[1].task == 0 and model.origins[1].related == pytest.approx(found[0].item())
+    assert model.origins[1]["task"] == 0 and model.origins[1]["related"] == pytest.approx(found[0].item())
 
 
 # Experts
@@ -103,7 +103,7 @@ def test_a_task_is_learned_from_the_most_related_one(monkeypatch):
     model = ExpertGate(GATE)
     for task in tasks:
         model.learn(task.x, task.y, task.held)
-    assert [*map(tuple, model.origins)] == [
+    assert [tuple(origin.values()) for origin in model.origins] == [
         (None, None, "scratch"), (0, pytest.approx(0.3), "fine-tuning"), (0, pytest.approx(0.4), "fine-tuning"),
         (1, pytest.approx(0.9), "LwF")]  # fmt: skip
     assert not any(p.requires_grad for p in model.parameters()) and len({id(p) for p in model.parameters()}) == 4 * (
@@ -118,13 +118,13 @@ def test_a_task_is_learned_from_the_most_related_one(monkeypatch):
         code = gate(x).sigmoid()
         torch.testing.assert_close(loss(x), -(x * code.log() + (1 - x) * (1 - code).log()).mean(), rtol=1e-4, atol=1e-5)
         assert torch.equal(measured[k], task.x[task.held])
-        expert, old, (_, local, *soft) = model.experts[k], model.origins[k].task, examples
+        expert, old, (_, local, *soft) = model.experts[k], model.origins[k]["task"], examples
         assert torch.equal(examples[0], task.x) and torch.equal(model.classes[k][local], task.y)
         assert expert.head.weight.shape == (2, GATE.d_model) and expert.head.bias is None
         if old is not None:
             start, source = expert.state_dict(), model.experts[old].state_dict()
             assert all(torch.equal(start[name], source[name]) == ("head" not in name) for name in source)
-        if model.origins[k].how == "LwF":
+        if model.origins[k]["how"] == "LwF":
             head = learnt[1]
             assert learnt[0] is expert and torch.equal(head.weight, model.experts[old].head.weight)
             assert len(soft) == 1 and torch.equal(soft[0], (model.experts[old](task.x) / 2).softmax(1))
@@ -173,7 +173,7 @@ def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
             model.learn(task.x, task.y, task.held)
         old, new = model.experts
         answers = [F.log_softmax(old.head(expert.features(second.x)), 1) for expert in (old, new)]
-        drift[model.origins[1].how] = F.kl_div(answers[1], answers[0], log_target=True, reduction="batchmean").item()
+        drift[model.origins[1]["how"]] = F.kl_div(answers[1], answers[0], log_target=True, reduction="batchmean").item()
     assert drift["LwF"] < drift["fine-tuning"]
 
 
