@@ -25,10 +25,8 @@ from ecmoe.study.plan import of_page
 class _ThisPython(AsyncKernelManager):
     """Start kernels with the running interpreter: an installed `python3` kernel may use another one.
 
-    Kernels communicate over Unix sockets, so that no port is open. The sockets get a folder of their own, because parallel
-    kernels would share Jupyter's default, the working folder. It is in /tmp, because a socket's path is limited to some 100
-    characters.
-    """
+    Kernels communicate over Unix sockets, so that no port is open. The sockets get a folder of their own, because parallel kernels
+    would share Jupyter's default, the working folder; in /tmp, because a socket's path is limited to some 100 characters."""
 
     transport = CaselessStrEnum(["tcp", "ipc"], "ipc")
 
@@ -55,14 +53,11 @@ def execute(
 ) -> Path:
     """Run a notebook, render it, and return the page's path. Progress (a line per cell) and its stderr go to stderr.
 
-    Args:
-        parameter_files: YAML files; later files override, key by key, also within `base`.
-        parameters: override the files. train_missing: sets the parameter of that name, if the notebook has it.
+    parameter_files: YAML files; later files override, key by key, also within `base`. parameters: override the files.
+    train_missing: sets the parameter of that name, if the notebook has it.
 
-    Raises:
-        ConfigError: before anything runs, for an unknown key, an unreadable notebook, or a folder as `out_html`; later, if a cell
-            fails. Parameter and cell errors write `<name>.failed.html` with the error on top; the page itself isn't written.
-    """
+    Raises a ConfigError before anything runs, for an unknown key, an unreadable notebook, or a folder as `out_html`; later, if a
+    cell fails. Parameter and cell errors write `<name>.failed.html` with the error on top; the page itself isn't written."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
