@@ -231,6 +231,16 @@ def two_ranks(forked, free_port):
 
 
 @pytest.fixture(scope="session")
+def committed_verdicts():
+    """Claim -> verdict, of the results in reports/gpu, which take seconds to judge."""
+    from ecmoe.study.verdict import judge_all
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECMOE_HOME", str(Path(__file__).parents[1]))
+        return judge_all("gpu")
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
     """`tiny_config(**changes)`: a config that trains in about a second, on real text."""
 

@@ -272,10 +272,11 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     assert (tmp_path / "scoreboard.md").read_text() == index.markdown("scoreboard", verdicts, "gpu")
 
 
-def test_the_committed_index_is_what_the_committed_pages_and_results_give(tmp_path, monkeypatch):
+def test_the_committed_index_is_what_the_committed_pages_and_results_give(tmp_path, committed_verdicts, monkeypatch):
     """Who changes the index, the scoreboard or their style sees it here; `ecmoe index gpu` writes them anew."""
     root = Path(__file__).parents[2]
     monkeypatch.setenv("ECMOE_HOME", str(root))
+    monkeypatch.setattr(index, "judge_all", {"gpu": committed_verdicts}.get)
     for path in (root / "reports/gpu").glob("[0-9]*.html"):
         (tmp_path / path.name).symlink_to(path)
     index.index("gpu", tmp_path)

@@ -67,7 +67,7 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study, monkey
     study({"EC-CF2 renormalized": 3.60, "GShard top-2 renormalized, capacity 1.25": 3.58}, "01_convergence")
     beside = next(p for p in judge("C1", "gpu").parts if p.name == "against top-2 at capacity 1.25")
     assert beside.label == CONTRADICTED and beside.effect.n == 3  # an arm of page 02
-    assert judge_all("gpu")["C5"] == found and judge("C5", "smoke").label == PLUMBING
+    assert judge("C5", "smoke").label == PLUMBING
     monkeypatch.setattr("ecmoe.study.verdict.plan", lambda scale: 1 / 0)  # which a page that can't be planned stops
     assert judge_all("gpu")["C5"] == found
 

@@ -11,8 +11,6 @@ import pytest
 import yaml
 from scipy.stats import t
 
-from ecmoe.study.verdict import judge_all
-
 ROOT = Path(__file__).parents[2]
 GPU, CONFIGS = ROOT / "reports/gpu", ROOT / "configs"
 # What a router reads of a config; a run is an arm's if it has all other keys, and these, as scale and arm say.
@@ -134,13 +132,12 @@ def decided(part, margin, mean, error, df):
     ]
 
 
-def test_every_deciding_part_and_every_label(monkeypatch):
-    monkeypatch.setenv("ECMOE_HOME", str(ROOT))
+def test_every_deciding_part_and_every_label(committed_verdicts):
     rules, order = (
         written("protocol.yaml"),
         ("reproduced", "reproduced in direction", "undecided", "no effect", "contradicted"),
     )
-    verdicts, compared = judge_all("gpu"), 0
+    verdicts, compared = committed_verdicts, 0
     for id, claim in rules["claims"].items():
         helping = {part.get("or_direction") for part in claim["parts"]}
         family = {part["name"]: part for part in claim["parts"] if part.get("decides") or part["name"] in helping}
