@@ -45,6 +45,7 @@ def test_buckets_of_odd_numbers_and_of_more_than_there_are_distances():
     assert bucket(torch.arange(9), 8, 3).tolist() == [0, 1, 2, 3, 4, 7, 7, 7, 7]  # all are near
     far = [min(3 + int(4 * math.log(d / 3) / math.log(50 / 3)), 6) for d in range(3, 60)]
     assert bucket(torch.arange(60), 7, 50).tolist() == [0, 1, 2, *far]
+    assert bucket(torch.arange(15, 19), 32, 17).tolist() == [15, 16, 31, 31]  # from the first to the last in one step
 
 
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (2, 2), (4, 8), (32, 2), (7, 50)])

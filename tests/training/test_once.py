@@ -283,6 +283,20 @@ def test_what_was_made_again_and_did_not_finish_is_told_and_takes_no_place(run, 
     assert run_or_load(config, train=False).ok and read_run(folder).ok
 
 
+def test_where_nothing_is_said_what_is_not_done_is_made_and_shown(monkeypatch, tmp_path, tiny_config):
+    config, told, lock = tiny_config(), [], protocol.lock
+    monkeypatch.setattr(paths, "runs", lambda: tmp_path)
+    monkeypatch.setattr(protocol, "lock", lambda folder, progress: told.append(progress) or lock(folder, progress))
+    ends = iter(["stopped", "finished"])
+
+    def make(folder, still_ours):
+        write_run(folder, not_run(config).summary | {"status": next(ends)})
+        return read_run(folder)
+
+    assert [protocol.once(config, make).summary["status"] for _ in range(3)] == ["stopped", "finished", "finished"]
+    assert told == [True, True]  # the third found what was done, though without weights
+
+
 @pytest.mark.parametrize("progress", [True, False])
 def test_who_finds_the_lock_taken_waits_and_a_rank_does_not(tmp_path, monkeypatch, capsys, progress):
     taken, done = threading.Event(), threading.Event()

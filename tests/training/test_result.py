@@ -1,5 +1,6 @@
 """Results: storage keeps what was measured."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -62,6 +63,25 @@ def test_a_run_survives_the_disk(tmp_path):
     results.write_run(tmp_path, summary)  # of a version that measured other things
     pd.testing.assert_frame_equal(results.read_run(tmp_path).curve, result.curve.astype(float))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.csv", "summary.json"]
+
+
+def test_a_summary_vouches_for_the_three_files_of_a_run(tmp_path):
+    names = ("config.yaml", "curve.csv", "model.safetensors")
+    for name in (*names, "last.ckpt"):
+        (tmp_path / name).write_text(name)
+    results.write_run(tmp_path, make(RunConfig()).summary)
+    said = read_json(tmp_path / "summary.json", sealed=True)["files"]
+    assert said == {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+
+
+def test_a_file_that_was_made_again_is_taken_once_its_run_has_finished(tmp_path):
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "curve.csv").touch()
+    for status, place in (("diverged", tmp_path), ("finished", again)):
+        results.write_run(again, make(RunConfig(), status=status).summary)
+        assert results.place_of(tmp_path, "curve.csv") == place / "curve.csv"
+        assert results.place_of(tmp_path, "config.yaml") == tmp_path / "config.yaml"  # which isn't there
 
 
 def test_a_run_says_in_a_line_how_it_ended():
@@ -207,6 +227,10 @@ def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
     assert results.find_run("dense-s0-1") == runs / "dense-s0-1"  # a whole name, though another begins so
     with pytest.raises(FileNotFoundError, match="'dense' matches 2 runs: dense-s0-1, dense-s0-12"):
         results.find_run("dense")
+    for number in range(6):
+        (tmp_path / "runs" / f"top-{number}").mkdir()
+    with pytest.raises(FileNotFoundError, match="'top' matches 6 runs: top-0, top-1, top-2, top-3, top-4; give"):
+        results.find_run("top")
     for wrong in ("kmeans", "", "s1-3"):
         with pytest.raises(FileNotFoundError, match="matches no run; give a folder of"):
             results.find_run(wrong)

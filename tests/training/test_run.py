@@ -1,6 +1,7 @@
 """run_or_load: what it keeps of a run and finds again; failures and divergence are kept, not hidden; errors come before any work."""
 
 import contextlib
+import inspect
 import os
 from types import SimpleNamespace
 
@@ -147,6 +148,19 @@ def test_who_trains_is_told_all_that_the_caller_said(tiny_config, monkeypatch):
     monkeypatch.setattr(train, "check_machine", lambda config: None)
     monkeypatch.setattr(train, "by_torchrun", by_torchrun)
     assert run_or_load(two, progress=False).summary["status"] == "diverged"
+
+
+def test_where_nothing_is_said_a_run_is_trained_and_shown_and_its_weights_are_kept(tiny_config, tmp_path, monkeypatch):
+    told, config = {}, tiny_config(seed=96)
+    monkeypatch.setattr(train, "once", lambda config, make, **keys: told.update(keys) or not_run(config))
+    run_or_load(config)
+    assert told == {"records": None, "train": True, "weights": False, "progress": True}
+    monkeypatch.setattr(train, "Recorder", lambda *given: told.update(recorder=given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train_run(config, tmp_path)
+    folder, progress, sharing, still_ours = told["recorder"]
+    assert (folder, progress, sharing(), still_ours()) == (tmp_path, True, 1, None)
+    assert inspect.signature(train.train_run).parameters["keep_weights"].default is True
 
 
 def test_images_are_classified(tmp_path, monkeypatch):
