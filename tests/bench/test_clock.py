@@ -66,7 +66,8 @@ def test_sizes_are_the_devices_but_for_those_that_are_given():
     table_1 = {"n": 64 * 1024, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12}
     assert sized("cuda", {}, (*OF_LAYER, "layers", "heads")) == table_1  # 0.1B/64E
     for given, said in (
-        ({"d_model": 8}, "no size 'd_model' .given: 8."),
+        ({"d_model": 8}, "no size 'd_model' .given: 8.: must be one of n, d_ff"),
+        ({"d_f": 8}, "no size 'd_f' .given: 8.: did you mean d_ff"),
         ({"n": 0}, "n=0 must be"),
         ({"n": 1.5}, "n=1.5 must be"),
     ):

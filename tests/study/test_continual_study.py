@@ -89,6 +89,7 @@ def test_tables_of_several_seeds():
     shown = [(0, 1, 1, "trains", 0.9), (0, 2, 1, "trains", 0.8), (0, 2, 2, "dogs", 0.7)]
     shown += [(1, 1, 1, "trains", 0.9), (1, 2, 1, "trains", 0.7), (1, 2, 2, "dogs", 0.7)]
     columns = ["seed", "after", "task", "name", "accuracy"]
+    assert list(rows) == ["arm", *columns]
     assert rows.iloc[:6][columns].values.tolist() == [[*cells, pytest.approx(x)] for *cells, x in shown]
     assert (
         set(rows["arm"]) == {"a"}
@@ -97,8 +98,9 @@ def test_tables_of_several_seeds():
     )
     assert continual.mean_matrix([*runs, lost], "confusion").values.tolist() == [[1.0, 0.0], [0.5, 0.5]]
     assert continual.mean_matrix([lost], "confusion") is None
-    origins = continual.origins([*runs, lost]).fillna(0).to_dict("records")
-    assert origins == [
+    origins = continual.origins([*runs, lost]).fillna(0)
+    assert list(origins) == list(continual.origins([])) == ["task", "started from", "relatedness", "how"]
+    assert origins.to_dict("records") == [
         {"task": "trains", "started from": "nothing", "relatedness": 0, "how": "scratch"},
         {"task": "dogs", "started from": "trains", "relatedness": pytest.approx(0.6), "how": "fine-tuning; LwF"},
     ]

@@ -1,6 +1,7 @@
 """What 08_step_time measures is kept, belongs to its machine, and is read by rules that can be checked by hand."""
 
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +85,12 @@ def test_each_part_is_measured_and_shown(found):
     assert kinds["share"].sum() == pytest.approx(1) and "experts' products" in plots.profile(kinds).alt
 
 
+def test_columns_stand_in_the_order_of_what_was_timed_before(found):
+    for name in ("layer-0-1b-64e", "step", "growth", "profile"):
+        kept = json.loads((Path(__file__).parents[2] / f"reports/gpu/bench/{name}.json").read_text())
+        assert list(found[name]["rows"][0]) == list(kept["rows"][0]), name
+
+
 def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
     monkeypatch.setattr(speed, "job", lambda name, **keys: (name, keys))
     base, usual = TINY | {"capacity_factor": 1.0}, {"compiled": True, "repeats": 3}
@@ -96,6 +103,7 @@ def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
         "growth": ("growth", {"base": base, "axes": AXES, "repeats": 3}),
         "profile": ("profile", step),
     }
+    assert list(found) == ["layer-0-1b-64e", "auto", "step", "growth", "profile"]  # as they are measured and printed
     assert speed.jobs({}, STEP, base, AXES, repeats=3)["profile"] == ("profile", STEP | {"compiled": False})
 
 
