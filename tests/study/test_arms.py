@@ -137,3 +137,59 @@ def test_what_cannot_be_an_arm_is_said_with_its_name():
             plan.arm_keys("Dense", {"steps": 4}, {"Dense": {"steps": share}})
     with pytest.raises(ConfigError, match="arm 'EC-CF2 raw': .*capacity_factor"):
         made_of(["EC-CF2 raw"], {"num_experts": 3, "batch_size": 1, "sequence_length": 2})
+
+
+PICTURES = {"digits": (8, 1, 10), "images:data/cifar10": (32, 3, 10), "images:data/imagenet": (224, 3, 1000)}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("page", ["10_vision", "11_continual_learning"])
+def test_a_network_sees_whole_pictures(page, scale):
+    for config in (one.config for one in plan.plan(scale, [page])):
+        side, channels, classes = PICTURES[config.data.partition("#")[0]]
+        assert config.sequence_length == (side // config.patch_size) ** 2 and side % config.patch_size == 0
+        assert (config.channels, config.classes) == (channels, classes)
+
+
+def test_runs_are_as_long_as_their_configs_say():
+    """Numbers that comments and pages give in words: tokens, passes over a data set, shares of another run."""
+    run = {page: plan.plan("gpu", [page])[0].config for page in plan.pages("gpu") if plan.plan("gpu", [page])}
+    study, large, rates = run["01_convergence"], run["07_fine_tuning"], run["14_learning_rate"]
+    assert study.tokens_per_batch == 16_384 and round(study.steps * study.tokens_per_batch, -6) == 52e6
+    assert large.tokens_per_batch == 32_768 and round(large.steps * large.tokens_per_batch, -5) == 105.2e6
+    assert (4 * rates.steps, 4 * rates.warmup_steps) == (study.steps, study.warmup_steps)
+    vision, tasks = run["10_vision"], run["11_continual_learning"]
+    assert vision.steps * vision.batch_size == 30 * 50_000 and vision.eval_batches * vision.batch_size == 10_000
+    assert tasks.steps * tasks.batch_size == 25 * 50_000 / tasks.tasks  # a fifth of the images each
+    assert all(config.steps % config.eval_every == 0 for config in run.values() if config is not tasks)
+
+
+def test_scale_paper_has_the_papers_size_and_glams_settings():
+    from ecmoe.model.build import TABLE_1
+
+    base, preset = SCALES["paper"]["base"], TABLE_1["0.1B/64E"].config
+    sizes = (
+        "layers",
+        "d_model",
+        "d_ff",
+        "heads",
+        "num_experts",
+        "sequence_length",
+        "batch_size",
+        "vocab_size",
+        "data",
+        "tokenizer",
+        "streaming",
+    )
+    assert {key: base[key] for key in sizes} == {key: getattr(preset, key) for key in sizes}
+    assert base["batch_size"] * base["sequence_length"] * base["accumulate"] == 2**20  # a million tokens a step
+    glam = {
+        "optimizer": "adafactor",
+        "learning_rate": 0.01,
+        "gradient_clip": 1.0,
+        "schedule": "inverse_sqrt",
+        "constant_steps": 10_000,
+    }
+    assert {key: base[key] for key in glam} == glam and SCALES["paper"]["train_missing"] is False
+    large = {key: getattr(plan.plan("gpu", ["07_fine_tuning"])[0].config, key) for key in sizes[:6]}
+    assert large == {key: base[key] for key in large}
