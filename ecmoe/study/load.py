@@ -57,19 +57,14 @@ class Study(UserDict[str, list[Result]]):
         return pd.DataFrame(rows, columns=None if rows else ["arm", "seed"])
 
 
-def load(page: str, given: Mapping[str, Any]) -> Study:
+def load(page: str, given: Mapping[str, Any], also: Collection[str] = ()) -> Study:
     """Load the runs of a page, in the order of its plan. Raise a ConfigError before any work if a parameter, arm or key is invalid.
 
     given: the notebook's globals(), which hold its parameters. `scale` selects the stored results; with `train_missing` missing
-    runs are trained now (into runs/, never into reports/).
+    runs are trained now (into runs/, never into reports/). also: arms to train without it.
     """
     parameters = page_parameters(page, given, unknown=page not in _CHECKED)
     _CHECKED.add(page)
-    return _load(page, parameters)
-
-
-def _load(page: str, parameters: dict[str, Any], also: Collection[str] = ()) -> Study:
-    """Load the runs of these parameters. also: arms to train even if `train_missing` is False."""
     scale = parameters["scale"]
     planned = planning.of_page(page, scale, parameters)
     results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}
@@ -144,4 +139,4 @@ def beside(study: Study, mine: Mapping[str, Any]) -> Study:
     # `arms_of` has applied `vary` already.
     arms = planning.arms_of(study.parameters, study.scale) | {"yours": dict(mine)}
     asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}
-    return _load(study.page, study.parameters | asked, {*study.train, "yours"})
+    return load(study.page, study.parameters | asked, {*study.train, "yours"})
