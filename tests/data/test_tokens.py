@@ -81,11 +81,11 @@ def test_bpe_learns_nothing_from_what_validates(monkeypatch, make):
 
 
 def test_bpe_learns_from_all_over_a_large_text(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(tokens, "BPE_BYTES", 200_000)
-    (tmp_path / "book.txt").write_text("".join(f"{letter * 2}\n\n" * 50_000 for letter in "abcde"))
+    monkeypatch.setattr(tokens, "BPE_BYTES", 100_000)
+    (tmp_path / "book.txt").write_text("".join(f"{letter * 2}\n\n" * 25_000 for letter in "abcde"))
     found = make(tmp_path / "book.txt", tokenizer="bpe", vocab_size=262)
     learned = "".join(found.tokenizer.decode([i]) for i in range(257, 262))
-    assert set("abcd") <= set(learned)  # of the first 200,000 bytes only a
+    assert set("abcd") <= set(learned)  # of the first 100,000 bytes only a
 
 
 def test_of_a_text_of_large_documents_one_is_learned_from():
@@ -265,7 +265,7 @@ def test_folder_is_known_by_what_its_files_hold(tmp_path, make):
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
 def test_damage_is_found_and_repaired(book, make, name, damage, tmp_path):
-    keys = {"tokenizer": "bpe", "vocab_size": 300, "max_bytes": 100_000}
+    keys = {"tokenizer": "bpe", "vocab_size": 300, "max_bytes": 20_000}
     place = tokens.folder(config(book, **keys))
     before = make(book, **keys)
     digest, ids, path = before.meta["digest"], before.train.copy(), place / name

@@ -1,6 +1,7 @@
 """The protocol: complete, readable, and about arms that exist."""
 
 import re
+from copy import deepcopy
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from ecmoe.study.estimate import Unit
 from ecmoe.study.plan import named_arms
 from ecmoe.study.protocol import find_claim, protocol
 
+WRITTEN = yaml.safe_load((paths.configs() / "protocol.yaml").read_text())
 CLAIMS = protocol().claims
 MARGINS = {Unit.NATS: 0.005}
 PARTS = [(claim, part) for claim in CLAIMS.values() for part in claim.parts]
@@ -148,7 +150,7 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
     ],
 )
 def test_what_is_wrong_in_the_whole_file_is_named(keys, value, error, tmp_path, monkeypatch):
-    written = {"": yaml.safe_load((paths.configs() / "protocol.yaml").read_text())}
+    written = {"": deepcopy(WRITTEN)}
     *outer, last = ["", *keys.split()] if keys else [""]
     inner = written
     for key in outer:
@@ -171,8 +173,7 @@ def test_an_unknown_claim_suggests_the_near_one():
 
 
 def test_amendments_say_when_what_and_why():
-    written = yaml.safe_load((paths.configs() / "protocol.yaml").read_text())
-    for amendment in written["amendments"]:
+    for amendment in WRITTEN["amendments"]:
         assert set(amendment) == {"date", "claims", "what", "why"} and all(amendment.values())
         assert set(amendment["claims"]) <= set(CLAIMS)
 
