@@ -4,15 +4,17 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 
 from ecmoe.report.render import page_html
-from ecmoe.study import load
+from ecmoe.study import load, speed
 from ecmoe.study.parameters import check_parameters, merge_parameters, parameter_files
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +141,42 @@ def test_the_committed_page_is_what_the_committed_results_give(notebook, page, m
     (text, numbers), (written, given) = (seen(soup) for soup in (page(notebook, values), committed))
     assert text == written
     np.testing.assert_allclose(numbers, given, rtol=1e-6, atol=1e-5)
+
+
+TRIED = {path.stem: path for path in NOTEBOOKS if "mine = {}" in path.read_text(encoding="utf-8")}
+# What of the arms is shown where it isn't their loss.
+SHOWN = {
+    "07_fine_tuning": ({"lowest_first": False}, ["accuracy"]),
+    "10_vision": ({}, ["accuracy"]),
+    "11_continual_learning": ({}, ["final_accuracy"]),
+}
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_what_a_reader_tries_is_shown_beside_what_is_there(name, monkeypatch):
+    """The cell tagged `try`, with its functions replaced by ones that tell what they are given; left as it is, it does nothing."""
+    (cell,) = [
+        cell.source for cell in nbformat.read(TRIED[name], as_version=4).cells if "try" in cell.metadata.get("tags", [])
+    ]
+    shown, timed, study = [], [], "the study"
+    there = {
+        "study": study, "table": lambda study: study, "average": lambda found: found,
+        "beside": lambda of, mine: SimpleNamespace(measured=lambda what: (what, of, mine)) if name == "07_fine_tuning" else (of, mine),
+        "plots": SimpleNamespace(final_loss=lambda frame, *columns, **keys: (frame, columns, keys), share_of_floor=lambda frame: frame),
+        "page": SimpleNamespace(show=lambda plot, caption: shown.append((plot, caption))), "speed": speed,
+    }  # fmt: skip
+    row = {"layer": "EC-CF2", "variant": "", "path": "plain", "mode": "eager", "what": "forward", "ms": 1.0}
+    monkeypatch.setattr("ecmoe.bench.layer.bench_layer", lambda **sizes: timed.append(sizes) or pd.DataFrame([row]))
+    exec(cell, there)
+    assert not shown
+    exec(cell.replace("mine = {}", "mine = {'n': 4}", 1), there)
+    ((plot, caption),) = shown
+    if name == "08_step_time":
+        assert timed == [{"n": 4}] and plot.to_dict("records") == [row | {"name": "EC-CF2", "size": "yours"}]
+        return
+    keys, columns = SHOWN.get(name, ({}, []))
+    given = ("fine-tuned", study, {"n": 4}) if name == "07_fine_tuning" else (study, {"n": 4})
+    assert plot == (given, tuple(columns), keys) and "Your" in caption
 
 
 WRONG = {

@@ -485,3 +485,24 @@ def test_the_fastest_path_is_profiled_on_its_device(kind, monkeypatch):
 )
 def test_kinds_of_work(name, kind):
     assert bench_profile.kind_of(name) == kind
+
+
+OPERATORS = {  # names in which nothing but one word tells the kind of work
+    "experts' products": ["aten::bmm x"],
+    "attention": ["aten::_efficient_attention_forward fmha_cutlassF_f32_aligned", "aten::scaled_dot_product_attention x"],
+    "loss": ["aten::_log_softmax x", "aten::logsumexp x", "aten::nll_loss_forward x"],
+    "other products": ["nvjet_sm90_tst_192x192", "sm80_xmma_fprop", "ampere_s16816gemm_bf16", "void cutlass::Kernel2", "cublasLt::splitK",
+                       "aten::mm x", "aten::addmm x", "aten::matmul x"],
+    "optimiser": ["aten::_fused_adamw_ x", "void at::native::multi_tensor_apply_kernel", "aten::_foreach_mul_ x", "clip_grad_norm_",
+                  "aten::norm void lpnorm_cuda_kernel"],
+    "routing": ["ecmoe::logits x", "ecmoe::select x", "aten::topk x", "aten::sort x", "aten::searchsorted x", "void cub::DeviceRadixHistogram"],
+    "gather and combine": ["aten::gather x", "aten::scatter_ x", "aten::index_add_ x"],
+    "copies and casts": ["void at::native::direct_copy_kernel_cuda", "aten::copy_ x", "aten::_to_copy x", "aten::to x", "aten::cat x",
+                         "aten::fill_ x", "aten::zero_ x"],
+    "norms and other passes": ["aten::mul x", "aten::mms x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "names"), OPERATORS.items(), ids=OPERATORS)
+def test_operators_of_pytorch_have_their_kind(kind, names):
+    assert {name: bench_profile.kind_of(name) for name in names} == dict.fromkeys(names, kind)
