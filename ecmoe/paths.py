@@ -59,7 +59,8 @@ def page_name(notebook: str) -> str:
 def resolve(name: str | Path) -> Path:
     """Return the path of a file or folder: `name` relative to the working folder if that exists, else to the root."""
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, doesn't raise for the ~ of an unknown user
-    return path if path.exists() else root() / path  # an absolute path stays as it is
+    # os.path, as Path's methods raise for a name that is too long; an absolute path stays as it is
+    return path if os.path.exists(path) else root() / path
 
 
 def parts_of(data: str) -> list[str]:
@@ -120,8 +121,8 @@ def _remembered(data: str) -> Path:
 def local_files(data: str) -> dict[str, Path]:
     """Return the files of a local text or folder of images, relative path -> path; empty if there are none."""
     path, kinds = _path(data), IMAGE_FILES if data.startswith(IMAGES_PREFIX) else TEXT_FILES + ROW_FILES
-    if not path.is_dir():
-        return {path.name: path} if path.is_file() and path.name.lower().endswith(kinds) else {}
+    if not os.path.isdir(path):
+        return {path.name: path} if os.path.isfile(path) and path.name.lower().endswith(kinds) else {}
     return files_below(path, kinds)
 
 

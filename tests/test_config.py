@@ -228,6 +228,7 @@ def test_a_default_that_changes_changes_what_others_have_run():
 
 def test_the_largest_number_is_none_too_large():
     assert RunConfig(seed=2**63 - 1).seed == 2**63 - 1
+    assert len(RunConfig(data="a/" * 1999 + "ab").data) == 4000
 
 
 @pytest.mark.parametrize("steps", [10.5, "10.5"])

@@ -146,6 +146,11 @@ def test_a_text_that_is_gone_is_known_by_what_it_held(tmp_path, monkeypatch):
     paths.remember_content("y.txt#0123456789abcdef")  # a cache that can't be written is no error
 
 
+def test_a_name_that_is_too_long_for_a_file_is_that_of_none():
+    for name in ("a" * 300 + ".txt", f"images:{'a' * 300}"):
+        assert paths.with_content(name) == name and not paths.local_files(name)
+
+
 def test_an_unknown_home_is_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not paths.resolve("~nosuch/x").exists()

@@ -1,5 +1,6 @@
 """Tasks in sequence: rivals of Expert Gate, what is measured after each task, and runs that are kept; against loops and numbers done by hand."""
 
+import inspect
 import math
 import warnings
 from contextlib import nullcontext
@@ -150,6 +151,7 @@ def test_a_summary_is_worked_out_of_both_matrices_and_written_by_who_holds_the_r
     assert {"seconds": 7.5, "commit": "abc", "finished": "today", "name": GATE.name}.items() <= said.items()
     assert asked == [False] and inside == ["repeatable", GATE]
     assert capsys.readouterr().err == f"[{GATE.slug()}] accuracy 0.375, 8 s\n" * progress
+    assert inspect.signature(learning.train_run).parameters["progress"].default is True
 
 
 def test_one_network_forgets_and_expert_gate_does_not(study):

@@ -51,7 +51,9 @@ def test_digits_are_all_there_in_a_fixed_split():
     np.testing.assert_array_equal(torch.cat([found.train_y, found.val_y]), source.target)
     assert found.classes == tuple("0123456789") and torch.bincount(found.val_y).min() > 30
     said = found.provenance
-    assert said["licence"] == "CC BY 4.0" and said["attribution"]
+    assert said["licence"] == "CC BY 4.0" and said["attribution"].startswith("Alpaydin and Kaynak 1998")
+    assert said["name"].startswith("Optical Recognition of Handwritten Digits (scikit-learn")
+    assert said["name"].endswith("first 1,437 train, last 360 validate)")
     sides = [part for side in (slice(1437), slice(1437, None)) for part in (source.images.astype(np.uint8)[side], source.target[side])]  # fmt: skip
     digest = hashlib.sha256(b"".join(part.tobytes() for part in sides) + repr(found.classes).encode()).hexdigest()
     assert said["digest"] == digest[:16]
