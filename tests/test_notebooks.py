@@ -98,6 +98,8 @@ def test_runs_and_shows_what_it_found(notebook, page, home, tmp_path):
         assert answer.find(class_="badge").text == "plumbing only"
     for figure in soup.find_all("svg"):
         assert len(figure["aria-label"]) > 40
+    headings = {heading.text for heading in soup.select("thead th")}
+    assert not [name for name in headings if re.fullmatch(r"|index|level \d", name)]  # names that pandas gives
     if "page.show_runs(" in notebook.read_text():
         (runs,) = [line.text for line in soup.find_all("summary") if line.text.endswith("runs, one by one")]
         assert runs.split()[0] == runs.split()[2] != "0"
