@@ -106,6 +106,9 @@ def test_how_it_was_judged_has_every_part_with_its_rule():
         part.name for part in found.parts if not part.decides
     ]
     assert beside.find_parent("details") and not deciding.find_parent("details") and not page.caption
+    headings = ["part", "verdict", "found", "seeds", "reproduced if", "could have seen"]
+    assert [[th.text for th in table.thead.find_all("th")] for table in (deciding, beside)] == [headings] * 2
+    assert [cell["data-of"] for cell in deciding.tbody.tr.find_all("td") if cell.find(class_="badge")] == ["verdict"]
     cells = [cell.text for cell in deciding.tbody.tr.find_all("td")]
     part = found.deciding[0]
     assert (

@@ -312,7 +312,10 @@ def test_retention():
     ]
     frame = pd.DataFrame([*rows, ("joint", 0, 2, 1, math.nan)], columns=["arm", "seed", "after", "task", "accuracy"])
     plot = drawn(plots.retention(frame))
-    assert "gate: task 1 90% then 80%, task 2 90% then 90%" in plot.alt and "Not run: joint." in plot.alt
+    assert plot.alt == (
+        "Accuracy on each task, right after it was learned and after the last. gate: task 1 90% then 80%, task 2 90% then 90%. "
+        "Not run: joint."
+    )
     assert all(ax.get_xscale() == "linear" for ax in plot.figure.axes)
     ax = plot.figure.axes[0]
     assert (ax.get_ylim(), ax.get_xlabel(), ax.get_ylabel()) == ((-3, 103), "tasks learned", "accuracy (%)")
@@ -326,8 +329,10 @@ def test_retention():
     assert plots.retention(frame[::-1]).svg() == plot.svg()  # a task has its colour, whoever comes first
     two = plots.retention(pd.concat([frame.assign(arm=arm) for arm in "ab"])).figure.axes
     assert two[0].get_gridspec().get_geometry() == (1, 2) and [ax.get_title() for ax in two] == ["a", "b"]
-    several = pd.concat([frame.assign(arm=arm) for arm in "abc"])
-    assert [ax.get_visible() for ax in plots.retention(several).figure.axes] == [True, True, True, False]  # two by two
+    assert two[0].get_shared_y_axes().joined(*two)  # one scale, and its numbers once
+    several = plots.retention(pd.concat([frame.assign(arm=arm) for arm in "abc"])).figure
+    assert [ax.get_visible() for ax in several.axes] == [True, True, True, False]  # two by two
+    assert several.get_figheight() == 2 * two[0].figure.get_figheight() > 5
 
 
 def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
@@ -518,10 +523,12 @@ def test_a_figure_has_room_for_all_its_rows():
         kinds = pd.DataFrame({"kind": arms, "ms": 1.0, "share": 1 / count, "most": ""})
         steps = frame.assign(path="plain", mode="eager", routing="own", ms=1.0, low_ms=1.0, high_ms=1.0)
         made = [plots.final_loss(frame, "loss"), plots.by_routing(frame, "loss", "given", "loss"), plots.expert_shares(shares),
-                plots.profile(kinds), plots.step_times(steps), plots.routing_matrix({"EC": np.eye(count)}, arms)]  # fmt: skip
+                plots.profile(kinds), plots.step_times(steps), plots.routing_matrix({"EC": np.eye(count)}, arms),
+                plots.gate_choices(pd.DataFrame(np.eye(count)), pd.DataFrame(np.eye(count)), arms)]  # fmt: skip
         heights[count] = [plot.figure.get_size_inches()[1] for plot in made]
-    assert all(ax.get_xlabel() for plot in made[:-1] for ax in plot.figure.axes)
-    assert all(more - few >= 5 * 0.3 for few, more in zip(heights[4], heights[9], strict=True))
+    assert all(ax.get_xlabel() for plot in made[:-2] for ax in plot.figure.axes)
+    assert all(5 * 0.3 <= more - few <= 5 * 0.5 for few, more in zip(heights[4], heights[9], strict=True))
+    assert all(2 < few <= 1.5 + 4 * 0.5 for few in heights[4])
 
 
 def test_the_label_of_a_difference_is_no_wider_than_its_figure():
