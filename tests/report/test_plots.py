@@ -114,6 +114,9 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
     assert "2.010 (1.985 to 2.035), 3 seeds" in plot.alt and plot.alt.endswith("Not run: Hash.")
     ticks = sorted(x for collection in ax.collections for x in collection.get_offsets()[:, 0])
     assert ticks == pytest.approx([2.0, 2.01, 2.02, 2.5, 2.51, 2.52])  # every seed is seen
+    skewed = [("a", 0, 1.0), ("a", 1, 1.0), ("a", 2, 9.0), ("b", 0, 2.0), ("b", 1, 2.0), ("b", 2, 2.0)]
+    of_means = plots.final_loss(pd.DataFrame(skewed, columns=["arm", "seed", "val_loss"]))
+    assert of_means.data["arm"].tolist() == ["b", "a"]  # as they are drawn, though a's median is lower
     highest = plots.final_loss(table(runs), lowest_first=False)
     assert highest.data["arm"].tolist() == ["top-2", "EC", "Hash"]
     gaps = plots.final_loss(table(runs | {"A": [not_run(HASH)]}))
