@@ -1,5 +1,6 @@
 """How kernels are launched, and functions become operators."""
 
+import inspect
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ecmoe.kernels import attention, common, product
+from ecmoe import kernels
+from ecmoe.kernels import attention, common, product, rows
 from ecmoe.kernels.common import Operator, block, cdiv, described, kernel
 
 
@@ -137,6 +139,26 @@ def test_registers_of_a_multiprocessor_are_shared_out():
         assert (found["OWN"], found["STEP"], found["num_warps"], found["maxnreg"]) == (*cut, registers)
         assert (found["WIDTH"], found["FAR_STAGES"]) == (width, 2) and found["NEAR_STAGES"] == 2
     assert attention._options(attention.FORWARD, 64)["FAR_STAGES"] == 3
+
+
+def test_what_a_gpu_computes_otherwise_than_the_interpreter(monkeypatch):
+    """bf16 alone takes the hardware's tanh, and Hoppers alone the fused products."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for interpreted in (False, True):
+        monkeypatch.setattr(rows, "INTERPRETED", interpreted)
+        found = [rows.approximate(torch.empty(0, dtype=dtype))["APPROXIMATE"] for dtype in dtypes]
+        assert found == [not interpreted, False, False, False]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(8, 9), (9, 0), (10, 0)][device])
+    assert [product._hopper.__wrapped__(device) for device in range(3)] == [False, True, False]
+
+
+def test_where_nothing_is_said_products_are_fused_and_nothing_is_written_down():
+    defaults = {
+        name: argument.default for name, argument in inspect.signature(kernels.expert_choice).parameters.items()
+    }
+    keys = {"scale": 1.0, "cutoff": None, "statistics": None, "fuse": True}
+    assert keys.items() <= defaults.items()
+    assert inspect.signature(kernels.experts).parameters["fuse"].default is True
 
 
 def test_sizes_of_grids_and_blocks():

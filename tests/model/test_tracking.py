@@ -33,6 +33,15 @@ def loop(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, micro_b
         optimizer.zero_grad()
 
 
+def test_all_layers_of_a_model_are_tracked():
+    layers = nn.Sequential(*(MoE(ExpertChoice(D, E), D, 8) for _ in range(3)))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    track(layers, optimizer)
+    loop(layers, optimizer, 2)
+    assert [layer.router.cutoff.empty() for layer in layers] == [False] * 3
+    assert [layer.router.cutoff.count.item() for layer in layers] == [0] * 3  # added to the average
+
+
 @pytest.mark.parametrize(("router", "statistic"), ROUTERS.values(), ids=ROUTERS)
 def test_statistics_move_once_a_step_and_no_more_when_the_handle_goes(router, statistic):
     net = model(router)
