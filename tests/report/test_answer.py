@@ -153,6 +153,7 @@ def test_smoke_shows_rules_and_no_number():
     found = judged("C6", losses(**HASH), scale="smoke")
     page = soup(markup("verdict", found) + answer.judged_html(found))
     assert page.find(class_="badge").text == "plumbing only" and "4 seeds" not in page.text
+    assert not page.find(class_=["rests", "not-run", "warning"])  # no verdict rests on them, nor would on more
     assert {th.text for th in page.thead.find_all("th")} == {"part", "reproduced if"}
 
 
