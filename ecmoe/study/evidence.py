@@ -33,9 +33,10 @@ class Evidence:
         """Arm -> seed -> planned run, for every seed of the arm's config that any page of the scale plans."""
         values = merge_parameters(parameter_files(self.page, self.scale))
         further = arms_of({"base": values["base"], "arms": self._further or None}, self.scale)
+        of_arm = configs(values["base"], further | arms_of(values, self.scale), [0])
+        names = {arm: config.name for arm, (config,) in of_arm.items()}
         return {
-            arm: {one.seed: one for one in self._everything if one.of_all_seeds == config.name}
-            for arm, (config,) in configs(values["base"], further | arms_of(values, self.scale), [0]).items()
+            arm: {one.seed: one for one in self._everything if one.of_all_seeds == name} for arm, name in names.items()
         }
 
     def config(self, arm: str) -> RunConfig:
