@@ -24,7 +24,9 @@ from ecmoe.training.result import Result
 CHECK_LIGHT = """
 import sys, ecmoe.cli
 heavy = {"torch", "lightning", "pandas", "papermill", "nbconvert"} & set(sys.modules)
-sys.exit(f"imported too early: {heavy}" if heavy else 0)
+assert not heavy, f"imported too early: {heavy}"
+import nbformat
+assert "rfc3987_syntax.syntax_helpers" not in sys.modules, "grammars built"
 """
 
 

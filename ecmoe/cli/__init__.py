@@ -3,6 +3,7 @@
 Commands import slow packages when called, so that `--help` is fast.
 """
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,9 @@ from ecmoe import __version__
 from ecmoe.cli.bench import bench
 from ecmoe.cli.commands import again, generate, index, keys, readme, report, run, runs, train
 from ecmoe.config import ConfigError
+
+# Reading a notebook takes 0.1 s, or 0.8 s with this package: jsonschema would build grammars for a format that no notebook uses.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 class Commands(typer.core.TyperGroup):
