@@ -142,7 +142,8 @@ def lock(run: str) -> FileLock:
 def trained_model(result: "Result") -> Iterator["Load"]:
     """Yield a function that returns a finished run's model on this machine's device, loaded once, on the first call.
 
-    The weights may be many GB, and are freed at the end of the block. If they are missing, the run is trained again."""
+    The weights may be many GB, and are freed at the end of the block. If they are missing, the run is trained again; if that
+    fails, every call raises its error, without another attempt."""
     import torch
 
     from ecmoe.training.gpus import place
@@ -152,15 +153,20 @@ def trained_model(result: "Result") -> Iterator["Load"]:
     with ExitStack() as held:
 
         @cache
-        def load() -> "Trunk":
-            run = run_or_load(RunConfig.from_dict(result.summary["config"]), weights=True).path
+        def load() -> "Trunk | Exception":
+            try:
+                run = run_or_load(RunConfig.from_dict(result.summary["config"]), weights=True).path
+            except Exception as error:  # for the next measurement, too, which would train in vain
+                return error
             free_memory()  # left by training
             held.enter_context(place(say=False))
             return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
 
         def model() -> "Trunk":
             free_memory()  # left by the previous measurement, such as a fine-tuned copy of the model
-            return load()
+            if isinstance(loaded := load(), Exception):
+                raise loaded
+            return loaded
 
         try:
             yield model

@@ -15,7 +15,7 @@ from ecmoe.measures import Measurement, Row, lock, measure, measurements, traine
 from ecmoe.study.parameters import held_to
 from ecmoe.training import gpus
 from ecmoe.training import result as training_result
-from ecmoe.training.result import not_run
+from ecmoe.training.result import Result, not_run
 from ecmoe.training.run import run_or_load
 
 CALLS = []
@@ -112,6 +112,26 @@ def test_nothing_of_a_training_or_of_a_measurement_is_in_the_way_of_the_next(tin
     finally:
         gc.enable()
     assert there == [0, 0, 1, 0]  # before training, loading (which is part of measuring), the first and the second
+
+
+def test_a_training_that_fails_is_not_tried_again_by_the_next_measurement(tiny_config, monkeypatch):
+    """It may take hours, and a model may have eleven measurements."""
+    tried, config = [], tiny_config(steps=2, seed=11)
+
+    def fails(config, **keys):
+        tried.append(keys)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("ecmoe.training.run.run_or_load", fails)
+    finished = Result(not_run(config).summary | {"status": "finished"})
+    with trained_model(finished) as model:
+        for layers in (41, 42):
+            with pytest.raises(RuntimeError, match="no memory"):
+                measure(finished, how(layers=layers), scale="gpu", model=model)
+    assert tried == [{"weights": True}]
+    with pytest.raises(RuntimeError, match="no memory"):  # another call may find more memory
+        measure(finished, how(layers=41), scale="gpu")
+    assert len(tried) == 2
 
 
 @pytest.mark.parametrize("change", ["a bit", "cut", "another run", "another measure", "other keys"])
