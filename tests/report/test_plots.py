@@ -338,6 +338,17 @@ def test_retention():
     assert several.get_figheight() == 2 * two[0].figure.get_figheight() > 5
 
 
+def test_tasks_are_in_the_order_of_their_numbers():
+    tasks = range(1, 12)
+    frame = pd.DataFrame({"arm": "gate", "seed": 0, "after": 11, "task": tasks, "accuracy": [k / 20 for k in tasks]})
+    plot = plots.retention(frame)
+    names = [f"task {k}" for k in tasks]
+    assert plot.data["task"].tolist() == names and re.findall(r"task \d+", plot.alt) == names
+    shown = {text.get_text(): to_rgb(text.get_color()) for text in plot.figure.axes[0].texts}
+    green = [shown[name][1] for name in names]  # of viridis, which grows from end to end
+    assert green == sorted(green)
+
+
 def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
     rows = [("floor", "", "plain", "eager", 1.0), ("EC-CF2", "", "plain", "eager", 0.5), ("EC-CF2", "", "triton", "CUDA graph", 0.9),
             ("floor", "in 8 bits", "plain", "eager", 1.5), ("EC-CAP2", "Dykstra", "plain", "eager", 0.1), ("top-2", "", "triton", "eager", 0.8)]  # fmt: skip

@@ -110,7 +110,7 @@ def lines(
         frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
         ax.axhline(0, color=INK, linewidth=1.4)
     shown = {name: look for name, look in (shown or looks(frame[by])).items() if name in set(frame[by])}
-    data = over_seeds(frame, [by, x], y).sort_values([by, x], ignore_index=True)
+    data = over_seeds(frame.sort_values([by, x], kind="stable"), [by, x], y)
     if not shown:
         return data
     across, names = frame[by] == level, list(shown)

@@ -117,8 +117,9 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
 def retention(accuracies: pd.DataFrame) -> Plot:
     """Plot accuracy over the number of tasks learned: a panel per arm, a line per task. accuracies: from `continual.retained`."""
     there = accuracies.dropna(subset=["accuracy"])
-    there = there.assign(percent=100 * there["accuracy"], task=[f"task {k:g}" for k in there["task"]])
-    tasks = sorted(there["task"].unique())
+    tasks = [f"task {k:g}" for k in sorted(there["task"].unique())]
+    names = pd.Categorical(there["task"].map("task {:g}".format), tasks)  # sorted as numbers: 2 before 10
+    there = there.assign(percent=100 * there["accuracy"], task=names)
     colors = colormaps["viridis"](np.linspace(0.15, 0.85, len(tasks)))
     shown = {task: Look(to_hex(colors[i]), "osD^vPX<>p"[i % 10]) for i, task in enumerate(tasks)}
 
