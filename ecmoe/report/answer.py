@@ -65,7 +65,7 @@ def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
 def judged_html(verdict: ClaimVerdict) -> Markup:
     """Return a table of the claim's deciding parts, a folded one of the other parts, then the claim and the common rules."""
     beside, rules = [part for part in verdict.parts if not part.decides], protocol()
-    amended = [one for one in rules.amendments if verdict.claim in one.claims]
+    amended = [one for one in rules.amendments if verdict.about.id in one.claims]
     tables = [parts_html(parts, verdict.label) for parts in (verdict.deciding, beside)]
     return markup("judged", *tables, len(beside), verdict.about, rules, amended)
 

@@ -88,7 +88,7 @@ def effects(verdicts: Verdicts) -> Plot:
             if part.effect.n:  # parts that weren't run are named in their claim's line
                 turned = _to_the_papers_side(part, part.effect.value, *(part.interval or (math.nan, math.nan)))
                 unit = "difference in loss (nats per token)" if part.unit is Unit.NATS else "percent"
-                rows.append((unit, f"{verdict.claim} {part.name}", *turned, part.label))
+                rows.append((unit, f"{verdict.about.id} {part.name}", *turned, part.label))
     frame = pd.DataFrame(rows, columns=["unit", "name", "mean", "low", "high", "label"])
     there = {unit: of.drop(columns="unit").reset_index(drop=True) for unit, of in frame.groupby("unit")}
     heights = [len(of) + 1.5 for of in there.values()]

@@ -58,15 +58,15 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
     for label, text in texts.items():
         if some := [one for one in found if one.label == label]:
             of = [one.said.removeprefix(label).replace(" in", ", in") for one in some]  # if only some parts have it
-            said = "; ".join(f"{one.claim}{parts}: {one.about.short}" for one, parts in zip(some, of, strict=True))
-            ids = ", ".join(one.claim for one in some)
+            said = "; ".join(f"{one.about.id}{parts}: {one.about.short}" for one, parts in zip(some, of, strict=True))
+            ids = ", ".join(one.about.id for one in some)
             s, are = ("s", "is") if len(some) == 1 else ("", "are")
             told.append(text.format(n=len(some), s=s, are=are, said=said, ids=ids))
     return told
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
-    parts = {(one.claim, part.name): part for one in found for part in one.parts if part.effect.n}
+    parts = {(one.about.id, part.name): part for one in found for part in one.parts if part.effect.n}
     first, *others = [parts[key].sentence for key in CHOICE if key in parts] or [""]
     said = ". ".join([first, *(text[0].upper() + text[1:] for text in others)])
     return f"For a choice of router: {said}." if said else NO_CHOICE

@@ -93,7 +93,6 @@ class RestsOn:
 class ClaimVerdict:
     """The verdict on a claim: label, sentence, parts, and the runs behind it. command: the shell command that runs what is missing."""
 
-    claim: str
     label: str
     sentence: str
     parts: tuple[JudgedPart, ...]
@@ -156,7 +155,6 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     pages = dict.fromkeys(evidence.page if evidence.page in some else some[0] for some in planned_by) or [evidence.page]
     trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
     return ClaimVerdict(
-        claim=about.id,
         label=label,
         sentence=_sentence(label, deciding),
         parts=tuple(judged.values()),

@@ -11,7 +11,7 @@ from tests.study.known import CENTRE, HALF, Known, judged, losses, seeds
 
 def test_c1_half_the_steps_are_too_few():
     found = judged("C1", losses(**CENTRE))
-    assert found.label == CONTRADICTED and found.claim == "C1" and len(found.deciding) == 4
+    assert found.label == CONTRADICTED and found.about.id == "C1" and len(found.deciding) == 4
     labels = {p.name: p.label for p in found.parts}
     assert labels["half the steps, renormalized gates"] == CONTRADICTED
     assert labels["all steps, renormalized gates"] == NO_EFFECT and labels["EC-CF2 against Switch top-1"] == REPRODUCED
@@ -229,6 +229,6 @@ def test_l1_and_l2_compare_ways_to_route():
 def test_all_claims_can_be_judged_with_nothing_there():
     for id, about in protocol().claims.items():
         found = of_evidence(about, Known({}, page=about.page))
-        assert found.claim == id and found.label == NOT_RUN and {p.label for p in found.parts} == {NOT_RUN}
+        assert found.about.id == id and found.label == NOT_RUN and {p.label for p in found.parts} == {NOT_RUN}
         assert found.rests_on.runs == 0 and str(found.rests_on) == "no run"
     assert isinstance(about, Claim)
