@@ -15,7 +15,9 @@ import numpy as np
 from scipy import integrate, optimize
 from scipy.stats import chi, f, nct, norm, t
 
-LEVEL, POWER = 0.95, 0.8
+LEVEL = (
+    0.95  # of an interval by itself, as figures show it; verdicts give the level that configs/protocol.yaml leads to
+)
 
 
 class Unit(enum.StrEnum):
@@ -56,7 +58,7 @@ class Estimate:
         """The mean, in the unit."""
         return self.unit.outer(self.mean)
 
-    def inner(self, level: float = LEVEL) -> tuple[float, float] | None:
+    def inner(self, level: float) -> tuple[float, float] | None:
         """Return the confidence interval on the inner scale; None for fewer than two values."""
         if self.n < 2:
             return None
@@ -68,7 +70,7 @@ class Estimate:
         found = self.inner(level)
         return None if found is None else (self.unit.outer(found[0]), self.unit.outer(found[1]))
 
-    def smallest(self, level: float = LEVEL, power: float = POWER) -> float:
+    def smallest(self, level: float, power: float) -> float:
         """Return the minimum detectable effect of the two-sided t test with this number and noise of values, in the unit.
 
         For a ratio it is a factor. It is larger than the interval's half-width. NaN for fewer than two values.
@@ -82,7 +84,7 @@ class Estimate:
 
         return self.unit.outer(math.hypot(*(error * shift(df) for error, df in self.errors)))
 
-    def seeds_for(self, margin: float, level: float = LEVEL, power: float = POWER) -> int | None:
+    def seeds_for(self, margin: float, level: float, power: float) -> int | None:
         """Return how many seeds with this noise would decide the margin (for a ratio its distance from 1), see `seeds_needed`.
 
         None if more seeds alone can't: they don't reduce the error of the examples."""
@@ -100,12 +102,12 @@ class Spread(Estimate):
         (_, df), (_, other) = self.errors
         return math.log(f.ppf(p, df, other)) / 2
 
-    def inner(self, level: float = LEVEL) -> tuple[float, float] | None:
+    def inner(self, level: float) -> tuple[float, float] | None:
         if self.n < 2:
             return None
         return self.mean - self._quantile((1 + level) / 2), self.mean - self._quantile((1 - level) / 2)
 
-    def smallest(self, level: float = LEVEL, power: float = POWER) -> float:
+    def smallest(self, level: float, power: float) -> float:
         """Return the smallest true ratio of standard deviations that would be detected with this power."""
         return math.exp(self._quantile((1 + level) / 2) - self._quantile(1 - power)) if self.n >= 2 else math.nan
 
@@ -171,11 +173,11 @@ def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
     return Spread(math.log(deviations[0] / deviations[1]), errors[0] + errors[1], int(n), Unit.RATIO)
 
 
-def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: float = POWER) -> int | None:
+def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: float = 0.8) -> int | None:
     """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none.
 
     spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit. level: of the
-    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. None if 1000 are too few.
+    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. Both default to the protocol's. None if 1000 are too few.
     """
     if not spread:
         return 2

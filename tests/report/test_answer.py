@@ -130,7 +130,8 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     assert cells[:2] == [part.name, part.label] and cells[2].startswith("70% (") and cells[4] == part.rule
     assert cells[3] == "3 seeds; missing: EC-CF2 renormalized s3"
     assert (
-        cells[5] == f"{100 * part.effect.smallest(part.level):.1f} points" and part.effect.smallest(part.level) < 0.1
+        cells[5] == f"{100 * part.effect.smallest(part.level, 0.8):.1f} points"
+        and part.effect.smallest(part.level, 0.8) < 0.1
     )  # of shares that are compared
     fewer = {of: seeds(0.1, n=2) for of in shares}
     (row, *_) = soup(
@@ -145,7 +146,8 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
     (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
     assert (
-        row.find_all("td")[4].text == f"{spread.effect.smallest(spread.level):.3f}".rstrip("0") + " times, either way"
+        row.find_all("td")[4].text
+        == f"{spread.effect.smallest(spread.level, 0.8):.3f}".rstrip("0") + " times, either way"
     )
 
 

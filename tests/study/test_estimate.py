@@ -8,6 +8,7 @@ from scipy import stats as reference
 
 from ecmoe.study import estimate
 from ecmoe.study.estimate import Estimate, Unit, amount, counted, of_values, span, tolerance
+from ecmoe.study.protocol import protocol
 
 
 def test_an_interval_is_scipys_paired_t_interval():
@@ -31,7 +32,7 @@ def test_a_ratio_is_taken_in_the_logarithm():
 
 def test_too_few_values_have_no_interval():
     one = of_values([0.5, math.nan, None])
-    assert (one.value, one.n, one.interval()) == (0.5, 1, None) and math.isnan(one.smallest())
+    assert (one.value, one.n, one.interval()) == (0.5, 1, None) and math.isnan(one.smallest(0.95, 0.8))
     assert of_values([]).n == 0 and math.isnan(of_values([]).value)
 
 
@@ -45,11 +46,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 @pytest.mark.parametrize("n", [2, 3, 6])
 def test_the_smallest_effect_is_found_as_often_as_it_says(n):
     values = np.linspace(-1, 1, n)
-    true = of_values(values).smallest(0.95) / values.std(ddof=1)
+    true = of_values(values).smallest(0.95, 0.8) / values.std(ddof=1)
     samples = np.random.default_rng(0).normal(true, 1.0, size=(20000, n))
     assert (reference.ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
     ratio, logs = of_values(np.exp(values), Unit.RATIO), of_values(values)
-    assert ratio.smallest() == pytest.approx(math.exp(logs.smallest()))
+    assert ratio.smallest(0.9, 0.7) == pytest.approx(math.exp(logs.smallest(0.9, 0.7)))
 
 
 def test_a_slope_is_by_doubling():
@@ -118,7 +119,7 @@ def test_a_ratio_of_spreads_has_fs_interval():
     assert np.mean([low <= 2 <= high for low, high in ends]) == pytest.approx(0.9, abs=0.02)
     assert np.mean([low > 2 for low, _ in ends]) == pytest.approx(0.05, abs=0.015)
     assert found[0].value == pytest.approx(2 * samples[0, :5].std(ddof=1) / samples[0, 5:].std(ddof=1))
-    true = found[0].smallest(0.95)
+    true = found[0].smallest(0.95, 0.8)
     shown = [estimate.spread_ratio(true * x[:5], x[5:]).interval()[0] > 1 for x in samples]
     assert np.mean(shown) == pytest.approx(0.8, abs=0.03)
     assert estimate.spread_ratio([1.0], [1.0, 2.0]).n == 0
@@ -150,25 +151,30 @@ def test_no_spread_has_no_ratio():
     two, none = estimate.spread_ratio([1.0, 2.0], [1.0, 3.0]), estimate.spread_ratio([1.0], [1.0, 3.0])
     critical = reference.f.ppf([0.025, 0.975, 0.2], 1, 1)
     assert two.interval() == pytest.approx((0.5 / critical[1] ** 0.5, 0.5 / critical[0] ** 0.5))
-    assert two.smallest() == pytest.approx((critical[1] / critical[2]) ** 0.5)
-    assert none.interval() is None and math.isnan(none.smallest()) and none.unit is Unit.RATIO
+    assert two.smallest(0.95, 0.8) == pytest.approx((critical[1] / critical[2]) ** 0.5)
+    assert none.interval() is None and math.isnan(none.smallest(0.95, 0.8)) and none.unit is Unit.RATIO
 
 
 def test_seeds_of_a_ratio_decide_a_factor():
     found = of_values([1.0, 1.3, 1.7, 0.9], Unit.RATIO)
     spread = float(np.log([1.0, 1.3, 1.7, 0.9]).std(ddof=1))
-    assert found.seeds_for(1.0) == estimate.seeds_needed(spread, math.log(2)) != estimate.seeds_needed(spread, 1.0)
-    for asked in ({"level": 0.6}, {"power": 0.3}):
-        assert (
-            found.seeds_for(1.0, **asked) == estimate.seeds_needed(spread, math.log(2), **asked) < found.seeds_for(1.0)
-        )
+    usual = estimate.seeds_needed(spread, math.log(2))
+    assert found.seeds_for(1.0, 0.95, 0.8) == usual != estimate.seeds_needed(spread, 1.0)
+    for level, power in ((0.6, 0.8), (0.95, 0.3)):
+        fewer = estimate.seeds_needed(spread, math.log(2), level=level, power=power)
+        assert found.seeds_for(1.0, level, power) == fewer < usual
+
+
+def test_seeds_are_counted_by_the_protocols_rules_unless_others_are_given():
+    rules = {"level": protocol().level, "power": protocol().power}
+    assert rules.items() <= estimate.seeds_needed.__kwdefaults__.items()
 
 
 def test_more_seeds_are_no_answer_to_what_lies_in_examples_spreads_or_turns():
     of_examples = estimate.crossed([[np.array([1.0, 0.0, 1.0])], [np.array([1.0, 1.0, 0.0])]])
     of_one_seed = estimate.crossed([[np.array([1.0, 0.0, 1.0])]])
     others = (estimate.spread_ratio([1.0, 2.0], [1.0, 3.0]), of_values([1.0, 2.0], of="turn"), of_values([1.0]))
-    assert {one.seeds_for(0.1) for one in (of_examples, of_one_seed, *others)} == {None}
+    assert {one.seeds_for(0.1, 0.95, 0.8) for one in (of_examples, of_one_seed, *others)} == {None}
 
 
 # Numbers in words

@@ -344,7 +344,7 @@ def test_an_interval_is_widened_by_the_number_of_parts_and_says_what_it_could_ha
     assert sorted(p.level for p in found.deciding) == pytest.approx([0.95, 0.975])
     first = found.parts[0]
     low, high = first.interval
-    assert first.effect.smallest(first.level) > (high - low) / 2 and low < first.effect.value < high
+    assert first.effect.smallest(first.level, 0.8) > (high - low) / 2 and low < first.effect.value < high
 
 
 def test_an_undecided_part_says_how_many_seeds_would_decide_it():
