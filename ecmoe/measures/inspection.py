@@ -5,8 +5,7 @@ choice's capacity factor, and top_k times token choice's capacity factor. Letter
 patches, n = B T, e experts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pandas as pd
@@ -87,8 +86,7 @@ def caps_on_trained_scores(model: Transformer, config: RunConfig) -> dict[str, A
     return {"rows": rows, "tokens": batch[:, :-1].numel()}
 
 
-@contextmanager
-def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTransformer]:
+def at_capacity(model: VisionTransformer, places: float) -> AbstractContextManager:
     """Give every MoE layer `places` expert places per patch in the block; raise a ValueError if its router can't."""
     row, values = model.config.row, model.config.to_dict()
     if not row.capacity:
@@ -96,8 +94,7 @@ def at_capacity(model: VisionTransformer, places: float) -> Iterator[VisionTrans
         raise ValueError(f"router={model.config.router!r} has no capacity that could be changed: take one of {able}")
     if model.config.router == "expert_choice" and values["gate"] == "scaled":
         raise ValueError("gate='scaled' is a multiple of e / c: another capacity would change the gates, too")
-    with altered(model, capacity_factor=places / (values["top_k"] if "top_k" in row.keys else 1), rounding="exact"):
-        yield model
+    return altered(model, capacity_factor=places / (values["top_k"] if "top_k" in row.keys else 1), rounding="exact")
 
 
 @torch.no_grad()

@@ -15,9 +15,7 @@ import numpy as np
 from scipy import integrate, optimize
 from scipy.stats import chi, f, nct, norm, t
 
-LEVEL = (
-    0.95  # of an interval by itself, as figures show it; verdicts give the level that configs/protocol.yaml leads to
-)
+LEVEL = 0.95  # of an interval by itself, as in figures; verdicts pass the level that follows from the protocol
 
 
 class Unit(enum.StrEnum):
@@ -145,8 +143,8 @@ def share_of_steps(losses: Sequence[float], over: Sequence[float], target: float
     return float(np.exp(x[i] + (losses[i] - target) / fall * (x[i + 1] - x[i]))) if fall > 0 else math.nan
 
 
-def crossed(differences: Sequence[Sequence[np.ndarray]], unit: Unit = Unit.SHARE) -> Estimate:
-    """Return the mean over tasks of mean differences, with the errors of both seeds and test examples.
+def crossed(differences: Sequence[Sequence[np.ndarray]]) -> Estimate:
+    """Return the mean over tasks of mean differences, a share, with the errors of both seeds and test examples.
 
     differences: for each seed, for each task, (N,): one arm's score on each example, the same for all seeds, minus the other's.
     Seeds and examples are crossed random samples: the variance of the mean is the variance over seeds plus the variance over
@@ -154,13 +152,13 @@ def crossed(differences: Sequence[Sequence[np.ndarray]], unit: Unit = Unit.SHARE
     """
     seeds, tasks = len(differences), len(differences[0]) if differences else 0
     if not tasks:
-        return of_values([], unit)
+        return of_values([], Unit.SHARE)
     each = np.array([np.mean([task.mean() for task in seed]) for seed in differences])
     of_tasks = [_error(np.mean([seed[i] for seed in differences], axis=0)) for i in range(tasks)]
     examples = [one for errors in of_tasks for one in errors]  # a task with a single example has no error
     of_examples = math.hypot(*(error for error, _ in examples)) / tasks, sum(df for _, df in examples)
     errors = _error(each) + (of_examples,) * bool(examples)
-    return Estimate(float(each.mean()), errors, seeds, unit)
+    return Estimate(float(each.mean()), errors, seeds, Unit.SHARE)
 
 
 def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:

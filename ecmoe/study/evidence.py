@@ -57,17 +57,15 @@ class Evidence:
 
     def missing(self, part: Part) -> list[tuple[str, int]]:
         """Return (arm, seed) of the runs that a part lacks: planned for all its arms, but not finished or not fully measured."""
-        measured = [column.partition("/")[0] for _, column in part.terms if "/" in column]
-        whats = {"fine-tuned"} if part.how == "accuracy" else set(measured)
-
-        def asks(one: Planned) -> bool:
-            return whats <= {how.what for how in one.measures}
+        measured = {column.partition("/")[0] for _, column in part.terms if "/" in column}
+        whats = {"fine-tuned"} if part.how == "accuracy" else measured
+        by_seed = [self.planned.get(arm, {}) for arm in part.arms]
+        asked = [{s: one for s, one in of.items() if whats <= {how.what for how in one.measures}} for of in by_seed]
 
         def there(arm: str, seed: int) -> bool:
             return seed in self.finished(arm) and all(self.measured(arm, seed, what) for what in whats)
 
-        planned = [{s: one for s, one in self.planned.get(arm, {}).items() if asks(one)} for arm in part.arms]
-        return [(arm, seed) for arm in part.arms for seed in estimate.shared(*planned) if not there(arm, seed)]
+        return [(arm, seed) for arm in part.arms for seed in estimate.shared(*asked) if not there(arm, seed)]
 
     def values(self, arm: str, column: str) -> dict[int, float]:
         """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement."""
@@ -127,7 +125,7 @@ class Evidence:
             right = self.right(part.a[0], part.of)
             other = self.right(part.b[0], part.of) if part.b else {s: [0.0] * len(tasks) for s, tasks in right.items()}
             pairs = [zip(right[seed], other[seed], strict=True) for seed in estimate.shared(right, other)]
-            return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs], part.unit)
+            return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs])
         a, b = ([self._by_seed(part, arm) for arm in arms] for arms in (part.a, part.b))
         if part.how == "spread":
             return estimate.spread_ratio(a[0].values(), b[0].values())
