@@ -281,13 +281,13 @@ def weakest(labels: Sequence[str]) -> str:
 def size(configs: Sequence[RunConfig]) -> str:
     """Return the model size in words: "8 layers of width 512, 16 to 128 experts"; without experts if all models are dense."""
 
-    def span(key: str, of: Sequence[RunConfig]) -> str:
+    def range_of(key: str, of: Sequence[RunConfig]) -> str:
         least, most = (pick(getattr(config, key) for config in of) for pick in (min, max))
         return f"{least}" if least == most else f"{least} to {most}"
 
-    text = f"{span('layers', configs)} layers of width {span('d_model', configs)}"
+    text = f"{range_of('layers', configs)} layers of width {range_of('d_model', configs)}"
     moe = [config for config in configs if config.row.layer is not None]
-    return f"{text}, {span('num_experts', moe)} experts" if moe else text
+    return f"{text}, {range_of('num_experts', moe)} experts" if moe else text
 
 
 def _found(part: Part, label: str, found: Estimate, level: float) -> str:
