@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -230,6 +231,20 @@ def test_a_check_sum_is_of_keys_and_values_in_any_order(tmp_path):
     write_json(path, value)
     with pytest.raises(Damaged, match="check sum"):  # it has none
         read_json(path, sealed=True)
+
+
+@pytest.mark.parametrize("indent", [1, None])
+def test_every_flipped_bit_of_sealed_json_is_named(tmp_path, indent):
+    """Also one that leaves the value: 4.5295867919921874 is the same float as 4.5295867919921875, and 1E-07 as 1e-07."""
+    path, value = tmp_path / "a.json", {"ü": [4.5295867919921875, 1e-07, None, True]}
+    write_json(path, value, indent=indent, sealed=True)
+    good = path.read_bytes()
+    assert read_json(path, sealed=True) == value
+    for at, bit in itertools.product(range(len(good)), range(8)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :])
+        with pytest.raises(Damaged, match=r"a\.json is damaged"):
+            read_json(path, sealed=True)
+            raise AssertionError(f"bit {bit} of byte {at} was believed: {path.read_bytes()}")
 
 
 def test_a_sealed_file_shows_any_change_and_keeps_what_it_holds(tmp_path):
