@@ -73,8 +73,9 @@ def _choice(found: Sequence[ClaimVerdict]) -> str:
 
 
 def cost(scale: str) -> str:
-    """Return in words the training hours of all runs of a scale, and the command that continues."""
-    runs = [read_json(path)["summary"] for path in sorted(paths.results(scale, "runs").glob("*.json"))]
+    """Return in words the training hours of all runs of a scale, and the command that continues. Raise Damaged if the
+    record of one was changed."""
+    runs = [read_json(path, sealed=True)["summary"] for path in sorted(paths.results(scale, "runs").glob("*.json"))]
     hours = sum(run.get("seconds") or 0 for run in runs) / 3600
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))
     again = f"`make reproduce{f' SCALE={scale}' * (scale != 'smoke')}`"

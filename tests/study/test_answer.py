@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ecmoe import paths
-from ecmoe.files import write_json
+from ecmoe.files import Damaged, write_json
 from ecmoe.study.answer import answer, cost
 from ecmoe.study.protocol import find_claim, protocol
 from ecmoe.study.verdict import CONTRADICTED, IN_DIRECTION, NO_EFFECT, NOT_RUN, REPRODUCED, UNDECIDED, of_evidence
@@ -47,11 +47,15 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
 def test_the_cost_is_that_of_all_records(home):
     for i, device in enumerate(["NVIDIA H200", "A", "NVIDIA H100", "B", "NVIDIA H100", "C", None]):
         seconds = 1800 if device else None  # of one nothing is known
-        write_json(paths.results("gpu", "runs") / f"{i}.json", {"summary": {"seconds": seconds, "device": device}})
+        record = {"summary": {"seconds": seconds, "device": device}}
+        write_json(path := paths.results("gpu", "runs") / f"{i}.json", record, sealed=True)
     assert cost("gpu") == (
         "All 7 runs took 3.0 hours of training on A, B, C, NVIDIA H100, NVIDIA H200; `make reproduce SCALE=gpu` loads them and "
         "trains what is missing."
     )
+    path.write_text(path.read_text().replace("null", "7200", 1))
+    with pytest.raises(Damaged, match=r"6\.json is damaged .its check sum"):
+        cost("gpu")
 
 
 SIZE = "at 4 layers of width 64, 8 experts, trained on 122,880 tokens"
