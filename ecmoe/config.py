@@ -160,9 +160,10 @@ class RunConfig:
             fits = " or ".join(map(str, near or [math.gcd(self.heads, self.d_model)]))
             raise ConfigError(f"heads={self.heads} doesn't divide d_model={self.d_model}: heads may be {fits}")
         parts = parts_of(self.data)
-        if self.data.startswith(MIX_PREFIX) and (len(set(parts)) < 2 or len(set(parts)) < len(parts) or not all(parts)):
+        wrong = len(set(parts)) < max(2, len(parts)) or not all(parts) or any(map(_of_images, parts))
+        if self.data.startswith(MIX_PREFIX) and wrong:
             raise ConfigError(f"data={self.data!r}: must be {MIX_PREFIX} followed by at least two different texts, separated "
-                              f"by commas, such as {MIX_PREFIX}data/a.txt,data/b.txt")  # fmt: skip
+                              f"by commas, such as {MIX_PREFIX}data/a.txt,data/b.txt; images can't be mixed")  # fmt: skip
         if not all(Path(part.removeprefix(IMAGES_PREFIX)).name for part in parts):  # part of the run's identity
             raise ConfigError(f"data={self.data!r}: must be a known corpus, known images, or a path that ends in a file "
                               f"or folder name, such as data/book.txt; for a folder of images {IMAGES_PREFIX}PATH")  # fmt: skip
@@ -195,7 +196,7 @@ class RunConfig:
     @property
     def images(self) -> bool:
         """Whether the run classifies images instead of modelling text."""
-        return self.data in IMAGES or self.data.startswith(IMAGES_PREFIX)
+        return _of_images(self.data)
 
     @property
     def tokens_per_batch(self) -> int:
@@ -305,6 +306,10 @@ CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields
 # Cached per class, since a plan creates thousands of configs.
 _types: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _BOUNDS = {"low": (ge, "at least"), "high": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
+
+
+def _of_images(data: str) -> bool:
+    return data in IMAGES or data.startswith(IMAGES_PREFIX)
 
 
 def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:

@@ -359,9 +359,20 @@ def test_the_least_that_weights_take_is_counted_by_hand():
 
 
 @pytest.mark.parametrize(
-    "data", ["mix:", "mix:a.txt", "mix:a.txt,", "mix:a.txt,a.txt", "mix:a.txt,b.txt,a.txt", "mix:,a.txt"]
+    "data",
+    [
+        "mix:",
+        "mix:a.txt",
+        "mix:a.txt,",
+        "mix:a.txt,a.txt",
+        "mix:a.txt,b.txt,a.txt",
+        "mix:,a.txt",
+        "mix:stdlib,digits",
+        "mix:cifar10,a.txt",
+        "mix:a.txt,images:b",
+    ],
 )
-def test_a_mix_of_less_than_two_texts(data):
+def test_a_mix_that_is_not_of_two_texts_or_more(data):
     with pytest.raises(ConfigError, match="data='mix:.*at least two different texts"):
         RunConfig(data=data)
 

@@ -56,7 +56,9 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None],
         RuntimeError: the ranks ended without writing a summary.
     """
     command = torchrun(config.devices, "ecmoe.training", str(folder), *([] if keep_weights else ["--no-weights"]))
-    output = sys.stderr.fileno() if hasattr(sys.stderr, "fileno") else None
+    output = None
+    with contextlib.suppress(AttributeError, OSError):  # a notebook's, or a test's, may have no file
+        output = sys.stderr.fileno()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output) as ranks:
         while ranks.poll() is None:
             still_ours()

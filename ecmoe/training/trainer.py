@@ -81,7 +81,8 @@ def check_machine(config: RunConfig) -> None:
     shards = config.ranks if config.sharded else 1
     needed = 2 * (2 if config.precision == "bf16-true" else 4) * config.weights_at_least // shards  # with gradients
     if needed > memory:
-        keys = ("layers", "d_model", "d_ff", "num_experts", "vocab_size")
+        ends = ("patch_size", "channels", "classes") if config.images else ("vocab_size",)
+        keys = ("layers", "d_model", "d_ff", "num_experts", *ends)
         raise ConfigError(f"{', '.join(f'{key}={getattr(config, key)}' for key in keys)}: weights and gradients alone take "
                           f"{needed / 2**30:,.0f} GiB, and this device has {memory / 2**30:,.0f}: lower one of them")  # fmt: skip
     if config.precision == "16-mixed" and not cuda:

@@ -1,5 +1,6 @@
 """The processes of one run: two train as one, they end with their caller, and rank variables of others say nothing."""
 
+import io
 import os
 import runpy
 import signal
@@ -114,10 +115,11 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
         run_or_load(config, progress=False)
     asked = f"-m torch.distributed.run --standalone --nproc-per-node=2 -m ecmoe.training {folder}"
     assert capfd.readouterr() == ("", f"{asked}\n")  # output is for results of the caller
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace())  # a notebook's, which is no file
-    with pytest.raises(RuntimeError, match="ended with code -9"):
-        run_or_load(config, progress=False)
-    assert capfd.readouterr().out == f"{asked}\n"
+    for no_file in (SimpleNamespace(), io.StringIO()):  # a notebook's
+        monkeypatch.setattr(sys, "stderr", no_file)
+        with pytest.raises(RuntimeError, match="ended with code -9"):
+            run_or_load(config, progress=False)
+        assert capfd.readouterr().out == f"{asked}\n"
     with pytest.raises(RuntimeError, match="ended with code -9"):
         by_torchrun(config.replace(devices=3), tmp_path, lambda: None, keep_weights=False)
     asked = asked.replace("=2", "=3").replace(str(folder), str(tmp_path))

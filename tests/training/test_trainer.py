@@ -132,6 +132,9 @@ def test_a_machine_must_have_as_many_gpus_as_are_asked_for_and_their_memory(tiny
     trainer.check_machine(sharded.replace(num_nodes=2))  # or a quarter
     with pytest.raises(ConfigError, match="weights and gradients alone take"):
         trainer.check_machine(sharded)
+    gpu.total_memory = 1
+    with pytest.raises(ConfigError, match="num_experts=1024, patch_size=2, channels=1, classes=10: weights"):
+        trainer.check_machine(config.replace(data="digits", sequence_length=16, classes=10))
 
 
 def test_without_gpus_a_machine_must_have_a_core_for_each_process(tiny_config, monkeypatch):
