@@ -31,8 +31,9 @@ def test_checkout_is_found_from_any_folder(tmp_path, monkeypatch):
     package = tmp_path / "checkout" / "ecmoe" / "paths.py"
     monkeypatch.setattr(paths, "__file__", str(package))
     monkeypatch.delenv("ECMOE_HOME", raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert paths.root() == Path.cwd()  # an installed package: no checkout
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert paths.root() == tmp_path / "elsewhere"  # an installed package: no checkout
     package.parent.mkdir(parents=True)
     (package.parents[1] / "pyproject.toml").touch()
     assert paths.root() == package.parents[1].resolve()

@@ -235,6 +235,14 @@ def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
         assert told(change=change)[1] is None
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_padding_is_not_taken_where_scores_are_0(seed):
+    logits = 300 * torch.randn(16, 4, generator=generator(seed))  # whose softmax is 0 for most
+    mask = torch.arange(16) % 3 != 0
+    found = ExpertChoice(8, 4, capacity_factor=2.0).assign(logits, mask=mask)
+    assert (logits.softmax(1) == 0).float().mean() > 0.5 and mask[found.token[found.token < 16]].all()
+
+
 def test_a_sequence_of_padding_alone_moves_no_cutoff():
     router, logits = ExpertChoice(D, 4, 1.0, pool="sequence"), random_logits(24, 4, 0)
     router.assign(logits, batch_shape=(3, 8), mask=torch.arange(24) >= 8)

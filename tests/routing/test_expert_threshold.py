@@ -111,6 +111,12 @@ def test_a_crowd_is_bounded_in_training_and_served_whole_in_evaluation():
     assert served.load(32).tolist() == served.demand.tolist() == [32, 0, 0, 0]
 
 
+def test_an_expert_to_which_too_few_tokens_belong_asks_for_none_in_warm_up():
+    router, mask = ExpertThreshold(D, E, capacity_factor=1.0).train(), torch.arange(8) < 2  # of two tokens, half a one
+    found = router.assign(torch.randn(8, E, generator=generator(0)), mask=mask)
+    assert found.demand.tolist() == E * [0] and (found.token == 8).all()
+
+
 def test_untrained_it_is_plain_expert_choice():
     z, mask = random_logits(32, E, 0), torch.arange(32) % 4 > 0
     fresh, plain = (make(D, E, 2.0).eval().assign(z, mask=mask) for make in (ExpertThreshold, ExpertChoice))

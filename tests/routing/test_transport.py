@@ -152,6 +152,22 @@ def test_what_paths_leave_moves_directly(e, monkeypatch):
     assert found.sum(2).tolist() == G * [e * [4]] and found.sum(1).tolist() == G * [4 * e * [1]]
 
 
+def test_of_all_tokens_those_that_lose_least_move_directly(monkeypatch):
+    monkeypatch.setattr(solver, "PATH_ROUNDS", 0)
+    X = torch.tensor([[[True] * 4, [False] * 4]])
+    Z = torch.tensor([[[0.0] * 4, [-9.0, -9.0, 0.0, 0.0]]])
+    found = solver._balance(
+        X,
+        Z,
+        torch.zeros(1, 2, 1),
+        torch.tensor([2]),
+        1,
+        torch.full((1, 1, 1), 1e-3),
+        torch.ones(1, 4, dtype=torch.bool),
+    )
+    assert found[0, 1].tolist() == [False, False, True, True]
+
+
 @pytest.mark.parametrize("sample", [8, 10])
 def test_prices_go_half_the_way_of_each_round_which_asks_a_sample_first(sample, monkeypatch):
     """Two pools of 20 places, of which the second has 5 tokens; 20 are more than twice 8."""

@@ -187,6 +187,17 @@ def test_python_looks_no_more_through_what_was_there_at_the_first_step(tiny_conf
     gc.freeze()
 
 
+def test_the_clock_starts_when_the_device_has_finished_the_step_that_compiles(tiny_config, tmp_path, monkeypatch):
+    done = []
+    lit, recorder, one = LitModel(tiny_config(compile=True, steps=9)), Recorder(tmp_path, progress=False), trainer(2.0)
+    monkeypatch.setattr(type(lit), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("step"))
+    monkeypatch.setattr(recording.time, "perf_counter", lambda: float(len(done)))
+    recorder.on_train_start(one, lit)
+    recorder.on_train_batch_end(one, lit, None, None, 0)
+    assert done == ["step"] and recorder.began == 1.0
+
+
 def test_the_clock_stands_in_validations_and_while_a_checkpoint_is_written(module, tmp_path, monkeypatch):
     now, shown, one = [5.0], [], trainer(2.0)
     one.save_checkpoint = lambda path: (path.touch(), now.append(now[-1] + 1000))
