@@ -343,6 +343,7 @@ def test_every_key_of_its_own_tells_runs_apart():
         "threshold": 0.5,
     }
     others["held_out"] = 7
+    assert {field.name: field.default for field in fields(ContinualConfig)}["threshold"] == 0.85  # the paper's
     assert {field.name for field in fields(ContinualConfig)} - {field.name for field in fields(RunConfig)} == set(
         others
     )

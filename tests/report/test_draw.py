@@ -130,6 +130,14 @@ def test_names_keep_their_place_where_there_is_room(ax):
     assert {text.xyann for text in ax.texts} == {(8, 0)} and {text.get_va() for text in ax.texts} == {"center"}
 
 
+def test_names_that_are_too_close_leave_a_line_between_centres_and_more_where_they_are_of_two_lines(ax):
+    ax.set_ylim(0, 10)
+    draw.name_ends(ax, {"a": 5.0, "b": 5.01, "an arm whose name takes two lines, 64 experts": 5.02}, {})
+    a, b, of_two = (text.xy[1] for text in ax.texts)
+    line = 0.062 * 10 * 3.3 / (ax.figure.get_size_inches()[1] - 1)  # (0.062 of an axis that is 3.3 inches high)
+    assert b - a == pytest.approx(line) and of_two - b == pytest.approx(line * (1 + 0.7 * 0.5))
+
+
 def test_points_are_rows_from_the_top_with_a_tick_for_each_seed(ax):
     frame = measured().query("num_experts == 1 or arm == 'level'")
     data = draw.points(ax, frame, "dropped", order=["level", "b", "lost", "a"])

@@ -73,6 +73,8 @@ def test_what_is_there_and_what_is_missing(project):
     assert call("runs", "--missing", "--names").stdout.split() == [lost]
     assert [read_record(paths.results("gpu", "runs") / f"{name}.json").ok for name in (first, second)] == [True, True]
     assert not list(paths.runs().glob("*/model.safetensors"))
+    once_more = call("run", first)
+    assert once_more.exit_code == 0 and once_more.stdout.splitlines()[0].endswith("finished")
     (way,) = (project / "reports/gpu/measures").glob("*/*.json")
     assert way.parent.name == second and way.name.startswith("losses-")
     way.unlink()

@@ -171,6 +171,12 @@ def test_a_page_without_arms_plans_no_run(configs):
     assert plan.plan("big", ["03_c"]) == []
 
 
+def test_a_page_without_seeds_plans_no_run():
+    assert (
+        plan.of_page("03_capacity_factor", "gpu") and plan.of_page("03_capacity_factor", "gpu", {"seeds": None}) == []
+    )
+
+
 def test_a_scale_without_a_base_is_named(configs):
     configs("scale/big.yaml", "")
     with pytest.raises(ConfigError, match=r"base: configs/scale/big.yaml must hold it"):

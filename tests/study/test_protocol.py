@@ -118,6 +118,9 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
     for key in keys:
         with pytest.raises(ConfigError, match=f"claim C1: {key} is missing"):
             module._claim("C1", {**{other: keys[other] for other in keys if other != key}, "parts": [part]}, MARGINS)
+    for key in ("name", "a", "says", "found", "of"):
+        with pytest.raises(ConfigError, match=f"{key} is missing"):
+            module._claim("C1", {**keys, "parts": [{k: v for k, v in part.items() if k != key}]}, MARGINS)
     with pytest.raises(ConfigError, match="two parts have the name 'x'"):
         module._claim("C1", {**keys, "parts": [part, part]}, MARGINS)
     later = [part | {"or_direction": "y", "direction": "it does"}, part | {"name": "y"}]
