@@ -78,7 +78,11 @@ def cost(scale: str) -> str:
     runs = [read_json(path, sealed=True)["summary"] for path in sorted(paths.results(scale, "runs").glob("*.json"))]
     hours = sum(run.get("seconds") or 0 for run in runs) / 3600
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))
-    again = f"`make reproduce{f' SCALE={scale}' * (scale != 'smoke')}`"
     if not runs:
-        return f"{again} runs it."
-    return f"All {len(runs)} runs took {hours:.1f} hours of training on {cards}; {again} loads them and trains what is missing."
+        return f"`{again(scale)}` runs it."
+    return f"All {len(runs)} runs took {hours:.1f} hours of training on {cards}; `{again(scale)}` loads them and trains what is missing."
+
+
+def again(scale: str) -> str:
+    """Return the command that trains what a scale lacks."""
+    return f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"
