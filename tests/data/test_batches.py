@@ -116,6 +116,12 @@ def test_validation_is_fixed_spread_out_and_not_trained_on(text):
         np.testing.assert_array_equal(row, val[33 * round(i * last / 23) :][:33])
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_batches_lie_in_memory_from_which_a_gpu_copies(text, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert [loader.pin_memory for loader in (text.train_dataloader(), text.val_dataloader())] == [gpu, gpu]
+
+
 def test_all_of_the_text_may_validate(text):
     windows = len(tokens.load(text.config).val) // 33
     whole, more = (TextData(text.config.replace(batch_size=1, eval_batches=windows + extra)) for extra in (0, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ecmoe import kernels
-from ecmoe.kernels import attention, common, product, rows
+from ecmoe.kernels import attention, capped, common, layer, product, rows
 from ecmoe.kernels.common import Operator, block, cdiv, described, kernel
 
 
@@ -150,6 +150,80 @@ def test_what_a_gpu_computes_otherwise_than_the_interpreter(monkeypatch):
         assert found == [not interpreted, False, False, False]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(8, 9), (9, 0), (10, 0)][device])
     assert [product._hopper.__wrapped__(device) for device in range(3)] == [False, True, False]
+
+
+class OnGPU(Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+def on_gpu(*shape: int, dtype=torch.bfloat16) -> Tensor:
+    return torch.ones(shape, dtype=dtype).as_subclass(OnGPU)
+
+
+def test_what_kernels_run_on(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    common.check(on_gpu(1))
+    with pytest.raises(RuntimeError, match="CUDA device, and these are on meta: move"):
+        common.check(torch.empty(1, device="meta"))
+    for interpreted in (False, True):
+        monkeypatch.setattr(capped, "INTERPRETED", interpreted)
+        x = torch.empty(1, 4, 5)
+        assert capped.available(x.as_subclass(OnGPU), 3) and capped.available(x, 3) == interpreted
+        assert not capped.available(x.to("meta"), 3)
+
+
+def test_fused_products_are_of_hoppers_and_16_bits(monkeypatch):
+    asked, w = [], torch.empty(2, 8, 16)
+    monkeypatch.setattr(product, "INTERPRETED", False)
+    for hopper in (True, False):
+        monkeypatch.setattr(product, "_hopper", lambda device, hopper=hopper: asked.append(device) or hopper)
+        found = [
+            product.fusible(on_gpu(2, 3, 8, dtype=dtype), w) for dtype in (torch.bfloat16, torch.half, torch.float)
+        ]
+        assert found == [hopper, hopper, False]
+    assert asked == [None] * 6  # the one that it lies on
+
+
+@pytest.mark.parametrize(("rows", "programs"), [(5, 2), (300, 14)])
+def test_programs_of_a_product_are_as_many_as_tiles_or_as_fit_on_the_gpu(monkeypatch, rows, programs):
+    grids, tile = [], product.Tile(16, 32, 16, 16, warps=4, stages=2, per_sm=2)
+    monkeypatch.setattr(product, "_multiprocessors", {None: 7}.get)
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, **keys: grids.append(grid)
+
+    monkeypatch.setattr(product, "_product_kernel", Launch())
+    product.product(on_gpu(2, rows, 16), on_gpu(2, 16, 24), on_gpu(2, rows), tile=tile)
+    assert grids == [(programs,)]
+
+
+def test_a_gpus_multiprocessors_are_asked_for_by_its_number(monkeypatch):
+    properties = {3: SimpleNamespace(multi_processor_count=132)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.get)
+    assert product._multiprocessors.__wrapped__(3) == 132
+
+
+def test_gradients_of_wide_weights_leave_a_gpus_product_unrounded(monkeypatch):
+    """A CPU's product can't; where it is to be as narrow as the factors, nothing is asked for."""
+    asked, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b, **keys: asked.append(keys) or bmm(a, b))
+    for dtype, keys in ((torch.float32, {"out_dtype": torch.float32}), (torch.bfloat16, {}), (torch.float64, {})):
+        layer._bmm(on_gpu(1, 2, 3), on_gpu(1, 3, 2), dtype)
+        assert asked.pop() == keys
+    assert layer._bmm(torch.ones(1, 2, 3).half(), torch.ones(1, 3, 2).half(), torch.float32).dtype == torch.float32
+    assert asked == [{}]
+
+
+@pytest.mark.parametrize(("index", "entered"), [(1, False), (0, True)])
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch, index, entered):
+    x = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: ("device of", x))
+    assert common.device_of(x) == (("device of", x) if entered else common._HERE)
+    assert common.device_of(torch.empty(1)) is common._HERE
 
 
 def test_where_nothing_is_said_products_are_fused_and_nothing_is_written_down():

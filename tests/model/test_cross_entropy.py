@@ -203,3 +203,47 @@ def test_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
         (gradient,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), weight)
         errors.append(distance(gradient, exact))
     assert errors[1] < 1.05 * errors[0]
+
+
+class OnGPU(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_gpu_reads_logits_once_and_scales_by_a_kernel_where_it_can(monkeypatch, triton):
+    loss = pytest.importorskip("ecmoe.kernels.loss")
+    told, targets = [], torch.tensor([1, 0])
+    monkeypatch.setattr(loss, "losses_", lambda *given: told.append(given))
+    monkeypatch.setattr(loss, "scaled", lambda *given: told.append(given) or given[0].clone())
+    monkeypatch.setattr(cross_entropy, "TRITON", triton)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        z, ours = torch.ones(2, 3, dtype=dtype).as_subclass(OnGPU), triton and dtype != torch.float64
+        losses_(z, targets, False)
+        assert len(told) == ours and all(given[0] is z and given[1:] == (targets, False) for given in told)
+        told.clear()
+        cross_entropy._scaled._init_fn(z, factor := torch.tensor(2.0, dtype=cross_entropy._wide(z)))
+        assert len(told) == ours and all(given[0] is z and given[1] is factor for given in told)
+        told.clear()
+
+
+def test_a_gpu_adds_gradients_of_weights_up_in_one_step(monkeypatch):
+    x, weight, targets = (t.detach() for t in problem(dtype=torch.bfloat16))
+    expected, added = cross_entropy._sum._init_fn(x, weight, targets, True), []
+
+    def addmm(dw, a, b, *, out_dtype, out):
+        added.append((out_dtype, out is dw))
+        return out.add_(a.to(out_dtype) @ b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(cross_entropy, "TRITON", False)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1500)
+    for ours, theirs in zip(
+        cross_entropy._sum._init_fn(x.as_subclass(OnGPU), weight, targets, True), expected, strict=True
+    ):
+        torch.testing.assert_close(torch.Tensor(ours), theirs, rtol=1e-2, atol=1e-2)
+    assert added == [(torch.float32, True)] * 2
+    wide = [t.float() for t in (x, weight)]
+    cross_entropy._sum._init_fn(wide[0].as_subclass(OnGPU), wide[1], targets, True)
+    assert len(added) == 2  # its sums are of its own type

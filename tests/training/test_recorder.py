@@ -223,6 +223,20 @@ def test_the_clock_stands_in_validations_and_while_a_checkpoint_is_written(modul
     assert recorder.rows[3]["val_loss"] == (4 + 2) / 2  # of the last validation alone
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_seconds_and_memory_are_those_of_the_work_that_a_gpu_was_given(module, tmp_path, monkeypatch, gpu):
+    """It runs behind its host: the clock stops when it has finished. Of the memory before, nothing counts."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("forgotten"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("finished"))
+    monkeypatch.setattr(recording.time, "perf_counter", lambda: 10.0 * len(done))
+    recorder = Recorder(tmp_path, progress=False)
+    recorder.on_train_start(trainer(2.0), module)
+    recorder.on_validation_start(trainer(2.0), module)
+    assert (done, recorder.seconds) == ((["forgotten", "finished"], 10.0) if gpu else ([], 0.0))
+
+
 @pytest.mark.parametrize(("compiled", "kept"), [(False, 60.0), (True, 0.0)])
 def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config, compiled, kept):
     recorder = Recorder(tmp_path, progress=False)

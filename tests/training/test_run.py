@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import weakref
 from types import SimpleNamespace
 
 import lightning as L
@@ -188,6 +189,19 @@ def test_weights_are_kept_in_the_types_that_the_model_has():
     assert list(found) == list(model.state_dict()) and all(value.is_contiguous() for value in found.values())
     for name, value in model.state_dict().items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_memory_of_unused_models_is_given_back_to_the_gpu(monkeypatch, gpu):
+    """Models hold themselves: what is freed before they are collected stays with this process."""
+    model, there = torch.nn.Linear(2, 3), []
+    model.itself = [model]
+    kept = weakref.ref(model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: there.append(kept()))
+    del model
+    train.free_memory()
+    assert kept() is None and there == [None] * gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU can't")

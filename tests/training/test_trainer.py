@@ -135,6 +135,12 @@ def test_a_machine_must_have_as_many_gpus_as_are_asked_for_and_their_memory(tiny
     gpu.total_memory = 1
     with pytest.raises(ConfigError, match="num_experts=1024, patch_size=2, channels=1, classes=10: weights"):
         trainer.check_machine(config.replace(data="digits", sequence_length=16, classes=10))
+    gpu.total_memory, large = 3 * 2**30, config.replace(d_ff=2**20)
+    said = f"alone take {8 * large.weights_at_least / 2**30:,.0f} GiB, and this device has 3: lower one of them"
+    with pytest.raises(
+        ConfigError, match=rf"layers=2, d_model=16, d_ff=1048576, num_experts=1024, vocab_size=256: .*{said}"
+    ):
+        trainer.check_machine(large)
 
 
 def test_without_gpus_a_machine_must_have_a_core_for_each_process(tiny_config, monkeypatch):
@@ -144,6 +150,10 @@ def test_without_gpus_a_machine_must_have_a_core_for_each_process(tiny_config, m
     trainer.check_machine(tiny_config(devices=4, strategy="ddp"))
     with pytest.raises(ConfigError, match=r"^devices=5: this machine has 4 CPU cores$"):
         trainer.check_machine(tiny_config(devices=5, strategy="ddp"))
+    monkeypatch.setattr(trainer.os, "cpu_count", lambda: None)  # where nobody knows
+    trainer.check_machine(tiny_config())
+    with pytest.raises(ConfigError, match=r"^devices=2: this machine has 1 CPU cores$"):
+        trainer.check_machine(tiny_config(devices=2, strategy="ddp"))
 
 
 @pytest.mark.parametrize("gpu", [True, False])
