@@ -64,7 +64,10 @@ def test_a_row_is_named_without_what_is_usual():
 def test_sizes_are_the_devices_but_for_those_that_are_given():
     assert sized("cpu", {"n": 8}, ("n", "d_ff")) == {"n": 8, "d_ff": 256}
     table_1 = {"n": 64 * 1024, "d_model": 768, "d_ff": 3072, "num_experts": 64, "layers": 12, "heads": 12}
-    assert sized("cuda", {}, (*OF_LAYER, "layers", "heads")) == table_1  # 0.1B/64E
+    assert sized("cuda", {}) == table_1 | {"sequence_length": 1024, "vocab_size": 32_000}  # 0.1B/64E
+    assert set(OF_LAYER) == {"n", "d_model", "d_ff", "num_experts"}
+    small = {"n": 1024, "d_model": 64, "d_ff": 256, "num_experts": 8, "layers": 2, "heads": 4}
+    assert sized("cpu", {}) == small | {"sequence_length": 128, "vocab_size": 512}  # which take seconds
     for given, said in (
         ({"d_model": 8}, "no size 'd_model' .given: 8.: must be one of n, d_ff"),
         ({"d_f": 8}, "no size 'd_f' .given: 8.: did you mean d_ff"),

@@ -38,6 +38,8 @@ def test_hours_follow_from_flops_and_a_stated_share(tiny_config, tmp_path, monke
     for seed, mfu in enumerate((0.9, 0.2, 0.1, None)):
         run = config.replace(seed=seed)
         write_record(paths.results("gpu", "runs") / f"{run.name}.json", Result(not_run(run).summary | {"mfu": mfu}))
+    for scale, share in (("paper", "0.40, assumed"), ("gpu", "0.20, median of 3 runs")):
+        assert cost.hours(models, tokens=1e9, scale=scale)["at_mfu"].tolist() == [share]
     again = cost.hours(models, tokens=1e9).set_index("name").loc["0.1B/64E"]
     assert again["gpu_hours"] == pytest.approx(2 * row["gpu_hours"]) and again["at_mfu"] == "0.20, median of 3 runs"
 

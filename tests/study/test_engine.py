@@ -149,6 +149,18 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project, 
     assert " s\n" not in capsys.readouterr().err  # what is there is not told again
 
 
+def test_all_measurements_of_a_run_share_its_model(project, monkeypatch):
+    asked, one = [], plan.plan("gpu")[1]
+    result, hows = SimpleNamespace(summary={"status": "finished"}), [Measurement("caps", {}), *one.measures]
+    one = plan.Planned(one.name, one.config, one.pages, one.arms, one.seed, tuple(hows))
+    monkeypatch.setattr("ecmoe.training.run.run_or_load", lambda config, *, records: result)
+    monkeypatch.setattr(engine, "trained_model", lambda of: contextlib.nullcontext(("model", of)))
+    monkeypatch.setattr(engine, "measure", lambda *given, **keys: asked.append((given, keys)))
+    assert engine.carry_out(one, "paper", keep_weights=True) == "finished"
+    assert asked == [((result, how), {"scale": "paper", "keep": True, "model": ("model", result)}) for how in hows]
+    assert not plan.record(one, "paper").exists()  # which `run_or_load` writes
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -182,7 +194,11 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
     monkeypatch.setattr(engine, "CHECKOUT", project)  # without a Snakefile, whatever is installed
     for found in (None, "snakemake"):
         monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name, found=found: found)
-        assert [engine.train(plan.plan("gpu"), scale, jobs=1) for scale in ("smoke", "gpu")] == [True, False]
+        assert [engine.train(plan.plan("gpu"), scale, jobs=1) for scale in ("smoke", "gpu", "paper")] == [
+            True,
+            False,
+            False,
+        ]
 
 
 @pytest.mark.parametrize(

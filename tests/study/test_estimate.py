@@ -26,8 +26,9 @@ def test_a_ratio_is_taken_in_the_logarithm():
     expected = reference.ttest_1samp(np.log(x), 0).confidence_interval(0.95)
     assert found.value == pytest.approx(reference.gmean(x))
     assert found.interval() == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
-    with pytest.raises(ValueError, match="above 0"):
-        of_values([-1.0], Unit.RATIO)
+    for wrong in (-1.0, 0.0):
+        with pytest.raises(ValueError, match=f"above 0, but one is {wrong:g}"):
+            of_values([2.0, wrong], Unit.RATIO)
 
 
 def test_too_few_values_have_no_interval():
@@ -64,7 +65,8 @@ def test_a_share_of_steps_lies_between_the_horizons_that_reach_the_loss():
     losses = [law(share) for share in over]
     for share in (0.3, 0.5, 0.6, 0.75, 0.9, 1.0, 1.2):  # between, at, and beyond them
         assert estimate.share_of_steps(losses, over, law(share)) == pytest.approx(share)
-    assert math.isnan(estimate.share_of_steps([3.0, 3.0, 3.1], over, 2.5))
+    assert all(math.isnan(estimate.share_of_steps([3.0, 3.0, last], over, 2.5)) for last in (3.0, 3.1))
+    assert estimate.share_of_steps([3.2, 3.0, 3.1], over, 3.0) == pytest.approx(0.75)  # reached before it rises again
     bent = estimate.share_of_steps([3.4, 3.2, 3.15], over, 3.3)  # in the first of two unlike pieces
     assert bent == pytest.approx(math.exp((math.log(0.5) + math.log(0.75)) / 2))
     assert estimate.share_of_steps([3.4, 3.2, 3.1], over, 3.0) == pytest.approx(
@@ -107,6 +109,8 @@ def test_crossed_is_the_mean_over_tasks_of_means_over_examples():
     half = math.hypot(reference.t.ppf(0.975, 1) * math.sqrt(seeds), reference.t.ppf(0.975, 2) * math.sqrt(examples))
     assert found.interval() == pytest.approx((found.value - half, found.value + half))  # 1 and 3 - 1 degrees of freedom
     assert estimate.crossed([]).n == 0 and estimate.crossed(a[:1]).interval() is None
+    single = estimate.crossed([[np.array([x]), np.array([x + 1])] for x in (0.0, 0.5, 1.5)])  # which tell no error
+    assert single.interval() == pytest.approx(of_values([0.5, 1.0, 2.0]).interval())
 
 
 # Spread, and how many seeds

@@ -82,12 +82,13 @@ def test_the_unit_of_every_part_follows_from_how_it_compares_and_what():
         ({"of": "val_los"}, "of='val_los': there is no metric 'val_los'"),
         ({"of": "loses/sequence"}, "there is no measurement 'loses'"),
         ({"over": [1, 2]}, "over has 2 numbers for 1 arms"),
+        ({"a": ["Dense", "BASE"], "over": [1]}, "over has 1 numbers for 2 arms"),
         ({"or_direction": "x"}, "or_direction needs `direction`"),
         ({"or_direction": "y", "direction": "it does"}, "or_direction='y' isn't one of its parts"),
         ({"decides": False}, "claim C1: one part or more must have decides: true"),
         ({"a": "BAZE"}, "there is no arm 'BAZE': did you mean BASE"),
         ({"a": []}, "a=\\[\\]: Value should have at least 1 item"),
-        ({"margin": -1}, "margin=-1: Input should be greater than 0"),
+        ({"margin": 0}, "margin=0: Input should be greater than 0"),
         ({"margin": float("inf")}, "margin=inf: Input should be a finite number"),
         ({"found": "{siz}"}, "found='{siz}' may contain only {size} and {side}"),
         ({"sides": ["less"]}, "sides: 1 is missing"),
@@ -132,14 +133,19 @@ def test_what_is_wrong_in_the_protocol_is_named(change, error):
     assert [one.name for one in module._claim("C1", {**keys, "parts": helped}, MARGINS).family] == ["x"]
     for own, margin in (({}, 0.005), ({"margin": 0.02}, 0.02)):
         claim = module._claim("C1", {**keys, "parts": [part | own]}, MARGINS)
-        assert claim.parts[0].margin == margin
+        assert claim.parts[0].margin == margin and claim.parts[0].sides == ("below", "above")
+    narrow = module._claim("C1", {**keys, "margins": {"nats per token": 0.001}, "parts": [part]}, MARGINS)
+    assert narrow.parts[0].margin == 0.001  # the claim's own
 
 
 @pytest.mark.parametrize(
     "keys, value, error",
     [
         ("", ["claims"], "protocol: .*should be a valid dictionary"),
-        ("level", 2, "protocol: level=2: Input should be less than 1"),
+        ("level", 1, "protocol: level=1: Input should be less than 1"),
+        ("power", 0, "protocol: power=0: Input should be greater than 0"),
+        ("least_seeds", 1, "protocol: least_seeds=1: Input should be greater than or equal to 2"),
+        ("margins ratio", 0, "margins: ratio=0: Input should be greater than 0"),
         ("level", None, "protocol: level=None: Input should be a valid number"),
         ("margin", {}, "protocol: unknown key 'margin'"),
         ("margins", {"nats per token": 0.005}, "margins has no entry for ratio"),

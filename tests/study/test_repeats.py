@@ -71,7 +71,7 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
 def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_room(
     tiny_config, monkeypatch, tmp_path
 ):
-    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "new"))  # where nothing was run
     config, did = tiny_config(), []
 
     @contextlib.contextmanager
@@ -80,7 +80,7 @@ def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_
         did.append("left")
 
     def train_run(config, folder, *, callbacks, where):
-        did.append((config, where))
+        did.append((config, where, folder.parent))
         pd.DataFrame({"step": [3, 4], "val_loss": [2.5, 2.25]}).to_csv(folder / "curve.csv", index=False)
         for step in (3, 4, 5):
             callbacks[0].on_validation_end(SimpleNamespace(global_step=step), None)
@@ -90,8 +90,27 @@ def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_
     monkeypatch.setattr("ecmoe.training.run.train_run", train_run)
     monkeypatch.setattr("ecmoe.training.run.free_memory", lambda: did.append("free"))
     curve = repeats._curve(config, 4, not_run(config))
-    assert did == [(config, "a card"), 3, "free", "left"] and not any(paths.cache().iterdir())
+    assert did == [(config, "a card", paths.cache()), 3, "free", "left"] and not any(paths.cache().iterdir())
     assert curve[["step", "val_loss"]].values.tolist() == [[3, 2.5], [4, 2.25]]
+
+
+def test_a_repeat_takes_the_place_of_one_that_compared_no_more_rows(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    config = tiny_config()
+    curve = pd.DataFrame({"step": [2, 4], **dict.fromkeys(repeats.COMPARED, [3.0, 2.5])})
+    record = not_run(config).summary | {"status": "finished", "device": "a card", "code": "before"}
+    monkeypatch.setattr(repeats, "device_name", lambda: "a card")
+    monkeypatch.setattr(repeats, "read_record", lambda path: Result(record, curve))
+    paths.results("gpu", "runs").mkdir(parents=True)
+    (paths.results("gpu", "runs") / f"{config.name}.json").touch()
+    lower, elsewhere = curve.assign(val_loss=[3.0, 2.25]), curve.assign(step=[3, 5])
+    for now, rows, equal in ((curve, 2, True), (lower, 2, False), (curve[:1], 1, True), (elsewhere, 0, False)):
+        monkeypatch.setattr(repeats, "_curve", lambda *_, now=now: now)
+        found = repeats.again(config.name, "gpu")
+        assert (found["rows"], found["equal"]) == (rows, equal)  # of no common step nothing is known
+        assert found["differs"] == ({"val_loss": 0.25} if now is lower else {})  # lower or higher
+        (kept,) = repeats.kept("gpu")
+        assert (kept["rows"], kept["equal"]) == (2, now is curve)
 
 
 @pytest.mark.parametrize("changes", [{"world_size": 2}, {"config": {"approach": "joint"}}])
@@ -137,6 +156,7 @@ def repeat(recorded, code, router="dense", device="H100", equal=True):
     ("runs", "kept", "shown"),
     [
         ([run("a"), run("a", "hash")], [], []),  # nothing to show
+        ([run("a"), run("a")], [repeat("a", "b")], []),  # whatever was repeated
         ([run("a"), run("b")], [], None),
         ([run("a"), run("b")], [repeat("a", "b")], ["dense a"]),
         ([run("b"), run("a")], [repeat("a", "b")], ["dense a"]),  # either way round

@@ -103,6 +103,7 @@ def test_each_job_gets_sizes_path_and_repeats(monkeypatch):
         "growth": ("growth", {"base": base, "axes": AXES, "repeats": 3}),
         "profile": ("profile", step),
     }
+    assert "auto" not in speed.jobs({}, STEP, base, AXES, auto_sizes=[], repeats=3)
     assert list(found) == ["layer-0-1b-64e", "auto", "step", "growth", "profile"]  # as they are measured and printed
     assert speed.jobs({}, STEP, base, AXES, repeats=3)["profile"] == ("profile", STEP | {"compiled": False})
 
