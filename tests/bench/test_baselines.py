@@ -29,6 +29,8 @@ def test_grouped_is_token_choice_with_nothing_dropped(top_k, gate):
     moe, x = layer(top_k, gate)
     for ours, theirs in zip(with_gradients(Grouped(moe), x), with_gradients(moe, x), strict=True):
         torch.testing.assert_close(ours, theirs)
+    with torch.device("meta"):  # where what is made without `device=` has no numbers
+        torch.testing.assert_close(Grouped(moe)(x), moe(x))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -81,6 +83,7 @@ def test_even_choices_differ_and_fill_all_experts_alike(n, e, k):
     load = torch.bincount(choice.flatten(), minlength=e)
     assert load.max() - load.min() <= (0 if n % e == 0 else k)
     assert not torch.equal(choice, even_choice(n, e, k)) or n < 8
+    assert even_choice(n, e, k, torch.device("meta")).is_meta
 
 
 def test_forced_choices_drop_nothing_and_free_ones_are_the_routers():
@@ -113,8 +116,10 @@ def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch):
 def test_liger_gets_experts_that_cost_the_same(monkeypatch):
     """A stand-in with Liger's interface: gated experts, of three matrices instead of two."""
 
+    dtypes = set()
+
     def apply(x, w1, w2, index, gate):
-        assert index.dtype == torch.int32 and gate.dtype == x.dtype
+        dtypes.add((index.dtype, gate.dtype == x.dtype))
         a, b = torch.einsum("nd,nkfd->nkf", x, w1[index]).chunk(2, dim=-1)
         return torch.einsum("nkf,nkdf,nk->nd", torch.nn.functional.silu(a) * b, w2[index], gate)
 
@@ -139,6 +144,7 @@ def test_liger_gets_experts_that_cost_the_same(monkeypatch):
     a, b = torch.einsum("nd,efd->nef", x[0], liger.w1).chunk(2, dim=-1)
     every = torch.einsum("nef,edf->ned", torch.nn.functional.silu(a) * b, liger.w2)
     torch.testing.assert_close(liger(x)[0], (every * chosen[:, :, None]).sum(1))
+    assert liger.to(torch.float64)(x.double()).dtype == torch.float64 and dtypes == {(torch.int32, True)}
 
 
 def test_scattermoe_gets_the_same_experts(monkeypatch):
@@ -152,7 +158,8 @@ def test_scattermoe_gets_the_same_experts(monkeypatch):
     class MLP(torch.nn.Module):
         def __init__(self, input_size, hidden_size, num_experts, top_k, activation):
             super().__init__()
-            assert top_k == 3
+            assert (input_size, hidden_size, num_experts, top_k) == (8, 16, 4, 3)
+            assert torch.empty(0).is_meta  # weights that are replaced take no memory
             self.experts = Experts(num_experts, input_size, hidden_size)
             self.output_experts = Experts(num_experts, hidden_size, input_size)
             self.activation = activation

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ecmoe.bench import layer as bench
 from ecmoe.bench.clock import save
@@ -233,6 +234,21 @@ def test_the_floor_is_six_products_and_the_layer_has_all_its_gradients(monkeypat
     found = dict(zip(("x", *dict(layer.named_parameters())), calls[bench.BOTH](), strict=True))
     for name, expected in zip(("x", "w1", "w2", "router.weight"), theirs, strict=True):
         torch.testing.assert_close(found[name], expected)
+
+
+def test_all_layers_lie_on_the_gpu_in_its_dtype(monkeypatch):
+    """Tensors without numbers, which may lie on a GPU that isn't there."""
+    monkeypatch.setattr(bench.timing, "this_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(bench, "kernels_run", lambda device: False)
+    monkeypatch.setattr(bench, "peers", lambda layer: ({}, []))
+    monkeypatch.setattr(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new))
+    with FakeTensorMode():
+        first, x, gradient = bench.layer_and_input(n=16, d_model=8, d_ff=12, num_experts=4)
+        layers = [first, *bench._layers(first)[0].values()]
+    assert {(t.device.type, t.dtype) for layer in layers for t in [x, gradient, *layer.parameters()]} == {
+        ("cuda", torch.bfloat16)
+    }
+    assert {t.device.type for layer in layers for t in layer.buffers()} == {"cuda"} and x.requires_grad
 
 
 def test_kernels_are_timed_on_a_gpu_with_triton_alone(monkeypatch):

@@ -85,6 +85,17 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
                       ("fsdp2", "batch"): 0.7, ("ep", "rank"): 0.6, ("ep", "batch"): 0.55}  # fmt: skip
 
 
+def test_without_a_rate_of_one_device_no_share_is_known(tiny_config, monkeypatch):
+    def trained(config):
+        if config.devices == 1:
+            raise RuntimeError("no memory")
+        return SimpleNamespace(curve=pd.DataFrame({"tokens_per_second": [1.0, 180.0, 180.0]}), summary={"peak_mb": 5.0})
+
+    monkeypatch.setattr(scaling, "_trained", trained)
+    *_, table = scaling.bench_scaling(tiny_config().to_dict(), [1, 2, 4], ["ddp"], ["batch"], repeats=2)
+    assert table["tokens_per_second"].tolist() == [180.0, 180.0] and table["of_ideal"].isna().all()
+
+
 def test_a_router_without_a_pool_is_trained_once_by_each_strategy(tiny_config, monkeypatch):
     trained = []
     monkeypatch.setattr(scaling, "_trained", lambda config: trained.append(config.strategy) or 1 / 0)
@@ -277,7 +288,8 @@ def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_co
     same = config.replace(steps=39, eval_every=3, checkpoint_every=10**9, pool="batch")
     several = {"devices": 2, "strategy": "fsdp2", "batch_size": 4, "eval_batches": 2}
     scaling.bench_losses(config.to_dict(), 2, "fsdp2")
-    assert {(config.steps, config.eval_every) for config in asked[2:]} == {(200, 20)}
+    scaling.bench_losses(config.to_dict(), 2, "fsdp2", steps=5)
+    assert [(config.steps, config.eval_every) for config in asked[2:]] == 2 * [(200, 20)] + 2 * [(5, 1)]
     assert asked[:2] == [same.replace(batch_size=8, eval_batches=1), same.replace(**several)]
     assert {"devices": 2, "strategy": "fsdp2", "batch_size": 9}.items() <= table.attrs["setting"].items()
     assert table["step"].dtype == int and table.to_dict("list") == {

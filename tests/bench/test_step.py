@@ -104,6 +104,12 @@ def test_a_step_that_fails_is_named(monkeypatch):
     assert "GShard top-2, even, grouped_mm, eager (ZeroDivisionError: division by zero)" in table.attrs["absent"]
 
 
+def test_steps_begin_with_the_same_weights_each_time(monkeypatch):
+    monkeypatch.setattr(bench_step_module, "step_of", lambda lit, *_: list(lit.parameters()))
+    first, again = ([p for call in steps(arms(STEP), CPU, compiled=False).values() for p in call] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and first[0] is not again[0]
+
+
 def test_all_steps_train_the_same_weights(monkeypatch):
     made = []
     adamw = torch.optim.AdamW
@@ -271,6 +277,8 @@ def test_a_twin_routes_as_its_arm_says_on_its_path(path):
         assert twin.routers == [router] and router.weight is lit.routers[0].weight and router is not lit.routers[0]
         assert not tokens or router.push.shape == (32, 4)
         assert router.kernels == ("auto" if path == "grouped_mm" else path)
+    renormalized = bench_step_module._twin(lit, configs["EC-CF2"].replace(gate="renormalized"), "plain")
+    assert renormalized.model.moe_layers[0].router.gate == "renormalized"
 
 
 def test_arms_have_the_sizes_of_the_device_in_whole_sequences(monkeypatch):
@@ -287,6 +295,8 @@ def test_arms_have_the_sizes_of_the_device_in_whole_sequences(monkeypatch):
         "d_ff",
         "heads",
     )
+    computed = {"parameters": "float32", "products": "bfloat16", "optimizer": "AdamW, float32 moments"}
+    assert bench_step_module.setting(STEP) == STEP | computed
     sizes = {tuple(getattr(one, key) for key in keys) for one in arms({}).values()}
     assert sizes == {(768, 12, 64, "bpe", 1024, 32_000, 64, 3072, 12)}
 

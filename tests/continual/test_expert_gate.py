@@ -87,7 +87,7 @@ def test_what_was_learned_is_never_changed(learned):
 
 def test_a_task_is_learned_from_the_most_related_one(monkeypatch):
     """Four tasks in all that their gates and experts are given; of which the third alone, most related to the second, is near."""
-    related, fitted, measured = [[1.0], [0.3, 1.0], [0.4, 0.2, 1.0], [0.2, 0.9, 0.5, 1.0]], [], []
+    related, fitted, measured = [[1.0], [0.3, 1.0], [0.75, 0.2, 1.0], [0.2, 0.9, 0.5, 1.0]], [], []
 
     def fit(config, learnt, loss, *examples):
         assert all(p.requires_grad for p in learnt.parameters())
@@ -100,11 +100,12 @@ def test_a_task_is_learned_from_the_most_related_one(monkeypatch):
     monkeypatch.setattr(expert_gate, "fit", fit)
     monkeypatch.setattr(ExpertGate, "relatedness", relatedness)
     tasks = split(images.load("digits"), GATE, "cpu")[:4]
-    model = ExpertGate(GATE)
+    config = GATE.replace(threshold=0.75)  # as related as that is not enough
+    model = ExpertGate(config)
     for task in tasks:
         model.learn(task.x, task.y, task.held)
     assert [tuple(origin.values()) for origin in model.origins] == [
-        (None, None, "scratch"), (0, pytest.approx(0.3), "fine-tuning"), (0, pytest.approx(0.4), "fine-tuning"),
+        (None, None, "scratch"), (0, pytest.approx(0.3), "fine-tuning"), (0, 0.75, "fine-tuning"),
         (1, pytest.approx(0.9), "LwF")]  # fmt: skip
     assert not any(p.requires_grad for p in model.parameters()) and len({id(p) for p in model.parameters()}) == 4 * (
         len(list(model.gates[0].parameters())) + len(list(model.experts[0].parameters()))
@@ -112,7 +113,8 @@ def test_a_task_is_learned_from_the_most_related_one(monkeypatch):
     for k, task in enumerate(tasks):
         (of_gate, gate, loss, (x,)), (of_expert, learnt, own, examples) = fitted[2 * k : 2 * k + 2]
         assert (
-            of_gate == GATE.replace(steps=GATE.gate_steps, learning_rate=GATE.gate_learning_rate) and of_expert == GATE
+            of_gate == config.replace(steps=GATE.gate_steps, learning_rate=GATE.gate_learning_rate)
+            and of_expert == config
         )
         assert gate is model.gates[k] and torch.equal(x, task.x[~task.held].flatten(1))
         code = gate(x).sigmoid()

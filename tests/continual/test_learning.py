@@ -69,6 +69,8 @@ def test_images_of_all_tasks_come_mixed_in_batches_as_in_training():
     assert [len(batch) for batch in seen] == [size] * 3 + [len(x[0]) * 5 - 3 * size]
     assert all(batch.unique().numel() == 5 for batch in seen)
     assert torch.equal(torch.cat(seen).sort().values, torch.cat(x)[:, 0, 0, 0])
+    order = torch.randperm(len(x[0]) * 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat(seen), torch.cat(x)[order, 0, 0, 0])
     first, seen[:] = torch.cat(seen), []
     torch.manual_seed(1)
     network.answers(x, [torch.tensor([2 * k, 2 * k + 1]) for k in range(5)])

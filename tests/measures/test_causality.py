@@ -14,7 +14,7 @@ from ecmoe import RunConfig, build_model, causal_routing, run_or_load
 from ecmoe.measures import causality, probe
 from ecmoe.measures.inspection import held_out
 from ecmoe.measures.probe import information
-from ecmoe.routing import altered
+from ecmoe.routing import ExpertChoice, altered
 
 N, T, C = 300, 20, 4
 
@@ -65,13 +65,13 @@ def test_what_is_known_already_is_not_counted_again(targets):
 
 
 def test_features_are_scaled_by_what_trains():
-    x = torch.randn(10, 8, 3, generator=generator(0)) * 5 + 2
+    x = torch.randn(20, 8, 3, generator=generator(0)) * 5 + 2
     x[..., 1] /= 1000
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))  # always the same
-    sequences = torch.arange(10)[:, None].expand(10, 8)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))  # always the same
+    sequences = torch.arange(20)[:, None].expand(20, 8)
     train, select, score = probe._parts(x, x, sequences)
     assert torch.equal(torch.cat([train.target, select.target, score.target]), order.repeat_interleave(8))
-    assert [len(part.target) // 8 for part in (train, select, score)] == [6, 2, 2]
+    assert [len(part.target) // 8 for part in (train, select, score)] == [12, 4, 4]
     torch.testing.assert_close(train.features.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(train.features.square().mean(0), torch.ones(3))
     for part in (select, score):
@@ -209,6 +209,8 @@ def test_features_are_each_tokens_own_and_the_places_left_by_loops():
             left = [6 * 1.5 / 4 - int(taken[layer, b, : t + 1, i].sum()) for layer in range(2) for i in range(4)]
             shares = [min(max(places / (5 - t), 0), 1) for places in left]
             assert features[b, t].tolist() == pytest.approx(own + shares)
+    with torch.device("meta"):  # where what is made without `device=` has no numbers
+        assert torch.equal(causality.routing_features(taken, 1.5), features)
 
 
 def test_features_say_what_an_expert_has_left():
@@ -327,7 +329,8 @@ def test_one_sequence_on_its_own_is_a_loop_by_hand():
             logits = model(window[None, :-1])[0]
             alone += [-float(logits[t].log_softmax(0)[window[t + 1]]) for t in range(16)]
     with altered(model, pool="sequence", rounding="exact"):
-        assert causality.loss(model, windows, 4) == pytest.approx(sum(alone) / len(alone), rel=1e-12)
+        for batch_size in (4, 1):
+            assert causality.loss(model, windows, batch_size) == pytest.approx(sum(alone) / len(alone), rel=1e-12)
     assert model.moe_layers[0].router.pool == "batch"
     assert causality.loss(model, windows, 4) != pytest.approx(sum(alone) / len(alone), rel=1e-6)
 
@@ -343,6 +346,13 @@ def test_global_top_k_takes_the_best_pairs_of_each_sequence():
     for half, S in zip(chosen.split(16), logits.softmax(1).split(16), strict=True):
         best = torch.where(S.flatten().sort().values[-16] <= S, S, 0.0)  # 16 tokens x c
         torch.testing.assert_close(half, best / best.sum(1, keepdim=True).clamp_min(1e-30))
+
+
+def test_of_100_tokens_29_are_a_share_of_0_29():
+    """Although the product of both is a little less, in floats."""
+    router = ExpertChoice(8, 4, 0.29, rounding="down")
+    found = causality.best_pairs(router, torch.randn(200, 4, generator=generator()), batch_shape=(2, 100)).dense(200)
+    assert [int((half > 0).sum()) for half in found.split(100)] == [29, 29]
 
 
 def test_measurements_of_a_run(tiny_config, monkeypatch):

@@ -108,6 +108,8 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     def predicted(tuned, batch, batch_idx):
         rate = tuned.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"]
         assert (tuned.config.steps, rate, tuple(tuned.head.weight.shape)) == (2, 0.125, (2, 24))
+        dynamo = torch._dynamo.config
+        seen["compiling"] = dynamo.recompile_limit, dynamo.specialize_float
         seen["causal"].append(tuned.model.moe_layers[0].router.causal)
         return batch[2] == int(seen["causal"][-1])
 
@@ -136,6 +138,7 @@ def test_gradients_are_clipped_and_the_second_accuracy_is_routed_causally(tiny_c
     majority = max(np.mean(labels), 1 - np.mean(labels))
     counts = {"train": 20, "validation": 20, "truncated": 0.0}
     assert found["rows"] == [{"task": "cola", **wrong, "majority": pytest.approx(majority), **counts}]
+    assert seen.pop("compiling") == (64, True)  # each size by itself, with numbers as constants
     assert seen == {"norms": [1.0, 1.0], "causal": [False, False, True, True]} and seeds[0] == 3 and orders == [(11, 3)]
     assert entered == ["repeatable"] and most == [32]
 
@@ -237,6 +240,8 @@ def test_the_rate_warms_up_and_decays_to_nothing(tiny_config):
     assert rates[:3] == pytest.approx([0.25, 0.5, 0.5]) and rates[-1] == pytest.approx(0.5 / 23)
     assert np.allclose(np.diff(rates[2:]), -0.5 / 23) and made["lr_scheduler"]["interval"] == "step"
     assert all(group["weight_decay"] == 0 for group in made["optimizer"].param_groups)
+    longer = LitFineTuning(build_model(config), config, 3, 0.5, 30).configure_optimizers()["optimizer"]
+    assert longer.param_groups[0]["lr"] == pytest.approx(0.5 / 3)  # the first of a tenth
 
 
 def test_running_statistics_move_once_a_step(tiny_config):

@@ -86,6 +86,10 @@ def test_caps_on_trained_scores(trained):
     model, config = trained
     found = inspection.caps_on_trained_scores(model, config)
     assert len(found["rows"]) == 2 * 2 * 2  # layers, caps, solvers
+    held = inspection.held_out(config)
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):  # what is made without `device=` has no numbers
+        patch.setattr(inspection, "held_out", lambda config: held)
+        assert inspection.caps_on_trained_scores(model, config) == found
     for row in found["rows"]:
         assert 0.5 < row["score_kept"] <= 1.0001
         if row["solver"] == "feasible":

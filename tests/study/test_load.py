@@ -48,6 +48,9 @@ def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
     for arm in study:
         assert shown[arm][0].summary == study[arm][0].summary
     assert trained == ["yours"] == list(shown.train)  # whatever else is missing
+    whole = replace(study, train={"one", "other"})
+    monkeypatch.setattr(module, "load", lambda page, given, also: also)
+    assert beside(whole, {}) == {"one", "other", "yours"}
 
 
 def test_an_unknown_name_is_an_error_where_a_notebook_begins_and_its_own_later(monkeypatch):

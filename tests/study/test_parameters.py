@@ -179,6 +179,7 @@ def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
         "_private": 3,
         "SHARES": ["share_0"],
         "pytest": pytest,
+        "pair": (1, 2),
         "In": [""],
         "Out": {},
     }

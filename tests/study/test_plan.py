@@ -143,6 +143,20 @@ def test_what_cannot_be_planned_names_the_page(configs, text, said):
     assert len(plan.plan("big", ["01_a"])) == 4  # the others can be had
 
 
+def test_a_page_that_cannot_be_read_stops_no_other(configs, monkeypatch):
+    of_page = plan.of_page
+    for error in (ConfigError("wrong"), PermissionError("no access")):
+
+        def fails(page, scale, error=error):
+            if page == "01_a":
+                raise error
+            return of_page(page, scale)
+
+        monkeypatch.setattr(plan, "of_page", fails)
+        planned, wrong = plan.sound("big")
+        assert {one.pages for one in planned} == {("02_b",)} and wrong == {"01_a": error}
+
+
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
@@ -164,6 +178,11 @@ def test_what_cannot_be_an_order_or_arms_is_named(configs, file, text, said):
     with pytest.raises(ConfigError) as error:
         plan.plan("big")
     assert said in str(error.value)
+
+
+def test_a_key_may_vary_between_yes_and_no(configs):
+    configs("03_c.yaml", "arms: [EC]\nseeds: [0]\nvary: {compile: [true, false]}\n")
+    assert [one.config.compile for one in plan.of_page("03_c", "big")] == [True, False]
 
 
 def test_a_page_without_arms_plans_no_run(configs):

@@ -386,6 +386,8 @@ def test_kernels_time_is_told_by_operator_and_what_overlaps_counts_once():
     assert spent == pytest.approx(by_hand) and bench_profile.kernel_time([]) == {}
     most = bench_profile.by_kind({"aten::mm b": 1.0, "aten::mm d": 0.5, "aten::mm c": 3.0, "aten::mm a": 2.0})["most"]
     assert most.tolist() == ["aten::mm c; aten::mm a; aten::mm b"]  # that took most
+    (long,) = bench_profile.by_kind({"aten::mm " + 90 * "x": 1.0})["most"]
+    assert long == "aten::mm " + 51 * "x"  # 60 letters
     table = bench_profile.by_kind(spent)
     kinds = dict(zip(table["kind"], table["ms"], strict=True))
     assert list(kinds) == ["idle", "norms and other passes", "experts' products", "other products", "copies and casts"]
@@ -428,11 +430,12 @@ def test_the_fastest_path_is_profiled_on_its_device(kind, monkeypatch):
         return {row: lambda row=row: made.append(row) for row in (slow, fast, graph)}
 
     times = {slow: [0.5, 0.2, 0.9], fast: [0.6, 0.3, 0.4]}
-    monkeypatch.setattr(
-        bench_profile.timing,
-        "timed",
-        lambda calls, _: SimpleNamespace(times={row: times[row] for row in calls}, absent=["y"]),
-    )
+
+    def timed(calls, repeats):
+        asked.append(repeats)
+        return SimpleNamespace(times={row: times[row] for row in calls}, absent=["y"])
+
+    monkeypatch.setattr(bench_profile.timing, "timed", timed)
     monkeypatch.setattr(bench_profile.timing, "this_device", lambda: torch.device(kind))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: made.append("wait"))
     for name, value in {
@@ -445,6 +448,7 @@ def test_the_fastest_path_is_profiled_on_its_device(kind, monkeypatch):
     table = bench_profile.bench_profile(n=4, **{"compiled": True} if kind == "cuda" else {})
     assert asked == [
         (["EC-CF2"], kind, {"compiled": kind == "cuda"}),
+        3,
         ["CPU"] + ["CUDA"] * (kind == "cuda"),
     ]
     assert made == [fast] * 3 + ["wait"] * (kind == "cuda")  # by its median
