@@ -114,3 +114,9 @@ def test_as_many_tokens_as_experts_are_asked_for():
     for t, e, g in ((4, 3, 4), (4, 4, 3), (3, 4, 4)):
         with pytest.raises(ValueError, match=f"{t} tokens, {e} experts, {g} gates"):
             pack(torch.arange(t), torch.zeros(e, dtype=torch.long), torch.ones(g), n=4, e=2, slots=2)
+
+
+def test_an_assignment_is_itself_and_no_other():
+    """Not compared number by number, which would be neither true nor false."""
+    one, other = (Assignment(torch.zeros(2, 3), torch.zeros(2, 3)) for _ in range(2))
+    assert one == one and one != other and len({one, other}) == 2

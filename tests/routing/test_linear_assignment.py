@@ -163,3 +163,12 @@ def test_what_may_be_lost_is_a_share_of_how_far_scores_differ(monkeypatch):
     np.testing.assert_allclose(scores[0].T[mask].numpy(), z)
     assert (target.tolist(), b, tolerance) == ([2], 1, 1e-4) and torch.equal(valid[0], mask)
     assert unit.item() == pytest.approx(np.sqrt((z**2).mean()))
+
+
+def test_a_score_that_is_no_number_counts_as_0(monkeypatch):
+    told, logits = [], random_logits(12, 4, 0) + 5
+    monkeypatch.setattr(linear_assignment, "transport", lambda *given: told.append(given[0]) or transport(*given))
+    for value in (torch.nan, 0.0):
+        logits[3, 2] = value
+        LinearAssignment(D, 4).assign(logits)
+    assert torch.equal(*told)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecmoe.config import CHOICES
 from ecmoe.routing import TokenChoice, causal_routing
 from tests.routing.problems import alone, check, generator, problems, random_logits, same_choice, two_hundred
 
@@ -95,6 +96,13 @@ def test_where_nothing_is_said_it_drops_nothing_and_balances_as_switch():
     free, limited = TokenChoice(8, 4, 2), TokenChoice(8, 4, 2, 1.0)
     assert free.extra_repr() == f"d_model=8, num_experts=4, top_k=2, {said}" and free.capacity_factor is None
     assert (free.static, limited.static) == (False, True)  # the fullest expert decides how many places there are
+
+
+@pytest.mark.parametrize("balance", CHOICES["balance"])
+def test_who_moves_no_bias_counts_no_error(balance):
+    router = TokenChoice(D, 4, 2, balance=balance)
+    router.assign(random_logits(12, 4, 0, bias=2))
+    assert bool(router.load_error.any()) == router.moves == (balance == "bias")
 
 
 def test_gshards_2n_over_e_is_capacity_factor_1():

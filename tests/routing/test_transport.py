@@ -204,3 +204,60 @@ def test_the_jitter_is_of_an_experts_own_and_leaves_padding_out():
         for i, (t, place) in product(range(3), enumerate(places)):
             u = (place + 1) * ((i + 1) * 0.6180339887498949 % 1) % 1
             assert found[g, i, t].item() == pytest.approx(math.log(u / (1 - u)), rel=1e-4)
+
+
+@pytest.mark.parametrize("b", [1, 2])
+def test_looked_at_are_the_tokens_that_lose_least_by_leaving(b, monkeypatch):
+    """For the best expert that doesn't hold them yet; of a free place, which is worth 0, those that gain most."""
+
+    class Asked(Exception):
+        pass
+
+    def edges(X, Z, near, u, v, spare):
+        raise Asked(X, near, u)
+
+    monkeypatch.setattr(solver, "NEAR", 2)
+    monkeypatch.setattr(solver, "_edges", edges)
+    for seed in range(4):
+        Z, q, target = drawn(seed, G, E, M) + 5, drawn(seed + 9, G, E, 1), torch.tensor([1, 2])
+        held = solver._hold(Z - q, target, b)
+        unit, valid = torch.full((G, 1, 1), 1e-3, dtype=Z.dtype), torch.ones(G, M, dtype=torch.bool)
+        with pytest.raises(Asked) as asked:
+            solver._balance(held.clone(), Z, q, target, b, unit, valid)
+        X, near, nodes = asked.value.args
+        assert nodes.tolist() == G * [list(range(E + 1))] and torch.equal(X[:, :E], held)
+        assert torch.equal(X[:, FREE], held.sum(1) < b)
+        for g, i in product(range(G), range(E + 1)):
+            lost = {}
+            for t in X[g, i].nonzero()[:, 0].tolist():
+                others = max(float((Z - q)[g, j, t]) for j in range(E) if not held[g, j, t])
+                lost[t] = (0.0 if i == FREE else float((Z - q)[g, i, t])) - others
+            least = sorted(lost, key=lost.get)[:2]
+            assert near[g, i].tolist()[: len(least)] == least
+
+
+def test_a_pool_of_padding_alone_has_prices(monkeypatch):
+    """Beside one with tokens, where a sample is asked first."""
+    for name, value in {"SAMPLE": 8, "PRICE_ROUNDS": 5, "FULL_ROUNDS": 2}.items():
+        monkeypatch.setattr(solver, name, value)
+    valid = torch.tensor([[True], [False]]).expand(G, 20)
+    Z = drawn(0, G, E, 20).masked_fill(~valid[:, None], -INF)
+    q = solver._prices(Z, torch.zeros_like(Z), torch.tensor([6, 0]), 1, valid, 0.01)
+    assert q.shape == (G, E, 1) and q.isfinite().all()
+
+
+def test_on_a_cpu_paths_are_looked_for_until_all_are_even_up_to_16_times_as_long(monkeypatch):
+    monkeypatch.setattr(solver, "PATH_ROUNDS", 2)
+    asked, unit, valid = [], torch.full((1, 1, 1), 1e-3), torch.ones(1, 4, dtype=torch.bool)
+
+    def path(cost, count, excess, tolerance):
+        asked.append(excess.tolist())
+        nowhere = torch.zeros(1, dtype=torch.long)
+        return [(nowhere, nowhere)], nowhere
+
+    monkeypatch.setattr(solver, "_path", path)
+    for loads, rounds in (((2, 2), 0), ((3, 1), 32)):
+        X = torch.zeros(1, 2, 4, dtype=torch.bool)
+        X[0, 0, : loads[0]], X[0, 1, loads[0] :] = True, True
+        solver._balance(X, torch.zeros(1, 2, 4), torch.zeros(1, 2, 1), torch.tensor([2]), 1, unit, valid)
+        assert len(asked) == rounds
