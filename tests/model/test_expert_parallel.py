@@ -12,7 +12,7 @@ from ecmoe.model.expert_parallel import Exchange, _Sent, share_experts
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-D, E, FF, V = 8, 8, 16, 11  # a rank has more experts than there are ranks
+D, E, FF, V = 5, 8, 16, 11  # a rank has more experts than there are ranks
 ROUTERS = {
     "expert choice": lambda: ExpertChoice(D, E, 2.0),
     "of a rank's pool": lambda: ExpertChoice(D, E, 2.0, pool="rank"),
@@ -20,8 +20,8 @@ ROUTERS = {
     "token choice, all kept": lambda: TokenChoice(D, E, 2),
     "hash": lambda: Hash(D, E, V),
 }
-X = torch.randn(4, 8, D, generator=torch.Generator().manual_seed(0))
-IDS = torch.randint(V, (4, 8), generator=torch.Generator().manual_seed(0))
+X = torch.randn(4, 12, D, generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(V, (4, 12), generator=torch.Generator().manual_seed(0))
 
 
 def layer(name: str, kernels: str = "plain") -> MoE:
@@ -108,7 +108,7 @@ def test_two_ranks_are_one_process(by_rank, name):
 
 def test_slots_are_sent_as_far_as_there_is_room(by_rank):
     for rank in by_rank:
-        assert max(rank["widths"]) == 2 * 8 // E < sum(rank["widths"])
+        assert max(rank["widths"]) == 2 * 12 // E < sum(rank["widths"])
         torch.testing.assert_close(
             torch.tensor(rank["in parts"]), torch.tensor(rank["token choice, all kept"]["evaluated"])
         )

@@ -81,12 +81,12 @@ def test_error_names_key_value_and_remedy(digits, changes, named):
 
 
 def test_patchify_is_a_loop_over_patches():
-    x = torch.randn(2, 3, 6, 4)
-    patches = patchify(x, 2)
-    expected = torch.stack([
-        torch.stack([x[b, :, r : r + 2, c : c + 2].reshape(-1) for r in (0, 2, 4) for c in (0, 2)]) for b in range(2)
-    ])  # fmt: skip
-    assert torch.equal(patches, expected)
+    x = torch.randn(2, 4, 15, 18)  # 5 x 6 patches
+    places = [(r, c) for r in range(0, 15, 3) for c in range(0, 18, 3)]
+    expected = torch.stack(
+        [torch.stack([x[b, :, r : r + 3, c : c + 3].reshape(-1) for r, c in places]) for b in range(2)]
+    )
+    assert torch.equal(patchify(x, 3), expected)
 
 
 def test_attention_sees_all_patches_and_knows_their_places(digits):
@@ -145,17 +145,19 @@ def test_batches_pair_images_with_their_classes(digits):
 
 
 def test_shifted_is_a_loop_over_images():
-    x = torch.rand(40, 2, 16, 16)
-    moved, draw = shifted(x, np.random.default_rng(3)), np.random.default_rng(3)
-    down, right = draw.integers(0, 5, (2, 40, 1))
-    mirror = draw.random(40) < 0.5
-    for i in range(40):
-        wide = torch.zeros(2, 20, 20)
-        wide[:, 2:18, 2:18] = x[i]
-        y, z = int(down[i, 0]), int(right[i, 0])
-        expected = wide[:, y : y + 16, z : z + 16]
-        assert torch.equal(moved[i], expected.flip(-1) if mirror[i] else expected)
-    assert 10 < mirror.sum() < 30
+    """By as far as the height says, whatever the width."""
+    for height, width, most in ((16, 28, 2), (6, 20, 1)):
+        x = torch.rand(40, 2, height, width)
+        moved, draw = shifted(x, np.random.default_rng(3)), np.random.default_rng(3)
+        down, right = draw.integers(0, 2 * most + 1, (2, 40, 1))
+        mirror = draw.random(40) < 0.5
+        for i in range(40):
+            wide = torch.zeros(2, height + 2 * most, width + 2 * most)
+            wide[:, most : most + height, most : most + width] = x[i]
+            y, z = int(down[i, 0]), int(right[i, 0])
+            expected = wide[:, y : y + height, z : z + width]
+            assert torch.equal(moved[i], expected.flip(-1) if mirror[i] else expected)
+        assert moved.is_contiguous() and 10 < mirror.sum() < 30
 
 
 def test_augmented_batches_resume_where_they_were():

@@ -67,6 +67,17 @@ def test_runs_on_one_gpu_count_each_other_and_none_on_a_cpu(three, monkeypatch):
         assert third.sharing() == 3
 
 
+def test_two_gpus_are_more_than_one(three, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(gpus.place())
+        assert "GPU 1 of 2: GPU-a" in capsys.readouterr().err
+        monkeypatch.setattr(gpus.time, "sleep", lambda _: held.close())
+        with gpus.place():
+            assert "waiting for a slot on 2 GPUs, 2 slots each" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("say", "said"), [(False, ""), (True, "waiting for a slot on 1 GPU, 4 slots each ($ECMOE_SLOTS)\n")]
 )

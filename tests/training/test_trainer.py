@@ -49,7 +49,9 @@ def test_the_weights_of_a_config_are_those_of_its_matrices(tiny_config, keys):
 def test_gradients_of_copies_travel_in_the_bits_of_their_factors(tiny_config, monkeypatch, precision, gpu, hook):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     config = tiny_config(strategy="ddp", devices=2, precision=precision)
-    ddp = trainer.strategy(config)
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        ddp = trainer.strategy(config)
+        assert torch._dynamo.config.optimize_ddp is False  # else blocks would be compiled in pieces
     assert isinstance(ddp, DDPStrategy) and ddp._ddp_comm_hook is hook and ddp.narrow == (hook and torch.bfloat16)
     said = ddp._ddp_kwargs
     assert said["broadcast_buffers"] is False and said["gradient_as_bucket_view"] and said["static_graph"]
