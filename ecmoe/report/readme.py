@@ -16,7 +16,7 @@ from ecmoe.study.answer import answer, cost
 from ecmoe.study.verdict import judge_all
 
 
-def update(scale: str = "gpu") -> bool:
+def update(scale: str) -> bool:
     """Draw the figures, update the generated parts of README.md, and return whether its text changed. Raise a
     ConfigError if there is no README.md, or if a mark is missing in it or occurs twice."""
     path = paths.root() / "README.md"
@@ -37,7 +37,7 @@ def update(scale: str = "gpu") -> bool:
     return new != old
 
 
-def sections(scale: str = "gpu") -> tuple[dict[str, str], dict[str, Plot]]:
+def sections(scale: str) -> tuple[dict[str, str], dict[str, Plot]]:
     """Return two mappings: name of a part -> its Markdown, and image file -> its figure."""
     verdicts, plan, plots = judge_all(scale), speed.plan(scale), {}
     timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))

@@ -69,6 +69,8 @@ def test_a_claim_at_another_size_stands_beside_the_studys(monkeypatch):
     assert (row["claim"], row["part"]) == ("C6", "modulo against EC-CF2")
     assert (row["verdict here"], row["its verdict"]) == ("no effect", "reproduced")
     assert row["here"].startswith("0.000 nats") and row["in the study"].startswith("+0.020 nats")
+    verdicts["07_fine_tuning"] = judged("C6", losses(**HASH), scale="smoke")
+    assert answer.at_size("smoke", "07_fine_tuning", "C6").empty  # where numbers mean nothing
 
 
 def test_claims_are_judged_below_their_names(monkeypatch):

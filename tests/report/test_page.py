@@ -1,6 +1,7 @@
 """Reports, end to end: a notebook with everything in it becomes a page that is safe and complete."""
 
 import gc
+import logging
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.report import execution
 from ecmoe.report import page as report
 from ecmoe.report.execution import execute
-from ecmoe.report.markup import table_html
+from ecmoe.report.markup import math_html, table_html
 from ecmoe.report.plots import Plot
 from ecmoe.report.plots.style import COUNT_COLORS
 from ecmoe.report.render import page_html, render, ways
@@ -277,6 +278,20 @@ def test_a_long_first_column_wraps_and_a_table_of_nothing_is_one():
     assert "nothing" in table_html(pd.DataFrame())
 
 
+def test_numbers_are_written_by_their_size_whatever_their_sign_and_gaps_are_dashes():
+    columns = {"loss": [-1234.5, 3.25], "count": pd.array([2, pd.NA], "Int64"), "share": [-0.25, 120.0]}
+    page = BeautifulSoup(table_html(pd.DataFrame({"arm": ["a", "b"]} | columns)), "html.parser")
+    cells = [[cell.text for cell in row.find_all("td")] for row in page.tbody.find_all("tr")]
+    assert cells == [["-1,234", "2", "-0.2"], ["3", "\u2013", "120.0"]]
+
+
+def test_the_source_of_a_formula_is_its_alternative_text():
+    latex = r'a < b_{\text{"c"}}'
+    for mode in ("inline", "block"):
+        formula = BeautifulSoup(math_html(latex, mode), "html.parser").math
+        assert (formula["alttext"], formula["display"]) == (latex, mode)
+
+
 def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     empty = pd.DataFrame({"arm": ["a", "b"], "loss": [np.nan] * 2, "against": ["(not run)", None]})
     report.show_table(empty, "Losses", fold="all of them")
@@ -310,6 +325,9 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     assert "--train" not in all_done and "Rests on 2 runs of 20,480 tokens (seeds 0, 1) of " in all_done
     report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "status": "diverged"}))
     assert "--train" in (broke_off := shown.pop()) and "Rests on 1 run of 20,480 tokens (seed 0) of " in broke_off
+    report.finding("a minus b is (not run).", study("smoke"))
+    nothing = BeautifulSoup(shown.pop(), "html.parser")
+    assert nothing.find(class_="badge").text == "plumbing only" and not nothing.code
     labels = [BeautifulSoup(part, "html.parser").find(class_="badge").text for part in shown[2:]]
     assert labels == ["finding", "plumbing only"] and "--train" in shown[2] and "--train" not in shown[3]
     assert "Rests on 1 run of 20,480 tokens (seed 0) of " in shown[2] and "Rests on" not in shown[1] + shown[3]
@@ -327,6 +345,9 @@ def test_text_is_coloured_by_count_and_escaped(shown):
     assert [span.text.strip() for span in page.p.find_all("span")] == ["0 experts", "1 expert", "12 experts"]
     with pytest.raises(ValueError, match="longer"):
         report.show_text(["a"], [1, 2], "")
+    report.show_text(["a", "b", "c"], [16, 8, 1], "")
+    key = BeautifulSoup(shown[1], "html.parser").p.find_all("span")
+    assert [span.text.strip() for span in key] == ["1 expert", "8 experts", "16 experts"]
 
 
 def result(seed: int, **summary) -> Result:
@@ -564,14 +585,19 @@ def test_of_what_a_cell_shows_html_comes_before_a_picture():
         assert (picture["src"], picture["alt"]) == ("data:image/png;base64,iVBORw0KGgo=", alt)
 
 
-def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives():
+def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # which may be too long for a socket's path
     managers = [execution._ThisPython() for _ in range(2)]
     folders = [Path(manager.ip).parent for manager in managers]
-    assert all(folder.is_dir() and len(str(folder)) < 40 for folder in folders) and folders[0] != folders[1]
+    assert all(folder.is_dir() and folder.parent == Path("/tmp") for folder in folders) and folders[0] != folders[1]
+    assert managers[0].kernel_spec.argv[1:] == [
+        "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50",
+    ]  # fmt: skip
     assert {manager.transport for manager in managers} == {"ipc"} and managers[0].kernel_spec.argv[0] == sys.executable
+    folders[1].rmdir()  # somebody else tidied up
     managers.clear()
     gc.collect()
-    assert not any(folder.exists() for folder in folders)
+    assert not any(folder.exists() for folder in folders) and not capsys.readouterr().err
 
 
 def test_what_a_notebook_showed_before_its_kernel_died_is_on_the_page(tmp_path):
@@ -596,6 +622,7 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("papermill.execute_notebook", dies)
+    logging.getLogger("papermill").setLevel(logging.NOTSET)
     nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
     (tmp_path / "a.yaml").write_text("width: 1.5\n")
     with pytest.raises(ConfigError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
@@ -604,6 +631,7 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
             train_missing=False,  # which this notebook doesn't have
         )  # fmt: skip
     assert capsys.readouterr().err == "[01_a] cell 2/3\n"  # of code; one more will hold the parameters
+    assert logging.getLogger("papermill").level == logging.ERROR  # its warnings aren't for who runs a page
     assert not (tmp_path / "01_a.html").exists() and (tmp_path / "01_a.failed.html").exists() == begun
     if begun:
         page = BeautifulSoup((tmp_path / "01_a.failed.html").read_text(), "html.parser")
@@ -622,15 +650,27 @@ def test_a_notebook_that_has_the_parameter_is_told_whether_to_train(asked, tmp_p
     monkeypatch.setattr("papermill.execute_notebook", run)
     cells = [("md", "# T"), ("parameters", "train_missing: bool = True\nwidth: float = 1.0")]
     nbformat.write(notebook(*cells), tmp_path / "a.ipynb")
-    (tmp_path / "new/a.failed.html").parent.mkdir()
-    (tmp_path / "new/a.failed.html").touch()
+    (tmp_path / "new/pages/a.failed.html").parent.mkdir(parents=True)
+    (tmp_path / "new/pages/a.failed.html").touch()
     page = execute(
-        str(tmp_path / "a.ipynb"), str(tmp_path / "new/a.html"), parameters={"width": 2.0}, train_missing=asked
+        str(tmp_path / "a.ipynb"), str(tmp_path / "new/pages/a.html"), parameters={"width": 2.0}, train_missing=asked
     )
     told = {"width": 2.0} | ({} if asked is None else {"train_missing": asked})
     assert given == [(told, tmp_path)]  # the notebook's folder, wherever the page goes
-    assert page == tmp_path / "new/a.html" and [path.name for path in page.parent.iterdir()] == ["a.html"]
-    assert BeautifulSoup(page.read_text(), "html.parser").find("a", string="Notebook")["href"] == "../a.ipynb"
+    assert page == tmp_path / "new/pages/a.html" and [path.name for path in page.parent.iterdir()] == ["a.html"]
+    assert BeautifulSoup(page.read_text(), "html.parser").find("a", string="Notebook")["href"] == "../../a.ipynb"
+
+
+def test_a_page_makes_its_folders(tmp_path, monkeypatch):
+    def run(source, executed, values, *, cwd, **_):
+        nbformat.write(source, executed)
+        assert cwd == tmp_path  # the notebook's, also where its name is given from there
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("papermill.execute_notebook", run)
+    nbformat.write(notebook(("md", "# T")), tmp_path / "a.ipynb")
+    assert execute("a.ipynb", "reports/new/a.html") == Path("reports/new/a.html")
+    assert (tmp_path / "reports/new/a.html").exists()
 
 
 def test_an_arm_that_cannot_be_is_named_at_the_scale_that_was_asked_for(tmp_path, monkeypatch):

@@ -164,6 +164,26 @@ def test_runs_are_as_long_as_their_configs_say():
     assert all(config.steps % config.eval_every == 0 for config in run.values() if config is not tasks)
 
 
+def test_scale_smoke_takes_minutes_on_two_cores():
+    """Nothing else keeps its numbers, as the results of a scale that are committed keep theirs."""
+    overlays = {
+        path.stem: yaml.safe_load(path.read_text()) for path in (paths.configs() / "scale/smoke").glob("*.yaml")
+    }
+    digits = {"data": "digits", "patch_size": 2, "sequence_length": 16, "moe_every": 1, "batch_size": 80, "steps": 100}
+    kinds = ("EC raw", "Top-2 raw, batch priority", "Top-2 raw, order of arrival")
+    arms = [f"{kind}, {places} a patch" for kind in kinds for places in ("0.1 places", "2 places")]
+    assert SCALES["smoke"] | {"base": {}} == {"scale": "smoke", "seeds": [0], "base": {}}
+    assert SCALES["smoke"]["base"] == {
+        "data": "stdlib", "max_bytes": 4_000_000, "tokenizer": "bytes", "vocab_size": 256, "sequence_length": 128,
+        "layers": 2, "d_model": 64, "d_ff": 128, "heads": 4, "num_experts": 8, "batch_size": 16, "steps": 80,
+        "warmup_steps": 10, "learning_rate": 0.003, "eval_every": 20, "eval_batches": 4,
+    }  # fmt: skip
+    assert overlays == {
+        "10_vision": {"base": digits | {"eval_every": 50}, "arms": arms},
+        "11_continual_learning": {"seeds": [0, 1, 2]},
+    }
+
+
 def test_scale_paper_has_the_papers_size_and_glams_settings():
     from ecmoe.model.build import TABLE_1
 
@@ -191,5 +211,31 @@ def test_scale_paper_has_the_papers_size_and_glams_settings():
         "constant_steps": 10_000,
     }
     assert {key: base[key] for key in glam} == glam and SCALES["paper"]["train_missing"] is False
+    ours = {"steps": 100_000, "warmup_steps": 0, "activation_checkpointing": True, "eval_every": 1000}
+    assert base == {key: base[key] for key in sizes} | glam | ours | {"accumulate": 16, "checkpoint_every": 1000}
+    assert SCALES["paper"]["scale"] == "paper" and SCALES["paper"]["seeds"] == [0]
+    overlays = {
+        path.stem: yaml.safe_load(path.read_text()) for path in (paths.configs() / "scale/paper").glob("*.yaml")
+    }
+    pools = ("sequence", "2048", "position")
+    arms = {f"EC-CF2 renormalized, pool {pool}" for pool in pools} | {
+        "EC-CF2 renormalized",
+        "EC-CF2 raw, pool sequence",
+    }
+    causality = overlays["09_causality"]
+    assert set(causality.pop("arms")) == arms | {"Expert threshold renormalized"}
+    assert causality == {
+        "measures": {
+            "dependence": {}, "next-token": {"batches": 8, "classes": 256},
+            "losses": {"pools": [32, "sequence", 2048, "batch", "position"]},
+            "decoding": {"arms": ["EC-CF2 renormalized"], "seeds": [0]},
+        }
+    }  # fmt: skip
+    vision = {  # V-MoE-B/16, with as many images a step as it has (4,096), but for whole numbers of places
+        "data": "images:data/imagenet", "augment": True, "patch_size": 16, "channels": 3, "classes": 1000,
+        "sequence_length": 196, "num_experts": 32, "batch_size": 800, "accumulate": 5, "optimizer": "adamw",
+        "learning_rate": 1e-3, "weight_decay": 0.1, "schedule": "linear", "decay_fraction": 1.0, "warmup_steps": 10_000,
+    }  # fmt: skip
+    assert overlays["10_vision"] == {"base": vision} and len(overlays) == 2
     large = {key: getattr(plan.plan("gpu", ["07_fine_tuning"])[0].config, key) for key in sizes[:6]}
     assert large == {key: base[key] for key in large}
