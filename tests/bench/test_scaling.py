@@ -80,6 +80,9 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
         tokens, rate = tiny_config().tokens_per_batch * row["devices"], speeds[row["strategy"], row["pool"]]
         assert row["tokens_per_second"] == rate and row["ms"] == pytest.approx(1e3 * tokens / rate)
     assert setting.items() <= kept["setting"].items() and {row["peak_mb"] for row in rows} == {5.0}
+    assert [(row["devices"], row["strategy"], row["pool"]) for row in rows] == [
+        (1, "auto", "batch"), *((2, strategy, pool) for strategy in ("ddp", "fsdp2", "ep") for pool in ("rank", "batch")),
+    ]  # fmt: skip
     shares = {(row["strategy"], row["pool"]): row["of_ideal"] for row in rows}
     assert shares == {("auto", "batch"): 1.0, ("ddp", "rank"): 0.9, ("ddp", "batch"): 0.8, ("fsdp2", "rank"): 0.75,
                       ("fsdp2", "batch"): 0.7, ("ep", "rank"): 0.6, ("ep", "batch"): 0.55}  # fmt: skip
@@ -231,7 +234,10 @@ def test_every_scale_says_what_is_trained():
     assert (
         at_gpu["base"]["d_model"] == 768 and at_gpu["base"]["vocab_size"] == 16384 and at_gpu["devices"] == [1, 2, 4, 8]
     )
-    assert at_gpu["layers"]["8B/64E"]["d_model"] == 4096
+    assert at_gpu["layers"]["8B/64E"]["d_model"] == 4096 and list(at_gpu["layers"]) == ["0.1B/64E", "8B/64E"]
+    assert at_gpu["strategies"] == ["ddp", "fsdp2", "ep"] and at_gpu["pools"] == ["rank", "batch"]
+    sizes = {"sequence_length": 1024, "layers": 12, "d_ff": 3072, "heads": 12, "batch_size": 64}  # 65,536 tokens a GPU
+    assert sizes.items() <= at_gpu["base"].items()
     assert speed.scaling("smoke")["base"]["data"] == "stdlib"
 
 

@@ -530,7 +530,7 @@ def test_what_a_cell_shows_comes_before_its_log_and_its_headings_are_in_the_cont
         ("md", "## No title\n\nWords.\n\n# A `title`\n\n<b>What</b> it\nshows.\n\n### Deep\n\n#### Deeper"),
         ("code", "1"),
         ("code", "2"),
-        ("md", "# Another title\n\nMore words."),
+        ("md", "# Another title\n\nMore <kbd>words</kbd>."),
     )
     made.cells[2].metadata["tags"] = ["of mine", "try"]
     bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a bar that has ended"}
@@ -544,6 +544,7 @@ def test_what_a_cell_shows_comes_before_its_log_and_its_headings_are_in_the_cont
     first, second = page.find(id="cell-2"), page.find(id="cell-3")
     text = first.text
     assert text.index("How it was") < text.index("said") < text.index("a log") and "a bar" not in text
+    assert [key.text for key in page.find_all("kbd")] == ["words"]  # as it was written, unescaped
     links = [(a["href"], a.text) for a in page.find("nav", class_="contents").find_all("a")]
     assert links == [("#no-title", "No title"), ("#deep", "Deep"), ("#judged", "How it was")]
     assert [("quiet" in cell["class"], cell.details.summary.text) for cell in (first, second)] == [

@@ -55,7 +55,7 @@ def test_a_figure_has_its_words_in_quotes_and_a_part_without_one_says_so(monkeyp
     monkeypatch.setattr(
         readme.speed,
         "measured",
-        lambda jobs, *, scale, **how: asked.append(scale) or measured(jobs, scale=scale, **how),
+        lambda jobs, *, scale, measure: asked.append((scale, measure)) or measured(jobs, scale=scale, measure=False),
     )
     monkeypatch.setattr(readme, "effects", lambda verdicts: plot)
     monkeypatch.setattr(readme, "share_of_floor", lambda layers: plot._replace(figure=None))
@@ -63,7 +63,7 @@ def test_a_figure_has_its_words_in_quotes_and_a_part_without_one_says_so(monkeyp
     assert '"reports/paper/readme-evidence.png" width="760" alt="a &quot;b&quot; &lt;c&gt;">' in texts["evidence"]
     assert texts["speed"].startswith("Not run yet: Speed of the layer") and "on one GPU. " in texts["speed"]
     assert plots == {"reports/paper/readme-evidence.png": plot}
-    assert asked == ["paper"] * 3 and "make reproduce SCALE=paper" in texts["evidence"]
+    assert asked == ["paper", "paper", ("paper", False)] and "make reproduce SCALE=paper" in texts["evidence"]
 
 
 class Drawn:

@@ -184,6 +184,73 @@ def test_scale_smoke_takes_minutes_on_two_cores():
     }
 
 
+def test_what_pages_rest_on_where_a_scale_says_nothing_else():
+    """Their arms, one kind after the other, and what is measured or timed at smoke."""
+    EC, GS, capped = "EC-CF2 renormalized", "GShard top-2 renormalized", "EC-CAP{} renormalized".format
+    places = ("0.1 places", "0.2 places", "0.5 places", "1 place", "2 places")
+    vision = ("EC raw", "Top-2 raw, batch priority", "Top-2 raw, order of arrival")
+    gates, scales = (
+        ("raw", "renormalized", "scaled"),
+        ["EC-CF2 raw, initial scale 4", "GShard top-2 raw, initial scale 4"],
+    )
+    switch = ["Switch top-1", "Switch top-1, no auxiliary loss"]
+    sweep = [f"Switch top-1, capacity {c}" for c in (1, 2, 4, 8)]
+    balanced = (
+        "no auxiliary loss",
+        "auxiliary weight 0.001",
+        "auxiliary weight 0.1",
+        "first choices counted",
+        "capacity 1.25",
+    )
+    tuned = {"task": ["lines"], "steps": 60, "batch_size": 16, "learning_rate": 1e-3, "examples": 1000}
+    pools = {
+        "losses": {"pools": [4, 32, "sequence", 512, "batch", "position"]},
+        "next-token": {"batches": 8, "classes": 32},
+    }
+    grown = {"n": [512, 1024, 2048, 4096], "num_experts": [4, 8, 16, 32], "capacity_factor": [0.5, 1.0, 2.0, 4.0]}
+    expected = {
+        "00_routing": {"sentence": "The cat sat on the mat and slept", "num_experts": 4, "capacity_factor": 2.0, "skew": 1.5},
+        "01_convergence": [EC, f"{EC}, 3/4 of the steps", f"{EC}, 1/2 of the steps", "EC-CF2 raw", "EC-CF2 raw, 1/2 of the steps",
+                           GS, "GShard top-2 raw", "GShard top-2 nothing dropped", *switch[:1], "Dense", "Dense equal FLOPs"],
+        "02_load_balance": {"arms": [EC, GS, *(f"{GS}, {how}" for how in balanced), *switch, *sweep], "sweep": sweep},
+        "03_capacity_factor": [*(f"EC-CF{c} renormalized" for c in (0.5, 1, 1.5, 2)), *switch[:1]],
+        "04_capped_experts": {"arms": [EC, capped(2), capped(3), f"{capped(2)}, Dykstra"], "free": EC,
+                              "measures": {what: {"arms": [EC]} for what in ("experts-by-token", "caps")}},
+        "05_other_routers": {"arms": [EC, "EC-CF1 renormalized", "Hash modulo", "Hash balanced", "BASE", "K-means", "Task level",
+                                      "Task level fixed", "Dense MoE, 8 experts", f"{EC}, 8 experts", GS, "Batch priority",
+                                      "Loss-free bias", "Expert threshold renormalized"], "centre": EC},
+        "06_number_of_experts": [f"{arm}, {e} experts" for arm in (EC, GS) for e in (4, 8, 16)],
+        "07_fine_tuning": {"arms": [EC, GS, "Switch top-1", "Dense"], "measures": {"fine-tuned": tuned}},
+        "08_step_time": {
+            "layer_sizes": {"small": {"n": 2048, "d_model": 128, "d_ff": 512, "num_experts": 8}}, "step_sizes": {},
+            "growth_from": {"n": 1024, "d_model": 64, "d_ff": 256, "num_experts": 8, "capacity_factor": 2.0},
+            "growth_axes": grown | {"d_model": [32, 64, 128]}, "auto_sizes": [], "repeats": 9, "scaling": {"devices": [1]},
+        },
+        "09_causality": {"arms": [f"{EC}, pool sequence", f"{EC}, pool 512", EC, f"{EC}, pool position", "EC-CF2 raw, pool sequence",
+                                  "Expert threshold renormalized"], "served": EC,
+                         "measures": pools | {"dependence": {}, "decoding": {"arms": [EC], "seeds": [0]}}},
+        "10_vision": {"arms": [f"{kind}, {c} a patch" for kind in vision for c in places],
+                      "measures": {"accuracy-at": {"arms": [f"{kind}, 2 places a patch" for kind in vision],
+                                                   "places": [0.1, 0.2, 0.5, 1.0, 2.0]}}},
+        "12_recipe": [EC, f"{EC}, constant rate", GS],
+        "13_gates": [*(f"{arm} {gate}" for arm in ("EC-CF2", "GShard top-2") for gate in gates), *scales, *switch[:1], "Dense"],
+        "14_learning_rate": {"arms": [EC, "Dense"], "vary": {"learning_rate": [0.001, 0.003]}, "seeds": [100], "base": {"steps": 40}},
+        "15_your_own_model": {"seeds": [0, 1, 2], "steps": 100, "d_model": 64, "num_experts": 8},
+    }  # fmt: skip
+    for page, rows in expected.items():
+        found = yaml.safe_load((paths.configs() / f"{page}.yaml").read_text())
+        assert found == (rows if isinstance(rows, dict) else {"arms": rows}), page
+    tasks = yaml.safe_load((paths.configs() / "11_continual_learning.yaml").read_text())
+    assert tasks["arms"] == ["Expert Gate", "one dense network", "one EC network", "joint, dense", "joint, EC"]
+    assert tasks["base"] == {
+        "data": "digits", "patch_size": 4, "channels": 1, "classes": 10, "sequence_length": 4, "layers": 1, "moe_every": 1,
+        "d_model": 32, "d_ff": 32, "heads": 4, "num_experts": 5, "capacity_factor": 2.0, "steps": 100, "batch_size": 50,
+        "learning_rate": 0.003, "approach": "sequence", "tasks": 5, "code": 32, "gate_steps": 300, "gate_learning_rate": 0.01,
+        "threshold": 0.85,
+    }  # fmt: skip
+    assert {*expected, "11_continual_learning"} == set(plan.pages("smoke"))
+
+
 def test_scale_paper_has_the_papers_size_and_glams_settings():
     from ecmoe.model.build import TABLE_1
 
