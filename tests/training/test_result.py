@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ecmoe.config import SCHEMA, ConfigError, RunConfig
-from ecmoe.files import read_json, write_json
+from ecmoe.files import Damaged, read_json, write_json
 from ecmoe.model import metrics
 from ecmoe.model.build import build_model
 from ecmoe.training import result as results
@@ -82,6 +82,20 @@ def test_a_file_that_was_made_again_is_taken_once_its_run_has_finished(tmp_path)
         results.write_run(again, make(RunConfig(), status=status).summary)
         assert results.place_of(tmp_path, "curve.csv") == place / "curve.csv"
         assert results.place_of(tmp_path, "config.yaml") == tmp_path / "config.yaml"  # which isn't there
+
+
+def test_a_file_that_is_missing_and_one_that_differs_are_told_apart(tmp_path):
+    for name in ("config.yaml", "curve.csv", "model.safetensors"):
+        said = {"files": {name: hashlib.sha256(b"a").hexdigest()}}
+        (tmp_path / name).write_text("a")
+        results.verify(tmp_path, name, said)
+        (tmp_path / name).write_text("b")
+        with pytest.raises(Damaged, match=rf"{name} is damaged \(its SHA-256 differs\)"):
+            results.verify(tmp_path, name, said)
+        (tmp_path / name).unlink()
+        with pytest.raises(Damaged, match=rf"{name} is damaged \(it is missing\)"):
+            results.verify(tmp_path, name, said)
+        results.verify(tmp_path, name, {})  # of which nothing was said
 
 
 def test_a_run_says_in_a_line_how_it_ended():
@@ -232,5 +246,5 @@ def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="'top' matches 6 runs: top-0, top-1, top-2, top-3, top-4; give"):
         results.find_run("top")
     for wrong in ("kmeans", "", "s1-3"):
-        with pytest.raises(FileNotFoundError, match="matches no run; give a folder of"):
+        with pytest.raises(FileNotFoundError, match=f"{wrong!r} matches no run; give a folder of {runs}, or"):
             results.find_run(wrong)

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -162,6 +163,21 @@ def test_where_nothing_is_said_a_run_is_trained_and_shown_and_its_weights_are_ke
     folder, progress, sharing, still_ours = told["recorder"]
     assert (folder, progress, sharing(), still_ours()) == (tmp_path, True, 1, None)
     assert inspect.signature(train.train_run).parameters["keep_weights"].default is True
+
+
+def test_lightnings_warnings_are_not_shown_and_others_are(tiny_config):
+    def warn(*_):
+        for text, module in {
+            "one": "lightning.x",
+            "two": "x.lightning",
+            "no, it does not have many workers": "y",
+        }.items():
+            warnings.warn_explicit(text, UserWarning, "a.py", 1, module)
+
+    config = tiny_config(seed=97, steps=2, eval_every=2)
+    with pytest.warns(UserWarning) as shown:
+        run_or_load(config, callbacks=[L.pytorch.callbacks.LambdaCallback(on_train_start=warn)], progress=False)
+    assert [str(one.message) for one in shown if one.filename == "a.py"] == ["two"]
 
 
 def test_images_are_classified(tmp_path, monkeypatch):

@@ -128,6 +128,16 @@ def test_code_is_that_with_which_a_run_began(tiny_config, monkeypatch):
     assert said["started"] <= said["finished"]
 
 
+def test_circumstances_are_a_runs_device_code_libraries_and_start(monkeypatch):
+    for name in ("device_name", "commit", "code_digest", "now"):
+        monkeypatch.setattr(summaries, name, lambda name=name: name)
+    monkeypatch.setattr(summaries, "versions", lambda *names: " ".join(sorted(names)))
+    assert summaries.circumstances() == {
+        "device": "device_name", "commit": "commit", "code": "code_digest",
+        "versions": "datasets lightning numpy tokenizers torch", "started": "now",
+    }  # fmt: skip
+
+
 def test_images_have_no_perplexity():
     config = RunConfig(data="digits", patch_size=2, sequence_length=16)
     data = SimpleNamespace(provenance={"name": "digits"})  # of no bytes

@@ -120,16 +120,16 @@ def test_bytes_continue_whatever_the_text_has_become(tiny_config, texts, monkeyp
 def test_what_cannot_be_continued_is_named(tiny_config, monkeypatch, tmp_path, keys, prompt, said):
     config = tiny_config(**keys)
     loaded = SimpleNamespace(meta={"digest": "here"}, tokenizer=Bytes())
-    summary = {"data": {"digest": "there"}}
-    fakes = {"read_run": SimpleNamespace(summary=summary), "load_tokens": loaded,
-             "load_model": SimpleNamespace(config=config), "generate": torch.tensor([[97, 98]])}  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(continuation, name, lambda *given, fake=fake, **keys: fake)
-    if said is None:
-        assert continuation.continue_text(tmp_path, prompt, 1) == "ab"
-        return
-    with pytest.raises(ValueError, match=said.replace("NAME", config.name)):
-        continuation.continue_text(tmp_path, prompt, 1)
+    for data in ({"digest": "there"}, None):
+        fakes = {"read_run": SimpleNamespace(summary={"data": data}), "load_tokens": loaded,
+                 "load_model": SimpleNamespace(config=config), "generate": torch.tensor([[97, 98]])}  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(continuation, name, lambda *given, fake=fake, **keys: fake)
+        if said is None:
+            assert continuation.continue_text(tmp_path, prompt, 1) == "ab"
+            continue
+        with pytest.raises(ValueError, match=said.replace("NAME", config.name)):
+            continuation.continue_text(tmp_path, prompt, 1)
 
 
 def test_a_run_goes_on_with_the_text_that_it_began_with(tiny_config, texts, monkeypatch):
