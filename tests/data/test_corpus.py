@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import sys
 
 import datasets
@@ -136,6 +137,10 @@ def test_licence_of_local_text(tmp_path):
     assert (found.name, found.licence, found.attribution) == ("book.txt", "CC0", "A. Author")
     (tmp_path / "book.txt.about.yaml").write_text("name: 1984\nlicence: 4.0")  # which YAML takes for numbers
     assert open_corpus(str(path))[:3] == ("1984", "4.0", "not stated")
+    (tmp_path / "book.txt.about.yaml").write_text("{licence: CC0, year: 1984}")
+    said = f"data='{path}': {path}.about.yaml must have only the keys name, licence, attribution; it has "
+    with pytest.raises(ConfigError, match=f"^{re.escape(said + repr({'licence': 'CC0', 'year': 1984}))}$"):
+        open_corpus(str(path))
     for stated in (b"license: CC0", b"licence: [", "name: Grüße".encode("latin-1"), b""):
         (tmp_path / "book.txt.about.yaml").write_bytes(stated)
         with pytest.raises(ConfigError, match=r"data='.*book\.txt'.*book\.txt\.about\.yaml"):
@@ -189,12 +194,15 @@ def test_broken_files(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(bytes(range(97, 123)) * 5000)[:-20])
     (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
-    for name, remedy in (
-        ("latin.txt", "UTF-8"),
-        ("cut.txt.xz", "can't be read"),
-        ("other.jsonl", "body"),
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "Grüße"}'.encode("latin-1"))
+    text, json_line = "it must be UTF-8 text", "it must be a JSON object a line, with text"
+    for name, told in (
+        ("latin.txt", rf"can't be read \(UnicodeDecodeError: .*\); {text}"),
+        ("cut.txt.xz", rf"can't be read \(EOFError: .*\); {text}"),
+        ("latin.jsonl", rf"can't be read \(UnicodeDecodeError: .*\); {json_line}"),
+        ("other.jsonl", ".*body.*"),
     ):
-        with pytest.raises(ConfigError, match=remedy):
+        with pytest.raises(ConfigError, match=rf"^data='{tmp_path}/{name}': {tmp_path}/{name}.? {told}$"):
             list(open_corpus(str(tmp_path / name)).train)
 
 
@@ -268,9 +276,8 @@ def test_no_text_but_called_so(tmp_path, name):
     (tmp_path / "d.txt").mkdir()
     (tmp_path / "link.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(
-        ConfigError, match=rf"data='.*{name}': .* exists, but must be a file ending in \.txt, .*\.jsonl"
-    ):
+    told = f"data='{tmp_path}/{name}': {tmp_path}/{name} exists, but must be a file ending in .txt, .txt.xz, .txt.gz, .jsonl, .json, "
+    with pytest.raises(ConfigError, match=f"^{re.escape(told)}.jsonl.xz, .jsonl.gz, or a folder of them$"):
         open_corpus(str(tmp_path / name))
 
 
@@ -289,7 +296,8 @@ def test_the_hub_is_never_the_working_folder(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.txt").write_text("local")
     for data in ("hub:txt", "hub:owner/set", "hub:text", "hub:json"):  # the last two are readers of `datasets`
-        with pytest.raises(ConfigError, match=f"data='{data}': .*not for a data set of the Hub"):
+        told = f"data='{data}': `datasets` takes '{data[4:]}' for files in {tmp_path}, not for a data set of the Hub"
+        with pytest.raises(ConfigError, match=re.escape(told)):
             open_corpus(data)
 
 
@@ -375,10 +383,11 @@ def test_hub_errors_name_the_key(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(ConfigError, match="data='hub:a/b'.*no route to host.*reachable"):
+    told = re.escape("data='hub:a/b': `datasets` can't load 'a/b' (ConnectionError: no route to host); it must be")
+    with pytest.raises(ConfigError, match=f"^{told}.*reachable"):
         open_corpus("hub:a/b")
-    FakeHub(monkeypatch, test=["one"])
-    with pytest.raises(ConfigError, match="data='hub:a/b': has splits test, but must have train"):
+    FakeHub(monkeypatch, test=["one"], dev=["two"])
+    with pytest.raises(ConfigError, match="^data='hub:a/b': has splits test, dev, but must have train$"):
         open_corpus("hub:a/b")
     FakeHub(monkeypatch, train=["one", None])
     with pytest.raises(ConfigError, match="data='hub:a/b': row 2 has the fields text, but must have a string 'text'"):

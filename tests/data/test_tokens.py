@@ -4,6 +4,7 @@ import io
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
+from ecmoe.data import split as split_module
 from ecmoe.data import tokens
 from ecmoe.data.corpus import Corpus
 from ecmoe.data.split import SplitText, split
@@ -289,7 +291,8 @@ def test_cache_alone_is_enough(book, make, tmp_path, monkeypatch):
         assert make(book).meta["digest"] == before
     place = tokens.folder(config(book))
     (place / "val.bin").write_bytes(b"short")
-    with pytest.raises(ConfigError, match=r"val.bin is missing or damaged.*can't be rebuilt.*no such file"):
+    told = f"data='{config(book).data}': the cache {place} can't be used: val.bin is missing or damaged; it can't be rebuilt: "
+    with pytest.raises(ConfigError, match=f"^{re.escape(told)}.*no such file"):
         make(book)
     shutil.rmtree(place)
     with pytest.raises(ConfigError, match="no such file") as error:
@@ -405,3 +408,21 @@ def test_a_text_that_changes_while_it_is_read_is_not_kept(book, make, monkeypatc
     with pytest.raises(ConfigError, match="not what is stated"):
         make(book)
     assert not list(tmp_path.rglob("meta.json"))
+
+
+def test_who_waits_sees_what_is_done_and_how_much_of_it(book, make, monkeypatch):
+    shown, wrap = [], split_module.tqdm.wrapattr
+    monkeypatch.setattr(
+        split_module.tqdm, "wrapattr", lambda *given, **how: shown.append((*given[1:], how)) or wrap(*given, **how)
+    )
+    meta = make(book, tokenizer="bpe", vocab_size=300).meta
+    sizes = [meta[f"{side}_bytes"] for side in ("train", "val")]
+    read = [("learning BPE", sizes[0]), ("tokenising train", sizes[0]), ("tokenising val", sizes[1])]
+    how = {"leave": False, "disable": None}
+    assert shown == [
+        ("write", None, {"desc": "reading text"} | how),
+        *(("read", size, {"desc": what} | how) for what, size in read),
+    ]
+    shown.clear()
+    make(book, max_bytes=20_000)
+    assert shown[0][1] == 20_000

@@ -111,11 +111,12 @@ def test_sums_of_ranks_keep_what_float32_would_lose(module):
 
 def test_a_step_is_whole_after_all_of_its_batches(tiny_config, tmp_path):
     lit, recorder = LitModel(tiny_config(accumulate=3, checkpoint_every=9)), Recorder(tmp_path, progress=False)
-    recorder.bar, whole = SimpleNamespace(n=3, update=lambda steps: None), []
+    shown, whole = [], []
+    recorder.bar = SimpleNamespace(n=1, update=shown.append)
     for i in range(6):
         recorder.on_train_batch_end(trainer(2.0), lit, None, None, i)
         whole.append(recorder.whole_step)
-    assert whole == [False, False, True] * 2
+    assert whole == [False, False, True] * 2 and shown == [2, 2]  # from 1 to the trainer's step, 3
 
 
 @pytest.mark.parametrize("whose", ["ours", "the other's"])
