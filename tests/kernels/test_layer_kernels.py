@@ -233,7 +233,7 @@ def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(RuntimeError, match="CUDA device, and these are on cpu.*kernels='plain'"):
         kernels.experts(*problem(*WHOLE, torch.float32)[:5] if DEVICE == "cpu" else [torch.zeros(1)] * 5)
     monkeypatch.setattr("ecmoe.model.moe.TRITON", False)
-    with pytest.raises(RuntimeError, match="pip install triton"):
+    with pytest.raises(RuntimeError, match="kernels='triton' needs triton: `pip install triton`"):
         layer("triton")
 
 

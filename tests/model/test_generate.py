@@ -108,6 +108,16 @@ def test_bad_input_is_named(bad):
         generate(**({"model": warm(), "prompt": ids(1, 2), "tokens": 1} | bad))
 
 
+def test_what_was_given_is_repeated_in_the_error():
+    model = warm()
+    with pytest.raises(ValueError, match=r"^prompt has shape \(3, 0\): must be \(B, T\) with at least one token$"):
+        generate(model, torch.zeros(3, 0, dtype=torch.long), 1)
+    with pytest.raises(
+        ValueError, match=r"^tokens=7, temperature=0.5, top_k=-2: must not be negative; top_k at least 1$"
+    ):
+        generate(model, ids(1, 2), 7, temperature=0.5, top_k=-2)
+
+
 def test_nothing_is_added_where_nothing_is_asked_for():
     model = warm().train()
     assert torch.equal(generate(model, ids(1), 0), ids(1)) and model.training  # as it was

@@ -162,8 +162,11 @@ def test_what_may_be_lost_is_a_share_of_the_mean_score_of_a_plain_top_k(monkeypa
 
 
 def test_an_impossible_cap_says_which_one_is_possible():
-    with pytest.raises(ConfigError, match="use at least 3"):
-        capped_top_k(torch.rand(1, 4, 8), 5, 2)
+    with pytest.raises(
+        ConfigError,
+        match="^max_experts_per_token=2: 4 experts take k=7 of n=10 tokens each, 28 places, but n b = 20: use at least 3$",
+    ):
+        capped_top_k(torch.rand(1, 4, 10), 7, 2)
     with pytest.raises(ConfigError, match="max_experts_per_token=1"):
         ExpertChoice(8, 4, 2.0, max_experts_per_token=1)
 

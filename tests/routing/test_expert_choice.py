@@ -152,7 +152,7 @@ def test_a_fraction_is_an_error_and_names_it(n, c, wrong):
         (lambda: ExpertChoice(D, 4, cap_solver="greedy"), "cap_solver='greedy'"),
         (lambda: ExpertChoice(D, 4, rounding="up"), "rounding='up'.*exact, down"),
         (lambda: ExpertChoice(D, 4, pool=3).assign(torch.zeros(8, 4)), "pool=3.*n=8"),
-        (lambda: ExpertChoice(D, 4, pool="sequence").assign(torch.zeros(8, 4)), "batch_shape"),
+        (lambda: ExpertChoice(D, 4, pool="sequence").assign(torch.zeros(8, 4)), "pool='sequence' needs batch_shape"),
         (lambda: ExpertChoice(D, 0), "num_experts=0"),
     ],
 )  # fmt: skip

@@ -102,6 +102,7 @@ def test_the_table_survives_a_checkpoint(table):
     "make, message",
     [
         (lambda: TaskLevel(D, 4, 0), "num_tasks=0"),
+        (lambda: TaskLevel(D, 4, -1), "num_tasks=-1: must be at least 1"),
         (lambda: TaskLevel(D, 4, 2, "random"), "table='random'.*learned, fixed"),
         (lambda: TaskLevel(D, 4, 2).assign(torch.zeros(3, 4)), "needs task_ids"),
     ],

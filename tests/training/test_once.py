@@ -186,7 +186,9 @@ def test_a_removed_lock_stops_the_run_that_held_it(of, before, taken, kept, tiny
     shutil.rmtree(paths.runs() / config.name, ignore_errors=True)
     with monkeypatch.context() as meddled:
         meddled.setattr(of, before, removed)
-        with pytest.raises(OSError, match=r"lock was removed while .* call again to resume"):
+        with pytest.raises(
+            OSError, match=rf"{config.name}\.lock was removed while {config.name} was .* call again to resume"
+        ):
             run_or_load(config, progress=False)
     left = {path.name for path in (paths.runs() / config.name).iterdir()}
     assert left == {"config.yaml"} | kept and run_or_load(config, progress=False).ok

@@ -42,7 +42,10 @@ def test_wrong_number_of_processes_is_refused(tiny_config, monkeypatch):
 def test_several_nodes_need_torchrun_on_each_and_nothing_is_written(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     monkeypatch.setattr(train, "train_run", lambda *_: pytest.fail("would wait for the other"))
-    with pytest.raises(ConfigError, match="num_nodes=2: start torchrun --nnodes=2"):
+    with pytest.raises(
+        ConfigError,
+        match="^num_nodes=2: start torchrun --nnodes=2 --nproc-per-node=1 -m ecmoe train CONFIG on every node$",
+    ):
         run_or_load(tiny_config(num_nodes=2), progress=False)
     assert not any(tmp_path.iterdir())
 
@@ -111,7 +114,7 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\nkill -9 $$\n')
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(RuntimeError, match="on 2 devices ended with code -9"):
+    with pytest.raises(RuntimeError, match=f"^training {config.name} on 2 devices ended with code -9$"):
         run_or_load(config, progress=False)
     asked = f"-m torch.distributed.run --standalone --nproc-per-node=2 -m ecmoe.training {folder}"
     assert capfd.readouterr() == ("", f"{asked}\n")  # output is for results of the caller
