@@ -338,6 +338,12 @@ def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
     monkeypatch.setattr(bench.timing, "timed", taken)
     table = bench.bench_auto(sizes[:1], num_experts=4, repeats=3)
     assert set(table["plain_ms"]) == {4.0} and set(table["auto_ms"]) == {2.0}  # medians
+    failed = lambda calls, *_: SimpleNamespace(  # noqa: E731
+        times={row: seconds[row.path] for row in calls if row.path == "plain" or row.what == bench.BOTH}, absent=[]
+    )
+    monkeypatch.setattr(bench.timing, "timed", failed)
+    (row,) = bench.bench_auto(sizes[:1], num_experts=4, repeats=3).to_dict("records")
+    assert (row["what"], row["ratio"]) == (bench.BOTH, 0.5)  # what failed on one path is compared with nothing
 
 
 def test_absent_peers_are_named(measured):

@@ -64,12 +64,12 @@ def test_images_of_all_tasks_come_mixed_in_batches_as_in_training():
     size = 100
     network, seen = OneNetwork(EC.replace(batch_size=size)), []
     network.lit.model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0, 0, 0]))
-    x = [torch.full((size * 2 // 3, 1, 8, 8), k / 5) for k in range(5)]
+    x = [torch.full((size * 2 // 3 + (k == 3), 1, 8, 8), k / 5) for k in range(5)]  # no whole number of places
     network.answers(x, [torch.tensor([2 * k, 2 * k + 1]) for k in range(5)])
-    assert [len(batch) for batch in seen] == [size] * 3 + [len(x[0]) * 5 - 3 * size]
+    assert [len(batch) for batch in seen] == [size] * 3 + [len(x[0]) * 5 + 1 - 3 * size]
     assert all(batch.unique().numel() == 5 for batch in seen)
     assert torch.equal(torch.cat(seen).sort().values, torch.cat(x)[:, 0, 0, 0])
-    order = torch.randperm(len(x[0]) * 5, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(x[0]) * 5 + 1, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.cat(seen), torch.cat(x)[order, 0, 0, 0])
     first, seen[:] = torch.cat(seen), []
     torch.manual_seed(1)
@@ -223,6 +223,9 @@ def test_joint_training_takes_the_steps_of_all_tasks(monkeypatch):
     monkeypatch.setattr(learning, "fit", lambda config, *how: (steps.append(config.steps), fit(config, *how)))
     found = run(page(steps=3)["joint, dense"])
     assert steps == [15] and found["tokens"] == 15 * 50 * 4
+    for name in ("accuracy", "accuracy_task_known"):
+        *before, last = found[name]
+        assert before == [[None] * 5] * 4 and len(last) == 5 and None not in last  # all tasks at once, after all
 
 
 def test_gate_right_is_the_diagonal_of_the_confusion(study):

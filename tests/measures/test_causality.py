@@ -179,6 +179,8 @@ def test_classes_and_tables_count_the_training_text():
     counts = torch.tensor([3, 9, 1, 5]).numpy()
     class_of, covered = causality.frequent_classes(counts, 3)
     assert class_of.tolist() == [2, 0, 2, 1] and covered == pytest.approx(14 / 18)
+    many, _ = causality.frequent_classes(np.ones(100), 100)
+    assert many.tolist() == list(range(100))  # of equals, the first
     logits = 8 * torch.randn(5, 4, generator=generator())
     p = logits.softmax(1)
     expected = torch.stack([p[:, 1], p[:, 3], p[:, 0] + p[:, 2]], 1)

@@ -148,7 +148,10 @@ def test_how_a_task_is_tuned_where_nothing_is_asked_for(tiny_config, shouting, m
     monkeypatch.setattr(fine_tuning, "LitFineTuning", lambda *given: asked.append(given[2:]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fine_tuned(build_model(tiny_config()), tiny_config(), task="cola", folder=str(shouting))
-    assert asked == [(2, 3e-4, 300)]  # classes, learning rate, steps
+    monkeypatch.setitem(tasks.TASKS, "cola", tasks.TASKS["cola"]._replace(classes=3))
+    with pytest.raises(ZeroDivisionError):
+        fine_tuned(build_model(tiny_config()), tiny_config(), task="cola", folder=str(shouting))
+    assert asked == [(2, 3e-4, 300), (3, 3e-4, 300)]  # classes, learning rate, steps
 
 
 def test_weights_and_moments_stay_on_the_device_between_its_loops(tiny_config, shouting, monkeypatch):
@@ -260,6 +263,7 @@ def test_running_statistics_move_once_a_step(tiny_config):
         ([[1, 2, 3], [4, 5]], 5, [1, 2, 3, 4, 5]),
         ([[1, 2, 3, 4, 5, 6], [7, 8]], 5, [4, 5, 6, 7, 8]),
         ([[1, 2, 3, 4], [5, 6, 7, 8]], 4, [3, 4, 7, 8]),
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], 6, [2, 3, 4, 6, 7, 8]),
         ([[1, 2, 3]], 2, [2, 3]),
         ([[1, 2, 3], [4, 5, 6, 7, 8]], 5, [2, 3, 6, 7, 8]),
         ([[*range(10)], [20], [*range(30, 35)]], 8, [7, 8, 9, 20, 31, 32, 33, 34]),

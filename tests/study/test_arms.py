@@ -251,6 +251,26 @@ def test_what_pages_rest_on_where_a_scale_says_nothing_else():
     assert {*expected, "11_continual_learning"} == set(plan.pages("smoke"))
 
 
+def test_pages_without_runs_at_scale_gpu_have_the_sizes_that_were_chosen():
+    """Of a small ViT on CIFAR-10, as the pages say; runs that are committed would keep them."""
+    vision, tasks = (
+        yaml.safe_load((paths.configs() / f"scale/gpu/{page}.yaml").read_text())
+        for page in ("10_vision", "11_continual_learning")
+    )
+    pictures = {"data": "images:data/cifar10#95271d06f8122dfd", "channels": 3, "sequence_length": 64}
+    assert vision == {
+        "base": pictures | {
+            "augment": True, "patch_size": 4, "classes": 10, "layers": 8, "d_model": 384, "d_ff": 1536, "heads": 6,
+            "num_experts": 8, "batch_size": 500, "steps": 3000, "warmup_steps": 200, "schedule": "linear",
+            "decay_fraction": 0.5, "learning_rate": 0.001, "weight_decay": 0.05, "eval_every": 250, "eval_batches": 20,
+            "checkpoint_every": 1000,
+        }
+    }  # fmt: skip
+    small = {"layers": 4, "d_model": 128, "d_ff": 256, "steps": 1000, "batch_size": 250, "learning_rate": 0.001}
+    gates = {"code": 64, "gate_steps": 4000, "gate_learning_rate": 0.001}
+    assert tasks == {"seeds": [0, 1, 2], "base": pictures | small | gates}
+
+
 def test_scale_paper_has_the_papers_size_and_glams_settings():
     from ecmoe.model.build import TABLE_1
 

@@ -335,18 +335,21 @@ def test_growth_times_the_layer_that_a_run_gets_at_each_size(monkeypatch):
     monkeypatch.setattr(growth, "floor", lambda *given: {bench.FORWARD: "forward", bench.BOTH: given})
     monkeypatch.setattr(growth.timing, "timed", timed)
     base = {"n": 64, "d_model": 8, "d_ff": 24, "num_experts": 4, "capacity_factor": 2.0}
-    table = bench_growth(base, {"d_model": [16], "capacity_factor": [0.5], "n": [32]}, repeats=3)
+    axes = {"d_model": [16], "capacity_factor": [0.5], "n": [32], "num_experts": [8]}
+    table = bench_growth(base, axes, repeats=3)
     bench_growth(base, {"num_experts": [2]})
     assert asked.pop()[1] == 9 and asked.pop() == base | {"num_experts": 2, "kernels": "auto"}
     sizes = [base | {"d_model": 16, "d_ff": 48}, base | {"capacity_factor": 0.5}, base | {"n": 32}]
+    sizes.append(base | {"num_experts": 8})
     assert asked[::2] == [size | {"kernels": "auto"} for size in sizes]
     assert asked[1::2] == [
         ({("layer",): ("layer", [x], "layer", "gradient"), ("floor",): ("layer", x, k)}, 3)
-        for x, k in (("x of 64", 32), ("x of 64", 8), ("x of 32", 16))  # k = n c / e
+        for x, k in (("x of 64", 32), ("x of 64", 8), ("x of 32", 16), ("x of 64", 16))  # k = n c / e
     ]
     row = {"ms": 2.0, "low_ms": 1.5, "high_ms": 3.0, "floor_ms": 1.0}
     assert table.to_dict("records") == [
         {"axis": "capacity_factor", "value": 0.5} | row, {"axis": "n", "value": 32.0} | row,
+        {"axis": "num_experts", "value": 8.0} | row,
     ]  # fmt: skip
     assert table.attrs["absent"] == ["no memory"] and (base | {"repeats": 3}).items() <= table.attrs["setting"].items()
 
