@@ -166,6 +166,18 @@ def test_light_install_builds_and_runs_models_and_says_what_the_rest_needs():
     assert ran.returncode == 2 and hint in ran.stdout and ran.stderr.startswith("error: ") and hint in ran.stderr, ran
 
 
+def test_what_is_public_is_found_and_a_missing_package_is_named(monkeypatch):
+    assert {"MoE", "RunConfig", "ConfigError", "build_model", "causal_routing", "track", "run_or_load", "load_model",
+            "__version__"} == set(dir(ecmoe))  # fmt: skip
+    assert all(getattr(ecmoe, name).__name__ == name for name in dir(ecmoe) if name != "__version__")
+    with pytest.raises(AttributeError, match="module 'ecmoe' has no attribute 'MoF'"):
+        _ = ecmoe.MoF
+    monkeypatch.setitem(sys.modules, "ecmoe.training.run", None)  # as if it weren't installed
+    with pytest.raises(ModuleNotFoundError, match="ecmoe.run_or_load: ecmoe.training.run isn't installed") as error:
+        _ = ecmoe.run_or_load
+    assert error.value.name == "ecmoe.training.run"
+
+
 # Configs and notebooks
 
 

@@ -58,6 +58,19 @@ def test_the_command_prints_a_table_and_keeps_it(tmp_path):
     assert [row.split()[0] for row in rows] == [row["layer"] for row in kept["rows"]]
 
 
+def test_a_table_is_printed_without_samples_empty_columns_and_words_for_gaps(monkeypatch):
+    rows = [{"arm": "a", "ms": 1.23456, "mfu": None, "peak_mb": None, "samples_ms": [1.0]}, {"arm": "b", "mfu": 0.5}]
+    table = pd.DataFrame(rows)
+    table.attrs |= {"setting": {"n": 4, "device": "a card"}, "absent": ["c (no memory)"]}
+    monkeypatch.setattr(speed, "job", lambda name, **_: lambda: table)
+    shown = CliRunner().invoke(app, ["bench", "layer"])
+    setting, *lines = shown.stdout.splitlines()
+    assert setting == "n=4 device=a card" and [line.split() for line in lines] == [
+        ["arm", "ms", "mfu"], ["a", "1.235"], ["b", "0.5"], [],
+        ["not", "measured", "(not", "installed,", "or", "not", "possible", "here):"], ["c", "(no", "memory)"],
+    ]  # fmt: skip
+
+
 def test_a_table_that_cannot_be_kept_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "job", lambda name, **_: fake)
     shown = CliRunner().invoke(app, ["bench", "layer", "--json", str(tmp_path)])
@@ -93,6 +106,11 @@ def test_the_command_measures_everything_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path / "home"))
     assert CliRunner().invoke(app, [*command[:4], "--only", "growth"]).exit_code == 0
     assert [path.name for path in paths.results("smoke", "bench").iterdir()] == ["growth.json"]
+    monkeypatch.setattr(speed, "jobs", lambda **_: {"step": fake, "step-times": fake})
+    for only, parts in (("step", "step"), ("ste", "step, step-times"), (",", "step, step-times")):
+        shown = CliRunner().invoke(app, [*command, "--only", only])  # a whole name is no beginning of another
+        assert shown.stdout.startswith(f"{parts} -> {tmp_path}\n")
+    monkeypatch.setattr(speed, "jobs", lambda **_: dict.fromkeys(("layer-a", "step", "growth"), fake))
     refused = CliRunner().invoke(app, [*command, "--only", "stepp"])
     assert refused.exit_code == 2 and "layer-a, step, growth" in refused.stderr
 

@@ -137,9 +137,11 @@ def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monke
         "losses": ("losses", (asked["base"], several[-1], "fsdp2"), {}),
     }
     files = {"training": "scaling", "layers": "scaling-layers", "losses": "scaling-losses"}
+    CliRunner().invoke(app, ["bench", "scaling", "--scale", "smoke", "--only", "losses", "--out", str(tmp_path / "x")])
+    assert called.pop() == ("losses", (asked["base"], several[-1], "ddp"), {}) and scales.pop() == "smoke"
     parts = only.split(",") if only else list(every)
     assert called == [every[part] for part in parts] and scales == ["gpu" if there and not only else "smoke"]
-    kept = {path.name: json.loads(path.read_text())["setting"]["of"] for path in tmp_path.iterdir()}
+    kept = {path.name: json.loads(path.read_text())["setting"]["of"] for path in tmp_path.glob("*.json")}
     assert kept == {f"{files[part]}.json": every[part][0] for part in parts}
 
 

@@ -58,6 +58,9 @@ def test_the_gate_with_the_lowest_error_chooses(learned):
     own = [(c.min(), c.max()) for c in model.classes]
     answers, told = model.answers([task.val_x for task in tasks], [task.classes for task in tasks])
     assert torch.equal(torch.cat(answers), said) and len(answers) == len(told) == 2
+    with torch.device("meta"):  # where what is made without `device=` has no numbers
+        again, told_again = model.answers([task.val_x for task in tasks], [])
+    assert all(torch.equal(a, b) for a, b in zip([*answers, *told], [*again, *told_again], strict=True))
     for k, task in enumerate(tasks):  # the task's own expert, whatever the gates say
         assert told[k].tolist() == task.classes[model.experts[k](task.val_x).argmax(1)].tolist()
     swapped = model.answers([task.val_x for task in reversed(tasks)], [])[1]
