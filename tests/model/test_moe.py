@@ -229,7 +229,7 @@ def test_a_layer_of_ones_own_starts_by_fan_in():
 def test_a_router_of_another_width_is_refused():
     with pytest.raises(ValueError, match="needs batch_shape"):  # a list of tokens has no sequences
         layer(lambda: ExpertChoice(D, E, pool="sequence"))(tokens().flatten(0, 1))
-    with pytest.raises(ValueError, match="d_model=16"):
+    with pytest.raises(ValueError, match="^d_model=16: must equal the router's, 8$"):
         MoE(ExpertChoice(D, E), 16, FF)
 
 
