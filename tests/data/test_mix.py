@@ -81,6 +81,7 @@ def test_counts_bytes_and_provenance_are_those_of_what_is_used(mix):
     assert min(each) > 0.98 * max(each)
     assert said["name"] == "33% All A + 33% z.txt + 33% c.txt"
     assert said["licence"] == "All A: CC0; z.txt: not stated; c.txt: not stated"
+    assert said["attribution"] == "All A: not stated; z.txt: not stated; c.txt: not stated"
     assert [part["share"] for part in said["parts"]] == [1 / 3] * 3
     assert [part["data"] for part in said["parts"]] == mix.removeprefix("mix:").split(",")
     two = described(mix.rpartition(",")[0], said["parts"][:2])

@@ -267,6 +267,24 @@ def test_evaluation_holds_a_few_experts_at_a_time(monkeypatch, held, slots, at_o
     assert seen[-1] == 5  # the backward pass will need them all
 
 
+@pytest.mark.parametrize("tasks", [torch.tensor([5, 3]), torch.arange(N).view(B, T)])
+def test_a_router_is_told_what_is_known_of_each_token(monkeypatch, tasks):
+    moe, told = layer(kernels="plain"), []
+    assign = moe.router.assign
+    monkeypatch.setattr(moe.router, "assign", lambda logits, **known: told.append(known) or assign(logits))
+    ids, mask = torch.arange(N).view(B, T).flip(1), torch.arange(T) < torch.tensor([[5], [9]])
+    moe(tokens(), ids, tasks, mask)
+    (known,) = told
+    assert known.pop("batch_shape") == (B, T)
+    each = tasks if tasks.dim() == 2 else torch.stack([task.expand(T) for task in tasks])
+    expected = {"token_ids": ids.flatten(), "task_ids": each.flatten(), "mask": mask.flatten()}
+    assert known.keys() == expected.keys() and all(torch.equal(known[name], value) for name, value in expected.items())
+
+
+def test_what_a_pass_has_counted_is_no_state_of_the_layer():
+    assert {name for name in layer().state_dict() if not name.startswith("router.")} == {"w1", "w2"}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
