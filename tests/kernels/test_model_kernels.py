@@ -14,8 +14,8 @@ from tests.kernels.oracle import DEVICE
 def test_biases_are_those_of_the_distances_around_a_block(dtype):
     """By distance, less that of the far ones, as a binary logarithm; finite in float16, which 16 bits are."""
     T, near, edge = 256, 130, attention.BLOCK
-    table = 3 * torch.randn(2, T, generator=torch.Generator().manual_seed(0))
-    table[0, 3], table[1, 7], table[:, near:] = -1e6, 1e6, torch.tensor([[1.0], [-2.0]])
+    table = 3 * torch.randn(3, T, generator=torch.Generator().manual_seed(0))
+    table[0, 3], table[1, 7], table[:, near:] = -1e6, 1e6, torch.tensor([[1.0], [-2.0], [0.5]])
     found = attention.biases(torch.empty(0, device=DEVICE, dtype=dtype), table.to(DEVICE), near, 2).cpu()
     span = 2 * edge  # whole blocks that hold all near distances
     row, column = torch.arange(edge)[:, None], torch.arange(span + edge)
@@ -62,6 +62,7 @@ def test_gradients_of_biases_add_up_in_float32():
     qkv, dout = (torch.randn(*s, generator=g).to(DEVICE, torch.bfloat16) for s in ((2, 128, 3, 1, 16), (2, 128, 1, 16)))
     table = torch.zeros(1, 128, device=DEVICE)
     out, lse = attention.forward(qkv, table, 100)
+    assert out.shape == (2, 128, 1, 16) and lse.shape == (2, 1, 128)
     _, sums = attention.backward(dout, qkv, out, lse, table, 100)
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4)[:, :, 0]
     later = torch.ones(128, 128, device=DEVICE).triu(1).bool()

@@ -147,7 +147,7 @@ def assert_near(found, expected, near, tolerance):
     + [(1, 384, 130)],
 )
 def test_output_and_gradients_are_those_of_attention_as_written_out(kernels, B, T, near):
-    given = problem(B, T, h=2 if near == 66 else 1, near=near)  # an interpreted head takes seconds
+    given = problem(B, T, h=3 if B == 2 else 1, near=near)  # an interpreted head takes seconds
     assert_near(ours(*given, near), oracle(*given), near, TOLERANCE[DTYPE])
 
 

@@ -108,6 +108,12 @@ def test_bad_input_is_named(bad):
         generate(**({"model": warm(), "prompt": ids(1, 2), "tokens": 1} | bad))
 
 
+def test_drawing_tokens_leaves_others_random_numbers_alone():
+    model, before = warm(), torch.get_rng_state()
+    generate(model, ids(1, 2), 3, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_was_given_is_repeated_in_the_error():
     model = warm()
     with pytest.raises(ValueError, match=r"^prompt has shape \(3, 0\): must be \(B, T\) with at least one token$"):

@@ -282,7 +282,9 @@ def test_a_router_is_told_what_is_known_of_each_token(monkeypatch, tasks):
 
 
 def test_what_a_pass_has_counted_is_no_state_of_the_layer():
-    assert {name for name in layer().state_dict() if not name.startswith("router.")} == {"w1", "w2"}
+    moe = layer()
+    assert {name for name in moe.state_dict() if not name.startswith("router.")} == {"w1", "w2"}
+    assert {moe.load.dtype, moe.demand.dtype, moe.tokens.dtype, moe.experts_per_token.dtype} == {torch.long}
 
 
 @pytest.mark.parametrize(
