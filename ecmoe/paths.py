@@ -95,7 +95,7 @@ def with_content(data: str) -> str:
         named = {f"{i}:{name}": path for i, part in enumerate(files) for name, path in part.items()}
         return f"{data}#{content_sha256(named)[:16]}"
     remembered = _remembered(data)
-    return data + remembered.read_text() if remembered.is_file() else data
+    return data + remembered.read_text(encoding="utf-8") if remembered.is_file() else data
 
 
 def check_content(data: str) -> None:
@@ -108,7 +108,9 @@ def check_content(data: str) -> None:
 
 def remember_content(data: str) -> None:
     """Store the content hash of `data`, so that its runs and tokens are still found after the text is deleted."""
-    if content_of(data) and not (_remembered(data).is_file() and _remembered(data).read_text() == content_of(data)):
+    if content_of(data) and not (
+        _remembered(data).is_file() and _remembered(data).read_text(encoding="utf-8") == content_of(data)
+    ):
         with contextlib.suppress(OSError):  # the cache may be read-only
             write_text(_remembered(data), content_of(data))
 

@@ -228,7 +228,8 @@ def test_a_command_passes_on_what_it_is_given(words, monkeypatch):
         return f"ONE of {value.of}" if hasattr(value, "of") else str(value) if isinstance(value, Path) else value
 
     monkeypatch.setattr(f"ecmoe.{function}", spy)  # first: what this imports must get the plan as it is
-    monkeypatch.setattr("ecmoe.study.engine.lacks", lambda *_: "missing")
+    asked_scale = words.split("--scale ")[-1].split()[0] if "--scale" in words else "gpu"
+    monkeypatch.setattr("ecmoe.study.engine.lacks", lambda one, scale: "missing" * (scale == asked_scale))
     monkeypatch.setattr("ecmoe.study.plan.plan", planned)
     monkeypatch.setattr("ecmoe.study.plan.sound", lambda scale: (planned(scale), {}))
     call(*words.split())

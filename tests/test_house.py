@@ -1,5 +1,6 @@
 """The house: floors that only import downwards, no circle between files, few things at the door."""
 
+import ast
 import graphlib
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def test_files_import_in_no_circle():
 def test_few_things_lie_at_the_door():
     entries = [path for path in (ROOT / "ecmoe").iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 18, sorted(path.name for path in entries)
+
+
+def test_text_is_read_as_utf_8_whatever_the_system_uses():
+    """What is written goes through `files.write_text`."""
+    for path in sorted((ROOT / "ecmoe").rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "read_text":
+                keys = {key.arg: ast.unparse(key.value) for key in call.keywords}
+                assert keys.get("encoding") == "'utf-8'", f"{path.name}:{call.lineno}"
 
 
 def test_types_hold():

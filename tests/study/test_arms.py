@@ -266,6 +266,8 @@ def test_pages_without_runs_at_scale_gpu_have_the_sizes_that_were_chosen():
             "checkpoint_every": 1000,
         }
     }  # fmt: skip
+    fast = {"compile": True, "cuda_graph": True, "checkpoint_every": 3200}  # which no run's name keeps
+    assert fast.items() <= SCALES["gpu"]["base"].items()
     small = {"layers": 4, "d_model": 128, "d_ff": 256, "steps": 1000, "batch_size": 250, "learning_rate": 0.001}
     gates = {"code": 64, "gate_steps": 4000, "gate_learning_rate": 0.001}
     assert tasks == {"seeds": [0, 1, 2], "base": pictures | small | gates}
