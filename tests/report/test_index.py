@@ -1,6 +1,7 @@
 """All claims at a glance, and what pages rest on: distinct runs, what is missing, what they cost."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -171,6 +172,11 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     )  # over 50%; from 23% and 3%, whose side is neither
     assert (near.data["low"] < near.data["mean"]).all() and set(near.data["unit"]) == {"percent"}
     assert index.effects({"C1": verdicts["C1"]}).figure is None
+    level = judged("C6", losses(**dict.fromkeys(("EC-CF2 renormalized", "Hash modulo"), seeds(3.6))))
+    mostly = index.effects({"one": level, "other": level, "C6": verdicts["C6"]})
+    assert mostly.alt.count("C6 modulo against EC-CF2 0.000 (0.000 to 0.000), no effect") == 2  # of no size at all
+    part = dataclasses.replace(verdicts["C6"].parts[0], says="near", figure=0.0, neutral=0.5)
+    assert index._to_the_papers_side(part, 0.25, 0.1, 0.4) == (0.25, 0.1, 0.4)  # the figure is 0, and not nothing
     two = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.6), "Hash modulo": seeds(3.62, noise=0.03)}))
     left, right = index.effects({"C6": verdicts["C6"], "wide": two, "C9": verdicts["C6"]}).figure.axes[0].get_xlim()
     assert left == -right and right < 0.1  # one wide interval doesn't squeeze the rest

@@ -131,6 +131,19 @@ def test_time_is_the_share_of_steps_times_what_a_whole_run_of_it_takes_a_step(mo
     ]
 
 
+def test_arms_of_a_part_count_alike_or_by_their_doublings(monkeypatch):
+    evidence = Evidence("gpu", "06_number_of_experts")
+    values = {"16": {0: 4.0, 1: 5.0}, "32": {0: 3.0, 1: 4.5}, "128": {0: 1.0, 1: 2.5}, "b": {1: 1.0, 0: 2.0}}
+    monkeypatch.setattr(evidence, "values", lambda arm, column: values[arm])
+    mean, slope = (
+        evidence.estimate(Part("p", ("16", "32", "128"), "below", "", "val_loss", b, over=over))
+        for b, over in ((("b", "16"), ()), ((), (16, 32, 128)))
+    )
+    assert mean.value == pytest.approx(((8 / 3 - 3) + (4 - 3)) / 2)  # of each seed, over its arms
+    by_hand = [np.polyfit([4, 5, 7], losses, 1)[0] for losses in ((4.0, 3.0, 1.0), (5.0, 4.5, 2.5))]
+    assert slope.value == pytest.approx(np.mean(by_hand)) and mean.n == slope.n == 2
+
+
 def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     study(
         {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"

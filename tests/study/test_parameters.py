@@ -110,9 +110,9 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
 def test_unknown_parameters_and_text_for_numbers_are_errors():
     made = notebook(
         "width: int = 1\nrate: float = 0.1\nfail: bool = False\nlimit: int | None = None  # a = hides nothing here\n"
-        "names = list('ab')  # no literal\nrate_of: dict = {'a': 2}\nprint(width)"
+        "names = list('ab')  # no literal\nodd = {[]: 1}\nrate_of: dict = {'a': 2}\nprint(width)"
     )
-    defaults = {"width": 1, "rate": 0.1, "fail": False, "limit": None, "names": None, "rate_of": {"a": 2}}
+    defaults = {"width": 1, "rate": 0.1, "fail": False, "limit": None, "names": None, "odd": None, "rate_of": {"a": 2}}
     assert notebook_parameters(made) == defaults and list(notebook_parameters(made)) == list(defaults)
     check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
     check_parameters(made, {"width": None, "rate": 1}, "x.ipynb")  # as it has it; and a whole number is a number
