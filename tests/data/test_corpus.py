@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 import re
 import sys
 
@@ -195,10 +196,19 @@ def test_broken_files(tmp_path):
     (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(bytes(range(97, 123)) * 5000)[:-20])
     (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "latin.jsonl").write_bytes('{"text": "Grüße"}'.encode("latin-1"))
+    (tmp_path / "no.txt.gz").write_text("no archive")
+    (tmp_path / "no.txt.xz").write_text("no archive")
+    packed = gzip.compress(random.Random(0).randbytes(9000).hex().encode())
+    (tmp_path / "other.txt.gz").write_bytes(packed[:20] + b"\xff" * 99 + packed[119:])
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     text, json_line = "it must be UTF-8 text", "it must be a JSON object a line, with text"
     for name, told in (
         ("latin.txt", rf"can't be read \(UnicodeDecodeError: .*\); {text}"),
         ("cut.txt.xz", rf"can't be read \(EOFError: .*\); {text}"),
+        ("no.txt.gz", rf"can't be read \(BadGzipFile: .*\); {text}"),
+        ("no.txt.xz", rf"can't be read \(LZMAError: .*\); {text}"),
+        ("other.txt.gz", rf"can't be read \(error: .*\); {text}"),
+        ("deep.json", rf"can't be read \(RecursionError: .*\); {json_line}"),
         ("latin.jsonl", rf"can't be read \(UnicodeDecodeError: .*\); {json_line}"),
         ("other.jsonl", ".*body.*"),
     ):
