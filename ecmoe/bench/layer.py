@@ -151,7 +151,7 @@ def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
 
 def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
     """Return a layer with another router that shares the weights of `first`."""
-    layer = MoE(router.to(first.w1), router.d_model, 1, kernels=kernels)
+    layer = MoE(router, router.d_model, 1, kernels=kernels)
     layer.w1, layer.w2, router.weight = first.w1, first.w2, first.router.weight
     return layer.to(first.w1.device)
 

@@ -30,7 +30,7 @@ def held_to(kind: Any, value: Any, where: str) -> Any:
         key, given = ": ".join(map(str, first["loc"])), first["input"]
         if first["type"] == "unexpected_keyword_argument":
             raise ConfigError(f"{where}: unknown key {key!r}: {nearest(key, kind.__dataclass_fields__)}") from error
-        if first["type"] in ("missing", "missing_argument"):
+        if first["type"] == "missing":
             raise ConfigError(f"{where}: {key} is missing") from error
         raise ConfigError(f"{where}: {f'{key}=' if key else ''}{given!r}: {first['msg']}") from error
 

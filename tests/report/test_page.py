@@ -586,7 +586,10 @@ def test_of_what_a_cell_shows_html_comes_before_a_picture():
         assert (picture["src"], picture["alt"]) == ("data:image/png;base64,iVBORw0KGgo=", alt)
 
 
-def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives(tmp_path, monkeypatch, capsys):
+def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives(tmp_path, monkeypatch):
+    errors = []
+    for hook in ("unraisablehook", "excepthook"):
+        monkeypatch.setattr(sys, hook, lambda *error: errors.append(error))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # which may be too long for a socket's path
     managers = [execution._ThisPython() for _ in range(2)]
     folders = [Path(manager.ip).parent for manager in managers]
@@ -598,7 +601,7 @@ def test_a_kernel_has_a_folder_of_its_own_as_long_as_it_lives(tmp_path, monkeypa
     folders[1].rmdir()  # somebody else tidied up
     managers.clear()
     gc.collect()
-    assert not any(folder.exists() for folder in folders) and not capsys.readouterr().err
+    assert not any(folder.exists() for folder in folders) and not errors
 
 
 def test_what_a_notebook_showed_before_its_kernel_died_is_on_the_page(tmp_path):

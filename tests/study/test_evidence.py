@@ -70,6 +70,7 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study, monkey
     assert judge("C5", "smoke").label == PLUMBING
     monkeypatch.setattr("ecmoe.study.verdict.plan", lambda scale: 1 / 0)  # which a page that can't be planned stops
     assert judge_all("gpu")["C5"] == found
+    assert judge("C5", "gpu", planned=[]).label == NOT_RUN  # a plan of nothing is a plan
 
 
 def test_a_record_of_another_run_is_not_believed(study):
