@@ -104,9 +104,9 @@ def test_a_step_that_fails_is_named(monkeypatch):
     assert "GShard top-2, even, grouped_mm, eager (ZeroDivisionError: division by zero)" in table.attrs["absent"]
 
 
-def test_steps_begin_with_the_same_weights_each_time(monkeypatch):
-    monkeypatch.setattr(bench_step_module, "step_of", lambda lit, *_: list(lit.parameters()))
-    first, again = ([p for call in steps(arms(STEP), CPU, compiled=False).values() for p in call] for _ in range(2))
+def test_steps_begin_with_the_same_weights_and_forced_choices_each_time(monkeypatch):
+    monkeypatch.setattr(bench_step_module, "step_of", lambda lit, *_: [*lit.parameters(), *lit.buffers()])
+    first, again = ([t for call in steps(arms(STEP), CPU, compiled=False).values() for t in call] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and first[0] is not again[0]
 
 

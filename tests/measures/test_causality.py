@@ -79,11 +79,12 @@ def test_features_are_scaled_by_what_trains():
 
 
 def test_the_probe_is_ridge_regression_whose_intercept_is_free():
-    x, y = torch.randn(200, 3, generator=generator(0)), torch.randint(C, (200,), generator=generator(1))
-    sample = probe.Sample(torch.zeros(200, C), x, (y + (x[:, 2] > 0)) % C)
-    W = torch.zeros(4, C, requires_grad=True)
-    probe._fit(W, sample, 20.0)
-    theirs = LogisticRegression(C=1 / 20.0, tol=1e-8, max_iter=1000).fit(x, sample.target)
+    x, y = torch.randn(400, 20, generator=generator(0)), torch.randint(C, (400,), generator=generator(1))
+    x[:, 10:] = x[:, :10] + 0.3 * x[:, 10:]  # which takes some steps to tell apart
+    sample = probe.Sample(torch.zeros(400, C), x, (y + (x[:, 2] > 0)) % C)
+    W = torch.zeros(21, C, requires_grad=True)
+    probe._fit(W, sample, 5.0)
+    theirs = LogisticRegression(C=1 / 5.0, tol=1e-8, max_iter=5000).fit(x, sample.target)
     np.testing.assert_allclose(W[:-1].detach().T, theirs.coef_, atol=2e-3)
     np.testing.assert_allclose(
         W[-1].detach() - W[-1].detach().mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-3

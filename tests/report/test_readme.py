@@ -42,9 +42,12 @@ def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
     os.utime(page, (0, 0))
     assert not readme.update("gpu") and page.stat().st_mtime == 0  # what hasn't changed isn't written
     assert page.read_text().startswith("evidence a\n") and page.read_text().endswith("\nlast\n")
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="evidence:begin"):
-        readme.update("gpu")
+    begin, end = (f"<!-- evidence:{where} -->" for where in ("begin", "end"))
+    for wrong in ("no marks", f"{end} a {begin}", f"{begin} a {begin}", f"{begin} a {end} {end}"):
+        page.write_text(wrong)
+        with pytest.raises(ValueError, match="evidence:begin"):
+            readme.update("gpu")
+        assert page.read_text() == wrong
 
 
 def test_a_figure_has_its_words_in_quotes_and_a_part_without_one_says_so(monkeypatch):
