@@ -98,6 +98,7 @@ def test_every_file_that_decides_is_in_the_digest_and_no_other(tmp_path, monkeyp
     assert len(before) == 12 and len({digest(**{name: "x = 2"}) for name in files} | {before}) == 8
     for same in ("x: int = 1", '"""Words."""\nx = 1', "y: int\nx = 1", "x = (\n  1\n)"):
         assert (digest(**{files[3]: same}) == before) == (same[:6] != "x: int")  # an assignment with a type is another
+    assert len({digest(**{files[3]: f"x: int = {value}"}) for value in (1, 2)}) == 2  # of which the value counts
     assert digest(**{"cli/a.py": "x = 2", "data/b.txt": "y"}) == before
     defined = [
         digest(**{files[0]: text})

@@ -208,7 +208,7 @@ def test_a_finished_run_of_another_schema_or_name_is_not_taken(run):
     config, folder = run
     other = config.replace(seed=98)
     shutil.copytree(folder, paths.runs() / other.name)
-    with pytest.raises(Damaged, match=f"it holds the run {config.name}"):
+    with pytest.raises(Damaged, match=rf"summary\.json is damaged \(it holds the run {config.name}\)"):
         run_or_load(other, train=False)
     assert run_or_load(other, progress=False).summary["seed"] == 98
 
