@@ -48,3 +48,23 @@ def distance(ours, theirs):
 def assert_near(ours, theirs, dtype):
     for name, a, b in zip(("out", "x", "w1", "w2", "gate"), ours, theirs, strict=True):
         assert distance(a, b) < TOLERANCE[dtype], name
+
+
+def spoil_new_memory(monkeypatch) -> None:
+    """New memory holds, and lies within, what spoils all that reads it: no numbers, and whole ones that are no places."""
+
+    def spoiled(shape, dtype, device) -> torch.Tensor:
+        size = torch.Size(shape)
+        whole = torch.full(
+            (size.numel() + 128,), torch.nan if dtype.is_floating_point else 99, dtype=dtype, device=device
+        )
+        return whole[64:-64].view(size)
+
+    def like(t, dtype=None, **_):
+        return spoiled(t.shape, dtype or t.dtype, t.device)
+
+    def new(t, *shape, dtype=None, device=None):
+        return spoiled(shape[0] if isinstance(shape[0], list | tuple) else shape, dtype or t.dtype, device or t.device)
+
+    monkeypatch.setattr(torch, "empty_like", like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new)

@@ -13,7 +13,7 @@ from ecmoe.kernels import choice, common
 from ecmoe.kernels import layer as kernel_layer
 from ecmoe.routers import ROUTERS as ROUTERS_BY_NAME
 from ecmoe.routing import Assignment, ExpertChoice, Hash, TokenChoice, build_router, router, watched
-from tests.kernels.oracle import DEVICE, WHOLE, distance, problem
+from tests.kernels.oracle import DEVICE, WHOLE, distance, problem, spoil_new_memory
 
 D, FF, E, B, T = 16, 32, 4, 2, 12
 
@@ -169,6 +169,24 @@ def test_bf16_is_no_further_from_float32_than_the_plain_path():
         assert all(ours < 1e-2 for ours in fast)
         if not kernels.INTERPRETED:  # which rounds otherwise
             assert all(ours < 1.05 * theirs for ours, theirs in zip(fast, plain, strict=True))
+
+
+@pytest.mark.parametrize("gate", ["scaled", "renormalized"])
+@pytest.mark.parametrize("watching", [False, True])
+def test_nothing_is_read_that_nobody_has_written(gate, watching, monkeypatch):
+    """At once or in steps: memory that is new, and what lies around it, changes no number."""
+    moe = layer("triton", lambda: ExpertChoice(D, E, 2.0, gate=gate))
+    x, results = tokens(), []
+    for garbage in (False, True):
+        if garbage:
+            spoil_new_memory(monkeypatch)
+        wanted = [x.clone().requires_grad_(), *moe.parameters()]
+        with watched(moe) if watching else nullcontext():
+            out = moe(wanted[0])
+        results.append((out, *torch.autograd.grad(out.square().sum(), wanted), *(b.clone() for b in moe.buffers())))
+        moe.router.cutoff.pending.zero_(), moe.router.cutoff.count.zero_()
+    for name, (a, b) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("again", ["experts", "whole layer"])

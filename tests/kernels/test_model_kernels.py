@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ecmoe.kernels import attention, loss
-from tests.kernels.oracle import DEVICE
+from tests.kernels.oracle import DEVICE, spoil_new_memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,6 +37,19 @@ def test_losses_of_no_token_and_of_every_other_target():
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
     one = loss.losses_(z[1:2].clone(), targets[1:2], False)  # what is left over for the last chunk may be one token
     torch.testing.assert_close(one, right[1:2], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_reads_nothing_that_nobody_has_written(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    qkv, dout = (torch.randn(*s, generator=g).to(DEVICE) for s in ((1, 128, 3, 1, 16), (1, 128, 1, 16)))
+    table, found = torch.randn(1, 128, generator=g).to(DEVICE), []
+    for spoiled in (False, True):
+        if spoiled:
+            spoil_new_memory(monkeypatch)
+        out, lse = attention.forward(qkv, table, 70)
+        dqkv, sums = attention.backward(dout, qkv, out, lse, table, 70)
+        found.append((out, lse, dqkv, sums[:, :70]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("near", "asked"), [(50, 50), (1000, 128)])

@@ -5,7 +5,7 @@ import torch
 
 from ecmoe import kernels
 from ecmoe.kernels import choice, routing, selection
-from tests.kernels.oracle import DEVICE, distance
+from tests.kernels.oracle import DEVICE, distance, spoil_new_memory
 
 
 @pytest.mark.parametrize(("m", "k"), [(64, 8), (100, 33), (7, 7), (1, 1), (9000, 300), (9000, 8999), (20_000, 600)])
@@ -47,6 +47,20 @@ def test_select_is_right_where_its_sample_misleads(kind):
     }[kind]
     expected = scores.argsort(descending=True, stable=True)[:k].sort().values
     assert torch.equal(kernels.select(scores.to(DEVICE), k).cpu(), expected)
+
+
+def test_select_and_logits_read_nothing_that_nobody_has_written(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    scores, x, w, gradient = (
+        torch.randn(*s, generator=g).to(DEVICE) for s in ((3, 9000), (130, 70), (70, 17), (130, 17))
+    )
+    wanted, found = [t.requires_grad_() for t in (x, w)], []
+    for spoiled in (False, True):
+        if spoiled:
+            spoil_new_memory(monkeypatch)
+        out, _ = kernels.logits(*wanted)
+        found.append((kernels.select(scores, 300), out, *torch.autograd.grad(out, wanted, gradient)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_select_orders_all_float32_numbers():
