@@ -545,6 +545,64 @@ def test_a_figure_has_room_for_all_its_rows():
     assert all(2 < few <= 1.5 + 4 * 0.5 for few in heights[4])
 
 
+def measures(plot):
+    """Height in inches; widths of lines, sizes of marks, sizes of letters; columns of the legend."""
+    lines, marks, letters = set(), set(), set()
+    for ax in plot.figure.axes:
+        for line in ax.lines:
+            lines.add(line.get_linewidth())
+            marks |= {line.get_markersize()} if line.get_marker() not in ("None", None, "") else set()
+        for those in ax.collections:
+            lines |= {*map(float, those.get_linewidths())}
+            marks |= {*map(float, getattr(those, "get_sizes", list)())}
+        named = [*ax.texts, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
+        letters |= {text.get_fontsize() for text in named if text.get_text()}
+    sizes = [sorted(round(size, 2) for size in of) for of in (lines, marks, letters)]
+    return round(float(plot.figure.get_size_inches()[1]), 2), *sizes, [legend._ncols for legend in plot.figure.legends]
+
+
+def test_lines_marks_and_letters_are_as_large_as_on_all_pages(runs):
+    """Figures of a page stand beside each other; who changes a size looks at all pages anew."""
+    of_runs, both = table(runs), [(what, 0.5) for what in (FORWARD, BOTH)]
+    kinds = pd.DataFrame({"kind": ["a", "idle"], "ms": [1.0, 2.0], "share": [0.4, 0.6], "most": ["x", "y"]})
+    timed = {"path": "plain", "mode": EAGER, "ms": 3.0, "low_ms": 2.0, "high_ms": 4.0}
+    steps = [timed | {"arm": arm, "routing": how} for arm in ("EC-CF2", "GShard top-2") for how in ("own", "even")]
+    layers = [{"size": "a", "layer": "EC", "variant": "", "mode": EAGER, "name": "EC", "what": what, "ms": 1.0,
+               "share_of_floor": share, "low_ms": 1.0, "high_ms": 1.0} for what, share in both]  # fmt: skip
+    grown = pd.DataFrame(
+        {"axis": "n", "value": [8192, 1000], "ms": [4.0, 2.0], "low_ms": 1.0, "high_ms": 6.0, "floor_ms": 0.5}
+    )
+    fits = pd.DataFrame([("n", 0.5, 0.4, 0.6, 2.0)], columns=["axis", "exponent", "low", "high", "at_1"])
+    two = [
+        {"arm": "EC", "seed": s, "routing": how, "given": "x", "bits": s + 0.5}
+        for how in ("as trained", "causally")
+        for s in (0, 1)
+    ]
+    auto = [{"n": n, "d_model": 64, "mode": EAGER, "what": what, "ratio": x} for n in (8, 16) for what, x in both]
+    learned = [{"arm": "EC", "seed": 0, "after": after, "task": 1, "name": "x", "accuracy": 0.5} for after in (1, 2)]
+    shares = pd.DataFrame([[0.9, 0.1], [0.2, 0.8]])
+    expected = {
+        "steps": (plots.over(curves(runs), "step"), 4.2, [0.0, 1.8], [], [9, 10], []),
+        "setting": (plots.over(of_runs.assign(steps=of_runs["seed"] % 2), "steps"), 4.2, [1.5, 1.8], [7], [9, 10], []),
+        "difference": (plots.over(curves(runs), "step", reference="EC"), 4.2, [0.0, 1.4, 1.8], [], [9, 10], []),
+        "level": (plots.over(of_runs.assign(steps=[1, 2, 3, 4, 4, 4, 4]), "steps", level="top-2"), 4.2, [1.4, 1.5, 1.8], [7], [9, 10], []),
+        "final": (plots.final_loss(of_runs), 2.5, [1.2, 2.0], [7, 81], [10], []),
+        "shares": (plots.expert_shares(of_runs, {"x": 0.5}), 3.5, [], [], [9, 10], [9]),
+        "matrix": (plots.routing_matrix({"a": [[1, 0], [0, 0.5]]}, ["x", "y"]), 2.44, [1], [], [9, 10], []),
+        "profile": (plots.profile(kinds), 1.7, [], [], [9, 10], []),
+        "step times": (plots.step_times(pd.DataFrame(steps)), 1.84, [1.0, 1.5, 2.0], [7, 49], [10], [2]),
+        "floor": (plots.share_of_floor(pd.DataFrame(layers)), 2.16, [1.0, 2.7], [6], [10], [2]),
+        "growth": (plots.growth(grown, fits), 3.6, [1.5], [6], [9, 10], [3]),
+        "two routings": (plots.by_routing(pd.DataFrame(two), "bits", "given", "bits"), 2.5, [1.0, 1.5, 2.0], [6, 7], [10], [2]),
+        "plain": (plots.over_plain(pd.DataFrame(auto)), 3.4, [0.0, 1.0, 1.5], [6], [10], [8]),
+        "retention": (plots.retention(pd.DataFrame(learned)), 2.9, [1.5, 1.8], [7], [9, 10], []),
+        "gates": (plots.gate_choices(shares, shares, ["x", "y"]), 3.18, [1], [], [9, 10], []),
+    }  # fmt: skip
+    assert {name: measures(plot) for name, (plot, *_) in expected.items()} == {
+        name: tuple(sizes) for name, (_, *sizes) in expected.items()
+    }
+
+
 def test_the_label_of_a_difference_is_no_wider_than_its_figure():
     arm = "GShard top-2 renormalized, no auxiliary loss"
     other = "GShard top-2 renormalized, first choices counted"  # beside whose name the axis is short
