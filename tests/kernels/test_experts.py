@@ -16,6 +16,7 @@ from tests.kernels.oracle import (
     distance,
     oracle,
     problem,
+    spoil_new_memory,
     with_gradients,
 )
 
@@ -41,6 +42,19 @@ def test_tokens_that_all_or_none_take_and_empty_slots(dtype):
     assert_near(ours, oracle(x, w1, w2, token, gate, gradient), dtype)
     assert (ours[0][:3] == 0).all() and (ours[1][:3] == 0).all()
     assert (ours[2][8] == 0).all() and (ours[4][token == 20] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [WHOLE, ODD])  # fused and not
+def test_experts_read_nothing_that_nobody_has_written(sizes, monkeypatch):
+    x, w1, w2, token, gate, gradient = problem(*sizes, torch.float32)
+    token[1, 2:], token[2] = len(x), len(x)  # empty slots
+    gate = torch.where(token == len(x), 0.0, gate.detach()).requires_grad_()
+    found = []
+    for spoiled in (False, True):
+        if spoiled:
+            spoil_new_memory(monkeypatch)
+        found.append(with_gradients(kernels.experts, x, w1, w2, token, gate, gradient))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_more_rows_and_columns_than_a_program_holds():
