@@ -141,6 +141,14 @@ def test_a_label_that_cannot_be_is_named(tmp_path, label):
         images.load(f"images:{tmp_path}")
 
 
+def test_a_label_may_have_16_bits(tmp_path):
+    for part in ("train", "test"):
+        pack(tmp_path, part, [0, 1])
+    places = lzma.open(tmp_path / "toy_train.idx.xz", "rt").read()
+    (tmp_path / "toy_train.idx.xz").write_bytes(lzma.compress(f"{places[:-1]}65535".encode()))
+    assert images.load(f"images:{tmp_path}").train_y.tolist() == [0, 65535]
+
+
 def test_a_jpeg_that_cannot_be_read_is_named_by_its_place(tmp_path):
     for part in ("train", "test"):
         pack(tmp_path, part, [0, 1])

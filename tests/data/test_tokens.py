@@ -69,6 +69,11 @@ def test_tokens_are_the_text(book, make, keys):
     assert len(meta["source_sha256"]) == 64
 
 
+def test_257_tokens_are_more_than_a_byte_tells_apart(book, make):
+    found = make(book, tokenizer="bpe", vocab_size=257, max_bytes=40_000)
+    assert found.train.dtype == np.uint16  # 256 bytes and the end of a document
+
+
 def test_bpe_learns_nothing_from_what_validates(monkeypatch, make):
     letters = np.random.default_rng(0).choice(list("abcdefgh"), (100, 400))
     sets = {
