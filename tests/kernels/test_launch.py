@@ -1,6 +1,7 @@
 """How kernels are launched, and functions become operators."""
 
 import inspect
+import re
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ecmoe import kernels
-from ecmoe.kernels import attention, capped, common, layer, product, rows
+from ecmoe.kernels import attention, capped, choice, common, layer, loss, product, routing, rows, selection
 from ecmoe.kernels.common import Operator, block, cdiv, described, kernel
 
 
@@ -233,6 +234,19 @@ def test_where_nothing_is_said_products_are_fused_and_nothing_is_written_down():
     keys = {"scale": 1.0, "cutoff": None, "statistics": None, "fuse": True}
     assert keys.items() <= defaults.items()
     assert inspect.signature(kernels.experts).parameters["fuse"].default is True
+
+
+def test_rows_are_counted_in_64_bits():
+    """Places of numbers, such as e k f, exceed 2^31 only at sizes for which no test has the memory."""
+    few = {"_invert_kernel", "_logits_dw_kernel", "_sum_kernel"}  # e k slots, which are int32; d; d e
+    found = set()
+    for module in (choice, loss, routing, rows, selection):
+        for name, one in vars(module).items():
+            if isinstance(one, kernel):
+                source = inspect.getsource(one.jit.fn)
+                counted = re.findall(r"tl\.program_id\(0\)(?! == 0)(\.to\(tl\.int64\))?", source)
+                found |= {name} if not all(counted) else set()
+    assert found == few
 
 
 def test_sizes_of_grids_and_blocks():

@@ -309,7 +309,7 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     run = {"name": config.name, "status": "finished", "seed": 0, "device": "H100"}
 
     def study(scale, *there):
-        each = [config.replace(seed=seed) for seed in (0, 1)]
+        each = [config, config.replace(seed=1, steps=20)]  # of unequal sizes: what wasn't run says nothing of them
         planned = [Planned(one.name, one, ("13_gates",), ("a",), one.seed) for one in each]
         return Study("13_gates", scale, {}, planned, (), {"a": [Result(r) for r in there]})
 
@@ -319,10 +319,10 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     assert page.code.text == "ecmoe runs 13_gates --scale gpu --train"
     report.finding("a minus b is +0.1.", study("gpu", run))
     report.finding("a minus b is +0.1.", study("smoke", run))
-    other = config.replace(seed=1).name
+    other = config.replace(seed=1, steps=20).name
     report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "device": None}))
     all_done = shown.pop()
-    assert "--train" not in all_done and "Rests on 2 runs of 20,480 tokens (seeds 0, 1) of " in all_done
+    assert "--train" not in all_done and "Rests on 2 runs of 20,480 to 40,960 tokens (seeds 0, 1) of " in all_done
     report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "status": "diverged"}))
     assert "--train" in (broke_off := shown.pop()) and "Rests on 1 run of 20,480 tokens (seed 0) of " in broke_off
     report.finding("a minus b is (not run).", study("smoke"))

@@ -30,12 +30,13 @@ def test_every_generated_part_is_what_the_results_give(committed_verdicts, monke
 def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
     made = {"evidence": "![new]", "claims": "| new |"}
     drawn = {"figure.png": Drawn(), "in/other.png": Drawn()}
-    monkeypatch.setattr(readme, "sections", lambda scale: (made, drawn))
+    scales = []
+    monkeypatch.setattr(readme, "sections", lambda scale: scales.append(scale) or (made, drawn))
     monkeypatch.setattr(readme.paths, "root", lambda: tmp_path)
     page = tmp_path / "README.md"
     marks = "{} a\n<!-- {}:begin -->\nold\n<!-- {}:end -->\n"
     page.write_text("".join(marks.format(name, name, name) for name in made) + "last\n")
-    assert readme.update("gpu") and not readme.update("gpu")
+    assert readme.update("gpu") and not readme.update("smoke") and scales == ["gpu", "smoke"]
     assert {name: figure.path for name, figure in drawn.items()} == {name: tmp_path / name for name in drawn}
     for name, text in made.items():
         assert f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" in page.read_text()

@@ -115,7 +115,9 @@ def test_unknown_parameters_and_text_for_numbers_are_errors():
     defaults = {"width": 1, "rate": 0.1, "fail": False, "limit": None, "names": None, "odd": None, "rate_of": {"a": 2}}
     assert notebook_parameters(made) == defaults and list(notebook_parameters(made)) == list(defaults)
     check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
-    check_parameters(made, {"width": None, "rate": 1}, "x.ipynb")  # as it has it; and a whole number is a number
+    # as it has it; and a whole number is a number, as is any other where the usual one is whole
+    check_parameters(made, {"width": None, "rate": 1}, "x.ipynb")
+    check_parameters(made, {"width": 2.5}, "x.ipynb")
     with pytest.raises(ConfigError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):
         check_parameters(made, {"widht": 2}, "x.ipynb")
     with pytest.raises(ConfigError, match=r"rate='1e-3' must be a float.*1\.0e-3"):

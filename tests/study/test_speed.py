@@ -165,6 +165,9 @@ def test_each_part_is_measured_once(own_home):
     assert found["a"] == {"rows": [{"ms": 2.0}], "setting": {}, "absent": []} and found["b"]["rows"] == [{"ms": 1.0}]
     assert speed.measured(jobs, scale="gpu", measure=False)["a"] == speed.NOTHING
     file = paths.runs() / "bench/smoke/b.json"
+    file.unlink()
+    speed.measured(jobs, scale="smoke")
+    assert counts == ["a", "b", "b"]  # only what is missing
     file.write_text(file.read_text().replace('"ms": 1.0', '"ms": 1.5'))
     with pytest.raises(Damaged, match=r"b\.json is damaged"):
         speed.measured(jobs, scale="smoke")
