@@ -12,6 +12,7 @@ from ecmoe.study import protocol as module
 from ecmoe.study.estimate import Unit
 from ecmoe.study.plan import named_arms
 from ecmoe.study.protocol import find_claim, protocol
+from ecmoe.study.verdict import judge
 
 WRITTEN = yaml.safe_load((paths.configs() / "protocol.yaml").read_text())
 CLAIMS = protocol().claims
@@ -177,8 +178,9 @@ def test_a_file_needs_no_lists(monkeypatch):
 
 
 def test_an_unknown_claim_suggests_the_near_one():
-    with pytest.raises(ConfigError, match="claim 'C11': did you mean C1"):
-        find_claim("C11")
+    for find in (find_claim, lambda claim: judge(claim, "smoke")):
+        with pytest.raises(ConfigError, match="claim 'C11': did you mean C1"):
+            find("C11")
 
 
 def test_amendments_say_when_what_and_why():
