@@ -108,11 +108,10 @@ def check_content(data: str) -> None:
 
 def remember_content(data: str) -> None:
     """Store the content hash of `data`, so that its runs and tokens are still found after the text is deleted."""
-    if content_of(data) and not (
-        _remembered(data).is_file() and _remembered(data).read_text(encoding="utf-8") == content_of(data)
-    ):
+    content, place = content_of(data), _remembered(data)
+    if content and not (place.is_file() and place.read_text(encoding="utf-8") == content):
         with contextlib.suppress(OSError):  # the cache may be read-only
-            write_text(_remembered(data), content_of(data))
+            write_text(place, content)
 
 
 def _remembered(data: str) -> Path:

@@ -28,7 +28,7 @@ from ecmoe.report.plots.draw import name_rows, number, panels
 from ecmoe.report.plots.style import INK, Plot
 from ecmoe.report.render import page_html
 from ecmoe.study import engine, plan
-from ecmoe.study.answer import again, answer, cost
+from ecmoe.study.answer import answer, cost, reproduce
 from ecmoe.study.estimate import Unit
 from ecmoe.study.parameters import check_scale
 from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart, judge_all
@@ -145,7 +145,7 @@ def studies(scale: str) -> pd.DataFrame:
 
 def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
     """Return a table of every page's runs, the missing ones, and the command to train them. pages: as in `scoreboard_html`."""
-    caption = f"Pages share runs; \u201c{again(scale)}\u201d trains what is missing, and nothing else."
+    caption = f"Pages share runs; \u201c{reproduce(scale)}\u201d trains what is missing, and nothing else."
     fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)  # noqa: E731
     link = lambda name: markup("page_link", name, pages.get(name))  # noqa: E731
     return table_html(studies(scale), caption, {"page": link, "missing (seeds)": fold})

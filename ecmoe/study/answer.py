@@ -79,10 +79,10 @@ def cost(scale: str) -> str:
     hours = sum(run.get("seconds") or 0 for run in runs) / 3600
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))
     if not runs:
-        return f"`{again(scale)}` runs it."
-    return f"All {len(runs)} runs took {hours:.1f} hours of training on {cards}; `{again(scale)}` loads them and trains what is missing."
+        return f"`{reproduce(scale)}` runs it."
+    return f"All {len(runs)} runs took {hours:.1f} hours of training on {cards}; `{reproduce(scale)}` loads them and trains what is missing."
 
 
-def again(scale: str) -> str:
+def reproduce(scale: str) -> str:
     """Return the command that trains what a scale lacks."""
     return f"make reproduce{f' SCALE={scale}' * (scale != 'smoke')}"

@@ -175,7 +175,8 @@ def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: f
     """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none.
 
     spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit. level: of the
-    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. Both default to the protocol's. None if 1000 are too few.
+    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. Both default to the protocol's.
+    None if 1000 are too few.
     """
     if not spread:
         return 2

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ecmoe import kernels
 from ecmoe.kernels import attention, capped, choice, common, layer, loss, product, routing, rows, selection
 from ecmoe.kernels.common import Operator, block, cdiv, described, kernel
+from tests.on_gpu import OnGPU
 
 
 @kernel
@@ -153,12 +154,6 @@ def test_what_a_gpu_computes_otherwise_than_the_interpreter(monkeypatch):
     assert [product._hopper.__wrapped__(device) for device in range(3)] == [False, True, False]
 
 
-class OnGPU(Tensor):
-    """A tensor that says it lies on a GPU."""
-
-    is_cuda = True
-
-
 def on_gpu(*shape: int, dtype=torch.bfloat16) -> Tensor:
     return torch.ones(shape, dtype=dtype).as_subclass(OnGPU)
 
@@ -238,15 +233,11 @@ def test_where_nothing_is_said_products_are_fused_and_nothing_is_written_down():
 
 def test_rows_are_counted_in_64_bits():
     """Places of numbers, such as e k f, exceed 2^31 only at sizes for which no test has the memory."""
-    few = {"_invert_kernel", "_logits_dw_kernel", "_sum_kernel"}  # e k slots, which are int32; d; d e
-    found = set()
-    for module in (choice, loss, routing, rows, selection):
-        for name, one in vars(module).items():
-            if isinstance(one, kernel):
-                source = inspect.getsource(one.jit.fn)
-                counted = re.findall(r"tl\.program_id\(0\)(?! == 0)(\.to\(tl\.int64\))?", source)
-                found |= {name} if not all(counted) else set()
-    assert found == few
+    modules = (choice, loss, routing, rows, selection)
+    every = {name: one for module in modules for name, one in vars(module).items() if isinstance(one, kernel)}
+    narrow = re.compile(r"tl\.program_id\(0\)(?! == 0|\.to\(tl\.int64\))")
+    found = {name for name, one in every.items() if narrow.search(inspect.getsource(one.jit.fn))}
+    assert found == {"_invert_kernel", "_logits_dw_kernel", "_sum_kernel"}  # of e k slots, which are int32; d; d e
 
 
 def test_sizes_of_grids_and_blocks():

@@ -184,7 +184,8 @@ def test_nothing_is_read_that_nobody_has_written(gate, watching, monkeypatch):
         with watched(moe) if watching else nullcontext():
             out = moe(wanted[0])
         results.append((out, *torch.autograd.grad(out.square().sum(), wanted), *(b.clone() for b in moe.buffers())))
-        moe.router.cutoff.pending.zero_(), moe.router.cutoff.count.zero_()
+        for counted in (moe.router.cutoff.pending, moe.router.cutoff.count):
+            counted.zero_()
     for name, (a, b) in enumerate(zip(*results, strict=True)):
         assert torch.equal(a, b), name
 

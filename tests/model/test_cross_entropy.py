@@ -8,6 +8,7 @@ from ecmoe.config import RunConfig
 from ecmoe.model import cross_entropy
 from ecmoe.model.build import build_model
 from ecmoe.model.cross_entropy import linear_cross_entropy, losses_
+from tests.on_gpu import OnGPU
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -203,12 +204,6 @@ def test_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
         (gradient,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), weight)
         errors.append(distance(gradient, exact))
     assert errors[1] < 1.05 * errors[0]
-
-
-class OnGPU(torch.Tensor):
-    """Says that it lies on a GPU."""
-
-    is_cuda = True
 
 
 @pytest.mark.parametrize("triton", [True, False])

@@ -185,7 +185,7 @@ def test_scale_smoke_takes_minutes_on_two_cores():
 
 
 def test_what_pages_rest_on_where_a_scale_says_nothing_else():
-    """Their arms, one kind after the other, and what is measured or timed at smoke."""
+    """Their arms, one kind after the other, and what is measured or timed at smoke: who changes a page's YAML says so here, too."""
     EC, GS, capped = "EC-CF2 renormalized", "GShard top-2 renormalized", "EC-CAP{} renormalized".format
     places = ("0.1 places", "0.2 places", "0.5 places", "1 place", "2 places")
     vision = ("EC raw", "Top-2 raw, batch priority", "Top-2 raw, order of arrival")
@@ -239,7 +239,8 @@ def test_what_pages_rest_on_where_a_scale_says_nothing_else():
     }  # fmt: skip
     for page, rows in expected.items():
         found = yaml.safe_load((paths.configs() / f"{page}.yaml").read_text())
-        assert found == (rows if isinstance(rows, dict) else {"arms": rows}), page
+        wanted = rows if isinstance(rows, dict) else {"arms": rows}
+        assert found == wanted, f"configs/{page}.yaml: was it changed on purpose? Then change it here, too"
     tasks = yaml.safe_load((paths.configs() / "11_continual_learning.yaml").read_text())
     assert tasks["arms"] == ["Expert Gate", "one dense network", "one EC network", "joint, dense", "joint, EC"]
     assert tasks["base"] == {
