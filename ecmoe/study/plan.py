@@ -219,7 +219,8 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
         keys = dict(keys or {})
         of_arms, of_seeds = keys.pop("arms", arms), keys.pop("seeds", seeds)
         _check_list(f"measures: {what}: arms", of_arms, str)
-        _check_list(f"measures: {what}: seeds", of_seeds, int)
+        if of_seeds is not seeds:  # a page without seeds plans no run, so it measures none
+            _check_list(f"measures: {what}: seeds", of_seeds, int)
         check_known(f"measurement {what!r} names arm", of_arms, arms)
         for how in measurements(what, keys):
             for key, value in how.keys.items():

@@ -133,6 +133,8 @@ def test_arms_vary_and_may_be_of_a_scale(configs):
         ("arms: [EC]\nmeasures: {accuracy-at: {places: [.nan]}}", "measurement 'accuracy-at': places=nan"),
         ("arms: [EC]\nmeasures: {decoding: {arms: 5}}", "measures: decoding: arms=5 must be a list"),
         ("arms: [EC]\nmeasures: {decoding: {seeds: [a]}}", "measures: decoding: seeds=['a'] must be a list of whole"),
+        ("arms: [EC]\nmeasures: {decoding: {seeds: []}}", "measures: decoding: seeds=[] must name at least one"),
+        ("measures: {decoding: }", "measures: decoding: arms=[] must name at least one"),
     ],
 )
 def test_what_cannot_be_planned_names_the_page(configs, text, said):
@@ -190,10 +192,10 @@ def test_a_page_without_arms_plans_no_run(configs):
     assert plan.plan("big", ["03_c"]) == []
 
 
-def test_a_page_without_seeds_plans_no_run():
-    assert (
-        plan.of_page("03_capacity_factor", "gpu") and plan.of_page("03_capacity_factor", "gpu", {"seeds": None}) == []
-    )
+def test_a_page_without_seeds_plans_no_run(configs):
+    configs("03_c.yaml", "arms: [EC]\nseeds:\nmeasures: {dependence: , decoding: {arms: [EC], seeds: [0]}}\n")
+    assert plan.plan("big", ["03_c"]) == []
+    assert len(plan.of_page("01_a", "big")) == 4 and plan.of_page("01_a", "big", {"seeds": None}) == []
 
 
 def test_a_scale_without_a_base_is_named(configs):
