@@ -157,8 +157,6 @@ def peers(layer: MoE) -> tuple[dict[str, Grouped], list[str]]:
     for name, kind in PEERS.items():
         try:
             found[name] = kind(layer)
-        except ModuleNotFoundError:
-            absent.append(f"{name} (not installed)")
-        except Exception as error:  # another version of a package may raise anything
+        except Exception as error:  # a module may be missing, and another version of a package raises anything
             absent.append(f"{name} ({reason(error)})")
     return found, absent

@@ -103,14 +103,17 @@ def test_forced_choices_drop_nothing_and_free_ones_are_the_routers():
     assert even.demand.tolist() == even.load.tolist() == [24] * 4
 
 
-def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch):
+def test_peers_are_used_where_they_are_and_named_where_they_fail(monkeypatch, tmp_path):
     moe, x = layer()
-    monkeypatch.setitem(sys.modules, "scattermoe.mlp", None)  # as where it isn't installed
+    monkeypatch.setitem(sys.modules, "scattermoe", ModuleType("scattermoe"))  # there, but not what it needs
+    sys.modules["scattermoe"].__path__ = [str(tmp_path)]
+    (tmp_path / "mlp.py").write_text("import cannot_be_had\n")
     kinds = {"ScatterMoE": bench_baselines.ScatterMoE, "Broken": lambda layer: 1 / 0, "There": Grouped}
     monkeypatch.setattr(bench_baselines, "PEERS", kinds)
     found, absent = peers(moe)
     assert list(found) == ["There"]
-    assert absent == ["ScatterMoE (not installed)", "Broken (ZeroDivisionError: division by zero)"]
+    missing = "ScatterMoE (ModuleNotFoundError: No module named 'cannot_be_had')"
+    assert absent == [missing, "Broken (ZeroDivisionError: division by zero)"]
 
 
 def test_liger_gets_experts_that_cost_the_same(monkeypatch):

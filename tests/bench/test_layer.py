@@ -347,7 +347,9 @@ def test_what_a_run_gets_stands_beside_the_plain_path(monkeypatch):
 
 
 def test_absent_peers_are_named(measured):
-    assert set(measured.attrs["absent"]) <= {"ScatterMoE (not installed)", "Liger (not installed)"}
+    missing = {"ScatterMoE": "scattermoe", "Liger": "liger_kernel"}
+    said = {f"{peer} (ModuleNotFoundError: No module named {module!r})" for peer, module in missing.items()}
+    assert set(measured.attrs["absent"]) <= said
 
 
 def test_saved_as_json(measured, tmp_path):
