@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import socket
 import subprocess
-import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +21,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
+import ecmoe.cli  # noqa: F401  # before jsonschema: it leaves out a package that takes seconds to import
 from ecmoe.config import RunConfig
 
 gc.disable()  # until all tests are collected: there is hardly any garbage among what they import
-sys.modules["rfc3987_syntax"] = None  # seconds of import for a format that no test checks; jsonschema does without it
 if not torch.cuda.is_available():  # ecmoe/kernels then run in the interpreter; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton")
