@@ -58,7 +58,7 @@ def page(home, monkeypatch, pytestconfig):
     """A notebook and its parameters -> its page, as HTML; not with --quick.
 
     Cells run in this process, where everything is imported already: a kernel for each notebook would spend most of its time
-    on that. What a kernel adds is tried in tests/report/test_page.py.
+    on that. What a kernel adds is tried in tests/report/test_execution.py.
     """
     if pytestconfig.getoption("--quick"):
         pytest.skip("runs a notebook")

@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from ecmoe.report import answer
 from ecmoe.report.markup import COLORS, markup
 from ecmoe.study import verdict as labels
+from tests.report.plots.figures import luminance
 from tests.study.known import judged, losses, seeds
 
 HASH = {"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}
@@ -162,10 +163,8 @@ def test_smoke_shows_rules_and_no_number():
 
 
 def test_every_label_has_a_colour_on_which_white_can_be_read():
-    from tests.report.test_plots import _luminance
-
     for label in (*labels.WEAKEST_LAST, labels.PLUMBING):
-        assert 1.05 / (_luminance(COLORS[label]) + 0.05) > 4.5, label
+        assert 1.05 / (luminance(COLORS[label]) + 0.05) > 4.5, label
     hues = {label: round(360 * rgb_to_hsv(*to_rgb(color))[0]) for label, color in COLORS.items()}
     ranges = {"reproduced": (120, 160), "reproduced in direction": (200, 220), "no effect": (260, 300), "contradicted": (0, 20),
               "undecided": (40, 55), "finding": (200, 220)}  # fmt: skip

@@ -1,15 +1,22 @@
 """What every figure is drawn with, looked at on the axes themselves: what stands where, how it is called, what is left out."""
 
 import math
+import re
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from ecmoe.model import metrics
+from ecmoe.report import plots
 from ecmoe.report.plots import draw
+from ecmoe.report.plots.draw import PERCENT, name_ends, number
 from ecmoe.report.plots.style import GREY, INK, WIDTH, Look, looks, plain
 
 SHOWN = {"a": Look("#0072b2", "o"), "b": Look("#d55e00", "s", (4, 2)), "level": Look("#009e73", "^")}
@@ -234,3 +241,47 @@ def test_a_difference_is_to_the_reference_at_the_same_seed_and_x():
     frame = pd.DataFrame(rows, columns=["arm", "seed", "x", "y"])
     found = draw.minus(frame, "y", "r", ["seed", "x"])
     assert found["arm"].unique().tolist() == ["a"] and found["y"].fillna(99).tolist() == [0.5, -1.0, 99]
+
+
+def test_what_is_labelled_in_percent_is_shown_so():
+    assert {column for column, label in plots.LABELS.items() if re.search("%|percentage", label)} == set(PERCENT)
+    losses = [
+        label for column, label in plots.LABELS.items() if column.split("_")[-1] == "loss" and column != "aux_loss"
+    ]
+    letters = {"num_experts": "e", "capacity_factor": "c", "n": "n", "d_model": "d"}  # the paper's
+    assert {column: plots.LABELS[column].split()[-1] for column in letters} == letters
+    words = {"steps": "steps", "num_experts": "experts", "capacity_factor": "factor", "n": "tokens", "devices": "GPUs", "d_model": "width",
+             "moe_init_scale": "initial scale", "capacity": "places", "patches_left_out": "patches that no", "images_left_out": "images without",
+             "loss": "loss", "final_accuracy": "accuracy", "forgetting": "forgetting"}  # fmt: skip
+    assert all(word in plots.LABELS[column] for column, word in words.items())
+    assert set(plots.LABELS) - set(words) == {metric.name for metric in metrics.METRICS}
+    assert len(set(plots.LABELS.values())) == len(plots.LABELS)
+    assert len(losses) > 2 and all(label.endswith("loss (nats per token)") for label in losses)
+
+
+def test_numbers_in_words_have_as_many_digits_as_say_something():
+    rows = [(99.9994, math.nan, math.nan), (-2.0, -99.9, -0.25), (-1234.567, -100.0, 1e6)]
+    said = [number(SimpleNamespace(mean=mean, low=low, high=high)) for mean, low, high in rows]
+    assert said == ["99.999", "-2.000 (-99.900 to -0.250)", "-1,235 (-100 to 1,000,000)"]
+
+
+@pytest.mark.parametrize(("middle", "count"), [(5, 8), (9.9, 8), (0.1, 8), (5, 14), (9.9, 20)])
+def test_no_name_at_the_end_of_a_line_lies_over_another_or_outside(middle, count):
+    fig, ax = pyplot.subplots(figsize=(7.6, 4.3))
+    ax.set_ylim(0, 10)
+    ends = {
+        f"an arm {i} whose name is long, {i} experts" if i % 3 else f"arm {i}": middle + i / 500 for i in range(count)
+    }
+    name_ends(ax, ends, {})
+    boxes = sorted((text.get_window_extent(fig.canvas.get_renderer()) for text in ax.texts), key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
+    inside, (first, last) = ax.get_window_extent(), (boxes[0].y0, boxes[-1].y1)
+    if count == 8:
+        assert inside.y0 - 8 <= first < last <= inside.y1 + 8  # half a line: a curve may end at the edge
+    else:
+        assert inside.y0 - first == pytest.approx(last - inside.y1, abs=12)  # as far out below as above
+    if (middle, count) == (5, 8):
+        assert np.mean([text.xy[1] for text in ax.texts]) == pytest.approx(
+            np.mean(list(ends.values()))
+        )  # none is favoured
+    pyplot.close(fig)
