@@ -72,7 +72,7 @@ class Trunk(nn.Module):
             return
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))
 
     def _initial_std(self, name: str, parameter: Tensor) -> float | None:
         """Return fan-in^-1/2 (None: fill with ones), times (2L)^-1/2 for outputs of blocks, whose sum starts near 1."""

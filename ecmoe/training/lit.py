@@ -7,6 +7,8 @@ layers (`MoE.statistics`) at each validation.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -42,7 +44,11 @@ class LitModel(L.LightningModule):
         self.config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
         self.save_hyperparameters({"config": self.config.to_dict()})
         self.counts_lack = token_counts is None and "token counts" in self.config.needs
-        self.model = build_model(self.config, torch.ones(self.config.vocab_size) if self.counts_lack else token_counts)
+        counts = torch.ones(self.config.vocab_size) if self.counts_lack else token_counts
+        with ThreadPoolExecutor(1) as aside:  # both take seconds, and drawing weights doesn't hold Python's lock
+            if self.config.compile:
+                aside.submit(import_module, "torch._inductor.compile_fx")
+            self.model = build_model(self.config, counts)
         self.routers = routers(self.model)
         # Sums since the last call of `means`, kept on the device: reading them in each step would stall the GPU.
         self.sums = {"loss": torch.zeros(()), "aux_loss": torch.zeros(()), "count": torch.zeros(())}

@@ -17,6 +17,7 @@ from ecmoe.config import RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.model.transformer import Block
 from ecmoe.training import cuda_graph as graph
+from ecmoe.training import lit as lit_module
 from ecmoe.training.lit import LitClassifier, LitModel
 
 
@@ -40,6 +41,15 @@ def test_blocks_are_compiled_and_validation_is_not(tiny_config):
     batch = torch.randint(256, (8, 17), generator=torch.Generator().manual_seed(0))
     assert lit.validation_step(batch, 0)["val_loss"].isfinite()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_compiler_is_imported_beside_the_drawing_of_weights_where_it_is_needed(tiny_config, monkeypatch, compiles):
+    order, build = [], lit_module.build_model
+    monkeypatch.setattr(lit_module, "import_module", order.append)
+    monkeypatch.setattr(lit_module, "build_model", lambda *given: order.append("model") or build(*given))
+    LitModel(tiny_config(compile=compiles))
+    assert sorted(order) == ["model", *["torch._inductor.compile_fx"] * compiles]
 
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
