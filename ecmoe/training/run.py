@@ -16,6 +16,8 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import save_file
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
@@ -236,6 +238,11 @@ def _share_compiled_code() -> None:
     for variable, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
         if Path(os.environ.get(variable, TORCHS)).name.startswith(TORCHS):
             os.environ[variable] = str(paths.cache() / folder)
+    # By default, torch stores no block that has an autograd function or switches autocast off: each process would derive
+    # its backward pass anew. All that such a block depends on is in its traced graph, the key under which it is stored.
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    autocast = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
+    inductor.unsafe_marked_cacheable_functions |= dict.fromkeys(autocast, "arguments only")
 
 
 def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:

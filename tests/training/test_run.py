@@ -12,6 +12,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from torch._functorch import config as functorch
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
+from torch._inductor import config as inductor
 
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
@@ -267,6 +270,35 @@ def test_compiled_code_lies_in_the_cache_unless_a_user_says_where(monkeypatch):
     _share_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/of/a/user"
     assert os.environ["TRITON_CACHE_DIR"] == str(paths.cache() / "triton")
+
+
+def test_what_blocks_consist_of_is_traced_once_per_machine():
+    """torch keeps no graph with a node that it doesn't know to depend on the graph alone."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            return 2 * dy
+
+    def block(x):
+        with torch.autocast("cpu", enabled=False):
+            x = x + 1
+        return Twice.apply(x)
+
+    graphs = []
+    torch.compile(block, backend=lambda graph, inputs: graphs.append(graph) or graph)(torch.ones(2, requires_grad=True))
+    with (
+        functorch.patch(autograd_cache_allow_custom_autograd_functions=False),
+        inductor.patch(unsafe_marked_cacheable_functions={}),
+    ):
+        with pytest.raises(BypassAOTAutogradCache):
+            check_cacheable(*graphs)
+        _share_compiled_code()
+        check_cacheable(*graphs)
 
 
 def test_callbacks_and_loggers_come_along(tiny_config, tmp_path, monkeypatch):
