@@ -1,6 +1,9 @@
 """Files that must agree: versions, pins, configs, notebooks, commands, style."""
 
 import ast
+import contextlib
+import gc
+import importlib
 import os
 import re
 import shutil
@@ -176,6 +179,31 @@ def test_what_is_public_is_found_and_a_missing_package_is_named(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="ecmoe.run_or_load: ecmoe.training.run isn't installed") as error:
         _ = ecmoe.run_or_load
     assert error.value.name == "ecmoe.training.run"
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("name", ["MoE", "run_or_load"])
+def test_no_garbage_is_collected_during_an_import(monkeypatch, collects, name):
+    seen = []
+
+    def load(module):
+        seen.append(gc.isenabled())
+        return importlib.import_module({"ecmoe.training.run": "nowhere"}.get(module, module))
+
+    monkeypatch.setattr(ecmoe, "import_module", load)
+    (gc.enable if collects else gc.disable)()
+    try:
+        with contextlib.suppress(ModuleNotFoundError):
+            getattr(ecmoe, name)
+        assert seen == [False] and gc.isenabled() == collects
+    finally:
+        gc.enable()
+
+
+def test_what_training_imports_is_never_searched_for_garbage():
+    script = "import gc, ecmoe; ecmoe.run_or_load; print(gc.get_freeze_count(), gc.isenabled())"
+    frozen, enabled = subprocess.check_output([sys.executable, "-c", script], text=True).split()
+    assert int(frozen) > 100_000 and enabled == "True"
 
 
 # Configs and notebooks

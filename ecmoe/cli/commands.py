@@ -25,8 +25,8 @@ def train(
 ) -> None:
     """Train a run, or load it if it was trained before. Without CONFIGS: the defaults, EC-CF2 at smoke size."""
     config = RunConfig.from_yaml(*(configs or []), **assignments(changes))
+    from ecmoe import run_or_load
     from ecmoe.training.ranks import rank
-    from ecmoe.training.run import run_or_load
 
     result = run_or_load(config)
     if rank():  # under torchrun only rank 0 prints

@@ -45,8 +45,8 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
     Return its status, or "failed: reason" if training or any measurement failed (the other measurements are still made). Without
     `keep_weights` the weights in runs/NAME are deleted once all measurements have succeeded.
     """
+    from ecmoe import run_or_load
     from ecmoe.training.result import write_record
-    from ecmoe.training.run import run_or_load
 
     failed = []
     with lock(one.name):

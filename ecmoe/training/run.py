@@ -35,6 +35,8 @@ from ecmoe.training.result import Result, read_run, write_run
 from ecmoe.training.summary import circumstances, summarize
 from ecmoe.training.trainer import check_machine, new_trainer, repeatable, resolved_precision, strategy
 
+gc.freeze()  # what has been imported stays, so no garbage collection needs to search it
+
 
 def run_or_load(
     config: RunConfig,
