@@ -90,7 +90,8 @@ def test_what_judges_a_claim_is_planned(claim):
 
 @pytest.mark.parametrize("page", [page for page in STUDIES if page != "14_learning_rate"])
 def test_a_page_varies_the_same_at_every_scale(page):
-    """But for numbers that follow from a scale's sizes: of experts, of tokens in a pool, of places a patch."""
+    """But for numbers that follow from a scale's sizes: of experts, of tokens in a pool, of places a patch. Where a scale has a list
+    of its own, an arm that is added to one list is added to the other: at scale smoke every part is tried."""
     keys = {key for row in ROUTERS.values() for key in row.keys} | {"router", "approach"}
     keys -= {"num_experts"} | ({"capacity_factor"} if page == "10_vision" else set())
 
