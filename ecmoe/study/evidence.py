@@ -99,12 +99,14 @@ class Evidence:
         tasks = {seed: self.measured(arm, seed, "fine-tuned") for seed in self.values(arm, "val_loss")}
         return {seed: [*map(right, of)] for seed, of in tasks.items() if of and all(key in task for task in of)}
 
-    def step_ratio(self, a: str, b: str, routing: str) -> Estimate:
-        """Return a's step time divided by b's, per turn of the bench, each on its fastest path. routing: "even" or "own", of token choice."""
+    def step_ratio(self, a: str, b: str, of: str) -> Estimate:
+        """Return a's step time divided by b's, per turn of the bench, each on its fastest path. of: how token choice routes, "even" or
+        "own"; after a comma the only mode to read: "even, compiled"."""
+        routing, _, mode = of.partition(", ")
         rows = speed.kept("step", paths.results(self.scale, "bench"))["rows"]
 
         def best(name: str) -> list[float]:
-            of_arm = [row for row in rows if row["arm"] == name]
+            of_arm = [row for row in rows if row["arm"] == name and mode in ("", row["mode"])]
             asked = [row for row in of_arm if row["routing"] == routing] or of_arm
             return min(asked, key=lambda row: row["ms"])["samples_ms"] if asked else []
 
