@@ -76,11 +76,13 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     for part in parts:
         missing = f"; missing: {', '.join(part.missing)}" * bool(part.missing)
         seeds = counted(part.effect.n, part.effect.of) + missing if part.effect.n else None
-        either = ", either way" * (part.unit is Unit.RATIO)
+        either = ", up or down" * (part.unit is Unit.RATIO)
         smallest = part.effect.smallest(part.level, protocol().power)
         seen = amount(smallest, part.unit, compares=True) + either if part.interval else None
         rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
-    frame = pd.DataFrame(rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "could have seen"])
+    frame = pd.DataFrame(
+        rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "minimum detectable effect"]
+    )
     if label == PLUMBING:  # numbers at scale smoke are meaningless
         return table_html(frame[["part", "reproduced if"]])
     return table_html(frame, "", {"verdict": partial(markup, "badge")})

@@ -137,10 +137,10 @@ def studies(scale: str) -> pd.DataFrame:
             if engine.lacks(one, scale):
                 missing.setdefault(one.arms[0], []).append(str(one.seed))
         there = len(planned) - sum(map(len, missing.values()))
-        text = "; ".join(f"{arm} s{', s'.join(seeds)}" for arm, seeds in missing.items()) if there else "all of them"
+        text = "; ".join(f"{arm} (seed {', '.join(seeds)})" for arm, seeds in missing.items())
         if planned:
-            rows.append((page, f"{there} of {len(planned)}", text))
-    return pd.DataFrame(rows, columns=["page", "runs", "missing (seeds)"])
+            rows.append((page, f"{there} of {len(planned)}", text if there else "all of them"))
+    return pd.DataFrame(rows, columns=["page", "runs", "missing"])
 
 
 def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
@@ -148,7 +148,7 @@ def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
     caption = f"Pages share runs; \u201c{reproduce(scale)}\u201d trains what is missing, and nothing else."
     fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)  # noqa: E731
     link = lambda name: markup("page_link", name, pages.get(name))  # noqa: E731
-    return table_html(studies(scale), caption, {"page": link, "missing (seeds)": fold})
+    return table_html(studies(scale), caption, {"page": link, "missing": fold})
 
 
 def _pages(folder: Path) -> Iterator[dict[str, Any]]:

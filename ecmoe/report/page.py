@@ -29,7 +29,8 @@ def show(plot: Plot, caption: str) -> None:
         seeds = plot.data.get("seeds", pd.Series(dtype=int))
         if (many := seeds[seeds > 1]).any():
             n = " to ".join(f"{n:g}" for n in dict.fromkeys((many.min(), many.max())))
-            caption += f" Intervals: 95% over {n} seeds, each by itself."
+            one = "; one seed has none" * bool((seeds == 1).any())
+            caption += f" Intervals: 95% over {n} seeds, each by itself{one}."
         show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
 
 
@@ -89,9 +90,9 @@ def provenance(study: Study, differences: str = "") -> None:
         lost = [s for s in done if s["status"] == status]
         rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
-    linked = repeats.linked(done, repeats.kept(study.scale))
-    same_numbers = "which show that these versions of the code compute the same numbers"
-    rows[f"repeated runs, equal to the last digit, {same_numbers}"] = set(linked or ())
+    linked = repeats.linked(done, repeats.kept(study.scale)) or []
+    equal = f"equal to the last digit over {repeats.covered(linked, study.scale)}"
+    rows[f"repeated runs, {equal}, which show that these versions of the code compute the same numbers"] = set(linked)
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
     shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}

@@ -3,11 +3,13 @@
 Every number is computed from verdicts and records, so README and index can't disagree with the results.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ecmoe import paths
 from ecmoe.files import read_json
 from ecmoe.study import verdict
+from ecmoe.study.estimate import counted
 from ecmoe.study.verdict import NOT_RUN, ClaimVerdict
 
 # (claim, part) of the comparisons that matter when choosing a router.
@@ -44,12 +46,13 @@ def answer(verdicts: Mapping[str, ClaimVerdict]) -> list[str]:
 
 
 def _holds(found: Sequence[ClaimVerdict]) -> str:
-    size = next((one.rests_on for one in found if one.rests_on.runs), None)
-    run = sum(one.label != NOT_RUN for one in found)
-    at = f", at {size.size}, trained on {size.trained}" if size else ""
-    so_far = f" {run} {'was' if run == 1 else 'were'} run so far" if run < len(found) else ""
-    text = f"of the paper's {len(found)} claims{so_far}{at}{':' if so_far else ',' * bool(at)} "
-    return f"{text}{', and '.join(_told(found, HOLDS)) or 'none holds'}."
+    kinds = Counter("limitation" if one.about.id.startswith("L") else "claim" for one in found)
+    claims = " and ".join(counted(n, kind) for kind, n in kinds.items())
+    run = [one for one in found if one.label != NOT_RUN]
+    so_far = f", {len(run)} {'was' if len(run) == 1 else 'were'} run so far" if len(run) < len(found) else ""
+    models = Counter(f"{one.rests_on.size}, trained on {one.rests_on.trained}" for one in run if one.rests_on.runs)
+    at = "".join(f" ({n} of them at {model})" for model, n in models.most_common(1))
+    return f"of the paper's {claims}{so_far}{at}: {', and '.join(_told(found, HOLDS)) or 'none holds'}."
 
 
 def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ device. So if changed code repeats the run exactly, both versions compute the sa
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -82,6 +82,17 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
 def kept(scale: str) -> list[dict[str, Any]]:
     """Return all repeats of a scale. Raise Damaged if one fails its checksum."""
     return [read_json(path, sealed=True) for path in sorted(paths.results(scale, "repeats").glob("*.json"))]
+
+
+def covered(runs: Collection[str], scale: str) -> str:
+    """Return in words how many steps of these runs their repeats compared: "the first 200 to 400 steps"; "" for no run."""
+    steps = sorted(
+        int(read_record(paths.results(scale, "runs") / f"{one['run']}.json").curve["step"].iloc[one["rows"] - 1])
+        for one in kept(scale)
+        if one["equal"] and one["run"] in runs
+    )
+    ends = dict.fromkeys((steps[0], steps[-1])) if steps else ()
+    return f"the first {' to '.join(map(str, ends))} steps" if ends else ""
 
 
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:

@@ -30,7 +30,7 @@ WEAKEST_LAST = (REPRODUCED, IN_DIRECTION, NOT_RUN, UNDECIDED, NO_EFFECT, CONTRAD
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPart(Part):
-    """A part of a claim with its label and estimate. missing: runs that the part lacks, such as "EC-CF2 s2". level: of the interval,
+    """A part of a claim with its label and estimate. missing: runs that the part lacks, such as "EC-CF2 (seed 2)". level: of the interval,
     after Holm."""
 
     label: str
@@ -49,7 +49,7 @@ class JudgedPart(Part):
 class RestsOn:
     """The runs, or the turns of a bench, that a sentence is based on. tokens: the smallest and largest number of training tokens of
     a run. mixed: "code" if compared runs have code versions not shown to agree, "card" if they used different kinds of device.
-    repeats: runs that show that versions agree."""
+    repeats: runs that show that versions agree, in `covered`, such as "the first 400 steps"."""
 
     size: str = ""
     tokens: tuple[int, int] = (0, 0)
@@ -58,6 +58,7 @@ class RestsOn:
     cards: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     repeats: tuple[str, ...] = ()
+    covered: str = ""
     turns: int = 0
 
     @classmethod
@@ -182,7 +183,7 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
         sentence=_found(part, label, found, level),
         effect=found,
         level=level,
-        missing=tuple(f"{arm} s{seed}" for arm, seed in evidence.missing(part)),
+        missing=tuple(f"{arm} (seed {seed})" for arm, seed in evidence.missing(part)),
     )
 
 
@@ -216,7 +217,8 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
     cards = any(len({run.get("device") for run in compared}) > 1 for compared in together)
     mixed = ("card",) * cards + ("code",) * (None in linked)
     shown = {run for those in linked for run in those or ()}
-    return RestsOn.of(runs, [evidence.config(arm) for arm in arms], mixed=mixed, repeats=tuple(sorted(shown)))
+    more = {"repeats": tuple(sorted(shown)), "covered": repeats.covered(shown, evidence.scale)}
+    return RestsOn.of(runs, [evidence.config(arm) for arm in arms], mixed=mixed, **more)
 
 
 def label_of(part: Part, found: Estimate, level: float) -> str:

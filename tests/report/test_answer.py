@@ -109,7 +109,7 @@ def test_how_it_was_judged_has_every_part_with_its_rule():
         part.name for part in found.parts if not part.decides
     ]
     assert beside.find_parent("details") and not deciding.find_parent("details") and not page.caption
-    headings = ["part", "verdict", "found", "seeds", "reproduced if", "could have seen"]
+    headings = ["part", "verdict", "found", "seeds", "reproduced if", "minimum detectable effect"]
     assert [[th.text for th in table.thead.find_all("th")] for table in (deciding, beside)] == [headings] * 2
     assert [cell["data-of"] for cell in deciding.tbody.tr.find_all("td") if cell.find(class_="badge")] == ["verdict"]
     cells = [cell.text for cell in deciding.tbody.tr.find_all("td")]
@@ -122,7 +122,11 @@ def test_how_it_was_judged_has_every_part_with_its_rule():
     )
     named = {dt.text: dt.find_next("dd").text for dt in page.find_all("dt")}
     assert named["refuted by"] == found.about.refuted_by and named["differs from the paper"] == found.about.differences
-    assert named["amendments"] == "none" and "Holm" in named["rules"] and "80% power" in named["rules"]
+    assert "Holm" in named["rules"] and "80% power" in named["rules"] and "one that is planned" in named["rules"]
+    (amended,) = [one for one in answer.protocol().amendments if "C6" in one.claims]
+    assert named["amendments"] == f"{amended.date}: {amended.what} ({amended.why})"
+    never = soup(answer.judged_html(judged("C7", {})))
+    assert "C7" not in amended.claims and never.find("dt", string="amendments").find_next("dd").text == "none"
 
 
 def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
@@ -131,7 +135,7 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     rows = soup(answer.parts_html(parts, "reproduced")).tbody.find_all("tr")
     cells = [cell.text for cell in rows[0].find_all(["th", "td"])]
     assert cells[:2] == [part.name, part.label] and cells[2].startswith("70% (") and cells[4] == part.rule
-    assert cells[3] == "3 seeds; missing: EC-CF2 renormalized s3"
+    assert cells[3] == "3 seeds; missing: EC-CF2 renormalized (seed 3)"
     assert (
         cells[5] == f"{100 * part.effect.smallest(part.level, 0.8):.1f} points"
         and part.effect.smallest(part.level, 0.8) < 0.1
@@ -140,17 +144,17 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
     (row, *_) = soup(
         answer.parts_html(judged("C7", {"EC-CF2 renormalized": fewer}).deciding, "reproduced")
     ).tbody.find_all("tr")
-    assert row.find_all("td")[2].text == "2 seeds; missing: EC-CF2 renormalized s2, EC-CF2 renormalized s3"
+    assert row.find_all("td")[2].text == "2 seeds; missing: EC-CF2 renormalized (seed 2), EC-CF2 renormalized (seed 3)"
     (row, *_) = soup(
         answer.parts_html(judged("C2", {}, bench={"even": [1.1, 1.12, 1.3]}).deciding, "undecided")
     ).tbody.find_all("tr")
-    assert row.find_all("td")[4].text.endswith(" times, either way") and row.find_all("td")[2].text == "3 turns"
+    assert row.find_all("td")[4].text.endswith(" times, up or down") and row.find_all("td")[2].text == "3 turns"
     assert row.find_all("td")[1].text.startswith("1.17 times (")
     (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
     (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
     assert (
         row.find_all("td")[4].text
-        == f"{spread.effect.smallest(spread.level, 0.8):.3f}".rstrip("0") + " times, either way"
+        == f"{spread.effect.smallest(spread.level, 0.8):.3f}".rstrip("0") + " times, up or down"
     )
 
 

@@ -59,7 +59,7 @@ def test_every_page_says_what_is_missing(pages):
     rows = index.studies("gpu")
     assert rows["page"].tolist() == ["01_a", "02_b", "04_d"]
     assert rows["runs"].tolist() == ["1 of 1", "3 of 6", "1 of 2"]  # one that diverged is a finding
-    assert rows["missing (seeds)"].tolist() == ["", "GShard s0, s2; EC s2", "EC s2"]
+    assert rows["missing"].tolist() == ["", "GShard (seed 0, 2); EC (seed 2)", "EC (seed 2)"]
 
 
 def test_shown_with_the_command_that_repeats_it(pages):
@@ -72,12 +72,10 @@ def test_shown_with_the_command_that_repeats_it(pages):
 def test_a_long_list_of_what_is_missing_is_folded(monkeypatch):
     missing = {n: "; ".join(f"arm {i:03} s0" for i in range(n)) for n in (9, 10)}  # 106 characters, and 118
     missing |= {11: missing[10] + "; x s1"}
-    rows = pd.DataFrame(
-        [("01_a", "1 of 9", text) for text in missing.values()], columns=["page", "runs", "missing (seeds)"]
-    )
+    rows = pd.DataFrame([("01_a", "1 of 9", text) for text in missing.values()], columns=["page", "runs", "missing"])
     monkeypatch.setattr(index, "studies", lambda scale: rows)
     assert "\u201cmake reproduce\u201d trains" in index.studies_html("smoke", {})
-    cells = BeautifulSoup(index.studies_html("gpu", {}), "html.parser").find_all(attrs={"data-of": "missing (seeds)"})
+    cells = BeautifulSoup(index.studies_html("gpu", {}), "html.parser").find_all(attrs={"data-of": "missing"})
     assert [bool(cell.details) for cell in cells] == [False, False, True]
     assert cells[2].summary.text == "11 arms" and missing[11] in cells[2].details.text and cells[0].text == missing[9]
 
@@ -111,7 +109,7 @@ def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
         line.details.has_attr("open") for line in lines
     )
     assert [line.summary.find(class_="badge").text for line in lines] == ["not run", "reproduced", "no effect"]
-    assert "EC-CF2 needs half" in lines[0].summary.text and verdicts["C6"].sentence in lines[1].text
+    assert "EC-CF2 needs fewer steps" in lines[0].summary.text and verdicts["C6"].sentence in lines[1].text
     assert [a["href"] for a in page.find_all("a")] == ["05_other_routers.failed.html"]  # there are no other pages
 
 
@@ -305,4 +303,4 @@ def test_smoke_judges_nothing():
 def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     rows = index.studies("gpu")
-    assert len(rows) and rows["runs"].str.startswith("0 of ").all() and rows["missing (seeds)"].eq("all of them").all()
+    assert len(rows) and rows["runs"].str.startswith("0 of ").all() and rows["missing"].eq("all of them").all()

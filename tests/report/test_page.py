@@ -63,7 +63,7 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
     "seeds, said",
     [
         ([3.0, np.nan, 3.0], "Losses. Intervals: 95% over 3 seeds, each by itself."),
-        ([2, 1, 3], "Losses. Intervals: 95% over 2 to 3 seeds, each by itself."),
+        ([2, 1, 3], "Losses. Intervals: 95% over 2 to 3 seeds, each by itself; one seed has none."),
         ([1, 1, 1], "Losses."),  # of one seed there is none
         (None, "Losses."),
     ],

@@ -27,12 +27,13 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
     numbers = losses(**CENTRE, **{"EC-CAP2 renormalized": seeds(3.62), "EC-CAP3 renormalized": seeds(3.601)})
     holds, does_not, choice = answer(verdicts(numbers, bench={"even": [1.08, 1.081, 1.079]}, step_time=1.1))
     assert holds == (
-        "Of the paper's 12 claims 5 were run so far, at 4 layers of width 64, 8 experts, trained on 122,880 tokens: 2 hold (C5: a cap of 2 experts "
+        "Of the paper's 10 claims and 2 limitations, 5 were run so far (4 of them at 4 layers of width 64, 8 experts, trained on 122,880 tokens): "
+        "2 hold (C5: a cap of 2 experts "
         "costs quality; C9: EC beats dense models, and sooner), and 1 holds in direction, but not by as much "
         "(C2: a GShard step takes 20% longer)."
     )
     assert does_not.startswith(
-        "1 is contradicted (C1, in 2 of 4 parts: EC-CF2 needs half of GShard's steps, and both beat Switch); "
+        "1 is contradicted (C1, in 2 of 4 parts: EC-CF2 needs fewer steps than GShard (paper: half); both beat Switch); "
     )
     assert "7 are not run yet (C3, " in does_not
     assert choice.startswith(
@@ -58,18 +59,18 @@ def test_the_cost_is_that_of_all_records(home):
         cost("gpu")
 
 
-SIZE = "at 4 layers of width 64, 8 experts, trained on 122,880 tokens"
+SIZE = "of them at 4 layers of width 64, 8 experts, trained on 122,880 tokens"
 
 
 @pytest.mark.parametrize(
     ("labels", "holds", "does_not"),
     [
-        ([REPRODUCED], f"1 claims, {SIZE}, 1 holds (C6: hash routing is worse than EC).", "None is contradicted, undecided or without an effect."),
-        ([REPRODUCED, REPRODUCED, NOT_RUN], f"3 claims 2 were run so far, {SIZE}: 2 hold (C6: hash routing is worse than EC; C6: hash routing is worse than EC).",
+        ([REPRODUCED], f"1 claim (1 {SIZE}): 1 holds (C6: hash routing is worse than EC).", "None is contradicted, undecided or without an effect."),
+        ([REPRODUCED, REPRODUCED, NOT_RUN], f"3 claims, 2 were run so far (2 {SIZE}): 2 hold (C6: hash routing is worse than EC; C6: hash routing is worse than EC).",
          "1 is not run yet (C6)."),
-        ([UNDECIDED, NOT_RUN], f"2 claims 1 was run so far, {SIZE}: none holds.", "1 is undecided (C6); 1 is not run yet (C6)."),
+        ([UNDECIDED, NOT_RUN], f"2 claims, 1 was run so far (1 {SIZE}): none holds.", "1 is undecided (C6); 1 is not run yet (C6)."),
         ([IN_DIRECTION, CONTRADICTED, CONTRADICTED, NO_EFFECT],
-         f"4 claims, {SIZE}, 1 holds in direction, but not by as much (C6: hash routing is worse than EC).",
+         f"4 claims (4 {SIZE}): 1 holds in direction, but not by as much (C6: hash routing is worse than EC).",
          "2 are contradicted (C6: hash routing is worse than EC; C6: hash routing is worse than EC); "
          "no effect was found for 1 (C6: hash routing is worse than EC)."),
     ],
@@ -105,3 +106,13 @@ def test_what_says_nothing_is_said_to(home):
     assert answer(verdicts({})) == ["Nothing was run yet."]
     (plumbing,) = answer(verdicts(losses(**CENTRE), "smoke"))
     assert "says nothing about the paper" in plumbing
+
+
+def test_the_size_that_most_claims_share_is_said_with_their_number(home):
+    usual = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}))
+    large = replace(usual, rests_on=replace(usual.rests_on, size="12 layers of width 768, 64 experts"))
+    longer = replace(usual, rests_on=replace(usual.rests_on, tokens=(1, 2)))
+    limit = replace(usual, about=find_claim("L1"))
+    timed = replace(usual, rests_on=replace(large.rests_on, runs=0, turns=7))
+    first, *_ = answer(dict(enumerate([large, longer, usual, limit, timed])))
+    assert first.startswith(f"Of the paper's 4 claims and 1 limitation (2 {SIZE}): 5 hold (")

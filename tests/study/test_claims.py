@@ -117,7 +117,10 @@ def test_c3_needs_all_numbers_of_experts_of_a_seed():
         "; 2 seeds); a verdict needs 3 seeds"
     )
     assert found.sentence.endswith("The claim's 2 parts: 2 undecided.")
-    assert found.parts[0].missing == ("EC-CF2 renormalized, 32 experts s0", "EC-CF2 renormalized, 32 experts s3")
+    assert found.parts[0].missing == (
+        "EC-CF2 renormalized, 32 experts (seed 0)",
+        "EC-CF2 renormalized, 32 experts (seed 3)",
+    )
 
 
 def right(share, seeds=3, examples=(400, 800), seed=0):
@@ -220,7 +223,9 @@ def test_l1_and_l2_compare_ways_to_route():
     arms["EC-CF2 renormalized"] = routed(3.60, 3.59)
     found = judged("L1", arms)
     assert found.label == CONTRADICTED
-    assert found.sentence.startswith("Routed causally, a model trained on the batch as its pool gains 0.010 nats (")
+    assert found.sentence.startswith(
+        "Routed by cut-offs, a model trained with the batch as its pool has a loss 0.010 nats lower than routed as trained ("
+    )
     ways = {"losses/as trained": 3.60, "losses/sequence": 3.65, "losses/global top-k": 3.62, "losses/causally": 3.61}
     found = judged("L2", {"EC-CF2 renormalized": {way: seeds(loss) for way, loss in ways.items()}})
     assert found.label == REPRODUCED and [round(p.effect.value, 3) for p in found.parts] == [0.05, 0.03, 0.04]

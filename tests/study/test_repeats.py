@@ -186,6 +186,14 @@ def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, m
     monkeypatch.setattr("ecmoe.report.page.show_html", lambda html: said.append(text_of(html)))
     provenance(study)
     assert "differ in code" in said[0]
-    write_json(paths.results("gpu", "repeats") / "one.json", repeat("a", "b"), sealed=True)
+    curve = pd.DataFrame({"step": [200, 400, 600], "val_loss": 3.0})
+    for i, (rows, equal) in enumerate([(2, True), (1, True), (3, False)]):
+        one = repeat("a", "b" if equal else "c", equal=equal) | {"rows": rows}
+        write_json(paths.results("gpu", "repeats") / f"{i}.json", one, sealed=True)
+    record = paths.results("gpu", "runs") / "dense a.json"
+    monkeypatch.setattr(repeats, "read_record", {record: Result(made[0], curve)}.__getitem__)
     provenance(study)
     assert "differ" not in said[1] and "compute the same numbersdense a" in said[1]
+    assert "equal to the last digit over the first 200 to 400 steps, which" in said[1]
+    paths.results("gpu", "repeats").joinpath("1.json").unlink()
+    assert repeats.covered(["dense a"], "gpu") == "the first 400 steps" and repeats.covered([], "gpu") == ""

@@ -306,8 +306,10 @@ def test_repeats_that_show_two_codes_to_be_one_are_named_in_place_of_a_mark(monk
     common = {"device": "H100", "recorded": "0ther", "code": "c0de", "equal": True}
     kept = [common | {"run": run, "router": router} for run, router in (("z", "Hash"), ("b", "EC-CF2"), ("x", "BASE"))]
     monkeypatch.setattr(verdict.repeats, "kept", {"gpu": kept}.__getitem__)
+    monkeypatch.setattr(verdict.repeats, "covered", lambda runs, scale: f"{sorted(runs)} at {scale}")
     found = of_evidence(find_claim("C6"), evidence)
     assert found.rests_on.mixed == () and found.rests_on.repeats == ("b", "z")
+    assert found.rests_on.covered == "['b', 'z'] at gpu"
     monkeypatch.setattr(verdict.repeats, "kept", {"gpu": []}.__getitem__)
     assert of_evidence(find_claim("C6"), evidence).rests_on.mixed == ("code",)
 
