@@ -35,16 +35,16 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
     share = exact(c) / e
     if rounding == "down":
         return min(max(n * share.numerator // share.denominator, 1), n)
+    remedy = "a layer outside a RunConfig may round: ExpertChoice(..., rounding='down')"
     if share > 1 or n * share < 1:
         k = float(min(share, 10**9)) * n  # type: ignore[arg-type]
         raise ConfigError(f"capacity_factor={c}: every expert would take k={k:g} of n={n} tokens; k must lie in 1..n, so "
-                          f"capacity_factor in {e / n:g}..{e} (num_experts)")  # fmt: skip
+                          f"capacity_factor in {e / n:g}..{e} (num_experts); {remedy}")  # fmt: skip
     if n * share.numerator % share.denominator:
         raise ConfigError(
             f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(share * n):g} of "
             f"n={n} tokens, which isn't a whole number: make n (batch_size x sequence_length for "
-            f"pool=batch) a multiple of {share.denominator}, or change capacity_factor or num_experts; "
-            "a layer outside a RunConfig may round: ExpertChoice(..., rounding='down')"
+            f"pool=batch) a multiple of {share.denominator}, or change capacity_factor or num_experts; {remedy}"
         )
     return n * share.numerator // share.denominator
 

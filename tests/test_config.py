@@ -78,7 +78,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"router": "experts"}, ["router", "expert_choice"]),
         ({"heads": 3}, ["heads=3", "d_model=64", "heads may be 1 or 2 or 4 or 8"]),
         ({"capacity_factor": 0.3}, ["capacity_factor=0.3", "num_experts=8", "76.8", "multiple of 80"]),
-        ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048"]),
+        ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048", "ExpertChoice(..., rounding='down')"]),
         ({"capacity_factor": 1e6}, ["capacity_factor=1000000", "k=2.56e+08"]),
         ({"capacity_factor": None}, ["capacity_factor=null: expert_choice needs a number, such as 2.0"]),
         ({"router": "expert_threshold", "capacity_factor": None}, ["null: expert_threshold needs a number"]),

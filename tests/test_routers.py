@@ -147,3 +147,10 @@ def test_no_router_is_built_with_a_capacity_that_is_none(build, c):
     with pytest.raises(ConfigError, match=rf"capacity_factor={c!r}: must be a number above 0"):
         build(c)
     assert build(2).capacity_factor == 2
+@pytest.mark.parametrize("n", [3, 9])  # fewer tokens than an expert takes one of, and no whole number
+def test_a_short_batch_says_how_to_take_it(n):
+    with pytest.raises(ConfigError, match=r"outside a RunConfig may round: ExpertChoice\(\.\.\., rounding='down'\)$"):
+        routing.ExpertChoice(8, 8, 2.0).assign(torch.randn(n, 8))
+    assert routing.ExpertChoice(8, 8, 2.0, rounding="down").assign(torch.randn(n, 8)).token.shape == (8, max(n // 4, 1))
+
+
