@@ -10,6 +10,7 @@ import torch
 from ecmoe import MoE
 from ecmoe.report import readme
 
+from ecmoe.routing import Dense, ExpertThreshold, KMeans, LinearAssignment
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- test:(\w+) -->\n```python\n(.*?)```", TEXT, re.DOTALL))
@@ -83,6 +84,11 @@ def test_the_layer_example_runs():
     assert there["y"].shape == there["x"].shape
     assert 0 <= float(there["moe"].statistics()["share_2"]) <= 1
 
+    del there["y"]
+    exec(compile(EXAMPLES["others"], "README.md", "exec"), there)
+    assert there["y"].shape == there["x"].shape
+    for one in (Dense, ExpertThreshold, KMeans, LinearAssignment):  # which need nothing more
+        assert MoE(one(64, 8), 64, 256)(there["x"]).shape == there["x"].shape
 
 def test_the_router_example_is_a_router():
     lines = (EXAMPLES["router"] + EXAMPLES["router_test"]).splitlines()
