@@ -84,6 +84,7 @@ class RouterRow:
         layer: "module:Class"; None for the dense model, which has no MoE layer.
         keys: RunConfig keys that the router reads. Keys that only other routers read don't make two runs different.
         experts_per_token: config's values -> average number of experts offered per token, used to count FLOPs.
+        estimated: whether that number is an estimate, as of routers whose tokens request more experts or fewer by their scores.
         build: class, config, (V,) token counts -> router. None: call the class with d_model and `keys` by name.
         needs: config's values -> further inputs: "token ids" and "tasks" of a batch, which images don't have, or
             "token counts" of the corpus.
@@ -94,6 +95,7 @@ class RouterRow:
     layer: str | None
     keys: tuple[str, ...]
     experts_per_token: Callable[[Mapping[str, Any]], float] = lambda values: 1
+    estimated: bool = False
     build: Callable[..., Any] | None = None
     needs: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
     capacity: bool = False

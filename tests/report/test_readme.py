@@ -1,5 +1,6 @@
 """README.md: its code runs, and its figure and claim table are those of the committed results."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 
 from ecmoe import MoE
 from ecmoe.report import readme
-
 from ecmoe.routing import Dense, ExpertThreshold, KMeans, LinearAssignment
+
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- test:(\w+) -->\n```python\n(.*?)```", TEXT, re.DOTALL))
@@ -83,12 +84,12 @@ def test_the_layer_example_runs():
     exec(compile(EXAMPLES["layer"], "README.md", "exec"), there)
     assert there["y"].shape == there["x"].shape
     assert 0 <= float(there["moe"].statistics()["share_2"]) <= 1
-
     del there["y"]
     exec(compile(EXAMPLES["others"], "README.md", "exec"), there)
     assert there["y"].shape == there["x"].shape
     for one in (Dense, ExpertThreshold, KMeans, LinearAssignment):  # which need nothing more
         assert MoE(one(64, 8), 64, 256)(there["x"]).shape == there["x"].shape
+
 
 def test_the_router_example_is_a_router():
     lines = (EXAMPLES["router"] + EXAMPLES["router_test"]).splitlines()
@@ -99,17 +100,16 @@ def test_the_router_example_is_a_router():
             compile(EXAMPLES[name], "<README.md>", "exec"), there
         )  # no file: hypothesis would take its text for the source
     there["test_200_problems"]()
-    router = there["TopP"](8, 4)
+    router = there["Prototyping"](8, 5)  # groups of three and of two
     moe = MoE(router, 8, 16)
     x = torch.randn(2, 6, 8)
-    scores = router.logits(x).softmax(1)
-    for row, weights in zip(scores.tolist(), router.assign(router.logits(x)).dense(12).tolist(), strict=True):
-        total, kept = 0.0, set()
-        for expert in sorted(range(4), key=lambda i: -row[i]):
-            if total < router.p:
-                kept.add(expert)
-            total += row[expert]
-        assert {i for i, weight in enumerate(weights) if weight} == kept
+    logits = router.logits(x)
+    for row, weights in zip(logits.tolist(), router.assign(logits).dense(12).tolist(), strict=True):
+        expected = [0.0] * 5
+        for group in ((0, 2, 4), (1, 3)):
+            best = max(group, key=row.__getitem__)
+            expected[best] = math.exp(row[best]) / sum(math.exp(row[i]) for i in group)
+        assert weights == pytest.approx(expected)
     moe(x).sum().backward()
     assert router.weight.grad.abs().sum() > 0
 
