@@ -93,13 +93,6 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
         (
-            {"data": "digits", "router": "task_level"},
-            [
-                "router='task_level' with data='digits': it routes by tasks, which images "
-                "don't have; use one of expert_choice, token_choice, dense_moe, dense, linear_assignment, kmeans, expert_threshold"
-            ],
-        ),
-        (
             {"data": "images:x", "router": "hash", "hash_table": "balanced"},
             ["routes by token ids and token counts, which"],
         ),
@@ -122,6 +115,18 @@ def test_error_names_key_value_and_remedy(values, named):
         RunConfig.from_dict(values)
     for text in named:
         assert text in str(error.value)
+
+
+def test_routers_that_take_images_are_named_where_another_is_refused():
+    taken, refused = [], {}
+    for router in ROUTERS:
+        try:
+            taken.append(RunConfig(data="digits", router=router).router)
+        except ConfigError as error:
+            refused[router] = str(error)
+    assert all(said.endswith(f", which images don't have; use one of {', '.join(taken)}") for said in refused.values())
+    assert refused["task_level"].startswith("router='task_level' with data='digits': it routes by tasks, which")
+    assert "dense" in taken
 
 
 @pytest.mark.parametrize(
@@ -197,14 +202,16 @@ def test_a_key_reaches_its_bound_and_no_further(words, bound, keys):
 
 def test_a_key_of_words_takes_these_and_names_them_in_this_order():
     taken = {
-        "router": "expert_choice token_choice hash dense_moe dense linear_assignment kmeans task_level expert_threshold",
         "gate": "softmax renormalized scaled", "pool": "batch rank sequence position", "cap_solver": "feasible dykstra",
         "priority": "order score", "balance": "switch first_choice importance_load bias none", "hash_table": "modulo balanced",
         "task_table": "learned fixed", "relative_init": "alibi normal", "tokenizer": "bytes bpe", "optimizer": "adamw adafactor",
         "schedule": "constant inverse_sqrt linear", "precision": "auto 32-true bf16-mixed bf16-true 16-mixed 64-true",
         "kernels": "auto plain triton triton-bmm", "strategy": "auto ddp fsdp2 ep",
     }  # fmt: skip
-    assert {key: " ".join(words) for key, words in CHOICES.items() if words} == taken
+    assert {key: " ".join(words) for key, words in CHOICES.items() if words and key != "router"} == taken
+    routers = "expert_choice token_choice hash dense_moe dense linear_assignment kmeans task_level expert_threshold"
+    assert list(CHOICES["router"]) == list(ROUTERS)
+    assert [router for router in ROUTERS if router in routers.split()] == routers.split()  # and further ones
     (approach,) = (field for field in dataclasses.fields(ContinualConfig) if field.name == "approach")
     assert approach.metadata["choices"] == ("expert_gate", "sequence", "joint")
 

@@ -187,7 +187,7 @@ def test_count_equals_the_built_model(router):
     count = count_parameters(config)
     assert count.total == total
     experts = sum(m.w1.numel() + m.w2.numel() for m in model.moe_layers)
-    per_token = {"expert_choice": 2, "expert_threshold": 2, "token_choice": 2, "dense_moe": 4}.get(router, 1)
+    per_token = config.row.experts_per_token(config.to_dict())  # which is true of the router: tests/test_routers.py
     assert count.active == total - experts + experts * per_token // 4
     assert count_parameters(config.replace(hash_table="balanced")) == count  # a table is no parameter
     if router == "kmeans":
