@@ -34,10 +34,9 @@ def parameters(notebook: Path, folder: Path) -> dict:
     overlay = ROOT / f"configs/scale/smoke/{notebook.stem}.yaml"
     if overlay.exists():
         own = yaml.safe_load(overlay.read_text())
-        tiny = own | {
-            "base": own.get("base", {}) | {k: TINY[k] for k in ("steps", "warmup_steps", "eval_every")},
-            "seeds": [0],
-        }
+        if "base" in own:  # sizes of its own
+            tiny["base"] = own["base"] | {k: TINY[k] for k in ("steps", "warmup_steps", "eval_every")}
+        tiny = own | tiny
     if notebook.stem == "11_continual_learning":
         tiny["base"] = {"steps": 3, "gate_steps": 3}
     if notebook.stem == "07_fine_tuning":
