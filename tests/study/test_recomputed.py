@@ -18,7 +18,7 @@ GPU, CONFIGS = ROOT / "reports/gpu", ROOT / "configs"
 # What a router reads of a config; a run is an arm's if it has all other keys, and these, as scale and arm say.
 READ = {
     "dense": [],
-    "hash": ["num_experts", "capacity_factor"],
+    "hash": ["num_experts", "capacity_factor", "hash_table"],
     "expert_choice": ["num_experts", "capacity_factor", "gate", "pool", "max_experts_per_token", "cap_solver"],
     "token_choice": ["num_experts", "capacity_factor", "top_k", "gate", "priority", "balance", "aux_loss_weight"],
 }
