@@ -123,7 +123,7 @@ def _data_text(data: Mapping[str, Any]) -> str:
         size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
     parts = data.get("parts") or [data]  # of a mix
     silent = {key for key in ("attribution", "licence") if all(part.get(key) == "not stated" for part in parts)}
-    licence = "not stated" if "licence" in silent else data.get("licence", "unknown")
+    licence = "not recorded, see README.md" if "licence" in silent else data.get("licence", "unknown")
     attribution = None if "attribution" in silent else data.get("attribution")
     digest = f"digest {str(data.get('digest', 'unknown'))[:12]}"
     return "; ".join(filter(None, (data.get("name", "unknown"), attribution, f"licence: {licence}", size, digest)))

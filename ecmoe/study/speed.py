@@ -156,6 +156,16 @@ def setting(scale: str) -> tuple[str, str]:
     return size, found.get("device", "an unknown device")
 
 
+def taken(found: Found, *names: str) -> str:
+    """Return a sentence on where these results were measured: "Timed on one NVIDIA H200 with the code of commit a482a1b."; "" if
+    none was measured."""
+    device, commit = (
+        ", ".join(dict.fromkeys(str(one[key]) for name in names if key in (one := found[name]["setting"])))
+        for key in ("device", "commit")
+    )
+    return f"Timed on one {device} with the code of commit {commit}." if device else ""
+
+
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
     """Return the step time of each arm, alone on the device: a row per arm, indexed by name. measure: measure if it is missing."""
     name = study_file(arms)

@@ -239,7 +239,7 @@ def test_provenance_is_no_longer_than_what_it_says(shown):
     report.provenance(study(*(result(i, started=started, commit=f"c{i}", data=text) for i, text in enumerate(texts))))
     rows = {row.th.text: row.td for row in BeautifulSoup(shown[0], "html.parser").table.find_all("tr")}
     assert [text.removesuffix("; digest unknown") for text in rows["data"].stripped_strings] == [
-        "A + B; licence: not stated", "A + C; licence: a: not stated; c: CC", "A; licence: not stated",
+        "A + B; licence: not recorded, see README.md", "A + C; licence: a: not stated; c: CC", "A; licence: not recorded, see README.md",
     ]  # fmt: skip
     assert rows["trained"].text == "2026-03-04" and not rows["data"].details
     assert rows["commit"].summary.text == "8" and "c7" in rows["commit"].details.text

@@ -291,3 +291,16 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
         and list(absent.index) == list(arms)
         and absent.attrs["device"].startswith("no device yet")
     )
+
+
+def test_where_and_with_which_code_results_were_timed_is_said_once_each():
+    of = lambda **setting: {"setting": setting}  # noqa: E731
+    found = {
+        "a": of(device="A", commit="1"),
+        "b": of(device="A", commit="2"),
+        "c": of(device="A", commit="1"),
+        "none": of(),
+    }
+    assert speed.taken(found, "a") == "Timed on one A with the code of commit 1."
+    assert speed.taken(found, "a", "none", "c", "b") == "Timed on one A with the code of commit 1, 2."
+    assert speed.taken(found, "none") == speed.taken(found) == ""

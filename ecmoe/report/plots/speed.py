@@ -64,7 +64,7 @@ def over_plain(auto: pd.DataFrame) -> Plot:
         return auto[auto["mode"] == mode], f"{here['ratio'].min():.2f} to {worst['ratio']:.2f}, at {where}"
 
     what, each = "time of a layer as a run gets it, over that of plain PyTorch", {mode: mode for mode in rows["mode"]}
-    return panels(what, draw, each, 3.4, ylabel="over plain PyTorch's time", legend=8, sharey=True)
+    return panels(what, draw, each, 3.4, ylabel="time / plain PyTorch's time", legend=8, sharey=True)
 
 
 def step_times(steps: pd.DataFrame) -> Plot:

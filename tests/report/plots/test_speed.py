@@ -81,7 +81,7 @@ def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_la
     assert plot.data.to_dict("records") == [row | {"panel": row["mode"]} for row in rows]
     left, right = plot.figure.axes
     assert [ax.get_title() for ax in (left, right)] == [EAGER, GRAPH] and left.get_xscale() == "log"
-    assert left.get_ylabel() == "over plain PyTorch's time"
+    assert left.get_ylabel() == "time / plain PyTorch's time"
     drawn = sorted(
         (list(x), [round(v, 3) for v in y]) for x, y in (line.get_data() for line in left.lines) if len(x) == 2
     )
