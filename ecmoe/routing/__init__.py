@@ -17,7 +17,7 @@ from ecmoe.routing.expert_threshold import ExpertThreshold
 from ecmoe.routing.hash import Hash
 from ecmoe.routing.kmeans import KMeans
 from ecmoe.routing.linear_assignment import LinearAssignment
-from ecmoe.routing.router import Router
+from ecmoe.routing.router import Router, without_padding
 from ecmoe.routing.task_level import TaskLevel
 from ecmoe.routing.token_choice import TokenChoice
 
@@ -41,6 +41,7 @@ __all__ = [
     "pack",
     "routers",
     "watched",
+    "without_padding",
 ]
 
 

@@ -3,7 +3,10 @@
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -91,14 +94,15 @@ def test_the_layer_example_runs():
         assert MoE(one(64, 8), 64, 256)(there["x"]).shape == there["x"].shape
 
 
-def test_the_router_example_is_a_router():
+def test_the_router_example_is_a_router(monkeypatch):
     lines = (EXAMPLES["router"] + EXAMPLES["router_test"]).splitlines()
-    assert len(lines) < 30
+    assert len(lines) < 36
+    module = ModuleType("ecmoe.routing.prototyping")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(EXAMPLES["router"], vars(module))
     there = {}
-    for name in ("router", "router_test"):
-        exec(
-            compile(EXAMPLES[name], "<README.md>", "exec"), there
-        )  # no file: hypothesis would take its text for the source
+    # Of no file: hypothesis would take its text for the source.
+    exec(compile(EXAMPLES["router_test"], "<README.md>", "exec"), there)
     there["test_200_problems"]()
     router = there["Prototyping"](8, 5)  # groups of three and of two
     moe = MoE(router, 8, 16)
@@ -112,6 +116,12 @@ def test_the_router_example_is_a_router():
         assert weights == pytest.approx(expected)
     moe(x).sum().backward()
     assert router.weight.grad.abs().sum() > 0
+
+
+def test_the_router_example_may_be_copied_as_it_is():
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "ecmoe/routing/prototyping.py", "-"]
+    ran = subprocess.run(command, input=EXAMPLES["router"], cwd=README.parent, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
 
 
 def test_the_run_example_trains_and_loads(tmp_path, monkeypatch):
