@@ -186,7 +186,7 @@ def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: f
         # Probability that the whole interval lies within the margin if there is no difference, integrated over the error's estimate.
         error = chi(df, scale=df**-0.5)  # estimated standard error / true standard error
         inside = lambda s: (2 * norm.cdf(in_errors - critical * s) - 1) * error.pdf(s)  # noqa: E731
-        equal, _ = integrate.quad(inside, 0, min(in_errors / critical, error.ppf(1 - 1e-9)))
+        equal, _ = integrate.fixed_quad(inside, 0, min(in_errors / critical, error.ppf(1 - 1e-9)), n=200)
         return min(nct.sf(critical, df, in_errors), equal) >= power
 
     return bisect.bisect_left(range(2, 1000), True, key=decides) + 2 if decides(1000) else None
