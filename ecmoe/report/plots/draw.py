@@ -12,7 +12,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from ecmoe.model.metrics import METRICS
 from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, WIDTH, Look, PageFigure, Plot, looks, plain
@@ -104,12 +107,14 @@ def lines(
 
     frame: a row per arm, seed and x. by: the column whose values are the lines. reference: an arm; the others are shown as
     differences from it, seed by seed. log: x in powers of two. ticks_at_values: ticks and markers only at the values of x.
-    shown: line -> look. named: write the names. level: an arm with a single x, drawn as a horizontal dashed line."""
+    shown: line -> look. named: write the names. level: an arm with a single x, drawn as a horizontal line."""
     frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
     if reference in set(frame[by]):
         frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
         ax.axhline(0, color=INK, linewidth=1.4)
     shown = {name: look for name, look in (shown or looks(frame[by])).items() if name in set(frame[by])}
+    if not ticks_at_values:
+        shown = {name: look._replace(marker="") for name, look in shown.items()}
     data = over_seeds(frame.sort_values([by, x], kind="stable"), [by, x], y)
     if not shown:
         return data
@@ -120,8 +125,11 @@ def lines(
         markers=ticks_at_values and {name: look.marker for name, look in shown.items()}, markersize=7, markeredgecolor=PAPER,
         errorbar=bounds, err_style="bars" if ticks_at_values else "band", err_kws={} if ticks_at_values else {"alpha": 0.18, "linewidth": 0},
     )  # fmt: skip
+    for line in [line for line in ax.get_lines() if line.is_dashed()]:
+        line.set(markerfacecolor=PAPER, markeredgecolor=line.get_color())
     if across.any():
-        ax.axhline(frame.loc[across, y].mean(), color=shown[level].color, linestyle="--", linewidth=1.4)
+        shown[level] = look = shown[level]._replace(marker="")
+        ax.axhline(frame.loc[across, y].mean(), color=look.color, dashes=look.dashes, linewidth=1.4)
     if log:
         ax.set_xscale("log", base=2)
     if ticks_at_values:
@@ -140,7 +148,7 @@ def lines(
 
 
 def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) -> None:
-    """Write each line's name beside its end without overlaps. ends: name -> y."""
+    """Write each line's name beside its end without overlaps, after a sample of the line. ends: name -> y."""
     low, high = ax.get_ylim()
     gap = 0.062 * (high - low) * 3.3 / max(ax.figure.get_size_inches()[1] - 1, 1)
     order = sorted(ends, key=ends.get)
@@ -151,10 +159,16 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
     at = np.array(at) - (np.mean(at) - np.mean(list(ends.values())))
     below, above = at[0] - gap / 2 - low, high - at[-1] - gap / 2  # free space in the axes
     at += max(-below, 0) - max(-above, 0) if below + above > 0 else (above - below) / 2
+    inches = ax.figure.dpi_scale_trans + ScaledTranslation(1, 0, ax.transAxes)  # to the right of the axes
     for name, lines, y in zip(order, text, at, strict=True):
+        look = shown.get(name, Look(INK, ""))
+        ax.figure.add_artist(Line2D(
+            (0.1, 0.25, 0.4), (y, y, y), color=look.color, dashes=look.dashes, linewidth=1.8, marker=look.marker, markevery=[1],
+            markerfacecolor=PAPER if look.dashes else look.color, transform=blended_transform_factory(inches, ax.transData),
+        ))  # fmt: skip
         ax.annotate(
-            "\n".join(lines), (1, y), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-            va="center", color=shown[name].color if name in shown else INK, fontsize=9, annotation_clip=False, linespacing=0.95,
+            "\n".join(lines), (1, y), (33, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            va="center", color=INK, fontsize=9, annotation_clip=False, linespacing=0.95,
         )  # fmt: skip
 
 
@@ -174,8 +188,8 @@ def points(
         }  # fmt: skip
         if not pairs:
             sns.stripplot(**common, marker="|", size=9, linewidth=1.2, jitter=False, alpha=0.7)
-        sns.pointplot(**common, markers=[look.marker for look in shown.values()], dodge=0.25 if pairs else False,
-                      errorbar=bounds, linestyle="none", markersize=7, linewidth=2)  # fmt: skip
+        sns.pointplot(**common, markers=[MarkerStyle(look.marker, "none" if look.dashes else "full") for look in shown.values()],
+                      dodge=0.25 if pairs else False, errorbar=bounds, linestyle="none", markersize=7, linewidth=2)  # fmt: skip
     name_rows(ax, order, set(there["arm"]))
     if pairs:
         return over_seeds(there, ["arm", hue], value)

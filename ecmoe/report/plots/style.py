@@ -59,7 +59,7 @@ _GATES = {"renormalized": "", "raw": (4, 2), "scaled": (1, 1.5)}  # gate in an a
 
 
 class Look(NamedTuple):
-    """Colour, marker and dashes of a line."""
+    """Colour, marker and dashes of a line. Markers of dashed and dotted lines are open."""
 
     color: str
     marker: str
@@ -67,18 +67,18 @@ class Look(NamedTuple):
 
 
 def looks(arms: Iterable[str]) -> dict[str, Look]:
-    """Return arm -> look: the colour is chosen by the arm's name, and no two arms of a figure look alike."""
+    """Return arm -> look: the colour is chosen by the arm's name; while colours are left, only arms that differ in their gates share one."""
     arms, found = list(dict.fromkeys(arms)), {}
     names = {arm: " ".join(word for word in arm.split() if word not in _GATES) for arm in arms}
     # Arms with a fixed look come first; sorted by name, so that looks don't depend on the order of the arms.
     for arm in sorted(arms, key=lambda arm: (names[arm] not in _KNOWN, arm)):
-        name, dashes = names[arm], next((_GATES[word] for word in arm.split() if word in _GATES), "")
+        name, dashes = names[arm], next((_GATES[word] for word in arm.replace(",", "").split() if word in _GATES), "")
         start, count = zlib.crc32(name.encode()), len(_PALETTE)
         by_name = [(_PALETTE[i % count], _MARKERS[(i + i // count) % count]) for i in range(start, start + count)]
         by_name.sort(key=lambda one: one[0] in _CENTRE)
         mine = [_KNOWN[name], *by_name[1:]] if name in _KNOWN else by_name
-        taken = {(look.color, look.dashes) for look in found.values()}
-        found[arm] = Look(*next((one for one in mine if (one[0], dashes) not in taken), mine[-1]), dashes)
+        taken = {look.color for other, look in found.items() if names[other] != name or look.dashes == dashes}
+        found[arm] = Look(*next((one for one in mine if one[0] not in taken), mine[-1]), dashes)
     return {arm: found[arm] for arm in arms}
 
 

@@ -17,7 +17,7 @@ from ecmoe.model import metrics
 from ecmoe.report import plots
 from ecmoe.report.plots import draw
 from ecmoe.report.plots.draw import PERCENT, name_ends, number
-from ecmoe.report.plots.style import GREY, INK, WIDTH, Look, looks, plain
+from ecmoe.report.plots.style import GREY, INK, PAPER, WIDTH, Look, looks, plain
 
 SHOWN = {"a": Look("#0072b2", "o"), "b": Look("#d55e00", "s", (4, 2)), "level": Look("#009e73", "^")}
 
@@ -98,14 +98,28 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
     for name, line in zip("ab", through.values(), strict=True):
         assert line.get_ydata().tolist() == pytest.approx([means[name, x] for x in (1, 2, 4)])
         assert line.get_marker() == SHOWN[name].marker and line.is_dashed() == (name == "b")
+        ring = (
+            SHOWN[name].color,
+            PAPER,
+        )  # of an open marker; a filled one stands out from others by an edge like paper
+        assert (line.get_markeredgecolor(), line.get_markerfacecolor()) == (ring if name == "b" else ring[::-1])
     bars = [segment for bars in ax.containers for segment in bars[2][0].get_segments()]
     assert sorted(y for bar in bars for y in bar[:, 1]) == pytest.approx(sorted([*data["low"][:6], *data["high"][:6]]))
     (across,) = (line for line in ax.get_lines() if line.get_transform() != ax.transData)
     assert across.get_ydata()[0] == pytest.approx(40.0) and across.get_color() == SHOWN["level"].color
-    assert across.get_linestyle() == "--"
+    assert not across.is_dashed()  # which would say that its gates are raw
     ends = {"a": 25.0, "level": 40.0, "b": 45.0}
     at = named(ax)
-    assert {name: color for name, (*_, color) in at.items()} == {name: SHOWN[name].color for name in ends}
+    assert {color for *_, color in at.values()} == {INK}  # letters in the colours of the lines would be hard to read
+    samples = {
+        name: (line.get_color(), line.is_dashed(), line.get_marker(), line.get_markerfacecolor())
+        for name, line in zip(at, ax.figure.artists, strict=True)
+    }
+    assert samples == {
+        "a": (SHOWN["a"].color, False, "o", SHOWN["a"].color),
+        "level": (SHOWN["level"].color, False, "", SHOWN["level"].color),
+        "b": (SHOWN["b"].color, True, "s", PAPER),
+    }
     assert list(at) == list(ends) and all(x == 1 for x, *_ in at.values())
     assert [y for _, y, _ in at.values()] == sorted(y for _, y, _ in at.values())
 
@@ -120,6 +134,7 @@ def test_lines_of_steps_are_bands_and_may_be_differences(ax):
         line.get_marker() in (None, "", "None") and ax.get_xscale() == "linear" and len(ax.collections) == 1
     )  # a band
     assert ax.xaxis.get_major_formatter()(15_000.0) == "15k" and list(named(ax)) == ["a", "b"]
+    assert [(one.get_color(), one.get_marker()) for one in ax.figure.artists] == [(INK, ""), (SHOWN["b"].color, "")]
     ax.clear()
     draw.lines(ax, frame, "step", "dropped", named=False)
     first, second, _ = ax.get_lines()  # each in its own look, in the order of the frame
@@ -133,8 +148,15 @@ def test_names_keep_their_place_where_there_is_room(ax):
     draw.name_ends(
         ax, {"high": 8.0, "low": 2.0, "one who isn't shown": 5.0}, {"high": Look("red", "o"), "low": Look("blue", "o")}
     )
-    assert named(ax) == {"low": (1, 2.0, "blue"), "one who isn't shown": (1, 5.0, INK), "high": (1, 8.0, "red")}
-    assert {text.xyann for text in ax.texts} == {(8, 0)} and {text.get_va() for text in ax.texts} == {"center"}
+    assert named(ax) == {"low": (1, 2.0, INK), "one who isn't shown": (1, 5.0, INK), "high": (1, 8.0, INK)}
+    assert {text.xyann for text in ax.texts} == {(33, 0)} and {text.get_va() for text in ax.texts} == {"center"}
+    assert [line.get_color() for line in ax.figure.artists] == ["blue", INK, "red"]
+    edge, high = ax.transAxes.transform((1, 0))[0], ax.transData.transform((0, 8))[1]
+    sample = ax.figure.artists[-1].get_transform().transform(ax.figure.artists[-1].get_xydata())
+    assert (edge + 33 / 72 * ax.figure.dpi > sample[:, 0]).all() and (
+        sample[:, 0] > edge
+    ).all()  # between axes and name
+    assert sample[:, 1] == pytest.approx([high] * 3) and ax.get_ylim() == (0, 10)
 
 
 def test_names_that_are_too_close_leave_a_line_between_centres_and_more_where_they_are_of_two_lines(ax):
@@ -170,6 +192,15 @@ def test_points_are_rows_from_the_top_with_a_tick_for_each_seed(ax):
         and not ax.yaxis.get_gridlines()[0].get_visible()
         and ax.xaxis.get_gridlines()[0].get_visible()
     )
+
+
+def test_points_of_raw_gates_are_open(ax):
+    rows = [(arm, seed, 4 + seed / 10) for arm in ("A raw", "A renormalized", "A scaled, 8 experts") for seed in (0, 1)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "val_loss"])
+    draw.points(ax, frame, "val_loss", list(frame["arm"].unique()))
+    means = [line for line in ax.get_lines() if line.get_marker() not in ("", "None", None)]
+    assert [line.get_markerfacecolor() != "none" for line in means] == [False, True, False]
+    assert means[0].get_markeredgecolor() == means[1].get_markerfacecolor() == looks(["A"])["A"].color
 
 
 def test_points_of_two_kinds_stand_side_by_side(ax):

@@ -93,6 +93,7 @@ def test_known_arms_have_the_colours_of_okabe_and_ito():
     assert len({look.color for look in shown}) == len({look.marker for look in shown}) == len(together)
     gates = plots.looks(f"EC-CF2 {gate}" for gate in ("renormalized", "raw", "scaled"))
     assert [look.dashes for look in gates.values()] == ["", (4, 2), (1, 1.5)]  # solid, dashed, dotted
+    assert plots.looks(["EC raw, pool 512"])["EC raw, pool 512"].dashes == (4, 2)
     none, *some = map(luminance, style.COUNT_COLORS)
     assert some == sorted(some, reverse=True) and 0.5 < none < 0.7 and len(set(to_rgb(style.COUNT_COLORS[0]))) == 1
 
@@ -105,7 +106,11 @@ def test_the_colours_of_the_centre_are_no_other_arms_even_where_it_is_not_in_the
 
 def test_no_two_arms_of_a_figure_look_alike_and_all_are_seen_on_black_and_on_white():
     arms = [f"EC-CF2 pool={n}" for n in range(9)] + ["Dense"]
-    assert len({(look.color, look.dashes) for look in plots.looks(arms).values()}) == len(arms)
+    assert len({look.color for look in plots.looks(arms).values()}) == len(arms)
+    assert (
+        len({look.color for look in plots.looks(f"{arm}, raw" if "8" in arm else arm for arm in arms).values()}) == 10
+    )
+    assert len({look[::2] for look in plots.looks(["A", "A raw", "A renormalized"]).values()}) == 3
     for color in {*style._PALETTE, style.GREY, *(color for color, _ in style._KNOWN.values())} - {style.INK}:
         for paper in ("#ffffff", "#16191d"):  # of template/style.css
             light, dark = sorted((luminance(color), luminance(paper)), reverse=True)
