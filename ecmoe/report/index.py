@@ -7,6 +7,7 @@ Content-Security-Policy allows it by its digest. The searched text is part of in
 import base64
 import hashlib
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,19 +26,20 @@ from ecmoe.files import write_text
 from ecmoe.report.answer import found, judged_html
 from ecmoe.report.markup import COLORS, TEMPLATE, markup, table_html
 from ecmoe.report.plots.draw import name_rows, number, panels
-from ecmoe.report.plots.style import INK, Plot
+from ecmoe.report.plots.style import INK, PAPER, Plot
 from ecmoe.report.render import page_html
 from ecmoe.study import engine, plan
 from ecmoe.study.answer import answer, cost, reproduce
 from ecmoe.study.estimate import Unit
 from ecmoe.study.parameters import check_scale
-from ecmoe.study.verdict import PLUMBING, ClaimVerdict, JudgedPart, judge_all
+from ecmoe.study.verdict import IN_DIRECTION, PLUMBING, ClaimVerdict, JudgedPart, judge_all
 
 Verdicts = Mapping[str, ClaimVerdict]
 CAPTION = (
-    "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's figure is to be met, 0 is "
-    "that figure. Bars are confidence intervals, jointly 95% for the parts of a claim."
+    "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's figure is to be met, 0 is that figure. "
+    "An open mark shows why a part left of 0 still holds in direction. Bars are confidence intervals, jointly 95% for the parts of a claim."
 )
+_MARKS = {"reproduced": "o", "reproduced in direction": "^", "no effect": "s", "contradicted": "X", "undecided": "D"}
 _LONGEST = 4000  # searchable characters per section
 
 
@@ -85,21 +87,28 @@ def effects(verdicts: Verdicts) -> Plot:
     rows = []
     for verdict in verdicts.values():
         for part in verdict.deciding if verdict.label != PLUMBING else ():
-            if part.effect.n:  # parts that weren't run are named in their claim's line
-                turned = _to_the_papers_side(part, part.effect.value, *(part.interval or (math.nan, math.nan)))
+            by = [one for one in verdict.parts if one.name == part.or_direction and part.label == IN_DIRECTION]
+            for one in [part, *by] if part.effect.n else ():  # parts that weren't run are named in their claim's line
+                turned = _to_the_papers_side(one, one.effect.value, *(one.interval or (math.nan, math.nan)))
                 unit = "difference in loss (nats per token)" if part.unit is Unit.NATS else "percent"
-                rows.append((unit, f"{verdict.about.id} {part.name}", *turned, part.label))
-    frame = pd.DataFrame(rows, columns=["unit", "name", "mean", "low", "high", "label"])
+                rows.append((unit, f"{verdict.about.id} {one.name}", *turned, one.label, one is not part))
+    frame = pd.DataFrame(rows, columns=["unit", "name", "mean", "low", "high", "label", "beside"])
     there = {unit: of.drop(columns="unit").reset_index(drop=True) for unit, of in frame.groupby("unit")}
-    heights = [len(of) + 1.5 for of in there.values()]
+    heights = [(~of["beside"]).sum() + 1.5 for of in there.values()]
 
     def draw(ax: Axes, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        colors = rows["label"].map(COLORS)
+        beside = rows.pop("beside")
+        labels, y = rows["label"].mask(beside).ffill(), (~beside).cumsum() - 1  # a row of the figure has one verdict
+        colors = labels.map(COLORS)
         ax.axvline(0, color=INK, linewidth=1)
-        ax.hlines(rows.index, rows["low"], rows["high"], color=colors, linewidth=2)
-        ax.scatter(rows["mean"], rows.index, c=colors, s=64, zorder=3)
+        ax.hlines(y, rows["low"], rows["high"], color=colors, linewidth=2)
+        for mean, at, label, color, hollow in zip(rows["mean"], y, labels, colors, beside, strict=True):
+            ax.scatter(mean, at, s=64, marker=_MARKS[label], c=PAPER if hollow else color, edgecolors=color, zorder=3)
         for label in [label for label in COLORS if label in set(frame["label"])]:
-            ax.scatter([], [], c=COLORS[label], s=64, label=label)
+            ax.scatter([], [], s=64, marker=_MARKS[label], c=COLORS[label], label=label)
+        if frame["beside"].any():
+            look = {"marker": _MARKS[IN_DIRECTION], "edgecolors": COLORS[IN_DIRECTION]}
+            ax.scatter([], [], s=64, c=PAPER, **look, label="open: why in direction")
         # Effects differ by orders of magnitude, so the axis is logarithmic away from 0. Intervals of few seeds may be very wide:
         # the estimates and the median interval set the limits.
         sizes = rows["mean"].abs()
@@ -107,10 +116,11 @@ def effects(verdicts: Verdicts) -> Plot:
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(xlim=(-reach, reach), xlabel="right of 0: agrees with the paper (logarithmic away from 0)")
-        name_rows(ax, rows["name"], set(rows["name"]), fontsize=9)
+        names = [textwrap.fill(name, 34) for name in rows["name"][~beside]]
+        name_rows(ax, names, names, fontsize=9, linespacing=1)
         return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
-    what, height = "effects, above 0 where they are on the paper's side", 1.0 + 0.21 * sum(heights)
+    what, height = "effects, above 0 where they are on the paper's side", 1.0 + 0.28 * sum(heights)
     return panels(what, draw, there, height, rows=len(there), key="unit", legend=3, height_ratios=heights)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ecmoe.config import RunConfig
 from ecmoe.report import index
 from ecmoe.report.answer import found
 from ecmoe.report.markup import COLORS
+from ecmoe.report.plots.style import PAPER
 from ecmoe.study.answer import answer
 from ecmoe.training.result import Result, not_run, write_record
 from tests.study.known import CENTRE, judged, losses, seeds
@@ -118,14 +120,17 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     assert [ax.get_ylim() for ax in plot.figure.axes] == [(0.5, -0.5)] * 2  # half a row's place around a row
     assert all(ax.get_xlabel().startswith("right of 0: agrees with the paper") for ax in plot.figure.axes)
     for ax, (unit, of) in zip(plot.figure.axes, plot.data.groupby("unit"), strict=True):
-        bars, marks, *_ = ax.collections
+        bars, *marks = ax.collections
+        marks = marks[: len(of)]
         assert [bar.tolist() for bar in bars.get_segments()] == [
             [[r.low, i], [r.high, i]] for i, r in enumerate(of.itertuples())
         ]
-        assert marks.get_offsets().tolist() == [[mean, i] for i, mean in enumerate(of["mean"])]
-        colors = [[to_hex(color) for color in one.get_edgecolor()] for one in (bars, marks)]
-        assert colors == [[COLORS[label].lower() for label in of["label"]]] * 2 and ax.get_title() == unit
-        assert [tick.get_text() for tick in ax.get_yticklabels()] == of["name"].tolist()
+        assert [mark.get_offsets()[0].tolist() for mark in marks] == [[mean, i] for i, mean in enumerate(of["mean"])]
+        colors = [to_hex(color) for color in bars.get_edgecolor()]
+        assert colors == [to_hex(color) for mark in marks for color in mark.get_facecolor()]
+        assert colors == [COLORS[label].lower() for label in of["label"]] and ax.get_title() == unit
+        assert [tick.get_text().replace("\n", " ") for tick in ax.get_yticklabels()] == of["name"].tolist()
+        assert all(len(line) < 36 for tick in ax.get_yticklabels() for line in tick.get_text().split("\n"))
         assert ax.xaxis.get_major_formatter()(0.01, 0) == "0.01" and ax.get_lines()[0].get_xdata() == [0, 0]
     c1 = index.effects(verdicts | {"C1": judged("C1", losses(**CENTRE))}).figure
     assert c1.axes[0].get_gridspec().get_height_ratios() == [6.5, 2.5]  # as many rows in nats, and one in percent
@@ -185,6 +190,51 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     (ax,), (other,) = (index.effects({"C6": one}).figure.axes for one in (verdicts["C6"], turned))
     assert ax.get_xlim() == pytest.approx(other.get_xlim())  # for and against the paper alike
     assert ax.xaxis.get_transform().linthresh == other.xaxis.get_transform().linthresh == 0.01
+
+
+def shape(mark) -> list:
+    return mark.get_paths()[0].vertices.tolist()
+
+
+def test_verdicts_of_effects_differ_in_their_marks_too():
+    gone = {"Dense": seeds(3.6), "Dense equal FLOPs": seeds(3.5)}  # no effect, and contradicted
+    verdicts = {
+        "C6": judged("C6", losses(**HASH)),
+        "C9": judged("C9", losses(**{"EC-CF2 renormalized": seeds(3.6)} | gone)),
+        "wide": judged("C6", losses(**HASH | {"Hash modulo": seeds(3.62, noise=0.03)})),
+    }
+    plot = index.effects(verdicts)
+    (legend,) = plot.figure.legends
+    marks = {text.get_text(): shape(handle) for text, handle in zip(legend.texts, legend.legend_handles, strict=True)}
+    assert {"reproduced", "no effect", "contradicted", "undecided"} == set(marks)
+    assert not any(one == other for one, other in combinations(marks.values(), 2))
+    drawn = [mark for ax in plot.figure.axes for mark in ax.collections[1:] if len(mark.get_offsets())]
+    assert [shape(mark) for mark in drawn] == [marks[label] for label in plot.data["label"]]
+
+
+def test_what_puts_a_part_in_direction_is_an_open_mark_in_its_row():
+    ahead = {"EC-CF2 renormalized": seeds(3.58), "EC-CF2 raw": seeds(3.58)}
+    verdict = judged("C1", losses(**CENTRE | ahead))
+    plot = index.effects({"C1": verdict})
+    (ax,), rows = plot.figure.axes, plot.data.set_index("name")
+    assert list(rows.index[:4]) == [
+        "C1 half the steps, renormalized gates", "C1 all steps, renormalized gates",
+        "C1 half the steps, raw gates", "C1 all steps, raw gates",
+    ]  # fmt: skip
+    of = {part.name: part for part in verdict.parts}["all steps, renormalized gates"]
+    shown = rows.loc["C1 all steps, renormalized gates"]
+    assert shown["label"] == of.label and shown["mean"] == pytest.approx(-of.effect.value) and shown["mean"] > 0
+    assert len(ax.get_yticks()) == len(rows) - 2 == 4 and ax.get_ylim() == (3.5, -0.5)
+    half, whole, *_ = marks = [mark for mark in ax.collections[1:] if len(mark.get_offsets())]
+    assert [mark.get_offsets()[0, 1] for mark in marks] == [0, 0, 1, 1, 2, 3]
+    assert shape(half) == shape(whole)
+    (color,), (paper,) = half.get_facecolor(), whole.get_facecolor()
+    assert to_hex(color) == to_hex(whole.get_edgecolor()[0]) == COLORS["reproduced in direction"]
+    assert to_hex(paper) == PAPER and "beside" not in plot.data
+    *_, legend = plot.figure.legends[0].texts
+    assert legend.get_text().startswith("open: ")
+    contradicted = index.effects({"C1": judged("C1", losses(**CENTRE))})
+    assert len(contradicted.data) == 4 and "open" not in str([text for text in contradicted.figure.legends[0].texts])
 
 
 def row_of(part) -> str:
