@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot
 
 from ecmoe.report import index as index_module
 from ecmoe.report import page, plots
@@ -27,6 +29,8 @@ def show_something():
     page.show(plots.final_loss(frame), "A caption that is long enough to be wrapped on a phone, and on a desk, too.")
     wide = pd.concat([frame] * 4, axis=1).set_axis([f"a_long_name_{i}" for i in range(12)], axis=1)
     page.show_table(wide, "A wide table")
+    said = {"what": ["prompt", *["more"] * 12], "value": ["Once upon a time " * 20, *["of it"] * 12]}
+    page.show_table(pd.DataFrame(said), "A long table")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +153,38 @@ def test_on_paper_nothing_is_cut_off(folder, tab):
             "[...document.querySelectorAll('main table, main svg, main .badge')].map(e => e.getBoundingClientRect().right)"
         )
         assert max(wide) <= 722
+
+
+def test_on_paper_numbers_and_short_words_stay_whole_and_short_tables_on_one_sheet(folder, tab):
+    tab.open(folder / "01_one.html", 720, media="print")
+    lines = """[...document.querySelectorAll('main .scroll :is(td[style], tbody th:not(.long))')].map(
+        cell => { const range = document.createRange(); range.selectNodeContents(cell); return range.getClientRects().length })"""
+    assert len(tab.js(lines)) > 9 and set(tab.js(lines)) == {1}
+    breaks = "[...document.querySelectorAll('table')].map(table => [table.tBodies[0].rows.length, getComputedStyle(table).breakInside])"
+    assert {(rows > 12, how) for rows, how in tab.js(breaks)} == {(False, "avoid"), (True, "auto")}
+    heads = "[...document.querySelectorAll('thead, caption, h2')].map(head => getComputedStyle(head).breakAfter)"
+    assert set(tab.js(heads)) == {"avoid"}  # no head at the end of a sheet
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_shadow_says_that_a_figure_goes_on_to_the_right(folder, tab, tmp_path, dark):
+    def at_the_edge(width: int, scrolled: int = 0) -> float:
+        """How far the median colour of the frame's last column is from that of the page beside it."""
+        tab.open(folder / "01_one.html", width, dark=dark)
+        tab.js(
+            f"document.querySelector('.plot').scrollIntoView(); document.querySelector('.plot').scrollLeft = {scrolled}"
+        )
+        top, right, bottom = tab.js(
+            "(r => [r.top, r.right, r.bottom])(document.querySelector('.plot').getBoundingClientRect())"
+        )
+        tab.picture(tmp_path / "page.png", whole=False)
+        picture = pyplot.imread(tmp_path / "page.png")[int(top) + 1 : int(bottom) - 1, :, :3]
+        edge, paper = (np.median(picture[:, int(x)], axis=0) for x in (right - 2, right + 5))
+        return float(abs(edge - paper).max())
+
+    assert at_the_edge(390) > 0.1
+    assert at_the_edge(390, scrolled=1000) < 0.02  # its end
+    assert at_the_edge(1280) < 0.02  # there is no more
 
 
 def test_the_search_finds_words_of_every_page(folder, tab):
