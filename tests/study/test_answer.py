@@ -33,7 +33,7 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
         "(C2: a GShard step takes 20% longer)."
     )
     assert does_not.startswith(
-        "1 is contradicted (C1, in 2 of 4 parts: EC-CF2 needs fewer steps than GShard (paper: half); both beat Switch); "
+        "1 is contradicted (C1, in 2 of 4 parts: EC-CF2 needs fewer steps than GShard (paper: half), and both beat Switch); "
     )
     assert "7 are not run yet (C3, " in does_not
     assert choice.startswith(

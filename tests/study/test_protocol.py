@@ -26,7 +26,7 @@ def test_every_claim_of_the_paper_is_judged_by_a_rule_that_says_what_would_refut
         assert (
             claim.id == id
             and claim.claim
-            and len(claim.short) < 70
+            and len(claim.short) < 75
             and claim.paper
             and claim.where
             and claim.refuted_by
