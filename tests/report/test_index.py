@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +234,17 @@ def test_what_puts_a_part_in_direction_is_an_open_mark_in_its_row():
     *_, legend = plot.figure.legends[0].texts
     assert legend.get_text().startswith("open: ")
     contradicted = index.effects({"C1": judged("C1", losses(**CENTRE))})
+    assert contradicted.figure.get_figheight() == plot.figure.get_figheight()  # of as many rows
     assert len(contradicted.data) == 4 and "open" not in str([text for text in contradicted.figure.legends[0].texts])
+
+
+def test_names_of_effects_that_take_two_lines_leave_each_other_room():
+    figure = index.effects(dict.fromkeys("abcdef", judged("C9", losses(**CENTRE)))).figure
+    figure.draw_without_rendering()
+    labels = figure.axes[0].get_yticklabels()
+    assert all("\n" in label.get_text() for label in labels) and len(labels) > 1
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
 
 
 def row_of(part) -> str:

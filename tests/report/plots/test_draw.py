@@ -124,6 +124,13 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
     assert [y for _, y, _ in at.values()] == sorted(y for _, y, _ in at.values())
 
 
+def test_a_level_of_raw_gates_is_dashed_like_other_lines_of_theirs(ax):
+    raw = SHOWN | {"level": Look("#009e73", "^", (4, 2))}
+    draw.lines(ax, measured(), "num_experts", "dropped", ticks_at_values=True, level="level", shown=raw)
+    (across,) = (line for line in ax.get_lines() if line.get_transform() != ax.transData)
+    assert across.is_dashed() and across.get_marker() in ("", "None", None)
+
+
 def test_lines_of_steps_are_bands_and_may_be_differences(ax):
     frame = measured().assign(step=lambda rows: 5000 * rows["num_experts"])
     data = draw.lines(ax, frame, "step", "dropped", reference="a", shown=SHOWN)
@@ -156,6 +163,7 @@ def test_names_keep_their_place_where_there_is_room(ax):
     assert (edge + 33 / 72 * ax.figure.dpi > sample[:, 0]).all() and (
         sample[:, 0] > edge
     ).all()  # between axes and name
+    assert ax.figure.artists[-1].get_markevery() == [1]  # in its middle
     assert sample[:, 1] == pytest.approx([high] * 3) and ax.get_ylim() == (0, 10)
 
 
