@@ -51,7 +51,7 @@ def _holds(found: Sequence[ClaimVerdict]) -> str:
     run = [one for one in found if one.label != NOT_RUN]
     so_far = f", {len(run)} {'was' if len(run) == 1 else 'were'} run so far" if len(run) < len(found) else ""
     models = Counter(f"{one.rests_on.size}, trained on {one.rests_on.trained}" for one in run if one.rests_on.runs)
-    at = "".join(f" ({n} of them at {model})" for model, n in models.most_common(1))
+    at = "".join(f" ({n} of them tested on models of {model})" for model, n in models.most_common(1))
     return f"of the paper's {claims}{so_far}{at}: {', and '.join(_told(found, HOLDS)) or 'none holds'}."
 
 

@@ -27,7 +27,7 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
     numbers = losses(**CENTRE, **{"EC-CAP2 renormalized": seeds(3.62), "EC-CAP3 renormalized": seeds(3.601)})
     holds, does_not, choice = answer(verdicts(numbers, bench={"even": [1.08, 1.081, 1.079]}, step_time=1.1))
     assert holds == (
-        "Of the paper's 10 claims and 2 limitations, 5 were run so far (4 of them at 4 layers of width 64, 8 experts, trained on 122,880 tokens): "
+        "Of the paper's 10 claims and 2 limitations, 5 were run so far (4 of them tested on models of 4 layers of width 64, 8 experts, trained on 122,880 tokens): "
         "2 hold (C5: a cap of 2 experts "
         "costs quality; C9: EC beats dense models, and sooner), and 1 holds in direction, but not by as much "
         "(C2: a GShard step takes 20% longer)."
@@ -59,7 +59,7 @@ def test_the_cost_is_that_of_all_records(home):
         cost("gpu")
 
 
-SIZE = "of them at 4 layers of width 64, 8 experts, trained on 122,880 tokens"
+SIZE = "of them tested on models of 4 layers of width 64, 8 experts, trained on 122,880 tokens"
 
 
 @pytest.mark.parametrize(
