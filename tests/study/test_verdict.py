@@ -206,6 +206,18 @@ def test_a_sentence_has_number_interval_and_what_keeps_it_from_a_better_label():
         assert verdict._found(rule, label, found, 0.9) == f"a is 5.0 points over b ({low} to {high}; 4 seeds){more}"
     enough = verdict._found(replace(rule, margin=0.05), UNDECIDED, found, 0.9)
     assert found.seeds_for(0.05, 0.9, 0.8) == found.n and enough.endswith(", which doesn't decide it")
+    few = replace(found, errors=(*found.errors, (0.05, 40)))  # an error of the examples, which more seeds don't lower
+    said = verdict._found(rule, UNDECIDED, few, 0.9)
+    left = 100 * 0.05 * t.ppf(0.95, 40)
+    assert said.endswith(
+        f"it; more seeds alone can't tell 2.0 points, for the validation examples leave {left:.1f} points either way"
+    )
+    many = replace(found, errors=(*found.errors, (0.001, 40)))
+    for unlike in (
+        verdict._found(rule, UNDECIDED, many, 0.9),
+        verdict._found(replace(rule, how="spread"), UNDECIDED, few, 0.9),
+    ):
+        assert unlike.endswith(", which doesn't decide it")
     less = of_values([-0.03, -0.05, -0.04, -0.08], Unit.SHARE)
     assert verdict._found(rule, REPRODUCED, less, 0.9) == f"a is 5.0 points under b ({low} to {high}; 4 seeds)"
     two = verdict._found(rule, UNDECIDED, of_values([0.0500, 0.0501], Unit.SHARE), 0.9)
