@@ -116,6 +116,9 @@ def test_the_router_example_is_a_router(monkeypatch):
         assert weights == pytest.approx(expected)
     moe(x).sum().backward()
     assert router.weight.grad.abs().sum() > 0
+    padded = logits.detach().index_fill(0, torch.tensor([3]), torch.nan).requires_grad_()
+    router.assign(padded, mask=torch.arange(12) != 3).dense(12).square().sum().backward()
+    assert padded.grad.isfinite().all() and not padded.grad[3].any() and padded.grad[4].any()
 
 
 def test_the_router_example_may_be_copied_as_it_is():
