@@ -1,6 +1,6 @@
 """Estimate what a model size costs without training it: parameters (counted on the meta device), FLOPs, GPU hours."""
 
-import statistics
+import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -9,10 +9,10 @@ from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.provenance import PEAK_BF16
-from ecmoe.training.result import load_records
+from ecmoe.study.speed import kept, setting
 
 PEAK = PEAK_BF16["H100"]  # the same for the H200
-ASSUMED_MFU = 0.4  # model FLOPs utilisation, if no run has measured it
+ASSUMED_MFU = 0.4  # model FLOPs utilisation, if no timing has measured it
 
 
 def table_1() -> pd.DataFrame:
@@ -28,17 +28,19 @@ def table_1() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, scale: str = "gpu") -> pd.DataFrame:
+def hours(
+    configs: Mapping[str, RunConfig], tokens: float | None = None, scale: str = "gpu", mfu: Mapping[str, float] = {}
+) -> pd.DataFrame:
     """Return the cost of one run of each config, a row per name: parameters, training FLOPs per token, tokens, hours on one GPU.
 
-    tokens: number of training tokens; None: as in each config. scale: whose committed runs give the model FLOPs utilisation
-    (MFU). Without such runs `ASSUMED_MFU` is used, and the table says so.
-    """
-    rates = [rate for r in load_records(paths.results(scale, "runs")) if (rate := r.summary.get("mfu"))]
-    share = statistics.median(rates) if rates else ASSUMED_MFU
-    said = f"median of {len(rates)} runs" if rates else "assumed"
+    tokens: number of training tokens; None: as in each config. mfu: name -> model FLOPs utilisation (MFU) of its own timed steps.
+    All others get that of EC-CF2 in the scale's `bench_step`, on its best path; `ASSUMED_MFU` where nothing was timed."""
+    timed = kept("step", paths.results(scale, "bench"))["rows"]
+    rates = [row["mfu"] for row in timed if row["arm"] == "EC-CF2" and row.get("mfu")]
+    usual = (max(rates), f"timed for {setting(scale)[0]}") if rates else (ASSUMED_MFU, "assumed")
     rows = []
     for name, config in configs.items():
+        share, said = (mfu[name], "its own steps") if mfu.get(name, math.nan) > 0 else usual
         flops, count = flops_per_token(config), count_parameters(config)
         n = tokens or config.steps * config.tokens_per_batch
         rows.append({

@@ -1,11 +1,14 @@
 """Table 1 and what it costs."""
 
+import math
+
+import pandas as pd
 import pytest
 
 from ecmoe import paths
+from ecmoe.bench.clock import save
 from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.study import cost
-from ecmoe.training.result import Result, not_run, write_record
 
 
 def test_every_row_of_table_1_is_counted():
@@ -28,20 +31,23 @@ def test_every_row_of_table_1_is_counted():
     assert sizes.loc["0.1B/64E", "active_ratio"] == pytest.approx(0.88, abs=0.01)
 
 
-def test_hours_follow_from_flops_and_a_stated_share(tiny_config, tmp_path, monkeypatch):
+def test_hours_follow_from_flops_and_a_stated_share(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     models = {"0.1B/64E": TABLE_1["0.1B/64E"].config}
-    row = cost.hours(models, tokens=1e9, scale="nothing there").set_index("name").loc["0.1B/64E"]
-    assert row["at_mfu"] == "0.40, assumed"
-    assert row["gpu_hours"] == pytest.approx(1e9 * flops_per_token(TABLE_1["0.1B/64E"].config) / (0.4 * 989e12) / 3600)
-    config = tiny_config()
-    for seed, mfu in enumerate((0.9, 0.2, 0.1, None)):
-        run = config.replace(seed=seed)
-        write_record(paths.results("gpu", "runs") / f"{run.name}.json", Result(not_run(run).summary | {"mfu": mfu}))
-    for scale, share in (("paper", "0.40, assumed"), ("gpu", "0.20, median of 3 runs")):
-        assert cost.hours(models, tokens=1e9, scale=scale)["at_mfu"].tolist() == [share]
-    again = cost.hours(models, tokens=1e9).set_index("name").loc["0.1B/64E"]
-    assert again["gpu_hours"] == pytest.approx(2 * row["gpu_hours"]) and again["at_mfu"] == "0.20, median of 3 runs"
+    at_all = 1e9 * flops_per_token(TABLE_1["0.1B/64E"].config) / 989e12 / 3600  # hours, if the device did nothing else
+    timed = pd.DataFrame({"arm": ["EC-CF2", "EC-CF2", "EC-CF2", "Dense"], "mfu": [0.2, 0.25, None, 0.9]})
+    timed.attrs = {"setting": {"layers": 12, "d_model": 768, "num_experts": 64, "device": "H200"}, "absent": []}
+    save(timed, paths.results("gpu", "bench") / "step.json")
+    of_model = "0.25, timed for 12 layers of width 768, 64 experts"  # EC-CF2's best path
+    for keys, share, said in (
+        ({"scale": "paper"}, 0.4, "0.40, assumed"),
+        ({"scale": "gpu"}, 0.25, of_model),
+        ({"mfu": {"0.1B/64E": 0.5}}, 0.5, "0.50, its own steps"),
+        ({"mfu": {"0.1B/64E": math.nan}}, 0.25, of_model),
+        ({"mfu": {"another": 0.5}}, 0.25, of_model),
+    ):
+        (row,) = cost.hours(models, tokens=1e9, **keys).to_dict("records")
+        assert (row["at_mfu"], row["gpu_hours"]) == (said, pytest.approx(at_all / share))
 
 
 def test_a_study_is_costed_arm_by_arm(tiny_config):
