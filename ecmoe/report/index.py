@@ -7,6 +7,7 @@ Content-Security-Policy allows it by its digest. The searched text is part of in
 import base64
 import hashlib
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -162,18 +163,21 @@ def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
 
 
 def _pages(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield each page's name, file, title, description, whether it failed, and its sections for the search."""
+    """Yield each page's name, file, title, answers (label, first sentence), whether it failed, and its sections for the search."""
     for path in sorted(folder.glob("[0-9]*.html")):
         failed = path.name.endswith(".failed.html")
         if failed and path.with_name(path.name.replace(".failed.html", ".html")).exists():
             continue
         soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        about = soup.find("meta", {"name": "description"})
+        answers = [
+            (Markup(one.p.decode_contents()), re.split(r"(?<=\.) (?=[A-Z])", one.find(class_="said").text)[0])
+            for one in soup.select("section.answer")
+        ]
         yield {
             "name": path.stem.removesuffix(".failed"),
             "file": path.name,
             "title": soup.title.get_text() if soup.title else path.stem,
-            "about": about["content"] if about else "",
+            "answers": answers,
             "failed": failed,
             "sections": _sections(soup),
         }

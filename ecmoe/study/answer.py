@@ -23,7 +23,7 @@ NO_CHOICE = "No run shows yet what this means for the choice of a router."
 # Label -> sentence template; filled with the number of claims that have the label, and which they are.
 HOLDS = {
     verdict.REPRODUCED: "{n} hold{s} ({said})",
-    verdict.IN_DIRECTION: "{n} hold{s} in direction, but not by as much ({said})",
+    verdict.IN_DIRECTION: "{n} hold{s} in direction ({said})",
 }
 OTHERS = {
     verdict.CONTRADICTED: "{n} {are} contradicted ({said})",
@@ -60,12 +60,18 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
     told = []
     for label, text in texts.items():
         if some := [one for one in found if one.label == label]:
-            of = [one.said.removeprefix(label).replace(" in", ", in") for one in some]  # if only some parts have it
-            said = "; ".join(f"{one.about.id}{parts}: {one.about.short}" for one, parts in zip(some, of, strict=True))
-            ids = ", ".join(one.about.id for one in some)
+            said, ids = "; ".join(map(_named, some)), ", ".join(one.about.id for one in some)
             s, are = ("s", "is") if len(some) == 1 else ("", "are")
             told.append(text.format(n=len(some), s=s, are=are, said=said, ids=ids))
     return told
+
+
+def _named(one: ClaimVerdict) -> str:
+    """Return a claim's number and what it says; or, if only some of its parts have its label, the names of these parts."""
+    if one.said == one.label:
+        return f"{one.about.id}: {one.about.short}"
+    names = " and ".join(f"\u201c{part.name}\u201d" for part in one.deciding if part.label == one.label)
+    return f"{one.about.id}{one.said.removeprefix(one.label).replace(' in', ', in')}: {names}"
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:

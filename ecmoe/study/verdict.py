@@ -110,7 +110,8 @@ class ClaimVerdict:
     def said(self) -> str:
         """The label, with a count if only some deciding parts have it: "no effect in 1 of 2 parts"."""
         some, all_parts = sum(part.label == self.label for part in self.deciding), len(self.deciding)
-        return f"{self.label} in {some} of {all_parts} parts" if 0 < some < all_parts else self.label
+        told = 0 < some < all_parts and self.label != PLUMBING
+        return f"{self.label} in {some} of {all_parts} parts" if told else self.label
 
     @property
     def lacks(self) -> bool:

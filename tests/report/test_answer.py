@@ -12,7 +12,7 @@ from ecmoe.report import answer
 from ecmoe.report.markup import COLORS, markup
 from ecmoe.study import verdict as labels
 from tests.report.plots.figures import luminance
-from tests.study.known import judged, losses, seeds
+from tests.study.known import CENTRE, judged, losses, seeds
 
 HASH = {"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}
 
@@ -31,6 +31,12 @@ def test_label_sentence_and_what_it_rests_on():
     less = judged("C6", losses(**HASH | {"Hash modulo": seeds(3.62, n=3)}))
     page = soup(markup("verdict", less))
     assert page.code.text == less.command and page.find(class_="rests") and less.label == "reproduced"
+
+
+def test_a_label_of_some_parts_says_of_how_many():
+    page = soup(markup("verdict", judged("C1", losses(**CENTRE))))
+    assert page.find(class_="badge").text == "contradicted in 2 of 4 parts"
+    assert COLORS["contradicted"] in page.find(class_="badge")["style"]
 
 
 def test_not_run_is_one_line_with_its_command():

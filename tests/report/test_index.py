@@ -281,7 +281,7 @@ def test_a_label_of_some_parts_alone_says_so_wherever_claims_are_listed():
 
 PAGE = """<html><head><meta name="viewport" content="wide"><title>A &amp; B</title><meta name="description" content="About it"><style>x</style></head><body>
 <nav>no</nav><main>Before <style>y</style><h1>A &amp; B</h1><p>First   words</p><details class="code">code</details><h2 id="part">A <i>part</i></h2>
-<p>Some</p><svg aria-label="it rises"><text>1</text></svg><math>n</math><h4>in it</h4><details class="log">log</details></main></body></html>"""
+<section class="answer"><p><span class="badge">it holds</span> <strong>C1</strong></p><p class="said">A is 0.5 &lt; b. B isn't.</p></section><svg aria-label="it rises"><text>1</text></svg><math>n</math><h4>in it</h4><details class="log">log</details></main></body></html>"""
 
 
 def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path, monkeypatch):
@@ -292,12 +292,13 @@ def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path, monkeypat
     assert [page["file"] for page in (one, failed, other)] == ["01_a.html", "02_b.failed.html", "03_c.html"]
     assert [page["name"] for page in (one, failed, other)] == ["01_a", "02_b", "03_c"]
     assert [page["failed"] for page in (one, failed, other)] == [False, True, False]
-    assert (one["title"], one["about"]) == ("A & B", "About it") and (other["title"], other["about"]) == ("03_c", "")
+    assert (one["title"], other["title"], other["answers"]) == ("A & B", "03_c", [])
+    assert one["answers"] == [('<span class="badge">it holds</span> <strong>C1</strong>', "A is 0.5 < b.")]
     assert one["sections"] == [
-        ("main", "", "Before"), ("main", "A & B", "First words"), ("part", "A part", "Some it rises in it"),
+        ("main", "", "Before"), ("main", "A & B", "First words"), ("part", "A part", "it holds C1 A is 0.5 < b. B isn't. it rises in it"),
     ]  # fmt: skip
     monkeypatch.setattr(index, "_LONGEST", 5)
-    assert [text for *_, text in next(index._pages(tmp_path))["sections"]] == ["Befor", "First", "Some "]
+    assert [text for *_, text in next(index._pages(tmp_path))["sections"]] == ["Befor", "First", "it ho"]
 
 
 def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_path, monkeypatch):
@@ -311,17 +312,17 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
     headings = ["What holds", "All pages", "Search", "What was run, and what is missing"]
     assert [heading.text for heading in page.main.find_all("h2")] == headings
     listed = [
-        [li.a["href"], li.a.text, li.small.text, bool(li.strong)]
+        [li.a["href"], li.a.text, [small.text for small in li.find_all("small")], li.find(class_="mark") is not None]
         for li in page.find("nav", class_="pages").find_all("li")
     ]
     assert listed == [
-        ["05_other_routers.html", "A & B", "About it", False],
-        ["08_step_time.failed.html", "08_step_time.failed", "", True],
+        ["05_other_routers.html", "A & B", ["it holds C1 A is 0.5 < b."], False],
+        ["08_step_time.failed.html", "08_step_time.failed", [], True],
     ]
     words, script = page.find_all("script")
     assert json.loads(words.string)[1:-1] == [
         ["05_other_routers.html", "A & B", "main", "A & B", "First words"],
-        ["05_other_routers.html", "A & B", "part", "A part", "Some it rises in it"],
+        ["05_other_routers.html", "A & B", "part", "A part", "it holds C1 A is 0.5 < b. B isn't. it rises in it"],
     ]
     allowed = base64.b64encode(hashlib.sha256(script.string.encode()).digest()).decode()  # that script, and no other
     assert f"script-src 'sha256-{allowed}'" in page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]

@@ -8,7 +8,16 @@ from ecmoe import paths
 from ecmoe.files import Damaged, write_json
 from ecmoe.study.answer import answer, cost
 from ecmoe.study.protocol import find_claim, protocol
-from ecmoe.study.verdict import CONTRADICTED, IN_DIRECTION, NO_EFFECT, NOT_RUN, REPRODUCED, UNDECIDED, of_evidence
+from ecmoe.study.verdict import (
+    CONTRADICTED,
+    IN_DIRECTION,
+    NO_EFFECT,
+    NOT_RUN,
+    PLUMBING,
+    REPRODUCED,
+    UNDECIDED,
+    of_evidence,
+)
 from tests.study.known import CENTRE, Known, judged, losses, seeds
 
 
@@ -29,11 +38,11 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
     assert holds == (
         "Of the paper's 10 claims and 2 limitations, 5 were run so far (4 of them tested on models of 4 layers of width 64, 8 experts, trained on 122,880 tokens): "
         "2 hold (C5: a cap of 2 experts "
-        "costs quality; C9: EC beats dense models, and sooner), and 1 holds in direction, but not by as much "
+        "costs quality; C9: EC beats dense models, and sooner), and 1 holds in direction "
         "(C2: a GShard step takes 20% longer)."
     )
     assert does_not.startswith(
-        "1 is contradicted (C1, in 2 of 4 parts: EC-CF2 needs fewer steps than GShard (paper: half), and both beat Switch); "
+        "1 is contradicted (C1, in 2 of 4 parts: “half the steps, renormalized gates” and “half the steps, raw gates”); "
     )
     assert "7 are not run yet (C3, " in does_not
     assert choice.startswith(
@@ -70,7 +79,7 @@ SIZE = "of them tested on models of 4 layers of width 64, 8 experts, trained on 
          "1 is not run yet (C6)."),
         ([UNDECIDED, NOT_RUN], f"2 claims, 1 was run so far (1 {SIZE}): none holds.", "1 is undecided (C6); 1 is not run yet (C6)."),
         ([IN_DIRECTION, CONTRADICTED, CONTRADICTED, NO_EFFECT],
-         f"4 claims (4 {SIZE}): 1 holds in direction, but not by as much (C6: hash routing is worse than EC).",
+         f"4 claims (4 {SIZE}): 1 holds in direction (C6: hash routing is worse than EC).",
          "2 are contradicted (C6: hash routing is worse than EC; C6: hash routing is worse than EC); "
          "no effect was found for 1 (C6: hash routing is worse than EC)."),
     ],
@@ -90,9 +99,7 @@ def test_a_label_of_some_parts_alone_says_of_how_many(home):
     }
     level = judged("C3", losses(**experts))
     assert level.said == "no effect in 1 of 2 parts"
-    assert answer({"C3": level})[1] == (
-        "No effect was found for 1 (C3, in 1 of 2 parts: more experts help, and EC is ahead of GShard)."
-    )
+    assert answer({"C3": level})[1] == ("No effect was found for 1 (C3, in 1 of 2 parts: “more experts”).")
     part, *_ = level.parts
     both = replace(
         level, parts=(part, part, *(replace(part, label=label) for label in (REPRODUCED, UNDECIDED, UNDECIDED)))
@@ -100,6 +107,9 @@ def test_a_label_of_some_parts_alone_says_of_how_many(home):
     assert both.said == "no effect in 2 of 5 parts"
     missing = replace(level, label=UNDECIDED, parts=(part, replace(part, label=NOT_RUN)))
     assert missing.said == UNDECIDED  # whose parts are none of them
+    assert (
+        replace(level, label=PLUMBING, parts=(replace(part, label=PLUMBING), part)).said == PLUMBING
+    )  # it judges none
 
 
 def test_what_says_nothing_is_said_to(home):
