@@ -50,6 +50,13 @@ def judged(scale: str, *claims: str) -> None:
     show_html(markup("judged_claims", [(claim, judged_html(judge(claim, scale))) for claim in claims]))
 
 
+def told(scale: str, claim: str, *parts: str) -> str:
+    """Return the sentences of these parts of a claim, for a caption; "" at scale smoke, whose numbers are meaningless."""
+    said = {part.name: part.sentence for part in judge(claim, scale).parts}
+    sentences = [said[name] for name in parts if scale != "smoke"]
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
+
+
 def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
     """Return claims judged on another page's arms beside the original verdicts, a row per part with runs there; empty at smoke."""
     rows = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ecmoe.report.answer import NOTHING, answer, at_size, difference, finding, judged
+from ecmoe.report.answer import NOTHING, answer, at_size, difference, finding, judged, told
 from ecmoe.report.markup import Format, markup, show_html, table_html
 from ecmoe.report.plots.style import COUNT_COLORS, Plot, on_color
 from ecmoe.study import repeats
@@ -16,7 +16,7 @@ from ecmoe.study.estimate import counted
 from ecmoe.study.load import Study
 
 __all__ = [
-    "answer", "at_size", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text",
+    "answer", "at_size", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text", "told",
 ]  # fmt: skip
 
 

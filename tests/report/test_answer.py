@@ -80,6 +80,17 @@ def test_a_claim_at_another_size_stands_beside_the_studys(monkeypatch):
     assert answer.at_size("smoke", "07_fine_tuning", "C6").empty  # where numbers mean nothing
 
 
+def test_a_caption_is_told_the_parts_that_it_names(monkeypatch):
+    monkeypatch.setattr(answer, "judge", lambda claim, scale: judged(claim, losses(**HASH), scale=scale))
+    parts = "modulo against EC-CF2", "spread over seeds"
+    first, spread = answer.told("gpu", "C6", *parts).split(". ")
+    assert first.startswith("Hash routing ends 0.") and spread.startswith("Hash routing's losses spread")
+    assert spread.endswith(".")
+    assert answer.told("smoke", "C6", *parts) == ""
+    with pytest.raises(KeyError, match="modulo"):
+        answer.told("gpu", "C6", "modulo")
+
+
 def test_claims_are_judged_below_their_names(monkeypatch):
     verdicts, shown = {"C6": judged("C6", losses(**HASH)), "C1": judged("C1", {})}, []
     monkeypatch.setattr(answer, "judge", lambda claim, scale: verdicts[claim] if scale == "gpu" else None)
