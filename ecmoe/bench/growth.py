@@ -1,7 +1,6 @@
 """Time of the expert choice layer, forward + backward, as one size grows and the others stay fixed.
 
-The layer uses the implementation that runs use ("auto"), beside its floor, a lower bound (see layer.py). Exponents of
-power laws are fitted by least squares on logarithms; the width of Student's t interval over sizes shows how well.
+The layer uses the implementation that runs use ("auto"), beside its floor, a lower bound (see layer.py).
 """
 
 import statistics
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from ecmoe.bench import clock as timing
 from ecmoe.bench.layer import floor, forward_and_both, layer_and_input
@@ -45,12 +43,13 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
 
 
 def exponents(grown: pd.DataFrame) -> pd.DataFrame:
-    """Fit a power law by axis: exponent, its 95% interval (low, high), of_floor (the floor's exponent), at_1 (ms)."""
+    """Return by axis the power of the size that times grow with: exponent, of_floor (the floor's), at_1 (ms at size 1).
+
+    It is taken between the two largest sizes: at small ones launching may take all the time, which is no power of a size."""
     rows = []
     for axis, group in grown.groupby("axis", sort=False):
-        x = np.log(group["value"].to_numpy(float))
-        fits = [stats.linregress(x, np.log(group[column].to_numpy(float))) for column in ("ms", "floor_ms")]
-        half = stats.t.ppf(0.975, len(x) - 2) * fits[0].stderr if len(x) > 2 else np.nan
-        slope, at_1 = fits[0].slope, float(np.exp(fits[0].intercept))
-        rows.append((axis, slope, slope - half, slope + half, fits[1].slope, at_1))
-    return pd.DataFrame(rows, columns=["axis", "exponent", "low", "high", "of_floor", "at_1"])
+        last = np.log(group.sort_values("value")[["value", "ms", "floor_ms"]].tail(2).astype(float))
+        size, ms, floor_ms = last.diff().iloc[-1]
+        at_1 = float(np.exp(last["ms"].iloc[-1] - ms / size * last["value"].iloc[-1]))
+        rows.append((axis, ms / size, floor_ms / size, at_1))
+    return pd.DataFrame(rows, columns=["axis", "exponent", "of_floor", "at_1"])

@@ -156,14 +156,10 @@ def setting(scale: str) -> tuple[str, str]:
     return size, found.get("device", "an unknown device")
 
 
-def taken(found: Found, *names: str) -> str:
-    """Return a sentence on where these results were measured: "Timed on one NVIDIA H200 with the code of commit a482a1b."; "" if
-    none was measured."""
-    device, commit = (
-        ", ".join(dict.fromkeys(str(one[key]) for name in names if key in (one := found[name]["setting"])))
-        for key in ("device", "commit")
-    )
-    return f"Timed on one {device} with the code of commit {commit}." if device else ""
+def taken(found: Found, name: str) -> str:
+    """Return where a result was measured, and with which code: "one NVIDIA H200 (4 CPU threads, commit a482a1b)"."""
+    at = found[name]["setting"]
+    return "one {device} ({threads} CPU threads, commit {commit})".format_map(at) if at else "no device yet"
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
@@ -205,6 +201,15 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["size", "layer"]).dropna(axis=1, how="all")
 
 
+def longer(auto: pd.DataFrame) -> str:
+    """Return where a run's default path takes longer than plain PyTorch, by more than 2%: "compiled, n 512, d 256: 1.84 times"."""
+    most = auto[auto["ratio"] > 1.02].groupby(["mode", "n", "d_model"], sort=False)["ratio"].max()
+    return (
+        "; ".join(f"{mode}, n {n:,}, d {d:,}: {ratio:.2f} times" for (mode, n, d), ratio in most.items()) or "nowhere"
+    )
+
+
 def absent(found: Found) -> list[str]:
-    """Return what could not be measured, with reasons, each once."""
-    return list(dict.fromkeys(line for one in found.values() for line in one["absent"]))
+    """Return what could not be measured, why, and for which results: "Liger (not installed) for small"."""
+    lines = dict.fromkeys(line for one in found.values() for line in one["absent"])
+    return [f"{line} for {', '.join(name for name, one in found.items() if line in one['absent'])}" for line in lines]

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -14,27 +13,18 @@ from ecmoe.config import ConfigError
 TINY = {"n": 64, "d_model": 8, "d_ff": 16, "num_experts": 4}
 
 
-def test_exponents_are_those_of_a_power_law():
-    rows = [{"axis": "n", "value": v, "ms": 3 * v**1.5, "floor_ms": 0.1 * v} for v in (1, 2, 8)]
-    (found,) = exponents(pd.DataFrame(rows)).to_dict("records")
-    assert [found[key] for key in ("exponent", "low", "high")] == pytest.approx([1.5] * 3)
-    assert (found["of_floor"], found["at_1"]) == pytest.approx((1.0, 3.0))
-    two = [
-        {"axis": axis, "value": v, "ms": v**p, "floor_ms": 1.0}
-        for axis, p in (("n", 2), ("d_model", 1))
-        for v in (1, 2)
+def test_exponents_are_those_between_the_two_largest_sizes():
+    rows = [  # in another order, and from where launching takes all the time
+        {"axis": "n", "value": v, "ms": max(20.0, 3 * v**1.5), "floor_ms": 0.1 * v} for v in (16, 1, 4, 2)
     ]
-    found = exponents(pd.DataFrame(two))  # in the order of the axes; two points tell no interval
-    assert found["axis"].tolist() == ["n", "d_model"] and found["exponent"].tolist() == pytest.approx([2, 1])
-    assert found[["low", "high"]].isna().all(axis=None)
-    noisy = pd.DataFrame(rows).assign(ms=[3.0, 9.0, 60.0])
-    (found,) = exponents(noisy).to_dict("records")
-    x, y = np.log([1, 2, 8]), np.log([3.0, 9.0, 60.0])
-    slope, at_0 = np.polyfit(x, y, 1)
-    error = (((y - at_0 - slope * x) ** 2).sum() / 1 / ((x - x.mean()) ** 2).sum()) ** 0.5  # of 3 points and 2 numbers
-    low, high = slope - 12.7062 * error, slope + 12.7062 * error  # Student's t for 95% and 1 degree of freedom
-    expected = {"exponent": slope, "low": low, "high": high, "of_floor": 1.0, "at_1": np.exp(at_0)}
-    assert found.pop("axis") == "n" and found == pytest.approx(expected, rel=1e-5)
+    rows += [{"axis": "d_model", "value": v, "ms": v, "floor_ms": 1.0} for v in (1, 2)]
+    found = exponents(pd.DataFrame(rows))
+    assert found["axis"].tolist() == ["n", "d_model"]  # in their order
+    assert found.drop(columns="axis").to_dict("records") == [
+        pytest.approx({"exponent": 1.5, "of_floor": 1.0, "at_1": 3.0}),
+        pytest.approx({"exponent": 1.0, "of_floor": 0.0, "at_1": 1.0}),
+    ]
+    assert exponents(pd.DataFrame(columns=["axis", "value", "ms", "floor_ms"])).empty
 
 
 def test_growth_times_the_layer_that_a_run_gets_at_each_size(monkeypatch):

@@ -70,7 +70,7 @@ def test_a_figure_has_its_words_in_quotes_and_a_part_without_one_says_so(monkeyp
     monkeypatch.setattr(readme, "share_of_floor", lambda layers: plot._replace(figure=None))
     texts, plots = readme.sections("paper")
     assert '"reports/paper/readme-evidence.png" width="760" alt="a &quot;b&quot; &lt;c&gt;">' in texts["evidence"]
-    assert texts["speed"].startswith("Not run yet: Speed of the layer") and "on one GPU. " in texts["speed"]
+    assert texts["speed"].startswith("Not run yet: Speed of the layer") and "on no device yet. " in texts["speed"]
     assert plots == {"reports/paper/readme-evidence.png": plot}
     assert asked == ["paper", "paper", ("paper", False)] and "make reproduce SCALE=paper" in texts["evidence"]
 

@@ -253,7 +253,7 @@ def test_a_table_of_layers_has_each_number_in_its_column():
          "a cap adds": x + 2, "routing, of floor": x + 23, "peak MB": x + 4}
         for size, name, x in (("A 1", "EC", 100), ("C", "floor", 200), ("C", layers["name"].iloc[-1], 300))
     ]  # fmt: skip
-    assert speed.absent(files) == ["x", "y", "z"]
+    assert speed.absent(files) == ["x for layer-a-1, layer-c", "y for layer-a-1", "z for layer-c"]
 
 
 def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
@@ -293,14 +293,19 @@ def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monk
     )
 
 
-def test_where_and_with_which_code_results_were_timed_is_said_once_each():
-    of = lambda **setting: {"setting": setting}  # noqa: E731
-    found = {
-        "a": of(device="A", commit="1"),
-        "b": of(device="A", commit="2"),
-        "c": of(device="A", commit="1"),
-        "none": of(),
-    }
-    assert speed.taken(found, "a") == "Timed on one A with the code of commit 1."
-    assert speed.taken(found, "a", "none", "c", "b") == "Timed on one A with the code of commit 1, 2."
-    assert speed.taken(found, "none") == speed.taken(found) == ""
+def test_where_and_with_which_code_a_result_was_timed_is_said():
+    found = {"a": {"setting": {"device": "A", "commit": "1", "threads": 4, "repeats": 3}}, "none": speed.NOTHING}
+    assert speed.taken(found, "a") == "one A (4 CPU threads, commit 1)"
+    assert speed.taken(found, "none") == "no device yet"
+
+
+def test_where_the_default_path_takes_longer_is_named_with_its_worst():
+    rows = [
+        ("eager", 512, 64, 1.02),
+        ("eager", 2048, 64, 1.03),
+        ("CUDA graph", 512, 64, 1.5),
+        ("eager", 2048, 64, 1.25),
+    ]
+    auto = pd.DataFrame(rows, columns=["mode", "n", "d_model", "ratio"])
+    assert speed.longer(auto) == "eager, n 2,048, d 64: 1.25 times; CUDA graph, n 512, d 64: 1.50 times"
+    assert speed.longer(auto[:1]) == "nowhere"

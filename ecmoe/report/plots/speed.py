@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from ecmoe.bench.rows import BOTH, EAGER, FORWARD, GRAPH
+from ecmoe.bench.rows import BOTH, EAGER, FORWARD
 from ecmoe.report.plots.draw import LABELS, panels
 from ecmoe.report.plots.style import GREY, INK, PAPER, Plot, looks
 
@@ -18,12 +18,12 @@ _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 
 def share_of_floor(layers: pd.DataFrame) -> Plot:
     """Plot each layer's speed as a share of its floor's, forward and forward + backward; a panel per size. layers: from `speed.layers`.
-    Leaves out CUDA graphs and the paper's slow capping method (Dykstra), which tables show."""
+    Leaves out the paper's slow capping method (Dykstra), which tables show."""
     sizes = list(dict.fromkeys(layers["size"]))
     columns = ["size", "layer", "variant", "mode", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
     rows = layers.dropna(subset=["layer"]).reindex(columns=columns)
     floor = rows["layer"].eq("floor") & rows["variant"].eq("")
-    aside = rows["mode"].eq(GRAPH) | rows["variant"].astype(str).str.endswith("Dykstra")
+    aside = rows["variant"].astype(str).str.endswith("Dykstra")
     rows = rows[~floor & ~aside & rows["what"].isin(_COLORS)].reset_index(drop=True)
     rows["percent"] = 100 * rows["share_of_floor"].astype(float)
     names, measured = (list(dict.fromkeys(rows[column])) for column in ("name", "size"))
@@ -91,23 +91,24 @@ def step_times(steps: pd.DataFrame) -> Plot:
 
 
 def growth(grown: pd.DataFrame, exponents: pd.DataFrame) -> Plot:
-    """Plot the EC layer's time as one size grows, a panel per size: times (from `bench_growth`), fitted power law (`exponents`), floor."""
+    """Plot the EC layer's time as one size grows, a panel per size: times (from `bench_growth`), floor, and powers (`exponents`)."""
 
     def draw(ax: Axes, fit: object) -> tuple[pd.DataFrame, str]:
         here = grown[grown["axis"] == fit.axis].sort_values("value")
         x = here["value"].astype(float)
         ax.plot(x, here["floor_ms"], "--", color=GREY, label="floor: six products")
-        ax.plot(x, fit.at_1 * x**fit.exponent, "-", color=_COLORS[FORWARD], linewidth=1.5, label="fitted power")
+        last = x.tail(2)
+        ax.plot(last, fit.at_1 * last**fit.exponent, color=_COLORS[FORWARD], linewidth=1.5, label="power of the size")
         ax.vlines(x, here["low_ms"], here["high_ms"], color=_COLORS[FORWARD])
         ax.plot(x, here["ms"], "o", color=_COLORS[FORWARD], label="EC layer")
         ax.set(xscale="log", yscale="log")
-        ax.set_xlabel(f"power {fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})", fontsize=9)
+        ax.set_xlabel(f"power {fit.exponent:.2f}, floor {fit.of_floor:.2f}", fontsize=9)
         ax.set_xticks(x, [f"{v / 1024:g}k" if v >= 8192 and v % 1024 == 0 else f"{v:g}" for v in x], fontsize=9)
         ax.minorticks_off()
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         shown = here.reindex(columns=["axis", "value", "ms", "low_ms", "high_ms", "floor_ms"])
-        return shown, f"to the power {fit.exponent:.2f}"
+        return shown, f"to the power {fit.exponent:.2f}, the floor {fit.of_floor:.2f}"
 
     each = {LABELS[fit.axis] + ", f = 4 d" * (fit.axis == "d_model"): fit for fit in exponents.itertuples()}
     what = "how the time of the EC layer, forward + backward, grows"

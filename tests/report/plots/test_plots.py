@@ -82,7 +82,7 @@ def test_lines_marks_and_letters_are_as_large_as_on_all_pages(runs):
     grown = pd.DataFrame(
         {"axis": "n", "value": [8192, 1000], "ms": [4.0, 2.0], "low_ms": 1.0, "high_ms": 6.0, "floor_ms": 0.5}
     )
-    fits = pd.DataFrame([("n", 0.5, 0.4, 0.6, 2.0)], columns=["axis", "exponent", "low", "high", "at_1"])
+    fits = pd.DataFrame([("n", 0.5, 0.9, 2.0)], columns=["axis", "exponent", "of_floor", "at_1"])
     two = [
         {"arm": "EC", "seed": s, "routing": how, "given": "x", "bits": s + 0.5}
         for how in ("as trained", "causally")

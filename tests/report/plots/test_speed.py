@@ -10,7 +10,7 @@ from ecmoe.report.plots import style
 from tests.report.plots.figures import drawn, legend, texts
 
 
-def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
+def test_shares_of_the_floor_leave_out_the_floor_and_a_slow_method():
     rows = [("floor", "", "plain", "eager", 1.0), ("EC-CF2", "", "plain", "eager", 0.5), ("EC-CF2", "", "triton", "CUDA graph", 0.9),
             ("floor", "in 8 bits", "plain", "eager", 1.5), ("EC-CAP2", "Dykstra", "plain", "eager", 0.1), ("top-2", "", "triton", "eager", 0.8)]  # fmt: skip
     each = [(*row, what) for row in rows for what in ("routing", "forward", "forward + backward")]
@@ -23,21 +23,23 @@ def test_shares_of_the_floor_leave_out_the_floor_and_what_stands_in_tables():
     ]
     plot = plots.share_of_floor(pd.concat(sizes))
     assert plot.alt.endswith(
-        "small: EC-CF2 plain 50%, floor plain 150%, top-2 triton 80%. large: EC-CF2 plain 25%, floor plain 75%, top-2 triton 40%."
+        "small: EC-CF2 plain 50%, EC-CF2 triton 90%, floor plain 150%, top-2 triton 80%. "
+        "large: EC-CF2 plain 25%, EC-CF2 triton 45%, floor plain 75%, top-2 triton 40%."
     )
+    shares = {"EC-CF2 plain": 0.5, "EC-CF2 triton": 0.9, "floor plain": 1.5, "top-2 triton": 0.8}
     left, right = plot.figure.axes
-    marks = [line for line in left.get_lines() if line.get_marker() in ("o", "D") and len(line.get_xdata()) == 3]
+    marks = [line for line in left.get_lines() if line.get_marker() in ("o", "D") and len(line.get_xdata()) == 4]
     assert [(line.get_marker(), list(line.get_xdata())) for line in marks] == [
-        ("o", pytest.approx([45, 145, 75])), ("D", pytest.approx([50, 150, 80])),
+        ("o", pytest.approx([45, 85, 145, 75])), ("D", pytest.approx([50, 90, 150, 80])),
     ]  # fmt: skip
-    assert [tick.get_text() for tick in left.get_yticklabels()] == ["EC-CF2 plain", "floor plain", "top-2 triton"]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == list(shares)
     assert left.get_legend() is right.get_legend() is None and legend(plot) == [FORWARD, BOTH]
     assert [100, 100] in [list(line.get_xdata()) for line in left.get_lines()] and right.get_title() == "large"
     assert plot.data[["ms", "low_ms", "high_ms"]].drop_duplicates().values.tolist() == [[2.0, 1.0, 3.0]]
     assert plot.data.groupby(["size", "layer"], sort=False)["share_of_floor"].apply(list).to_dict() == {
         (size, name): pytest.approx([k * (x - 0.05), k * x])
         for size, k in (("small", 1.0), ("large", 0.5))
-        for name, x in (("EC-CF2 plain", 0.5), ("floor plain", 1.5), ("top-2 triton", 0.8))
+        for name, x in shares.items()
     }
 
 
@@ -93,30 +95,31 @@ def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_la
 
 
 def test_growth_shows_times_power_and_floor():
-    times = [("n", 8192, 4.0), ("n", 1000, 2.0), ("d_model", 16, 3.0), ("d_model", 64, 5.0)]
+    times = [("n", 8192, 4.0), ("n", 1000, 2.0), ("n", 10, 1.5), ("d_model", 16, 3.0), ("d_model", 64, 5.0)]
     grown = pd.DataFrame(times, columns=["axis", "value", "ms"]).assign(low_ms=1.0, high_ms=6.0, floor_ms=0.5)
     fits = pd.DataFrame(
-        [("n", 0.5, 0.4, 0.6, 2.0), ("d_model", 1.25, 1.0, 1.5, 3.0)],
-        columns=["axis", "exponent", "low", "high", "at_1"],
+        [("n", 0.5, 0.9, 2.0), ("d_model", 1.25, 2.0, 3.0)], columns=["axis", "exponent", "of_floor", "at_1"]
     )
     plot = drawn(plots.growth(grown, fits))
-    assert plot.alt.endswith("grows. tokens n: to the power 0.50. width d, f = 4 d: to the power 1.25.")
+    assert plot.alt.endswith(
+        "grows. tokens n: to the power 0.50, the floor 0.90. width d, f = 4 d: to the power 1.25, the floor 2.00."
+    )
     assert plot.data[["panel", "axis", "value", "ms", "floor_ms"]].values.tolist() == [
-        ["tokens n", "n", 1000, 2.0, 0.5], ["tokens n", "n", 8192, 4.0, 0.5],
+        ["tokens n", "n", 10, 1.5, 0.5], ["tokens n", "n", 1000, 2.0, 0.5], ["tokens n", "n", 8192, 4.0, 0.5],
         ["width d, f = 4 d", "d_model", 16, 3.0, 0.5], ["width d, f = 4 d", "d_model", 64, 5.0, 0.5],
     ]  # fmt: skip
     first, second = plot.figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in first.get_lines()}
-    assert lines["EC layer"] == [2.0, 4.0] and lines["floor: six products"] == [0.5, 0.5]
+    assert lines["EC layer"] == [1.5, 2.0, 4.0] and lines["floor: six products"] == [0.5] * 3
     dashed = {line.get_label(): line.get_linestyle() for line in first.get_lines()}
-    assert dashed == {"EC layer": "None", "fitted power": "-", "floor: six products": "--"}
+    assert dashed == {"EC layer": "None", "power of the size": "-", "floor: six products": "--"}
     assert first.yaxis.get_major_formatter()(0.5, 0) == "0.5" and not first.xaxis.get_minor_ticks()
     (bars,) = first.collections
-    assert [bar.tolist() for bar in bars.get_segments()] == [[[x, 1.0], [x, 6.0]] for x in (1000, 8192)]
-    assert lines["fitted power"] == pytest.approx([2 * 1000**0.5, 2 * 8192**0.5])
-    assert [tick.get_text() for tick in first.get_xticklabels()] == ["1000", "8k"]
-    assert first.get_xlabel() == "power 0.50 (0.40 to 0.60)" and second.get_xlabel() == "power 1.25 (1.00 to 1.50)"
-    assert legend(plot) == ["floor: six products", "fitted power", "EC layer"]
+    assert [bar.tolist() for bar in bars.get_segments()] == [[[x, 1.0], [x, 6.0]] for x in (10, 1000, 8192)]
+    assert lines["power of the size"] == pytest.approx([2 * 1000**0.5, 2 * 8192**0.5])
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["10", "1000", "8k"]
+    assert first.get_xlabel() == "power 0.50, floor 0.90" and second.get_xlabel() == "power 1.25, floor 2.00"
+    assert legend(plot) == ["floor: six products", "power of the size", "EC layer"]
     assert first.get_ylabel() == "forward + backward (ms)" and first.get_yscale() == second.get_xscale() == "log"
 
 
