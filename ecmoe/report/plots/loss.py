@@ -24,13 +24,13 @@ def over(
     level: str | None = None,
     log: bool = True,
 ) -> Plot:
-    """Plot columns over "step" or over a setting with few values: a panel per column, a line per arm, 95% intervals over seeds.
+    """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm, 95% intervals over seeds.
 
     frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from it,
     seed by seed, which makes small gaps visible. level: an arm with a single x, shown as a horizontal line for comparison.
     log: show the setting in powers of two."""
     columns = [columns] if isinstance(columns, str) else list(columns)
-    arms, setting = list(dict.fromkeys(frame["arm"])), x != "step"
+    arms, setting = list(dict.fromkeys(frame["arm"])), x not in ("step", "tokens")
     minus = f" minus that of {reference}" if reference else ""
     what = f"{' and '.join(LABELS.get(column, column) for column in columns)}{minus} over {LABELS[x]}"
     there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
@@ -38,7 +38,7 @@ def over(
     if setting and there[x].nunique() == 1:  # a single value shows no dependence on the setting
         measured = ()
     if reference and not setting:  # the large differences of the first steps would flatten the rest
-        there = there[there["step"] >= 0.25 * there["step"].max()]
+        there = there[there[x] >= 0.25 * there[x].max()]
 
     def draw(ax: Axes, column: str) -> tuple[pd.DataFrame, str]:
         named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
@@ -138,6 +138,6 @@ def retention(accuracies: pd.DataFrame) -> Plot:
 def rows_text(data: pd.DataFrame, at: str | None = None) -> str:
     """Describe each row in words, in the figure's order. at: a column with the x value of the row."""
     there = data.dropna(subset=["mean"])
-    where = there[at].map(" at {:g}".format) if at else [""] * len(there)
+    where = there[at].map(" at {:.10g}".format) if at else [""] * len(there)
     rows = zip(there.itertuples(), where, strict=True)
     return "; ".join(f"{row.arm} {number(row)}{w}, {counted(int(row.seeds), 'seed')}" for row, w in rows)

@@ -46,6 +46,17 @@ def test_loss_against_a_reference_is_paired_by_seed(runs):
     assert later.tolist() == [25, 37.5, 50, 62.5, 75, 87.5, 100]  # without the first quarter
 
 
+def test_loss_over_tokens_is_a_line_whose_steps_may_differ_in_size(runs):
+    per_step = {"EC": 500_000, "top-2": 2_000_000}
+    frame = curves(runs).assign(tokens=lambda frame: frame["step"] * frame["arm"].map(per_step))
+    plot = drawn(plots.over(frame, "tokens"))
+    (ax,) = plot.figure.axes
+    assert (ax.get_xlabel(), ax.get_xscale()) == ("training tokens", "linear")
+    assert all(line.get_marker() in ("", "None") for line in ax.get_lines())  # which settings have
+    assert plot.data.groupby("arm")["tokens"].max().to_dict() == {"EC": 50_000_000, "top-2": 200_000_000}
+    assert " at 50000000, 3 seeds" in plot.alt and " at 200000000, 3 seeds" in plot.alt
+
+
 def test_a_diverged_run_ends_where_it_broke_off():
     lost = run(EC, 2.0)
     lost.curve.loc[3:, "val_loss"] = math.nan
