@@ -62,17 +62,29 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+# Errors of a disk that takes no more of a file -> what is wrong, and the remedy.
+_FULL = {
+    errno.ENOSPC: ("no space left", "free some"),
+    errno.EDQUOT: ("no space left in the disk quota", "free some"),
+    errno.EFBIG: ("the limit on file sizes is too low", "raise it (ulimit -f)"),
+}
+
+
 @contextmanager
 def disk_may_be_full(path: Path) -> Iterator[None]:
-    """Turn errors caused by a full disk into an OSError that names the file being written, `path`, and the remedy."""
+    """Turn errors in `_FULL` into an OSError that names the file being written, `path`, and the remedy."""
     try:
         yield
     except Exception as error:
-        # The writers of tensors report a full disk only in the text of their error, or not at all.
-        in_words = "os error 28" in str(error) or "Writer" in str(error) and shutil.disk_usage(path.parent).free < 2**20
-        if in_words or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            said = f"no space left to write {path}: free some, then call again; what was finished is kept"
-            raise OSError(errno.ENOSPC, said) from error
+        # The writers of tensors report the number only in the text of their error, or not at all.
+        stated = re.search(r"os error (\d+)", str(error))
+        number = int(stated[1]) if stated else getattr(error, "errno", None)
+        if "Writer" in str(error) and shutil.disk_usage(path.parent).free < 2**20:
+            number = errno.ENOSPC
+        if number in _FULL:
+            wrong, remedy = _FULL[number]
+            said = f"{wrong} to write {path}: {remedy}, then call again; what was finished is kept"
+            raise OSError(number, said) from error
         raise
 
 

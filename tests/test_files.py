@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,28 +93,75 @@ def test_two_writers_of_one_file_never_meet(tmp_path):
     assert [process.wait() for process in both] == [0, 0] and os.listdir(tmp_path) == ["a.json"]
 
 
+# As safetensors reports an error of the disk: without errno.
+RUST = "Error while serializing: I/O error: {} (os error {})"
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC, "no space left to write {}: free some, then"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            errno.EDQUOT,
+            "no space left in the disk quota to write {}: free",
+        ),
+        (
+            OSError(errno.EFBIG, "File too large"),
+            errno.EFBIG,
+            "the limit on file sizes is too low to write {}: raise it",
+        ),
+        (ValueError(RUST.format("No space left on device", 28)), errno.ENOSPC, "no space left to write {}: free some"),
+        (
+            ValueError(RUST.format("Disk quota exceeded", 122)),
+            errno.EDQUOT,
+            "no space left in the disk quota to write {}",
+        ),
+        (ValueError(RUST.format("File too large", 27)), errno.EFBIG, "the limit on file sizes is too low to write {}"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter failed writing file data/3"),
+            errno.ENOSPC,
+            "no space left to write {}: free some",
+        ),
+    ],
+)
+def test_a_full_disk_is_told_with_file_and_remedy(tmp_path, monkeypatch, error, number, said):
+    free, path = {tmp_path: 2**20 - 1}, tmp_path / "a.json"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, free[path]))
+    with pytest.raises(OSError, match=said.format(re.escape(str(path)))) as told, written(path):
+        raise error
+    assert told.value.errno == number and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["weights", "text"])
+def test_a_limit_on_the_size_of_files_is_told_by_every_writer(tmp_path, file):
+    """In a process with such a limit: safetensors and Python each report the error in their own way."""
+    script = f"""
+        import pathlib, resource, torch
+        from safetensors.torch import save_file
+        from ecmoe.files import written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            with written(pathlib.Path({str(tmp_path / "a")!r})) as temporary:
+                if {file == "weights"}:
+                    save_file({{"w": torch.zeros(1000)}}, temporary)
+                else:
+                    temporary.write_text("x" * 4000)
+        except OSError as error:
+            print(error)
+    """
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True).stdout
+    assert f"the limit on file sizes is too low to write {tmp_path / 'a'}: raise it (ulimit -f)" in said
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
-        RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter failed writing file data/3"),
+        OSError(errno.EACCES, "Permission denied"),
+        ValueError(RUST.format("Permission denied", 13)),
+        RuntimeError("PytorchStreamWriter failed"),
     ],
-)
-def test_a_full_disk_is_told_with_file_and_remedy(tmp_path, monkeypatch, error):
-    free = {tmp_path: 2**20 - 1}
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, free[path]))
-    with (
-        pytest.raises(OSError, match=r"no space left to write .*a\.json: free some") as told,
-        written(tmp_path / "a.json"),
-    ):
-        raise error
-    assert told.value.errno == errno.ENOSPC and not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("PytorchStreamWriter failed")]
 )
 def test_another_error_is_told_as_it_is(tmp_path, monkeypatch, error):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**21, 2**20, 2**20))
