@@ -76,16 +76,18 @@ def load_model(path: str | Path) -> Trunk:
 
 
 def find_run(run: str | Path) -> Path:
-    """Return the folder of a run, given its path, its name, or a prefix that no other run's name has; raise a
-    FileNotFoundError if no run matches, or several do."""
+    """Return the folder of a run, given its path, its name, or a prefix that no other run's name has; runs without weights count
+    only if there is no other. Raise a FileNotFoundError if no run matches, or several do."""
     if str(run) and Path(run).is_dir():
         return Path(run)
-    names = sorted(path.name for path in paths.runs().glob("*") if path.is_dir() and path.name.startswith(str(run)))
-    names = [name for name in names if name == str(run)] or names
-    if len(names) != 1:
-        what = f"matches {len(names)} runs: {', '.join(names[:5])}" if names and run else "matches no run"
+    found = sorted(path for path in paths.runs().glob("*") if path.is_dir() and path.name.startswith(str(run)))
+    whole = [path for path in found if path.name == str(run)]
+    found = whole or [path for path in found if place_of(path, "model.safetensors").exists()] or found
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:5])
+        what = f"matches {len(found)} runs: {names}" if found and run else "matches no run"
         raise FileNotFoundError(f"{str(run)!r} {what}; give a folder of {paths.runs()}, or the beginning of its name")
-    return paths.runs() / names[0]
+    return found[0]
 
 
 def not_run(config: Any) -> Result:
@@ -136,8 +138,10 @@ def checked_weights(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = place_of(folder, "model.safetensors")
     if not path.exists():
         remedy = "to get them: run_or_load(config, weights=True), without records"
+        known = read_summary(folder) if place_of(folder, "summary.json").exists() else {"status": "not finished"}
+        status = f"{known['status']}: {known['error']}" if known.get("error") else known["status"]
         raise FileNotFoundError(
-            f"no weights in {folder}: only finished runs have them, and records have none; {remedy}"
+            f"no weights in {folder} (status: {status}): only finished runs have them, and records have none; {remedy}"
         )
     summary = read_run(folder).summary
     verify(folder, path.name, summary)

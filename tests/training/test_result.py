@@ -222,10 +222,12 @@ def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     of_run = make(config := RunConfig(seed=5)).load_model
     for place, ask in ((tmp_path / "runs" / config.name, of_run), (tmp_path, lambda: continue_text(tmp_path, "A", 2))):
-        with pytest.raises(
-            FileNotFoundError, match=f"no weights in {place}: only finished runs .*, and records have none"
-        ):
+        told = rf"no weights in {place} \(status: not finished\): only finished runs .*, and records have none"
+        with pytest.raises(FileNotFoundError, match=told):
             ask()
+    results.write_run(tmp_path, make(config).summary | {"status": "failed", "error": "ConfigError: no such text"})
+    with pytest.raises(FileNotFoundError, match=r"\(status: failed: ConfigError: no such text\): only finished"):
+        continue_text(tmp_path, "A", 2)
 
 
 def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
@@ -242,6 +244,11 @@ def test_a_run_is_found_by_path_name_or_beginning(tmp_path, monkeypatch):
     )
     assert results.find_run("dense-s0-1") == runs / "dense-s0-1"  # a whole name, though another begins so
     with pytest.raises(FileNotFoundError, match="'dense' matches 2 runs: dense-s0-1, dense-s0-12"):
+        results.find_run("dense")
+    (runs / "dense-s0-12" / "model.safetensors").touch()  # the other failed, or has just begun
+    assert results.find_run("dense") == runs / "dense-s0-12" and results.find_run("dense-s0-1") == runs / "dense-s0-1"
+    (runs / "dense-s0-1" / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="'dense' matches 2 runs"):
         results.find_run("dense")
     for number in range(6):
         (tmp_path / "runs" / f"top-{number}").mkdir()
