@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import gc
+import glob
 import importlib
 import os
 import re
@@ -261,6 +262,15 @@ def test_papermill_sees_every_parameter(path):
     seen = {parameter.name: parameter for parameter in _infer_parameters(notebook)}
     assert set(seen) == set(notebook_parameters(notebook))
     assert all(parameter.help for parameter in seen.values())
+
+
+def test_every_file_of_the_package_is_installed():
+    """Also the empty one that tells type checkers to read its types (PEP 561)."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ecmoe"]
+    package = ROOT / "ecmoe"
+    installed = {package / name for pattern in data for name in glob.glob(pattern, root_dir=package, recursive=True)}
+    other = {path for path in tracked() if path.is_relative_to(package) and path.suffix not in (".py", ".pyc")}
+    assert package / "py.typed" in other <= installed
 
 
 # Commands and style
