@@ -36,7 +36,7 @@ SHARES = [f"share_{j}" for j in range(MOST + 1)]
 
 
 def _demand(layer: Any) -> Any:
-    return layer.demand.sum().clamp_min(1).float()
+    return layer.demand.sum().float()
 
 
 def _fullest(layer: Any) -> Any:
@@ -44,7 +44,7 @@ def _fullest(layer: Any) -> Any:
 
 
 def _share(j: int) -> Callable[[Any], Any]:
-    return lambda layer: layer.experts_per_token[j] / layer.tokens.clamp_min(1)
+    return lambda layer: layer.experts_per_token[j] / layer.tokens
 
 
 METRICS = [

@@ -3,7 +3,7 @@
     L.Trainer(max_steps=100, val_check_interval=20).fit(LitModel(config), datamodule=TextData(config))
 
 They log train_loss and aux_loss at each step; val_loss, val_loss_causal (or accuracy) and routing statistics of the MoE
-layers (`MoE.statistics`) at each validation.
+layers (`MoE.statistics`) at each validation, except one without a training step since the last.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,6 +53,7 @@ class LitModel(L.LightningModule):
         # Sums since the last call of `means`, kept on the device: reading them in each step would stall the GPU.
         self.sums = {"loss": torch.zeros(()), "aux_loss": torch.zeros(()), "count": torch.zeros(())}
         self.statistics: dict[str, Tensor] = {}  # of the MoE layers, set at each validation
+        self.stepped = False  # whether the layers' last forward was a training step's
         self.captured: graph.Losses | None = None  # `losses` as a CUDA graph, captured at the first step
         self.configured = False
 
@@ -104,6 +105,7 @@ class LitModel(L.LightningModule):
         self.sums["loss"] += loss.detach()
         self.sums["aux_loss"] += aux_loss.detach()
         self.sums["count"] += 1
+        self.stepped = True
         if self._trainer:
             self.log_dict({"train_loss": loss.detach(), "aux_loss": aux_loss.detach()})
         return loss + aux_loss
@@ -118,7 +120,8 @@ class LitModel(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Store the routing statistics of the last training step, over all ranks, before validation overwrites them."""
-        layers = [layer.statistics() for layer in self.model.moe_layers]
+        layers = [layer.statistics() for layer in self.model.moe_layers] if self.stepped else []
+        self.statistics, self.stepped = {}, False
         for metric in metrics.of_layers() if layers else ():
             values = self.trainer.strategy.all_gather(torch.stack([layer[metric.name] for layer in layers]).float())
             self.statistics[metric.name] = values.max() if metric.worst else values.mean()

@@ -99,3 +99,8 @@ def test_the_last_share_is_of_eight_experts_or_more():
         moe = MoE(ExpertChoice(3, experts, float(experts)), 3, 4)  # each takes all
         moe(torch.randn(6, 3))
         assert float(moe.statistics()[f"share_{min(experts, 8)}"]) == 1
+
+
+def test_a_layer_that_routed_nothing_has_no_shares():
+    moe = MoE(ExpertChoice(3, 3), 3, 4)
+    assert all(value.isnan() for value in moe.statistics().values())

@@ -48,7 +48,7 @@ def test_any_shape(router, shape):
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in moe.parameters())
     assert moe.tokens == math.prod(shape) and moe.load.sum() <= moe.demand.sum()
-    assert all(value.isfinite() for value in moe.statistics().values())
+    assert all(value.isfinite() == (moe.tokens > 0) for value in moe.statistics().values())
     if len(shape) == 2:  # the pool is the batch: sequences don't matter
         torch.testing.assert_close(moe(x.flatten(0, 1)).view_as(out), out)
 

@@ -78,7 +78,7 @@ def test_a_default_trainer_checks_trains_stops_and_keeps_the_best(tiny_config, t
     assert again.config == lit.config
     (found,) = L.Trainer(**QUIET).validate(again, batches(WINDOWS[10:]), verbose=False)
     assert found["val_loss"] == pytest.approx(float(best.best_model_score), abs=1e-6)
-    assert found["val_loss_causal"] != found["val_loss"]
+    assert found["val_loss_causal"] != found["val_loss"] and "dropped" not in found
     (tested,) = L.Trainer(**QUIET).test(again, batches(WINDOWS[10:]), verbose=False)
     assert tested["test_loss"] == found["val_loss"] and tested["test_loss_causal"] == found["val_loss_causal"]
     torch.testing.assert_close(again(WINDOWS[0]), again.model(WINDOWS[0]))
@@ -94,6 +94,21 @@ def test_our_data_feed_anyones_trainer(tiny_config):
     trainer = L.Trainer(max_steps=4, val_check_interval=2, enable_checkpointing=False, **QUIET)
     trainer.fit(LitModel(config), datamodule=TextData(config))
     assert trainer.global_step == 4 and trainer.callback_metrics["val_loss"] > 0
+
+
+def test_a_validation_tells_how_the_step_before_it_routed_and_one_without_a_step_nothing(tiny_config):
+    lit = LitModel(tiny_config(router="token_choice", capacity_factor=0.5))
+
+    def statistic() -> float:
+        return float(torch.stack([layer.statistics()["dropped"] for layer in lit.model.moe_layers]).mean())
+
+    dropped = []
+    keep = LambdaCallback(on_train_batch_end=lambda *_: dropped.append(statistic()))
+    trainer = L.Trainer(max_steps=2, limit_val_batches=0, callbacks=[keep], enable_checkpointing=False, **QUIET)
+    trainer.fit(lit, batches(WINDOWS[:2]))
+    told = [L.Trainer(**QUIET).validate(lit, batches(WINDOWS[10:]), verbose=False)[0] for _ in range(2)]
+    assert told[0]["dropped"] == pytest.approx(dropped[-1]) and "dropped" not in told[1]
+    assert statistic() != dropped[-1]  # of the validation, routed causally
 
 
 def test_images_log_their_accuracy():

@@ -34,13 +34,17 @@ def module(tiny_config):
 def test_a_row_is_of_all_ranks(module, tmp_path):
     recorder = Recorder(tmp_path, progress=False)
     recorder.on_validation_start(trainer(2.0), module)
+    module.stepped = True
+    for layer in module.model.moe_layers:  # as if each expert had taken 4 of 8 tokens
+        for count, value in ((layer.load, 4), (layer.demand, 4), (layer.tokens, 8)):
+            count.fill_(value)
     module.on_validation_epoch_start()
     for loss in (3.0, 4.0):
         recorder.on_validation_batch_end(None, module, {"val_loss": torch.tensor(loss)}, None, 0)
     recorder.on_validation_end(trainer(2.0), module)
     row = recorder.rows[3]
     assert row["val_loss"] == (3 + 4 + 2 + 2) / 4 and row["train_loss"] == (6 + 2) / (2 + 2)
-    assert row["max_load"] == 2 and row["share_0"] == 1  # nothing was routed here: 0 in both layers
+    assert row["max_load"] == 2 and row["share_0"] == 1  # 1 and 0 here
     assert sealed(tmp_path / "last.ckpt")
 
 
@@ -56,7 +60,7 @@ def test_a_validation_without_a_step_before_it_has_no_training_loss_and_diverges
 def test_of_layers_and_ranks_a_load_is_the_worst_and_a_share_the_mean(module):
     names = [metric.name for metric in metrics.of_layers()]
     layers = [SimpleNamespace(statistics=lambda v=v: dict.fromkeys(names, torch.tensor(v))) for v in (1.0, 3.0)]
-    module._modules["model"] = SimpleNamespace(moe_layers=layers)
+    module._modules["model"], module.stepped = SimpleNamespace(moe_layers=layers), True
     module.on_validation_epoch_start()
     said = {name: float(value) for name, value in module.statistics.items()}
     assert said["max_load"] == said["over_capacity"] == 3 and said["share_0"] == said["dropped"] == (1 + 3 + 2 + 2) / 4
