@@ -80,9 +80,12 @@ class MoE(nn.Module):
         self.router.kernels = one_of("kernels", kind)
 
     def reset_parameters(self) -> None:
-        """Draw the weights, scaled by fan-in: an expert's outputs start at about the size of its inputs."""
+        """Draw the weights, scaled by fan-in: an expert's outputs start at about the size of its inputs. Forget the last
+        forward's statistics."""
         nn.init.normal_(self.w1, std=self.w1.shape[1] ** -0.5)
         nn.init.normal_(self.w2, std=self.w2.shape[1] ** -0.5)
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
     def forward(
         self, x: Tensor, token_ids: Tensor | None = None, task_ids: Tensor | None = None, mask: Tensor | None = None
@@ -226,7 +229,7 @@ class MoE(nn.Module):
 
     def statistics(self) -> dict[str, Tensor]:
         """Return metrics of the last forward as scalar tensors on the layer's device: dropped, over_capacity, max_load,
-        share_0 to share_8. `ecmoe.model.metrics` defines them."""
+        share_0 to share_8; NaN if it had no tokens. `ecmoe.model.metrics` defines them."""
         return {metric.name: metric.of(self) for metric in metrics.of_layers()}  # type: ignore[misc]
 
 

@@ -13,9 +13,14 @@ from ecmoe.routing.ranks import add_up
 
 
 class RunningState(nn.Module):
-    """A module that never casts its buffers below float32: `module.to(bfloat16)` and Lightning's `bf16-true` only cast
-    its parameters. A moving average in 16 bits would stand still, because its updates round to nothing.
+    """A module whose buffers are never below float32: `module.to(bfloat16)` and Lightning's `bf16-true` only cast its
+    parameters. A moving average in 16 bits would stand still, because its updates round to nothing.
     """
+
+    def reset_parameters(self) -> None:
+        """Set the buffers to their initial value, which is 0 unless a subclass sets others."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)
@@ -24,6 +29,11 @@ class RunningState(nn.Module):
             if buffer is not None and buffer.is_floating_point() and buffer.itemsize < min(4, before[name].itemsize):  # type: ignore[union-attr]
                 self._buffers[name] = before[name].to(buffer.device)  # type: ignore[union-attr]
         return self
+
+
+def zeros(*shape: int) -> nn.Buffer:
+    """Return a buffer for running statistics, at least in float32, whatever the default dtype."""
+    return nn.Buffer(torch.zeros(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
 
 class RunningCutoff(RunningState):
@@ -38,10 +48,10 @@ class RunningCutoff(RunningState):
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: must be at least 0 and below 1")
         self.beta = beta
-        self.average = nn.Buffer(torch.zeros(num_experts))
-        self.weight = nn.Buffer(torch.zeros(()))  # 1 - beta^t, the bias correction
-        self.pending = nn.Buffer(torch.zeros(num_experts))
-        self.count = nn.Buffer(torch.zeros(()))
+        self.average = zeros(num_experts)
+        self.weight = zeros()  # 1 - beta^t, the bias correction
+        self.pending = zeros(num_experts)
+        self.count = zeros()
 
     @torch.no_grad()
     def add(self, kth: Tensor, known: Tensor | None = None) -> None:

@@ -30,12 +30,18 @@ class Hash(Router):
         super().__init__(d_model, num_experts, learned=False)
         self.capacity_factor = check_capacity(capacity_factor)
         self.static = capacity_factor is not None  # else sizes depend on the fullest expert's load
-        table = torch.arange(vocab_size) % num_experts
-        if token_counts is not None:
-            if len(token_counts) != vocab_size:
-                raise ValueError(f"token_counts has {len(token_counts)} entries: must have vocab_size={vocab_size}")
-            table = balanced_table(token_counts, num_experts)
-        self.table = nn.Buffer(table)
+        if token_counts is not None and len(token_counts) != vocab_size:
+            raise ValueError(f"token_counts has {len(token_counts)} entries: must have vocab_size={vocab_size}")
+        self.token_counts = token_counts
+        self.table = nn.Buffer(torch.empty(vocab_size, dtype=torch.long))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the table."""
+        if self.token_counts is None:
+            self.table.copy_(torch.arange(len(self.table)) % self.num_experts)
+        else:
+            self.table.copy_(balanced_table(self.token_counts, self.num_experts))
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if token_ids is None:
@@ -47,7 +53,7 @@ class Hash(Router):
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:
     """Return (V,) experts for (V,) counts: most frequent id first, each to the expert with the least load so far."""
-    counts = torch.as_tensor(token_counts).tolist()
+    counts = torch.as_tensor(token_counts, device="cpu").tolist()
     load, table = [0] * num_experts, [0] * len(counts)
     for v in sorted(range(len(counts)), key=lambda v: (-counts[v], v)):
         table[v] = load.index(min(load))

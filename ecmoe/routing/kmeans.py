@@ -4,10 +4,11 @@ Letters: n tokens x of width d, e experts with centroids c (e, d).
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ecmoe.routers import check_capacity
 from ecmoe.routing.assignment import Assignment
+from ecmoe.routing.cutoff import zeros
 from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, by_token, capacity
 
@@ -37,15 +38,21 @@ class KMeans(Router):
         super().__init__(d_model, num_experts, learned=False)
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: must be at least 0 and below 1")
-        self.capacity_factor, self.beta = check_capacity(capacity_factor), beta
-        generator = torch.Generator().manual_seed(seed)
-        first = 0.1 * torch.randn(num_experts, d_model, generator=generator, device="cpu")
-        self.centroids = nn.Buffer(first.to(torch.get_default_device()))
-        self.sums = nn.Buffer(torch.zeros(num_experts, d_model))  # averages over steps
-        self.counts = nn.Buffer(torch.zeros(num_experts))
-        self.pending_sums = nn.Buffer(torch.zeros(num_experts, d_model))  # of this step
-        self.pending_counts = nn.Buffer(torch.zeros(num_experts))
+        self.capacity_factor, self.beta, self.seed = check_capacity(capacity_factor), beta, seed
+        self.centroids = zeros(num_experts, d_model)
+        self.sums = zeros(num_experts, d_model)  # averages over steps
+        self.counts = zeros(num_experts)
+        self.pending_sums = zeros(num_experts, d_model)  # of this step
+        self.pending_counts = zeros(num_experts)
         self._input: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the centroids from `seed`, the same on every device, and forget all tokens."""
+        super().reset_parameters()
+        generator = torch.Generator().manual_seed(self.seed)
+        first = torch.randn(self.centroids.shape, generator=generator, dtype=self.centroids.dtype, device="cpu")
+        self.centroids.copy_(0.1 * first)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (n, e) negative squared distances of x, (n, d), to the centroids, without gradients; and x."""

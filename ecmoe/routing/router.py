@@ -48,10 +48,12 @@ class Router(RunningState):
         self.weight = nn.Parameter(torch.empty(d_model, num_experts)) if learned else None
         self.causal = False
         self.kernels = "plain"
-        self.reset_parameters()
+        if learned:  # a class with other state calls it once it has that
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw W_g ~ N(0, 1/d), so that normalised tokens have logits of unit variance; ours, the paper is silent."""
+        super().reset_parameters()
         if self.weight is not None:
             nn.init.normal_(self.weight, std=self.d_model**-0.5)
 

@@ -18,23 +18,23 @@ class TaskLevel(Router):
             t modulo e serves task t, with gate 1.
     """
 
-    table: Tensor
-
     def __init__(self, d_model: int, num_experts: int, num_tasks: int, table: str = "learned") -> None:
         super().__init__(d_model, num_experts, learned=False)
         if num_tasks < 1:
             raise ValueError(f"num_tasks={num_tasks}: must be at least 1")
         self.num_tasks, self.kind = num_tasks, one_of("table", table, "task_table")
         if table == "learned":
-            self.table = nn.Parameter(torch.empty(num_tasks, num_experts))
-            self.reset_parameters()
+            self.table: Tensor = nn.Parameter(torch.empty(num_tasks, num_experts))
         else:
-            self.table = nn.Buffer(torch.arange(num_tasks)[:, None] % num_experts)
+            self.table = nn.Buffer(torch.empty(num_tasks, 1, dtype=torch.long))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw scores ~ N(0, 1 / num_tasks), so that tasks start with different experts; ours."""
-        if isinstance(getattr(self, "table", None), nn.Parameter):
+        """Draw scores ~ N(0, 1 / num_tasks), so that tasks start with different experts; ours. Fill a fixed table."""
+        if self.kind == "learned":
             nn.init.normal_(self.table, std=self.num_tasks**-0.5)
+        else:
+            self.table.copy_(torch.arange(self.num_tasks)[:, None] % self.num_experts)
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if task_ids is None:

@@ -5,11 +5,12 @@ are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ecmoe.routers import check_capacity, check_top_k
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
+from ecmoe.routing.cutoff import zeros
 from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, capacity, one_of, without_padding
 
@@ -56,8 +57,8 @@ class TokenChoice(Router):
         self.balance = one_of("balance", balance)
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.bias_rate = bias_rate
-        self.bias = nn.Buffer(torch.zeros(num_experts))  # moves only with balance="bias"
-        self.load_error = nn.Buffer(torch.zeros(num_experts))
+        self.bias = zeros(num_experts)  # moves only with balance="bias"
+        self.load_error = zeros(num_experts)
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape

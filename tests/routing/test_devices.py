@@ -93,3 +93,33 @@ def test_static_is_who_needs_no_number_from_the_device(make, static):
     except (RuntimeError, NotImplementedError):
         works = False
     assert router.static == works == static
+
+
+@pytest.mark.parametrize("name", [*ROUTERS, "balanced hash"])
+def test_reset_gives_a_router_without_memory_the_state_that_its_constructor_gives(name):
+    """Large models are made so: on the meta device, then `to_empty`, whose memory may hold anything."""
+    counts = torch.tensor([1, 7, 4, 9, 5])
+    make = (ROUTERS | {"balanced hash": lambda: Hash(D, E, 5, 1.0, counts)})[name]
+    with torch.device("meta"):
+        router = make()
+    router.to_empty(device="cpu")
+    for value in router.state_dict().values():
+        value.fill_(7)
+    torch.manual_seed(0)
+    for module in router.modules():
+        module.reset_parameters()
+    torch.manual_seed(0)
+    expected = make().state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in router.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_running_statistics_are_in_float32_at_least_whatever_the_default(name):
+    before = torch.get_default_dtype()
+    try:
+        for default, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+            torch.set_default_dtype(default)
+            found = {buffer.dtype for buffer in ROUTERS[name]().buffers()}
+            assert found <= {expected, torch.long}
+    finally:
+        torch.set_default_dtype(before)

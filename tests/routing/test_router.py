@@ -53,6 +53,6 @@ def test_a_router_is_shown_with_its_numbers_and_words_alone():
             8, 4, 2, 1.25
         ): "TokenChoice(d_model=8, num_experts=4, top_k=2, capacity_factor=1.25, gate=softmax, ",
         Hash(8, 4, 10, token_counts=torch.ones(10)): "Hash(d_model=8, num_experts=4)",  # a table is neither, nor None
-        KMeans(8, 4): "KMeans(d_model=8, num_experts=4, beta=0.99)",  # its seed isn't kept
+        KMeans(8, 4): "KMeans(d_model=8, num_experts=4, beta=0.99, seed=0)",
     }
     assert all(repr(one).startswith(said) for one, said in shown.items())
