@@ -196,8 +196,3 @@ def read_record(path: str | Path) -> Result:
     if result.summary["name"] != path.stem:
         raise Damaged(path, f"it holds the run {result.summary['name']}")
     return result
-
-
-def load_records(folder: str | Path) -> list[Result]:
-    """Return all committed results of a folder, sorted by name; none if it doesn't exist. Raises: as `read_record`."""
-    return [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
