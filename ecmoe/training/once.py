@@ -108,6 +108,11 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
         result = make(into, still_ours)
     except LostLock:
         raise
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
+        if (into / "last.ckpt").exists():
+            said = "interrupted: the same command continues from the last checkpoint"
+            print(f"[{config.name}] {said}", file=sys.stderr, flush=True)
+        raise
     except Exception as failure:
         keep_failure(config, into, failure)
         raise

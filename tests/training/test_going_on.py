@@ -103,8 +103,9 @@ def test_sigterm_ends_with_143_and_the_next_call_goes_on(tmp_path):
             if "step 40/" in line:
                 process.send_signal(signal.SIGTERM)
                 break
-        process.communicate(timeout=60)
+        said = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and not list(tmp_path.glob("runs/*/summary.json"))
+    assert said.endswith("interrupted: the same command continues from the last checkpoint\n")
     with command(tmp_path, *settings) as process:
         said = process.stderr.readline()
         process.terminate()

@@ -89,6 +89,23 @@ def test_damaged_weights_are_made_again_where_they_are_wanted(run, capsys):
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize("how", [KeyboardInterrupt(), SystemExit(143), MemoryError()])
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_run_says_so_where_it_can_be_continued(tiny_config, capsys, how, kept):
+    def make(folder, still_ours):
+        if kept:
+            (folder / "last.ckpt").touch()
+        raise how
+
+    config = tiny_config(seed=52)
+    shutil.rmtree(paths.runs() / config.name, ignore_errors=True)
+    with pytest.raises(type(how)) as ended:
+        protocol.once(config, make)
+    said = f"[{config.name}] interrupted: the same command continues from the last checkpoint\n"
+    goes_on = kept and not isinstance(how, MemoryError)
+    assert ended.value is how and capsys.readouterr().err == said * goes_on
+
+
 @pytest.mark.parametrize("ended", ["failed", "killed"])
 def test_a_finished_run_outlives_a_training_for_its_weights(run, monkeypatch, ended):
     config, folder = run
