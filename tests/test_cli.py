@@ -95,6 +95,7 @@ def test_keys_lists_every_key_with_help():
         (["train", "--set", "=3"], "key=value"),
         (["train", "--set", "steps=[1"], "--set 'steps=[1': '[1' is no YAML value"),
         (["train", "absent.yaml"], "absent.yaml"),
+        (["train", "steps=2"], "config 'steps=2' isn't there: did you mean --set steps=2?"),
         (["train", "--set", "data=absent/text.txt"], "absent/text.txt"),
         (["train", "--set", "data=/"], "data='/'"),
         (["train", "--set", "pool=0"], "pool=0: must be at least 1"),
@@ -387,10 +388,15 @@ def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch):
     assert call("keys").exit_code == 1 and not said
 
 
-def test_a_plan_without_pages_is_no_plan_that_is_done(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words",
+    ["runs --check", "runs 01_convergence", "run x", "again x", "index smoke", "bench all", "bench scaling"],
+)
+def test_what_needs_a_plan_says_so_outside_a_checkout(words, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_CONFIGS", str(tmp_path))
-    wrong = call("runs", "--check")
-    assert wrong.exit_code == 2 and f"{tmp_path} plans no run: ECMOE_CONFIGS" in wrong.stderr
+    wrong = call(*words.split())
+    said = f"error: {tmp_path} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout\n"
+    assert (wrong.exit_code, wrong.stderr) == (2, said)
 
 
 def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):

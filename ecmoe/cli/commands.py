@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ecmoe import paths
 from ecmoe.config import LARGEST, ConfigError, RunConfig
 from ecmoe.files import assignments, plain
 
@@ -24,6 +23,9 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
 ) -> None:
     """Train a run, or load it if it was trained before. Without CONFIGS: the defaults, EC-CF2 at smoke size."""
+    for path in configs or []:
+        if "=" in str(path) and not path.exists():
+            raise ConfigError(f"config {str(path)!r} isn't there: did you mean --set {path}?")
     config = RunConfig.from_yaml(*(configs or []), **assignments(changes))
     from ecmoe import run_or_load
     from ecmoe.training.ranks import rank
@@ -62,8 +64,6 @@ def runs(
         raise ConfigError("--jobs must come with --train, as nothing is trained without it")
     first, count = _part(part)
     planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
-    if not (pages or planned or wrong):
-        raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
     lacking = [(one, engine.lacks(one, scale)) for one in planned[first::count]]
     left = [one for one, lacks in lacking if lacks]
     if train_them:

@@ -44,11 +44,13 @@ def parameter_files(notebook: str, scale: str) -> list[Path]:
 
 
 def check_scale(scale: str) -> None:
-    """Raise a ConfigError for an unknown scale; without configs, as outside a checkout, for an invalid name."""
+    """Raise a ConfigError for an unknown scale, or if there are no configs, as outside a checkout."""
     found = [path.stem for path in (paths.configs() / "scale").glob("*.yaml")]
     known = sorted(name for name in found if _SCALE.fullmatch(name))
-    if not isinstance(scale, str) or not (scale in known if known else _SCALE.fullmatch(scale)):
-        raise ConfigError(f"scale={scale!r}: must be one of {', '.join(known) or 'letters and digits, such as smoke'}")
+    if not known:
+        raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
+    if scale not in known:
+        raise ConfigError(f"scale={scale!r}: must be one of {', '.join(known)}")
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
