@@ -132,7 +132,7 @@ def test_all_of_the_text_may_validate(text):
 
 
 def test_a_rank_is_counted_over_all_machines(text):
-    data = TextData(text.config)
+    data = TextData(text.config.replace(devices=2, num_nodes=2))
     assert data._place == (0, 1)
     data.trainer = SimpleNamespace(global_rank=3, local_rank=1, world_size=4)
     assert data._place == (3, 4)
@@ -141,6 +141,20 @@ def test_a_rank_is_counted_over_all_machines(text):
     data.start_step = 1
     for step, batch in zip((1, 2), data.train_dataloader(), strict=False):
         assert torch.equal(batch, whole[4 * step + 3])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_trainer_has_no_more_ranks_than_the_config(text, world):
+    """Else its last rank would have got no validation batch: there are as many as eval_batches of the config's ranks."""
+    data = TextData(text.config.replace(devices=2, eval_batches=1))
+    data.setup()
+    data.trainer = SimpleNamespace(global_rank=world - 1, world_size=world)
+    for loader in (data.train_dataloader, data.val_dataloader):
+        if world <= 2:
+            assert next(iter(loader())) is not None
+        else:
+            with pytest.raises(ConfigError, match="^devices=2 x num_nodes=1, but the trainer has 3 ranks: set devices"):
+                loader()
 
 
 def test_validation_over_ranks_is_the_validation_of_one(text, monkeypatch):
