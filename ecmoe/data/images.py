@@ -157,8 +157,8 @@ def _stack(data: str, rows: Iterable[tuple[str, Any, int]]) -> Stored:
             raise ConfigError(f"data={data!r}: {where} can't be read ({told}): repair or remove it") from error
         (h, w, _), (height, width, _) = pixels[0].shape, pixels[-1].shape
         if (h, w) != (height, width):
-            raise ConfigError(f"data={data!r}: has images of {w} x {h} and {width} x {height} pixels ({where}), but all "
-                              "must have the same size: resize them")  # fmt: skip
+            raise ConfigError(f"data={data!r}: has images of {h} x {w} and {height} x {width} pixels, height x width ({where}), "
+                              "but all must have the same size: resize them")  # fmt: skip
         labels.append(label)
     if not pixels:
         raise ConfigError(f"data={data!r}: contains no images")
@@ -248,7 +248,7 @@ def check(config: RunConfig, loaded: Images) -> None:
     patches = (height // side) * (width // side)
     for name, right, why in (
         ("sequence_length", patches, f"images of {size} have {patches} patches of patch_size={side}"),
-        ("channels", channels, f"its pixels have {channels}"),
+        ("channels", channels, "its images are read as RGB" if channels == 3 else f"its pixels have {channels}"),
         ("classes", len(loaded.classes), f"it has {len(loaded.classes)}"),
     ):
         if getattr(config, name) != right:

@@ -98,6 +98,7 @@ def test_patches_of_pictures_that_are_not_square(tmp_path):
     for keys, said in (
         ({"patch_size": 4}, r"patch_size=4: must divide the 4 x 6 pixels of data='.*'; may be one of \[1, 2\]"),
         ({"patch_size": 3}, r"patch_size=3: must divide the 4 x 6 pixels"),
+        ({"channels": 1}, "channels=1 with .*: its images are read as RGB; set channels: 3$"),
         ({"sequence_length": 4}, "images of 4 x 6 pixels have 6 patches of patch_size=2; set sequence_length: 6"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -297,8 +298,8 @@ def test_error_names_key_value_and_remedy(data, named):
 def test_sizes_must_agree(tmp_path, size):
     folder_of(tmp_path / "train", 3)
     picture(0, size).save(tmp_path / "train/cat/x.png")
-    told = f"data='images:{tmp_path}': has images of 6 x 4 and {size[0]} x {size[1]} pixels ({tmp_path}/train/cat/x.png), but all"
-    with pytest.raises(ConfigError, match=rf"^{re.escape(told)} must have the same size: resize them$"):
+    told = f"data='images:{tmp_path}': has images of 4 x 6 and {size[1]} x {size[0]} pixels, height x width ({tmp_path}/train/cat/x.png)"
+    with pytest.raises(ConfigError, match=rf"^{re.escape(told)}, but all must have the same size: resize them$"):
         images.load(f"images:{tmp_path}")
 
 

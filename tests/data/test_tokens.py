@@ -317,6 +317,12 @@ def test_too_small_to_split(make, tmp_path):
     with pytest.raises(ConfigError, match="data=.*1 documents of 9 bytes of tiny.txt are too few to split"):
         make(tmp_path / "tiny.txt")
     assert not list((tmp_path / "cache").rglob("meta.json")) and not list((tmp_path / "cache").rglob("work"))
+    for content in ("", "\0" * 40_000):  # a NUL ends a document, so those of the text are removed
+        (tmp_path / "none.txt").write_text(content)
+        with pytest.raises(
+            ConfigError, match=r"^data=.*: none.txt is empty \(NUL characters are removed\); take another"
+        ):
+            make(tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize("empty", ["train", "validation"])
