@@ -1,6 +1,7 @@
 """Build the model of a config, count its parameters and FLOPs, and list the model sizes of Table 1."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,14 +11,14 @@ from ecmoe.model.transformer import Transformer, Trunk
 from ecmoe.model.vision import VisionTransformer
 
 
-def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
+def build_model(config: RunConfig | Mapping[str, Any], token_counts: Tensor | None = None) -> Trunk:
     """Return the model of a config, with initial values drawn from config.seed.
 
     Each parameter has its own random generator, seeded by (seed, name): two configs with the same seed
     start from the same values in all parameters that they share.
 
     Args:
-        config: the run's config. token_counts: (V,) corpus frequencies, for hash_table=balanced.
+        config: the run's config, or its keys and values. token_counts: (V,) corpus frequencies, for hash_table=balanced.
 
     Returns:
         a `Transformer`, which maps (B, T) token ids to (B, T, V) logits, or a `VisionTransformer` for images.
@@ -26,6 +27,7 @@ def build_model(config: RunConfig, token_counts: Tensor | None = None) -> Trunk:
     >>> build_model(config)(torch.randint(256, (4, 16))).shape
     torch.Size([4, 16, 256])
     """
+    config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
     model: Trunk = VisionTransformer(config) if config.images else Transformer(config, token_counts)
     if not next(model.parameters()).is_meta:
         model.initialize(config.seed)

@@ -39,19 +39,19 @@ gc.freeze()  # what has been imported stays, so no garbage collection needs to s
 
 
 def run_or_load(
-    config: RunConfig,
+    config: RunConfig | Mapping[str, Any],
     *,
     records: Path | None = None,
     train: bool = True,
     progress: bool = True,
     weights: bool = False,
     callbacks: Sequence[L.Callback] = (),
-    loggers: Sequence[Any] = (),
+    loggers: str | Sequence[Any] = (),
 ) -> Result:
     """Return the result of a run: from `records`, from `runs/`, or by training it now.
 
     Args:
-        config: the run's config; the same config is the same run.
+        config: the run's config, or its keys and values; the same config is the same run.
         records: folder of committed results, searched first; a finished result from elsewhere is added to it.
         train: False: return a missing run as "not run" instead of training it.
         progress: print a line per validation to stderr.
@@ -68,6 +68,9 @@ def run_or_load(
             library of another Python, this is only a warning.)
         Damaged: with train=False, a stored file differs from what was written. (Otherwise, the run is trained again.)
     """
+
+    config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
+    loggers = [loggers] if isinstance(loggers, str) else loggers
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
         _check(config, folder, callbacks, loggers)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ecmoe.config import ROUTERS, RunConfig
+from ecmoe.config import ROUTERS, ConfigError, RunConfig
 from ecmoe.model import moe, transformer
 from ecmoe.model.build import TABLE_1, build_model, count_parameters, flops_per_token
 from ecmoe.routing import build_router
@@ -123,6 +123,15 @@ def test_a_block_is_compiled_for_each_size(monkeypatch):
     (model := build_model(SMALL)).compile_blocks()
     assert told == [(block, {"dynamic": False}) for block in model.blocks]
     assert "forward" not in vars(model.moe_layers[0])  # it is compiled with its block
+
+
+def test_a_model_is_built_of_keys_and_values_too():
+    keys = SMALL.to_dict() | {"layers": 1, "seed": 3}
+    built, same = build_model(keys), build_model(SMALL.replace(layers=1, seed=3))
+    assert built.config == same.config
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in built.state_dict().items())
+    with pytest.raises(ConfigError, match="unknown key 'step' with value 2: did you mean steps?"):
+        build_model({"step": 2})
 
 
 def test_same_seed_same_values_in_all_shared_parameters():

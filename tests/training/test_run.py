@@ -307,7 +307,7 @@ def test_callbacks_and_loggers_come_along(tiny_config, tmp_path, monkeypatch):
     watch = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *a: seen.append(a[-1]))
     best = L.pytorch.callbacks.ModelCheckpoint(monitor="val_loss")
     monkeypatch.setenv("ECMOE_SHARING", "3")
-    result = run_or_load(config, callbacks=[watch, best], loggers=["csv"], progress=False)
+    result = run_or_load(config.to_dict(), callbacks=[watch, best], loggers="csv", progress=False)
     assert result.summary["sharing"] == 3 and result.curve["tokens_per_second"].isna().all()
     assert result.ok and seen == list(range(config.steps)) and best.best_model_score > 0
     logged = pd.read_csv(result.path / "csv" / "metrics.csv")
