@@ -62,17 +62,9 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# Errors of a disk that takes no more of a file -> what is wrong, and the remedy.
-_FULL = {
-    errno.ENOSPC: ("no space left", "free some"),
-    errno.EDQUOT: ("no space left in the disk quota", "free some"),
-    errno.EFBIG: ("the limit on file sizes is too low", "raise it (ulimit -f)"),
-}
-
-
 @contextmanager
 def disk_may_be_full(path: Path) -> Iterator[None]:
-    """Turn errors in `_FULL` into an OSError that names the file being written, `path`, and the remedy."""
+    """Turn errors caused by a full disk, a quota or a size limit into an OSError that names the file, `path`, and the remedy."""
     try:
         yield
     except Exception as error:
@@ -81,9 +73,9 @@ def disk_may_be_full(path: Path) -> Iterator[None]:
         number = int(stated[1]) if stated else getattr(error, "errno", None)
         if "Writer" in str(error) and shutil.disk_usage(path.parent).free < 2**20:
             number = errno.ENOSPC
-        if number in _FULL:
-            wrong, remedy = _FULL[number]
-            said = f"{wrong} to write {path}: {remedy}, then call again; what was finished is kept"
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "raise the limit (ulimit -f)" if number == errno.EFBIG else "free some space"
+            said = f"{os.strerror(number)}, for {path}: {remedy}, then call again; what was finished is kept"
             raise OSError(number, said) from error
         raise
 

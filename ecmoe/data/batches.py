@@ -104,13 +104,12 @@ class RunData(L.LightningDataModule):
     @property
     def _place(self) -> tuple[int, int]:
         """Rank and world size. Raise a ConfigError if a trainer of your own has more ranks than the config says."""
-        if not self.trainer:
-            return 0, 1
-        config, world = self.config, self.trainer.world_size
+        config = self.config
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if world > config.ranks:  # some ranks would get fewer batches, or none
             raise ConfigError(f"devices={config.devices} x num_nodes={config.num_nodes}, but the trainer has {world} ranks: "
                               "set devices and num_nodes of the config to the trainer's")  # fmt: skip
-        return self.trainer.global_rank, world
+        return rank, world
 
     def _enough(self, train: int, val: int, what: str) -> int:
         """Return the number of validation examples: at least eval_batches batches, equally many on every rank.

@@ -121,9 +121,7 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
         ]
         for corpus, text in zip(corpora, texts, strict=True):
             if not len(text.lengths):
-                raise ConfigError(
-                    f"data={config.data!r}: {corpus.name} is empty (NUL characters are removed); take another text"
-                )
+                raise ConfigError(f"data={config.data!r}: {corpus.name} is empty (NULs are removed): take another text")
             if text.is_val.all() or not text.is_val.any():
                 raise ConfigError(f"data={config.data!r}: {len(text.lengths)} documents of {text.lengths.sum()} bytes of {corpus.name} "
                                   "are too few to split into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip

@@ -110,8 +110,7 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
         raise
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
         if (into / "last.ckpt").exists():
-            said = "interrupted: the same command continues from the last checkpoint"
-            print(f"[{config.name}] {said}", file=sys.stderr, flush=True)
+            print(f"[{config.name}] interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         raise
     except Exception as failure:
         keep_failure(config, into, failure)

@@ -68,7 +68,6 @@ def run_or_load(
             library of another Python, this is only a warning.)
         Damaged: with train=False, a stored file differs from what was written. (Otherwise, the run is trained again.)
     """
-
     config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
     loggers = [loggers] if isinstance(loggers, str) else loggers
 
