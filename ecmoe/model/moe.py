@@ -148,6 +148,8 @@ class MoE(nn.Module):
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"mask is of {mask.dtype}: must be bool, False for padding")
         for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
+            if given is not None and given.is_floating_point():
+                raise ValueError(f"{name} is of {given.dtype}: must hold whole numbers")
             if given is not None and given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
                 right = f"must be {tuple(shape)}, as x is {tuple(x.shape)}"
                 raise ValueError(f"{name} has shape {tuple(given.shape)}: {right}")

@@ -13,7 +13,7 @@ class Hash(Router):
 
     Args:
         d_model, num_experts: d, e.
-        vocab_size: V.
+        vocab_size: V. Token ids must lie in 0 .. V - 1; a check of them would wait for the device.
         capacity_factor: an expert holds ceil(capacity_factor n / e) tokens; None: nothing is dropped.
         token_counts: (V,) how often each id occurs in the corpus, to balance the table by frequency
             (Roller et al., "balanced"); None: token id mod e, as in section 4.6 of the expert choice paper.
@@ -48,7 +48,7 @@ class Hash(Router):
             raise ValueError("hash routing needs token_ids: pass moe(x, token_ids=...)")
         n, e = logits.shape
         places = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
-        return by_token(self.table[token_ids.reshape(-1)], logits.new_ones(n), e, mask, *places)
+        return by_token(self.table[token_ids.reshape(-1).long()], logits.new_ones(n), e, mask, *places)
 
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:

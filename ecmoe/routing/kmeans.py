@@ -58,7 +58,7 @@ class KMeans(Router):
         """Return (n, e) negative squared distances of x, (n, d), to the centroids, without gradients; and x."""
         rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         centroids = self.centroids.to(rows.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # the meta device has none
             product = rows @ centroids.T
         # For `assign`, which knows the padding and collects the other tokens.
         self._input = rows if self.gathers else None

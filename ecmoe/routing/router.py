@@ -66,7 +66,7 @@ class Router(RunningState):
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.weight is None:
             return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device), x
-        with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie and flip
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # bf16 scores would tie and flip
             if self.fast(x, x.shape[0]):
                 from ecmoe import kernels
 

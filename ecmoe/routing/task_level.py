@@ -12,7 +12,7 @@ class TaskLevel(Router):
 
     Args:
         d_model, num_experts: d, e.
-        num_tasks: number of tasks, whose ids are 0 .. num_tasks - 1.
+        num_tasks: number of tasks, whose ids are 0 .. num_tasks - 1; a check of ids would wait for the device.
         table: "learned": a score for every task and expert; the task's best expert serves it, with its softmax score as
             gate (Kudugunta et al., section 3.2, with a task embedding in place of the token's); "fixed": expert
             t modulo e serves task t, with gate 1.
@@ -39,7 +39,7 @@ class TaskLevel(Router):
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if task_ids is None:
             raise ValueError("task-level routing needs task_ids: pass moe(x, task_ids=...)")
-        task = task_ids.reshape(-1)
+        task = task_ids.reshape(-1).long()
         if self.kind == "learned":
             gate, expert = self.table.softmax(dim=1).topk(1, dim=1)  # (num_tasks, 1)
         else:

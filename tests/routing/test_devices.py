@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ecmoe import MoE
 from ecmoe.routing import (
     Dense,
     ExpertChoice,
@@ -123,3 +124,20 @@ def test_running_statistics_are_in_float32_at_least_whatever_the_default(name):
             assert found <= {expected, torch.long}
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in ("learned task", "fixed task")])
+def test_a_layer_computes_shapes_on_the_meta_device(name):
+    moe = MoE(ROUTERS[name](), D, 5).to("meta")
+    x, ids = torch.empty(2, N // 2, D, device="meta"), torch.empty(2, N // 2, dtype=torch.long, device="meta")
+    assert moe(x, token_ids=ids).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32])
+def test_ids_of_narrow_types_are_ids_and_no_masks(dtype):
+    ids = (torch.arange(N) % 2).to(dtype)
+    for router in (Hash(D, E, 10), TaskLevel(D, E, 5), TaskLevel(D, E, 5, "fixed")):
+        logits = torch.zeros(N, E)
+        narrow = router.assign(logits, token_ids=ids, task_ids=ids)
+        wide = router.assign(logits, token_ids=ids.long(), task_ids=ids.long())
+        assert torch.equal(narrow.dense(N), wide.dense(N)) and narrow.load(N).sum() == N
