@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ecmoe.routers import ROUTERS
@@ -68,11 +69,13 @@ def routers(model: nn.Module) -> list[Router]:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
-    """Yield a list to which every MoE layer, in order, appends (logits (n, e), assignment) as the model runs."""
+    """Yield a list to which every MoE layer, in order, appends (logits (n, e), assignment) as the model runs. A model
+    that `torch.compile` has compiled, which would call no hook, runs uncompiled until the context exits."""
     seen: list[tuple[Tensor, Assignment]] = []
     hooks = [router.register_forward_hook(lambda _, args, out: seen.append((*args, out))) for router in routers(model)]
     try:
-        yield seen
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()

@@ -60,3 +60,14 @@ def test_altered_gives_back_what_was_there_also_after_an_error(model):
         raise KeyError
     assert (ec.capacity_factor, ec.pool, tc.capacity_factor) == (2.0, "batch", 1.0)
     assert "assign" not in vars(ec) and not hasattr(tc, "pool")
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_watching_sees_what_a_compiled_model_routes(model, ran_before):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    if ran_before:
+        compiled(X)
+    with watched(model) as seen:
+        compiled(X)
+    assert [tuple(chosen.load(16)) for _, chosen in seen] == [tuple(layer.load) for layer in model]
