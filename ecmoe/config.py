@@ -302,6 +302,7 @@ class RunConfig:
         return "-".join([*words, f"s{self.seed}"])
 
 
+ROUTER_KEYS = {"d_model", *(name for row in ROUTERS.values() for name in row.keys)}
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(RunConfig)}
 # Cached per class, since a plan creates thousands of configs.
 _types: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
@@ -339,6 +340,12 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             if meta[bound] is not None and not holds(value, meta[bound]):
                 raise ConfigError(f"{field.name}={value!r}: must be {words} {meta[bound]:g}")
     return value
+
+
+def check_key(name: str, value: Any) -> Any:
+    """Return the value; raise a ConfigError if RunConfig's key can't have it. numpy's numbers count as Python's."""
+    value = value.item() if hasattr(value, "item") else value
+    return _checked(RunConfig.__dataclass_fields__[name], _types(RunConfig)[name], value)
 
 
 def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:

@@ -17,12 +17,14 @@ from typing import Any
 from ecmoe.files import ConfigError
 
 
-def exact(factor: float) -> Fraction:
+def exact(factor: float | None) -> Fraction:
     """Return the fraction that a capacity factor stands for: 11/10 for 1.1, 4/3 for 4 / 3 (no float equals either)."""
+    if factor is None:
+        raise ConfigError("capacity_factor=null: must be a number, such as 2.0 (k = n c / e)")
     return Fraction(factor).limit_denominator(1_000_000)
 
 
-def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
+def bucket_size(n: int, e: int, c: float | None, rounding: str = "exact") -> int:
     """Return k = n c / e (Eq. 1). The study compares values of c, so a fractional k is an error by default.
 
     Args:
@@ -30,12 +32,12 @@ def bucket_size(n: int, e: int, c: float, rounding: str = "exact") -> int:
         rounding: "exact", or "down" to accept any n: k = max(1, floor(n c / e)), but at most n.
 
     Raises:
-        ConfigError: with rounding="exact", k is not a whole number or does not lie in 1..n.
+        ConfigError: c is None; with rounding="exact", k is not a whole number or does not lie in 1..n.
     """
     share = exact(c) / e
     if rounding == "down":
         return min(max(n * share.numerator // share.denominator, 1), n)
-    remedy = "a layer outside a RunConfig may round: ExpertChoice(..., rounding='down')"
+    remedy = "a router outside a RunConfig may round: rounding='down'"
     if share > 1 or n * share < 1:
         k = float(min(share, 10**9)) * n  # type: ignore[arg-type]
         raise ConfigError(f"capacity_factor={c}: every expert would take k={k:g} of n={n} tokens; k must lie in 1..n, so "
@@ -54,13 +56,6 @@ def equal_share(n: int, e: int) -> int:
     if n % e:
         raise ConfigError(f"num_experts={e}: must divide the n={n} tokens of a batch (batch_size x sequence_length)")
     return n // e
-
-
-def check_capacity(c: float | None, none: bool = True) -> float | None:
-    """Return c; raise a ConfigError unless it is a number above 0, or None (drop nothing) where `none` allows it."""
-    if not (none if c is None else isinstance(c, int | float) and 0 < c < math.inf):
-        raise ConfigError(f"capacity_factor={c!r}: must be a number above 0" + ", or None to drop nothing" * none)
-    return c
 
 
 def check_cap(b: int | None, c: float) -> None:
@@ -111,14 +106,8 @@ class RouterRow:
 
 
 def _check_expert_choice(config: Any) -> None:
-    _check_bucket(config, config.pool_tokens)
+    bucket_size(config.pool_tokens, config.num_experts, config.capacity_factor)
     check_cap(config.max_experts_per_token, config.capacity_factor)
-
-
-def _check_bucket(config: Any, n: int) -> None:
-    if config.capacity_factor is None:
-        raise ConfigError(f"capacity_factor=null: {config.router} needs a number, such as 2.0 (k = n c / e)")
-    bucket_size(n, config.num_experts, config.capacity_factor)
 
 
 def _build_hash(cls: type, config: Any, token_counts: Any) -> Any:
@@ -183,6 +172,6 @@ ROUTERS: dict[str, RouterRow] = {
         ("num_experts", "capacity_factor", "gate", "threshold_beta"),
         experts_per_token=_no_more_than_all,
         build=lambda cls, c, _: cls(c.d_model, c.num_experts, c.capacity_factor, c.threshold_beta, c.gate),
-        check=lambda config: _check_bucket(config, config.batch_size * config.sequence_length),
+        check=lambda c: bucket_size(c.batch_size * c.sequence_length, c.num_experts, c.capacity_factor),
     ),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,7 +164,7 @@ def test_a_bucket_is_rounded_down_and_never_empty():
 
 @pytest.mark.parametrize("n", [3, 9])  # fewer tokens than an expert takes one of, and no whole number
 def test_a_short_batch_says_how_to_take_it(n):
-    with pytest.raises(ConfigError, match=r"outside a RunConfig may round: ExpertChoice\(\.\.\., rounding='down'\)$"):
+    with pytest.raises(ConfigError, match=r"outside a RunConfig may round: rounding='down'$"):
         routing.ExpertChoice(8, 8, 2.0).assign(torch.randn(n, 8))
     assert routing.ExpertChoice(8, 8, 2.0, rounding="down").assign(torch.randn(n, 8)).token.shape == (8, max(n // 4, 1))
 
@@ -173,7 +174,17 @@ def test_centroids_start_by_the_runs_seed():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("c", [0, -1.0, float("nan"), float("inf"), "2"])
+@pytest.mark.parametrize(
+    "c, message",
+    [
+        (0, "0.0: must be above 0"),
+        (-1.0, "-1.0: must be above 0"),
+        (float("nan"), "nan: must be a finite number"),
+        (float("inf"), "inf: must be a finite number"),
+        ("2", "'2' is of type str, but must be float"),
+        (True, "True is of type bool, but must be float"),
+    ],
+)
 @pytest.mark.parametrize(
     "build",
     [
@@ -184,7 +195,8 @@ def test_centroids_start_by_the_runs_seed():
         lambda c: routing.KMeans(8, 4, capacity_factor=c),
     ],
 )
-def test_no_router_is_built_with_a_capacity_that_is_none(build, c):
-    with pytest.raises(ConfigError, match=rf"capacity_factor={c!r}: must be a number above 0"):
+def test_no_router_is_built_with_a_capacity_that_is_none(build, c, message):
+    with pytest.raises(ConfigError, match=f"^capacity_factor={message}"):
         build(c)
     assert build(2).capacity_factor == 2
+    assert build(np.float64(1.5)).capacity_factor == 1.5  # a number of numpy is one, too

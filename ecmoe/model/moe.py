@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ecmoe.config import check_key
+from ecmoe.files import ConfigError
 from ecmoe.model import metrics
 from ecmoe.model.tracking import expect_tracking
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import TRITON, Router, one_of, recomputing
+from ecmoe.routing.router import TRITON, Router, recomputing
 
 # Without a capacity, one expert may get nearly all tokens, and all experts then have that many slots. Passes without
 # gradients compute experts in groups, so that h, (e, k, f), has at most HELD elements, or SLOTS rows per token if more.
@@ -35,7 +37,7 @@ class MoE(nn.Module):
             `Router.fast`), else "plain".
 
     Raises:
-        ValueError: the router's width differs from d_model, d_ff is below 1, or kernels has an unknown value.
+        ValueError: router isn't one or of another width, d_ff is below 1, or kernels has an unknown value.
         RuntimeError: kernels="triton" without the package triton; in forward, without a CUDA device.
 
     Attributes:
@@ -49,11 +51,12 @@ class MoE(nn.Module):
         self, router: Router, d_model: int, d_ff: int, *, recompute: bool = False, kernels: str = "auto"
     ) -> None:
         super().__init__()
+        if not isinstance(router, Router):
+            raise ConfigError(f"router={router!r}: must be a router, such as ExpertChoice(d_model, num_experts)")
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must equal the router's, {router.d_model}")
-        if d_ff < 1:
-            raise ValueError(f"d_ff={d_ff}: must be at least 1")
-        if one_of("kernels", kernels).startswith("triton") and not TRITON:
+        check_key("d_ff", d_ff)
+        if check_key("kernels", kernels).startswith("triton") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
         e = router.num_experts
         self.router, self.recompute = router, recompute
@@ -77,11 +80,10 @@ class MoE(nn.Module):
 
     @kernels.setter
     def kernels(self, kind: str) -> None:
-        self.router.kernels = one_of("kernels", kind)
+        self.router.kernels = check_key("kernels", kind)
 
     def reset_parameters(self) -> None:
-        """Draw the weights, scaled by fan-in: an expert's outputs start at about the size of its inputs. Forget the last
-        forward's statistics."""
+        """Draw the weights, scaled by fan-in: an expert's outputs start at about the size of its inputs."""
         nn.init.normal_(self.w1, std=self.w1.shape[1] ** -0.5)
         nn.init.normal_(self.w2, std=self.w2.shape[1] ** -0.5)
         for buffer in self.buffers(recurse=False):

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, compiler, nn
 
+from ecmoe.files import check_known
 from ecmoe.routers import ROUTERS
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.dense import Dense
@@ -74,7 +74,7 @@ def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
     seen: list[tuple[Tensor, Assignment]] = []
     hooks = [router.register_forward_hook(lambda _, args, out: seen.append((*args, out))) for router in routers(model)]
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with compiler.set_stance("force_eager"):
             yield seen
     finally:
         for hook in hooks:
@@ -84,23 +84,25 @@ def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
 @contextmanager
 def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
     """Set attributes of every router, as in `altered(model, pool="sequence")`; restore the old values on exit.
+    A function is bound as a method, so that `assign=` replaces how a router chooses.
 
-    Args:
-        attributes: new values; a function is bound as a method, so that `assign=` replaces how a router chooses.
+    Raises:
+        ConfigError: no router of the model has the attribute, or a router can't work with the value.
     """
     before = [(router, dict(vars(router))) for router in routers(model)]
+    known = {name for router, _ in before for name in dir(router) if name[0] != "_"} - set(dir(nn.Module))
+    check_known("no router has", attributes if before else (), sorted(known))
     try:
         for router, _ in before:
             for name, value in attributes.items():
                 setattr(router, name, MethodType(value, router) if callable(value) else value)
+            router.check()
         yield model
     finally:
         for router, old in before:
             for name in attributes:
-                if name in old:
-                    setattr(router, name, old[name])
-                else:
-                    vars(router).pop(name, None)  # uncover the class attribute
+                vars(router).pop(name, None)  # uncovers a class attribute
+            vars(router).update({name: old[name] for name in attributes if name in old})
 
 
 @contextmanager

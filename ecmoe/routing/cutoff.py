@@ -22,6 +22,11 @@ class RunningState(nn.Module):
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
 
+    @staticmethod
+    def zeros(*shape: int) -> nn.Buffer:
+        """Return a buffer for running statistics, at least in float32, whatever the default dtype."""
+        return nn.Buffer(torch.zeros(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -29,11 +34,6 @@ class RunningState(nn.Module):
             if buffer is not None and buffer.is_floating_point() and buffer.itemsize < min(4, before[name].itemsize):  # type: ignore[union-attr]
                 self._buffers[name] = before[name].to(buffer.device)  # type: ignore[union-attr]
         return self
-
-
-def zeros(*shape: int) -> nn.Buffer:
-    """Return a buffer for running statistics, at least in float32, whatever the default dtype."""
-    return nn.Buffer(torch.zeros(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
 
 class RunningCutoff(RunningState):
@@ -48,10 +48,10 @@ class RunningCutoff(RunningState):
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: must be at least 0 and below 1")
         self.beta = beta
-        self.average = zeros(num_experts)
-        self.weight = zeros()  # 1 - beta^t, the bias correction
-        self.pending = zeros(num_experts)
-        self.count = zeros()
+        self.average = self.zeros(num_experts)
+        self.weight = self.zeros()  # 1 - beta^t, the bias correction
+        self.pending = self.zeros(num_experts)
+        self.count = self.zeros()
 
     @torch.no_grad()
     def add(self, kth: Tensor, known: Tensor | None = None) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecmoe.files import ConfigError
-from ecmoe.routers import bucket_size, check_cap, check_capacity, exact
+from ecmoe.routers import bucket_size, check_cap, exact
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.capped import capped_top_k
 from ecmoe.routing.cutoff import RunningCutoff
 from ecmoe.routing.ranks import gathered, own, ranks
-from ecmoe.routing.router import Router, one_of, without_padding
+from ecmoe.routing.router import Router, without_padding
 
 
 class ExpertChoice(Router):
@@ -57,17 +57,17 @@ class ExpertChoice(Router):
         rounding: str = "exact",
     ) -> None:
         super().__init__(d_model, num_experts)
-        if not isinstance(pool, int):
-            one_of("pool", pool)
-        check_capacity(capacity_factor, none=False)
-        check_cap(max_experts_per_token, capacity_factor)
-        self.capacity_factor = capacity_factor
-        self.max_experts_per_token = max_experts_per_token
-        self.pool = pool
-        self.gate = one_of("gate", gate)
-        self.cap_solver = one_of("cap_solver", cap_solver)
-        self.rounding = one_of("rounding", rounding, choices=("exact", "down"))
+        self.capacity_factor, self.max_experts_per_token = capacity_factor, max_experts_per_token
+        self.pool, self.gate, self.cap_solver, self.rounding = pool, gate, cap_solver, rounding
+        self.check()
         self.cutoff = RunningCutoff(num_experts, 0.99)  # for causal routing
+
+    def check(self) -> None:
+        super().check()
+        exact(self.capacity_factor)  # isn't None
+        check_cap(self.max_experts_per_token, self.capacity_factor)
+        if self.rounding not in ("exact", "down"):
+            raise ConfigError(f"rounding={self.rounding!r}: must be one of exact, down")
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
@@ -126,12 +126,12 @@ class ExpertChoice(Router):
         if self.pool in ("batch", "rank"):
             return None
         ids = torch.arange(n, device=device)
-        if isinstance(self.pool, int):
+        if not isinstance(self.pool, str):
             if n % self.pool:
                 raise ConfigError(f"pool={self.pool} must divide the n={n} tokens of the batch")
             return ids.view(-1, self.pool)
         if batch_shape is None:
-            raise ValueError(f"pool={self.pool!r} needs batch_shape=(B, T) to tell the sequences apart")
+            raise ValueError(f"pool={self.pool!r} needs sequences: batch_shape=(B, T), or x of shape (B, T, d)")
         ids = ids.view(batch_shape)
         return ids if self.pool == "sequence" else ids.T
 

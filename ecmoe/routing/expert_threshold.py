@@ -7,7 +7,6 @@ largest score, so an expert gets k tokens on average, and no token's routing see
 import torch
 from torch import Tensor, nn
 
-from ecmoe.routers import bucket_size
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.cutoff import RunningCutoff
 from ecmoe.routing.expert_choice import ExpertChoice
@@ -20,7 +19,7 @@ class ExpertThreshold(ExpertChoice):
     Args:
         d_model, num_experts, capacity_factor: d, e, c.
         beta: decay of the cut-offs' moving average, which is bias-corrected and updated once per optimiser step.
-        gate: see `ExpertChoice`.
+        gate, rounding: see `ExpertChoice`.
 
     Attributes:
         warmup_steps: number of first optimiser steps that use plain expert choice, because the cut-offs of a router
@@ -37,8 +36,9 @@ class ExpertThreshold(ExpertChoice):
         capacity_factor: float = 2.0,
         beta: float = 0.999,
         gate: str = "softmax",
+        rounding: str = "exact",
     ) -> None:
-        super().__init__(d_model, num_experts, capacity_factor, pool="rank", gate=gate)
+        super().__init__(d_model, num_experts, capacity_factor, pool="rank", gate=gate, rounding=rounding)
         self.cutoff = RunningCutoff(num_experts, beta)
         self.steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # optimiser steps that moved the cut-offs
 
@@ -54,7 +54,7 @@ class ExpertThreshold(ExpertChoice):
     def _bounded(self, S: Tensor, mask: Tensor | None) -> Assignment:
         """Assign, in training, the tokens above the cut-off, best first, as many as `slack` allows."""
         n, e = S.shape
-        k = bucket_size(n, e, self.capacity_factor)
+        k = self._bucket(n)
         slots = min(int(k * self.slack), n)
         valid = torch.ones(1, n, dtype=torch.bool, device=S.device) if mask is None else mask[None]
         scores = S.T.masked_fill(~valid, -1.0)  # (e, n); a score is never below 0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ecmoe.routers import check_capacity
+from ecmoe.config import check_key
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import Router, by_token, capacity
 
@@ -28,20 +28,18 @@ class Hash(Router):
         token_counts: Tensor | None = None,
     ) -> None:
         super().__init__(d_model, num_experts, learned=False)
-        self.capacity_factor = check_capacity(capacity_factor)
+        self.capacity_factor, self.token_counts = capacity_factor, token_counts
+        self.check()
         self.static = capacity_factor is not None  # else sizes depend on the fullest expert's load
         if token_counts is not None and len(token_counts) != vocab_size:
             raise ValueError(f"token_counts has {len(token_counts)} entries: must have vocab_size={vocab_size}")
-        self.token_counts = token_counts
-        self.table = nn.Buffer(torch.empty(vocab_size, dtype=torch.long))
+        self.table = nn.Buffer(torch.empty(check_key("vocab_size", vocab_size), dtype=torch.long))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fill the table."""
-        if self.token_counts is None:
-            self.table.copy_(torch.arange(len(self.table)) % self.num_experts)
-        else:
-            self.table.copy_(balanced_table(self.token_counts, self.num_experts))
+        counts, modulo = self.token_counts, torch.arange(len(self.table)) % self.num_experts
+        self.table.copy_(modulo if counts is None else balanced_table(counts, self.num_experts))
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if token_ids is None:

@@ -6,9 +6,7 @@ Letters: n tokens x of width d, e experts with centroids c (e, d).
 import torch
 from torch import Tensor
 
-from ecmoe.routers import check_capacity
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.cutoff import zeros
 from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, by_token, capacity
 
@@ -38,12 +36,13 @@ class KMeans(Router):
         super().__init__(d_model, num_experts, learned=False)
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: must be at least 0 and below 1")
-        self.capacity_factor, self.beta, self.seed = check_capacity(capacity_factor), beta, seed
-        self.centroids = zeros(num_experts, d_model)
-        self.sums = zeros(num_experts, d_model)  # averages over steps
-        self.counts = zeros(num_experts)
-        self.pending_sums = zeros(num_experts, d_model)  # of this step
-        self.pending_counts = zeros(num_experts)
+        self.capacity_factor, self.beta, self.seed = capacity_factor, beta, seed
+        self.check()
+        self.centroids = self.zeros(num_experts, d_model)
+        self.sums = self.zeros(num_experts, d_model)  # averages over steps
+        self.counts = self.zeros(num_experts)
+        self.pending_sums = self.zeros(num_experts, d_model)  # of this step
+        self.pending_counts = self.zeros(num_experts)
         self._input: Tensor | None = None
         self.reset_parameters()
 

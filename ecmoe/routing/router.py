@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecmoe.config import CHOICES
+from ecmoe.config import ROUTER_KEYS, check_key
 from ecmoe.routers import exact
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningState
@@ -39,12 +39,12 @@ class Router(RunningState):
     """
 
     static = across = False
+    rounding = "exact"  # read only by routers that compute k = n c / e
 
     def __init__(self, d_model: int, num_experts: int, *, learned: bool = True) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: must be at least 1")
         self.d_model, self.num_experts = d_model, num_experts
+        Router.check(self)  # what a subclass checks isn't set yet
         self.weight = nn.Parameter(torch.empty(d_model, num_experts)) if learned else None
         self.causal = False
         self.kernels = "plain"
@@ -56,6 +56,12 @@ class Router(RunningState):
         super().reset_parameters()
         if self.weight is not None:
             nn.init.normal_(self.weight, std=self.d_model**-0.5)
+
+    def check(self) -> None:
+        """Raise a ConfigError if an attribute is invalid as a key of RunConfig. Constructors and `altered` call it."""
+        for name, value in vars(self).items():
+            if name in ROUTER_KEYS:
+                check_key(name, value)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return (n, e) scores before the softmax for x, (..., d); at least in float32, whatever the dtype of x."""
@@ -154,14 +160,6 @@ def recomputing() -> bool:
 def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Return (n, e) logits with 0 where mask (n,) is False, so that padding, even NaN, reaches no score or gradient."""
     return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
-
-
-def one_of(name: str, value: Any, key: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """Return `value`; raise a ValueError if it isn't in `choices`, by default those of RunConfig's `key` or `name`."""
-    choices = choices or CHOICES[key or name]
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
-    return value
 
 
 def by_token(

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ecmoe.config import check_key
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import Router, by_token, one_of
+from ecmoe.routing.router import Router, by_token
 
 
 class TaskLevel(Router):
@@ -20,9 +21,8 @@ class TaskLevel(Router):
 
     def __init__(self, d_model: int, num_experts: int, num_tasks: int, table: str = "learned") -> None:
         super().__init__(d_model, num_experts, learned=False)
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks={num_tasks}: must be at least 1")
-        self.num_tasks, self.kind = num_tasks, one_of("table", table, "task_table")
+        self.num_tasks, self.kind = num_tasks, check_key("task_table", table)
+        self.check()
         if table == "learned":
             self.table: Tensor = nn.Parameter(torch.empty(num_tasks, num_experts))
         else:

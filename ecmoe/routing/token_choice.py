@@ -7,12 +7,12 @@ are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 import torch
 from torch import Tensor
 
-from ecmoe.routers import check_capacity, check_top_k
+from ecmoe.files import ConfigError
+from ecmoe.routers import check_top_k
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.balance import balance_loss, load_noise, z_loss
-from ecmoe.routing.cutoff import zeros
 from ecmoe.routing.ranks import add_up
-from ecmoe.routing.router import Router, capacity, one_of, without_padding
+from ecmoe.routing.router import Router, capacity, without_padding
 
 
 class TokenChoice(Router):
@@ -49,16 +49,19 @@ class TokenChoice(Router):
         bias_rate: float = 0.001,
     ) -> None:
         super().__init__(d_model, num_experts)
-        check_top_k(top_k, num_experts)
-        self.top_k, self.capacity_factor = top_k, check_capacity(capacity_factor)
+        self.top_k, self.capacity_factor = top_k, capacity_factor
         self.static = capacity_factor is not None  # else sizes depend on the fullest expert's load
-        self.gate = one_of("gate", gate)
-        self.priority = one_of("priority", priority)
-        self.balance = one_of("balance", balance)
-        self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
-        self.bias_rate = bias_rate
-        self.bias = zeros(num_experts)  # moves only with balance="bias"
-        self.load_error = zeros(num_experts)
+        self.gate, self.priority, self.balance = gate, priority, balance
+        self.aux_loss_weight, self.z_loss_weight, self.bias_rate = aux_loss_weight, z_loss_weight, bias_rate
+        self.check()
+        self.bias = self.zeros(num_experts)  # moves only with balance="bias"
+        self.load_error = self.zeros(num_experts)
+
+    def check(self) -> None:
+        super().check()
+        check_top_k(self.top_k, self.num_experts)
+        if not isinstance(self.bias_rate, int | float):
+            raise ConfigError(f"bias_rate={self.bias_rate!r}: must be a number, such as 0.001")
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape

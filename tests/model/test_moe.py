@@ -227,7 +227,7 @@ def test_a_layer_of_ones_own_starts_by_fan_in():
 
 
 def test_a_router_of_another_width_is_refused():
-    with pytest.raises(ValueError, match="needs batch_shape"):  # a list of tokens has no sequences
+    with pytest.raises(ValueError, match="needs sequences: batch_shape"):  # a list of tokens has no sequences
         layer(lambda: ExpertChoice(D, E, pool="sequence"))(tokens().flatten(0, 1))
     with pytest.raises(ValueError, match="^d_model=16: must equal the router's, 8$"):
         MoE(ExpertChoice(D, E), 16, FF)
@@ -339,6 +339,8 @@ def test_an_empty_batch_has_a_loss_in_training_alone():
 def test_a_layer_without_width_and_an_input_of_integers_are_named():
     with pytest.raises(ValueError, match="d_ff=0: must be at least 1"):
         MoE(ExpertChoice(4, 2), 4, 0)
+    with pytest.raises(ValueError, match=r"router=<class '.*ExpertChoice'>: must be a router, such as ExpertChoice\("):
+        MoE(ExpertChoice, 4, 8)
     for shape in ((2, 8, 3), (4,), (1, 2, 3, 4)):
         with pytest.raises(
             ValueError, match=re.escape(f"x has shape {shape}: must be (B, T, 4) or (n, 4), the router's")
@@ -348,3 +350,5 @@ def test_a_layer_without_width_and_an_input_of_integers_are_named():
         MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(1, 8, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"mask is of torch.int64: must be bool, False for padding"):
         MoE(ExpertChoice(4, 2), 4, 8)(torch.zeros(1, 8, 4), mask=torch.ones(1, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"token_ids is of torch.float32: must hold whole numbers"):
+        MoE(Hash(4, 2, 9), 4, 8)(torch.zeros(1, 8, 4), token_ids=torch.zeros(1, 8))

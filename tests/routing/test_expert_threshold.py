@@ -233,3 +233,13 @@ def test_gradient_is_that_of_the_kept_scores():
 def test_errors_name_key_value_and_remedy(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 13])
+def test_rounded_down_an_expert_takes_at_least_one_of_any_number_of_tokens(n):
+    router, logits = threshold(D, E, 1.0, warmup_steps=1, rounding="down"), random_logits(n, E, 0)
+    k = max(1, n // E)
+    assert router.assign(logits).load(n).tolist() == [k] * E  # warming up, as expert choice
+    np.testing.assert_allclose(router.cutoff.pending.numpy(), kth_largest(logits, k), rtol=1e-6)
+    with pytest.raises(ValueError, match="rounding='down'"):
+        threshold(D, E, 1.0, warmup_steps=1).assign(logits)

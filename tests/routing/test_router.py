@@ -40,8 +40,8 @@ def test_what_is_true_of_a_router_unless_it_says_otherwise():
 
 def test_a_router_must_say_how_it_assigns_and_has_an_expert_at_least():
     assert Router(3, 1).num_experts == 1 and not Router(3, 1).moves
-    for experts in (0, -1):
-        with pytest.raises(ValueError, match=f"num_experts={experts}: must be at least 1"):
+    for experts in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match=f"num_experts={experts}(: must be at least 1| is of type .*must be int)"):
             Router(3, experts)
     with pytest.raises(NotImplementedError, match="Router must implement assign"):
         Router(3, 1).assign(torch.zeros(2, 1))

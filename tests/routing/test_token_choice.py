@@ -145,10 +145,16 @@ def test_gradient_is_that_of_the_dispatched_gates():
     [
         (lambda: TokenChoice(D, 4, 5), "top_k=5.*1..4"),
         (lambda: TokenChoice(D, 4, 0), "top_k=0"),
-        (lambda: TokenChoice(D, 4, 1, 0.0), "capacity_factor=0.0.*None"),
+        (lambda: TokenChoice(D, 4, 1, 0.0), "capacity_factor=0.0: must be above 0"),
         (lambda: TokenChoice(D, 4, 1, priority="random"), "priority='random'.*order, score"),
         (lambda: TokenChoice(D, 4, 1, gate="raw"), "gate='raw'"),
         (lambda: TokenChoice(D, 4, 1, balance="best"), "balance='best'"),
+        (lambda: TokenChoice(D, 4, 1.5), "top_k=1.5 is of type float, but must be int"),
+        (lambda: TokenChoice(D, 4, "2"), "top_k='2' is of type str, but must be int: write 2, without quotes"),
+        (lambda: TokenChoice(D, 4, 1, aux_loss_weight=-1), "aux_loss_weight=-1.0: must be at least 0"),
+        (lambda: TokenChoice(D, 4, 1, aux_loss_weight=float("nan")), "aux_loss_weight=nan: must be a finite number"),
+        (lambda: TokenChoice(D, 4, 1, z_loss_weight=-0.1), "z_loss_weight=-0.1: must be at least 0"),
+        (lambda: TokenChoice(D, 4, 1, bias_rate="a"), "bias_rate='a': must be a number, such as 0.001"),
     ],
 )  # fmt: skip
 def test_errors_name_key_value_and_remedy(make, message):

@@ -71,3 +71,25 @@ def test_watching_sees_what_a_compiled_model_routes(model, ran_before):
     with watched(model) as seen:
         compiled(X)
     assert [tuple(chosen.load(16)) for _, chosen in seen] == [tuple(layer.load) for layer in model]
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        ({"capcity_factor": 1.0}, "no router has 'capcity_factor': did you mean capacity_factor?"),
+        ({"vocab": 3}, "no router has 'vocab': must be one of .*assign, .*capacity_factor, .*top_k"),
+        ({"pool": "sequnce"}, "pool='sequnce': must be one of batch, rank"),
+        ({"gate": "sofmax"}, "gate='sofmax': must be one of softmax"),
+        ({"capacity_factor": -1.0}, "capacity_factor=-1.0: must be above 0"),
+        ({"max_experts_per_token": 1}, "max_experts_per_token=1: capacity_factor=2 is the average"),
+        ({"priority": "size"}, "priority='size': must be one of order, score"),
+        ({"top_k": 5}, "top_k=5: must lie in 1..4"),
+    ],
+)
+def test_altering_what_no_router_has_or_to_what_none_can_do_is_an_error_and_alters_nothing(model, attributes, message):
+    before = [{**vars(router)} for router in routers(model)]
+    with pytest.raises(ValueError, match=message), altered(model, **attributes):
+        raise AssertionError("must not come here")
+    assert [vars(router) for router in routers(model)] == before
+    with altered(nn.Linear(2, 2), **attributes):  # a model without routers, such as a dense twin
+        pass
