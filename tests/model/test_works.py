@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ecmoe import MoE, causal_routing, load_model, run_or_load, track
 from ecmoe.config import ConfigError
-from ecmoe.routing import ExpertChoice, TokenChoice
+from ecmoe.routing import ExpertChoice, ExpertThreshold, TokenChoice
 
 D, E, FF = 8, 4, 16
 
@@ -96,6 +96,15 @@ def test_compiles_once_for_all_lengths(router):
         x = tokens(B, T)
         torch.testing.assert_close(compiled(x), moe(x))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("router", [lambda: ExpertChoice(D, E), lambda: ExpertThreshold(D, E)])
+def test_a_router_that_does_not_round_compiles_for_other_lengths(router):
+    torch._dynamo.reset()
+    moe = layer(router)
+    compiled = torch.compile(moe, backend="eager", fullgraph=True)
+    for T in (8, 12):  # the second length makes it a variable
+        torch.testing.assert_close(compiled(tokens(2, T)), moe(tokens(2, T)))
 
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
