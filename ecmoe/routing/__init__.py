@@ -96,7 +96,7 @@ def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
         for router, _ in before:
             for name, value in attributes.items():
                 setattr(router, name, MethodType(value, router) if callable(value) else value)
-            router.check()
+            router.check(*attributes)
         yield model
     finally:
         for router, old in before:

@@ -62,8 +62,8 @@ class ExpertChoice(Router):
         self.check()
         self.cutoff = RunningCutoff(num_experts, 0.99)  # for causal routing
 
-    def check(self) -> None:
-        super().check()
+    def check(self, *names: str) -> None:
+        super().check(*names)
         exact(self.capacity_factor)  # isn't None
         check_cap(self.max_experts_per_token, self.capacity_factor)
         if self.rounding not in ("exact", "down"):

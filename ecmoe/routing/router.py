@@ -57,11 +57,12 @@ class Router(RunningState):
         if self.weight is not None:
             nn.init.normal_(self.weight, std=self.d_model**-0.5)
 
-    def check(self) -> None:
-        """Raise a ConfigError if an attribute is invalid as a key of RunConfig. Constructors and `altered` call it."""
-        for name, value in vars(self).items():
+    def check(self, *names: str) -> None:
+        """Raise a ConfigError if an attribute, by default any, is invalid as a key of RunConfig. Constructors call it, and
+        `altered` for what it alters."""
+        for name in names or vars(self):
             if name in ROUTER_KEYS:
-                check_key(name, value)
+                check_key(name, getattr(self, name))
 
     def logits(self, x: Tensor) -> Tensor:
         """Return (n, e) scores before the softmax for x, (..., d); at least in float32, whatever the dtype of x."""

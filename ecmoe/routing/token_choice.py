@@ -57,8 +57,8 @@ class TokenChoice(Router):
         self.bias = self.zeros(num_experts)  # moves only with balance="bias"
         self.load_error = self.zeros(num_experts)
 
-    def check(self) -> None:
-        super().check()
+    def check(self, *names: str) -> None:
+        super().check(*names)
         check_top_k(self.top_k, self.num_experts)
         if not isinstance(self.bias_rate, int | float):
             raise ConfigError(f"bias_rate={self.bias_rate!r}: must be a number, such as 0.001")

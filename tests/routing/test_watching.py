@@ -93,3 +93,10 @@ def test_altering_what_no_router_has_or_to_what_none_can_do_is_an_error_and_alte
     assert [vars(router) for router in routers(model)] == before
     with altered(nn.Linear(2, 2), **attributes):  # a model without routers, such as a dense twin
         pass
+
+
+def test_a_router_of_ones_own_may_have_other_values(model):
+    """Its gate isn't ours: only what is altered is checked."""
+    model[0].router.gate = "sigmoid"
+    with causal_routing(model), altered(model, assign=nobody):
+        assert not model(X).any()
