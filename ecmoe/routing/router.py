@@ -58,8 +58,7 @@ class Router(RunningState):
             nn.init.normal_(self.weight, std=self.d_model**-0.5)
 
     def check(self, *names: str) -> None:
-        """Raise a ConfigError if an attribute, by default any, is invalid as a key of RunConfig. Constructors call it, and
-        `altered` for what it alters."""
+        """Raise a ConfigError if an attribute, by default any, is invalid as a key of RunConfig (see also `altered`)."""
         for name in names or vars(self):
             if name in ROUTER_KEYS:
                 check_key(name, getattr(self, name))
