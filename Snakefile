@@ -42,14 +42,23 @@ NAMES = {
     if Path(f"configs/{path.stem}.yaml").exists()
 }
 PAGES = {name: f"{REPORTS}/{name}.html" for name in NAMES}
-RUNS, DONE, MISSING = {}, {}, set()  # page -> names of its runs; page -> result files that exist; names of missing runs
+
+
+def read_by(stem):
+    """Return the pages whose runs a notebook shows: its own, and those that it names in its code."""
+    text = Path(f"notebooks/{stem}.ipynb").read_text(encoding="utf-8")
+    return [other for other in NAMES.values() if other == stem or rf"\"{other}\"" in text]
+
+
+RUNS, DONE, MISSING = {}, {}, set()  # page -> names of runs that it shows; page -> result files that exist; names of missing runs
 for page, stem in NAMES.items():
     try:
         planned = plan.plan(SCALE, [stem])
     except (ValueError, OSError):  # making the page will report the error; the other pages are still made
         planned = []
-    RUNS[page] = [one.name for one in planned]
-    DONE[page] = [str(file) for one in planned for file in engine.files(one, SCALE) if file.exists()]
+    shown = plan.sound(SCALE, read_by(stem))[0] if planned else []
+    RUNS[page] = [one.name for one in shown]
+    DONE[page] = [str(file) for one in shown for file in engine.files(one, SCALE) if file.exists()]
     if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the requested pages, by default all
         MISSING |= {one.name for one in planned if engine.lacks(one, SCALE)}
 

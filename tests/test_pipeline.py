@@ -241,7 +241,7 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     (tmp_path / "notebooks").mkdir()
     pages = ["01_convergence", "03_capacity_factor"]
     for name in pages:
-        write_notebook(tmp_path, name)
+        write_notebook(tmp_path, name, code='others = ["01_convergence"]')
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("ECMOE_SLOTS", "3")
     (tmp_path / "reports/gpu/repeats").mkdir(parents=True)
@@ -255,6 +255,8 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     assert set(named) == {"all", "index", "page"} | ({"run", "bench"} if trains else set())
     assert ("ecmoe runs --scale gpu --missing --check" in named["all"][1]) == trains
     assert [".done" in reads[name] for name in pages] == [trains, trains]
+    first, second = (set(re.findall(r"[\w-]+\.done", reads[name])) - {"bench.done"} for name in pages)
+    assert first <= second and bool(first) == trains  # whose notebook names the first page, and shows its runs, too
     assert all("reports/gpu/repeats/a.json" in reads[name] for name in pages)  # which a verdict rests on
     given = {
         name: ["configs/scale/gpu.yaml", f"configs/{name}.yaml", f"configs/scale/gpu/{name}.yaml"] for name in pages

@@ -48,9 +48,14 @@ def check_scale(scale: str) -> None:
     found = [path.stem for path in (paths.configs() / "scale").glob("*.yaml")]
     known = sorted(name for name in found if _SCALE.fullmatch(name))
     if not known:
-        raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
+        raise no_plan()
     if scale not in known:
         raise ConfigError(f"scale={scale!r}: must be one of {', '.join(known)}")
+
+
+def no_plan() -> ConfigError:
+    """Return the error for configs without scales or pages, as outside a checkout."""
+    return ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:

@@ -245,3 +245,11 @@ def test_the_rates_come_first_the_centre_next_and_the_largest_last():
     place = {(one.arms[0], one.seed): i for i, one in enumerate(runs)}
     for arm in ("Hash modulo", "Hash balanced"):  # of page 05, but with the first seed of pages 03 and 04
         assert place[arm, 0] < place["EC-CAP2 renormalized", 1]
+
+
+def test_configs_without_pages_are_no_checkout(tmp_path, monkeypatch):
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale/ok.yaml").touch()
+    monkeypatch.setenv("ECMOE_CONFIGS", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{tmp_path} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout"):
+        plan.plan("ok")
