@@ -245,6 +245,11 @@ class RunConfig:
                 raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {hint}")
         return cls(**values)
 
+    @classmethod
+    def of(cls, given: RunConfig | Mapping[str, Any]) -> RunConfig:
+        """Return a config as it is, and flat keys as a config."""
+        return given if isinstance(given, RunConfig) else cls.from_dict(given)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all keys and values, in the order of their declaration."""
         return dataclasses.asdict(self)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent
 # Peak dense bf16 matrix-product rate by device, in FLOP/s (vendors' data sheets, without sparsity).
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 # The modules that determine the numbers of a run. Pages, plots and tables don't change a loss.
-DECIDES = ("config.py", "routers.py", "data", "kernels", "model", "routing", "training")
+DECIDES = ("config.py", "routers.py", "continual", "data", "kernels", "model", "routing", "training")
 
 
 def device_name() -> str:

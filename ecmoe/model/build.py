@@ -27,7 +27,7 @@ def build_model(config: RunConfig | Mapping[str, Any], token_counts: Tensor | No
     >>> build_model(config)(torch.randint(256, (4, 16))).shape
     torch.Size([4, 16, 256])
     """
-    config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
+    config = RunConfig.of(config)
     model: Trunk = VisionTransformer(config) if config.images else Transformer(config, token_counts)
     if not next(model.parameters()).is_meta:
         model.initialize(config.seed)

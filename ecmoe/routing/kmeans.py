@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.ranks import add_up
-from ecmoe.routing.router import Router, by_token, capacity
+from ecmoe.routing.router import Router, by_token, capacity, full_precision
 
 
 class KMeans(Router):
@@ -57,7 +57,7 @@ class KMeans(Router):
         """Return (n, e) negative squared distances of x, (n, d), to the centroids, without gradients; and x."""
         rows = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         centroids = self.centroids.to(rows.dtype)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # the meta device has none
+        with full_precision(x):
             product = rows @ centroids.T
         # For `assign`, which knows the padding and collects the other tokens.
         self._input = rows if self.gathers else None

@@ -72,7 +72,7 @@ class Router(RunningState):
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.weight is None:
             return torch.zeros(x.shape[0], self.num_experts, dtype=dtype, device=x.device), x
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # bf16 scores would tie and flip
+        with full_precision(x):  # bf16 scores would tie and flip
             if self.fast(x, x.shape[0]):
                 from ecmoe import kernels
 
@@ -150,6 +150,11 @@ def fast(kernels: str, x: Tensor) -> bool:
     time, forward only and with the backward pass, with single launches and as a CUDA graph (`ecmoe bench auto`).
     """
     return kernels != "plain" and (kernels != "auto" or x.is_cuda and TRITON)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of x; the meta device has no autocast."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def recomputing() -> bool:

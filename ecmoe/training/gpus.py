@@ -3,6 +3,9 @@
 Several small runs finish sooner side by side on one GPU than one after the other, because a small run waits for its
 host more than for its GPU. A slot is a file lock in the cache folder, so independent processes can share the GPUs. A
 run takes the first slot of any GPU before a second one, so that runs spread over the GPUs.
+
+Beside its GPU, a run needs few CPU threads. By default PyTorch starts one per core for every operation: on 64 cores, a
+batch of 500 augmented images took 84 ms with 64 threads, 12 ms with 4 and 28 ms with one.
 """
 
 import contextlib
@@ -19,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from ecmoe import paths
 from ecmoe.files import ConfigError
+
+THREADS = 4  # most CPU threads of an operation while a run has a slot; fewer if $OMP_NUM_THREADS says so
 
 
 @dataclass
@@ -38,8 +43,8 @@ class Place:
 
 @contextmanager
 def place(say: bool = True) -> Iterator[Place]:
-    """Hold a slot and make its GPU the current device within the context. Wait if all slots are taken ($ECMOE_SLOTS per
-    GPU, 4 by default). Without a GPU, the number of runs is unlimited."""
+    """Within the context, hold a slot, make its GPU the current device, and use few CPU threads. Wait if all slots are
+    taken ($ECMOE_SLOTS per GPU, 4 by default). Without a GPU, the number of runs is unlimited."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         yield Place()
@@ -56,10 +61,13 @@ def place(say: bool = True) -> Iterator[Place]:
     gpu, mine, lock = found
     if say and gpus > 1:
         print(f"GPU {gpu} of {gpus}: {names[gpu]}", file=sys.stderr, flush=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, THREADS))
     try:
         with torch.cuda.device(gpu):
             yield Place(gpu, [path for path in of_gpu[gpu] if path != mine])
     finally:
+        torch.set_num_threads(threads)
         lock.release()
 
 

@@ -41,7 +41,7 @@ class LitModel(L.LightningModule):
 
     def __init__(self, config: RunConfig | Mapping[str, Any], token_counts: Tensor | None = None) -> None:
         super().__init__()
-        self.config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
+        self.config = RunConfig.of(config)
         self.save_hyperparameters({"config": self.config.to_dict()})
         self.counts_lack = token_counts is None and "token counts" in self.config.needs
         counts = torch.ones(self.config.vocab_size) if self.counts_lack else token_counts

@@ -2,7 +2,10 @@
 
 import gc
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +14,13 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from ecmoe.files import seal, written
 from ecmoe.model import metrics
 from ecmoe.training.lit import LitModel
+
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: lambda: SystemExit(128 + signal.SIGTERM)}  # as shells count
 
 
 class Diverged(RuntimeError):
@@ -25,6 +29,8 @@ class Diverged(RuntimeError):
 
 class Recorder(L.Callback):
     """Callback that writes a row of `curve.csv` per validation, and `last.ckpt` every `checkpoint_every` steps.
+
+    At Ctrl-C or SIGTERM, a run of one process ends after its current step, with a checkpoint; at a second one, at once.
 
     Args:
         folder: the run's folder. progress: print a line per validation, and show the remaining time on a terminal.
@@ -49,8 +55,9 @@ class Recorder(L.Callback):
         self.began: float | None = time.perf_counter()  # None: the clock is stopped
         self.marked = (0, 0.0)  # step and seconds at the last validation
         self.bar = tqdm(disable=True)
-        self.whole_step = False  # have all micro-batches of the step been processed?
         self.compiling = False  # does the next step, the first of this process, compile?
+        self.ending: BaseException | None = None  # asked for by a signal, to be raised after a step
+        self.handlers: dict[signal.Signals, Any] = {}  # of signals, before the training
 
     # Lightning stores this state in checkpoints, so that a resumed run continues its clock and curve.
     def state_dict(self) -> dict[str, Any]:
@@ -65,6 +72,8 @@ class Recorder(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._asked) for number in ENDS}
         self.began = time.perf_counter()
         self.compiling = module.config.compile or module.device.type == "cuda"
         self.bar = tqdm(
@@ -80,8 +89,7 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self.whole_step = (batch_idx + 1) % module.config.accumulate == 0
-        if not self.whole_step:
+        if (batch_idx + 1) % module.config.accumulate:
             return
         if self.compiling:  # at least Triton kernels; also after a resume in another process
             if module.device.type == "cuda":
@@ -91,17 +99,17 @@ class Recorder(L.Callback):
             gc.collect()
             gc.freeze()
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False
-        # If a validation follows, the checkpoint is written after it and includes its row. None is written after the
-        # last step: the validation that follows also records that step's routing statistics, which no checkpoint holds.
-        between = step % module.config.eval_every and step < module.config.steps
-        if step % module.config.checkpoint_every == 0 and between:
-            self._check_finite(trainer, module, step)
-            self.save(trainer)
         self.bar.update(step - self.bar.n)
+        if step % module.config.eval_every:  # otherwise a checkpoint includes the row of the validation that follows
+            self._end_of_step(trainer, module, step)
 
-    def on_train_end(self, trainer: L.Trainer, module: LitModel) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: LitModel, *_: Any) -> None:
         self.bar.close()
         gc.unfreeze()
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    on_exception = on_train_end
 
     def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if torch.cuda.is_available():
@@ -144,16 +152,29 @@ class Recorder(L.Callback):
             tqdm.write(f"[{config.name}] step {step}/{config.steps}  {losses}{rate}", sys.stderr)
         if not (math.isfinite(row["val_loss"]) and (not trained or math.isfinite(row["train_loss"]))):
             raise Diverged(f"the loss is {row['train_loss']} (validation: {row['val_loss']}) at step {step}")
-        if step % config.checkpoint_every == 0 and step < config.steps:
-            self.save(trainer)
+        self._end_of_step(trainer, module, step)
 
-    def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
-        """On SIGTERM, which Lightning handles between two steps, save a checkpoint if the run has only one process."""
-        self.bar.close()
-        gc.unfreeze()
-        if isinstance(exception, SIGTERMException) and trainer.training and trainer.world_size == 1 and self.whole_step:
-            self._check_finite(trainer, module, trainer.global_step)
+    def _end_of_step(self, trainer: L.Trainer, module: LitModel, step: int) -> None:
+        """Save a checkpoint if one is due after this step and its validation, or if the run is to end now.
+
+        None is saved after the last step: only the validation that follows records its routing statistics."""
+        if step < module.config.steps and (self.ending or step % module.config.checkpoint_every == 0):
+            self._check_finite(trainer, module, step)
             self.save(trainer)
+            self.end()
+
+    def _asked(self, number: int, frame: Any) -> None:
+        if self.ending:
+            raise self.ending
+        self.ending = ENDS[signal.Signals(number)]()
+        os.write(
+            2, b"ends after this step, with a checkpoint; at once if asked again\n"
+        )  # print isn't safe in a handler
+
+    def end(self) -> None:
+        """Raise what a signal has asked for, if any."""
+        if self.ending:
+            raise self.ending
 
     def curve(self) -> pd.DataFrame:
         """Return all rows so far with every column of a curve, NaN where nothing was measured."""

@@ -14,7 +14,6 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import save_file
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
@@ -68,7 +67,7 @@ def run_or_load(
             library of another Python, this is only a warning.)
         Damaged: with train=False, a stored file differs from what was written. (Otherwise, the run is trained again.)
     """
-    config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
+    config = RunConfig.of(config)
     loggers = [loggers] if isinstance(loggers, str) else loggers
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
@@ -159,8 +158,6 @@ def train_run(
                 trainer.validate(module, datamodule=data, verbose=False)
     except Diverged as diverged:
         status, error = "diverged", str(diverged)
-    except SIGTERMException:  # Lightning would exit with code 0
-        raise SystemExit(143) from None
     state = _whole_state(module) if status == "finished" and keep_weights else None
     curve = recorder.curve()
     summary = summarize(config, curve, data, made, status=status, error=error, sharing=recorder.shared)
@@ -172,6 +169,7 @@ def train_run(
         write_run(folder, summary)
         if state is not None:  # the run is done, and the optimiser's state no longer needed
             checkpoint.unlink(missing_ok=True)
+    recorder.end()
     return Result(summary, curve, folder)
 
 

@@ -29,12 +29,11 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
     keys = dict.fromkeys(off, False) | {"devices": [torch.cuda.current_device()] if cuda else 1} | keys
     device = "cuda" if cuda else "cpu"
     trainer = L.Trainer(accelerator=device, precision=resolved_precision(config), max_epochs=-1, **keys)
-    # Before each batch, Lightning broadcasts whether rank 0 received SIGTERM, and the host waits for the device. This
-    # isn't needed, as torchrun sends SIGTERM to every rank. Each rank then ends at once: Lightning's handler would
-    # inform the other ranks, and so wait for ranks that wait elsewhere or have ended.
+    # On SIGTERM, end at once, or as `Recorder` says. Lightning's handler would inform the other ranks, and so wait for
+    # ranks that wait elsewhere or have ended; torchrun sends SIGTERM to every rank.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    # Before each batch, Lightning broadcasts whether rank 0 received SIGTERM, and the host waits for the device.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    if trainer.world_size > 1:
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 

@@ -44,6 +44,19 @@ def test_runs_spread_over_the_gpus_count_each_other_and_wait_when_all_are_full(t
                 assert "waiting for a slot on 3 GPUs, 2 slots each ($ECMOE_SLOTS)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("there", "used"), [(64, 4), (4, 4), (2, 2)])
+def test_a_run_with_a_place_uses_few_threads(three, there, used):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(there)
+        with pytest.raises(ZeroDivisionError), gpus.place():
+            assert torch.get_num_threads() == used
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == there
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_place_is_free_again_after_a_failure(three, tmp_path):
     for _ in range(3):
         with pytest.raises(ZeroDivisionError), gpus.place() as place:

@@ -1,13 +1,14 @@
 """Recorder: what is recorded, and what follows from it, is of all ranks; and what it counts as seconds and as a rate."""
 
-import contextlib
 import gc
 import math
+import os
+import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ecmoe.files import sealed
 from ecmoe.model import metrics
@@ -20,7 +21,7 @@ def trainer(other: float) -> SimpleNamespace:
     """Of rank 0 of two; whatever they exchange, rank 1 has `other`."""
     strategy = SimpleNamespace(all_gather=lambda value: torch.stack([value, torch.full_like(value, other)]))
     state = {"global_step": 3, "is_global_zero": True, "optimizers": [], "save_checkpoint": lambda path: path.touch()}
-    return SimpleNamespace(strategy=strategy, received_sigterm=False, world_size=2, **state)
+    return SimpleNamespace(strategy=strategy, world_size=2, **state)
 
 
 @pytest.fixture
@@ -80,23 +81,68 @@ def test_other_ranks_write_and_say_nothing_and_help_to_save(module, tmp_path, mo
     assert not capsys.readouterr().err and recorder.rows[3]["val_loss"] == 1.5
 
 
+@pytest.fixture
+def handlers():
+    """The handlers before a test; afterwards they must be the same."""
+    asked = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in asked]
+    yield lambda: [signal.getsignal(number) for number in asked]
+    assert [signal.getsignal(number) for number in asked] == before
+
+
 @pytest.mark.parametrize(
-    "otherwise",
-    [{}, {"world_size": 2}, {"training": False}, {"whole_step": False}, {"loss": math.nan}, {"exception": OSError()}],
+    "steps, accumulate, loss, error, saved",
+    [
+        (5, 1, 1.0, SystemExit, True),
+        (5, 2, 1.0, None, False),  # within a step
+        (3, 1, 1.0, None, False),  # after the last
+        (5, 1, math.nan, Diverged, False),
+    ],
 )
-def test_a_sigterm_keeps_what_a_whole_step_of_one_process_has_done(module, tmp_path, otherwise):
-    given = {
-        "world_size": 1,
-        "training": True,
-        "whole_step": True,
-        "loss": 1.0,
-        "exception": SIGTERMException(),
-    } | otherwise
-    recorder, one = Recorder(tmp_path, progress=False), trainer(given["loss"])
-    one.world_size, one.training, recorder.whole_step = (given[key] for key in ("world_size", "training", "whole_step"))
-    with pytest.raises(Diverged) if "loss" in otherwise else contextlib.nullcontext():
-        recorder.on_exception(one, module, given["exception"])
-    assert (tmp_path / "last.ckpt").exists() == (not otherwise)
+def test_a_sigterm_keeps_what_a_whole_step_has_done(
+    tiny_config, module, tmp_path, handlers, steps, accumulate, loss, error, saved
+):
+    module.config = tiny_config(steps=steps, accumulate=accumulate, eval_every=2, checkpoint_every=100)
+    recorder, one = Recorder(tmp_path, progress=False), trainer(loss)
+    one.world_size = 1
+    recorder.on_train_start(one, module)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not (tmp_path / "last.ckpt").exists()
+    try:
+        recorder.on_train_batch_end(one, module, None, None, 0)
+        ended = None
+    except BaseException as end:
+        ended = end
+    assert type(ended) is (error or type(None)) and (tmp_path / "last.ckpt").exists() == saved
+    assert error is not SystemExit or ended.code == 143
+    recorder.on_exception(one, module, ended)
+    if (
+        saved is False and error is None
+    ):  # the run goes on, and ends as it was asked to when there is nothing left to lose
+        with pytest.raises(SystemExit):
+            recorder.end()
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_asked_twice_a_run_ends_at_once(module, tmp_path, handlers, capfd, number, error):
+    recorder, one = Recorder(tmp_path, progress=False), trainer(1.0)
+    one.world_size = 1
+    recorder.on_train_start(one, module)
+    os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == "ends after this step, with a checkpoint; at once if asked again\n"
+    with pytest.raises(error):
+        os.kill(os.getpid(), number)
+    assert not (tmp_path / "last.ckpt").exists()
+    recorder.on_exception(one, module, error())
+
+
+@pytest.mark.parametrize("why", ["ranks", "thread"])
+def test_handlers_stay_where_a_run_has_other_ranks_or_a_thread_of_its_own(module, tmp_path, handlers, why):
+    before, recorder, one = handlers(), Recorder(tmp_path, progress=False), trainer(1.0)
+    one.world_size = 2 if why == "ranks" else 1
+    start = threading.Thread(target=recorder.on_train_start, args=(one, module))
+    start.run() if why == "ranks" else (start.start(), start.join())
+    assert handlers() == before and not recorder.handlers
 
 
 def test_after_the_last_step_there_is_nothing_to_go_on_with(tiny_config, module, tmp_path):
@@ -115,12 +161,12 @@ def test_sums_of_ranks_keep_what_float32_would_lose(module):
 
 def test_a_step_is_whole_after_all_of_its_batches(tiny_config, tmp_path):
     lit, recorder = LitModel(tiny_config(accumulate=3, checkpoint_every=9)), Recorder(tmp_path, progress=False)
-    shown, whole = [], []
+    shown, so_far = [], []
     recorder.bar = SimpleNamespace(n=1, update=shown.append)
     for i in range(6):
         recorder.on_train_batch_end(trainer(2.0), lit, None, None, i)
-        whole.append(recorder.whole_step)
-    assert whole == [False, False, True] * 2 and shown == [2, 2]  # from 1 to the trainer's step, 3
+        so_far.append(len(shown))
+    assert so_far == [0, 0, 1, 1, 1, 2] and shown == [2, 2]  # from 1 to the trainer's step, 3
 
 
 @pytest.mark.parametrize("whose", ["ours", "the other's"])
@@ -249,7 +295,7 @@ def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config,
     module = SimpleNamespace(config=tiny_config(compile=compiled), device=torch.device("cpu"))
     for step in (1, 2):
         if step == 1:
-            recorder.on_train_start(SimpleNamespace(global_step=0), module)
+            recorder.on_train_start(SimpleNamespace(global_step=0, world_size=2), module)
         recorder.began -= 60  # a minute goes by
         recorder.on_train_batch_end(
             SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1
@@ -282,9 +328,7 @@ def test_a_rate_is_of_the_steps_since_the_last_row_and_nobodys_beside_others(tmp
 def test_of_runs_that_share_a_device_each_counts_its_share_of_the_seconds(tmp_path, tiny_config):
     there = [2]
     recorder = Recorder(tmp_path, progress=False, sharing=lambda: there[0])
-    recorder.on_train_start(
-        SimpleNamespace(global_step=0), SimpleNamespace(config=tiny_config(), device=torch.device("cpu"))
-    )
+    recorder.on_train_start(trainer(2.0), SimpleNamespace(config=tiny_config(), device=torch.device("cpu")))
     recorder.began -= 60  # a minute goes by
     assert recorder._clock() == pytest.approx(30, abs=5) and recorder.state_dict()["seconds"] == pytest.approx(
         30, abs=5
