@@ -22,6 +22,7 @@ from ecmoe import paths
 from ecmoe.files import check_known
 from ecmoe.study import engine, plan, speed
 from ecmoe.study.parameters import check_scale, parameter_files
+from ecmoe.study.protocol import protocol
 
 SCALE = str(config.get("scale", "smoke"))
 TRAIN = str(config.get("train_missing", True)).lower() in ("true", "1", "yes")
@@ -29,6 +30,7 @@ try:
     check_known("--config has no key", config, ["scale", "train_missing", "runs"])
     check_scale(SCALE)
     GPUS, PLACES = engine.places()
+    PLAN = plan.sound(SCALE)[0]
 except ValueError as error:
     sys.exit(f"error: {error}")
 ECMOE = f"{shlex.quote(sys.executable)} -m ecmoe"
@@ -44,31 +46,37 @@ NAMES = {
 PAGES = {name: f"{REPORTS}/{name}.html" for name in NAMES}
 
 
-def read_by(stem):
-    """Return the pages whose runs a notebook shows: its own, and those that it names in its code."""
-    text = Path(f"notebooks/{stem}.ipynb").read_text(encoding="utf-8")
-    return [other for other in NAMES.values() if other == stem or rf"\"{other}\"" in text]
+def shown_by(stem):
+    """Return the runs that a page shows: those of its own plan, and of the pages and claims that its notebook names in its code; and
+    whether it shows timings."""
+    code = Path(f"notebooks/{stem}.ipynb").read_text(encoding="utf-8")
+    pages = [other for other in NAMES.values() if other == stem or rf"\"{other}\"" in code]
+    claims = [claim for id, claim in protocol().claims.items() if rf"\"{id}\"" in code]
+    runs = plan.sound(SCALE, pages)[0] + [one for claim in claims for one in claim.runs(SCALE, PLAN)]
+    timed = re.search(r"ecmoe\.study(\.| import )(cost|speed)", code) or any(claim.timed for claim in claims)
+    return runs, timed
 
 
-RUNS, DONE, MISSING = {}, {}, set()  # page -> names of runs that it shows; page -> result files that exist; names of missing runs
+RUNS, DONE = {}, {}  # page -> names of the runs that it shows; page -> their result files that exist
+TIMED, MISSING = set(), set()  # pages that show timings; names of missing runs
 for page, stem in NAMES.items():
     try:
-        planned = plan.plan(SCALE, [stem])
+        planned, (shown, timed) = plan.plan(SCALE, [stem]), shown_by(stem)
     except (ValueError, OSError):  # making the page will report the error; the other pages are still made
-        planned = []
-    shown = plan.sound(SCALE, read_by(stem))[0] if planned else []
-    RUNS[page] = [one.name for one in shown]
-    DONE[page] = [str(file) for one in shown for file in engine.files(one, SCALE) if file.exists()]
+        planned, shown, timed = [], [], False
+    RUNS[page] = {one.name for one in shown}
+    DONE[page] = {str(file) for one in shown for file in engine.files(one, SCALE) if file.exists()}
+    if timed:
+        TIMED.add(page)
     if PAGES[page] in sys.argv or not set(PAGES.values()) & set(sys.argv):  # of the requested pages, by default all
         MISSING |= {one.name for one in planned if engine.lacks(one, SCALE)}
 
 MISSING = set(str(config["runs"]).split(",")) if "runs" in config else MISSING  # as `ecmoe runs --train` passes them
-MISSING = [one.name for one in plan.sound(SCALE)[0] if one.name in MISSING]  # in the order of configs/order.yaml
+MISSING = [one.name for one in PLAN if one.name in MISSING]  # in the order of configs/order.yaml
 
 # Timing files; at scales other than smoke they are measured on a GPU only.
-TIMED = {"01_convergence", "08_step_time"}  # pages that show timings
 try:
-    TIMES = [str(file) for file in speed.files(SCALE)] if TIMED & set(NAMES) else []
+    TIMES = [str(file) for file in speed.files(SCALE)] if TIMED else []
 except (ValueError, OSError):
     TIMES = []
 # Several runs that share a GPU finish sooner than the same runs one by one. A "place" is one run's slot.
@@ -114,12 +122,12 @@ def files(name):
 
 def results(name):
     """Return the inputs of a page besides its sources: existing results, and markers of jobs that must end first."""
-    made = {MARKERS[run] for run in RUNS[name] if run in MISSING} if TRAIN else set()
-    if NAMES[name] in TIMED:
+    made = {MARKERS[run] for run in RUNS[name] if run in MARKERS} if TRAIN else set()
+    if name in TIMED:
         made |= {BENCH} if MEASURE else {file for file in TIMES if os.path.exists(file)}
     asked = any(file in (BENCH, *MARKERS.values()) for file in made)
     repeats = [str(file) for file in Path(REPORTS, "repeats").glob("*.json")]
-    return DONE[name] + sorted(made) + sorted(repeats) + [str(ASKED)] * asked
+    return sorted(DONE[name] | made) + sorted(repeats) + [str(ASKED)] * asked
 
 
 localrules: all, trained, index

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 
@@ -239,9 +240,9 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     shutil.copytree(CHECKOUT / "profiles", tmp_path / "profiles")
     (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
     (tmp_path / "notebooks").mkdir()
-    pages = ["01_convergence", "03_capacity_factor"]
-    for name in pages:
-        write_notebook(tmp_path, name, code='others = ["01_convergence"]')
+    pages = ["01_convergence", "02_load_balance", "03_capacity_factor"]
+    for name, code in zip(pages, ('["C1", "C9"]', "[]", '["01_convergence"]'), strict=True):
+        write_notebook(tmp_path, name, code=f"shown = {code}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("ECMOE_SLOTS", "3")
     (tmp_path / "reports/gpu/repeats").mkdir(parents=True)
@@ -254,9 +255,7 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     reads = {re.search("name=(.+)", about)[1]: about.split("output:")[0] for rule, about, _ in jobs if rule == "page"}
     assert set(named) == {"all", "index", "page"} | ({"run", "bench"} if trains else set())
     assert ("ecmoe runs --scale gpu --missing --check" in named["all"][1]) == trains
-    assert [".done" in reads[name] for name in pages] == [trains, trains]
-    first, second = (set(re.findall(r"[\w-]+\.done", reads[name])) - {"bench.done"} for name in pages)
-    assert first <= second and bool(first) == trains  # whose notebook names the first page, and shows its runs, too
+    assert [".done" in reads[name] for name in pages] == [trains] * 3
     assert all("reports/gpu/repeats/a.json" in reads[name] for name in pages)  # which a verdict rests on
     given = {
         name: ["configs/scale/gpu.yaml", f"configs/{name}.yaml", f"configs/scale/gpu/{name}.yaml"] for name in pages
@@ -267,7 +266,7 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
         for name, files in given.items()
     }
     assert all(f"reports/gpu/{name}.html" in named["index"][0].split("output:")[0] for name in pages)  # it comes last
-    assert ["bench.done" in reads[name] for name in pages] == [trains, False]
+    assert ["bench.done" in reads[name] for name in pages] == [trains, False, False]  # C9 is about time
     if not trains:
         return
     assert "place=6" in named["bench"][0] and "threads: 12" in named["bench"][0]
@@ -284,6 +283,23 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     ]
     assert sum(batches, []) == wanted and {len(some) for some in batches[:-1]} == {4}  # in order, four a process
     assert all("place=1" in about and "threads: 2" in about for _, about, _ in runs)  # three on each GPU at once
+    marked = {
+        re.search(r"[\w-]+\.done", about)[0]: set(names) for (_, about, _), names in zip(runs, batches, strict=True)
+    }
+    claims = yaml.safe_load((CHECKOUT / "configs/protocol.yaml").read_text())["claims"]
+    parts = claims["C1"]["parts"] + claims["C9"]["parts"]
+    arms = set(np.hstack([part[key] for part in parts for key in "ab" if key in part]))
+    own = {name: {one.name for one in plan.plan("gpu", [name])} for name in pages}
+    compared = {one.name for one in plan.plan("gpu") if arms & set(one.arms)}
+    shown = {
+        "01_convergence": own["01_convergence"] | compared,  # some by page 02 alone
+        "02_load_balance": own["02_load_balance"],
+        "03_capacity_factor": own["03_capacity_factor"] | own["01_convergence"],
+    }
+    assert compared & own["02_load_balance"] - own["01_convergence"]
+    for name in pages:
+        waits = set(re.findall(r"[\w-]+\.done", reads[name])) - {"bench.done"}
+        assert waits == {marker for marker, names in marked.items() if names & shown[name]}, name
 
 
 def test_every_notebook_has_its_config():

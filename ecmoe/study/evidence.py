@@ -14,8 +14,7 @@ from ecmoe.measures import measure
 from ecmoe.study import estimate, speed
 from ecmoe.study.estimate import Estimate, Unit
 from ecmoe.study.load import recorded
-from ecmoe.study.parameters import merge_parameters, parameter_files
-from ecmoe.study.plan import Planned, arms_of, configs
+from ecmoe.study.plan import Planned, by_arm
 from ecmoe.study.protocol import Part
 from ecmoe.training.result import Result
 
@@ -31,13 +30,7 @@ class Evidence:
     @cached_property
     def planned(self) -> dict[str, dict[int, Planned]]:
         """Arm -> seed -> planned run, for every seed of the arm's config that any page of the scale plans."""
-        values = merge_parameters(parameter_files(self.page, self.scale))
-        further = arms_of({"base": values["base"], "arms": self._further or None}, self.scale)
-        of_arm = configs(values["base"], further | arms_of(values, self.scale), [0])
-        names = {arm: config.name for arm, (config,) in of_arm.items()}
-        return {
-            arm: {one.seed: one for one in self._everything if one.of_all_seeds == name} for arm, name in names.items()
-        }
+        return by_arm(self.page, self.scale, self._everything, self._further)
 
     def config(self, arm: str) -> RunConfig:
         """Return the config of the arm's first seed."""

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement, measure
-from ecmoe.model.build import flops_per_token
 from ecmoe.study import engine
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
@@ -84,6 +83,8 @@ def load(page: str, given: Mapping[str, Any], also: Collection[str] = ()) -> Stu
 def warn_of_hours(configs: Sequence[RunConfig]) -> None:
     """Warn before training runs that would take more than an hour on this machine's CPU, and name the alternatives."""
     import torch  # not needed to read stored results
+
+    from ecmoe.model.build import flops_per_token
 
     flops = sum(flops_per_token(config) * config.steps * config.tokens_per_batch for config in configs)
     hours = flops / (CORE * (os.cpu_count() or 1)) / 3600

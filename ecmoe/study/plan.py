@@ -122,6 +122,17 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
     ]
 
 
+def by_arm(
+    page: str, scale: str, planned: Sequence[Planned], further: Sequence[str] = ()
+) -> dict[str, dict[int, Planned]]:
+    """Return arm -> seed -> planned run for the arms of a page, with every seed that any page plans. planned: the plan of the scale.
+    further: names of more arms, configured with the page's base."""
+    values = merge_parameters(parameter_files(page, scale))
+    arms = arms_of({"base": values["base"], "arms": further or None}, scale) | arms_of(values, scale)
+    names = {arm: config.name for arm, (config,) in configs(values["base"], arms, [0]).items()}
+    return {arm: {one.seed: one for one in planned if one.of_all_seeds == name} for arm, name in names.items()}
+
+
 def _check_list(name: str, value: Any, of: type = object) -> None:
     """Raise a ConfigError if the value isn't a list of distinct items of this type, or is empty. `arms` may be a mapping."""
     if not isinstance(value, list | tuple) and not (name == "arms" and isinstance(value, Mapping)):

@@ -5,7 +5,7 @@ Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022 (arXi
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from ecmoe.measures import MEASURES
 from ecmoe.model.metrics import METRICS
 from ecmoe.study.estimate import Unit, amount, tolerance
 from ecmoe.study.parameters import Held, held_to
-from ecmoe.study.plan import named_arms
+from ecmoe.study.plan import Planned, by_arm, named_arms
 
 OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -115,6 +115,16 @@ class Claim(Held):
     def arms(self) -> tuple[str, ...]:
         """The arms of all parts, each once."""
         return tuple(dict.fromkeys(arm for part in self.parts for arm in part.arms))
+
+    @property
+    def timed(self) -> bool:
+        """Whether the verdict depends on timings."""
+        return any(part.how in ("time", "bench") for part in self.parts)
+
+    def runs(self, scale: str, planned: Sequence[Planned]) -> list[Planned]:
+        """Return the runs that the claim's parts compare, whichever page plans them. planned: the plan of the scale."""
+        of = by_arm(self.page, scale, planned, self.arms)
+        return [one for arm in self.arms for one in of[arm].values()]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ecmoe.files import Damaged, write_json
 from ecmoe.study import speed
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import plan, record
-from ecmoe.study.protocol import Part, find_claim
+from ecmoe.study.protocol import Part, find_claim, protocol
 from ecmoe.study.verdict import (
     CONTRADICTED,
     NO_EFFECT,
@@ -71,6 +71,18 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study, monkey
     monkeypatch.setattr("ecmoe.study.verdict.plan", lambda scale: 1 / 0)  # which a page that can't be planned stops
     assert judge_all("gpu")["C5"] == found
     assert judge("C5", "gpu", planned=[]).label == NOT_RUN  # a plan of nothing is a plan
+
+
+@pytest.mark.parametrize("id", protocol().claims)
+def test_a_claim_names_all_runs_that_judging_it_reads_and_whether_it_reads_timings(id, monkeypatch):
+    read, timings = set(), []
+    monkeypatch.setattr("ecmoe.study.evidence.recorded", lambda one, scale: read.add(one.name))
+    monkeypatch.setattr(speed, "kept", lambda *where: timings.append(where) or speed.NOTHING)
+    everything = plan("gpu")
+    judge(id, "gpu", planned=everything)
+    claim = find_claim(id)
+    assert {one.name for one in claim.runs("gpu", everything)} == read and claim.timed == bool(timings)
+    assert bool(read) == (id != "C2")  # which is about timings alone
 
 
 def test_a_record_of_another_run_is_not_believed(study):

@@ -108,7 +108,9 @@ def test_hours_are_the_flops_of_all_tokens_over_what_cores_do(monkeypatch, capsy
     monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
     configs = [RunConfig(steps=steps) for steps in (1, 2, 5)]
     tokens = [config.steps * config.tokens_per_batch for config in configs]
-    monkeypatch.setattr(module, "flops_per_token", lambda config: hours * 3600 * 8 * module.CORE / sum(tokens))
+    monkeypatch.setattr(
+        "ecmoe.model.build.flops_per_token", lambda config: hours * 3600 * 8 * module.CORE / sum(tokens)
+    )
     module.warn_of_hours(configs)
     told = capsys.readouterr().err
     assert told.count("\n") == bool(said) and said in told
