@@ -107,12 +107,14 @@ def found(part: JudgedPart) -> str:
 
 def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "nats per token") -> str:
     """Return a minus b over their common seeds, such as "+0.004 nats (0.002 to 0.006; 3 seeds)"; "(not run)" without any.
+    Fewer seeds than a verdict needs have no interval.
 
     frame: a row per arm and seed. value: the column, shares as fractions of 1. unit: a value of `Unit`."""
     of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
     found = of_values(of[a] - of[b], Unit(unit))
     if not found.n:
         return NOTHING
-    between = f"{span(*found.interval(), found.unit)}; " if found.interval() else ""
+    interval = found.interval(least=protocol().least_seeds)
+    between = f"{span(*interval, found.unit)}; " if interval else ""
     sign = "+" * (found.value > 0)
     return f"{sign}{amount(found.value, found.unit, compares=True)} ({between}{counted(found.n, found.of)})"

@@ -22,15 +22,18 @@ __all__ = [
 
 def show(plot: Plot, caption: str) -> None:
     """Show a figure with alternative text and caption, its numbers folded below; without runs, "Not run" and the caption.
-    A sentence about the intervals is added to the caption if the figure has any."""
+    A sentence about intervals, or else means, is added to the caption of a figure that has any over several seeds."""
     if plot.figure is None:
         show_html(markup("not_run_yet", caption))
     else:
         seeds = plot.data.get("seeds", pd.Series(dtype=int))
-        if (many := seeds[seeds > 1]).any():
-            n = " to ".join(f"{n:g}" for n in dict.fromkeys((many.min(), many.max())))
-            one = "; one seed has none" * bool((seeds == 1).any())
-            caption += f" Intervals: 95% over {n} seeds, each by itself{one}."
+        seeds = seeds[seeds > 0]
+        if (seeds > 1).any():
+            of_interval = seeds[plot.data.reindex(columns=["low"])["low"].notna()]
+            some = of_interval if len(of_interval) else seeds
+            n = " to ".join(f"{n:g}" for n in dict.fromkeys((some.min(), some.max()))) + " seeds"
+            fewer = "; fewer have none" * (len(some) < len(seeds))
+            caption += f" Intervals: 95% over {n}, each by itself{fewer}." if len(of_interval) else f" Means over {n}."
         show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
 
 

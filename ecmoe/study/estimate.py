@@ -63,9 +63,9 @@ class Estimate:
         half = math.hypot(*(error * _critical(level, df) for error, df in self.errors))
         return self.mean - half, self.mean + half
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float] | None:
-        """Return the confidence interval in the unit; None for fewer than two values."""
-        found = self.inner(level)
+    def interval(self, level: float = LEVEL, least: int = 2) -> tuple[float, float] | None:
+        """Return the confidence interval in the unit; None for fewer than `least` values, or than two."""
+        found = self.inner(level) if self.n >= least else None
         return None if found is None else (self.unit.outer(found[0]), self.unit.outer(found[1]))
 
     def smallest(self, level: float, power: float) -> float:
@@ -230,7 +230,7 @@ def _digits(x: float, unit: Unit) -> str:
     if unit is Unit.RATIO:
         return f"{x:.3f}".rstrip("0").rstrip(".")
     if unit is Unit.SHARE:
-        return f"{100 * x:,.{int(abs(100 * x) < 10)}f}"
+        return f"{100 * x:z,.{int(abs(100 * x) < 10)}f}"
     if abs(x) >= 10:
         return f"{x:.3g}"
     return f"{x:.3f}" if abs(x) >= 0.0005 or x == 0 else f"{x:.4f}"

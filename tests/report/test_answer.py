@@ -200,7 +200,10 @@ def test_a_difference_is_paired_and_says_its_sign():
     assert answer.difference(frame, "loss", "a", "b") == "-0.500 nats (-0.500 to -0.500; 3 seeds)"
     assert answer.difference(frame, "loss", "b", "a", unit="share") == "+50 points (50 to 50; 3 seeds)"
     assert answer.difference(frame[frame["seed"] == 0], "loss", "a", "b") == "-0.500 nats (1 seed)"
+    assert answer.difference(frame[frame["seed"] > 0], "loss", "a", "b") == "-0.500 nats (2 seeds)"  # no verdict either
     assert answer.difference(frame, "loss", "a", "c") == "(not run)"
     assert answer.difference(frame, "loss", "a", "a") == "0.000 nats (0.000 to 0.000; 3 seeds)"  # on neither side
+    level = frame.assign(loss=0.8 - 0.0002 * (frame["arm"] == "a"))
+    assert answer.difference(level, "loss", "a", "b", unit="share") == "0.0 points (0.0 to 0.0; 3 seeds)"
     with pytest.raises(KeyError):
         answer.difference(frame, "lost", "a", "b")

@@ -60,18 +60,22 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
 
 
 @pytest.mark.parametrize(
-    "seeds, said",
+    "seeds, low, said",
     [
-        ([3.0, np.nan, 3.0], "Losses. Intervals: 95% over 3 seeds, each by itself."),
-        ([2, 1, 3], "Losses. Intervals: 95% over 2 to 3 seeds, each by itself; one seed has none."),
-        ([1, 1, 1], "Losses."),  # of one seed there is none
-        (None, "Losses."),
+        ([3.0, np.nan, 3.0], [0.1, np.nan, 0.2], "Losses. Intervals: 95% over 3 seeds, each by itself."),
+        ([4, 2, 3], [0.1, np.nan, 0.2], "Losses. Intervals: 95% over 3 to 4 seeds, each by itself; fewer have none."),
+        ([4, 0, 3], [0.1, np.nan, 0.2], "Losses. Intervals: 95% over 3 to 4 seeds, each by itself."),
+        ([2, 0, 1], [np.nan] * 3, "Losses. Means over 1 to 2 seeds."),
+        ([3, 3, 3], None, "Losses. Means over 3 seeds."),  # a figure that draws no intervals
+        ([1, 1, 1], [np.nan] * 3, "Losses."),  # of one seed there is none
+        (None, None, "Losses."),
     ],
 )
-def test_a_caption_says_what_intervals_are_and_over_how_many_seeds(shown, seeds, said):
+def test_a_caption_says_what_intervals_are_and_over_how_many_seeds(shown, seeds, low, said):
     figure = Figure(figsize=(1, 1))
     figure.subplots()
-    data = pd.DataFrame({"arm": ["a", "b", "c"]} | ({} if seeds is None else {"seeds": seeds}))
+    columns = {"arm": ["a", "b", "c"], "seeds": seeds, "low": low}
+    data = pd.DataFrame({name: values for name, values in columns.items() if values is not None})
     report.show(Plot(figure, "a line", data), "Losses.")
     assert BeautifulSoup(shown[0], "html.parser").figcaption.text == said
 

@@ -33,6 +33,7 @@ def test_a_ratio_is_taken_in_the_logarithm():
 
 def test_too_few_values_have_no_interval():
     one = of_values([0.5, math.nan, None])
+    assert of_values([0.5, 0.6]).interval(least=3) is None and of_values([0.5, 0.6, 0.7]).interval(least=3)
     assert (one.value, one.n, one.interval()) == (0.5, 1, None) and math.isnan(one.smallest(0.95, 0.8))
     assert of_values([]).n == 0 and math.isnan(of_values([]).value)
 

@@ -20,6 +20,7 @@ from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 from ecmoe.model.metrics import METRICS
 from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, WIDTH, Look, PageFigure, Plot, looks, plain
 from ecmoe.study.estimate import of_values
+from ecmoe.study.protocol import protocol
 
 LABELS = {metric.name: metric.label for metric in METRICS} | {
     "steps": "training steps in all",
@@ -100,14 +101,14 @@ def lines(
     ticks_at_values: bool = False,
     shown: Mapping[str, Look] | None = None,
     named: bool = True,
-    level: str | None = None,
+    levels: Collection[str] = (),
 ) -> pd.DataFrame:
     """Draw a line per arm, its mean and 95% interval over seeds, with its name at its end. Return the numbers shown: `by`, x,
     mean, low, high, seeds.
 
     frame: a row per arm, seed and x. by: the column whose values are the lines. reference: an arm; the others are shown as
     differences from it, seed by seed. log: x in powers of two. ticks_at_values: ticks and markers only at the values of x.
-    shown: line -> look. named: write the names. level: an arm with a single x, drawn as a horizontal line."""
+    shown: line -> look. named: write the names. levels: arms with a single x, drawn as horizontal lines."""
     frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
     if reference in set(frame[by]):
         frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
@@ -118,7 +119,7 @@ def lines(
     data = over_seeds(frame.sort_values([by, x], kind="stable"), [by, x], y)
     if not shown:
         return data
-    across, names = frame[by] == level, list(shown)
+    across, names = frame[by].isin(levels), list(shown)
     sns.lineplot(
         frame[~across], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
         palette={name: look.color for name, look in shown.items()}, dashes={name: look.dashes for name, look in shown.items()},
@@ -127,9 +128,9 @@ def lines(
     )  # fmt: skip
     for line in [line for line in ax.get_lines() if line.is_dashed()]:
         line.set(markerfacecolor=PAPER, markeredgecolor=line.get_color())
-    if across.any():
+    for level, height in frame[across].groupby(by)[y].mean().items():
         shown[level] = look = shown[level]._replace(marker="")
-        ax.axhline(frame.loc[across, y].mean(), color=look.color, dashes=look.dashes, linewidth=1.4)
+        ax.axhline(height, color=look.color, dashes=look.dashes, linewidth=1.4)
     if log:
         ax.set_xscale("log", base=2)
     if ticks_at_values:
@@ -235,7 +236,7 @@ def in_decades(ax: Axes, which: str, column: str) -> None:
 
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
-    """Return a row per group of the keys, in order of appearance: mean, 95% interval over seeds (low, high), number of seeds."""
+    """Return a row per group of the keys, in order of appearance: mean, its `bounds` (low, high), number of seeds."""
     rows = []
     for found, group in frame.groupby(list(keys), sort=False, dropna=False):
         effect = of_values(group[value])
@@ -245,8 +246,8 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataF
 
 
 def bounds(values: pd.Series) -> tuple[float, float]:
-    """Return the 95% interval over seeds, in the form of seaborn's `errorbar` argument."""
-    return of_values(values).interval() or (math.nan, math.nan)
+    """Return the 95% interval over seeds, in the form of seaborn's `errorbar` argument; NaN for fewer seeds than a verdict needs."""
+    return of_values(values).interval(least=protocol().least_seeds) or (math.nan, math.nan)
 
 
 def factor(column: str) -> float:

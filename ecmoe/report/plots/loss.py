@@ -1,6 +1,6 @@
 """Figures of measured columns: lines over steps, a setting or tasks learned, and final values with a row per arm."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,13 @@ def over(
     columns: str | Sequence[str] = "val_loss",
     *,
     reference: str | None = None,
-    level: str | None = None,
+    levels: Collection[str] = (),
     log: bool = True,
 ) -> Plot:
     """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm, 95% intervals over seeds.
 
     frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from it,
-    seed by seed, which makes small gaps visible. level: an arm with a single x, shown as a horizontal line for comparison.
+    seed by seed, which makes small gaps visible. levels: arms with a single x, shown as horizontal lines for comparison.
     log: show the setting in powers of two."""
     columns = [columns] if isinstance(columns, str) else list(columns)
     arms, setting = list(dict.fromkeys(frame["arm"])), x not in ("step", "tokens")
@@ -42,7 +42,7 @@ def over(
 
     def draw(ax: Axes, column: str) -> tuple[pd.DataFrame, str]:
         named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
-        data = lines(ax, there, x, column, reference=reference, level=level, log=setting and log, ticks_at_values=setting,
+        data = lines(ax, there, x, column, reference=reference, levels=levels, log=setting and log, ticks_at_values=setting,
                      shown=None if reference else looks(arms), named=named)  # fmt: skip
         if not reference:
             in_decades(ax, "y", column)

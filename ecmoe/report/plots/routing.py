@@ -18,7 +18,8 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
     table: a row per arm and seed with share_0 ... share_8; an arm's rows are averaged. paper: label -> share of the paper's
     bar, shown below: {"3 or 4: 23%": .23}."""
     names = [*map(str, range(8)), "8+"]
-    data = (100 * table.groupby("arm", sort=False)[SHARES].mean()).set_axis(names, axis=1)
+    of_arm = table.groupby("arm", sort=False)[SHARES]
+    data, seeds = (100 * of_arm.mean()).set_axis(names, axis=1), of_arm.count()[SHARES[0]]
     there, what = data.dropna(how="all"), "share of tokens by the number of experts that processed them"
 
     def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -38,7 +39,7 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
             f"{label}: {row['0']:.1f}% none, {row['1'] + row['2']:.1f}% one or two, {row['3'] + row['4']:.1f}% three or four, "
             f"{row[names[5:]].sum():.1f}% more" for label, row in there.iterrows()
         )  # fmt: skip
-        return data.reset_index(), said + (f". The paper: {', '.join(paper)}" if paper else "")
+        return data.assign(seeds=seeds).reset_index(), said + (f". The paper: {', '.join(paper)}" if paper else "")
 
     return panels(what, draw, {"": data}, 1.5 + 0.5 * (len(data) + bool(paper)), data.index, there.index, legend=9)
 

@@ -50,6 +50,8 @@ _KNOWN = {
     "Switch top-1": ("#E69F00", "D"),
     "Hash modulo": ("#CC79A7", "X"),
     "Dense": (INK, "P"),
+    "Top-2 raw, order of arrival": ("#D55E00", "s"),
+    "Top-2 raw, batch priority": ("#E69F00", "D"),
     "one EC network": ("#0072B2", "o"),
     "one dense network": (INK, "P"),
 }

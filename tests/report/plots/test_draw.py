@@ -68,27 +68,28 @@ def test_panels_have_their_titles_and_one_table_of_their_numbers():
 
 
 def measured() -> pd.DataFrame:
-    """Shares of two arms at three sizes and of one at a fourth, by two seeds; and two rows that lack a number."""
+    """Shares of two arms at three sizes, by three seeds, and of one at a fourth, by two; and two rows that lack a number."""
     rows = [
         (arm, seed, x, base + x / 100 + seed / 50)
         for arm, base in (("b", 0.4), ("a", 0.2))
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
         for x in (4, 1, 2)
     ]
-    rows += [("level", 0, 8, 0.3), ("level", 1, 8, 0.5), ("a", 2, 4, math.nan), ("a", 2, math.nan, 0.9)]
+    rows += [("level", 0, 8, 0.3), ("level", 1, 8, 0.5), ("a", 3, 4, math.nan), ("a", 3, math.nan, 0.9)]
     return pd.DataFrame(rows, columns=["arm", "seed", "num_experts", "dropped"])
 
 
 def test_lines_go_through_means_with_intervals_marks_and_names(ax):
     data = draw.lines(
-        ax, measured(), "num_experts", "dropped", log=True, ticks_at_values=True, level="level", shown=SHOWN
+        ax, measured(), "num_experts", "dropped", log=True, ticks_at_values=True, levels=["level"], shown=SHOWN
     )
-    means = {(arm, x): base + x + 1 for arm, base in (("a", 20), ("b", 40)) for x in (1, 2, 4)} | {("level", 8): 40.0}
+    means = {(arm, x): base + x + 2 for arm, base in (("a", 20), ("b", 40)) for x in (1, 2, 4)} | {("level", 8): 40.0}
     assert data[["arm", "num_experts", "mean"]].values.tolist() == [
         [*at, pytest.approx(mean)] for at, mean in means.items()
     ]
-    half = 12.706205 * 2 / math.sqrt(2) / math.sqrt(2)  # Student's t for one degree of freedom, in percent
-    assert (data["high"] - data["mean"])[:6].tolist() == pytest.approx([half] * 6) and set(data["seeds"]) == {2}
+    half = 4.302653 * 2 / math.sqrt(3)  # Student's t for two degrees of freedom, in percent
+    assert (data["high"] - data["mean"])[:6].tolist() == pytest.approx([half] * 6)
+    assert data["seeds"].tolist() == [3] * 6 + [2] and math.isnan(data["high"][6])  # two seeds give no verdict
     assert ax.get_xscale() == "log" and ax.xaxis.get_transform().base == 2
     assert ax.get_xticks().tolist() == [1, 2, 4] and [tick.get_text() for tick in ax.get_xticklabels()] == [*"124"]
     assert isinstance(ax.xaxis.get_minor_locator(), NullLocator)
@@ -108,7 +109,7 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
     (across,) = (line for line in ax.get_lines() if line.get_transform() != ax.transData)
     assert across.get_ydata()[0] == pytest.approx(40.0) and across.get_color() == SHOWN["level"].color
     assert not across.is_dashed()  # which would say that its gates are raw
-    ends = {"a": 25.0, "level": 40.0, "b": 45.0}
+    ends = {"a": 26.0, "level": 40.0, "b": 46.0}
     at = named(ax)
     assert {color for *_, color in at.values()} == {INK}  # letters in the colours of the lines would be hard to read
     samples = {
@@ -126,9 +127,20 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
 
 def test_a_level_of_raw_gates_is_dashed_like_other_lines_of_theirs(ax):
     raw = SHOWN | {"level": Look("#009e73", "^", (4, 2))}
-    draw.lines(ax, measured(), "num_experts", "dropped", ticks_at_values=True, level="level", shown=raw)
+    draw.lines(ax, measured(), "num_experts", "dropped", ticks_at_values=True, levels=["level"], shown=raw)
     (across,) = (line for line in ax.get_lines() if line.get_transform() != ax.transData)
     assert across.is_dashed() and across.get_marker() in ("", "None", None)
+
+
+def test_several_levels_have_each_its_height(ax):
+    frame = pd.concat([measured(), pd.DataFrame({"arm": "c", "seed": [0], "num_experts": 8, "dropped": 0.1})])
+    draw.lines(ax, frame, "num_experts", "dropped", ticks_at_values=True, levels=["c", "level", "not run"])
+    across = {line.get_color(): line.get_ydata()[0] for line in ax.get_lines() if line.get_transform() != ax.transData}
+    look = looks(["b", "a", "level", "c"])
+    assert across == {look["c"].color: pytest.approx(10.0), look["level"].color: pytest.approx(40.0)}
+    assert ax.get_xticks().tolist() == [1, 2, 4] and set(named(ax)) == {"a", "b", "c", "level"}
+    marks = [line.get_marker() for line in ax.figure.artists if line.get_color() in across]
+    assert marks == ["", ""]
 
 
 def test_lines_of_steps_are_bands_and_may_be_differences(ax):
@@ -179,14 +191,14 @@ def test_points_are_rows_from_the_top_with_a_tick_for_each_seed(ax):
     frame = measured().query("num_experts == 1 or arm == 'level'")
     data = draw.points(ax, frame, "dropped", order=["level", "b", "lost", "a"])
     assert data["arm"].tolist() == ["level", "b", "lost", "a"]
-    assert data["mean"].fillna(0).tolist() == pytest.approx([40, 42, 0, 22])
+    assert data["mean"].fillna(0).tolist() == pytest.approx([40, 43, 0, 23])
     ticks = sorted(tuple(np.round(at, 6)) for marks in ax.collections for at in marks.get_offsets())
-    assert ticks == [(21.0, 3), (23.0, 3), (30.0, 0), (41.0, 1), (43.0, 1), (50.0, 0)]
+    assert ticks == [(21.0, 3), (23.0, 3), (25.0, 3), (30.0, 0), (41.0, 1), (43.0, 1), (45.0, 1), (50.0, 0)]
     means = [line for line in ax.get_lines() if line.get_marker() not in ("", "None", None)]
     assert sorted((y, round(x, 6)) for line in means for x, y in zip(*line.get_data(), strict=True) if x == x) == [
         (0, 40),
-        (1, 42),
-        (3, 22),
+        (1, 43),
+        (3, 23),
     ]
     assert {line.get_linestyle() for line in means} == {"None"}
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["level", "b", "lost", "a"] and ax.get_ylim() == (
@@ -218,7 +230,7 @@ def test_points_of_two_kinds_stand_side_by_side(ax):
     pairs = {"x": Look("#0072b2", "o"), "y": Look("#d55e00", "D")}
     data = draw.points(ax, frame.query("num_experts == 2"), "dropped", ["a", "b"], ("kind", pairs))
     assert data[["arm", "kind"]].values.tolist() == [["b", "x"], ["a", "x"], ["b", "y"], ["a", "y"]]
-    assert data["mean"].tolist() == pytest.approx([43, 23, 143, 123]) and not ax.collections  # no seed has a tick
+    assert data["mean"].tolist() == pytest.approx([44, 24, 144, 124]) and not ax.collections  # no seed has a tick
     means = {(to_hex(line.get_color()), line.get_marker()): line.get_ydata() for line in ax.get_lines() if len(line.get_xdata()) == 2
              and line.get_marker() in ("o", "D")}  # fmt: skip
     assert list(means) == [tuple(look[:2]) for look in pairs.values()]
@@ -264,15 +276,15 @@ def test_numbers_decades_apart_have_a_logarithmic_axis(ax):
 
 
 def test_over_seeds_keeps_the_order_of_the_frame_and_what_has_no_name():
-    rows = [("b", 2, 1.0), ("b", 1, 5.0), ("a", 2, 2.0), ("b", 2, 3.0), (None, 1, 4.0)]
+    rows = [("b", 2, 1.0), ("b", 1, 5.0), ("a", 2, 2.0), ("b", 2, 3.0), (None, 1, 4.0), ("b", 2, 5.0), ("a", 2, 8.0)]
     data = draw.over_seeds(pd.DataFrame(rows, columns=["arm", "x", "y"]), ["arm", "x"], "y")
     assert data.astype(object).fillna(0)[["arm", "x", "mean", "seeds"]].values.tolist() == [
-        ["b", 2, 2.0, 2],
+        ["b", 2, 3.0, 3],
         ["b", 1, 5.0, 1],
-        ["a", 2, 2.0, 1],
+        ["a", 2, 5.0, 2],
         [0, 1, 4.0, 1],
     ]
-    assert data["high"][0] == pytest.approx(2 + 12.706205) and data["low"][1:].isna().all()
+    assert data["high"][0] == pytest.approx(3 + 4.302653 * 2 / math.sqrt(3)) and data["low"][1:].isna().all()
 
 
 def test_a_difference_is_to_the_reference_at_the_same_seed_and_x():

@@ -95,7 +95,7 @@ def test_final_loss_sorts_and_says_where_its_axis_starts(runs):
 
 
 def test_loss_against_a_key():
-    by_size = {"EC": [run(EC.replace(num_experts=e, seed=s), 2 + 1 / e) for e in (4, 8, 16) for s in range(2)]}
+    by_size = {"EC": [run(EC.replace(num_experts=e, seed=s), 2 + 1 / e) for e in (4, 8, 16) for s in range(3)]}
     plot = drawn(plots.over(table(by_size), "num_experts"))
     assert plot.data["num_experts"].tolist() == [4, 8, 16] and "2.250 (2.250 to 2.250) at 4, 2.125" in plot.alt
     assert [tick.get_text() for tick in plot.figure.axes[0].get_xticklabels()] == ["4", "8", "16"]
@@ -106,11 +106,11 @@ def test_loss_against_a_key():
     assert scales == ["log", "linear"] and plot.figure.axes[0].get_xscale() == "log"
     assert plots.over(curves(by_size), "step").figure.axes[0].get_xscale() == "linear"
     dense = {"Dense": [run(EC.replace(router="dense", num_experts=2, seed=s), 2.2 + s) for s in range(2)]}
-    for level, across in ((None, []), ("Dense", [2.7])):
-        (ax,) = drawn(plots.over(table(by_size | dense), "num_experts", level=level)).figure.axes
+    for levels, across in ((), []), (["Dense"], [2.7]):
+        (ax,) = drawn(plots.over(table(by_size | dense), "num_experts", levels=levels)).figure.axes
         assert [line.get_ydata()[0] for line in ax.get_lines() if line.get_transform() != ax.transData] == across
         marked = {float(x) for line in ax.get_lines() if line.get_transform() == ax.transData for x in line.get_xdata()}
-        assert (2 in marked) == (level is None)
+        assert (2 in marked) == (not levels)
 
 
 def test_a_setting_of_which_one_value_was_run_is_no_figure():

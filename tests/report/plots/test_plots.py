@@ -95,7 +95,7 @@ def test_lines_marks_and_letters_are_as_large_as_on_all_pages(runs):
         "steps": (plots.over(curves(runs), "step"), 4.2, [0.0, 1.8], [], [9, 10], []),
         "setting": (plots.over(of_runs.assign(steps=of_runs["seed"] % 2), "steps"), 4.2, [1.5, 1.8], [7], [9, 10], []),
         "difference": (plots.over(curves(runs), "step", reference="EC"), 4.2, [0.0, 1.4, 1.8], [], [9, 10], []),
-        "level": (plots.over(of_runs.assign(steps=[1, 2, 3, 4, 4, 4, 4]), "steps", level="top-2"), 4.2, [1.4, 1.5, 1.8], [7], [9, 10], []),
+        "level": (plots.over(of_runs.assign(steps=[1, 2, 3, 4, 4, 4, 4]), "steps", levels=["top-2"]), 4.2, [1.4, 1.5, 1.8], [7], [9, 10], []),
         "final": (plots.final_loss(of_runs), 2.5, [1.2, 2.0], [7, 81], [10], []),
         "shares": (plots.expert_shares(of_runs, {"x": 0.5}), 3.5, [], [], [9, 10], [9]),
         "matrix": (plots.routing_matrix({"a": [[1, 0], [0, 0.5]]}, ["x", "y"]), 2.44, [1], [], [9, 10], []),

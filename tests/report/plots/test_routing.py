@@ -14,6 +14,7 @@ def test_expert_shares(runs):
     plot = drawn(plots.expert_shares(table(runs), paper=paper))
     percent = [100 * (j + 1) / 45 for j in range(9)]
     assert plot.data.set_index("arm").loc["EC", [*"01234567", "8+"]].tolist() == pytest.approx(percent)
+    assert plot.data.set_index("arm")["seeds"].to_dict() == {"EC": 3, "top-2": 3, "Hash": 0}
     assert "EC: 2.2% none, 11.1% one or two, 20.0% three or four, 66.7% more; top-2: 2.2%" in plot.alt
     (ax,) = plot.figure.axes
     bars = [(bar.get_x(), bar.get_width()) for bars in ax.containers[:9] for bar in bars[:1]]
