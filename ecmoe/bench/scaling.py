@@ -5,9 +5,11 @@ same time. `bench_losses` divides one batch among GPUs, to compare training with
 layer with experts spread over GPUs against its floor: a GPU's six matrix products, its experts on tokens of all GPUs.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -42,7 +44,7 @@ def bench_scaling(
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool.
 
-    base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices. strategies: as in RunConfig.
+    base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices, in the order of training. strategies: as in RunConfig.
     pools: on several devices, which tokens compete: those of a rank ("rank"), or of all ranks ("batch"). A router without
     the key `pool` is trained once. repeats: samples of `EVERY` steps, after one that isn't counted.
 
@@ -50,7 +52,8 @@ def bench_scaling(
     and quartiles, tokens per second, of_ideal (share of linear speed-up), and the first rank's peak memory. `attrs`
     contain the setting, and in `absent` what could not be trained."""
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
-    rows, absent, one = [], [], float("nan")
+    rows: list[dict[str, Any]] = []
+    absent: list[str] = []
     pools = pools if "pool" in RunConfig.from_dict(base).row.keys else ["batch"]
     ways = [(n, *way) for n in devices for way in (product(strategies, pools) if n > 1 else [("auto", "batch")])]
     for n, strategy, pool in ways:
@@ -63,10 +66,11 @@ def bench_scaling(
         else:
             rates = result.curve["tokens_per_second"].iloc[1:]
             rate, took = rates.median(), timing.spread((config.tokens_per_batch / rates).tolist())
-            one = rate if config.devices == 1 else one
-            row = way | took | {"tokens_per_second": rate, "peak_mb": result.summary["peak_mb"]}
-            rows.append(row | {"of_ideal": rate / config.devices / one})
-        yield timing.tabled(rows, list(absent), {**base, "repeats": repeats})
+            rows.append(way | took | {"tokens_per_second": rate, "peak_mb": result.summary["peak_mb"]})
+        rows.sort(key=itemgetter("devices"))
+        one = next((row["tokens_per_second"] for row in rows if row["devices"] == 1), math.nan)
+        shared = [row | {"of_ideal": row["tokens_per_second"] / row["devices"] / one} for row in rows]
+        yield timing.tabled(shared, list(absent), {**base, "repeats": repeats})
 
 
 def bench_losses(base: Mapping[str, Any], devices: int, strategy: str, steps: int = 200) -> pd.DataFrame:
@@ -78,8 +82,8 @@ def bench_losses(base: Mapping[str, Any], devices: int, strategy: str, steps: in
     batch = base["batch_size"] // devices
     several = {"devices": devices, "strategy": strategy, "batch_size": batch, "eval_batches": devices}
     alone = {"batch_size": batch * devices, "eval_batches": 1}
-    curves = (_trained(RunConfig.from_dict({**base, **same, **keys})).curve for keys in (alone, several))
-    one, other = (curve.set_index("step")[["train_loss", "val_loss"]] for curve in curves)
+    curves = (_trained(RunConfig.from_dict({**base, **same, **keys})).curve for keys in (several, alone))
+    other, one = (curve.set_index("step")[["train_loss", "val_loss"]] for curve in curves)
     table = one.join(other, lsuffix="_one", rsuffix="_several").reset_index().astype({"step": int})
     table["difference"] = table["train_loss_several"] - table["train_loss_one"]
     return timing.tabled(table.to_dict("records"), [], {**base, "devices": devices, "strategy": strategy})

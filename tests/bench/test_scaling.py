@@ -45,7 +45,8 @@ def test_a_run_that_diverges_is_no_rate(tiny_config, monkeypatch):
     assert not len(table) and "RuntimeError: the loss is" in table.attrs["absent"][0]
 
 
-def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("order", [("1", "2"), ("2", "1")])
+def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tmp_path, monkeypatch, order):
     speeds = {("auto", "batch"): 100.0, ("ddp", "rank"): 180.0, ("fsdp2", "rank"): 150.0, ("ddp", "batch"): 160.0}
     speeds |= {("fsdp2", "batch"): 140.0, ("ep", "rank"): 120.0, ("ep", "batch"): 110.0}
 
@@ -64,9 +65,9 @@ def test_twice_the_devices_are_held_to_twice_the_tokens_a_second(tiny_config, tm
         "--scale",
         "smoke",
         "--devices",
-        "1",
+        order[0],
         "--devices",
-        "2",
+        order[1],
         "--only",
         "training",
         "--out",
@@ -298,7 +299,7 @@ def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_co
     scaling.bench_losses(config.to_dict(), 2, "fsdp2")
     scaling.bench_losses(config.to_dict(), 2, "fsdp2", steps=5)
     assert [(config.steps, config.eval_every) for config in asked[2:]] == 2 * [(200, 20)] + 2 * [(5, 1)]
-    assert asked[:2] == [same.replace(batch_size=8, eval_batches=1), same.replace(**several)]
+    assert asked[:2] == [same.replace(**several), same.replace(batch_size=8, eval_batches=1)]
     assert {"devices": 2, "strategy": "fsdp2", "batch_size": 9}.items() <= table.attrs["setting"].items()
     assert table["step"].dtype == int and table.to_dict("list") == {
         "step": [3, 6], "train_loss_one": [3.0, 3.0], "val_loss_one": [4.0, 5.0],
