@@ -20,8 +20,6 @@ from ecmoe.files import seal, written
 from ecmoe.model import metrics
 from ecmoe.training.lit import LitModel
 
-ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: lambda: SystemExit(128 + signal.SIGTERM)}  # as shells count
-
 
 class Diverged(RuntimeError):
     """The loss is no longer a finite number."""
@@ -56,7 +54,7 @@ class Recorder(L.Callback):
         self.marked = (0, 0.0)  # step and seconds at the last validation
         self.bar = tqdm(disable=True)
         self.compiling = False  # does the next step, the first of this process, compile?
-        self.ending: BaseException | None = None  # asked for by a signal, to be raised after a step
+        self.ending: SystemExit | None = None  # asked for by a signal, to be raised after a step
         self.handlers: dict[signal.Signals, Any] = {}  # of signals, before the training
 
     # Lightning stores this state in checkpoints, so that a resumed run continues its clock and curve.
@@ -73,7 +71,8 @@ class Recorder(L.Callback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._asked) for number in ENDS}
+            asking = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, or a scheduler's end
+            self.handlers = {number: signal.signal(number, self._asked) for number in asking}
         self.began = time.perf_counter()
         self.compiling = module.config.compile or module.device.type == "cuda"
         self.bar = tqdm(
@@ -166,7 +165,7 @@ class Recorder(L.Callback):
     def _asked(self, number: int, frame: Any) -> None:
         if self.ending:
             raise self.ending
-        self.ending = ENDS[signal.Signals(number)]()
+        self.ending = SystemExit(128 + number)  # as a shell says it
         os.write(
             2, b"ends after this step, with a checkpoint; at once if asked again\n"
         )  # print isn't safe in a handler
