@@ -10,9 +10,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from ecmoe.report.markup import markup, show_html, table_html
-from ecmoe.study.estimate import Unit, amount, counted, of_values, span
+from ecmoe.study.estimate import of_values
 from ecmoe.study.load import Study
 from ecmoe.study.protocol import protocol
+from ecmoe.study.units import Unit, amount, counted, span
 from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, RestsOn, judge
 
 NOTHING = "(not run)"

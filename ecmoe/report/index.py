@@ -31,15 +31,12 @@ from ecmoe.report.plots.style import INK, PAPER, Plot
 from ecmoe.report.render import page_html
 from ecmoe.study import engine, plan
 from ecmoe.study.answer import answer, cost, reproduce
-from ecmoe.study.estimate import Unit
 from ecmoe.study.parameters import check_scale
+from ecmoe.study.protocol import protocol
+from ecmoe.study.units import Unit
 from ecmoe.study.verdict import IN_DIRECTION, PLUMBING, ClaimVerdict, JudgedPart, judge_all
 
 Verdicts = Mapping[str, ClaimVerdict]
-CAPTION = (
-    "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's figure is to be met, 0 is that figure. "
-    "An open mark shows why a part left of 0 still holds in direction. Bars are confidence intervals, jointly 95% for the parts of a claim."
-)
 _MARKS = {"reproduced": "o", "reproduced in direction": "^", "no effect": "s", "contradicted": "X", "undecided": "D"}
 _LONGEST = 4000  # searchable characters per section
 
@@ -77,10 +74,19 @@ def scoreboard_html(scale: str, verdicts: Verdicts, pages: Mapping[str, str]) ->
     """Return the claims of a scale, and their summary. verdicts: from `judge_all`. pages: name -> file, of existing pages."""
     tally = Counter(verdict.label for verdict in verdicts.values())
     plot = effects(verdicts)
-    shown = "" if plot.figure is None else markup("figure", plot.svg(), CAPTION, table_html(plot.data))
+    shown = "" if plot.figure is None else markup("figure", plot.svg(), caption(), table_html(plot.data))
     claims = [(v, pages.get(v.about.page), judged_html(v)) for v in verdicts.values()]
     counts = [(label, tally[label]) for label in COLORS if tally[label]]
     return markup("board", counts, answer(verdicts), cost(scale), claims, shown)
+
+
+def caption() -> str:
+    """Return the caption of `effects`."""
+    return (
+        "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's figure is to be met, 0 is that figure. "
+        "An open mark shows why a part left of 0 still holds in direction. "
+        f"Bars are confidence intervals, jointly {100 * protocol().level:g}% for the parts of a claim."
+    )
 
 
 def effects(verdicts: Verdicts) -> Plot:

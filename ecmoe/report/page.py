@@ -12,8 +12,9 @@ from ecmoe.report.answer import NOTHING, answer, at_size, difference, finding, j
 from ecmoe.report.markup import Format, markup, show_html, table_html
 from ecmoe.report.plots.style import COUNT_COLORS, Plot, on_color
 from ecmoe.study import repeats
-from ecmoe.study.estimate import counted
 from ecmoe.study.load import Study
+from ecmoe.study.protocol import protocol
+from ecmoe.study.units import counted
 
 __all__ = [
     "answer", "at_size", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text", "told",
@@ -33,7 +34,8 @@ def show(plot: Plot, caption: str) -> None:
             some = of_interval if len(of_interval) else seeds
             n = " to ".join(f"{n:g}" for n in dict.fromkeys((some.min(), some.max()))) + " seeds"
             fewer = "; fewer have none" * (len(some) < len(seeds))
-            caption += f" Intervals: 95% over {n}, each by itself{fewer}." if len(of_interval) else f" Means over {n}."
+            said = f"Intervals: {100 * protocol().level:g}% over {n}, each by itself{fewer}"
+            caption += f" {said}." if len(of_interval) else f" Means over {n}."
         show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
 
 

@@ -9,7 +9,7 @@ import re
 
 from ecmoe import paths
 from ecmoe.files import ConfigError, write_text
-from ecmoe.report.index import CAPTION, effects, markdown
+from ecmoe.report.index import caption, effects, markdown
 from ecmoe.report.plots import Plot, share_of_floor
 from ecmoe.study import speed
 from ecmoe.study.answer import answer, cost
@@ -43,15 +43,15 @@ def sections(scale: str) -> tuple[dict[str, str], dict[str, Plot]]:
     timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))
     of_layer = f"Speed of the layer, including routing, relative to its matrix products alone, on {speed.taken(timed, speed.layer_file(size))}. *triton* is this package's GPU path; rows without it are plain PyTorch."
     pictures = {
-        "evidence": (effects(verdicts), CAPTION),
+        "evidence": (effects(verdicts), caption()),
         "speed": (share_of_floor(speed.layers(timed, [size])), of_layer),
     }
     found = {"claims": markdown("claims", verdicts, scale).rstrip()}
-    for name, (plot, caption) in pictures.items():
-        found[name] = f"Not run yet: {caption}"
+    for name, (plot, text) in pictures.items():
+        found[name] = f"Not run yet: {text}"
         if plot.figure is not None:
             image = f"reports/{scale}/readme-{name}.png"
-            found[name] = f'<img src="{image}" width="760" alt="{html.escape(plot.alt)}">\n\n{caption}'
+            found[name] = f'<img src="{image}" width="760" alt="{html.escape(plot.alt)}">\n\n{text}'
             plots[image] = plot
     found["evidence"] = "\n\n".join([*answer(verdicts), f"{found['evidence']} {cost(scale)}"])
     return found, plots

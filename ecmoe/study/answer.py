@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from ecmoe import paths
 from ecmoe.files import read_json
 from ecmoe.study import verdict
-from ecmoe.study.estimate import counted
+from ecmoe.study.units import counted
 from ecmoe.study.verdict import NOT_RUN, ClaimVerdict
 
 # (claim, part) of the comparisons that matter when choosing a router.

@@ -6,7 +6,6 @@ Intervals are Student's t over seeds unless stated otherwise; ratios are average
 from __future__ import annotations
 
 import bisect
-import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,23 +14,8 @@ import numpy as np
 from scipy import integrate, optimize
 from scipy.stats import chi, f, nct, norm, t
 
-LEVEL = 0.95  # of an interval by itself, as in figures; verdicts pass the level that follows from the protocol
-
-
-class Unit(enum.StrEnum):
-    """The unit of an effect. A SHARE is a fraction of 1, such as a fraction of tokens or an accuracy."""
-
-    NATS = "nats per token"
-    RATIO = "ratio"
-    SHARE = "share"
-
-    def inner(self, x: float) -> float:
-        """Map to the scale on which intervals are symmetric: the logarithm for ratios, else unchanged."""
-        return math.log(x) if self is Unit.RATIO else x
-
-    def outer(self, x: float) -> float:
-        """Invert `inner`."""
-        return math.exp(x) if self is Unit.RATIO else x
+from ecmoe.study.protocol import protocol
+from ecmoe.study.units import Unit, amount, counted  # noqa: F401 (notebooks read the last two here)
 
 
 @dataclass(frozen=True)
@@ -63,9 +47,9 @@ class Estimate:
         half = math.hypot(*(error * _critical(level, df) for error, df in self.errors))
         return self.mean - half, self.mean + half
 
-    def interval(self, level: float = LEVEL, least: int = 2) -> tuple[float, float] | None:
-        """Return the confidence interval in the unit; None for fewer than `least` values, or than two."""
-        found = self.inner(level) if self.n >= least else None
+    def interval(self, level: float | None = None, least: int = 2) -> tuple[float, float] | None:
+        """Return the confidence interval in the unit, at the protocol's level by default; None for fewer than `least` values, or than two."""
+        found = self.inner(level or protocol().level) if self.n >= least else None
         return None if found is None else (self.unit.outer(found[0]), self.unit.outer(found[1]))
 
     def smallest(self, level: float, power: float) -> float:
@@ -171,15 +155,16 @@ def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
     return Spread(math.log(deviations[0] / deviations[1]), errors[0] + errors[1], int(n), Unit.RATIO)
 
 
-def seeds_needed(spread: float, margin: float, *, level: float = LEVEL, power: float = 0.8) -> int | None:
+def seeds_needed(spread: float, margin: float, *, level: float | None = None, power: float | None = None) -> int | None:
     """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none.
 
     spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit. level: of the
-    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. Both default to the protocol's.
-    None if 1000 are too few.
+    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. None: the protocol's level and
+    power. Returns None if 1000 are too few.
     """
     if not spread:
         return 2
+    level, power = level or protocol().level, power or protocol().power
 
     def decides(n: int) -> bool:
         critical, in_errors, df = _critical(level, n - 1), margin / (spread / math.sqrt(n)), n - 1
@@ -199,38 +184,3 @@ def _critical(level: float, df: float) -> float:
 def shared(*by_seed: Mapping[int, float]) -> list[int]:
     """Return the seeds that all arguments have, in order."""
     return sorted(set.intersection(*(set(one) for one in by_seed))) if by_seed else []
-
-
-# Formatting: every number with a unit is written by these functions
-
-
-def amount(x: float, unit: Unit, *, compares: bool = False) -> str:
-    """Format a value with its unit: "0.004 nats", "1.8 points" (a difference of shares), "23.4%", "0.97 times"."""
-    word = {Unit.NATS: " nats", Unit.RATIO: " times", Unit.SHARE: " points" if compares else "%"}[unit]
-    return _digits(x, unit) + word
-
-
-def span(low: float, high: float, unit: Unit) -> str:
-    """Format an interval without its unit: "0.002 to 0.006", "21 to 25"."""
-    return f"{_digits(low, unit)} to {_digits(high, unit)}"
-
-
-def tolerance(margin: float, unit: Unit) -> str:
-    """Format a margin: "0.005 nats", "2.0 points", or "2%" for ratios."""
-    return f"{100 * margin:g}%" if unit is Unit.RATIO else amount(margin, unit, compares=True)
-
-
-def counted(n: int, of: str) -> str:
-    """Format a count: "1 seed", "4 seeds"."""
-    return f"{n} {of}{'' if n == 1 else 's'}"
-
-
-def _digits(x: float, unit: Unit) -> str:
-    """Format without a unit: ratios with up to three decimals, shares in percent (one decimal below 10), losses with three."""
-    if unit is Unit.RATIO:
-        return f"{x:.3f}".rstrip("0").rstrip(".")
-    if unit is Unit.SHARE:
-        return f"{100 * x:z,.{int(abs(100 * x) < 10)}f}"
-    if abs(x) >= 10:
-        return f"{x:.3g}"
-    return f"{x:.3f}" if abs(x) >= 0.0005 or x == 0 else f"{x:.4f}"

@@ -12,10 +12,11 @@ from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import measure
 from ecmoe.study import estimate, speed
-from ecmoe.study.estimate import Estimate, Unit
+from ecmoe.study.estimate import Estimate
 from ecmoe.study.load import recorded
 from ecmoe.study.plan import Planned, by_arm
 from ecmoe.study.protocol import Part
+from ecmoe.study.units import Unit
 from ecmoe.training.result import Result
 
 

@@ -17,9 +17,9 @@ from ecmoe.config import ConfigError
 from ecmoe.files import check_known, read_yaml
 from ecmoe.measures import MEASURES
 from ecmoe.model.metrics import METRICS
-from ecmoe.study.estimate import Unit, amount, tolerance
 from ecmoe.study.parameters import Held, held_to
 from ecmoe.study.plan import Planned, by_arm, named_arms
+from ecmoe.study.units import Unit, amount, tolerance
 
 OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])
 Share = Annotated[float, Field(gt=0, lt=1)]

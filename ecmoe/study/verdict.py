@@ -16,10 +16,11 @@ import numpy as np
 
 from ecmoe.config import RunConfig
 from ecmoe.study import repeats, speed
-from ecmoe.study.estimate import Estimate, Unit, amount, counted, span, tolerance
+from ecmoe.study.estimate import Estimate
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import Planned, plan, sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
+from ecmoe.study.units import Unit, amount, counted, span, tolerance
 
 REPRODUCED, IN_DIRECTION, NO_EFFECT = "reproduced", "reproduced in direction", "no effect"
 CONTRADICTED, UNDECIDED, NOT_RUN = "contradicted", "undecided", "not run"

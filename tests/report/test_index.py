@@ -103,7 +103,7 @@ def test_a_tally_a_line_a_claim_and_parts_that_unfold(verdicts):
         "reproduced": "1", "no effect": "1", "not run": "1",
     }  # fmt: skip
     figure, effects = page.figure, index.effects(verdicts)
-    assert figure.svg["aria-label"] == effects.alt and figure.figcaption.text == index.CAPTION
+    assert figure.svg["aria-label"] == effects.alt and figure.figcaption.text == index.caption()
     numbers = figure.find_next("details", class_="numbers").tbody.find_all("tr")
     assert len(numbers) == len(effects.data) == 2
     lines = page.find(class_="claims").find_all("li", recursive=False)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from ecmoe.config import RunConfig
-from ecmoe.study.estimate import Unit, of_values
+from ecmoe.study.estimate import of_values
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.protocol import find_claim
+from ecmoe.study.units import Unit
 from ecmoe.study.verdict import of_evidence
 
 NOISE = np.array([-1.0, 0.3, 0.7, 0.0])  # of four seeds, around 0

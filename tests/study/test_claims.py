@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ecmoe.study.estimate import Unit
 from ecmoe.study.protocol import Claim, protocol
+from ecmoe.study.units import Unit
 from ecmoe.study.verdict import CONTRADICTED, IN_DIRECTION, NO_EFFECT, NOT_RUN, REPRODUCED, UNDECIDED, of_evidence
 from tests.study.known import CENTRE, HALF, Known, judged, losses, seeds
 

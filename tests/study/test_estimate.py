@@ -1,5 +1,6 @@
 """Estimates against scipy, closed forms and simulation."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from scipy import stats as reference
 
 from ecmoe.study import estimate
-from ecmoe.study.estimate import Estimate, Unit, amount, counted, of_values, span, tolerance
+from ecmoe.study.estimate import Estimate, of_values
 from ecmoe.study.protocol import protocol
+from ecmoe.study.units import Unit
 
 
 def test_an_interval_is_scipys_paired_t_interval():
@@ -170,9 +172,14 @@ def test_seeds_of_a_ratio_decide_a_factor():
         assert found.seeds_for(1.0, level, power) == fewer < usual
 
 
-def test_seeds_are_counted_by_the_protocols_rules_unless_others_are_given():
-    rules = {"level": protocol().level, "power": protocol().power}
-    assert rules.items() <= estimate.seeds_needed.__kwdefaults__.items()
+def test_intervals_and_seeds_are_those_of_the_protocols_rules_unless_others_are_given(monkeypatch):
+    found, spread = of_values([1.0, 1.3, 1.7, 0.9]), 0.01
+    usual = found.interval(), estimate.seeds_needed(spread, 0.005)
+    assert usual == (found.interval(0.95), estimate.seeds_needed(spread, 0.005, level=0.95, power=0.8))
+    other = dataclasses.replace(protocol(), level=0.9, power=0.6)
+    monkeypatch.setattr(estimate, "protocol", lambda: other)
+    changed = found.interval(), estimate.seeds_needed(spread, 0.005)
+    assert changed == (found.interval(0.9), estimate.seeds_needed(spread, 0.005, level=0.9, power=0.6)) != usual
 
 
 def test_more_seeds_are_no_answer_to_what_lies_in_examples_spreads_or_turns():
@@ -180,23 +187,6 @@ def test_more_seeds_are_no_answer_to_what_lies_in_examples_spreads_or_turns():
     of_one_seed = estimate.crossed([[np.array([1.0, 0.0, 1.0])]])
     others = (estimate.spread_ratio([1.0, 2.0], [1.0, 3.0]), of_values([1.0, 2.0], of="turn"), of_values([1.0]))
     assert {one.seeds_for(0.1, 0.95, 0.8) for one in (of_examples, of_one_seed, *others)} == {None}
-
-
-# Numbers in words
-
-
-def test_numbers_carry_their_unit_and_no_false_digits():
-    assert amount(0.00321, Unit.NATS) == "0.003 nats" and amount(0.00042, Unit.NATS) == "0.0004 nats"
-    ends = {0.0005: "0.001 nats", -0.0005: "-0.001 nats", 0.0: "0.000 nats", 9.5: "9.500 nats", 10.0: "10 nats"}
-    assert {x: amount(x, Unit.NATS) for x in ends} == ends
-    shares = {0.0999: "10.0%", 0.1: "10%", 0.004: "0.4%"}
-    assert {x: amount(x, Unit.SHARE) for x in shares} == shares
-    said = (tolerance(0.02, Unit.RATIO), tolerance(0.02, Unit.SHARE), tolerance(0.005, Unit.NATS))
-    assert said == ("2%", "2.0 points", "0.005 nats")
-    assert amount(0.234, Unit.SHARE) == "23%" and amount(0.018, Unit.SHARE, compares=True) == "1.8 points"
-    assert amount(1.2, Unit.RATIO) == "1.2 times" and amount(12.345, Unit.NATS) == "12.3 nats"
-    assert span(0.21, 0.25, Unit.SHARE) == "21 to 25" and span(-0.0011, 0.0004, Unit.NATS) == "-0.001 to 0.0004"
-    assert (counted(1, "seed"), counted(4, "turn")) == ("1 seed", "4 turns")
 
 
 def test_only_shared_seeds_are_paired():

@@ -9,9 +9,9 @@ import yaml
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.study import protocol as module
-from ecmoe.study.estimate import Unit
 from ecmoe.study.plan import named_arms
 from ecmoe.study.protocol import find_claim, protocol
+from ecmoe.study.units import Unit
 from ecmoe.study.verdict import judge
 
 WRITTEN = yaml.safe_load((paths.configs() / "protocol.yaml").read_text())

@@ -10,8 +10,9 @@ from scipy.stats import t, ttest_1samp
 
 from ecmoe.config import RunConfig
 from ecmoe.study import estimate, verdict
-from ecmoe.study.estimate import Unit, of_values
+from ecmoe.study.estimate import of_values
 from ecmoe.study.protocol import Part, find_claim
+from ecmoe.study.units import Unit
 from ecmoe.study.verdict import (
     CONTRADICTED,
     IN_DIRECTION,

@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 
 from ecmoe.report.plots.draw import LABELS, in_decades, lines, minus, number, panels, points
 from ecmoe.report.plots.style import INK, Look, Plot, looks
-from ecmoe.study.estimate import counted
+from ecmoe.study.units import counted
 
 _ROUTINGS = {"as trained": Look("#0072B2", "o"), "causally": Look("#D55E00", "D")}
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from ecmoe.model.metrics import SHARES
 from ecmoe.report.plots.draw import heat, name_rows, panels
 from ecmoe.report.plots.style import COUNT_COLORS, LINE, PAPER, Plot, on_color
-from ecmoe.study.estimate import counted
+from ecmoe.study.units import counted
 
 
 def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Plot:
