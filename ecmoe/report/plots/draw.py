@@ -110,20 +110,21 @@ def lines(
     differences from it, seed by seed. log: x in powers of two. ticks_at_values: ticks and markers only at the values of x.
     shown: line -> look. named: write the names. levels: arms with a single x, drawn as horizontal lines."""
     frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
-    if reference in set(frame[by]):
-        frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
-        ax.axhline(0, color=INK, linewidth=1.4)
-    shown = {name: look for name, look in (shown or looks(frame[by])).items() if name in set(frame[by])}
+    shown = dict(shown or looks(frame[by]))
     if not ticks_at_values:
         shown = {name: look._replace(marker="") for name, look in shown.items()}
+    if reference in set(frame[by]):
+        frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
+        shown[reference] = look = shown[reference]._replace(marker="")
+        ax.axhline(0, color=look.color, dashes=look.dashes, linewidth=1.4)
     data = over_seeds(frame.sort_values([by, x], kind="stable"), [by, x], y)
-    if not shown:
+    across, names = frame[by].isin(levels), [name for name in shown if name in set(frame[by])]
+    if not names:
         return data
-    across, names = frame[by].isin(levels), list(shown)
     sns.lineplot(
         frame[~across], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
-        palette={name: look.color for name, look in shown.items()}, dashes={name: look.dashes for name, look in shown.items()},
-        markers=ticks_at_values and {name: look.marker for name, look in shown.items()}, markersize=7, markeredgecolor=PAPER,
+        palette={name: shown[name].color for name in names}, dashes={name: shown[name].dashes for name in names},
+        markers=ticks_at_values and {name: shown[name].marker for name in names}, markersize=7, markeredgecolor=PAPER,
         errorbar=bounds, err_style="bars" if ticks_at_values else "band", err_kws={} if ticks_at_values else {"alpha": 0.18, "linewidth": 0},
     )  # fmt: skip
     for line in [line for line in ax.get_lines() if line.is_dashed()]:

@@ -43,7 +43,7 @@ def over(
     def draw(ax: Axes, column: str) -> tuple[pd.DataFrame, str]:
         named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
         data = lines(ax, there, x, column, reference=reference, levels=levels, log=setting and log, ticks_at_values=setting,
-                     shown=None if reference else looks(arms), named=named)  # fmt: skip
+                     shown=looks(arms), named=named)  # fmt: skip
         if not reference:
             in_decades(ax, "y", column)
         if len(columns) > 1:

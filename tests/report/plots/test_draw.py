@@ -148,12 +148,16 @@ def test_lines_of_steps_are_bands_and_may_be_differences(ax):
     data = draw.lines(ax, frame, "step", "dropped", reference="a", shown=SHOWN)
     assert data["arm"].unique().tolist() == ["b"] and data["mean"].tolist() == pytest.approx([20.0] * 3)
     zero, line = ax.get_lines()
-    assert list(zero.get_ydata()) == [0, 0] and zero.get_color() == INK and line.get_color() == SHOWN["b"].color
+    assert list(zero.get_ydata()) == [0, 0] and not zero.is_dashed() and line.is_dashed()
+    assert [zero.get_color(), line.get_color()] == [SHOWN["a"].color, SHOWN["b"].color]  # an arm's own, as elsewhere
     assert (
         line.get_marker() in (None, "", "None") and ax.get_xscale() == "linear" and len(ax.collections) == 1
     )  # a band
     assert ax.xaxis.get_major_formatter()(15_000.0) == "15k" and list(named(ax)) == ["a", "b"]
-    assert [(one.get_color(), one.get_marker()) for one in ax.figure.artists] == [(INK, ""), (SHOWN["b"].color, "")]
+    assert [(one.get_color(), one.get_marker()) for one in ax.figure.artists] == [
+        (SHOWN["a"].color, ""),
+        (SHOWN["b"].color, ""),
+    ]
     ax.clear()
     draw.lines(ax, frame, "step", "dropped", named=False)
     first, second, _ = ax.get_lines()  # each in its own look, in the order of the frame
