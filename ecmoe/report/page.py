@@ -96,7 +96,7 @@ def provenance(study: Study, differences: str = "") -> None:
         rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
     linked = repeats.linked(done, repeats.kept(study.scale)) or []
-    equal = f"equal to the last digit over {repeats.covered(linked, study.scale)}"
+    equal = markup("equal", repeats.covered(linked, study.scale))
     rows[f"repeated runs, {equal}, which show that these versions of the code compute the same numbers"] = set(linked)
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}

@@ -84,15 +84,13 @@ def kept(scale: str) -> list[dict[str, Any]]:
     return [read_json(path, sealed=True) for path in sorted(paths.results(scale, "repeats").glob("*.json"))]
 
 
-def covered(runs: Collection[str], scale: str) -> str:
-    """Return in words how many steps of these runs their repeats compared: "the first 200 to 400 steps"; "" for no run."""
-    steps = sorted(
+def covered(runs: Collection[str], scale: str) -> list[int]:
+    """Return how many steps, from the first on, each equal repeat of these runs compared."""
+    return [
         int(read_record(paths.results(scale, "runs") / f"{one['run']}.json").curve["step"].iloc[one["rows"] - 1])
         for one in kept(scale)
         if one["equal"] and one["run"] in runs
-    )
-    ends = dict.fromkeys((steps[0], steps[-1])) if steps else ()
-    return f"the first {' to '.join(map(str, ends))} steps" if ends else ""
+    ]
 
 
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:

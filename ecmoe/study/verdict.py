@@ -50,7 +50,7 @@ class JudgedPart(Part):
 class RestsOn:
     """The runs, or the turns of a bench, that a sentence is based on. tokens: the smallest and largest number of training tokens of
     a run. mixed: "code" if compared runs have code versions not shown to agree, "card" if they used different kinds of device.
-    repeats: runs that show that versions agree, in `covered`, such as "the first 400 steps"."""
+    repeats: runs that show that versions agree. covered: how many steps each of their repeats compared."""
 
     size: str = ""
     tokens: tuple[int, int] = (0, 0)
@@ -59,7 +59,7 @@ class RestsOn:
     cards: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     repeats: tuple[str, ...] = ()
-    covered: str = ""
+    covered: tuple[int, ...] = ()
     turns: int = 0
 
     @classmethod
@@ -219,7 +219,7 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
     cards = any(len({run.get("device") for run in compared}) > 1 for compared in together)
     mixed = ("card",) * cards + ("code",) * (None in linked)
     shown = {run for those in linked for run in those or ()}
-    more = {"repeats": tuple(sorted(shown)), "covered": repeats.covered(shown, evidence.scale)}
+    more = {"repeats": tuple(sorted(shown)), "covered": tuple(repeats.covered(shown, evidence.scale))}
     return RestsOn.of(runs, [evidence.config(arm) for arm in arms], mixed=mixed, **more)
 
 

@@ -62,6 +62,13 @@ def test_runs_that_differ_in_what_they_must_not_are_marked():
     rests_on = dataclasses.replace(found.rests_on, mixed=("card", "code"))
     page = soup(markup("verdict", dataclasses.replace(found, rests_on=rests_on)))
     assert "differ in kind of device and code" in page.find(class_="warning").text
+    for covered, steps in (((400, 200, 300), "200 to 400"), ((400, 400, 400), "400")):
+        rests_on = dataclasses.replace(found.rests_on, repeats=("a", "b"), covered=covered)
+        page = soup(markup("verdict", dataclasses.replace(found, rests_on=rests_on)))
+        equal = f"equal to the last digit over the first {steps} steps"
+        assert f"2 repeated runs, {equal}, show that these compute the same" in page.find(
+            class_="rests"
+        ).text and not page.find(class_="warning")
 
 
 def test_a_claim_at_another_size_stands_beside_the_studys(monkeypatch):

@@ -319,10 +319,10 @@ def test_repeats_that_show_two_codes_to_be_one_are_named_in_place_of_a_mark(monk
     common = {"device": "H100", "recorded": "0ther", "code": "c0de", "equal": True}
     kept = [common | {"run": run, "router": router} for run, router in (("z", "Hash"), ("b", "EC-CF2"), ("x", "BASE"))]
     monkeypatch.setattr(verdict.repeats, "kept", {"gpu": kept}.__getitem__)
-    monkeypatch.setattr(verdict.repeats, "covered", lambda runs, scale: f"{sorted(runs)} at {scale}")
+    monkeypatch.setattr(verdict.repeats, "covered", lambda *asked: [200, 400] if asked == ({"b", "z"}, "gpu") else [])
     found = of_evidence(find_claim("C6"), evidence)
     assert found.rests_on.mixed == () and found.rests_on.repeats == ("b", "z")
-    assert found.rests_on.covered == "['b', 'z'] at gpu"
+    assert found.rests_on.covered == (200, 400)
     monkeypatch.setattr(verdict.repeats, "kept", {"gpu": []}.__getitem__)
     assert of_evidence(find_claim("C6"), evidence).rests_on.mixed == ("code",)
 
