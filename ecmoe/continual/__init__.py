@@ -10,7 +10,8 @@ from ecmoe.config import ConfigError, RunConfig, key
 
 @dataclasses.dataclass(frozen=True)
 class ContinualConfig(RunConfig):
-    """A RunConfig with keys for tasks in sequence. It trains in float32 on one device, `steps` steps for each task."""
+    """A RunConfig with keys for tasks in sequence. It trains on one device in float32, with TF32 products on a GPU, `steps`
+    steps for each task. Nothing is compiled or captured, whatever the keys say."""
 
     trained_by: ClassVar[str] = "ecmoe.continual.learning:train_run"
 

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ecmoe.config import RunConfig
 from ecmoe.continual import ContinualConfig
-from ecmoe.data.batches import Batches
+from ecmoe.data.batches import Batch, Batches, batch_of
 from ecmoe.model.build import build_model
 from ecmoe.model.tracking import track
 from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
@@ -131,10 +132,19 @@ def fit(config: RunConfig, learnt: nn.Module, loss: Callable[[Any], Tensor], *ex
     optimizer = build_optimizer(config, parameters, parameters[0].device)
     track(learnt, optimizer)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
-    for batch in islice(Batches(examples, config.batch_size, config.seed), config.steps):
+    for batch in islice(OnDevice(examples, config.batch_size, config.seed), config.steps):
         optimizer.zero_grad()
         loss(batch).backward()
         if config.gradient_clip:
             clip(parameters, optimizer, config.gradient_clip)
         optimizer.step()
         schedule.step()
+
+
+class OnDevice(Batches):
+    """Batches of tensors that lie on one device, such as a GPU, taken there."""
+
+    def take(self, which: np.ndarray, step: int) -> Batch:
+        # For indices in numpy, each tensor would copy them to a GPU itself, and the host would wait each time.
+        chosen = torch.from_numpy(which).to(self.parts[0].device, non_blocking=True)
+        return batch_of(self.parts, chosen)

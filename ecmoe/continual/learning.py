@@ -34,6 +34,8 @@ def train_run(
 ) -> Result:
     """Train as `ecmoe.training.run.train_run`, but without curve, weights, callbacks, or resuming after a kill."""
     made, clock = circumstances(), time.perf_counter()
+    if torch.cuda.is_available():  # TF32, as `new_trainer` sets it: what else this process trains mustn't matter
+        torch.set_float32_matmul_precision("high")
     with repeatable():
         found = run(config)
     seconds = time.perf_counter() - clock
@@ -55,10 +57,10 @@ def run(config: ContinualConfig) -> dict[str, Any]:
     Returns accuracy: (K, K) accuracy on each task (column) after learning each task (row); None for tasks not learned yet,
     and for joint training in all rows but the last. accuracy_task_known: the same, with each image's task given. For
     Expert Gate: confusion (row: task, column: expert; shares of images), gate_right, relatedness, origins."""
-    data = images.load(config.data)
-    tasks = split(data, config, "cuda" if torch.cuda.is_available() else "cpu")
+    data, cuda = images.load(config.data), torch.cuda.is_available()
+    tasks = split(data, config, "cuda" if cuda else "cpu")
     K, lessons = len(tasks), tasks
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []):  # other GPUs aren't used
         torch.manual_seed(config.seed)
         if config.approach == "joint":
             lessons, config = [Task(*map(torch.cat, zip(*tasks, strict=True)))], config.replace(steps=K * config.steps)
@@ -118,7 +120,8 @@ class OneNetwork(nn.Module):
     def __init__(self, config: ContinualConfig) -> None:
         super().__init__()
         expert = new_expert(config.replace(router="dense"), config.classes // config.tasks)
-        self.config = as_large(config, config.tasks * (count(expert) + count(Gate(config.pixels, config.code))))
+        plain = config.replace(compile=False)  # else LitClassifier imports the compiler, for seconds and in vain
+        self.config = as_large(plain, config.tasks * (count(expert) + count(Gate(config.pixels, config.code))))
         self.lit = LitClassifier(self.config)
 
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:

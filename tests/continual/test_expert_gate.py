@@ -168,6 +168,19 @@ def test_training_takes_the_batches_of_the_seed():
         assert torch.equal(torch.cat(seen[-3:]), torch.cat(list(batches)))
 
 
+def test_batches_are_taken_where_the_examples_lie(monkeypatch):
+    """Indices in numpy would be copied to the device by each tensor, and the host would wait."""
+    taken, batch_of = [], expert_gate.batch_of
+    monkeypatch.setattr(expert_gate, "batch_of", lambda parts, which: (taken.append(which), batch_of(parts, which))[1])
+    for device in ("cpu", "meta"):
+        x, y = torch.rand(30, 2, device=device), torch.arange(30, device=device)
+        ours, plain = (islice(kind((x, y), 4, 7), 9) for kind in (expert_gate.OnDevice, Batches))
+        for one, other in zip(ours, plain, strict=True):
+            assert taken.pop().device == one[0].device == one[1].device == x.device
+            assert all(device == "meta" or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+            assert one[0].shape == (4, 2) and one[1].dtype == torch.int64
+
+
 def test_lwf_keeps_the_old_answers_better_than_fine_tuning():
     first, second = split(images.load("digits"), GATE, "cpu")[:2]
     drift = {}

@@ -45,6 +45,11 @@ def test_as_large_takes_the_nearest_width():
         assert sizes[as_large(DENSE, wanted).d_ff] == nearest
 
 
+def test_one_network_is_never_compiled(monkeypatch):
+    monkeypatch.setattr("ecmoe.training.lit.import_module", lambda name: pytest.fail(f"{name} takes seconds"))
+    assert OneNetwork(DENSE.replace(compile=True)).config == OneNetwork(DENSE).config
+
+
 @pytest.mark.parametrize("config", [DENSE, EC])
 def test_answers_come_in_the_order_of_the_images(config):
     """Where all fit into one batch, mixing changes nothing but who is computed when."""
@@ -99,6 +104,30 @@ def test_tasks_lie_on_the_gpu_where_there_is_one(there, monkeypatch):
     monkeypatch.setattr(learning, "split", lambda data, config, device: pytest.fail(f"on {device}"))
     with pytest.raises(BaseException, match="on cuda" if there else "on cpu"):
         run(GATE)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_random_numbers_of_other_gpus_are_left_alone(there, monkeypatch):
+    """To keep their state would set up each of them, which takes memory and seconds."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(learning, "split", lambda *how: [])
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: pytest.fail(f"of {devices}"))
+    with pytest.raises(BaseException, match=r"of \[3\]" if there else r"of \[\]"):
+        run(GATE)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_products_on_a_gpu_are_as_precise_whatever_was_trained_before(there, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(learning, "circumstances", dict)
+    monkeypatch.setattr(learning, "repeatable", nullcontext)
+    found = dict.fromkeys(("accuracy", "accuracy_task_known"), [[1.0, None], [1.0, 1.0]])
+    monkeypatch.setattr(learning, "run", lambda config: asked.append("run") or dict(found))
+    learning.train_run(GATE, tmp_path, progress=False)
+    assert asked == ["high"] * there + ["run"]
 
 
 def test_tasks_are_disjoint_and_hold_every_image():
