@@ -3,8 +3,6 @@
 Intervals are Student's t over seeds unless stated otherwise; ratios are averaged in the logarithm. verdict.py draws conclusions.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence

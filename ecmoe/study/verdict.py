@@ -18,7 +18,7 @@ from ecmoe.config import RunConfig
 from ecmoe.study import repeats, speed
 from ecmoe.study.estimate import Estimate
 from ecmoe.study.evidence import Evidence
-from ecmoe.study.plan import Planned, plan, sound
+from ecmoe.study.plan import sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
 from ecmoe.study.units import Unit, amount, counted, span, tolerance
 
@@ -121,22 +121,26 @@ class ClaimVerdict:
         return any(part.missing or part.label == NOT_RUN for part in self.parts if part.name in names)
 
 
-def judge(claim: str, scale: str, *, page: str | None = None, planned: Sequence[Planned] | None = None) -> ClaimVerdict:
+def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
     """Return the verdict on a claim, such as "C1", from protocol, plan and records. Raise a ConfigError if there is none.
 
     page: judge the arms of this page instead of the claim's own, such as a page with larger models. Parts whose arms the page
-    doesn't train are left out. planned: the plan of the scale, if the caller has it.
+    doesn't train are left out.
     """
     about = find_claim(claim)
     further = about.arms if page in (None, about.page) else ()
-    everything = plan(scale) if planned is None else planned
-    return of_evidence(about, Evidence(scale, page or about.page, everything, further))
+    planned, _ = sound(scale)  # another page that is invalid stops no verdict
+    return of_evidence(about, Evidence(scale, page or about.page, planned, further))
 
 
 def judge_all(scale: str) -> dict[str, ClaimVerdict]:
-    """Return claim -> verdict for all claims, in the paper's order."""
-    planned, _ = sound(scale)  # an invalid page must not prevent verdicts on the claims of other pages
-    return {claim: judge(claim, scale, planned=planned) for claim in protocol().claims}
+    """Return claim -> verdict for all claims, in the paper's order. Claims of an invalid page count as not run."""
+    planned, wrong = sound(scale)
+    evidence = {id: Evidence(scale, about.page, planned, about.arms) for id, about in protocol().claims.items()}
+    for one in evidence.values():
+        if one.page in wrong:  # making the page reports the error
+            one.planned = {}
+    return {id: of_evidence(find_claim(id), one) for id, one in evidence.items()}
 
 
 def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:

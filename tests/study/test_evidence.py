@@ -2,13 +2,14 @@
 
 import base64
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ecmoe import paths
-from ecmoe.config import SCHEMA
+from ecmoe.config import SCHEMA, ConfigError
 from ecmoe.files import Damaged, write_json
 from ecmoe.study import speed
 from ecmoe.study.evidence import Evidence
@@ -68,9 +69,23 @@ def test_records_are_found_by_the_plan_whichever_page_planned_them(study, monkey
     beside = next(p for p in judge("C1", "gpu").parts if p.name == "against top-2 at capacity 1.25")
     assert beside.label == CONTRADICTED and beside.effect.n == 3  # an arm of page 02
     assert judge("C5", "smoke").label == PLUMBING
-    monkeypatch.setattr("ecmoe.study.verdict.plan", lambda scale: 1 / 0)  # which a page that can't be planned stops
-    assert judge_all("gpu")["C5"] == found
-    assert judge("C5", "gpu", planned=[]).label == NOT_RUN  # a plan of nothing is a plan
+
+
+def test_an_invalid_page_leaves_its_own_claims_not_run_and_stops_no_other_verdict(study, monkeypatch, tmp_path):
+    study(
+        {"EC-CAP2 renormalized": 3.62, "EC-CAP3 renormalized": 3.60, "EC-CF2 renormalized": 3.60}, "04_capped_experts"
+    )
+    study({"EC-CF2 renormalized": 3.60, "Hash modulo": 3.70}, "05_other_routers")
+    sound = judge_all("gpu")
+    assert (sound["C5"].label, sound["C6"].label) == (REPRODUCED, REPRODUCED)
+    configs = shutil.copytree(paths.configs(), tmp_path / "configs")
+    monkeypatch.setenv("ECMOE_CONFIGS", str(configs))
+    (configs / "05_other_routers.yaml").write_text("arms: [Hush]\n")
+    found = judge_all("gpu")
+    assert found["C6"].label == NOT_RUN and found == sound | {"C6": found["C6"]}
+    assert judge("C5", "gpu") == sound["C5"]
+    with pytest.raises(ConfigError, match="no arm 'Hush'"):
+        judge("C6", "gpu")
 
 
 @pytest.mark.parametrize("id", protocol().claims)
@@ -78,10 +93,9 @@ def test_a_claim_names_all_runs_that_judging_it_reads_and_whether_it_reads_timin
     read, timings = set(), []
     monkeypatch.setattr("ecmoe.study.evidence.recorded", lambda one, scale: read.add(one.name))
     monkeypatch.setattr(speed, "kept", lambda *where: timings.append(where) or speed.NOTHING)
-    everything = plan("gpu")
-    judge(id, "gpu", planned=everything)
+    judge(id, "gpu")
     claim = find_claim(id)
-    assert {one.name for one in claim.runs("gpu", everything)} == read and claim.timed == bool(timings)
+    assert {one.name for one in claim.runs("gpu", plan("gpu"))} == read and claim.timed == bool(timings)
     assert bool(read) == (id != "C2")  # which is about timings alone
 
 

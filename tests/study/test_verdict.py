@@ -267,9 +267,11 @@ def test_a_page_of_another_size_brings_no_arms_of_the_claim(monkeypatch):
     asked, about = [], find_claim("C1")
     monkeypatch.setattr(verdict, "Evidence", lambda *given: asked.append(given))
     monkeypatch.setattr(verdict, "of_evidence", lambda claim, evidence: claim)
+    monkeypatch.setattr(verdict, "sound", lambda scale: ([f"a run at {scale}"], {}))
     for page in (None, about.page, "07_fine_tuning"):
-        assert verdict.judge("C1", "paper", page=page, planned=["a run"]) is about
-    assert asked == [("paper", about.page, ["a run"], about.arms)] * 2 + [("paper", "07_fine_tuning", ["a run"], ())]
+        assert verdict.judge("C1", "paper", page=page) is about
+    planned = ["a run at paper"]
+    assert asked == [("paper", about.page, planned, about.arms)] * 2 + [("paper", "07_fine_tuning", planned, ())]
 
 
 def test_a_verdict_rests_on_what_puts_its_parts_in_direction_too_and_on_horizons_of_several_lengths():
