@@ -35,7 +35,7 @@ def over(
     what = f"{' and '.join(LABELS.get(column, column) for column in columns)}{minus} over {LABELS[x]}"
     there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
     measured = set(there["arm"]) if reference is None or reference in set(there["arm"]) else ()
-    if setting and there[x].nunique() == 1:  # a single value shows no dependence on the setting
+    if setting and there.loc[~there["arm"].isin(levels), x].nunique() < 2:  # which shows no dependence on the setting
         measured = ()
     if reference and not setting:  # the large differences of the first steps would flatten the rest
         there = there[there[x] >= 0.25 * there[x].max()]

@@ -117,6 +117,12 @@ def test_a_setting_of_which_one_value_was_run_is_no_figure():
     one = {"EC": [run(EC, 2.0)], "top-2": [run(TOP2, 2.1)]}
     plot = plots.over(table(one), "num_experts")
     assert plot.figure is None and "Not run: EC, top-2." in plot.alt
+    two = table({"EC": [run(EC.replace(num_experts=4), 2.0)], "top-2": [run(TOP2.replace(num_experts=8), 2.1)]})
+    drawn_with = {
+        name: plots.over(two, "num_experts", levels=of).figure is not None
+        for name, of in (("none", []), ("one", ["EC"]), ("both", ["EC", "top-2"]))
+    }
+    assert drawn_with == {"none": True, "one": False, "both": False}  # a level is at no value of its own
 
 
 def test_large_numbers_are_in_thousands():
