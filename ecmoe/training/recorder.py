@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ class Diverged(RuntimeError):
 
 class Recorder(L.Callback):
     """Callback that writes a row of `curve.csv` per validation, and `last.ckpt` every `checkpoint_every` steps.
-
-    At Ctrl-C or SIGTERM, a run of one process ends after its current step, with a checkpoint; at a second one, at once.
 
     Args:
         folder: the run's folder. progress: print a line per validation, and show the remaining time on a terminal.
@@ -55,7 +54,6 @@ class Recorder(L.Callback):
         self.bar = tqdm(disable=True)
         self.compiling = False  # does the next step, the first of this process, compile?
         self.ending: SystemExit | None = None  # asked for by a signal, to be raised after a step
-        self.handlers: dict[signal.Signals, Any] = {}  # of signals, before the training
 
     # Lightning stores this state in checkpoints, so that a resumed run continues its clock and curve.
     def state_dict(self) -> dict[str, Any]:
@@ -70,9 +68,6 @@ class Recorder(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            asking = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, or a scheduler's end
-            self.handlers = {number: signal.signal(number, self._asked) for number in asking}
         self.began = time.perf_counter()
         self.compiling = module.config.compile or module.device.type == "cuda"
         self.bar = tqdm(
@@ -105,8 +100,6 @@ class Recorder(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: LitModel, *_: Any) -> None:
         self.bar.close()
         gc.unfreeze()
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
 
     on_exception = on_train_end
 
@@ -160,20 +153,31 @@ class Recorder(L.Callback):
         if step < module.config.steps and (self.ending or step % module.config.checkpoint_every == 0):
             self._check_finite(trainer, module, step)
             self.save(trainer)
-            self.end()
+            if self.ending:
+                raise self.ending
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Within the context, Ctrl-C or SIGTERM ends the run after its current step, with a checkpoint, or at the end of
+        the context, when all is written. A second signal ends it at once."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+            yield
+            return
+        before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.ending:
+            raise self.ending
 
     def _asked(self, number: int, frame: Any) -> None:
         if self.ending:
             raise self.ending
         self.ending = SystemExit(128 + number)  # as a shell says it
-        os.write(
-            2, b"ends after this step, with a checkpoint; at once if asked again\n"
-        )  # print isn't safe in a handler
-
-    def end(self) -> None:
-        """Raise what a signal has asked for, if any."""
-        if self.ending:
-            raise self.ending
+        # print isn't safe in a handler
+        os.write(2, b"ends after this step, with a checkpoint; at once if asked again\n")
 
     def curve(self) -> pd.DataFrame:
         """Return all rows so far with every column of a curve, NaN where nothing was measured."""

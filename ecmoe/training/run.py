@@ -144,32 +144,34 @@ def train_run(
         data.start_step = step * config.accumulate
         if progress and leads:
             print(f"[{config.name}] resumes from step {step}", file=sys.stderr)
-    status, error = "finished", None
-    try:
-        with repeatable(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|IterableDataset).*")
-            warnings.filterwarnings("ignore", module="lightning.*")
-            resume = None if step is None else str(checkpoint)
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-            if trainer.global_step < config.steps:
-                status, error = "stopped", f"a callback stopped it after step {trainer.global_step} of {config.steps}"
-                recorder.save(trainer)
-            elif config.steps not in recorder.rows:  # the last step isn't a multiple of eval_every
-                trainer.validate(module, datamodule=data, verbose=False)
-    except Diverged as diverged:
-        status, error = "diverged", str(diverged)
-    state = _whole_state(module) if status == "finished" and keep_weights else None
-    curve = recorder.curve()
-    summary = summarize(config, curve, data, made, status=status, error=error, sharing=recorder.shared)
-    if leads:
-        still_ours()
-        if state is not None:
-            with written(folder / "model.safetensors") as temporary:
-                save_file(state, temporary)
-        write_run(folder, summary)
-        if state is not None:  # the run is done, and the optimiser's state no longer needed
-            checkpoint.unlink(missing_ok=True)
-    recorder.end()
+    # The ranks of a run end at once: one that waits could wait for another that has ended.
+    with recorder.patient() if config.ranks == 1 else nullcontext():
+        status, error = "finished", None
+        try:
+            with repeatable(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*(does not have many workers|IterableDataset).*")
+                warnings.filterwarnings("ignore", module="lightning.*")
+                resume = None if step is None else str(checkpoint)
+                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+                if trainer.global_step < config.steps:
+                    status = "stopped"
+                    error = f"a callback stopped it after step {trainer.global_step} of {config.steps}"
+                    recorder.save(trainer)
+                elif config.steps not in recorder.rows:  # the last step isn't a multiple of eval_every
+                    trainer.validate(module, datamodule=data, verbose=False)
+        except Diverged as diverged:
+            status, error = "diverged", str(diverged)
+        state = _whole_state(module) if status == "finished" and keep_weights else None
+        curve = recorder.curve()
+        summary = summarize(config, curve, data, made, status=status, error=error, sharing=recorder.shared)
+        if leads:
+            still_ours()
+            if state is not None:
+                with written(folder / "model.safetensors") as temporary:
+                    save_file(state, temporary)
+            write_run(folder, summary)
+            if state is not None:  # the run is done, and the optimiser's state no longer needed
+                checkpoint.unlink(missing_ok=True)
     return Result(summary, curve, folder)
 
 

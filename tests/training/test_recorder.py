@@ -91,58 +91,51 @@ def handlers():
 
 
 @pytest.mark.parametrize(
-    "steps, accumulate, loss, error, saved",
+    "steps, accumulate, loss, goes_on, saved",
     [
-        (5, 1, 1.0, SystemExit, True),
-        (5, 2, 1.0, None, False),  # within a step
-        (3, 1, 1.0, None, False),  # after the last
-        (5, 1, math.nan, Diverged, False),
+        (5, 1, 1.0, False, True),
+        (5, 2, 1.0, True, False),  # within a step
+        (3, 1, 1.0, True, False),  # after the last
+        (5, 1, math.nan, False, False),
     ],
 )
-def test_a_sigterm_keeps_what_a_whole_step_has_done(
-    tiny_config, module, tmp_path, handlers, steps, accumulate, loss, error, saved
+def test_a_signal_ends_a_run_after_a_whole_step_or_when_all_is_done(
+    tiny_config, module, tmp_path, handlers, steps, accumulate, loss, goes_on, saved
 ):
     module.config = tiny_config(steps=steps, accumulate=accumulate, eval_every=2, checkpoint_every=100)
-    recorder, one = Recorder(tmp_path, progress=False), trainer(loss)
-    one.world_size = 1
-    recorder.on_train_start(one, module)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert not (tmp_path / "last.ckpt").exists()
-    try:
+    recorder, one, went_on = Recorder(tmp_path, progress=False), trainer(loss), []
+    with pytest.raises(Diverged if math.isnan(loss) else SystemExit) as ended, recorder.patient():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not (tmp_path / "last.ckpt").exists()
         recorder.on_train_batch_end(one, module, None, None, 0)
-        ended = None
-    except BaseException as end:
-        ended = end
-    assert type(ended) is (error or type(None)) and (tmp_path / "last.ckpt").exists() == saved
-    assert error is not SystemExit or ended.code == 143
-    recorder.on_exception(one, module, ended)
-    if (
-        saved is False and error is None
-    ):  # the run goes on, and ends as it was asked to when there is nothing left to lose
-        with pytest.raises(SystemExit):
-            recorder.end()
+        went_on.append(True)
+    assert bool(went_on) == goes_on and (tmp_path / "last.ckpt").exists() == saved
+    assert math.isnan(loss) or ended.value.code == 143
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_twice_a_run_ends_at_once(module, tmp_path, handlers, capfd, number):
-    recorder, one = Recorder(tmp_path, progress=False), trainer(1.0)
-    one.world_size = 1
-    recorder.on_train_start(one, module)
-    os.kill(os.getpid(), number)
-    assert capfd.readouterr().err == "ends after this step, with a checkpoint; at once if asked again\n"
-    with pytest.raises(SystemExit) as ended:
+def test_asked_twice_a_run_ends_at_once(tmp_path, handlers, capfd, number):
+    with pytest.raises(SystemExit) as ended, Recorder(tmp_path, progress=False).patient():
         os.kill(os.getpid(), number)
-    assert ended.value.code == 128 + number and not (tmp_path / "last.ckpt").exists()
-    recorder.on_exception(one, module, ended.value)
+        assert capfd.readouterr().err == "ends after this step, with a checkpoint; at once if asked again\n"
+        os.kill(os.getpid(), number)
+        pytest.fail("went on")
+    assert ended.value.code == 128 + number
 
 
-@pytest.mark.parametrize("why", ["ranks", "thread"])
-def test_handlers_stay_where_a_run_has_other_ranks_or_a_thread_of_its_own(module, tmp_path, handlers, why):
-    before, recorder, one = handlers(), Recorder(tmp_path, progress=False), trainer(1.0)
-    one.world_size = 2 if why == "ranks" else 1
-    start = threading.Thread(target=recorder.on_train_start, args=(one, module))
-    start.run() if why == "ranks" else (start.start(), start.join())
-    assert handlers() == before and not recorder.handlers
+def test_only_the_main_thread_handles_signals(tmp_path, handlers):
+    before, during, recorder = handlers(), [], Recorder(tmp_path, progress=False)
+
+    def train():
+        with recorder.patient():
+            during.append(handlers())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert during == [before]
+    with recorder.patient():
+        assert handlers() == [recorder._asked] * 2
 
 
 def test_after_the_last_step_there_is_nothing_to_go_on_with(tiny_config, module, tmp_path):
@@ -295,7 +288,7 @@ def test_a_first_step_that_compiles_is_not_in_the_seconds(tmp_path, tiny_config,
     module = SimpleNamespace(config=tiny_config(compile=compiled), device=torch.device("cpu"))
     for step in (1, 2):
         if step == 1:
-            recorder.on_train_start(SimpleNamespace(global_step=0, world_size=2), module)
+            recorder.on_train_start(SimpleNamespace(global_step=0), module)
         recorder.began -= 60  # a minute goes by
         recorder.on_train_batch_end(
             SimpleNamespace(global_step=step, is_global_zero=True), module, None, None, step - 1
