@@ -126,8 +126,9 @@ def results(name):
     if name in TIMED:
         made |= {BENCH} if MEASURE else {file for file in TIMES if os.path.exists(file)}
     asked = any(file in (BENCH, *MARKERS.values()) for file in made)
+    rules = os.path.relpath(paths.configs() / "protocol.yaml")
     repeats = [str(file) for file in Path(REPORTS, "repeats").glob("*.json")]
-    return sorted(DONE[name] | made) + sorted(repeats) + [str(ASKED)] * asked
+    return sorted(DONE[name] | made) + [rules, *sorted(repeats)] + [str(ASKED)] * asked
 
 
 localrules: all, trained, index

@@ -256,7 +256,8 @@ def test_runs_share_gpus_and_what_is_timed_has_them_alone(trains, tmp_path, monk
     assert set(named) == {"all", "index", "page"} | ({"run", "bench"} if trains else set())
     assert ("ecmoe runs --scale gpu --missing --check" in named["all"][1]) == trains
     assert [".done" in reads[name] for name in pages] == [trains] * 3
-    assert all("reports/gpu/repeats/a.json" in reads[name] for name in pages)  # which a verdict rests on
+    rest_on = ("reports/gpu/repeats/a.json", "configs/protocol.yaml")  # of a verdict
+    assert all(file in reads[name] for name in pages for file in rest_on)
     given = {
         name: ["configs/scale/gpu.yaml", f"configs/{name}.yaml", f"configs/scale/gpu/{name}.yaml"] for name in pages
     }
