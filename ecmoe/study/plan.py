@@ -112,13 +112,12 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
             _check_list(f"vary: {key}", listed)
         arms = arms_of(values, scale)
         wanted = _measures(values.get("measures") or {}, list(arms), seeds or ())
-        made = configs(values["base"], arms, seeds or ())
+        made = [(arm, config_of(arm, {**values["base"], **arms[arm]}, seed)) for seed in seeds or () for arm in arms]
     except ConfigError as error:
         raise ConfigError(f"page {page!r}: {error}") from error
     return [
         Planned(config.name, config, (page,), (arm,), config.seed, tuple(wanted.get((arm, config.seed), ())))
-        for of_seed in zip(*made.values(), strict=True)
-        for arm, config in zip(made, of_seed, strict=True)
+        for arm, config in made
     ]
 
 
@@ -127,9 +126,9 @@ def by_arm(
 ) -> dict[str, dict[int, Planned]]:
     """Return arm -> seed -> planned run for the arms of a page, with every seed that any page plans. planned: the plan of the scale.
     further: names of more arms, configured with the page's base."""
-    values = merge_parameters(parameter_files(page, scale))
-    arms = arms_of({"base": values["base"], "arms": further or None}, scale) | arms_of(values, scale)
-    names = {arm: config.name for arm, (config,) in configs(values["base"], arms, [0]).items()}
+    first = {"seeds": [0], "measures": {}}
+    more = of_page(page, scale, {**first, "arms": further, "vary": {}}) if further else []
+    names = {one.arms[0]: one.name for one in more + of_page(page, scale, first)}
     return {arm: {one.seed: one for one in planned if one.of_all_seeds == name} for arm, name in names.items()}
 
 
@@ -206,22 +205,14 @@ def _share(name: str, key: str, value: Any, base: Keys) -> Any:
     return math.ceil(share / multiple) * multiple
 
 
-def configs(base: Keys, arms: Mapping[str, Keys], seeds: Sequence[int]) -> dict[str, list[RunConfig]]:
-    """Return arm -> its config for each seed, a ContinualConfig if it has the key `approach`. Raise a ConfigError if one is invalid.
-
-    base: RunConfig keys that all arms share. arms: name -> the keys in which the arm differs.
-    """
-    made = {}
-    for arm, keys in arms.items():
-        keys = {**base, **keys}
-        try:
-            if "seed" in keys:
-                raise ConfigError(f"seed={keys['seed']!r} can't be set by an arm: list it in `seeds`, for all arms")
-            kind = ContinualConfig if "approach" in keys else RunConfig
-            made[arm] = [kind.from_dict({**keys, "seed": seed}) for seed in seeds]
-        except ConfigError as error:
-            raise ConfigError(f"arm {arm!r}: {error}") from error
-    return made
+def config_of(arm: str, keys: Keys, seed: int) -> RunConfig:
+    """Return an arm's config, a ContinualConfig if it has the key `approach`. Raise a ConfigError that names the arm if it is invalid."""
+    try:
+        if "seed" in keys:
+            raise ConfigError(f"seed={keys['seed']!r} can't be set by an arm: list it in `seeds`, for all arms")
+        return (ContinualConfig if "approach" in keys else RunConfig).from_dict({**keys, "seed": seed})
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm!r}: {error}") from error
 
 
 def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[str, int], list[Measurement]]:

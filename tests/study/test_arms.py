@@ -10,14 +10,12 @@ import yaml
 from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.study import plan
-from ecmoe.study.plan import configs
 
 SCALES = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((paths.configs() / "scale").glob("*.yaml"))}
 
 
 def made_of(names, base):
-    made = configs(base, {name: plan.arm_keys(name, base) for name in names}, [0])
-    return {name: config for name, (config,) in made.items()}
+    return {name: plan.config_of(name, plan.arm_keys(name, base), 0) for name in names}
 
 
 TEXT = [name for name, keys in plan.named_arms().items() if "a patch" not in name and "approach" not in keys]
