@@ -107,7 +107,8 @@ def lines(
     mean, low, high, seeds.
 
     frame: a row per arm, seed and x. by: the column whose values are the lines. reference: an arm; the others are shown as
-    differences from it, seed by seed. log: x in powers of two. ticks_at_values: ticks and markers only at the values of x.
+    differences from it, seed by seed. log: x in powers of two. ticks_at_values: ticks and markers only at the values of x, each line
+    a few points aside.
     shown: line -> look. named: write the names. levels: arms with a single x, drawn as horizontal lines."""
     frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
     shown = dict(shown or looks(frame[by]))
@@ -138,6 +139,13 @@ def lines(
         values = sorted(frame.loc[~across, x].unique())
         ax.set_xticks(values, [f"{v:g}" for v in values])
         ax.minorticks_off()
+        drawn = [line for line in ax.get_lines() if line.get_marker() not in ("", "None", None)]
+        for i, (line, bars) in enumerate(
+            zip(drawn, ax.containers, strict=True)
+        ):  # apart, so that no interval hides another
+            aside = ScaledTranslation((i - (len(drawn) - 1) / 2) * 4 / 72, 0, ax.figure.dpi_scale_trans)
+            for part in (line, *bars.get_children()):
+                part.set_transform(ax.transData + aside)
     else:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 15k
     if data["mean"].max() >= 1e4:

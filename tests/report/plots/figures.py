@@ -37,6 +37,11 @@ def drawn(plot):
     return plot
 
 
+def across(line) -> bool:
+    """Whether a line runs from side to side of its axes, at no x of its own."""
+    return list(line.get_xdata()) == [0, 1]
+
+
 def legend(plot) -> list[str]:
     (one,) = plot.figure.legends
     return [text.get_text() for text in one.get_texts()]

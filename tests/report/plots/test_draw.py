@@ -18,6 +18,7 @@ from ecmoe.report import plots
 from ecmoe.report.plots import draw
 from ecmoe.report.plots.draw import PERCENT, name_ends, number
 from ecmoe.report.plots.style import GREY, INK, PAPER, WIDTH, Look, looks, plain
+from tests.report.plots.figures import across
 
 SHOWN = {"a": Look("#0072b2", "o"), "b": Look("#d55e00", "s", (4, 2)), "level": Look("#009e73", "^")}
 
@@ -106,9 +107,9 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
         assert (line.get_markeredgecolor(), line.get_markerfacecolor()) == (ring if name == "b" else ring[::-1])
     bars = [segment for bars in ax.containers for segment in bars[2][0].get_segments()]
     assert sorted(y for bar in bars for y in bar[:, 1]) == pytest.approx(sorted([*data["low"][:6], *data["high"][:6]]))
-    (across,) = (line for line in ax.get_lines() if line.get_transform() != ax.transData)
-    assert across.get_ydata()[0] == pytest.approx(40.0) and across.get_color() == SHOWN["level"].color
-    assert not across.is_dashed()  # which would say that its gates are raw
+    (level,) = (line for line in ax.get_lines() if across(line))
+    assert level.get_ydata()[0] == pytest.approx(40.0) and level.get_color() == SHOWN["level"].color
+    assert not level.is_dashed()  # which would say that its gates are raw
     ends = {"a": 26.0, "level": 40.0, "b": 46.0}
     at = named(ax)
     assert {color for *_, color in at.values()} == {INK}  # letters in the colours of the lines would be hard to read
@@ -128,18 +129,30 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
 def test_a_level_of_raw_gates_is_dashed_like_other_lines_of_theirs(ax):
     raw = SHOWN | {"level": Look("#009e73", "^", (4, 2))}
     draw.lines(ax, measured(), "num_experts", "dropped", ticks_at_values=True, levels=["level"], shown=raw)
-    (across,) = (line for line in ax.get_lines() if line.get_transform() != ax.transData)
-    assert across.is_dashed() and across.get_marker() in ("", "None", None)
+    (level,) = (line for line in ax.get_lines() if across(line))
+    assert level.is_dashed() and level.get_marker() in ("", "None", None)
+
+
+def test_lines_stand_a_few_points_aside_so_that_no_interval_hides_another(ax):
+    frame = pd.concat([measured().query("arm == 'a'").assign(arm=arm) for arm in "abc"])  # one and the same
+    draw.lines(ax, frame, "num_experts", "dropped", log=True, ticks_at_values=True)
+    point, at = ax.figure.dpi / 72, ax.transData.transform((2, 22))[0]
+    lines = [line for line in ax.get_lines() if line.get_marker() not in ("None", None, "")]
+    marks = [line.get_transform().transform(line.get_xydata()[1])[0] for line in lines]
+    assert [(x - at) / point for x in marks] == pytest.approx([-4, 0, 4])
+    bars = [bars[2][0] for bars in ax.containers]
+    ends = [bar.get_transform().transform(bar.get_segments()[1])[:, 0] for bar in bars]
+    assert [list((x - at) / point) for x in ends] == [pytest.approx([x, x]) for x in (-4, 0, 4)]
 
 
 def test_several_levels_have_each_its_height(ax):
     frame = pd.concat([measured(), pd.DataFrame({"arm": "c", "seed": [0], "num_experts": 8, "dropped": 0.1})])
     draw.lines(ax, frame, "num_experts", "dropped", ticks_at_values=True, levels=["c", "level", "not run"])
-    across = {line.get_color(): line.get_ydata()[0] for line in ax.get_lines() if line.get_transform() != ax.transData}
+    heights = {line.get_color(): line.get_ydata()[0] for line in ax.get_lines() if across(line)}
     look = looks(["b", "a", "level", "c"])
-    assert across == {look["c"].color: pytest.approx(10.0), look["level"].color: pytest.approx(40.0)}
+    assert heights == {look["c"].color: pytest.approx(10.0), look["level"].color: pytest.approx(40.0)}
     assert ax.get_xticks().tolist() == [1, 2, 4] and set(named(ax)) == {"a", "b", "c", "level"}
-    marks = [line.get_marker() for line in ax.figure.artists if line.get_color() in across]
+    marks = [line.get_marker() for line in ax.figure.artists if line.get_color() in heights]
     assert marks == ["", ""]
 
 

@@ -11,7 +11,7 @@ from ecmoe.report import plots
 from ecmoe.report.plots import style
 from ecmoe.study.table import curves, table
 from ecmoe.training.result import not_run
-from tests.report.plots.figures import EC, HASH, TOP2, drawn, legend, run, texts
+from tests.report.plots.figures import EC, HASH, TOP2, across, drawn, legend, run, texts
 
 
 def test_loss_over_steps(runs):
@@ -106,10 +106,10 @@ def test_loss_against_a_key():
     assert scales == ["log", "linear"] and plot.figure.axes[0].get_xscale() == "log"
     assert plots.over(curves(by_size), "step").figure.axes[0].get_xscale() == "linear"
     dense = {"Dense": [run(EC.replace(router="dense", num_experts=2, seed=s), 2.2 + s) for s in range(2)]}
-    for levels, across in ((), []), (["Dense"], [2.7]):
+    for levels, heights in ((), []), (["Dense"], [2.7]):
         (ax,) = drawn(plots.over(table(by_size | dense), "num_experts", levels=levels)).figure.axes
-        assert [line.get_ydata()[0] for line in ax.get_lines() if line.get_transform() != ax.transData] == across
-        marked = {float(x) for line in ax.get_lines() if line.get_transform() == ax.transData for x in line.get_xdata()}
+        assert [line.get_ydata()[0] for line in ax.get_lines() if across(line)] == heights
+        marked = {float(x) for line in ax.get_lines() if not across(line) for x in line.get_xdata()}
         assert (2 in marked) == (not levels)
 
 
