@@ -65,7 +65,7 @@ class RestsOn:
     @classmethod
     def of(cls, runs: Collection[Mapping[str, Any]], configs: Sequence[RunConfig], **more: Any) -> "RestsOn":
         """Build it from the summaries of finished runs and the configs of their arms."""
-        tokens = [config.steps * config.tokens_per_batch for config in configs] or [0]
+        tokens = [run["tokens"] for run in runs] or [0]
         return cls(
             size=size(configs) if configs else "",
             tokens=(min(tokens), max(tokens)),

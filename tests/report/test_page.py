@@ -107,7 +107,7 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     assert len(shown) == 2
     shown.pop()
     config = RunConfig(steps=10)
-    run = {"name": config.name, "status": "finished", "seed": 0, "device": "H100"}
+    run = {"name": config.name, "status": "finished", "seed": 0, "device": "H100", "tokens": 20_480}
 
     def study(scale, *there):
         each = [config, config.replace(seed=1, steps=20)]  # of unequal sizes: what wasn't run says nothing of them
@@ -121,7 +121,9 @@ def test_where_nothing_was_run_a_line_says_so_not_rows_of_dashes(shown):
     report.finding("a minus b is +0.1.", study("gpu", run))
     report.finding("a minus b is +0.1.", study("smoke", run))
     other = config.replace(seed=1, steps=20).name
-    report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "device": None}))
+    report.finding(
+        "a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "device": None, "tokens": 40_960})
+    )
     all_done = shown.pop()
     assert "--train" not in all_done and "Rests on 2 runs of 20,480 to 40,960 tokens (seeds 0, 1) of " in all_done
     report.finding("a minus b is +0.1.", study("gpu", run, run | {"name": other, "seed": 1, "status": "diverged"}))

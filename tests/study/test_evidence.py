@@ -48,7 +48,8 @@ def study(tmp_path, monkeypatch):
                     "val_loss_causal": loss,
                     "train_loss": loss,
                 }
-                summary |= {"steps": one.config.steps, "device": "NVIDIA H100", "code": "abc", "routing": {}} | more
+                summary |= {"steps": one.config.steps, "tokens": one.config.steps * one.config.tokens_per_batch}
+                summary |= {"device": "NVIDIA H100", "code": "abc", "routing": {}} | more
                 write_record(record(one, "gpu"), Result(summary))
         return evidence
 

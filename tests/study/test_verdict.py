@@ -244,8 +244,12 @@ def test_a_verdict_says_what_it_rests_on_and_what_is_mixed():
 
 
 def test_what_it_rests_on_has_every_run_seed_size_and_card():
-    configs = [RunConfig(steps=40, layers=2, router="hash"), RunConfig(steps=20, layers=6, router="dense")]
-    runs = [{"seed": seed, "device": device} for seed, device in ((16, "B"), (1, "A"), (16, None))]
+    configs = [
+        RunConfig(layers=2, router="hash"),
+        RunConfig(layers=6, router="dense"),
+    ]  # whose runs may be of more tokens
+    each = ((16, "B", 40_960), (1, "A", 50_000), (16, None, 81_920))
+    runs = [{"seed": seed, "device": device, "tokens": tokens} for seed, device, tokens in each]
     found = RestsOn.of(runs, configs, mixed=("code",))
     all_of_them = "40,960 to 81,920 tokens (seeds 1, 16) of 2 to 6 layers of width 64, 8 experts, on A, B"
     assert str(found) == f"3 runs of {all_of_them}"

@@ -160,7 +160,8 @@ def lines(
 def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) -> None:
     """Write each line's name beside its end without overlaps, after a sample of the line. ends: name -> y."""
     low, high = ax.get_ylim()
-    gap = 0.062 * (high - low) * 3.3 / max(ax.figure.get_size_inches()[1] - 1, 1)
+    inches = ax.figure.get_size_inches()[1] / ax.get_subplotspec().get_gridspec().nrows  # of the axes, title and labels
+    gap = 0.062 * (high - low) * 3.3 / max(inches - 1, 1)
     order = sorted(ends, key=ends.get)
     at, text = [ends[name] for name in order], [textwrap.wrap(name, 30) for name in order]
     for i in range(1, len(at)):  # move names up that are too close, then shift all back towards the lines' ends
@@ -169,12 +170,12 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
     at = np.array(at) - (np.mean(at) - np.mean(list(ends.values())))
     below, above = at[0] - gap / 2 - low, high - at[-1] - gap / 2  # free space in the axes
     at += max(-below, 0) - max(-above, 0) if below + above > 0 else (above - below) / 2
-    inches = ax.figure.dpi_scale_trans + ScaledTranslation(1, 0, ax.transAxes)  # to the right of the axes
+    beside = ax.figure.dpi_scale_trans + ScaledTranslation(1, 0, ax.transAxes)  # inches to the right of the axes
     for name, lines, y in zip(order, text, at, strict=True):
         look = shown.get(name, Look(INK, ""))
         ax.figure.add_artist(Line2D(
             (0.1, 0.25, 0.4), (y, y, y), color=look.color, dashes=look.dashes, linewidth=1.8, marker=look.marker, markevery=[1],
-            markerfacecolor=PAPER if look.dashes else look.color, transform=blended_transform_factory(inches, ax.transData),
+            markerfacecolor=PAPER if look.dashes else look.color, transform=blended_transform_factory(beside, ax.transData),
         ))  # fmt: skip
         ax.annotate(
             "\n".join(lines), (1, y), (33, 0), xycoords=("axes fraction", "data"), textcoords="offset points",

@@ -333,6 +333,19 @@ def test_numbers_in_words_have_as_many_digits_as_say_something():
     assert said == ["99.999", "-2.000 (-99.900 to -0.250)", "-1,235 (-100 to 1,000,000)"]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_no_name_lies_over_another_however_many_rows_of_panels_there_are(rows):
+    figure = Figure(figsize=(9, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False, sharey=True)
+    for ax in axes.flat:
+        ax.set(ylim=(-3, 103), xlabel="tasks learned", title="an arm")
+        name_ends(ax, {f"task {k}": 77.0 * (k == 5) for k in range(1, 6)}, {})
+    figure.canvas.draw()
+    for ax in axes.flat:
+        boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+        assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
+
+
 @pytest.mark.parametrize(("middle", "count"), [(5, 8), (9.9, 8), (0.1, 8), (5, 14), (9.9, 20)])
 def test_no_name_at_the_end_of_a_line_lies_over_another_or_outside(middle, count):
     fig, ax = pyplot.subplots(figsize=(7.6, 4.3))
