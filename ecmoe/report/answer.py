@@ -82,12 +82,12 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     """Return a table with a row per part: its label, estimate, seeds, rule, and minimum detectable effect."""
     rows = []
     for part in parts:
-        missing = f"; missing: {', '.join(part.missing)}" * bool(part.missing)
-        seeds = counted(part.effect.n, part.effect.of) + missing if part.effect.n else None
+        missing = ", ".join(f"{arm} (seed {seed})" for arm, seed in part.missing)
+        seeds = counted(part.effect.n, part.effect.of) + f"; missing: {missing}" * bool(missing)
         either = ", up or down" * (part.unit is Unit.RATIO)
         smallest = part.effect.smallest(part.level, protocol().power)
         seen = amount(smallest, part.unit, compares=True) + either if part.interval else None
-        rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
+        rows.append((part.name, part.label, found(part), seeds if part.effect.n else None, part.rule, seen))
     frame = pd.DataFrame(
         rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "minimum detectable effect"]
     )

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.model.build import TABLE_1, count_parameters, flops_per_token
 from ecmoe.provenance import PEAK_BF16
@@ -35,7 +34,7 @@ def hours(
 
     tokens: number of training tokens; None: as in each config. mfu: name -> model FLOPs utilisation (MFU) of its own timed steps.
     All others get that of EC-CF2 in the scale's `bench_step`, on its best path; `ASSUMED_MFU` where nothing was timed."""
-    timed = kept("step", paths.results(scale, "bench"))["rows"]
+    timed = kept("step", scale)["rows"]
     rates = [row["mfu"] for row in timed if row["arm"] == "EC-CF2" and row.get("mfu")]
     usual = (max(rates), f"timed for {setting(scale)[0]}") if rates else (ASSUMED_MFU, "assumed")
     rows = []

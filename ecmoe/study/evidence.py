@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import measure
 from ecmoe.study import estimate, speed
@@ -97,7 +96,7 @@ class Evidence:
         """Return a's step time divided by b's, per turn of the bench, each on its fastest path. of: how token choice routes, "even" or
         "own"; after a comma the only mode to read: "even, compiled"."""
         routing, _, mode = of.partition(", ")
-        rows = speed.kept("step", paths.results(self.scale, "bench"))["rows"]
+        rows = speed.kept("step", self.scale)["rows"]
 
         def best(name: str) -> list[float]:
             of_arm = [row for row in rows if row["arm"] == name and mode in ("", row["mode"])]
@@ -109,8 +108,8 @@ class Evidence:
 
     def step_time(self, a: str, b: str) -> float:
         """Return the time of a's training step divided by b's, each alone on one device; NaN if not measured."""
-        rows = speed.kept(speed.study_file(speed.study_arms(self.scale)), paths.results(self.scale, "bench"))["rows"]
-        ms = {row["arm"]: row["ms"] for row in rows}
+        timed = speed.kept(speed.study_file(speed.study_arms(self.scale)), self.scale)
+        ms = {row["arm"]: row["ms"] for row in timed["rows"]}
         return ms.get(a, math.nan) / ms.get(b, math.nan)
 
     def estimate(self, part: Part) -> Estimate:

@@ -133,25 +133,26 @@ def study_file(arms: Mapping[str, RunConfig]) -> str:
 def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = True) -> Found:
     """Return the results of each job: name -> rows and attributes. `measure`: measure missing ones now, if `may(scale)`, and store
     them in runs/bench; only `ecmoe bench all` writes to reports/."""
-    places = paths.results(scale, "bench"), paths.runs() / "bench" / scale
-    missing = {name: job for name, job in wanted.items() if kept(name, *places) is NOTHING}
+    own = paths.runs() / "bench" / scale
+    missing = {name: job for name, job in wanted.items() if kept(name, scale, own) is NOTHING}
     if measure and missing and may(scale):
         from ecmoe.bench.clock import save
 
         for name, job in missing.items():
-            save(job(), places[1] / f"{name}.json")
-    return {name: kept(name, *places) for name in wanted}
+            save(job(), own / f"{name}.json")
+    return {name: kept(name, scale, own) for name in wanted}
 
 
-def kept(name: str, *places: Path) -> dict[str, Any]:
-    """Read a result from the first of these folders that has it: its rows and their attributes; else `NOTHING`. May raise Damaged."""
-    there = (path for place in places if (path := place / f"{name}.json").exists())
+def kept(name: str, scale: str, *more: Path) -> dict[str, Any]:
+    """Read a result from reports/<scale>/bench, else from the first of these folders that has it: its rows and their attributes; else
+    `NOTHING`. May raise Damaged."""
+    there = (path for place in (paths.results(scale, "bench"), *more) if (path := place / f"{name}.json").exists())
     return next((NOTHING | read_json(path, sealed=True) for path in there), NOTHING)
 
 
 def setting(scale: str) -> tuple[str, str]:
     """Return what the scale's `bench_step` timed: the model size in words, and the device."""
-    found = kept("step", paths.results(scale, "bench"))["setting"]
+    found = kept("step", scale)["setting"]
     size = "{layers} layers of width {d_model}, {num_experts} experts".format_map(found) if found else "one model"
     return size, found.get("device", "an unknown device")
 

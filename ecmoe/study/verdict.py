@@ -31,14 +31,13 @@ WEAKEST_LAST = (REPRODUCED, IN_DIRECTION, NOT_RUN, UNDECIDED, NO_EFFECT, CONTRAD
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPart(Part):
-    """A part of a claim with its label and estimate. missing: runs that the part lacks, such as "EC-CF2 (seed 2)". level: of the interval,
-    after Holm."""
+    """A part of a claim with its label and estimate. missing: (arm, seed) of the runs that it lacks. level: of the interval, after Holm."""
 
     label: str
     sentence: str
     effect: Estimate
     level: float
-    missing: tuple[str, ...]
+    missing: tuple[tuple[str, int], ...]
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -158,7 +157,7 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
         judged = {k: v if v.label == NOT_RUN else replace(v, label=PLUMBING) for k, v in judged.items()}
     deciding = [part for part in judged.values() if part.decides]
     label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in deciding])
-    planned_by = [evidence.planned[arm][seed].pages for part in family.values() for arm, seed in evidence.missing(part)]
+    planned_by = [evidence.planned[arm][seed].pages for name in family for arm, seed in judged[name].missing]
     pages = dict.fromkeys(evidence.page if evidence.page in some else some[0] for some in planned_by) or [evidence.page]
     trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
     return ClaimVerdict(
@@ -189,7 +188,7 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
         sentence=_found(part, label, found, level),
         effect=found,
         level=level,
-        missing=tuple(f"{arm} (seed {seed})" for arm, seed in evidence.missing(part)),
+        missing=tuple(evidence.missing(part)),
     )
 
 
@@ -254,9 +253,9 @@ def label_of(part: Part, found: Estimate, level: float) -> str:
 
 
 def holm(cases: Sequence[tuple[Part, Estimate]]) -> list[float]:
-    """Return the level of each part's interval, such that the labels of all parts together hold with the protocol's level.
+    """Return the level of each part's interval, such that the labels of all parts together hold with the protocol's level, 1 - alpha.
 
-    Holm's step-down method (1979): the part with the smallest p-value gets 1 - 0.05 / m, the next 1 - 0.05 / (m - 1), and so
+    Holm's step-down method (1979): the part with the smallest p-value gets 1 - alpha / m, the next 1 - alpha / (m - 1), and so
     on. The first part that is undecided at its level sets the level of all remaining parts. m includes parts that did not run.
     """
     alpha, m = 1 - protocol().level, len(cases)

@@ -117,10 +117,7 @@ def test_c3_needs_all_numbers_of_experts_of_a_seed():
         "; 2 seeds); a verdict needs 3 seeds"
     )
     assert found.sentence.endswith("The claim's 2 parts: 2 undecided.")
-    assert found.parts[0].missing == (
-        "EC-CF2 renormalized, 32 experts (seed 0)",
-        "EC-CF2 renormalized, 32 experts (seed 3)",
-    )
+    assert found.parts[0].missing == tuple(("EC-CF2 renormalized, 32 experts", seed) for seed in (0, 3))
 
 
 def right(share, seeds=3, examples=(400, 800), seed=0):

@@ -179,7 +179,7 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     study({"EC-CAP3 renormalized": 3.60}, "04_capped_experts", status="diverged")  # its last loss counts for nothing
     found = judge("C5", "gpu")
     assert found.label == UNDECIDED and found.parts[1].label == NOT_RUN and found.rests_on.runs == 7
-    assert [f"EC-CAP3 renormalized (seed {seed})" for seed in range(3)] == list(found.parts[1].missing)
+    assert found.parts[1].missing == tuple(("EC-CAP3 renormalized", seed) for seed in range(3))
 
 
 def keep_measure(one, how, found):
@@ -284,7 +284,7 @@ def test_a_verdict_names_the_pages_that_would_train_what_it_lacks(study):
     record(evidence.planned["EC-CF2 renormalized"][3], "gpu").unlink()
     found = judge("C7", "gpu")
     assert found.lacks and found.command == "ecmoe runs 01_convergence --scale gpu --train"  # which alone plans seed 3
-    assert found.parts[0].missing == ("EC-CF2 renormalized (seed 3)",)
+    assert found.parts[0].missing == (("EC-CF2 renormalized", 3),)
     first = evidence.planned["EC-CF2 renormalized"][0]
     record(first, "gpu").unlink()
     assert first.pages[0] == "01_convergence"  # the claim's own page is named, although it comes later

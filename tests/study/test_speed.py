@@ -205,7 +205,7 @@ def test_what_was_timed_is_what_page_08_asks_for(monkeypatch):
     """A size that was changed after it was timed would head numbers that are another's."""
     monkeypatch.setenv("ECMOE_HOME", str(Path(__file__).parents[2]))
     asked = speed.plan("gpu")
-    kept = {name: speed.kept(name, paths.results("gpu", "bench")) for name in speed.jobs(**asked)}
+    kept = {name: speed.kept(name, "gpu") for name in speed.jobs(**asked)}
     grown = {
         axis: [row["value"] for row in kept["growth"]["rows"] if row["axis"] == axis] for axis in asked["growth_axes"]
     }
