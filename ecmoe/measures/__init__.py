@@ -160,7 +160,9 @@ def trained_model(result: "Result") -> Iterator["Load"]:
                 return error
             free_memory()  # left by training
             held.enter_context(place(say=False))
-            return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
+            if cuda := torch.cuda.is_available():
+                torch.set_float32_matmul_precision("high")  # as if the run had been trained just now, in this process
+            return load_model(run).to("cuda" if cuda else "cpu")
 
         def model() -> "Trunk":
             free_memory()  # left by the previous measurement, such as a fine-tuned copy of the model

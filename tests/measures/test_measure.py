@@ -180,6 +180,7 @@ def test_the_model_lies_on_a_gpu_of_its_own_where_there_is_one(tiny_config, monk
     monkeypatch.setattr("ecmoe.measures.lock", locked)
     monkeypatch.setattr(f"{__name__}.weights", compute)
     monkeypatch.setattr("torch.cuda.is_available", lambda: kind == "cuda")
+    monkeypatch.setattr("torch.set_float32_matmul_precision", held.append)
     monkeypatch.setattr(training_result, "load_model", lambda path: SimpleNamespace(to=held.append))
     monkeypatch.setattr("ecmoe.training.run.free_memory", lambda: held.append("freed"))
     monkeypatch.setattr(
@@ -188,7 +189,7 @@ def test_the_model_lies_on_a_gpu_of_its_own_where_there_is_one(tiny_config, monk
     measure(result, how(layers={"cuda": 7, "cpu": 17}[kind]), scale="gpu")
     name = result.summary["name"]
     run = tiny_config(steps=2, seed=11), True  # with its weights
-    used = [("a place", False), kind, "computed", "freed", "given back"]
+    used = [("a place", False), *["high"] * (kind == "cuda"), kind, "computed", "freed", "given back"]
     assert held == [name, "freed", run, "freed", *used, "free"]  # what is done leaves no room taken
 
 
