@@ -22,6 +22,7 @@ from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, new_expert
 from ecmoe.data import images
 from ecmoe.model.build import count_parameters
 from ecmoe.routing import altered
+from ecmoe.training.gpus import Place
 from ecmoe.training.lit import LitClassifier
 from ecmoe.training.once import StillOurs
 from ecmoe.training.result import Result, not_run, read_run, write_run
@@ -30,22 +31,29 @@ from ecmoe.training.trainer import repeatable
 
 
 def train_run(
-    config: ContinualConfig, folder: Path, still_ours: StillOurs = lambda: None, progress: bool = True, *_: Any
+    config: ContinualConfig,
+    folder: Path,
+    still_ours: StillOurs = lambda: None,
+    progress: bool = True,
+    callbacks: Any = (),
+    loggers: Any = (),
+    where: Place | None = None,
 ) -> Result:
     """Train as `ecmoe.training.run.train_run`, but without curve, weights, callbacks, or resuming after a kill."""
-    made, clock = circumstances(), time.perf_counter()
+    where, made, data = where or Place(), circumstances(), images.load(config.data)
     if torch.cuda.is_available():  # TF32, as `new_trainer` sets it: what else this process trains mustn't matter
         torch.set_float32_matmul_precision("high")
+    sharing, clock = where.sharing(), time.perf_counter()
     with repeatable():
         found = run(config)
-    seconds = time.perf_counter() - clock
+    sharing, seconds = max(sharing, where.sharing()), time.perf_counter() - clock
     for suffix in ("", "_task_known"):
         final, lost = final_and_forgetting(found[f"accuracy{suffix}"])
         found |= {f"final_accuracy{suffix}": final, f"forgetting{suffix}": lost}
     if progress:
         print(f"[{config.slug()}] accuracy {found['final_accuracy']:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    said = {"status": "finished", "seconds": seconds, "precision": "32-true", "world_size": 1}
-    said |= {"data": images.load(config.data).provenance} | made | {"finished": now()}
+    said = {"status": "finished", "seconds": seconds / sharing, "sharing": sharing}
+    said |= {"precision": "32-true", "world_size": 1, "data": data.provenance} | made | {"finished": now()}
     still_ours()
     write_run(folder, not_run(config).summary | found | said)
     return read_run(folder)  # the same result that a later call will load

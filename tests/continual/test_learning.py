@@ -5,6 +5,7 @@ import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,19 +169,28 @@ def test_a_summary_is_worked_out_of_both_matrices_and_written_by_who_holds_the_r
 ):
     found = {"accuracy": [[1.0, None], [0.5, 0.25]], "accuracy_task_known": [[0.75, None], [1.0, 0.5]], "other": 3}
     asked = []
-    seconds, inside = iter([100.0, 107.5]), []
-    monkeypatch.setattr(learning.time, "perf_counter", lambda: next(seconds))
+    seconds, inside, load = iter([100.0, 107.5]), [], images.load
+    monkeypatch.setattr(images, "load", lambda data: inside.append("decoded") or load(data))
+    monkeypatch.setattr(learning.time, "perf_counter", lambda: inside.append("clock") or next(seconds))
     monkeypatch.setattr(learning, "repeatable", lambda: nullcontext(inside.append("repeatable")))
     monkeypatch.setattr(learning, "circumstances", lambda: {"commit": "abc"})
     monkeypatch.setattr(learning, "now", lambda: "today")
     monkeypatch.setattr(learning, "run", lambda config: inside.append(config) or dict(found))
     still_ours = lambda: asked.append((tmp_path / "summary.json").exists())  # noqa: E731
-    said = learning.train_run(GATE, tmp_path, still_ours, progress).summary
+    counts = iter([2, 3] if progress else [3, 1])  # of runs on its GPU, when it begins and ends
+    where = SimpleNamespace(sharing=lambda: next(counts))
+    said = learning.train_run(GATE, tmp_path, still_ours, progress, (), (), where).summary
     numbers = {"final_accuracy": 0.375, "forgetting": 0.5, "final_accuracy_task_known": 0.75}
     numbers |= {"forgetting_task_known": -0.25, "world_size": 1, "precision": "32-true", "status": "finished"}
-    assert (found | numbers).items() <= said.items() and said["data"] == images.load("digits").provenance
-    assert {"seconds": 7.5, "commit": "abc", "finished": "today", "name": GATE.name}.items() <= said.items()
-    assert asked == [False] and inside == ["repeatable", GATE]
+    assert (found | numbers).items() <= said.items() and said["data"] == load("digits").provenance
+    assert {
+        "seconds": 2.5,
+        "sharing": 3,
+        "commit": "abc",
+        "finished": "today",
+        "name": GATE.name,
+    }.items() <= said.items()
+    assert asked == [False] and inside == ["decoded", "clock", "repeatable", GATE, "clock"]
     assert capsys.readouterr().err == f"[{GATE.slug()}] accuracy 0.375, 8 s\n" * progress
     assert inspect.signature(learning.train_run).parameters["progress"].default is True
 
