@@ -75,7 +75,9 @@ def value(run, column):
     what, _, row = column.partition("/")
     if not row:
         return run.get(column, run["routing"].get(column))
-    (path,) = (GPU / "measures" / run["name"]).glob(f"{what}-*.json")
+    if not (kept := list((GPU / "measures" / run["name"]).glob(f"{what}-*.json"))):
+        return math.nan  # a seed that another page trains, and none measures
+    (path,) = kept
     (loss,) = (one["loss"] for one in json.loads(path.read_text())["found"]["rows"] if one["way"] == row)
     return loss
 
@@ -168,7 +170,7 @@ def sample(part, page):
         (path,) = (GPU / "bench").glob("study-*.json")
         ms = {row["arm"]: row["ms"] for row in json.loads(path.read_text())["rows"]}
         found = np.add(found, math.log(ms[a[-1]] / ms[b[0]]))
-    return np.array(found)
+    return np.array(found)[~np.isnan(found)]
 
 
 def decided(part, margin, mean, errors):
