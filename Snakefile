@@ -115,11 +115,6 @@ def odd(file):
     return set(file) & set("{}<>")
 
 
-def files(name):
-    """Return the command-line arguments that pass a page's YAML files."""
-    return [word for file in sources(name)[1:] for word in ("-f", file)]
-
-
 def results(name):
     """Return the inputs of a page besides its sources: existing results, and markers of jobs that must end first."""
     made = {MARKERS[run] for run in RUNS[name] if run in MARKERS} if TRAIN else set()
@@ -171,7 +166,7 @@ rule page:
     params:
         notebook=lambda wildcards: sources(wildcards.name)[0],
         changed=lambda wildcards: [os.stat(file).st_mtime_ns for file in sources(wildcards.name) if odd(file)],
-        files=lambda wildcards: files(wildcards.name),
+        files=lambda wildcards: [word for file in sources(wildcards.name)[1:] for word in ("-f", file)],
     shell:
         "{ECMOE} report {params.notebook:q} {output:q} {params.files:q} --no-train"
 
