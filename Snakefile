@@ -52,7 +52,8 @@ def shown_by(stem):
     code = Path(f"notebooks/{stem}.ipynb").read_text(encoding="utf-8")
     pages = [other for other in NAMES.values() if other == stem or rf"\"{other}\"" in code]
     claims = [claim for id, claim in protocol().claims.items() if rf"\"{id}\"" in code]
-    runs = plan.sound(SCALE, pages)[0] + [one for claim in claims for one in claim.runs(SCALE, PLAN)]
+    compared = [of_seed for claim in claims for of_seed in claim.runs(SCALE, PLAN).values()]
+    runs = plan.sound(SCALE, pages)[0] + [one for of_seed in compared for one in of_seed.values()]
     timed = re.search(r"ecmoe\.study(\.| import )(cost|speed)", code) or any(claim.timed for claim in claims)
     return runs, timed
 

@@ -3,7 +3,6 @@
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,24 +12,18 @@ from ecmoe.measures import measure
 from ecmoe.study import estimate, speed
 from ecmoe.study.estimate import Estimate
 from ecmoe.study.load import recorded
-from ecmoe.study.plan import Planned, by_arm
+from ecmoe.study.plan import Planned
 from ecmoe.study.protocol import Part
 from ecmoe.study.units import Unit
 from ecmoe.training.result import Result
 
 
 class Evidence:
-    """The results of a page's arms at a scale, read lazily from reports/<scale>."""
+    """The results of planned runs, read lazily from reports/<scale>. page: whose arms they are. planned: arm -> seed -> run."""
 
-    def __init__(self, scale: str, page: str, everything: Sequence[Planned] = (), further: Sequence[str] = ()) -> None:
-        """everything: the plan of the scale. further: arms to read besides the page's own, configured with the page's base."""
-        self.scale, self.page, self._everything, self._further = scale, page, everything, further
+    def __init__(self, scale: str, page: str, planned: Mapping[str, Mapping[int, Planned]] = {}) -> None:
+        self.scale, self.page, self.planned = scale, page, planned
         self._summaries: dict[str, dict[int, dict[str, Any]]] = {}
-
-    @cached_property
-    def planned(self) -> dict[str, dict[int, Planned]]:
-        """Arm -> seed -> planned run, for every seed of the arm's config that any page of the scale plans."""
-        return by_arm(self.page, self.scale, self._everything, self._further)
 
     def config(self, arm: str) -> RunConfig:
         """Return the config of the arm's first seed."""

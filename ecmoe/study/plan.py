@@ -122,13 +122,12 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
 
 
 def by_arm(
-    page: str, scale: str, planned: Sequence[Planned], further: Sequence[str] = ()
+    page: str, scale: str, planned: Sequence[Planned], arms: Sequence[str] | None = None
 ) -> dict[str, dict[int, Planned]]:
     """Return arm -> seed -> planned run for the arms of a page, with every seed that any page plans. planned: the plan of the scale.
-    further: names of more arms, configured with the page's base."""
-    first = {"seeds": [0], "measures": {}}
-    more = of_page(page, scale, {**first, "arms": further, "vary": {}}) if further else []
-    names = {one.arms[0]: one.name for one in more + of_page(page, scale, first)}
+    arms: names of the arms, configured with the page's base; None: the page's own."""
+    others = {} if arms is None else {"arms": arms or None, "vary": {}}
+    names = {one.arms[0]: one.name for one in of_page(page, scale, {"seeds": [0], "measures": {}, **others})}
     return {arm: {one.seed: one for one in planned if one.of_all_seeds == name} for arm, name in names.items()}
 
 

@@ -121,10 +121,9 @@ class Claim(Held):
         """Whether the verdict depends on timings."""
         return any(part.how in ("time", "bench") for part in self.parts)
 
-    def runs(self, scale: str, planned: Sequence[Planned]) -> list[Planned]:
-        """Return the runs that the claim's parts compare, whichever page plans them. planned: the plan of the scale."""
-        of = by_arm(self.page, scale, planned, self.arms)
-        return [one for arm in self.arms for one in of[arm].values()]
+    def runs(self, scale: str, planned: Sequence[Planned]) -> dict[str, dict[int, Planned]]:
+        """Return arm -> seed -> run that the parts compare, whichever page plans it. planned: the plan of the scale."""
+        return by_arm(self.page, scale, planned, self.arms)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ecmoe.config import RunConfig
 from ecmoe.study import repeats, speed
 from ecmoe.study.estimate import Estimate
 from ecmoe.study.evidence import Evidence
-from ecmoe.study.plan import sound
+from ecmoe.study.plan import by_arm, sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
 from ecmoe.study.units import Unit, amount, counted, span, tolerance
 
@@ -127,19 +127,19 @@ def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
     doesn't train are left out.
     """
     about = find_claim(claim)
-    further = about.arms if page in (None, about.page) else ()
     planned, _ = sound(scale)  # another page that is invalid stops no verdict
-    return of_evidence(about, Evidence(scale, page or about.page, planned, further))
+    runs = about.runs(scale, planned) if page in (None, about.page) else by_arm(page, scale, planned)
+    return of_evidence(about, Evidence(scale, page or about.page, runs))
 
 
 def judge_all(scale: str) -> dict[str, ClaimVerdict]:
     """Return claim -> verdict for all claims, in the paper's order. Claims of an invalid page count as not run."""
     planned, wrong = sound(scale)
-    evidence = {id: Evidence(scale, about.page, planned, about.arms) for id, about in protocol().claims.items()}
-    for one in evidence.values():
-        if one.page in wrong:  # making the page reports the error
-            one.planned = {}
-    return {id: of_evidence(find_claim(id), one) for id, one in evidence.items()}
+    verdicts = {}
+    for id, about in protocol().claims.items():
+        runs = {} if about.page in wrong else about.runs(scale, planned)  # making the page reports its error
+        verdicts[id] = of_evidence(about, Evidence(scale, about.page, runs))
+    return verdicts
 
 
 def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:

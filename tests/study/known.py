@@ -23,14 +23,10 @@ class Known(Evidence):
     """Evidence that is made up: arm -> column -> seed -> number."""
 
     def __init__(self, numbers, scale="gpu", page="", **more):
-        super().__init__(scale, page)
-        self.numbers, self.more = numbers, more
-
-    @property
-    def planned(self):
         measures = [SimpleNamespace(what=what) for what in ("losses", "next-token", "fine-tuned")]
-        run = SimpleNamespace(pages=(self.page,), measures=measures)
-        return {arm: dict.fromkeys(range(4), run) for arm in self.numbers}
+        run = SimpleNamespace(pages=(page,), measures=measures)
+        super().__init__(scale, page, {arm: dict.fromkeys(range(4), run) for arm in numbers})
+        self.numbers, self.more = numbers, more
 
     def config(self, arm):
         return RunConfig()

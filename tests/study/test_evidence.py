@@ -13,7 +13,7 @@ from ecmoe.config import SCHEMA, ConfigError
 from ecmoe.files import Damaged, write_json
 from ecmoe.study import speed
 from ecmoe.study.evidence import Evidence
-from ecmoe.study.plan import plan, record
+from ecmoe.study.plan import by_arm, plan, record
 from ecmoe.study.protocol import Part, find_claim, protocol
 from ecmoe.study.verdict import (
     CONTRADICTED,
@@ -36,7 +36,8 @@ def study(tmp_path, monkeypatch):
 
     def keep(means, page, **more):
         about = find_claim("C1")  # whose page judges arms of others, too
-        evidence = Evidence("gpu", page, plan("gpu"), about.arms if page == about.page else ())
+        arms = about.arms if page == about.page else None
+        evidence = Evidence("gpu", page, by_arm(page, "gpu", plan("gpu"), arms))
         for arm, mean in means.items():
             for seed, one in evidence.planned[arm].items():
                 loss = mean + 0.0005 * NOISE[seed]
@@ -81,11 +82,12 @@ def test_an_invalid_page_leaves_its_own_claims_not_run_and_stops_no_other_verdic
     assert (sound["C5"].label, sound["C6"].label) == (REPRODUCED, REPRODUCED)
     configs = shutil.copytree(paths.configs(), tmp_path / "configs")
     monkeypatch.setenv("ECMOE_CONFIGS", str(configs))
-    (configs / "05_other_routers.yaml").write_text("arms: [Hush]\n")
-    found = judge_all("gpu")
-    assert found["C6"].label == NOT_RUN and found == sound | {"C6": found["C6"]}
-    assert judge("C5", "gpu") == sound["C5"]
-    with pytest.raises(ConfigError, match="no arm 'Hush'"):
+    for wrong in ("arms: [Hush]\n", "arms: ["):
+        (configs / "05_other_routers.yaml").write_text(wrong)
+        found = judge_all("gpu")
+        assert found["C6"].label == NOT_RUN and found == sound | {"C6": found["C6"]}
+        assert judge("C5", "gpu") == sound["C5"]
+    with pytest.raises(ConfigError, match="05_other_routers.yaml"):
         judge("C6", "gpu")
 
 
@@ -96,7 +98,8 @@ def test_a_claim_names_all_runs_that_judging_it_reads_and_whether_it_reads_timin
     monkeypatch.setattr(speed, "kept", lambda *where: timings.append(where) or speed.NOTHING)
     judge(id, "gpu")
     claim = find_claim(id)
-    assert {one.name for one in claim.runs("gpu", plan("gpu"))} == read and claim.timed == bool(timings)
+    runs = {one.name for of_seed in claim.runs("gpu", plan("gpu")).values() for one in of_seed.values()}
+    assert runs == read and claim.timed == bool(timings)
     assert bool(read) == (id != "C2")  # which is about timings alone
 
 
@@ -260,7 +263,7 @@ def test_a_part_lacks_seeds_that_all_its_arms_plan_with_what_it_reads(monkeypatc
     evidence = Evidence("gpu", "09_causality")
     one, other = {16: run("losses"), 8: run("losses"), 1: run("losses", "more"), 3: run()}, run("losses")
     planned = {"EC": one, "GShard": {8: other, 16: other, 5: other}}
-    monkeypatch.setattr(evidence, "planned", planned, raising=False)
+    monkeypatch.setattr(evidence, "planned", planned)
     monkeypatch.setattr(evidence, "finished", lambda arm: {8: {}})
     monkeypatch.setattr(evidence, "measured", lambda arm, seed, what: [1] if arm == "EC" else [])
 
@@ -280,7 +283,7 @@ def test_a_verdict_names_the_pages_that_would_train_what_it_lacks(study):
         not judge("C7", "gpu").lacks
         and judge("C5", "gpu").command == "ecmoe runs 04_capped_experts --scale gpu --train"
     )
-    evidence = Evidence("gpu", "04_capped_experts", plan("gpu"))
+    evidence = Evidence("gpu", "04_capped_experts", by_arm("04_capped_experts", "gpu", plan("gpu")))
     record(evidence.planned["EC-CF2 renormalized"][3], "gpu").unlink()
     found = judge("C7", "gpu")
     assert found.lacks and found.command == "ecmoe runs 01_convergence --scale gpu --train"  # which alone plans seed 3

@@ -271,11 +271,13 @@ def test_a_page_of_another_size_brings_no_arms_of_the_claim(monkeypatch):
     asked, about = [], find_claim("C1")
     monkeypatch.setattr(verdict, "Evidence", lambda *given: asked.append(given))
     monkeypatch.setattr(verdict, "of_evidence", lambda claim, evidence: claim)
-    monkeypatch.setattr(verdict, "sound", lambda scale: ([f"a run at {scale}"], {}))
+    monkeypatch.setattr(verdict, "sound", lambda scale: ("plan", {}))
+    monkeypatch.setattr("ecmoe.study.protocol.by_arm", lambda *given: given)
+    monkeypatch.setattr(verdict, "by_arm", lambda *given: given)
     for page in (None, about.page, "07_fine_tuning"):
         assert verdict.judge("C1", "paper", page=page) is about
-    planned = ["a run at paper"]
-    assert asked == [("paper", about.page, planned, about.arms)] * 2 + [("paper", "07_fine_tuning", planned, ())]
+    own, other = (about.page, "paper", "plan", about.arms), ("07_fine_tuning", "paper", "plan")
+    assert asked == [("paper", about.page, own)] * 2 + [("paper", "07_fine_tuning", other)]
 
 
 def test_a_verdict_rests_on_what_puts_its_parts_in_direction_too_and_on_horizons_of_several_lengths():
