@@ -13,6 +13,8 @@ from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from markupsafe import Markup
 
+from ecmoe.study.units import between
+
 TEMPLATE = Path(__file__).parent / "template"
 Format = str | Callable[[Any], str]
 _WRITTEN = {"gflops": "GFLOPs", "gpu": "GPU", "mfu": "MFU", "mb": "MB"}  # spelling of words in column headings
@@ -32,7 +34,7 @@ COLORS = {
 @cache
 def _macros() -> Any:
     environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-    environment.globals["colors"] = COLORS
+    environment.globals |= {"colors": COLORS, "between": between}
     return environment.get_template("parts.html.j2").module
 
 

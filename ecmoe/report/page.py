@@ -14,7 +14,7 @@ from ecmoe.report.plots.style import COUNT_COLORS, Plot, on_color
 from ecmoe.study import repeats
 from ecmoe.study.load import Study
 from ecmoe.study.protocol import protocol
-from ecmoe.study.units import counted
+from ecmoe.study.units import between, counted
 
 __all__ = [
     "answer", "at_size", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text", "told",
@@ -32,7 +32,7 @@ def show(plot: Plot, caption: str) -> None:
         if (seeds > 1).any():
             of_interval = seeds[plot.data.reindex(columns=["low"])["low"].notna()]
             some = of_interval if len(of_interval) else seeds
-            n = " to ".join(f"{n:g}" for n in dict.fromkeys((some.min(), some.max()))) + " seeds"
+            n = f"{between(some, 'g')} seeds"
             fewer = "; fewer have none" * (len(some) < len(seeds))
             said = f"Intervals: {100 * protocol().level:g}% over {n}, each by itself{fewer}"
             caption += f" {said}." if len(of_interval) else f" Means over {n}."
@@ -78,7 +78,7 @@ def provenance(study: Study, differences: str = "") -> None:
     results = [r for by_arm in study.values() for r in by_arm]
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
-    starts = sorted(s["started"][:10] for s in done if s.get("started"))
+    starts = [s["started"][:10] for s in done if s.get("started")]
     seconds = sum(s.get("seconds") or 0 for s in done)
     same = {key: _distinct(done, key) for key in ("code", "commit", "device", "precision")}
     same["versions"] = {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done}
@@ -89,7 +89,7 @@ def provenance(study: Study, differences: str = "") -> None:
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
         "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
         "tokens trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
-        "trained": [" to ".join(dict.fromkeys((starts[0], starts[-1]))) if starts else "never"],
+        "trained": [between(starts) or "never"],
     }
     for status in ("diverged", "failed"):
         lost = [s for s in done if s["status"] == status]

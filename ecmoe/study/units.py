@@ -2,6 +2,8 @@
 
 import enum
 import math
+from collections.abc import Iterable
+from typing import Any
 
 
 class Unit(enum.StrEnum):
@@ -39,6 +41,12 @@ def tolerance(margin: float, unit: Unit) -> str:
 def counted(n: int, of: str) -> str:
     """Format a count: "1 seed", "4 seeds"."""
     return f"{n} {of}{'' if n == 1 else 's'}"
+
+
+def between(values: Iterable[Any], form: str = "") -> str:
+    """Format the smallest and the largest value: "200 to 400", or "400" if they are equal."""
+    ends = sorted(values)
+    return " to ".join(dict.fromkeys(format(x, form) for x in (*ends[:1], *ends[-1:])))
 
 
 def _digits(x: float, unit: Unit) -> str:

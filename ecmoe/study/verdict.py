@@ -20,7 +20,7 @@ from ecmoe.study.estimate import Estimate
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import by_arm, sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
-from ecmoe.study.units import Unit, amount, counted, span, tolerance
+from ecmoe.study.units import Unit, amount, between, counted, span, tolerance
 
 REPRODUCED, IN_DIRECTION, NO_EFFECT = "reproduced", "reproduced in direction", "no effect"
 CONTRADICTED, UNDECIDED, NOT_RUN = "contradicted", "undecided", "not run"
@@ -87,7 +87,7 @@ class RestsOn:
     def trained(self) -> str:
         """The training tokens in words: "52 million tokens", "26 to 52 million tokens"."""
         unit, word = (1e6, " million") if self.tokens[0] >= 1e6 else (1, "")
-        return f"{' to '.join(f'{n / unit:,.0f}' for n in dict.fromkeys(self.tokens))}{word} tokens"
+        return f"{between((n / unit for n in self.tokens), ',.0f')}{word} tokens"
 
 
 @dataclass(frozen=True)
@@ -287,14 +287,9 @@ def weakest(labels: Sequence[str]) -> str:
 
 def size(configs: Sequence[RunConfig]) -> str:
     """Return the model size in words: "8 layers of width 512, 16 to 128 experts"; without experts if all models are dense."""
-
-    def range_of(key: str, of: Sequence[RunConfig]) -> str:
-        least, most = (pick(getattr(config, key) for config in of) for pick in (min, max))
-        return f"{least}" if least == most else f"{least} to {most}"
-
-    text = f"{range_of('layers', configs)} layers of width {range_of('d_model', configs)}"
-    moe = [config for config in configs if config.row.layer is not None]
-    return f"{text}, {range_of('num_experts', moe)} experts" if moe else text
+    layers, width = between(config.layers for config in configs), between(config.d_model for config in configs)
+    experts = between(config.num_experts for config in configs if config.row.layer is not None)
+    return f"{layers} layers of width {width}" + f", {experts} experts" * bool(experts)
 
 
 def _found(part: Part, label: str, found: Estimate, level: float) -> str:

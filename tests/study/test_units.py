@@ -1,6 +1,6 @@
 """Numbers in words."""
 
-from ecmoe.study.units import Unit, amount, counted, span, tolerance
+from ecmoe.study.units import Unit, amount, between, counted, span, tolerance
 
 
 def test_numbers_carry_their_unit_and_no_false_digits():
@@ -15,3 +15,8 @@ def test_numbers_carry_their_unit_and_no_false_digits():
     assert amount(1.2, Unit.RATIO) == "1.2 times" and amount(12.345, Unit.NATS) == "12.3 nats"
     assert span(0.21, 0.25, Unit.SHARE) == "21 to 25" and span(-0.0011, 0.0004, Unit.NATS) == "-0.001 to 0.0004"
     assert (counted(1, "seed"), counted(4, "turn")) == ("1 seed", "4 turns")
+
+
+def test_a_range_has_its_ends_or_one_value_if_they_look_alike():
+    assert between([300, 200, 400]) == "200 to 400" and between(iter((400, 400))) == between([400]) == "400"
+    assert between([1234.5, 2.0], ",.0f") == "2 to 1,234" and between([51.6, 52.4], ".0f") == "52" and between([]) == ""
