@@ -122,9 +122,8 @@ def results(name):
     if name in TIMED:
         made |= {BENCH} if MEASURE else {file for file in TIMES if os.path.exists(file)}
     asked = any(file in (BENCH, *MARKERS.values()) for file in made)
-    rules = os.path.relpath(paths.configs() / "protocol.yaml")
-    repeats = [str(file) for file in Path(REPORTS, "repeats").glob("*.json")]
-    return sorted(DONE[name] | made) + [rules, *sorted(repeats)] + [str(ASKED)] * asked
+    judged_by = {os.path.relpath(paths.configs() / "protocol.yaml"), *map(str, Path(REPORTS, "repeats").glob("*.json"))}
+    return sorted(DONE[name] | made | judged_by) + [str(ASKED)] * asked
 
 
 localrules: all, trained, index

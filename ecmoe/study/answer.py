@@ -70,8 +70,8 @@ def _named(one: ClaimVerdict) -> str:
     """Return a claim's number and what it says; or, if only some of its parts have its label, the names of these parts."""
     if one.said == one.label:
         return f"{one.about.id}: {one.about.short}"
-    names = " and ".join(f"\u201c{part.name}\u201d" for part in one.deciding if part.label == one.label)
-    return f"{one.about.id}{one.said.removeprefix(one.label).replace(' in', ', in')}: {names}"
+    some = [f"\u201c{part.name}\u201d" for part in one.deciding if part.label == one.label]
+    return f"{one.about.id}, in {len(some)} of {len(one.deciding)} parts: {' and '.join(some)}"
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
