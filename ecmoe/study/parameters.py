@@ -44,18 +44,13 @@ def parameter_files(notebook: str, scale: str) -> list[Path]:
 
 
 def check_scale(scale: str) -> None:
-    """Raise a ConfigError for an unknown scale, or if there are no configs, as outside a checkout."""
+    """Raise a ConfigError for an unknown scale, or for configs without scales or pages, as outside a checkout."""
     found = [path.stem for path in (paths.configs() / "scale").glob("*.yaml")]
     known = sorted(name for name in found if _SCALE.fullmatch(name))
-    if not known:
-        raise no_plan()
+    if not known or not any(paths.configs().glob("[0-9]*.yaml")):
+        raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
     if scale not in known:
         raise ConfigError(f"scale={scale!r}: must be one of {', '.join(known)}")
-
-
-def no_plan() -> ConfigError:
-    """Return the error for configs without scales or pages, as outside a checkout."""
-    return ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:

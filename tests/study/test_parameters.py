@@ -94,6 +94,7 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
             parameter_files("01_convergence", scale)
     check_scale("gpu")
     (tmp_path / "bad" / "scale").mkdir(parents=True)
+    (tmp_path / "bad" / "01_a.yaml").touch()
     for name in ("ok-1", "a;touch hacked", "$(x)", "{x}"):
         (tmp_path / "bad" / "scale" / f"{name}.yaml").touch()
     monkeypatch.setattr(paths, "configs", lambda: tmp_path / "bad")
