@@ -13,7 +13,7 @@ from scipy import integrate, optimize
 from scipy.stats import chi, f, nct, norm, t
 
 from ecmoe.study.protocol import protocol
-from ecmoe.study.units import Unit, amount, counted  # noqa: F401 (notebooks read the last two here)
+from ecmoe.study.units import Unit
 
 
 @dataclass(frozen=True)
