@@ -54,7 +54,7 @@ def shown_by(stem):
     claims = [claim for id, claim in protocol().claims.items() if rf"\"{id}\"" in code]
     compared = [of_seed for claim in claims for of_seed in claim.runs(SCALE, PLAN).values()]
     runs = plan.sound(SCALE, pages)[0] + [one for of_seed in compared for one in of_seed.values()]
-    timed = re.search(r"ecmoe\.study(\.| import )(cost|speed)", code) or any(claim.timed for claim in claims)
+    timed = re.search(r"ecmoe\.study(\.| import .*\b)(cost|speed)\b", code) or any(claim.timed for claim in claims)
     return runs, timed
 
 
