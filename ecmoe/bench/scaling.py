@@ -82,6 +82,7 @@ def bench_losses(base: Mapping[str, Any], devices: int, strategy: str, steps: in
     batch = base["batch_size"] // devices
     several = {"devices": devices, "strategy": strategy, "batch_size": batch, "eval_batches": devices}
     alone = {"batch_size": batch * devices, "eval_batches": 1}
+    # Several first, as all devices are free now.
     curves = (_trained(RunConfig.from_dict({**base, **same, **keys})).curve for keys in (several, alone))
     other, one = (curve.set_index("step")[["train_loss", "val_loss"]] for curve in curves)
     table = one.join(other, lsuffix="_one", rsuffix="_several").reset_index().astype({"step": int})

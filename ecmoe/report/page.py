@@ -27,15 +27,14 @@ def show(plot: Plot, caption: str) -> None:
     if plot.figure is None:
         show_html(markup("not_run_yet", caption))
     else:
-        seeds = plot.data.get("seeds", pd.Series(dtype=int))
-        seeds = seeds[seeds > 0]
-        if (seeds > 1).any():
-            of_interval = seeds[plot.data.reindex(columns=["low"])["low"].notna()]
-            some = of_interval if len(of_interval) else seeds
-            n = f"{between(some, 'g')} seeds"
-            fewer = "; fewer have none" * (len(some) < len(seeds))
-            said = f"Intervals: {100 * protocol().level:g}% over {n}, each by itself{fewer}"
-            caption += f" {said}." if len(of_interval) else f" Means over {n}."
+        rows = plot.data.reindex(columns=["seeds", "low"]).query("seeds > 0")
+        seeds, of_interval = rows["seeds"], rows["seeds"][rows["low"].notna()]
+        if len(of_interval):
+            level, n = f"{100 * protocol().level:g}%", between(of_interval, "g")
+            fewer = "; fewer have none" * (len(of_interval) < len(seeds))
+            caption += f" Intervals: {level} over {n} seeds, each by itself{fewer}."
+        elif (seeds > 1).any():
+            caption += f" Means over {between(seeds, 'g')} seeds."
         show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
 
 

@@ -123,6 +123,7 @@ def by_arm(
 ) -> dict[str, dict[int, Planned]]:
     """Return arm -> seed -> planned run for the arms of a page, with every seed that any page plans. planned: the plan of the scale.
     arms: names of the arms, configured with the page's base; None: the page's own."""
+    # A claim about timings alone has no arms, for which `arms` is None in a page's YAML.
     others = {} if arms is None else {"arms": arms or None, "vary": {}}
     names = {one.arms[0]: one.name for one in of_page(page, scale, {"seeds": [0], "measures": {}, **others})}
     return {arm: {one.seed: one for one in planned if one.of_all_seeds == name} for arm, name in names.items()}

@@ -244,10 +244,8 @@ def test_a_verdict_says_what_it_rests_on_and_what_is_mixed():
 
 
 def test_what_it_rests_on_has_every_run_seed_size_and_card():
-    configs = [
-        RunConfig(layers=2, router="hash"),
-        RunConfig(layers=6, router="dense"),
-    ]  # whose runs may be of more tokens
+    configs = [RunConfig(layers=2, router="hash"), RunConfig(layers=6, router="dense")]
+    # Of several tasks in sequence, a run's tokens are more than its config says.
     each = ((16, "B", 40_960), (1, "A", 50_000), (16, None, 81_920))
     runs = [{"seed": seed, "device": device, "tokens": tokens} for seed, device, tokens in each]
     found = RestsOn.of(runs, configs, mixed=("code",))

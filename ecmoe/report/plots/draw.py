@@ -139,10 +139,9 @@ def lines(
         values = sorted(frame.loc[~across, x].unique())
         ax.set_xticks(values, [f"{v:g}" for v in values])
         ax.minorticks_off()
+        # Set the lines apart, so that no interval hides another.
         drawn = [line for line in ax.get_lines() if line.get_marker() not in ("", "None", None)]
-        for i, (line, bars) in enumerate(
-            zip(drawn, ax.containers, strict=True)
-        ):  # apart, so that no interval hides another
+        for i, (line, bars) in enumerate(zip(drawn, ax.containers, strict=True)):
             aside = ScaledTranslation((i - (len(drawn) - 1) / 2) * 4 / 72, 0, ax.figure.dpi_scale_trans)
             for part in (line, *bars.get_children()):
                 part.set_transform(ax.transData + aside)
