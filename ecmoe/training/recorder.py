@@ -101,7 +101,7 @@ class Recorder(L.Callback):
         self.bar.close()
         gc.unfreeze()
 
-    on_exception = on_train_end
+    on_exception = on_train_end  # after an error, Lightning doesn't call on_train_end
 
     def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if torch.cuda.is_available():
@@ -175,8 +175,9 @@ class Recorder(L.Callback):
     def _asked(self, number: int, frame: Any) -> None:
         if self.ending:
             raise self.ending
-        self.ending = SystemExit(128 + number)  # as a shell says it
-        # print isn't safe in a handler
+        # The exit code is that of a shell. Of a KeyboardInterrupt, Lightning would make exit code 1.
+        self.ending = SystemExit(128 + number)
+        # A print would fail if the signal came in the middle of another one.
         os.write(2, b"ends after this step, with a checkpoint; at once if asked again\n")
 
     def curve(self) -> pd.DataFrame:
