@@ -106,7 +106,11 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int) -> int:
         command += ["--", "trained"]
         # At Ctrl-C `subprocess.run` would kill Snakemake, which would leave its lock behind.
         with subprocess.Popen(command, cwd=CHECKOUT) as process:
-            code = process.wait()
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                process.wait()  # for the runs, which end after their current step, or at once at another Ctrl-C
+                raise
         return code or int(any(lacks(one, scale) for one in planned))  # Snakemake succeeds even if runs are missing
     return in_turn(planned, scale, keep_weights=scale == "smoke")
 

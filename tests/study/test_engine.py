@@ -226,7 +226,7 @@ def test_each_run_is_a_line_however_long_its_error(project, monkeypatch, capsys)
 
 
 def test_snakemake_gets_the_runs(project, monkeypatch):
-    planned, did, ends = plan.plan("gpu")[:2], [], 0
+    planned, did, waits, ends = plan.plan("gpu")[:2], [], [], 0
 
     class Process:  # can't be killed
         def __init__(self, command, cwd):
@@ -239,7 +239,8 @@ def test_snakemake_gets_the_runs(project, monkeypatch):
             pass
 
         def wait(self):
-            if ends is None:
+            waits.append(ends)
+            if ends is None and len(waits) == 1:
                 raise KeyboardInterrupt
             return ends
 
@@ -256,9 +257,11 @@ def test_snakemake_gets_the_runs(project, monkeypatch):
     monkeypatch.setattr(engine, "lacks", lambda one, scale: "missing" * (one is planned[1]))
     for ends in (0, 3):
         assert engine.train(planned, "gpu", jobs=1) == (ends or 1)
-    ends = None  # Ctrl-C: Snakemake got it, too, and ends by itself
+    waits.clear()
+    ends = None  # Ctrl-C: Snakemake got it, too, and ends when its runs have ended
     with pytest.raises(KeyboardInterrupt):
         engine.train(planned, "gpu", jobs=1)
+    assert len(waits) == 2
 
 
 def test_a_bare_machine_trains_and_measures(tmp_path, monkeypatch):
