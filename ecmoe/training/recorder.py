@@ -166,16 +166,20 @@ class Recorder(L.Callback):
         before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+            if self.ending:
+                raise self.ending
+        except SystemExit as ended:
+            if ended.code == 128 + signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self.ending:
-            raise self.ending
 
     def _asked(self, number: int, frame: Any) -> None:
         if self.ending:
             raise self.ending
-        # The exit code is that of a shell. Of a KeyboardInterrupt, Lightning would make exit code 1.
+        # The exit code is that of a shell. Lightning would turn a KeyboardInterrupt into exit code 1.
         self.ending = SystemExit(128 + number)
         # A print would fail if the signal came in the middle of another one.
         os.write(2, b"ends after this step, with a checkpoint; at once if asked again\n")
