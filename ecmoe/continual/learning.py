@@ -22,7 +22,7 @@ from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, new_expert
 from ecmoe.data import images
 from ecmoe.model.build import count_parameters
 from ecmoe.routing import altered
-from ecmoe.training.gpus import Place
+from ecmoe.training.gpus import Place, use_tf32
 from ecmoe.training.lit import LitClassifier
 from ecmoe.training.once import StillOurs
 from ecmoe.training.result import Result, not_run, read_run, write_run
@@ -41,8 +41,7 @@ def train_run(
 ) -> Result:
     """Train as `ecmoe.training.run.train_run`, but without curve, weights, callbacks, or resuming after a kill."""
     where, made, data = where or Place(), circumstances(), images.load(config.data)
-    if torch.cuda.is_available():  # TF32, as `new_trainer` sets it: what else this process trains mustn't matter
-        torch.set_float32_matmul_precision("high")
+    use_tf32()
     sharing, clock = where.sharing(), time.perf_counter()
     with repeatable():
         found = run(config)

@@ -146,7 +146,7 @@ def trained_model(result: "Result") -> Iterator["Load"]:
     fails, every call raises its error, without another attempt."""
     import torch
 
-    from ecmoe.training.gpus import place
+    from ecmoe.training.gpus import place, use_tf32
     from ecmoe.training.result import load_model
     from ecmoe.training.run import free_memory, run_or_load
 
@@ -160,9 +160,8 @@ def trained_model(result: "Result") -> Iterator["Load"]:
                 return error
             free_memory()  # left by training
             held.enter_context(place(say=False))
-            if cuda := torch.cuda.is_available():
-                torch.set_float32_matmul_precision("high")  # as if the run had been trained just now, in this process
-            return load_model(run).to("cuda" if cuda else "cpu")
+            use_tf32()
+            return load_model(run).to("cuda" if torch.cuda.is_available() else "cpu")
 
         def model() -> "Trunk":
             free_memory()  # left by the previous measurement, such as a fine-tuned copy of the model

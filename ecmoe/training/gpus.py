@@ -88,6 +88,13 @@ def _taken(path: Path) -> bool:
     return True
 
 
+def use_tf32() -> None:
+    """Let float32 products on a GPU use TF32. What trains or measures calls it, so that no number depends on what this
+    process did before."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+
+
 def number(variable: str, default: int) -> int:
     """Return a positive integer from an environment variable; raise a ConfigError if it has another value."""
     text = os.environ.get(variable) or str(default)

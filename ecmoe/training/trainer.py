@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.training.gpus import use_tf32
 from ecmoe.training.ranks import in_torchrun
 
 
@@ -19,9 +20,8 @@ def new_trainer(config: RunConfig, **keys: Any) -> L.Trainer:
     """Return a Trainer with the run's precision, on the current GPU if any. It prints and saves nothing by default."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    use_tf32()
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.set_float32_matmul_precision("high")
     if not in_torchrun():  # Lightning would use variables that another launcher left in the environment
         rank_zero_only.rank = 0
         keys = {"plugins": [LightningEnvironment()]} | keys

@@ -1,7 +1,7 @@
 """One function per figure: tidy data in, `Plot(figure, alt, data)` out.
 
 `alt` (alternative text) states the finding with numbers, `data` holds the numbers shown. Missing runs are named and left as
-gaps; `figure` is None if nothing was run. Bands and bars are 95% intervals over seeds, of as many seeds
+gaps; `figure` is None if nothing was run. Bands and bars are intervals over seeds, at the protocol's level, of as many seeds
 as a verdict needs, or more.
 """
 

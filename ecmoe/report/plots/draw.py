@@ -103,7 +103,7 @@ def lines(
     named: bool = True,
     levels: Collection[str] = (),
 ) -> pd.DataFrame:
-    """Draw a line per arm, its mean and 95% interval over seeds, with its name at its end. Return the numbers shown: `by`, x,
+    """Draw a line per arm, its mean and interval over seeds, with its name at its end. Return the numbers shown: `by`, x,
     mean, low, high, seeds.
 
     frame: a row per arm, seed and x. by: the column whose values are the lines. reference: an arm; the others are shown as
@@ -185,7 +185,7 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
 def points(
     ax: Axes, frame: pd.DataFrame, value: str, order: Sequence[str], pairs: tuple[str, Mapping[str, Look]] | None = None
 ) -> pd.DataFrame:
-    """Draw a row per arm: a tick for each seed, the mean, and its 95% interval. Return the numbers shown: arm (and the column of
+    """Draw a row per arm: a tick for each seed, the mean, and its interval. Return the numbers shown: arm (and the column of
     `pairs`), mean, low, high, seeds.
 
     frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. pairs: a column whose values are
@@ -255,7 +255,7 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataF
 
 
 def bounds(values: pd.Series) -> tuple[float, float]:
-    """Return the 95% interval over seeds, in the form of seaborn's `errorbar` argument; NaN for fewer seeds than a verdict needs."""
+    """Return the interval over seeds, in the form of seaborn's `errorbar` argument; NaN for fewer seeds than a verdict needs."""
     return of_values(values).interval(least=protocol().least_seeds) or (math.nan, math.nan)
 
 

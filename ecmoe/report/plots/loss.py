@@ -24,7 +24,7 @@ def over(
     levels: Collection[str] = (),
     log: bool = True,
 ) -> Plot:
-    """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm, 95% intervals over seeds.
+    """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm, intervals over seeds.
 
     frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from it,
     seed by seed, which makes small gaps visible. levels: arms with a single x, shown as horizontal lines for comparison.
@@ -65,7 +65,7 @@ def over(
 def final_loss(
     table: pd.DataFrame, column: str = "val_loss", reference: str | None = None, lowest_first: bool = True
 ) -> Plot:
-    """Plot each arm's final value: a tick per seed, the mean and its 95% interval, sorted by the mean.
+    """Plot each arm's final value: a tick per seed, the mean and its interval, sorted by the mean.
 
     table: a row per arm and seed. column: a measured column, such as "bits_per_byte". reference: an arm; the others are shown as
     differences from it over common seeds. Or another column, such as "val_loss", which is subtracted from this one."""
