@@ -14,7 +14,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 from ecmoe.report.render import page_html
-from ecmoe.study import load, speed
+from ecmoe.study import speed
 from ecmoe.study.parameters import check_parameters, merge_parameters, parameter_files
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def page(home, monkeypatch, pytestconfig):
     if pytestconfig.getoption("--quick"):
         pytest.skip("runs a notebook")
     monkeypatch.setenv("ECMOE_HOME", str(home))
-    monkeypatch.setattr(load, "_CHECKED", set())
+    monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
 
     def made(notebook: Path, values: dict) -> BeautifulSoup:
         shown, there = nbformat.read(notebook, as_version=4), {}
@@ -181,6 +181,18 @@ def test_what_a_reader_tries_is_shown_beside_what_is_there(name, monkeypatch):
     assert plot == (given, tuple(columns), keys) and "Your" in caption
 
 
+@pytest.mark.parametrize("name", ["00_routing", "08_step_time", OWN_MODEL])
+def test_the_first_cells_may_be_run_again(name, monkeypatch):
+    """By when the names that the notebook has defined are among its parameters."""
+    monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
+    parameters, loads = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4).cells[1:3]
+    there: dict = {}
+    for _ in range(2):
+        exec(parameters.source, there)
+        there["train_missing"] = False
+        exec(loads.source, there)
+
+
 WRONG = {
     "an unknown name": ("factor=4", "has no parameter 'factor'"),
     "text for a boolean": ("train_missing='false'", "train_missing='false' must be a bool"),
@@ -194,7 +206,7 @@ WRONG = {
 def test_a_wrong_parameter_of_plain_papermill_stops_before_anything_trains(name, tmp_path, monkeypatch):
     """The cells before the answer, as papermill and Lab run them: parameters, those that were given, what is loaded."""
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    monkeypatch.setattr(load, "_CHECKED", set())
+    monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
     given, said = WRONG[name]
     cells = nbformat.read(ROOT / "notebooks/03_capacity_factor.ipynb", as_version=4).cells
     there: dict = {}

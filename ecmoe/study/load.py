@@ -21,7 +21,6 @@ from ecmoe.study.parameters import page_parameters
 from ecmoe.training.result import Result, not_run, read_record
 
 CORE = 1e11  # FLOP/s of one CPU core in training, estimated high
-_CHECKED: set[str] = set()  # pages loaded before in this process: their notebooks have defined other names since
 
 
 @dataclass
@@ -62,8 +61,7 @@ def load(page: str, given: Mapping[str, Any], also: Collection[str] = ()) -> Stu
     given: the notebook's globals(), which hold its parameters. `scale` selects the stored results; with `train_missing` missing
     runs are trained now (into runs/, never into reports/). also: arms to train without it.
     """
-    parameters = page_parameters(page, given, unknown=page not in _CHECKED)
-    _CHECKED.add(page)
+    parameters = page_parameters(page, given)
     scale = parameters["scale"]
     planned = planning.of_page(page, scale, parameters)
     results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}

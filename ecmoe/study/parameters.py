@@ -12,6 +12,9 @@ from ecmoe import paths
 from ecmoe.files import ConfigError, nearest, read_yaml
 
 PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # parameters that define a plan
+_CHECKED: set[str] = (
+    set()
+)  # pages whose parameters were checked in this process: their notebooks have defined other names since
 _SCALE = re.compile(r"\w[\w.-]*")  # scales are used in shell commands and as folder names
 
 
@@ -79,10 +82,10 @@ def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any
     return both
 
 
-def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True) -> dict[str, Any]:
+def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a page: those of its YAML files, overridden by `given`. Raise a ConfigError for an unknown scale, a
-    value whose type differs from the file's, such as "false" for false, and, unless a notebook has defined other names by now
-    (`unknown` is False), for a name that isn't a parameter of the page.
+    value whose type differs from the file's, such as "false" for false, and, at the first call for a page, for a name that isn't
+    a parameter of it: at a later call, as when a cell is run again, the notebook has defined names of its own.
 
     given: such as the globals() of the notebook's first cell. Ignored are values that aren't strings, numbers, lists or dicts
     (None too: the file's value counts), and names in capitals or with a leading underscore.
@@ -92,7 +95,8 @@ def page_parameters(page: str, given: Mapping[str, Any], *, unknown: bool = True
     scale = given.get("scale", "smoke")
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
     ours = {name: value for name, value in given.items() if name in values}
-    check_kinds(page, given if unknown else ours, values)
+    check_kinds(page, ours if page in _CHECKED else given, values)
+    _CHECKED.add(page)
     return merged(values, ours)
 
 

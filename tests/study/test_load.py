@@ -54,7 +54,7 @@ def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
 
 
 def test_an_unknown_name_is_an_error_where_a_notebook_begins_and_its_own_later(monkeypatch):
-    monkeypatch.setattr(module, "_CHECKED", set())
+    monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
     page = {"scale": "smoke", "train_missing": False}
     for name in ("13_gates", "14_learning_rate"):
         with pytest.raises(ConfigError, match="has no parameter 'sed'"):

@@ -22,6 +22,12 @@ from ecmoe.study.parameters import (
 )
 
 
+@pytest.fixture(autouse=True)
+def first_call(monkeypatch):
+    """No page's parameters were checked before."""
+    monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
+
+
 def notebook(source: str, tag: str = "parameters") -> nbformat.NotebookNode:
     cell = nbformat.v4.new_code_cell(source, metadata={"tags": [tag]})
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A page"), cell])
@@ -205,4 +211,4 @@ def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=re.escape(f"a list, such as {values['arms'][:3]}") + "$"):
         page_parameters("03_capacity_factor", {"arms": 5})
     late = {"rows": [1], "seeds": [5]}  # what a notebook has made by now
-    assert page_parameters("03_capacity_factor", late, unknown=False)["seeds"] == [5]
+    assert page_parameters("03_capacity_factor", late)["seeds"] == [5]
