@@ -106,7 +106,7 @@ def bench_scaling(
     the losses of one model on one GPU and on several. Each row is saved as soon as it is measured."""
     import torch
 
-    from ecmoe.bench import scaling
+    from ecmoe.bench import across, scaling
     from ecmoe.study import speed
 
     given = {"devices": devices, "strategies": strategy, "pools": pool}
@@ -116,7 +116,7 @@ def bench_scaling(
     several, how = sorted(many for many in asked["devices"] if 1 < many <= there), (strategy or ["ddp"])[0]
     tables: dict[str, Callable[[], Iterable[Any]]] = {
         "training": lambda: scaling.bench_scaling(**asked, repeats=repeats),
-        "layers": lambda: scaling.bench_across(layers, several, repeats=repeats),
+        "layers": lambda: across.bench_across(layers, several, repeats=repeats),
         "losses": lambda: (scaling.bench_losses(base, most, how) for most in several[-1:]),
     }
     parts = only.split(",")

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ecmoe.bench import layer as bench
 from ecmoe.bench.clock import save
+from ecmoe.routing import router
 
 
 @pytest.fixture
@@ -68,7 +69,10 @@ def wired(monkeypatch):
         monkeypatch.setattr(bench, name, parts)
     monkeypatch.setattr(bench, "graphs", lambda calls, absent: (calls, absent))
     monkeypatch.setattr(bench.timing, "timed", timed)
-    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: ("compiled", layer, dynamic))
+    layers = torch.nn.Module
+    monkeypatch.setattr(
+        torch, "compile", lambda it, dynamic: ("compiled", it, dynamic) if isinstance(it, layers) else it
+    )
     return asked
 
 
@@ -124,7 +128,9 @@ def test_the_path_of_a_run_has_the_plain_ones_weights_and_input(compiled, wired,
         for path in ("plain", "auto")
         for mode in ("eager", "compiled")[: 1 + compiled]
     ]
-    assert list(wired["calls"]) == [one._replace(what=what) for one in rows for what in (bench.FORWARD, bench.BOTH)]
+    once = [bench.Row("EC-CF2", "", "auto", "compiled")]  # compiled, it is the plain path on a CPU
+    timed = [one for one in rows if one not in once]
+    assert list(wired["calls"]) == [one._replace(what=what) for one in timed for what in (bench.FORWARD, bench.BOTH)]
     for one, (what, step, tokens, layer, of) in wired["calls"].items():
         assert what == one.what and tokens is x and of is gradient and layer.kernels == one.path
         assert step == (("compiled", layer, False) if one.mode == "compiled" else layer)
@@ -309,8 +315,32 @@ def test_compiled_rows(monkeypatch):
     rows = table[table["mode"] == "compiled"]
     assert set(rows["variant"]) == {"", "capacity 2 n/e", "grouped_mm"}
     assert compiled == 3 * [{"dynamic": False}] and len(called) == 3
-    bench.bench_auto([{"n": 16, "d_model": 4}], num_experts=4, compiled=True, repeats=2)
-    assert len(compiled) == len(called) == 5
+    table = bench.bench_auto([{"n": 16, "d_model": 4}], num_experts=4, compiled=True, repeats=2)
+    assert (
+        sum(isinstance(step, torch.nn.Module) for step in called) == 4
+    )  # one of two: on a CPU both are the plain path
+    rows = table[table["mode"] == "compiled"]
+    assert rows["auto_ms"].tolist() == rows["plain_ms"].tolist() and set(rows["path"]) == {"plain"} and len(rows) == 2
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_where_a_compiled_run_takes_the_kernels_both_paths_are_timed(few, monkeypatch):
+    """As on a GPU, where `FEW` decides whether the kernels are worth their launches in a compiled layer."""
+    timed = []
+
+    def note(calls, *_):
+        timed.extend(calls)
+        return SimpleNamespace(times={row: [0.002 if row.path == "plain" else 0.001] * 2 for row in calls}, absent=[])
+
+    monkeypatch.setattr(router, "fast", lambda kernels, x: kernels == "auto")
+    monkeypatch.setattr(router, "FEW", 16 * 4 + few)
+    monkeypatch.setattr(bench, "kernels_run", lambda device: True)
+    monkeypatch.setattr(bench.timing, "timed", note)
+    table = bench.bench_auto([{"n": 16, "d_model": 4}], num_experts=4, compiled=True, repeats=2)
+    found = table[["mode", "path", "auto_ms", "ratio"]].drop_duplicates().to_numpy().tolist()
+    of_compiled = ["compiled", "plain", 2.0, 1.0] if few else ["compiled", "triton", 1.0, 0.5]
+    assert found == [["eager", "triton", 1.0, 0.5], of_compiled]
+    assert sum(row.mode == "compiled" and row.path == "auto" for row in timed) == 2 * (not few)
 
 
 def test_what_fails_is_named_and_the_rest_is_measured(monkeypatch):
