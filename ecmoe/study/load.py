@@ -84,7 +84,9 @@ def warn_of_hours(configs: Sequence[RunConfig]) -> None:
 
     from ecmoe.model.build import flops_per_token
 
-    flops = sum(flops_per_token(config) * config.steps * config.tokens_per_batch for config in configs)
+    # A run of tasks in sequence trains `steps` steps for each of them.
+    tokens = [config.tokens_per_batch * config.steps * getattr(config, "tasks", 1) for config in configs]
+    flops = sum(flops_per_token(config) * n for config, n in zip(configs, tokens, strict=True))
     hours = flops / (CORE * (os.cpu_count() or 1)) / 3600
     if hours > 1 and not torch.cuda.is_available():
         said = f"no GPU here: {len(configs)} runs will take more than {hours:,.0f} hours on this CPU. Interrupt, and"

@@ -14,7 +14,7 @@ from ecmoe.measures import measurements
 from ecmoe.model.build import flops_per_token
 from ecmoe.study import load as module
 from ecmoe.study.load import Study, beside, load, watching
-from ecmoe.study.plan import Planned
+from ecmoe.study.plan import Planned, of_page
 from ecmoe.training.result import Result, not_run, write_record
 
 
@@ -114,6 +114,16 @@ def test_hours_are_the_flops_of_all_tokens_over_what_cores_do(monkeypatch, capsy
     module.warn_of_hours(configs)
     told = capsys.readouterr().err
     assert told.count("\n") == bool(said) and said in told
+
+
+def test_hours_of_tasks_in_sequence_are_those_of_all_tasks(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
+    config = of_page("11_continual_learning", "smoke")[0].config.replace(tasks=5)
+    hour = 3600 * module.CORE / (config.steps * config.tokens_per_batch)
+    monkeypatch.setattr("ecmoe.model.build.flops_per_token", lambda config: 2 * hour)
+    module.warn_of_hours([config])
+    assert "1 runs will take more than 10 hours" in capsys.readouterr().err
 
 
 def test_what_was_measured_is_a_table_with_a_row_for_each_gap(monkeypatch):
