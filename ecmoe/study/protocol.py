@@ -138,11 +138,12 @@ class Amendment(Held):
 
 @dataclass(frozen=True)
 class Protocol(Held):
-    """The rules for all claims, and the claims by id, in the paper's order."""
+    """The rules for all claims, and the claims by id, in the paper's order. margins: what counts as equal where no claim says otherwise."""
 
     level: Share
     least_seeds: Annotated[int, Field(ge=2)]
     power: Share
+    margins: dict[Unit, Margin]
     amendments: list[Amendment]
     claims: dict[str, Claim]
 
@@ -152,7 +153,7 @@ def protocol() -> Protocol:
     """Return the validated content of configs/protocol.yaml. A ConfigError names claim, part, key, value, and what would be right."""
     values = held_to(dict[str, Any], read_yaml(paths.configs() / "protocol.yaml", "protocol"), "protocol")
     values.pop("lists", None)  # YAML anchors: lists of arms that the parts refer to
-    margins = held_to(dict[Unit, Margin], values.pop("margins", None), "protocol: margins")
+    margins = held_to(dict[Unit, Margin], values.get("margins"), "protocol: margins")
     claims = held_to(dict[str, dict[str, Any]], values.pop("claims", None), "protocol: claims")
     values["claims"] = {id: _claim(id, keys, margins) for id, keys in claims.items()}
     return held_to(Protocol, values, "protocol")

@@ -172,9 +172,10 @@ def test_what_is_wrong_in_the_whole_file_is_named(keys, value, error, tmp_path, 
 
 
 def test_a_file_needs_no_lists(monkeypatch):
-    written = {"level": 0.9, "least_seeds": 4, "power": 0.7, "amendments": [], "claims": {}}
-    monkeypatch.setattr(module, "read_yaml", lambda path, what: written | {"margins": {"ratio": 0.1}})
-    assert protocol.__wrapped__() == module.Protocol(**written)
+    written = {"level": 0.9, "least_seeds": 4, "power": 0.7, "margins": {"ratio": 0.1}, "amendments": [], "claims": {}}
+    monkeypatch.setattr(module, "read_yaml", lambda path, what: written)
+    found = protocol.__wrapped__()
+    assert found == module.Protocol(**written | {"margins": {Unit.RATIO: 0.1}})
 
 
 def test_an_unknown_claim_suggests_the_near_one():
