@@ -15,6 +15,7 @@ from ecmoe.study import repeats
 from ecmoe.study.load import Study
 from ecmoe.study.protocol import protocol
 from ecmoe.study.units import between, counted
+from ecmoe.study.verdict import token_word
 
 __all__ = [
     "answer", "at_size", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text", "told",
@@ -78,7 +79,7 @@ def provenance(study: Study, differences: str = "") -> None:
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
     starts = [s["started"][:10] for s in done if s.get("started")]
-    seconds = sum(s.get("seconds") or 0 for s in done)
+    seconds, word = sum(s.get("seconds") or 0 for s in done), token_word(one.config for one in study.planned)
     same = {key: _distinct(done, key) for key in ("code", "commit", "device", "precision")}
     same["versions"] = {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done}
     rows: dict[str, Iterable[Any]] = same | {
@@ -87,7 +88,7 @@ def provenance(study: Study, differences: str = "") -> None:
         "runs that shared a device (seconds: wall time divided by their number)": _distinct(done, "sharing", 1) - {"1"},
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
         "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
-        "tokens trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
+        f"{word} trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
         "trained": [between(starts) or "never"],
     }
     for status in ("diverged", "failed"):
@@ -108,9 +109,9 @@ def provenance(study: Study, differences: str = "") -> None:
     warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""
     keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
     took = pd.DataFrame([{key: r.summary.get(key) for key in keys} for r in results if r.ok], columns=keys)
-    took = took.fillna({"sharing": 1})
+    took = took.fillna({"sharing": 1}).rename(columns=lambda key: key.replace("tokens", word))
     costs = table_html(took if took["sharing"].ne(1).any() else took.drop(columns="sharing")) if done else ""
-    show_html(markup("provenance", shown, differences, warning, costs))
+    show_html(markup("provenance", shown, differences, warning, word, costs))
 
 
 def _distinct(summaries: list[dict[str, Any]], key: str, default: Any = "unknown") -> set[str]:

@@ -8,7 +8,7 @@ Nothing here trains, measures or needs a notebook: missing results are "not run"
 import bisect
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,11 +48,12 @@ class JudgedPart(Part):
 @dataclass(frozen=True)
 class RestsOn:
     """The runs, or the turns of a bench, that a sentence is based on. tokens: the smallest and largest number of training tokens of
-    a run. mixed: "code" if compared runs have code versions not shown to agree, "card" if they used different kinds of device.
-    repeats: runs that show that versions agree. covered: how many steps each of their repeats compared."""
+    a run. word: for these tokens. mixed: "code" if compared runs have code versions not shown to agree, "card" if they used different
+    kinds of device. repeats: runs that show that versions agree. covered: how many steps each of their repeats compared."""
 
     size: str = ""
     tokens: tuple[int, int] = (0, 0)
+    word: str = "tokens"
     seeds: tuple[int, ...] = ()
     runs: int = 0
     cards: tuple[str, ...] = ()
@@ -68,6 +69,7 @@ class RestsOn:
         return cls(
             size=size(configs) if configs else "",
             tokens=(min(tokens), max(tokens)),
+            word=token_word(configs),
             seeds=tuple(sorted({run["seed"] for run in runs})),
             runs=len(runs),
             cards=tuple(sorted({run["device"] for run in runs if run.get("device")})),
@@ -85,9 +87,9 @@ class RestsOn:
 
     @property
     def trained(self) -> str:
-        """The training tokens in words: "52 million tokens", "26 to 52 million tokens"."""
-        unit, word = (1e6, " million") if self.tokens[0] >= 1e6 else (1, "")
-        return f"{between((n / unit for n in self.tokens), ',.0f')}{word} tokens"
+        """The training tokens in words: "52 million tokens", "26 to 52 million patches"."""
+        unit, million = (1e6, " million") if self.tokens[0] >= 1e6 else (1, "")
+        return f"{between((n / unit for n in self.tokens), ',.0f')}{million} {self.word}"
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,11 @@ def weakest(labels: Sequence[str]) -> str:
         return NOT_RUN
     worst = max(labels, key=WEAKEST_LAST.index)
     return UNDECIDED if worst == NOT_RUN else worst
+
+
+def token_word(configs: Iterable[RunConfig]) -> str:
+    """Return the word for what the models process: "patches" of images, or "tokens"."""
+    return "patches" if any(config.images for config in configs) else "tokens"
 
 
 def size(configs: Sequence[RunConfig]) -> str:

@@ -279,6 +279,19 @@ def test_provenance_has_all_that_numbers_come_from(shown):
     ]
 
 
+def test_provenance_of_models_of_images_counts_patches(shown):
+    config = RunConfig(data="digits", sequence_length=16)
+    study = Study(
+        "10_a", "smoke", {}, [Planned("a", config, (), (), 0)], (), {"EC": [result(0, tokens=3500, data=None)]}
+    )
+    report.provenance(study)
+    page = BeautifulSoup(shown[0], "html.parser")
+    assert page.find("th", string="patches trained on").find_next("td").text == "3,500"
+    heads = [cell.text for cell in page.details.table.thead.find_all("th")]
+    assert heads[2:4] == ["patches", "patches per second"] and "token" not in page.text
+    assert page.details.summary.text == "seconds and patches of each run"
+
+
 def test_provenance_says_where_runs_shared_a_device(shown):
     report.provenance(study(result(0), result(1, sharing=1)))
     report.provenance(study(result(0), result(1, sharing=3), result(2, sharing=3)))

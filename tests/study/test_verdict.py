@@ -253,6 +253,7 @@ def test_what_it_rests_on_has_every_run_seed_size_and_card():
     assert str(found) == f"3 runs of {all_of_them}"
     assert str(RestsOn.of(runs[:1], configs[1:])) == "1 run of 40,960 tokens (seed 16) of 6 layers of width 64, on B"
     assert found.mixed == ("code",) and "on an unknown device" in str(RestsOn.of(runs[2:], configs))
+    assert "of 40,960 patches (seed 16)" in str(RestsOn.of(runs[:1], [RunConfig(data="digits", sequence_length=16)]))
 
 
 def test_a_claim_lacks_what_could_change_its_label():
