@@ -1,6 +1,7 @@
 """Every notebook runs from its first cell to its last, with its smoke parameters and runs of a few steps."""
 
 import contextlib
+import html
 import io
 import re
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_the_committed_page_is_what_the_committed_results_give(notebook, page, m
     (text, numbers), (written, given) = (seen(soup) for soup in (page(notebook, values), committed))
     assert text == written
     np.testing.assert_allclose(numbers, given, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_committed_page_shows_the_code_of_its_notebook(notebook):
+    """Which `seen` leaves out, so that a cell may have changed while its page stayed."""
+    page = (ROOT / f"reports/gpu/{notebook.stem}.html").read_text(encoding="utf-8")
+    blocks = re.findall(r'<details class="code".*?<pre>(.*?)</pre>', page, re.DOTALL)
+    code = [html.unescape(re.sub(r"<[^>]+>", "", block)).strip() for block in blocks]
+    shown = [text for text in code if not text.startswith("# Parameters\n")]  # the pipeline's own cell
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert sorted(shown) == sorted(cell.source.strip() for cell in cells if cell.cell_type == "code")
 
 
 TRIED = {path.stem: path for path in NOTEBOOKS if "mine = {}" in path.read_text(encoding="utf-8")}
