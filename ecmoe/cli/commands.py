@@ -96,12 +96,15 @@ def run(
     raise typer.Exit(engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"))
 
 
+STOP = "stop at the first validation after this many steps; short runs of tasks in sequence (page 11) are never stopped"
+
+
 def again(
     names: Annotated[list[str], typer.Argument(help="names of recorded runs, or unique prefixes")],
     scale: Scale = "gpu",
-    steps: Annotated[int | None, typer.Option(min=1, help="stop at the first validation after this many steps")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help=STOP)] = None,
 ) -> None:
-    """Train recorded runs again in a temporary folder and compare their curves: does this machine reproduce the numbers?
+    """Train recorded runs again in a temporary folder and compare: does this machine reproduce their numbers?
 
     Exit code: 1 if a run differs. If this device is of the record's kind, the comparison is saved in reports/SCALE/repeats, where
     it shows whether two versions of the code compute the same.

@@ -202,12 +202,17 @@ def _share(name: str, key: str, value: Any, base: Keys) -> Any:
     return math.ceil(share / multiple) * multiple
 
 
+def config_class(keys: Keys) -> type[RunConfig]:
+    """Return the class of the config that has these keys."""
+    return ContinualConfig if "approach" in keys else RunConfig
+
+
 def config_of(arm: str, keys: Keys, seed: int) -> RunConfig:
-    """Return an arm's config, a ContinualConfig if it has the key `approach`. Raise a ConfigError that names the arm if it is invalid."""
+    """Return an arm's config. Raise a ConfigError that names the arm if it is invalid."""
     try:
         if "seed" in keys:
             raise ConfigError(f"seed={keys['seed']!r} can't be set by an arm: list it in `seeds`, for all arms")
-        return (ContinualConfig if "approach" in keys else RunConfig).from_dict({**keys, "seed": seed})
+        return config_class(keys).from_dict({**keys, "seed": seed})
     except ConfigError as error:
         raise ConfigError(f"arm {arm!r}: {error}") from error
 

@@ -4,10 +4,10 @@ Runs are collected over weeks, while the code is refactored. The same code repea
 device. So if changed code repeats the run exactly, both versions compute the same, and their runs may be compared.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,32 +17,35 @@ from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import read_json, write_json
 from ecmoe.provenance import code_digest, device_name
+from ecmoe.study.plan import config_class
 from ecmoe.training.result import Result, read_record, write_record
 
 COMPARED = ("train_loss", "val_loss", "val_loss_causal")  # columns of a curve, compared at the precision of records
+OF_TASKS = ("accuracy", "accuracy_task_known", "relatedness")  # compared of tasks in sequence, which have no curve
 
 
 def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
-    """Train a recorded run again in a temporary folder and compare its curve with the record, which stays unchanged.
+    """Train a recorded run again in a temporary folder and compare its numbers with the record, which stays unchanged.
 
-    steps: stop at the first validation after this many steps of its schedule; None: train to the end. Return run, router, device,
-    recorded (code digest of the record), code (current digest), rows (number compared), equal, differs (column -> largest
-    difference), which is stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if there is no
-    such record, its checksum doesn't match, or its run can't be repeated in one process.
+    steps: stop at the first validation after this many steps of its schedule; None: train to the end, as tasks in sequence always
+    are, because they are evaluated only after a task and take few steps. Return run, router (see `_router`), device, recorded (code
+    digest of the record), code (current digest), rows (number compared), equal, differs (column -> largest difference), which is
+    stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if there is no such record, its checksum
+    doesn't match, or its run needs several processes.
     """
     path = paths.results(scale, "runs") / f"{name}.json"
     if not path.exists():
         raise ConfigError(f"{name}: there is no record in {path.parent} to repeat; `ecmoe run` makes one")
     record = read_record(path)
-    if "approach" in record.summary["config"] or record.summary.get("world_size", 1) > 1:
-        raise ConfigError(f"{name}: only single-process runs on text or images can be repeated")
-    config = RunConfig.from_dict(record.summary["config"])
-    curve = _curve(config, steps or config.steps, record)
-    ours, theirs = (of.set_index("step")[list(COMPARED)] for of in (curve, record.curve))
+    if record.summary.get("world_size", 1) > 1:
+        raise ConfigError(f"{name}: only single-process runs can be repeated")
+    keys = record.summary["config"]
+    config = config_class(keys).from_dict(keys)
+    ours, theirs = (_compared(result) for result in (_trained(config, steps or config.steps, record), record))
     ours = ours[ours.index.isin(theirs.index)]
     differs = (ours - theirs.loc[ours.index]).abs().max().loc[lambda most: most > 0]
     found = {
-        "run": name, "router": config.router, "device": device_name(), "recorded": record.summary.get("code"),
+        "run": name, "router": _router(keys), "device": device_name(), "recorded": record.summary.get("code"),
         "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and ours.equals(theirs.loc[ours.index]),
         "differs": differs.to_dict(),
     }  # fmt: skip
@@ -53,12 +56,26 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     return found
 
 
-def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
-    """Train the run and return its curve, rounded as records are."""
+def _router(config: Mapping[str, Any]) -> str:
+    """Return the router of a run; of tasks in sequence, which other code trains, the approach and the router: "joint dense"."""
+    return " ".join(config[key] for key in ("approach", "router") if key in config)
+
+
+def _compared(result: Result) -> pd.DataFrame:
+    """Return the numbers of a run that are compared, indexed by step; of tasks in sequence by the steps up to each task's end."""
+    config, summary = result.summary["config"], result.summary
+    if "approach" not in config:
+        return result.curve.set_index("step").reindex(columns=list(COMPARED))
+    matrices = [pd.DataFrame(summary[name], dtype=float).add_prefix(f"{name} ") for name in OF_TASKS if name in summary]
+    return pd.concat(matrices, axis=1).set_axis([config["steps"] * (k + 1) for k in range(config["tasks"])])
+
+
+def _trained(config: RunConfig, steps: int, record: Result) -> Result:
+    """Train the run and return its summary, or that of its record if it was stopped, and its curve, rounded as records are."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     from ecmoe.training.gpus import place
-    from ecmoe.training.run import free_memory, train_run
+    from ecmoe.training.run import free_memory
 
     class Enough(Exception):
         pass
@@ -69,14 +86,15 @@ def _curve(config: RunConfig, steps: int, record: Result) -> pd.DataFrame:
 
     paths.cache().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=paths.cache()) as aside, place() as where:
-        folder = Path(aside)
-        with contextlib.suppress(Enough):
-            train_run(config, folder, callbacks=[LambdaCallback(on_validation_end=stop)], where=where)
+        folder, train = Path(aside), resolve_name(config.trained_by)
+        try:
+            trained = train(config, folder, callbacks=[LambdaCallback(on_validation_end=stop)], where=where)
+        except Enough:
+            trained = Result(record.summary, pd.read_csv(folder / "curve.csv"))
         free_memory()  # for the next run
-        curve = pd.read_csv(folder / "curve.csv")
         path = folder / f"{record.summary['name']}.json"
-        write_record(path, Result(record.summary, curve))
-        return read_record(path).curve
+        write_record(path, trained)
+        return read_record(path)
 
 
 def kept(scale: str) -> list[dict[str, Any]]:
@@ -87,7 +105,7 @@ def kept(scale: str) -> list[dict[str, Any]]:
 def covered(runs: Collection[str], scale: str) -> list[int]:
     """Return how many steps, from the first on, each equal repeat of these runs compared."""
     return [
-        int(read_record(paths.results(scale, "runs") / f"{one['run']}.json").curve["step"].iloc[one["rows"] - 1])
+        int(_compared(read_record(paths.results(scale, "runs") / f"{one['run']}.json")).index[one["rows"] - 1])
         for one in kept(scale)
         if one["equal"] and one["run"] in runs
     ]
@@ -100,7 +118,7 @@ def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any
     """
     if len({run.get("code") for run in runs}) < 2:
         return []
-    of = [(run.get("device"), run["config"].get("router"), run.get("code")) for run in runs]
+    of = [(run.get("device"), _router(run["config"]), run.get("code")) for run in runs]
     by_pair = defaultdict(list)
     for one in repeats:
         by_pair[one["device"], one["router"], frozenset((one["recorded"], one["code"]))].append(one)

@@ -17,6 +17,7 @@ from ecmoe.report.page import provenance
 from ecmoe.study import plan, repeats
 from ecmoe.study.load import Study
 from ecmoe.training.result import Result, not_run, read_record, write_record
+from tests.continual.small import EC, GATE
 
 
 def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_config, tmp_path, monkeypatch):
@@ -50,10 +51,12 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
         write_record(record, kept)
         for column in ("train_loss", "val_loss", "val_loss_causal"):
             patch.setattr(
-                repeats, "_curve", lambda *_, column=column: kept.curve.assign(**{column: kept.curve[column] + 0.5})
+                repeats,
+                "_trained",
+                lambda *_, column=column: Result(kept.summary, kept.curve.assign(**{column: kept.curve[column] + 0.5})),
             )
             assert repeats.again(config.name, "gpu")["differs"] == {column: pytest.approx(0.5)}
-        patch.setattr(repeats, "_curve", lambda *_: kept.curve)
+        patch.setattr(repeats, "_trained", lambda *_: kept)
         write_record(record, Result(kept.summary, kept.curve.iloc[1:]))  # which lacks the first validation
         shorter = repeats.again(config.name, "gpu")
         assert shorter["equal"] and shorter["rows"] == 2
@@ -89,7 +92,7 @@ def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_
     monkeypatch.setattr("ecmoe.training.gpus.place", place)
     monkeypatch.setattr("ecmoe.training.run.train_run", train_run)
     monkeypatch.setattr("ecmoe.training.run.free_memory", lambda: did.append("free"))
-    curve = repeats._curve(config, 4, not_run(config))
+    curve = repeats._trained(config, 4, not_run(config)).curve
     assert did == [(config, "a card", paths.cache()), 3, "free", "left"] and not any(paths.cache().iterdir())
     assert curve[["step", "val_loss"]].values.tolist() == [[3, 2.5], [4, 2.25]]
 
@@ -105,7 +108,7 @@ def test_a_repeat_takes_the_place_of_one_that_compared_no_more_rows(tiny_config,
     (paths.results("gpu", "runs") / f"{config.name}.json").touch()
     lower, elsewhere = curve.assign(val_loss=[3.0, 2.25]), curve.assign(step=[3, 5])
     for now, rows, equal in ((curve, 2, True), (lower, 2, False), (curve[:1], 1, True), (elsewhere, 0, False)):
-        monkeypatch.setattr(repeats, "_curve", lambda *_, now=now: now)
+        monkeypatch.setattr(repeats, "_trained", lambda *_, now=now: Result(record, now))
         found = repeats.again(config.name, "gpu")
         assert (found["rows"], found["equal"]) == (rows, equal)  # of no common step nothing is known
         assert found["differs"] == ({"val_loss": 0.25} if now is lower else {})  # lower or higher
@@ -113,21 +116,40 @@ def test_a_repeat_takes_the_place_of_one_that_compared_no_more_rows(tiny_config,
         assert (kept["rows"], kept["equal"]) == (2, now is curve)
 
 
-@pytest.mark.parametrize("changes", [{"world_size": 2}, {"config": {"approach": "joint"}}])
-def test_a_run_of_several_processes_or_tasks_is_not_repeated(changes, tiny_config, tmp_path, monkeypatch):
+def test_a_run_of_several_processes_is_not_repeated(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    monkeypatch.setattr(repeats, "_curve", lambda config, *_: pytest.fail("trained"))
-    record = not_run(tiny_config()).summary | {"status": "finished"} | changes
+    monkeypatch.setattr(repeats, "_trained", lambda config, *_: pytest.fail("trained"))
+    record = not_run(tiny_config()).summary | {"status": "finished", "world_size": 2}
     monkeypatch.setattr(repeats, "read_record", lambda path: Result(record))
     (paths.results("gpu", "runs")).mkdir(parents=True)
     (paths.results("gpu", "runs") / "one.json").touch()
-    with pytest.raises(ConfigError, match="one: only single-process runs on text or images can be repeated"):
+    with pytest.raises(ConfigError, match="one: only single-process runs can be repeated"):
         repeats.again("one", "gpu")
-    record["config"], record["world_size"] = tiny_config().to_dict(), 1
+    record["world_size"] = 1
     for one in (record, {key: value for key, value in record.items() if key != "world_size"}):
         monkeypatch.setattr(repeats, "read_record", lambda path, one=one: Result(one))
         with pytest.raises(BaseException, match="trained"):
             repeats.again("one", "gpu")
+
+
+@pytest.mark.parametrize("config", [GATE, EC], ids=["gates", "one network"])
+def test_tasks_in_sequence_are_repeated_to_the_end_and_compared_task_by_task(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    config = config.replace(steps=5, gate_steps=5)
+    run_or_load(config, records=paths.results("gpu", "runs"), progress=False)
+    found = repeats.again(config.name, "gpu", steps=1)
+    assert found["equal"] and found["rows"] == 5 and found["router"] == f"{config.approach} {config.router}"
+    assert repeats.kept("gpu") == [found] and repeats.covered([config.name], "gpu") == [25]
+
+    path = paths.results("gpu", "runs") / f"{config.name}.json"
+    kept = read_record(path)
+    for name in ("accuracy", "accuracy_task_known", "relatedness")[: 3 if "gate" in config.approach else 2]:
+        rows = [[*row] for row in kept.summary[name]]
+        rows[4][1] += 0.25
+        write_record(path, Result(kept.summary | {name: rows}))
+        monkeypatch.setattr(repeats, "_trained", lambda *_: kept)
+        found = repeats.again(config.name, "gpu")
+        assert not found["equal"] and found["differs"] == {f"{name} 1": pytest.approx(0.25)}
 
 
 def test_repeats_are_kept_in_the_order_of_their_files(tmp_path, monkeypatch):
@@ -176,6 +198,14 @@ def repeat(recorded, code, router="dense", device="H100", equal=True):
 )  # fmt: skip
 def test_runs_are_of_one_code_where_repeats_show_what_it_would_give(runs, kept, shown):
     assert repeats.linked(runs, kept) == shown
+
+
+@pytest.mark.parametrize("router", ["dense", "joint dense"])
+def test_repeats_of_texts_say_nothing_of_tasks_in_sequence(router):
+    tasks = [run(code) for code in "ab"]
+    for one in tasks:
+        one["config"]["approach"] = "joint"
+    assert repeats.linked(tasks, [repeat("a", "b", router)]) == (None if router == "dense" else ["joint dense a"])
 
 
 def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, monkeypatch):
