@@ -30,6 +30,9 @@ assert "rfc3987_syntax.syntax_helpers" not in sys.modules, "grammars built"
 """
 
 
+ROOT = Path(__file__).parents[1]
+
+
 def call(*arguments: str):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
@@ -192,9 +195,9 @@ PASSED = {
     "generate RUN hello": ("training.continuation.continue_text", ["RUN", "hello", 200], {"temperature": 1.0, "top_k": None, "seed": 0}),
     "generate RUN hello --tokens 3 --temperature 0.5 --top-k 4 --seed 7": (
         "training.continuation.continue_text", ["RUN", "hello", 3], {"temperature": 0.5, "top_k": 4, "seed": 7}),
-    "report a.ipynb a.html": ("report.execution.execute", ["a.ipynb", "a.html", []], {"parameters": {}, "train_missing": None}),
+    "report a.ipynb a.html": ("report.execution.execute", ["a.ipynb", "a.html", []], {"parameters": {}}),
     "report a.ipynb a.html -f b.yaml -f c.yaml --set steps=2 --no-train": (
-        "report.execution.execute", ["a.ipynb", "a.html", ["b.yaml", "c.yaml"]], {"parameters": {"steps": 2}, "train_missing": False}),
+        "report.execution.execute", ["a.ipynb", "a.html", ["b.yaml", "c.yaml"]], {"parameters": {"steps": 2, "train_missing": False}}),
     "index": ("report.index.index", ["smoke", None], {}),
     "index gpu --reports there": ("report.index.index", ["gpu", "there"], {}),
     "readme": ("report.readme.update", ["gpu"], {}),
@@ -399,16 +402,12 @@ def test_what_needs_a_plan_says_so_outside_a_checkout(words, tmp_path, monkeypat
     assert (wrong.exit_code, wrong.stderr) == (2, said)
 
 
-def test_report_with_an_unknown_parameter_runs_nothing(tmp_path):
-    import nbformat
-
-    cell = nbformat.v4.new_code_cell("steps: int = 1", metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
-    (tmp_path / "p.yaml").write_text("step: 2\n")
-    for given in (["-f", tmp_path / "p.yaml"], ["--set", "step=2"]):
-        result = call("report", tmp_path / "n.ipynb", tmp_path / "n.html", *given)
-        assert result.exit_code == 2 and "did you mean steps" in result.stderr
-        assert not (tmp_path / "n.html").exists()
+def test_report_with_an_unknown_parameter_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    result = call("report", ROOT / "notebooks/03_capacity_factor.ipynb", tmp_path / "n.html", "--set", "seed=[2]")
+    assert result.exit_code == 2 and "has no parameter 'seed' (given: [2]): did you mean seeds?" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["n.failed.html"]
+    assert "did you mean seeds?" in (tmp_path / "n.failed.html").read_text()
 
 
 def test_generate_continues_a_text_with_a_run(tiny_config):

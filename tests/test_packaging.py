@@ -23,13 +23,9 @@ from packaging.version import Version
 
 import ecmoe
 from ecmoe.config import RunConfig
-from ecmoe.study.parameters import (
-    check_parameters,
-    merge_parameters,
-    notebook_parameters,
-    parameter_files,
-)
+from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.plan import of_page
+from tests.report.notebooks import declared
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -220,8 +216,9 @@ def test_scale_is_a_valid_run(scale):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_config_resolves_to_valid_parameters(notebook, scale):
-    values = merge_parameters(parameter_files(notebook.stem, scale))
-    check_parameters(nbformat.read(notebook, as_version=4), values, notebook.name)
+    values, code = merge_parameters(parameter_files(notebook.stem, scale)), nbformat.read(notebook, as_version=4)
+    quoted = {name for cell in code.cells for name in re.findall(r'"(\w+)"', cell.source)}
+    assert set(values) <= {"base", "seeds", "arms", "vary", "measures", "train_missing", *declared(code), *quoted}
     assert of_page(notebook.stem, scale) or "arms" not in values
 
 
@@ -248,7 +245,7 @@ def test_notebook_is_stripped_short_and_has_parameters(path):
         if line and not line.startswith("#"):
             # papermill's --help-notebook loses a help comment with a `=`, and a type with a `|`.
             assert re.fullmatch(r"\w+: [\w\[\], ]+ = .+  # [^=|]+", line), line
-    assert "scale" in notebook_parameters(notebook)
+    assert "scale" in declared(notebook)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -260,7 +257,7 @@ def test_papermill_sees_every_parameter(path):
     for cell in notebook.cells:
         cell.metadata.tags = cell.metadata.get("tags", [])
     seen = {parameter.name: parameter for parameter in _infer_parameters(notebook)}
-    assert set(seen) == set(notebook_parameters(notebook))
+    assert set(seen) == set(declared(notebook))
     assert all(parameter.help for parameter in seen.values())
 
 

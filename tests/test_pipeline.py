@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import yaml
 
-from ecmoe.files import ConfigError
-from ecmoe.report.execution import execute
 from ecmoe.study import engine, plan
-from ecmoe.study.parameters import parameter_files
+from ecmoe.study.parameters import merge_parameters, page_parameters, parameter_files
+from tests.report.notebooks import declared
 
 CHECKOUT = Path(__file__).parents[1]
 RAN = "with open('../ran.txt', 'a') as file:\n    file.write({name!r} + '\\n')"
@@ -172,11 +171,11 @@ def study(tmp_path, tiny_config) -> Path:
         "02_$(touch hacked) {x} <y> 'z'": "value: 1",
         "04_no_json": "value: 1",
         "05_no_yaml": "value: [1",
-        "06_unknown_arm": "arms: [ECC]",
-        "07_unknown_parameter": "value: 1\nvalu: 2",
+        "06_unknown_arm": "arms: [ECC]\nvalue: 1",
     }
     for name, text in pages.items():
-        write_notebook(tmp_path, name)
+        code = f"from ecmoe.study.load import load\nload({name!r}, globals())"
+        write_notebook(tmp_path, name, code if name == "06_unknown_arm" else "")
         (tmp_path / f"configs/{name}.yaml").write_text(text + "\n")
     (tmp_path / "notebooks/04_no_json.ipynb").write_text("{")
     return tmp_path
@@ -185,11 +184,11 @@ def study(tmp_path, tiny_config) -> Path:
 def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     code, output, ran = snakemake(study)
     assert code != 0 and not (study / "hacked").exists(), output
-    assert ran == sorted(["01_runs", "02_$(touch", "hacked)", "{x}", "<y>", "'z'"]), output
+    assert ran == sorted(["01_runs", "02_$(touch", "hacked)", "{x}", "<y>", "'z'", "06_unknown_arm"]), output
     odd = "02_-24--28-touch-20-hacked-29--20--7b-x-7d--20--3c-y-3e--20--27-z-27-"
     for name in ("01_runs", odd, "index"):
         assert page(study, name).exists(), output
-    for name in ("04_no_json", "05_no_yaml", "06_unknown_arm", "07_unknown_parameter"):
+    for name in ("04_no_json", "05_no_yaml", "06_unknown_arm"):
         assert f"failed: {name}, see" in output and f"{name}.failed.html" in page(study, "index").read_text()
     assert "no arm 'ECC': did you mean EC?" in html.unescape(page(study, "06_unknown_arm.failed").read_text())
     assert "absent/text.txt" in output  # of the run that failed
@@ -206,7 +205,7 @@ def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     assert not list((study / ".cache/engine").rglob("*.done"))
     code, output, ran = snakemake(study, "reports/smoke/01_runs.html")
     assert (code, ran) == (0, []), output
-    (study / "configs/06_unknown_arm.yaml").write_text("arms: [EC]\nseeds: [1]\n")
+    (study / "configs/06_unknown_arm.yaml").write_text("arms: [EC]\nseeds: [1]\nvalue: 1\n")
     on_slurm = "--profile", "profiles/slurm", "--dry-run", "--quiet", "host"
     code, output, _ = snakemake(study, *on_slurm, "--", "reports/smoke/06_unknown_arm.html")
     assert code == 0 and re.search(r"rule run:(\n .+)+mem_mb=32000.+ runtime=240.+ gpu=1", output), output
@@ -314,14 +313,8 @@ def test_every_notebook_has_its_config():
 
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
 @pytest.mark.parametrize("notebook", sorted(CHECKOUT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
-def test_every_notebook_takes_what_the_pipeline_gives(notebook, scale, tmp_path, monkeypatch):
-    """The pipeline's parameters and its --no-train pass the check of every notebook: only then is it executed."""
-
-    def execute_notebook(source, into, values, **_):
-        raise RuntimeError(f"passed, train_missing={values.get('train_missing')}")
-
-    monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
-    reads = "train_missing: bool" in notebook.read_text(encoding="utf-8")
-    for train, given in ((False, False if reads else None), (None, None)):  # None: as its files say
-        with pytest.raises(ConfigError, match=f"passed, train_missing={given}"):
-            execute(notebook, tmp_path / "page.html", parameter_files(notebook.stem, scale), train_missing=train)
+def test_every_notebook_takes_what_the_pipeline_gives(notebook, scale, monkeypatch):
+    """The pipeline's parameters and its --no-train, beside what the notebook declares, pass its check."""
+    monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
+    values = merge_parameters(parameter_files(notebook.stem, scale)) | {"train_missing": False}
+    assert page_parameters(notebook.stem, declared(nbformat.read(notebook, as_version=4)) | values) == values

@@ -158,7 +158,8 @@ def report(
     """Execute a notebook with parameters and render it as one HTML page."""
     from ecmoe.report.execution import execute
 
-    execute(notebook, page, files or [], parameters=assignments(changes), train_missing=False if no_train else None)
+    parameters = assignments(changes) | ({"train_missing": False} if no_train else {})
+    execute(notebook, page, files or [], parameters=parameters)
     typer.echo(page)
 
 

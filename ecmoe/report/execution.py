@@ -1,4 +1,4 @@
-"""Check a notebook's parameters, execute it with papermill, and render it as a page."""
+"""Execute a notebook with papermill, and render it as a page."""
 
 import logging
 import os
@@ -15,11 +15,9 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import CaselessStrEnum, default
 
-from ecmoe import paths
 from ecmoe.files import ConfigError
 from ecmoe.report.render import render
-from ecmoe.study.parameters import check_parameters, merge_parameters, merged, notebook_parameters
-from ecmoe.study.plan import of_page
+from ecmoe.study.parameters import merge_parameters, merged
 
 
 class _ThisPython(AsyncKernelManager):
@@ -49,19 +47,18 @@ def execute(
     parameter_files: Iterable[str | Path] = (),
     *,
     parameters: Mapping[str, Any] | None = None,
-    train_missing: bool | None = None,
 ) -> Path:
     """Run a notebook, render it, and return the page's path. Progress (a line per cell) and its stderr go to stderr.
 
-    parameter_files: YAML files; later files override, key by key, also within `base`. parameters: override the files.
-    train_missing: sets the parameter of that name, if the notebook has it.
+    parameter_files: YAML files; later files override, key by key, also within `base`. parameters: override the files. A page's
+    notebook checks them in its first cell, by `load` or `page_parameters`.
 
-    Raises a ConfigError before anything runs, for an unknown key, an unreadable notebook, or a folder as `out_html`; later, if a
-    cell fails. Parameter and cell errors write `<name>.failed.html` with the error on top; the page itself isn't written."""
+    Raises a ConfigError if `out_html` is a folder, a file or the notebook can't be read, or a cell fails. Unless it is a folder,
+    `<name>.failed.html` with the error on top is written instead of the page."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters that `check_parameters` accepts
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters that only a page's YAML has
     notebook, out_html = Path(notebook), Path(out_html)
     failed_html = out_html.with_suffix(".failed.html")
 
@@ -77,11 +74,6 @@ def execute(
         except Exception as error:  # nbformat raises many kinds of errors for invalid files
             what = f"{notebook} can't be read ({type(error).__name__}: {error})"
             raise ConfigError(f"{what}: it must be a notebook, such as notebooks/01_convergence.ipynb") from error
-        if train_missing is not None and "train_missing" in notebook_parameters(source):
-            values["train_missing"] = train_missing
-        check_parameters(source, values, notebook.name)
-        if (paths.configs() / f"{notebook.stem}.yaml").exists():
-            of_page(notebook.stem, values.get("scale", "smoke"), values)  # raises for invalid arms
     except ConfigError as error:  # the failed page is listed in index.html
         if notebook.exists():
             title = nbformat.v4.new_markdown_cell(f"# {notebook.stem}")

@@ -1,6 +1,5 @@
 """A notebook's parameters: find their YAML files, merge them, and check keys and types."""
 
-import ast
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,10 +10,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ecmoe import paths
 from ecmoe.files import ConfigError, nearest, read_yaml
 
-PLANNED = ("scale", "base", "seeds", "arms", "vary", "measures", "train_missing")  # parameters that define a plan
-_CHECKED: set[str] = (
-    set()
-)  # pages whose parameters were checked in this process: their notebooks have defined other names since
+# Pages whose parameters were checked in this process: their notebooks have defined other names since.
+_CHECKED: set[str] = set()
 _SCALE = re.compile(r"\w[\w.-]*")  # scales are used in shell commands and as folder names
 
 
@@ -88,9 +85,9 @@ def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     a parameter of it: at a later call, as when a cell is run again, the notebook has defined names of its own.
 
     given: such as the globals() of the notebook's first cell. Ignored are values that aren't strings, numbers, lists or dicts
-    (None too: the file's value counts), and names in capitals or with a leading underscore.
+    (None too: the file's value counts), and names that begin with an underscore, or are IPython's.
     """
-    names = [name for name in given if not (name[0] == "_" or name.isupper() or name in ("In", "Out"))]
+    names = [name for name in given if name[0] != "_" and name not in ("In", "Out")]
     given = {name: given[name] for name in names if isinstance(given[name], str | int | float | list | dict)}
     scale = given.get("scale", "smoke")
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
@@ -98,19 +95,6 @@ def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     check_kinds(page, ours if page in _CHECKED else given, values)
     _CHECKED.add(page)
     return merged(values, ours)
-
-
-def check_parameters(notebook: Any, values: Mapping[str, Any], name: str) -> None:
-    """Raise a ConfigError for a value of the wrong type, or a key that the notebook neither declares nor reads from its page's YAML."""
-    known = notebook_parameters(notebook)
-    if values and not known:
-        raise ConfigError(f"{name} has no cell tagged `parameters`, but is given {list(values)}")
-    page = Path(name).stem
-    if (paths.configs() / f"{page}.yaml").exists() and "scale" in values:
-        usual = merge_parameters(parameter_files(page, values["scale"]))
-        code = "\n".join(cell.source for cell in notebook.cells)
-        known = {key: usual[key] for key in usual if key in PLANNED or f'"{key}"' in code} | known
-    check_kinds(name, values, known)
 
 
 def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -133,18 +117,3 @@ def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
             must = f"a {type(usual).__name__}; {wrong}"
         if not fits:
             raise ConfigError(f"{where}: {name}={value!r} must be {must}")
-
-
-def notebook_parameters(notebook: Any) -> dict[str, Any]:
-    """Return name -> default of the notebook's parameters cell; None for a default that isn't a literal."""
-    # Read by Python's own parser, as papermill's misses names annotated `int | None` or with a `=` in their comment.
-    found: dict[str, Any] = {}
-    tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    for line in (line for source in tagged for line in ast.parse(source).body):
-        for target in line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]:
-            if isinstance(target, ast.Name):
-                try:
-                    found[target.id] = ast.literal_eval(line.value)
-                except (ValueError, TypeError):
-                    found[target.id] = None
-    return found

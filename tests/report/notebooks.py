@@ -1,4 +1,4 @@
-"""Notebooks to make pages of, and a text that no page may take for HTML."""
+"""Notebooks to make pages of, what a notebook declares, and a text that no page may take for HTML."""
 
 import nbformat
 
@@ -15,3 +15,12 @@ def notebook(*cells: tuple[str, str]):
         made.append(cell)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return nbformat.v4.new_notebook(cells=made, metadata={"kernelspec": kernel})
+
+
+def declared(notebook) -> dict:
+    """Name -> default, of the cell tagged `parameters`."""
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    there: dict = {}
+    exec(cell.source, {}, there)
+    del there["__annotations__"]
+    return there

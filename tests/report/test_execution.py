@@ -198,10 +198,7 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
     nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
     (tmp_path / "a.yaml").write_text("width: 1.5\n")
     with pytest.raises(ConfigError, match=r"01_a\.ipynb failed: RuntimeError: no memory"):
-        execute(
-            tmp_path / "01_a.ipynb", tmp_path / "01_a.html", [tmp_path / "a.yaml"], parameters={"width": 2.0},
-            train_missing=False,  # which this notebook doesn't have
-        )  # fmt: skip
+        execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html", [tmp_path / "a.yaml"], parameters={"width": 2.0})
     assert capsys.readouterr().err == "[01_a] cell 2/3\n"  # of code; one more will hold the parameters
     assert logging.getLogger("papermill").level == logging.ERROR  # its warnings aren't for who runs a page
     assert not (tmp_path / "01_a.html").exists() and (tmp_path / "01_a.failed.html").exists() == begun
@@ -212,8 +209,7 @@ def test_a_kernel_that_dies_leaves_a_page_of_what_was_done(begun, tmp_path, monk
         )
 
 
-@pytest.mark.parametrize("asked", [None, True, False])
-def test_a_notebook_that_has_the_parameter_is_told_whether_to_train(asked, tmp_path, monkeypatch):
+def test_a_page_lies_where_it_is_asked_for_and_leads_to_its_notebook(tmp_path, monkeypatch):
     def run(source, executed, values, *, cwd, **_):
         given.append((values, cwd))
         nbformat.write(source, executed)
@@ -224,11 +220,8 @@ def test_a_notebook_that_has_the_parameter_is_told_whether_to_train(asked, tmp_p
     nbformat.write(notebook(*cells), tmp_path / "a.ipynb")
     (tmp_path / "new/pages/a.failed.html").parent.mkdir(parents=True)
     (tmp_path / "new/pages/a.failed.html").touch()
-    page = execute(
-        str(tmp_path / "a.ipynb"), str(tmp_path / "new/pages/a.html"), parameters={"width": 2.0}, train_missing=asked
-    )
-    told = {"width": 2.0} | ({} if asked is None else {"train_missing": asked})
-    assert given == [(told, tmp_path)]  # the notebook's folder, wherever the page goes
+    page = execute(str(tmp_path / "a.ipynb"), str(tmp_path / "new/pages/a.html"), parameters={"width": 2.0})
+    assert given == [({"width": 2.0}, tmp_path)]  # the notebook's folder, wherever the page goes
     assert page == tmp_path / "new/pages/a.html" and [path.name for path in page.parent.iterdir()] == ["a.html"]
     assert BeautifulSoup(page.read_text(), "html.parser").find("a", string="Notebook")["href"] == "../../a.ipynb"
 
@@ -245,22 +238,6 @@ def test_a_page_makes_its_folders(tmp_path, monkeypatch):
     assert (tmp_path / "reports/new/a.html").exists()
 
 
-def test_an_arm_that_cannot_be_is_named_at_the_scale_that_was_asked_for(tmp_path, monkeypatch):
-    def of_page(*asked):
-        raise ConfigError(f"{asked} can't be")
-
-    monkeypatch.setattr(execution, "of_page", of_page)
-    monkeypatch.setattr(execution.paths, "configs", lambda: tmp_path)
-    (tmp_path / "scale").mkdir()
-    for name in ("01_a", "scale/gpu", "scale/smoke"):
-        (tmp_path / f"{name}.yaml").write_text("{}")
-    nbformat.write(notebook(("md", "# The title"), ("parameters", PARAMETERS)), tmp_path / "01_a.ipynb")
-    for given in ({"scale": "gpu"}, {}):
-        with pytest.raises(ConfigError, match=f"'01_a', '{given.get('scale', 'smoke')}', {given}.*can't be"):
-            execute(tmp_path / "01_a.ipynb", tmp_path / "01_a.html", parameters=given)
-    assert "can't be" in BeautifulSoup((tmp_path / "01_a.failed.html").read_text(), "html.parser").text
-
-
 @pytest.mark.parametrize("text", ["# A README\n", "[]", "{}"])
 def test_what_is_no_notebook_is_named(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
@@ -272,3 +249,11 @@ def test_what_is_no_notebook_is_named(text, tmp_path):
     with pytest.raises(ConfigError):
         execute(tmp_path / "absent.ipynb", tmp_path / "out" / "absent.html")
     assert not (tmp_path / "out/absent.failed.html").exists()
+
+
+def test_parameters_that_cannot_be_read_are_named_by_their_file(tmp_path):
+    nbformat.write(notebook(("md", "# T")), tmp_path / "a.ipynb")
+    (tmp_path / "bad.yaml").write_text("seeds: [\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml' can't be read"):
+        execute(tmp_path / "a.ipynb", tmp_path / "a.html", [tmp_path / "bad.yaml"])
+    assert "bad.yaml" in BeautifulSoup((tmp_path / "a.failed.html").read_text(), "html.parser").text

@@ -15,8 +15,9 @@ from ecmoe.continual import ContinualConfig
 from ecmoe.measures import MEASURES
 from ecmoe.routers import ROUTERS
 from ecmoe.study import plan
-from ecmoe.study.parameters import merge_parameters, notebook_parameters, parameter_files
+from ecmoe.study.parameters import merge_parameters, parameter_files
 from ecmoe.study.protocol import protocol
+from tests.report.notebooks import declared
 
 SCALES = ("smoke", "gpu", "paper")
 CENTRE = "EC-CF2 renormalized"
@@ -334,8 +335,8 @@ def test_networks_trained_with_most_places_are_measured_with_as_few_as_others(sc
 def test_a_page_that_trains_nothing_reads_what_its_notebook_declares():
     for page in set(plan.pages("smoke")) - {*STUDIES, "08_step_time"}:
         rows = merge_parameters([paths.configs() / f"{page}.yaml"])
-        declared = notebook_parameters(notebook(page))
-        assert rows and rows == {key: declared[key] for key in rows}, page
+        defaults = declared(notebook(page))
+        assert rows and rows == {key: defaults[key] for key in rows}, page
 
 
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-import nbformat
 import pytest
 from pydantic import Field
 
@@ -12,11 +11,9 @@ from ecmoe import paths
 from ecmoe.config import ConfigError
 from ecmoe.study.parameters import (
     Held,
-    check_parameters,
     check_scale,
     held_to,
     merge_parameters,
-    notebook_parameters,
     page_parameters,
     parameter_files,
 )
@@ -26,11 +23,6 @@ from ecmoe.study.parameters import (
 def first_call(monkeypatch):
     """No page's parameters were checked before."""
     monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
-
-
-def notebook(source: str, tag: str = "parameters") -> nbformat.NotebookNode:
-    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [tag]})
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A page"), cell])
 
 
 @dataclass
@@ -113,50 +105,38 @@ def test_an_unknown_scale_names_those_that_exist(tmp_path, monkeypatch):
             check_scale(name)
 
 
-def test_unknown_parameters_and_text_for_numbers_are_errors():
-    made = notebook(
-        "width: int = 1\nrate: float = 0.1\nfail: bool = False\nlimit: int | None = None  # a = hides nothing here\n"
-        "names = list('ab')  # no literal\nodd = {[]: 1}\nrate_of: dict = {'a': 2}\nprint(width)"
-    )
-    defaults = {"width": 1, "rate": 0.1, "fail": False, "limit": None, "names": None, "odd": None, "rate_of": {"a": 2}}
-    assert notebook_parameters(made) == defaults and list(notebook_parameters(made)) == list(defaults)
-    check_parameters(made, {"width": 2, "limit": 3, "fail": True}, "x.ipynb")
-    # as it has it; and a whole number is a number, as is any other where the usual one is whole
-    check_parameters(made, {"width": None, "rate": 1}, "x.ipynb")
-    check_parameters(made, {"width": 2.5}, "x.ipynb")
-    with pytest.raises(ConfigError, match=r"x\.ipynb has no parameter 'widht'.*did you mean width\?"):
-        check_parameters(made, {"widht": 2}, "x.ipynb")
-    with pytest.raises(ConfigError, match=r"rate='1e-3' must be a float.*1\.0e-3"):
-        check_parameters(made, {"rate": "1e-3"}, "x.ipynb")
-    wrong = [
-        ("fail", "yes", "a bool"),
-        ("fail", 1, "a bool"),
-        ("width", True, "a int"),
-        ("rate_of", [1], "`key: value`"),
-    ]
-    for name, value, kind in wrong:
-        with pytest.raises(ConfigError, match=f"{name}=.*must be {kind}"):
-            check_parameters(made, {name: value}, "x.ipynb")
-    with pytest.raises(ConfigError, match=r"^x.ipynb has no cell tagged `parameters`, but is given \['x'\]$"):
-        check_parameters(notebook("x = 1", tag="other"), {"x": 2}, "x.ipynb")
-
-
-def test_what_a_pages_file_has_may_be_given_where_its_notebook_reads_it(tmp_path, monkeypatch):
+def test_unknown_parameters_and_text_for_numbers_are_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "configs", lambda: tmp_path)
     (tmp_path / "scale").mkdir()
-    (tmp_path / "scale" / "big.yaml").write_text("")
-    of_plan = {"seeds": [1], "base": {"steps": 2}, "arms": ["EC"], "vary": {"steps": [3]}, "measures": {"losses": {}},
-               "train_missing": False}  # fmt: skip
-    (tmp_path / "01_a.yaml").write_text("factor: 4\n" + "".join(f"{key}:\n" for key in of_plan))
-    check_parameters(notebook("width: int = 1"), {"width": 2}, "01_a.ipynb")  # of no scale
-    for reads in ("", '\nsettings["factor"]'):
-        made = notebook(f'scale: str = "big"{reads}')
-        check_parameters(made, {"scale": "big"} | of_plan, "01_a.ipynb")
-        if reads:
-            check_parameters(made, {"scale": "big", "factor": 5}, "01_a.ipynb")
-            continue
-        with pytest.raises(ConfigError, match="has no parameter 'factor'"):
-            check_parameters(made, {"scale": "big", "factor": 5}, "01_a.ipynb")
+    (tmp_path / "scale/smoke.yaml").write_text("")
+    (tmp_path / "01_a.yaml").write_text(
+        "width: 1\nrate: 0.1\nfail: false\nlimit: null\nnames: [a, b]\nrate_of: {a: 2}\n"
+    )
+    usual = {
+        "train_missing": True,
+        "width": 1,
+        "rate": 0.1,
+        "fail": False,
+        "limit": None,
+        "names": ["a", "b"],
+        "rate_of": {"a": 2},
+    }
+    # A whole number is a number, as is any other where the usual one is whole; None is as the file has it.
+    for given in ({}, {"limit": 3, "fail": True}, {"rate": 1}, {"width": 2.5}, {"names": {"a": 1}}):
+        assert page_parameters("01_a", {"width": None} | given) == usual | given
+    wrong = [
+        ({"rate": "1e-3"}, "rate='1e-3' must be a float; YAML reads 1e-3 as text (write 1.0e-3)"),
+        ({"fail": "yes"}, "fail='yes' must be a bool"),
+        ({"fail": 1}, "fail=1 must be a bool"),
+        ({"width": True}, "width=True must be a int"),
+        ({"names": "a"}, "names='a' must be a list, such as ['a', 'b']"),
+        ({"rate_of": [1]}, "rate_of=[1] must be `key: value` lines"),
+        ({"widht": 2}, "01_a has no parameter 'widht' (given: 2): did you mean width?"),
+    ]
+    for given, said in wrong:
+        monkeypatch.setattr("ecmoe.study.parameters._CHECKED", set())
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            page_parameters("01_a", given)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +165,6 @@ def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
         "seeds": None,
         "arms": None,
         "_private": 3,
-        "SHARES": ["share_0"],
         "pytest": pytest,
         "pair": (1, 2),
         "In": [""],
