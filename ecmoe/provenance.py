@@ -59,11 +59,11 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-@functools.lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Return 12 hex digits of a hash of the code in `DECIDES`, ignoring comments, docstrings, types and line breaks."""
+@functools.cache
+def code_digest(names: tuple[str, ...] = DECIDES) -> str:
+    """Return 12 hex digits of a hash of the code in these files and folders, ignoring comments, docstrings, types and line breaks."""
     digest = hashlib.sha256()
-    for name in DECIDES:
+    for name in names:
         path = PACKAGE / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -112,6 +112,10 @@ def test_every_file_that_decides_is_in_the_digest_and_no_other(tmp_path, monkeyp
     (tmp_path / "model/in/a.py").rename(tmp_path / "model/in/b.py")
     provenance.code_digest.cache_clear()
     assert provenance.code_digest() != before  # a name counts
+    of_cli = provenance.code_digest(("cli",))
+    (tmp_path / "cli/a.py").write_text("x = 3")
+    provenance.code_digest.cache_clear()
+    assert provenance.code_digest(("cli",)) != of_cli != provenance.code_digest()
     provenance.code_digest.cache_clear()
 
 

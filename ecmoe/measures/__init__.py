@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from pydantic import Field
 from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.files import ConfigError, Damaged, check_known, check_sum, plain, read_json, write_json
+from ecmoe.provenance import code_digest
 
 if TYPE_CHECKING:  # the plan reads `MEASURES` without pandas and torch
     from ecmoe.model.transformer import Trunk
@@ -107,24 +109,47 @@ def measure(
     several measurements."""
     if not result.ok:
         return None
-    name = result.summary["name"]
-    folders = [paths.results(scale, "measures") / name, paths.runs() / name / "measures"][: 1 if keep else 2]
-    places = [folder / f"{how.name}.json" for folder in folders]
+    name, places = result.summary["name"], _places(result, how, scale, keep)
     if train:
         with lock(name):  # a second process waits, then finds the result
             if not any(path.exists() for path in places):
+                from ecmoe.training.summary import circumstances  # imports torch
+
+                made = circumstances() | {"measures": code_digest(("measures",))}
                 with nullcontext(model) if model else trained_model(result) as read:
                     config = RunConfig.from_dict(result.summary["config"])
                     found = resolve_name(MEASURES[how.what].compute)(read(), config, **how.keys)
                 kept = {"run": name, "what": how.what, "keys": how.keys, "found": found}
-                write_json(places[-1], kept, sealed=True)
-    for path in places:
-        if path.exists():
-            kept = read_json(path, sealed=True)
-            said = kept.get("run"), kept.get("what"), _settings(how.what, kept.get("keys") or {})
-            if said != (name, how.what, _settings(how.what, how.keys)):
-                raise Damaged(path, f"it holds {said[1]!r} of {said[0]}, taken with {kept.get('keys')}")
-            return kept["found"]
+                write_json(places[-1], kept | made, sealed=True)
+    stored = _stored(result, how, places)
+    return None if stored is None else stored["found"]
+
+
+def as_measured(result: "Result", how: Measurement, *, scale: str, keep: bool = False) -> dict[str, Any] | None:
+    """Return a finished run's summary with the device, code, commit and versions of a stored measurement in place of its own, and
+    `measures`, the digest of this subpackage; None if there is none. Arguments as in `measure`.
+
+    Measurements that were stored before they recorded this count as made with the device and code of their run."""
+    stored = _stored(result, how, _places(result, how, scale, keep)) if result.ok else None
+    keys = ("device", "code", "commit", "versions", "measures")
+    return None if stored is None else result.summary | {key: stored[key] for key in keys if key in stored}
+
+
+def _places(result: "Result", how: Measurement, scale: str, keep: bool) -> list[Path]:
+    """Return the paths at which a measurement may be stored, the first to read first, the last to write."""
+    name = result.summary["name"]
+    folders = [paths.results(scale, "measures") / name, paths.runs() / name / "measures"][: 1 if keep else 2]
+    return [folder / f"{how.name}.json" for folder in folders]
+
+
+def _stored(result: "Result", how: Measurement, places: list[Path]) -> dict[str, Any] | None:
+    """Read the first file that exists. Raise Damaged if it was changed, or holds another measurement."""
+    for path in filter(Path.exists, places):
+        stored = read_json(path, sealed=True)
+        said = stored.get("run"), stored.get("what"), _settings(how.what, stored.get("keys") or {})
+        if said != (result.summary["name"], how.what, _settings(how.what, how.keys)):
+            raise Damaged(path, f"it holds {said[1]!r} of {said[0]}, taken with {stored.get('keys')}")
+        return stored
     return None
 
 

@@ -56,6 +56,28 @@ def test_taken_once_and_read_without_weights(tiny_config, keep):
     assert measure(result, how(layers=9), scale="gpu", train=False) is None  # another setting is another one
 
 
+def test_it_is_stored_with_where_and_by_what_code_it_was_computed(tiny_config, monkeypatch):
+    """As they are before it begins; what was stored without is as its run."""
+    made = {"device": "H100", "commit": "c0", "code": "c0de", "versions": {"torch": "2"}, "started": "2026"}
+    monkeypatch.setattr("ecmoe.training.summary.circumstances", lambda: dict(made))
+    monkeypatch.setattr(measures, "code_digest", lambda names: "-".join(names))
+    monkeypatch.setattr(f"{__name__}.weights", lambda model, config, **keys: made.clear() or {"x": 1})
+    result = run_or_load(tiny_config(steps=2, seed=11), progress=False)
+    then, one = dict(made), how(layers=50)
+    assert measures.as_measured(result, one, scale="gpu") is None
+    measure(result, one, scale="gpu")
+    path = result.path / "measures" / f"{one.name}.json"
+    stored = read_json(path, sealed=True)
+    assert stored == {"run": result.summary["name"], "what": "weights", "keys": {"layers": 50}, "found": {"x": 1},
+                      **then, "measures": "measures"}  # fmt: skip
+    del then["started"]
+    assert measures.as_measured(result, one, scale="gpu") == result.summary | then | {"measures": "measures"}
+    assert measures.as_measured(result, one, scale="gpu", keep=True) is None  # it is not in reports
+    write_json(path, {key: stored[key] for key in ("run", "what", "keys", "found")}, sealed=True)
+    assert measures.as_measured(result, one, scale="gpu") == result.summary
+    assert measures.as_measured(not_run(tiny_config(steps=2, seed=11)), one, scale="gpu") is None
+
+
 def test_a_record_without_weights_is_trained_again(tiny_config):
     config = tiny_config(steps=2, seed=12)
     run_or_load(config, records=paths.results("gpu", "runs"), progress=False)
@@ -180,6 +202,7 @@ def test_the_model_lies_on_a_gpu_of_its_own_where_there_is_one(tiny_config, monk
     monkeypatch.setattr("ecmoe.measures.lock", locked)
     monkeypatch.setattr(f"{__name__}.weights", compute)
     monkeypatch.setattr("torch.cuda.is_available", lambda: kind == "cuda")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     monkeypatch.setattr("torch.set_float32_matmul_precision", held.append)
     monkeypatch.setattr(training_result, "load_model", lambda path: SimpleNamespace(to=held.append))
     monkeypatch.setattr("ecmoe.training.run.free_memory", lambda: held.append("freed"))
