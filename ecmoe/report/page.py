@@ -74,14 +74,17 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str) -> Non
 
 
 def provenance(study: Study, differences: str = "") -> None:
-    """Show the provenance of a study's runs and a page's differences from the paper; warn if code, device or data differ among runs."""
+    """Show the provenance of a study's runs and measurements, and a page's differences from the paper; warn if code, device or data
+    differ among them."""
     results = [r for by_arm in study.values() for r in by_arm]
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
     starts = [s["started"][:10] for s in done if s.get("started")]
     seconds, word = sum(s.get("seconds") or 0 for s in done), token_word(one.config for one in study.planned)
-    same = {key: _distinct(done, key) for key in ("code", "commit", "device", "precision")}
-    same["versions"] = {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in done}
+    made = done + (measured := study.as_measured())
+    same = {key: _distinct(made, key) for key in ("code", "commit", "device", "precision")}
+    same["versions"] = {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in made}
+    same["code of measurements"] = {s["measures"] for s in measured if "measures" in s}
     rows: dict[str, Iterable[Any]] = same | {
         "data": {_data_text(d) for d in data},
         "processes": _distinct(done, "world_size") - {"1"},
@@ -95,7 +98,7 @@ def provenance(study: Study, differences: str = "") -> None:
         lost = [s for s in done if s["status"] == status]
         rows[status] = [": ".join(filter(None, (s["name"], s.get("error")))) for s in lost]
     rows["not run"] = [f"{len(results) - len(done)} of {len(results)} runs"] if len(done) < len(results) else []
-    linked = repeats.linked(done, repeats.kept(study.scale)) or []
+    linked = repeats.linked(made, repeats.kept(study.scale)) or []
     equal = markup("equal", repeats.covered(linked, study.scale))
     rows[f"repeated runs, {equal}, which show that these versions of the code compute the same numbers"] = set(linked)
     if not done:
@@ -106,7 +109,8 @@ def provenance(study: Study, differences: str = "") -> None:
     mixed = [name for name in same if name not in passed and len(shown.get(name, ())) > 1]
     mixed += ["commit"] * ("unknown" in shown.get("code", ()) and len(shown.get("commit", ())) > 1)
     mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
-    warning = f"The runs behind this page differ in {', '.join(mixed)}." if mixed else ""
+    what = "runs and measurements" if any("measures" in s for s in measured) else "runs"
+    warning = f"The {what} behind this page differ in {', '.join(mixed)}." if mixed else ""
     keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
     took = pd.DataFrame([{key: r.summary.get(key) for key in keys} for r in results if r.ok], columns=keys)
     took = took.fillna({"sharing": 1}).rename(columns=lambda key: key.replace("tokens", word))

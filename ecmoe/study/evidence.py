@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ecmoe.config import RunConfig
-from ecmoe.measures import measure
+from ecmoe.measures import Measurement, as_measured, measure
 from ecmoe.study import estimate, speed
 from ecmoe.study.estimate import Estimate
 from ecmoe.study.load import recorded
@@ -43,9 +43,7 @@ class Evidence:
 
     def missing(self, part: Part) -> list[tuple[str, int]]:
         """Return (arm, seed) of the runs that a part lacks: planned for all its arms, but not finished or not fully measured."""
-        measured = {column.partition("/")[0] for _, column in part.terms if "/" in column}
-        whats = {"fine-tuned"} if part.how == "accuracy" else measured
-        by_seed = [self.planned.get(arm, {}) for arm in part.arms]
+        by_seed, whats = [self.planned.get(arm, {}) for arm in part.arms], part.measured
         asked = [{s: one for s, one in of.items() if whats <= {how.what for how in one.measures}} for of in by_seed]
 
         def there(arm: str, seed: int) -> bool:
@@ -66,10 +64,18 @@ class Evidence:
 
     def measured(self, arm: str, seed: int, what: str) -> list[dict[str, Any]]:
         """Return a run's stored results of the measurements called `what`, such as one for each task; empty if any is missing."""
-        one, result = self.planned[arm][seed], Result(self.summaries(arm)[seed])
-        asked = [how for how in one.measures if how.what == what]
+        result, asked = self._asked(arm, seed, what)
         found = [measure(result, how, scale=self.scale, train=False, keep=True) for how in asked]
         return [] if None in found else found
+
+    def as_measured(self, arm: str, seed: int, what: str) -> list[dict[str, Any]]:
+        """Return a run's summary as of each of these measurements: with the device and the code that computed it."""
+        result, asked = self._asked(arm, seed, what)
+        return [one for how in asked if (one := as_measured(result, how, scale=self.scale, keep=True))]
+
+    def _asked(self, arm: str, seed: int, what: str) -> tuple[Result, list[Measurement]]:
+        asked = [how for how in self.planned[arm][seed].measures if how.what == what]
+        return Result(self.summaries(arm)[seed]), asked
 
     def right(self, arm: str, of: str) -> dict[int, list[np.ndarray]]:
         """Return seed -> for each task, (N,): 1 for a validation example predicted correctly, else 0. of: "accuracy" or

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.measures import MEASURES, Measurement, measure
+from ecmoe.measures import MEASURES, Measurement, as_measured, measure
 from ecmoe.study import engine
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
@@ -37,13 +37,21 @@ class Study(UserDict[str, list[Result]]):
     def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
         """Return (arm, seed, measurement, result) for every measurement called `what` in the page's plan. A missing result is
         measured now if its arm is in `train`, else it is None."""
-        by_name = {result.summary["name"]: result for results in self.values() for result in results}
         found = []
-        for one in self.planned:
-            for how in [how for how in one.measures if how.what == what]:
-                taken = measure(by_name[one.name], how, scale=self.scale, train=one.arms[0] in self.train)
+        for one, how, result in self._measurements():
+            if how.what == what:
+                taken = measure(result, how, scale=self.scale, train=one.arms[0] in self.train)
                 found.append((one.arms[0], one.seed, how, taken))
         return found
+
+    def as_measured(self) -> list[dict[str, Any]]:
+        """Return, for every stored measurement, its run's summary with the device and the code that computed it."""
+        found = (as_measured(result, how, scale=self.scale) for _, how, result in self._measurements())
+        return [one for one in found if one]
+
+    def _measurements(self) -> Iterator[tuple[planning.Planned, Measurement, Result]]:
+        by_name = {result.summary["name"]: result for results in self.values() for result in results}
+        return ((one, how, by_name[one.name]) for one in self.planned for how in one.measures)
 
     def measured(self, what: str) -> pd.DataFrame:
         """Return the results of `found` as one table: their rows, with `arm`, `seed` and the measurement's key, such as `task`.

@@ -72,6 +72,12 @@ class Part(Held):
         return [(-1 if term.startswith("-") else 1, term.removeprefix("-")) for term in signed]
 
     @property
+    def measured(self) -> set[str]:
+        """The measurements that the part rests on."""
+        columns = {column.partition("/")[0] for _, column in self.terms if "/" in column}
+        return {"fine-tuned"} if self.how == "accuracy" else columns
+
+    @property
     def rule(self) -> str:
         """The rule in words, as a page shows it beside the estimate."""
         ratio = self.unit is Unit.RATIO

@@ -115,7 +115,13 @@ def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any
     """Return the repeated runs which show that all code versions of these runs (summaries) compute the same; else None.
 
     Two versions agree for a router and device if every repeat there by one version, of a run recorded by the other, was equal.
+    For runs as they were measured, nothing shows that versions of the measuring code agree.
     """
+    measuring = {run.get("measures") for run in runs} - {
+        None
+    }  # None: of a run, or of a measurement that doesn't record it
+    if len(measuring) > 1:
+        return None
     if len({run.get("code") for run in runs}) < 2:
         return []
     of = [(run.get("device"), _router(run["config"]), run.get("code")) for run in runs]

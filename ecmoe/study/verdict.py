@@ -204,11 +204,16 @@ def _or_direction(part: JudgedPart, other: JudgedPart) -> JudgedPart:
 
 
 def _compared(part: Part, evidence: Evidence) -> list[list[Mapping[str, Any]]]:
-    """Return groups of summaries that are compared directly: all runs if spreads are compared, else the arms of each seed. Devices
-    and code versions may differ between seeds, because they cancel in the paired difference between arms."""
-    runs = [run for arm in part.arms for run in evidence.summaries(arm).values()]
-    seeds = {run["seed"] for run in runs}
-    return [runs] if part.how == "spread" else [[run for run in runs if run["seed"] == seed] for seed in seeds]
+    """Return groups of summaries that are compared directly: all runs if spreads are compared, else the arms of each seed; then the
+    same runs as they were measured. Devices and code versions may differ between seeds, because they cancel in the paired difference
+    between arms; and those that measured from those that trained."""
+    trained = [run for arm in part.arms for run in evidence.summaries(arm).values()]
+    of_arms = [(arm, seed, what) for arm in part.arms for seed in evidence.finished(arm) for what in part.measured]
+    measured = [run for each in of_arms for run in evidence.as_measured(*each)]
+    if part.how == "spread":
+        return [trained, measured]
+    seeds = {run["seed"] for run in trained}
+    return [[run for run in runs if run["seed"] == seed] for runs in (trained, measured) for seed in seeds]
 
 
 def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:

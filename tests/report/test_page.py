@@ -231,6 +231,26 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     assert [len(BeautifulSoup(page, "html.parser").select("details table")) for page in shown] == [1, 1, 1, 0, 0]
 
 
+def test_provenance_of_measurements_stands_beside_that_of_runs(shown, monkeypatch):
+    """If it differs from their run's."""
+    runs = [result(0).summary, result(1).summary]
+    new = {"device": "H200", "commit": "abd", "versions": {"torch": "2.14.0"}, "measures": "d1"}
+    for made in ([], runs, [runs[0], runs[1] | new], [runs[0] | {"measures": "d2"}, runs[1] | {"measures": "d1"}]):
+        monkeypatch.setattr(Study, "as_measured", lambda self, made=made: made)
+        report.provenance(study(result(0), result(1)))
+    assert shown[0] == shown[1] and "Note:" not in shown[0] and "code of measurements" not in shown[0]
+    page = BeautifulSoup(shown[2], "html.parser")
+    rows = {row.th.text: list(row.td.stripped_strings) for row in page.table.find_all("tr")}
+    assert (
+        rows["device"] == ["CPU", "H200"]
+        and rows["commit"] == ["abc", "abd"]
+        and rows["code of measurements"] == ["d1"]
+    )
+    assert "The runs and measurements behind this page differ in device, versions." in page.text
+    assert len(page.details.table.tbody.find_all("tr")) == 2 and "runs, one by one" not in page.text
+    assert "behind this page differ in code of measurements." in shown[3]
+
+
 def test_provenance_is_no_longer_than_what_it_says(shown):
     silent = {"licence": "not stated", "attribution": "not stated"}
     mix = {

@@ -185,9 +185,9 @@ def test_a_run_that_diverged_is_missing_and_said_to_be(study):
     assert found.parts[1].missing == tuple(("EC-CAP3 renormalized", seed) for seed in range(3))
 
 
-def keep_measure(one, how, found):
+def keep_measure(one, how, found, **made):
     path = paths.results("gpu", "measures") / one.name / f"{how.name}.json"
-    write_json(path, {"run": one.name, "what": how.what, "keys": how.keys, "found": found}, sealed=True)
+    write_json(path, {"run": one.name, "what": how.what, "keys": how.keys, "found": found, **made}, sealed=True)
 
 
 def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
@@ -206,8 +206,13 @@ def test_measurements_and_benches_are_read_where_the_engine_keeps_them(study):
     assert found.label == REPRODUCED and found.parts[0].effect.value == pytest.approx(0.2, abs=0.03)
     assert found.parts[4].effect.value == pytest.approx(0.3, abs=0.03) and found.rests_on.size.startswith("12 layers")
     assert judge("C1", "gpu", page="07_fine_tuning").label == NO_EFFECT  # the same losses at the paper's size
-    one = evidence.planned["Dense"][1]  # of one task it has no causal answers
-    keep_measure(one, one.measures[0], {"rows": [row], "right": packed})
+    one, summary = evidence.planned["Dense"][1], evidence.summaries("Dense")[1]
+    assert evidence.as_measured("Dense", 1, "fine-tuned") == [summary] * len(one.measures)
+    keep_measure(one, one.measures[0], {"rows": [row], "right": packed}, device="H200")
+    measured = evidence.as_measured("Dense", 1, "fine-tuned")
+    assert measured == [summary | {"device": "H200"}, *[summary] * (len(one.measures) - 1)]
+    assert evidence.as_measured("Dense", 1, "losses") == []
+    # Of that task it has no causal answers.
     assert (evidence.right("Dense", "accuracy - majority")[1][0] == bits - 0.5).all()
     seeds_of = {of: set(evidence.right("Dense", of)) for of in ("accuracy", "accuracy_causal")}
     assert seeds_of == {"accuracy": {0, 1, 2}, "accuracy_causal": {0, 2}}

@@ -151,6 +151,9 @@ def test_what_was_measured_is_a_table_with_a_row_for_each_gap(monkeypatch):
                                         ("b", 0, 2.0, 5, 0), ("a", 1, 0.5, 0, 0), ("b", 1, 0.5, 0, 0))
     ]  # fmt: skip
     assert list(study.measured("losses").columns) == ["arm", "seed"] and study.measured("losses").empty
+    made = lambda result, how, *, scale: {"of": (result.summary["name"], how.name, scale)} if how == hows[0] else None  # noqa: E731
+    monkeypatch.setattr("ecmoe.study.load.as_measured", made)
+    assert study.as_measured() == [{"of": (name, hows[0].name, "gpu")} for name in ("a0", "b0", "a1", "b1")]
 
 
 def test_a_run_that_fails_leaves_the_others_and_says_why(monkeypatch, capsys, tmp_path):

@@ -334,6 +334,32 @@ def test_repeats_that_show_two_codes_to_be_one_are_named_in_place_of_a_mark(monk
     assert of_evidence(find_claim("C6"), evidence).rests_on.mixed == ("code",)
 
 
+@pytest.mark.parametrize(
+    ("marks", "dense", "others"),
+    [
+        ((), {"device": "H200", "code": "0ther"}, {"device": "H200", "code": "0ther"}),  # than they were trained
+        (("card",), {"device": "H200"}, {"measures": "d1"}),
+        (("code",), {"code": "0ther"}, {}),
+        (("code",), {"measures": "d1"}, {"measures": "d2"}),
+        ((), {"measures": "d1"}, {}),  # of the others it isn't known
+    ],
+)
+def test_measurements_by_two_codes_or_cards_are_marked_where_they_are_compared(marks, dense, others):
+    class Measured(Known):
+        def as_measured(self, arm, seed, what):
+            assert what == "fine-tuned"
+            made = {} if seed else dense if arm == "Dense" else others
+            return [self.summaries(arm)[seed] | made]
+
+    arms = ("EC-CF2 renormalized", "GShard top-2 renormalized", "Switch top-1", "Dense")
+    right = {0: [np.ones(9)], 1: [np.ones(9)]}
+    evidence = Measured({arm: {"accuracy": right, "val_loss": {0: 3.5, 1: 3.5}} for arm in arms}, page="07_fine_tuning")
+    assert of_evidence(find_claim("C4"), evidence).rests_on.mixed == marks
+    no_measurement = replace(find_claim("C6"), parts=find_claim("C6").parts[:1])
+    hashed = losses(**{"Hash modulo": seeds(3.7), "EC-CF2 renormalized": seeds(3.6)})
+    assert of_evidence(no_measurement, Measured(hashed)).rests_on.mixed == ()
+
+
 def test_a_seed_may_be_trained_elsewhere_than_the_next_but_not_than_its_pair():
     class Elsewhere(Known):
         def summaries(self, arm):
