@@ -1,11 +1,8 @@
 """Execute a notebook with papermill, and render it as a page."""
 
 import logging
-import os
-import shutil
 import sys
 import tempfile
-import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from traitlets import CaselessStrEnum, default
+from traitlets.config import Config
 
 from ecmoe.files import ConfigError
 from ecmoe.report.render import render
@@ -21,18 +18,7 @@ from ecmoe.study.parameters import merge_parameters, merged
 
 
 class _ThisPython(AsyncKernelManager):
-    """Start kernels with the running interpreter: an installed `python3` kernel may use another one.
-
-    Kernels communicate over Unix sockets, so that no port is open. The sockets get a folder of their own, because parallel kernels
-    would share Jupyter's default, the working folder; in /tmp, because a socket's path is limited to some 100 characters."""
-
-    transport = CaselessStrEnum(["tcp", "ipc"], "ipc")
-
-    @default("ip")
-    def _own_sockets(self) -> str:
-        folder = tempfile.mkdtemp(prefix="ecmoe-", dir="/tmp")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return os.path.join(folder, "kernel")
+    """Start kernels with the running interpreter: an installed `python3` kernel may use another one."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -86,8 +72,11 @@ def execute(
         if cell.cell_type == "code":
             print(f"[{notebook.stem}] cell {cell_index + 1}/{total}", file=sys.stderr, flush=True)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="ecmoe-", dir="/tmp") as folder:
         executed = Path(folder) / "executed.ipynb"
+        # The kernel communicates over Unix sockets, so that no port is open. They lie here, because parallel kernels would share
+        # Jupyter's default, the working folder; and in /tmp, because a socket's path is limited to some 100 characters.
+        sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:
             papermill.execute_notebook(
                 source,  # not its path, as papermill would format {names} in a path
@@ -99,6 +88,7 @@ def execute(
                 progress_bar=False,
                 start_timeout=180,
                 kernel_manager_class=_ThisPython,
+                config=sockets,
                 on_cell_start=say,
                 stderr_file=sys.stderr,
             )
