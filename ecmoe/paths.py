@@ -137,10 +137,8 @@ def files_below(path: Path, kinds: tuple[str, ...], without: Collection[str] = (
             if link.resolve() in {above.resolve() for above in link.parents}:
                 raise ConfigError(f"{link} is a link to a folder that holds it: remove it")
         for file in (Path(folder, name) for name in names if name.lower().endswith(kinds) and not name.startswith(".")):
-            if not file.exists():
-                raise ConfigError(f"{file} is a link to nothing: mend or remove it")
-            if not file.is_file():
-                raise ConfigError(f"{file} is no regular file, so reading it may never end: remove it")
+            if not file.is_file():  # reading a pipe may never end
+                raise ConfigError(f"{file} is a link to nothing, or no regular file: remove it")
             found[file.relative_to(path).as_posix()] = file
     return dict(sorted(found.items()))
 

@@ -277,7 +277,7 @@ def test_what_a_folder_may_hold_beside_texts(tmp_path):
         open_corpus(str(tmp_path))
     (tmp_path / "link.txt").unlink()
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(ConfigError, match="pipe.txt is no regular file"):
+    with pytest.raises(ConfigError, match="pipe.txt is a link to nothing, or no regular file"):
         open_corpus(str(tmp_path))
 
 
