@@ -117,9 +117,8 @@ def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any
     Two versions agree for a router and device if every repeat there by one version, of a run recorded by the other, was equal.
     For runs as they were measured, nothing shows that versions of the measuring code agree.
     """
-    measuring = {run.get("measures") for run in runs} - {
-        None
-    }  # None: of a run, or of a measurement that doesn't record it
+    # Runs have no such code, and measurements stored before it was recorded don't say theirs.
+    measuring = {run["measures"] for run in runs if "measures" in run}
     if len(measuring) > 1:
         return None
     if len({run.get("code") for run in runs}) < 2:
