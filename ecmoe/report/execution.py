@@ -65,7 +65,6 @@ def execute(
             title = nbformat.v4.new_markdown_cell(f"# {notebook.stem}")
             fail(nbformat.v4.new_notebook(cells=[title]), str(error))
         raise
-    out_html.parent.mkdir(parents=True, exist_ok=True)
     total = len(source.cells) + bool(values)  # papermill adds a cell with the parameters
 
     def say(cell: Any, cell_index: int, **_: Any) -> None:

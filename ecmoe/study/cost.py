@@ -27,16 +27,14 @@ def table_1() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def hours(
-    configs: Mapping[str, RunConfig], tokens: float | None = None, scale: str = "gpu", mfu: Mapping[str, float] = {}
-) -> pd.DataFrame:
+def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, mfu: Mapping[str, float] = {}) -> pd.DataFrame:
     """Return the cost of one run of each config, a row per name: parameters, training FLOPs per token, tokens, hours on one GPU.
 
     tokens: number of training tokens; None: as in each config. mfu: name -> model FLOPs utilisation (MFU) of its own timed steps.
-    All others get that of EC-CF2 in the scale's `bench_step`, on its best path; `ASSUMED_MFU` where nothing was timed."""
-    timed = kept("step", scale)["rows"]
+    All others get that of EC-CF2 in scale gpu's `bench_step`, on its best path; `ASSUMED_MFU` where nothing was timed."""
+    timed = kept("step", "gpu")["rows"]
     rates = [row["mfu"] for row in timed if row["arm"] == "EC-CF2" and row.get("mfu")]
-    usual = (max(rates), f"timed for {setting(scale)[0]}") if rates else (ASSUMED_MFU, "assumed")
+    usual = (max(rates), f"timed for {setting('gpu')[0]}") if rates else (ASSUMED_MFU, "assumed")
     rows = []
     for name, config in configs.items():
         share, said = (mfu[name], "its own steps") if mfu.get(name, math.nan) > 0 else usual

@@ -181,4 +181,4 @@ def _critical(level: float, df: float) -> float:
 
 def shared(*by_seed: Mapping[int, float]) -> list[int]:
     """Return the seeds that all arguments have, in order."""
-    return sorted(set.intersection(*(set(one) for one in by_seed))) if by_seed else []
+    return sorted(set.intersection(*map(set, by_seed)))

@@ -89,7 +89,7 @@ class Evidence:
             return np.unpackbits(packed, count=row["validation"]) - (row[less] if less else 0.0)
 
         tasks = {seed: self.measured(arm, seed, "fine-tuned") for seed in self.values(arm, "val_loss")}
-        return {seed: [*map(right, of)] for seed, of in tasks.items() if of and all(key in task for task in of)}
+        return {seed: [*map(right, of)] for seed, of in tasks.items() if of}
 
     def step_ratio(self, a: str, b: str, of: str) -> Estimate:
         """Return a's step time divided by b's, per turn of the bench, each on its fastest path. of: how token choice routes, "even" or

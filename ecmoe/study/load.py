@@ -72,7 +72,7 @@ def load(page: str, given: Mapping[str, Any], also: Collection[str] = ()) -> Stu
     parameters = page_parameters(page, given)
     scale = parameters["scale"]
     planned = planning.of_page(page, scale, parameters)
-    results: dict[str, list[Result]] = {arm: [] for arm in planning.arms_of(parameters, scale)}
+    results: dict[str, list[Result]] = {one.arms[0]: [] for one in planned}
     train = {*also, *(results if parameters["train_missing"] else ())}
     waiting = [one for one in planned if one.arms[0] in train and not any(map(Path.exists, _places(one, scale)))]
     # Measuring a run also trains it if its weights aren't on this machine.

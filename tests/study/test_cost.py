@@ -40,20 +40,21 @@ def test_hours_follow_from_flops_and_a_stated_share(tmp_path, monkeypatch):
     save(timed, paths.results("gpu", "bench") / "step.json")
     of_model = "0.25, timed for 12 layers of width 768, 64 experts"  # EC-CF2's best path
     for keys, share, said in (
-        ({"scale": "paper"}, 0.4, "0.40, assumed"),
-        ({"scale": "gpu"}, 0.25, of_model),
+        ({}, 0.25, of_model),
         ({"mfu": {"0.1B/64E": 0.5}}, 0.5, "0.50, its own steps"),
         ({"mfu": {"0.1B/64E": math.nan}}, 0.25, of_model),
         ({"mfu": {"another": 0.5}}, 0.25, of_model),
     ):
         (row,) = cost.hours(models, tokens=1e9, **keys).to_dict("records")
         assert (row["at_mfu"], row["gpu_hours"]) == (said, pytest.approx(at_all / share))
+    (paths.results("gpu", "bench") / "step.json").unlink()
+    assert list(cost.hours(models)["at_mfu"]) == ["0.40, assumed"]
 
 
 def test_a_study_is_costed_arm_by_arm(tiny_config):
     config = tiny_config(steps=10)
     arms = {"EC": config, "Dense": config.replace(router="dense")}
-    rows = cost.hours(arms, scale="nothing there").set_index("name")
+    rows = cost.hours(arms).set_index("name")  # at an assumed rate, for nothing was timed in the tests' home
     assert list(rows.index) == list(arms)
     assert rows.loc["EC", "million_tokens"] == 10 * config.tokens_per_batch / 1e6
     assert rows.loc["EC", "parameters"] > rows.loc["EC", "active_parameters"] > 0
