@@ -39,8 +39,8 @@ def execute(
     parameter_files: YAML files; later files override, key by key, also within `base`. parameters: override the files. A page's
     notebook checks them in its first cell, by `load` or `page_parameters`.
 
-    Raises a ConfigError if `out_html` is a folder, a file or the notebook can't be read, or a cell fails. Unless it is a folder,
-    `<name>.failed.html` with the error on top is written instead of the page."""
+    Raises a ConfigError if `out_html` is a folder; or if a file or the notebook can't be read, or a cell fails, and then writes
+    `<name>.failed.html`, with the error on top, instead of the page."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
