@@ -75,7 +75,8 @@ def capped_top_k(
             ranked = S.masked_fill(~valid[:, None], 0.0).sort(dim=2, descending=True).values
             inside = torch.arange(m, device=S.device) < target[:, None, None]
             places = (e * target[:, None, None]).clamp_min(1)
-            X = transport(S, target, b, valid, (ranked * inside).sum((1, 2), keepdim=True) / places)
+            unit = (ranked * inside).sum((1, 2), keepdim=True) / places
+            X = transport(S, target, b, valid, unit, fixed=S.device.type != "cpu")
             I = S.masked_fill(~X, -2.0).topk(k, dim=2).indices
     return scores.gather(2, I), I
 

@@ -56,5 +56,6 @@ def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
     unit = (seen.square().sum() / (valid.sum() * e).clamp_min(1)).sqrt()
     valid = valid | filler
     target = valid.sum() // e
-    X = transport((S - mean).T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE)[0]
+    # The meta device has no numbers to look at.
+    X = transport((S - mean).T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE, S.is_meta)[0]
     return X.long().argmax(dim=0)

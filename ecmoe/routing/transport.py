@@ -7,7 +7,7 @@ token it takes over that token's b-th best other offer. All experts update price
 auction), with a shrinking jitter on the scores that keeps equal tokens from moving together. The final prices are
 optimal for the loads they give. Cheapest paths then move tokens from experts with too many to others (successive
 shortest paths, Ahuja et al. 1993, section 9.7), many at a time. The rest moves directly, which is always possible.
-Except on a CPU the number of rounds is fixed, so no step waits for a number from the device.
+Usually few tokens have to move, and as many rounds suffice; to see that, the host must wait for the device.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
 PRICE_ROUNDS = 80
 SAMPLE, FULL_ROUNDS = 4096, 10  # sampled tokens in the first rounds; last rounds, with all tokens
-PATH_ROUNDS = 64  # maximum; 16 times as many on a CPU, which can check if more are needed
+PATH_ROUNDS = 64  # 16 times as many, at most, if each round checks whether more are needed
 PATH_LENGTH = 6
 NEAR = 512  # tokens of an expert that may move along a path: those that lose least
 CHUNK = 2**25  # numbers in memory at once
@@ -31,6 +31,7 @@ def transport(
     valid: Tensor,
     unit: Tensor,
     tolerance: float = JITTER_LAST,
+    fixed: bool = False,
 ) -> Tensor:
     """Return (g, e, m) bool: exactly `target` tokens per expert, at most b experts per valid token.
 
@@ -39,13 +40,14 @@ def transport(
         b: cap, at most e - 1. valid: (g, m) bool, False for padding.
         unit: (g, 1, 1) size of a large difference of scores.
         tolerance: loss per place allowed against the largest sum of scores, as a share of the unit.
+        fixed: make a fixed number of rounds, so that no step waits for a number from the device.
     """
     unit = unit.clamp_min(torch.finfo(S.dtype).tiny)
     Z = S.masked_fill(~valid[:, None], float("-inf"))
     J = unit * _jitter(valid, S.shape[1], S.dtype)
     q = _prices(Z, J, target, b, valid, tolerance)
     Z = Z + tolerance * J
-    return _balance(_hold(Z - q, target, b), Z, q, target, b, tolerance * unit, valid)
+    return _balance(_hold(Z - q, target, b), Z, q, target, b, tolerance * unit, valid, fixed)
 
 
 def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
@@ -102,7 +104,9 @@ def _hold(R: Tensor, target: Tensor, b: int) -> Tensor:
     return torch.zeros(g, e, m, dtype=torch.bool, device=R.device).scatter(1, offers.indices, taken)
 
 
-def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance: Tensor, valid: Tensor) -> Tensor:
+def _balance(
+    X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance: Tensor, valid: Tensor, fixed: bool
+) -> Tensor:
     """Move tokens from experts with too many to experts with too few, along the cheapest paths.
 
     The last node, e, stands for the tokens' free places: a path through it drops one token and adds another.
@@ -125,9 +129,8 @@ def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance:
     touched = every  # nodes that changed since their edges were computed
     near = every.new_zeros(g, e + 1, max(1, min(m, NEAR, CHUNK // (g * (e + 1) ** 2))))
     cost, count = Z.new_zeros(g, e + 1, e + 1), every.new_zeros(g, e + 1, e + 1)
-    on_cpu = X.device.type == "cpu"  # elsewhere, checking for remaining surplus would stall
-    for _ in range(PATH_ROUNDS * (16 if on_cpu else 1)):
-        if on_cpu and not excess.any():
+    for _ in range(PATH_ROUNDS * (1 if fixed else 16)):
+        if not fixed and not excess.any():
             break
         last = leave[at, touched].masked_fill(~X[at, touched], float("inf"))
         near[at, touched] = last.topk(near.shape[2], dim=2, largest=False).indices
@@ -145,7 +148,7 @@ def _balance(X: Tensor, Z: Tensor, q: Tensor, target: Tensor, b: int, tolerance:
     tokens = torch.arange(m, device=X.device).expand(g, m)
     for _ in range(e - 1):
         excess = _excess(X, every, target)
-        if on_cpu and not excess.any():
+        if not fixed and not excess.any():
             break
         u, v = excess[:, :e].argmax(1), excess[:, :e].argmin(1)
         amount = torch.minimum(excess.amax(1), -excess.amin(1))

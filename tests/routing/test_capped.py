@@ -154,7 +154,7 @@ def test_what_may_be_lost_is_a_share_of_the_mean_score_of_a_plain_top_k(monkeypa
     S, target = torch.cat([scores("random", 8, 4), scores("biased", 8, 4), scores("peaked", 8, 4)]), [1, 3, 0]
     valid = torch.ones(3, 8, dtype=torch.bool)
     valid[0, [2, 5]], told = False, []
-    monkeypatch.setattr(capped, "transport", lambda *given: told.append(given) or transport(*given))
+    monkeypatch.setattr(capped, "transport", lambda *given, fixed: told.append(given) or transport(*given, fixed=fixed))
     capped_top_k(S, 3, 2, valid=valid, target=torch.tensor(target))
     ((_, *_, unit),) = told
     best = [S[pool][:, valid[pool]].topk(k, dim=1).values.sum() / max(4 * k, 1) for pool, k in enumerate(target)]

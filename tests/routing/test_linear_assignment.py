@@ -159,9 +159,9 @@ def test_what_may_be_lost_is_a_share_of_how_far_scores_differ(monkeypatch):
     LinearAssignment(D, 4).assign(logits.masked_fill(~mask[:, None], 1e6), mask=mask)
     z = logits[mask].numpy()
     z = z - z.mean(1, keepdims=True) - z.mean(0) + z.mean()
-    ((scores, target, b, valid, unit, tolerance),) = told
+    ((scores, target, b, valid, unit, tolerance, fixed),) = told
     np.testing.assert_allclose(scores[0].T[mask].numpy(), z)
-    assert (target.tolist(), b, tolerance) == ([2], 1, 1e-4) and torch.equal(valid[0], mask)
+    assert (target.tolist(), b, tolerance, fixed) == ([2], 1, 1e-4, False) and torch.equal(valid[0], mask)
     assert unit.item() == pytest.approx(np.sqrt((z**2).mean()))
 
 

@@ -137,8 +137,8 @@ def test_the_path_is_the_cheapest_to_the_emptiest_and_as_wide_as_its_narrowest_e
     assert moved > 10
 
 
-@pytest.mark.parametrize("e", [2, 5])
-def test_what_paths_leave_moves_directly(e, monkeypatch):
+@pytest.mark.parametrize("e, fixed", [(2, False), (5, False), (5, True)])
+def test_what_paths_leave_moves_directly(e, fixed, monkeypatch):
     """One expert holds all; e - 1 moves are needed."""
     monkeypatch.setattr(solver, "PATH_ROUNDS", 0)
     X, Z, valid = (
@@ -148,7 +148,7 @@ def test_what_paths_leave_moves_directly(e, monkeypatch):
     )
     X[0, 1], X[1, 0] = True, True
     unit = torch.full((G, 1, 1), 1e-3, dtype=torch.float64)
-    found = solver._balance(X, Z, torch.zeros(G, e, 1), torch.full((G,), 4), 1, unit, valid)
+    found = solver._balance(X, Z, torch.zeros(G, e, 1), torch.full((G,), 4), 1, unit, valid, fixed)
     assert found.sum(2).tolist() == G * [e * [4]] and found.sum(1).tolist() == G * [4 * e * [1]]
 
 
@@ -164,6 +164,7 @@ def test_of_all_tokens_those_that_lose_least_move_directly(monkeypatch):
         1,
         torch.full((1, 1, 1), 1e-3),
         torch.ones(1, 4, dtype=torch.bool),
+        fixed=False,
     )
     assert found[0, 1].tolist() == [False, False, True, True]
 
@@ -223,7 +224,7 @@ def test_looked_at_are_the_tokens_that_lose_least_by_leaving(b, monkeypatch):
         held = solver._hold(Z - q, target, b)
         unit, valid = torch.full((G, 1, 1), 1e-3, dtype=Z.dtype), torch.ones(G, M, dtype=torch.bool)
         with pytest.raises(Asked) as asked:
-            solver._balance(held.clone(), Z, q, target, b, unit, valid)
+            solver._balance(held.clone(), Z, q, target, b, unit, valid, fixed=False)
         X, near, nodes = asked.value.args
         assert nodes.tolist() == G * [list(range(E + 1))] and torch.equal(X[:, :E], held)
         assert torch.equal(X[:, FREE], held.sum(1) < b)
@@ -246,7 +247,8 @@ def test_a_pool_of_padding_alone_has_prices(monkeypatch):
     assert q.shape == (G, E, 1) and q.isfinite().all()
 
 
-def test_on_a_cpu_paths_are_looked_for_until_all_are_even_up_to_16_times_as_long(monkeypatch):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_paths_are_looked_for_until_all_are_even_up_to_16_times_as_long_or_a_fixed_time(fixed, monkeypatch):
     monkeypatch.setattr(solver, "PATH_ROUNDS", 2)
     asked, unit, valid = [], torch.full((1, 1, 1), 1e-3), torch.ones(1, 4, dtype=torch.bool)
 
@@ -256,8 +258,9 @@ def test_on_a_cpu_paths_are_looked_for_until_all_are_even_up_to_16_times_as_long
         return [(nowhere, nowhere)], nowhere
 
     monkeypatch.setattr(solver, "_path", path)
-    for loads, rounds in (((2, 2), 0), ((3, 1), 32)):
+    for loads, rounds in (((2, 2), 2 if fixed else 0), ((3, 1), 2 if fixed else 32)):
         X = torch.zeros(1, 2, 4, dtype=torch.bool)
         X[0, 0, : loads[0]], X[0, 1, loads[0] :] = True, True
-        solver._balance(X, torch.zeros(1, 2, 4), torch.zeros(1, 2, 1), torch.tensor([2]), 1, unit, valid)
+        solver._balance(X, torch.zeros(1, 2, 4), torch.zeros(1, 2, 1), torch.tensor([2]), 1, unit, valid, fixed)
         assert len(asked) == rounds
+        asked.clear()
