@@ -14,6 +14,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.images import AugmentedBatches, ImageData, shifted
 from ecmoe.model.build import build_model, count_parameters, flops_per_token
 from ecmoe.model.vision import patchify
+from ecmoe.study.plan import config_class
 from ecmoe.study.table import table
 from ecmoe.training.recorder import Recorder
 from ecmoe.training.result import read_record, write_record
@@ -41,7 +42,7 @@ def test_records_keep_their_names():
     """Keys that came later, and that a run doesn't read, change no name."""
     for path in (Path(__file__).parents[2] / "reports/gpu/runs").glob("*.json"):
         summary = json.loads(path.read_text(encoding="utf-8"))["summary"]
-        config = RunConfig.from_dict(summary["config"])
+        config = config_class(summary["config"]).from_dict(summary["config"])
         if not config.images and "relative_init" not in summary["config"]:
             continue  # of a text with another start of the position bias, which makes it another run
         assert config.name == summary["name"] == path.stem
