@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from ecmoe import MoE, causal_routing
 from ecmoe.model import moe as moe_module
@@ -54,11 +56,25 @@ def stepped(moe: MoE, x: torch.Tensor, ids: torch.Tensor) -> dict:
     return {key: None if t is None else t.detach().tolist() for key, t in found.items()}
 
 
+def trained(x: torch.Tensor, mesh: dist.device_mesh.DeviceMesh | None = None) -> list:
+    """The weights after a step, with clipped gradients; on a mesh as README has it: experts by expert, all else by FSDP2."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), layer("expert choice"))
+    if mesh:
+        experts = share_experts(model, mesh, torch.device("cpu"))
+        fully_shard(model, mesh=mesh, ignored_params=experts)
+    model(x).square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    weights = [norm, *model.parameters()]
+    return [(w.full_tensor() if hasattr(w, "full_tensor") else w).tolist() for w in weights]
+
+
 @pytest.fixture(scope="module")
 def by_rank(two_ranks):
     def work(rank: int) -> dict:
         mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        found = {}
+        found = {"trained": trained(X.chunk(2)[rank], mesh)}
         for name in ROUTERS:
             moe = layer(name)
             assert len(share_experts(moe, mesh, torch.device("cpu"))) == 2
@@ -104,6 +120,14 @@ def test_two_ranks_are_one_process(by_rank, name):
         torch.testing.assert_close(
             torch.cat([torch.tensor(r["causal"]) for r in ranks]), torch.tensor(halves[0]["causal"])
         )
+
+
+def test_a_step_with_fsdp2_for_the_other_weights_is_that_of_one_process(by_rank):
+    norm, *weights = trained(X)
+    assert norm > 0.01  # so that clipping it changes the step
+    for rank in by_rank:
+        for ours, wanted in zip(rank["trained"], [norm, *weights], strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(wanted))
 
 
 def test_slots_are_sent_as_far_as_there_is_room(by_rank):
