@@ -55,6 +55,11 @@ def execute(
         raise ConfigError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
+        for name in values:  # papermill writes `name = value` into the notebook, so that a.b would set an attribute
+            if not str(name).isidentifier():
+                raise ConfigError(
+                    f"{name}={values[name]!r}: no parameter has such a name; a key of base is base={{steps: 30}}"
+                )
         try:
             source = nbformat.read(notebook, as_version=4)
         except Exception as error:  # nbformat raises many kinds of errors for invalid files

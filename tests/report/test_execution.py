@@ -256,3 +256,11 @@ def test_parameters_that_cannot_be_read_are_named_by_their_file(tmp_path):
     with pytest.raises(ConfigError, match=r"bad\.yaml' can't be read"):
         execute(tmp_path / "a.ipynb", tmp_path / "a.html", [tmp_path / "bad.yaml"])
     assert "bad.yaml" in BeautifulSoup((tmp_path / "a.failed.html").read_text(), "html.parser").text
+
+
+def test_a_parameter_has_a_name_that_python_can_set(tmp_path):
+    nbformat.write(notebook(("md", "# T")), tmp_path / "a.ipynb")
+    with pytest.raises(
+        ConfigError, match=r"base\.steps=30: no parameter has such a name; a key of base is base=\{steps: 30\}"
+    ):
+        execute(tmp_path / "a.ipynb", tmp_path / "a.html", parameters={"base.steps": 30})

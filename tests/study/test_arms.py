@@ -83,7 +83,7 @@ def test_an_arm_is_what_its_name_says(name):
     for words, says in SAYS:
         if found := re.match(rf"({words})\b", name):
             keys |= says if isinstance(says, dict) else says(found[2])
-    assert keys == plan.named_arms()[name]
+    assert keys == plan.named_arms()[name], "a new word of a name needs a row in SAYS"
 
 
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
