@@ -1,5 +1,7 @@
 """A notebook's parameters: find their YAML files, merge them, and check keys and types."""
 
+import json
+import keyword
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -69,7 +71,19 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
 
 
 def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `later` over `values`, `base` key by key. Raise a ConfigError if base, vary or measures isn't a mapping."""
+    """Merge `later` over `values`, `base` key by key. Raise a ConfigError if base, vary or measures isn't a mapping, or papermill
+    couldn't write `name = value` into a notebook."""
+    for name, value in later.items():
+        if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
+            right = (
+                "a parameter's name must be one that Python allows; keys of runs belong to base, as in base={steps: 3}"
+            )
+            raise ConfigError(f"{name}={value!r}: {right}")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            right = "must hold only text, numbers, lists and `key: value` lines; put others, such as dates, in quotes"
+            raise ConfigError(f"{name}={value!r} {right} ({error})") from error
     both = {**values, **later}
     for key in ("base", "vary", "measures"):
         if not isinstance(both.get(key) or {}, Mapping):
@@ -84,25 +98,28 @@ def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     value whose type differs from the file's, such as "false" for false, and, at the first call for a page, for a name that isn't
     a parameter of it: at a later call, as when a cell is run again, the notebook has defined names of its own.
 
-    given: such as the globals() of the notebook's first cell. Ignored are values that aren't strings, numbers, lists or dicts
-    (None too: the file's value counts), and names that begin with an underscore, or are IPython's.
+    given: such as the globals() of the notebook's first cell. None counts as not given, so the file's value holds. Ignored are names
+    that begin with an underscore, or are IPython's, and unknown names whose values aren't strings, numbers, lists or dicts.
     """
-    names = [name for name in given if name[0] != "_" and name not in ("In", "Out")]
-    given = {name: given[name] for name in names if isinstance(given[name], str | int | float | list | dict)}
+    names = [name for name in given if not name.startswith("_") and name not in ("In", "Out")]
+    given = {name: given[name] for name in names if given[name] is not None}
     scale = given.get("scale", "smoke")
     values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
     ours = {name: value for name, value in given.items() if name in values}
-    check_kinds(page, ours if page in _CHECKED else given, values)
+    others = {name: value for name, value in given.items() if isinstance(value, str | int | float | list | dict)}
+    kept = " (a running kernel keeps the wrong name: restart it)"
+    check_kinds(page, ours if page in _CHECKED else others | ours, values, kept)
     _CHECKED.add(page)
     return merged(values, ours)
 
 
-def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raise a ConfigError for a name that isn't in `known`, or a value of another type than there. None fits any type."""
+def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any], hint: str = "") -> None:
+    """Raise a ConfigError for a name that isn't in `known`, with `hint` at its end, or a value of another type than there. None fits
+    any type."""
     for name, value in given.items():
         if name not in known:
             near = nearest(name, known, f"it has {', '.join(known)}")
-            raise ConfigError(f"{where} has no parameter {name!r} (given: {value!r}): {near}")
+            raise ConfigError(f"{where} has no parameter {name!r} (given: {value!r}): {near}{hint}")
         usual = known[name]
         if usual is None or value is None:
             continue

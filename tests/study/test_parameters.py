@@ -1,5 +1,6 @@
 """Parameters of a notebook: merged in a known order, and held to what the notebook knows."""
 
+import datetime
 import re
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,6 +15,7 @@ from ecmoe.study.parameters import (
     check_scale,
     held_to,
     merge_parameters,
+    merged,
     page_parameters,
     parameter_files,
 )
@@ -73,6 +75,29 @@ def test_base_holds_keys_or_nothing(tmp_path):
     (tmp_path / "number.yaml").write_text("base: 3\n")
     with pytest.raises(ConfigError, match=r"number\.yaml': base=3 must hold `key: value` lines"):
         merge_parameters([tmp_path / "a.yaml", tmp_path / "number.yaml"])
+
+
+@pytest.mark.parametrize("name", ["base.steps", "class", "1a", "a b", "a-b", "", 1, True, None])
+def test_a_name_that_python_would_not_take_is_named(name):
+    with pytest.raises(ConfigError, match=re.escape(f"{name}=3: a parameter's name must be one that Python allows")):
+        merged({}, {name: 3})
+
+
+@pytest.mark.parametrize(
+    ("yaml", "shown"),
+    [
+        ("seeds: 2020-01-01", "seeds=datetime.date(2020, 1, 1)"),
+        ("base: {data: {a, b}, max: !!set {c}}", "base={'data': {'a': None, 'b': None}, 'max': {'c'}}"),
+        ("base: {2020-01-01: 3}", "base={datetime.date(2020, 1, 1): 3}"),
+        ("arms: !!binary aGk=", "arms=b'hi'"),
+        ("base: &itself {again: *itself}", "base={'again': {...}}"),
+    ],
+)
+def test_a_value_that_no_notebook_can_be_given_is_named(yaml, shown, tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml)
+    with pytest.raises(ConfigError) as error:
+        merge_parameters([tmp_path / "a.yaml"])
+    assert f"a.yaml': {shown} must hold only text, numbers, lists and `key: value` lines" in str(error.value)
 
 
 def test_a_study_has_a_file_of_its_own_at_a_scale_where_it_needs_one(tmp_path, monkeypatch):
@@ -150,6 +175,11 @@ def test_unknown_parameters_and_text_for_numbers_are_errors(tmp_path, monkeypatc
         ({"arms": 5}, "arms=5 must be a list"),
         ({"base": [1]}, "base=[1] must be `key: value` lines"),
         ({"sed": [3]}, "has no parameter 'sed' (given: [3]): did you mean seeds?"),
+        ({"sed": [3]}, "a running kernel keeps the wrong name: restart it"),
+        ({"seeds": range(3)}, "seeds=range(0, 3) must be a list, such as"),
+        ({"seeds": {1}}, "seeds={1} must be a list, such as"),
+        ({"scale": ("gpu",)}, "scale=('gpu',): must be one of"),
+        ({"train_missing": datetime.date(2020, 1, 1)}, "train_missing=datetime.date(2020, 1, 1) must be a bool"),
         *(({"factor": value}, "has no parameter 'factor'") for value in (4, 0.5, "x", {})),
     ],
 )
@@ -189,5 +219,6 @@ def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
         assert page_parameters("01_a", {}) == {"train_missing": False, "seeds": [3]}
     with pytest.raises(ConfigError, match=re.escape(f"a list, such as {values['arms'][:3]}") + "$"):
         page_parameters("03_capacity_factor", {"arms": 5})
+    assert page_parameters("03_capacity_factor", {"seeds": (5, 6)})["seeds"] == (5, 6)
     late = {"rows": [1], "seeds": [5]}  # what a notebook has made by now
     assert page_parameters("03_capacity_factor", late)["seeds"] == [5]
