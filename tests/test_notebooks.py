@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last, with its smoke parameters and runs of a few steps."""
 
+import ast
 import contextlib
 import html
 import io
@@ -190,6 +191,24 @@ def test_what_a_reader_tries_is_shown_beside_what_is_there(name, monkeypatch):
     keys, columns = SHOWN.get(name, ({}, []))
     given = ("fine-tuned", study, {"n": 4}) if name == "07_fine_tuning" else (study, {"n": 4})
     assert plot == (given, tuple(columns), keys) and "Your" in caption
+
+
+def assigned(source: str) -> set[str]:
+    """The names that code assigns to, at any depth."""
+    nodes = ast.walk(ast.parse(source))
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_known_at_every_scale_and_keep_their_values(notebook):
+    """Who runs a cell again reads the parameters again, not what another cell has made of them."""
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    (parameters,) = [assigned(cell.source) for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+    for scale in ("smoke", "gpu", "paper"):
+        assert parameters <= {"train_missing", *merge_parameters(parameter_files(notebook.stem, scale))}
+    for cell in cells:
+        if "parameters" not in cell.metadata.get("tags", ()):
+            assert not assigned(cell.source) & parameters
 
 
 @pytest.mark.parametrize("name", ["00_routing", "08_step_time", OWN_MODEL])
