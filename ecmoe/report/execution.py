@@ -49,17 +49,15 @@ def execute(
     failed_html = out_html.with_suffix(".failed.html")
 
     def fail(executed: Any, what: str, where: str = notebook.name, cell: int | None = None) -> None:
-        render(executed, failed_html, notebook, {"where": where, "what": what, "cell": cell})
+        try:
+            render(executed, failed_html, notebook, {"where": where, "what": what, "cell": cell})
+        except OSError as error:  # such as a full disk, which must not hide what is wrong with the notebook
+            print(f"{failed_html} can't be written: {error}", file=sys.stderr, flush=True)
 
     if out_html.is_dir():
         raise ConfigError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
-        for name in values:  # papermill writes `name = value` into the notebook, so that a.b would set an attribute
-            if not str(name).isidentifier():
-                raise ConfigError(
-                    f"{name}={values[name]!r}: no parameter has such a name; a key of base is base={{steps: 30}}"
-                )
         try:
             source = nbformat.read(notebook, as_version=4)
         except Exception as error:  # nbformat raises many kinds of errors for invalid files

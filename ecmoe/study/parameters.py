@@ -73,11 +73,9 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
 def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `later` over `values`, `base` key by key. Raise a ConfigError if base, vary or measures isn't a mapping, or papermill
     couldn't write `name = value` into a notebook."""
-    for name, value in later.items():
+    for name, value in later.items():  # `a.b = value` would set an attribute
         if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
-            right = (
-                "a parameter's name must be one that Python allows; keys of runs belong to base, as in base={steps: 3}"
-            )
+            right = "parameters have names that Python allows; keys of runs belong to base, as in base={steps: 3}"
             raise ConfigError(f"{name}={value!r}: {right}")
         try:
             json.dumps(value)

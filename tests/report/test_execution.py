@@ -260,7 +260,13 @@ def test_parameters_that_cannot_be_read_are_named_by_their_file(tmp_path):
 
 def test_a_parameter_has_a_name_that_python_can_set(tmp_path):
     nbformat.write(notebook(("md", "# T")), tmp_path / "a.ipynb")
-    with pytest.raises(
-        ConfigError, match=r"base\.steps=30: no parameter has such a name; a key of base is base=\{steps: 30\}"
-    ):
+    with pytest.raises(ConfigError, match=r"base\.steps=30: .* keys of runs belong to base, as in base=\{steps: 3\}"):
         execute(tmp_path / "a.ipynb", tmp_path / "a.html", parameters={"base.steps": 30})
+
+
+def test_a_failed_page_that_cannot_be_written_hides_no_error(tmp_path, capsys):
+    nbformat.write(notebook(("md", "# T")), tmp_path / "a.ipynb")
+    (tmp_path / "file").touch()  # where the page's folder should be
+    with pytest.raises(ConfigError, match="base=3 must hold"):
+        execute(tmp_path / "a.ipynb", tmp_path / "file" / "a.html", parameters={"base": 3})
+    assert f"{tmp_path}/file/a.failed.html can't be written: " in capsys.readouterr().err

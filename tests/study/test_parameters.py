@@ -79,7 +79,7 @@ def test_base_holds_keys_or_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["base.steps", "class", "1a", "a b", "a-b", "", 1, True, None])
 def test_a_name_that_python_would_not_take_is_named(name):
-    with pytest.raises(ConfigError, match=re.escape(f"{name}=3: a parameter's name must be one that Python allows")):
+    with pytest.raises(ConfigError, match=re.escape(f"{name}=3: parameters have names that Python allows")):
         merged({}, {name: 3})
 
 
