@@ -331,7 +331,7 @@ def test_one_run_that_differs_is_an_exit_code(equal, code, monkeypatch):
     planned = [SimpleNamespace(name=name) for name in "ab"]
     found = {
         "rows": 3,
-        "differs": {"val_loss": 0.25, "train_loss": 1e-5},
+        "differs": {"val_loss": 0.25, "train_loss": 1e-5, "accuracy": None},
         "recorded": "x",
         "code": "y",
         "device": "CPU",
@@ -340,7 +340,9 @@ def test_one_run_that_differs_is_an_exit_code(equal, code, monkeypatch):
     monkeypatch.setattr("ecmoe.study.plan.sound", lambda scale: (planned, {}))
     ran = call("again", "a", "b")
     said = [
-        "equal in 3 rows" if one else "of 3 rows some differ: val_loss by up to 0.25; train_loss by up to 1e-05"
+        "equal in 3 rows"
+        if one
+        else "of 3 rows some differ: val_loss by up to 0.25; train_loss by up to 1e-05; accuracy because only one has a value"
         for one in equal
     ]
     assert ran.exit_code == code and ran.stdout.splitlines() == [

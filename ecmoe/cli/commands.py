@@ -116,8 +116,9 @@ def again(
     for run in engine.find(sound(scale)[0], names):
         one = repeats.again(run.name, scale, steps)
         equal &= one["equal"]
-        by = "; ".join(f"{column} by up to {most:.3g}" for column, most in one["differs"].items())
-        said = f"equal in {one['rows']} rows" if one["equal"] else f"of {one['rows']} rows some differ: {by}"
+        gap = "because only one has a value"
+        by = [f"{name} {gap if most is None else f'by up to {most:.3g}'}" for name, most in one["differs"].items()]
+        said = f"equal in {one['rows']} rows" if one["equal"] else f"of {one['rows']} rows some differ: {'; '.join(by)}"
         typer.echo(f"{run.name}  code {one['recorded']} -> {one['code']}  {one['device']}  {said}")
     raise typer.Exit(int(not equal))
 

@@ -4,6 +4,7 @@ Runs are collected over weeks, while the code is refactored. The same code repea
 device. So if changed code repeats the run exactly, both versions compute the same, and their runs may be compared.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,9 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
 
     steps: stop at the first validation after this many steps of its schedule; None: train to the end, as tasks in sequence always
     are, because they are evaluated only after a task and take few steps. Return run, router (see `_router`), device, recorded (code
-    digest of the record), code (current digest), rows (number compared), equal, differs (column -> largest difference), which is
-    stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if there is no such record, its checksum
-    doesn't match, or its run needs several processes.
+    digest of the record), code (current digest), rows (number compared), equal, differs (column -> largest difference, None if only
+    one of both has some value), which is stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if
+    there is no such record, its checksum doesn't match, or its run needs several processes.
     """
     path = paths.results(scale, "runs") / f"{name}.json"
     if not path.exists():
@@ -42,18 +43,27 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     keys = record.summary["config"]
     config = config_class(keys).from_dict(keys)
     ours, theirs = (_compared(result) for result in (_trained(config, steps or config.steps, record), record))
-    ours = ours[ours.index.isin(theirs.index)]
-    differs = (ours - theirs.loc[ours.index]).abs().max().loc[lambda most: most > 0]
+    ours, theirs = ours[ours.index.isin(theirs.index)].align(theirs, axis=1)
+    theirs = theirs.loc[ours.index]
+    differs = {name: _difference(ours[name], theirs[name]) for name in ours if not ours[name].equals(theirs[name])}
     found = {
         "run": name, "router": _router(keys), "device": device_name(), "recorded": record.summary.get("code"),
-        "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and ours.equals(theirs.loc[ours.index]),
-        "differs": differs.to_dict(),
+        "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and not differs,
+        "differs": differs,
     }  # fmt: skip
     path = paths.results(scale, "repeats") / f"{name}-{found['recorded']}-{found['code']}.json"
     longer = path.exists() and read_json(path, sealed=True)["rows"] > len(ours)  # an earlier repeat that compared more
     if found["device"] == record.summary["device"] and not longer:
-        write_json(path, found, sealed=True)
+        try:
+            write_json(path, found, sealed=True)
+        except OSError as error:  # such as a full disk, which must not hide what was found
+            print(f"{path} can't be written: {error}", file=sys.stderr, flush=True)
     return found
+
+
+def _difference(ours: pd.Series, theirs: pd.Series) -> float | None:
+    """Return the largest difference of two columns, or None if one has a value where the other has none."""
+    return None if ours.isna().ne(theirs.isna()).any() else float((ours - theirs).abs().max())
 
 
 def _router(config: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A recorded run trained anew: equal where the code computes the same; and which codes that shows to be one."""
 
 import contextlib
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -107,13 +108,32 @@ def test_a_repeat_takes_the_place_of_one_that_compared_no_more_rows(tiny_config,
     paths.results("gpu", "runs").mkdir(parents=True)
     (paths.results("gpu", "runs") / f"{config.name}.json").touch()
     lower, elsewhere = curve.assign(val_loss=[3.0, 2.25]), curve.assign(step=[3, 5])
-    for now, rows, equal in ((curve, 2, True), (lower, 2, False), (curve[:1], 1, True), (elsewhere, 0, False)):
+    gap, without = curve.assign(val_loss=[3.0, None]), curve.drop(columns="train_loss")
+    cases = [
+        (curve, 2, {}),
+        (lower, 2, {"val_loss": 0.25}),  # lower or higher
+        (gap, 2, {"val_loss": None}),
+        (without, 2, {"train_loss": None}),
+        (curve[:1], 1, {}),
+        (elsewhere, 0, {}),  # of no common step nothing is known
+    ]
+    for now, rows, differs in cases:
         monkeypatch.setattr(repeats, "_trained", lambda *_, now=now: Result(record, now))
         found = repeats.again(config.name, "gpu")
-        assert (found["rows"], found["equal"]) == (rows, equal)  # of no common step nothing is known
-        assert found["differs"] == ({"val_loss": 0.25} if now is lower else {})  # lower or higher
+        assert (found["rows"], found["equal"], found["differs"]) == (rows, rows > 0 and not differs, differs)
         (kept,) = repeats.kept("gpu")
         assert (kept["rows"], kept["equal"]) == (2, now is curve)
+
+
+def test_what_was_found_is_told_where_it_cannot_be_kept(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    config = tiny_config()
+    result = Result(not_run(config).summary | {"device": repeats.device_name()}, pd.DataFrame({"step": [2]}))
+    write_record(paths.results("gpu", "runs") / f"{config.name}.json", result)
+    monkeypatch.setattr(repeats, "_trained", lambda *_: result)
+    paths.results("gpu", "repeats").touch()  # no folder
+    assert repeats.again(config.name, "gpu")["rows"] == 1
+    assert re.search(rf"gpu/repeats/{config.name}-.*\.json can't be written: ", capsys.readouterr().err)
 
 
 def test_a_run_of_several_processes_is_not_repeated(tiny_config, tmp_path, monkeypatch):
