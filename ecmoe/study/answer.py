@@ -5,6 +5,7 @@ Every number is computed from verdicts and records, so README and index can't di
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ecmoe import paths
 from ecmoe.files import read_json
@@ -50,8 +51,12 @@ def _holds(found: Sequence[ClaimVerdict]) -> str:
     claims = " and ".join(counted(n, kind) for kind, n in kinds.items())
     run = [one for one in found if one.label != NOT_RUN]
     so_far = f", {len(run)} {'was' if len(run) == 1 else 'were'} run so far" if len(run) < len(found) else ""
-    models = Counter(f"{one.rests_on.size}, trained on {one.rests_on.trained}" for one in run if one.rests_on.runs)
-    at = "".join(f" ({n} of them tested on models of {model})" for model, n in models.most_common(1))
+    bases = [one.rests_on for one in run if one.rests_on.runs]
+    at = ""
+    for size, n in Counter(base.size for base in bases).most_common(1):  # some also rest on shorter runs of that size
+        same = [base for base in bases if base.size == size]
+        tokens = min(base.tokens[0] for base in same), max(base.tokens[1] for base in same)
+        at = f" ({n} of them tested on models of {size}, trained on {replace(same[0], tokens=tokens).trained})"
     return f"of the paper's {claims}{so_far}{at}: {', and '.join(_told(found, HOLDS)) or 'none holds'}."
 
 

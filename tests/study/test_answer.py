@@ -121,8 +121,10 @@ def test_what_says_nothing_is_said_to(home):
 def test_the_size_that_most_claims_share_is_said_with_their_number(home):
     usual = judged("C6", losses(**{"EC-CF2 renormalized": seeds(3.60), "Hash modulo": seeds(3.62)}))
     large = replace(usual, rests_on=replace(usual.rests_on, size="12 layers of width 768, 64 experts"))
-    longer = replace(usual, rests_on=replace(usual.rests_on, tokens=(1, 2)))
+    shorter = replace(usual, rests_on=replace(usual.rests_on, tokens=(61_440, 122_880)))
     limit = replace(usual, about=find_claim("L1"))
     timed = replace(usual, rests_on=replace(large.rests_on, runs=0, turns=7))
-    first, *_ = answer(dict(enumerate([large, longer, usual, limit, timed])))
-    assert first.startswith(f"Of the paper's 4 claims and 1 limitation (2 {SIZE}): 5 hold (")
+    first, *_ = answer(dict(enumerate([large, shorter, usual, limit, timed])))
+    assert first.startswith(
+        f"Of the paper's 4 claims and 1 limitation (3 {SIZE.replace('122', '61,440 to 122')}): 5 hold ("
+    )
