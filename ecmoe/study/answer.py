@@ -16,6 +16,7 @@ from ecmoe.study.verdict import NOT_RUN, ClaimVerdict
 # (claim, part) of the comparisons that matter when choosing a router.
 CHOICE = (
     ("C1", "all steps, renormalized gates"),
+    ("C1", "against top-2 with nothing dropped"),
     ("C1", "steps for an equal loss, renormalized gates"),
     ("C2", "even routing, each on its best path"),
     ("C9", "loss against the twin of equal FLOPs"),
