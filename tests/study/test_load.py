@@ -48,6 +48,9 @@ def test_ones_own_arm_stands_beside_those_of_the_page(monkeypatch):
     for arm in study:
         assert shown[arm][0].summary == study[arm][0].summary
     assert trained == ["yours"] == list(shown.train)  # whatever else is missing
+    for wrong in (3, ["gate"], "EC-CF2 raw"):
+        with pytest.raises(ConfigError, match="arm 'yours' must hold `key: value` lines, but holds"):
+            beside(study, wrong)
     whole = replace(study, train={"one", "other"})
     monkeypatch.setattr(module, "load", lambda page, given, also: also)
     assert beside(whole, {}) == {"one", "other", "yours"}
