@@ -1,6 +1,7 @@
 """Execute a notebook with papermill, and render it as a page."""
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -74,10 +75,10 @@ def execute(
         if cell.cell_type == "code":
             print(f"[{notebook.stem}] cell {cell_index + 1}/{total}", file=sys.stderr, flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="ecmoe-", dir="/tmp") as folder:
+    # The kernel communicates over Unix sockets, so that no port is open. They lie in this folder, because parallel kernels would
+    # share Jupyter's default, the working folder; and in /tmp if possible, because a socket's path is limited to some 100 characters.
+    with tempfile.TemporaryDirectory(prefix="ecmoe-", dir="/tmp" if os.access("/tmp", os.W_OK) else None) as folder:
         executed = Path(folder) / "executed.ipynb"
-        # The kernel communicates over Unix sockets, so that no port is open. They lie here, because parallel kernels would share
-        # Jupyter's default, the working folder; and in /tmp, because a socket's path is limited to some 100 characters.
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:
             papermill.execute_notebook(
