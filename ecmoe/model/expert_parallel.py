@@ -24,17 +24,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
+from ecmoe.files import ConfigError
 from ecmoe.model.moe import MoE
 
 
 def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
     """Keep only this rank's part of all experts, moved to `device`, and return the sharded parameters.
 
-    They are DTensors on the one-dimensional mesh, so PyTorch's `clip_grad_norm_`, checkpoints and optimisers work.
+    They are DTensors on the one-dimensional mesh, so PyTorch's `clip_grad_norm_`, checkpoints and optimisers work. Raise a
+    ConfigError, on every rank, if their number doesn't divide a layer's experts.
     """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer in layers:
+        if layer.router.num_experts % mesh.size():
+            raise ConfigError(f"num_experts={layer.router.num_experts}: must be a multiple of the {mesh.size()} ranks")
     group = dist.new_group(mesh.mesh.flatten().tolist())  # a separate group, so that tokens don't wait for gradients
     shared = set()
-    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+    for layer in layers:
         for name in ("w1", "w2"):
             part = getattr(layer, name).detach().chunk(mesh.size())[mesh.get_local_rank()]
             whole = DTensor.from_local(part.to(device, copy=True), mesh, [Shard(0)], run_check=False)

@@ -25,6 +25,7 @@ from ecmoe.data.corpus import source_sha256
 from ecmoe.data.images import ImageData
 from ecmoe.files import sealed, write_text, written
 from ecmoe.paths import content_of
+from ecmoe.provenance import code_digest
 from ecmoe.training.gpus import Place, number, place
 from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.once import StillOurs, once
@@ -59,7 +60,8 @@ def run_or_load(
 
     Returns:
         a Result with status finished, diverged, failed, stopped (by a callback, before its last step) or not run. The
-        next call tries a failed run again, and continues a stopped or killed run from its last checkpoint.
+        next call tries a failed run again, and continues a stopped or killed run from its last checkpoint. A run in
+        `runs/` that other code has trained is returned with a warning.
 
     Raises:
         ConfigError: this machine can't train the run; or the local text that `data` names differs from the one that the
@@ -88,6 +90,8 @@ def run_or_load(
         if result.path and content_of(config.data):
             raise ConfigError(f"{said}: restore the files, or leave out {content_of(config.data)} to train a new run")
         warnings.warn(said, stacklevel=2)
+    if result.path and result.summary.get("code") not in (None, code_digest()):  # records are compared by repeats
+        warnings.warn(f"{config.name} was trained by other code: delete {result.path} to train it again", stacklevel=2)
     return result
 
 

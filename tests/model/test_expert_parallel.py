@@ -1,6 +1,7 @@
 """Experts shared out to two ranks compute what one process does that holds all of them."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ecmoe import MoE, causal_routing
+from ecmoe.config import ConfigError
 from ecmoe.model import moe as moe_module
 from ecmoe.model.expert_parallel import Exchange, _Sent, share_experts
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
@@ -154,3 +156,10 @@ def test_a_second_derivative_is_refused_not_wrong():
             slope.sum().backward()
     finally:
         dist.destroy_process_group()
+
+
+def test_experts_that_cannot_be_shared_out_evenly_are_named_before_any_rank_waits():
+    model, mesh = nn.Sequential(layer("hash")), SimpleNamespace(size=lambda: 3)
+    with pytest.raises(ConfigError, match="num_experts=8: must be a multiple of the 3 ranks"):
+        share_experts(model, mesh, torch.device("cpu"))
+    assert model[0].w1.shape[0] == E and model[0].exchange is None

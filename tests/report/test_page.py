@@ -1,6 +1,7 @@
 """What notebooks show: figures, tables, coloured text and where numbers come from, each escaped and with its gaps named."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from bs4 import BeautifulSoup
 from matplotlib.figure import Figure
 
 from ecmoe.config import RunConfig
+from ecmoe.provenance import code_digest
 from ecmoe.report import page as report
 from ecmoe.report.plots import Plot
 from ecmoe.report.plots.style import COUNT_COLORS
@@ -189,7 +191,7 @@ def result(seed: int, **summary) -> Result:
         "tokenizer": "bytes",
     }
     default = {"config": config.to_dict(), "name": config.name, "seed": seed, "status": "finished", "error": None,
-               "commit": "abc", "code": "c0de", "device": "CPU", "precision": "32-true", "world_size": 1, "seconds": 1800.0,
+               "commit": "abc", "code": code_digest(), "device": "CPU", "precision": "32-true", "world_size": 1, "seconds": 1800.0,
                "versions": {"torch": "2.13.0"}, "started": "2026-01-02T03:04:05+00:00", "data": data}  # fmt: skip
     return Result(default | summary)
 
@@ -229,6 +231,17 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     report.provenance(study(not_run(RunConfig())))
     report.provenance(study())
     assert [len(BeautifulSoup(page, "html.parser").select("details table")) for page in shown] == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "scale, code, noted", [("smoke", "beef", True), ("smoke", None, False), ("gpu", "beef", False)]
+)
+def test_provenance_of_small_runs_says_if_other_code_has_trained_them(shown, scale, code, noted):
+    report.provenance(replace(study(result(0, code=code)), scale=scale))
+    said = (
+        "Other code than this has trained runs of this page: delete runs/ and reports/smoke/runs to train them again."
+    )
+    assert (said in shown[0]) == noted == ("Note:" in shown[0])
 
 
 def test_provenance_of_measurements_stands_beside_that_of_runs(shown, monkeypatch):
@@ -284,7 +297,7 @@ def test_provenance_has_all_that_numbers_come_from(shown):
     page = BeautifulSoup(shown[0], "html.parser")
     rows = {row.th.text: list(row.td.stripped_strings) for row in page.table.find_all("tr")}
     assert list(rows.items()) == list({
-        "code": ["c0de"], "commit": ["abc"], "device": ["CPU"], "precision": ["32-true"], "versions": ["a 1, torch 2.13", "torch 2.13.0"],
+        "code": [code_digest()], "commit": ["abc"], "device": ["CPU"], "precision": ["32-true"], "versions": ["a 1, torch 2.13", "torch 2.13.0"],
         "data": ["a text; by somebody; licence: CC; 12,345 training tokens (bpe, vocabulary 512); digest 0123456789ab",
                  "images; licence: unknown; 2,000 training and 300 validation images (3 x 8 x 9); digest ffffffffffff"],
         "processes": ["2"], "seeds": ["0, 1, 2"], "training time": ["303 seconds"], "tokens trained on": ["3,500"],

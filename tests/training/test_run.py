@@ -40,6 +40,19 @@ def test_second_call_loads_the_first(tiny_config, monkeypatch):
     pd.testing.assert_frame_equal(again.curve, first.curve.astype(float))
 
 
+def test_a_run_that_other_code_has_trained_is_loaded_with_a_warning(tiny_config, tmp_path, monkeypatch, recwarn):
+    config = tiny_config(seed=11)
+    run_or_load(config, records=tmp_path, progress=False)
+    recwarn.clear()
+    assert run_or_load(config).ok and not recwarn.list
+    monkeypatch.setattr(train, "code_digest", lambda: "other")
+    assert run_or_load(config, records=tmp_path).ok and not recwarn.list  # pages say so of records
+    said = f"^{config.name} was trained by other code: delete .*{config.name} to train it again$"
+    with pytest.warns(UserWarning, match=said) as told:
+        assert run_or_load(config).ok
+    assert told[0].filename == __file__  # of who asked
+
+
 def test_summary_says_what_ran(tiny_config):
     config = tiny_config(seed=12)
     result = run_or_load(config, progress=False)
