@@ -40,13 +40,17 @@ def execute(
     parameter_files: YAML files; later files override, key by key, also within `base`. parameters: override the files. A page's
     notebook checks them in its first cell, by `load` or `page_parameters`.
 
-    Raises a ConfigError if `out_html` is a folder; or if a file or the notebook can't be read, or a cell fails, and then writes
-    `<name>.failed.html`, with the error on top, instead of the page."""
+    Raises a ConfigError if `out_html` is a folder or doesn't end in .html; or if a file or the notebook can't be read, or a cell
+    fails, and then writes `<name>.failed.html`, with the error on top, instead of the page."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters that only a page's YAML has
     notebook, out_html = Path(notebook), Path(out_html)
+    if out_html.is_dir():
+        raise ConfigError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
+    if out_html.suffix != ".html":  # a notebook in its place would be overwritten
+        raise ConfigError(f"{out_html}: the name of a page must end in .html, such as {out_html.with_suffix('.html')}")
     failed_html = out_html.with_suffix(".failed.html")
 
     def fail(executed: Any, what: str, where: str = notebook.name, cell: int | None = None) -> None:
@@ -55,8 +59,6 @@ def execute(
         except OSError as error:  # such as a full disk, which must not hide what is wrong with the notebook
             print(f"{failed_html} can't be written: {error}", file=sys.stderr, flush=True)
 
-    if out_html.is_dir():
-        raise ConfigError(f"{out_html} is a folder: name the page in it, such as {out_html / notebook.stem}.html")
     try:
         values = merged(merge_parameters(parameter_files), parameters or {})
         try:

@@ -274,3 +274,13 @@ def test_a_failed_page_that_cannot_be_written_hides_no_error(tmp_path, capsys):
     with pytest.raises(ConfigError, match="base=3 must hold"):
         execute(tmp_path / "a.ipynb", tmp_path / "file" / "a.html", parameters={"base": 3})
     assert f"{tmp_path}/file/a.failed.html can't be written: " in capsys.readouterr().err
+
+
+def test_a_page_takes_the_place_of_no_other_kind_of_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nbformat.write(notebook(("md", "# T")), "a.ipynb")
+    before = Path("a.ipynb").read_bytes()
+    for page, said in (("a.ipynb", "must end in .html, such as a.html"), ("a", "such as a.html"), ("", "is a folder")):
+        with pytest.raises(ConfigError, match=said):
+            execute("a.ipynb", page)
+    assert Path("a.ipynb").read_bytes() == before and os.listdir() == ["a.ipynb"]
