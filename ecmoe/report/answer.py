@@ -13,8 +13,8 @@ from ecmoe.report.markup import markup, show_html, table_html
 from ecmoe.study.estimate import of_values
 from ecmoe.study.load import Study
 from ecmoe.study.protocol import protocol
-from ecmoe.study.units import Unit, amount, counted, span
-from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, RestsOn, judge
+from ecmoe.study.units import Unit, amount, span
+from ecmoe.study.verdict import NOT_RUN, PLUMBING, ClaimVerdict, JudgedPart, RestsOn, capital, judge, not_recorded
 
 NOTHING = "(not run)"
 
@@ -55,7 +55,7 @@ def told(scale: str, claim: str, *parts: str) -> str:
     """Return the sentences of these parts of a claim, for a caption; "" at scale smoke, whose numbers are meaningless."""
     said = {part.name: part.sentence for part in judge(claim, scale).parts}
     sentences = [said[name] for name in parts if scale != "smoke"]
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
+    return " ".join(f"{capital(text)}." for text in sentences)
 
 
 def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
@@ -83,11 +83,14 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
     rows = []
     for part in parts:
         missing = ", ".join(f"{arm} (seed {seed})" for arm, seed in part.missing)
-        seeds = counted(part.effect.n, part.effect.of) + f"; missing: {missing}" * bool(missing)
+        seeds = part.effect.sample + f"; missing: {missing}" * bool(missing)
+        seeds += f"; {not_recorded(part.of, part.unrecorded)}" * bool(part.unrecorded)
         either = ", up or down" * (part.unit is Unit.RATIO)
         smallest = part.effect.smallest(part.level, protocol().power)
         seen = amount(smallest, part.unit, compares=True) + either if part.interval else None
-        rows.append((part.name, part.label, found(part), seeds if part.effect.n else None, part.rule, seen))
+        rows.append(
+            (part.name, part.label, found(part), seeds if part.effect.n or part.unrecorded else None, part.rule, seen)
+        )
     frame = pd.DataFrame(
         rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "minimum detectable effect"]
     )
@@ -118,4 +121,4 @@ def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "
     interval = found.interval(least=protocol().least_seeds)
     between = f"{span(*interval, found.unit)}; " if interval else ""
     sign = "+" * (found.value > 0)
-    return f"{sign}{amount(found.value, found.unit, compares=True)} ({between}{counted(found.n, found.of)})"
+    return f"{sign}{amount(found.value, found.unit, compares=True)} ({between}{found.sample})"

@@ -10,8 +10,8 @@ from dataclasses import replace
 from ecmoe import paths
 from ecmoe.files import read_json
 from ecmoe.study import verdict
-from ecmoe.study.units import counted
-from ecmoe.study.verdict import NOT_RUN, ClaimVerdict
+from ecmoe.study.units import amount, counted, duration, span
+from ecmoe.study.verdict import NOT_RUN, ClaimVerdict, JudgedPart, capital
 
 # (claim, part) of the comparisons that matter when choosing a router.
 CHOICE = (
@@ -44,7 +44,7 @@ def answer(verdicts: Mapping[str, ClaimVerdict]) -> list[str]:
         return ["Nothing was run yet."]
     others = _told(found, OTHERS) or ["none is contradicted, undecided or without an effect"]
     sentences = _holds(found), f"{'; '.join(others)}.", _choice(found)
-    return [text[0].upper() + text[1:] for text in sentences]
+    return [capital(text) for text in sentences]
 
 
 def _holds(found: Sequence[ClaimVerdict]) -> str:
@@ -73,17 +73,30 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
 
 
 def _named(one: ClaimVerdict) -> str:
-    """Return a claim's number and what it says; or, if only some of its parts have its label, the names of these parts."""
+    """Return a claim's number and what it says; or, if only some of its parts have its label, the names of these parts, and how
+    many are undecided."""
     if one.said == one.label:
         return f"{one.about.id}: {one.about.short}"
     some = [f"\u201c{part.name}\u201d" for part in one.deciding if part.label == one.label]
-    return f"{one.about.id}, in {len(some)} of {len(one.deciding)} parts: {' and '.join(some)}"
+    open_parts = [part for part in one.deciding if part.label == verdict.UNDECIDED]
+    return f"{one.about.id}, in {len(some)} of {len(one.deciding)} parts: {' and '.join(some)}{_undecided(open_parts)}"
+
+
+def _undecided(parts: Sequence[JudgedPart]) -> str:
+    """Return a clause on the parts that are undecided beside those that a claim is named for, with the numbers of the first."""
+    if not parts:
+        return ""
+    first = parts[0]
+    size = amount(first.effect.value, first.unit, compares=first.compares)
+    ends = f", {span(*first.interval, first.unit)}" if first.interval else ""
+    are, such = ("are", "such as ") if len(parts) > 1 else ("is", "")
+    return f", while {len(parts)} {are} undecided, {such}\u201c{first.name}\u201d: {size}{ends}"
 
 
 def _choice(found: Sequence[ClaimVerdict]) -> str:
     parts = {(one.about.id, part.name): part for one in found for part in one.parts if part.effect.n}
     first, *others = [parts[key].sentence for key in CHOICE if key in parts] or [""]
-    said = ". ".join([first, *(text[0].upper() + text[1:] for text in others)])
+    said = ". ".join([first, *map(capital, others)])
     return f"For a choice of router: {said}." if said else NO_CHOICE
 
 
@@ -95,7 +108,7 @@ def cost(scale: str) -> str:
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))
     if not runs:
         return f"`{reproduce(scale)}` runs it."
-    return f"All {len(runs)} runs took {hours:.1f} hours of training on {cards}; `{reproduce(scale)}` loads them and trains what is missing."
+    return f"All {len(runs)} runs took {duration(hours)} of training on {cards}; `{reproduce(scale)}` loads them and trains what is missing."
 
 
 def reproduce(scale: str) -> str:

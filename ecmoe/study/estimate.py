@@ -13,7 +13,7 @@ from scipy import integrate, optimize
 from scipy.stats import chi, f, nct, norm, t
 
 from ecmoe.study.protocol import protocol
-from ecmoe.study.units import Unit
+from ecmoe.study.units import Unit, counted
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Estimate:
     def value(self) -> float:
         """The mean, in the unit."""
         return self.unit.outer(self.mean)
+
+    @property
+    def sample(self) -> str:
+        """The number of values in words: "4 seeds", "7 turns"."""
+        return counted(self.n, self.of)
 
     def inner(self, level: float) -> tuple[float, float] | None:
         """Return the confidence interval on the inner scale; None for fewer than two values."""
@@ -76,7 +81,14 @@ class Estimate:
 
 
 class Spread(Estimate):
-    """The ratio of two standard deviations with the F distribution's asymmetric interval; `errors` has their degrees of freedom."""
+    """The ratio of two standard deviations with the F distribution's asymmetric interval; `errors` has their degrees of freedom,
+    `n` is the smaller number of values."""
+
+    @property
+    def sample(self) -> str:
+        """The number of values in words; that of each arm where they differ: "3 and 4 seeds"."""
+        of_each = [int(df) + 1 for _, df in self.errors]
+        return f"{of_each[0]} and {of_each[1]} {self.of}s" if len(set(of_each)) > 1 else super().sample
 
     def _quantile(self, p: float) -> float:
         (_, df), (_, other) = self.errors

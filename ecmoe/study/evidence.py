@@ -43,13 +43,25 @@ class Evidence:
 
     def missing(self, part: Part) -> list[tuple[str, int]]:
         """Return (arm, seed) of the runs that a part lacks: planned for all its arms, but not finished or not fully measured."""
+        return [run for run, there in self._asked_by(part).items() if not there]
+
+    def unrecorded(self, part: Part) -> list[tuple[str, int]]:
+        """Return (arm, seed) of the runs that a part lacks although they finished and were measured: their results have no such
+        column, since it's newer than they are."""
+        if part.how == "accuracy":  # which isn't a column
+            return []
+        has = {arm: estimate.shared(*(self.values(arm, column) for _, column in part.terms)) for arm in part.arms}
+        return [(arm, seed) for (arm, seed), there in self._asked_by(part).items() if there and seed not in has[arm]]
+
+    def _asked_by(self, part: Part) -> dict[tuple[str, int], bool]:
+        """Return (arm, seed) -> whether the run finished and was measured in full, for those planned for all of a part's arms."""
         by_seed, whats = [self.planned.get(arm, {}) for arm in part.arms], part.measured
         asked = [{s: one for s, one in of.items() if whats <= {how.what for how in one.measures}} for of in by_seed]
 
         def there(arm: str, seed: int) -> bool:
             return seed in self.finished(arm) and all(self.measured(arm, seed, what) for what in whats)
 
-        return [(arm, seed) for arm in part.arms for seed in estimate.shared(*asked) if not there(arm, seed)]
+        return {(arm, seed): there(arm, seed) for arm in part.arms for seed in estimate.shared(*asked)}
 
     def values(self, arm: str, column: str) -> dict[int, float]:
         """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement."""

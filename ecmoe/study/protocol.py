@@ -19,7 +19,7 @@ from ecmoe.measures import MEASURES
 from ecmoe.model.metrics import METRICS
 from ecmoe.study.parameters import Held, held_to
 from ecmoe.study.plan import Planned, by_arm, named_arms
-from ecmoe.study.units import Unit, amount, tolerance
+from ecmoe.study.units import Unit, amount, figure, tolerance
 
 OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -39,6 +39,7 @@ class Part(Held):
     b: Annotated[tuple[str, ...], OneOrMore] = ()
     how: Literal["difference", "steps", "time", "bench", "accuracy", "spread"] = "difference"
     decides: bool = False
+    told: bool = False
     over: Annotated[tuple[float, ...], OneOrMore] = ()
     figure: float | None = None
     neutral: float = 0.0
@@ -84,15 +85,16 @@ class Part(Held):
         equal = tolerance(self.margin, self.unit)
         neutral = f"{self.neutral:g}" if ratio or not self.neutral else amount(self.neutral, self.unit)
         if self.says == "near":
-            return f"within {equal} of {amount(self.figure, self.unit)}"
+            return f"within {equal} of {figure(self.figure, self.unit)}"
         if self.says == "at or below":
             other = self.or_direction
             helped = f"; in direction if {self.direction} (\u201c{other}\u201d)" if other else ""
             return f"at or below {neutral}; above it by {equal} or less counts as equal{helped}"
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
-        figure = amount(self.figure, self.unit)
-        return f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {figure}"
+        return (
+            f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {figure(self.figure, self.unit)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ecmoe.study.estimate import Estimate
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import by_arm, sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
-from ecmoe.study.units import Unit, amount, between, counted, span, tolerance
+from ecmoe.study.units import Unit, amount, between, counted, figure, span, tolerance
 
 REPRODUCED, IN_DIRECTION, NO_EFFECT = "reproduced", "reproduced in direction", "no effect"
 CONTRADICTED, UNDECIDED, NOT_RUN = "contradicted", "undecided", "not run"
@@ -31,13 +31,15 @@ WEAKEST_LAST = (REPRODUCED, IN_DIRECTION, NOT_RUN, UNDECIDED, NO_EFFECT, CONTRAD
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPart(Part):
-    """A part of a claim with its label and estimate. missing: (arm, seed) of the runs that it lacks. level: of the interval, after Holm."""
+    """A part of a claim with its label and estimate. missing: (arm, seed) of the runs that it lacks. unrecorded: of finished runs
+    whose results lack what it compares. level: of the interval, after Holm."""
 
     label: str
     sentence: str
     effect: Estimate
     level: float
     missing: tuple[tuple[str, int], ...]
+    unrecorded: tuple[tuple[str, int], ...]
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -117,9 +119,10 @@ class ClaimVerdict:
 
     @property
     def lacks(self) -> bool:
-        """Whether runs that could change the label are missing."""
+        """Whether runs that could change the label are missing. A run that finished isn't: no command trains it again."""
         names = {part.name for part in self.about.family}
-        return any(part.missing or part.label == NOT_RUN for part in self.parts if part.name in names)
+        family = [part for part in self.parts if part.name in names]
+        return any(part.missing or (part.label == NOT_RUN and not part.unrecorded) for part in family)
 
 
 def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
@@ -164,7 +167,7 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
     return ClaimVerdict(
         label=label,
-        sentence=_sentence(label, deciding),
+        sentence=_sentence(label, deciding, [part for part in judged.values() if part.told]),
         parts=tuple(judged.values()),
         rests_on=_rests_on([judged[name] for name in family], evidence),
         command=trains if about.arms else f"ecmoe bench all --scale {evidence.scale}",
@@ -183,15 +186,28 @@ def _parts(about: Claim, evidence: Evidence) -> list[Part]:
 
 
 def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> JudgedPart:
-    label = label_of(part, found, level)
+    label, unrecorded = label_of(part, found, level), tuple(evidence.unrecorded(part))
+    sentence = _found(part, label, found, level)
+    if label == NOT_RUN and unrecorded:
+        sentence = f"{part.name}: {not_recorded(part.of, unrecorded)}"
     return JudgedPart(
         **vars(part),
         label=label,
-        sentence=_found(part, label, found, level),
+        sentence=sentence,
         effect=found,
         level=level,
         missing=tuple(evidence.missing(part)),
+        unrecorded=unrecorded,
     )
+
+
+def not_recorded(of: str, runs: Iterable[tuple[str, int]]) -> str:
+    """Return in words that the results of these runs, (arm, seed), lack what a part compares."""
+    seeds: dict[str, list[str]] = {}
+    for arm, seed in runs:
+        seeds.setdefault(arm, []).append(str(seed))
+    named = ", ".join(f"{arm} (seed {', '.join(each)})" for arm, each in seeds.items())
+    return f"{of} is not recorded by {named}"
 
 
 def _or_direction(part: JudgedPart, other: JudgedPart) -> JudgedPart:
@@ -311,10 +327,10 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     below, above = part.sides
     size = amount(abs(found.value), part.unit, compares=part.compares)
     text = part.found.format(size=size, side=below if found.value < 0 else above)
-    ends, seeds = found.interval(level), counted(found.n, found.of)
+    ends = found.interval(level)
     if ends and part.compares and found.value < 0:  # like `size`, positive towards the side that the sentence names
         ends = -ends[1], -ends[0]
-    text += f" ({span(*ends, part.unit)}; {seeds})" if ends else f" ({seeds}, no interval)"
+    text += f" ({span(*ends, part.unit)}; {found.sample})" if ends else f" ({found.sample}, no interval)"
     if label == NO_EFFECT:
         text += f", which counts as equal (by {tolerance(part.margin, part.unit)} or less)"
     elif label == UNDECIDED and found.of == "seed" and found.n < protocol().least_seeds:
@@ -327,20 +343,25 @@ def _found(part: Part, label: str, found: Estimate, level: float) -> str:
             told, left = (amount(x, part.unit, compares=True) for x in (part.margin, of_examples[1]))
             text += f"; more seeds alone can't tell {told}, for the validation examples leave {left} either way"
     elif label == IN_DIRECTION and part.figure is not None:
-        text += f"; the paper: {amount(part.figure, part.unit, compares=part.compares)}"
+        text += f"; the paper: {figure(part.figure, part.unit, compares=part.compares)}"
     return text
 
 
-def _sentence(label: str, deciding: Sequence[JudgedPart]) -> str:
+def _sentence(label: str, deciding: Sequence[JudgedPart], told: Sequence[JudgedPart]) -> str:
+    """Return the sentence of the claim's weakest part, how many parts have which label, and the sentences of the parts in `told`."""
     if label == PLUMBING:
         return "A tiny model and a few steps: this shows that every part works, and says nothing about the claim."
     ran = [part for part in deciding if part.label != NOT_RUN]
     if not ran:
-        return "Not run yet."
-    text = max(ran, key=lambda part: WEAKEST_LAST.index(part.label)).sentence
-    text = text[0].upper() + text[1:]
+        return next((capital(part.sentence) + "." for part in deciding if part.unrecorded), "Not run yet.")
+    text = capital(max(ran, key=lambda part: WEAKEST_LAST.index(part.label)).sentence)
     if len(deciding) > 1:
         counts = Counter(part.label for part in deciding)
         said = ", ".join(f"{counts[label]} {label}" for label in WEAKEST_LAST if counts[label])
         text += f". The claim's {len(deciding)} parts: {said}"
-    return text + "."
+    return ". ".join([text, *(capital(part.sentence) for part in told if part.label != NOT_RUN)]) + "."
+
+
+def capital(text: str) -> str:
+    """Return the text with a capital first letter."""
+    return text[0].upper() + text[1:]

@@ -173,13 +173,33 @@ def test_a_row_of_parts_has_units_of_its_own_and_what_it_lacks():
         answer.parts_html(judged("C2", {}, bench={"even": [1.1, 1.12, 1.3]}).deciding, "undecided")
     ).tbody.find_all("tr")
     assert row.find_all("td")[4].text.endswith(" times, up or down") and row.find_all("td")[2].text == "3 turns"
-    assert row.find_all("td")[1].text.startswith("1.17 times (")
+    assert row.find_all("td")[1].text.startswith("1.170 times (")
     (spread,) = (part for part in judged("C6", losses(**HASH)).parts if part.how == "spread")
     (row,) = soup(answer.parts_html([spread], "reproduced")).tbody.find_all("tr")
-    assert (
-        row.find_all("td")[4].text
-        == f"{spread.effect.smallest(spread.level, 0.8):.3f}".rstrip("0") + " times, up or down"
-    )
+    assert row.find_all("td")[4].text == f"{spread.effect.smallest(spread.level, 0.8):.3f} times, up or down"
+
+
+def test_a_part_that_finished_runs_do_not_record_names_them_and_no_command():
+    arm, shares = "EC-CF2 renormalized", {f"share_{j}": seeds(0.1, 0.006) for j in range(9)}
+    found = judged("C7", {arm: {of: x for of, x in shares.items() if of != "share_4"}})
+    lacks = f"share_3 + share_4 is not recorded by {arm} (seed 0, 1, 2, 3)"
+    part = found.deciding[1]
+    assert (part.label, part.sentence, part.missing) == ("not run", f"three or four: {lacks}", ())
+    row = soup(answer.parts_html([part], "undecided")).tbody.tr
+    assert row.find_all("td")[2].text == f"0 seeds; {lacks}"
+    assert not soup(markup("verdict", found)).code  # which would train nothing
+    del shares["share_3"]
+    one_seed = {"share_4": seeds(0.1, n=1)}
+    only = judged("C7", {arm: shares | one_seed | {"share_3": seeds(0.1)}}).deciding[1]
+    assert only.effect.n == 1 and only.unrecorded == ((arm, 1), (arm, 2), (arm, 3))
+    row = soup(answer.parts_html([only], "undecided")).tbody.tr
+    assert row.find_all("td")[2].text == f"1 seed; share_3 + share_4 is not recorded by {arm} (seed 1, 2, 3)"
+    none = judged("C7", {arm: {"val_loss": seeds(3.6)}})
+    said = f"One or two experts: share_1 + share_2 is not recorded by {arm} (seed 0, 1, 2, 3)."
+    page = soup(markup("verdict", none))
+    assert (none.label, page.find(class_="said").text) == ("not run", said) and not page.code
+    missing = judged("C7", {arm: {"val_loss": seeds(3.6, n=3)}})
+    assert soup(markup("verdict", missing)).code.text == missing.command  # a seed that has yet to run
 
 
 def test_smoke_shows_rules_and_no_number():

@@ -266,6 +266,9 @@ def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):
     assert f"{verdicts['C6'].sentence} Rests on {verdicts['C6'].rests_on}." in text
     (part,) = verdicts["C6"].deciding
     split = {"C6": replace(verdicts["C6"], parts=(replace(part, name="a | b"),))}
+    unrecorded = {"C7": judged("C7", {"EC-CF2 renormalized": {"val_loss": seeds(3.6)}})}
+    told = index.markdown("scoreboard", unrecorded, "gpu")
+    assert f"\n\n{unrecorded['C7'].sentence}\n\n" in told and "To run it" not in told
     assert "\n| a \\| b | +0.020 nats" in index.markdown("scoreboard", split, "gpu")
 
 

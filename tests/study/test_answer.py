@@ -48,7 +48,7 @@ def test_three_sentences_from_the_verdicts_and_the_cost(home):
     assert choice.startswith(
         "For a choice of router: with renormalized gates, EC-CF2 ends 0.001 nats below GShard top-2 after as many"
     )
-    assert "). A GShard top-2 step takes 1.08 times the time of an EC-CF2 step" in choice and choice.endswith(".")
+    assert "). A GShard top-2 step takes 1.080 times the time of an EC-CF2 step" in choice and choice.endswith(".")
     assert cost("gpu") == "`make reproduce SCALE=gpu` runs it."
     untimed = answer(verdicts(numbers))[2]  # names no part that has no number
     assert "with renormalized gates" in untimed and "times the time" not in untimed and "not run" not in untimed
@@ -113,6 +113,25 @@ def test_a_label_of_some_parts_alone_says_of_how_many(home):
 
 
 def test_what_says_nothing_is_said_to(home):
+def test_a_claim_named_for_some_of_its_parts_says_how_many_are_undecided(home):
+    def routed(trained, causal, noise=0.0004):
+        return {"val_loss": seeds(trained, noise), "val_loss_causal": seeds(causal, noise)}
+
+    arms = {"EC-CF2 renormalized": routed(3.60, 3.59), "EC-CF2 renormalized, pool position": routed(3.61, 3.61)}
+    sequence = "EC-CF2 renormalized, pool sequence"
+    arms[sequence] = {"val_loss": seeds(3.55), "val_loss_causal": seeds(3.57, 0.04)}
+    found = judged("L1", arms)
+    assert [part.label for part in found.deciding] == [CONTRADICTED, UNDECIDED, UNDECIDED, UNDECIDED]
+    low, high = found.deciding[1].interval
+    one = f"\u201cleak of one sequence\u201d: 0.020 nats, {low:.3f} to {high:.3f}"
+    named = "1 is contradicted (L1, in 1 of 4 parts: \u201cleak of the batch\u201d, while"
+    assert answer({"L1": found})[1] == f"{named} 3 are undecided, such as {one})."
+    last = tuple(replace(part, label=REPRODUCED) for part in found.parts[2:])
+    assert answer({"L1": replace(found, parts=found.parts[:2] + last)})[1] == f"{named} 1 is undecided, {one})."
+    arms[sequence] = {"val_loss": {0: 3.55}, "val_loss_causal": {0: 3.57}}
+    assert answer({"L1": judged("L1", arms)})[1].endswith("such as \u201cleak of one sequence\u201d: 0.020 nats).")
+
+
     assert answer(verdicts({})) == ["Nothing was run yet."]
     (plumbing,) = answer(verdicts(losses(**CENTRE), "smoke"))
     assert "says nothing about the paper" in plumbing

@@ -77,7 +77,7 @@ def test_c2_is_a_ratio_over_turns():
     found = judged("C2", {}, bench={"even": [1.08, 1.081, 1.079]})
     assert found.label == IN_DIRECTION
     assert found.sentence == (
-        "A GShard top-2 step takes 1.08 times the time of an EC-CF2 step (1.078 to 1.082; 3 turns); the paper: 1.2 times."
+        "A GShard top-2 step takes 1.080 times the time of an EC-CF2 step (1.078 to 1.082; 3 turns); the paper: 1.2 times."
     )
     two = judged("C2", {}, bench={"even": [1.1, 0.95]})
     assert two.label == UNDECIDED and "which doesn't decide it" in two.sentence and "needs" not in two.sentence

@@ -281,6 +281,25 @@ def test_a_part_lacks_seeds_that_all_its_arms_plan_with_what_it_reads(monkeypatc
     assert lacks("accuracy", "EC", how="accuracy") == lacks("val_loss", "other") == lacks("own", how="bench") == []
 
 
+def test_a_finished_run_may_lack_a_column_that_is_newer(study):
+    arm, other = "EC-CF2 renormalized", "GShard top-2 renormalized"
+    evidence = study({arm: 3.6, other: 3.6}, "01_convergence")
+
+    def lacks(of, a=arm, how="difference"):
+        return evidence.unrecorded(Part("p", (a,), "below", "", of, (other,), how=how))
+
+    assert lacks("share_1") == [(name, seed) for name in (arm, other) for seed in range(4)]
+    assert lacks("val_loss") == lacks("accuracy", how="accuracy") == lacks("own", how="bench") == []
+    write_record(
+        record(evidence.planned[arm][1], "gpu"), Result(evidence.summaries(arm)[1] | {"routing": {"share_1": 0.5}})
+    )
+    record(evidence.planned[other][2], "gpu").unlink()
+    evidence._summaries.clear()
+    expected = [(name, seed) for name in (arm, other) for seed in range(4)]
+    assert lacks("share_1") == [one for one in expected if one not in ((arm, 1), (other, 2))]  # the latter is missing
+    assert lacks("val_loss - share_1") == lacks("share_1")
+
+
 def test_a_verdict_names_the_pages_that_would_train_what_it_lacks(study):
     study({"EC-CF2 renormalized": 3.6}, "04_capped_experts", routing={f"share_{j}": 0.1 for j in range(9)})
     assert (
