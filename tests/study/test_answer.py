@@ -68,20 +68,21 @@ def test_the_cost_is_that_of_all_records(home):
         cost("gpu")
 
 
+HASH = "C6: hash routing, one expert per token, is worse than EC-CF2, two on average"
 SIZE = "of them tested on models of 4 layers of width 64, 8 experts, trained on 122,880 tokens"
 
 
 @pytest.mark.parametrize(
     ("labels", "holds", "does_not"),
     [
-        ([REPRODUCED], f"1 claim (1 {SIZE}): 1 holds (C6: hash routing is worse than EC).", "None is contradicted, undecided or without an effect."),
-        ([REPRODUCED, REPRODUCED, NOT_RUN], f"3 claims, 2 were run so far (2 {SIZE}): 2 hold (C6: hash routing is worse than EC; C6: hash routing is worse than EC).",
+        ([REPRODUCED], f"1 claim (1 {SIZE}): 1 holds ({HASH}).", "None is contradicted, undecided or without an effect."),
+        ([REPRODUCED, REPRODUCED, NOT_RUN], f"3 claims, 2 were run so far (2 {SIZE}): 2 hold ({HASH}; {HASH}).",
          "1 is not run yet (C6)."),
         ([UNDECIDED, NOT_RUN], f"2 claims, 1 was run so far (1 {SIZE}): none holds.", "1 is undecided (C6); 1 is not run yet (C6)."),
         ([IN_DIRECTION, CONTRADICTED, CONTRADICTED, NO_EFFECT],
-         f"4 claims (4 {SIZE}): 1 holds in direction (C6: hash routing is worse than EC).",
-         "2 are contradicted (C6: hash routing is worse than EC; C6: hash routing is worse than EC); "
-         "no effect was found for 1 (C6: hash routing is worse than EC)."),
+         f"4 claims (4 {SIZE}): 1 holds in direction ({HASH}).",
+         f"2 are contradicted ({HASH}; {HASH}); "
+         f"no effect was found for 1 ({HASH})."),
     ],
 )  # fmt: skip
 def test_one_or_several_claims_of_each_label(home, labels, holds, does_not):
@@ -112,7 +113,6 @@ def test_a_label_of_some_parts_alone_says_of_how_many(home):
     )  # it judges none
 
 
-def test_what_says_nothing_is_said_to(home):
 def test_a_claim_named_for_some_of_its_parts_says_how_many_are_undecided(home):
     def routed(trained, causal, noise=0.0004):
         return {"val_loss": seeds(trained, noise), "val_loss_causal": seeds(causal, noise)}
@@ -132,6 +132,7 @@ def test_a_claim_named_for_some_of_its_parts_says_how_many_are_undecided(home):
     assert answer({"L1": judged("L1", arms)})[1].endswith("such as \u201cleak of one sequence\u201d: 0.020 nats).")
 
 
+def test_what_says_nothing_is_said_to(home):
     assert answer(verdicts({})) == ["Nothing was run yet."]
     (plumbing,) = answer(verdicts(losses(**CENTRE), "smoke"))
     assert "says nothing about the paper" in plumbing

@@ -161,6 +161,25 @@ def test_c5_and_c6_compare_losses():
     assert labels["modulo against EC-CF1, at equal compute"] == CONTRADICTED
     spread = next(p for p in found.parts if p.name == "spread over seeds")
     assert spread.effect.value == pytest.approx(10) and spread.label == REPRODUCED
+    assert "; 4 seeds)" in spread.sentence
+    fewer = judged("C6", losses(**hash_routing | {"Hash modulo": seeds(3.64, 0.004, n=3)}))
+    spread = next(p for p in fewer.parts if p.name == "spread over seeds")
+    assert "; 3 and 4 seeds)" in spread.sentence  # those of both arms: it pairs none
+
+
+def test_c6_goes_on_with_what_holds_at_equal_compute():
+    hash_routing = {"Hash modulo": seeds(3.64), "EC-CF2 renormalized": seeds(3.60)}
+    worse = "Hash routing ends 0.040 nats above EC-CF2 (0.040 to 0.040; 4 seeds)."
+    assert judged("C6", losses(**hash_routing)).sentence == worse
+    at_equal_compute = {"EC-CF1 renormalized": seeds(3.66), "EC-CF1 raw": seeds(3.65)}
+    found = judged("C6", losses(**hash_routing | at_equal_compute))
+    assert (
+        found.sentence
+        == f"{worse} At equal compute, hash routing ends 0.020 nats below EC-CF1 (0.020 to 0.020; 4 seeds)."
+    )
+    raw = next(p for p in found.parts if p.name == "modulo against EC-CF1, raw gates")
+    assert raw.label == CONTRADICTED and raw.effect.value == pytest.approx(-0.01) and not raw.decides
+    assert found.label == REPRODUCED
 
 
 def shares(*of):
