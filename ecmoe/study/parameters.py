@@ -102,7 +102,9 @@ def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in given if not name.startswith("_") and name not in ("In", "Out")]
     given = {name: given[name] for name in names if given[name] is not None}
     scale = given.get("scale", "smoke")
-    values = {"train_missing": True} | merge_parameters(parameter_files(page, scale))
+    usual, files = {"train_missing": True}, merge_parameters(parameter_files(page, scale))
+    check_kinds(page, {name: files[name] for name in usual if name in files}, usual)
+    values = usual | files
     ours = {name: value for name, value in given.items() if name in values}
     others = {name: value for name, value in given.items() if isinstance(value, str | int | float | list | dict)}
     kept = " (a running kernel keeps the wrong name: restart it)"

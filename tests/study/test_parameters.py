@@ -217,6 +217,9 @@ def test_what_a_notebook_is_given_wins_over_its_files(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(paths, "configs", lambda: tmp_path)
         assert page_parameters("01_a", {}) == {"train_missing": False, "seeds": [3]}
+        (tmp_path / "01_a.yaml").write_text("train_missing: 'false'\n")
+        with pytest.raises(ConfigError, match="train_missing='false' must be a bool"):
+            page_parameters("01_a", {"train_missing": True})
     with pytest.raises(ConfigError, match=re.escape(f"a list, such as {values['arms'][:3]}") + "$"):
         page_parameters("03_capacity_factor", {"arms": 5})
     assert page_parameters("03_capacity_factor", {"seeds": (5, 6)})["seeds"] == (5, 6)
