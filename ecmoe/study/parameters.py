@@ -107,7 +107,7 @@ def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = usual | files
     ours = {name: value for name, value in given.items() if name in values}
     others = {name: value for name, value in given.items() if isinstance(value, str | int | float | list | dict)}
-    kept = " (a running kernel keeps the wrong name: restart it)"
+    kept = " (in an open notebook also restart the kernel: it keeps the wrong name)"
     check_kinds(page, ours if page in _CHECKED else others | ours, values, kept)
     _CHECKED.add(page)
     return merged(values, ours)

@@ -175,7 +175,7 @@ def test_unknown_parameters_and_text_for_numbers_are_errors(tmp_path, monkeypatc
         ({"arms": 5}, "arms=5 must be a list"),
         ({"base": [1]}, "base=[1] must be `key: value` lines"),
         ({"sed": [3]}, "has no parameter 'sed' (given: [3]): did you mean seeds?"),
-        ({"sed": [3]}, "a running kernel keeps the wrong name: restart it"),
+        ({"sed": [3]}, "(in an open notebook also restart the kernel: it keeps the wrong name)"),
         ({"seeds": range(3)}, "seeds=range(0, 3) must be a list, such as"),
         ({"seeds": {1}}, "seeds={1} must be a list, such as"),
         ({"scale": ("gpu",)}, "scale=('gpu',): must be one of"),
