@@ -40,20 +40,20 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     record = read_record(path)
     if record.summary.get("world_size", 1) > 1:
         raise ConfigError(f"{name}: only single-process runs can be repeated")
-    keys = record.summary["config"]
+    keys, recorded, code = record.summary["config"], record.summary.get("code"), code_digest()
     config = config_class(keys).from_dict(keys)
+    path = paths.results(scale, "repeats") / f"{name}-{recorded}-{code}.json"
+    # What an earlier repeat compared; a damaged file is an error before anything is trained.
+    before = read_json(path, sealed=True)["rows"] if path.exists() else 0
     ours, theirs = (_compared(result) for result in (_trained(config, steps or config.steps, record), record))
     ours, theirs = ours[ours.index.isin(theirs.index)].align(theirs, axis=1)
     theirs = theirs.loc[ours.index]
     differs = {name: _difference(ours[name], theirs[name]) for name in ours if not ours[name].equals(theirs[name])}
     found = {
-        "run": name, "router": _router(keys), "device": device_name(), "recorded": record.summary.get("code"),
-        "code": code_digest(), "rows": len(ours), "equal": bool(len(ours)) and not differs,
-        "differs": differs,
+        "run": name, "router": _router(keys), "device": device_name(), "recorded": recorded, "code": code,
+        "rows": len(ours), "equal": bool(len(ours)) and not differs, "differs": differs,
     }  # fmt: skip
-    path = paths.results(scale, "repeats") / f"{name}-{found['recorded']}-{found['code']}.json"
-    longer = path.exists() and read_json(path, sealed=True)["rows"] > len(ours)  # an earlier repeat that compared more
-    if found["device"] == record.summary["device"] and not longer:
+    if found["device"] == record.summary["device"] and len(ours) >= before:
         try:
             write_json(path, found, sealed=True)
         except OSError as error:  # such as a full disk, which must not hide what was found

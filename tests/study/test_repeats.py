@@ -70,6 +70,11 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
     file.write_text(file.read_text().replace("false", "true"))
     with pytest.raises(Damaged, match="check sum"):
         repeats.kept("gpu")
+    monkeypatch.setattr(repeats, "code_digest", lambda: found["code"])
+    monkeypatch.setattr(repeats, "_trained", lambda *_: pytest.fail("trained in vain"))
+    write_record(record, Result(kept.summary | {"code": "before"}, kept.curve))
+    with pytest.raises(Damaged, match="check sum"):
+        repeats.again(config.name, "gpu")
 
 
 def test_it_is_trained_where_there_is_room_until_enough_is_known_and_leaves_the_room(
