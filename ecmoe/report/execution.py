@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,23 @@ class _ThisPython(AsyncKernelManager):
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         command += ["--log-level=50"]  # silences ipykernel's log, not the notebook's output
         return KernelSpec(argv=command, display_name="Python 3", language="python")
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Within the context, SIGTERM raises SystemExit, so that a kernel ends and its files are removed, as at Ctrl-C."""
+
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def execute(
@@ -79,7 +99,8 @@ def execute(
 
     # The kernel communicates over Unix sockets, so that no port is open. They lie in this folder, because parallel kernels would
     # share Jupyter's default, the working folder; and in /tmp if possible, because a socket's path is limited to some 100 characters.
-    with tempfile.TemporaryDirectory(prefix="ecmoe-", dir="/tmp" if os.access("/tmp", os.W_OK) else None) as folder:
+    place = "/tmp" if os.access("/tmp", os.W_OK) else None
+    with _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="ecmoe-", dir=place) as folder:
         executed = Path(folder) / "executed.ipynb"
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:

@@ -1,8 +1,10 @@
 """From a notebook to its page, end to end: with everything in it the page is safe and complete; one that fails leaves a page, too."""
 
+import json
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -284,3 +286,26 @@ def test_a_page_takes_the_place_of_no_other_kind_of_file(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=said):
             execute("a.ipynb", page)
     assert Path("a.ipynb").read_bytes() == before and os.listdir() == ["a.ipynb"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_the_kernel_too(number, error, tmp_path):
+    """The kernel asks for it in the middle of a cell."""
+    asks = f"""
+import json, os, time, ipykernel
+from pathlib import Path
+file = ipykernel.get_connection_file()
+Path("told").write_text(json.dumps([os.getpid(), file, json.loads(Path(file).read_text())["ip"]]))
+os.kill(os.getppid(), {int(number)})
+time.sleep(600)
+"""
+    nbformat.write(notebook(("code", asks)), tmp_path / "a.ipynb")
+    before = signal.getsignal(number)
+    with pytest.raises(error) as ended:
+        execute(tmp_path / "a.ipynb", tmp_path / "a.html")
+    assert signal.getsignal(number) is before and (error is KeyboardInterrupt or ended.value.code == 143)
+    kernel, connection, sockets = json.loads((tmp_path / "told").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+    assert not Path(connection).exists() and not Path(sockets).parent.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ipynb", "told"]
