@@ -16,7 +16,7 @@ from torch import Tensor
 # First and last size of the jitter, as shares of the unit; the last one is what the objective may lose.
 JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
 PRICE_ROUNDS = 80
-SAMPLE, FULL_ROUNDS = 4096, 10  # sampled tokens in the first rounds; last rounds, with all tokens
+SAMPLE, FULL_ROUNDS = 4096, 30  # sampled tokens in the first rounds; last rounds, with all tokens
 PATH_ROUNDS = 64  # 16 times as many, at most, if each round checks whether more are needed
 PATH_LENGTH = 6
 NEAR = 512  # tokens of an expert that may move along a path: those that lose least

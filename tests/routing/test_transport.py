@@ -27,7 +27,7 @@ def near_ones(seed: int, *shape: int) -> torch.Tensor:
 def test_the_settings_are_those_of_the_runs_so_far():
     """Others are as feasible, but choose other tokens: the same config would be another run."""
     settings = {
-        "JITTER_FIRST": 0.3, "JITTER_LAST": 0.001, "PRICE_ROUNDS": 80, "SAMPLE": 4096, "FULL_ROUNDS": 10, "PATH_ROUNDS": 64,
+        "JITTER_FIRST": 0.3, "JITTER_LAST": 0.001, "PRICE_ROUNDS": 80, "SAMPLE": 4096, "FULL_ROUNDS": 30, "PATH_ROUNDS": 64,
         "PATH_LENGTH": 6, "NEAR": 512,
     }  # fmt: skip
     assert {name: getattr(solver, name) for name in settings} == settings
