@@ -74,7 +74,7 @@ def bench_auto(
 
     sizes: n and d_model of each; d_ff = 4 d_model, c = 2. Returns a row per size, mode and part: n, d_model, mode,
     what, path (chosen by "auto"), plain_ms, auto_ms, and ratio = auto_ms / plain_ms. Where "auto" compiles to plain
-    PyTorch, this is timed once: where launching takes all the time, two timings of the same code may differ by a third."""
+    PyTorch, this is timed once: two timings of the same code would differ by noise alone."""
     absent, rows = [], []
     for size in sizes:
         bucket_size(size["n"], num_experts, 2.0)
