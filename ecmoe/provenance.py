@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def code_digest(names: tuple[str, ...] = DECIDES) -> str:
             tree = ast.parse(file.read_text(encoding="utf-8"))
             digest.update(f"{file.relative_to(PACKAGE).as_posix()} {_meaning(tree)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def by_other_code(summary: Mapping[str, Any]) -> bool:
+    """Return whether other code than this has trained a run; False if its summary doesn't say which."""
+    return summary.get("code") not in (None, code_digest())
 
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

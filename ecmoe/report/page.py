@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ecmoe.provenance import code_digest
+from ecmoe.provenance import by_other_code
 from ecmoe.report.answer import NOTHING, answer, at_size, difference, finding, judged, told
 from ecmoe.report.markup import Format, markup, show_html, table_html
 from ecmoe.report.plots.style import COUNT_COLORS, Plot, on_color
@@ -113,7 +113,7 @@ def provenance(study: Study, differences: str = "") -> None:
     what = "runs and measurements" if any("measures" in s for s in measured) else "runs"
     warning = f"The {what} behind this page differ in {', '.join(mixed)}. " if mixed else ""
     # At other scales, code changes while the evidence grows, and repeats show whether it computes the same.
-    if study.scale == "smoke" and any(s.get("code") not in (None, code_digest()) for s in done):
+    if study.scale == "smoke" and any(map(by_other_code, done)):
         warning += "Other code than this has trained runs of this page: delete runs/ and reports/smoke/runs to train them again."
     keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
     took = pd.DataFrame([{key: r.summary.get(key) for key in keys} for r in results if r.ok], columns=keys)

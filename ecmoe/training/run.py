@@ -25,7 +25,7 @@ from ecmoe.data.corpus import source_sha256
 from ecmoe.data.images import ImageData
 from ecmoe.files import sealed, write_text, written
 from ecmoe.paths import content_of
-from ecmoe.provenance import code_digest
+from ecmoe.provenance import by_other_code
 from ecmoe.training.gpus import Place, number, place
 from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.once import StillOurs, once
@@ -90,7 +90,7 @@ def run_or_load(
         if result.path and content_of(config.data):
             raise ConfigError(f"{said}: restore the files, or leave out {content_of(config.data)} to train a new run")
         warnings.warn(said, stacklevel=2)
-    if result.path and result.summary.get("code") not in (None, code_digest()):  # records are compared by repeats
+    if result.path and by_other_code(result.summary):  # records are compared by repeats
         warnings.warn(f"{config.name} was trained by other code: delete {result.path} to train it again", stacklevel=2)
     return result
 

@@ -45,7 +45,7 @@ def test_a_run_that_other_code_has_trained_is_loaded_with_a_warning(tiny_config,
     run_or_load(config, records=tmp_path, progress=False)
     recwarn.clear()
     assert run_or_load(config).ok and not recwarn.list
-    monkeypatch.setattr(train, "code_digest", lambda: "other")
+    monkeypatch.setattr("ecmoe.provenance.code_digest", lambda: "other")
     assert run_or_load(config, records=tmp_path).ok and not recwarn.list  # pages say so of records
     said = f"^{config.name} was trained by other code: delete .*{config.name} to train it again$"
     with pytest.warns(UserWarning, match=said) as told:
