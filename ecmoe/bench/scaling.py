@@ -13,15 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from ecmoe import paths
 from ecmoe.bench import clock as timing
 from ecmoe.config import RunConfig
-from ecmoe.files import write_text
 from ecmoe.training.gpus import place
 from ecmoe.training.ranks import by_torchrun
-from ecmoe.training.result import Result, read_run
+from ecmoe.training.result import Result
 from ecmoe.training.run import free_memory, train_run
 from ecmoe.training.trainer import check_machine
 
@@ -91,9 +89,7 @@ def _trained(config: RunConfig) -> Result:
             with place() as where:
                 result = train_run(config, Path(name), where=where, keep_weights=False)
         else:
-            write_text(Path(name) / "config.yaml", yaml.safe_dump(config.to_dict()))
-            by_torchrun(config, Path(name), lambda: None, keep_weights=False)
-            result = read_run(Path(name))
+            result = by_torchrun(config, Path(name), lambda: None, keep_weights=False)
     if not result.ok:
         raise RuntimeError(result.summary["error"])
     return result

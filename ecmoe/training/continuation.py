@@ -10,17 +10,12 @@ from ecmoe.training.result import find_run, load_model, read_run
 
 
 def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object) -> str:
-    """Return the prompt and its continuation by a trained run.
+    """Return the prompt, a text of at least one token, and its continuation by a finished run (as in `find_run`), whose
+    tokenised corpus must be in the cache, or its text available. tokens, sampling: as in `generate`.
 
-    Args:
-        run: a finished run, as in `find_run`; its tokenised corpus must be in the cache, or its text available.
-        prompt: a text of at least one token. tokens, sampling: as in `generate`.
-
-    Raises:
-        FileNotFoundError: there is no such finished run. Damaged: a file of the run differs from what was written.
-        ValueError: as in `generate`; the run isn't a language model, or its router needs tasks; the text here isn't the
-        one from which the run's vocabulary was learned.
-    """
+    Raises a FileNotFoundError if there is no such finished run; Damaged if a file of it differs from what was written;
+    a ValueError as `generate` does, or if the run isn't a language model, its router needs tasks, or the text here
+    isn't the one from which its vocabulary was learned."""
     folder = find_run(run)
     model = load_model(folder)
     config = model.config

@@ -29,9 +29,7 @@ THREADS = 4  # most CPU threads of an operation while a run has a slot; fewer if
 @dataclass
 class Place:
     """The slot of a run. gpu: index of its GPU; None: the run holds no slot, as it is on the CPU or on several GPUs.
-
-    others: lock files of the other slots on that GPU.
-    """
+    others: lock files of the other slots on that GPU."""
 
     gpu: int | None = None
     others: Sequence[Path] = ()

@@ -42,16 +42,13 @@ def once(
     weights: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Return the result of a run: from `records`, from `runs/`, or by computing it now.
+    """Return the result of a run: from `records`, from `runs/`, or by computing it now. Configs with the same name are
+    the same run. Other arguments are as in `ecmoe.run_or_load`.
 
-    Args:
-        config: the run's config; configs with the same name are the same run.
-        make: (folder, still_ours) -> Result. Computes the run, or resumes what an interrupted call left in the folder.
-            It calls still_ours, which raises LostLock, before writing. It writes the summary last (`write_run`).
-        Other arguments: as in `ecmoe.run_or_load`.
-    """
-    record = None if records is None else Path(records) / f"{config.name}.json"
-    if record is not None and record.exists():
+    make: (folder, still_ours) -> Result. Computes the run, or resumes what an interrupted call left in the folder. It
+    calls still_ours, which raises LostLock, before writing. It writes the summary last (`write_run`)."""
+    record = records and Path(records) / f"{config.name}.json"
+    if record and record.exists():
         return results.read_record(record)
     folder = paths.runs() / config.name
     result = _done(config, folder, weights, say=train and progress, raises=not train)
@@ -62,7 +59,7 @@ def once(
     if result is None:
         with lock(folder, progress) as still_ours:  # another process may have finished it meanwhile
             result = _done(config, folder, weights, say=False) or _made(config, folder, make, still_ours)
-    if record is not None and result.ok:
+    if record and result.ok:
         results.write_record(record, result)
     return result
 
@@ -93,9 +90,10 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
 
 def _place(folder: Path) -> Path:
     """Return the folder in which to compute the run: `again` if the run's own folder holds, or may hold, a done run."""
+    done = (folder / "summary.json").exists()
     with contextlib.suppress(FileNotFoundError, Damaged):
-        return folder / "again" if results.read_run(folder).summary["status"] in DONE else folder
-    return folder / "again" if (folder / "summary.json").exists() else folder
+        done = results.read_run(folder).summary["status"] in DONE
+    return folder / "again" if done else folder
 
 
 def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Result:
@@ -148,16 +146,16 @@ def _take_place(folder: Path) -> None:
 def lock(folder: Path, progress: bool) -> Iterator[StillOurs]:
     """Hold the run's lock, waiting for it if needed. Yield a function that raises LostLock if the lock file is lost."""
     path = folder.parent / f"{folder.name}.lock"
-    held = FileLock(path)
+    free = FileLock(path)
     try:
-        held.acquire(timeout=0)
+        held = free.acquire(timeout=0)
     except Timeout:
         if in_torchrun():
             raise SystemExit(f"another process is computing {folder.name}: wait for it, then call again") from None
         if progress:
             print(f"[{folder.name}] waiting: another process is computing it", file=sys.stderr, flush=True)
-        held.acquire()
-    try:
+        held = free.acquire()
+    with held:
         inode = path.stat().st_ino
 
         def still_ours() -> None:
@@ -166,5 +164,3 @@ def lock(folder: Path, progress: bool) -> Iterator[StillOurs]:
                                    "too: this one stops; call again to resume from the last checkpoint")  # fmt: skip
 
         yield still_ours
-    finally:
-        held.release()

@@ -11,28 +11,22 @@ from ecmoe.config import RunConfig
 
 
 def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW, fused if possible, or Adafactor.
+    """Return AdamW, fused on a GPU, or Adafactor.
 
     PyTorch's Adafactor has no first moment (beta1 = 0, as in the paper); its second has the decay 1 - t^-0.8 at step t.
     """
-    c = config
-    if c.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
-    fused, betas = fuses(config, device) or None, (c.beta1, c.beta2)
-    return torch.optim.AdamW(parameters, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay, fused=fused)
-
-
-def fuses(config: RunConfig, device: torch.device) -> bool:
-    """Return whether to fuse AdamW: on CUDA, but not with a GradScaler, as gradients would be clipped while scaled."""
-    return device.type == "cuda" and config.precision != "16-mixed"
+    keys = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, **keys)
+    # Not with a GradScaler, as gradients would be clipped while scaled.
+    fused = (device.type == "cuda" and config.precision != "16-mixed") or None
+    return torch.optim.AdamW(parameters, betas=(config.beta1, config.beta2), fused=fused, **keys)
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Return the learning rate at an optimiser step (the first is 0), as a fraction of the peak.
-
-    A linear warm-up; then constant, or the paper's inverse square root after `constant_steps`, or a linear
-    decay to 0 over the last `decay_fraction` of the steps.
-    """
+    """Return the learning rate at an optimiser step (the first is 0), as a fraction of the peak: a linear warm-up; then
+    constant, or the paper's inverse square root after `constant_steps`, or a linear decay to 0 over the last
+    `decay_fraction` of the steps."""
     done = step + 1
     warm = min(done / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     if config.schedule == "inverse_sqrt":
@@ -47,13 +41,11 @@ def clip(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer, max_nor
     """Scale gradients down to a norm of at most max_norm, like clip_grad_norm_. Call before every `optimizer.step()`.
 
     A fused optimiser scales the gradients itself when its next step reads them, which saves a pass over memory: it
-    divides them by its attribute grad_scale, intended for GradScaler. The host doesn't wait for the device.
-    """
+    divides them by its attribute grad_scale, intended for GradScaler. The host doesn't wait for the device."""
     parameters = [p for p in parameters if p.grad is not None]
     if not optimizer.defaults.get("fused") or len({p.device for p in parameters}) != 1:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if isinstance(norm, DTensor):  # combine the norms of all ranks' shards
-            norm = norm.full_tensor()
-        optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # 1 / clip_grad_norm_'s factor
+        return
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # combine the norms of all ranks' shards
+    optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp_min(1)  # 1 / clip_grad_norm_'s factor

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ecmoe.config import ConfigError, RunConfig
+from ecmoe.training.result import Result, read_run, write_config
 
 
 def in_torchrun() -> bool:
@@ -28,34 +29,24 @@ def rank() -> int:
 def check_world(config: RunConfig) -> None:
     """Raise a ConfigError if torchrun started more or fewer processes than the config says, or if the run needs several
     nodes, which only torchrun can start."""
-    there = os.environ["WORLD_SIZE"] if in_torchrun() else None
-    start = f"--nproc-per-node={config.devices} -m ecmoe train CONFIG"
-    if there is None and config.num_nodes > 1:
-        nodes = config.num_nodes
+    devices, nodes = config.devices, config.num_nodes
+    start = f"--nproc-per-node={devices} -m ecmoe train CONFIG"
+    if in_torchrun():
+        if (there := os.environ["WORLD_SIZE"]) != str(config.ranks):
+            said = f"devices={devices} x num_nodes={nodes}, but {there} processes run"
+            raise ConfigError(f"{said}: start torchrun {start}")
+    elif nodes > 1:
         raise ConfigError(f"num_nodes={nodes}: start torchrun --nnodes={nodes} {start} on every node")
-    if there not in (None, str(config.ranks)):
-        ranks = f"devices={config.devices} x num_nodes={config.num_nodes}"
-        raise ConfigError(f"{ranks}, but {there} processes run: start torchrun {start}")
 
 
-def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
-    """Return the command that starts `ranks` processes of a module on this machine."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*start, "-m", module, *arguments]
-
-
-def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None], keep_weights: bool = True) -> None:
+def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None], keep_weights: bool = True) -> Result:
     """Train with several ranks in subprocesses: in a notebook's kernel, Lightning allows one device only.
 
     The ranks hold no lock, so they must not outlive this call: their stdin is a pipe, closed however the call ends.
-
-    Args:
-        folder: the run's, with its config.yaml. still_ours: raises if the run's lock is lost.
-
-    Raises:
-        RuntimeError: the ranks ended without writing a summary.
-    """
-    command = torchrun(config.devices, "ecmoe.training", str(folder), *([] if keep_weights else ["--no-weights"]))
+    still_ours: raises if the run's lock is lost. Raises a RuntimeError if the ranks end without writing a summary."""
+    write_config(folder, config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
+    command += ["-m", "ecmoe.training", str(folder), *["--no-weights"] * (not keep_weights)]
     output = None
     with contextlib.suppress(AttributeError, OSError):  # a notebook's, or a test's, may have no file
         output = sys.stderr.fileno()
@@ -66,13 +57,10 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None],
                 ranks.wait(timeout=2)
     if not (folder / "summary.json").exists():
         raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {ranks.returncode}")
+    return read_run(folder)
 
 
 def end_with_caller() -> None:
     """Exit when the `by_torchrun` call that started this rank ends, as the next call will start ranks of its own."""
-
-    def watch() -> None:
-        os.read(0, 1)  # sys.stdin would take a lock that exit waits for
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    # It reads by os.read until the pipe is closed: sys.stdin would take a lock that exit waits for.
+    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()

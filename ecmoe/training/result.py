@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import yaml
 
 from ecmoe import paths
 from ecmoe.config import SCHEMA, RunConfig
-from ecmoe.files import Damaged, read_json, sha256, write_json
+from ecmoe.files import Damaged, read_json, sha256, write_json, write_text
 from ecmoe.model import metrics
 
 if TYPE_CHECKING:
@@ -47,12 +48,8 @@ class Result:
         return f"<{self.summary['name']}: {self.summary['status']}{found}>"
 
     def load_model(self) -> Trunk:
-        """Load the trained model, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: the weights aren't on this machine; a committed record has none.
-            Damaged: a file differs from what was written.
-        """
+        """Load the trained model, in evaluation mode. Raises a FileNotFoundError if the weights aren't on this machine
+        (a committed record has none), and Damaged if a file differs from what was written."""
         return load_model(self.path or paths.runs() / self.summary["name"])
 
 
@@ -76,8 +73,8 @@ def load_model(path: str | Path) -> Trunk:
 
 
 def find_run(run: str | Path) -> Path:
-    """Return the folder of a run, given its path, its name, or a prefix that no other run's name has; runs without weights count
-    only if there is no other. Raise a FileNotFoundError if no run matches, or several do."""
+    """Return the folder of a run, given its path, its name, or a prefix that no other run's name has; runs without
+    weights count only if there is no other. Raise a FileNotFoundError if no run matches, or several do."""
     if str(run) and Path(run).is_dir():
         return Path(run)
     found = sorted(path for path in paths.runs().glob("*") if path.is_dir() and path.name.startswith(str(run)))
@@ -96,7 +93,9 @@ def not_run(config: Any) -> Result:
     return Result(known | {"status": "not run", "error": None})
 
 
-# Storage
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write `config.yaml`, with the keys in their order."""
+    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def write_run(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -106,12 +105,8 @@ def write_run(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: str | Path) -> Result:
-    """Return the Result of a run folder.
-
-    Raises:
-        FileNotFoundError: the run isn't done (no summary.json).
-        Damaged: a file differs from what was written. (Weights are verified when they are loaded.)
-    """
+    """Return the Result of a run folder. Raises a FileNotFoundError if the run isn't done (no summary.json), and Damaged if
+    a file differs from what was written. (Weights are verified when they are loaded.)"""
     folder = Path(folder)
     summary = read_summary(folder)
     for name in ("config.yaml", "curve.csv"):
@@ -179,11 +174,8 @@ def write_record(path: Path, result: Result) -> None:
 
 
 def read_record(path: str | Path) -> Result:
-    """Return the Result of a committed record, a file that is named after its run.
-
-    Raises:
-        Damaged: the file differs from what was written, isn't a record, or holds another run than its name says.
-    """
+    """Return the Result of a committed record, a file that is named after its run. Raises Damaged if the file differs from
+    what was written, isn't a record, or holds another run than its name says."""
     path = Path(path)
     record = read_json(path, sealed=True)
     try:

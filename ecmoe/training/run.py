@@ -5,14 +5,13 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from importlib import import_module
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.callbacks import Checkpoint
 from safetensors.torch import save_file
 from torch._functorch import config as functorch
@@ -23,7 +22,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.data.corpus import source_sha256
 from ecmoe.data.images import ImageData
-from ecmoe.files import sealed, write_text, written
+from ecmoe.files import sealed, written
 from ecmoe.paths import content_of
 from ecmoe.provenance import by_other_code
 from ecmoe.training.gpus import Place, number, place
@@ -31,7 +30,7 @@ from ecmoe.training.lit import LitClassifier, LitModel
 from ecmoe.training.once import StillOurs, once
 from ecmoe.training.ranks import by_torchrun, check_world, in_torchrun, rank
 from ecmoe.training.recorder import Diverged, Recorder
-from ecmoe.training.result import Result, read_run, write_run
+from ecmoe.training.result import Result, write_config, write_run
 from ecmoe.training.summary import circumstances, summarize
 from ecmoe.training.trainer import check_machine, new_trainer, repeatable, resolved_precision, strategy
 
@@ -70,22 +69,27 @@ def run_or_load(
         Damaged: with train=False, a stored file differs from what was written. (Otherwise, the run is trained again.)
     """
     config = RunConfig.of(config)
-    loggers = [loggers] if isinstance(loggers, str) else loggers
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
-        _check(config, folder, callbacks, loggers)
-        if config.devices > 1 and not in_torchrun():
-            write_text(folder / "config.yaml", _yaml(config))
-            by_torchrun(config, folder, still_ours)
-            return read_run(folder)
+        # All that can be wrong is found before any work is done.
+        check_machine(config)
+        number("ECMOE_SHARING", 1)
+        by_processes = config.devices > 1 and not in_torchrun()
+        if by_processes and (callbacks or loggers):
+            raise ConfigError(f"devices={config.devices} with callbacks or loggers: they can't be passed to subprocesses; "
+                              f"start torchrun --nproc-per-node={config.devices} with a script that calls run_or_load")  # fmt: skip
+        writers = [_logger(logger, folder) for logger in ([loggers] if isinstance(loggers, str) else loggers)]
+        if by_processes:
+            return by_torchrun(config, folder, still_ours)
         with place(progress) if config.ranks == 1 else nullcontext(Place()) as where:
-            module, _, function = config.trained_by.partition(":")
-            trained = getattr(import_module(module), function)
-            return trained(config, folder, still_ours, progress, callbacks, loggers, where)
+            return resolve_name(config.trained_by)(config, folder, still_ours, progress, callbacks, writers, where)
 
     check_world(config)
     result = once(config, make, records=records, train=train, weights=weights, progress=progress)
-    if _of_other_data(config, result.summary.get("data") or {}):
+    then, here = (result.summary.get("data") or {}).get("source_sha256"), None
+    with suppress(ConfigError):  # it isn't here. (To compare tokens instead of their source could take long.)
+        here = source_sha256(config.data)
+    if None not in (then, here) and then != here:
         said = f"data={config.data!r} differs from the data that {config.name} was trained on"
         if result.path and content_of(config.data):
             raise ConfigError(f"{said}: restore the files, or leave out {content_of(config.data)} to train a new run")
@@ -107,15 +111,13 @@ def train_run(
 ) -> Result:
     """Train a run, or resume it from the last checkpoint in `folder`; the summary, written last, says how it ended.
 
-    Args:
-        still_ours: as in `once`. where: the run's slot on a GPU; None: each of its `config.devices` ranks uses one GPU.
-        keep_weights: False: don't store the weights of the finished run.
-    """
+    still_ours: as in `once`. where: the run's slot on a GPU; None: each of its `config.devices` ranks uses one GPU.
+    keep_weights: False: don't store the weights of the finished run."""
     _share_compiled_code()
     where = where or Place()
     made, leads = circumstances(), rank() == 0
     if leads:
-        write_text(folder / "config.yaml", _yaml(config))
+        write_config(folder, config)
     data = ImageData(config) if config.images else TextData(config)
     data.prepare_data()
     data.setup("fit")
@@ -136,7 +138,7 @@ def train_run(
         limit_val_batches=config.eval_batches,
         num_sanity_val_steps=0,
         callbacks=[recorder, *callbacks],
-        logger=[_logger(logger, folder) for logger in loggers],
+        logger=list(loggers),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         default_root_dir=folder,
         use_distributed_sampler=False,  # TextData distributes the batches itself
@@ -184,28 +186,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _check(config: RunConfig, folder: Path, callbacks: Sequence[L.Callback], loggers: Sequence[Any]) -> None:
-    """Raise the errors that can be known before any work is done."""
-    check_machine(config)
-    number("ECMOE_SHARING", 1)
-    if (callbacks or loggers) and config.devices > 1 and not in_torchrun():
-        raise ConfigError(f"devices={config.devices} with callbacks or loggers: they can't be passed to subprocesses; "
-                          f"start torchrun --nproc-per-node={config.devices} with a script that calls run_or_load")  # fmt: skip
-    for logger in loggers:
-        _logger(logger, folder)
-
-
-def _of_other_data(config: RunConfig, said: Mapping[str, Any]) -> bool:
-    """Return whether the data here differs from that of a run, whose provenance is `said`; False if it isn't here.
-
-    The source is compared instead of its tokens, since reading a result must not start a long tokenisation."""
-    try:
-        source = source_sha256(config.data)
-    except ConfigError:
-        return False
-    return source is not None and said.get("source_sha256") not in (None, source)
 
 
 LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
@@ -257,10 +237,5 @@ def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:
     """Return the model's tensors on the CPU, gathered from all ranks if sharded (so every rank must call it)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(module.model, options=options)
+    state = get_model_state_dict(module.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
-def _yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.to_dict(), sort_keys=False)

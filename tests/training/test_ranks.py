@@ -19,7 +19,7 @@ from ecmoe.training import ranks
 from ecmoe.training import run as train
 from ecmoe.training.once import LostLock
 from ecmoe.training.ranks import by_torchrun, check_world
-from ecmoe.training.result import not_run, read_run, write_run
+from ecmoe.training.result import not_run, read_run, write_config, write_run
 
 
 def start(config: RunConfig) -> subprocess.Popen:
@@ -116,6 +116,7 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(RuntimeError, match=f"^training {config.name} on 2 devices ended with code -9$"):
         run_or_load(config, progress=False)
+    assert RunConfig.from_yaml(folder / "config.yaml") == config
     asked = f"-m torch.distributed.run --standalone --nproc-per-node=2 -m ecmoe.training {folder}"
     assert capfd.readouterr() == ("", f"{asked}\n")  # output is for results of the caller
     for no_file in (SimpleNamespace(), io.StringIO()):  # a notebook's
@@ -132,7 +133,7 @@ def test_a_torchrun_that_dies_is_not_taken_for_an_earlier_failure(tiny_config, t
 @pytest.mark.parametrize("keep_weights", [True, False])
 def test_the_first_rank_says_why_it_failed(tiny_config, tmp_path, monkeypatch, keep_weights):
     config, told = tiny_config(devices=2, strategy="ddp"), []
-    (tmp_path / "config.yaml").write_text(train._yaml(config))
+    write_config(tmp_path, config)
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path), *["--no-weights"] * (not keep_weights)])
     monkeypatch.setattr(ranks, "end_with_caller", lambda: None)
     monkeypatch.setattr(train, "train_run", lambda *given, **keys: told.append((given, keys)) or 1 / 0)
