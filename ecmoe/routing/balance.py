@@ -1,28 +1,10 @@
-"""Auxiliary losses of token choice: load balance and z-loss. Letters: n tokens, e experts, S (n, e) scores."""
+"""Auxiliary losses of token choice: load balance and z-loss. Padding, where a mask (n,) is False, is ignored.
+
+Letters: n tokens, e experts, S (n, e) scores.
+"""
 
 import torch
 from torch import Tensor
-
-
-def balance_loss(
-    kind: str,
-    logits: Tensor,
-    S: Tensor,
-    noise: Tensor,
-    demand: Tensor,
-    mask: Tensor | None,
-    top_k: int,
-) -> Tensor:
-    """Return the balance loss called `kind` ("switch", "first_choice" or "importance_load") as a scalar tensor.
-
-    Padding, where the mask (n,) is False, is ignored; if all tokens are padding the loss is 0.
-    """
-    if kind == "switch":
-        return switch_loss(S, demand, mask)
-    if kind == "first_choice":
-        first = S.argmax(dim=1, keepdim=True) == torch.arange(S.shape[1], device=S.device)  # (n, e)
-        return switch_loss(S, _sum(first, mask), mask)
-    return 0.5 * (importance_loss(logits.softmax(dim=1), mask) + load_loss(logits, logits + noise, top_k, mask))
 
 
 def switch_loss(S: Tensor, demand: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,14 +12,17 @@ def switch_loss(S: Tensor, demand: Tensor, mask: Tensor | None = None) -> Tensor
 
     Args:
         S: (n, e) scores. mask: (n,) bool, False for padding. demand: (e,) requests per expert, before any is dropped.
-            GShard's l_aux counts first choices only (Lepikhin et al. 2021, Algorithm 1): balance="first_choice".
 
     Returns:
         A scalar: 1 for a uniform router, e if all requests go to one expert whose score is always 1.
     """
-    e = S.shape[1]
     f = demand.to(S.dtype) / demand.sum().clamp_min(1)
-    return e * (f * _mean(S, mask)).sum()
+    return S.shape[1] * (f * _mean(S, mask)).sum()
+
+
+def first_choices(S: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return (e,) tokens whose best score is that expert's: the demand of GShard's l_aux (Lepikhin et al., Algorithm 1)."""
+    return _sum(S.argmax(dim=1, keepdim=True) == torch.arange(S.shape[1], device=S.device), mask)
 
 
 def importance_loss(S: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -50,15 +35,9 @@ def load_loss(logits: Tensor, noisy: Tensor, top_k: int, mask: Tensor | None = N
 
     The smooth load sums, over tokens, the probability that the expert is in the top_k if its noise is drawn again.
     """
-    e = logits.shape[1]
     threshold = noisy.topk(top_k, dim=1).values[:, -1:]
-    chance = torch.special.ndtr((logits - threshold) * e)  # P(x + eps >= threshold), eps ~ N(0, 1/e^2)
+    chance = torch.special.ndtr((logits - threshold) * logits.shape[1])  # P(x + eps >= threshold), eps ~ N(0, 1/e^2)
     return _cv_squared(_sum(chance, mask))
-
-
-def load_noise(logits: Tensor, active: bool) -> Tensor:
-    """Return noise of standard deviation 1/e for the logits, which makes V-MoE's load smooth; zeros unless `active`."""
-    return torch.randn_like(logits) / logits.shape[1] if active else torch.zeros_like(logits)
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -67,7 +46,6 @@ def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _sum(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum over unmasked tokens, (n, ...) -> (...)."""
     return x.sum(dim=0) if mask is None else x.where(mask.view(-1, *[1] * (x.dim() - 1)), 0).sum(dim=0)
 
 

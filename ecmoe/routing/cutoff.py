@@ -28,11 +28,11 @@ class RunningState(nn.Module):
         return nn.Buffer(torch.zeros(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = dict(self._buffers)
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and buffer.itemsize < min(4, before[name].itemsize):  # type: ignore[union-attr]
-                self._buffers[name] = before[name].to(buffer.device)  # type: ignore[union-attr]
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.itemsize < min(4, before[name].itemsize):
+                self._buffers[name] = before[name].to(buffer.device)
         return self
 
 
@@ -66,7 +66,7 @@ class RunningCutoff(RunningState):
     def end_step(self) -> Tensor:
         """Update the average; return a () bool, whether it moved: not without scores, or if a score is not finite."""
         add_up(self.pending, self.count)
-        moves, (average, weight) = self._moves(), self._moved()
+        average, weight, moves = self._moved()
         self.average.copy_(average)
         self.weight.copy_(weight)
         self.pending.zero_()
@@ -75,19 +75,16 @@ class RunningCutoff(RunningState):
 
     def value(self) -> Tensor:
         """Return the (e,) cut-offs, as if a step ended now: scores added since the last step count."""
-        average, weight = self._moved()
+        average, weight, _ = self._moved()
         return average / weight
 
     def empty(self) -> bool:
         """Return whether no training batch has been seen yet."""
-        return bool((self.weight == 0) & ~self._moves())
+        return bool(self._moved()[1] == 0)
 
-    def _moves(self) -> Tensor:
-        """Return whether the added scores move the average: they must be finite, as a NaN would stay in it forever."""
-        return (self.count > 0) & self.pending.isfinite().all()
-
-    def _moved(self) -> tuple[Tensor, Tensor]:
-        moves = self._moves()
+    def _moved(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return average and weight after the added scores, and whether these move them: a NaN would stay forever."""
+        moves = (self.count > 0) & self.pending.isfinite().all()
         beta = torch.where(moves, self.beta, 1.0)
         mean = torch.where(moves, self.pending / self.count.clamp_min(1), 0.0)
-        return beta * self.average + (1 - beta) * mean, beta * self.weight + (1 - beta)
+        return beta * self.average + (1 - beta) * mean, beta * self.weight + (1 - beta), moves

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ecmoe.config import check_key
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import Router, by_token, capacity
+from ecmoe.routing.router import Router, by_token
 
 
 class Hash(Router):
@@ -45,8 +45,8 @@ class Hash(Router):
         if token_ids is None:
             raise ValueError("hash routing needs token_ids: pass moe(x, token_ids=...)")
         n, e = logits.shape
-        places = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
-        return by_token(self.table[token_ids.reshape(-1).long()], logits.new_ones(n), e, mask, *places)
+        factor = None if self.causal else self.capacity_factor
+        return by_token(self.table[token_ids.reshape(-1).long()], logits.new_ones(n), e, mask, factor)
 
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.ranks import add_up
-from ecmoe.routing.router import Router, by_token, capacity, full_precision
+from ecmoe.routing.router import Router, by_token, full_precision
 
 
 class KMeans(Router):
@@ -68,8 +68,7 @@ class KMeans(Router):
         expert = logits.detach().argmax(dim=1)
         if self.gathers:
             self._gather(expert if mask is None else torch.where(mask, expert, e), n)
-        places = capacity(None if self.causal else self.capacity_factor, 1, n, e, mask)
-        return by_token(expert, logits.new_ones(n), e, mask, *places)
+        return by_token(expert, logits.new_ones(n), e, mask, None if self.causal else self.capacity_factor)
 
     @torch.no_grad()
     def _gather(self, expert: Tensor, n: int) -> None:

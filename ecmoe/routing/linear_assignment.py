@@ -32,11 +32,11 @@ class LinearAssignment(Router):
         """
         n, e = logits.shape
         logits = without_padding(logits, mask)
-        if self.training and not self.causal:
-            slots, expert = equal_share(n, e), _balanced(logits.detach(), mask)
-        else:
-            slots, expert = None, logits.argmax(dim=1)
-        return by_token(expert, logits.gather(1, expert[:, None])[:, 0].sigmoid(), e, mask, slots)
+        if balanced := self.training and not self.causal:
+            equal_share(n, e)
+        expert = _balanced(logits.detach(), mask) if balanced else logits.argmax(dim=1)
+        gate = logits.gather(1, expert[:, None])[:, 0].sigmoid()
+        return by_token(expert, gate, e, mask, factor=1.0 if balanced else None)
 
 
 @torch.no_grad()

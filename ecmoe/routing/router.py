@@ -167,28 +167,19 @@ def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
 
 
-def by_token(
-    expert: Tensor, gate: Tensor, e: int, mask: Tensor | None, slots: int | None, limit: Tensor | None = None
-) -> Assignment:
+def by_token(expert: Tensor, gate: Tensor, e: int, mask: Tensor | None, factor: float | None = None) -> Assignment:
     """Call `pack` with one request per token, its expert and gate, both (n,); no request where mask is False."""
-    if mask is not None:
-        expert = torch.where(mask, expert, e)
-    token = torch.arange(len(expert), device=expert.device)
-    return pack(token, expert, gate, n=len(expert), e=e, slots=slots, limit=limit)
+    n, expert = len(expert), expert if mask is None else torch.where(mask, expert, e)
+    return pack(torch.arange(n, device=expert.device), expert, gate, n=n, e=e, **capacity(factor, 1, n, e, mask))
 
 
-def capacity(
-    factor: float | None, top_k: int, n: int, e: int, mask: Tensor | None = None
-) -> tuple[int | None, Tensor | None]:
-    """Return token choice's capacity, ceil(factor top_k n / e): slots per expert, and the limit under a mask.
+def capacity(factor: float | None, top_k: int, n: int, e: int, mask: Tensor | None) -> dict[str, Any]:
+    """Return what `pack` needs for token choice's capacity, ceil(factor top_k n / e); factor None: nothing is dropped.
 
-    Args:
-        factor: capacity factor; None: nothing is dropped.
-        top_k, n, e: experts requested per token, tokens, experts.
-        mask: (n,) bool: only unmasked tokens count for the limit, a scalar tensor (None without a mask).
+    With a mask, only unmasked tokens count, so that the limit is a scalar tensor.
     """
     if factor is None:
-        return None, None
+        return {"slots": None}
     share = exact(factor) * top_k / e  # exact: a float error could round a whole number up
     slots = min(-(-n * share.numerator // share.denominator), n)  # rounded up
-    return slots, None if mask is None else -(-mask.sum() * share.numerator // share.denominator)
+    return {"slots": slots, "limit": None if mask is None else -(-mask.sum() * share.numerator // share.denominator)}

@@ -44,4 +44,4 @@ class TaskLevel(Router):
             gate, expert = self.table.softmax(dim=1).topk(1, dim=1)  # (num_tasks, 1)
         else:
             expert, gate = self.table, torch.full_like(self.table, 1.0, dtype=logits.dtype)
-        return by_token(expert[task].view(-1), gate[task].view(-1).to(logits.dtype), logits.shape[1], mask, None)
+        return by_token(expert[task].view(-1), gate[task].view(-1).to(logits.dtype), logits.shape[1], mask)

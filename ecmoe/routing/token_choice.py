@@ -10,7 +10,7 @@ from torch import Tensor
 from ecmoe.files import ConfigError
 from ecmoe.routers import check_top_k
 from ecmoe.routing.assignment import Assignment, pack
-from ecmoe.routing.balance import balance_loss, load_noise, z_loss
+from ecmoe.routing.balance import first_choices, importance_loss, load_loss, switch_loss, z_loss
 from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, capacity, without_padding
 
@@ -67,7 +67,8 @@ class TokenChoice(Router):
         n, e = logits.shape
         k = self.top_k
         logits = without_padding(logits, mask)
-        noise = load_noise(logits, self.balance == "importance_load" and self.training)
+        draws = self.balance == "importance_load" and self.training  # noise makes V-MoE's load smooth
+        noise = torch.randn_like(logits) / e if draws else torch.zeros_like(logits)
         S = (logits + noise).softmax(dim=1)  # (n, e)
         choice = (S + self.bias.to(S.dtype)).topk(k, dim=1).indices  # (n, k), best first
         gate = S.gather(1, choice)
@@ -84,22 +85,25 @@ class TokenChoice(Router):
         expert = choice.T.reshape(-1)
         if chooses is not None:
             expert = torch.where(chooses.repeat(k), expert, e)
-        slots, limit = capacity(None if self.causal else self.capacity_factor, k, n, e, mask)
-        chosen = pack(token.repeat(k), expert, gate.T.reshape(-1), n=n, e=e, slots=slots, limit=limit)
-        demand = chosen.demand
+        places = capacity(None if self.causal else self.capacity_factor, k, n, e, mask)
+        chosen = pack(token.repeat(k), expert, gate.T.reshape(-1), n=n, e=e, **places)
+        demand: Tensor = chosen.demand  # type: ignore[assignment]
         if self.gathers and self.moves:
-            self.load_error.add_(demand.float().mean() - demand.float())  # type: ignore[union-attr]
+            self.load_error.add_(demand.float().mean() - demand.float())
         if not self.training:
             return chosen
-        return Assignment(chosen.token, chosen.gate, demand, self._aux_loss(logits, S, noise, demand, mask))  # type: ignore[arg-type]
-
-    def _aux_loss(self, logits: Tensor, S: Tensor, noise: Tensor, demand: Tensor, mask: Tensor | None) -> Tensor:
         loss = logits.new_zeros(())
-        if self.balance not in ("bias", "none") and self.aux_loss_weight:
-            loss = loss + self.aux_loss_weight * balance_loss(self.balance, logits, S, noise, demand, mask, self.top_k)
+        if self.aux_loss_weight and self.balance not in ("bias", "none"):
+            loss = loss + self.aux_loss_weight * self._balance_loss(logits, noise, S, demand, mask)
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * z_loss(logits, mask)
-        return loss
+        return Assignment(chosen.token, chosen.gate, demand, loss)
+
+    def _balance_loss(self, logits: Tensor, noise: Tensor, S: Tensor, demand: Tensor, mask: Tensor | None) -> Tensor:
+        if self.balance == "importance_load":
+            importance = importance_loss(logits.softmax(dim=1), mask)
+            return 0.5 * (importance + load_loss(logits, logits + noise, self.top_k, mask))
+        return switch_loss(S, first_choices(S, mask) if self.balance == "first_choice" else demand, mask)
 
     @property
     def moves(self) -> bool:
