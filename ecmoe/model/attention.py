@@ -8,8 +8,8 @@ bits this is slow, also because the mask's gradient has the same size. There we 
     dv = P^T dout,  dS = P (dout v^T - delta),  dq ~ dS k,  dk ~ dS^T q                        delta = sum(dout out)
 
 All distances beyond T5's longest share one bias, and adding a constant doesn't change a softmax: with the shared bias
-subtracted from all biases, far keys need none. Its gradient needs no sum over far keys either: dS sums to 0 over the
-keys of a query, so it is minus the sum over near keys. Sums are float32 in a fixed order: equal inputs give equal bits.
+subtracted from all biases, far keys need none. Its gradient is minus the sum over near keys, as dS sums to 0 over the
+keys of a query. Sums are float32 in a fixed order: equal inputs give equal bits.
 
 Letters: B sequences of T tokens, width d, h heads.
 """
@@ -49,7 +49,7 @@ class Attention(nn.Module):
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
             past[:] = [k, v]
         bias = None
-        if self.relative is not None:  # (h, T, keys), -inf for the future
+        if self.relative is not None:
             bias = self.relative(T, k.shape[2], x.device).to(q.dtype).expand(B, -1, -1, -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
@@ -105,9 +105,6 @@ def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
     return torch.where(distance < exact, distance, far)
 
 
-# The fast path.
-
-
 def fits(qkv: Tensor) -> bool:
     """Return whether `fast_attention` supports a (B, T, 3, h, d/h) tensor: GPU with Triton, 16 bits, whole blocks."""
     whole = qkv.shape[1] % 128 == 0 and qkv.shape[4] in (16, 32, 64, 128)
@@ -138,11 +135,9 @@ def _(qkv, table, near):
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, table: Tensor, near: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of qkv and table; the last entry of the table's holds the sum over far distances."""
     from ecmoe.kernels import attention as kernel
 
-    dout, qkv, table = dout.contiguous(), qkv.contiguous(), table.contiguous()
-    dqkv, sums = kernel.backward(dout, qkv, out, lse, table, near)
+    dqkv, sums = kernel.backward(dout.contiguous(), qkv.contiguous(), out, lse, table.contiguous(), near)
     return dqkv, _of_table(sums, near, table.shape[1])
 
 
@@ -156,15 +151,14 @@ def _keep_for_backward(ctx, inputs, output):
     ctx.save_for_backward(qkv, *output, table)
 
 
-def _backward(ctx, dout, _):
-    return *_attention_backward(dout, *ctx.saved_tensors, ctx.near), None
-
-
-fast_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+fast_attention.register_autograd(
+    lambda ctx, dout, _: (*_attention_backward(dout, *ctx.saved_tensors, ctx.near), None),
+    setup_context=_keep_for_backward,
+)
 
 
 def _of_table(sums: Tensor, near: int, T: int) -> Tensor:
-    """Return the table's (h, T) gradient from (h, distances) sums of dS; its last entry sums over far distances."""
+    """Return the table's (h, T) gradient from (h, distances) sums of dS; its last entry is the sum of the far ones."""
     dtable, exact = sums.new_zeros(len(sums), T), min(near, T)
     dtable[:, :exact] = sums[:, :exact]
     if near < T:

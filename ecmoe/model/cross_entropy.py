@@ -71,17 +71,6 @@ def _(x, weight, targets, keep):
     return x.new_empty((), dtype=_wide(x)), x.new_empty(kept[0]), weight.new_empty(kept[1])
 
 
-def _keep_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-
-
-def _backward(ctx, dloss, *_):
-    return *(_scaled(g, dloss) for g in ctx.saved_tensors), None, None
-
-
-_sum.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
 @torch.library.custom_op("ecmoe::linear_cross_entropy_backward", mutates_args=())
 def _scaled(g: Tensor, factor: Tensor) -> Tensor:
     """Return g times factor, computed in float32: rounded to bf16, 1/n would be off by up to 2^-9 for all tokens."""
@@ -92,9 +81,11 @@ def _scaled(g: Tensor, factor: Tensor) -> Tensor:
     return (factor * g.to(factor.dtype)).to(g.dtype)
 
 
-@_scaled.register_fake
-def _(g, factor):
-    return torch.empty_like(g, memory_format=torch.contiguous_format)
+_scaled.register_fake(lambda g, factor: torch.empty_like(g, memory_format=torch.contiguous_format))
+_sum.register_autograd(
+    lambda ctx, dloss, *_: (*(_scaled(g, dloss) for g in ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]),
+)
 
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:

@@ -43,17 +43,13 @@ def generate(
     with causal_routing(model):
         for _ in range(tokens):
             logits = model(new, cache=cache)[:, -1].float()  # (B, V)
-            new = _sample(logits, temperature, top_k, generator)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            if temperature == 0:
+                new = logits.argmax(dim=1, keepdim=True)
+            else:
+                new = torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
             out = torch.cat([out, new], dim=1)
     model.train(was_training)
     return out
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Draw (B, 1) token ids from (B, V) logits."""
-    if temperature == 0:
-        return logits.argmax(dim=1, keepdim=True)
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    return torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)

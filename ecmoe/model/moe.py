@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ecmoe.config import check_key
 from ecmoe.files import ConfigError
 from ecmoe.model import metrics
-from ecmoe.model.tracking import expect_tracking
+from ecmoe.model.tracking import untracked
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.router import TRITON, Router, recomputing
 
@@ -71,7 +71,7 @@ class MoE(nn.Module):
         self.experts_per_token = nn.Buffer(torch.zeros(metrics.MOST + 1, dtype=torch.long), persistent=False)
         self.tokens = nn.Buffer(torch.zeros((), dtype=torch.long), persistent=False)
         self.reset_parameters()
-        expect_tracking(self)
+        untracked[self] = False
 
     @property
     def kernels(self) -> str:
@@ -211,7 +211,7 @@ class MoE(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        expect_tracking(self)
+        untracked[self] = False
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:

@@ -1,7 +1,6 @@
-"""track: update the routers' running statistics once after every optimiser step, in any training loop.
+"""track: update the routers' running statistics after every optimiser step; a loop that doesn't call it gets a warning.
 
 Training forwards gather data for the cut-offs of expert choice, the centroids of k-means and the loss-free bias.
-Without updates, a router is trained with its initial statistics; a loop that doesn't call `track` gets a warning.
 """
 
 import sys
@@ -16,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ecmoe.routing import routers
 
-# Layers for which `track` hasn't been called -> whether an optimiser has stepped on their experts yet.
-_untracked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+# MoE layers for which `track` hasn't been called -> whether an optimiser has updated their experts. At the second update
+# there is a warning; a single step needs no statistics.
+untracked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -30,31 +30,26 @@ def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle
         a handle whose `remove()` stops the updates.
     """
     for module in model.modules():
-        _untracked.pop(module, None)
+        untracked.pop(module, None)
     tracked = routers(model)
 
-    def end_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def end_step(*_: Any) -> None:
         for router in tracked:
             router.end_step()
 
     return optimizer.register_step_post_hook(end_step)
 
 
-def expect_tracking(layer: Any) -> None:
-    """Warn when an optimiser updates a layer's experts a second time and `track` hasn't been called for the layer."""
-    _untracked[layer] = False
-
-
-def _warn(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not _untracked:
+def _warn(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not untracked:
         return
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer, stepped in list(_untracked.items()):
+    for layer, stepped in list(untracked.items()):
         if id(layer.w1) not in moved or not layer.router.moves:  # its router may have been replaced
             continue
-        _untracked[layer] = True
+        untracked[layer] = True
         if stepped:
-            _untracked.clear()
+            untracked.clear()
             told = "which aren't updated: call ecmoe.track(model, optimizer) once, before the training loop"
             depth = 1  # of the loop's frame: torch has wrapped `step`, a scheduler perhaps too
             while sys._getframe(depth).f_globals.get("__name__", "").startswith("torch."):

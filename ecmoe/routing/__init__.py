@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +57,8 @@ def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Route
         ValueError: the config is that of the dense model, which has no router; or token_counts is missing.
     """
     row = ROUTERS[config.router]
-    if row.build is not None:
-        return row.build(row.cls, config, token_counts)
-    return row.cls(config.d_model, **{key: getattr(config, key) for key in row.keys})
+    by_name = {key: getattr(config, key) for key in row.keys}
+    return row.build(row.cls, config, token_counts) if row.build else row.cls(config.d_model, **by_name)
 
 
 def routers(model: nn.Module) -> list[Router]:
@@ -72,13 +71,10 @@ def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
     """Yield a list to which every MoE layer, in order, appends (logits (n, e), assignment) as the model runs. A model
     that `torch.compile` has compiled, which would call no hook, runs uncompiled until the context exits."""
     seen: list[tuple[Tensor, Assignment]] = []
-    hooks = [router.register_forward_hook(lambda _, args, out: seen.append((*args, out))) for router in routers(model)]
-    try:
-        with compiler.set_stance("force_eager"):
-            yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, compiler.set_stance("force_eager"):
+        for router in routers(model):
+            hooks.enter_context(router.register_forward_hook(lambda _, args, out: seen.append((*args, out))))
+        yield seen
 
 
 @contextmanager
@@ -109,8 +105,7 @@ def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
 def causal_routing(model: nn.Module) -> Iterator[nn.Module]:
     """Route so that no token's routing sees another token and nothing is dropped, until the context exits.
 
-    Expert choice then routes by its running cut-offs, which it learned in training. Token choice and hash
-    routing see only the token itself once they have no capacity limit.
+    Expert choice then routes by its running cut-offs, which it learned in training; others have no capacity limit.
 
     Args:
         model: any module that contains `MoE` layers.

@@ -54,19 +54,12 @@ class Assignment:
         return (self.token < n).sum(dim=1)
 
     def renormalized(self, n: int) -> Assignment:
-        """Return the same choice with each token's gates divided by their sum over the experts that took it.
-
-        The sums run over an (n + 1, e) table, where every pair of token and expert has its own entry. `index_add`
-        would add in no fixed order on a GPU, forward or backward.
-        """
+        """Return the same choice with each token's gates divided by their sum over the experts that took it."""
         token = self.token.T  # (k, e)
+        # `index_add` into (n,) sums would add in no fixed order on a GPU, forward or backward.
         table = self.gate.new_zeros(n + 1, token.shape[1]).scatter(0, token, self.gate.T)
         table = table / table.sum(1, keepdim=True).clamp_min(torch.finfo(self.gate.dtype).tiny)
-        return self.weighing(table.gather(0, token).T)
-
-    def weighing(self, gate: Tensor) -> Assignment:
-        """Return the same choice with other gates, (e, k)."""
-        return Assignment(self.token, gate, self.demand, self.aux_loss)
+        return Assignment(self.token, table.gather(0, token).T, self.demand, self.aux_loss)
 
 
 def pack(

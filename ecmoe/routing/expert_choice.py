@@ -83,13 +83,14 @@ class ExpertChoice(Router):
         k = self._bucket(pooled.shape[2])
         if k == 0:  # no tokens, or too few for the cap
             return Assignment(torch.empty(e, 0, dtype=torch.long, device=logits.device), logits.new_empty(e, 0))
-        if valid is not None:
-            pooled = pooled.masked_fill(~valid[:, None], -1.0)
-        G, I = self._select(pooled, k, valid)  # (g, e, k): each expert takes its k best tokens (Eq. 2)
-        if self.gathers:
-            self.cutoff.add(*(G.detach().amin(-1), None) if valid is None else self._kth(G, valid, k))
+        target = None
         if valid is not None:  # padding takes no capacity: k shrinks with the valid tokens
-            filled = torch.arange(k, device=logits.device) < self._valid_k(valid, k)[:, None, None]
+            pooled, target = pooled.masked_fill(~valid[:, None], -1.0), self._valid_k(valid, k)
+        G, I = self._select(pooled, k, valid, target)  # (g, e, k): each expert takes its k best tokens (Eq. 2)
+        if self.gathers:
+            self.cutoff.add(*(G.detach().amin(-1), None) if target is None else lowest(G, target))
+        if target is not None:
+            filled = torch.arange(k, device=logits.device) < target[:, None, None]
             I, G = torch.where(filled, I, pooled.shape[2]), torch.where(filled, G, 0.0)
         if self.across:
             I = own(I, S.shape[2])
@@ -98,10 +99,9 @@ class ExpertChoice(Router):
         token = token.transpose(0, 1).reshape(e, -1)  # (e, g k)
         return self._weigh(Assignment(token, G.transpose(0, 1).reshape(e, -1)), n)
 
-    def _select(self, S: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _select(self, S: Tensor, k: int, valid: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return scores and positions, both (g, e, k), chosen from (g, e, m) scores; best first if there is padding."""
         if (cap := self._cap) is not None:
-            target = None if valid is None else self._valid_k(valid, k)
             how = dict(solver=self.cap_solver, kernels=self.kernels)
             return capped_top_k(S, k, cap, valid=valid, target=target, **how)
         if valid is not None or not self.fast(S, S[:, 0].numel()):
@@ -151,12 +151,6 @@ class ExpertChoice(Router):
                 taken = torch.minimum(taken, tokens * self.max_experts_per_token // self.num_experts)
         return taken.clamp(max=k)
 
-    def _kth(self, G: Tensor, valid: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return (g, e) the lowest chosen score of each expert, and (g,) whether a pool has any."""
-        last = self._valid_k(valid, k)
-        kth = G.detach().gather(2, (last - 1).clamp_min(0)[:, None, None].expand(-1, G.shape[1], 1))[..., 0]
-        return kth, last > 0
-
     def _above_cutoff(self, S: Tensor, mask: Tensor | None) -> Assignment:
         """Assign to every expert the tokens at or above its cut-off: each decision sees one token only."""
         take = self.cutoff.value().to(S.dtype) <= S  # (n, e)
@@ -176,7 +170,8 @@ class ExpertChoice(Router):
     def _weigh(self, chosen: Assignment, n: int) -> Assignment:
         if self.scale is None:
             return chosen.renormalized(n)
-        return chosen if self.gate == "softmax" else chosen.weighing(chosen.gate * self.scale)
+        gate = chosen.gate if self.gate == "softmax" else chosen.gate * self.scale
+        return Assignment(chosen.token, gate, chosen.demand)
 
     def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:
         """See `Router`; `more` goes to `kernels.expert_choice`. Needs one pool of all tokens, no cap, and no hook or
@@ -203,6 +198,12 @@ class ExpertChoice(Router):
 
     def end_step(self) -> None:
         self.cutoff.end_step()
+
+
+def lowest(G: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (g, e), each expert's score in place `target` (g,) of (g, e, k), best first; (g,) whether a pool has any."""
+    last = (target - 1).clamp_min(0)[:, None, None].expand(-1, G.shape[1], 1)
+    return G.detach().gather(2, last)[..., 0], target > 0
 
 
 class _At(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ecmoe.routing.assignment import Assignment
 from ecmoe.routing.cutoff import RunningCutoff
-from ecmoe.routing.expert_choice import ExpertChoice
+from ecmoe.routing.expert_choice import ExpertChoice, lowest
 from ecmoe.routing.router import without_padding
 
 
@@ -61,23 +61,19 @@ class ExpertThreshold(ExpertChoice):
         G, token = scores.topk(slots, dim=1)  # (e, slots), best first
 
         share = self._valid_k(valid, k)  # (1,) k of the valid tokens
-        kth, known = (G[None, :, k - 1].detach(), None) if mask is None else self._kth(G[None], valid, k)
+        kth, known = (G[None, :, k - 1].detach(), None) if mask is None else lowest(G[None], share)
         own = kth[0] if known is None else kth[0].where(known, 1.0)
-        taken = scores.detach() >= self._threshold(own).to(S.dtype)[:, None]
+        # During warm-up, the cut-offs are this batch's k-th scores, as in expert choice; then those of finished steps.
+        average, weight = self.cutoff.average, self.cutoff.weight
+        warming = self.steps < self.warmup_steps
+        cutoff = torch.where(warming, own, average / weight.clamp_min(torch.finfo(weight.dtype).tiny))
+        taken = scores.detach() >= cutoff.to(S.dtype)[:, None]
         count = (taken & valid).sum(1)  # (e,)
-        least = torch.ceil(share / self.slack).long()
-        most = (share * self.slack).long().clamp(max=slots)
-        load = count.clamp(least, most)
+        load = count.clamp(torch.ceil(share / self.slack).long(), (share * self.slack).long().clamp(max=slots))
         if self.gathers:
             self.cutoff.add(kth, known)
         filled = torch.arange(slots, device=S.device) < load[:, None]
         return Assignment(torch.where(filled, token, n), torch.where(filled, G, 0.0), torch.maximum(count, load))
-
-    def _threshold(self, own: Tensor) -> Tensor:
-        """Return (e,) cut-offs of finished steps; during warm-up, this batch's k-th scores, as expert choice does."""
-        average, weight = self.cutoff.average, self.cutoff.weight
-        warming = self.steps < self.warmup_steps
-        return torch.where(warming, own, average / weight.clamp_min(torch.finfo(weight.dtype).tiny))
 
     def end_step(self) -> None:
         self.steps.add_(self.cutoff.end_step())
