@@ -139,8 +139,8 @@ def _balance(
             cost[edges], count[edges] = _edges(X, Z, near[at, u], u, v, spare)
         path, amount = _path(cost, count, excess, tolerance)
         for u, v in path:
-            taken += _move(X, Z, near[at, u[:, None]][:, 0], u, v, amount)
-        X[:, e] = valid & (taken < b)
+            _move(X, Z, near[at, u[:, None]][:, 0], u, v, amount)
+        X[:, e] = valid & (X[:, :e].sum(1) < b)
         touched = torch.stack([path[0][1], *(u for u, _ in path)], dim=1)
         excess[at, touched] = _excess(X, touched, target)
 
@@ -159,8 +159,7 @@ def _balance(
 def _excess(X: Tensor, nodes: Tensor, target: Tensor) -> Tensor:
     """Return (g, r), by how many tokens the nodes (g, r) exceed the target; 0 for the node of free places."""
     at = torch.arange(X.shape[0], device=X.device)[:, None]
-    excess = X[at, nodes].sum(2) - target[:, None]
-    return excess.masked_fill(nodes == X.shape[1] - 1, 0)
+    return (X[at, nodes].sum(2) - target[:, None]).masked_fill(nodes == X.shape[1] - 1, 0)
 
 
 def _edges(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,20 +202,12 @@ def _path(cost: Tensor, count: Tensor, excess: Tensor, tolerance: Tensor) -> tup
     return path, torch.minimum(amount, excess[at, v].clamp_min(0))
 
 
-def _move(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, amount: Tensor) -> Tensor:
-    """In each pool move, from u to v (g,), the `amount` tokens of near (g, l) that lose least, or as many as can move.
-
-    Returns:
-        (g, m) change in the number of experts that hold each token.
-    """
-    g, nodes, m = X.shape
-    at, free = torch.arange(g, device=X.device)[:, None], nodes - 1
-    u, v = u[:, None], v[:, None]
-    can = X[at, u, near] & (~X[at, v, near] | (v == free))
+def _move(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, amount: Tensor) -> None:
+    """In each pool move, from u to v (g,), the `amount` tokens of near (g, l) that lose least, or as many as can move."""
+    at, u, v = torch.arange(len(X), device=X.device)[:, None], u[:, None], v[:, None]
+    can = X[at, u, near] & (~X[at, v, near] | (v == X.shape[1] - 1))
     loss = (Z[at, u, near] - Z[at, v, near]).masked_fill(~can, float("inf"))
     first = torch.arange(near.shape[1], device=X.device) < amount[:, None]
     moved = torch.zeros_like(can).scatter(1, loss.argsort(1), first) & can & (u != v)
     X[at, u, near] = X[at, u, near] & ~moved
     X[at, v, near] = X[at, v, near] | moved
-    more = (u == free).long() - (v == free).long()
-    return torch.zeros(g, m, dtype=torch.long, device=X.device).scatter(1, near, moved * more)
