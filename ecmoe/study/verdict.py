@@ -186,19 +186,12 @@ def _parts(about: Claim, evidence: Evidence) -> list[Part]:
 
 
 def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> JudgedPart:
-    label, unrecorded = label_of(part, found, level), tuple(evidence.unrecorded(part))
+    label, (missing, unrecorded) = label_of(part, found, level), map(tuple, evidence.lacks(part))
     sentence = _found(part, label, found, level)
     if label == NOT_RUN and unrecorded:
         sentence = f"{part.name}: {not_recorded(part.of, unrecorded)}"
-    return JudgedPart(
-        **vars(part),
-        label=label,
-        sentence=sentence,
-        effect=found,
-        level=level,
-        missing=tuple(evidence.missing(part)),
-        unrecorded=unrecorded,
-    )
+    own = {"label": label, "sentence": sentence, "effect": found, "level": level}
+    return JudgedPart(**vars(part), **own, missing=missing, unrecorded=unrecorded)
 
 
 def not_recorded(of: str, runs: Iterable[tuple[str, int]]) -> str:

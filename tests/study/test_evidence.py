@@ -269,10 +269,10 @@ def test_a_part_lacks_seeds_that_all_its_arms_plan_with_what_it_reads(monkeypatc
     planned = {"EC": one, "GShard": {8: other, 16: other, 5: other}}
     monkeypatch.setattr(evidence, "planned", planned)
     monkeypatch.setattr(evidence, "finished", lambda arm: {8: {}})
-    monkeypatch.setattr(evidence, "measured", lambda arm, seed, what: [1] if arm == "EC" else [])
+    monkeypatch.setattr(evidence, "measured", lambda arm, seed, what: [{"rows": []}] if arm == "EC" else [])
 
     def lacks(of, *arms, how="difference"):
-        return evidence.missing(Part("p", arms, "below", "", of, how=how))
+        return evidence.lacks(Part("p", arms, "below", "", of, how=how))[0]
 
     assert lacks("val_loss", "EC") == [("EC", 1), ("EC", 3), ("EC", 16)]
     assert lacks("losses/sequence - losses/as trained", "EC") == [("EC", 1), ("EC", 16)]  # seed 3 is never measured
@@ -286,7 +286,7 @@ def test_a_finished_run_may_lack_a_column_that_is_newer(study):
     evidence = study({arm: 3.6, other: 3.6}, "01_convergence")
 
     def lacks(of, a=arm, how="difference"):
-        return evidence.unrecorded(Part("p", (a,), "below", "", of, (other,), how=how))
+        return evidence.lacks(Part("p", (a,), "below", "", of, (other,), how=how))[1]
 
     assert lacks("share_1") == [(name, seed) for name in (arm, other) for seed in range(4)]
     assert lacks("val_loss") == lacks("accuracy", how="accuracy") == lacks("own", how="bench") == []
