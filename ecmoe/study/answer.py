@@ -11,7 +11,7 @@ from ecmoe import paths
 from ecmoe.files import read_json
 from ecmoe.study import verdict
 from ecmoe.study.units import amount, counted, duration, span
-from ecmoe.study.verdict import NOT_RUN, ClaimVerdict, JudgedPart, capital
+from ecmoe.study.verdict import NOT_RUN, ClaimVerdict, capital
 
 # (claim, part) of the comparisons that matter when choosing a router.
 CHOICE = (
@@ -43,8 +43,10 @@ def answer(verdicts: Mapping[str, ClaimVerdict]) -> list[str]:
     if labels <= {NOT_RUN}:
         return ["Nothing was run yet."]
     others = _told(found, OTHERS) or ["none is contradicted, undecided or without an effect"]
-    sentences = _holds(found), f"{'; '.join(others)}.", _choice(found)
-    return [capital(text) for text in sentences]
+    parts = {(one.about.id, part.name): part.sentence for one in found for part in one.parts if part.effect.n}
+    first, *more = [parts[key] for key in CHOICE if key in parts] or [""]
+    choice = f"For a choice of router: {'. '.join([first, *map(capital, more)])}." if first else NO_CHOICE
+    return [_holds(found), capital(f"{'; '.join(others)}."), choice]
 
 
 def _holds(found: Sequence[ClaimVerdict]) -> str:
@@ -58,7 +60,7 @@ def _holds(found: Sequence[ClaimVerdict]) -> str:
         same = [base for base in bases if base.size == size]
         tokens = min(base.tokens[0] for base in same), max(base.tokens[1] for base in same)
         at = f" ({n} of them tested on models of {size}, trained on {replace(same[0], tokens=tokens).trained})"
-    return f"of the paper's {claims}{so_far}{at}: {', and '.join(_told(found, HOLDS)) or 'none holds'}."
+    return f"Of the paper's {claims}{so_far}{at}: {', and '.join(_told(found, HOLDS)) or 'none holds'}."
 
 
 def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
@@ -74,30 +76,18 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
 
 def _named(one: ClaimVerdict) -> str:
     """Return a claim's number and what it says; or, if only some of its parts have its label, the names of these parts, and how
-    many are undecided."""
+    many are undecided, with the numbers of the first."""
     if one.said == one.label:
         return f"{one.about.id}: {one.about.short}"
-    some = [f"\u201c{part.name}\u201d" for part in one.deciding if part.label == one.label]
-    open_parts = [part for part in one.deciding if part.label == verdict.UNDECIDED]
-    return f"{one.about.id}, in {len(some)} of {len(one.deciding)} parts: {' and '.join(some)}{_undecided(open_parts)}"
-
-
-def _undecided(parts: Sequence[JudgedPart]) -> str:
-    """Return a clause on the parts that are undecided beside those that a claim is named for, with the numbers of the first."""
-    if not parts:
-        return ""
-    first = parts[0]
-    size = amount(first.effect.value, first.unit, compares=first.compares)
-    ends = f", {span(*first.interval, first.unit)}" if first.interval else ""
-    are, such = ("are", "such as ") if len(parts) > 1 else ("is", "")
-    return f", while {len(parts)} {are} undecided, {such}\u201c{first.name}\u201d: {size}{ends}"
-
-
-def _choice(found: Sequence[ClaimVerdict]) -> str:
-    parts = {(one.about.id, part.name): part for one in found for part in one.parts if part.effect.n}
-    first, *others = [parts[key].sentence for key in CHOICE if key in parts] or [""]
-    said = ". ".join([first, *map(capital, others)])
-    return f"For a choice of router: {said}." if said else NO_CHOICE
+    names = [f"\u201c{part.name}\u201d" for part in one.deciding if part.label == one.label]
+    text = f"{one.about.id}, in {len(names)} of {len(one.deciding)} parts: {' and '.join(names)}"
+    undecided = [part for part in one.deciding if part.label == verdict.UNDECIDED]
+    if undecided:
+        first, are, such = undecided[0], *(("are", "such as ") if len(undecided) > 1 else ("is", ""))
+        text += f", while {len(undecided)} {are} undecided, {such}\u201c{first.name}\u201d: "
+        text += amount(first.effect.value, first.unit, compares=first.compares)
+        text += f", {span(*first.interval, first.unit)}" if first.interval else ""
+    return text
 
 
 def cost(scale: str) -> str:

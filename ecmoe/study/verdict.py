@@ -67,16 +67,14 @@ class RestsOn:
     @classmethod
     def of(cls, runs: Collection[Mapping[str, Any]], configs: Sequence[RunConfig], **more: Any) -> "RestsOn":
         """Build it from the summaries of finished runs and the configs of their arms."""
-        tokens = [run["tokens"] for run in runs] or [0]
-        return cls(
-            size=size(configs) if configs else "",
-            tokens=(min(tokens), max(tokens)),
-            word=token_word(configs),
-            seeds=tuple(sorted({run["seed"] for run in runs})),
-            runs=len(runs),
-            cards=tuple(sorted({run["device"] for run in runs if run.get("device")})),
-            **more,
+        layers, width = (between(getattr(config, key) for config in configs) for key in ("layers", "d_model"))
+        experts = between(config.num_experts for config in configs if config.row.layer is not None)
+        size = f"{layers} layers of width {width}" + f", {experts} experts" * bool(experts) if configs else ""
+        tokens = sorted(run["tokens"] for run in runs) or [0]
+        seeds, cards = (
+            tuple(sorted({run[key] for run in runs if run.get(key) is not None})) for key in ("seed", "device")
         )
+        return cls(size, (tokens[0], tokens[-1]), token_word(configs), seeds, len(runs), cards, **more)
 
     def __str__(self) -> str:
         cards = ", ".join(self.cards) or "an unknown device"
@@ -194,13 +192,10 @@ def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> Ju
     return JudgedPart(**vars(part), **own, missing=missing, unrecorded=unrecorded)
 
 
-def not_recorded(of: str, runs: Iterable[tuple[str, int]]) -> str:
+def not_recorded(of: str, runs: Collection[tuple[str, int]]) -> str:
     """Return in words that the results of these runs, (arm, seed), lack what a part compares."""
-    seeds: dict[str, list[str]] = {}
-    for arm, seed in runs:
-        seeds.setdefault(arm, []).append(str(seed))
-    named = ", ".join(f"{arm} (seed {', '.join(each)})" for arm, each in seeds.items())
-    return f"{of} is not recorded by {named}"
+    seeds = {arm: ", ".join(str(seed) for other, seed in runs if other == arm) for arm, _ in runs}
+    return f"{of} is not recorded by {', '.join(f'{arm} (seed {each})' for arm, each in seeds.items())}"
 
 
 def _or_direction(part: JudgedPart, other: JudgedPart) -> JudgedPart:
@@ -306,20 +301,13 @@ def token_word(configs: Iterable[RunConfig]) -> str:
     return "patches" if any(config.images for config in configs) else "tokens"
 
 
-def size(configs: Sequence[RunConfig]) -> str:
-    """Return the model size in words: "8 layers of width 512, 16 to 128 experts"; without experts if all models are dense."""
-    layers, width = between(config.layers for config in configs), between(config.d_model for config in configs)
-    experts = between(config.num_experts for config in configs if config.row.layer is not None)
-    return f"{layers} layers of width {width}" + f", {experts} experts" * bool(experts)
-
-
 def _found(part: Part, label: str, found: Estimate, level: float) -> str:
     """Return the sentence of a part: its value, interval and seeds, and the reason if the label isn't "reproduced"."""
     if not found.n:
         return f"{part.name}: not run"
     below, above = part.sides
-    size = amount(abs(found.value), part.unit, compares=part.compares)
-    text = part.found.format(size=size, side=below if found.value < 0 else above)
+    side, size = below if found.value < 0 else above, amount(abs(found.value), part.unit, compares=part.compares)
+    text = part.found.format(size=size, side=side)
     ends = found.interval(level)
     if ends and part.compares and found.value < 0:  # like `size`, positive towards the side that the sentence names
         ends = -ends[1], -ends[0]
