@@ -3,7 +3,6 @@
 Zhou et al., "Mixture-of-Experts with Expert Choice Routing", NeurIPS 2022 (arXiv 2202.09368).
 """
 
-import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,20 +80,20 @@ class Part(Held):
     @property
     def rule(self) -> str:
         """The rule in words, as a page shows it beside the estimate."""
-        ratio = self.unit is Unit.RATIO
-        equal = tolerance(self.margin, self.unit)
-        neutral = f"{self.neutral:g}" if ratio or not self.neutral else amount(self.neutral, self.unit)
+        equal, neutral = tolerance(self.margin, self.unit), f"{self.neutral:g}"
+        if self.neutral and self.unit is not Unit.RATIO:
+            neutral = amount(self.neutral, self.unit)
         if self.says == "near":
             return f"within {equal} of {figure(self.figure, self.unit)}"
         if self.says == "at or below":
-            other = self.or_direction
-            helped = f"; in direction if {self.direction} (\u201c{other}\u201d)" if other else ""
+            helped = (
+                f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" if self.or_direction else ""
+            )
             return f"at or below {neutral}; above it by {equal} or less counts as equal{helped}"
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
-        return (
-            f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {figure(self.figure, self.unit)}"
-        )
+        paper = figure(self.figure, self.unit)
+        return f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {paper}"
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def _claim(id: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) -> C
     names = [part.name for part in parts]
     for part in parts:
         if names.count(part.name) > 1:
-            raise ConfigError(f"claim {id}: two parts have the name {part.name!r}")
+            raise ConfigError(f"{where}: two parts have the name {part.name!r}")
         if part.or_direction not in (None, *names):
             raise ConfigError(f"{where}, part {part.name!r}: or_direction={part.or_direction!r} isn't one of its parts")
     if not any(part.decides for part in parts):
@@ -211,5 +210,4 @@ def _part(where: str, keys: Mapping[str, Any], margins: Mapping[Unit, float]) ->
         raise ConfigError(f"{where}: over has {len(part.over)} numbers for {len(part.a)} arms")
     if part.unit not in margins:
         raise ConfigError(f"{where}: unit={part.unit!s}: margins has no entry for {part.unit!s}")
-    usual = {"margin": margins[part.unit], "neutral": 1.0 if part.unit is Unit.RATIO else 0.0}
-    return dataclasses.replace(part, **{key: value for key, value in usual.items() if key not in keys})
+    return held_to(Part, {"margin": margins[part.unit], "neutral": part.unit.outer(0.0)} | keys, where)
