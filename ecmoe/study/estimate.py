@@ -6,7 +6,7 @@ Intervals are Student's t over seeds unless stated otherwise; ratios are average
 import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import integrate, optimize
@@ -18,12 +18,10 @@ from ecmoe.study.units import Unit, counted
 
 @dataclass(frozen=True)
 class Estimate:
-    """An effect: its mean over n values (0: nothing was measured), and its standard errors. of: what a value stands for.
+    """An effect: its mean over n values (0: nothing was measured) on the unit's inner scale. of: what a value stands for.
 
-    mean: on the unit's inner scale. errors: (standard error, degrees of freedom) on the inner scale, one pair for each source of
-    sampling, such as seeds and examples.
-
-    The half-width of the interval is the root of the sum of the squared half-widths of each source alone (MOVER, Zou and Donner
+    errors: (standard error, degrees of freedom) on the inner scale for each source of sampling, such as seeds and examples. The
+    half-width of the interval is the root of the sum of the squared half-widths of each source alone (MOVER, Zou and Donner
     2008). It keeps its level if one source has few values and another many; for a single source it is Student's t interval.
     """
 
@@ -35,7 +33,6 @@ class Estimate:
 
     @property
     def value(self) -> float:
-        """The mean, in the unit."""
         return self.unit.outer(self.mean)
 
     @property
@@ -53,31 +50,27 @@ class Estimate:
     def interval(self, level: float | None = None, least: int = 2) -> tuple[float, float] | None:
         """Return the confidence interval in the unit, at the protocol's level by default; None for fewer than `least` values, or than two."""
         found = self.inner(level or protocol().level) if self.n >= least else None
-        return None if found is None else (self.unit.outer(found[0]), self.unit.outer(found[1]))
+        return found and (self.unit.outer(found[0]), self.unit.outer(found[1]))
 
     def smallest(self, level: float, power: float) -> float:
-        """Return the minimum detectable effect of the two-sided t test with this number and noise of values, in the unit.
-
-        For a ratio it is a factor. It is larger than the interval's half-width. NaN for fewer than two values.
-        """
-        if self.n < 2:
-            return math.nan
+        """Return the minimum detectable effect of the two-sided t test with this number and noise of values, in the unit (a factor
+        for a ratio): more than the interval's half-width. NaN for fewer than two values."""
 
         def shift(df: float) -> float:  # noncentrality that gives the t test this power; the far tail is negligible
             critical = _critical(level, df)
             return optimize.brentq(lambda at: nct.sf(critical, df, at) - power, 1e-6, 20 + 10 * critical)
 
-        return self.unit.outer(math.hypot(*(error * shift(df) for error, df in self.errors)))
+        return self.unit.outer(
+            math.hypot(*(error * shift(df) for error, df in self.errors)) if self.n > 1 else math.nan
+        )
 
     def seeds_for(self, margin: float, level: float, power: float) -> int | None:
         """Return how many seeds with this noise would decide the margin (for a ratio its distance from 1), see `seeds_needed`.
-
         None if more seeds alone can't: they don't reduce the error of the examples."""
         if self.of != "seed" or self.n < 2 or len(self.errors) != 1:
             return None
         inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
-        ((error, _),) = self.errors
-        return seeds_needed(error * math.sqrt(self.n), inner, level=level, power=power)
+        return seeds_needed(self.errors[0][0] * math.sqrt(self.n), inner, level=level, power=power)
 
 
 class Spread(Estimate):
@@ -91,17 +84,14 @@ class Spread(Estimate):
         return f"{of_each[0]} and {of_each[1]} {self.of}s" if len(set(of_each)) > 1 else super().sample
 
     def _quantile(self, p: float) -> float:
-        (_, df), (_, other) = self.errors
-        return math.log(f.ppf(p, df, other)) / 2
+        return math.log(f.ppf(p, *(df for _, df in self.errors))) / 2
 
     def inner(self, level: float) -> tuple[float, float] | None:
-        if self.n < 2:
-            return None
-        return self.mean - self._quantile((1 + level) / 2), self.mean - self._quantile((1 - level) / 2)
+        ends = ((1 + level) / 2, (1 - level) / 2)
+        return tuple(self.mean - self._quantile(p) for p in ends) if self.n > 1 else None
 
     def smallest(self, level: float, power: float) -> float:
-        """Return the smallest true ratio of standard deviations that would be detected with this power."""
-        return math.exp(self._quantile((1 + level) / 2) - self._quantile(1 - power)) if self.n >= 2 else math.nan
+        return math.exp(self._quantile((1 + level) / 2) - self._quantile(1 - power)) if self.n > 1 else math.nan
 
 
 def of_values(values: Iterable[float | None], unit: Unit = Unit.NATS, of: str = "seed") -> Estimate:
@@ -128,8 +118,7 @@ def share_of_steps(losses: Sequence[float], over: Sequence[float], target: float
     """Return the share of the steps at which the loss would reach the target, from runs of several lengths.
 
     losses: final loss of each run. over: its length as a share of all steps, in rising order. Interpolates linearly in the
-    logarithm of the share between two lengths, and extrapolates from the nearest two. NaN if the loss doesn't fall between them.
-    """
+    logarithm of the share between two lengths, and extrapolates from the nearest two. NaN if the loss doesn't fall between them."""
     x = np.log(np.asarray(over, dtype=float))
     reached = (i for i in range(len(x) - 1) if losses[i + 1] <= target)
     i = next(reached, len(x) - 2)
@@ -144,34 +133,31 @@ def crossed(differences: Sequence[Sequence[np.ndarray]]) -> Estimate:
     Seeds and examples are crossed random samples: the variance of the mean is the variance over seeds plus the variance over
     examples (averaged over seeds). The residual counts in both terms, which makes the interval slightly too wide.
     """
-    seeds, tasks = len(differences), len(differences[0]) if differences else 0
-    if not tasks:
-        return of_values([], Unit.SHARE)
-    each = np.array([np.mean([task.mean() for task in seed]) for seed in differences])
-    of_tasks = [_error(np.mean([seed[i] for seed in differences], axis=0)) for i in range(tasks)]
-    examples = [one for errors in of_tasks for one in errors]  # a task with a single example has no error
-    of_examples = math.hypot(*(error for error, _ in examples)) / tasks, sum(df for _, df in examples)
-    errors = _error(each) + (of_examples,) * bool(examples)
-    return Estimate(float(each.mean()), errors, seeds, Unit.SHARE)
+    seeds = of_values((np.mean([task.mean() for task in seed]) for seed in differences), Unit.SHARE)
+    tasks = [np.mean(of_seeds, axis=0) for of_seeds in zip(*differences, strict=True)]
+    examples = [one for task in tasks for one in _error(task)]  # a task with a single example has no error
+    if not examples:
+        return seeds
+    of_examples = math.hypot(*(error for error, _ in examples)) / len(tasks), sum(df for _, df in examples)
+    return replace(seeds, errors=(*seeds.errors, of_examples))
 
 
 def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
     """Return a's standard deviation over seeds divided by b's; `Spread.n` is 0 if one is 0 or has fewer than two seeds."""
-    errors = [_error(np.array(list(x), dtype=float)) for x in (a, b)]
-    if not all(errors) or not all(error for ((error, _),) in errors):
+    arms = [of_values(x) for x in (a, b)]
+    errors = tuple(one for arm in arms for one in arm.errors if one[0])
+    if len(errors) < 2:
         return Spread(math.nan, (), 0, Unit.RATIO)
-    deviations = [error * math.sqrt(df + 1) for ((error, df),) in errors]
-    n = min(df for ((_, df),) in errors) + 1
-    return Spread(math.log(deviations[0] / deviations[1]), errors[0] + errors[1], int(n), Unit.RATIO)
+    deviations = [error * math.sqrt(df + 1) for error, df in errors]
+    return Spread(math.log(deviations[0] / deviations[1]), errors, min(arm.n for arm in arms), Unit.RATIO)
 
 
 def seeds_needed(spread: float, margin: float, *, level: float | None = None, power: float | None = None) -> int | None:
-    """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none.
+    """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none; None if 1000
+    are too few.
 
     spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit. level: of the
-    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. None: the protocol's level and
-    power. Returns None if 1000 are too few.
-    """
+    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. None: as the protocol has them."""
     if not spread:
         return 2
     level, power = level or protocol().level, power or protocol().power
