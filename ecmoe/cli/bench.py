@@ -24,19 +24,13 @@ Sizes = Annotated[
     typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, small on a CPU"),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="also save the table as JSON")]
+for _name, _help in TIMED.items():
 
-
-def _timed(name: str) -> Callable[..., None]:
-    def command(changes: Sizes = None, output: Json = None) -> None:
+    @bench.command(_name, help=_help)
+    def _timed(context: typer.Context, changes: Sizes = None, output: Json = None) -> None:
         from ecmoe.study import speed
 
-        _show(speed.job(name, **assignments(changes))(), output)
-
-    return command
-
-
-for _name, _help in TIMED.items():
-    bench.command(_name, help=_help)(_timed(_name))
+        _show(speed.job(context.info_name, **assignments(changes))(), output)
 
 
 def _of_this_machine(scale: str) -> str:

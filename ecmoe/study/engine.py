@@ -67,7 +67,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
                 if missing and kept.exists():
                     print(f"[{one.name}] {how.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if not keep_weights and not failed:
-            (paths.runs() / one.name / "model.safetensors").unlink(missing_ok=True)
+            (one.folder / "model.safetensors").unlink(missing_ok=True)
     return f"failed: {'; '.join(failed)}" if failed else status
 
 

@@ -6,13 +6,11 @@ from collections import UserDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ecmoe import paths
 from ecmoe.config import RunConfig
 from ecmoe.measures import MEASURES, Measurement, as_measured, measure
 from ecmoe.study import engine
@@ -37,12 +35,11 @@ class Study(UserDict[str, list[Result]]):
     def found(self, what: str) -> list[tuple[str, int, Measurement, dict[str, Any] | None]]:
         """Return (arm, seed, measurement, result) for every measurement called `what` in the page's plan. A missing result is
         measured now if its arm is in `train`, else it is None."""
-        found = []
-        for one, how, result in self._measurements():
-            if how.what == what:
-                taken = measure(result, how, scale=self.scale, train=one.arms[0] in self.train)
-                found.append((one.arms[0], one.seed, how, taken))
-        return found
+        return [
+            (one.arms[0], one.seed, how, measure(result, how, scale=self.scale, train=one.arms[0] in self.train))
+            for one, how, result in self._measurements()
+            if how.what == what
+        ]
 
     def as_measured(self) -> list[dict[str, Any]]:
         """Return, for every stored measurement, its run's summary with the device and the code that computed it."""
@@ -56,10 +53,10 @@ class Study(UserDict[str, list[Result]]):
     def measured(self, what: str) -> pd.DataFrame:
         """Return the results of `found` as one table: their rows, with `arm`, `seed` and the measurement's key, such as `task`.
         A run without the measurement is one row without values, so that figures can name the gap."""
-        each, rows = MEASURES[what].each, []
+        rows = []
         for arm, seed, how, found in self.found(what):
-            taken = {"arm": arm, "seed": seed} | ({each: how.keys[each]} if each else {})
-            rows += [{**taken, **row} for row in ((found or {}).get("rows") or [found or {}])]
+            each = {key: value for key, value in how.keys.items() if key == MEASURES[what].each}
+            rows += [{"arm": arm, "seed": seed, **each, **row} for row in (found or {}).get("rows") or [found or {}]]
         return pd.DataFrame(rows, columns=None if rows else ["arm", "seed"])
 
 
@@ -74,15 +71,18 @@ def load(page: str, given: Mapping[str, Any], also: Collection[str] = ()) -> Stu
     planned = planning.of_page(page, scale, parameters)
     results: dict[str, list[Result]] = {one.arms[0]: [] for one in planned}
     train = {*also, *(results if parameters["train_missing"] else ())}
-    waiting = [one for one in planned if one.arms[0] in train and not any(map(Path.exists, _places(one, scale)))]
+    asked = [one for one in planned if one.arms[0] in train]
+    waiting = [
+        one for one in asked if not (planning.record(one, scale).exists() or (one.folder / "summary.json").exists())
+    ]
     # Measuring a run also trains it if its weights aren't on this machine.
-    trained = [one for one in planned if not (paths.runs() / one.name / "model.safetensors").exists()]
-    if anew := [one.config for one in trained if one.arms[0] in train and engine.lacks(one, scale)]:
+    trained = [one for one in asked if not (one.folder / "model.safetensors").exists()]
+    if anew := [one.config for one in trained if engine.lacks(one, scale)]:
         warn_of_hours(anew)
     with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:
         for one in planned:
             with watching(bar, one, waiting) if one in waiting else nullcontext([]) as callbacks:
-                results[one.arms[0]].append(_result(one, scale, one.arms[0] in train, callbacks))
+                results[one.arms[0]].append(_result(one, scale, one in asked, callbacks))
     return Study(page, scale, parameters, planned, train, results)
 
 
@@ -119,15 +119,10 @@ def watching(bar: tqdm, one: planning.Planned, waiting: Sequence[planning.Planne
     bar.update(one.config.steps + before - bar.n)  # if the run stopped early, or never called back
 
 
-def _places(one: planning.Planned, scale: str) -> tuple[Path, Path]:
-    """Return the paths of a run's record and of its summary; a run is done if either exists."""
-    return planning.record(one, scale), paths.runs() / one.name / "summary.json"
-
-
 def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]) -> Result:
     if kept := recorded(one, scale):
         return kept
-    if not train and not _places(one, scale)[1].exists():
+    if not train and not (one.folder / "summary.json").exists():
         return not_run(one.config)
     try:
         from ecmoe.training.run import run_or_load  # imports torch and Lightning: not needed to read stored results
@@ -145,7 +140,6 @@ def recorded(one: planning.Planned, scale: str) -> Result | None:
 
 def beside(study: Study, mine: Mapping[str, Any]) -> Study:
     """Return the study's arms and one more, "yours", with the first seed only; "yours" is trained now. mine: its RunConfig keys."""
-    # `arms_of` has applied `vary` already.
-    arms = planning.arms_of(study.parameters, study.scale) | {"yours": mine}
+    arms = planning.arms_of(study.parameters, study.scale) | {"yours": mine}  # `vary` is applied already
     asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}
     return load(study.page, study.parameters | asked, {*study.train, "yours"})

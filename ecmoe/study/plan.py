@@ -45,6 +45,11 @@ class Planned:
         """A name that all seeds of the arm share: the run's name with seed 0."""
         return self.config.replace(seed=0).name
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run's own files, if it was trained on this machine."""
+        return paths.runs() / self.name
+
 
 def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
     """Return the runs that the `asked` pages (default: all) need, each once, in the order of configs/order.yaml, seed by seed.
