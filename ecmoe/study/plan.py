@@ -9,7 +9,7 @@ No notebook is run and torch isn't imported. engine.py carries the plan out, loa
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property
 from itertools import chain, product
@@ -38,12 +38,18 @@ class Planned:
     pages: tuple[str, ...]
     arms: tuple[str, ...]
     seed: int
-    measures: tuple[Measurement, ...] = field(default=())
+    measures: tuple[Measurement, ...] = ()
 
     @cached_property
     def of_all_seeds(self) -> str:
         """A name that all seeds of the arm share: the run's name with seed 0."""
         return self.config.replace(seed=0).name
+
+    def __or__(self, other: "Planned") -> "Planned":
+        """Merge two plans of the same run, made by two pages or under two names."""
+        pages, arms = (tuple(dict.fromkeys(x)) for x in (self.pages + other.pages, self.arms + other.arms))
+        measures = {how.name: how for how in self.measures + other.measures}
+        return replace(self, pages=pages, arms=arms, measures=tuple(measures.values()))
 
     @property
     def folder(self) -> Path:
@@ -62,38 +68,26 @@ def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
 
 def sound(scale: str, asked: Sequence[str] = ()) -> tuple[list[Planned], dict[str, Exception]]:
     """Return the plan of all valid pages, and page -> error for the invalid ones, so that one bad page doesn't stop the others."""
-    known = pages(scale)
+    known, file = pages(scale), paths.configs() / "order.yaml"
     found: dict[str, Planned] = {}
     wrong: dict[str, Exception] = {}
     check_known("no page", asked, known)
     for page in asked or known:
         try:
             for one in of_page(page, scale):
-                found[one.name] = _both(found[one.name], one) if one.name in found else one
+                found[one.name] = found.get(one.name, one) | one
         except (ConfigError, OSError) as error:
             wrong[page] = error
-    blocks = [*_order(known), *([page] for page in known)]
+    blocks = [[page] for page in known]
+    if file.exists():
+        first = held_to(list[list[str]], read_yaml(file, "order of runs") or [], "order.yaml")
+        check_known("order.yaml: there is no page or arm", chain(*first), [*known, *named_arms()], "leave it out")
+        blocks = first + blocks
 
     def place(one: Planned) -> tuple[int, int]:
         return next(i for i, block in enumerate(blocks) if not {*one.pages, *one.arms}.isdisjoint(block)), one.seed
 
     return sorted(found.values(), key=place), wrong
-
-
-def _order(known: list[str]) -> list[list[str]]:
-    """Return the blocks of pages and arms in configs/order.yaml."""
-    if not (file := paths.configs() / "order.yaml").exists():
-        return []
-    blocks = held_to(list[list[str]], read_yaml(file, "order of runs") or [], "order.yaml")
-    check_known("order.yaml: there is no page or arm", chain(*blocks), [*known, *named_arms()], "leave it out")
-    return blocks
-
-
-def _both(other: Planned, one: Planned) -> Planned:
-    """Merge two plans of the same run, made by two pages or under two names."""
-    pages, arms = (tuple(dict.fromkeys(x)) for x in (other.pages + one.pages, other.arms + one.arms))
-    measures = {how.name: how for how in other.measures + one.measures}
-    return replace(other, pages=pages, arms=arms, measures=tuple(measures.values()))
 
 
 def pages(scale: str) -> list[str]:
@@ -159,8 +153,7 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     if asked is not None:
         _check_list("arms", asked, str)
     changes, found = _arms_of(own) if own.exists() else {}, {}
-    if changes:
-        check_known("there is no arm", changes, named_arms(), LISTED)
+    check_known("there is no arm", changes, named_arms() if changes else (), LISTED)
     for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked or ())).items():
         if keys is not None and not isinstance(keys, Mapping):
             raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
