@@ -5,6 +5,7 @@ committed, so that pages can be drawn on any machine. `ecmoe bench all` takes th
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import signature
@@ -15,7 +16,7 @@ import pandas as pd
 from pydantic import Field
 
 from ecmoe import paths
-from ecmoe.bench.rows import BOTH, FORWARD, ROUTING, Row
+from ecmoe.bench.rows import BOTH, FORWARD, GRAPH, ROUTING, Row
 from ecmoe.config import RunConfig
 from ecmoe.files import check_known, read_json
 from ecmoe.study.parameters import check_kinds, check_scale, held_to, merge_parameters, parameter_files
@@ -210,7 +211,20 @@ def longer(auto: pd.DataFrame) -> str:
     )
 
 
+def fastest(layers: pd.DataFrame) -> str:
+    """Return each size's fastest row of each router, forward and backward: "small: EC, triton (37%), top-2, grouped_mm (23%)". In
+    CUDA graphs only expert choice is timed, so they don't count."""
+    both = layers[(layers["what"] == BOTH) & ~layers["layer"].eq("floor") & ~layers["mode"].eq(GRAPH)]
+    both = both.dropna(subset=["share_of_floor"]).sort_values("share_of_floor", ascending=False)
+    both = both.drop_duplicates(["size", "layer"]).sort_index()
+    said = both["name"] + both["share_of_floor"].map(" ({:.0%})".format)
+    return "; ".join(f"{size}: {', '.join(each)}" for size, each in said.groupby(both["size"], sort=False)) or "nothing"
+
+
 def absent(found: Found) -> list[str]:
     """Return what could not be measured, why, and for which results: "Liger (not installed) for small"."""
-    lines = dict.fromkeys(line for one in found.values() for line in one["absent"])
-    return [f"{line} for {', '.join(name for name, one in found.items() if line in one['absent'])}" for line in lines]
+    of: dict[str, list[str]] = {}
+    for name, one in found.items():
+        for line in one["absent"]:
+            of.setdefault(re.sub(r"\(ModuleNotFoundError: .*\)", "(not installed)", line), []).append(name)
+    return [f"{line} for {', '.join(names)}" for line, names in of.items()]

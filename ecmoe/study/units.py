@@ -73,4 +73,4 @@ def _decimals(x: float, unit: Unit) -> int:
 
 def _digits(x: float, unit: Unit, decimals: int) -> str:
     """Format without a unit; shares in percent, and never as -0."""
-    return f"{100 * x:z,.{decimals}f}" if unit is Unit.SHARE else f"{x:.{decimals}f}"
+    return f"{100 * x:z,.{decimals}f}" if unit is Unit.SHARE else f"{x:z.{decimals}f}"

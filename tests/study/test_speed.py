@@ -254,6 +254,35 @@ def test_a_table_of_layers_has_each_number_in_its_column():
         for size, name, x in (("A 1", "EC", 100), ("C", "floor", 200), ("C", layers["name"].iloc[-1], 300))
     ]  # fmt: skip
     assert speed.absent(files) == ["x for layer-a-1, layer-c", "y for layer-a-1", "z for layer-c"]
+    files = {
+        "a": {"absent": ["Liger (not installed)"]},
+        "b": {"absent": ["Liger (ModuleNotFoundError: No module named 'liger')"]},
+    }
+    assert speed.absent(files) == ["Liger (not installed) for a, b"]
+
+
+def test_of_each_router_the_fastest_row_with_backward_counts_but_for_graphs_that_only_one_has():
+    row = {
+        "layer": "EC",
+        "variant": "",
+        "path": "plain",
+        "mode": bench.EAGER,
+        "what": bench.BOTH,
+        "share_of_floor": 0.5,
+    }
+    other = {"layer": "top-2", "variant": "grouped"}
+    timed = [
+        row | {"layer": "floor", "share_of_floor": 1.0},
+        row,
+        row | {"what": bench.FORWARD, "share_of_floor": 0.99},
+        row | {"mode": bench.COMPILED, "share_of_floor": 0.625},
+        row | {"mode": bench.GRAPH, "share_of_floor": 0.75},
+        row | other | {"share_of_floor": 0.875},
+    ]
+    files = {"layer-b": {"rows": timed[::-1]}, "layer-a": {"rows": timed[:2]}, "layer-c": speed.NOTHING}
+    layers = speed.layers(files, ["b", "a", "c"])
+    assert speed.fastest(layers) == "b: top-2, grouped (88%), EC, compiled (62%); a: EC (50%)"
+    assert speed.fastest(layers[layers["size"] == "c"]) == "nothing"
 
 
 def test_a_gpu_page_without_a_gpu_has_gaps(own_home):

@@ -6,6 +6,7 @@ from ecmoe.study.units import Unit, amount, between, counted, duration, figure, 
 def test_numbers_carry_their_unit_and_no_false_digits():
     assert amount(0.00321, Unit.NATS) == "0.003 nats" and amount(0.00042, Unit.NATS) == "0.0004 nats"
     ends = {0.0005: "0.001 nats", -0.0005: "-0.001 nats", 0.0: "0.000 nats", 9.5: "9.500 nats", 10.0: "10.0 nats"}
+    ends |= {-0.00006: "-0.0001 nats", -0.00004: "0.0000 nats"}  # never -0
     assert {x: amount(x, Unit.NATS) for x in ends} == ends
     shares = {0.0999: "10.0%", 0.1: "10%", 0.004: "0.4%"}
     assert {x: amount(x, Unit.SHARE) for x in shares} == shares

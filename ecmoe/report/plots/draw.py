@@ -28,6 +28,7 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
     "capacity_factor": "capacity factor c",
     "n": "tokens n",
     "devices": "GPUs",
+    "of_ideal": "training speed, of ideal (%)",
     "d_model": "width d",
     "moe_init_scale": "initial scale of the MoE output, times fan-in",
     "capacity": "expert places per patch",
@@ -38,7 +39,7 @@ LABELS = {metric.name: metric.label for metric in METRICS} | {
     "forgetting": "forgetting (percentage points)",
 }
 PERCENT = [m.name for m in METRICS if m.unit == "share"] + [
-    "patches_left_out", "images_left_out", "final_accuracy", "forgetting",
+    "patches_left_out", "images_left_out", "final_accuracy", "forgetting", "of_ideal",
 ]  # fmt: skip
 DECADES = ("over_capacity",)  # below 10% for a balanced router, thousands for a collapsed one: needs a logarithmic axis
 

@@ -80,7 +80,7 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
         by_name.sort(key=lambda one: one[0] in _CENTRE)
         mine = [_KNOWN[name], *by_name[1:]] if name in _KNOWN else by_name
         taken = {look.color for other, look in found.items() if names[other] != name or look.dashes == dashes}
-        found[arm] = Look(*next((one for one in mine if one[0] not in taken), mine[-1]), dashes)
+        found[arm] = Look(*next((one for one in mine if one[0] not in taken), mine[0]), dashes)
     return {arm: found[arm] for arm in arms}
 
 

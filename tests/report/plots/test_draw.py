@@ -320,7 +320,7 @@ def test_what_is_labelled_in_percent_is_shown_so():
     assert {column: plots.LABELS[column].split()[-1] for column in letters} == letters
     words = {"steps": "steps", "num_experts": "experts", "capacity_factor": "factor", "n": "tokens", "devices": "GPUs", "d_model": "width",
              "moe_init_scale": "initial scale", "capacity": "places", "patches_left_out": "patches that no", "images_left_out": "images without",
-             "loss": "loss", "final_accuracy": "accuracy", "forgetting": "forgetting"}  # fmt: skip
+             "loss": "loss", "final_accuracy": "accuracy", "forgetting": "forgetting", "of_ideal": "speed"}  # fmt: skip
     assert all(word in plots.LABELS[column] for column, word in words.items())
     assert set(plots.LABELS) - set(words) == {metric.name for metric in metrics.METRICS}
     assert len(set(plots.LABELS.values())) == len(plots.LABELS)

@@ -104,6 +104,12 @@ def test_the_colours_of_the_centre_are_no_other_arms_even_where_it_is_not_in_the
     assert len(centre) == 3 and centre.isdisjoint(alone) and len(set(alone)) == 7
 
 
+def test_more_arms_than_colours_share_those_of_arms_beside_the_centre():
+    centre = ["EC-CF2", "GShard top-2", "Switch top-1"]
+    looks = plots.looks([*centre, *(f"A{i}" for i in range(12))])
+    assert {looks[arm].color for arm in centre}.isdisjoint(looks[f"A{i}"].color for i in range(12))
+
+
 def test_no_two_arms_of_a_figure_look_alike_and_all_are_seen_on_black_and_on_white():
     arms = [f"EC-CF2 pool={n}" for n in range(9)] + ["Dense"]
     assert len({look.color for look in plots.looks(arms).values()}) == len(arms)
