@@ -1,7 +1,7 @@
 """TextData: batches of text that are the same for every arm of a comparison, and resume exactly within an epoch."""
 
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -29,17 +29,11 @@ def batch_of(parts: Parts, which: np.ndarray | slice) -> Batch:
     return tuple(found) if len(found) > 1 else found[0]
 
 
-def window_order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    """Return the order of an epoch, a permutation (windows,) that depends on seed and epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(windows)
-
-
 class Batches(IterableDataset):
     """Endless batches of training examples, beginning at micro-step `start`.
 
     Micro-step s of a rank depends only on (seed, s, rank, world size): each epoch permutes the examples and assigns
-    consecutive batches to the ranks in turn. Examples that don't fill a batch for every rank are dropped.
-    """
+    consecutive batches to the ranks in turn. Examples that don't fill a batch for every rank are dropped."""
 
     def __init__(self, parts: Parts, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
         self.parts, self.batch_size, self.seed, self.start = parts, batch_size, seed, start
@@ -47,14 +41,12 @@ class Batches(IterableDataset):
         self.steps_per_epoch = len(parts[0]) // (batch_size * world)
 
     def __iter__(self) -> Iterator[Batch]:
-        step, epoch, order = self.start, -1, None
-        while True:
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = window_order(self.seed, epoch, len(self.parts[0]))
-            first = (step % self.steps_per_epoch * self.world + self.rank) * self.batch_size
+        for step in itertools.count(self.start):
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if step == self.start or i == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.parts[0]))
+            first = (i * self.world + self.rank) * self.batch_size
             yield self.take(order[first : first + self.batch_size], step)
-            step += 1
 
     def take(self, which: np.ndarray, step: int) -> Batch:
         """Return the batch of the examples `which`; subclasses seed random augmentation with micro-step `step`."""
@@ -62,10 +54,9 @@ class Batches(IterableDataset):
 
 
 class RunData(L.LightningDataModule):
-    """Base class of text and image data: loaders, ranks, and `start_step`, the micro-step at which a run resumes.
+    """Base class of text and image data: loaders, ranks, and `start_step`, the micro-step at which a run resumes."""
 
-    Subclasses set in `setup()` the examples `train` and `val`, and `digest`, a hash that checkpoints store."""
-
+    # Set by `setup()`: examples, and a hash that checkpoints store.
     train: Parts
     val: Parts
     digest: str
@@ -90,16 +81,12 @@ class RunData(L.LightningDataModule):
         return [batch_of(self.val, slice(i, i + size)) for i in range(0, len(self.val[0]), size)]
 
     def train_dataloader(self) -> DataLoader:
-        size, seed = self.config.batch_size, self.config.seed
-        return self._loader(self.batches(self.train, size, seed, self.start_step, *self._place))
+        batches = self.batches(self.train, self.config.batch_size, self.config.seed, self.start_step, *self._place)
+        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._place
-        return self._loader(self.val_batches()[rank::world])
-
-    @staticmethod
-    def _loader(batches: Any) -> DataLoader:
-        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+        return DataLoader(self.val_batches()[rank::world], batch_size=None, pin_memory=torch.cuda.is_available())
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -131,8 +118,7 @@ class TextData(RunData):
     """The text of a config as batches of token windows. The text is downloaded and tokenised only on first use.
 
     `setup()` sets digest (hex, of the tokens), token_counts (V,) of the training split, bytes_per_token of the
-    validation windows, tokenizer and provenance. It raises a ConfigError if the corpus is missing or too small.
-    """
+    validation windows, tokenizer and provenance. It raises a ConfigError if the corpus is missing or too small."""
 
     def prepare_data(self) -> None:
         tokens.load(self.config)

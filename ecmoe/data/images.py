@@ -33,14 +33,14 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 VALIDATION = ("validation", "val", "test")  # folder names of a validation split; the first that exists is used
 HELD_OUT = 5  # without a split, every HELD_OUT-th image of a class is held out for validation
 Stored = tuple[np.ndarray, np.ndarray]  # pixels (n, H, W, C) uint8, and labels (n,) int64
+Source = tuple[Stored, Stored, tuple[str, ...], dict[str, str]]  # training, validation, names of classes, provenance
 
 
 class Images(NamedTuple):
     """A data set split into training and validation images, always in the same order.
 
     train_x, val_x: (n, C, H, W) float32 in [0, 1]. train_y, val_y: (n,) int64, indices into `classes`.
-    provenance: name, licence, attribution, digest (hex, of pixels and labels), train_images, val_images, shape.
-    """
+    provenance: name, licence, attribution, digest (hex, of pixels and labels), train_images, val_images, shape."""
 
     train_x: Tensor
     train_y: Tensor
@@ -54,8 +54,7 @@ def load(data: str) -> Images:
     """Load the images that the key `data` names; the last data set loaded is cached in memory.
 
     images:PATH is a folder with a sub-folder of image files per class (optionally below train and test), or with
-    NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each.
-    """
+    NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each."""
     data, content = plain(data), with_content(data)
     if data not in IMAGES and (not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX):
         raise ConfigError(f"data={data!r}: images must be one of {', '.join(IMAGES)}, or {IMAGES_PREFIX}PATH")
@@ -69,17 +68,18 @@ def load(data: str) -> Images:
 
 @functools.lru_cache(maxsize=1)  # consecutive runs of a study read the same images
 def _load(data: str, content: str) -> Images:
-    if data == "digits":
-        return _digits()
-    if data == "cifar10":
-        return _cifar10(data)
-    folder, files = data.removeprefix(IMAGES_PREFIX), local_files(data)
-    packed = [path for name, path in files.items() if "/" not in name and name.endswith("_train.jpgs.xz")]
-    train, val, classes = _packed(data, packed[0]) if packed else _folder(data, files)
-    return _images(train, val, classes, about(folder) | {"source_sha256": source_sha256(data)})
+    train, val, classes, said = {"digits": _digits, "cifar10": _cifar10}.get(data, _local)(data)
+    digest, tensors = hashlib.sha256(), []
+    for pixels, labels in (train, val):
+        digest.update(np.ascontiguousarray(pixels).tobytes() + labels.tobytes())
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        tensors += [x.div_(16 if data == "digits" else 255), torch.from_numpy(labels)]
+    digest.update(repr(classes).encode())
+    counts = {"train_images": len(train[1]), "val_images": len(val[1]), "shape": list(tensors[0].shape[1:])}
+    return Images(*tensors, classes, {**said, "digest": digest.hexdigest()[:16], **counts})
 
 
-def _digits() -> Images:
+def _digits(data: str) -> Source:
     """Load scikit-learn's UCI digits, 8 x 8 pixels of 17 greys; most validation images are by writers not in training."""
     from sklearn.datasets import load_digits
 
@@ -91,25 +91,31 @@ def _digits() -> Images:
         "attribution": "Alpaydin and Kaynak 1998, UCI Machine Learning Repository",
     }
     train, val = ((pixels[side], labels[side]) for side in (slice(1437), slice(1437, None)))
-    return _images(train, val, tuple("0123456789"), said, white=16)
+    return train, val, tuple("0123456789"), said
 
 
-def _cifar10(data: str) -> Images:
+def _cifar10(data: str) -> Source:
     """Load CIFAR-10 from the Hub: 50,000 images for training, and the test set of 10,000 for validation."""
     right = f"the Hub must be reachable, or give a local copy as data: {IMAGES_PREFIX}PATH, or take data: digits"
     sets = from_hub(f"data={data!r}", right, "uoft-cs/cifar10")
     said = {"name": "CIFAR-10", "licence": NOT_STATED,
             "attribution": "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"}  # fmt: skip
     train, val = (_stack(data, (("", row["img"], row["label"]) for row in sets[side])) for side in ("train", "test"))
-    return _images(train, val, tuple(sets["train"].features["label"].names), said)
+    return train, val, tuple(sets["train"].features["label"].names), said
 
 
-def _packed(data: str, train: Path) -> tuple[Stored, Stored, tuple[str, ...]]:
-    name = train.name.removesuffix("_train.jpgs.xz")
-    splits = [_stack(data, _jpegs(data, train.with_name(f"{name}_{side}"))) for side in ("train", "test")]
-    largest = max(int(labels.max()) for _, labels in splits)
-    known = CIFAR10 if name == "cifar10" else ()
-    return *splits, known if largest < len(known) else tuple(map(str, range(largest + 1)))
+def _local(data: str) -> Source:
+    files = local_files(data)
+    packed = [path for name, path in files.items() if "/" not in name and name.endswith("_train.jpgs.xz")]
+    if packed:
+        name = packed[0].name.removesuffix("_train.jpgs.xz")
+        train, val = (_stack(data, _jpegs(data, packed[0].with_name(f"{name}_{side}"))) for side in ("train", "test"))
+        numbers = range(max(train[1].max(), val[1].max()) + 1)
+        classes = CIFAR10 if name == "cifar10" and len(numbers) <= len(CIFAR10) else tuple(map(str, numbers))
+    else:
+        train, val, classes = _folder(data, files)
+    said = about(data.removeprefix(IMAGES_PREFIX)) | {"source_sha256": source_sha256(data)}
+    return train, val, classes, said
 
 
 def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
@@ -127,13 +133,12 @@ def _jpegs(data: str, stem: Path) -> Iterable[tuple[str, Any, int]]:
 
 def _folder(data: str, files: dict[str, Path]) -> tuple[Stored, Stored, tuple[str, ...]]:
     """Load CLASS/IMAGE, below train and one of `VALIDATION`; else hold out one in `HELD_OUT` images of each class."""
-    parts = {name: Path(name).parts for name in files}
-    top = {part[0] for part in parts.values()}
+    top = {name.partition("/")[0] for name in files}
     own = [side for side in VALIDATION if {"train", side} <= top][:1]
-    sides = ["train", *own] if "train" in top else [""]
-    deep = len(sides[0]) > 0  # number of folders above the class folder
-    images = [[(str(files[name]), files[name], part[deep]) for name, part in parts.items()
-               if len(part) > deep + 1 and side in ("", part[0])] for side in sides]  # fmt: skip
+    images = []
+    for side in ("train/", *(f"{side}/" for side in own)) if "train" in top else ("",):
+        below = [(path, name.removeprefix(side).split("/")) for name, path in files.items() if name.startswith(side)]
+        images.append([(str(path), path, label) for path, (label, *rest) in below if rest])
     classes = sorted({label for rows in images for *_, label in rows})
     if not classes or not all(images):
         raise ConfigError(f"data={data!r}: has no images in class folders; it must hold a sub-folder of image files per class, "
@@ -180,20 +185,6 @@ def _rgb(file: Any) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _images(train: Stored, val: Stored, classes: tuple[str, ...], said: dict[str, str], white: int = 255) -> Images:
-    digest, tensors = hashlib.sha256(), []
-    for pixels, labels in (train, val):
-        digest.update(np.ascontiguousarray(pixels).tobytes() + labels.tobytes())
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        tensors += [x.div_(white), torch.from_numpy(labels)]
-    digest.update(repr(classes).encode())
-    counts = {"train_images": len(train[1]), "val_images": len(val[1]), "shape": list(tensors[0].shape[1:])}
-    return Images(*tensors, classes, {**said, "digest": digest.hexdigest()[:16], **counts})
-
-
-# Batches
-
-
 class ImageData(RunData):
     """Batches of images (B, C, H, W) float32 in [0, 1] and their classes (B,) int64.
 
@@ -227,14 +218,11 @@ def shifted(x: Tensor, draw: np.random.Generator) -> Tensor:
     """Shift each image of (B, C, H, W) by up to max(1, H // 8) pixels, filled with black; mirror half of the images."""
     B, _, H, W = x.shape
     most = max(1, H // 8)
-    padded = F.pad(x, [most] * 4)
-    down, right = draw.integers(0, 2 * most + 1, (2, B, 1))
-    rows, columns = down + np.arange(H), right + np.arange(W)  # (B, H), (B, W)
+    down, right = draw.integers(0, 2 * most + 1, (2, B))
     mirrored = draw.random(B) < 0.5
-    columns[mirrored] = columns[mirrored, ::-1]
-    image = torch.arange(B)[:, None, None]
-    rows, columns = torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]
-    return padded.movedim(1, -1)[image, rows, columns].movedim(-1, 1).contiguous()
+    padded = zip(F.pad(x, [most] * 4), down, right, strict=True)
+    moved = [image[:, i : i + H, j : j + W] for image, i, j in padded]
+    return torch.stack([image.flip(2) if mirror else image for image, mirror in zip(moved, mirrored, strict=True)])
 
 
 def check(config: RunConfig, loaded: Images) -> None:
@@ -251,5 +239,5 @@ def check(config: RunConfig, loaded: Images) -> None:
         ("channels", channels, "its images are read as RGB" if channels == 3 else f"its pixels have {channels}"),
         ("classes", len(loaded.classes), f"it has {len(loaded.classes)}"),
     ):
-        if getattr(config, name) != right:
-            raise ConfigError(f"{name}={getattr(config, name)} with data={config.data!r}: {why}; set {name}: {right}")
+        if (value := getattr(config, name)) != right:
+            raise ConfigError(f"{name}={value} with data={config.data!r}: {why}; set {name}: {right}")
