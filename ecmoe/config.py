@@ -52,10 +52,7 @@ class RunConfig:
     """All settings of a training run, as flat keys. `ecmoe keys` lists them.
 
     The defaults are EC-CF2 (expert choice, capacity factor 2) on the corpus `stdlib`, small enough to train on a CPU.
-
-    Raises:
-        ConfigError: on construction, if a value is invalid; names the key, the value and what would be right.
-    """
+    An invalid value raises a ConfigError on construction, which names the key, the value and what would be right."""
 
     # Not a key: "module:function" that trains runs of this class; same arguments as `ecmoe.training.run.train_run`.
     trained_by: ClassVar[str] = "ecmoe.training.run:train_run"
@@ -231,18 +228,17 @@ class RunConfig:
                 raise ConfigError(f"pool={self.pool}: must be a multiple of sequence_length={self.sequence_length} and divide "
                                   f"the {batch} tokens of a batch (batch_size x sequence_length)")  # fmt: skip
             return self.pool
-        if self.pool == "position":
-            return self.batch_size * self.ranks
-        return {"batch": batch * self.ranks, "rank": batch, "sequence": self.sequence_length}[self.pool]
+        sizes = {"batch": batch * self.ranks, "rank": batch, "sequence": self.sequence_length}
+        return (sizes | {"position": self.batch_size * self.ranks})[self.pool]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a config from flat keys. An unknown key raises a ConfigError that suggests the nearest known key."""
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
+        for name, value in values.items():
             if name not in names:
                 hint = nearest(name, names, "`ecmoe keys` lists the keys")
-                raise ConfigError(f"unknown key {name!r} with value {values[name]!r}: {hint}")
+                raise ConfigError(f"unknown key {name!r} with value {value!r}: {hint}")
         return cls(**values)
 
     @classmethod

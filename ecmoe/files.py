@@ -89,10 +89,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1, sealed: bool = False) -> None:
     """Write a JSON file atomically, with values converted by `plain`. sealed: add a checksum, by which `read_json` detects later
     changes, under the key `check`, the last."""
-    said = dict(plain(value))
-    if sealed:
-        said["check"] = check_sum(said)
-    write_text(path, _json_text(said, indent))
+    said = plain(value)
+    write_text(path, _json_text(said | {"check": check_sum(said)} if sealed else said, indent))
 
 
 def _json_text(value: Mapping[str, Any], indent: int | None) -> str:
@@ -220,12 +218,11 @@ def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        pairs = node.value if isinstance(node.value, list) else []
-        keys = [key for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-        first = {key.value: key for key in reversed(keys)}
-        for key in keys:
-            if first[key.value] is not key:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} occurs twice: remove one", key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:

@@ -1,7 +1,5 @@
 """The table of routers: the facts that configs, FLOP counts and report pages need about each one, without torch.
 
-To add a router, write its class (in ecmoe/routing/, one family per file) and add its row to `ROUTERS`.
-
 Letters are the paper's: n tokens compete, e experts choose, each expert takes k = n c / e tokens (Eq. 1).
 """
 
@@ -25,15 +23,10 @@ def exact(factor: float | None) -> Fraction:
 
 
 def bucket_size(n: int, e: int, c: float | None, rounding: str = "exact") -> int:
-    """Return k = n c / e (Eq. 1). The study compares values of c, so a fractional k is an error by default.
+    """Return k = n c / e (Eq. 1), the tokens that each of e experts takes of n, for c experts per token on average.
 
-    Args:
-        n: tokens that compete. e: experts. c: capacity factor, the average number of experts per token.
-        rounding: "exact", or "down" to accept any n: k = max(1, floor(n c / e)), but at most n.
-
-    Raises:
-        ConfigError: c is None; with rounding="exact", k is not a whole number or does not lie in 1..n.
-    """
+    The study compares values of c, so by default a k that isn't a whole number in 1..n is a ConfigError; rounding="down"
+    accepts any n: k = max(1, floor(n c / e)), but at most n. A ConfigError, too, if c is None."""
     share = exact(c) / e
     if rounding == "down":
         return min(max(n * share.numerator // share.denominator, 1), n)
@@ -44,9 +37,9 @@ def bucket_size(n: int, e: int, c: float | None, rounding: str = "exact") -> int
                           f"capacity_factor in {e / n:g}..{e} (num_experts); {remedy}")  # fmt: skip
     if n * share.numerator % share.denominator:
         raise ConfigError(
-            f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(share * n):g} of "
-            f"n={n} tokens, which isn't a whole number: make n (batch_size x sequence_length for "
-            f"pool=batch) a multiple of {share.denominator}, or change capacity_factor or num_experts; {remedy}"
+            f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(share * n):g} of n={n} tokens, "
+            f"which isn't a whole number: make n (batch_size x sequence_length for pool=batch) a multiple of "
+            f"{share.denominator}, or change capacity_factor or num_experts; {remedy}"
         )
     return n * share.numerator // share.denominator
 
@@ -73,28 +66,20 @@ def check_top_k(top_k: int, e: int) -> None:
 
 @dataclass(frozen=True)
 class RouterRow:
-    """The facts about one router.
+    """The facts about one router. Where a fact depends on a config, it is a function of the config's values."""
 
-    Attributes:
-        layer: "module:Class"; None for the dense model, which has no MoE layer.
-        keys: RunConfig keys that the router reads. Keys that only other routers read don't make two runs different.
-        experts_per_token: config's values -> average number of experts offered per token, used to count FLOPs.
-        estimated: whether that number is an estimate, as of routers whose tokens request more experts or fewer by their scores.
-        build: class, config, (V,) token counts -> router. None: call the class with d_model and `keys` by name.
-        needs: config's values -> further inputs: "token ids" and "tasks" of a batch, which images don't have, or
-            "token counts" of the corpus.
-        capacity: whether capacity_factor limits the tokens per expert in evaluation.
-        check: called with a config; raises a ConfigError with key, value and remedy if the config can't work.
-    """
-
-    layer: str | None
-    keys: tuple[str, ...]
+    layer: str | None  # "module:Class"; None for the dense model, which has no MoE layer
+    keys: tuple[str, ...]  # RunConfig keys that it reads; two runs that differ only in other routers' keys are the same
+    # The average number of experts offered per token, to count FLOPs; and whether it is an estimate, as where tokens
+    # request more experts or fewer by their scores.
     experts_per_token: Callable[[Mapping[str, Any]], float] = lambda values: 1
     estimated: bool = False
+    # Class, config, (V,) token counts -> router. None: call the class with d_model and `keys` by name.
     build: Callable[..., Any] | None = None
+    # Further inputs: "token ids" and "tasks" of a batch, which images don't have, or "token counts" of the corpus.
     needs: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
-    capacity: bool = False
-    check: Callable[[Any], object] = lambda config: None
+    capacity: bool = False  # whether capacity_factor limits the tokens per expert in evaluation
+    check: Callable[[Any], object] = lambda config: None  # raises a ConfigError if the config can't work
 
     @property
     def cls(self) -> type:
@@ -145,9 +130,7 @@ ROUTERS: dict[str, RouterRow] = {
         capacity=True,
     ),
     "dense_moe": RouterRow(
-        "ecmoe.routing.dense:Dense",
-        ("num_experts",),
-        experts_per_token=lambda values: values["num_experts"],
+        "ecmoe.routing.dense:Dense", ("num_experts",), experts_per_token=lambda values: values["num_experts"]
     ),
     "dense": RouterRow(None, ()),
     "linear_assignment": RouterRow(

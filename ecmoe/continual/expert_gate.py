@@ -72,12 +72,11 @@ class ExpertGate(nn.Module):
             lambda batch: F.binary_cross_entropy_with_logits(gate(batch), batch), seen)  # fmt: skip
         self.gates.append(gate.requires_grad_(False))
         classes, local = y.unique(return_inverse=True)
-        related = self.relatedness(x[held])[:-1]  # to each earlier task
         expert, origin = new_expert(c, len(classes)).to(x.device), {"task": None, "related": None, "how": "scratch"}
-        if len(related):
-            a = int(related.argmax())
-            how = "LwF" if related[a] > c.threshold else "fine-tuning"
-            origin = {"task": a, "related": float(related[a]), "how": how}
+        if self.experts:
+            related, a = self.relatedness(x[held])[:-1].max(0)  # of all earlier tasks
+            how = "LwF" if related > c.threshold else "fine-tuning"
+            origin = {"task": int(a), "related": float(related), "how": how}
             head, expert = expert.head, copy.deepcopy(self.experts[a]).requires_grad_(True)
             expert.head, old_head = head, expert.head
         if origin["how"] == "LwF":

@@ -1,12 +1,13 @@
 """The tokens of a corpus: computed once, cached in memory-mapped files, and verified by checksums."""
 
-import contextlib
 import itertools
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def _make(config: Any, place: Path, trouble: str) -> None:
         with disk_may_be_full(place):
             meta = _tokenise(config, corpora, work)
         check_content(config.data)  # the text must not have changed while it was read
-        made = [path for path in sorted(work.iterdir()) if path.is_file()]
+        made = sorted(work.iterdir())
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in made}
         for path in made:
             os.replace(path, place / path.name)
@@ -112,13 +113,9 @@ def _make(config: Any, place: Path, trouble: str) -> None:
 
 def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
     """Read and split each corpus, train BPE on training text, encode, cut all to the shortest; return the metadata."""
-    (spools := work / "spools").mkdir()
     limit = -(-config.max_bytes // len(corpora))
-    with contextlib.ExitStack() as files:
-        texts = [
-            SplitText.read(corpus, files.enter_context((spools / str(i)).open("w+b")), limit)
-            for i, corpus in enumerate(corpora)
-        ]
+    with ExitStack() as files:
+        texts = [SplitText.read(corpus, files.enter_context(TemporaryFile(dir=work)), limit) for corpus in corpora]
         for corpus, text in zip(corpora, texts, strict=True):
             if not len(text.lengths):
                 raise ConfigError(f"data={config.data!r}: {corpus.name} is empty (NULs are removed): take another text")
@@ -128,9 +125,8 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
         tokenizer: Tokenizer = Bytes()
         if config.tokenizer == "bpe":  # learned from equally many bytes of each text, none of them validation text
             share = min(BPE_BYTES // len(texts), *(int(text.lengths[~text.is_val].sum()) for text in texts))
-            documents = (
-                d.removesuffix(END) for text in texts for d in text.documents(text.some(share), "learning BPE")
-            )
+            some = (text.documents(text.some(share), "learning BPE") for text in texts)
+            documents = (document.removesuffix(END) for document in itertools.chain.from_iterable(some))
             train_bpe(documents, config.vocab_size, work / "tokenizer.json")
             tokenizer = BPE(work / "tokenizer.json")
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
@@ -141,10 +137,9 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
         ]}  # fmt: skip
         for side in ("train", "val"):
             encoded = []
-            for i, text in enumerate(texts):
-                numbers, path = np.flatnonzero(text.is_val == (side == "val")), spools / f"{side}.{i}"
-                _encode(text.documents(numbers, f"tokenising {side}"), tokenizer, dtype, path)
-                encoded.append(np.memmap(path, dtype, "r"))
+            for text in texts:
+                documents = text.documents(np.flatnonzero(text.is_val == (side == "val")), f"tokenising {side}")
+                encoded.append(_encode(documents, tokenizer, dtype, work))
             with (work / f"{side}.bin").open("wb") as out:
                 for ids in encoded:
                     out.write(ids[: min(map(len, encoded))])
@@ -154,12 +149,13 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
     return meta
 
 
-def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, path: Path) -> None:
-    """Write the tokens of `documents`, encoded 256 documents at a time on all cores."""
-    with path.open("wb") as out:
+def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, work: Path) -> np.ndarray:
+    """Return the tokens of `documents`, encoded 256 documents at a time on all cores, in a temporary file."""
+    with TemporaryFile(dir=work) as file:
         while some := list(itertools.islice(documents, 256)):
             for ids in tokenizer.encode(some):
-                out.write(ids.astype(dtype))
+                file.write(ids.astype(dtype))
+        return np.memmap(file, dtype, "r")
 
 
 def counts(ids: np.ndarray, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:

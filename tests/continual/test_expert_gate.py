@@ -122,7 +122,7 @@ def test_a_task_is_learned_from_the_most_related_one(monkeypatch):
         assert gate is model.gates[k] and torch.equal(x, task.x[~task.held].flatten(1))
         code = gate(x).sigmoid()
         torch.testing.assert_close(loss(x), -(x * code.log() + (1 - x) * (1 - code).log()).mean(), rtol=1e-4, atol=1e-5)
-        assert torch.equal(measured[k], task.x[task.held])
+        assert k == 0 or torch.equal(measured[k - 1], task.x[task.held])
         expert, old, (_, local, *soft) = model.experts[k], model.origins[k]["task"], examples
         assert torch.equal(examples[0], task.x) and torch.equal(model.classes[k][local], task.y)
         assert expert.head.weight.shape == (2, GATE.d_model) and expert.head.bias is None
