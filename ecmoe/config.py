@@ -3,14 +3,10 @@
 Letters follow the paper: n tokens compete for e experts, and each expert takes k = n c / e tokens (Eq. 1).
 """
 
-from __future__ import annotations
-
 import dataclasses
-import functools
 import math
-import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -149,9 +145,8 @@ class RunConfig:
     num_nodes: int = key(1, "number of nodes (machines)", low=1, high=65_536)
 
     def __post_init__(self) -> None:
-        types = _types(type(self))
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, types[field.name], getattr(self, field.name)))
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.d_model % self.heads:
             near = [h for h in range(max(self.heads - 64, 1), self.heads + 65) if self.d_model % h == 0]
             fits = " or ".join(map(str, near or [math.gcd(self.heads, self.d_model)]))
@@ -242,7 +237,7 @@ class RunConfig:
         return cls(**values)
 
     @classmethod
-    def of(cls, given: RunConfig | Mapping[str, Any]) -> RunConfig:
+    def of(cls, given: "RunConfig | Mapping[str, Any]") -> "RunConfig":
         """Return a config as it is, and flat keys as a config."""
         return given if isinstance(given, RunConfig) else cls.from_dict(given)
 
@@ -255,7 +250,7 @@ class RunConfig:
         return self.from_dict(self.to_dict() | changes)
 
     @classmethod
-    def from_yaml(cls, /, *files: str | Path, **changes: Any) -> RunConfig:
+    def from_yaml(cls, /, *files: str | Path, **changes: Any) -> Self:
         """Build a config from YAML files. Later files override earlier ones, and `changes` override all files."""
         values: dict[str, Any] = {}
         for path in files:
@@ -305,8 +300,6 @@ class RunConfig:
 
 ROUTER_KEYS = {"d_model", *(name for row in ROUTERS.values() for name in row.keys)}
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(RunConfig)}
-# Cached per class, since a plan creates thousands of configs.
-_types: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _BOUNDS = {"low": (ge, "at least"), "high": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
 
@@ -314,10 +307,9 @@ def _of_images(data: str) -> bool:
     return data in IMAGES or data.startswith(IMAGES_PREFIX)
 
 
-def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return the value if it is valid for its key, else raise a ConfigError. Only int to float is converted."""
-    meta = field.metadata
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    meta, allowed = field.metadata, typing.get_args(field.type) or (field.type,)
     if type(value) is int and abs(value) > LARGEST:
         shown = value if value.bit_length() < 10_000 else f"2**{value.bit_length() - 1}"  # Python prints no more digits
         raise ConfigError(f"{field.name}={shown} is too large: must be at most {LARGEST}")
@@ -346,7 +338,7 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 def check_key(name: str, value: Any) -> Any:
     """Return the value; raise a ConfigError if RunConfig's key can't have it. numpy's numbers count as Python's."""
     value = value.item() if hasattr(value, "item") else value
-    return _checked(RunConfig.__dataclass_fields__[name], _types(RunConfig)[name], value)
+    return _checked(RunConfig.__dataclass_fields__[name], value)
 
 
 def _remedy(value: Any, allowed: tuple[Any, ...]) -> str:

@@ -3,8 +3,6 @@
 Letters are the paper's: n tokens compete, e experts choose, each expert takes k = n c / e tokens (Eq. 1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

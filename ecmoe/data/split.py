@@ -1,12 +1,10 @@
 """SplitText: the documents of a corpus, written to a temporary file and split into training and validation."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from array import array
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +13,7 @@ from ecmoe.data.corpus import Corpus, Documents
 from ecmoe.data.tokenizer import END
 
 VALIDATION = 0.05  # share of the text held out if the source has no validation split of its own
+BAR = {"leave": False, "disable": None}  # progress bars: only while reading or writing, and only on a terminal
 
 
 class SplitText(NamedTuple):
@@ -26,7 +25,7 @@ class SplitText(NamedTuple):
     rule: str
 
     @classmethod
-    def read(cls, corpus: Corpus, file: BinaryIO, limit: int) -> SplitText:
+    def read(cls, corpus: Corpus, file: BinaryIO, limit: int) -> Self:
         """Write a corpus, at most `limit` bytes of it (0: all), to `file`, and split it."""
         lengths, hashes = _write(corpus.train, file, limit)
         if corpus.validation is None:
@@ -44,21 +43,16 @@ class SplitText(NamedTuple):
     def documents(self, numbers: np.ndarray, what: str) -> Iterator[str]:
         """Yield the documents with these indices; `what` labels the progress bar."""
         starts = np.cumsum(self.lengths) - self.lengths
-        with _bar(self.file, "read", what, int(self.lengths[numbers].sum())) as file:
+        with tqdm.wrapattr(self.file, "read", int(self.lengths[numbers].sum()), desc=what, **BAR) as file:
             for i in numbers:
                 file.seek(int(starts[i]))
                 yield file.read(int(self.lengths[i])).decode()
 
 
-def _bar(file: BinaryIO, method: str, what: str, total: int | None) -> Any:
-    """Wrap a file so that a progress bar shows the bytes read or written, if stderr is a terminal."""
-    return tqdm.wrapattr(file, method, total, desc=what, leave=False, disable=None)
-
-
 def _write(documents: Documents, file: BinaryIO, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Append at most `limit` bytes (0: all) of documents to `file`; return their lengths in bytes and unit hashes."""
     lengths, hashes, left = array("Q"), bytearray(), limit or float("inf")
-    with _bar(file, "write", "reading text", limit or None) as out:
+    with tqdm.wrapattr(file, "write", limit or None, desc="reading text", **BAR) as out:
         for unit, text in documents:
             data = text.replace(END, "").encode(errors="replace")
             if len(data) >= left:  # cut the last document, but not within a character

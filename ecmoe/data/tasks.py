@@ -5,8 +5,6 @@ with TASK/train.jsonl and TASK/validation.jsonl in the Hub's columns. `lines` is
 library (PSF licence) code, 0, or docstring prose, 1? No module is in both training and validation.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +53,7 @@ class Examples(NamedTuple):
 def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Examples]:
     """Load the training and validation examples of one of `TASKS`, in the source's order.
 
-    folder: local copies, PATH or PATH#HASH of their content; a task missing there is loaded from the Hub.
-    """
+    folder: local copies, PATH or PATH#HASH of their content; a task missing there is loaded from the Hub."""
     if name not in TASKS:
         raise ConfigError(f"task {name!r}: {nearest(name, TASKS)}")
     task, what, there = TASKS[name], f"task {name!r}", "a folder of local copies"

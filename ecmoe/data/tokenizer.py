@@ -52,13 +52,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(texts, trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    how = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
+    fast.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **how))
     if (found := fast.get_vocab_size()) != vocab_size:
         remedy = "set at most that many (at least 257), raise max_bytes, or take a larger corpus"
         raise ConfigError(f"vocab_size={vocab_size}: the corpus gives only {found} tokens; {remedy}")
