@@ -108,16 +108,16 @@ def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {type(value).__name__}, not a dict")
+        if sealed:
+            value.pop("check", None)
+            whole = value | {"check": check_sum(value)}
+            # The checksum is of values, and other digits may be the same float, so compare the text.
+            if text not in (_json_text(whole, indent=1), _json_text(whole, indent=None)):
+                raise ValueError("its check sum doesn't match: it was changed after it was written")
+    except (ValueError, RecursionError) as error:  # also invalid JSON or UTF-8
         raise Damaged(path, error) from error
-    if not isinstance(value, dict):
-        raise Damaged(path, f"it holds {type(value).__name__}, not a dict")
-    if sealed:
-        check = value.pop("check", None)
-        whole = check == check_sum(value)
-        # The checksum is of values, and other digits may be the same float, so compare the text, too.
-        if not whole or all(text != _json_text({**value, "check": check}, indent) for indent in (1, None)):
-            raise Damaged(path, "its check sum doesn't match: it was changed after it was written")
     return value
 
 
@@ -149,12 +149,8 @@ def seal(path: Path) -> None:
 
 def sealed(path: Path) -> bool:
     """Return whether the file still matches the SHA-256 that `seal` appended."""
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        memoryview(content) as view,
-    ):
-        return hashlib.sha256(view[:-64]).hexdigest().encode() == view[-64:]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(memoryview(content)[:-64]).hexdigest().encode() == content[-64:]
 
 
 def content_sha256(files: Mapping[str, Path]) -> str:
