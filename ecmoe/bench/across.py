@@ -1,4 +1,4 @@
-"""Time a layer whose experts are spread over GPUs, against its floor: a GPU's six matrix products, its experts on tokens
+"""Time a layer whose experts are spread over GPUs, against its floor: six matrix products, of a GPU's experts and tokens
 of all GPUs.
 
 A process per GPU does the timing. It imports no more than the layer, as starting takes longer than measuring.
@@ -27,9 +27,7 @@ from ecmoe.routers import bucket_size
 def bench_across(
     sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int
 ) -> Iterator[pd.DataFrame]:
-    """Time expert-parallel layers on each number of GPUs, with n tokens on each GPU.
-
-    sizes: name -> n, d_model, d_ff, num_experts. devices: numbers of GPUs. repeats: of each row.
+    """Time expert-parallel layers on each number of GPUs. sizes: name -> n (tokens of a GPU), d_model, d_ff, num_experts.
 
     Yields the table so far, after each size and number: a row per size, number and part (forward; forward + backward),
     with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory. `attrs["absent"]` lists

@@ -25,19 +25,18 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
     base: n, d_model, d_ff, num_experts, capacity_factor. axes: a name in `AXES` -> values; d_ff is scaled with d_model.
     Raises a ConfigError before anything is timed if k = n c / e is not a whole number, or an axis is unknown."""
     check_known("axes", axes, AXES)
-    points = []
+    points, rows, absent = [], [], []
     for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
-        size = dict(base) | {axis: value}
+        size = {**base, axis: value}
         size["d_ff"] = base["d_ff"] * size["d_model"] // base["d_model"]
-        points.append((axis, value, size, bucket_size(size["n"], size["num_experts"], size["capacity_factor"])))
-    rows, absent = [], []
-    for axis, value, size, k in points:
+        points.append((axis, size, bucket_size(size["n"], size["num_experts"], size["capacity_factor"])))
+    for axis, size, k in points:
         layer, x, gradient = layer_and_input(**size, kernels="auto")
         both = forward_and_both(layer, x, layer, gradient)[BOTH]
         found = timing.timed({("layer",): both, ("floor",): floor(layer, x[0], k)[BOTH]}, repeats)
         absent += found.absent
         if len(found.times) == 2:
-            row = {"axis": axis, "value": value} | timing.spread(found.times["layer",])
+            row = {"axis": axis, "value": size[axis]} | timing.spread(found.times["layer",])
             rows.append(row | {"floor_ms": 1e3 * statistics.median(found.times["floor",])})
     return timing.tabled(rows, absent, dict(base) | {"repeats": repeats})
 

@@ -8,6 +8,7 @@ are timed too, also in a CUDA graph, and routing alone. tests/kernels checks the
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 import torch
@@ -38,26 +39,24 @@ def bench_layer(
     TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of routing alone (scores to
     assignment) over the forward floor's. over_uncapped: relative extra time due to a cap, on the same path. `attrs`
     contain the setting, and in `absent` what could not be timed, and why."""
-    device = timing.this_device()
-    size = sized(device.type, sizes, OF_LAYER) | {"capacity_factor": capacity_factor}
+    size = sized(timing.this_device().type, sizes, OF_LAYER) | {"capacity_factor": capacity_factor}
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # raises before any time is spent
     first, x, gradient = layer_and_input(**size)
     layers, absent = _layers(first)
     ours = [row for row in layers if row.layer.startswith("EC")]
-    steps: dict[Row, Callable] = dict(layers)
+    calls = _parts(Row("floor"), floor(first, x[0], k))
+    for row, layer in layers.items():
+        calls |= _parts(row, forward_and_both(layer, x, layer, gradient))
     for row, layer in layers.items() if compiled else ():
         # Others are caps, or have graph breaks, and would take minutes to compile.
         if row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm"))):
-            steps[row._replace(mode=COMPILED)] = torch.compile(layer, dynamic=False)
-    calls = _parts(Row("floor"), floor(first, x[0], k))
-    for row, step in steps.items():
-        calls |= _parts(row, forward_and_both(step, x, layers[row._replace(mode=EAGER)], gradient))
+            step = torch.compile(layer, dynamic=False)
+            calls |= _parts(row._replace(mode=COMPILED), forward_and_both(step, x, layer, gradient))
     calls |= {row._replace(what=ROUTING): _routing(layers[row], x[0].detach()) for row in ours}
 
     def uncapped(works: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
-        for module in (part for layer in layers.values() for part in layer.modules()):
-            if getattr(module, "aux_loss", None) is not None:  # its autograd graph ties x to a stream not captured
-                module.aux_loss = None
+        for layer in layers.values():
+            layer.aux_loss = None  # its autograd graph ties x to a stream not captured
         wanted = {row: call for row, call in works.items() if row._replace(what="") in ours and not row.variant}
         return graphs(wanted, absent)  # to show the cost of kernel launches; token choice may wait for the device
 
@@ -81,26 +80,22 @@ def bench_auto(
     for size in sizes:
         plain, x, gradient = layer_and_input(**size, d_ff=4 * size["d_model"], num_experts=num_experts)
         auto = _twin(plain, ExpertChoice(size["d_model"], num_experts, 2.0), "auto")
+        once = compiled and not torch.compile(auto.router.fast, dynamic=False)(x, size["n"])
         calls: dict[Row, Call] = {}
-        for path, layer in {PLAIN: plain, "auto": auto}.items():
-            for mode in (EAGER, COMPILED)[: 1 + compiled]:
+        for path, mode in product((PLAIN, "auto"), (EAGER, COMPILED)[: 1 + compiled]):
+            if not once or (path, mode) != ("auto", COMPILED):
+                layer = plain if path == PLAIN else auto
                 step = torch.compile(layer, dynamic=False) if mode == COMPILED else layer
                 calls |= _parts(Row("EC-CF2", "", path, mode), forward_and_both(step, x, layer, gradient))
-        once: list[Row] = []
-        if compiled and not torch.compile(auto.router.fast, dynamic=False)(x, size["n"]):
-            once = [row for row in calls if row.path == "auto" and row.mode == COMPILED]
-        found = timing.timed(
-            {row: call for row, call in calls.items() if row not in once},
-            repeats,
-            lambda works, no: graphs({r: c for r, c in works.items() if r.mode == EAGER}, no),
-        )
+        eager = lambda works, no: graphs({row: call for row, call in works.items() if row.mode == EAGER}, no)  # noqa: E731
+        found = timing.timed(calls, repeats, eager)
         absent += found.absent
         ms = {row: 1e3 * statistics.median(samples) for row, samples in found.times.items()}
-        for row in [row for row in ms if row.path == PLAIN]:
-            chosen = row._replace(path="auto")
-            if took := ms.get(row if chosen in once else chosen):
-                path = PLAIN if chosen in once or not kernels_run(x.device) else KINDS[0]
-                took = {"path": path, "plain_ms": ms[row], "auto_ms": took, "ratio": took / ms[row]}
+        for row in ms:
+            chosen = row if once and row.mode == COMPILED else row._replace(path="auto")
+            if row.path == PLAIN and chosen in ms:
+                path = PLAIN if chosen == row or not kernels_run(x.device) else KINDS[0]
+                took = {"path": path, "plain_ms": ms[row], "auto_ms": ms[chosen], "ratio": ms[chosen] / ms[row]}
                 rows.append({**size, "mode": row.mode, "what": row.what, **took})
     return timing.tabled(rows, absent, {"num_experts": num_experts, "repeats": repeats})
 
@@ -136,29 +131,27 @@ def _parts(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
 
 
 def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
-    """Return expert choice on each path and with caps, and token choice with as many slots and without dropping, all on the
+    """Return expert choice on each path and with caps, and token choice with as many slots and without dropping, all with the
     weights of `first`; and what is absent."""
     kinds = KINDS if kernels_run(first.w1.device) else ()
     d, e, c = first.router.d_model, first.router.num_experts, first.router.capacity_factor
     k = min(max(round(c), 1), e)
     ec, top = Row(f"EC-CF{c:g}"), Row(f"top-{k}")
     routers: dict[Row, nn.Module] = {ec._replace(path=path): ExpertChoice(d, e, c) for path in (PLAIN, *kinds)}
-    for b in CAPS:
-        if c <= b < e:
-            path = kinds[0] if kinds else PLAIN  # with kernels, skip the plain solver, which takes seconds per call
-            routers[ec._replace(variant=f"cap {b}", path=path)] = ExpertChoice(d, e, c, b)
+    for b in [b for b in CAPS if c <= b < e]:
+        path = kinds[0] if kinds else PLAIN  # with kernels, skip the plain solver, which takes seconds per call
+        routers[ec._replace(variant=f"cap {b}", path=path)] = ExpertChoice(d, e, c, b)
     for variant, share in {f"capacity {c:g} n/e": c / k, "nothing dropped": None}.items():
         for path in (PLAIN, *kinds[:1]):
             routers[top._replace(variant=variant, path=path)] = TokenChoice(d, e, k, share, gate="renormalized")
     layers: dict[Row, nn.Module] = {row: _twin(first, router, row.path) for row, router in routers.items()}
     *_, dropless = layers.values()
-    others, absent = peers(dropless)
-    others = {"grouped_mm": Grouped(dropless)} | others
+    found, absent = peers(dropless)
+    others = {"grouped_mm": Grouped(dropless), **found}
     return layers | {top._replace(variant=name): other for name, other in others.items()}, absent
 
 
 def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
-    """Return a layer with another router that shares the weights of `first`."""
     layer = MoE(router, router.d_model, 1, kernels=kernels)
     layer.w1, layer.w2, router.weight = first.w1, first.w2, first.router.weight
     return layer.to(first.w1.device)
@@ -190,11 +183,11 @@ def _rows(found: timing.Timed, flops: float) -> list[dict]:
     """Return the rows of `bench_layer`'s table; flops: of the two forward products."""
     medians = {row: statistics.median(samples) for row, samples in found.times.items()}
     rows = []
-    for row, samples in found.times.items():
-        took, routing, peak = medians[row], row.what == ROUTING, found.memory.get(row)
+    for row, took in medians.items():
+        routing, peak = row.what == ROUTING, found.memory.get(row)
         share = medians[Row("floor", what=FORWARD if routing else row.what)] / took
         uncapped = medians.get(row._replace(variant="")) if row.variant.startswith("cap ") else None
-        rows.append(row._asdict() | timing.spread(samples) | {
+        rows.append(row._asdict() | timing.spread(found.times[row]) | {
             "share_of_floor": None if routing else share,
             "of_forward_floor": 1 / share if routing else None,
             "over_uncapped": took / uncapped - 1 if uncapped else None,
@@ -227,15 +220,11 @@ def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
 def forward_and_both(step: Callable, x: Tensor, layer: nn.Module, gradient: Tensor) -> dict[str, Call]:
     """Return calls of the step alone, and with gradients for x and all weights of the layer."""
     wanted = [x, *layer.parameters()]
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(step(x), wanted, grad_outputs=gradient, allow_unused=True)
-
+    both = lambda: torch.autograd.grad(step(x), wanted, grad_outputs=gradient, allow_unused=True)  # noqa: E731
     return {FORWARD: torch.no_grad()(lambda: step(x)), BOTH: both}
 
 
 def _routing(layer: MoE, x: Tensor) -> Call:
-    """Return a call of routing alone, from logits to the assignment."""
     with torch.no_grad():
         logits = layer.router.logits(x)
     return lambda: layer.router.assign(logits)

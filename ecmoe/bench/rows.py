@@ -34,7 +34,8 @@ def sized(kind: str, given: Mapping[str, int], keys: Iterable[str] = tuple(SIZES
 
 
 class Row(NamedTuple):
-    """A layer ("floor", "EC-CF2", "top-2"), its variant, its implementation (path), mode, and the part timed (what)."""
+    """A layer ("floor", "EC-CF2", "top-2"), its variant, implementation (path), mode, and the part timed (what). As text:
+    the fields, without the path "plain" and the mode "eager"."""
 
     layer: str
     variant: str = ""
@@ -43,8 +44,7 @@ class Row(NamedTuple):
     what: str = ""
 
     def __str__(self) -> str:
-        """Join the fields, leaving out the path "plain" and the mode "eager"."""
-        return named(self._replace(path=self.path.replace(PLAIN, ""), mode=self.mode.replace(EAGER, "")))
+        return named(tuple(field for field in self if field not in (PLAIN, EAGER)))
 
 
 def named(key: tuple[str, ...]) -> str:

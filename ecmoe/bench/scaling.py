@@ -32,17 +32,15 @@ def bench_scaling(
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool.
 
-    base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices, in the order of training.
-    strategies: as in RunConfig. pools: on several devices, which tokens compete: those of a rank ("rank"), or of all
-    ranks ("batch"). A router without the key `pool` is trained once. repeats: samples of `EVERY` steps, after one that
-    isn't counted.
+    base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices, in the order of training. pools:
+    on several devices, which tokens compete: those of a rank ("rank"), or of all ranks ("batch"). A router without the
+    key `pool` is trained once. repeats: samples of `EVERY` steps, after one that isn't counted.
 
     Yields the table so far, after each run: a row per strategy, pool and number of devices, with milliseconds of a step
     and quartiles, tokens per second, of_ideal (share of linear speed-up), and the first rank's peak memory. `attrs`
     contain the setting, and in `absent` what could not be trained."""
     length = {"steps": EVERY * (repeats + 1), "eval_every": EVERY, "eval_batches": 1, "checkpoint_every": 10**9}
-    rows: list[dict[str, Any]] = []
-    absent: list[str] = []
+    rows, absent = [], []
     pools = pools if "pool" in RunConfig.from_dict(base).row.keys else ["batch"]
     ways = [(n, *way) for n in devices for way in (product(strategies, pools) if n > 1 else [("auto", "batch")])]
     for n, strategy, pool in ways:

@@ -7,9 +7,6 @@ of one model. The learning rate is 0: the optimiser does all its work, but no st
 Each arm is timed with several implementations (paths): "triton", our kernels; for token choice "grouped_mm", which
 drops nothing; "plain", if there are no kernels, and for the two arms of C2; for these two, also the kernels in a CUDA
 graph. The fastest path counts. Token choice is timed with its router's choices and, as its best case, forced balance.
-
-`bench_study` times the arms of a study, each as its runs are trained. The runs' own times aren't comparable, because
-the runs come from several machines, and may have shared them.
 """
 
 import contextlib
@@ -58,23 +55,24 @@ class Row(NamedTuple):
 
 
 def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd.DataFrame:
-    """Time a training step of each of `ARMS`. repeats: number of timings, at least 2. compiled: compile each block with
-    torch.compile. sizes: replace the device's defaults in `SIZES`.
+    """Time a training step of each of `ARMS`. repeats: at least 2. compiled: with torch.compile, block by block. sizes:
+    replace the device's defaults in `SIZES`.
 
     Returns a row per `Row`: its fields, milliseconds with quartiles, tokens per second, MFU (model FLOP/s over the
     device's bf16 peak, if known), peak memory on a GPU, and all repeats in samples_ms; `attrs` contain the setting."""
-    device, configs = timing.this_device(), arms(sizes)
-    found = timing.timed(steps(configs, device, compiled=compiled), repeats)
-    rows = [
-        row._asdict() | {"peak_mb": (memory := found.memory[row]) and memory[1]} | _measured(configs[row.arm], samples)
-        for row, samples in found.times.items()
-    ]
+    configs, rows = arms(sizes), []
+    found = timing.timed(steps(configs, timing.this_device(), compiled=compiled), repeats)
+    for row, samples in found.times.items():
+        memory = found.memory[row]
+        rows.append(row._asdict() | {"peak_mb": memory and memory[1]} | _measured(configs[row.arm], samples))
     return timing.tabled(rows, found.absent, setting(sizes) | {"repeats": repeats})
 
 
 def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
-    """Time a step of every arm of a study (name -> config, text only), on random tokens and with learning rate 0. Return a
-    row per arm, as in `bench_step`, but without peak memory, because the models of all arms are in memory."""
+    """Time a step of every arm of a study (name -> config, text only) as its runs are trained, but with learning rate 0.
+    The runs' own times aren't comparable: they come from several machines, and may have shared them.
+
+    Returns a row per arm, as in `bench_step`, but without peak memory, because the models of all arms are in memory."""
     device = timing.this_device()
     # Only one step runs at a time, so their CUDA graphs can share memory.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -85,14 +83,12 @@ def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.Da
 
 
 def _measured(config: RunConfig, samples: list[float]) -> dict[str, Any]:
-    """Return a table's columns for a step, from its seconds in each turn."""
     rate = config.batch_size * config.sequence_length / statistics.median(samples)
     took = {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak_flops()}
     return timing.spread(samples) | took | {"samples_ms": [1e3 * seconds for seconds in samples]}
 
 
 def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
-    """Return a step as runs take it: compiled, and in a CUDA graph, if the config says so."""
     lit = LitModel(config, torch.ones(config.vocab_size)).to(device)  # counts affect only how hash routing balances
     optimizer = lit.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
@@ -122,8 +118,8 @@ def arms(sizes: Mapping[str, int]) -> dict[str, RunConfig]:
 def setting(sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the setting that all arms share."""
     kind = timing.this_device().type
-    products = "bfloat16" if kind == "cuda" else "float32"
-    return sized(kind, sizes) | {"parameters": "float32", "products": products, "optimizer": "AdamW, float32 moments"}
+    computed = {"parameters": "float32", "products": "bfloat16" if kind == "cuda" else "float32"}
+    return sized(kind, sizes) | computed | {"optimizer": "AdamW, float32 moments"}
 
 
 def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: bool) -> dict[Row, Call]:
@@ -142,11 +138,11 @@ def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: b
             twin = _twin(lit, config, path)
             if compiled:
                 twin.model.compile_blocks()
-            for routing in ("own", "even") if tokens else ("own",):
-                row = Row(arm, routing, path, COMPILED if compiled else EAGER)
-                even = routing == "even"
+            captured = arm in PAIR and path == "triton" and graph.capturable(twin)
+            for routing in ("own", "even")[: 1 + tokens]:
+                row, even = Row(arm, routing, path, COMPILED if compiled else EAGER), routing == "even"
                 calls[row] = step_of(twin, optimizer, batch, even)
-                if arm in PAIR and path == "triton" and graph.capturable(twin):
+                if captured:
                     mode = named((COMPILED * compiled, GRAPH))
                     calls[row._replace(mode=mode)] = step_of(twin, optimizer, batch, even, pool)
     # Graphs last, because a failed capture leaves little memory for other steps.
@@ -156,19 +152,17 @@ def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: b
 def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
     """Return a model with the router of another config that shares `lit`'s parameters."""
     twin = copy.deepcopy(lit, {id(p): p for p in lit.parameters()})
-    for block in twin.model.blocks:
-        if block.moe is None:
-            continue
-        weight, sizes = block.moe.router.weight, (config.d_model, config.num_experts)
+    for layer in twin.model.moe_layers:
+        weight, sizes = layer.router.weight, (config.d_model, config.num_experts)
         router: Router = ExpertChoice(*sizes, config.capacity_factor, gate=config.gate)
         if config.router == "token_choice":
             router = Even(*sizes, config.top_k, config.capacity_factor, gate=config.gate).to(weight.device)
             router.prepare(config.batch_size * config.sequence_length)
         router.weight = weight
-        block.moe.router = router.to(weight.device)
-        block.moe.kernels = "auto" if path == "grouped_mm" else path
-        if path == "grouped_mm":
-            block.moe = Grouped(block.moe)
+        layer.router, layer.kernels = router.to(weight.device), "auto" if path == "grouped_mm" else path
+    if path == "grouped_mm":
+        for block in twin.model.blocks:
+            block.moe = block.moe and Grouped(block.moe)
     twin.routers = routers(twin)
     return twin
 
