@@ -54,20 +54,17 @@ def judged(scale: str, *claims: str) -> None:
 def told(scale: str, claim: str, *parts: str) -> str:
     """Return the sentences of these parts of a claim, for a caption; "" at scale smoke, whose numbers are meaningless."""
     said = {part.name: part.sentence for part in judge(claim, scale).parts}
-    sentences = [said[name] for name in parts if scale != "smoke"]
-    return " ".join(f"{capital(text)}." for text in sentences)
+    return " ".join(f"{capital(said[name])}." for name in parts if scale != "smoke")
 
 
 def at_size(scale: str, page: str, *claims: str) -> pd.DataFrame:
     """Return claims judged on another page's arms beside the original verdicts, a row per part with runs there; empty at smoke."""
     rows = []
     for claim in claims:
-        own = {part.name: part for part in judge(claim, scale).parts}
-        for here in [part for part in judge(claim, scale, page=page).parts if part.label not in (NOT_RUN, PLUMBING)]:
-            study = own[here.name]
-            row = {"claim": claim, "part": here.name, "here": found(here), "verdict here": here.label}
-            rows.append(row | {"in the study": found(study), "its verdict": study.label})
-    return pd.DataFrame(rows)
+        own = {part.name: (found(part), part.label) for part in judge(claim, scale).parts}
+        there = [part for part in judge(claim, scale, page=page).parts if part.label not in (NOT_RUN, PLUMBING)]
+        rows += [(claim, part.name, found(part), part.label, *own[part.name]) for part in there]
+    return pd.DataFrame(rows, columns=["claim", "part", "here", "verdict here", "in the study", "its verdict"])
 
 
 def judged_html(verdict: ClaimVerdict) -> Markup:
@@ -85,15 +82,12 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
         missing = ", ".join(f"{arm} (seed {seed})" for arm, seed in part.missing)
         seeds = part.effect.sample + f"; missing: {missing}" * bool(missing)
         seeds += f"; {not_recorded(part.of, part.unrecorded)}" * bool(part.unrecorded)
-        either = ", up or down" * (part.unit is Unit.RATIO)
-        smallest = part.effect.smallest(part.level, protocol().power)
-        seen = amount(smallest, part.unit, compares=True) + either if part.interval else None
-        rows.append(
-            (part.name, part.label, found(part), seeds if part.effect.n or part.unrecorded else None, part.rule, seen)
-        )
-    frame = pd.DataFrame(
-        rows, columns=["part", "verdict", "found", "seeds", "reproduced if", "minimum detectable effect"]
-    )
+        smallest = amount(part.effect.smallest(part.level, protocol().power), part.unit, compares=True)
+        smallest += ", up or down" * (part.unit is Unit.RATIO)
+        seeds, seen = seeds if part.effect.n or part.unrecorded else None, smallest if part.interval else None
+        rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
+    columns = ["part", "verdict", "found", "seeds", "reproduced if", "minimum detectable effect"]
+    frame = pd.DataFrame(rows, columns=columns)
     if label == PLUMBING:  # numbers at scale smoke are meaningless
         return table_html(frame[["part", "reproduced if"]])
     return table_html(frame, "", {"verdict": partial(markup, "badge")})

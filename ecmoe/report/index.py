@@ -1,7 +1,7 @@
 """Write index.html of a scale: summary, number of claims per label, a line per claim, all pages, and a search over them.
 
-Each claim's line unfolds to its parts; a figure shows all effects. The search is a short script, the only one in any page; the
-Content-Security-Policy allows it by its digest. The searched text is part of index.html, so no network or server is needed.
+The search is a short script, the only one in any page; the Content-Security-Policy allows it by its digest. The searched text
+is part of index.html, so no network or server is needed.
 """
 
 import base64
@@ -145,8 +145,8 @@ def markdown(name: str, verdicts: Verdicts, scale: str) -> str:
     return environment.get_template(f"{name}.md.j2").render(verdicts=verdicts.values(), scale=scale)
 
 
-def studies(scale: str) -> pd.DataFrame:
-    """Return a row per page: how many runs of its plan are done (pages share runs), and which are missing."""
+def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
+    """Return a table with a row per page: how many runs of its plan are done, and which are missing. pages: as in `scoreboard_html`."""
     rows = []
     for page in plan.pages(scale):
         planned, missing = plan.sound(scale, [page])[0], {}  # an invalid page reports its own error
@@ -154,18 +154,16 @@ def studies(scale: str) -> pd.DataFrame:
             if engine.lacks(one, scale):
                 missing.setdefault(one.arms[0], []).append(str(one.seed))
         there = len(planned) - sum(map(len, missing.values()))
-        text = "; ".join(f"{arm} (seed {', '.join(seeds)})" for arm, seeds in missing.items())
+        text = (
+            "; ".join(f"{arm} (seed {', '.join(seeds)})" for arm, seeds in missing.items()) if there else "all of them"
+        )
+        if len(text) >= 120:
+            text = markup("folded", f"{len(missing)} arms", text)
         if planned:
-            rows.append((page, f"{there} of {len(planned)}", text if there else "all of them"))
-    return pd.DataFrame(rows, columns=["page", "runs", "missing"])
-
-
-def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
-    """Return a table of every page's runs, the missing ones, and the command to train them. pages: as in `scoreboard_html`."""
+            rows.append((markup("page_link", page, pages.get(page)), f"{there} of {len(planned)}", text))
     caption = f"Pages share runs; \u201c{reproduce(scale)}\u201d trains what is missing, and nothing else."
-    fold = lambda text: text if len(text) < 120 else markup("folded", f"{text.count(';') + 1} arms", text)  # noqa: E731
-    link = lambda name: markup("page_link", name, pages.get(name))  # noqa: E731
-    return table_html(studies(scale), caption, {"page": link, "missing": fold})
+    # As objects: columns of strings would turn Markup into text.
+    return table_html(pd.DataFrame(rows, columns=["page", "runs", "missing"], dtype=object), caption)
 
 
 def _pages(folder: Path) -> Iterator[dict[str, Any]]:

@@ -4,14 +4,13 @@ import html
 import math
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ecmoe.study.units import between
 
@@ -29,18 +28,13 @@ COLORS = {
     "not run": "#5f6368",
     "plumbing only": "#5f6368",
 }
+_TEMPLATES = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
+_TEMPLATES.globals |= {"colors": COLORS, "between": between}
 
 
-@cache
-def _macros() -> Any:
-    environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-    environment.globals |= {"colors": COLORS, "between": between}
-    return environment.get_template("parts.html.j2").module
-
-
-def markup(name: str, *args: Any, **kwargs: Any) -> Markup:
+def markup(name: str, *args: Any) -> Markup:
     """Call a macro of parts.html.j2. Arguments are escaped, unless they are Markup."""
-    return getattr(_macros(), name)(*args, **kwargs)
+    return getattr(_TEMPLATES.get_template("parts.html.j2").module, name)(*args)
 
 
 def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}) -> Markup:
@@ -51,9 +45,11 @@ def table_html(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, For
     unknown = [name for name in formats if name not in frame.columns]
     if unknown:
         raise ValueError(f"formats names {unknown}, but the columns are {list(frame.columns)}")
-    written = lambda name: " ".join(_WRITTEN.get(word, word) for word in str(name).replace("_", " ").split(" "))  # noqa: E731
-    heads = [(written(name), _is_numeric(frame[name])) for name in frame.columns]
-    cells = [[_cell(v, formats.get(name) or _by_size(frame[name])) for v in frame[name]] for name in frame.columns]
+    heads, cells = [], []
+    for name, column in frame.items():
+        words = (_WRITTEN.get(word, word) for word in str(name).replace("_", " ").split(" "))
+        heads.append((" ".join(words), _is_numeric(column)))
+        cells.append([_cell(value, formats.get(name) or _by_size(column)) for value in column])
     return markup("table", heads, list(zip(*cells, strict=True)), caption)
 
 
@@ -74,7 +70,7 @@ def _is_numeric(column: pd.Series) -> bool:
 def _by_size(column: pd.Series) -> Format:
     """Choose a format: thousands separators for whole numbers, else fewer decimals the larger the numbers are."""
     if not _is_numeric(column):
-        return str
+        return escape  # which leaves Markup as it is
     finite = column.dropna().abs()
     if (finite == finite.round()).all():
         return ",.0f"

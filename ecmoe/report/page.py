@@ -28,16 +28,17 @@ def show(plot: Plot, caption: str) -> None:
     A sentence about intervals, or else means, is added to the caption of a figure that has any over several seeds."""
     if plot.figure is None:
         show_html(markup("not_run_yet", caption))
-    else:
-        rows = plot.data.reindex(columns=["seeds", "low"]).query("seeds > 0")
-        seeds, of_interval = rows["seeds"], rows["seeds"][rows["low"].notna()]
-        if len(of_interval):
-            level, n = f"{100 * protocol().level:g}%", between(of_interval, "g")
-            fewer = "; fewer have none" * (len(of_interval) < len(seeds))
-            caption += f" Intervals: {level} over {n} seeds, each by itself{fewer}."
-        elif (seeds > 1).any():
-            caption += f" Means over {between(seeds, 'g')} seeds."
-        show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
+        return
+    rows = plot.data.reindex(columns=["seeds", "low"]).query("seeds > 0")
+    seeds, of_interval = rows["seeds"], rows["seeds"][rows["low"].notna()]
+    if len(of_interval):
+        fewer = "; fewer have none" * (len(of_interval) < len(seeds))
+        caption += (
+            f" Intervals: {100 * protocol().level:g}% over {between(of_interval, 'g')} seeds, each by itself{fewer}."
+        )
+    elif (seeds > 1).any():
+        caption += f" Means over {between(seeds, 'g')} seeds."
+    show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")
 
 
 def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}, fold: str = "") -> None:
@@ -53,11 +54,11 @@ def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, For
 
 def show_runs(table: pd.DataFrame, columns: Sequence[str], caption: str = "") -> None:
     """Show a folded table with a row per run, and the names of missing runs in its caption."""
-    there = table[table["status"] != "not run"]
-    missing = table.loc[table["status"] == "not run"].groupby("arm", sort=False)["seed"]
-    named = "; ".join(f"{arm} (seed {', '.join(map(str, seeds))})" for arm, seeds in missing)
-    if named:
-        caption += f" Not run: {named}."
+    lacking = table["status"] == "not run"
+    there, missing = table[~lacking], table[lacking].groupby("arm", sort=False)["seed"]
+    if len(missing):
+        named = (f"{arm} (seed {', '.join(map(str, seeds))})" for arm, seeds in missing)
+        caption += f" Not run: {'; '.join(named)}."
     columns = ["arm", "seed", *["status"] * bool((there["status"] != "finished").any()), *columns]
     show_table(there.reindex(columns=columns), caption, fold=f"{len(there)} of {len(table)} runs, one by one")
 
@@ -127,16 +128,14 @@ def _distinct(summaries: list[dict[str, Any]], key: str, default: Any = "unknown
 
 
 def _data_text(data: Mapping[str, Any]) -> str:
-    size, tokens = "", data.get("train_tokens")
-    if tokens:
-        unit = data.get("tokenizer", "tokens")
-        size = f"{tokens:,} training tokens ({unit}, vocabulary {data.get('vocab_size')})"
-    elif data.get("train_images"):
-        shape = " x ".join(map(str, data["shape"]))
-        size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
-    parts = data.get("parts") or [data]  # of a mix
-    silent = {key for key in ("attribution", "licence") if all(part.get(key) == "not stated" for part in parts)}
-    licence = "not recorded, see README.md" if "licence" in silent else data.get("licence", "unknown")
-    attribution = None if "attribution" in silent else data.get("attribution")
-    digest = f"digest {str(data.get('digest', 'unknown'))[:12]}"
-    return "; ".join(filter(None, (data.get("name", "unknown"), attribution, f"licence: {licence}", size, digest)))
+    of, size = {"name": "unknown", "licence": "unknown", "digest": "unknown", "tokenizer": "tokens"} | dict(data), None
+    if of.get("train_tokens"):
+        size = f"{of['train_tokens']:,} training tokens ({of['tokenizer']}, vocabulary {of.get('vocab_size')})"
+    elif of.get("train_images"):
+        shape = " x ".join(map(str, of["shape"]))
+        size = f"{of['train_images']:,} training and {of['val_images']:,} validation images ({shape})"
+    for key, silent in {"attribution": None, "licence": "not recorded, see README.md"}.items():
+        if all(part.get(key) == "not stated" for part in of.get("parts") or [of]):  # of a mix
+            of[key] = silent
+    said = of["name"], of.get("attribution"), f"licence: {of['licence']}", size, f"digest {str(of['digest'])[:12]}"
+    return "; ".join(filter(None, said))

@@ -1,7 +1,6 @@
 """Generate parts of README.md from committed results: the summary and its figure, the claims, the layer's speed.
 
-Each part is between two marks, such as <!-- claims:begin --> and <!-- claims:end -->. A test fails if the text there differs
-from what the results give.
+Each part is between two marks, such as <!-- claims:begin --> and <!-- claims:end -->.
 """
 
 import html

@@ -58,28 +58,27 @@ def pages(tmp_path, monkeypatch):
 
 
 def test_every_page_says_what_is_missing(pages):
-    rows = index.studies("gpu")
-    assert rows["page"].tolist() == ["01_a", "02_b", "04_d"]
-    assert rows["runs"].tolist() == ["1 of 1", "3 of 6", "1 of 2"]  # one that diverged is a finding
-    assert rows["missing"].tolist() == ["", "GShard (seed 0, 2); EC (seed 2)", "EC (seed 2)"]
-
-
-def test_shown_with_the_command_that_repeats_it(pages):
     page = BeautifulSoup(index.studies_html("gpu", {"02_b": "02_b.failed.html"}), "html.parser")
     assert "make reproduce SCALE=gpu" in page.caption.text and not page.find("details")
-    assert [row.th.text for row in page.tbody.find_all("tr")] == ["01_a", "02_b", "04_d"]
+    assert [[cell.text for cell in row.find_all(["th", "td"])] for row in page.tbody.find_all("tr")] == [
+        ["01_a", "1 of 1", ""],
+        ["02_b", "3 of 6", "GShard (seed 0, 2); EC (seed 2)"],  # one that diverged is a finding
+        ["04_d", "1 of 2", "EC (seed 2)"],
+    ]
     assert [a["href"] for a in page.find_all("a")] == ["02_b.failed.html"]  # the other isn't there yet
-
-
-def test_a_long_list_of_what_is_missing_is_folded(monkeypatch):
-    missing = {n: "; ".join(f"arm {i:03} s0" for i in range(n)) for n in (9, 10)}  # 106 characters, and 118
-    missing |= {11: missing[10] + "; x s1"}
-    rows = pd.DataFrame([("01_a", "1 of 9", text) for text in missing.values()], columns=["page", "runs", "missing"])
-    monkeypatch.setattr(index, "studies", lambda scale: rows)
+    (paths.configs() / "scale/smoke.yaml").write_text("scale: smoke\nbase: {}\n")
     assert "\u201cmake reproduce\u201d trains" in index.studies_html("smoke", {})
-    cells = BeautifulSoup(index.studies_html("gpu", {}), "html.parser").find_all(attrs={"data-of": "missing"})
-    assert [bool(cell.details) for cell in cells] == [False, False, True]
-    assert cells[2].summary.text == "11 arms" and missing[11] in cells[2].details.text and cells[0].text == missing[9]
+
+
+@pytest.mark.parametrize(("arm", "folded"), [("x" * 94, False), ("x" * 95, True)])  # 119 characters, and 120
+def test_a_long_list_of_what_is_missing_is_folded(pages, arm, folded):
+    arms = paths.configs() / "arms.yaml"
+    arms.write_text(f"{arms.read_text()}{arm}: {{gate: renormalized}}\nother: {{gate: scaled}}\n")
+    (paths.configs() / "01_a.yaml").write_text(f"arms: [EC, {arm}, other]\nseeds: [0]\n")
+    cell = BeautifulSoup(index.studies_html("gpu", {}), "html.parser").find(attrs={"data-of": "missing"})
+    missing = f"{arm} (seed 0); other (seed 0)"
+    assert bool(cell.details) == folded and missing in cell.text
+    assert not folded or (cell.summary.text, cell.details.text) == ("2 arms", f"2 arms{missing}")
 
 
 # Claims
@@ -369,5 +368,6 @@ def test_smoke_judges_nothing():
 
 def test_nothing_run_is_a_table_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
-    rows = index.studies("gpu")
-    assert len(rows) and rows["runs"].str.startswith("0 of ").all() and rows["missing"].eq("all of them").all()
+    page = BeautifulSoup(index.studies_html("gpu", {}), "html.parser")
+    rows = [[cell.text for cell in row.find_all("td")] for row in page.tbody.find_all("tr")]
+    assert rows and all(runs.startswith("0 of ") and missing == "all of them" for runs, missing in rows)

@@ -64,30 +64,27 @@ def panels(
     what: what the figure shows. draw: (axes, given) -> (numbers, text). each: title of a panel ("" for a single one) -> `given`.
     arms, measured: the planned arms, and those with results; without results there is no figure. key: the table's column of
     titles. legend: its number of columns (0: none), with the first panel's labels. kwargs: for `subplots`."""
-    there = arms if measured is None else set(measured)
-    missing = ", ".join(str(arm) for arm in arms if arm not in there)
+    missing = ", ".join(str(arm) for arm in arms if measured is not None and arm not in set(measured))
     alt, missing = what[:1].upper() + what[1:], f" Not run: {missing}." * bool(missing)
     if not each or (measured is not None and not len(measured)):
         return Plot(None, f"{alt}: not run.{missing}", pd.DataFrame())
     figure = PageFigure(figsize=(WIDTH, height), layout="constrained")
-    axes = list(figure.subplots(rows, -(-len(each) // rows), squeeze=False, **kwargs).flat)
-    frames, said = [], []
+    axes, frames = list(figure.subplots(rows, -(-len(each) // rows), squeeze=False, **kwargs).flat), []
+    alt += ":" if "" in each else "."
     for ax, (title, given) in zip(axes, each.items(), strict=False):
         data, words = draw(ax, given)
         if title:
             ax.set_title(title)
             data, words = data.assign(**{key: title}), f"{title}: {words}"
         frames.append(data)
-        said.append(f"{words}.")
+        alt += f" {words}."
     for ax in axes[len(each) :]:
         ax.set_visible(False)
     if ylabel:
         axes[0].set_ylabel(ylabel)
     if legend:  # below the panels, where it hides nothing
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=legend)
-    alt += f"{'.' if '' not in each else ':'} {' '.join(said)}{missing}"
-    return Plot(figure, alt, pd.concat(frames, ignore_index=True))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=legend)
+    return Plot(figure, alt + missing, pd.concat(frames, ignore_index=True))
 
 
 def lines(
@@ -107,11 +104,9 @@ def lines(
     """Draw a line per arm, its mean and interval over seeds, with its name at its end. Return the numbers shown: `by`, x,
     mean, low, high, seeds.
 
-    frame: a row per arm, seed and x. by: the column whose values are the lines. reference: an arm; the others are shown as
-    differences from it, seed by seed. log: x in powers of two. ticks_at_values: ticks and markers only at the values of x, each line
-    a few points aside.
-    shown: line -> look. named: write the names. levels: arms with a single x, drawn as horizontal lines."""
-    frame = frame.assign(**{y: frame[y] * factor(y)}).dropna(subset=[x, y])
+    frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `loss.over`. log: x
+    in powers of two. ticks_at_values: ticks and markers only at the values of x, each line a few points aside."""
+    frame = in_percent(frame, y).dropna(subset=[x, y])
     shown = dict(shown or looks(frame[by]))
     if not ticks_at_values:
         shown = {name: look._replace(marker="") for name, look in shown.items()}
@@ -123,10 +118,10 @@ def lines(
     across, names = frame[by].isin(levels), [name for name in shown if name in set(frame[by])]
     if not names:
         return data
+    colors, markers, dashes = map(list, zip(*(shown[name] for name in names), strict=True))
     sns.lineplot(
         frame[~across], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
-        palette={name: shown[name].color for name in names}, dashes={name: shown[name].dashes for name in names},
-        markers=ticks_at_values and {name: shown[name].marker for name in names}, markersize=7, markeredgecolor=PAPER,
+        palette=colors, dashes=dashes, markers=ticks_at_values and markers, markersize=7, markeredgecolor=PAPER,
         errorbar=bounds, err_style="bars" if ticks_at_values else "band", err_kws={} if ticks_at_values else {"alpha": 0.18, "linewidth": 0},
     )  # fmt: skip
     for line in [line for line in ax.get_lines() if line.is_dashed()]:
@@ -191,28 +186,26 @@ def points(
 
     frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. pairs: a column whose values are
     separate points in a row (without ticks), and value -> look."""
-    there = frame.assign(**{value: frame[value] * factor(value)}).dropna(subset=[value])
+    there = in_percent(frame, value).dropna(subset=[value])
     hue, shown = pairs or ("arm", looks(order))
     if len(there):
-        common = {"data": there, "x": value, "y": "arm", "order": order, "ax": ax, "legend": False} | {
-            "hue": hue, "hue_order": list(shown), "palette": {name: look.color for name, look in shown.items()},
-        }  # fmt: skip
+        common = {"data": there, "x": value, "y": "arm", "order": order, "ax": ax, "legend": False}
+        common |= {"hue": hue, "hue_order": list(shown), "palette": [look.color for look in shown.values()]}
+        markers = [MarkerStyle(look.marker, "none" if look.dashes else "full") for look in shown.values()]
         if not pairs:
             sns.stripplot(**common, marker="|", size=9, linewidth=1.2, jitter=False, alpha=0.7)
-        sns.pointplot(**common, markers=[MarkerStyle(look.marker, "none" if look.dashes else "full") for look in shown.values()],
-                      dodge=0.25 if pairs else False, errorbar=bounds, linestyle="none", markersize=7, linewidth=2)  # fmt: skip
+        sns.pointplot(**common, markers=markers, dodge=0.25 if pairs else False, errorbar=bounds, linestyle="none",
+                      markersize=7, linewidth=2)  # fmt: skip
     name_rows(ax, order, set(there["arm"]))
     if pairs:
         return over_seeds(there, ["arm", hue], value)
     return over_seeds(there, ["arm"], value).set_index("arm").reindex(order).reset_index()
 
 
-def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None = None, top: float | None = None) -> None:
+def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float, top: float) -> None:
     """Draw a heat map with a number in each cell; NaN cells are empty. low, top: range of the colours."""
-    sns.heatmap(
-        matrix, ax=ax, cmap="Blues", vmin=low, vmax=top, annot=True, fmt=form, annot_kws={"fontsize": 9}, cbar=False,
-        linewidths=1, linecolor=LINE,
-    )  # fmt: skip
+    look = {"cmap": "Blues", "annot_kws": {"fontsize": 9}, "cbar": False, "linewidths": 1, "linecolor": LINE}
+    sns.heatmap(matrix, ax=ax, vmin=low, vmax=top, annot=True, fmt=form, **look)
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, labelrotation=0)
     ax.grid(False)
@@ -231,9 +224,9 @@ def name_rows(ax: Axes, names: Sequence[str], measured: Collection[str], **text:
 
 def minus(frame: pd.DataFrame, value: str, reference: str, keys: Sequence[str] = ("seed",)) -> pd.DataFrame:
     """Return the other arms with `value` minus that of the reference at the same keys; NaN if the reference has none."""
-    base = frame[frame["arm"] == reference].set_index(list(keys))[value]
-    others = frame[frame["arm"] != reference]
-    return others.assign(**{value: others[value] - others.join(base.rename("base"), on=list(keys))["base"]})
+    base = frame[frame["arm"] == reference].set_index(list(keys))[value].rename("base")
+    others = frame[frame["arm"] != reference].join(base, on=list(keys))
+    return others.assign(**{value: others[value] - others.pop("base")})
 
 
 def in_decades(ax: Axes, which: str, column: str) -> None:
@@ -247,10 +240,8 @@ def in_decades(ax: Axes, which: str, column: str) -> None:
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
     """Return a row per group of the keys, in order of appearance: mean, its `bounds` (low, high), number of seeds."""
-    rows = []
-    for found, group in frame.groupby(list(keys), sort=False, dropna=False):
-        effect = of_values(group[value])
-        rows.append((*found, effect.mean, *bounds(group[value]), effect.n))
+    groups = frame.groupby(list(keys), sort=False, dropna=False)[value]
+    rows = [(*found, of_values(of).mean, *bounds(of), of.count()) for found, of in groups]
     data = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "seeds"])
     return data.astype({"mean": float, "low": float, "high": float, "seeds": int})
 
@@ -260,9 +251,9 @@ def bounds(values: pd.Series) -> tuple[float, float]:
     return of_values(values).interval(least=protocol().least_seeds) or (math.nan, math.nan)
 
 
-def factor(column: str) -> float:
-    """Return 100 for columns that figures show in percent, else 1."""
-    return 100.0 if column in PERCENT else 1.0
+def in_percent(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the frame with the column times 100 if figures show it in percent."""
+    return frame.assign(**{column: 100 * frame[column]}) if column in PERCENT else frame
 
 
 def number(row: object) -> str:
