@@ -200,10 +200,9 @@ def step_of(
             loss = loss + aux_loss
         loss.backward()
         clip(lit.parameters(), optimizer, lit.config.gradient_clip)
-        moving = None if tracked else track(lit.model, optimizer)  # removed below: other models share the optimiser
-        optimizer.step()
-        if moving is not None:
-            moving.remove()
+        # For this step only: other models share the optimiser.
+        with contextlib.nullcontext() if tracked else track(lit.model, optimizer):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for layer in layers:  # its autograd graph ties weights to this stream, for which a CUDA graph must not wait
             layer.aux_loss = None

@@ -6,8 +6,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,6 @@ class _ThisPython(AsyncKernelManager):
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         command += ["--log-level=50"]  # silences ipykernel's log, not the notebook's output
         return KernelSpec(argv=command, display_name="Python 3", language="python")
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Within the context, SIGTERM raises SystemExit, so that a kernel ends and its files are removed, as at Ctrl-C."""
-
-    def leave(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def execute(
@@ -97,10 +80,16 @@ def execute(
         if cell.cell_type == "code":
             print(f"[{notebook.stem}] cell {cell_index + 1}/{total}", file=sys.stderr, flush=True)
 
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
     # The kernel communicates over Unix sockets, so that no port is open. They lie in this folder, because parallel kernels would
     # share Jupyter's default, the working folder; and in /tmp if possible, because a socket's path is limited to some 100 characters.
     place = "/tmp" if os.access("/tmp", os.W_OK) else None
-    with _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="ecmoe-", dir=place) as folder:
+    with ExitStack() as after, tempfile.TemporaryDirectory(prefix="ecmoe-", dir=place) as folder:
+        if threading.current_thread() is threading.main_thread():  # which alone may handle signals
+            # At SIGTERM, the kernel ends and its files are removed, as at Ctrl-C.
+            after.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, leave))
         executed = Path(folder) / "executed.ipynb"
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:

@@ -10,7 +10,6 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from matplotlib.colors import to_hex

@@ -38,25 +38,21 @@ _PALETTE = (
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 # Fixed looks of the most frequent arms; other arms get one from a hash of their name.
-_KNOWN = {
-    "EC-CF2": ("#0072B2", "o"),
-    "EC": ("#0072B2", "o"),
-    "EC-CF1.5": ("#44AA99", "p"),
-    "EC-CF1": ("#009E73", "^"),
-    "EC-CF0.5": ("#56B4E9", "v"),
-    "EC-CAP2": ("#AA4499", "<"),
-    "EC-CAP3": ("#999933", ">"),
-    "GShard top-2": ("#D55E00", "s"),
-    "Switch top-1": ("#E69F00", "D"),
-    "Hash modulo": ("#CC79A7", "X"),
-    "Dense": (INK, "P"),
-    "Top-2 raw, order of arrival": ("#D55E00", "s"),
-    "Top-2 raw, batch priority": ("#E69F00", "D"),
-    "one EC network": ("#0072B2", "o"),
-    "one dense network": (INK, "P"),
+_FIXED = {
+    ("#0072B2", "o"): ["EC-CF2", "EC", "one EC network"],
+    ("#D55E00", "s"): ["GShard top-2", "Top-2 raw, order of arrival"],
+    ("#E69F00", "D"): ["Switch top-1", "Top-2 raw, batch priority"],
+    ("#009E73", "^"): ["EC-CF1"],
+    ("#56B4E9", "v"): ["EC-CF0.5"],
+    ("#44AA99", "p"): ["EC-CF1.5"],
+    ("#AA4499", "<"): ["EC-CAP2"],
+    ("#999933", ">"): ["EC-CAP3"],
+    ("#CC79A7", "X"): ["Hash modulo"],
+    (INK, "P"): ["Dense", "one dense network"],
 }
-# Colours of these arms are used for other arms only if no other colour is left.
-_CENTRE = [_KNOWN[arm][0] for arm in ("EC-CF2", "GShard top-2", "Switch top-1")]
+_KNOWN = {arm: look for look, arms in _FIXED.items() for arm in arms}
+# The first three colours are used for other arms only if no other colour is left.
+_CENTRE = [color for color, _ in _FIXED][:3]
 _GATES = {"renormalized": "", "raw": (4, 2), "scaled": (1, 1.5)}  # gate in an arm's name -> dashes
 
 
