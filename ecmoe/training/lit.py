@@ -29,15 +29,11 @@ from ecmoe.training.trainer import reduced_dtype
 
 
 class LitModel(L.LightningModule):
-    """A language model, trained to predict the next token.
-
-    Args:
-        config: the run's config, or its keys and values.
-        token_counts: (V,) corpus frequencies, for hash_table=balanced; not needed to load a checkpoint.
+    """A language model, trained to predict the next token. config: the run's config, or its keys and values.
+    token_counts: (V,) corpus frequencies, for hash_table=balanced; not needed to load a checkpoint.
 
     A batch is (B, T + 1) int64: T inputs, each with the next token as target. For task-level routing it is a pair with
-    the (B,) tasks of its sequences. Losses are in nats per token.
-    """
+    the (B,) tasks of its sequences. Losses are in nats per token."""
 
     def __init__(self, config: RunConfig | Mapping[str, Any], token_counts: Tensor | None = None) -> None:
         super().__init__()
@@ -127,10 +123,8 @@ class LitModel(L.LightningModule):
             self.statistics[metric.name] = values.max() if metric.worst else values.mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int, kind: str = "val_") -> dict[str, Tensor]:
-        """Compute and log the values of `evaluate`, under names that begin with `kind`.
-
-        The model isn't compiled here: sizes in causal routing depend on the data, and each size would be compiled anew.
-        """
+        """Compute and log the values of `evaluate`, under names that begin with `kind`."""
+        # Sizes in causal routing depend on the data, and each size would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
             found = {name.replace("val_", kind): value for name, value in self.evaluate(batch).items()}
         if self._trainer:
@@ -147,15 +141,13 @@ class LitModel(L.LightningModule):
     def evaluate(self, batch: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
         """Return val_loss, routed as trained, and val_loss_causal, routed causally (NaN before there are cut-offs)."""
         loss = self.loss(batch)
-        if not self.routers:
-            return {"val_loss": loss, "val_loss_causal": loss}
         try:
             for router in self.routers:
                 router.check_causal()
         except ValueError:  # no cut-offs yet, as in Lightning's check before the first step
             return {"val_loss": loss, "val_loss_causal": torch.full_like(loss, torch.nan)}
         with causal_routing(self.model):
-            return {"val_loss": loss, "val_loss_causal": self.loss(batch)}
+            return {"val_loss": loss, "val_loss_causal": self.loss(batch) if self.routers else loss}
 
     def losses(self, batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the loss and the sum of auxiliary losses. Clear these in the layers: they keep the graph in memory."""
@@ -170,12 +162,10 @@ class LitModel(L.LightningModule):
         tokens, tasks = (batch, None) if isinstance(batch, Tensor) else batch
         return self.model(tokens[:, :-1], tasks, targets=tokens[:, 1:])
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **how: Any) -> None:
         """Clip by the Trainer's value if set, else by the config's gradient_clip, which also clips sharded models."""
         if gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.clip_gradients(optimizer, gradient_clip_val, **how)
         elif self.config.gradient_clip:
             clip(self.parameters(), optimizer, self.config.gradient_clip)
 
@@ -195,10 +185,8 @@ class LitModel(L.LightningModule):
 
 
 class LitClassifier(LitModel):
-    """An image classifier. Validation reports the accuracy, and no causal loss.
-
-    A batch is images (B, C, H, W) in [0, 1] and classes (B,) int64. Losses are in nats per image.
-    """
+    """An image classifier. A batch is images (B, C, H, W) in [0, 1] and classes (B,) int64. Losses are in nats per image.
+    Validation reports the accuracy, and no causal loss."""
 
     def evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Return the loss, and the accuracy: the share of images whose class has the largest logit."""

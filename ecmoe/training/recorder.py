@@ -29,11 +29,9 @@ class Diverged(RuntimeError):
 class Recorder(L.Callback):
     """Callback that writes a row of `curve.csv` per validation, and `last.ckpt` every `checkpoint_every` steps.
 
-    Args:
-        folder: the run's folder. progress: print a line per validation, and show the remaining time on a terminal.
-        sharing: returns the number of runs on the device now. Seconds are divided by it; above 1, no rate is recorded.
-        still_ours: called before files are written; raises if another process may write to the folder, too.
-    """
+    folder: the run's folder. progress: print a line per validation, and show the remaining time on a terminal.
+    sharing: returns the number of runs on the device now. Seconds are divided by it; above 1, no rate is recorded.
+    still_ours: called before files are written; raises if another process may write to the folder, too."""
 
     def __init__(
         self,
@@ -42,10 +40,8 @@ class Recorder(L.Callback):
         sharing: Callable[[], int] = lambda: 1,
         still_ours: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.progress = folder, progress
-        self.count, self.sharing = sharing, sharing()
-        self.still_ours = still_ours
-        self.shared = self.sharing  # the largest `sharing` so far, including before a resume
+        self.folder, self.progress, self.count, self.still_ours = folder, progress, sharing, still_ours
+        self.shared = self.sharing = sharing()  # `shared`: the largest so far, including before a resume
         self.rows: dict[int, dict[str, float]] = {}
         self.losses: dict[str, list[torch.Tensor]] = {}
         self.seconds = 0.0  # of training, without validation, checkpoints, and a first step that compiles
@@ -69,19 +65,13 @@ class Recorder(L.Callback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.began = time.perf_counter()
-        self.compiling = module.config.compile or module.device.type == "cuda"
-        self.bar = tqdm(
-            total=module.config.steps,
-            initial=trainer.global_step,
-            desc=module.config.name,
-            unit="step",
-            leave=False,
-            disable=None if self.progress and trainer.is_global_zero else True,  # None: only on a terminal
-        )
+        config = module.config
+        self.compiling = config.compile or module.device.type == "cuda"
+        hidden = None if self.progress and trainer.is_global_zero else True  # None: shown only on a terminal
+        keys = {"initial": trainer.global_step, "unit": "step", "leave": False, "disable": hidden}
+        self.bar = tqdm(total=config.steps, desc=config.name, **keys)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: LitModel, _: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if (batch_idx + 1) % module.config.accumulate:
             return
@@ -111,9 +101,7 @@ class Recorder(L.Callback):
         self.shared, self.sharing = max(self.shared, self.sharing), self.count()
         self.began = None  # stop the clock during validation
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, module: LitModel, outputs: Any, *_: Any) -> None:
         for name, value in outputs.items():
             self.losses.setdefault(name, []).append(value.detach())
 
@@ -151,7 +139,9 @@ class Recorder(L.Callback):
 
         None is saved after the last step: only the validation that follows records its routing statistics."""
         if step < module.config.steps and (self.ending or step % module.config.checkpoint_every == 0):
-            self._check_finite(trainer, module, step)
+            loss = float(trainer.strategy.all_gather(module.sums["loss"]).sum())
+            if not math.isfinite(loss):
+                raise Diverged(f"the training loss is {loss} before step {step}")
             self.save(trainer)
             if self.ending:
                 raise self.ending
@@ -205,11 +195,6 @@ class Recorder(L.Callback):
         else:  # sharded weights are gathered from all ranks
             trainer.save_checkpoint(self.folder / "last.ckpt")
         self.began = time.perf_counter()
-
-    def _check_finite(self, trainer: L.Trainer, module: LitModel, step: int) -> None:
-        loss = float(trainer.strategy.all_gather(module.sums["loss"]).sum())
-        if not math.isfinite(loss):
-            raise Diverged(f"the training loss is {loss} before step {step}")
 
     def _clock(self) -> float:
         return self.seconds + ((time.perf_counter() - self.began) / self.sharing if self.began is not None else 0.0)
