@@ -1,8 +1,7 @@
 """Run a step's forward and backward pass as two CUDA graphs, instead of launching kernel by kernel.
 
 A step has hundreds of kernels. For a small model, Python takes longer to launch them than a fast GPU takes to run them.
-A graph replays captured kernels at the same addresses: sizes must be fixed, and the host must not wait for the device.
-"""
+A graph replays captured kernels at the same addresses: sizes must be fixed, and the host must not wait for the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +27,7 @@ class _Step(nn.Module):
 
     def __init__(self, lit: Any) -> None:
         super().__init__()
-        self.model = lit.model
-        self.losses = lit.losses
+        self.model, self.losses = lit.model, lit.losses
 
     def forward(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         return self.losses(batch[0] if len(batch) == 1 else batch)

@@ -2,11 +2,7 @@
 
 Several small runs finish sooner side by side on one GPU than one after the other, because a small run waits for its
 host more than for its GPU. A slot is a file lock in the cache folder, so independent processes can share the GPUs. A
-run takes the first slot of any GPU before a second one, so that runs spread over the GPUs.
-
-Beside its GPU, a run needs few CPU threads. By default PyTorch starts one per core for every operation: on 64 cores, a
-batch of 500 augmented images took 84 ms with 64 threads, 12 ms with 4 and 28 ms with one.
-"""
+run takes the first slot of any GPU before a second one, so that runs spread over the GPUs."""
 
 import contextlib
 import os
@@ -18,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ecmoe import paths
 from ecmoe.files import ConfigError
 
-THREADS = 4  # most CPU threads of an operation while a run has a slot; fewer if $OMP_NUM_THREADS says so
+# Most CPU threads of an operation while a run has a slot; fewer if $OMP_NUM_THREADS says so. By default, PyTorch starts
+# one per core: on 64 cores, a batch of 500 augmented images took 84 ms with 64 threads, 12 ms with 4, 28 ms with one.
+THREADS = 4
 
 
 @dataclass
@@ -56,27 +54,24 @@ def place(say: bool = True) -> Iterator[Place]:
     while found is None:
         time.sleep(1)
         found = _find(of_gpu)
-    gpu, mine, lock = found
+    gpu, held = found
     if say and gpus > 1:
         print(f"GPU {gpu} of {gpus}: {names[gpu]}", file=sys.stderr, flush=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads, THREADS))
     try:
-        with torch.cuda.device(gpu):
-            yield Place(gpu, [path for path in of_gpu[gpu] if path != mine])
+        with held, torch.cuda.device(gpu):
+            yield Place(gpu, [path for path in of_gpu[gpu] if str(path) != held.lock.lock_file])
     finally:
         torch.set_num_threads(threads)
-        lock.release()
 
 
-def _find(of_gpu: list[list[Path]]) -> tuple[int, Path, FileLock] | None:
-    """Lock a free slot, the first slot of any GPU before a second one; return GPU, lock file and lock, or None."""
+def _find(of_gpu: list[list[Path]]) -> tuple[int, AcquireReturnProxy] | None:
+    """Lock a free slot, the first slot of any GPU before a second one; return its GPU and lock, or None."""
     for slot in zip(*of_gpu, strict=True):
         for gpu, path in enumerate(slot):
-            lock = FileLock(path)
             with contextlib.suppress(Timeout):
-                lock.acquire(timeout=0)
-                return gpu, path, lock
+                return gpu, FileLock(path).acquire(timeout=0)
     return None
 
 
@@ -87,8 +82,7 @@ def _taken(path: Path) -> bool:
 
 
 def use_tf32() -> None:
-    """Let float32 products on a GPU use TF32. What trains or measures calls it, so that no number depends on what this
-    process did before."""
+    """Let float32 products on a GPU use TF32, whatever this process did before."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
 

@@ -3,8 +3,7 @@
     L.Trainer(max_steps=100, val_check_interval=20).fit(LitModel(config), datamodule=TextData(config))
 
 They log train_loss and aux_loss at each step; val_loss, val_loss_causal (or accuracy) and routing statistics of the MoE
-layers (`MoE.statistics`) at each validation, except one without a training step since the last.
-"""
+layers (`MoE.statistics`) at each validation, except one without a training step since the last."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
@@ -70,8 +70,6 @@ class LitModel(L.LightningModule):
 
     def _shard(self, mesh: Any) -> None:
         """Shard block by block with FSDP2; with strategy ep, spread the experts over ranks instead of sharding them."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         layers, narrow = self.model.moe_layers, reduced_dtype(self.config)
         if by_expert := self.config.strategy == "ep":
             experts = share_experts(self.model, mesh, self.trainer.strategy.root_device)

@@ -2,8 +2,7 @@
 
 Stored results are used only if their checksums match (see `ecmoe.training.result`). If a finished run has to be
 computed again, because its weights are missing or a file is damaged, the new files are written to its subfolder `again`
-and replace the old ones once the run has finished. Finished work is never lost, even if the process is killed.
-"""
+and replace the old ones once the run has finished. Finished work is never lost, even if the process is killed."""
 
 import contextlib
 import os

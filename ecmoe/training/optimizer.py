@@ -13,8 +13,7 @@ from ecmoe.config import RunConfig
 def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
     """Return AdamW, fused on a GPU, or Adafactor.
 
-    PyTorch's Adafactor has no first moment (beta1 = 0, as in the paper); its second has the decay 1 - t^-0.8 at step t.
-    """
+    PyTorch's Adafactor has no first moment (beta1 = 0, as in the paper); its second has the decay 1 - t^-0.8 at step t."""
     keys = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, **keys)

@@ -1,8 +1,7 @@
 """The ranks (processes) of one run: the rank of this process, and how to start the ranks outside torchrun.
 
 Rank variables in the environment are read under torchrun only. Those that a SLURM job, an MPI launcher or an earlier
-program left there say nothing about the run.
-"""
+program left there say nothing about the run."""
 
 import contextlib
 import os

@@ -2,8 +2,7 @@
 
 A run folder holds `config.yaml`, `curve.csv`, `model.safetensors` and `summary.json`. The summary is
 written last, in one atomic step, and marks the run as done. A record is the small form of a run that
-is committed to the repository: one JSON file with summary and curve.
-"""
+is committed to the repository: one JSON file with summary and curve."""
 
 from __future__ import annotations
 
@@ -180,11 +179,9 @@ def read_record(path: str | Path) -> Result:
     record = read_json(path, sealed=True)
     try:
         curve = pd.DataFrame(record["curve"]).reindex(columns=metrics.curve()).astype(float)
-        result = Result(_checked(record["summary"], path), curve)
-    except Damaged:
-        raise
+        summary = dict(record["summary"])
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(path, f"it isn't a record of a run: {error!r}; it must have `summary` and `curve`") from error
-    if result.summary["name"] != path.stem:
-        raise Damaged(path, f"it holds the run {result.summary['name']}")
-    return result
+    if _checked(summary, path)["name"] != path.stem:
+        raise Damaged(path, f"it holds the run {summary['name']}")
+    return Result(summary, curve)

@@ -66,8 +66,7 @@ def run_or_load(
         ConfigError: this machine can't train the run; or the local text that `data` names differs from the one that the
             stored run was trained on. (For records, and for texts that aren't files of yours, such as the standard
             library of another Python, this is only a warning.)
-        Damaged: with train=False, a stored file differs from what was written. (Otherwise, the run is trained again.)
-    """
+        Damaged: with train=False, a stored file differs from what was written. (Otherwise, the run is trained again.)"""
     config = RunConfig.of(config)
 
     def make(folder: Path, still_ours: StillOurs) -> Result:
@@ -114,8 +113,7 @@ def train_run(
     still_ours: as in `once`. where: the run's slot on a GPU; None: each of its `config.devices` ranks uses one GPU.
     keep_weights: False: don't store the weights of the finished run."""
     _share_compiled_code()
-    where = where or Place()
-    made, leads = circumstances(), rank() == 0
+    made, leads, where = circumstances(), rank() == 0, where or Place()
     if leads:
         write_config(folder, config)
     data = ImageData(config) if config.images else TextData(config)
@@ -188,18 +186,16 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
-
-
 def _logger(logger: Any, folder: Path) -> Any:
     """Return the logger, or create the logger of that name, which writes to the run's folder."""
     if not isinstance(logger, str):
         return logger
-    if logger not in LOGGERS:
-        raise ConfigError(f"logger {logger!r}: must be one of {', '.join(LOGGERS)}, or a Lightning logger")
+    known = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
+    if logger not in known:
+        raise ConfigError(f"logger {logger!r}: must be one of {', '.join(known)}, or a Lightning logger")
     keys = {"project": "ecmoe", "name": folder.name} if logger == "wandb" else {"name": logger, "version": ""}
     try:
-        return getattr(L.pytorch.loggers, LOGGERS[logger])(save_dir=folder, **keys)
+        return getattr(L.pytorch.loggers, known[logger])(save_dir=folder, **keys)
     except ModuleNotFoundError as error:
         raise ConfigError(f"logger {logger!r} needs a package: pip install {logger}") from error
 
@@ -218,13 +214,11 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
         return None
 
 
-TORCHS = "torchinductor_"  # prefix of torch's default cache folder, which an import may have set
-
-
 def _share_compiled_code() -> None:
     """Share code compiled by Inductor and Triton between runs of this machine: later runs of a shape start fast."""
+    default = "torchinductor_"  # prefix of torch's own folder, which an import may have set
     for variable, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
-        if Path(os.environ.get(variable, TORCHS)).name.startswith(TORCHS):
+        if Path(os.environ.get(variable, default)).name.startswith(default):
             os.environ[variable] = str(paths.cache() / folder)
     # By default, torch stores no block that has an autograd function or switches autocast off: each process would derive
     # its backward pass anew. All that such a block depends on is in its traced graph, the key under which it is stored.
