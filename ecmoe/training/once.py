@@ -103,8 +103,6 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
             left.unlink()
         (into / "summary.json").unlink(missing_ok=True)  # of an earlier, failed attempt
         result = make(into, still_ours)
-    except LostLock:
-        raise
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
         if (into / "last.ckpt").exists():
             print(f"[{config.name}] interrupted: the same command continues from the last checkpoint", file=sys.stderr)
@@ -119,9 +117,10 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
 
 
 def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
-    """Write why the run failed to its folder, unless that holds a done run. The next call tries again."""
+    """Write why the run failed to its folder, unless that holds a done run, or another process may write to it. The next
+    call tries again."""
     with contextlib.suppress(OSError):
-        if _place(folder) == folder:
+        if _place(folder) == folder and not isinstance(failure, LostLock):
             said = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}
             results.write_run(folder, results.not_run(config).summary | said)
 

@@ -109,27 +109,25 @@ class Recorder(L.Callback):
         config, step = module.config, trainer.global_step
         every = trainer.strategy.all_gather  # a rank sees only its own batches, but all must decide alike below
         trained = bool(module.sums["count"])
-        means = {name: float(value) for name, value in module.means().items()}
+        means = module.means()
         tokens, seconds = (step - self.marked[0]) * config.tokens_per_batch, self.seconds - self.marked[1]
         row = {
             "step": step,
             "tokens": step * config.tokens_per_batch,
             "seconds": self.seconds,
-            "train_loss": means["train_loss"],
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
-            "aux_loss": means["aux_loss"],
             # If other runs share the device, the rate depends on how busy they are.
             "tokens_per_second": tokens / seconds if tokens and seconds and self.shared == 1 else math.nan,
         }
-        row |= {name: float(every(torch.stack(values)).double().mean()) for name, values in self.losses.items()}
-        self.rows[step] = row | {name: float(value) for name, value in module.statistics.items()}
-        self.marked = (step, self.seconds)
+        losses = {name: every(torch.stack(values)).double().mean() for name, values in self.losses.items()}
+        row |= {name: float(value) for name, value in (means | losses | module.statistics).items()}
+        self.rows[step], self.marked = row, (step, self.seconds)
         self.write_curve(trainer)
         self.began = time.perf_counter()
         if self.progress and trainer.is_global_zero:
             rate = f"  {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] > 0 else ""
-            losses = f"loss {row['train_loss']:.4f}  validation {row['val_loss']:.4f}"
-            tqdm.write(f"[{config.name}] step {step}/{config.steps}  {losses}{rate}", sys.stderr)
+            shown = f"loss {row['train_loss']:.4f}  validation {row['val_loss']:.4f}"
+            tqdm.write(f"[{config.name}] step {step}/{config.steps}  {shown}{rate}", sys.stderr)
         if not (math.isfinite(row["val_loss"]) and (not trained or math.isfinite(row["train_loss"]))):
             raise Diverged(f"the loss is {row['train_loss']} (validation: {row['val_loss']}) at step {step}")
         self._end_of_step(trainer, module, step)
