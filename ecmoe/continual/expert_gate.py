@@ -13,7 +13,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ecmoe.config import RunConfig
 from ecmoe.continual import ContinualConfig
-from ecmoe.data.batches import Batch, Batches, batch_of
+from ecmoe.data.batches import Batches, batch_of
 from ecmoe.model.build import build_model
 from ecmoe.model.tracking import track
 from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
@@ -131,19 +130,12 @@ def fit(config: RunConfig, learnt: nn.Module, loss: Callable[[Any], Tensor], *ex
     optimizer = build_optimizer(config, parameters, parameters[0].device)
     track(learnt, optimizer)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
-    for batch in islice(OnDevice(examples, config.batch_size, config.seed), config.steps):
+    order = Batches([torch.arange(len(examples[0]))], config.batch_size, config.seed)
+    for which in islice(order, config.steps):
         optimizer.zero_grad()
-        loss(batch).backward()
+        # Taken where the examples lie: from indices on the host, each tensor would copy them to a GPU, and wait.
+        loss(batch_of(examples, which.to(examples[0].device, non_blocking=True))).backward()
         if config.gradient_clip:
             clip(parameters, optimizer, config.gradient_clip)
         optimizer.step()
         schedule.step()
-
-
-class OnDevice(Batches):
-    """Batches of tensors that lie on one device, such as a GPU, taken there."""
-
-    def take(self, which: np.ndarray, step: int) -> Batch:
-        # For indices in numpy, each tensor would copy them to a GPU itself, and the host would wait each time.
-        chosen = torch.from_numpy(which).to(self.parts[0].device, non_blocking=True)
-        return batch_of(self.parts, chosen)

@@ -170,12 +170,13 @@ def test_training_takes_the_batches_of_the_seed():
 
 def test_batches_are_taken_where_the_examples_lie(monkeypatch):
     """Indices in numpy would be copied to the device by each tensor, and the host would wait."""
-    taken, batch_of = [], expert_gate.batch_of
+    taken, batch_of, layer = [], expert_gate.batch_of, nn.Linear(1, 1)
     monkeypatch.setattr(expert_gate, "batch_of", lambda parts, which: (taken.append(which), batch_of(parts, which))[1])
     for device in ("cpu", "meta"):
-        x, y = torch.rand(30, 2, device=device), torch.arange(30, device=device)
-        ours, plain = (islice(kind((x, y), 4, 7), 9) for kind in (expert_gate.OnDevice, Batches))
-        for one, other in zip(ours, plain, strict=True):
+        x, y, ours = torch.rand(30, 2, device=device), torch.arange(30, device=device), []
+        config = GATE.replace(batch_size=4, seed=7, steps=9)
+        expert_gate.fit(config, layer, lambda batch, to=ours: (to.append(batch), layer.weight.sum())[1], x, y)
+        for one, other in zip(ours, islice(Batches((x, y), 4, 7), 9), strict=True):
             assert taken.pop().device == one[0].device == one[1].device == x.device
             assert all(device == "meta" or torch.equal(a, b) for a, b in zip(one, other, strict=True))
             assert one[0].shape == (4, 2) and one[1].dtype == torch.int64
