@@ -1,4 +1,8 @@
-"""TextData: batches of text that are the same for every arm of a comparison, and resume exactly within an epoch."""
+"""TextData: batches of text that are the same for every arm of a comparison, and resume exactly within an epoch.
+
+Task-level routing of text, which has no tasks, takes as the task id of a window the cluster of the window before it in the
+corpus. It is known before the first token, so routing never depends on a later token. This choice is ours; Kudugunta et
+al. (2021) use the language pair."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,7 +15,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ecmoe.config import RunConfig
 from ecmoe.data import tokens
-from ecmoe.data.clusters import TextClusters
 from ecmoe.data.corpus import described
 from ecmoe.files import ConfigError
 from ecmoe.paths import plain
@@ -20,9 +23,11 @@ _PROVENANCE = ("digest", "source_sha256", "tokenizer", "vocab_size",
                *(f"{side}_{what}" for what in ("tokens", "bytes", "documents") for side in ("train", "val")))  # fmt: skip
 Parts = Sequence[np.ndarray | Tensor]  # arrays of equal length: windows and optionally task ids; or images and classes
 Batch = Tensor | tuple[Tensor, ...]
+BUCKETS = 256  # the clusters count token ids modulo BUCKETS
+FITTED = 20_000  # maximum number of windows that the clusters are fitted on
 
 
-def batch_of(parts: Parts, which: np.ndarray | slice) -> Batch:
+def batch_of(parts: Parts, which: np.ndarray | Tensor | slice) -> Batch:
     """Return the selected examples of each part as tensors, integers as int64; a single tensor if there is one part."""
     found = [torch.as_tensor(part[which]) for part in parts]
     found = [x if x.is_floating_point() else x.long() for x in found]
@@ -46,11 +51,7 @@ class Batches(IterableDataset):
             if step == self.start or i == 0:
                 order = np.random.default_rng([self.seed, epoch]).permutation(len(self.parts[0]))
             first = (i * self.world + self.rank) * self.batch_size
-            yield self.take(order[first : first + self.batch_size], step)
-
-    def take(self, which: np.ndarray, step: int) -> Batch:
-        """Return the batch of the examples `which`; subclasses seed random augmentation with micro-step `step`."""
-        return batch_of(self.parts, which)
+            yield batch_of(self.parts, order[first : first + self.batch_size])
 
 
 class RunData(L.LightningDataModule):
@@ -143,3 +144,31 @@ class TextData(RunData):
         self.bytes_per_token = float(loaded.tokenizer.byte_lengths[self.val[0][:, 1:]].mean())
         self.token_counts = tokens.counts(loaded.train, config.vocab_size)
         self.tokenizer = loaded.tokenizer
+
+
+class TextClusters:
+    """k-means over token frequencies of training windows, (m, T+1), with seed 0 for every run: it is part of the data."""
+
+    def __init__(self, windows: np.ndarray, num_classes: int) -> None:
+        from sklearn.cluster import MiniBatchKMeans  # slow to import, and only task-level runs need it
+
+        some = windows[np.linspace(0, len(windows) - 1, min(len(windows), FITTED)).astype(int)]
+        if num_classes > len(some):
+            raise ConfigError(f"num_tasks={num_classes}: must be at most {len(some)}, the number of text windows")
+        # Initialising many clusters is slow.
+        start = {"n_init": 3} if num_classes <= 64 else {"n_init": 1, "init": "random"}
+        self.clusters = MiniBatchKMeans(num_classes, random_state=0, **start).fit(frequencies(some))
+
+    def before(self, windows: np.ndarray, chunk: int = 4096) -> np.ndarray:
+        """Map consecutive windows (m, T+1) to the cluster of the window before each, (m,) int64; 0 for the first."""
+        parts = (windows[start : start + chunk] for start in range(0, len(windows), chunk))
+        found = [self.clusters.predict(frequencies(part)) for part in parts]
+        return np.concatenate([[0], *found])[:-1].astype(np.int64)
+
+
+def frequencies(windows: np.ndarray) -> np.ndarray:
+    """(m, T+1) token ids -> (m, BUCKETS) float32 root frequencies (Hellinger distance, to which rare tokens matter)."""
+    counts, row, length = np.zeros((len(windows), BUCKETS), np.uint32), np.arange(len(windows)), windows.shape[1]
+    for ids in windows.T.astype(np.int64):
+        counts[row, ids % BUCKETS] += 1
+    return np.sqrt(np.arange(length + 1) / length).astype(np.float32)[counts]

@@ -11,7 +11,7 @@ import io
 import lzma
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,9 +209,9 @@ class ImageData(RunData):
 class AugmentedBatches(Batches):
     """Batches of images and classes, with images augmented by `shifted`, seeded with (seed, rank, step)."""
 
-    def take(self, which: np.ndarray, step: int) -> Batch:
-        x, y = super().take(which, step)
-        return shifted(x, np.random.default_rng([self.seed, self.rank, step, 1])), y
+    def __iter__(self) -> Iterator[Batch]:
+        for step, (x, y) in enumerate(super().__iter__(), self.start):
+            yield shifted(x, np.random.default_rng([self.seed, self.rank, step, 1])), y
 
 
 def shifted(x: Tensor, draw: np.random.Generator) -> Tensor:
