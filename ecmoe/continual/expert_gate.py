@@ -28,16 +28,12 @@ from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
 LWF_TEMPERATURE = 2.0  # of the soft targets in learning without forgetting (LwF; Li and Hoiem 2016)
 
 
-class Gate(nn.Module):
-    """Undercomplete one-layer autoencoder of D pixels in [0, 1]: smaller ReLU code, sigmoid output (section 3.1)."""
+class Gate(nn.Sequential):
+    """Undercomplete one-layer autoencoder of images (n, D), pixels in [0, 1] (section 3.1). Its output are the logits of
+    their reconstructions, before the sigmoid."""
 
     def __init__(self, pixels: int, code: int) -> None:
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(pixels, code), nn.Linear(code, pixels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images (n, D) to logits of their reconstructions (n, D), before the sigmoid."""
-        return self.decoder(F.relu(self.encoder(x)))
+        super().__init__(nn.Linear(pixels, code), nn.ReLU(), nn.Linear(code, pixels))
 
     def error(self, x: Tensor) -> Tensor:
         """Return the squared distance between each image (n, D) and its reconstruction, (n,)."""

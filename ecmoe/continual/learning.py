@@ -121,20 +121,18 @@ def split(data: images.Images, config: ContinualConfig, device: torch.device | s
     return tasks
 
 
-class OneNetwork(nn.Module):
+class OneNetwork(LitClassifier):
     """One network for all classes, with as many parameters as Expert Gate has after all tasks, including its gates."""
 
     def __init__(self, config: ContinualConfig) -> None:
-        super().__init__()
         expert = new_expert(config.replace(router="dense"), config.classes // config.tasks)
-        plain = config.replace(compile=False)  # else LitClassifier imports the compiler, for seconds and in vain
-        self.config = as_large(plain, config.tasks * (count(expert) + count(Gate(config.pixels, config.code))))
-        self.lit = LitClassifier(self.config)
+        plain = config.replace(compile=False)  # else the compiler is imported, for seconds and in vain
+        super().__init__(as_large(plain, config.tasks * (count(expert) + count(Gate(config.pixels, config.code)))))
 
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
         """Train on a task: x (n, C, H, W), y (n,) classes; `held`, an argument of Expert Gate, is ignored."""
         self.train()
-        fit(self.config, self.lit.model, lambda batch: sum(self.lit.losses(batch)), x, y)
+        fit(self.config, self.model, lambda batch: sum(self.losses(batch)), x, y)
         self.eval()
 
     @torch.no_grad()
@@ -145,7 +143,7 @@ class OneNetwork(nn.Module):
         x = torch.cat(list(images))
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
         with altered(self, rounding="down"):
-            logits = torch.cat([self.lit.model(x[ids]) for ids in order.split(self.config.batch_size)])[order.argsort()]
+            logits = torch.cat([self.model(x[ids]) for ids in order.split(self.config.batch_size)])[order.argsort()]
         of_task = logits.split([len(x) for x in images])
         told = [own[said[:, own].argmax(1)] for said, own in zip(of_task, classes, strict=True)]
         return [said.argmax(1) for said in of_task], told

@@ -35,8 +35,7 @@ def learned():
 def test_the_error_is_the_squared_distance_to_the_reconstruction():
     torch.manual_seed(0)
     gate, x = Gate(6, 3), torch.rand(4, 6)
-    W, b = gate.encoder.weight.detach().numpy(), gate.encoder.bias.detach().numpy()
-    V, c = gate.decoder.weight.detach().numpy(), gate.decoder.bias.detach().numpy()
+    W, b, V, c = (p.detach().numpy() for p in gate.parameters())
     for i, image in enumerate(x.numpy()):
         code = np.maximum(W @ image + b, 0)
         again = 1 / (1 + np.exp(-(V @ code + c)))

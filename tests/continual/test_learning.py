@@ -36,7 +36,7 @@ def study():
 def test_rivals_are_as_large_as_expert_gate(config):
     whole = 5 * (count(new_expert(GATE, 2)) + count(Gate(64, GATE.code)))
     step = 2 * config.d_model * config.num_experts if config is EC else 3 * config.d_model
-    assert abs(count(OneNetwork(config).lit.model) - whole) <= step / 2
+    assert abs(count(OneNetwork(config).model) - whole) <= step / 2
 
 
 def test_as_large_takes_the_nearest_width():
@@ -59,7 +59,7 @@ def test_answers_come_in_the_order_of_the_images(config):
     network = OneNetwork(config)
     x = [task.val_x[:10] for task in tasks]
     said, told = network.answers(x, [task.classes for task in tasks])
-    logits = network.lit.model(torch.cat(x))
+    logits = network.model(torch.cat(x))
     assert torch.cat(said).tolist() == logits.argmax(1).tolist() and torch.cat(said).unique().numel() > 1
     for k, task in enumerate(tasks):
         own = logits[10 * k : 10 * k + 10, task.classes]
@@ -69,7 +69,7 @@ def test_answers_come_in_the_order_of_the_images(config):
 def test_images_of_all_tasks_come_mixed_in_batches_as_in_training():
     size = 100
     network, seen = OneNetwork(EC.replace(batch_size=size)), []
-    network.lit.model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0, 0, 0]))
+    network.model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0, 0, 0]))
     x = [torch.full((size * 2 // 3 + (k == 3), 1, 8, 8), k / 5) for k in range(5)]  # no whole number of places
     network.answers(x, [torch.tensor([2 * k, 2 * k + 1]) for k in range(5)])
     assert [len(batch) for batch in seen] == [size] * 3 + [len(x[0]) * 5 + 1 - 3 * size]
@@ -95,7 +95,7 @@ def test_balance_losses_are_trained_on(monkeypatch):
     for weight in (0.0, 10.0):
         network = OneNetwork(EC.replace(router="token_choice", aux_loss_weight=weight)).eval()
         network.learn(task.x, task.y, task.held)
-        assert not network.lit.model.training  # what comes next are answers
+        assert not network.model.training  # what comes next are answers
     assert losses[1] - losses[0] > 5  # the balance loss is at least about 1
 
 
