@@ -1,7 +1,6 @@
 """RunConfig, the only schema of a training run: a flat, frozen dataclass that validates its values.
 
-Letters follow the paper: n tokens compete for e experts, and each expert takes k = n c / e tokens (Eq. 1).
-"""
+Letters follow the paper: n tokens compete for e experts, and each expert takes k = n c / e tokens (Eq. 1)."""
 
 import dataclasses
 import math

@@ -1,8 +1,7 @@
 """The project's folders, and the files that the key `data` names, independent of a notebook's working folder.
 
 `data` may end in a hash of its files' content, `data/book.txt#1a2b3c4d5e6f7a8b`. RunConfig appends it if the files
-exist, so that a different text is a different run. If YAML states the hash, runs are found without the text.
-"""
+exist, so that a different text is a different run. If YAML states the hash, runs are found without the text."""
 
 import contextlib
 import hashlib

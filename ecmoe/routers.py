@@ -1,7 +1,6 @@
 """The table of routers: the facts that configs, FLOP counts and report pages need about each one, without torch.
 
-Letters are the paper's: n tokens compete, e experts choose, each expert takes k = n c / e tokens (Eq. 1).
-"""
+Letters are the paper's: n tokens compete, e experts choose, each expert takes k = n c / e tokens (Eq. 1)."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -4,8 +4,7 @@ The gates are autoencoders. Each is trained on the images of one task, and recon
 lowest error predicts an image's task. Tasks arrive one after the other, without the images of earlier tasks.
 
 Letters: n images of D pixels; K tasks so far; T_k the new task, T_a an earlier one, Er_a the mean error that the gate
-of T_a makes on images of T_k.
-"""
+of T_a makes on images of T_k."""
 
 import copy
 from collections.abc import Callable, Sequence

@@ -3,8 +3,7 @@
 Three approaches are compared: Expert Gate; one network of the same total size, dense or with expert choice, trained
 task after task; and that network trained on all tasks jointly. In evaluation, an image's task is not given.
 
-Letters: K tasks; n images (C, H, W).
-"""
+Letters: K tasks; n images (C, H, W)."""
 
 import sys
 import time

@@ -1,8 +1,7 @@
 """Sources of text: a corpus is a stream of documents with a name, a licence and an attribution.
 
 The key `data` names `stdlib` (Python's standard library, available everywhere), a local file or folder, a data set of
-the Hub, or a mix of several texts, each of which this module opens separately.
-"""
+the Hub, or a mix of several texts, each of which this module opens separately."""
 
 import gzip
 import importlib.util

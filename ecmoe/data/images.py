@@ -2,8 +2,7 @@
 
 The key `data` names them: `digits` needs no download, `cifar10` comes from the Hub, `images:PATH` is a local folder.
 
-Letters: n images of C channels, H x W pixels.
-"""
+Letters: n images of C channels, H x W pixels."""
 
 import functools
 import hashlib

@@ -71,8 +71,7 @@ def split(hashes: np.ndarray, lengths: np.ndarray, share: float = VALIDATION) ->
     """Return which documents are for validation, (documents,) bool, and the rule in words.
 
     Units (documents of the same hash) stay together: in the order of their hashes, they fill `share` of the bytes.
-    If that fails, as for one book, the last documents are taken, so that only one of them adjoins the training text.
-    """
+    If that fails, as for one book, the last documents are taken, so that only one of them adjoins the training text."""
     units, unit_of = np.unique(hashes, return_inverse=True)  # sorted by hash
     sizes = np.bincount(unit_of, weights=lengths, minlength=len(units))
     chosen, left = np.zeros(len(units), bool), share * lengths.sum()

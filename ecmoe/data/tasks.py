@@ -2,8 +2,7 @@
 
 An example is one or more texts, in reading order, and a label. The eleven tasks come from the Hub, or from a folder
 with TASK/train.jsonl and TASK/validation.jsonl in the Hub's columns. `lines` is ours: is a line of Python's standard
-library (PSF licence) code, 0, or docstring prose, 1? No module is in both training and validation.
-"""
+library (PSF licence) code, 0, or docstring prose, 1? No module is in both training and validation."""
 
 from pathlib import Path
 from typing import NamedTuple
