@@ -33,7 +33,6 @@ _HOME = {
 }
 __all__ = [*_HOME, "__version__"]
 
-
 # For packages that a plain `pip install .` leaves out.
 _HINT = "{} isn't installed; it comes with the extra 'study': pip install '.[study]' in a checkout of ecmoe"
 

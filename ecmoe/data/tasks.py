@@ -11,7 +11,7 @@ import numpy as np
 
 from ecmoe import paths
 from ecmoe.data.corpus import Rows, checked_rows, from_hub, json_rows
-from ecmoe.files import ConfigError, nearest
+from ecmoe.files import ConfigError, check_known
 from ecmoe.paths import check_content, plain, remember_content, with_content
 
 _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"  # data sets of the Hub
@@ -53,8 +53,7 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
     """Load the training and validation examples of one of `TASKS`, in the source's order.
 
     folder: local copies, PATH or PATH#HASH of their content; a task missing there is loaded from the Hub."""
-    if name not in TASKS:
-        raise ConfigError(f"task {name!r}: {nearest(name, TASKS)}")
+    check_known("task", [name], TASKS)
     task, what, there = TASKS[name], f"task {name!r}", "a folder of local copies"
     if not task.hub:
         folder = Path(__file__).parent

@@ -19,12 +19,10 @@ from hypothesis import strategies as st
 
 from ecmoe import paths
 from ecmoe.config import RunConfig
-from ecmoe.data import split as split_module
 from ecmoe.data import tokens
 from ecmoe.data.corpus import Corpus
-from ecmoe.data.split import SplitText, split
 from ecmoe.data.tokenizer import END
-from ecmoe.data.tokens import load
+from ecmoe.data.tokens import SplitText, load, split
 from ecmoe.files import ConfigError
 
 PARAGRAPHS = [f"Paragraph {i}: the cat sat on mat number {i * i % 97}; grüße, Welt!\n\n" for i in range(6000)]
@@ -420,9 +418,9 @@ def test_a_text_that_changes_while_it_is_read_is_not_kept(book, make, monkeypatc
 
 
 def test_who_waits_sees_what_is_done_and_how_much_of_it(book, make, monkeypatch):
-    shown, wrap = [], split_module.tqdm.wrapattr
+    shown, wrap = [], tokens.tqdm.wrapattr
     monkeypatch.setattr(
-        split_module.tqdm, "wrapattr", lambda *given, **how: shown.append((*given[1:], how)) or wrap(*given, **how)
+        tokens.tqdm, "wrapattr", lambda *given, **how: shown.append((*given[1:], how)) or wrap(*given, **how)
     )
     meta = make(book, tokenizer="bpe", vocab_size=300).meta
     sizes = [meta[f"{side}_bytes"] for side in ("train", "val")]
