@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from safetensors.torch import save_file
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch.overrides import TorchFunctionMode
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
@@ -120,7 +121,8 @@ def train_run(
     data.prepare_data()
     data.setup("fit")
     torch.manual_seed(config.seed)
-    module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
+    with _Undrawn():
+        module = LitClassifier(config) if config.images else LitModel(config, torch.as_tensor(data.token_counts))
     if resolved_precision(config) == "64-true":  # else Lightning would restore checkpoints in float32
         module.double()
     recorder = Recorder(folder, progress, where.sharing, still_ours)
@@ -225,6 +227,14 @@ def _share_compiled_code() -> None:
     functorch.autograd_cache_allow_custom_autograd_functions = True
     autocast = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
     inductor.unsafe_marked_cacheable_functions |= dict.fromkeys(autocast, "arguments only")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Skip the default values of layers, which one thread would draw for seconds: a model of a config draws its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        skipped = func in (torch.nn.init.normal_, torch.nn.init.kaiming_uniform_)
+        return kwargs["tensor"] if skipped else func(*args, **kwargs or {})
 
 
 def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.files import seal
+from ecmoe.model.build import build_model
 from ecmoe.training import gpus
 from ecmoe.training import run as train
 from ecmoe.training.lit import LitModel
@@ -178,6 +179,23 @@ def test_where_nothing_is_said_a_run_is_trained_and_shown_and_its_weights_are_ke
     folder, progress, sharing, still_ours = told["recorder"]
     assert (folder, progress, sharing(), still_ours()) == (tmp_path, True, 1, None)
     assert inspect.signature(train.train_run).parameters["keep_weights"].default is True
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "dense", "task_level"])
+def test_weights_are_drawn_once(tiny_config, tmp_path, monkeypatch, router):
+    """Layers would draw default values before, which takes seconds at the study's sizes."""
+    config, made, lit = tiny_config(router=router), [], LitModel
+    monkeypatch.setattr(
+        train, "LitModel", lambda *given: made.append((torch.get_rng_state(), lit(*given))) or made[0][1]
+    )
+    monkeypatch.setattr(train, "new_trainer", lambda *_, **keys: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train_run(config, tmp_path, progress=False)
+    ((before, found),) = made
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = build_model(config).state_dict()
+    assert not torch.equal(torch.get_rng_state(), before)  # elsewhere, both are drawn
+    assert all(torch.equal(value, expected[name]) for name, value in found.model.state_dict().items())
 
 
 def test_lightnings_warnings_are_not_shown_and_others_are(tiny_config):
