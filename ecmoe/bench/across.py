@@ -1,8 +1,5 @@
 """Time a layer whose experts are spread over GPUs, against its floor: six matrix products, of a GPU's experts and tokens
-of all GPUs.
-
-A process per GPU does the timing. It imports no more than the layer, as starting takes longer than measuring.
-"""
+of all GPUs. Each GPU's process imports no more than the layer, as starting takes longer than measuring."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
-"""Time of the expert choice layer, forward + backward, as one size grows and the others stay fixed.
-
-The layer uses the implementation that runs use ("auto"), beside its floor, a lower bound (see layer.py).
-"""
+"""Time of the expert choice layer as runs have it ("auto"), forward + backward, and of its floor (see layer.py), as one size
+grows and the others stay fixed."""
 
 import statistics
 from collections.abc import Mapping, Sequence

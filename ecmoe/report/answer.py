@@ -1,7 +1,4 @@
-"""The answer at the top of a page (verdict, one sentence, the runs behind it) and, further down, how it was judged.
-
-Everything about a claim is computed by `ecmoe.study.verdict` from protocol and records; notebooks add nothing to it.
-"""
+"""The answer at the top of a page and, further down, how it was judged: what `ecmoe.study.verdict` computes, as HTML."""
 
 from collections.abc import Sequence
 from functools import partial

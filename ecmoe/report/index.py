@@ -1,7 +1,6 @@
 """Write index.html of a scale: summary, number of claims per label, a line per claim, all pages, and a search over them.
 
-The search is a short script, the only one in any page; the Content-Security-Policy allows it by its digest. The searched text
-is part of index.html, so no network or server is needed.
+The search is a short script, the only one in any page, over texts that are part of index.html.
 """
 
 import base64
@@ -154,11 +153,10 @@ def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
             if engine.lacks(one, scale):
                 missing.setdefault(one.arms[0], []).append(str(one.seed))
         there = len(planned) - sum(map(len, missing.values()))
-        text = (
+        named = (
             "; ".join(f"{arm} (seed {', '.join(seeds)})" for arm, seeds in missing.items()) if there else "all of them"
         )
-        if len(text) >= 120:
-            text = markup("folded", f"{len(missing)} arms", text)
+        text = named if len(named) < 120 else markup("folded", f"{len(missing)} arms", named)
         if planned:
             rows.append((markup("page_link", page, pages.get(page)), f"{there} of {len(planned)}", text))
     caption = f"Pages share runs; \u201c{reproduce(scale)}\u201d trains what is missing, and nothing else."

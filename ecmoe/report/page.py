@@ -1,7 +1,4 @@
-"""Functions that notebooks call to show figures with alternative text, tables and text, as HTML without scripts or requests.
-
-`answer` and its neighbours, for the top of a page, are in report/answer.py.
-"""
+"""What notebooks call to show figures with alternative text, tables and text, as HTML without scripts or requests."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
-"""Render executed notebooks as pages, with nbconvert and the template in template/.
-
-A page is a single file without scripts or requests, with formulas as MathML and code folded. index.py lists the pages.
-"""
+"""Render executed notebooks as pages, by nbconvert and the template in template/: single files without scripts or requests,
+with formulas as MathML and code folded."""
 
 import os
 import re
@@ -44,8 +42,7 @@ def page_html(
     """Return an executed notebook as an HTML page.
 
     error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to the previous and next page;
-    `source`, address of the notebook; `footer`; `script` and `script_digest` (base64 of its SHA-256) of the only script that the
-    page may run."""
+    `source`, address of the notebook; `footer`; `script`, the only one that the page may run, and `script_digest`, its SHA-256."""
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for number, cell in enumerate(notebook.cells, 1):
         cell.page = {"number": number}

@@ -1,4 +1,4 @@
-"""Building blocks of figures: lines, points and heat maps, drawn by seaborn from long tables, and `panels`, which combines them.
+"""Building blocks of figures: seaborn's lines, points and heat maps of long tables, and `panels`, which combines them.
 
 Our own code adds what seaborn doesn't have: names at the ends of lines instead of a legend, and labels for missing runs.
 """

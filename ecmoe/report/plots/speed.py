@@ -1,7 +1,5 @@
-"""Figures of speed: layers against their floor, training steps, growth with each size, and a step's time by kind of work.
-
-The floor of a layer is the time of its matrix products alone. The bench has computed medians and quartiles already.
-"""
+"""Figures of speed: layers against their floor (the time of their matrix products alone), training steps, growth with each
+size, and a step's time by kind of work. The bench has computed medians and quartiles already."""
 
 import numpy as np
 import pandas as pd
@@ -19,30 +17,27 @@ _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 def share_of_floor(layers: pd.DataFrame) -> Plot:
     """Plot each layer's speed as a share of its floor's, forward and forward + backward; a panel per size. layers: from `speed.layers`.
     Leaves out the paper's slow capping method (Dykstra), which tables show."""
-    sizes = list(dict.fromkeys(layers["size"]))
-    columns = ["size", "layer", "variant", "mode", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
+    columns = ["size", "layer", "variant", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
     rows = layers.dropna(subset=["layer"]).reindex(columns=columns)
     floor = rows["layer"].eq("floor") & rows["variant"].eq("")
     aside = rows["variant"].astype(str).str.endswith("Dykstra")
-    rows = rows[~floor & ~aside & rows["what"].isin(_COLORS)].reset_index(drop=True)
-    rows["percent"] = 100 * rows["share_of_floor"].astype(float)
-    names, measured = (list(dict.fromkeys(rows[column])) for column in ("name", "size"))
+    rows = rows[~floor & ~aside & rows["what"].isin(_COLORS)]
+    rows = rows.assign(percent=100 * rows["share_of_floor"].astype(float))
+    names, each = list(rows["name"].unique()), dict(iter(rows.groupby("size", sort=False)))
 
-    def draw(ax: Axes, size: str) -> tuple[pd.DataFrame, str]:
-        here = rows[rows["size"] == size]
+    def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         sns.pointplot(here, x="percent", y="name", hue="what", order=names, hue_order=list(_COLORS), palette=_COLORS,
                       markers=["o", "D"], dodge=0.3, linestyle="none", errorbar=None, markersize=6, ax=ax)  # fmt: skip
         ax.get_legend().remove()
         ax.axvline(100, color=INK, linewidth=1)
-        middle = size == measured[len(measured) // 2]  # one label for all panels: adjacent labels would touch
+        middle = here is list(each.values())[len(each) // 2]  # one label for all panels: adjacent labels would touch
         ax.set(xlim=(0, 105), ylabel="", xlabel="share of the floor's speed (%)" * middle)
         said = ", ".join(f"{row.name} {row.percent:.0f}%" for row in here[here["what"] == BOTH].itertuples())
         shown = here[["name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]].rename(columns={"name": "layer"})
         return shown, said
 
     what, height = f"speed of a layer, as a share of its floor's, {BOTH}", 1.6 + 0.28 * max(len(names), 2)
-    each = {size: size for size in measured}
-    return panels(what, draw, each, height, sizes, measured, key="size", legend=2, sharey=True)
+    return panels(what, draw, each, height, layers["size"].unique(), each, key="size", legend=2, sharey=True)
 
 
 def over_plain(auto: pd.DataFrame) -> Plot:
@@ -71,18 +66,17 @@ def step_times(steps: pd.DataFrame) -> Plot:
     """Plot the median time of a training step and its quartiles, a row per arm and path, for own and even routing."""
     columns = ["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
     data = steps.reindex(columns=columns).dropna(subset=["ms"]).reset_index(drop=True)
-    both = zip(data["path"], data.pop("mode"), strict=True)
-    data["path"] = [", ".join(part for part in pair if part != EAGER) for pair in both]
-    lines, shown = list(dict.fromkeys(zip(data["arm"], data["path"], strict=True))), looks(data["arm"])
+    data["path"] += [f", {mode}" * (mode != EAGER) for mode in data.pop("mode")]
+    row, lines = pd.factorize(data["arm"] + ", " + data["path"])
+    shown, even = looks(data["arm"]), data["routing"].eq("even")
 
     def draw(ax: Axes, data: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        colors, even = np.array([shown[arm].color for arm in data["arm"]]), data["routing"].eq("even")
-        y = [lines.index(line) for line in zip(data["arm"], data["path"], strict=True)] + np.where(even, 0.15, -0.15)
+        colors, y = np.array([shown[arm].color for arm in data["arm"]]), row + np.where(even, 0.15, -0.15)
         ax.hlines(y, data["low_ms"], data["high_ms"], color=colors, linewidth=2)
         ax.scatter(data["ms"], y, s=49, c=np.where(even, PAPER, colors), edgecolors=colors, zorder=3)
         for label, fill in (("routed by its own router", GREY), ("routed evenly, by force", PAPER)):
             ax.plot([], [], "o", color=GREY, markerfacecolor=fill, markersize=7, label=label)
-        ax.set_yticks(range(len(lines)), [", ".join(line) for line in lines])
+        ax.set_yticks(range(len(lines)), lines)
         ax.set(ylim=(len(lines) - 0.5, -0.5), xlabel="time of a training step (ms); the axis doesn't start at 0")
         return data, "; ".join(f"{r.arm}, {r.routing} routing, {r.path} {r.ms:.1f} ms" for r in data.itertuples())
 

@@ -1,7 +1,4 @@
-"""The style of figures: each arm has the same colour and marker in all reports, legible on white and on black.
-
-Figures use matplotlib's defaults with our changes and ignore the user's matplotlibrc.
-"""
+"""The style of figures: each arm has the same colour and marker in all reports, legible on white and on black."""
 
 import io
 import re
