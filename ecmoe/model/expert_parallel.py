@@ -31,8 +31,8 @@ from ecmoe.model.moe import MoE
 def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
     """Keep only this rank's part of all experts, moved to `device`, and return the sharded parameters.
 
-    They are DTensors on the one-dimensional mesh, so PyTorch's `clip_grad_norm_`, checkpoints and optimisers work. Raise a
-    ConfigError, on every rank, if their number doesn't divide a layer's experts.
+    They are DTensors on the one-dimensional mesh, so PyTorch's `clip_grad_norm_`, checkpoints and optimisers work.
+    Raises a ConfigError, on every rank, if their number doesn't divide a layer's experts.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer in layers:
@@ -51,7 +51,7 @@ def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> s
 
 
 class Exchange:
-    """Replacement for `MoE.experts` if the experts are spread over the ranks of a group."""
+    """`MoE.experts` for experts that are spread over the ranks of a group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.ranks = group, dist.get_world_size(group)

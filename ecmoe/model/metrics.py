@@ -1,7 +1,4 @@
-"""The list of a run's metrics: a metric added here appears in curves, summaries, tables and figures.
-
-Metrics of MoE layers are computed by `of` from a layer's last forward, with tensor methods only: no torch import.
-"""
+"""The list of a run's metrics: a metric added here appears in curves, summaries, tables and figures. Needs no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,12 +32,8 @@ MOST = 8  # share_j: tokens that j experts took; share_8: 8 or more
 SHARES = [f"share_{j}" for j in range(MOST + 1)]
 
 
-def _demand(layer: Any) -> Any:
-    return layer.demand.sum().float()
-
-
 def _fullest(layer: Any) -> Any:
-    return layer.demand.max() * layer.demand.numel() / _demand(layer)
+    return layer.demand.max() * layer.demand.numel() / layer.demand.sum()
 
 
 def _share(j: int) -> Callable[[Any], Any]:
@@ -62,7 +55,7 @@ METRICS = [
     Metric("bits_per_byte", "validation loss (bits per byte)", curve=False, result=True),
     Metric("mfu", "share of the device's bf16 rate (MFU)", curve=False),
     Metric("step_ms", "time of a training step (ms)", curve=False),
-    Metric("dropped", "requests dropped (%)", "share", of=lambda layer: 1 - layer.load.sum() / _demand(layer)),
+    Metric("dropped", "requests dropped (%)", "share", of=lambda layer: 1 - layer.load.sum() / layer.demand.sum()),
     Metric("over_capacity", "fullest expert's demand above an equal share (%)", "share",
            of=lambda layer: _fullest(layer) - 1, worst=True),
     Metric("max_load", "fullest expert's demand over the mean demand", of=_fullest, worst=True),

@@ -29,12 +29,10 @@ class MoE(nn.Module):
     Args:
         router: any `Router`; it alone decides which tokens an expert gets, and with what weight.
         d_model: d. d_ff: f, the hidden width of an expert (plain GeLU, two matrices, no bias).
-        recompute: store only the routing and the input for the backward pass, and compute the experts
-            again there (activation checkpointing; the chosen tokens stay the same).
-        kernels: implementation. "plain": PyTorch, on any device. "triton": ecmoe/kernels on a CUDA GPU, with the
-            same results up to rounding, and the same bits every time. "triton-bmm": like "triton", but with all
-            matrix products by torch.bmm. "auto": "triton" on a GPU if the package is installed (see
-            `Router.fast`), else "plain".
+        recompute: store only routing and input for the backward pass, and compute the experts again there.
+        kernels: implementation. "plain": PyTorch, on any device. "triton": ecmoe/kernels on a CUDA GPU, with the same
+            results up to rounding, and the same bits every time. "triton-bmm": like "triton", but with all matrix
+            products by torch.bmm. "auto": "triton" on a GPU if the package is installed (see `Router.fast`), else "plain".
 
     Raises:
         ValueError: router isn't one or of another width, d_ff is below 1, or kernels has an unknown value.
@@ -55,13 +53,10 @@ class MoE(nn.Module):
             raise ConfigError(f"router={router!r}: must be a router, such as ExpertChoice(d_model, num_experts)")
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must equal the router's, {router.d_model}")
-        check_key("d_ff", d_ff)
         if check_key("kernels", kernels).startswith("triton") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
-        e = router.num_experts
-        self.router, self.recompute = router, recompute
-        self.kernels = kernels
-        self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
+        self.router, self.recompute, self.kernels, e = router, recompute, kernels, router.num_experts
+        self.w1 = nn.Parameter(torch.empty(e, d_model, check_key("d_ff", d_ff)))
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
         self.exchange: Any = None  # `expert_parallel.Exchange` if other ranks hold some experts
@@ -75,7 +70,7 @@ class MoE(nn.Module):
 
     @property
     def kernels(self) -> str:
-        """Implementation used by the layer and its router; stored on the router."""
+        """See the argument; stored on the router, which uses it, too."""
         return self.router.kernels
 
     @kernels.setter
@@ -96,8 +91,7 @@ class MoE(nn.Module):
 
         Args:
             x: (B, T, d), or (n, d) if the router needs no sequences; may be empty.
-            token_ids: (B, T) vocabulary ids (hash routing).
-            task_ids: (B,) or (B, T) (task-level routing).
+            token_ids: (B, T) vocabulary ids (hash routing). task_ids: (B,) or (B, T) (task-level routing).
             mask: (B, T) bool, False for padding, which uses no capacity and gets output 0.
 
         Returns:
@@ -107,7 +101,7 @@ class MoE(nn.Module):
             ValueError: x has a wrong shape or holds integers, mask isn't bool, or other shapes don't match that of x.
         """
         shape, d = x.shape[:-1], x.shape[-1]  # (B, T)
-        self._check_shapes(x, token_ids, task_ids, mask)
+        self._check(x, token_ids=token_ids, task_ids=task_ids, mask=mask)
         if task_ids is not None and task_ids.dim() < len(shape):
             task_ids = task_ids[:, None].expand(shape)
         token_ids, task_ids, mask = (None if t is None else t.reshape(-1) for t in (token_ids, task_ids, mask))
@@ -140,35 +134,34 @@ class MoE(nn.Module):
             out = _WithLoss.apply(out, chosen.aux_loss, self._leaf)
         return out.view(*shape, d)
 
-    def _check_shapes(self, x: Tensor, token_ids: Tensor | None, task_ids: Tensor | None, mask: Tensor | None) -> None:
-        shape = x.shape[:-1]
-        if x.dim() not in (2, 3) or x.shape[-1] != self.router.d_model:
-            raise ValueError(f"x has shape {tuple(x.shape)}: must be (B, T, {self.router.d_model}) or (n, "
-                             f"{self.router.d_model}), the router's d_model last")  # fmt: skip
+    def _check(self, x: Tensor, **inputs: Tensor | None) -> None:
+        shape, d = x.shape[:-1], self.router.d_model
+        if x.dim() not in (2, 3) or x.shape[-1] != d:
+            right = f"must be (B, T, {d}) or (n, {d}), the router's d_model last"
+            raise ValueError(f"x has shape {tuple(x.shape)}: {right}")
         if not x.is_floating_point():
             raise ValueError(f"x is of {x.dtype}: must be floating-point numbers, such as embeddings of token ids")
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask is of {mask.dtype}: must be bool, False for padding")
-        for name, given in {"token_ids": token_ids, "task_ids": task_ids, "mask": mask}.items():
-            if given is not None and given.is_floating_point():
+        for name, given in inputs.items():
+            if given is None:
+                continue
+            if name == "mask" and given.dtype != torch.bool:
+                raise ValueError(f"mask is of {given.dtype}: must be bool, False for padding")
+            if given.is_floating_point():
                 raise ValueError(f"{name} is of {given.dtype}: must hold whole numbers")
-            if given is not None and given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
+            if given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
                 right = f"must be {tuple(shape)}, as x is {tuple(x.shape)}"
                 raise ValueError(f"{name} has shape {tuple(given.shape)}: {right}")
 
     def _keep(self, aux_loss: Tensor | None) -> None:
-        """Set `aux_loss`.
-
-        Reentrant checkpointing first runs a pass without gradients. `aux_loss` is then a separate leaf, which receives
-        a gradient from the loss; when the pass is recomputed, `_WithLoss` passes this gradient on.
-        """
         self.aux_loss, self._leaf = aux_loss, None
         if aux_loss is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Reentrant checkpointing first runs a pass without gradients. `aux_loss` is then a separate leaf, which gets
+            # a gradient from the loss; when the pass is recomputed, `_WithLoss` passes this gradient on.
             self.aux_loss = self._leaf = aux_loss.detach().requires_grad_()
 
     def _nothing(self, x: Tensor) -> Tensor:
         """Return the (0, d) input, with zero gradients for all parameters: other ranks may wait for these."""
-        for buffer in (self.load, self.demand, self.experts_per_token, self.tokens):
+        for buffer in self.buffers(recurse=False):
             buffer.zero_()
         nothing = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
         self._keep(nothing if self.training else None)
@@ -182,8 +175,7 @@ class MoE(nn.Module):
 
     def compute(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """Like `experts`, with the given weights, which may be those of some experts only."""
-        groups = -(-token.numel() // self.room(x))
-        if groups <= 1:
+        if (groups := -(-token.numel() // self.room(x))) <= 1:
             return self._some_experts(x, w1, w2, token, gate)
         some = (t.chunk(groups) for t in (w1, w2, token, gate))
         return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))  # type: ignore[return-value]
@@ -232,13 +224,12 @@ class MoE(nn.Module):
         self.demand.copy_(self.load if assignment.demand is None else assignment.demand)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Return metrics of the last forward as scalar tensors on the layer's device: dropped, over_capacity, max_load,
-        share_0 to share_8; NaN if it had no tokens. `ecmoe.model.metrics` defines them."""
+        """Return the last forward's metrics of `ecmoe.model.metrics` as scalar tensors; NaN if it had no tokens."""
         return {metric.name: metric.of(self) for metric in metrics.of_layers()}  # type: ignore[misc]
 
 
 class _WithLoss(torch.autograd.Function):
-    """Return `out` unchanged; in the backward pass, give `loss` the gradient that `leaf` received."""
+    """Return `out`; in the backward pass, give `loss` the gradient that `leaf` received."""
 
     @staticmethod
     def forward(ctx, out: Tensor, loss: Tensor, leaf: Tensor) -> Tensor:

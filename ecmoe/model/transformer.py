@@ -44,7 +44,6 @@ class Trunk(nn.Module):
 
     @property
     def moe_layers(self) -> list[MoE]:
-        """The MoE layers, first to last; empty for a dense model."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def compile_blocks(self) -> None:
@@ -59,20 +58,19 @@ class Trunk(nn.Module):
         """Draw each parameter from its own generator, seeded by (seed, name)."""
         with ThreadPoolExecutor() as pool:  # a core draws 100 million numbers a second, and 0.1B/64E has 1.8 billion
             list(pool.map(lambda named: self._draw(seed, *named), self.named_parameters()))
-        if self.config.relative_init == "alibi":
-            for module in self.modules():
-                if isinstance(module, RelativeBias):
-                    module.weight.data.copy_(module.falling())
+        for module in self.modules() if self.config.relative_init == "alibi" else ():
+            if isinstance(module, RelativeBias):
+                module.weight.data.copy_(module.falling())
 
     @torch.no_grad()
     def _draw(self, seed: int, name: str, parameter: Tensor) -> None:
         std = self._initial_std(name, parameter)
-        if std is None:
-            parameter.fill_(1.0)
-            return
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))
+        if std is None:
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))
 
     def _initial_std(self, name: str, parameter: Tensor) -> float | None:
         """Return fan-in^-1/2 (None: fill with ones), times (2L)^-1/2 for outputs of blocks, whose sum starts near 1."""
@@ -82,11 +80,9 @@ class Trunk(nn.Module):
             return 0.1
         if name == "embedding.weight":
             return self.config.d_model**-0.5
-        out = (2 * self.config.layers) ** -0.5
-        if name.endswith("moe.w2"):
-            return parameter.shape[1] ** -0.5 * out * self.config.moe_init_scale
-        if name.endswith(("attention.out.weight", "ffn.down.weight")):
-            return parameter.shape[1] ** -0.5 * out
+        if name.endswith(("moe.w2", "attention.out.weight", "ffn.down.weight")):
+            std = parameter.shape[1] ** -0.5 * (2 * self.config.layers) ** -0.5
+            return std * self.config.moe_init_scale if name.endswith("moe.w2") else std
         # nn.Linear weights are (out, in); in experts, (e, in, out), and routers, (in, out), fan-in is second to last.
         return parameter.shape[1 if name.endswith((".qkv.weight", "_up.weight")) else -2] ** -0.5
 
@@ -107,13 +103,12 @@ class Transformer(Trunk):
         cache: Cache | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Return logits of the next token; or, given targets (B, T) int64, their mean cross-entropy, without storing all
-        logits. Other arguments: as in `hidden`."""
+        """Return logits of the next token; or, given targets (B, T) int64, their mean cross-entropy. See `hidden`."""
         x = self.hidden(token_ids, task_ids, mask, cache)
         return self.logits(x) if targets is None else linear_cross_entropy(x, self.embedding.weight, targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map the (..., d) output of `hidden` to (..., V) logits. The output layer is tied to the embedding."""
+        """Map the (..., d) output of `hidden` to (..., V) logits, tied to the embedding."""
         return F.linear(hidden, self.embedding.weight)
 
     def hidden(
@@ -127,19 +122,18 @@ class Transformer(Trunk):
 
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T).
-            mask: (B, T) bool, False for padding, which must follow a sequence's tokens: no expert takes padding, and
-                as attention is causal, no token sees it.
-            cache: keys and values of earlier tokens, one list per block, initially `[[] for _ in model.blocks]`. Those
-                of token_ids are appended in place, so that decoding computes each token once.
+            mask: (B, T) bool, False for padding, which must follow a sequence's tokens: attention is causal, so that no
+                token sees it.
+            cache: keys and values of earlier tokens, one list per block, initially `[[] for _ in model.blocks]`; those
+                of token_ids are appended in place.
 
         Raises:
             ValueError: mask has padding before a token.
         """
         if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("mask has padding before a token: pad on the right, as tokens attend to all before them")
-        x = self.embedding(token_ids)  # (B, T, d); small compared with the blocks' outputs, so that
-        # the tied output layer doesn't start by predicting the input token
-        return self.through(x, cache, token_ids=token_ids, task_ids=task_ids, mask=mask)
+        # Embeddings are small compared with the blocks' outputs, so that tied logits don't start at the input token.
+        return self.through(self.embedding(token_ids), cache, token_ids=token_ids, task_ids=task_ids, mask=mask)
 
 
 class Block(nn.Module):
@@ -178,9 +172,7 @@ class Block(nn.Module):
         return x, self._maybe_recomputed(lambda y: self.ffn(self.ffn_norm(y)), x)  # type: ignore[misc]
 
     def _maybe_recomputed(self, function, x: Tensor) -> Tensor:
-        if self.recompute and self.training:
-            return checkpoint(function, x, use_reentrant=False)
-        return function(x)
+        return checkpoint(function, x, use_reentrant=False) if self.recompute and self.training else function(x)
 
 
 class GatedFFN(nn.Module):

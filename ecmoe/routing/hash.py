@@ -37,7 +37,6 @@ class Hash(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the table."""
         counts, modulo = self.token_counts, torch.arange(len(self.table)) % self.num_experts
         self.table.copy_(modulo if counts is None else balanced_table(counts, self.num_experts))
 

@@ -20,8 +20,7 @@ class KMeans(Router):
 
     Args:
         d_model, num_experts: d, e.
-        capacity_factor: an expert holds ceil(capacity_factor n / e) tokens in order of arrival; None: nothing is
-            dropped.
+        capacity_factor: an expert holds ceil(capacity_factor n / e) tokens, the first ones; None: nothing is dropped.
         beta: decay of the averages. seed: seed of the initial centroids.
     """
 
@@ -59,8 +58,7 @@ class KMeans(Router):
         centroids = self.centroids.to(rows.dtype)
         with full_precision(x):
             product = rows @ centroids.T
-        # For `assign`, which knows the padding and collects the other tokens.
-        self._input = rows if self.gathers else None
+        self._input = rows if self.gathers else None  # for `assign`, which knows the padding
         return 2 * product - rows.square().sum(1, keepdim=True) - centroids.square().sum(1), x
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
@@ -82,7 +80,6 @@ class KMeans(Router):
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Update the averages with the tokens of this step, and set the centroids to their ratio."""
         add_up(self.pending_sums, self.pending_counts)
         # Skip steps without tokens, and steps with a NaN, which would stay in the averages forever.
         moves = (self.pending_counts.sum() > 0) & self.pending_sums.isfinite().all()
