@@ -1,29 +1,24 @@
 """Routers: which expert processes which token; one family per file. All return an `Assignment`; `MoE` does the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, compiler, nn
 
+from ecmoe.config import RunConfig
 from ecmoe.files import check_known
 from ecmoe.routers import ROUTERS
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.dense import Dense
 from ecmoe.routing.expert_choice import ExpertChoice
 from ecmoe.routing.expert_threshold import ExpertThreshold
-from ecmoe.routing.hash import Hash
 from ecmoe.routing.kmeans import KMeans
 from ecmoe.routing.linear_assignment import LinearAssignment
 from ecmoe.routing.router import Router, without_padding
-from ecmoe.routing.task_level import TaskLevel
+from ecmoe.routing.table import Hash, TaskLevel
 from ecmoe.routing.token_choice import TokenChoice
-
-if TYPE_CHECKING:
-    from ecmoe.config import RunConfig
 
 __all__ = [
     "Assignment",
