@@ -1,8 +1,8 @@
 """Attention of the Transformer: causal, with a learned bias per head and distance; or, for images, over all tokens.
 
-`Attention` passes the bias to PyTorch's attention as a mask with one number per head, query and key. On a GPU in 16
-bits this is slow, also because the mask's gradient has the same size. There we use our own kernels
-(ecmoe/kernels/attention.py): flash attention (Dao et al. 2022) that adds the bias inside the kernel:
+`Attention` passes the bias to PyTorch's attention as a mask with one number per head, query and key. In 16 bits on a GPU
+that is slow, and so is the mask's gradient. There our kernels (ecmoe/kernels/attention.py) add the bias inside flash
+attention (Dao et al. 2022):
 
     S = q k^T / (d/h)^1/2 + bias,  P = exp(S - lse),  out = P v                                lse = logsumexp S
     dv = P^T dout,  dS = P (dout v^T - delta),  dq ~ dS k,  dk ~ dS^T q                        delta = sum(dout out)
@@ -89,9 +89,8 @@ class RelativeBias(nn.Module):
 
     def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """Return the (h, queries, keys) bias, -inf for future keys. The last query and the last key are one token."""
-        # A Toeplitz matrix: a row runs from far keys to near keys to the future, and is the row above shifted right by
-        # one. Repeating a line that is one element longer than a row produces this, and its backward pass is a plain
-        # sum; the gradient of indexing (queries, keys) entries would be accumulated one by one.
+        # A row runs from far keys to near keys to the future, and is the row above shifted right by one. Repeating a line
+        # that is one element longer than a row gives this, with a plain sum as gradient; indexing's would be slow.
         line = F.pad(self.table(keys, device).flip(1), (0, queries), value=float("-inf"))
         rows = line.roll(1 - queries, 1).repeat(1, queries)[:, :-queries].unflatten(1, (queries, -1))
         return rows[..., :keys]
@@ -116,9 +115,8 @@ def fast_attention(qkv: Tensor, table: Tensor, near: int) -> tuple[Tensor, Tenso
     """Return causal softmax(q k^T / (d/h)^1/2 + bias) v, (B, T, h, d/h), and lse, (B, h, T), for the backward pass.
 
     Args:
-        qkv: (B, T, 3, h, d/h), queries, keys and values as one linear map computes them.
-        table: (h, T) float32, the bias by distance. Entries from `near` on must be equal: they stand for one
-            parameter, so only the sum of their gradients matters.
+        qkv: (B, T, 3, h, d/h). table: (h, T) float32, the bias by distance. near: entries of the table from here on must
+            be equal: they stand for one parameter, so only the sum of their gradients matters.
     """
     from ecmoe.kernels import attention as kernel
 

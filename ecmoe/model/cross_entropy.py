@@ -1,10 +1,9 @@
 """The output layer and its loss in one step: cross-entropy of x W^T without storing all logits.
 
-At 65,536 tokens and a vocabulary of 32k, the logits take 4 GB in bf16, and the loss needs them in float32: 8 GB more,
-read and written several times. But the loss is a sum over tokens, so one chunk of tokens at a time is enough. Its
-gradient, softmax(z) - onehot, is known as soon as the logits z are, up to the upstream gradient, a scalar. So all
-three products of a chunk run in the forward pass, and the backward pass only scales dx and dW
-(Liger Kernel, Hsu et al. 2024; Cut Cross-Entropy, Wijmans et al. 2025):
+At 65,536 tokens and a vocabulary of 32k, the logits take 4 GB in bf16, and 8 GB more in float32. But the loss is a sum
+over tokens, so one chunk of them at a time is enough. Its gradient, softmax(z) - onehot, is known as soon as the logits
+z are, up to the upstream gradient, a scalar. So all three products of a chunk run in the forward pass, and the backward
+pass only scales dx and dW (Liger Kernel, Hsu et al. 2024; Cut Cross-Entropy, Wijmans et al. 2025):
 
     z = x W^T                       product
     loss += logsumexp(z) - z[target]     one pass over z, which overwrites
@@ -12,7 +11,6 @@ three products of a chunk run in the forward pass, and the backward pass only sc
     dx = z W,  dW += z^T x          products
 
 Sums, exponentials and dW are float32 (float64 if x is); z is rounded to the dtype of x before and after that pass.
-
 Letters: n tokens of width d, V vocabulary.
 """
 

@@ -8,9 +8,7 @@
 
 Expert choice gives all experts the same number of tokens: sizes are fixed, and no rank waits for counts. If a router's
 sizes depend on the data, ranks first agree on the largest (GShard, Lepikhin et al. 2021, section 3.3, pads likewise).
-
-Losses are means over a rank's tokens, and data parallelism averages the gradients of all other weights over ranks. An
-expert's gradient already sums over the tokens of all ranks, so gradients on their way to experts are divided by R.
+Data parallelism averages gradients over ranks; an expert's already sums over all ranks' tokens and is divided by R.
 """
 
 from functools import reduce
@@ -29,10 +27,11 @@ from ecmoe.model.moe import MoE
 
 
 def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
-    """Keep only this rank's part of all experts, moved to `device`, and return the sharded parameters.
+    """Keep only this rank's part of all experts, moved to `device`, and return the sharded parameters, as DTensors on the
+    one-dimensional mesh: PyTorch's `clip_grad_norm_`, checkpoints and optimisers work with these.
 
-    They are DTensors on the one-dimensional mesh, so PyTorch's `clip_grad_norm_`, checkpoints and optimisers work.
-    Raises a ConfigError, on every rank, if their number doesn't divide a layer's experts.
+    Raises:
+        ConfigError: on every rank, if their number doesn't divide a layer's experts.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer in layers:
@@ -70,9 +69,9 @@ class Exchange:
         return reduce(torch.add, (self._some(layer, x, *part) for part in parts))
 
     def _some(self, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        e, R, dtype = len(token), self.ranks, x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        e, R, dtype, kind = len(token), self.ranks, x.dtype, x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         rows, back = _gathered(layer.router.fast(x, len(x)), x, token)
         # (R e/R s, d): the slots of all ranks, ordered by rank; `slot` reorders them by expert.
         slot = torch.arange(len(rows), device=x.device).view(R, e // R, -1).transpose(0, 1).reshape(e // R, -1)

@@ -1,4 +1,4 @@
-"""Token-by-token generation with a key-value cache. Routing is causal, so a single prompt is enough."""
+"""Token-by-token generation with a key-value cache."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Sample continuations of prompts.
+    """Sample continuations of prompts, each on its own, as routing is causal.
 
     Args:
         model: a trained model; expert choice routes by the cut-offs that it gathered in training.

@@ -1,10 +1,10 @@
 """Capped expert choice (section 3.3): every expert takes k tokens, no token goes to more than b experts.
 
-Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: True where an expert takes a token,
-k = m c / e (Eq. 1), b the cap. `capped_top_k` is the entry point; solver "feasible" is ours, "dykstra" the paper's.
+Solver "dykstra" is the paper's. "feasible" is ours: it solves a transport problem (transport.py). On a GPU,
+ecmoe/kernels/capped.py solves it nearly as well in far fewer steps.
 
-"feasible" solves a transport problem (transport.py), with scores in units of the mean score of a plain top-k. On a
-GPU, ecmoe/kernels/capped.py solves it nearly as well in far fewer steps.
+Letters: g pools of m tokens, e experts, S (g, e, m) scores, X (g, e, m) bool: True where an expert takes a token,
+k = m c / e (Eq. 1), b the cap.
 """
 
 import math
@@ -65,17 +65,14 @@ def capped_top_k(
         valid, target = S.new_ones(g, m, dtype=torch.bool), torch.full((g,), k, device=S.device)
     with torch.no_grad():
         if solver == "dykstra":
-            A = dykstra(S, target, b, valid)
-            I = A.topk(k, dim=2).indices  # the paper's I = TopK(A, k)
+            I = dykstra(S, target, b, valid).topk(k, dim=2).indices  # the paper's I = TopK(A, k)
             filler = torch.arange(k, device=S.device) >= target[:, None, None]
-            best = S.gather(2, I).masked_fill(filler, -2.0).argsort(2, descending=True)
-            I = I.gather(2, best)
+            I = I.gather(2, S.gather(2, I).masked_fill(filler, -2.0).argsort(2, descending=True))
         else:
             # In units of the mean score of a plain top-k.
             ranked = S.masked_fill(~valid[:, None], 0.0).sort(dim=2, descending=True).values
             inside = torch.arange(m, device=S.device) < target[:, None, None]
-            places = (e * target[:, None, None]).clamp_min(1)
-            unit = (ranked * inside).sum((1, 2), keepdim=True) / places
+            unit = (ranked * inside).sum((1, 2), keepdim=True) / (e * target[:, None, None]).clamp_min(1)
             X = transport(S, target, b, valid, unit, fixed=S.device.type != "cpu")
             I = S.masked_fill(~X, -2.0).topk(k, dim=2).indices
     return scores.gather(2, I), I
@@ -91,9 +88,9 @@ def dykstra(
 ) -> Tensor:
     """Return log A, (g, e, m), of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to <= b, 0 <= A <= 1.
 
-    Runs Dykstra's alternating Kullback-Leibler projections in the log domain, starting from exp(S / lambda). Rows and
-    columns are scaled to their sums. The inequalities (columns; entries <= 1) need Dykstra's correction; the equality
-    of rows doesn't. log A is always S / lambda minus one term per constraint. The paper doesn't print its projections.
+    Runs Dykstra's alternating Kullback-Leibler projections in the log domain, starting from exp(S / lambda); the paper
+    doesn't print its own. The inequalities (columns; entries <= 1) need Dykstra's correction; the equality of rows
+    doesn't. log A is always S / lambda minus one term per constraint.
     """
     Z = (S / regularization).masked_fill(~valid[:, None], float("-inf"))
     log_k = target.to(S.dtype).log()[:, None, None]

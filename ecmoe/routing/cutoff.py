@@ -1,7 +1,6 @@
 """RunningCutoff: the score that a token needs for an expert to take it, learned from training batches.
 
-Expert choice compares tokens with each other. A cut-off compares each token with a number, so it sees no
-other token (Expert Threshold, arXiv 2603.11535: an exponential moving average of the k-th largest score).
+Expert choice compares tokens with each other; a token that is compared with a cut-off sees no other token.
 """
 
 from collections.abc import Callable
@@ -37,10 +36,8 @@ class RunningState(nn.Module):
 
 
 class RunningCutoff(RunningState):
-    """(e,) cut-offs: the bias-corrected moving average, over optimiser steps, of a step's mean k-th largest score.
-
-    `add` accumulates scores within a step (over micro-batches and pools). `end_step` updates the average once, over all
-    ranks. All state is in buffers, so checkpoints contain it.
+    """(e,) cut-offs: the bias-corrected exponential moving average, over optimiser steps, of a step's mean k-th largest
+    score over micro-batches, pools and ranks (Expert Threshold, arXiv 2603.11535).
     """
 
     def __init__(self, num_experts: int, beta: float) -> None:
@@ -55,8 +52,7 @@ class RunningCutoff(RunningState):
 
     @torch.no_grad()
     def add(self, kth: Tensor, known: Tensor | None = None) -> None:
-        """Add (pools, e) scores `kth`, the k-th largest of each expert in each pool. `known`: (pools,) bool, False for
-        pools with too few unmasked tokens, whose scores are ignored."""
+        """Add (pools, e) k-th largest scores; `known`, (pools,) bool, is False for pools with too few unmasked tokens."""
         if known is not None:
             kth = kth.where(known[:, None], 0.0)
         self.pending.add_(kth[0] if len(kth) == 1 else kth.sum(0))  # summing one pool would cost a pass

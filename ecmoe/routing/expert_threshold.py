@@ -1,7 +1,7 @@
 """Expert threshold (arXiv 2603.11535): each expert takes every token that reaches its running cut-off.
 
-Letters: n tokens, e experts, k = n c / e (Eq. 1), S (n, e) scores. The cut-off is a moving average of the k-th
-largest score, so an expert gets k tokens on average, and no token's routing sees another token.
+The cut-off is a moving average of the k-th largest score, so an expert gets k tokens on average, and no token's routing
+sees another token. Letters: n tokens, e experts, k = n c / e (Eq. 1), S (n, e) scores.
 """
 
 import torch
@@ -18,7 +18,7 @@ class ExpertThreshold(ExpertChoice):
 
     Args:
         d_model, num_experts, capacity_factor: d, e, c.
-        beta: decay of the cut-offs' moving average, which is bias-corrected and updated once per optimiser step.
+        beta: decay of the cut-offs' moving average, see `RunningCutoff`.
         gate, rounding: see `ExpertChoice`.
 
     Attributes:
@@ -43,13 +43,11 @@ class ExpertThreshold(ExpertChoice):
         self.steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # optimiser steps that moved the cut-offs
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
-        n = logits.shape[0]
         S = without_padding(logits, mask).softmax(dim=1)  # (n, e)
-        if self.training and not self.causal:
-            return self._weigh(self._bounded(S, mask), n)
-        if not self.causal and self.cutoff.empty():  # no cut-offs yet: plain expert choice
+        if not (self.training or self.causal) and self.cutoff.empty():  # no cut-offs yet: plain expert choice
             return super().assign(logits, mask=mask)
-        return self._weigh(self._above_cutoff(S, mask), n)
+        trains = self.training and not self.causal
+        return self._weigh(self._bounded(S, mask) if trains else self._above_cutoff(S, mask), len(S))
 
     def _bounded(self, S: Tensor, mask: Tensor | None) -> Assignment:
         """Assign, in training, the tokens above the cut-off, best first, as many as `slack` allows."""

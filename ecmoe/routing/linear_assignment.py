@@ -16,20 +16,16 @@ TOLERANCE = 1e-4
 
 
 class LinearAssignment(Router):
-    """Route each token to one expert: balanced by an auction in training, the best-scoring one in evaluation.
+    """Route each token to one expert: in evaluation the best-scoring one, in training balanced by an auction, so that no
+    expert gets more than ceil(v / e) of v unmasked tokens. There `assign` raises a ConfigError unless e divides n.
 
     The gate is the sigmoid of the token's score for its expert (Lewis et al. 2021, section 3).
 
     Args:
-        d_model, num_experts, learned: see `Router`; in training e must divide n.
+        d_model, num_experts, learned: see `Router`.
     """
 
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
-        """See `Router`; in training no expert gets more than ceil(v / e) of v unmasked tokens.
-
-        Raises:
-            ConfigError: in training, e doesn't divide n.
-        """
         n, e = logits.shape
         logits = without_padding(logits, mask)
         if balanced := self.training and not self.causal:
@@ -41,7 +37,7 @@ class LinearAssignment(Router):
 
 @torch.no_grad()
 def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
-    """Return (n,) experts for (n, e) scores, where e divides n: at most ceil(v / e) of v unmasked tokens each."""
+    """Return (n,) experts for (n, e) scores, where e divides n."""
     n, e = S.shape
     if e == 1 or n == 0:
         return torch.zeros(n, dtype=torch.long, device=S.device)
@@ -53,9 +49,8 @@ def _balanced(S: Tensor, mask: Tensor | None) -> Tensor:
     S = S - S.mean(dim=1, keepdim=True)
     mean = S.sum(dim=0) / valid.sum().clamp_min(1)
     seen = torch.where(valid[:, None], S - mean, 0.0)
-    unit = (seen.square().sum() / (valid.sum() * e).clamp_min(1)).sqrt()
-    valid = valid | filler
-    target = valid.sum() // e
+    unit = (seen.square().sum() / (valid.sum() * e).clamp_min(1)).sqrt().view(1, 1, 1)
+    valid = (valid | filler)[None]
     # The meta device has no numbers to look at.
-    X = transport((S - mean).T[None], target[None], 1, valid[None], unit.view(1, 1, 1), TOLERANCE, S.is_meta)[0]
+    X = transport((S - mean).T[None], valid.sum(1) // e, 1, valid, unit, TOLERANCE, S.is_meta)[0]
     return X.long().argmax(dim=0)

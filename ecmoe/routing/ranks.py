@@ -12,7 +12,7 @@ ROWS = 128  # of a tile of the matrix products: a size takes as long as the next
 
 
 def ranks() -> int:
-    """Return R, the number of ranks; 1 without a process group."""
+    """Return R; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -35,8 +35,8 @@ def gathered(S: Tensor) -> Tensor:
 def own(I: Tensor, m: int) -> Tensor:
     """Return (g, e, s): the positions of this rank's own tokens among I, (g, e, k) positions in the pools of all ranks.
 
-    The order is kept. In I, R m marks an empty slot; in the result, m does.
-    s is equal on all ranks: the most tokens of one rank that an expert chose in a pool, rounded up to whole tiles.
+    The order is kept. In I, R m marks an empty slot; in the result, m does. s, equal on all ranks, is the most tokens of
+    one rank that an expert chose in a pool, rounded up to whole tiles.
     """
     owner = I // m
     won = int(torch.stack([(owner == rank).sum(2).max() for rank in range(ranks())]).max())  # waits for the device

@@ -7,7 +7,6 @@ token it takes over that token's b-th best other offer. All experts update price
 auction), with a shrinking jitter on the scores that keeps equal tokens from moving together. The final prices are
 optimal for the loads they give. Cheapest paths then move tokens from experts with too many to others (successive
 shortest paths, Ahuja et al. 1993, section 9.7), many at a time. The rest moves directly, which is always possible.
-Usually few tokens have to move, and as many rounds suffice; to see that, the host must wait for the device.
 """
 
 import torch
@@ -40,7 +39,7 @@ def transport(
         b: cap, at most e - 1. valid: (g, m) bool, False for padding.
         unit: (g, 1, 1) size of a large difference of scores.
         tolerance: loss per place allowed against the largest sum of scores, as a share of the unit.
-        fixed: make a fixed number of rounds, so that no step waits for a number from the device.
+        fixed: make a fixed number of rounds, so that the host doesn't wait for the device to see which is the last.
     """
     unit = unit.clamp_min(torch.finfo(S.dtype).tiny)
     Z = S.masked_fill(~valid[:, None], float("-inf"))
@@ -61,18 +60,16 @@ def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
 
 def _prices(Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, tolerance: float) -> Tensor:
     """Return (g, e, 1) prices at which about `target` tokens want each expert, if each wants its b best offers."""
-    e, m = Z.shape[1:]
+    (_, e, m), tokens = Z.shape, valid.sum(1)
     # With places to spare, a free place is an offer worth 0; otherwise a token must take b experts at any price.
-    tokens = valid.sum(1)
     floor = torch.where(tokens * b > e * target, 0.0, float("-inf"))[:, None, None].to(Z)
     rounds = [(Z, J, target, valid)] * PRICE_ROUNDS
     if m > 2 * SAMPLE:  # the first rounds use an evenly spread sample
         place = (valid.cumsum(1).double() * 0.6180339887498949 % 1).masked_fill(~valid, 2.0)
         few = place.argsort(1)[:, :SAMPLE]
-        share = valid.gather(1, few).sum(1)
-        columns = few[:, None].expand(-1, e, -1)
-        sample = Z.gather(2, columns), J.gather(2, columns), target * share // tokens.clamp_min(1)
-        rounds[:-FULL_ROUNDS] = [(*sample, valid.gather(1, few))] * (PRICE_ROUNDS - FULL_ROUNDS)
+        some, columns = valid.gather(1, few), few[:, None].expand(-1, e, -1)
+        sample = Z.gather(2, columns), J.gather(2, columns), target * some.sum(1) // tokens.clamp_min(1), some
+        rounds[:-FULL_ROUNDS] = [sample] * (PRICE_ROUNDS - FULL_ROUNDS)
     q = torch.zeros_like(Z[:, :, :1])
     for step, (Z, J, target, valid) in enumerate(rounds):
         jitter = JITTER_FIRST * (tolerance / JITTER_FIRST) ** (step / (PRICE_ROUNDS - 1))
@@ -150,9 +147,8 @@ def _balance(
         excess = _excess(X, every, target)
         if not fixed and not excess.any():
             break
-        u, v = excess[:, :e].argmax(1), excess[:, :e].argmin(1)
         amount = torch.minimum(excess.amax(1), -excess.amin(1))
-        _move(X, Z, tokens, u, v, amount)
+        _move(X, Z, tokens, excess[:, :e].argmax(1), excess[:, :e].argmin(1), amount)
     return X[:, :e]
 
 
