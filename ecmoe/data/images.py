@@ -26,7 +26,6 @@ from ecmoe.config import RunConfig
 from ecmoe.data.batches import Batch, Batches, RunData
 from ecmoe.data.corpus import NOT_STATED, about, from_hub, source_sha256
 from ecmoe.files import ConfigError
-from ecmoe.paths import IMAGES, IMAGES_PREFIX, check_content, local_files, plain, remember_content, with_content
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VALIDATION = ("validation", "val", "test")  # folder names of a validation split; the first that exists is used
@@ -54,14 +53,14 @@ def load(data: str) -> Images:
 
     images:PATH is a folder with a sub-folder of image files per class (optionally below train and test), or with
     NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each."""
-    data, content = plain(data), with_content(data)
-    if data not in IMAGES and (not data.startswith(IMAGES_PREFIX) or data == IMAGES_PREFIX):
-        raise ConfigError(f"data={data!r}: images must be one of {', '.join(IMAGES)}, or {IMAGES_PREFIX}PATH")
-    if data not in IMAGES and not (folder := paths.resolve(data.removeprefix(IMAGES_PREFIX))).is_dir():
+    data, content, prefix = paths.plain(data), paths.with_content(data), paths.IMAGES_PREFIX
+    if data not in paths.IMAGES and (not data.startswith(prefix) or data == prefix):
+        raise ConfigError(f"data={data!r}: images must be one of {', '.join(paths.IMAGES)}, or {prefix}PATH")
+    if data not in paths.IMAGES and not (folder := paths.resolve(data.removeprefix(prefix))).is_dir():
         raise ConfigError(f"data={data!r}: {folder} isn't a folder; it must hold a sub-folder of image files per class, "
                           "or NAME_train.jpgs.xz and its companion files")  # fmt: skip
-    check_content(content)
-    remember_content(content)
+    paths.check_content(content)
+    paths.remember_content(content)
     return _load(data, content)
 
 
@@ -95,7 +94,7 @@ def _digits(data: str) -> Source:
 
 def _cifar10(data: str) -> Source:
     """Load CIFAR-10 from the Hub: 50,000 images for training, and the test set of 10,000 for validation."""
-    right = f"the Hub must be reachable, or give a local copy as data: {IMAGES_PREFIX}PATH, or take data: digits"
+    right = f"the Hub must be reachable, or give a local copy as data: {paths.IMAGES_PREFIX}PATH, or take data: digits"
     sets = from_hub(f"data={data!r}", right, "uoft-cs/cifar10")
     said = {"name": "CIFAR-10", "licence": NOT_STATED,
             "attribution": "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"}  # fmt: skip
@@ -104,7 +103,7 @@ def _cifar10(data: str) -> Source:
 
 
 def _local(data: str) -> Source:
-    files = local_files(data)
+    files = paths.local_files(data)
     packed = [path for name, path in files.items() if "/" not in name and name.endswith("_train.jpgs.xz")]
     if packed:
         name = packed[0].name.removesuffix("_train.jpgs.xz")
@@ -113,7 +112,7 @@ def _local(data: str) -> Source:
         classes = CIFAR10 if name == "cifar10" and len(numbers) <= len(CIFAR10) else tuple(map(str, numbers))
     else:
         train, val, classes = _folder(data, files)
-    said = about(data.removeprefix(IMAGES_PREFIX)) | {"source_sha256": source_sha256(data)}
+    said = about(data.removeprefix(paths.IMAGES_PREFIX)) | {"source_sha256": source_sha256(data)}
     return train, val, classes, said
 
 

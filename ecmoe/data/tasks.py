@@ -12,7 +12,6 @@ import numpy as np
 from ecmoe import paths
 from ecmoe.data.corpus import Rows, checked_rows, from_hub, json_rows
 from ecmoe.files import ConfigError, check_known
-from ecmoe.paths import check_content, plain, remember_content, with_content
 
 _GLUE, _SUPERGLUE = "nyu-mll/glue", "aps/super_glue"  # data sets of the Hub
 
@@ -58,9 +57,9 @@ def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Example
     if not task.hub:
         folder = Path(__file__).parent
     if folder:
-        check_content(str(folder))
-        remember_content(with_content(str(folder)))
-        local = paths.resolve(plain(str(folder))) / name
+        paths.check_content(str(folder))
+        paths.remember_content(paths.with_content(str(folder)))
+        local = paths.resolve(paths.plain(str(folder))) / name
         if local.is_dir():
             sides = (json_rows(what, local / f"{side}.jsonl", task.columns) for side in ("train", "validation"))
             return tuple(_examples(name, rows) for rows in sides)

@@ -21,7 +21,6 @@ from ecmoe import paths
 from ecmoe.data.corpus import Corpus, Documents, open_corpus, source_key, source_sha256
 from ecmoe.data.tokenizer import BPE, END, END_ID, Bytes, Tokenizer, train_bpe
 from ecmoe.files import ConfigError, Damaged, check_sum, disk_may_be_full, read_json, sha256, sha256_once, write_json
-from ecmoe.paths import check_content, parts_of, remember_content, with_content
 
 # Version of the cache format, part of every cache's name. Increase it if the same source would give different tokens.
 SCHEMA = 2
@@ -48,7 +47,7 @@ class Tokens(NamedTuple):
 
 def folder(config: Any) -> Path:
     """Return the cache folder of a config's tokens; it depends on the text's content and on the keys in `_keys`."""
-    names = "-".join(Path(part).name for part in parts_of(config.data))
+    names = "-".join(Path(part).name for part in paths.parts_of(config.data))
     slug = re.sub(r"[^\w.-]+", "-", names).strip("-")[:40]
     digest = check_sum(_keys(config))[:12]
     return paths.cache() / "tokens" / f"{slug}-{config.tokenizer}{config.vocab_size}-{digest}"
@@ -56,7 +55,7 @@ def folder(config: Any) -> Path:
 
 def _keys(config: Any) -> dict[str, Any]:
     read = {key: getattr(config, key) for key in ("max_bytes", "tokenizer", "vocab_size")}
-    return {"schema": SCHEMA, "data": source_key(with_content(config.data)), **read}
+    return {"schema": SCHEMA, "data": source_key(paths.with_content(config.data)), **read}
 
 
 def load(config: Any) -> Tokens:
@@ -70,7 +69,7 @@ def load(config: Any) -> Tokens:
         with FileLock(f"{place}.lock"):
             if trouble := _trouble(place):  # otherwise another process has computed the tokens meanwhile
                 _make(config, place, trouble)
-    remember_content(config.data)
+    paths.remember_content(config.data)
     meta = read_json(place / "meta.json")
     train, val = (np.memmap(place / f"{side}.bin", np.dtype(meta["dtype"]), "r") for side in ("train", "val"))
     return Tokens(train, val, BPE(place / "tokenizer.json") if meta["tokenizer"] == "bpe" else Bytes(), meta)
@@ -91,9 +90,9 @@ def _trouble(place: Path) -> str | None:
 def _make(config: Any, place: Path, trouble: str) -> None:
     try:
         source = source_sha256(config.data)
-        check_content(config.data)
+        paths.check_content(config.data)
         streaming = config.streaming or config.max_bytes > 0  # part of a text doesn't need the whole download
-        corpora = [open_corpus(part, streaming) for part in parts_of(config.data)]
+        corpora = [open_corpus(part, streaming) for part in paths.parts_of(config.data)]
     except ConfigError as error:
         if trouble == NEW:
             raise
@@ -106,7 +105,7 @@ def _make(config: Any, place: Path, trouble: str) -> None:
     try:
         with disk_may_be_full(place):
             meta = _tokenise(config, corpora, work)
-        check_content(config.data)  # the text must not have changed while it was read
+        paths.check_content(config.data)  # the text must not have changed while it was read
         made = sorted(work.iterdir())
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in made}
         for path in made:
