@@ -1,8 +1,4 @@
-"""TextData: batches of text that are the same for every arm of a comparison, and resume exactly within an epoch.
-
-Task-level routing of text, which has no tasks, takes as the task id of a window the cluster of the window before it in the
-corpus. It is known before the first token, so routing never depends on a later token. This choice is ours; Kudugunta et
-al. (2021) use the language pair."""
+"""TextData: batches of text that are the same for every arm of a comparison, and resume exactly within an epoch."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -57,10 +53,9 @@ class Batches(IterableDataset):
 class RunData(L.LightningDataModule):
     """Base class of text and image data: loaders, ranks, and `start_step`, the micro-step at which a run resumes."""
 
-    # Set by `setup()`: examples, and a hash that checkpoints store.
-    train: Parts
+    train: Parts  # `setup()` sets the examples
     val: Parts
-    digest: str
+    digest: str  # a hash that checkpoints store
     batches = Batches
 
     def __init__(self, config: RunConfig):
@@ -147,7 +142,11 @@ class TextData(RunData):
 
 
 class TextClusters:
-    """k-means over token frequencies of training windows, (m, T+1), with seed 0 for every run: it is part of the data."""
+    """Task ids for text, which has no tasks: that of a window is the cluster of the window before it in the corpus.
+
+    It is known before the first token, so routing never depends on a later token. This choice is ours; Kudugunta et al.
+    (2021) use the language pair. The clusters are k-means over token frequencies of training windows, (m, T+1), with
+    seed 0 for every run: they are part of the data."""
 
     def __init__(self, windows: np.ndarray, num_classes: int) -> None:
         from sklearn.cluster import MiniBatchKMeans  # slow to import, and only task-level runs need it
@@ -159,16 +158,16 @@ class TextClusters:
         start = {"n_init": 3} if num_classes <= 64 else {"n_init": 1, "init": "random"}
         self.clusters = MiniBatchKMeans(num_classes, random_state=0, **start).fit(frequencies(some))
 
-    def before(self, windows: np.ndarray, chunk: int = 4096) -> np.ndarray:
+    def before(self, windows: np.ndarray) -> np.ndarray:
         """Map consecutive windows (m, T+1) to the cluster of the window before each, (m,) int64; 0 for the first."""
-        parts = (windows[start : start + chunk] for start in range(0, len(windows), chunk))
+        parts = (windows[start : start + 4096] for start in range(0, len(windows), 4096))
         found = [self.clusters.predict(frequencies(part)) for part in parts]
         return np.concatenate([[0], *found])[:-1].astype(np.int64)
 
 
 def frequencies(windows: np.ndarray) -> np.ndarray:
     """(m, T+1) token ids -> (m, BUCKETS) float32 root frequencies (Hellinger distance, to which rare tokens matter)."""
-    counts, row, length = np.zeros((len(windows), BUCKETS), np.uint32), np.arange(len(windows)), windows.shape[1]
-    for ids in windows.T.astype(np.int64):
-        counts[row, ids % BUCKETS] += 1
+    m, length = windows.shape
+    ids = windows.astype(np.int64) % BUCKETS + BUCKETS * np.arange(m)[:, None]  # each window has buckets of its own
+    counts = np.bincount(ids.ravel(), minlength=m * BUCKETS).reshape(m, BUCKETS)
     return np.sqrt(np.arange(length + 1) / length).astype(np.float32)[counts]
