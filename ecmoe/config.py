@@ -138,8 +138,7 @@ class RunConfig:
                        "auto (triton where possible)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
     activation_checkpointing: bool = key(False, "save memory: recompute attention and experts in the backward pass")
     strategy: str = key("auto", "distribution over ranks: ddp (copies), fsdp2 (sharded weights), ep (experts divided, "
-                        "the rest as fsdp2), auto (ddp)",
-                        choices=("auto", "ddp", "fsdp2", "ep"))  # fmt: skip
+                        "the rest as fsdp2), auto (ddp)", choices=("auto", "ddp", "fsdp2", "ep"))  # fmt: skip
     devices: int = key(1, "processes (GPUs) per node; several nodes: torchrun -m ecmoe train", low=1, high=1024)
     num_nodes: int = key(1, "number of nodes (machines)", low=1, high=65_536)
 
