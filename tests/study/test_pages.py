@@ -325,7 +325,7 @@ def test_models_are_served_with_every_pool_that_one_was_trained_on(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_networks_trained_with_most_places_are_measured_with_as_few_as_others(scale):
     def places(names):
-        return {name: float(re.search(r"([\d.]+) places?", name)[1]) for name in names}
+        return {name: float(re.search(r"([\d.]+) places?", name)[1]) for name in names if name != "Dense"}
 
     asked, trained = values("10_vision", scale)["measures"]["accuracy-at"], places(arms("10_vision", scale))
     assert set(asked["arms"]) == {name for name, count in trained.items() if count == max(trained.values())}
