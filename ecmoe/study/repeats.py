@@ -48,7 +48,8 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     ours, theirs = (_compared(result) for result in (_trained(config, steps or config.steps, record), record))
     ours, theirs = ours[ours.index.isin(theirs.index)].align(theirs, axis=1)
     theirs = theirs.loc[ours.index]
-    differs = {name: _difference(ours[name], theirs[name]) for name in ours if not ours[name].equals(theirs[name])}
+    gap, most = ours.isna().ne(theirs.isna()).any(), (ours - theirs).abs().max()
+    differs = {c: None if gap[c] else float(most[c]) for c in ours if not ours[c].equals(theirs[c])}
     found = {
         "run": name, "router": _router(keys), "device": device_name(), "recorded": recorded, "code": code,
         "rows": len(ours), "equal": bool(len(ours)) and not differs, "differs": differs,
@@ -59,11 +60,6 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
         except OSError as error:  # such as a full disk, which must not hide what was found
             print(f"{path} can't be written: {error}", file=sys.stderr, flush=True)
     return found
-
-
-def _difference(ours: pd.Series, theirs: pd.Series) -> float | None:
-    """Return the largest difference of two columns, or None if one has a value where the other has none."""
-    return None if ours.isna().ne(theirs.isna()).any() else float((ours - theirs).abs().max())
 
 
 def _router(config: Mapping[str, Any]) -> str:

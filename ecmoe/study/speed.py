@@ -51,15 +51,11 @@ def jobs(
     _check_types(locals())
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
-    if auto_sizes:
-        found["auto"] = job("auto", sizes=auto_sizes, **usual)
-    if study_arms:
-        found[study_file(study_arms)] = job("study", configs=study_arms)
-    return found | {
-        "step": job("step", **usual | step_sizes),
-        "growth": job("growth", base=growth_from, axes=growth_axes, repeats=repeats),
-        "profile": job("profile", **{"compiled": compiled} | step_sizes),
-    }
+    found |= {"auto": job("auto", sizes=auto_sizes, **usual)} if auto_sizes else {}
+    found |= {study_file(study_arms): job("study", configs=study_arms)} if study_arms else {}
+    found["step"] = job("step", **usual | step_sizes)
+    found["growth"] = job("growth", base=growth_from, axes=growth_axes, repeats=repeats)
+    return found | {"profile": job("profile", **{"compiled": compiled} | step_sizes)}
 
 
 # Modules of `bench_auto` and `bench_study`; the module of every other benchmark has its name.
@@ -147,8 +143,8 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
 def kept(name: str, scale: str, *more: Path) -> dict[str, Any]:
     """Read a result from reports/<scale>/bench, else from the first of these folders that has it: its rows and their attributes; else
     `NOTHING`. May raise Damaged."""
-    there = (path for place in (paths.results(scale, "bench"), *more) if (path := place / f"{name}.json").exists())
-    return next((NOTHING | read_json(path, sealed=True) for path in there), NOTHING)
+    found = [place / f"{name}.json" for place in (paths.results(scale, "bench"), *more)]
+    return next((NOTHING | read_json(path, sealed=True) for path in found if path.exists()), NOTHING)
 
 
 def setting(scale: str) -> tuple[str, str]:
@@ -197,18 +193,15 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
     }  # fmt: skip
     rows = []
     for (size, name), group in layers.dropna(subset=["name"]).groupby(["size", "name"], sort=False):
-        of = group.drop_duplicates("what").set_index("what").reindex([FORWARD, BOTH, ROUTING])
-        of = of.reindex(columns=list(dict.fromkeys(column for _, column in columns.values())))
-        rows.append({"size": size, "layer": name} | {shown: of.loc[at] for shown, at in columns.items()})
+        of = group.drop_duplicates("what").set_index("what").stack()
+        rows.append({"size": size, "layer": name} | {shown: of.get(at) for shown, at in columns.items()})
     return pd.DataFrame(rows, columns=None if rows else ["size", "layer"]).dropna(axis=1, how="all")
 
 
 def longer(auto: pd.DataFrame) -> str:
     """Return where a run's default path takes longer than plain PyTorch, by more than 2%: "compiled, n 512, d 256: 1.84 times"."""
-    most = auto[auto["ratio"] > 1.02].groupby(["mode", "n", "d_model"], sort=False)["ratio"].max()
-    return (
-        "; ".join(f"{mode}, n {n:,}, d {d:,}: {ratio:.2f} times" for (mode, n, d), ratio in most.items()) or "nowhere"
-    )
+    most = auto[auto["ratio"] > 1.02].groupby(["mode", "n", "d_model"], sort=False)["ratio"].max().items()
+    return "; ".join(f"{mode}, n {n:,}, d {d:,}: {ratio:.2f} times" for (mode, n, d), ratio in most) or "nowhere"
 
 
 def fastest(layers: pd.DataFrame) -> str:
