@@ -62,9 +62,11 @@ def runs(
 
     if jobs > 1 and not train_them:
         raise ConfigError("--jobs must come with --train, as nothing is trained without it")
-    first, count = _part(part)
+    first, _, count = part.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ConfigError(f"--part {part}: must be I/N with I in 1..N, such as 1/2")
     planned, wrong = (plan(scale, pages), {}) if pages else sound(scale)
-    lacking = [(one, engine.lacks(one, scale)) for one in planned[first::count]]
+    lacking = [(one, engine.lacks(one, scale)) for one in planned[int(first) - 1 :: int(count)]]
     left = [one for one, lacks in lacking if lacks]
     if train_them:
         raise typer.Exit(engine.train(left, scale, jobs=jobs))
@@ -179,11 +181,3 @@ def readme(scale: Annotated[str, typer.Argument(help="scale of the results")] = 
     from ecmoe.report.readme import update
 
     typer.echo("README.md " + ("changed" if update(scale) else "is up to date"))
-
-
-def _part(text: str) -> tuple[int, int]:
-    """Parse "2/3" to (1, 3): the index of the part, from 0, and the number of parts."""
-    part, _, count = text.partition("/")
-    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
-        raise ConfigError(f"--part {text}: must be I/N with I in 1..N, such as 1/2")
-    return int(part) - 1, int(count)

@@ -243,22 +243,20 @@ def label_of(part: Part, found: Estimate, level: float) -> str:
         return NOT_RUN
     if found.n < (protocol().least_seeds if found.of == "seed" else 2):
         return UNDECIDED
-    low, high = found.inner(level)
-    neutral, unit = part.unit.inner(part.neutral), part.unit  # all on the unit's inner scale
+    unit, sign = part.unit, 1.0 if part.says in ("above", "near") else -1.0
+    # All on the unit's inner scale, from the value that means no effect (or that a "near" claims), positive on the claim's side.
+    centre = unit.inner(part.figure if part.says == "near" else part.neutral)
     margin = math.log1p(part.margin) if unit is Unit.RATIO else part.margin
-    figure = None if part.figure is None else unit.inner(part.figure)
+    nearest, farthest = sorted(sign * (end - centre) for end in found.inner(level))
+    equal = -margin <= nearest and farthest <= margin
     if part.says == "near":
-        if figure - margin <= low and high <= figure + margin:
-            return REPRODUCED
-        return CONTRADICTED if high < figure - margin or low > figure + margin else UNDECIDED
-    sign = 1.0 if part.says == "above" else -1.0
-    nearest, farthest = sorted((sign * (low - neutral), sign * (high - neutral)))  # positive: on the claim's side
+        return REPRODUCED if equal else CONTRADICTED if farthest < -margin or nearest > margin else UNDECIDED
     if part.says == "at or below":
         return REPRODUCED if nearest > -margin else CONTRADICTED if farthest < -margin else UNDECIDED
-    if -margin <= nearest and farthest <= margin:
+    if equal:
         return NO_EFFECT
     if nearest > 0:
-        enough = margin if figure is None else sign * (figure - neutral)
+        enough = margin if part.figure is None else sign * (unit.inner(part.figure) - centre)
         return REPRODUCED if nearest >= enough else IN_DIRECTION
     return CONTRADICTED if farthest < 0 else UNDECIDED
 
@@ -272,7 +270,7 @@ def holm(cases: Sequence[tuple[Part, Estimate]]) -> list[float]:
     alpha, m = 1 - protocol().level, len(cases)
     sureness = [_smallest_alpha(part, found) for part, found in cases]
     levels, stopped = [0.0] * m, None
-    for rank, i in enumerate(sorted(range(m), key=lambda i: sureness[i])):
+    for rank, i in enumerate(sorted(range(m), key=sureness.__getitem__)):
         allowed = stopped or alpha / (m - rank)
         if sureness[i] > allowed:
             stopped = allowed
