@@ -55,8 +55,7 @@ def runs(
 ) -> None:
     """List the plan (the runs and measurements that pages need) and what is missing; or, with --train, carry it out.
 
-    Each run is saved as it ends, so the machine may be stopped at any time; pages are then drawn from the records.
-    """
+    Each run is saved as it ends, so the machine may be stopped at any time; pages are then drawn from the records."""
     from ecmoe.study import engine
     from ecmoe.study.plan import plan, sound
 
@@ -89,8 +88,7 @@ def run(
     """Train runs of the plan, or load them, and take the measurements that pages need.
 
     Writes reports/SCALE/runs/NAME.json and reports/SCALE/measures/NAME/*.json. Exit code: 1 if a run failed; 2 if all failures
-    are due to invalid configs, which a retry can't fix.
-    """
+    are due to invalid configs, which a retry can't fix."""
     from ecmoe.study import engine
     from ecmoe.study.plan import sound
 
@@ -109,8 +107,7 @@ def again(
     """Train recorded runs again in a temporary folder and compare: does this machine reproduce their numbers?
 
     Exit code: 1 if a run differs. If this device is of the record's kind, the comparison is saved in reports/SCALE/repeats, where
-    it shows whether two versions of the code compute the same.
-    """
+    it shows whether two versions of the code compute the same."""
     from ecmoe.study import engine, repeats
     from ecmoe.study.plan import sound
 

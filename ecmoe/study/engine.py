@@ -43,8 +43,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
     """Train or load a run, compute its measurements, and store its record and the measurements in reports/<scale>.
 
     Return its status, or "failed: reason" if training or any measurement failed (the other measurements are still made). Without
-    `keep_weights` the weights in runs/NAME are deleted once all measurements have succeeded.
-    """
+    `keep_weights` the weights in runs/NAME are deleted once all measurements have succeeded."""
     from ecmoe import run_or_load
     from ecmoe.training.result import write_record
 

@@ -22,8 +22,7 @@ class Estimate:
 
     errors: (standard error, degrees of freedom) on the inner scale for each source of sampling, such as seeds and examples. The
     half-width of the interval is the root of the sum of the squared half-widths of each source alone (MOVER, Zou and Donner
-    2008). It keeps its level if one source has few values and another many; for a single source it is Student's t interval.
-    """
+    2008). It keeps its level if one source has few values and another many; for a single source it is Student's t interval."""
 
     mean: float
     errors: tuple[tuple[float, float], ...]
@@ -131,8 +130,7 @@ def crossed(differences: Sequence[Sequence[np.ndarray]]) -> Estimate:
 
     differences: for each seed, for each task, (N,): one arm's score on each example, the same for all seeds, minus the other's.
     Seeds and examples are crossed random samples: the variance of the mean is the variance over seeds plus the variance over
-    examples (averaged over seeds). The residual counts in both terms, which makes the interval slightly too wide.
-    """
+    examples (averaged over seeds). The residual counts in both terms, which makes the interval slightly too wide."""
     seeds = of_values((np.mean([task.mean() for task in seed]) for seed in differences), Unit.SHARE)
     tasks = [np.mean(of_seeds, axis=0) for of_seeds in zip(*differences, strict=True)]
     examples = [one for task in tasks for one in _error(task)]  # a task with a single example has no error

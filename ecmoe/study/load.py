@@ -64,8 +64,7 @@ def load(page: str, given: Mapping[str, Any], also: Collection[str] = ()) -> Stu
     """Load the runs of a page, in the order of its plan. Raise a ConfigError before any work if a parameter, arm or key is invalid.
 
     given: the notebook's globals(), which hold its parameters. `scale` selects the stored results; with `train_missing` missing
-    runs are trained now (into runs/, never into reports/). also: arms to train without it.
-    """
+    runs are trained now (into runs/, never into reports/). also: arms to train without it."""
     parameters = page_parameters(page, given)
     scale = parameters["scale"]
     planned = planning.of_page(page, scale, parameters)

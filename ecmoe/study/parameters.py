@@ -48,7 +48,7 @@ def parameter_files(notebook: str, scale: str) -> list[Path]:
 def check_scale(scale: str) -> None:
     """Raise a ConfigError for an unknown scale, or for configs without scales or pages, as outside a checkout."""
     found = [path.stem for path in (paths.configs() / "scale").glob("*.yaml")]
-    known = sorted(name for name in found if _SCALE.fullmatch(name))
+    known = sorted(filter(_SCALE.fullmatch, found))
     if not known or not any(paths.configs().glob("[0-9]*.yaml")):
         raise ConfigError(f"{paths.configs()} plans no run: ECMOE_CONFIGS must be the configs/ of a checkout")
     if scale not in known:
@@ -97,12 +97,10 @@ def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     a parameter of it: at a later call, as when a cell is run again, the notebook has defined names of its own.
 
     given: such as the globals() of the notebook's first cell. None counts as not given, so the file's value holds. Ignored are names
-    that begin with an underscore, or are IPython's, and unknown names whose values aren't strings, numbers, lists or dicts.
-    """
+    that begin with an underscore, or are IPython's, and unknown names whose values aren't strings, numbers, lists or dicts."""
     names = [name for name in given if not name.startswith("_") and name not in ("In", "Out")]
     given = {name: given[name] for name in names if given[name] is not None}
-    scale = given.get("scale", "smoke")
-    usual, files = {"train_missing": True}, merge_parameters(parameter_files(page, scale))
+    files, usual = merge_parameters(parameter_files(page, given.get("scale", "smoke"))), {"train_missing": True}
     check_kinds(page, {name: files[name] for name in usual if name in files}, usual)
     values = usual | files
     ours = {name: value for name, value in given.items() if name in values}
@@ -121,16 +119,14 @@ def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any], 
             near = nearest(name, known, f"it has {', '.join(known)}")
             raise ConfigError(f"{where} has no parameter {name!r} (given: {value!r}): {near}{hint}")
         usual = known[name]
-        if usual is None or value is None:
-            continue
         if isinstance(usual, Mapping):
-            fits, must = isinstance(value, Mapping), "`key: value` lines"
+            like, must = Mapping, "`key: value` lines"
         elif isinstance(usual, list | tuple):  # a mapping fits too: `arms` is a list of names, or name -> keys
-            fits, must = isinstance(value, Mapping | list | tuple), f"a list, such as {list(usual)[:3]}"
+            like, must = Mapping | list | tuple, f"a list, such as {list(usual)[:3]}"
         else:
-            like = (int, float) if isinstance(usual, int | float) else type(usual)
-            fits = isinstance(value, like) and isinstance(value, bool) == isinstance(usual, bool)
+            like = int | float if isinstance(usual, int | float) else type(usual)
             wrong = "YAML reads 1e-3 as text (write 1.0e-3), no as false, and 'false' as text; papermill's -p reads false as text (write False)"
             must = f"a {type(usual).__name__}; {wrong}"
-        if not fits:
+        fits = isinstance(value, like) and isinstance(value, bool) == isinstance(usual, bool)
+        if not fits and usual is not None and value is not None:
             raise ConfigError(f"{where}: {name}={value!r} must be {must}")

@@ -146,8 +146,7 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     """Return arm -> RunConfig keys for a page, one arm for each combination of the values in `vary`.
 
     `arms` is a list of names, or a mapping name -> keys that defines new arms (no keys: the arm of that name).
-    configs/scale/<scale>/arms.yaml overrides keys of arms at a scale, such as their learning rate.
-    """
+    configs/scale/<scale>/arms.yaml overrides keys of arms at a scale, such as their learning rate."""
     asked, vary = values.get("arms"), values.get("vary") or {}
     own = paths.configs() / "scale" / scale / "arms.yaml"
     if asked is not None:

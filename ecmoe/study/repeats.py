@@ -32,8 +32,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     are, because they are evaluated only after a task and take few steps. Return run, router (see `_router`), device, recorded (code
     digest of the record), code (current digest), rows (number compared), equal, differs (column -> largest difference, None if only
     one of both has some value), which is stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if
-    there is no such record, its checksum doesn't match, or its run needs several processes.
-    """
+    there is no such record, its checksum doesn't match, or its run needs several processes."""
     path = paths.results(scale, "runs") / f"{name}.json"
     if not path.exists():
         raise ConfigError(f"{name}: there is no record in {path.parent} to repeat; `ecmoe run` makes one")
@@ -121,8 +120,7 @@ def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any
     """Return the repeated runs which show that all code versions of these runs (summaries) compute the same; else None.
 
     Two versions agree for a router and device if every repeat there by one version, of a run recorded by the other, was equal.
-    For runs as they were measured, nothing shows that versions of the measuring code agree.
-    """
+    For runs as they were measured, nothing shows that versions of the measuring code agree."""
     # Runs have no such code, and measurements stored before it was recorded don't say theirs.
     measuring = {run["measures"] for run in runs if "measures" in run}
     if len(measuring) > 1:

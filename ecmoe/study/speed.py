@@ -46,8 +46,7 @@ def jobs(
 
     layer_sizes: name -> arguments of `bench_layer`. step_sizes: of `bench_step` and `bench_profile`. growth_from, growth_axes: of
     `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which uses its own repeats. compiled, repeats: for
-    the benchmarks that take them. scaling: not used here, see `scaling`.
-    """
+    the benchmarks that take them. scaling: not used here, see `scaling`."""
     _check_types(locals())
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}

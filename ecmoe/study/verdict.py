@@ -127,8 +127,7 @@ def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
     """Return the verdict on a claim, such as "C1", from protocol, plan and records. Raise a ConfigError if there is none.
 
     page: judge the arms of this page instead of the claim's own, such as a page with larger models. Parts whose arms the page
-    doesn't train are left out.
-    """
+    doesn't train are left out."""
     about = find_claim(claim)
     planned, _ = sound(scale)  # another page that is invalid stops no verdict
     runs = about.runs(scale, planned) if page in (None, about.page) else by_arm(page, scale, planned)
