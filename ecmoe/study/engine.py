@@ -72,12 +72,12 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
 
 def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
     """Return the planned runs with these names or unique name prefixes. Raise a ConfigError if a name fits no run, or several."""
-    found, names_of = [], [one.name for one in planned]
+    found = []
     for name in names:
         like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]
         if len(like) != 1:
-            hint = f"{len(like)} names begin with it" if like else nearest(name, names_of, "`ecmoe runs` lists them")
-            raise ConfigError(f"no run {name!r} in the plan: {hint}")
+            near = nearest(name, (one.name for one in planned), "`ecmoe runs` lists them")
+            raise ConfigError(f"no run {name!r} in the plan: {f'{len(like)} names begin with it' if like else near}")
         found += like
     return found
 
@@ -101,8 +101,7 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int) -> int:
         return 0
     if importlib.util.find_spec("snakemake") and (CHECKOUT / "Snakefile").exists():
         command = [sys.executable, "-m", "snakemake", "--cores", "all", "--resources", f"place={jobs}"]
-        command += ["--config", f"scale={scale}", f"runs={','.join(one.name for one in planned)}"]
-        command += ["--", "trained"]
+        command += ["--config", f"scale={scale}", f"runs={','.join(one.name for one in planned)}", "--", "trained"]
         # At Ctrl-C `subprocess.run` would kill Snakemake, which would leave its lock behind.
         with subprocess.Popen(command, cwd=CHECKOUT) as process:
             try:

@@ -49,11 +49,10 @@ class Part(Held):
 
     @property
     def unit(self) -> Unit:
-        """The unit of the part's estimate."""
         if self.how in RATIOS:
             return Unit.RATIO
-        share = next((metric.unit == "share" for metric in METRICS if metric.name == self.terms[0][1]), False)
-        return Unit.SHARE if share or self.how == "accuracy" else Unit.NATS
+        shares = [metric.name for metric in METRICS if metric.unit == "share"]
+        return Unit.SHARE if self.how == "accuracy" or self.terms[0][1] in shares else Unit.NATS
 
     @property
     def compares(self) -> bool:

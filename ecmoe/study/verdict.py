@@ -184,14 +184,11 @@ def _parts(about: Claim, evidence: Evidence) -> list[Part]:
 
 def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> JudgedPart:
     label, (missing, unrecorded) = label_of(part, found, level), map(tuple, evidence.lacks(part))
-    sentence = _found(part, label, found, level)
-    if label == NOT_RUN and unrecorded:
-        sentence = f"{part.name}: {not_recorded(part.of, unrecorded)}"
-    own = {"label": label, "sentence": sentence, "effect": found, "level": level}
-    return JudgedPart(**vars(part), **own, missing=missing, unrecorded=unrecorded)
+    said = {"label": label, "sentence": _found(part, label, found, level, unrecorded)}
+    return JudgedPart(**vars(part), **said, effect=found, level=level, missing=missing, unrecorded=unrecorded)
 
 
-def not_recorded(of: str, runs: Collection[tuple[str, int]]) -> str:
+def not_recorded(of: str, runs: Sequence[tuple[str, int]]) -> str:
     """Return in words that the results of these runs, (arm, seed), lack what a part compares."""
     seeds = {arm: ", ".join(str(seed) for other, seed in runs if other == arm) for arm, _ in runs}
     return f"{of} is not recorded by {', '.join(f'{arm} (seed {each})' for arm, each in seeds.items())}"
@@ -298,10 +295,10 @@ def token_word(configs: Iterable[RunConfig]) -> str:
     return "patches" if any(config.images for config in configs) else "tokens"
 
 
-def _found(part: Part, label: str, found: Estimate, level: float) -> str:
+def _found(part: Part, label: str, found: Estimate, level: float, unrecorded: Sequence[tuple[str, int]] = ()) -> str:
     """Return the sentence of a part: its value, interval and seeds, and the reason if the label isn't "reproduced"."""
     if not found.n:
-        return f"{part.name}: not run"
+        return f"{part.name}: {not_recorded(part.of, unrecorded) if unrecorded else 'not run'}"
     below, above = part.sides
     side, size = below if found.value < 0 else above, amount(abs(found.value), part.unit, compares=part.compares)
     text = part.found.format(size=size, side=side)
