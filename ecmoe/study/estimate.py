@@ -59,9 +59,8 @@ class Estimate:
             critical = _critical(level, df)
             return optimize.brentq(lambda at: nct.sf(critical, df, at) - power, 1e-6, 20 + 10 * critical)
 
-        return self.unit.outer(
-            math.hypot(*(error * shift(df) for error, df in self.errors)) if self.n > 1 else math.nan
-        )
+        effect = math.hypot(*(error * shift(df) for error, df in self.errors)) if self.n > 1 else math.nan
+        return self.unit.outer(effect)
 
     def seeds_for(self, margin: float, level: float, power: float) -> int | None:
         """Return how many seeds with this noise would decide the margin (for a ratio its distance from 1), see `seeds_needed`.

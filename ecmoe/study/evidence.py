@@ -3,11 +3,12 @@
 import base64
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ecmoe.config import RunConfig
 from ecmoe.measures import as_measured, measure
@@ -100,9 +101,9 @@ class Evidence:
         """Return a's step time divided by b's, per turn of the bench, each on its fastest path. of: how token choice routes, "even" or
         "own"; after a comma the only mode to read: "even, compiled"."""
         routing, _, mode = of.partition(", ")
+        rows = speed.kept("step", self.scale)["rows"]
 
         def best(name: str) -> list[float]:
-            rows = speed.kept("step", self.scale)["rows"]
             of_arm = [row for row in rows if row["arm"] == name and mode in ("", row["mode"])]
             asked = [row for row in of_arm if row["routing"] == routing] or of_arm
             return min(asked, key=lambda row: row["ms"])["samples_ms"] if asked else []
@@ -124,8 +125,10 @@ class Evidence:
             other = self.right(part.b[0], part.of) if part.b else {s: [0.0] * len(tasks) for s, tasks in right.items()}
             pairs = [zip(right[seed], other[seed], strict=True) for seed in estimate.shared(right, other)]
             return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs])
-        # Of each arm: seed -> the sum of the part's signed terms.
-        a, b = ([self._sums(arm, part.terms) for arm in arms] for arms in (part.a, part.b))
+        # Of each arm: seed -> the sum of the part's signed terms, for seeds that have them all.
+        of_term = {(arm, column): pd.Series(self.values(arm, column)) for arm in part.arms for _, column in part.terms}
+        sums = {arm: sum(sign * of_term[arm, column] for sign, column in part.terms).dropna() for arm in part.arms}
+        a, b = ([sums[arm].to_dict() for arm in arms] for arms in (part.a, part.b))
         if part.how == "spread":
             return estimate.spread_ratio(a[0].values(), b[0].values())
         seeds = estimate.shared(*a, *b)
@@ -137,12 +140,6 @@ class Evidence:
         takes = self.step_time(part.a[-1], part.b[0]) if part.how == "time" else 1.0
         shares = (estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds)
         return estimate.of_values((takes * share for share in shares), Unit.RATIO)
-
-    def _sums(self, arm: str, terms: Iterable[tuple[int, str]]) -> dict[int, float]:
-        signed = [(sign, self.values(arm, column)) for sign, column in terms]
-        return {
-            seed: sum(sign * of[seed] for sign, of in signed) for seed in estimate.shared(*(of for _, of in signed))
-        }
 
 
 def _of_rows(found: Sequence[Mapping[str, Any]], what: str, row: str) -> float | None:

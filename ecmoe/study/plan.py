@@ -25,8 +25,8 @@ from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merge
 
 Keys = Mapping[str, Any]
 LISTED = "configs/arms.yaml names them all"
-# Keys that an arm may give as a fraction of the base's value -> multiple to round up to; None: the result must be an integer.
-SHARES = {"steps": None, "warmup_steps": None, "batch_size": None, "d_ff": 8}
+# Keys that an arm may give as a fraction of the base's value -> multiple to round up to; 1: the result must be an integer.
+SHARES = {"steps": 1, "warmup_steps": 1, "batch_size": 1, "d_ff": 8}
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,7 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
         made = [(arm, config_of(arm, {**values["base"], **arms[arm]}, seed)) for seed in seeds or () for arm in arms]
     except ConfigError as error:
         raise ConfigError(f"page {page!r}: {error}") from error
-    return [
-        Planned(config.name, config, (page,), (arm,), config.seed, tuple(wanted.get((arm, config.seed), ())))
-        for arm, config in made
-    ]
+    return [Planned(one.name, one, (page,), (arm,), one.seed, wanted.get((arm, one.seed), ())) for arm, one in made]
 
 
 def by_arm(
@@ -193,8 +190,8 @@ def _share(name: str, key: str, value: Any, base: Keys) -> Any:
         share = whole * Fraction(value)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"arm {name!r}: {key}={value!r} must be a number, or a share such as 1/2") from error
-    multiple = SHARES[key] or 1
-    if SHARES[key] is None and share.denominator != 1:
+    multiple = SHARES[key]
+    if multiple == 1 and share.denominator != 1:
         raise ConfigError(f"arm {name!r}: {value} of the scale's {key} is {float(share):g}, which is no whole number")
     return math.ceil(share / multiple) * multiple
 
@@ -214,9 +211,9 @@ def config_of(arm: str, keys: Keys, seed: int) -> RunConfig:
         raise ConfigError(f"arm {arm!r}: {error}") from error
 
 
-def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[str, int], list[Measurement]]:
+def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[str, int], tuple[Measurement, ...]]:
     """Return (arm, seed) -> measurements: on all arms and seeds of the page, unless a measurement has its own `arms` or `seeds`."""
-    wanted: dict[tuple[str, int], list[Measurement]] = {}
+    wanted: dict[tuple[str, int], tuple[Measurement, ...]] = {}
     for what, keys in asked.items():
         if not isinstance(keys or {}, Mapping):
             raise ConfigError(f"measures: {what}={keys!r} must hold `key: value` lines, or nothing")
@@ -230,7 +227,7 @@ def _measures(asked: Any, arms: list[str], seeds: Sequence[int]) -> dict[tuple[s
             for key, value in how.keys.items():
                 held_to(MEASURES[what].keys[key], value, f"measurement {what!r}: {key}={value!r}")
             for arm, seed in product(of_arms, of_seeds):
-                wanted.setdefault((arm, seed), []).append(how)
+                wanted[arm, seed] = (*wanted.get((arm, seed), ()), how)
     return wanted
 
 
