@@ -176,11 +176,11 @@ def rows(found: Found, name: str) -> pd.DataFrame:
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     """Return the rows of all layers, with size and name. A size that isn't measured is one empty row."""
-    rows = []
+    tables = []
     for size in sizes:
         timed = [row | {"name": str(Row(*map(row.get, Row._fields[:4])))} for row in found[layer_file(size)]["rows"]]
-        rows += [row | {"size": size} for row in timed or [dict.fromkeys((*Row._fields, "name"))]]
-    return pd.DataFrame(rows)
+        tables.append(pd.DataFrame(timed or [dict.fromkeys((*Row._fields, "name"))]).assign(size=size))
+    return pd.concat(tables, ignore_index=True)
 
 
 def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
