@@ -38,7 +38,6 @@ def captured(lit: Any, batch: Tensor | tuple[Tensor, ...], pool: Any = None) -> 
 
     Warm-up and capture run a few passes on `batch`; afterwards, the model's buffers are restored. pool: memory pool
     (`torch.cuda.graph_pool_handle`) to share with graphs whose steps never overlap in time."""
-    parts = (batch,) if isinstance(batch, Tensor) else tuple(batch)
     buffers = list(lit.model.buffers())
     before = [buffer.clone() for buffer in buffers]
     kind = lit.device.type
@@ -46,10 +45,9 @@ def captured(lit: Any, batch: Tensor | tuple[Tensor, ...], pool: Any = None) -> 
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     # A weight that autocast has cast and cached would lie outside the graph, and never be updated.
     torch.clear_autocast_cache()
+    own = tuple(part.clone() for part in ((batch,) if isinstance(batch, Tensor) else batch))
     with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
-        step = torch.cuda.make_graphed_callables(
-            _Step(lit), tuple(part.clone() for part in parts), allow_unused_input=True, pool=pool
-        )
+        step = torch.cuda.make_graphed_callables(_Step(lit), own, allow_unused_input=True, pool=pool)
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -126,9 +126,8 @@ def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
 
 
 def _take_place(folder: Path) -> None:
-    """Replace a run's files by those in `again`, if all of these are complete; the summary last.
-
-    After a kill in between, each file is in one of the two folders (see `place_of`), and the next call continues."""
+    """Replace a run's files by those in `again`, if all of these are complete; the summary last. After a kill in between,
+    each file is in one of the two folders (see `place_of`), and the next call continues."""
     again = folder / "again"
     if results.place_of(folder, "summary.json").parent != again:
         return

@@ -34,11 +34,7 @@ class Recorder(L.Callback):
     still_ours: called before files are written; raises if another process may write to the folder, too."""
 
     def __init__(
-        self,
-        folder: Path,
-        progress: bool = True,
-        sharing: Callable[[], int] = lambda: 1,
-        still_ours: Callable[[], None] = lambda: None,
+        self, folder: Path, progress: bool = True, sharing: Callable = lambda: 1, still_ours: Callable = lambda: None
     ) -> None:
         self.folder, self.progress, self.count, self.still_ours = folder, progress, sharing, still_ours
         self.shared = self.sharing = sharing()  # `shared`: the largest so far, including before a resume
@@ -133,9 +129,8 @@ class Recorder(L.Callback):
         self._end_of_step(trainer, module, step)
 
     def _end_of_step(self, trainer: L.Trainer, module: LitModel, step: int) -> None:
-        """Save a checkpoint if one is due after this step and its validation, or if the run is to end now.
-
-        None is saved after the last step: only the validation that follows records its routing statistics."""
+        """Save a checkpoint if one is due after this step and its validation, or if the run is to end now; none after the
+        last step, as only the validation that follows it records its routing statistics."""
         if step < module.config.steps and (self.ending or step % module.config.checkpoint_every == 0):
             loss = float(trainer.strategy.all_gather(module.sums["loss"]).sum())
             if not math.isfinite(loss):

@@ -157,8 +157,7 @@ def train_run(
             with repeatable(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*(does not have many workers|IterableDataset).*")
                 warnings.filterwarnings("ignore", module="lightning.*")
-                resume = None if step is None else str(checkpoint)
-                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+                trainer.fit(module, datamodule=data, ckpt_path=None if step is None else checkpoint, weights_only=True)
                 if trainer.global_step < config.steps:
                     status = "stopped"
                     error = f"a callback stopped it after step {trainer.global_step} of {config.steps}"

@@ -126,9 +126,8 @@ def reduced_dtype(config: RunConfig) -> torch.dtype | None:
 
 def resolved_precision(config: RunConfig) -> str:
     """Return the Trainer's precision: bf16-mixed on a GPU and float32 on a CPU, unless the config sets it."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16-mixed" if torch.cuda.is_available() else "32-true"
+    auto = "bf16-mixed" if torch.cuda.is_available() else "32-true"
+    return auto if config.precision == "auto" else config.precision
 
 
 def check_machine(config: RunConfig) -> None:
