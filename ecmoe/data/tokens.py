@@ -4,7 +4,6 @@ by checksums."""
 import hashlib
 import itertools
 import math
-import os
 import re
 import shutil
 from array import array
@@ -98,29 +97,26 @@ def _make(config: Any, place: Path, trouble: str) -> None:
             raise
         told = f"the cache {place} can't be used: {trouble}; it can't be rebuilt: {error}"
         raise ConfigError(f"data={config.data!r}: {told}") from error
-    (place / "meta.json").unlink(missing_ok=True)
-    work = place / "work"
-    shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
-    work.mkdir(parents=True)
+    shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed, or damaged; who has it open keeps it
+    place.mkdir(parents=True)
     try:
         with disk_may_be_full(place):
-            meta = _tokenise(config, corpora, work)
+            meta = _tokenise(config, corpora, place)
         paths.check_content(config.data)  # the text must not have changed while it was read
-        made = sorted(work.iterdir())
+        made = sorted(place.iterdir())
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in made}
-        for path in made:
-            os.replace(path, place / path.name)
         meta |= _keys(config) | {"source_sha256": source, "digest": check_sum(files), "files": files}
         write_json(place / "meta.json", meta, sealed=True)  # last, because it marks the cache as complete
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
-def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
+def _tokenise(config: Any, corpora: list[Corpus], place: Path) -> dict[str, Any]:
     """Read and split each corpus, train BPE on training text, encode, cut all to the shortest; return the metadata."""
     limit = -(-config.max_bytes // len(corpora))
     with ExitStack() as files:
-        texts = [SplitText.read(corpus, files.enter_context(TemporaryFile(dir=work)), limit) for corpus in corpora]
+        texts = [SplitText.read(corpus, files.enter_context(TemporaryFile(dir=place)), limit) for corpus in corpora]
         for corpus, text in zip(corpora, texts, strict=True):
             if not len(text.lengths):
                 raise ConfigError(f"data={config.data!r}: {corpus.name} is empty (NULs are removed): take another text")
@@ -132,8 +128,8 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
             share = min(BPE_BYTES // len(texts), *(int(text.lengths[~text.is_val].sum()) for text in texts))
             some = (text.documents(text.some(share), "learning BPE") for text in texts)
             documents = (document.removesuffix(END) for document in itertools.chain.from_iterable(some))
-            train_bpe(documents, config.vocab_size, work / "tokenizer.json")
-            tokenizer = BPE(work / "tokenizer.json")
+            train_bpe(documents, config.vocab_size, place / "tokenizer.json")
+            tokenizer = BPE(place / "tokenizer.json")
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         meta: dict[str, Any] = {"dtype": dtype.name, "parts": [
             {"name": corpus.name, "licence": corpus.licence, "attribution": corpus.attribution, "split": text.rule,
@@ -144,19 +140,19 @@ def _tokenise(config: Any, corpora: list[Corpus], work: Path) -> dict[str, Any]:
             encoded = []
             for text in texts:
                 documents = text.documents(np.flatnonzero(text.is_val == (side == "val")), f"tokenising {side}")
-                encoded.append(_encode(documents, tokenizer, dtype, work))
-            with (work / f"{side}.bin").open("wb") as out:
+                encoded.append(_encode(documents, tokenizer, dtype, place))
+            with (place / f"{side}.bin").open("wb") as out:
                 for ids in encoded:
                     out.write(ids[: min(map(len, encoded))])
-            found = counts(np.memmap(work / f"{side}.bin", dtype, "r"), tokenizer.vocab_size)
+            found = counts(np.memmap(place / f"{side}.bin", dtype, "r"), tokenizer.vocab_size)
             meta |= {f"{side}_tokens": int(found.sum()), f"{side}_bytes": int(found @ tokenizer.byte_lengths),
                      f"{side}_documents": int(found[END_ID])}  # fmt: skip
     return meta
 
 
-def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, work: Path) -> np.ndarray:
+def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, place: Path) -> np.ndarray:
     """Return the tokens of `documents`, encoded 256 documents at a time on all cores, in a temporary file."""
-    with TemporaryFile(dir=work) as file:
+    with TemporaryFile(dir=place) as file:
         while some := list(itertools.islice(documents, 256)):
             for ids in tokenizer.encode(some):
                 file.write(ids.astype(dtype))

@@ -314,7 +314,7 @@ def test_too_small_to_split(make, tmp_path):
     (tmp_path / "tiny.txt").write_text("one line")
     with pytest.raises(ConfigError, match="data=.*1 documents of 9 bytes of tiny.txt are too few to split"):
         make(tmp_path / "tiny.txt")
-    assert not list((tmp_path / "cache").rglob("meta.json")) and not list((tmp_path / "cache").rglob("work"))
+    assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} <= {".lock"}
     for content in ("", "\0" * 40_000):  # a NUL ends a document, so those of the text are removed
         (tmp_path / "none.txt").write_text(content)
         with pytest.raises(ConfigError, match=r"^data=.*: none.txt is empty \(NULs are removed\): take another"):
@@ -399,8 +399,14 @@ def test_every_byte_of_meta_is_checked(book, make, tmp_path):
 
 def test_what_a_killed_process_left_is_made_again(book, make):
     place = tokens.folder(config(book))
-    (place / "work" / "spools").mkdir(parents=True)
-    assert make(book).meta and not (place / "work").exists()
+    (place / "work").mkdir(parents=True)
+    (place / "train.bin").write_bytes(b"half of")
+    first = make(book)
+    assert {path.name for path in place.iterdir()} == {"meta.json", "train.bin", "val.bin"}
+    (place / "meta.json").unlink()
+    opened = (place / "train.bin").stat().st_ino
+    assert (make(book).train == first.train).all()
+    assert (place / "train.bin").stat().st_ino != opened  # who has the old file open can still read it
 
 
 def test_a_text_that_changes_while_it_is_read_is_not_kept(book, make, monkeypatch, tmp_path):
