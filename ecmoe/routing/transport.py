@@ -11,6 +11,7 @@ shortest paths, Ahuja et al. 1993, section 9.7), many at a time. The rest moves 
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # First and last size of the jitter, as shares of the unit; the last one is what the objective may lose.
 JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
@@ -110,7 +111,6 @@ def _balance(
     """
     g, e, m = X.shape
     at = torch.arange(g, device=X.device)[:, None]
-    every = torch.arange(e + 1, device=X.device).expand(g, e + 1)
     taken = X.sum(1)  # (g, m)
     # What a token loses at these prices by leaving a node for the best offer that it hasn't taken.
     R = Z - q
@@ -118,59 +118,45 @@ def _balance(
     leave = torch.cat([R, torch.zeros_like(other)], dim=1) - other
     Z = torch.cat([Z, torch.where(valid, 0.0, float("-inf")).to(Z)[:, None]], dim=1)
     X = torch.cat([X, (valid & (taken < b))[:, None]], dim=1)  # (g, e + 1, m)
-    excess = _excess(X, every, target)
+    excess = _excess(X, target)
     # Loss allowed per moved token: together they may lose as much as all places at the tolerance.
     surplus = excess.clamp_min(0).sum(1).clamp_min(1)
     spare = tolerance * (e * target / surplus)[:, None, None].to(Z.dtype)
-
-    touched = every  # nodes that changed since their edges were computed
-    near = every.new_zeros(g, e + 1, max(1, min(m, NEAR, CHUNK // (g * (e + 1) ** 2))))
-    cost, count = Z.new_zeros(g, e + 1, e + 1), every.new_zeros(g, e + 1, e + 1)
+    looked_at = max(1, min(m, NEAR, CHUNK // (g * (e + 1) ** 2)))
     for _ in range(PATH_ROUNDS * (1 if fixed else 16)):
         if not fixed and not excess.any():
             break
-        last = leave[at, touched].masked_fill(~X[at, touched], float("inf"))
-        near[at, touched] = last.topk(near.shape[2], dim=2, largest=False).indices
-        for u, v in ((touched, every), (every, touched)):
-            edges = at[:, :, None], u[:, :, None], v[:, None]
-            cost[edges], count[edges] = _edges(X, Z, near[at, u], u, v, spare)
-        path, amount = _path(cost, count, excess, tolerance)
+        near = leave.masked_fill(~X, float("inf")).topk(looked_at, dim=2, largest=False).indices
+        path, amount = _path(*_edges(X, Z, near, spare), excess, tolerance)
         for u, v in path:
             _move(X, Z, near[at, u[:, None]][:, 0], u, v, amount)
         X[:, e] = valid & (X[:, :e].sum(1) < b)
-        touched = torch.stack([path[0][1], *(u for u, _ in path)], dim=1)
-        excess[at, touched] = _excess(X, touched, target)
+        excess = _excess(X, target)
 
     # If u has more tokens than v, at least the difference are tokens that v doesn't hold: these can move.
     tokens = torch.arange(m, device=X.device).expand(g, m)
     for _ in range(e - 1):
-        excess = _excess(X, every, target)
         if not fixed and not excess.any():
             break
         amount = torch.minimum(excess.amax(1), -excess.amin(1))
         _move(X, Z, tokens, excess[:, :e].argmax(1), excess[:, :e].argmin(1), amount)
+        excess = _excess(X, target)
     return X[:, :e]
 
 
-def _excess(X: Tensor, nodes: Tensor, target: Tensor) -> Tensor:
-    """Return (g, r), by how many tokens the nodes (g, r) exceed the target; 0 for the node of free places."""
-    at = torch.arange(X.shape[0], device=X.device)[:, None]
-    return (X[at, nodes].sum(2) - target[:, None]).masked_fill(nodes == X.shape[1] - 1, 0)
+def _excess(X: Tensor, target: Tensor) -> Tensor:
+    """Return (g, e + 1), by how many tokens the nodes exceed the target; 0 for the node of free places."""
+    return F.pad(X[:, :-1].sum(2) - target[:, None], (0, 1))
 
 
-def _edges(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (g, p, r) the least loss of moving a token of near (g, p, l) from u to v; and how many lose about that."""
-    g, nodes, m = X.shape
-    X, Z = X.flatten(1), Z.flatten(1)
-
-    def look(values: Tensor, node: Tensor) -> Tensor:  # (g, p, r) nodes -> (g, p, r, l)
-        place = node[..., None] * m + near[:, :, None]
-        return values.gather(1, place.flatten(1)).view(place.shape)
-
-    give = look(Z, u[:, :, None]).masked_fill(~look(X, u[:, :, None]), float("inf"))
-    v = v[:, None].expand(-1, u.shape[1], -1)
-    held = look(X, v) & (v != nodes - 1)[..., None]  # any token may move to the node of free places
-    loss = (give - look(Z, v)).masked_fill(held, float("inf"))
+def _edges(X: Tensor, Z: Tensor, near: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (g, u, v), the least loss of moving a token of near (g, u, l) from node u to v; and how many lose about that."""
+    nodes = X.shape[1]
+    token = near[:, :, None].expand(-1, -1, nodes, -1)  # (g, u, v, l)
+    give = Z.gather(2, near).masked_fill(~X.gather(2, near), float("inf"))[:, :, None]
+    held, take = (every[:, None].expand(-1, nodes, -1, -1).gather(3, token) for every in (X, Z))
+    held &= torch.arange(nodes, device=X.device)[:, None] != nodes - 1  # any token may move to the node of free places
+    loss = (give - take).masked_fill(held, float("inf"))
     least = loss.amin(3)
     return least, (loss <= (least + spare)[..., None]).sum(3)
 
