@@ -142,15 +142,13 @@ class Block(nn.Module):
     The output of the MoE or FFN is added by the next block: when compiled, the sum fuses with that block's norm.
     """
 
-    moe: MoE | None
-    ffn: GatedFFN | None
-
     def __init__(self, config: RunConfig, layer: int, token_counts: Tensor | None = None) -> None:
         super().__init__()
         self.recompute = config.activation_checkpointing
         self.attention_norm, self.ffn_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
         self.attention = Attention(config)
-        self.moe = self.ffn = None
+        self.moe: MoE | None = None
+        self.ffn: GatedFFN | None = None
         if config.row.layer is not None and layer % config.moe_every == config.moe_every - 1:
             router = build_router(config, token_counts)
             self.moe = MoE(router, config.d_model, config.d_ff, recompute=self.recompute, kernels=config.kernels)

@@ -1,9 +1,8 @@
 """Expert choice (section 3.2): each expert takes the k tokens that score highest for it.
 
-Letters: n tokens, e experts, k = n c / e (Eq. 1), g pools of m tokens, S (n, e), G and I of Eq. 2.
-
 The top-k over tokens sees the whole pool, including future tokens, which can lower the loss of a decoder.
 `causal_routing` routes by running cut-offs instead and sees only the token itself.
+Letters: n tokens, e experts, k = n c / e (Eq. 1), g pools of m tokens, S (n, e), G and I of Eq. 2.
 """
 
 from typing import Any
@@ -102,8 +101,7 @@ class ExpertChoice(Router):
     def _select(self, S: Tensor, k: int, valid: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return scores and positions, both (g, e, k), chosen from (g, e, m) scores; best first if there is padding."""
         if (cap := self._cap) is not None:
-            how = dict(solver=self.cap_solver, kernels=self.kernels)
-            return capped_top_k(S, k, cap, valid=valid, target=target, **how)
+            return capped_top_k(S, k, cap, solver=self.cap_solver, valid=valid, target=target, kernels=self.kernels)
         if valid is not None or not self.fast(S, S[:, 0].numel()):
             return S.topk(k, dim=2)
         from ecmoe.kernels import select
@@ -137,9 +135,8 @@ class ExpertChoice(Router):
 
     def _bucket(self, m: int) -> int:
         """Return k for a pool of m tokens; 0 if the cap leaves less than one token per expert."""
-        e, b = self.num_experts, self.max_experts_per_token
-        k = bucket_size(m, e, self.capacity_factor, self.rounding)
-        return k if b is None else min(k, m * b // e)
+        k, b = bucket_size(m, self.num_experts, self.capacity_factor, self.rounding), self.max_experts_per_token
+        return k if b is None else min(k, m * b // self.num_experts)
 
     def _valid_k(self, valid: Tensor, k: int) -> Tensor:
         """Return (g,) k for the unmasked tokens alone, floor(valid tokens x c / e), at most k."""
@@ -155,8 +152,7 @@ class ExpertChoice(Router):
         """Assign to every expert the tokens at or above its cut-off: each decision sees one token only."""
         take = self.cutoff.value().to(S.dtype) <= S  # (n, e)
         if (cap := self._cap) is not None:
-            best = S.topk(cap, dim=1).indices
-            take &= torch.zeros_like(take).scatter(1, best, True)
+            take &= torch.zeros_like(take).scatter(1, S.topk(cap, dim=1).indices, True)
         if mask is not None:
             take &= mask[:, None]
         token, expert = take.nonzero(as_tuple=True)
@@ -178,9 +174,9 @@ class ExpertChoice(Router):
         subclass that reads or changes the assignment."""
         if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
             return None
-        changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
-        alone = self.pool in ("batch", "rank") and not self.across
-        if self.causal or changed or not alone or self._cap is not None or not self.fast(x, x.shape[0]):
+        changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self) or self.causal
+        pools = self.pool not in ("batch", "rank") or self.across
+        if changed or pools or self._cap is not None or not self.fast(x, x.shape[0]):
             return None
         from ecmoe.kernels import choice
 
