@@ -68,11 +68,9 @@ class RelativeBias(nn.Module):
         self.near = int((bucket(distances, buckets, max_distance) < buckets - 1).sum()) + 1
 
     def falling(self) -> Tensor:
-        """Return (buckets, h) initial values after ALiBi (Press et al. 2022): minus a head's slope times the distance.
-
-        Head i of h has the slope 2^(-8 (i + 1) / h). A bucket's distance is the mean of its distances; the last bucket
-        is unbounded and uses its smallest. Early training can then learn what to attend to, rather than where.
-        """
+        """Return (buckets, h) initial values after ALiBi (Press et al. 2022): minus a head's slope, 2^(-8 (i + 1) / h) for
+        head i, times a bucket's mean distance, or the smallest in the last one, which is unbounded. Early training can
+        then learn what to attend to, rather than where."""
         heads = self.weight.shape[1]
         slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, device="cpu") / heads)
         distances = torch.arange(self.near, device="cpu")  # the last of them is the smallest in the last bucket

@@ -7,25 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of a run.
+    """A metric of a run."""
 
-    Attributes:
-        name: name of its column. label: axis label.
-        unit: "nats" (per token, or per image), "share" (0 to 1, shown in percent), or "" if `label` gives the unit.
-        curve: whether each validation measures it. table: whether tables of runs show it.
-        of: function of an `MoE` layer that returns a scalar tensor for its last forward; None: measured in training.
-        worst: take the maximum over layers and ranks, not the mean.
-        result: whether only a finished run has a valid value.
-    """
-
-    name: str
-    label: str
-    unit: str = ""
-    curve: bool = True
-    table: bool = True
-    of: Callable[[Any], Any] | None = None
-    worst: bool = False
-    result: bool = False
+    name: str  # of its column
+    label: str  # of its axis
+    unit: str = ""  # "nats" (per token, or per image), "share" (0 to 1, shown in percent); "": `label` gives the unit
+    curve: bool = True  # whether each validation measures it
+    table: bool = True  # whether tables of runs show it
+    of: Callable[[Any], Any] | None = None  # MoE layer -> scalar of its last forward; None: of training
+    worst: bool = False  # take the maximum over layers and ranks, not the mean
+    result: bool = False  # whether only a finished run has a valid value
 
 
 MOST = 8  # share_j: tokens that j experts took; share_8: 8 or more

@@ -32,8 +32,7 @@ def capped_top_k(
     """Choose k tokens for each expert, with no token in more than b experts.
 
     Args:
-        S: (g, e, m) scores; gradients flow to the chosen ones.
-        k: tokens per expert. b: largest number of experts per token.
+        S: (g, e, m) scores; gradients flow to the chosen ones. k: tokens per expert. b: most experts per token.
         solver: "feasible": exactly k and at most b, with a sum of chosen scores within 1% of the largest possible;
             "dykstra": the paper's entropy-regularised programme, stopped after 100 iterations (see `dykstra`).
         valid: (g, m) bool, False for padding. An expert then takes `target` (g,) tokens of each pool, at most k: the

@@ -1,6 +1,6 @@
 """Router: the base class. A router decides which expert processes which token; the rest of the layer doesn't know how.
 
-Letters: n tokens of width d, e experts, k slots of an expert, S (n, e) the scores.
+Letters: n tokens of width d, e experts.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningState
 
 TRITON = find_spec("triton") is not None
-# In a compiled layer the kernels are faster from this n d on. On an H200 (EC-CF2, e 32, f 4 d, bf16) they took 1.04 to
+# From this n d on the kernels are faster in a compiled layer: on an H200 (EC-CF2, e 32, f 4 d, bf16) they took 1.04 to
 # 1.97 of plain PyTorch's time up to an n d of 2^23, and 0.57 to 0.93 of it from 2^25 on (`ecmoe bench auto`).
 FEW = 2**24
 
@@ -97,11 +97,9 @@ class Router(RunningState):
         """Assign tokens to experts. With a mask, the result is the same as for the unmasked tokens alone.
 
         Args:
-            logits: (n, e) from `logits`.
+            logits: (n, e) from `logits`. mask: (n,) bool, False for padding.
             batch_shape: (B, T) with B T = n, for routers that must tell sequences apart.
-            token_ids: (n,) vocabulary ids, for hash routing.
-            task_ids: (n,) task of each token, for task-level routing.
-            mask: (n,) bool, False for padding.
+            token_ids, task_ids: (n,) vocabulary ids and tasks of the tokens, for hash and task-level routing.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement assign")
 
