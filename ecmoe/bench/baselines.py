@@ -98,20 +98,16 @@ class Even(TokenChoice):
         self.register_buffer("push", torch.empty(0), persistent=False)
 
     def prepare(self, n: int) -> None:
-        """Draw the forced choices for n tokens."""
-        choice = even_choice(n, self.num_experts, self.top_k, self.weight.device)
-        self.push = torch.zeros(n, self.num_experts, device=self.weight.device).scatter(1, choice, FAR)
+        """Draw the forced choices for n tokens; each expert has n k / e of them (within k if e doesn't divide n)."""
+        e, device = self.num_experts, self.weight.device
+        first = torch.rand(-(-n // e), e, device=device).argsort(1)  # every e tokens choose each expert once
+        choice = torch.stack([first.roll(j, 1).flatten()[:n] for j in range(self.top_k)], 1)  # (n, k), all distinct
+        self.push = torch.zeros(n, e, device=device).scatter(1, choice, FAR)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits, increased by `FAR` for the forced choices, and x."""
         logits, x = super().read(x)
         return logits + self.forced * self.push, x
-
-
-def even_choice(n: int, e: int, k: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draw k distinct experts per token, (n, k); each expert has n k / e tokens (within k if e doesn't divide n)."""
-    first = torch.rand(-(-n // e), e, device=device).argsort(1)  # every e tokens choose each expert once
-    return torch.stack([first.roll(j, 1).flatten()[:n] for j in range(k)], 1)
 
 
 class ScatterMoE(Grouped):

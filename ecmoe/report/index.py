@@ -167,8 +167,8 @@ def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
 def _pages(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield each page's name, file, title, answers (label, first sentence), whether it failed, and its sections for the search."""
     for path in sorted(folder.glob("[0-9]*.html")):
-        failed = path.name.endswith(".failed.html")
-        if failed and path.with_name(path.name.replace(".failed.html", ".html")).exists():
+        name, failed = path.stem.removesuffix(".failed"), path.stem.endswith(".failed")
+        if failed and (folder / f"{name}.html").exists():
             continue
         soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
         answers = [
@@ -176,7 +176,7 @@ def _pages(folder: Path) -> Iterator[dict[str, Any]]:
             for one in soup.select("section.answer")
         ]
         yield {
-            "name": path.stem.removesuffix(".failed"),
+            "name": name,
             "file": path.name,
             "title": soup.title.get_text() if soup.title else path.stem,
             "answers": answers,

@@ -8,7 +8,7 @@ import torch
 
 from ecmoe import MoE
 from ecmoe.bench import baselines as bench_baselines
-from ecmoe.bench.baselines import Even, Grouped, even_choice, peers
+from ecmoe.bench.baselines import Even, Grouped, peers
 from ecmoe.routing import TokenChoice
 
 
@@ -78,12 +78,17 @@ def test_an_expert_without_tokens():
 
 @pytest.mark.parametrize("n, e, k", [(64, 8, 2), (64, 8, 1), (60, 8, 2), (6, 8, 3)])
 def test_even_choices_differ_and_fill_all_experts_alike(n, e, k):
-    choice = even_choice(n, e, k)
-    assert all(len(set(row)) == k for row in choice.tolist())
-    load = torch.bincount(choice.flatten(), minlength=e)
+    def chosen(device="cpu"):
+        even = Even(8, e, k).to(device)
+        even.prepare(n)
+        return even.push > 0
+
+    choice = chosen()  # (n, e)
+    assert choice.shape == (n, e) and (choice.sum(1) == k).all()
+    load = choice.sum(0)
     assert load.max() - load.min() <= (0 if n % e == 0 else k)
-    assert not torch.equal(choice, even_choice(n, e, k)) or n < 8
-    assert even_choice(n, e, k, torch.device("meta")).is_meta
+    assert not torch.equal(choice, chosen()) or n < 8
+    assert chosen("meta").is_meta
 
 
 def test_forced_choices_drop_nothing_and_free_ones_are_the_routers():

@@ -48,17 +48,15 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
     """Plot the combine weights, tokens x experts, a panel per router (Fig. 1). weights: title -> (n, e) array or tensor, 0
     where not routed. tokens: n labels."""
 
-    def draw(ax: Axes, w: np.ndarray) -> tuple[pd.DataFrame, str]:
-        held, columns = (w > 0).sum(axis=0), [f"expert {i}" for i in range(w.shape[1])]
-        heat(ax, pd.DataFrame(np.where(w > 0, w, np.nan), tokens, columns), ".2f", 0.0, max(1.0, float(w.max())))
-        labels = [f"{name}\n{counted(n, 'token')}" for name, n in zip(columns, held, strict=True)]
-        ax.set_xticklabels(labels, fontsize=9)
-        none = [tokens[t] for t in np.flatnonzero((w > 0).sum(axis=1) == 0)]
-        left = f"no expert takes {', '.join(none)}" if none else "every token is taken"
-        said = f"experts hold {', '.join(map(str, held))} tokens; {left}"
-        return pd.DataFrame(w, columns=columns).assign(token=list(tokens)), said
+    def draw(ax: Axes, w: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+        taken = w > 0
+        heat(ax, w.where(taken), ".2f", 0.0, max(1.0, float(w.max(axis=None))))
+        ax.set_xticklabels([f"{name}\n{counted(n, 'token')}" for name, n in taken.sum().items()], fontsize=9)
+        none = ", ".join(w.index[~taken.any(axis=1)])
+        left = f"no expert takes {none}" if none else "every token is taken"
+        return w.assign(token=w.index), f"experts hold {', '.join(map(str, taken.sum()))} tokens; {left}"
 
-    given = {title: np.asarray(w, dtype=float) for title, w in weights.items()}
+    given = {title: pd.DataFrame(np.asarray(w, float), tokens).add_prefix("expert ") for title, w in weights.items()}
     what, height = "combine weights, tokens by experts", 1.6 + 0.42 * len(tokens)
     return panels(what, draw, given, height, key="router", sharey=True)
 
@@ -71,10 +69,11 @@ def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, t
     what = "which expert the gates send a task's images to"
     if confusion is None or related is None:
         return panels(what, None, {}, 0)
-    own, worst = confusion.to_numpy(float).diagonal(), int(confusion.to_numpy(float).diagonal().argmin())
+    own = pd.Series(confusion.to_numpy(float).diagonal(), tasks)
     earlier = np.where(np.tri(len(related), k=-1, dtype=bool), related.to_numpy(float), -np.inf)
     i, j = np.unravel_index(earlier.argmax(), earlier.shape)
-    found = f"on average {100 * own.mean():.1f}% of a task's images go to its own expert, fewest of {tasks[worst]} ({100 * own[worst]:.1f}%)"
+    fewest = f"fewest of {own.idxmin()} ({100 * own.min():.1f}%)"
+    found = f"on average {100 * own.mean():.1f}% of a task's images go to its own expert, {fewest}"
     closest = f"1 to itself; to an earlier task at most {earlier[i, j]:.2f} ({tasks[i]} to {tasks[j]})"
 
     def draw(ax: Axes, given: tuple) -> tuple[pd.DataFrame, str]:
