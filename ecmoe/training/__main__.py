@@ -1,14 +1,18 @@
 """Train as one rank of a run: `by_torchrun` starts `-m ecmoe.training FOLDER [--no-weights]`, and holds the lock."""
 
+import os
 import sys
+import threading
 from pathlib import Path
 
 from ecmoe.config import RunConfig
 from ecmoe.training.once import keep_failure
-from ecmoe.training.ranks import end_with_caller, rank
+from ecmoe.training.ranks import rank
 from ecmoe.training.run import train_run
 
-end_with_caller()
+# Exit when the call that started this rank ends and so closes its stdin, as the next call will start ranks of its own.
+# os.read, because sys.stdin would take a lock that exit waits for.
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
 folder = Path(sys.argv[1])
 config = RunConfig.from_yaml(folder / "config.yaml")
 try:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,9 +56,3 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None],
     if not (folder / "summary.json").exists():
         raise RuntimeError(f"training {config.name} on {config.devices} devices ended with code {ranks.returncode}")
     return read_run(folder)
-
-
-def end_with_caller() -> None:
-    """Exit when the `by_torchrun` call that started this rank ends, as the next call will start ranks of its own."""
-    # It reads by os.read until the pipe is closed: sys.stdin would take a lock that exit waits for.
-    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()

@@ -188,7 +188,6 @@ def free_memory() -> None:
 
 
 def _logger(logger: Any, folder: Path) -> Any:
-    """Return the logger, or create the logger of that name, which writes to the run's folder."""
     if not isinstance(logger, str):
         return logger
     known = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}

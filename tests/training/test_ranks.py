@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,7 +16,6 @@ import torch
 from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.files import sealed
-from ecmoe.training import ranks
 from ecmoe.training import run as train
 from ecmoe.training.once import LostLock
 from ecmoe.training.ranks import by_torchrun, check_world
@@ -135,7 +135,9 @@ def test_the_first_rank_says_why_it_failed(tiny_config, tmp_path, monkeypatch, k
     config, told = tiny_config(devices=2, strategy="ddp"), []
     write_config(tmp_path, config)
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path), *["--no-weights"] * (not keep_weights)])
-    monkeypatch.setattr(ranks, "end_with_caller", lambda: None)
+    monkeypatch.setattr(
+        threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None)
+    )  # of a rank, with a caller
     monkeypatch.setattr(train, "train_run", lambda *given, **keys: told.append((given, keys)) or 1 / 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     for rank in ("1", "0"):
