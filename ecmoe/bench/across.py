@@ -1,5 +1,5 @@
-"""Time a layer whose experts are spread over GPUs, against its floor: six matrix products, of a GPU's experts and tokens
-of all GPUs. Each GPU's process imports no more than the layer, as starting takes longer than measuring."""
+"""Time a layer whose experts are spread over GPUs, against its floor: six matrix products, of a GPU's experts and the
+tokens of all GPUs. Each GPU's process imports no more than the layer, as starting takes longer than measuring."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from ecmoe.routers import bucket_size
 def bench_across(
     sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int
 ) -> Iterator[pd.DataFrame]:
-    """Time expert-parallel layers on each number of GPUs. sizes: name -> n (tokens of a GPU), d_model, d_ff, num_experts.
+    """Time expert-parallel layers on each number of GPUs. sizes: name -> n (of a GPU), d_model, d_ff, num_experts.
 
     Yields the table so far, after each size and number: a row per size, number and part (forward; forward + backward),
     with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory. `attrs["absent"]` lists

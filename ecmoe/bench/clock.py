@@ -3,7 +3,7 @@
 A call is timed while it is repeated back to back, as in training, so its time is the device's or the host's, whichever
 is longer. On a GPU, CUDA events time about 50 ms of calls, after 0.2 s of untimed ones in which clock rate and power
 settle (on an H200, the six matrix products of 0.1B/64E take 4.9 ms alone, but 5.7 ms back to back). On a CPU, the
-host's clock times single calls. Each turn times all calls once, in random order, so that a slow moment affects all alike.
+host's clock times single calls. Each turn times all calls once, in random order: a slow moment affects all alike.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""Time of the expert choice layer as runs have it ("auto"), forward + backward, and of its floor (see layer.py), as one size
-grows and the others stay fixed."""
+"""Time of the expert choice layer as runs have it ("auto"), forward + backward, and of its floor (see layer.py), as one
+size grows and the others stay fixed."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -87,7 +87,7 @@ def bench_auto(
                 layer = plain if path == PLAIN else auto
                 step = torch.compile(layer, dynamic=False) if mode == COMPILED else layer
                 calls |= _parts(Row("EC-CF2", "", path, mode), forward_and_both(step, x, layer, gradient))
-        eager = lambda works, no: graphs({row: call for row, call in works.items() if row.mode == EAGER}, no)  # noqa: E731
+        eager = lambda works, no: graphs({row: works[row] for row in works if row.mode == EAGER}, no)  # noqa: E731
         found = timing.timed(calls, repeats, eager)
         absent += found.absent
         ms = {row: 1e3 * statistics.median(samples) for row, samples in found.times.items()}
@@ -131,8 +131,8 @@ def _parts(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
 
 
 def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
-    """Return expert choice on each path and with caps, and token choice with as many slots and without dropping, all with the
-    weights of `first`; and what is absent."""
+    """Return expert choice on each path and with caps, and token choice with as many slots and without dropping, all on
+    the weights of `first`; and what is absent."""
     kinds = KINDS if kernels_run(first.w1.device) else ()
     d, e, c = first.router.d_model, first.router.num_experts, first.router.capacity_factor
     k = min(max(round(c), 1), e)

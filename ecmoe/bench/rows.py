@@ -34,8 +34,8 @@ def sized(kind: str, given: Mapping[str, int], keys: Iterable[str] = tuple(SIZES
 
 
 class Row(NamedTuple):
-    """A layer ("floor", "EC-CF2", "top-2"), its variant, implementation (path), mode, and the part timed (what). As text:
-    the fields, without the path "plain" and the mode "eager"."""
+    """A layer ("floor", "EC-CF2", "top-2"), its variant, implementation (path), mode, and the part timed (what). The
+    path "plain" and the mode "eager" are left out of its text."""
 
     layer: str
     variant: str = ""

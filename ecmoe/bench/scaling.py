@@ -26,8 +26,8 @@ def bench_scaling(
     base: Mapping[str, Any], devices: Sequence[int], strategies: Sequence[str] = ("ddp", "fsdp2", "ep"),
     pools: Sequence[str] = ("rank", "batch"), *, repeats: int,
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
-    """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool. This
-    is weak scaling: twice the GPUs process twice the tokens, ideally in the same time.
+    """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool.
+    This is weak scaling: twice the GPUs process twice the tokens, ideally in the same time.
 
     base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices, in the order of training. pools:
     on several devices, which tokens compete: those of a rank ("rank"), or of all ranks ("batch"). A router without the

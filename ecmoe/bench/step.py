@@ -69,7 +69,7 @@ def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd
 
 
 def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.DataFrame:
-    """Time a step of every arm of a study (name -> config, text only) as its runs are trained, but with learning rate 0.
+    """Time a step of every arm of a study (name -> config, text only) as its runs take it, but with learning rate 0.
     The runs' own times aren't comparable: they come from several machines, and may have shared them.
 
     Returns a row per arm, as in `bench_step`, but without peak memory, because the models of all arms are in memory."""

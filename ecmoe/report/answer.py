@@ -1,4 +1,4 @@
-"""The answer at the top of a page and, further down, how it was judged: what `ecmoe.study.verdict` computes, as HTML."""
+"""The answer at the top of a page and, further down, how it was judged: what `study.verdict` computes, as HTML."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -145,7 +145,7 @@ def markdown(name: str, verdicts: Verdicts, scale: str) -> str:
 
 
 def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
-    """Return a table with a row per page: how many runs of its plan are done, and which are missing. pages: as in `scoreboard_html`."""
+    """Return a table of all pages: how many of a page's runs are done, and which are missing."""
     rows = []
     for page in plan.pages(scale):
         planned, missing = plan.sound(scale, [page])[0], {}  # an invalid page reports its own error

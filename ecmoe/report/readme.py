@@ -1,4 +1,4 @@
-"""Generate parts of README.md from committed results, each between marks: <!-- claims:begin --> and <!-- claims:end -->."""
+"""Generate from results what README.md has between marks such as <!-- claims:begin --> and <!-- claims:end -->."""
 
 import html
 import re
@@ -34,7 +34,7 @@ def update(scale: str) -> bool:
 
 
 def sections(scale: str) -> tuple[dict[str, str], dict[str, Plot]]:
-    """Return two mappings: name of a part ("evidence", "claims", "speed") -> its Markdown, and image file -> its figure."""
+    """Return two mappings: part ("evidence", "claims", "speed") -> its Markdown, and image file -> its figure."""
     verdicts, plan, plots = judge_all(scale), speed.plan(scale), {}
     timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))
     of_layer = f"Speed of the layer, including routing, relative to its matrix products alone, on {speed.taken(timed, speed.layer_file(size))}. *triton* is this package's GPU path; rows without it are plain PyTorch."

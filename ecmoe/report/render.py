@@ -1,5 +1,5 @@
-"""Render executed notebooks as pages, by nbconvert and the template in template/: single files without scripts or requests,
-with formulas as MathML and code folded."""
+"""Render executed notebooks as pages, by nbconvert and the template in template/: single files without scripts or
+requests, with formulas as MathML and code folded."""
 
 import os
 import re
@@ -41,8 +41,8 @@ def page_html(
 ) -> str:
     """Return an executed notebook as an HTML page.
 
-    error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to the previous and next page;
-    `source`, address of the notebook; `footer`; `script`, the only one that the page may run, and `script_digest`, its SHA-256."""
+    error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to neighbours; `source`,
+    the notebook's address; `footer`; `script`, the only one that the page may run, and `script_digest`, its SHA-256."""
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for number, cell in enumerate(notebook.cells, 1):
         cell.page = {"number": number}

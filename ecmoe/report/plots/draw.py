@@ -104,7 +104,7 @@ def lines(
     """Draw a line per arm, its mean and interval over seeds, with its name at its end. Return the numbers shown: `by`, x,
     mean, low, high, seeds.
 
-    frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `loss.over`. log: x
+    frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `over`. log: x
     in powers of two. ticks_at_values: ticks and markers only at the values of x, each line a few points aside."""
     frame = in_percent(frame, y).dropna(subset=[x, y])
     shown = dict(shown or looks(frame[by]))

@@ -1,5 +1,5 @@
-"""Figures of speed: layers against their floor (the time of their matrix products alone), training steps, growth with each
-size, and a step's time by kind of work. The bench has computed medians and quartiles already."""
+"""Figures of speed: layers against their floor (the time of their matrix products alone), training steps, growth with
+each size, and a step's time by kind of work. The bench has computed medians and quartiles already."""
 
 import numpy as np
 import pandas as pd
