@@ -157,19 +157,15 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
             judged[part.name] = _or_direction(part, judged[part.or_direction])
     if evidence.scale == "smoke":
         judged = {k: v if v.label == NOT_RUN else replace(v, label=PLUMBING) for k, v in judged.items()}
-    deciding = [part for part in judged.values() if part.decides]
+    parts = tuple(judged.values())
+    deciding = [part for part in parts if part.decides]
     label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in deciding])
+    sentence = _sentence(label, deciding, [part for part in parts if part.told])
+    rests_on = _rests_on([judged[name] for name in family], evidence)
     planned_by = [evidence.planned[arm][seed].pages for name in family for arm, seed in judged[name].missing]
     pages = dict.fromkeys(evidence.page if evidence.page in some else some[0] for some in planned_by) or [evidence.page]
-    trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
-    return ClaimVerdict(
-        label=label,
-        sentence=_sentence(label, deciding, [part for part in judged.values() if part.told]),
-        parts=tuple(judged.values()),
-        rests_on=_rests_on([judged[name] for name in family], evidence),
-        command=trains if about.arms else f"ecmoe bench all --scale {evidence.scale}",
-        about=about,
-    )
+    does, train = (f"runs {' '.join(pages)}", " --train") if about.arms else ("bench all", "")
+    return ClaimVerdict(label, sentence, parts, rests_on, f"ecmoe {does} --scale {evidence.scale}{train}", about)
 
 
 def _parts(about: Claim, evidence: Evidence) -> list[Part]:
