@@ -27,16 +27,10 @@ from ecmoe.training.optimizer import build_optimizer, clip, learning_rate_factor
 LWF_TEMPERATURE = 2.0  # of the soft targets in learning without forgetting (LwF; Li and Hoiem 2016)
 
 
-class Gate(nn.Sequential):
-    """Undercomplete one-layer autoencoder of images (n, D), pixels in [0, 1] (section 3.1). Its output are the logits of
-    their reconstructions, before the sigmoid."""
-
-    def __init__(self, pixels: int, code: int) -> None:
-        super().__init__(nn.Linear(pixels, code), nn.ReLU(), nn.Linear(code, pixels))
-
-    def error(self, x: Tensor) -> Tensor:
-        """Return the squared distance between each image (n, D) and its reconstruction, (n,)."""
-        return (self(x).sigmoid() - x).square().sum(1)
+def new_gate(config: ContinualConfig) -> nn.Sequential:
+    """Build an undercomplete one-layer autoencoder (section 3.1): from images (n, D), with pixels in [0, 1], to the logits
+    of their reconstructions (n, D), before the sigmoid."""
+    return nn.Sequential(nn.Linear(config.pixels, config.code), nn.ReLU(), nn.Linear(config.code, config.pixels))
 
 
 def new_expert(config: ContinualConfig, classes: int) -> Any:
@@ -61,7 +55,7 @@ class ExpertGate(nn.Module):
         """Learn a task: train its gate, then its expert, which starts from the expert of the most related task. x:
         (n, C, H, W). y: (n,) classes. held: (n,) bool: images used for relatedness, and not to train the gate."""
         c = self.config
-        gate, seen = Gate(c.pixels, c.code).to(x.device), x[~held].flatten(1)
+        gate, seen = new_gate(c).to(x.device), x[~held].flatten(1)
         fit(c.replace(steps=c.gate_steps, learning_rate=c.gate_learning_rate), gate,
             lambda batch: F.binary_cross_entropy_with_logits(gate(batch), batch), seen)  # fmt: skip
         self.gates.append(gate.requires_grad_(False))
@@ -84,8 +78,9 @@ class ExpertGate(nn.Module):
 
     @torch.no_grad()
     def errors(self, x: Tensor) -> Tensor:
-        """Return each gate's reconstruction error of images (n, C, H, W): (n, K)."""
-        return torch.stack([gate.error(x.flatten(1)) for gate in self.gates], dim=1)
+        """Return the squared distance of images (n, C, H, W) to their reconstruction by each gate: (n, K)."""
+        x = x.flatten(1)
+        return torch.stack([(gate(x).sigmoid() - x).square().sum(1) for gate in self.gates], dim=1)
 
     def relatedness(self, x: Tensor, k: int = -1) -> Tensor:
         """Return Rel(T_k, T_a) = 1 - (Er_a - Er_k) / Er_k (section 3.3) for every task a, (K,), from images of task k."""

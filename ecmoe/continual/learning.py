@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ecmoe.config import ConfigError
 from ecmoe.continual import ContinualConfig
-from ecmoe.continual.expert_gate import ExpertGate, Gate, fit, new_expert
+from ecmoe.continual.expert_gate import ExpertGate, fit, new_expert, new_gate
 from ecmoe.data import images
 from ecmoe.model.build import count_parameters
 from ecmoe.routing import altered
@@ -126,7 +126,7 @@ class OneNetwork(LitClassifier):
     def __init__(self, config: ContinualConfig) -> None:
         expert = new_expert(config.replace(router="dense"), config.classes // config.tasks)
         plain = config.replace(compile=False)  # else the compiler is imported, for seconds and in vain
-        super().__init__(as_large(plain, config.tasks * (count(expert) + count(Gate(config.pixels, config.code)))))
+        super().__init__(as_large(plain, config.tasks * (count(expert) + count(new_gate(config)))))
 
     def learn(self, x: Tensor, y: Tensor, held: Tensor) -> None:
         """Train on a task: x (n, C, H, W), y (n,) classes; `held`, an argument of Expert Gate, is ignored."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ecmoe.continual import expert_gate
-from ecmoe.continual.expert_gate import ExpertGate, Gate, without_forgetting
+from ecmoe.continual.expert_gate import ExpertGate, new_gate, without_forgetting
 from ecmoe.continual.learning import split
 from ecmoe.data import images
 from ecmoe.data.batches import Batches
@@ -34,12 +34,14 @@ def learned():
 
 def test_the_error_is_the_squared_distance_to_the_reconstruction():
     torch.manual_seed(0)
-    gate, x = Gate(6, 3), torch.rand(4, 6)
-    W, b, V, c = (p.detach().numpy() for p in gate.parameters())
-    for i, image in enumerate(x.numpy()):
+    model, x = ExpertGate(GATE), torch.rand(4, 1, 8, 8)
+    model.gates.extend(new_gate(GATE) for _ in range(2))
+    W, b, V, c = (p.detach().numpy() for p in model.gates[1].parameters())
+    assert W.shape == (GATE.code, 64) and V.shape == (64, GATE.code)
+    for i, image in enumerate(x.flatten(1).numpy()):
         code = np.maximum(W @ image + b, 0)
         again = 1 / (1 + np.exp(-(V @ code + c)))
-        assert gate.error(x)[i].item() == pytest.approx(((again - image) ** 2).sum(), rel=1e-5)
+        assert model.errors(x)[i, 1].item() == pytest.approx(((again - image) ** 2).sum(), rel=1e-5)
 
 
 def test_the_gate_with_the_lowest_error_chooses(learned):
@@ -69,7 +71,7 @@ def test_the_gate_with_the_lowest_error_chooses(learned):
 def test_relatedness_by_hand(learned):
     model, tasks, _ = learned
     held = tasks[1].x[tasks[1].held]
-    er_a, er_k = (float(gate.error(held.flatten(1)).mean()) for gate in model.gates)
+    er_a, er_k = model.errors(held).mean(0).tolist()
     found = model.relatedness(held)
     assert found[1] == 1 and found[0].item() == pytest.approx(1 - (er_a - er_k) / er_k, rel=1e-4)
     assert model.origins[1]["task"] == 0 and model.origins[1]["related"] == pytest.approx(found[0].item())

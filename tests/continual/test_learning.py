@@ -14,7 +14,7 @@ import torch
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.continual import ContinualConfig, learning
-from ecmoe.continual.expert_gate import ExpertGate, Gate, new_expert
+from ecmoe.continual.expert_gate import ExpertGate, new_expert, new_gate
 from ecmoe.continual.learning import OneNetwork, as_large, count, final_and_forgetting, run, split
 from ecmoe.data import images
 from ecmoe.files import Damaged
@@ -34,7 +34,7 @@ def study():
 
 @pytest.mark.parametrize("config", [DENSE, EC])
 def test_rivals_are_as_large_as_expert_gate(config):
-    whole = 5 * (count(new_expert(GATE, 2)) + count(Gate(64, GATE.code)))
+    whole = 5 * (count(new_expert(GATE, 2)) + count(new_gate(GATE)))
     step = 2 * config.d_model * config.num_experts if config is EC else 3 * config.d_model
     assert abs(count(OneNetwork(config).model) - whole) <= step / 2
 
@@ -203,7 +203,7 @@ def test_one_network_forgets_and_expert_gate_does_not(study):
     assert final["Expert Gate"] > 0.8 and final["joint, dense"] > 0.8
     gate = study["Expert Gate"]
     assert gate["task_names"] == ["0, 1", "2, 3", "4, 5", "6, 7", "8, 9"]
-    assert gate["parameters"] == 5 * (count(new_expert(GATE, 2)) + count(Gate(64, GATE.code)))
+    assert gate["parameters"] == 5 * (count(new_expert(GATE, 2)) + count(new_gate(GATE)))
     assert gate["forgetting_task_known"] == 0  # the same expert, unchanged, looks at the same images
     # Where the gate is right both say the same; where it is wrong Expert Gate is, as no other expert knows the task's classes.
     assert 0 <= gate["final_accuracy_task_known"] - gate["final_accuracy"] <= 1 - gate["gate_right"] + 1e-6
