@@ -4,12 +4,11 @@ Several small runs finish sooner side by side on one GPU than one after the othe
 host more than for its GPU. A slot is a file lock in the cache folder, so independent processes can share the GPUs. A
 run takes the first slot of any GPU before a second one, so that runs spread over the GPUs."""
 
-import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +68,13 @@ def place(say: bool = True) -> Iterator[Place]:
 def _find(of_gpu: list[list[Path]]) -> tuple[int, AcquireReturnProxy] | None:
     for slot in zip(*of_gpu, strict=True):
         for gpu, path in enumerate(slot):
-            with contextlib.suppress(Timeout):
+            with suppress(Timeout):
                 return gpu, FileLock(path).acquire(timeout=0)
     return None
 
 
 def _taken(path: Path) -> bool:
-    with contextlib.suppress(Timeout), FileLock(path).acquire(timeout=0):
+    with suppress(Timeout), FileLock(path).acquire(timeout=0):
         return False
     return True
 

@@ -4,12 +4,11 @@ Stored results are used only if their checksums match (see `ecmoe.training.resul
 computed again, because its weights are missing or a file is damaged, the new files are written to its subfolder `again`
 and replace the old ones once the run has finished. Finished work is never lost, even if the process is killed."""
 
-import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
 def _place(folder: Path) -> Path:
     """Return the folder in which to compute the run: `again` if the run's own folder holds, or may hold, a done run."""
     done = (folder / "summary.json").exists()
-    with contextlib.suppress(FileNotFoundError, Damaged):
+    with suppress(FileNotFoundError, Damaged):
         done = results.read_run(folder).summary["status"] in DONE
     return folder / "again" if done else folder
 
@@ -119,7 +118,7 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
 def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
     """Write why the run failed to its folder, unless that holds a done run, or another process may write to it. The next
     call tries again."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if _place(folder) == folder and not isinstance(failure, LostLock):
             said = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}
             results.write_run(folder, results.not_run(config).summary | said)

@@ -7,7 +7,7 @@ is committed to the repository: one JSON file with summary and curve."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,12 +103,12 @@ def write_run(folder: Path, summary: Mapping[str, Any]) -> None:
     write_json(folder / "summary.json", {**summary, "files": files}, sealed=True)
 
 
-def read_run(folder: str | Path) -> Result:
+def read_run(folder: str | Path, verified: Sequence[str] = FILES[:2]) -> Result:
     """Return the Result of a run folder. Raises a FileNotFoundError if the run isn't done (no summary.json), and Damaged if
-    a file differs from what was written. (Weights are verified when they are loaded.)"""
+    the summary or a file in `verified` differs from what was written. (Weights are verified when they are loaded.)"""
     folder = Path(folder)
     summary = read_summary(folder)
-    for name in ("config.yaml", "curve.csv"):
+    for name in verified:
         verify(folder, name, summary)
     curve = pd.read_csv(path) if (path := place_of(folder, "curve.csv")).exists() else pd.DataFrame()
     return Result(summary, curve.reindex(columns=metrics.curve()).astype(float), folder)
@@ -137,9 +137,7 @@ def checked_weights(folder: Path) -> tuple[Path, dict[str, Any]]:
         raise FileNotFoundError(
             f"no weights in {folder} (status: {status}): only finished runs have them, and records have none; {remedy}"
         )
-    summary = read_run(folder).summary
-    verify(folder, path.name, summary)
-    return path, summary
+    return path, read_run(folder, verified=FILES).summary
 
 
 def verify(folder: Path, name: str, summary: Mapping[str, Any]) -> None:

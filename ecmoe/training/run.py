@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from safetensors.torch import save_file
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
@@ -24,7 +23,6 @@ from ecmoe.data.batches import TextData
 from ecmoe.data.corpus import source_sha256
 from ecmoe.data.images import ImageData
 from ecmoe.files import sealed, written
-from ecmoe.paths import content_of
 from ecmoe.provenance import by_other_code
 from ecmoe.training.gpus import Place, number, place
 from ecmoe.training.lit import LitClassifier, LitModel
@@ -91,8 +89,8 @@ def run_or_load(
         here = source_sha256(config.data)
     if None not in (then, here) and then != here:
         said = f"data={config.data!r} differs from the data that {config.name} was trained on"
-        if result.path and content_of(config.data):
-            raise ConfigError(f"{said}: restore the files, or leave out {content_of(config.data)} to train a new run")
+        if result.path and (content := paths.content_of(config.data)):
+            raise ConfigError(f"{said}: restore the files, or leave out {content} to train a new run")
         warnings.warn(said, stacklevel=2)
     if result.path and by_other_code(result.summary):  # records are compared by repeats
         warnings.warn(f"{config.name} was trained by other code: delete {result.path} to train it again", stacklevel=2)
@@ -139,7 +137,7 @@ def train_run(
         num_sanity_val_steps=0,
         callbacks=[recorder, *callbacks],
         logger=list(loggers),
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks),
         default_root_dir=folder,
         use_distributed_sampler=False,  # TextData distributes the batches itself
         inference_mode=False,
