@@ -16,7 +16,7 @@ from ecmoe.files import ConfigError
 from ecmoe.routing.router import fast
 from ecmoe.routing.transport import transport
 
-REGULARIZATION, ITERATIONS = 0.001, 100  # the paper's
+REGULARIZATION, ITERATIONS = 0.001, 100  # of `dykstra`, as in the paper
 
 
 def capped_top_k(
@@ -77,24 +77,17 @@ def capped_top_k(
     return scores.gather(2, I), I
 
 
-def dykstra(
-    S: Tensor,
-    target: Tensor,
-    b: int,
-    valid: Tensor,
-    regularization: float = REGULARIZATION,
-    iterations: int = ITERATIONS,
-) -> Tensor:
+def dykstra(S: Tensor, target: Tensor, b: int, valid: Tensor) -> Tensor:
     """Return log A, (g, e, m), of section 3.3: max <S, A> + lambda H(A), rows sum to k, columns to <= b, 0 <= A <= 1.
 
     Runs Dykstra's alternating Kullback-Leibler projections in the log domain, starting from exp(S / lambda); the paper
     doesn't print its own. The inequalities (columns; entries <= 1) need Dykstra's correction; the equality of rows
     doesn't. log A is always S / lambda minus one term per constraint.
     """
-    Z = (S / regularization).masked_fill(~valid[:, None], float("-inf"))
+    Z = (S / REGULARIZATION).masked_fill(~valid[:, None], float("-inf"))
     log_k = target.to(S.dtype).log()[:, None, None]
     row, column, box = torch.zeros_like(Z[:, :, :1]), torch.zeros_like(S[:, :1]), torch.zeros_like(S)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         row = row + (Z - row - column - box).logsumexp(2, keepdim=True) - log_k  # exactly k
         column = ((Z - row - box).logsumexp(1, keepdim=True) - math.log(b)).clamp_min(0)  # at most b
         box = (Z - row - column).clamp_min(0)  # at most 1
