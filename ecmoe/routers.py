@@ -22,8 +22,8 @@ def exact(factor: float | None) -> Fraction:
 def bucket_size(n: int, e: int, c: float | None, rounding: str = "exact") -> int:
     """Return k = n c / e (Eq. 1), the tokens that each of e experts takes of n, for c experts per token on average.
 
-    The study compares values of c, so by default a k that isn't a whole number in 1..n is a ConfigError; rounding="down"
-    accepts any n: k = max(1, floor(n c / e)), but at most n. A ConfigError, too, if c is None."""
+    The study compares values of c, so by default a k that isn't a whole number in 1..n is a ConfigError, as is c=None;
+    rounding="down" accepts any n: k = max(1, floor(n c / e)), but at most n."""
     share = exact(c) / e
     if rounding == "down":
         return min(max(n * share.numerator // share.denominator, 1), n)
@@ -34,8 +34,8 @@ def bucket_size(n: int, e: int, c: float | None, rounding: str = "exact") -> int
                           f"capacity_factor in {e / n:g}..{e} (num_experts); {remedy}")  # fmt: skip
     if n * share.numerator % share.denominator:
         raise ConfigError(
-            f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(share * n):g} of n={n} tokens, "
-            f"which isn't a whole number: make n (batch_size x sequence_length for pool=batch) a multiple of "
+            f"capacity_factor={c} gives every one of num_experts={e} experts n c / e = {float(share * n):g} of n={n} "
+            f"tokens, which isn't a whole number: make n (batch_size x sequence_length for pool=batch) a multiple of "
             f"{share.denominator}, or change capacity_factor or num_experts; {remedy}"
         )
     return n * share.numerator // share.denominator

@@ -28,7 +28,7 @@ LWF_TEMPERATURE = 2.0  # of the soft targets in learning without forgetting (LwF
 
 
 def new_gate(config: ContinualConfig) -> nn.Sequential:
-    """Build an undercomplete one-layer autoencoder (section 3.1): from images (n, D), with pixels in [0, 1], to the logits
+    """Build an undercomplete one-layer autoencoder (section 3.1): from images (n, D), pixels in [0, 1], to the logits
     of their reconstructions (n, D), before the sigmoid."""
     return nn.Sequential(nn.Linear(config.pixels, config.code), nn.ReLU(), nn.Linear(config.code, config.pixels))
 

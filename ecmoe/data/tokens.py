@@ -1,5 +1,5 @@
-"""The tokens of a corpus, split into training and validation: computed once, cached in memory-mapped files, and verified
-by checksums."""
+"""The tokens of a corpus, split into training and validation: computed once, cached in memory-mapped files, and
+verified by checksums."""
 
 import hashlib
 import itertools
@@ -160,7 +160,7 @@ def _encode(documents: Iterator[str], tokenizer: Tokenizer, dtype: np.dtype, pla
 
 
 class SplitText(NamedTuple):
-    """Documents in a file, each ended by END. lengths: (documents,) bytes. is_val: (documents,) bool. rule: in words."""
+    """Documents in a file, each ended by END. lengths: (documents,) bytes. is_val: (documents,) bool. rule: words."""
 
     file: BinaryIO
     lengths: np.ndarray
