@@ -94,13 +94,15 @@ class RestsOn:
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """The verdict on a claim: label, sentence, parts, and the runs behind it. command: the shell command that runs what is missing."""
+    """The verdict on a claim: label, sentence, parts, and the runs behind it. command: the shell command that runs what is missing.
+    lacks: whether runs that could change the label are missing. A run that finished isn't: no command trains it again."""
 
     label: str
     sentence: str
     parts: tuple[JudgedPart, ...]
     rests_on: RestsOn
     command: str
+    lacks: bool
     about: Claim
 
     @property
@@ -114,13 +116,6 @@ class ClaimVerdict:
         some, all_parts = sum(part.label == self.label for part in self.deciding), len(self.deciding)
         told = 0 < some < all_parts and self.label != PLUMBING
         return f"{self.label} in {some} of {all_parts} parts" if told else self.label
-
-    @property
-    def lacks(self) -> bool:
-        """Whether runs that could change the label are missing. A run that finished isn't: no command trains it again."""
-        names = {part.name for part in self.about.family}
-        family = [part for part in self.parts if part.name in names]
-        return any(part.missing or (part.label == NOT_RUN and not part.unrecorded) for part in family)
 
 
 def judge(claim: str, scale: str, *, page: str | None = None) -> ClaimVerdict:
@@ -161,11 +156,13 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     deciding = [part for part in parts if part.decides]
     label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in deciding])
     sentence = _sentence(label, deciding, [part for part in parts if part.told])
-    rests_on = _rests_on([judged[name] for name in family], evidence)
-    planned_by = [evidence.planned[arm][seed].pages for name in family for arm, seed in judged[name].missing]
+    relevant = [judged[name] for name in family]
+    lacks = any(part.missing or (part.label == NOT_RUN and not part.unrecorded) for part in relevant)
+    planned_by = [evidence.planned[arm][seed].pages for part in relevant for arm, seed in part.missing]
     pages = dict.fromkeys(evidence.page if evidence.page in some else some[0] for some in planned_by) or [evidence.page]
     does, train = (f"runs {' '.join(pages)}", " --train") if about.arms else ("bench all", "")
-    return ClaimVerdict(label, sentence, parts, rests_on, f"ecmoe {does} --scale {evidence.scale}{train}", about)
+    command = f"ecmoe {does} --scale {evidence.scale}{train}"
+    return ClaimVerdict(label, sentence, parts, _rests_on(relevant, evidence), command, lacks, about)
 
 
 def _parts(about: Claim, evidence: Evidence) -> list[Part]:
