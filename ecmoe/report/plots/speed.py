@@ -66,7 +66,8 @@ def step_times(steps: pd.DataFrame) -> Plot:
     """Plot the median time of a training step and its quartiles, a row per arm and path, for own and even routing."""
     columns = ["arm", "path", "mode", "routing", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu", "peak_mb"]
     data = steps.reindex(columns=columns).dropna(subset=["ms"]).reset_index(drop=True)
-    data["path"] += [f", {mode}" * (mode != EAGER) for mode in data.pop("mode")]
+    data = data.astype({"arm": str, "path": str, "mode": str})  # without rows they are columns of numbers
+    data["path"] += data.pop("mode").map(lambda mode: "" if mode == EAGER else f", {mode}")
     row, lines = pd.factorize(data["arm"] + ", " + data["path"])
     shown, even = looks(data["arm"]), data["routing"].eq("even")
 
