@@ -50,11 +50,14 @@ def jobs(
     _check_types(locals())
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
-    found |= {"auto": job("auto", sizes=auto_sizes, **usual)} if auto_sizes else {}
-    found |= {study_file(study_arms): job("study", configs=study_arms)} if study_arms else {}
+    if auto_sizes:
+        found["auto"] = job("auto", sizes=auto_sizes, **usual)
+    if study_arms:
+        found[study_file(study_arms)] = job("study", configs=study_arms)
     found["step"] = job("step", **usual | step_sizes)
     found["growth"] = job("growth", base=growth_from, axes=growth_axes, repeats=repeats)
-    return found | {"profile": job("profile", **{"compiled": compiled} | step_sizes)}
+    found["profile"] = job("profile", **{"compiled": compiled} | step_sizes)
+    return found
 
 
 # Modules of `bench_auto` and `bench_study`; the module of every other benchmark has its name.
@@ -206,6 +209,8 @@ def longer(auto: pd.DataFrame) -> str:
 def fastest(layers: pd.DataFrame) -> str:
     """Return each size's fastest row of each router, forward and backward: "small: EC, triton (37%), top-2, grouped_mm (23%)". In
     CUDA graphs only expert choice is timed, so they don't count."""
+    if "share_of_floor" not in layers:  # as none was timed
+        return "nothing"
     both = layers[(layers["what"] == BOTH) & ~layers["layer"].eq("floor") & ~layers["mode"].eq(GRAPH)]
     both = both.dropna(subset=["share_of_floor"]).sort_values("share_of_floor", ascending=False)
     both = both.drop_duplicates(["size", "layer"]).sort_index()
@@ -215,8 +220,8 @@ def fastest(layers: pd.DataFrame) -> str:
 
 def absent(found: Found) -> list[str]:
     """Return what could not be measured, why, and for which results: "Liger (not installed) for small"."""
-    of: dict[str, list[str]] = {}
+    of: dict[str, dict[str, None]] = {}  # line -> names, each once
     for name, one in found.items():
         for line in one["absent"]:
-            of.setdefault(re.sub(r"\(ModuleNotFoundError: .*\)", "(not installed)", line), []).append(name)
+            of.setdefault(re.sub(r"\(ModuleNotFoundError: .*\)", "(not installed)", line), {})[name] = None
     return [f"{line} for {', '.join(names)}" for line, names in of.items()]

@@ -255,7 +255,7 @@ def test_a_table_of_layers_has_each_number_in_its_column():
     ]  # fmt: skip
     assert speed.absent(files) == ["x for layer-a-1, layer-c", "y for layer-a-1", "z for layer-c"]
     files = {
-        "a": {"absent": ["Liger (not installed)"]},
+        "a": {"absent": ["Liger (not installed)", "Liger (not installed)"]},  # such as at two points of a growth
         "b": {"absent": ["Liger (ModuleNotFoundError: No module named 'liger')"]},
     }
     assert speed.absent(files) == ["Liger (not installed) for a, b"]
@@ -293,7 +293,7 @@ def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
     grown = speed.rows(found, "growth").reindex(columns=["axis", "value", "ms", "floor_ms"])
     assert "not run" in plots.growth(grown, exponents(grown)).alt
     assert "not run" in plots.profile(speed.rows(found, "profile")).alt
-    assert speed.absent(found) == [] and not len(speed.by_layer(layers))
+    assert speed.absent(found) == [] and not len(speed.by_layer(layers)) and speed.fastest(layers) == "nothing"
 
 
 def test_a_step_of_each_arm_of_a_study_is_timed_once(own_home, tiny_config, monkeypatch):
