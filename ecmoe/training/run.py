@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch.overrides import TorchFunctionMode
@@ -109,7 +110,8 @@ def train_run(
 ) -> Result:
     """Train a run, or resume it from the last checkpoint in `folder`; the summary, written last, says how it ended.
 
-    still_ours: as in `once`. where: the run's slot on a GPU; None: each of its `config.devices` ranks uses one GPU.
+    still_ours: as in `once`. callbacks, loggers: Lightning's objects, no names. where: the run's slot on a GPU; None:
+    each of its `config.devices` ranks uses one GPU.
     keep_weights: False: don't store the weights of the finished run."""
     _share_compiled_code()
     made, leads, where = circumstances(), rank() == 0, where or Place()
@@ -186,6 +188,7 @@ def free_memory() -> None:
 
 
 def _logger(logger: Any, folder: Path) -> Any:
+    """Return the logger, or create the logger of that name, which writes to the run's folder."""
     if not isinstance(logger, str):
         return logger
     known = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
@@ -226,11 +229,14 @@ def _share_compiled_code() -> None:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Skip the default values of layers, which one thread would draw for seconds: a model of a config draws its own."""
+    """Skip the default values of parameters, which one thread would draw for seconds: `Trunk.initialize` draws them all.
+    Buffers, which it doesn't draw, keep theirs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        skipped = func in (torch.nn.init.normal_, torch.nn.init.kaiming_uniform_)
-        return kwargs["tensor"] if skipped else func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.kaiming_uniform_) and isinstance(kwargs["tensor"], nn.Parameter):
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _whole_state(module: LitModel) -> dict[str, torch.Tensor]:

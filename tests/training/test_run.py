@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import os
 import warnings
 import weakref
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch._functorch import config as functorch
 from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
 from torch._inductor import config as inductor
@@ -21,6 +23,7 @@ from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.batches import TextData
 from ecmoe.files import seal
 from ecmoe.model.build import build_model
+from ecmoe.routers import ROUTERS
 from ecmoe.training import gpus
 from ecmoe.training import run as train
 from ecmoe.training.lit import LitModel
@@ -181,21 +184,55 @@ def test_where_nothing_is_said_a_run_is_trained_and_shown_and_its_weights_are_ke
     assert inspect.signature(train.train_run).parameters["keep_weights"].default is True
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "dense", "task_level"])
-def test_weights_are_drawn_once(tiny_config, tmp_path, monkeypatch, router):
+IMAGES = [name for name in ROUTERS if name not in ("hash", "task_level")]  # these need token ids or tasks
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"router": router} for router in ROUTERS),
+        *({"router": router, "data": "digits"} for router in IMAGES),
+        {"router": "hash", "hash_table": "balanced"},
+        {"router": "task_level", "task_table": "fixed"},
+        {"relative_init": "alibi", "optimizer": "adafactor", "moe_every": 1},
+    ],
+    ids=str,
+)
+def test_weights_are_drawn_once(tiny_config, tmp_path, monkeypatch, changes):
     """Layers would draw default values before, which takes seconds at the study's sizes."""
-    config, made, lit = tiny_config(router=router), [], LitModel
-    monkeypatch.setattr(
-        train, "LitModel", lambda *given: made.append((torch.get_rng_state(), lit(*given))) or made[0][1]
-    )
+    made, config = [], tiny_config(**changes)
+    kind = "LitClassifier" if config.images else "LitModel"
+    build = getattr(train, kind)
+
+    def spy(*given):
+        torch.use_deterministic_algorithms(True)  # fills new memory with NaN, or the largest integer
+        try:
+            made.extend((torch.get_rng_state(), given[1:], build(*given)))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return made[-1]
+
+    monkeypatch.setattr(train, kind, spy)
     monkeypatch.setattr(train, "new_trainer", lambda *_, **keys: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.train_run(config, tmp_path, progress=False)
-    ((before, found),) = made
+    before, counts, found = made
     assert torch.equal(torch.get_rng_state(), before)
-    expected = build_model(config).state_dict()
+    expected = dict(tensors(build_model(config, *counts)))
     assert not torch.equal(torch.get_rng_state(), before)  # elsewhere, both are drawn
-    assert all(torch.equal(value, expected[name]) for name, value in found.model.state_dict().items())
+    assert dict(tensors(found.model)).keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(found.model))
+
+
+def tensors(model):
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def test_only_what_a_model_draws_itself_is_left_undrawn():
+    with train._Undrawn():
+        buffers = [draw(torch.full((2, 3), torch.nan)) for draw in (nn.init.normal_, nn.init.kaiming_uniform_)]
+        left = nn.init.normal_(nn.Parameter(torch.full((2, 3), torch.nan)))
+    assert torch.stack(buffers).isfinite().all() and left.isnan().all()
 
 
 def test_lightnings_warnings_are_not_shown_and_others_are(tiny_config):
