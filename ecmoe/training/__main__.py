@@ -10,9 +10,14 @@ from ecmoe.training.once import keep_failure
 from ecmoe.training.ranks import rank
 from ecmoe.training.run import train_run
 
-# Exit when the call that started this rank ends and so closes its stdin, as the next call will start ranks of its own.
-# os.read, because sys.stdin would take a lock that exit waits for.
-threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+
+def end_with_caller() -> None:
+    """Exit when the call that started this rank ends and so closes its stdin: the next call starts ranks of its own."""
+    os.read(0, 1)  # sys.stdin would take a lock that exit waits for
+    os._exit(1)
+
+
+threading.Thread(target=end_with_caller, daemon=True).start()
 folder = Path(sys.argv[1])
 config = RunConfig.from_yaml(folder / "config.yaml")
 try:

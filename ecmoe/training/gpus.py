@@ -66,6 +66,7 @@ def place(say: bool = True) -> Iterator[Place]:
 
 
 def _find(of_gpu: list[list[Path]]) -> tuple[int, AcquireReturnProxy] | None:
+    """Lock a free slot, the first slot of any GPU before a second one; return its GPU and the lock, or None."""
     for slot in zip(*of_gpu, strict=True):
         for gpu, path in enumerate(slot):
             with suppress(Timeout):

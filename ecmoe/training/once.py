@@ -45,8 +45,8 @@ def once(
 
     make: (folder, still_ours) -> Result. Computes the run, or resumes what an interrupted call left in the folder. It
     calls still_ours, which raises LostLock, before writing. It writes the summary last (`write_run`)."""
-    record = records and Path(records) / f"{config.name}.json"
-    if record and record.exists():
+    record = None if records is None else Path(records) / f"{config.name}.json"
+    if record is not None and record.exists():
         return results.read_record(record)
     folder = paths.runs() / config.name
     result = _done(config, folder, weights, say=train and progress, raises=not train)
@@ -57,7 +57,7 @@ def once(
     if result is None:
         with lock(folder, progress) as still_ours:  # another process may have finished it meanwhile
             result = _done(config, folder, weights, say=False) or _made(config, folder, make, still_ours)
-    if record and result.ok:
+    if record is not None and result.ok:
         results.write_record(record, result)
     return result
 

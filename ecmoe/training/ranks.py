@@ -44,7 +44,7 @@ def by_torchrun(config: RunConfig, folder: Path, still_ours: Callable[[], None],
     still_ours: raises if the run's lock is lost. Raises a RuntimeError if the ranks end without writing a summary."""
     write_config(folder, config)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
-    command += ["-m", "ecmoe.training", str(folder), *["--no-weights"] * (not keep_weights)]
+    command += ["-m", "ecmoe.training", str(folder)] + ([] if keep_weights else ["--no-weights"])
     output = None
     with contextlib.suppress(AttributeError, OSError):  # a notebook's, or a test's, may have no file
         output = sys.stderr.fileno()

@@ -34,7 +34,11 @@ class Recorder(L.Callback):
     still_ours: called before files are written; raises if another process may write to the folder, too."""
 
     def __init__(
-        self, folder: Path, progress: bool = True, sharing: Callable = lambda: 1, still_ours: Callable = lambda: None
+        self,
+        folder: Path,
+        progress: bool = True,
+        sharing: Callable[[], int] = lambda: 1,
+        still_ours: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.progress, self.count, self.still_ours = folder, progress, sharing, still_ours
         self.shared = self.sharing = sharing()  # `shared`: the largest so far, including before a resume

@@ -103,9 +103,9 @@ def write_run(folder: Path, summary: Mapping[str, Any]) -> None:
     write_json(folder / "summary.json", {**summary, "files": files}, sealed=True)
 
 
-def read_run(folder: str | Path, verified: Sequence[str] = FILES[:2]) -> Result:
-    """Return the Result of a run folder. Raises a FileNotFoundError if the run isn't done (no summary.json), and Damaged if
-    the summary or a file in `verified` differs from what was written. (Weights are verified when they are loaded.)"""
+def read_run(folder: str | Path, verified: Sequence[str] = ("config.yaml", "curve.csv")) -> Result:
+    """Return the Result of a run folder. Raises a FileNotFoundError if the run isn't done (no summary.json), and Damaged
+    if the summary or a file in `verified` differs from what was written. (Weights are verified when they are loaded.)"""
     folder = Path(folder)
     summary = read_summary(folder)
     for name in verified:
