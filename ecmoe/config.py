@@ -221,8 +221,9 @@ class RunConfig:
                 raise ConfigError(f"pool={self.pool}: must be a multiple of sequence_length={self.sequence_length} and divide "
                                   f"the {batch} tokens of a batch (batch_size x sequence_length)")  # fmt: skip
             return self.pool
-        sizes = {"batch": batch * self.ranks, "rank": batch, "sequence": self.sequence_length}
-        return (sizes | {"position": self.batch_size * self.ranks})[self.pool]
+        if self.pool == "position":
+            return self.batch_size * self.ranks
+        return {"batch": batch * self.ranks, "rank": batch, "sequence": self.sequence_length}[self.pool]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

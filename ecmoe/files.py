@@ -214,7 +214,7 @@ def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen = set()  # as text: a list as a key, which is refused below, fits in no set
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} occurs twice: remove one", key.start_mark)
