@@ -97,7 +97,8 @@ def _make(config: Any, place: Path, trouble: str) -> None:
             raise
         told = f"the cache {place} can't be used: {trouble}; it can't be rebuilt: {error}"
         raise ConfigError(f"data={config.data!r}: {told}") from error
-    shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed, or damaged; who has it open keeps it
+    if place.exists():
+        shutil.rmtree(place)  # left by a process that was killed, or damaged; who has it open keeps it
     place.mkdir(parents=True)
     try:
         with disk_may_be_full(place):
