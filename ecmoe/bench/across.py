@@ -24,7 +24,9 @@ from ecmoe.routers import bucket_size
 def bench_across(
     sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int
 ) -> Iterator[pd.DataFrame]:
-    """Time expert-parallel layers on each number of GPUs. sizes: name -> n (of a GPU), d_model, d_ff, num_experts.
+    """Time expert-parallel layers on each number of GPUs.
+
+    sizes: name -> n (of a GPU), d_model, d_ff, num_experts. devices: numbers of GPUs. repeats: of each row.
 
     Yields the table so far, after each size and number: a row per size, number and part (forward; forward + backward),
     with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory. `attrs["absent"]` lists

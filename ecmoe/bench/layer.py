@@ -87,8 +87,7 @@ def bench_auto(
                 layer = plain if path == PLAIN else auto
                 step = torch.compile(layer, dynamic=False) if mode == COMPILED else layer
                 calls |= _parts(Row("EC-CF2", "", path, mode), forward_and_both(step, x, layer, gradient))
-        eager = lambda works, no: graphs({row: works[row] for row in works if row.mode == EAGER}, no)  # noqa: E731
-        found = timing.timed(calls, repeats, eager)
+        found = timing.timed(calls, repeats, _eager_graphs)
         absent += found.absent
         ms = {row: 1e3 * statistics.median(samples) for row, samples in found.times.items()}
         for row in ms:
@@ -151,7 +150,12 @@ def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
     return layers | {top._replace(variant=name): other for name, other in others.items()}, absent
 
 
+def _eager_graphs(calls: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
+    return graphs({row: call for row, call in calls.items() if row.mode == EAGER}, absent)
+
+
 def _twin(first: MoE, router: nn.Module, kernels: str) -> MoE:
+    """Return a layer with another router that shares the weights of `first`."""
     layer = MoE(router, router.d_model, 1, kernels=kernels)
     layer.w1, layer.w2, router.weight = first.w1, first.w2, first.router.weight
     return layer.to(first.w1.device)
@@ -220,11 +224,15 @@ def floor(layer: MoE, x: Tensor, k: int) -> dict[str, Call]:
 def forward_and_both(step: Callable, x: Tensor, layer: nn.Module, gradient: Tensor) -> dict[str, Call]:
     """Return calls of the step alone, and with gradients for x and all weights of the layer."""
     wanted = [x, *layer.parameters()]
-    both = lambda: torch.autograd.grad(step(x), wanted, grad_outputs=gradient, allow_unused=True)  # noqa: E731
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(step(x), wanted, grad_outputs=gradient, allow_unused=True)
+
     return {FORWARD: torch.no_grad()(lambda: step(x)), BOTH: both}
 
 
 def _routing(layer: MoE, x: Tensor) -> Call:
+    """Return a call of routing alone, from logits to the assignment."""
     with torch.no_grad():
         logits = layer.router.logits(x)
     return lambda: layer.router.assign(logits)

@@ -29,9 +29,10 @@ def bench_scaling(
     """Train for some steps on each number of devices, and, if there are several devices, with each strategy and pool.
     This is weak scaling: twice the GPUs process twice the tokens, ideally in the same time.
 
-    base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices, in the order of training. pools:
-    on several devices, which tokens compete: those of a rank ("rank"), or of all ranks ("batch"). A router without the
-    key `pool` is trained once. repeats: samples of `EVERY` steps, after one that isn't counted.
+    base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices, in the order of training.
+    strategies: as in RunConfig. pools: on several devices, which tokens compete: those of a rank ("rank"), or of all
+    ranks ("batch"). A router without the key `pool` is trained once. repeats: samples of `EVERY` steps, after one that
+    isn't counted.
 
     Yields the table so far, after each run: a row per strategy, pool and number of devices, with milliseconds of a step
     and quartiles, tokens per second, of_ideal (share of linear speed-up), and the first rank's peak memory. `attrs`

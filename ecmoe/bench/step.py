@@ -55,8 +55,8 @@ class Row(NamedTuple):
 
 
 def bench_step(*, repeats: int = 15, compiled: bool = False, **sizes: int) -> pd.DataFrame:
-    """Time a training step of each of `ARMS`. repeats: at least 2. compiled: with torch.compile, block by block. sizes:
-    replace the device's defaults in `SIZES`.
+    """Time a training step of each of `ARMS`. repeats: number of timings, at least 2. compiled: compile each block with
+    torch.compile. sizes: replace the device's defaults in `SIZES`.
 
     Returns a row per `Row`: its fields, milliseconds with quartiles, tokens per second, MFU (model FLOP/s over the
     device's bf16 peak, if known), peak memory on a GPU, and all repeats in samples_ms; `attrs` contain the setting."""
@@ -83,12 +83,14 @@ def bench_study(configs: Mapping[str, RunConfig], *, repeats: int = 15) -> pd.Da
 
 
 def _measured(config: RunConfig, samples: list[float]) -> dict[str, Any]:
+    """Return a table's columns for a step, from its seconds in each turn."""
     rate = config.batch_size * config.sequence_length / statistics.median(samples)
     took = {"tokens_per_second": rate, "mfu": rate * flops_per_token(config) / peak_flops()}
     return timing.spread(samples) | took | {"samples_ms": [1e3 * seconds for seconds in samples]}
 
 
 def _run_step(config: RunConfig, device: torch.device, pool: Any) -> Call:
+    """Return a step as runs take it: compiled, and in a CUDA graph, if the config says so."""
     lit = LitModel(config, torch.ones(config.vocab_size)).to(device)  # counts affect only how hash routing balances
     optimizer = lit.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
@@ -139,7 +141,7 @@ def steps(configs: Mapping[str, RunConfig], device: torch.device, *, compiled: b
             if compiled:
                 twin.model.compile_blocks()
             captured = arm in PAIR and path == "triton" and graph.capturable(twin)
-            for routing in ("own", "even")[: 1 + tokens]:
+            for routing in ("own", "even") if tokens else ("own",):
                 row, even = Row(arm, routing, path, COMPILED if compiled else EAGER), routing == "even"
                 calls[row] = step_of(twin, optimizer, batch, even)
                 if captured:
@@ -162,7 +164,7 @@ def _twin(lit: LitModel, config: RunConfig, path: str) -> LitModel:
         layer.router, layer.kernels = router.to(weight.device), "auto" if path == "grouped_mm" else path
     if path == "grouped_mm":
         for block in twin.model.blocks:
-            block.moe = block.moe and Grouped(block.moe)
+            block.moe = None if block.moe is None else Grouped(block.moe)
     twin.routers = routers(twin)
     return twin
 
