@@ -214,11 +214,12 @@ def assignments(pairs: Iterable[str] | None) -> dict[str, Any]:
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()  # as text: a list as a key, which is refused below, fits in no set
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if str(key.value) in seen:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        seen: set[str] = set()
+        for key in [key for key, _ in pairs if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} occurs twice: remove one", key.start_mark)
-            seen.add(str(key.value))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:

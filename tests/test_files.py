@@ -218,6 +218,8 @@ def test_damaged_json_is_named_with_its_remedy(tmp_path, content):
         ("seed: 2024-13-45\n", "month must be in"),
         ("!!python/object/apply:os.getpid []", "could not determine a constructor"),
         ("? [1]\n: 2", "unhashable"),
+        ("? [1]\n: 2\n? [1]\n: 3", "unhashable"),
+        ("!!map [a, b]", "expected a mapping node"),
         ("!!map x", "expected a mapping node"),
         ("a: b: c", "mapping values are not allowed"),
     ],

@@ -80,6 +80,7 @@ def bench_auto(
     for size in sizes:
         plain, x, gradient = layer_and_input(**size, d_ff=4 * size["d_model"], num_experts=num_experts)
         auto = _twin(plain, ExpertChoice(size["d_model"], num_experts, 2.0), "auto")
+        # Whether "auto" compiles to the code of the plain path, which is then timed once.
         once = compiled and not torch.compile(auto.router.fast, dynamic=False)(x, size["n"])
         calls: dict[Row, Call] = {}
         for path, mode in product((PLAIN, "auto"), (EAGER, COMPILED)[: 1 + compiled]):
