@@ -1,4 +1,4 @@
-"""Time a layer whose experts are spread over GPUs, against its floor: six matrix products, of a GPU's experts and the
+"""Time a layer whose experts are spread over GPUs, against its floor: the six matrix products of a GPU's experts with
 tokens of all GPUs. Each GPU's process imports no more than the layer, as starting takes longer than measuring."""
 
 import statistics

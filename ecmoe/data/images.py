@@ -52,7 +52,8 @@ def load(data: str) -> Images:
     """Load the images that the key `data` names; the last data set loaded is cached in memory.
 
     images:PATH is a folder with a sub-folder of image files per class (optionally below train and test), or with
-    NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` each."""
+    NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each.
+    """
     data, content, prefix = paths.plain(data), paths.with_content(data), paths.IMAGES_PREFIX
     if data not in paths.IMAGES and (not data.startswith(prefix) or data == prefix):
         raise ConfigError(f"data={data!r}: images must be one of {', '.join(paths.IMAGES)}, or {prefix}PATH")
