@@ -123,6 +123,14 @@ def test_redrawn_without_training_it_says_what_is_missing(page, tmp_path, monkey
     assert not list(tmp_path.glob("runs/*/curve.csv"))
 
 
+def test_drawn_for_an_arm_of_ones_own_it_says_that_what_it_compares_is_missing(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    notebook = ROOT / "notebooks/02_load_balance.ipynb"
+    own = {"arms": {"mine": {"capacity_factor": 1.0}}, "sweep": [], "train_missing": False}
+    text = page(notebook, parameters(notebook, tmp_path) | own).text
+    assert "0 of 1 runs, one by one" in text and "whose auxiliary loss has weight ?" in text
+
+
 def seen(soup: BeautifulSoup) -> tuple[list[str], list[float]]:
     """What a reader sees of a page, but for code and links: the lines of its text and figures, and the decimal numbers in them."""
     for aside in soup.main.select("nav, .quiet, details.code, details.log"):
