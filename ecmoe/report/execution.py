@@ -89,7 +89,8 @@ def execute(
     with ExitStack() as after, tempfile.TemporaryDirectory(prefix="ecmoe-", dir=place) as folder:
         if threading.current_thread() is threading.main_thread():  # which alone may handle signals
             # At SIGTERM, the kernel ends and its files are removed, as at Ctrl-C.
-            after.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, leave))
+            before = signal.signal(signal.SIGTERM, leave)
+            after.callback(signal.signal, signal.SIGTERM, before)
         executed = Path(folder) / "executed.ipynb"
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:

@@ -153,10 +153,11 @@ def studies_html(scale: str, pages: Mapping[str, str]) -> Markup:
             if engine.lacks(one, scale):
                 missing.setdefault(one.arms[0], []).append(str(one.seed))
         there = len(planned) - sum(map(len, missing.values()))
-        named = (
-            "; ".join(f"{arm} (seed {', '.join(seeds)})" for arm, seeds in missing.items()) if there else "all of them"
-        )
-        text = named if len(named) < 120 else markup("folded", f"{len(missing)} arms", named)
+        text = "; ".join(f"{arm} (seed {', '.join(seeds)})" for arm, seeds in missing.items())
+        if not there:
+            text = "all of them"
+        elif len(text) >= 120:
+            text = markup("folded", f"{len(missing)} arms", text)
         if planned:
             rows.append((markup("page_link", page, pages.get(page)), f"{there} of {len(planned)}", text))
     caption = f"Pages share runs; \u201c{reproduce(scale)}\u201d trains what is missing, and nothing else."

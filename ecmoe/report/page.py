@@ -30,9 +30,8 @@ def show(plot: Plot, caption: str) -> None:
     seeds, of_interval = rows["seeds"], rows["seeds"][rows["low"].notna()]
     if len(of_interval):
         fewer = "; fewer have none" * (len(of_interval) < len(seeds))
-        caption += (
-            f" Intervals: {100 * protocol().level:g}% over {between(of_interval, 'g')} seeds, each by itself{fewer}."
-        )
+        level, n = f"{100 * protocol().level:g}%", between(of_interval, "g")
+        caption += f" Intervals: {level} over {n} seeds, each by itself{fewer}."
     elif (seeds > 1).any():
         caption += f" Means over {between(seeds, 'g')} seeds."
     show_html(markup("figure", plot.svg(), caption, table_html(plot.data)), f"{caption}\n{plot.alt}")

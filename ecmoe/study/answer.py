@@ -83,7 +83,8 @@ def _named(one: ClaimVerdict) -> str:
     text = f"{one.about.id}, in {len(names)} of {len(one.deciding)} parts: {' and '.join(names)}"
     undecided = [part for part in one.deciding if part.label == verdict.UNDECIDED]
     if undecided:
-        first, are, such = undecided[0], *(("are", "such as ") if len(undecided) > 1 else ("is", ""))
+        first = undecided[0]
+        are, such = ("are", "such as ") if len(undecided) > 1 else ("is", "")
         text += f", while {len(undecided)} {are} undecided, {such}\u201c{first.name}\u201d: "
         text += amount(first.effect.value, first.unit, compares=first.compares)
         text += f", {span(*first.interval, first.unit)}" if first.interval else ""

@@ -76,8 +76,9 @@ def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
     for name in names:
         like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]
         if len(like) != 1:
-            near = nearest(name, (one.name for one in planned), "`ecmoe runs` lists them")
-            raise ConfigError(f"no run {name!r} in the plan: {f'{len(like)} names begin with it' if like else near}")
+            near = nearest(name, [one.name for one in planned], "`ecmoe runs` lists them")
+            hint = f"{len(like)} names begin with it" if like else near
+            raise ConfigError(f"no run {name!r} in the plan: {hint}")
         found += like
     return found
 

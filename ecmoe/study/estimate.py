@@ -49,7 +49,7 @@ class Estimate:
     def interval(self, level: float | None = None, least: int = 2) -> tuple[float, float] | None:
         """Return the confidence interval in the unit, at the protocol's level by default; None for fewer than `least` values, or than two."""
         found = self.inner(level or protocol().level) if self.n >= least else None
-        return found and (self.unit.outer(found[0]), self.unit.outer(found[1]))
+        return None if found is None else (self.unit.outer(found[0]), self.unit.outer(found[1]))
 
     def smallest(self, level: float, power: float) -> float:
         """Return the minimum detectable effect of the two-sided t test with this number and noise of values, in the unit (a factor

@@ -30,7 +30,8 @@ class Evidence:
 
     def config(self, arm: str) -> RunConfig:
         """Return the config of the arm's first seed."""
-        return min(self.planned[arm].items())[1].config
+        by_seed = self.planned[arm]
+        return by_seed[min(by_seed)].config
 
     def summaries(self, arm: str) -> dict[int, dict[str, Any]]:
         """Return seed -> summary, for the arm's runs that have a record."""

@@ -149,7 +149,8 @@ def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
     if asked is not None:
         _check_list("arms", asked, str)
     changes, found = _arms_of(own) if own.exists() else {}, {}
-    check_known("there is no arm", changes, named_arms() if changes else (), LISTED)
+    if changes:
+        check_known("there is no arm", changes, named_arms(), LISTED)
     for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked or ())).items():
         if keys is not None and not isinstance(keys, Mapping):
             raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")

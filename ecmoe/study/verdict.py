@@ -67,14 +67,16 @@ class RestsOn:
     @classmethod
     def of(cls, runs: Collection[Mapping[str, Any]], configs: Sequence[RunConfig], **more: Any) -> "RestsOn":
         """Build it from the summaries of finished runs and the configs of their arms."""
-        layers, width = (between(getattr(config, key) for config in configs) for key in ("layers", "d_model"))
-        experts = between(config.num_experts for config in configs if config.row.layer is not None)
-        size = f"{layers} layers of width {width}" + f", {experts} experts" * bool(experts) if configs else ""
-        tokens = sorted(run["tokens"] for run in runs) or [0]
-        seeds, cards = (
-            tuple(sorted({run[key] for run in runs if run.get(key) is not None})) for key in ("seed", "device")
+        tokens = [run["tokens"] for run in runs] or [0]
+        return cls(
+            size=model_size(configs) if configs else "",
+            tokens=(min(tokens), max(tokens)),
+            word=token_word(configs),
+            seeds=tuple(sorted({run["seed"] for run in runs})),
+            runs=len(runs),
+            cards=tuple(sorted({run["device"] for run in runs if run.get("device")})),
+            **more,
         )
-        return cls(size, (tokens[0], tokens[-1]), token_word(configs), seeds, len(runs), cards, **more)
 
     def __str__(self) -> str:
         cards = ", ".join(self.cards) or "an unknown device"
@@ -160,8 +162,8 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     lacks = any(part.missing or (part.label == NOT_RUN and not part.unrecorded) for part in relevant)
     planned_by = [evidence.planned[arm][seed].pages for part in relevant for arm, seed in part.missing]
     pages = dict.fromkeys(evidence.page if evidence.page in some else some[0] for some in planned_by) or [evidence.page]
-    does, train = (f"runs {' '.join(pages)}", " --train") if about.arms else ("bench all", "")
-    command = f"ecmoe {does} --scale {evidence.scale}{train}"
+    trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
+    command = trains if about.arms else f"ecmoe bench all --scale {evidence.scale}"
     return ClaimVerdict(label, sentence, parts, _rests_on(relevant, evidence), command, lacks, about)
 
 
@@ -176,9 +178,17 @@ def _parts(about: Claim, evidence: Evidence) -> list[Part]:
 
 
 def _judged(part: Part, found: Estimate, level: float, evidence: Evidence) -> JudgedPart:
-    label, (missing, unrecorded) = label_of(part, found, level), map(tuple, evidence.lacks(part))
-    said = {"label": label, "sentence": _found(part, label, found, level, unrecorded)}
-    return JudgedPart(**vars(part), **said, effect=found, level=level, missing=missing, unrecorded=unrecorded)
+    label = label_of(part, found, level)
+    missing, unrecorded = evidence.lacks(part)
+    return JudgedPart(
+        **vars(part),
+        label=label,
+        sentence=_found(part, label, found, level, unrecorded),
+        effect=found,
+        level=level,
+        missing=tuple(missing),
+        unrecorded=tuple(unrecorded),
+    )
 
 
 def not_recorded(of: str, runs: Sequence[tuple[str, int]]) -> str:
@@ -259,7 +269,7 @@ def holm(cases: Sequence[tuple[Part, Estimate]]) -> list[float]:
     alpha, m = 1 - protocol().level, len(cases)
     sureness = [_smallest_alpha(part, found) for part, found in cases]
     levels, stopped = [0.0] * m, None
-    for rank, i in enumerate(sorted(range(m), key=sureness.__getitem__)):
+    for rank, i in enumerate(sorted(range(m), key=lambda i: sureness[i])):
         allowed = stopped or alpha / (m - rank)
         if sureness[i] > allowed:
             stopped = allowed
@@ -288,13 +298,20 @@ def token_word(configs: Iterable[RunConfig]) -> str:
     return "patches" if any(config.images for config in configs) else "tokens"
 
 
+def model_size(configs: Sequence[RunConfig]) -> str:
+    """Return the models' size in words: "8 layers of width 512, 16 to 128 experts"; without experts if all are dense."""
+    layers, width = between(config.layers for config in configs), between(config.d_model for config in configs)
+    experts = between(config.num_experts for config in configs if config.row.layer is not None)
+    return f"{layers} layers of width {width}" + f", {experts} experts" * bool(experts)
+
+
 def _found(part: Part, label: str, found: Estimate, level: float, unrecorded: Sequence[tuple[str, int]] = ()) -> str:
     """Return the sentence of a part: its value, interval and seeds, and the reason if the label isn't "reproduced"."""
     if not found.n:
         return f"{part.name}: {not_recorded(part.of, unrecorded) if unrecorded else 'not run'}"
     below, above = part.sides
-    side, size = below if found.value < 0 else above, amount(abs(found.value), part.unit, compares=part.compares)
-    text = part.found.format(size=size, side=side)
+    size = amount(abs(found.value), part.unit, compares=part.compares)
+    text = part.found.format(size=size, side=below if found.value < 0 else above)
     ends = found.interval(level)
     if ends and part.compares and found.value < 0:  # like `size`, positive towards the side that the sentence names
         ends = -ends[1], -ends[0]

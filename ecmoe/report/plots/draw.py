@@ -105,7 +105,8 @@ def lines(
     mean, low, high, seeds.
 
     frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `over`. log: x
-    in powers of two. ticks_at_values: ticks and markers only at the values of x, each line a few points aside."""
+    in powers of two. ticks_at_values: ticks and markers only at the values of x, each line a few points aside. shown: line
+    -> look. named: write the names."""
     frame = in_percent(frame, y).dropna(subset=[x, y])
     shown = dict(shown or looks(frame[by]))
     if not ticks_at_values:
@@ -226,7 +227,7 @@ def minus(frame: pd.DataFrame, value: str, reference: str, keys: Sequence[str] =
     """Return the other arms with `value` minus that of the reference at the same keys; NaN if the reference has none."""
     base = frame[frame["arm"] == reference].set_index(list(keys))[value].rename("base")
     others = frame[frame["arm"] != reference].join(base, on=list(keys))
-    return others.assign(**{value: others[value] - others.pop("base")})
+    return others.assign(**{value: others[value] - others["base"]}).drop(columns="base")
 
 
 def in_decades(ax: Axes, which: str, column: str) -> None:
@@ -241,7 +242,7 @@ def in_decades(ax: Axes, which: str, column: str) -> None:
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
     """Return a row per group of the keys, in order of appearance: mean, its `bounds` (low, high), number of seeds."""
     groups = frame.groupby(list(keys), sort=False, dropna=False)[value]
-    rows = [(*found, of_values(of).mean, *bounds(of), of.count()) for found, of in groups]
+    rows = [(*found, of_values(of).mean, *bounds(of), of_values(of).n) for found, of in groups]
     data = pd.DataFrame(rows, columns=[*keys, "mean", "low", "high", "seeds"])
     return data.astype({"mean": float, "low": float, "high": float, "seeds": int})
 

@@ -304,6 +304,11 @@ def test_over_seeds_keeps_the_order_of_the_frame_and_what_has_no_name():
     assert data["high"][0] == pytest.approx(3 + 4.302653 * 2 / math.sqrt(3)) and data["low"][1:].isna().all()
 
 
+def test_over_seeds_counts_the_seeds_of_the_mean_which_a_diverged_run_is_not_part_of():
+    frame = pd.DataFrame({"arm": "a", "y": [1.0, 3.0, math.inf, math.nan]})
+    assert draw.over_seeds(frame, ["arm"], "y")[["mean", "seeds"]].values.tolist() == [[2.0, 2]]
+
+
 def test_a_difference_is_to_the_reference_at_the_same_seed_and_x():
     rows = [("r", 0, 1, 1.0), ("r", 0, 2, 2.0), ("r", 1, 1, 4.0), ("a", 0, 1, 1.5), ("a", 0, 2, 1.0), ("a", 1, 2, 9.0)]
     frame = pd.DataFrame(rows, columns=["arm", "seed", "x", "y"])
