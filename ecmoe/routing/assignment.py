@@ -38,11 +38,10 @@ class Assignment:
         return iter((self.token, self.gate))
 
     def dense(self, n: int) -> Tensor:
-        """Return (n, e) combine weights, 0 where a token is not routed to an expert."""
-        return self._table(n)[:n]
-
-    def _table(self, n: int) -> Tensor:  # (n + 1, e); empty slots write to the last row
-        return self.gate.new_zeros(n + 1, len(self.token)).scatter(0, self.token.T, self.gate.T)
+        """Return (n, e) combine weights, 0 where a token is not routed to an expert; their sum if an expert has it twice."""
+        expert = torch.arange(len(self.token), device=self.token.device)[:, None].expand_as(self.token)
+        table = self.gate.new_zeros(n + 1, len(self.token))  # empty slots write to the last row
+        return table.index_put((self.token, expert), self.gate, accumulate=True)[:n]
 
     def experts_per_token(self, n: int) -> Tensor:
         """Return (n,) int64, the number of experts that took each token, including those whose gate is 0."""
@@ -55,7 +54,8 @@ class Assignment:
 
     def renormalized(self, n: int) -> Assignment:
         """Return the same choice with each token's gates divided by their sum over the experts that took it."""
-        table = self._table(n)  # `index_add` into (n,) sums would add in no fixed order on a GPU, forward or backward
+        # `index_add` into (n,) sums would add in no fixed order on a GPU, forward or backward.
+        table = self.gate.new_zeros(n + 1, len(self.token)).scatter(0, self.token.T, self.gate.T)  # (n + 1, e)
         table = table / table.sum(1, keepdim=True).clamp_min(torch.finfo(self.gate.dtype).tiny)
         return Assignment(self.token, table.gather(0, self.token.T).T, self.demand, self.aux_loss)
 

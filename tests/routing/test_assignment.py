@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecmoe.routing import Assignment
+from ecmoe import MoE
+from ecmoe.routing import Assignment, ExpertChoice
 from ecmoe.routing.assignment import pack
 from tests.routing.problems import generator, pairs, two_hundred
 
@@ -31,6 +32,16 @@ def test_gradients_reach_the_gates():
     gate = HAND.gate.clone().requires_grad_()
     Assignment(HAND.token, gate).dense(4).mul(torch.arange(8.0).view(4, 2)).sum().backward()
     assert gate.grad.tolist() == [[0, 4, 0], [5, 7, 1]]  # 2 token + expert; the empty slot has none
+
+
+def test_a_token_that_an_expert_has_twice_weighs_the_sum_as_in_the_layer():
+    twice, once = (
+        Assignment(torch.tensor([[0, 0]]), torch.tensor([[0.5, 0.25]])),
+        (torch.tensor([[0]]), torch.ones(1, 1)),
+    )
+    assert twice.dense(1).tolist() == [[0.75]]
+    layer, x = MoE(ExpertChoice(4, 1, 1.0), 4, 8), torch.randn(1, 4)
+    torch.testing.assert_close(layer.experts(x, *twice), 0.75 * layer.experts(x, *once))
 
 
 def loop_pack(token, expert, gate, n, e, slots):
