@@ -23,12 +23,19 @@ MOST = 8  # share_j: tokens that j experts took; share_8: 8 or more
 SHARES = [f"share_{j}" for j in range(MOST + 1)]
 
 
+# Integers are divided in float32, whatever the default dtype.
+
+
+def _dropped(layer: Any) -> Any:
+    return 1 - layer.load.sum() / layer.demand.sum().float()
+
+
 def _fullest(layer: Any) -> Any:
-    return layer.demand.max() * layer.demand.numel() / layer.demand.sum()
+    return layer.demand.max() * layer.demand.numel() / layer.demand.sum().float()
 
 
 def _share(j: int) -> Callable[[Any], Any]:
-    return lambda layer: layer.experts_per_token[j] / layer.tokens
+    return lambda layer: layer.experts_per_token[j] / layer.tokens.float()
 
 
 METRICS = [
@@ -46,7 +53,7 @@ METRICS = [
     Metric("bits_per_byte", "validation loss (bits per byte)", curve=False, result=True),
     Metric("mfu", "share of the device's bf16 rate (MFU)", curve=False),
     Metric("step_ms", "time of a training step (ms)", curve=False),
-    Metric("dropped", "requests dropped (%)", "share", of=lambda layer: 1 - layer.load.sum() / layer.demand.sum()),
+    Metric("dropped", "requests dropped (%)", "share", of=_dropped),
     Metric("over_capacity", "fullest expert's demand above an equal share (%)", "share",
            of=lambda layer: _fullest(layer) - 1, worst=True),
     Metric("max_load", "fullest expert's demand over the mean demand", of=_fullest, worst=True),

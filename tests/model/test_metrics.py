@@ -33,6 +33,17 @@ def test_no_curve_and_no_table_has_a_column_that_no_run_fills(tiny_config):
     assert lost == {"val_loss", "val_loss_causal", "perplexity", "bits_per_byte"}
 
 
+def test_a_layers_metrics_are_in_float32_whatever_the_default():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        layer = MoE(TokenChoice(8, 4, top_k=1, capacity_factor=0.5), 8, 16)
+        layer(torch.randn(1000, 8))
+        assert {value.dtype for value in layer.statistics().values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_every_metric_has_words_for_its_axis():
     assert {metric.name for metric in metrics.METRICS} <= set(plots.LABELS)
     assert len({metric.name for metric in metrics.METRICS}) == len(metrics.METRICS)
