@@ -147,10 +147,11 @@ def _keep_for_backward(ctx, inputs, output):
     ctx.save_for_backward(qkv, *output, table)
 
 
-fast_attention.register_autograd(
-    lambda ctx, dout, _: (*_attention_backward(dout, *ctx.saved_tensors, ctx.near), None),
-    setup_context=_keep_for_backward,
-)
+def _backward(ctx, dout, _):
+    return *_attention_backward(dout, *ctx.saved_tensors, ctx.near), None
+
+
+fast_attention.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _of_table(sums: Tensor, near: int, T: int) -> Tensor:

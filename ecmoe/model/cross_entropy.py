@@ -79,11 +79,20 @@ def _scaled(g: Tensor, factor: Tensor) -> Tensor:
     return (factor * g.to(factor.dtype)).to(g.dtype)
 
 
-_scaled.register_fake(lambda g, factor: torch.empty_like(g, memory_format=torch.contiguous_format))
-_sum.register_autograd(
-    lambda ctx, dloss, *_: (*(_scaled(g, dloss) for g in ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]),
-)
+@_scaled.register_fake
+def _(g, factor):
+    return torch.empty_like(g, memory_format=torch.contiguous_format)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, dloss, *_):
+    return *(_scaled(g, dloss) for g in ctx.saved_tensors), None, None
+
+
+_sum.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def losses_(z: Tensor, targets: Tensor, keep: bool) -> Tensor:

@@ -29,7 +29,8 @@ class MoE(nn.Module):
     Args:
         router: any `Router`; it alone decides which tokens an expert gets, and with what weight.
         d_model: d. d_ff: f, the hidden width of an expert (plain GeLU, two matrices, no bias).
-        recompute: store only routing and input for the backward pass, and compute the experts again there.
+        recompute: store only routing and input for the backward pass, and compute the experts again there (activation
+            checkpointing; the chosen tokens stay the same).
         kernels: implementation. "plain": PyTorch, on any device. "triton": ecmoe/kernels on a CUDA GPU, with the same
             results up to rounding, and the same bits every time. "triton-bmm": like "triton", but with all matrix
             products by torch.bmm. "auto": "triton" on a GPU if the package is installed (see `Router.fast`), else "plain".
@@ -55,8 +56,11 @@ class MoE(nn.Module):
             raise ValueError(f"d_model={d_model}: must equal the router's, {router.d_model}")
         if check_key("kernels", kernels).startswith("triton") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
-        self.router, self.recompute, self.kernels, e = router, recompute, kernels, router.num_experts
-        self.w1 = nn.Parameter(torch.empty(e, d_model, check_key("d_ff", d_ff)))
+        check_key("d_ff", d_ff)
+        e = router.num_experts
+        self.router, self.recompute = router, recompute
+        self.kernels = kernels
+        self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
         self.exchange: Any = None  # `expert_parallel.Exchange` if other ranks hold some experts
@@ -66,7 +70,7 @@ class MoE(nn.Module):
         self.experts_per_token = nn.Buffer(torch.zeros(metrics.MOST + 1, dtype=torch.long), persistent=False)
         self.tokens = nn.Buffer(torch.zeros((), dtype=torch.long), persistent=False)
         self.reset_parameters()
-        untracked[self] = False
+        untracked[self] = False  # until `track` is called
 
     @property
     def kernels(self) -> str:
@@ -175,7 +179,8 @@ class MoE(nn.Module):
 
     def compute(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """Like `experts`, with the given weights, which may be those of some experts only."""
-        if (groups := -(-token.numel() // self.room(x))) <= 1:
+        groups = -(-token.numel() // self.room(x))
+        if groups <= 1:
             return self._some_experts(x, w1, w2, token, gate)
         some = (t.chunk(groups) for t in (w1, w2, token, gate))
         return sum(self._some_experts(x, *group) for group in zip(*some, strict=True))  # type: ignore[return-value]
@@ -203,7 +208,7 @@ class MoE(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        untracked[self] = False
+        untracked[self] = False  # `track` knows the original only
 
     @torch.no_grad()
     def _record(self, assignment: Assignment, n: int, mask: Tensor | None) -> None:
@@ -224,7 +229,8 @@ class MoE(nn.Module):
         self.demand.copy_(self.load if assignment.demand is None else assignment.demand)
 
     def statistics(self) -> dict[str, Tensor]:
-        """Return the last forward's metrics of `ecmoe.model.metrics` as scalar tensors; NaN if it had no tokens."""
+        """Return the last forward's metrics as scalar tensors on the layer's device: dropped, over_capacity, max_load and
+        share_0 to share_8, as `ecmoe.model.metrics` defines them; NaN if it had no tokens."""
         return {metric.name: metric.of(self) for metric in metrics.of_layers()}  # type: ignore[misc]
 
 

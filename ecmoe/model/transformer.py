@@ -58,9 +58,10 @@ class Trunk(nn.Module):
         """Draw each parameter from its own generator, seeded by (seed, name)."""
         with ThreadPoolExecutor() as pool:  # a core draws 100 million numbers a second, and 0.1B/64E has 1.8 billion
             list(pool.map(lambda named: self._draw(seed, *named), self.named_parameters()))
-        for module in self.modules() if self.config.relative_init == "alibi" else ():
-            if isinstance(module, RelativeBias):
-                module.weight.data.copy_(module.falling())
+        if self.config.relative_init == "alibi":
+            for module in self.modules():
+                if isinstance(module, RelativeBias):
+                    module.weight.data.copy_(module.falling())
 
     @torch.no_grad()
     def _draw(self, seed: int, name: str, parameter: Tensor) -> None:

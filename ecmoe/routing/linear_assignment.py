@@ -28,7 +28,8 @@ class LinearAssignment(Router):
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
         logits = without_padding(logits, mask)
-        if balanced := self.training and not self.causal:
+        balanced = self.training and not self.causal
+        if balanced:
             equal_share(n, e)
         expert = _balanced(logits.detach(), mask) if balanced else logits.argmax(dim=1)
         gate = logits.gather(1, expert[:, None])[:, 0].sigmoid()
