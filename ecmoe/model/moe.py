@@ -74,7 +74,7 @@ class MoE(nn.Module):
 
     @property
     def kernels(self) -> str:
-        """See the argument; stored on the router, which uses it, too."""
+        """Implementation used by the layer and its router; stored on the router."""
         return self.router.kernels
 
     @kernels.setter

@@ -79,10 +79,11 @@ def parts_html(parts: Sequence[JudgedPart], label: str) -> Markup:
         missing = ", ".join(f"{arm} (seed {seed})" for arm, seed in part.missing)
         seeds = part.effect.sample + f"; missing: {missing}" * bool(missing)
         seeds += f"; {not_recorded(part.of, part.unrecorded)}" * bool(part.unrecorded)
+        if not part.effect.n and not part.unrecorded:
+            seeds = None
         smallest = amount(part.effect.smallest(part.level, protocol().power), part.unit, compares=True)
         smallest += ", up or down" * (part.unit is Unit.RATIO)
-        seeds, seen = seeds if part.effect.n or part.unrecorded else None, smallest if part.interval else None
-        rows.append((part.name, part.label, found(part), seeds, part.rule, seen))
+        rows.append((part.name, part.label, found(part), seeds, part.rule, smallest if part.interval else None))
     columns = ["part", "verdict", "found", "seeds", "reproduced if", "minimum detectable effect"]
     frame = pd.DataFrame(rows, columns=columns)
     if label == PLUMBING:  # numbers at scale smoke are meaningless

@@ -100,7 +100,8 @@ def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
 def causal_routing(model: nn.Module) -> Iterator[nn.Module]:
     """Route so that no token's routing sees another token and nothing is dropped, until the context exits.
 
-    Expert choice then routes by its running cut-offs, which it learned in training; others have no capacity limit.
+    Expert choice then routes by its running cut-offs, which it learned in training. Other routers see only the token
+    itself once their experts have no capacity limit.
 
     Args:
         model: any module that contains `MoE` layers.

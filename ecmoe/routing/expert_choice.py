@@ -174,9 +174,9 @@ class ExpertChoice(Router):
         subclass that reads or changes the assignment."""
         if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
             return None
-        changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self) or self.causal
-        pools = self.pool not in ("batch", "rank") or self.across
-        if changed or pools or self._cap is not None or not self.fast(x, x.shape[0]):
+        changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
+        alone = self.pool in ("batch", "rank") and not self.across
+        if self.causal or changed or not alone or self._cap is not None or not self.fast(x, x.shape[0]):
             return None
         from ecmoe.kernels import choice
 

@@ -125,7 +125,8 @@ class Router(RunningState):
 
     @property
     def gathers(self) -> bool:
-        """Whether `assign` now collects running statistics: in training, but not when a forward pass is recomputed."""
+        """Whether `assign` now collects running statistics: in training without causal routing, but not when a forward
+        pass is recomputed."""
         return self.training and not self.causal and not recomputing()
 
     def extra_repr(self) -> str:
@@ -157,8 +158,11 @@ def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 def by_token(expert: Tensor, gate: Tensor, e: int, mask: Tensor | None, factor: float | None = None) -> Assignment:
     """Call `pack` with one request per token, its expert and gate, both (n,); no request where mask is False."""
-    n, expert = len(expert), expert if mask is None else torch.where(mask, expert, e)
-    return pack(torch.arange(n, device=expert.device), expert, gate, n=n, e=e, **capacity(factor, 1, n, e, mask))
+    n = len(expert)
+    if mask is not None:
+        expert = torch.where(mask, expert, e)
+    token = torch.arange(n, device=expert.device)
+    return pack(token, expert, gate, n=n, e=e, **capacity(factor, 1, n, e, mask))
 
 
 def capacity(factor: float | None, top_k: int, n: int, e: int, mask: Tensor | None) -> dict[str, Any]:

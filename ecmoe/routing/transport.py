@@ -61,7 +61,8 @@ def _jitter(valid: Tensor, e: int, dtype: torch.dtype) -> Tensor:
 
 def _prices(Z: Tensor, J: Tensor, target: Tensor, b: int, valid: Tensor, tolerance: float) -> Tensor:
     """Return (g, e, 1) prices at which about `target` tokens want each expert, if each wants its b best offers."""
-    (_, e, m), tokens = Z.shape, valid.sum(1)
+    e, m = Z.shape[1:]
+    tokens = valid.sum(1)
     # With places to spare, a free place is an offer worth 0; otherwise a token must take b experts at any price.
     floor = torch.where(tokens * b > e * target, 0.0, float("-inf"))[:, None, None].to(Z)
     rounds = [(Z, J, target, valid)] * PRICE_ROUNDS
@@ -186,7 +187,8 @@ def _path(cost: Tensor, count: Tensor, excess: Tensor, tolerance: Tensor) -> tup
 
 def _move(X: Tensor, Z: Tensor, near: Tensor, u: Tensor, v: Tensor, amount: Tensor) -> None:
     """In each pool move, from u to v (g,), the `amount` tokens of near (g, l) that lose least, or as many as can move."""
-    at, u, v = torch.arange(len(X), device=X.device)[:, None], u[:, None], v[:, None]
+    at = torch.arange(len(X), device=X.device)[:, None]
+    u, v = u[:, None], v[:, None]
     can = X[at, u, near] & (~X[at, v, near] | (v == X.shape[1] - 1))
     loss = (Z[at, u, near] - Z[at, v, near]).masked_fill(~can, float("inf"))
     first = torch.arange(near.shape[1], device=X.device) < amount[:, None]
