@@ -134,9 +134,13 @@ class Evidence:
             return estimate.spread_ratio(a[0].values(), b[0].values())
         seeds = estimate.shared(*a, *b)
         if part.how == "difference":
-            of_arms = partial(estimate.slope, over=part.over) if part.over else np.mean
-            each = [[of_arms([arm[seed] for arm in arms]) if arms else 0.0 for arms in (a, b)] for seed in seeds]
-            return estimate.of_values((x - y for x, y in each), part.unit)
+
+            def of_arms(arms: Sequence[Mapping[int, float]], seed: int) -> float:  # their mean, or the slope over them
+                values = [arm[seed] for arm in arms]
+                return estimate.slope(values, part.over) if part.over else float(np.mean(values))
+
+            pairs = ((of_arms(a, seed), of_arms(b, seed) if b else 0.0) for seed in seeds)
+            return estimate.of_values((x - y for x, y in pairs), part.unit)
         # The share of the steps at which a reaches b's loss; for "time", multiplied by the ratio of their step times.
         takes = self.step_time(part.a[-1], part.b[0]) if part.how == "time" else 1.0
         shares = (estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds)
