@@ -120,7 +120,7 @@ ROUTERS: dict[str, RouterRow] = {
         check=lambda c: check_top_k(c.top_k, c.num_experts),
     ),
     "hash": RouterRow(
-        "ecmoe.routing.table:Hash",
+        "ecmoe.routing.hash:Hash",
         ("num_experts", "capacity_factor", "hash_table"),
         build=_build_hash,
         needs=lambda values: ("token ids", "token counts") if values["hash_table"] == "balanced" else ("token ids",),
@@ -142,7 +142,7 @@ ROUTERS: dict[str, RouterRow] = {
         capacity=True,
     ),
     "task_level": RouterRow(
-        "ecmoe.routing.table:TaskLevel",
+        "ecmoe.routing.task_level:TaskLevel",
         ("num_experts", "num_tasks", "task_table"),
         build=lambda cls, c, _: cls(c.d_model, c.num_experts, c.num_tasks, c.task_table),
         needs=lambda values: ("tasks",),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ecmoe.bench.clock import reason
 from ecmoe.model.moe import MoE
 from ecmoe.routing import TokenChoice
-from ecmoe.routing.token_choice import switch_loss
+from ecmoe.routing.balance import switch_loss
 
 FAR = 16.0  # more than the logits of an untrained router differ by, but the softmax still has a gradient
 

@@ -14,10 +14,11 @@ from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.dense import Dense
 from ecmoe.routing.expert_choice import ExpertChoice
 from ecmoe.routing.expert_threshold import ExpertThreshold
+from ecmoe.routing.hash import Hash
 from ecmoe.routing.kmeans import KMeans
 from ecmoe.routing.linear_assignment import LinearAssignment
 from ecmoe.routing.router import Router, without_padding
-from ecmoe.routing.table import Hash, TaskLevel
+from ecmoe.routing.task_level import TaskLevel
 from ecmoe.routing.token_choice import TokenChoice
 
 __all__ = [

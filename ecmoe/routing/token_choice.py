@@ -1,7 +1,7 @@
-"""Token choice: each token requests its top_k experts, and a full expert drops further requests; its auxiliary losses.
+"""Token choice: each token requests its top_k experts, and a full expert drops further requests.
 
 Switch Transformer (Fedus et al. 2021) is top_k=1; GShard (Lepikhin et al. 2021) and GLaM (Du et al. 2022)
-are top_k=2. Letters: n tokens, e experts, S (n, e) scores; a mask (n,) is False for padding, which no loss counts.
+are top_k=2. Letters: n tokens, e experts, S (n, e) scores.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from ecmoe.files import ConfigError
 from ecmoe.routers import check_top_k
 from ecmoe.routing.assignment import Assignment, pack
+from ecmoe.routing.balance import importance_loss, load_loss, masked_sum, switch_loss, z_loss
 from ecmoe.routing.ranks import add_up
 from ecmoe.routing.router import Router, capacity, without_padding
 
@@ -103,7 +104,7 @@ class TokenChoice(Router):
             importance = importance_loss(logits.softmax(dim=1), mask)
             return 0.5 * (importance + load_loss(logits, logits + noise, self.top_k, mask))
         if self.balance == "first_choice":  # the demand of GShard's l_aux (Lepikhin et al. 2021, Algorithm 1)
-            demand = _sum(S.argmax(dim=1, keepdim=True) == torch.arange(S.shape[1], device=S.device), mask)
+            demand = masked_sum(S.argmax(dim=1, keepdim=True) == torch.arange(S.shape[1], device=S.device), mask)
         return switch_loss(S, demand, mask)
 
     @property
@@ -117,48 +118,3 @@ class TokenChoice(Router):
         add_up(self.load_error)
         self.bias.add_(self.bias_rate * self.load_error.sign())
         self.load_error.zero_()
-
-
-def switch_loss(S: Tensor, demand: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return e sum_i f_i P_i, with f_i the share of requests and P_i the mean score of expert i (Switch, Eq. 4).
-
-    Args:
-        S: (n, e) scores. mask: (n,) bool. demand: (e,) requests per expert, before any is dropped.
-
-    Returns:
-        A scalar: 1 for a uniform router, e if all requests go to one expert whose score is always 1.
-    """
-    f = demand.to(S.dtype) / demand.sum().clamp_min(1)
-    return S.shape[1] * (f * _mean(S, mask)).sum()
-
-
-def importance_loss(S: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared coefficient of variation of the experts' summed scores (V-MoE, Appendix A, Eq. 9)."""
-    return _cv_squared(_sum(S, mask))
-
-
-def load_loss(logits: Tensor, noisy: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
-    """Return the squared coefficient of variation of the experts' smooth load (V-MoE, Appendix A, Eq. 14).
-
-    The smooth load sums, over tokens, the probability that the expert is in the top_k if its noise is drawn again.
-    """
-    threshold = noisy.topk(top_k, dim=1).values[:, -1:]
-    chance = torch.special.ndtr((logits - threshold) * logits.shape[1])  # P(x + eps >= threshold), eps ~ N(0, 1/e^2)
-    return _cv_squared(_sum(chance, mask))
-
-
-def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean squared logarithm of the softmax normaliser (ST-MoE, Zoph et al. 2022, Eq. 5)."""
-    return _mean(logits.logsumexp(dim=1).square(), mask)
-
-
-def _sum(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x.sum(dim=0) if mask is None else x.where(mask.view(-1, *[1] * (x.dim() - 1)), 0).sum(dim=0)
-
-
-def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x.mean(dim=0) if mask is None else _sum(x, mask) / mask.sum().clamp_min(1)
-
-
-def _cv_squared(x: Tensor) -> Tensor:
-    return x.var(correction=0) / x.mean().square().clamp_min(torch.finfo(x.dtype).tiny)

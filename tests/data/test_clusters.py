@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from sklearn.cluster import MiniBatchKMeans
 
-from ecmoe.data import batches, tokens
-from ecmoe.data.batches import BUCKETS, TextClusters, TextData, frequencies
+from ecmoe.data import clusters, tokens
+from ecmoe.data.batches import TextData
+from ecmoe.data.clusters import BUCKETS, TextClusters, frequencies
 from ecmoe.files import ConfigError
 
 RANDOM = np.random.default_rng(0)
@@ -30,8 +31,8 @@ def test_frequencies_are_those_of_a_loop():
 @pytest.mark.parametrize(("most", "fitted"), [(20_000, range(9)), (9, range(9)), (3, [0, 4, 8])])
 def test_classes_are_found_in_windows_from_all_over(monkeypatch, most, fitted):
     windows, seen = np.arange(90).reshape(9, 10), []
-    monkeypatch.setattr(batches, "FITTED", most)
-    monkeypatch.setattr(batches, "frequencies", lambda some: seen.append(some) or frequencies(some))
+    monkeypatch.setattr(clusters, "FITTED", most)
+    monkeypatch.setattr(clusters, "frequencies", lambda some: seen.append(some) or frequencies(some))
     TextClusters(windows, 2)
     np.testing.assert_array_equal(seen[0], windows[fitted])
 
@@ -63,7 +64,7 @@ def test_classes_are_those_of_k_means_in_the_shares_of_tokens_modulo_256(classes
     fitted = MiniBatchKMeans(classes, random_state=0, **few).fit(np.sqrt(shares).astype(np.float32))
     found = TextClusters(windows, classes)
     np.testing.assert_array_equal(found.before(windows)[1:], fitted.labels_[:-1])
-    assert batches.FITTED == 20_000 and len(set(TextClusters(windows[:64], 64).before(windows))) > 1
+    assert clusters.FITTED == 20_000 and len(set(TextClusters(windows[:64], 64).before(windows))) > 1
 
 
 def test_many_short_windows_take_little_memory():

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import norm
 
 from ecmoe.routing import TokenChoice
-from ecmoe.routing.token_choice import importance_loss, load_loss, switch_loss, z_loss
+from ecmoe.routing.balance import importance_loss, load_loss, switch_loss, z_loss
 from tests.routing.problems import generator, random_logits
 
 D, E, N = 3, 4, 24

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecmoe.routing import Hash, causal_routing
-from ecmoe.routing.table import balanced_table
+from ecmoe.routing.hash import balanced_table
 from tests.routing.problems import alone, check, problems, two_hundred
 
 D, V = 3, 10
