@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,25 @@ class ConfigError(ValueError):
 
 
 class Damaged(ConfigError):
-    """A file written by ecmoe no longer holds what was written. The message names the file, reason and remedy."""
+    """A file written by ecmoe lacks what it must hold, or was changed. The message names the file, reason and remedy."""
 
     def __init__(self, path: Path, why: object) -> None:
-        super().__init__(f"{path} is damaged ({why}): delete it, and the run is done again")
+        super().__init__(path, why)
+        self.path, self.why = path, why
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged ({self.why}): delete it, then compute it again"
+
+
+class Stored(dict[str, Any]):
+    """A mapping of a stored file, at any depth of it: like a dict, but a missing key raises Damaged, which names file and key."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise Damaged(self.path, f"it has no {key}")
 
 
 def nearest(name: object, known: Iterable[str], listed: str = "") -> str:
@@ -102,13 +117,13 @@ def check_sum(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
+def read_json(path: Path, sealed: bool = False) -> Stored:
     """Read a JSON file written by `write_json`; with `sealed`, verify and remove its checksum. Raise Damaged if the file is no JSON
-    object, or, with `sealed`, any byte of it was changed."""
+    object, or, with `sealed`, any byte of it was changed; so does a key that the result lacks, when it is read."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
-        if not isinstance(value, dict):
+        value = json.loads(text, object_hook=partial(Stored, path))
+        if not isinstance(value, Stored):
             raise ValueError(f"it holds {type(value).__name__}, not a dict")
         if sealed:
             value.pop("check", None)

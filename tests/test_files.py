@@ -1,9 +1,11 @@
 """Files: whole or not at all, whatever ends a process; and nothing of YAML that says something else than it seems to."""
 
+import copy
 import errno
 import hashlib
 import itertools
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -200,6 +202,21 @@ def test_damaged_json_is_named_with_its_remedy(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.json is damaged .* delete it"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_key_that_a_stored_file_lacks_is_named_with_the_file(tmp_path):
+    """At any depth. Whoever asks whether it is there is told, as of any dict."""
+    path = tmp_path / "a.json"
+    write_json(path, {"setting": {"n": 1}, "rows": [{"ms": 2.0}]}, sealed=True)
+    for of in (stored := read_json(path, sealed=True), copy.deepcopy(stored), pickle.loads(pickle.dumps(stored))):
+        assert of == {"setting": {"n": 1}, "rows": [{"ms": 2.0}]} and of["rows"][0]["ms"] == 2.0
+        assert "x" not in of and of.get("x", 3) == 3 and of.pop("x", 4) == 4
+        for there in (of, of["setting"], of["rows"][0]):
+            with pytest.raises(Damaged) as error:
+                there["x"]
+            assert str(error.value) == f"{path} is damaged (it has no x): delete it, then compute it again"
+        with pytest.raises(Damaged, match=r"a\.json is damaged \(it has no device\)"):
+            "{n} on {device}".format_map(of["setting"])
 
 
 @pytest.mark.parametrize(

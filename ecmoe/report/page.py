@@ -128,8 +128,8 @@ def _data_text(data: Mapping[str, Any]) -> str:
     if of.get("train_tokens"):
         size = f"{of['train_tokens']:,} training tokens ({of['tokenizer']}, vocabulary {of.get('vocab_size')})"
     elif of.get("train_images"):
-        shape = " x ".join(map(str, of["shape"]))
-        size = f"{of['train_images']:,} training and {of['val_images']:,} validation images ({shape})"
+        shape = " x ".join(map(str, data["shape"]))
+        size = f"{data['train_images']:,} training and {data['val_images']:,} validation images ({shape})"
     for key, silent in {"attribution": None, "licence": "not recorded, see README.md"}.items():
         if all(part.get(key) == "not stated" for part in of.get("parts") or [of]):  # of a mix
             of[key] = silent

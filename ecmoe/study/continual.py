@@ -27,7 +27,8 @@ def retained(runs: Mapping[str, list[Result]]) -> pd.DataFrame:
     columns, rows = ["arm", "seed", "after", "task", "name", "accuracy"], []
     for arm, results in runs.items():
         for r in results:
-            grid, names = enumerate(r.summary.get("accuracy", ()), 1), r.summary.get("task_names")
+            grid = enumerate(r.summary.get("accuracy", ()), 1)
+            names = r.summary["task_names"] if "accuracy" in r.summary else ()
             cells = [(after, k + 1, names[k], x) for after, row in grid for k, x in enumerate(row) if x is not None]
             rows += [(arm, r.summary["seed"], *cell) for cell in cells or [(math.nan,) * 4]]
     return pd.DataFrame(rows, columns=columns).astype({"accuracy": float})

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import read_json, write_json
+from ecmoe.files import Damaged, Stored, read_json, write_json
 from ecmoe.provenance import code_digest, device_name
 from ecmoe.study.plan import config_class
 from ecmoe.training.result import Result, read_record, write_record
@@ -102,18 +102,21 @@ def _trained(config: RunConfig, steps: int, record: Result) -> Result:
         return read_record(path)
 
 
-def kept(scale: str) -> list[dict[str, Any]]:
+def kept(scale: str) -> list[Stored]:
     """Return all repeats of a scale. Raise Damaged if one fails its checksum."""
     return [read_json(path, sealed=True) for path in sorted(paths.results(scale, "repeats").glob("*.json"))]
 
 
 def covered(runs: Collection[str], scale: str) -> list[int]:
-    """Return how many steps, from the first on, each equal repeat of these runs compared."""
-    return [
-        int(_compared(read_record(paths.results(scale, "runs") / f"{one['run']}.json")).index[one["rows"] - 1])
-        for one in kept(scale)
-        if one["equal"] and one["run"] in runs
-    ]
+    """Return how many steps, from the first on, each equal repeat of these runs compared. Raise Damaged if its record is gone."""
+    return [_steps(one, scale) for one in kept(scale) if one["equal"] and one["run"] in runs]
+
+
+def _steps(repeat: Stored, scale: str) -> int:
+    record = paths.results(scale, "runs") / f"{repeat['run']}.json"
+    if not record.exists():
+        raise Damaged(repeat.path, f"the record of its run is gone, {record}")
+    return int(_compared(read_record(record)).index[repeat["rows"] - 1])
 
 
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import signature
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -27,6 +28,13 @@ Sizes = dict[str, int]
 Job = Callable[[], pd.DataFrame]
 Found = Mapping[str, Mapping[str, Any]]
 NOTHING: dict[str, Any] = {"rows": [], "setting": {}, "absent": []}  # stands for a missing file
+# Columns without which page 08 can't show a result, where it has rows at all.
+COLUMNS = {
+    "auto": ("n", "d_model", "mode", "what", "plain_ms", "auto_ms", "ratio"),
+    "growth": ("axis", "value", "ms", "low_ms", "high_ms", "floor_ms"),
+    "scaling": ("devices", "strategy", "pool", "of_ideal"),
+    "scaling-layers": ("size", "devices", "share_of_floor"),
+}
 
 
 def jobs(
@@ -145,8 +153,11 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
 def kept(name: str, scale: str, *more: Path) -> dict[str, Any]:
     """Read a result from reports/<scale>/bench, else from the first of these folders that has it: its rows and their attributes; else
     `NOTHING`. May raise Damaged."""
-    found = [place / f"{name}.json" for place in (paths.results(scale, "bench"), *more)]
-    return next((NOTHING | read_json(path, sealed=True) for path in found if path.exists()), NOTHING)
+    places = [place / f"{name}.json" for place in (paths.results(scale, "bench"), *more)]
+    found = next((read_json(path, sealed=True) for path in places if path.exists()), NOTHING)
+    for row, column in product(found["rows"], COLUMNS.get(name, ())):
+        row[column]  # if it is missing, this error names the file, which a table's would not
+    return found
 
 
 def setting(scale: str) -> tuple[str, str]:

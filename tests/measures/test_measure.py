@@ -75,6 +75,9 @@ def test_it_is_stored_with_where_and_by_what_code_it_was_computed(tiny_config, m
     assert measures.as_measured(result, one, scale="gpu", keep=True) is None  # it is not in reports
     write_json(path, {key: stored[key] for key in ("run", "what", "keys", "found")}, sealed=True)
     assert measures.as_measured(result, one, scale="gpu") == result.summary
+    write_json(path, {key: stored[key] for key in ("run", "what", "keys")}, sealed=True)
+    with pytest.raises(Damaged, match=rf"measures/{path.name} is damaged \(it has no found\): delete it"):
+        measure(result, one, scale="gpu")
     assert measures.as_measured(not_run(tiny_config(steps=2, seed=11)), one, scale="gpu") is None
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ecmoe import paths
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.files import write_json, write_text
+from ecmoe.files import Damaged, write_json, write_text
 from ecmoe.measures import measurements
 from ecmoe.model.build import flops_per_token
 from ecmoe.study import load as module
@@ -80,6 +80,21 @@ def test_who_would_train_for_hours_without_a_gpu_is_told_before(monkeypatch, cap
         flops_per_token(config) * config.steps * config.tokens_per_batch / (8 * 100e9) / 3600
     )  # at 100 GFLOP/s a core
     assert (f"1 runs will take more than {hours:,.0f} hours" in "".join(said)) is told
+
+
+def test_a_key_that_a_record_lacks_is_missed_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
+    one = planned_of(0)
+    write_record(path := module.planning.record(one, "gpu"), not_run(one.config))
+    study = Study(one.pages[0], "gpu", {}, [one], (), {"EC": [module.recorded(one, "gpu")]})
+    summary = study["EC"][0].summary
+    assert summary == not_run(one.config).summary and summary.get("tokens") is None
+    with pytest.raises(Damaged, match=rf"runs/{path.name} is damaged \(it has no tokens\): delete it"):
+        summary["tokens"]
+    write_json(path, {"curve": {}}, sealed=True)
+    for read in (module.recorded, module.engine.lacks):
+        with pytest.raises(Damaged, match=rf"runs/{path.name} is damaged .*it has no summary"):
+            read(replace(one, measures=tuple(measurements("caps", {}))), "gpu")
 
 
 @pytest.mark.parametrize("lacking", ["", "a measurement", "measurements whose weights are here"])

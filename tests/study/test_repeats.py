@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from ecmoe import paths, run_or_load
 from ecmoe.cli import app
 from ecmoe.config import ConfigError
-from ecmoe.files import Damaged, write_json
+from ecmoe.files import Damaged, write_json, write_text
 from ecmoe.report.markup import text_of
 from ecmoe.report.page import provenance
 from ecmoe.study import plan, repeats
@@ -247,8 +247,16 @@ def test_a_page_says_which_repeats_it_rests_on_in_place_of_a_warning(tmp_path, m
         write_json(paths.results("gpu", "repeats") / f"{i}.json", one, sealed=True)
     record = paths.results("gpu", "runs") / "dense a.json"
     monkeypatch.setattr(repeats, "read_record", {record: Result(made[0], curve)}.__getitem__)
+    gone = r"repeats/0\.json is damaged \(the record of its run is gone, .*runs/dense a\.json\): delete it, then"
+    with pytest.raises(Damaged, match=gone):
+        provenance(study)
+    write_text(record, "")
     provenance(study)
     assert "differ" not in said[1] and "compute the same numbersdense a" in said[1]
     assert "equal to the last digit over the first 200 to 400 steps, which" in said[1]
     paths.results("gpu", "repeats").joinpath("1.json").unlink()
     assert repeats.covered(["dense a"], "gpu") == [400] and repeats.covered([], "gpu") == []
+    write_json(paths.results("gpu", "repeats") / "3.json", {"run": "dense a"}, sealed=True)
+    for read in (repeats.kept, lambda scale: repeats.covered(["dense a"], scale)):
+        with pytest.raises(Damaged, match=r"repeats/3\.json is damaged \(it has no (device|equal)\)"):
+            repeats.linked(made, read("gpu"))

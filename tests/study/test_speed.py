@@ -156,9 +156,10 @@ def test_each_part_is_measured_once(own_home):
     assert speed.rows(sampled, "a").to_dict("records") == [{"ms": 2.0}]
     assert counts == ["a", "b"] and not paths.results("smoke", "bench").exists()  # where the engine alone writes
     assert sorted(path.name for path in (paths.runs() / "bench/smoke").iterdir()) == ["a.json", "b.json"]
-    write_json(paths.results("smoke", "bench") / "a.json", {"rows": [{"ms": 2.0}]}, sealed=True)
+    whole = {"rows": [{"ms": 2.0}], "setting": {"device": "H200"}, "absent": []}
+    write_json(paths.results("smoke", "bench") / "a.json", whole, sealed=True)
     found = speed.measured(jobs, scale="smoke")
-    assert found["a"] == {"rows": [{"ms": 2.0}], "setting": {}, "absent": []} and found["b"]["rows"] == [{"ms": 1.0}]
+    assert found["a"] == whole and found["b"]["rows"] == [{"ms": 1.0}]
     assert speed.measured(jobs, scale="gpu", measure=False)["a"] == speed.NOTHING
     file = paths.runs() / "bench/smoke/b.json"
     file.unlink()
@@ -167,6 +168,20 @@ def test_each_part_is_measured_once(own_home):
     file.write_text(file.read_text().replace('"ms": 1.0', '"ms": 1.5'))
     with pytest.raises(Damaged, match=r"b\.json is damaged"):
         speed.measured(jobs, scale="smoke")
+
+
+@pytest.mark.parametrize("name", sorted(speed.COLUMNS))
+def test_a_column_that_a_page_reads_is_missed_by_its_name(name, own_home):
+    """As in a file of another version; the committed files have them all."""
+    whole = json.loads((Path(__file__).parents[2] / f"reports/gpu/bench/{name}.json").read_text())
+    for column in speed.COLUMNS[name]:
+        rows = [{key: x for key, x in row.items() if key != column} for row in whole["rows"]]
+        write_json(paths.results("gpu", "bench") / f"{name}.json", {"rows": rows}, sealed=True)
+        with pytest.raises(Damaged, match=rf"bench/{name}\.json is damaged \(it has no {column}\)"):
+            speed.kept(name, "gpu")
+    write_json(paths.results("gpu", "bench") / f"{name}.json", {"rows": whole["rows"]}, sealed=True)
+    with pytest.raises(Damaged, match=rf"bench/{name}\.json is damaged \(it has no setting\)"):
+        speed.taken({name: speed.kept(name, "gpu")}, name)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "gpu"])
