@@ -1,6 +1,7 @@
 # Carry out the plan of a scale: runs with their measurements -> pages -> index.
 #
 #   snakemake                                  make what is missing or older than its notebook, configs or records
+#   snakemake -n                               only list what that would be; with --quiet host, in Snakemake's details
 #   snakemake --config scale=gpu               the same at another scale
 #   snakemake reports/smoke/01_convergence.html
 #   snakemake --profile profiles/slurm         submit each run as a cluster job
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from snakemake.settings.enums import Quietness
 
 from ecmoe import paths
 from ecmoe.files import check_known
@@ -36,6 +39,7 @@ except ValueError as error:
 ECMOE = f"{shlex.quote(sys.executable)} -m ecmoe"
 REPORTS = f"reports/{SCALE}"
 ATTEMPTS = 3
+DRY_RUN = workflow.output_settings.dryrun
 
 # Name of a page's file, used in rules -> name of its notebook and configs.
 NAMES = {
@@ -73,7 +77,12 @@ for page, stem in NAMES.items():
         MISSING |= {one.name for one in planned if engine.lacks(one, SCALE)}
 
 MISSING = set(str(config["runs"]).split(",")) if "runs" in config else MISSING  # as `ecmoe runs --train` passes them
-MISSING = [one.name for one in PLAN if one.name in MISSING]  # in the order of configs/order.yaml
+LACK = {
+    one.name: f"\n  {one.pages[0]} {one.arms[0]} s{one.seed}  {one.name}  {engine.lacks(one, SCALE)}"
+    for one in PLAN  # in the order of configs/order.yaml
+    if one.name in MISSING
+}
+MISSING = list(LACK)
 
 # Timing files; at scales other than smoke they are measured on a GPU only.
 try:
@@ -86,7 +95,8 @@ if "place" not in workflow.global_resources:  # `--resources place=2` overrides 
     workflow.register_resource("place", GPUS * PLACES or CORES)
 AT_ONCE = workflow.global_resources["place"].value
 # A marker file tells Snakemake that a job has ended, whether or not its runs succeeded: the records show that. Deleted at the end.
-MARKER = str(paths.cache() / "engine" / SCALE / "{batch}.done")
+# A dry run has a folder of its own, since the pipeline may be running meanwhile.
+MARKER = str(paths.cache() / "engine" / (f"{SCALE}-dry-run" if DRY_RUN else SCALE) / "{batch}.done")
 BENCH = MARKER.replace("{batch}", "bench")
 MEASURE = TRAIN and (SCALE == "smoke" or GPUS) and not all(map(os.path.exists, TIMES))
 # Starting a process takes seconds, so on one machine each job does up to four runs; at smoke, where runs take seconds too, the
@@ -103,6 +113,18 @@ if workflow.is_main_process:
     shutil.rmtree(ASKED.parent, ignore_errors=True)
     ASKED.parent.mkdir(parents=True)
     ASKED.write_text(str(time.time_ns()))  # unique, because Snakemake also compares the content
+
+
+# A dry run lists jobs, about which profiles/default is quiet, with a line for each.
+LISTS = DRY_RUN and workflow.output_settings.quiet == {Quietness.RULES, Quietness.PROGRESS}
+if LISTS:
+    workflow.output_settings.quiet.remove(Quietness.RULES)
+    workflow.output_settings.quiet.add(Quietness.REASON)
+
+
+def listed(text):
+    """Return a job's line in the list of a dry run; None elsewhere."""
+    return text if LISTS else None
 
 
 def sources(name):
@@ -131,6 +153,8 @@ ruleorder: bench > run
 
 
 rule all:
+    message:
+        listed("check that nothing is missing")
     input:
         list(PAGES.values()),  # not only the index, which is made even if a page has failed
         f"{REPORTS}/index.html",
@@ -142,11 +166,15 @@ rule all:
 
 
 rule trained:
+    message:
+        listed("end when these runs have ended")
     input:
         sorted(set(MARKERS.values())),
 
 
 rule index:
+    message:
+        listed("write {output}")
     input:
         list(PAGES.values()),
     output:
@@ -156,6 +184,8 @@ rule index:
 
 
 rule page:
+    message:
+        listed("draw {output}")
     input:
         lambda wildcards: [file for file in sources(wildcards.name) if not odd(file)],
         lambda wildcards: results(wildcards.name),
@@ -172,6 +202,8 @@ rule page:
 
 
 rule bench:
+    message:
+        listed(f"time {', '.join(os.path.relpath(file) for file in TIMES if not os.path.exists(file))}")
     output:
         touch(BENCH),
     threads: CORES if GPUS else 1
@@ -183,12 +215,15 @@ rule bench:
 
 rule run:
     # If runs fail in all attempts, the job still succeeds: pages show gaps, and rule `all` fails.
+    message:
+        listed("train or measure:{params.lack}")
     output:
         touch(MARKER),
     wildcard_constraints:
         batch="[^/]+",
     params:
         names=lambda wildcards: BATCHES.get(wildcards.batch, [wildcards.batch]),
+        lack=lambda wildcards: "".join(LACK[name] for name in BATCHES.get(wildcards.batch, ())),
         places=PLACES,
     priority: lambda wildcards: list(reversed(BATCHES)).index(wildcards.batch) + 1 if wildcards.batch in BATCHES else 0
     retries: ATTEMPTS - 1

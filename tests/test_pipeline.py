@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from ecmoe.files import write_json, write_text
 from ecmoe.study import engine, plan
 from ecmoe.study.parameters import merge_parameters, page_parameters, parameter_files
 from tests.report.notebooks import declared
@@ -179,6 +180,23 @@ def study(tmp_path, tiny_config) -> Path:
         (tmp_path / f"configs/{name}.yaml").write_text(text + "\n")
     (tmp_path / "notebooks/04_no_json.ipynb").write_text("{")
     return tmp_path
+
+
+def test_a_dry_run_lists_what_would_be_made_and_leaves_a_pipeline_that_runs_alone(study, monkeypatch):
+    monkeypatch.setenv("ECMOE_CONFIGS", str(study / "configs"))
+    (one, lost) = plan.plan("smoke", ["01_runs"])
+    running = study / ".cache/engine/smoke/batch-0.done"  # of a pipeline
+    write_text(running, "")
+    write_json(study / f"reports/smoke/runs/{lost.name}.json", {"summary": {"status": "finished"}}, sealed=True)
+    code, output, ran = snakemake(study, "-n")
+    assert (code, ran) == (0, []) and running.exists() and not (study / "runs").exists(), output
+    assert re.findall(r"train or measure:((?:\n  .+)+)", output) == [f"\n  01_runs EC s0  {one.name}  missing"]
+    pages = re.findall(r"^Job \d+: draw reports/smoke/(.+)\.html$", output, re.MULTILINE)
+    assert len(pages) == 5 and {"01_runs", "04_no_json"} < set(pages) and "write reports/smoke/index.html" in output
+    write_json(study / f"reports/smoke/runs/{one.name}.json", {"summary": {"status": "finished"}}, sealed=True)
+    output = snakemake(study, "--dry-run", "reports/smoke/01_runs.html")[1]
+    assert f"01_runs EC s0  {one.name}  to measure: {one.measures[0].name}\n" in output
+    assert output.count("Job ") == 2 and "draw reports/smoke/01_runs.html" in output
 
 
 def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
