@@ -19,6 +19,7 @@ from traitlets.config import Config
 from ecmoe.files import ConfigError
 from ecmoe.report.render import render
 from ecmoe.study.parameters import merge_parameters, merged
+from ecmoe.study.progress import terminal
 
 
 class _ThisPython(AsyncKernelManager):
@@ -28,7 +29,7 @@ class _ThisPython(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         command += ["--log-level=50"]  # silences ipykernel's log, not the notebook's output
-        return KernelSpec(argv=command, display_name="Python 3", language="python")
+        return KernelSpec(argv=command, env=terminal(), display_name="Python 3", language="python")
 
 
 def execute(
@@ -38,7 +39,8 @@ def execute(
     *,
     parameters: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Run a notebook, render it, and return the page's path. Progress (a line per cell) and its stderr go to stderr.
+    """Run a notebook, render it, and return the page's path. Progress (a line per cell, and on a terminal a bar while one trains) and
+    the notebook's stderr go to stderr.
 
     parameter_files: YAML files; later files override, key by key, also within `base`. parameters: override the files. A page's
     notebook checks them in its first cell, by `load` or `page_parameters`.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ecmoe.config import RunConfig
 from ecmoe.files import Stored
@@ -17,6 +17,7 @@ from ecmoe.measures import MEASURES, Measurement, as_measured, measure
 from ecmoe.study import engine
 from ecmoe.study import plan as planning
 from ecmoe.study.parameters import page_parameters
+from ecmoe.study.progress import progress_bar
 from ecmoe.training.result import Result, not_run, read_record
 
 CORE = 1e11  # FLOP/s of one CPU core in training, estimated high
@@ -79,7 +80,7 @@ def load(page: str, given: Mapping[str, Any], also: Collection[str] = ()) -> Stu
     trained = [one for one in asked if not (one.folder / "model.safetensors").exists()]
     if anew := [one.config for one in trained if engine.lacks(one, scale)]:
         warn_of_hours(anew)
-    with tqdm(total=sum(one.config.steps for one in waiting), unit="step", disable=not waiting) as bar:
+    with progress_bar(sum(one.config.steps for one in waiting)) as bar:
         for one in planned:
             with watching(bar, one, waiting) if one in waiting else nullcontext([]) as callbacks:
                 results[one.arms[0]].append(_result(one, scale, one in asked, callbacks))

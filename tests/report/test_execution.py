@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pty
 import re
 import signal
 import sys
@@ -175,6 +176,19 @@ def test_a_kernel_opens_no_port_and_has_a_folder_of_its_own_as_long_as_it_lives(
     assert execution._ThisPython().kernel_spec.argv == [
         sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50",
     ]  # fmt: skip
+
+
+def test_a_notebook_that_trains_shows_its_bar_on_the_terminal_and_not_on_the_page(tmp_path, monkeypatch):
+    trains = "from ecmoe.study.progress import progress_bar\nwith progress_bar(40) as bar:\n    bar.update(40)\nprint('trained')"
+    nbformat.write(notebook(("code", trains)), tmp_path / "a.ipynb")
+    screen, terminal = pty.openpty()
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        page = execute(tmp_path / "a.ipynb", tmp_path / "a.html")
+        shown = os.read(screen, 10_000).decode()
+    os.close(screen)
+    assert "[a] cell 1/1" in shown and "40/40" in shown
+    assert "trained" in page.read_text() and "40/40" not in page.read_text()
 
 
 def test_what_a_notebook_showed_before_its_kernel_died_is_on_the_page(tmp_path):

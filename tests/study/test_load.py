@@ -221,7 +221,7 @@ def test_only_what_is_missing_moves_the_bar(monkeypatch, tmp_path):
         asked.append((one.name, train, len(callbacks)))
         return not_run(one.config)
 
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
     monkeypatch.setattr(module, "_result", found)
     for trains in (True, False):
         study = load("13_gates", page | {"train_missing": trains})
