@@ -4,10 +4,12 @@ requests, with formulas as MathML and code folded."""
 import os
 import re
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import escape
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
@@ -111,6 +113,8 @@ class _Markdown(IPythonRenderer):
         return f'<h{level} id="{_anchor(text, self.toc, level)}">{text}</h{level}>\n'
 
     def table(self, text: str) -> str:
+        heads = cycle(re.findall(r"<th\b[^>]*>(.*?)</th>", text))
+        text = re.sub(r"<td\b", lambda td: f'{td[0]} data-of="{escape(text_of(next(heads)))}"', text)
         return f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{text}</table></div>\n'
 
     def block_math(self, body: str) -> str:

@@ -17,7 +17,7 @@ from tests.study.known import CENTRE, judged, losses, seeds
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt install chromium): pages are not tried in a browser"
 )
-INTRO = "# A title of a page that is long enough to need two lines on a phone\n\nWhat it is about, in a sentence or two.\n\n| a | b |\n|---|---|\n| c | d |"
+INTRO = "# A title of a page that is long enough to need two lines on a phone\n\nWhat it is about, in a sentence or two.\n\n| router | weight | in evaluation |\n|---|---|---|\n| c | of_more_letters_than_fit | of_more_letters_than_fit |\n| d | e | |"
 
 
 def show_something():
@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
         cells = [
             nbformat.v4.new_markdown_cell(INTRO),
             nbformat.v4.new_code_cell("1 + 1", outputs=outputs, metadata={"tags": ["answer"]}),
+            nbformat.v4.new_code_cell("# " + "x" * 118, metadata={"tags": ["read"]}),
         ]
         cells += [
             nbformat.v4.new_markdown_cell(f"## Part {i}\n\nSome words on capacity {'and more ' * 60}.")
@@ -97,6 +98,15 @@ def test_no_sideways_scroll_and_every_badge_is_seen(folder, tab, name, width):
         "[...document.querySelectorAll('figure svg text')].map(t => parseFloat(getComputedStyle(t).fontSize) * Math.hypot(t.getScreenCTM().a, t.getScreenCTM().b))"
     )
     assert min(labels) >= 9  # pixels: small, and still read
+
+
+def test_on_a_phone_each_cell_of_a_list_has_the_name_of_its_column(folder, tab):
+    labels = "[...document.querySelectorAll('table')].map(t => [...t.querySelectorAll('td')].map(c => getComputedStyle(c, '::before').content))"
+    tab.open(folder / "01_one.html", 390)
+    assert tab.js(labels)[0] == ['"router: "', '"weight: "', '"in evaluation: "'] * 2
+    assert tab.js("[...document.querySelectorAll('td:empty')].map(e => e.checkVisibility())") == [False]
+    tab.open(folder / "01_one.html", 1280)
+    assert set(tab.js(labels)[0]) == {"none"}
 
 
 def test_the_answer_comes_first(folder, tab):
@@ -153,6 +163,14 @@ def test_on_paper_nothing_is_cut_off(folder, tab):
             "[...document.querySelectorAll('main table, main svg, main .badge')].map(e => e.getBoundingClientRect().right)"
         )
         assert max(wide) <= 722
+
+
+def test_code_that_is_meant_to_be_read_is_whole_on_a_desk_and_on_paper(folder, tab):
+    code = "[...document.querySelectorAll('details.code')].map(e => e.checkVisibility() && [e.open, e.querySelector('pre').scrollWidth <= e.querySelector('pre').clientWidth + 1])"
+    tab.open(folder / "01_one.html", 1280)
+    assert [seen for seen in tab.js(code) if seen[0]] == [[True, True]]  # 120 columns
+    tab.open(folder / "01_one.html", 720, media="print")
+    assert [seen for seen in tab.js(code) if seen] == [[True, True]]  # and nothing that is folded
 
 
 def test_on_paper_numbers_and_short_words_stay_whole_and_short_tables_on_one_sheet(folder, tab):
