@@ -122,11 +122,11 @@ def effects(verdicts: Verdicts) -> Plot:
         ax.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(max(sizes.median(), 1e-9))))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(xlim=(-reach, reach), xlabel="right of 0: agrees with the paper (logarithmic away from 0)")
-        names = [textwrap.fill(name, 34) for name in rows["name"][~beside]]
+        names = [textwrap.fill(name, 42) for name in rows["name"][~beside]]
         name_rows(ax, names, names, fontsize=9, linespacing=1)
         return rows, "; ".join(f"{row.name} {number(row)}, {row.label}" for row in rows.itertuples())
 
-    what, height = "effects, above 0 where they are on the paper's side", 1.0 + 0.28 * sum(heights)
+    what, height = "effects, above 0 where they are on the paper's side", 1.0 + 0.3 * sum(heights)
     return panels(what, draw, there, height, rows=len(there), key="unit", legend=3, height_ratios=heights)
 
 
