@@ -107,7 +107,8 @@ def lines(
     frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `over`. log: x
     in powers of two. ticks_at_values: ticks and markers only at the values of x, each line a few points aside. shown: line
     -> look. named: write the names."""
-    frame = in_percent(frame, y).dropna(subset=[x, y])
+    frame = in_percent(frame, y).dropna(subset=[y])
+    frame = frame[frame[x].notna() | frame[by].isin(levels)]
     shown = dict(shown or looks(frame[by]))
     if not ticks_at_values:
         shown = {name: look._replace(marker="") for name, look in shown.items()}
@@ -122,11 +123,11 @@ def lines(
     colors, markers, dashes = map(list, zip(*(shown[name] for name in names), strict=True))
     sns.lineplot(
         frame[~across], x=x, y=y, hue=by, style=by, hue_order=names, style_order=names, ax=ax, legend=False, linewidth=1.8,
-        palette=colors, dashes=dashes, markers=ticks_at_values and markers, markersize=7, markeredgecolor=PAPER,
+        palette=colors, dashes=dashes, markers=ticks_at_values and markers, markersize=7, markeredgecolor=PAPER, markeredgewidth=0.6,
         errorbar=bounds, err_style="bars" if ticks_at_values else "band", err_kws={} if ticks_at_values else {"alpha": 0.18, "linewidth": 0},
     )  # fmt: skip
     for line in [line for line in ax.get_lines() if line.is_dashed()]:
-        line.set(markerfacecolor=PAPER, markeredgecolor=line.get_color())
+        line.set(markerfacecolor=PAPER, markeredgecolor=line.get_color(), markeredgewidth=1.2)
     for level, height in frame[across].groupby(by)[y].mean().items():
         shown[level] = look = shown[level]._replace(marker="")
         ax.axhline(height, color=look.color, dashes=look.dashes, linewidth=1.4)
@@ -134,11 +135,13 @@ def lines(
         ax.set_xscale("log", base=2)
     if ticks_at_values:
         values = sorted(frame.loc[~across, x].unique())
+        ax.margins(x=0.08)  # room for the lines at the sides, which are set apart
         ax.set_xticks(values, [f"{v:g}" for v in values])
         ax.minorticks_off()
         # Set the lines apart, so that no interval hides another.
         drawn = [line for line in ax.get_lines() if line.get_marker() not in ("", "None", None)]
         for i, (line, bars) in enumerate(zip(drawn, ax.containers, strict=True)):
+            line.set_zorder(3)  # markers above bars
             aside = ScaledTranslation((i - (len(drawn) - 1) / 2) * 4 / 72, 0, ax.figure.dpi_scale_trans)
             for part in (line, *bars.get_children()):
                 part.set_transform(ax.transData + aside)
@@ -180,15 +183,20 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
 
 
 def points(
-    ax: Axes, frame: pd.DataFrame, value: str, order: Sequence[str], pairs: tuple[str, Mapping[str, Look]] | None = None
+    ax: Axes,
+    frame: pd.DataFrame,
+    value: str,
+    order: Sequence[str],
+    pairs: tuple[str, Mapping[str, Look]] | None = None,
+    shown: Mapping[str, Look] | None = None,
 ) -> pd.DataFrame:
     """Draw a row per arm: a tick for each seed, the mean, and its interval. Return the numbers shown: arm (and the column of
     `pairs`), mean, low, high, seeds.
 
     frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. pairs: a column whose values are
-    separate points in a row (without ticks), and value -> look."""
+    separate points in a row (without ticks), and value -> look. shown: arm -> look, for the looks of a figure of more arms."""
     there = in_percent(frame, value).dropna(subset=[value])
-    hue, shown = pairs or ("arm", looks(order))
+    hue, shown = pairs or ("arm", {arm: (shown or looks(order))[arm] for arm in order})
     if len(there):
         common = {"data": there, "x": value, "y": "arm", "order": order, "ax": ax, "legend": False}
         common |= {"hue": hue, "hue_order": list(shown), "palette": [look.color for look in shown.values()]}
@@ -203,8 +211,8 @@ def points(
     return over_seeds(there, ["arm"], value).set_index("arm").reindex(order).reset_index()
 
 
-def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float, top: float) -> None:
-    """Draw a heat map with a number in each cell; NaN cells are empty. low, top: range of the colours."""
+def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None, top: float | None) -> None:
+    """Draw a heat map with a number in each cell; NaN cells are empty. low, top: range of the colours (None: that of the numbers)."""
     look = {"cmap": "Blues", "annot_kws": {"fontsize": 9}, "cbar": False, "linewidths": 1, "linecolor": LINE}
     sns.heatmap(matrix, ax=ax, vmin=low, vmax=top, annot=True, fmt=form, **look)
     ax.set(xlabel="", ylabel="")

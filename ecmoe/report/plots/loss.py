@@ -27,13 +27,13 @@ def over(
     """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm, intervals over seeds.
 
     frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from it,
-    seed by seed, which makes small gaps visible. levels: arms with a single x, shown as horizontal lines for comparison.
+    seed by seed, which makes small gaps visible. levels: arms with a single x or none, shown as horizontal lines for comparison.
     log: show the setting in powers of two."""
     columns = [columns] if isinstance(columns, str) else list(columns)
     arms, setting = list(dict.fromkeys(frame["arm"])), x not in ("step", "tokens")
     minus = f" minus that of {reference}" if reference else ""
     what = f"{' and '.join(LABELS.get(column, column) for column in columns)}{minus} over {LABELS[x]}"
-    there = frame.dropna(subset=[x]).dropna(subset=columns, how="all")
+    there = frame[frame[x].notna() | frame["arm"].isin(levels)].dropna(subset=columns, how="all")
     measured = set(there["arm"]) if reference is None or reference in set(there["arm"]) else ()
     if setting and there.loc[~there["arm"].isin(levels), x].nunique() < 2:  # which shows no dependence on the setting
         measured = ()
@@ -48,8 +48,11 @@ def over(
             in_decades(ax, "y", column)
         if len(columns) > 1:
             ax.set_ylim(bottom=0)
+            for line in ax.get_lines():  # whole, if they are at 0
+                line.set(clip_on=False, zorder=3)
         if setting:
-            each = pd.Series([f"{number(row)} at {getattr(row, x):g}" for row in data.itertuples()], dtype=object)
+            at = data[x].map(" at {:g}".format, na_action="ignore").fillna("")
+            each = pd.Series([number(row) for row in data.itertuples()], dtype=object) + at
             said = each.groupby(data["arm"], sort=False).agg(", ".join)
             return data, "; ".join(f"{arm}: {values}" for arm, values in said.items())
         ends = data.groupby("arm", sort=False).tail(1).sort_values("mean")
@@ -69,7 +72,7 @@ def final_loss(
 
     table: a row per arm and seed. column: a measured column, such as "bits_per_byte". reference: an arm; the others are shown as
     differences from it over common seeds. Or another column, such as "val_loss", which is subtracted from this one."""
-    what = LABELS.get(column, column)
+    what, shown = LABELS.get(column, column), looks(table["arm"])  # the reference's, too: it takes a colour elsewhere
     if reference in table:
         table = table.assign(**{column: table[column] - table[reference]})
         what += f" minus {LABELS.get(reference, reference)}"
@@ -80,7 +83,7 @@ def final_loss(
     order = list(means.sort_values(ascending=lowest_first, na_position="last").index)
 
     def draw(ax: Axes, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        data = points(ax, table, column, order)
+        data = points(ax, table, column, order, shown=shown)
         if reference:
             ax.axvline(0, color=INK, linewidth=1)
         else:
@@ -120,12 +123,13 @@ def retention(accuracies: pd.DataFrame) -> Plot:
     tasks = [f"task {k:g}" for k in sorted(there["task"].unique())]
     names = pd.Categorical(there["task"].map("task {:g}".format), tasks)  # sorted as numbers: 2 before 10
     there = there.assign(percent=100 * there["accuracy"], task=names)
-    colors = colormaps["viridis"](np.linspace(0.15, 0.85, len(tasks)))
+    colors = colormaps["viridis"](np.linspace(0.3, 0.75, len(tasks)))  # seen on black and on white
     shown = {task: Look(to_hex(colors[i]), "osD^vPX<>p"[i % 10]) for i, task in enumerate(tasks)}
 
     def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+        ax.set_ylim(-3, 103)  # before the names, which stand where it ends
         data = lines(ax, here, "after", "percent", by="task", ticks_at_values=True, shown=shown)
-        ax.set(ylim=(-3, 103), xlabel="tasks learned")
+        ax.set_xlabel("tasks learned")
         ends = data.groupby("task", sort=False)["mean"].agg(["first", "last"])
         return data, ", ".join(f"{task} {end['first']:.0f}% then {end['last']:.0f}%" for task, end in ends.iterrows())
 

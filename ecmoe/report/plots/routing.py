@@ -77,14 +77,14 @@ def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, t
     closest = f"1 to itself; to an earlier task at most {earlier[i, j]:.2f} ({tasks[i]} to {tasks[j]})"
 
     def draw(ax: Axes, given: tuple) -> tuple[pd.DataFrame, str]:
-        matrix, said, columns, form, top = given
+        matrix, said, columns, form, *limits = given
         named = pd.DataFrame(matrix.to_numpy(float), list(tasks), [str(c + 1) for c in range(len(tasks))])
-        heat(ax, named, form, min(0.0, float(named.min(axis=None))), top)
+        heat(ax, named, form, *limits)
         ax.set_xlabel(columns)
         return named.rename_axis("task").reset_index(), said
 
     each = {
-        "images sent to each expert (%)": (100 * confusion, found, "expert", ".1f", 100.0),
-        "relatedness": (related, closest, "gate of task", ".2f", 1.0),
+        "images sent to each expert (%)": (100 * confusion, found, "expert", ".1f", 0.0, 100.0),
+        "relatedness": (related, closest, "gate of task", ".2f", None, None),  # all near 1
     }
     return panels(what, draw, each, 1.5 + 0.42 * max(4, len(tasks)), ylabel="images of task")

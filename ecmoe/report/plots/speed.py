@@ -49,7 +49,7 @@ def over_plain(auto: pd.DataFrame) -> Plot:
     def draw(ax: Axes, mode: str) -> tuple[pd.DataFrame, str]:
         here = rows[rows["mode"] == mode]
         sns.lineplot(here, x="n", y="ratio", hue=width, style="", style_order=[BOTH, FORWARD], markers=["o", "D"],
-                     palette="colorblind", errorbar=None, ax=ax)  # fmt: skip
+                     palette="colorblind", markeredgecolor=PAPER, errorbar=None, ax=ax)  # fmt: skip
         ax.get_legend().remove()
         ax.axhline(1, color=INK, linewidth=1)
         ax.set(xscale="log", ylabel="", xlabel=LABELS["n"])

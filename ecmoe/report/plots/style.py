@@ -34,7 +34,8 @@ _PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA4499", "#44AA99", "#999933", "#CC6677",
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-# Fixed looks of the most frequent arms; other arms get one from a hash of their name.
+# Fixed looks of the most frequent arms, and of all of page 05; other arms get one from a hash of their name. Arms of one row are never
+# in one figure. Arms whose lines are in one figure differ in colour, other arms of a colour in their markers.
 _FIXED = {
     ("#0072B2", "o"): ["EC-CF2", "EC", "one EC network"],
     ("#D55E00", "s"): ["GShard top-2", "Top-2 raw, order of arrival"],
@@ -46,6 +47,16 @@ _FIXED = {
     ("#999933", ">"): ["EC-CAP3"],
     ("#CC79A7", "X"): ["Hash modulo"],
     (INK, "P"): ["Dense", "one dense network"],
+    ("#AA4499", "o"): ["Hash balanced"],
+    ("#56B4E9", "P"): ["BASE"],
+    ("#44AA99", ">"): ["K-means"],
+    ("#CC6677", "v"): ["Task level"],
+    ("#999933", "X"): ["Task level fixed"],
+    ("#AA4499", "X"): ["Expert threshold"],
+    ("#CC79A7", "<"): ["Batch priority"],
+    ("#999933", "s"): ["Loss-free bias"],
+    ("#56B4E9", "D"): ["Dense MoE, 8 experts"],
+    ("#44AA99", "o"): ["EC-CF2 renormalized, 8 experts"],
 }
 _KNOWN = {arm: look for look, arms in _FIXED.items() for arm in arms}
 # The first three colours are used for other arms only if no other colour is left.
@@ -71,14 +82,14 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
         start, count = zlib.crc32(name.encode()), len(_PALETTE)
         by_name = [(_PALETTE[i % count], _MARKERS[(i + i // count) % count]) for i in range(start, start + count)]
         by_name.sort(key=lambda one: one[0] in _CENTRE)
-        mine = [_KNOWN[name], *by_name[1:]] if name in _KNOWN else by_name
+        mine = [_KNOWN[name]] if name in _KNOWN else by_name
         taken = {look.color for other, look in found.items() if names[other] != name or look.dashes == dashes}
         found[arm] = Look(*next((one for one in mine if one[0] not in taken), mine[0]), dashes)
     return {arm: found[arm] for arm in arms}
 
 
 # Colours for 0 (grey), 1, ... 7, 8 or more experts per token, light to dark.
-COUNT_COLORS = ["#c7c7c7", *map(to_hex, colormaps["viridis_r"](np.linspace(0.05, 1.0, 8)))]
+COUNT_COLORS = ["#c7c7c7", *map(to_hex, colormaps["viridis_r"](np.linspace(0.05, 0.78, 8)))]
 
 
 def on_color(color: str) -> str:

@@ -11,7 +11,12 @@ from ecmoe.report import plots
 from ecmoe.report.plots import style
 from ecmoe.study.table import curves, table
 from ecmoe.training.result import not_run
-from tests.report.plots.figures import EC, HASH, TOP2, across, drawn, legend, run, texts
+from tests.report.plots.figures import EC, HASH, TOP2, across, drawn, legend, luminance, run, texts
+
+
+def marked(plot):
+    """The lines of a figure's first axes that have a marker."""
+    return [line for line in plot.figure.axes[0].get_lines() if line.get_marker() not in ("", "None", None)]
 
 
 def test_loss_over_steps(runs):
@@ -111,6 +116,12 @@ def test_loss_against_a_key():
         assert [line.get_ydata()[0] for line in ax.get_lines() if across(line)] == heights
         marked = {float(x) for line in ax.get_lines() if not across(line) for x in line.get_xdata()}
         assert (2 in marked) == (not levels)
+    bare = table(by_size | dense)
+    bare["num_experts"] = bare["num_experts"].mask(bare["arm"] == "Dense")
+    plot = drawn(plots.over(bare, "num_experts", levels=["Dense"]))
+    assert [line.get_ydata()[0] for line in plot.figure.axes[0].get_lines() if across(line)] == [2.7]
+    assert ": Dense: 2.700; EC: 2.250" in plot.alt and texts(plot) == ["EC", "Dense"]
+    assert plots.over(bare, "num_experts").alt.endswith(" Not run: Dense.")
 
 
 def test_a_setting_of_which_one_value_was_run_is_no_figure():
@@ -253,6 +264,44 @@ def test_tasks_are_in_the_order_of_their_numbers():
     plot = plots.retention(frame)
     names = [f"task {k}" for k in tasks]
     assert plot.data["task"].tolist() == names and re.findall(r"task \d+", plot.alt) == names
-    shown = {text.get_text(): to_rgb(text.get_color()) for text in plot.figure.axes[0].texts}
-    green = [shown[name][1] for name in names]  # of viridis, which grows from end to end
-    assert green == sorted(green)
+    there = zip(plot.figure.axes[0].texts, plot.figure.artists, strict=True)
+    colors = {text.get_text(): line.get_color() for text, line in there}
+    green = [to_rgb(colors[name])[1] for name in names]  # of viridis, which grows from end to end
+    assert green == sorted(green) and len(set(green)) == len(tasks)
+    light = [luminance(color) for color in colors.values()]
+    assert min(light) + 0.05 > 2 * (luminance("#16191d") + 0.05) and 1.05 > 2 * (max(light) + 0.05)  # the pages' papers
+
+
+def test_the_names_of_tasks_stand_at_the_ends_of_their_lines_however_wide_the_intervals_are():
+    rows = [
+        ("gate", seed, 1, task, end) for task, ends in ((1, (0, 1, 0)), (2, (1, 0, 1))) for seed, end in enumerate(ends)
+    ]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "after", "task", "accuracy"])
+    plot = plots.retention(frame)
+    assert plot.data["low"].min() < -100 and plot.data["high"].max() > 200  # far outside of the axes
+    assert [text.xy[1] for text in plot.figure.axes[0].texts] == pytest.approx([100 / 3, 200 / 3])
+
+
+def test_a_difference_has_the_looks_of_the_figure_with_its_reference():
+    arms = ["GShard top-2", "Switch top-1", *(f"A{i}" for i in range(9))]
+    rows = [(arm, seed, 4 + i / 9 + seed / 99) for i, arm in enumerate(arms) for seed in range(3)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "val_loss"])
+    both = (plots.final_loss(frame), plots.final_loss(frame, reference="GShard top-2"))
+    of = [
+        {row.arm: line.get_color() for row, line in zip(plot.data.itertuples(), marked(plot), strict=True)}
+        for plot in both
+    ]
+    assert len(of[1]) == 10 and of[0] == of[1] | {"GShard top-2": style.looks(arms)["GShard top-2"].color}
+
+
+def test_lines_at_0_are_whole_and_lines_at_the_sides_are_inside(runs):
+    empty = {"EC": [run(EC.replace(num_experts=e, seed=s), 2.0, dropped=0.0) for e in (4, 8) for s in range(3)]}
+    several = plots.over(table({f"A{i}": empty["EC"] for i in range(5)}), "num_experts", ("val_loss", "dropped"))
+    several.figure.draw_without_rendering()
+    for ax in several.figure.axes:
+        assert ax.get_ylim()[0] == 0
+        assert all(not line.get_clip_on() and line.zorder > ax.spines["bottom"].zorder for line in ax.get_lines())
+        at = [line.get_transform().transform(line.get_xydata())[:, 0] for line in ax.get_lines()]
+        inside, radius = ax.get_window_extent(), 7 / 2 / 72 * several.figure.dpi
+        assert min(map(min, at)) - radius > inside.x0 and max(map(max, at)) + radius < inside.x1
+        assert all(line.zorder > bars[2][0].zorder for line in ax.get_lines() for bars in ax.containers)

@@ -80,9 +80,9 @@ def test_gates_send_images_to_experts():
         "0.0",
     ]
     assert [text.get_text() for text in right.texts][:3] == ["1.00", "0.90", "0.80"]
-    assert [ax.collections[0].get_clim() for ax in (left, right)] == [(0, 100), (0, 1)]
+    assert [ax.collections[0].get_clim() for ax in (left, right)] == [(0, 100), (0.2, 1)]
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["cats", "dogs", "cars"]
     unlike = plots.gate_choices(confusion, related - 0.5, ["cats", "dogs", "cars"]).figure.axes[1]
-    assert unlike.collections[0].get_clim() == (pytest.approx(-0.3), 1)  # relatedness may be below 0
+    assert unlike.collections[0].get_clim() == pytest.approx((-0.3, 0.5))  # relatedness may be below 0
     for given in ((None, related), (confusion, None)):
         assert plots.gate_choices(*given, ["cats", "dogs", "cars"]).figure is None

@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgb
 
 from ecmoe.report import plots
 from ecmoe.report.plots import style
+from ecmoe.study.plan import sound
 from ecmoe.study.table import table
 from tests.report.plots.figures import luminance
 
@@ -72,6 +73,19 @@ def test_an_arm_looks_the_same_in_every_figure():
     assert len({look.color for look in gates.values()}) == 1 and len({look.dashes for look in gates.values()}) == 3
 
 
+def test_an_arm_of_page_05_looks_the_same_alone_among_all_and_among_those_that_offer_as_many_experts():
+    planned = sound("gpu", ["05_other_routers"])[0]
+    offered = {one.arms[0]: one.config.row.experts_per_token(one.config.to_dict()) for one in planned}
+    single = [arm for arm, experts in offered.items() if experts == 1]
+    several = [arm for arm in offered if arm not in single]
+    for together in (single, several, list(offered)):
+        assert all(plots.looks(together)[arm] == plots.looks([arm])[arm] for arm in together)
+    centre = plots.looks(["EC-CF2"])["EC-CF2"].color
+    for drawn in (single, several):  # as lines, which have no markers
+        assert len({plots.looks([arm])[arm].color for arm in drawn} | {centre}) == len({*drawn, "EC-CF2 renormalized"})
+    assert len({look[:2] for look in plots.looks(offered).values()}) == len(offered) == 14
+
+
 def test_known_arms_have_the_colours_of_okabe_and_ito():
     blue, sky, green, orange, vermilion, purple = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
     named = {"EC-CF2": blue, "EC": blue, "one EC network": blue, "EC-CF1": green, "EC-CF0.5": sky, "GShard top-2": vermilion,
@@ -121,6 +135,7 @@ def test_no_two_arms_of_a_figure_look_alike_and_all_are_seen_on_black_and_on_whi
         for paper in ("#ffffff", "#16191d"):  # of template/style.css
             light, dark = sorted((luminance(color), luminance(paper)), reverse=True)
             assert (light + 0.05) / (dark + 0.05) > 1.9, (color, paper)
+    assert min(map(luminance, style.COUNT_COLORS)) + 0.05 > 1.9 * (luminance("#16191d") + 0.05)
 
 
 def test_ink_is_the_one_that_is_read_best():
