@@ -116,6 +116,16 @@ def test_the_answer_comes_first(folder, tab):
     assert top(tab, ".tally") <= 600 and top(tab, "figure") <= 1400
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_what_a_claim_unfolds_to_has_the_width_of_the_page(folder, tab, width):
+    tab.open(folder / "index.html", width)
+    tab.js("document.querySelectorAll('.claims details').forEach(one => one.open = true)")
+    lines = (
+        "[...document.querySelectorAll('.claims details details > summary')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert tab.js(lines) and max(tab.js(lines)) <= 2 * 26  # lines
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_no_request_leaves(folder, tab, name):
     tab.open(folder / name, 1280)
