@@ -76,7 +76,7 @@ def _by_size(column: pd.Series) -> Format:
         return ",.0f"
     if finite.max() >= 1000:
         return ",.0f" if finite[finite > 0].min() >= 1 else ",g"  # keeps small values from being shown as 0
-    return ".1f" if finite.max() >= 100 else ".3f" if finite.max() >= 0.01 else ".2e"
+    return ".1f" if finite.max() >= 100 else ".3f" if finite.max() >= 0.01 else ".3g"
 
 
 def _cell(value: Any, how: Format) -> str | None:
