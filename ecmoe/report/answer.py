@@ -7,7 +7,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from ecmoe.report.markup import markup, show_html, table_html
-from ecmoe.study.estimate import of_values
+from ecmoe.study.estimate import Estimate, of_values
 from ecmoe.study.load import Study
 from ecmoe.study.protocol import protocol
 from ecmoe.study.units import Unit, amount, span
@@ -106,11 +106,21 @@ def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "
     Fewer seeds than a verdict needs have no interval.
 
     frame: a row per arm and seed. value: the column, shares as fractions of 1. unit: a value of `Unit`."""
-    of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
-    found = of_values(of[a] - of[b], Unit(unit))
+    found, interval = _minus(frame, value, a, b, unit)
     if not found.n:
         return NOTHING
-    interval = found.interval(least=protocol().least_seeds)
     between = f"{span(*interval, found.unit)}; " if interval else ""
     sign = "+" * (found.value > 0)
     return f"{sign}{amount(found.value, found.unit, compares=True)} ({between}{found.sample})"
+
+
+def below(frame: pd.DataFrame, value: str, a: str, b: str) -> bool:
+    """Return whether a is surely below b: whether the interval of `difference` is below 0 as a whole."""
+    _, interval = _minus(frame, value, a, b, Unit.NATS)
+    return interval is not None and interval[1] < 0
+
+
+def _minus(frame: pd.DataFrame, value: str, a: str, b: str, unit: str) -> tuple[Estimate, tuple[float, float] | None]:
+    of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
+    found = of_values(of[a] - of[b], Unit(unit))
+    return found, found.interval(least=protocol().least_seeds)

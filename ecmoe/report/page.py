@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from ecmoe.provenance import by_other_code
-from ecmoe.report.answer import NOTHING, answer, at_size, difference, finding, judged, told
+from ecmoe.report.answer import NOTHING, answer, at_size, below, difference, finding, judged, told
 from ecmoe.report.markup import Format, markup, show_html, table_html
 from ecmoe.report.plots.style import COUNT_COLORS, Plot, on_color
 from ecmoe.study import repeats
@@ -16,7 +16,7 @@ from ecmoe.study.units import between, counted
 from ecmoe.study.verdict import token_word
 
 __all__ = [
-    "answer", "at_size", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text", "told",
+    "answer", "at_size", "below", "difference", "finding", "judged", "provenance", "show", "show_runs", "show_table", "show_text", "told",
 ]  # fmt: skip
 
 
@@ -86,7 +86,10 @@ def provenance(study: Study, differences: str = "") -> None:
     rows: dict[str, Iterable[Any]] = same | {
         "data": {_data_text(d) for d in data},
         "processes": _distinct(done, "world_size") - {"1"},
-        "runs that shared a device (seconds: wall time divided by their number)": _distinct(done, "sharing", 1) - {"1"},
+        "runs that shared a device (seconds: of training steps, wall time divided by their number)": _distinct(
+            done, "sharing", 1
+        )
+        - {"1"},
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
         "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
         f"{word} trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],

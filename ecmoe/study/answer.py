@@ -18,6 +18,7 @@ CHOICE = (
     ("C1", "all steps, renormalized gates"),
     ("C1", "against top-2 with nothing dropped"),
     ("C1", "steps for an equal loss, renormalized gates"),
+    ("C6", "modulo against EC-CF1, at equal compute"),
     ("C2", "even routing, each on its best path"),
     ("C9", "loss against the twin of equal FLOPs"),
 )
@@ -99,7 +100,7 @@ def cost(scale: str) -> str:
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))
     if not runs:
         return f"`{reproduce(scale)}` runs it."
-    return f"All {len(runs)} runs took {duration(hours)} of training on {cards}; `{reproduce(scale)}` loads them and trains what is missing."
+    return f"All {len(runs)} runs took {duration(hours)} of training steps on {cards}; `{reproduce(scale)}` loads them and trains what is missing."
 
 
 def reproduce(scale: str) -> str:

@@ -62,8 +62,12 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
 
 
 def _router(config: Mapping[str, Any]) -> str:
-    """Return the router of a run; of tasks in sequence, which other code trains, the approach and the router: "joint dense"."""
-    return " ".join(config[key] for key in ("approach", "router") if key in config)
+    """Return the router of a run, after what tells which other code trains it: "images dense", or, of tasks in sequence, the approach:
+    "joint dense"."""
+    data = paths.plain(config["data"])
+    images = data in paths.IMAGES or data.startswith(paths.IMAGES_PREFIX)
+    of = config.get("approach") or "images" * images
+    return f"{of} {config['router']}".strip()
 
 
 def _compared(result: Result) -> pd.DataFrame:

@@ -322,7 +322,7 @@ def _found(part: Part, label: str, found: Estimate, level: float, unrecorded: Se
         text += f"; a verdict needs {protocol().least_seeds} seeds"
     elif label == UNDECIDED and ends:
         needs = found.seeds_for(part.margin, level, protocol().power) or 0
-        text += ", which doesn't decide it" + f"; {needs} seeds would" * (needs > found.n)
+        text += ", which doesn't decide it" + f"; {needs} seeds probably would" * (needs > found.n)
         of_examples = replace(found, mean=0.0, errors=found.errors[1:]).inner(level) if part.how == "accuracy" else None
         if of_examples and of_examples[1] > part.margin:
             told, left = (amount(x, part.unit, compares=True) for x in (part.margin, of_examples[1]))

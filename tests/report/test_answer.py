@@ -238,3 +238,18 @@ def test_a_difference_is_paired_and_says_its_sign():
     assert answer.difference(level, "loss", "a", "b", unit="share") == "0.0 points (0.0 to 0.0; 3 seeds)"
     with pytest.raises(KeyError):
         answer.difference(frame, "lost", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "is_below"),
+    [
+        ([1.0, 1.1, 1.2], [2.0, 2.2, 2.1], True),  # differences of -1 and about -1.1
+        ([2.0, 2.2, 2.1], [1.0, 1.1, 1.2], False),
+        ([1.0, 1.9, 1.2], [2.0, 2.0, 2.0], False),  # below on average, but the interval crosses 0
+        ([1.0, 1.1], [2.0, 2.1], False),  # too few seeds for an interval
+        ([], [2.0, 2.1, 2.2], False),
+    ],
+)
+def test_below_asks_for_the_whole_interval(a, b, is_below):
+    rows = [(arm, seed, loss) for arm, losses in (("a", a), ("b", b)) for seed, loss in enumerate(losses)]
+    assert answer.below(pd.DataFrame(rows, columns=["arm", "seed", "loss"]), "loss", "a", "b") is is_below

@@ -35,7 +35,11 @@ class Known(Evidence):
         columns = self.numbers.get(arm, {})
         ran = sorted(set().union(*columns.values())) if columns else []
         config = self.config(arm)
-        common = {"device": "H100", "code": "c0de", "config": {"router": arm.split()[0]}} | self.more.get("summary", {})
+        common = {
+            "device": "H100",
+            "code": "c0de",
+            "config": {"router": arm.split()[0], "data": "stdlib"},
+        } | self.more.get("summary", {})
         common["tokens"] = config.steps * config.tokens_per_batch
         return {s: {"name": f"{arm} {s}", "seed": s, "status": "finished"} | common for s in ran}
 

@@ -60,7 +60,7 @@ def test_the_cost_is_that_of_all_records(home):
         record = {"summary": {"seconds": seconds, "device": device}}
         write_json(path := paths.results("gpu", "runs") / f"{i}.json", record, sealed=True)
     assert cost("gpu") == (
-        "All 7 runs took 3.0 hours of training on A, B, C, NVIDIA H100, NVIDIA H200; `make reproduce SCALE=gpu` loads them and "
+        "All 7 runs took 3.0 hours of training steps on A, B, C, NVIDIA H100, NVIDIA H200; `make reproduce SCALE=gpu` loads them and "
         "trains what is missing."
     )
     path.write_text(path.read_text().replace("null", "7200", 1))

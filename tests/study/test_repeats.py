@@ -184,8 +184,8 @@ def test_repeats_are_kept_in_the_order_of_their_files(tmp_path, monkeypatch):
     assert repeats.kept("gpu") == [{"run": name} for name in "abc"] and repeats.kept("paper") == []
 
 
-def run(code, router="dense", device="H100"):
-    return {"code": code, "device": device, "config": {"router": router}}
+def run(code, router="dense", device="H100", data="stdlib"):
+    return {"code": code, "device": device, "config": {"router": router, "data": data}}
 
 
 def repeat(recorded, code, router="dense", device="H100", equal=True):
@@ -210,6 +210,8 @@ def repeat(recorded, code, router="dense", device="H100", equal=True):
         ([run("a"), run("c")], [repeat("a", "b"), repeat("c", "b")], ["dense a", "dense c"]),  # by way of a third
         ([run("a"), run("b")], [repeat("a", "b"), repeat("a", "b", equal=False)], None),
         ([run("a"), run("b")], [repeat("a", "b", device="H200")], None),
+        ([run("a", data="images:x#0123456789abcdef"), run("b", data="digits")], [repeat("a", "b")], None),  # of text only
+        ([run("a", data="images:x"), run("b", data="cifar10")], [repeat("a", "b", "images dense")], ["images dense a"]),
         ([run("a"), run("b"), run("b", device="H200")], [repeat("a", "b")], ["dense a"]),  # by b, on either card
         ([run("a"), run("a", device="H200"), run("b", device="H200")], [repeat("a", "b")], None),  # shown on one card of two
         ([run("a"), run("b", "hash")], [repeat("a", "b")], ["dense a"]),  # by b, both are known

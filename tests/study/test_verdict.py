@@ -202,7 +202,7 @@ def test_a_sentence_has_number_interval_and_what_keeps_it_from_a_better_label():
         REPRODUCED: "",
         IN_DIRECTION: "; the paper: 20 points",
         NO_EFFECT: ", which counts as equal (by 2.0 points or less)",
-        UNDECIDED: f", which doesn't decide it; {needs} seeds would",
+        UNDECIDED: f", which doesn't decide it; {needs} seeds probably would",
     }.items():
         assert verdict._found(rule, label, found, 0.9) == f"a is 5.0 points over b ({low} to {high}; 4 seeds){more}"
     enough = verdict._found(replace(rule, margin=0.05), UNDECIDED, found, 0.9)
@@ -407,4 +407,6 @@ def test_an_undecided_part_says_how_many_seeds_would_decide_it():
     first = judged("C5", noisy).parts[0]
     spread = np.std(list(seeds(0, 0.01 - 0.0004).values()), ddof=1)
     needs = estimate.seeds_needed(spread, 0.005, level=first.level)
-    assert first.label == UNDECIDED and first.sentence.endswith(f"which doesn't decide it; {needs} seeds would")
+    assert first.label == UNDECIDED and first.sentence.endswith(
+        f"which doesn't decide it; {needs} seeds probably would"
+    )
