@@ -66,7 +66,7 @@ def test_every_router_and_each_of_its_choices_is_shown(scale):
         for key, value in config.identity().items():
             shown[key].add(value)
     others = {config.router for config in arms("05_other_routers", scale).values()}
-    assert others == set(ROUTERS) - {"dense"}
+    assert others == set(ROUTERS)  # and the dense model, for comparison
     shown["pool"].add("rank")  # of one process it is the batch
     shown["balance"].add("none")  # as a weight of 0
     for key in {key for row in ROUTERS.values() for key in row.keys if CHOICES[key]}:
