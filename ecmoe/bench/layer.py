@@ -2,8 +2,8 @@
 
 The floor is two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these
 experts can be faster. A share of 0.7 means that the layer, including routing, takes 1/0.7 of the floor's time. All rows
-are timed in one run, in turns (clock.py), on the same random data; times are medians. On a GPU with Triton, the kernels
-are timed too, also in a CUDA graph, and routing alone. tests/kernels checks their accuracy.
+are timed in one run, in turns (clock.py), on the same random data; times are medians. Routing is timed alone, too. On a GPU
+with Triton, so are the kernels, also in a CUDA graph. tests/kernels checks their accuracy.
 """
 
 import statistics

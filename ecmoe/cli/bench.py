@@ -12,7 +12,9 @@ from ecmoe import paths
 from ecmoe.config import CHOICES, ConfigError
 from ecmoe.files import assignments, check_known
 
-bench = typer.Typer(no_args_is_help=True, help="Time the layer, a training step, or everything that page 08 shows.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Time the layer, a training step, all that page 08 shows of one GPU, or several GPUs."
+)
 TIMED = {
     "layer": "Time the MoE layer, its floor (the six matrix products that it needs at least), and other implementations.",
     "auto": "Time the implementation that a run chooses against plain PyTorch, for several sizes.",
@@ -21,7 +23,9 @@ TIMED = {
 }
 Sizes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="key=value, such as n=4096; default: 0.1B/64E on a GPU, small on a CPU"),
+    typer.Option(
+        "--set", help="key=value, such as n=4096 (of auto: num_experts=16); default: 0.1B/64E on a GPU, small on a CPU"
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="also save the table as JSON")]
 for _name, _help in TIMED.items():
@@ -55,7 +59,7 @@ def bench_all(
     out: Out = None,
     force: Annotated[bool, typer.Option("--force", help="measure again parts that exist")] = False,
 ) -> None:
-    """Time all that page 08 shows, and the steps of page 01's arms. Each part is saved at once; one that fails stops no other."""
+    """Time all that page 08 shows of one GPU, and the steps of page 01's arms. Each part is saved at once; one that fails stops no other."""
     import torch
 
     from ecmoe.study import speed

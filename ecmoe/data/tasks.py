@@ -51,7 +51,8 @@ class Examples(NamedTuple):
 def load(name: str, folder: str | Path | None = None) -> tuple[Examples, Examples]:
     """Load the training and validation examples of one of `TASKS`, in the source's order.
 
-    folder: local copies, PATH or PATH#HASH of their content; a task missing there is loaded from the Hub."""
+    folder: local copies, PATH or PATH#HASH of their content; a task missing there is loaded from the Hub,
+    unless a hash says what the content must be."""
     check_known("task", [name], TASKS)
     task, what, there = TASKS[name], f"task {name!r}", "a folder of local copies"
     if not task.hub:

@@ -114,7 +114,7 @@ def provenance(study: Study, differences: str = "") -> None:
     warning = f"The {what} behind this page differ in {', '.join(mixed)}. " if mixed else ""
     # At other scales, code changes while the evidence grows, and repeats show whether it computes the same.
     if study.scale == "smoke" and any(map(by_other_code, done)):
-        warning += "Other code than this has trained runs of this page: delete runs/ and reports/smoke/runs to train them again."
+        warning += "Other code than this has trained runs of this page: delete runs/ and reports/smoke/{runs,measures} to train them again."
     keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
     took = pd.DataFrame([{key: r.summary.get(key) for key in keys} for r in results if r.ok], columns=keys)
     took = took.fillna({"sharing": 1}).rename(columns=lambda key: key.replace("tokens", word))

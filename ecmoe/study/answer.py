@@ -37,7 +37,7 @@ OTHERS = {
 
 
 def answer(verdicts: Mapping[str, ClaimVerdict]) -> list[str]:
-    """Return what the verdicts of a scale (from `judge_all`) say: three sentences, or one if nothing can be concluded."""
+    """Return what the verdicts of a scale (from `judge_all`) say: what holds, what doesn't, and what that means for a choice of router; or one sentence if nothing can be concluded."""
     found, labels = list(verdicts.values()), {one.label for one in verdicts.values()}
     if verdict.PLUMBING in labels:
         return ["Scale smoke shows that every part works, and says nothing about the paper."]

@@ -238,9 +238,7 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
 )
 def test_provenance_of_small_runs_says_if_other_code_has_trained_them(shown, scale, code, noted):
     report.provenance(replace(study(result(0, code=code)), scale=scale))
-    said = (
-        "Other code than this has trained runs of this page: delete runs/ and reports/smoke/runs to train them again."
-    )
+    said = "Other code than this has trained runs of this page: delete runs/ and reports/smoke/{runs,measures} to train them again."
     assert (said in shown[0]) == noted == ("Note:" in shown[0])
 
 
