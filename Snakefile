@@ -24,14 +24,15 @@ from snakemake.settings.enums import Quietness
 from ecmoe import paths
 from ecmoe.files import check_known
 from ecmoe.study import engine, plan, speed
-from ecmoe.study.parameters import check_scale, parameter_files
+from ecmoe.study.parameters import check_scale, merge_parameters, parameter_files
 from ecmoe.study.protocol import protocol
 
 SCALE = str(config.get("scale", "smoke"))
-TRAIN = str(config.get("train_missing", True)).lower() in ("true", "1", "yes")
 try:
     check_known("--config has no key", config, ["scale", "train_missing", "runs"])
     check_scale(SCALE)
+    usual = merge_parameters([paths.configs() / "scale" / f"{SCALE}.yaml"]).get("train_missing", True)
+    TRAIN = str(config.get("train_missing", usual)).lower() in ("true", "1", "yes")
     GPUS, PLACES = engine.places()
     PLAN = plan.sound(SCALE)[0]
 except ValueError as error:

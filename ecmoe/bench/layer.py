@@ -2,8 +2,8 @@
 
 The floor is two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these
 experts can be faster. A share of 0.7 means that the layer, including routing, takes 1/0.7 of the floor's time. All rows
-are timed in one run, in turns (clock.py), on the same random data; times are medians. Routing is timed alone, too. On a GPU
-with Triton, so are the kernels, also in a CUDA graph. tests/kernels checks their accuracy.
+are timed in one run, in turns (clock.py), on the same random data; times are medians. Routing is timed alone, too. On a
+GPU with Triton, so are the kernels, also in a CUDA graph. tests/kernels checks their accuracy.
 """
 
 import statistics
@@ -32,8 +32,8 @@ def bench_layer(
 ) -> pd.DataFrame:
     """Time the layer, forward and forward + backward, beside its floor and its baselines.
 
-    capacity_factor: c; token choice gets the same number of slots. repeats: of each row, at least 2. compiled: also time
-    with torch.compile. sizes: n, d_model, d_ff, num_experts; default: the device's in `SIZES`.
+    capacity_factor: c; token choice gets the same number of slots. repeats: of each row, at least 2. compiled: also
+    time with torch.compile. sizes: n, d_model, d_ff, num_experts; default: the device's in `SIZES`.
 
     Returns a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's),
     TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of routing alone (scores to

@@ -1,4 +1,5 @@
-"""`ecmoe bench`: take timings on this machine. ecmoe/bench/ holds the benchmarks, ecmoe/study/speed.py what the pages need."""
+"""`ecmoe bench`: take timings on this machine. ecmoe/bench/ holds the benchmarks, ecmoe/study/speed.py what the pages
+need."""
 
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def bench_all(
     out: Out = None,
     force: Annotated[bool, typer.Option("--force", help="measure again parts that exist")] = False,
 ) -> None:
-    """Time all that page 08 shows of one GPU, and the steps of page 01's arms. Each part is saved at once; one that fails stops no other."""
+    """Time all that page 08 shows of one GPU, and the steps of page 01's arms. Each part is saved at once; one that
+    fails stops no other."""
     import torch
 
     from ecmoe.study import speed
@@ -100,8 +102,8 @@ def bench_scaling(
     only: Annotated[str, typer.Option(help="parts to measure")] = "training,layers,losses",
     out: Out = None,
 ) -> None:
-    """Time training on one GPU and on several with each strategy, and layers whose experts are distributed over GPUs; compare
-    the losses of one model on one GPU and on several. Each row is saved as soon as it is measured."""
+    """Time training on one GPU and on several with each strategy, and layers whose experts are distributed over GPUs;
+    compare the losses of one model on one GPU and on several. Each row is saved as soon as it is measured."""
     import torch
 
     from ecmoe.bench import across, scaling

@@ -37,7 +37,8 @@ OTHERS = {
 
 
 def answer(verdicts: Mapping[str, ClaimVerdict]) -> list[str]:
-    """Return what the verdicts of a scale (from `judge_all`) say: what holds, what doesn't, and what that means for a choice of router; or one sentence if nothing can be concluded."""
+    """Return what the verdicts of a scale (from `judge_all`) say: what holds, what doesn't, and what that means for a
+    choice of router; or one sentence if nothing can be concluded."""
     found, labels = list(verdicts.values()), {one.label for one in verdicts.values()}
     if verdict.PLUMBING in labels:
         return ["Scale smoke shows that every part works, and says nothing about the paper."]
@@ -76,8 +77,8 @@ def _told(found: Sequence[ClaimVerdict], texts: Mapping[str, str]) -> list[str]:
 
 
 def _named(one: ClaimVerdict) -> str:
-    """Return a claim's number and what it says; or, if only some of its parts have its label, the names of these parts, and how
-    many are undecided, with the numbers of the first."""
+    """Return a claim's number and what it says; or, if only some of its parts have its label, the names of these parts,
+    and how many are undecided, with the numbers of the first."""
     if one.said == one.label:
         return f"{one.about.id}: {one.about.short}"
     names = [f"\u201c{part.name}\u201d" for part in one.deciding if part.label == one.label]
