@@ -199,6 +199,14 @@ def test_a_dry_run_lists_what_would_be_made_and_leaves_a_pipeline_that_runs_alon
     assert output.count("Job ") == 2 and "draw reports/smoke/01_runs.html" in output
 
 
+def test_a_scale_may_train_only_where_that_is_asked(study):
+    scale = study / "configs/scale/smoke.yaml"
+    scale.write_text(scale.read_text() + "train_missing: false\n")
+    asked = [], ["--config", "train_missing=true"], ["--config", "train_missing=false"]
+    trained = ["train or measure:" in snakemake(study, "-n", *more)[1] for more in asked]
+    assert trained == [False, True, False]
+
+
 def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     code, output, ran = snakemake(study)
     assert code != 0 and not (study / "hacked").exists(), output
