@@ -83,7 +83,7 @@ def test_an_arm_of_page_05_looks_the_same_alone_among_all_and_among_those_that_o
     centre = plots.looks(["EC-CF2"])["EC-CF2"].color
     for drawn in (single, several):  # as lines, which have no markers
         assert len({plots.looks([arm])[arm].color for arm in drawn} | {centre}) == len({*drawn, "EC-CF2 renormalized"})
-    assert len({look[:2] for look in plots.looks(offered).values()}) == len(offered) == 14
+    assert len({look[:2] for look in plots.looks(offered).values()}) == len(offered) == 16
 
 
 def test_known_arms_have_the_colours_of_okabe_and_ito():
