@@ -92,6 +92,11 @@ def test_what_a_run_gets_over_plain_is_a_line_per_width_in_a_panel_per_way_to_la
     assert (
         legend(plot) == ["width d", "256", "4,096", BOTH, FORWARD] and left.get_legend() is right.get_legend() is None
     )
+    assert [line.get_color() for line in plot.figure.legends[0].get_lines()[-2:]] == [style.INK] * 2  # the page's ink
+    edges = {
+        line.get_markeredgecolor() for line in left.lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"
+    }
+    assert edges == {style.PAPER}
 
 
 def test_growth_shows_times_power_and_floor():
