@@ -34,8 +34,8 @@ _PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA4499", "#44AA99", "#999933", "#CC6677",
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-# Fixed looks of the most frequent arms, and of all of page 05; other arms get one from a hash of their name. Arms of one row are never
-# in one figure. Arms whose lines are in one figure differ in colour, other arms of a colour in their markers.
+# Fixed looks of the most frequent arms, and of those that pages 02 and 05 show in several figures; other arms get one from a hash
+# of their name. Arms of one row are never in one figure. Arms whose lines are in one figure differ in colour, others in markers.
 _FIXED = {
     ("#0072B2", "o"): ["EC-CF2", "EC", "one EC network"],
     ("#D55E00", "s"): ["GShard top-2", "Top-2 raw, order of arrival"],
@@ -57,6 +57,7 @@ _FIXED = {
     ("#999933", "s"): ["Loss-free bias"],
     ("#56B4E9", "D"): ["Dense MoE, 8 experts"],
     ("#44AA99", "o"): ["EC-CF2 renormalized, 8 experts"],
+    ("#CC6677", "p"): ["Switch top-1, no auxiliary loss"],
 }
 _KNOWN = {arm: look for look, arms in _FIXED.items() for arm in arms}
 # The first three colours are used for other arms only if no other colour is left.

@@ -86,6 +86,12 @@ def test_an_arm_of_page_05_looks_the_same_alone_among_all_and_among_those_that_o
     assert len({look[:2] for look in plots.looks(offered).values()}) == len(offered) == 16
 
 
+def test_an_arm_of_page_02_looks_the_same_among_all_and_among_those_that_differ_in_their_auxiliary_loss():
+    arms = [one.arms[0] for one in sound("gpu", ["02_load_balance"])[0]]
+    some = {arm for arm in arms if "auxiliary" in arm or arm in ("EC-CF2 renormalized", "GShard top-2 renormalized")}
+    assert len(some) == 6 and all(plots.looks(some)[arm] == plots.looks(arms)[arm] for arm in some)
+
+
 def test_known_arms_have_the_colours_of_okabe_and_ito():
     blue, sky, green, orange, vermilion, purple = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
     named = {"EC-CF2": blue, "EC": blue, "one EC network": blue, "EC-CF1": green, "EC-CF0.5": sky, "GShard top-2": vermilion,
