@@ -27,14 +27,14 @@ class Damaged(ConfigError):
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(path, why)
-        self.path, self.why = path, why
 
     def __str__(self) -> str:
-        return f"{self.path} is damaged ({self.why}): delete it, then compute it again"
+        path, why = self.args
+        return f"{path} is damaged ({why}): delete it, then compute it again"
 
 
 class Stored(dict[str, Any]):
-    """A mapping of a stored file, at any depth of it: like a dict, but a missing key raises Damaged, which names file and key."""
+    """A mapping in a stored JSON file, at any depth: a dict, but a missing key raises Damaged, with file and key."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -118,8 +118,8 @@ def check_sum(value: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, sealed: bool = False) -> Stored:
-    """Read a JSON file written by `write_json`; with `sealed`, verify and remove its checksum. Raise Damaged if the file is no JSON
-    object, or, with `sealed`, any byte of it was changed; so does a key that the result lacks, when it is read."""
+    """Read a JSON file written by `write_json`; with `sealed`, verify and remove its checksum. Raise Damaged if the file
+    is no JSON object, or, with `sealed`, any byte of it was changed."""
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, object_hook=partial(Stored, path))

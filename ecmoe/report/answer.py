@@ -106,9 +106,10 @@ def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "
     Fewer seeds than a verdict needs have no interval.
 
     frame: a row per arm and seed. value: the column, shares as fractions of 1. unit: a value of `Unit`."""
-    found, interval = _minus(frame, value, a, b, unit)
+    found = _minus(frame, value, a, b, unit)
     if not found.n:
         return NOTHING
+    interval = found.interval(least=protocol().least_seeds)
     between = f"{span(*interval, found.unit)}; " if interval else ""
     sign = "+" * (found.value > 0)
     return f"{sign}{amount(found.value, found.unit, compares=True)} ({between}{found.sample})"
@@ -116,11 +117,10 @@ def difference(frame: pd.DataFrame, value: str, a: str, b: str, *, unit: str = "
 
 def below(frame: pd.DataFrame, value: str, a: str, b: str) -> bool:
     """Return whether a is surely below b: whether the interval of `difference` is below 0 as a whole."""
-    _, interval = _minus(frame, value, a, b, Unit.NATS)
+    interval = _minus(frame, value, a, b).interval(least=protocol().least_seeds)
     return interval is not None and interval[1] < 0
 
 
-def _minus(frame: pd.DataFrame, value: str, a: str, b: str, unit: str) -> tuple[Estimate, tuple[float, float] | None]:
+def _minus(frame: pd.DataFrame, value: str, a: str, b: str, unit: str = Unit.NATS) -> Estimate:
     of = {name: frame[frame["arm"] == name].set_index("seed")[value] for name in (a, b)}
-    found = of_values(of[a] - of[b], Unit(unit))
-    return found, found.interval(least=protocol().least_seeds)
+    return of_values(of[a] - of[b], Unit(unit))

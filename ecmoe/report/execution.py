@@ -39,8 +39,8 @@ def execute(
     *,
     parameters: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Run a notebook, render it, and return the page's path. Progress (a line per cell, and on a terminal a bar while one trains) and
-    the notebook's stderr go to stderr.
+    """Run a notebook, render it, and return the page's path. Progress (a line per cell, and on a terminal a bar while
+    one trains) and the notebook's stderr go to stderr.
 
     parameter_files: YAML files; later files override, key by key, also within `base`. parameters: override the files. A page's
     notebook checks them in its first cell, by `load` or `page_parameters`.

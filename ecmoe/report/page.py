@@ -83,13 +83,11 @@ def provenance(study: Study, differences: str = "") -> None:
     same = {key: _distinct(made, key) for key in ("code", "commit", "device", "precision")}
     same["versions"] = {", ".join(f"{k} {v}" for k, v in sorted((s.get("versions") or {}).items())) for s in made}
     same["code of measurements"] = {s["measures"] for s in measured if "measures" in s}
+    shared = "runs that shared a device (seconds: of training steps, wall time divided by their number)"
     rows: dict[str, Iterable[Any]] = same | {
         "data": {_data_text(d) for d in data},
         "processes": _distinct(done, "world_size") - {"1"},
-        "runs that shared a device (seconds: of training steps, wall time divided by their number)": _distinct(
-            done, "sharing", 1
-        )
-        - {"1"},
+        shared: _distinct(done, "sharing", 1) - {"1"},
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
         "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
         f"{word} trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],

@@ -135,8 +135,8 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
 
 
 def recorded(one: planning.Planned, scale: str) -> Result | None:
-    """Read the run's record; None if there is none. Raise Damaged if it was changed or holds another run; a key that its summary
-    lacks raises it, too, when it is read."""
+    """Read the run's record, its summary as `Stored`; None if there is none. Raise Damaged if it was changed or holds
+    another run."""
     path = planning.record(one, scale)
     if not path.exists():
         return None

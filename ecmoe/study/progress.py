@@ -1,10 +1,9 @@
-"""The progress bar of a notebook that trains: a widget, or text on the terminal from which `ecmoe report` runs the notebook."""
+"""The progress bar of a notebook that trains: a widget, or text on the terminal from which `ecmoe report` runs it."""
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 import tqdm.auto
 
@@ -21,12 +20,10 @@ def terminal() -> dict[str, str]:
 
 @contextmanager
 def progress_bar(steps: int) -> Iterator[tqdm.tqdm]:
-    """Yield a bar of so many steps, which is hidden if there are none. It writes to the terminal itself, because a widget is shown
-    only by a notebook's frontend, and text on stderr would become part of the page."""
-    shown: dict[str, Any] = {"total": steps, "unit": "step", "disable": not steps}
-    with ExitStack() as after:
-        if (name := os.environ.get(TERMINAL)) and steps:
-            file = after.enter_context(open(name, "w", encoding="utf-8"))
-            yield after.enter_context(tqdm.tqdm(**shown, file=file))
-        else:
-            yield after.enter_context(tqdm.auto.tqdm(**shown))
+    """Yield a bar of so many steps, which is hidden if there are none. It writes to the terminal itself, because a
+    widget is shown only by a notebook's frontend, and text on stderr would become part of the page."""
+    name = os.environ.get(TERMINAL) if steps else None
+    kind = tqdm.tqdm if name else tqdm.auto.tqdm
+    with open(name, "w", encoding="utf-8") if name else nullcontext() as file:
+        with kind(total=steps, unit="step", disable=not steps, file=file) as bar:
+            yield bar

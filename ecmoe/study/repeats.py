@@ -62,12 +62,11 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
 
 
 def _router(config: Mapping[str, Any]) -> str:
-    """Return the router of a run, after what tells which other code trains it: "images dense", or, of tasks in sequence, the approach:
-    "joint dense"."""
+    """Return the router of a run, after a word for the code that trains it, other than that of text: "images dense", or,
+    of tasks in sequence, the approach: "joint dense"."""
     data = paths.plain(config["data"])
     images = data in paths.IMAGES or data.startswith(paths.IMAGES_PREFIX)
-    of = config.get("approach") or "images" * images
-    return f"{of} {config['router']}".strip()
+    return f"{config.get('approach', 'images' * images)} {config['router']}".strip()
 
 
 def _compared(result: Result) -> pd.DataFrame:
@@ -112,7 +111,8 @@ def kept(scale: str) -> list[Stored]:
 
 
 def covered(runs: Collection[str], scale: str) -> list[int]:
-    """Return how many steps, from the first on, each equal repeat of these runs compared. Raise Damaged if its record is gone."""
+    """Return how many steps, from the first on, each equal repeat of these runs compared. Raise Damaged if its record is
+    gone."""
     return [_steps(one, scale) for one in kept(scale) if one["equal"] and one["run"] in runs]
 
 

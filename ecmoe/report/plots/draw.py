@@ -193,10 +193,11 @@ def points(
     """Draw a row per arm: a tick for each seed, the mean, and its interval. Return the numbers shown: arm (and the column of
     `pairs`), mean, low, high, seeds.
 
-    frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. pairs: a column whose values are
-    separate points in a row (without ticks), and value -> look. shown: arm -> look, for the looks of a figure of more arms."""
+    frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. pairs: a column whose values
+    are separate points in a row (without ticks), and value -> look. shown: arm -> look, as in a figure of more arms."""
     there = in_percent(frame, value).dropna(subset=[value])
-    hue, shown = pairs or ("arm", {arm: (shown or looks(order))[arm] for arm in order})
+    known = shown or looks(order)
+    hue, shown = pairs or ("arm", {arm: known[arm] for arm in order})
     if len(there):
         common = {"data": there, "x": value, "y": "arm", "order": order, "ax": ax, "legend": False}
         common |= {"hue": hue, "hue_order": list(shown), "palette": [look.color for look in shown.values()]}
@@ -212,7 +213,8 @@ def points(
 
 
 def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None, top: float | None) -> None:
-    """Draw a heat map with a number in each cell; NaN cells are empty. low, top: range of the colours (None: that of the numbers)."""
+    """Draw a heat map with a number in each cell; NaN cells are empty. low, top: range of the colours (None: that of the
+    numbers)."""
     look = {"cmap": "Blues", "annot_kws": {"fontsize": 9}, "cbar": False, "linewidths": 1, "linecolor": LINE}
     sns.heatmap(matrix, ax=ax, vmin=low, vmax=top, annot=True, fmt=form, **look)
     ax.set(xlabel="", ylabel="")

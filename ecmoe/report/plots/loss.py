@@ -24,11 +24,12 @@ def over(
     levels: Collection[str] = (),
     log: bool = True,
 ) -> Plot:
-    """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm, intervals over seeds.
+    """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm,
+    intervals over seeds.
 
-    frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from it,
-    seed by seed, which makes small gaps visible. levels: arms with a single x or none, shown as horizontal lines for comparison.
-    log: show the setting in powers of two."""
+    frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from
+    it, seed by seed, which makes small gaps visible. levels: arms with a single x or none, shown as horizontal lines for
+    comparison. log: show the setting in powers of two."""
     columns = [columns] if isinstance(columns, str) else list(columns)
     arms, setting = list(dict.fromkeys(frame["arm"])), x not in ("step", "tokens")
     minus = f" minus that of {reference}" if reference else ""

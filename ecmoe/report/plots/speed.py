@@ -51,9 +51,8 @@ def over_plain(auto: pd.DataFrame) -> Plot:
         sns.lineplot(here, x="n", y="ratio", hue=width, style="", style_order=[BOTH, FORWARD], markers=["o", "D"],
                      palette="colorblind", markeredgecolor=PAPER, errorbar=None, ax=ax)  # fmt: skip
         ax.get_legend().remove()
-        for sample in ax.get_legend_handles_labels()[0][
-            -2:
-        ]:  # of both kinds of line, which seaborn draws in a dark grey
+        samples, _ = ax.get_legend_handles_labels()
+        for sample in samples[-2:]:  # of both kinds of line, which seaborn draws in a dark grey
             sample.set(color=INK)
         ax.axhline(1, color=INK, linewidth=1)
         ax.set(xscale="log", ylabel="", xlabel=LABELS["n"])

@@ -34,8 +34,8 @@ _PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA4499", "#44AA99", "#999933", "#CC6677",
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-# Fixed looks of the most frequent arms, and of those that pages 02 and 05 show in several figures; other arms get one from a hash
-# of their name. Arms of one row are never in one figure. Arms whose lines are in one figure differ in colour, others in markers.
+# Fixed looks of the most frequent arms, and of those that pages 02 and 05 show in several figures; other arms get one
+# from a hash of their name. Arms of one row are never in one figure; arms whose lines are in one figure differ in colour.
 _FIXED = {
     ("#0072B2", "o"): ["EC-CF2", "EC", "one EC network"],
     ("#D55E00", "s"): ["GShard top-2", "Top-2 raw, order of arrival"],
