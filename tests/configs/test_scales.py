@@ -65,24 +65,12 @@ def test_networks_that_learn_in_sequence_have_an_expert_for_each_task(scale):
     assert {config.approach for config in shown.values()} == {"expert_gate", "sequence", "joint"}
 
 
-def test_pages_without_runs_at_scale_gpu_have_the_sizes_that_were_chosen():
-    """Of a small ViT on CIFAR-10, as the pages say; runs that are committed would keep them."""
-    vision, tasks = (
-        yaml.safe_load((paths.configs() / f"scale/gpu/{page}.yaml").read_text())["base"]
-        for page in ("10_vision", "11_continual_learning")
-    )
-    pictures = {"data": "images:data/cifar10#95271d06f8122dfd", "channels": 3, "sequence_length": 64}
-    assert vision == pictures | {
-        "augment": True, "patch_size": 4, "classes": 10, "layers": 8, "d_model": 384, "d_ff": 1536, "heads": 6,
-        "num_experts": 8, "batch_size": 500, "steps": 3000, "warmup_steps": 200, "schedule": "linear",
-        "decay_fraction": 0.5, "learning_rate": 0.001, "weight_decay": 0.05, "eval_every": 250, "eval_batches": 20,
-        "checkpoint_every": 1000,
-    }  # fmt: skip
-    fast = {"compile": True, "cuda_graph": True, "checkpoint_every": 3200}  # which no run's name keeps
+def test_scale_gpu_has_the_settings_that_no_runs_name_keeps():
+    """The others are part of the names of its committed runs, so that a page whose sizes change misses them."""
+    vision = yaml.safe_load((paths.configs() / "scale/gpu/10_vision.yaml").read_text())["base"]
+    assert {"eval_every": 250, "checkpoint_every": 1000}.items() <= vision.items()
+    fast = {"compile": True, "cuda_graph": True, "checkpoint_every": 3200}
     assert fast.items() <= scale_of("gpu")["base"].items()
-    small = {"layers": 4, "d_model": 128, "d_ff": 256, "steps": 1000, "batch_size": 250, "learning_rate": 0.001}
-    gates = {"code": 64, "gate_steps": 4000, "gate_learning_rate": 0.001}
-    assert tasks == pictures | small | gates
 
 
 def test_scale_paper_has_the_papers_size_and_glams_settings():
@@ -90,18 +78,9 @@ def test_scale_paper_has_the_papers_size_and_glams_settings():
 
     base, preset = scale_of("paper")["base"], TABLE_1["0.1B/64E"].config
     sizes = (
-        "layers",
-        "d_model",
-        "d_ff",
-        "heads",
-        "num_experts",
-        "sequence_length",
-        "batch_size",
-        "vocab_size",
-        "data",
-        "tokenizer",
-        "streaming",
-    )
+        "layers", "d_model", "d_ff", "heads", "num_experts", "sequence_length", "batch_size", "vocab_size", "data",
+        "tokenizer", "streaming",
+    )  # fmt: skip
     assert {key: base[key] for key in sizes} == {key: getattr(preset, key) for key in sizes}
     assert base["batch_size"] * base["sequence_length"] * base["accumulate"] == 2**20  # a million tokens a step
     glam = {

@@ -100,11 +100,10 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
     for name, line in zip("ab", through.values(), strict=True):
         assert line.get_ydata().tolist() == pytest.approx([means[name, x] for x in (1, 2, 4)])
         assert line.get_marker() == SHOWN[name].marker and line.is_dashed() == (name == "b")
-        ring = (
-            SHOWN[name].color,
-            PAPER,
-        )  # of an open marker; a filled one stands out from others by an edge like paper
+        ring = SHOWN[name].color, PAPER  # of an open marker; a filled one stands out from others by an edge like paper
         assert (line.get_markeredgecolor(), line.get_markerfacecolor()) == (ring if name == "b" else ring[::-1])
+        assert all(line.zorder > bars[2][0].zorder for bars in ax.containers)
+    assert through[SHOWN["b"].color].get_markeredgewidth() > through[SHOWN["a"].color].get_markeredgewidth()
     bars = [segment for bars in ax.containers for segment in bars[2][0].get_segments()]
     assert sorted(y for bar in bars for y in bar[:, 1]) == pytest.approx(sorted([*data["low"][:6], *data["high"][:6]]))
     (level,) = (line for line in ax.get_lines() if across(line))

@@ -296,7 +296,7 @@ def test_a_difference_has_the_looks_of_the_figure_with_its_reference():
 
 def test_lines_at_0_are_whole_and_lines_at_the_sides_are_inside(runs):
     empty = {"EC": [run(EC.replace(num_experts=e, seed=s), 2.0, dropped=0.0) for e in (4, 8) for s in range(3)]}
-    several = plots.over(table({f"A{i}": empty["EC"] for i in range(5)}), "num_experts", ("val_loss", "dropped"))
+    several = plots.over(table({f"A{i}": empty["EC"] for i in range(7)}), "num_experts", ("val_loss", "dropped"))
     several.figure.draw_without_rendering()
     for ax in several.figure.axes:
         assert ax.get_ylim()[0] == 0
