@@ -225,7 +225,7 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
         of, card = speed.setting(evidence.scale)
         return RestsOn(of, cards=(card,), turns=turns)
     arms = [arm for arm in dict.fromkeys(arm for part in family for arm in part.arms) if evidence.finished(arm)]
-    runs = {run["name"]: run for arm in arms for run in evidence.finished(arm).values()}.values()
+    runs = {run["name"]: run for part in family for run in _used(part, evidence)}.values()
     together = [compared for part in family for compared in _compared(part, evidence)]
     kept = repeats.kept(evidence.scale)
     linked = [repeats.linked(compared, kept) for compared in together]
@@ -234,6 +234,16 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
     shown = {run for those in linked for run in those or ()}
     more = {"repeats": tuple(sorted(shown)), "covered": tuple(repeats.covered(shown, evidence.scale))}
     return RestsOn.of(runs, [evidence.config(arm) for arm in arms], mixed=mixed, **more)
+
+
+def _used(part: Part, evidence: Evidence) -> list[Mapping[str, Any]]:
+    """Return the summaries of the runs that a part's estimate uses: of the seeds that all its arms have, measured."""
+    measured = [
+        {s for s in evidence.finished(arm) if all(evidence.measured(arm, s, what) for what in part.measured)}
+        for arm in part.arms
+    ]
+    seeds = set.intersection(*measured) if measured else set()
+    return [run for arm in part.arms for seed, run in evidence.finished(arm).items() if seed in seeds]
 
 
 def label_of(part: Part, found: Estimate, level: float) -> str:
@@ -333,18 +343,30 @@ def _found(part: Part, label: str, found: Estimate, level: float, unrecorded: Se
 
 
 def _sentence(label: str, deciding: Sequence[JudgedPart], told: Sequence[JudgedPart]) -> str:
-    """Return the sentence of the claim's weakest part, how many parts have which label, and the sentences of the parts in `told`."""
+    """Return the sentence of the claim's weakest part (of several undecided ones, the least favourable), how many parts
+    have which label, and the sentences of the parts in `told`."""
     if label == PLUMBING:
         return "A tiny model and a few steps: this shows that every part works, and says nothing about the claim."
     ran = [part for part in deciding if part.label != NOT_RUN]
     if not ran:
         return next((capital(part.sentence) + "." for part in deciding if part.unrecorded), "Not run yet.")
-    text = capital(max(ran, key=lambda part: WEAKEST_LAST.index(part.label)).sentence)
+    weakest = max(ran, key=lambda part: WEAKEST_LAST.index(part.label))
+    if weakest.label == UNDECIDED:
+        weakest = min((part for part in ran if part.label == UNDECIDED and part.effect.n), key=_favour, default=weakest)
+    text = capital(weakest.sentence)
     if len(deciding) > 1:
         counts = Counter(part.label for part in deciding)
         said = ", ".join(f"{counts[label]} {label}" for label in WEAKEST_LAST if counts[label])
         text += f". The claim's {len(deciding)} parts: {said}"
     return ". ".join([text, *(capital(part.sentence) for part in told if part.label != NOT_RUN)]) + "."
+
+
+def _favour(part: JudgedPart) -> float:
+    """Return how far the estimate is on the claim's side, in margins; for a "near" part, how near, below 0."""
+    if part.says == "near":
+        return -abs(part.effect.mean - part.unit.inner(part.figure)) / part.margin
+    sign = 1.0 if part.says == "above" else -1.0
+    return sign * (part.effect.mean - part.unit.inner(part.neutral)) / part.margin
 
 
 def capital(text: str) -> str:
