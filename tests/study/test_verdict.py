@@ -410,3 +410,16 @@ def test_an_undecided_part_says_how_many_seeds_would_decide_it():
     assert first.label == UNDECIDED and first.sentence.endswith(
         f"which doesn't decide it; {needs} seeds probably would"
     )
+
+
+def test_of_several_undecided_parts_the_least_favourable_is_told():
+    caps = {"EC-CAP2 renormalized": seeds(3.604), "EC-CAP3 renormalized": seeds(3.6), "EC-CF2 renormalized": seeds(3.6)}
+    for arm, worse in (("EC-CF2 renormalized", 0), ("EC-CAP3 renormalized", 1)):  # the claim: a cap of 2 ends above it
+        noisy = losses(**caps)
+        noisy["EC-CAP2 renormalized"]["val_loss"] = seeds(3.604, 0.01)
+        noisy[arm]["val_loss"] = seeds(3.606)
+        found = judged("C5", noisy)
+        assert [part.label for part in found.deciding] == [UNDECIDED, UNDECIDED]
+        told, other = found.deciding[worse], found.deciding[1 - worse]
+        assert found.sentence.startswith(verdict.capital(told.sentence)) and told.sentence != other.sentence
+        assert told.effect.value < other.effect.value
