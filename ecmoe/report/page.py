@@ -1,5 +1,6 @@
 """What notebooks call to show figures with alternative text, tables and text, as HTML without scripts or requests."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,12 +39,15 @@ def show(plot: Plot, caption: str) -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}, fold: str = "") -> None:
-    """Show a table, or "Not run" if all values beyond its first column are missing. Arguments as in `markup.table_html`; fold: a
+    """Show a table, or "Not run" if all values beyond its first column are missing. A sentence about intervals is added to
+    the caption if `difference` wrote any. Arguments as in `markup.table_html`; fold: a
     summary under which the table is folded; "": the table is shown open."""
     values = frame.iloc[:, 1:]
     if not fold and values.shape[1] and (values.isna() | values.eq(NOTHING)).all(axis=None):
         show_html(markup("not_run_yet", caption))
         return
+    if any(re.search(r" to \S+; \d+ seeds\)$", str(said)) for said in values.to_numpy().flat):  # by `difference`
+        caption = f"{caption} Intervals: {100 * protocol().level:g}%, each by itself.".strip()
     shown = table_html(frame, caption, formats)
     show_html(markup("folded", fold, shown) if fold else shown)
 

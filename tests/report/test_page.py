@@ -61,6 +61,15 @@ def test_tables_are_escaped_and_missing_is_a_dash(shown):
     assert BeautifulSoup(shown[2], "html.parser").find_all("td")[0].text.startswith("3.7")
 
 
+def test_a_table_of_differences_says_what_its_intervals_are(shown):
+    rows = [(arm, seed, loss + 0.01 * seed**2) for arm, loss in (("a", 2.0), ("b", 2.5)) for seed in range(3)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "loss"])
+    for fewer, caption in ((0, "Losses. Intervals: 95%, each by itself."), (1, "Losses.")):
+        said = report.difference(frame[frame["seed"] >= fewer], "loss", "a", "b")
+        report.show_table(pd.DataFrame({"what": ["a minus b"], "loss": [said]}), "Losses.")
+        assert BeautifulSoup(shown[-1], "html.parser").find("caption").text == caption
+
+
 @pytest.mark.parametrize(
     "seeds, low, said",
     [
