@@ -119,7 +119,7 @@ def test_redrawn_without_training_it_says_what_is_missing(page, tmp_path, monkey
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     notebook = ROOT / "notebooks/04_capped_experts.ipynb"
     text = page(notebook, parameters(notebook, tmp_path) | {"train_missing": False}).text
-    assert "0 of 4 runs, one by one" in text and "any of 4 runs" in text and "Not run: " in text
+    assert "0 of 5 runs, one by one" in text and "any of 5 runs" in text and "Not run: " in text
     assert not list(tmp_path.glob("runs/*/curve.csv"))
 
 
