@@ -157,14 +157,15 @@ def of_evidence(about: Claim, evidence: Evidence) -> ClaimVerdict:
     parts = tuple(judged.values())
     deciding = [part for part in parts if part.decides]
     label = PLUMBING if evidence.scale == "smoke" else weakest([part.label for part in deciding])
-    sentence = _sentence(label, deciding, [part for part in parts if part.told])
+    told = [part for part in parts if part.told]
+    sentence = _sentence(label, deciding, told)
     relevant = [judged[name] for name in family]
     lacks = any(part.missing or (part.label == NOT_RUN and not part.unrecorded) for part in relevant)
     planned_by = [evidence.planned[arm][seed].pages for part in relevant for arm, seed in part.missing]
     pages = dict.fromkeys(evidence.page if evidence.page in some else some[0] for some in planned_by) or [evidence.page]
     trains = f"ecmoe runs {' '.join(pages)} --scale {evidence.scale} --train"
     command = trains if about.arms else f"ecmoe bench all --scale {evidence.scale}"
-    return ClaimVerdict(label, sentence, parts, _rests_on(relevant, evidence), command, lacks, about)
+    return ClaimVerdict(label, sentence, parts, _rests_on([*relevant, *told], evidence), command, lacks, about)
 
 
 def _parts(about: Claim, evidence: Evidence) -> list[Part]:

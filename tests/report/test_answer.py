@@ -148,7 +148,7 @@ def test_how_it_was_judged_has_every_part_with_its_rule(monkeypatch):
     assert named["refuted by"] == found.about.refuted_by and named["differs from the paper"] == found.about.differences
     assert "Holm" in named["rules"] and "80% power" in named["rules"] and "one that is planned" in named["rules"]
     amended = [one for one in answer.protocol().amendments if "C6" in one.claims]
-    assert len(amended) == 2
+    assert len(amended) == 3
     assert named["amendments"] == "; ".join(f"{one.date}: {one.what} ({one.why})" for one in amended)
     rules = dataclasses.replace(answer.protocol(), amendments=[])
     monkeypatch.setattr(answer, "protocol", lambda: rules)

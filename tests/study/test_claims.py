@@ -173,10 +173,10 @@ def test_c6_goes_on_with_what_holds_at_equal_compute():
     assert judged("C6", losses(**hash_routing)).sentence == worse
     at_equal_compute = {"EC-CF1 renormalized": seeds(3.66), "EC-CF1 raw": seeds(3.65)}
     found = judged("C6", losses(**hash_routing | at_equal_compute))
-    assert (
-        found.sentence
-        == f"{worse} At equal compute, hash routing ends 0.020 nats below EC-CF1 (0.020 to 0.020; 4 seeds)."
+    then = (
+        "At equal compute, hash routing ends 0.020 nats below EC-CF1 with renormalized gates (0.020 to 0.020; 4 seeds)."
     )
+    assert found.sentence == f"{worse} {then}" and found.rests_on.runs == 12  # the runs of both sentences
     raw = next(p for p in found.parts if p.name == "modulo against EC-CF1, raw gates")
     assert raw.label == CONTRADICTED and raw.effect.value == pytest.approx(-0.01) and not raw.decides
     assert found.label == REPRODUCED
