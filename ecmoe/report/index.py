@@ -131,10 +131,10 @@ def effects(verdicts: Verdicts) -> Plot:
 
 
 def _to_the_papers_side(part: JudgedPart, *values: float) -> tuple[float, float, float]:
-    """Return mean, low, high relative to no effect (or to the figure that "near" claims), positive on the paper's side."""
-    from_here = part.figure if part.says == "near" and part.figure is not None else part.neutral
-    mean, low, high = ((1.0 if part.unit is Unit.NATS else 100.0) * (x - from_here) for x in values)
-    return (-mean, -high, -low) if part.says in ("below", "at or below") else (mean, low, high)
+    """Return mean, low, high from the part's origin, positive on the paper's side."""
+    factor = part.sign * (1.0 if part.unit is Unit.NATS else 100.0)
+    mean, low, high = (factor * (x - part.origin) for x in values)
+    return (mean, low, high) if part.sign > 0 else (mean, high, low)
 
 
 def markdown(name: str, verdicts: Verdicts, scale: str) -> str:

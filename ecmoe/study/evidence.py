@@ -53,12 +53,15 @@ class Evidence:
         for arm in part.arms:
             columns = [self.values(arm, column) for _, column in part.terms if part.how != "accuracy"]
             for seed in estimate.shared(*asked):
-                there = seed in self.finished(arm) and all(self.measured(arm, seed, what) for what in whats)
-                if not there:
+                if not self.complete(part, arm, seed):
                     missing.append((arm, seed))
                 elif not all(seed in of_column for of_column in columns):
                     unrecorded.append((arm, seed))
         return missing, unrecorded
+
+    def complete(self, part: Part, arm: str, seed: int) -> bool:
+        """Return whether this run finished and has all measurements that the part rests on."""
+        return seed in self.finished(arm) and all(self.measured(arm, seed, what) for what in part.measured)
 
     def values(self, arm: str, column: str) -> dict[int, float]:
         """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement."""

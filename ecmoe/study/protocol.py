@@ -60,6 +60,16 @@ class Part(Held):
         return bool(self.b or " - " in self.of or self.over)
 
     @property
+    def sign(self) -> float:
+        """1 if larger effects are on the claim's side, -1 if smaller ones are."""
+        return 1.0 if self.says in ("above", "near") else -1.0
+
+    @property
+    def origin(self) -> float:
+        """The value, in the unit, from which effects count: that of no effect, or the figure that a "near" part claims."""
+        return self.figure if self.says == "near" and self.figure is not None else self.neutral
+
+    @property
     def arms(self) -> tuple[str, ...]:
         """The trained arms that the part compares, each once; none for a bench."""
         return () if self.how == "bench" else tuple(dict.fromkeys(self.a + self.b))

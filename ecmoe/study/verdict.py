@@ -16,7 +16,7 @@ import numpy as np
 
 from ecmoe.config import RunConfig
 from ecmoe.study import repeats, speed
-from ecmoe.study.estimate import Estimate
+from ecmoe.study.estimate import Estimate, shared
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import by_arm, sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
@@ -239,12 +239,11 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
 
 def _used(part: Part, evidence: Evidence) -> list[Mapping[str, Any]]:
     """Return the summaries of the runs that a part's estimate uses: of the seeds that all its arms have, measured."""
-    measured = [
-        {s for s in evidence.finished(arm) if all(evidence.measured(arm, s, what) for what in part.measured)}
-        for arm in part.arms
-    ]
-    seeds = set.intersection(*measured) if measured else set()
-    return [run for arm in part.arms for seed, run in evidence.finished(arm).items() if seed in seeds]
+    runs = [evidence.finished(arm) for arm in part.arms]
+    seeds = (
+        [seed for seed in shared(*runs) if all(evidence.complete(part, arm, seed) for arm in part.arms)] if runs else []
+    )
+    return [of_arm[seed] for of_arm in runs for seed in seeds]
 
 
 def label_of(part: Part, found: Estimate, level: float) -> str:
@@ -253,9 +252,8 @@ def label_of(part: Part, found: Estimate, level: float) -> str:
         return NOT_RUN
     if found.n < (protocol().least_seeds if found.of == "seed" else 2):
         return UNDECIDED
-    unit, sign = part.unit, 1.0 if part.says in ("above", "near") else -1.0
-    # All on the unit's inner scale, from the value that means no effect (or that a "near" claims), positive on the claim's side.
-    centre = unit.inner(part.figure if part.says == "near" else part.neutral)
+    # All on the unit's inner scale, from the part's origin, positive on the claim's side.
+    unit, sign, centre = part.unit, part.sign, part.unit.inner(part.origin)
     margin = math.log1p(part.margin) if unit is Unit.RATIO else part.margin
     nearest, farthest = sorted(sign * (end - centre) for end in found.inner(level))
     equal = -margin <= nearest and farthest <= margin
@@ -364,10 +362,8 @@ def _sentence(label: str, deciding: Sequence[JudgedPart], told: Sequence[JudgedP
 
 def _favour(part: JudgedPart) -> float:
     """Return how far the estimate is on the claim's side, in margins; for a "near" part, how near, below 0."""
-    if part.says == "near":
-        return -abs(part.effect.mean - part.unit.inner(part.figure)) / part.margin
-    sign = 1.0 if part.says == "above" else -1.0
-    return sign * (part.effect.mean - part.unit.inner(part.neutral)) / part.margin
+    away = part.sign * (part.effect.mean - part.unit.inner(part.origin)) / part.margin
+    return -abs(away) if part.says == "near" else away
 
 
 def capital(text: str) -> str:
