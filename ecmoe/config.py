@@ -58,10 +58,10 @@ class RunConfig:
     num_experts: int = key(8, "e, number of experts in an MoE layer", low=1)
     capacity_factor: float | None = key(
         2.0, "c: mean number of experts per token (expert choice); capacity relative to an equal share, null: "
-        "unlimited (token choice, hash)", above=0)  # fmt: skip
+        "unlimited (token choice, hash, k-means)", above=0)  # fmt: skip
     top_k: int = key(2, "token choice: number of experts that each token chooses (Switch: 1, GShard: 2)", low=1)
     gate: str = key("softmax", "weights of expert outputs: softmax (Eq. 4), renormalized (sum to 1 per token), "
-                    "scaled (softmax x e/c)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
+                    "scaled (softmax x e/c, or x e/top_k)", choices=("softmax", "renormalized", "scaled"))  # fmt: skip
     pool: str | int = key("batch", "expert choice: tokens that compete: batch (of all ranks), rank (a rank's batch), "
                           "sequence, position, or a number of tokens", low=1,
                           choices=("batch", "rank", "sequence", "position"))  # fmt: skip

@@ -5,14 +5,13 @@ import sys
 from collections import UserDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
 from ecmoe.config import RunConfig
-from ecmoe.files import Stored
 from ecmoe.measures import MEASURES, Measurement, as_measured, measure
 from ecmoe.study import engine
 from ecmoe.study import plan as planning
@@ -135,13 +134,9 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
 
 
 def recorded(one: planning.Planned, scale: str) -> Result | None:
-    """Read the run's record, its summary as `Stored`; None if there is none. Raise Damaged if it was changed or holds
+    """Read the run's record; None if there is none. Raise Damaged if it was changed or holds
     another run."""
-    path = planning.record(one, scale)
-    if not path.exists():
-        return None
-    result = read_record(path)
-    return replace(result, summary=Stored(path, result.summary))
+    return read_record(path) if (path := planning.record(one, scale)).exists() else None
 
 
 def beside(study: Study, mine: Mapping[str, Any]) -> Study:

@@ -175,11 +175,13 @@ def read_record(path: str | Path) -> Result:
     what was written, isn't a record, or holds another run than its name says."""
     path = Path(path)
     record = read_json(path, sealed=True)
+    summary = record["summary"]
     try:
         curve = pd.DataFrame(record["curve"]).reindex(columns=metrics.curve()).astype(float)
-        summary = dict(record["summary"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Damaged(path, f"it isn't a record of a run: {error!r}; it must have `summary` and `curve`") from error
+    except (TypeError, ValueError) as error:
+        raise Damaged(path, f"its curve is no table of numbers: {error}") from error
+    if not isinstance(summary, dict):
+        raise Damaged(path, "its summary is no mapping")
     if _checked(summary, path)["name"] != path.stem:
         raise Damaged(path, f"it holds the run {summary['name']}")
     return Result(summary, curve)
