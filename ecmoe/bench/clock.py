@@ -48,7 +48,8 @@ def timed(calls: Calls, repeats: int, then: Callable[[Calls, list[str]], Calls] 
     torch._dynamo.reset()
     # Let torch.compile specialise code shared by many layers to each layer's sizes and numbers.
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 1024}
-    with torch._dynamo.config.patch(specialize_float=True, **limits):
+    alone = torch.autograd.set_multithreading_enabled(False)  # as in training (ecmoe.training.run)
+    with alone, torch._dynamo.config.patch(specialize_float=True, **limits):
         for key, call in calls.items():
             began = time.perf_counter()
             try:
