@@ -47,22 +47,29 @@ class kernel:  # noqa: N801  lower case like triton.jit
             self.jit[grid](*args, **constants)
             return
         device = torch.cuda.current_device()
-        # All that Triton may specialise on: type and alignment of tensors, type and block of descriptors, other values.
-        key = (device, *constants.items(), *[
-            (a.dtype, a.data_ptr() & 15) if type(a) in _REAL else getattr(a, "kind", a) for a in args
-        ])  # fmt: skip
-        known = self.known.get(key)
+        # The key holds all that Triton may specialise on: type and alignment of tensors, type and block of descriptors,
+        # other values. Tensors are passed by address: for a tensor, Triton would ask the driver whether it is on a GPU.
+        key: list[Any] = [device, *constants.items()]
+        values: list[Any] = []
+        for arg in args:
+            if type(arg) in _REAL:
+                values.append(arg.data_ptr())
+                key.append((arg.dtype, values[-1] & 15))
+            else:
+                values.append(arg)
+                key.append(getattr(arg, "kind", arg))
+        known = self.known.get(tuple(key))
         if known is None:
             compiled = self.jit[grid](*args, **constants)
             if len(self.known) >= REMEMBERED:
                 self.known.clear()
             rest = tuple(constants[name] for name in self.jit.arg_names[len(args) :])
-            self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
+            self.known[tuple(key)] = compiled.run, compiled.function, compiled.packed_metadata, rest
             return
         run, function, metadata, rest = known
         across, down, deep = (*grid, 1, 1)[:3]
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(across, down, deep, stream, function, metadata, None, None, None, *args, *rest)
+        run(across, down, deep, stream, function, metadata, None, None, None, *values, *rest)
 
 
 def described(base: Tensor, block: list[int]) -> TensorDescriptor:

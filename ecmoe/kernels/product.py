@@ -1,8 +1,8 @@
 """The two matrix products next to the activation, which is fused in as their epilogue: persistent Triton kernels.
 
 The copy engine loads operands (tensor descriptors), tile after tile in one flattened loop, so that the next tile's
-operands load while the epilogue of the current tile runs. An epilogue processes a slice of columns at a time: slices
-need less shared memory, which leaves more for the pipeline.
+operands load while the epilogue of the current tile runs. An epilogue processes a slice of columns at a time, which
+needs fewer registers, and writes by ordinary stores: the copy engine would wait for each slice before the next.
 """
 
 from functools import lru_cache
@@ -39,11 +39,11 @@ def tile_for(depth: int, slopes: bool = False) -> Tile:
     """Return the faster of two tiles: two small tiles share a multiprocessor, a large one loads less.
 
     Speed relative to cuBLAS (which computes no activation) on an H200 at depths 512, 768 and 4096, when writing slopes;
-    without slopes; backward. Small: 0.68, 0.70, 0.89; 0.85, 0.81, 0.91; 0.76, 0.78, 0.89. Large: 0.67, 0.74, 0.97;
-    0.73, 0.78, 1.00; 0.66, 0.73, 0.98.
+    without slopes; backward. Small: 0.73, 0.74, 0.92; 0.85, 0.88, 0.88; 0.81, 0.81, 0.87. Large: 0.70, 0.76, 0.99;
+    0.79, 0.79, 1.01; 0.71, 0.75, 0.98.
     """
     if depth > (512 if slopes else 1024):
-        return Tile(128, 256, 64, 64, warps=8, stages=3, per_sm=1)
+        return Tile(128, 256, 64, 128, warps=8, stages=3, per_sm=1)
     return Tile(128, 128, 64, 32, warps=4, stages=3, per_sm=2)
 
 
@@ -63,9 +63,7 @@ def product(
     """Return slope = gelu'(h) and a = gate gelu(h) of h = x_in w1, both (e, k, f); slope is empty unless `keep`."""
     a = x_in.new_empty(*gate.shape, w1.shape[2])
     slope, t = new_slope(a, keep), tile or tile_for(x_in.shape[2], keep)
-    _launch(
-        x_in, described(w1, [1, t.k, t.n]), described(slope, [1, t.m, t.slice]) if keep else None, a, gate, t, False
-    )
+    _launch(x_in, described(w1, [1, t.k, t.n]), slope if keep else None, a, gate, t, False)
     return slope, a
 
 
@@ -79,19 +77,14 @@ def product_backward(
 
 
 def _launch(
-    x: Tensor,
-    w: TensorDescriptor,
-    slope: Tensor | TensorDescriptor | None,
-    out: Tensor,
-    gate: Tensor,
-    t: Tile,
-    back: bool,
+    x: Tensor, w: TensorDescriptor, slope: Tensor | None, out: Tensor, gate: Tensor, t: Tile, back: bool
 ) -> None:
     (e, rows, depth), columns = x.shape, out.shape[2]
     tiles = e * cdiv(rows, t.m) * cdiv(columns, t.n)
     _product_kernel[min(tiles, t.per_sm * (_multiprocessors(x.device.index) if x.is_cuda else 2)),](
-        described(x, [1, t.m, t.k]), w, slope, described(out, [1, t.m, t.slice]), gate, e, rows,
-        COLUMNS=columns, DEPTH=depth, M=t.m, N=t.n, K=t.k, BACKWARD=back, **approximate(x), **t.options(),
+        described(x, [1, t.m, t.k]), w, slope, out, gate, e, rows,
+        COLUMNS=columns, DEPTH=depth, M=t.m, N=t.n, K=t.k, SLICE=t.slice, BACKWARD=back,
+        **approximate(x), **t.options(),
     )  # fmt: skip
 
 
@@ -139,7 +132,8 @@ def _halves(total):
 @kernel
 def _product_kernel(
     x, w, slope, out, gate, e, rows, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, APPROXIMATE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SLICE: tl.constexpr,
+    BACKWARD: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     tiles = e * tl.cdiv(rows, M) * tl.cdiv(COLUMNS, N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -149,33 +143,43 @@ def _product_kernel(
         place = expert.to(tl.int64) * rows + row
         g = tl.load(gate + place, mask=row < rows, other=0)
         if BACKWARD:
-            # Load the whole tile at once with ordinary loads: the copy engine would wait for each slice.
             inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
             steepness = tl.load(slope + place[:, None] * COLUMNS + column[None, :], mask=inside, other=0)
-            _scale(out, total, steepness, g, expert, m * M, n * N)
+            _scale(out, total, steepness, g, expert, m * M, n * N, rows, COLUMNS, SLICE)
         else:
-            _activate(slope, out, total, g, expert, m * M, n * N, slope is not None, APPROXIMATE)
+            _activate(slope, out, total, g, expert, m * M, n * N, rows, COLUMNS, SLICE, APPROXIMATE)
 
 
 @triton.jit
-def _activate(slope, a, total, g, expert, m, n, KEEP: tl.constexpr, APPROXIMATE: tl.constexpr):
-    if total.shape[1] > a.block_shape[2]:
+def _activate(
+    slope, a, total, g, expert, m, n, rows, COLUMNS: tl.constexpr, SLICE: tl.constexpr, APPROXIMATE: tl.constexpr
+):  # fmt: skip
+    if total.shape[1] > SLICE:
         left, right = _halves(total)
-        _activate(slope, a, left, g, expert, m, n, KEEP, APPROXIMATE)
-        _activate(slope, a, right, g, expert, m, n + left.shape[1], KEEP, APPROXIMATE)
+        _activate(slope, a, left, g, expert, m, n, rows, COLUMNS, SLICE, APPROXIMATE)
+        _activate(slope, a, right, g, expert, m, n + left.shape[1], rows, COLUMNS, SLICE, APPROXIMATE)
     else:
         value, steepness = gelu(total, APPROXIMATE)
-        if KEEP:
-            slope.store([expert, m, n], pack(steepness, slope.dtype)[None])
-        a.store([expert, m, n], (g[:, None] * value).to(a.dtype)[None])
+        if slope is not None:
+            _store(slope, pack(steepness, slope.dtype.element_ty), expert, m, n, rows, COLUMNS)
+        _store(a, g[:, None] * value, expert, m, n, rows, COLUMNS)
 
 
 @triton.jit
-def _scale(dh, total, steepness, g, expert, m, n):
-    if total.shape[1] > dh.block_shape[2]:
+def _scale(dh, total, steepness, g, expert, m, n, rows, COLUMNS: tl.constexpr, SLICE: tl.constexpr):
+    if total.shape[1] > SLICE:
         left, right = _halves(total)
         steep_left, steep_right = _halves(steepness)
-        _scale(dh, left, steep_left, g, expert, m, n)
-        _scale(dh, right, steep_right, g, expert, m, n + left.shape[1])
+        _scale(dh, left, steep_left, g, expert, m, n, rows, COLUMNS, SLICE)
+        _scale(dh, right, steep_right, g, expert, m, n + left.shape[1], rows, COLUMNS, SLICE)
     else:
-        dh.store([expert, m, n], (g[:, None] * total * unpack(steepness)).to(dh.dtype)[None])
+        _store(dh, g[:, None] * total * unpack(steepness), expert, m, n, rows, COLUMNS)
+
+
+@triton.jit
+def _store(out, value, expert, m, n, rows, COLUMNS: tl.constexpr):
+    """Write a tile to an expert's matrix, (rows, COLUMNS), from row m and column n on."""
+    row, column = m + tl.arange(0, value.shape[0]), n + tl.arange(0, value.shape[1])
+    place = (expert.to(tl.int64) * rows + row)[:, None] * COLUMNS + column[None, :]
+    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)

@@ -13,7 +13,8 @@ from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, dot, k
 
 LOGITS = {"ROWS": 128, "DEPTH": 64, "num_warps": 8}
 LOGITS_DX = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
-LOGITS_DW = {"ROWS": 32, "COLUMNS": 128, "num_warps": 8}
+LOGITS_DW = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 4}
+SUM = {"BLOCK": 256, "AT_ONCE": 8, "num_warps": 4}
 TOKENS_PER_SUM = 1024  # per partial sum of the router's gradient
 MOST_EXPERTS = 128  # of the kernels: more would not fit into shared memory
 
@@ -81,7 +82,7 @@ def product_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
         x, dlogits, dw, n, d, e, ROUND=w.dtype == torch.bfloat16, E=E, TOKENS=TOKENS_PER_SUM, **LOGITS_DW
     )
     total = torch.empty_like(w)
-    _sum_kernel[cdiv(d * e, 256),](dw, total, sums, d * e, BLOCK=256)
+    _sum_kernel[cdiv(d * e, SUM["BLOCK"]),](dw, total, sums, d * e, **SUM)
     return out, total
 
 
@@ -195,10 +196,12 @@ def _logits_dw_kernel(
 
 
 @kernel
-def _sum_kernel(parts, out, count, size, BLOCK: tl.constexpr):
+def _sum_kernel(parts, out, count, size, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Add up `count` parts in their order; AT_ONCE of them are loaded together, as a load takes longer than all else."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(count):
-        total += tl.load(parts + place, mask=place < size, other=0)
-        parts += size
+    for first in range(0, count, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            total += tl.load(parts + place, mask=(place < size) & (first + i < count), other=0)
+            parts += size
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)

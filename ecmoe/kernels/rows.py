@@ -11,7 +11,7 @@ from torch import Tensor
 from ecmoe.kernels.common import INTERPRETED, block, cdiv, device_of, kernel, wide
 
 # Rows and columns that a program holds at a time.
-GATHER = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+GATHER = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
 GATHER_DOT = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
 COMBINE = {"ROWS": 1, "COLUMNS": 1024, "num_warps": 1}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ecmoe.kernels.common import Operator, block, cdiv, check, device_of, kernel
 
-SEARCH = {"BLOCK": 4096, "num_warps": 16}
+SEARCH = {"BLOCK": 4096, "num_warps": 8}
 GUESS = {"BLOCK": 4096, "num_warps": 8}
 CHUNK = {"BLOCK": 1024, "num_warps": 2}
 SAMPLE = 4096  # sampled keys of a row; rows up to twice as long are searched directly
@@ -63,18 +63,19 @@ def choose(
     """
     rows, m = scores.shape
     out = scores.new_empty(rows, k, dtype=torch.int64)
-    chunks, room, listed, held = 1, 1, out, out  # for a short row, which has no list
+    chunks, room, listed, held, expected = 1, 1, out, out, m  # for a short row, which has no list
     if m > 2 * SAMPLE:
         chunks, room = cdiv(m, CHUNK["BLOCK"]), min(2 * k + SAMPLE, m)
         listed, low, held = (scores.new_empty(rows, size, dtype=torch.int32) for size in (room, 1, chunks))
         share = k * SAMPLE / m
         rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
+        expected = rank * m // SAMPLE
         _guess_kernel[rows,](scores, low, m, rank, rank // SLACK, SAMPLE=SAMPLE, **GUESS)
         for count in (True, False):
             _list_kernel[rows, chunks](scores, low, held, listed, m, room, COUNT=count, CHUNKS=block(chunks), **CHUNK)
     _take_kernel[rows,](
         scores, listed, held, out, inverse, *cutoff, bins, m, k, room, chunks, 0 if bins is None else len(bins) - 1,
-        LISTED=m > 2 * SAMPLE, CHUNKS=block(chunks), BLOCK=block(m, 16, SEARCH["BLOCK"]), num_warps=SEARCH["num_warps"],
+        LISTED=m > 2 * SAMPLE, CHUNKS=block(chunks), **SEARCH | {"BLOCK": block(expected, 16, SEARCH["BLOCK"])},
     )  # fmt: skip
     return out
 

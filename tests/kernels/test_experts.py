@@ -20,10 +20,12 @@ from tests.kernels.oracle import (
     with_gradients,
 )
 
+NARROW = (40, 16, 24, 3, 10)  # a row of f has whole 16 bytes, but not one of slopes in 8 bits
+
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [WHOLE, ODD, (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("sizes", [WHOLE, ODD, NARROW, (1, 1, 1, 1, 1)])
 def test_output_and_gradients_are_those_of_the_one_hot_einsum(sizes, dtype, fuse):
     if sizes == (1, 1, 1, 1, 1) and dtype == torch.bfloat16:
         pytest.skip("of a single number a slope's 8 bits are too few: their errors average out")
@@ -82,6 +84,16 @@ def test_who_multiplies(dtype, fuse, fused, monkeypatch):
         monkeypatch.setattr(layer, name, lambda *a, n=name, r=real, **k: called.append(n) or r(*a, **k))
     with_gradients(lambda *a: kernels.experts(*a, fuse=fuse), *problem(*WHOLE, dtype))
     assert called == (["product", "product_backward"] if fused else ["activate_", "scale_"])
+
+
+def test_the_copy_engine_is_asked_for_rows_of_whole_16_bytes(monkeypatch):
+    """A GPU refuses a descriptor of any other tensor; the interpreter takes it."""
+    described, given = [], problem(*NARROW, torch.bfloat16)
+    real = product.described
+    monkeypatch.setattr(product, "described", lambda base, block: described.append(base) or real(base, block))
+    with_gradients(kernels.experts, *given)
+    assert described or not kernels.INTERPRETED
+    assert all(stride * t.element_size() % 16 == 0 for t in described for stride in t.stride()[:-1])
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="of a GPU's kind it also depends")
