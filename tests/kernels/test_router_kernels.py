@@ -53,10 +53,10 @@ def test_the_search_takes_blocks_as_large_as_the_list_that_it_expects(monkeypatc
     """Smaller ones wait less for each other; a list that is longer, or the whole row, takes several."""
     taken, launch = [], selection._take_kernel.launch
     monkeypatch.setattr(selection._take_kernel, "launch", lambda *a, **k: taken.append(k["BLOCK"]) or launch(*a, **k))
-    for m, k in ((64, 8), (16_384, 512), (16_384, 1024), (65_536, 2048), (9_000, 8_000)):
+    for m, k in ((64, 8), (9_000, 1), (16_384, 512), (16_384, 1024), (65_536, 2048), (9_000, 8_000)):
         scores = torch.randn(2, m, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         assert torch.equal(kernels.select(scores, k), scores.topk(k).indices.sort().values)
-    assert taken == [64, 1024, 2048, 4096, 4096]
+    assert taken == [64, 1024, 1024, 2048, 4096, 4096]
 
 
 def test_select_and_logits_read_nothing_that_nobody_has_written(monkeypatch):
