@@ -48,7 +48,8 @@ def _rank(rank: int, ranks: int, folder: str, asked: Mapping[str, int]) -> None:
         torch.cuda.set_device(rank)
     kind = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(kind, f"file://{folder}/ranks", rank=rank, world_size=ranks)
-    table = of_this_rank(**asked)
+    with timing.in_this_thread():
+        table = of_this_rank(**asked)
     if rank == 0:
         timing.save(table, Path(folder) / "table.json")
     dist.destroy_process_group()

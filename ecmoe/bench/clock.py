@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,7 @@ def timed(calls: Calls, repeats: int, then: Callable[[Calls, list[str]], Calls] 
     torch._dynamo.reset()
     # Let torch.compile specialise code shared by many layers to each layer's sizes and numbers.
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 1024}
-    alone = torch.autograd.set_multithreading_enabled(False)  # as in training (ecmoe.training.run)
-    with alone, torch._dynamo.config.patch(specialize_float=True, **limits):
+    with in_this_thread(), torch._dynamo.config.patch(specialize_float=True, **limits):
         for key, call in calls.items():
             began = time.perf_counter()
             try:
@@ -63,6 +63,11 @@ def timed(calls: Calls, repeats: int, then: Callable[[Calls, list[str]], Calls] 
         if device.type == "cuda":
             times |= in_turns(then(works, absent), repeats, device)
     return Timed(times, memory, absent)
+
+
+def in_this_thread() -> AbstractContextManager:
+    """Return a context in which backward passes run in this thread, as in training (`trainer.repeatable`)."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 def in_turns(

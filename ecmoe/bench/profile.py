@@ -48,7 +48,7 @@ def bench_profile(*, compiled: bool = False, **sizes: int) -> pd.DataFrame:
     medians = {row: statistics.median(samples) for row, samples in found.times.items()}
     best = min(medians, key=medians.__getitem__)
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
+    with timing.in_this_thread(), profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
         for _ in range(STEPS):
             calls[best]()
         if cuda:

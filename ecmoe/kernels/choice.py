@@ -1,6 +1,6 @@
 """`expert_choice`: a whole layer, including its router, as one autograd function.
 
-A kernel launch costs the host 7 to 20 us and an autograd step more, whatever it computes. If nothing else reads the
+A kernel launch costs the host some microseconds and an autograd step more, whatever it computes. If nothing else reads the
 intermediate results, 24 launches suffice, not 36 as with separate kernels or 89 as in plain PyTorch (`Router.read`,
 `ExpertChoice.assign`, `MoE.experts`): the logits' kernel also computes the scores and clears the table `inverse` (which
 slot of which expert holds a token), the top-k fills this table, and gates and statistics are read from it.
@@ -55,6 +55,7 @@ def expert_choice(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, w1, w2))
+    scale = None if scale is None else float(scale)  # an int would be another type of argument to the kernels
     return _Layer.apply(x, weight, w1, w2, k, scale, cutoff or (None, None), statistics, fuse, dtype, keep)
 
 

@@ -27,7 +27,7 @@ def check(x: Tensor) -> None:
 
 
 class kernel:  # noqa: N801  lower case like triton.jit
-    """`triton.jit` with launches that take half the host's time.
+    """`triton.jit` with launches that take less of the host's time.
 
     At every launch Triton inspects type, alignment and divisibility of all arguments to find the compiled binary, which
     takes longer than a small kernel runs. This class looks the binary up by the values of numbers and the types and
@@ -49,12 +49,13 @@ class kernel:  # noqa: N801  lower case like triton.jit
         device = torch.cuda.current_device()
         # The key holds all that Triton may specialise on: type and alignment of tensors, type and block of descriptors,
         # other values. Tensors are passed by address: for a tensor, Triton would ask the driver whether it is on a GPU.
+        # One that isn't is never known, so Triton refuses it.
         key: list[Any] = [device, *constants.items()]
         values: list[Any] = []
         for arg in args:
             if type(arg) in _REAL:
                 values.append(arg.data_ptr())
-                key.append((arg.dtype, values[-1] & 15))
+                key.append((arg.dtype, values[-1] & 15, arg.is_cuda))
             else:
                 values.append(arg)
                 key.append(getattr(arg, "kind", arg))

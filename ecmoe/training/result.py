@@ -175,10 +175,10 @@ def read_record(path: str | Path) -> Result:
     what was written, isn't a record, or holds another run than its name says."""
     path = Path(path)
     record = read_json(path, sealed=True)
-    summary = record["summary"]
+    summary, curve = record["summary"], record["curve"]
     try:
-        curve = pd.DataFrame(record["curve"]).reindex(columns=metrics.curve()).astype(float)
-    except (TypeError, ValueError) as error:
+        curve = pd.DataFrame(curve).reindex(columns=metrics.curve()).astype(float)
+    except (TypeError, ValueError, OverflowError) as error:
         raise Damaged(path, f"its curve is no table of numbers: {error}") from error
     if not isinstance(summary, dict):
         raise Damaged(path, "its summary is no mapping")

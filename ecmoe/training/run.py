@@ -154,8 +154,7 @@ def train_run(
     with recorder.patient() if config.ranks == 1 else nullcontext():
         status, error = "finished", None
         try:
-            # A backward pass on a GPU would run in a thread of its own, which launches kernels more slowly than this one.
-            with repeatable(), torch.autograd.set_multithreading_enabled(False), warnings.catch_warnings():
+            with repeatable(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*(does not have many workers|IterableDataset).*")
                 warnings.filterwarnings("ignore", module="lightning.*")
                 trainer.fit(module, datamodule=data, ckpt_path=None if step is None else checkpoint, weights_only=True)

@@ -88,7 +88,8 @@ def check_machine(config: RunConfig) -> None:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Within the context, make a step on a GPU compute the same bits every time, in this and in other processes.
+    """Within the context, make a step on a GPU compute the same bits every time, in this and in other processes; and
+    run backward passes in this thread, as autograd's own would launch kernels more slowly.
 
     By default, the order of a sum by many threads depends on their timing: gradients of embeddings and of tokens that
     several experts took, if compiled by Inductor. Inductor also chooses the shape of a reduction by timing it. If an
@@ -103,7 +104,7 @@ def repeatable() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill all new memory, against reads of uninitialised memory, which don't occur here.
         deterministic.fill_uninitialized_memory = False
-        with inductor.patch(deterministic=True):
+        with inductor.patch(deterministic=True), torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

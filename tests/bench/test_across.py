@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from ecmoe.bench import across
 
@@ -83,11 +84,17 @@ def test_a_rank_joins_the_others_and_the_first_writes(rank, cuda, tmp_path, monk
     monkeypatch.setattr(across.torch, "set_num_threads", note("threads"))
     monkeypatch.setattr(across.dist, "init_process_group", note("in"))
     monkeypatch.setattr(across.dist, "destroy_process_group", note("out"))
-    monkeypatch.setattr(across, "of_this_rank", lambda **sizes: said.append(sizes) or "table")
+    thread = torch._C._is_multithreading_enabled  # whether backward passes run in another one than in training
+    monkeypatch.setattr(across, "of_this_rank", lambda **sizes: said.append((sizes, thread())) or "table")
     monkeypatch.setattr(across.timing, "save", note("save"))
     across._rank(rank, 3, str(tmp_path), {"n": 4, "repeats": 2})
     group = (("nccl" if cuda else "gloo", f"file://{tmp_path}/ranks"), {"rank": rank, "world_size": 3})
-    expected = [("threads", (1,), {}), *[("device", (rank,), {})] * cuda, ("in", *group), {"n": 4, "repeats": 2}]
+    expected = [
+        ("threads", (1,), {}),
+        *[("device", (rank,), {})] * cuda,
+        ("in", *group),
+        ({"n": 4, "repeats": 2}, False),
+    ]
     assert said == [*expected, *[("save", ("table", tmp_path / "table.json"), {})] * (rank == 0), ("out", (), {})]
 
 

@@ -168,6 +168,13 @@ def test_on_a_gpu_alone_more_calls_come_after_all_others(log, monkeypatch, kind)
     assert turns == [[("a",)], []][: 1 + (kind == "cuda")]  # no more, where none are given
 
 
+def test_backward_passes_run_in_the_thread_that_times():
+    """As in training; what was set is set again."""
+    own_thread: list[bool] = []
+    timing.timed({("a",): lambda: own_thread.append(torch._C._is_multithreading_enabled())}, 2)
+    assert own_thread and not any(own_thread) and torch._C._is_multithreading_enabled()
+
+
 def test_what_fails_is_named_and_the_rest_is_warm(monkeypatch):
     limits, resets = [], []
 

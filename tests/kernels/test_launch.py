@@ -53,10 +53,13 @@ def test_triton_looks_at_a_launch_once(launches):
     assert launches.past == [(1, 1, 1, *launch), (2, 3, 1, *launch)]
 
 
-@pytest.mark.parametrize("other", ["type", "alignment", "number", "constant", "option", "none", "device"])
-def test_what_may_need_another_binary_goes_through_triton(launches, other):
+@pytest.mark.parametrize("other", ["type", "alignment", "number", "constant", "option", "none", "device", "host"])
+def test_what_may_need_another_binary_goes_through_triton(launches, other, monkeypatch):
+    """So does a tensor on a CPU beside those on a GPU, whose address would be one of the GPU's: Triton refuses it."""
     x = torch.ones(12)
-    given = {"type": x.double(), "alignment": x[2:]}.get(other, x)  # to 8 bytes
+    given = {"type": x.double(), "alignment": x[2:], "host": x.clone()}.get(other, x)  # to 8 bytes
+    on_gpu = property(lambda t: other != "host" or t.data_ptr() == x.data_ptr())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu, raising=False)
     last = None if other == "none" else 2.0
     constants = {"BLOCK": 16 if other == "constant" else 8, "num_warps": 8 if other == "option" else 4}
     for _ in range(2):

@@ -167,12 +167,14 @@ def test_a_record_that_no_run_writes_is_not_believed(tmp_path, changes, named):
         "it has no summary": {},
         "it has no curve": {"summary": {}},
         "its curve is no table": {"summary": {}, "curve": 3},
+        "of numbers: int too large": {"summary": {}, "curve": {"val_loss": [10**400]}},
         "its summary is no mapping": {"summary": [], "curve": {}},
-        "has no config": {"summary": {}, "curve": {}},
+        "it has no config": {"summary": {}, "curve": {}},
     }.items():
         write_json(tmp_path / "a.json", broken, sealed=True)
-        with pytest.raises(ConfigError, match=rf"a\.json is damaged .*{why}"):
+        with pytest.raises(ConfigError, match=rf"a\.json is damaged .*{why}") as error:
             results.read_record(tmp_path / "a.json")
+        assert str(error.value).count("is damaged") == 1
 
 
 def test_a_record_of_another_run_is_not_believed(tmp_path):

@@ -163,7 +163,8 @@ def test_without_gpus_a_machine_must_have_a_core_for_each_process(tiny_config, m
 def test_steps_of_a_gpu_are_repeatable_and_what_was_set_is_set_again(monkeypatch, gpu, before):
     def state() -> tuple[bool, ...]:
         settings = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        return *settings, deterministic.fill_uninitialized_memory, inductor.deterministic
+        own_thread = torch._C._is_multithreading_enabled()
+        return *settings, deterministic.fill_uninitialized_memory, inductor.deterministic, own_thread
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "as it was")
@@ -174,7 +175,7 @@ def test_steps_of_a_gpu_are_repeatable_and_what_was_set_is_set_again(monkeypatch
         said = ":4096:8" if gpu else None
     try:
         with pytest.raises(ZeroDivisionError), trainer.repeatable():
-            assert state() == ((True, True, False, True) if gpu else start)
+            assert state() == ((True, True, False, True, False) if gpu else start)
             raise ZeroDivisionError
         assert state() == start and os.environ.get(variable) == said
     finally:
