@@ -72,6 +72,8 @@ def launch(n, d, f, e, k, dtype):
         for weight in (w, w.bfloat16()):
             torch.ops.ecmoe.logits(x, weight)
             torch.ops.ecmoe.logits_backward(logits, x, x, weight)
+        most = routing.MOST_EXPERTS
+        torch.ops.ecmoe.logits_backward(torch.empty(n, most), x, x, torch.empty(d, most))
         selection.select(logits.T, k)
         selection.select(torch.empty(1, 3 * selection.SAMPLE), k)
         whole = [t.clone().requires_grad_() for t in (x, w, w1, w2)]
