@@ -1,9 +1,10 @@
 """`expert_choice`: a whole layer, including its router, as one autograd function.
 
-A kernel launch costs the host some microseconds and an autograd step more, whatever it computes. If nothing else reads the
-intermediate results, 24 launches suffice, not 36 as with separate kernels or 89 as in plain PyTorch (`Router.read`,
-`ExpertChoice.assign`, `MoE.experts`): the logits' kernel also computes the scores and clears the table `inverse` (which
-slot of which expert holds a token), the top-k fills this table, and gates and statistics are read from it.
+A kernel launch costs the host some microseconds and an autograd step more, whatever it computes. If nothing else reads
+the intermediate results, 24 launches suffice, not 36 as with separate kernels or 89 as in plain PyTorch
+(`Router.read`, `ExpertChoice.assign`, `MoE.experts`): the logits' kernel also computes the scores and clears the table
+`inverse` (which slot of which expert holds a token), the top-k fills this table, and gates and statistics are read from
+it.
 """
 
 from collections.abc import Sequence

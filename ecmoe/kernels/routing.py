@@ -78,7 +78,7 @@ def product_backward(dlogits: Tensor, dx: Tensor, x: Tensor, w: Tensor) -> tuple
     grid = cdiv(n, LOGITS_DX["ROWS"]), cdiv(d, LOGITS_DX["COLUMNS"])
     _logits_dx_kernel[grid](dlogits, dx, w, out, n, d, e, E=E, **LOGITS_DX)
     grid = cdiv(d, LOGITS_DW["COLUMNS"]), sums
-    # More experts need the registers of more warps, and the memory of a stage.
+    # With more experts a stage needs more shared memory, and a program more registers.
     cut = LOGITS_DW if E <= 64 else LOGITS_DW | {"num_warps": 8, "num_stages": 3}
     _logits_dw_kernel[grid](x, dlogits, dw, n, d, e, ROUND=w.dtype == torch.bfloat16, E=E, TOKENS=TOKENS_PER_SUM, **cut)
     total = torch.empty_like(w)

@@ -69,7 +69,7 @@ def choose(
         listed, low, held = (scores.new_empty(rows, size, dtype=torch.int32) for size in (room, 1, chunks))
         share = k * SAMPLE / m
         rank = min(round(share + DEVIATIONS * share**0.5) + DEVIATIONS, SAMPLE)
-        # As many as the guess may overshoot, and not too few: after a bad guess, small blocks would be many.
+        # The keys that the guess should let through at most. After a bad guess the whole row is searched: no tiny blocks.
         expected = max((rank + rank // SLACK) * m // SAMPLE, SEARCH["BLOCK"] // 4)
         _guess_kernel[rows,](scores, low, m, rank, rank // SLACK, SAMPLE=SAMPLE, **GUESS)
         for count in (True, False):

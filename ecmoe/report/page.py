@@ -39,9 +39,9 @@ def show(plot: Plot, caption: str) -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}, fold: str = "") -> None:
-    """Show a table, or "Not run" if all values beyond its first column are missing. A sentence about intervals is added to
-    the caption if `difference` wrote any. Arguments as in `markup.table_html`; fold: a
-    summary under which the table is folded; "": the table is shown open."""
+    """Show a table, or "Not run" if all values beyond its first column are missing. A sentence about intervals is added
+    to the caption if `difference` wrote any. Arguments as in `markup.table_html`; fold: a summary under which the table
+    is folded; "": the table is shown open."""
     values = frame.iloc[:, 1:]
     if not fold and values.shape[1] and (values.isna() | values.eq(NOTHING)).all(axis=None):
         show_html(markup("not_run_yet", caption))

@@ -134,9 +134,9 @@ def _result(one: planning.Planned, scale: str, train: bool, callbacks: list[Any]
 
 
 def recorded(one: planning.Planned, scale: str) -> Result | None:
-    """Read the run's record; None if there is none. Raise Damaged if it was changed or holds
-    another run."""
-    return read_record(path) if (path := planning.record(one, scale)).exists() else None
+    """Read the run's record; None if there is none. Raise Damaged if it was changed or holds another run."""
+    path = planning.record(one, scale)
+    return read_record(path) if path.exists() else None
 
 
 def beside(study: Study, mine: Mapping[str, Any]) -> Study:

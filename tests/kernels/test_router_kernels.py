@@ -50,7 +50,7 @@ def test_select_is_right_where_its_sample_misleads(kind):
 
 
 def test_the_search_takes_blocks_as_large_as_the_list_that_it_expects(monkeypatch):
-    """Smaller ones wait less for each other; the whole row takes several. Scores are Gaussian, as a router's at first."""
+    """Smaller ones wait less for each other; the whole row takes several."""
     taken, launch = [], selection._take_kernel.launch
     monkeypatch.setattr(selection._take_kernel, "launch", lambda *a, **k: taken.append(k["BLOCK"]) or launch(*a, **k))
     for m, k in ((64, 8), (9_000, 1), (16_384, 512), (16_384, 1024), (65_536, 2048), (9_000, 8_000)):
