@@ -3,7 +3,8 @@
 The floor is two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these
 experts can be faster. A share of 0.7 means that the layer, including routing, takes 1/0.7 of the floor's time. All rows
 are timed in one run, in turns (clock.py), on the same random data; times are medians. Routing is timed alone, too. On a
-GPU with Triton, so are the kernels, also in a CUDA graph. tests/kernels checks their accuracy.
+GPU with Triton, so are the kernels, also in a CUDA graph, beside the floor in one: a GPU that launches don't keep waiting
+runs at lower clock rates. tests/kernels checks the kernels' accuracy.
 """
 
 import statistics
@@ -35,9 +36,9 @@ def bench_layer(
     capacity_factor: c; token choice gets the same number of slots. repeats: of each row, at least 2. compiled: also
     time with torch.compile. sizes: n, d_model, d_ff, num_experts; default: the device's in `SIZES`.
 
-    Returns a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's),
-    TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of routing alone (scores to
-    assignment) over the forward floor's. over_uncapped: relative extra time due to a cap, on the same path. `attrs`
+    Returns a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's; of
+    CUDA graphs, both in one), TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of
+    routing alone (scores to assignment) over the forward floor's. over_uncapped: relative extra time due to a cap, on the same path. `attrs`
     contain the setting, and in `absent` what could not be timed, and why."""
     size = sized(timing.this_device().type, sizes, OF_LAYER) | {"capacity_factor": capacity_factor}
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # raises before any time is spent
@@ -57,8 +58,8 @@ def bench_layer(
     def uncapped(works: Mapping[Row, Call], absent: list[str]) -> dict[Row, Call]:
         for layer in layers.values():
             layer.aux_loss = None  # its autograd graph ties x to a stream not captured
-        wanted = {row: call for row, call in works.items() if row._replace(what="") in ours and not row.variant}
-        return graphs(wanted, absent)  # to show the cost of kernel launches; token choice may wait for the device
+        plain = [Row("floor"), *(row for row in ours if not row.variant)]  # token choice may wait for the device
+        return graphs({row: call for row, call in works.items() if row._replace(what="") in plain}, absent)
 
     found = timing.timed(calls, repeats, uncapped)
     setting = size | {"dtype": str(x.dtype).removeprefix("torch."), "repeats": repeats}
@@ -190,7 +191,8 @@ def _rows(found: timing.Timed, flops: float) -> list[dict]:
     rows = []
     for row, took in medians.items():
         routing, peak = row.what == ROUTING, found.memory.get(row)
-        share = medians[Row("floor", what=FORWARD if routing else row.what)] / took
+        mode = GRAPH if row.mode == GRAPH else EAGER
+        share = medians[Row("floor", mode=mode, what=FORWARD if routing else row.what)] / took
         uncapped = medians.get(row._replace(variant="")) if row.variant.startswith("cap ") else None
         rows.append(row._asdict() | timing.spread(found.times[row]) | {
             "share_of_floor": None if routing else share,

@@ -192,10 +192,7 @@ def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = Tr
 
 def rows(found: Found, name: str) -> pd.DataFrame:
     """Return the rows of one result, without the individual samples; empty if not measured."""
-    table = pd.DataFrame(found[name]["rows"]).drop(columns="samples_ms", errors="ignore")
-    if {"mode", "peak_mb"} <= set(table):  # older timings have a peak of CUDA graphs, whose replay allocates nothing
-        table["peak_mb"] = table["peak_mb"].mask(table["mode"].str.contains(GRAPH))
-    return table
+    return pd.DataFrame(found[name]["rows"]).drop(columns="samples_ms", errors="ignore")
 
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:

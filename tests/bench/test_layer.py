@@ -101,15 +101,17 @@ def test_each_row_of_the_layer_is_timed_by_its_own_call(compiled, wired, monkeyp
             step = "compiled", layers[one], False
             expected[one._replace(mode="compiled", what=what)] = what, step, x, layers[one], gradient
     routing = {one._replace(what=bench.ROUTING): (layers[one], False, (16, 8)) for one in ec}
-    for what in whats:
-        _, layer, tokens, k = calls.pop(row("floor", what=what))
+    floor = {row("floor", what=what): calls.pop(row("floor", what=what)) for what in whats}
+    for _, layer, tokens, k in floor.values():
         assert layer is first and torch.equal(tokens, x[0]) and k == 4  # n c / e
     assert calls == expected | routing and wired["repeats"] == 3
     timed = expected | routing
     captured = {
         one: timed[one] for what in (*whats, bench.ROUTING) for one in [each._replace(what=what) for each in ec[:3]]
     }
-    assert wired["graphs"] == (captured, ["no graph"]) and all(layer.aux_loss is None for layer in layers.values())
+    assert wired["graphs"] == (floor | captured, ["no graph"]) and all(
+        layer.aux_loss is None for layer in layers.values()
+    )
     assert wired["size"] == sizes | {"capacity_factor": 1.0} and wired["flops"] == 2 * 2 * 16 * 8 * 3072
     assert table.attrs["absent"] == ["a peer", "absent"]
     assert (wired["size"] | {"repeats": 3, "dtype": "float32"}).items() <= table.attrs["setting"].items()
@@ -285,6 +287,8 @@ def test_all_columns_of_a_row_by_hand():
         ec._replace(what=bench.FORWARD): [0.009, 0.003, 0.004], ec._replace(what=bench.BOTH): [0.01, 0.011, 0.015],
         ec._replace(what=bench.ROUTING): [0.001, 0.0005, 0.0008],
         ec._replace(variant="capacity", what=bench.BOTH): [0.012, 0.012, 0.012], cap._replace(what=bench.BOTH): [0.02, 0.022, 0.03],
+        floor._replace(mode=bench.GRAPH, what=bench.BOTH): [0.003] * 3, ec._replace(mode=bench.GRAPH, what=bench.BOTH): [0.004] * 3,
+        floor._replace(mode=bench.GRAPH, what=bench.FORWARD): [0.001] * 3, ec._replace(mode=bench.GRAPH, what=bench.ROUTING): [0.0002] * 3,
     }  # fmt: skip
     memory = {row: (2.0, 5.0 + i) for i, row in enumerate(seconds)}
     rows = bench._rows(bench.timing.Timed(seconds, memory, []), flops=6e9)
@@ -294,6 +298,8 @@ def test_all_columns_of_a_row_by_hand():
         [4.0, 3.5, 6.5, 0.5, None, None, 1.5, 5.0], [11.0, 10.5, 13.0, 6 / 11, None, None, 18 / 11, 6.0],
         [0.8, 0.65, 0.9, None, 0.4, None, None, 7.0], [12.0, 12.0, 12.0, 0.5, None, None, 1.5, 8.0],
         [22.0, 21.0, 26.0, 6 / 22, None, 1.0, 18 / 22, 9.0],
+        [3.0, 3.0, 3.0, 1.0, None, None, 6.0, 10.0], [4.0, 4.0, 4.0, 0.75, None, None, 4.5, 11.0],
+        [1.0, 1.0, 1.0, 1.0, None, None, 6.0, 12.0], [0.2, 0.2, 0.2, None, 0.2, None, None, 13.0],
     ]  # fmt: skip
     for row, found, numbers in zip(seconds, rows, expected, strict=True):
         assert found == row._asdict() | {n: x and pytest.approx(x) for n, x in zip(names, numbers, strict=True)}
