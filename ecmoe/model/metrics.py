@@ -26,10 +26,6 @@ SHARES = [f"share_{j}" for j in range(MOST + 1)]
 # Integers are divided in float32, whatever the default dtype.
 
 
-def _dropped(layer: Any) -> Any:
-    return 1 - layer.load.sum() / layer.demand.sum().float()
-
-
 def _fullest(layer: Any) -> Any:
     return layer.demand.max() * layer.demand.numel() / layer.demand.sum().float()
 
@@ -53,7 +49,8 @@ METRICS = [
     Metric("bits_per_byte", "validation loss (bits per byte)", curve=False, result=True),
     Metric("mfu", "share of the device's bf16 rate (MFU)", curve=False),
     Metric("step_ms", "time of a training step (ms)", curve=False),
-    Metric("dropped", "requests dropped (%)", "share", of=_dropped),
+    Metric("dropped", "requests dropped (%)", "share",
+           of=lambda layer: 1 - layer.load.sum() / layer.demand.sum().float()),
     Metric("over_capacity", "fullest expert's demand above an equal share (%)", "share",
            of=lambda layer: _fullest(layer) - 1, worst=True),
     Metric("max_load", "fullest expert's demand over the mean demand", of=_fullest, worst=True),

@@ -6,8 +6,6 @@ the paper is silent: RMSNorm before attention and FFN, no biases, T5's buckets, 
 Letters: B sequences of T tokens, width d, h heads, V vocabulary, L layers.
 """
 
-from __future__ import annotations
-
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 

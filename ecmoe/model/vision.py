@@ -8,6 +8,7 @@ Letters: B images of C channels, H x W pixels; T patches of P x P pixels; width 
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ecmoe.config import RunConfig
 from ecmoe.model.transformer import Trunk
@@ -15,9 +16,7 @@ from ecmoe.model.transformer import Trunk
 
 def patchify(images: Tensor, size: int) -> Tensor:
     """Split (B, C, H, W) images into (B, T, C P P) patches, row by row, each channel by channel (T = H W / P^2)."""
-    B, C, H, W = images.shape
-    x = images.reshape(B, C, H // size, size, W // size, size)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * size * size)
+    return F.pixel_unshuffle(images, size).flatten(2).transpose(1, 2).contiguous()
 
 
 class PatchEmbedding(nn.Module):

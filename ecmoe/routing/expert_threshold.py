@@ -59,8 +59,8 @@ class ExpertThreshold(ExpertChoice):
         G, token = scores.topk(slots, dim=1)  # (e, slots), best first
 
         share = self._valid_k(valid, k)  # (1,) k of the valid tokens
-        kth, known = (G[None, :, k - 1].detach(), None) if mask is None else lowest(G[None], share)
-        own = kth[0] if known is None else kth[0].where(known, 1.0)
+        kth, known = lowest(G[None], share)
+        own = kth[0].where(known, 1.0)
         # During warm-up, the cut-offs are this batch's k-th scores, as in expert choice; then those of finished steps.
         average, weight = self.cutoff.average, self.cutoff.weight
         warming = self.steps < self.warmup_steps

@@ -64,19 +64,13 @@ class KMeans(Router):
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         n, e = logits.shape
         expert = logits.detach().argmax(dim=1)
-        if self.gathers:
-            self._gather(expert if mask is None else torch.where(mask, expert, e), n)
-        return by_token(expert, logits.new_ones(n), e, mask, None if self.causal else self.capacity_factor)
-
-    @torch.no_grad()
-    def _gather(self, expert: Tensor, n: int) -> None:
-        """Add the tokens of the last `read` to their clusters' pending sums; expert e marks padding."""
         x, self._input = self._input, None
-        if x is None or x.shape[0] != n:
-            return
-        cell = (expert[:, None] == torch.arange(self.num_experts, device=x.device)).to(x.dtype)
-        self.pending_sums.add_(cell.T @ x)  # (e, d)
-        self.pending_counts.add_(cell.sum(0))
+        if self.gathers and x is not None and len(x) == n:
+            cluster = expert if mask is None else torch.where(mask, expert, e)  # e: padding
+            cell = (cluster[:, None] == torch.arange(e, device=x.device)).to(x.dtype)
+            self.pending_sums.add_(cell.T @ x)  # (e, d)
+            self.pending_counts.add_(cell.sum(0))
+        return by_token(expert, logits.new_ones(n), e, mask, None if self.causal else self.capacity_factor)
 
     @torch.no_grad()
     def end_step(self) -> None:
