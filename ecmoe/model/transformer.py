@@ -121,10 +121,8 @@ class Transformer(Trunk):
 
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T).
-            mask: (B, T) bool, False for padding, which must follow a sequence's tokens: attention is causal, so that no
-                token sees it.
-            cache: keys and values of earlier tokens, one list per block, initially `[[] for _ in model.blocks]`; those
-                of token_ids are appended in place.
+            mask: (B, T) bool, False for padding, which must follow a sequence's tokens, so that none attends to it.
+            cache: keys and values of earlier tokens, a list per block, at first `[[] for _ in model.blocks]`; grows in place.
 
         Raises:
             ValueError: mask has padding before a token.

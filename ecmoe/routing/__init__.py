@@ -45,12 +45,8 @@ __all__ = [
 def build_router(config: RunConfig, token_counts: Tensor | None = None) -> Router:
     """Return the router that a config names, built as its row in ecmoe/routers.py specifies.
 
-    Args:
-        config: a checked RunConfig.
-        token_counts: (V,) how often each token id occurs in the corpus; needed by hash_table=balanced.
-
-    Raises:
-        ValueError: the config is that of the dense model, which has no router; or token_counts is missing.
+    token_counts: (V,) how often each token id occurs in the corpus. Raises a ValueError if hash_table=balanced lacks
+    them, or if the config is that of the dense model, which has no router.
     """
     row = ROUTERS[config.router]
     by_name = {key: getattr(config, key) for key in row.keys}
@@ -101,14 +97,8 @@ def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
 def causal_routing(model: nn.Module) -> Iterator[nn.Module]:
     """Route so that no token's routing sees another token and nothing is dropped, until the context exits.
 
-    Expert choice then routes by its running cut-offs, which it learned in training. Other routers see only the token
-    itself once their experts have no capacity limit.
-
-    Args:
-        model: any module that contains `MoE` layers.
-
-    Raises:
-        ValueError: a router has no cut-offs yet.
+    Expert choice then routes by its running cut-offs, and raises a ValueError if no training has set them yet. Other
+    routers see only the token itself once their experts have no capacity limit. model: contains `MoE` layers.
     """
     for router in routers(model):
         router.check_causal()

@@ -75,8 +75,7 @@ def pack(
     Args:
         token, expert, gate: (r,) one entry per request, first served first; expert e marks no request (padding).
         n, e: number of tokens and of experts.
-        slots: capacity of each expert; None: as many slots as the fullest expert needs, so that nothing is dropped
-            (this reads one number from the device).
+        slots: capacity of each expert; None: what the fullest one needs, so that nothing is dropped (waits for the device).
         limit: scalar tensor, a smaller capacity that depends on the data.
 
     Returns:

@@ -10,11 +10,8 @@ from torch import Tensor
 def switch_loss(S: Tensor, demand: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return e sum_i f_i P_i, with f_i the share of requests and P_i the mean score of expert i (Switch, Eq. 4).
 
-    Args:
-        S: (n, e) scores. mask: (n,) bool. demand: (e,) requests per expert, before any is dropped.
-
-    Returns:
-        A scalar: 1 for a uniform router, e if all requests go to one expert whose score is always 1.
+    demand: (e,) requests per expert, before any is dropped. The result is 1 for a uniform router, and e if all requests
+    go to one expert whose score is always 1.
     """
     f = demand.to(S.dtype) / demand.sum().clamp_min(1)
     return S.shape[1] * (f * _mean(S, mask)).sum()

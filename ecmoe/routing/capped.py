@@ -41,8 +41,7 @@ def capped_top_k(
             1% of the largest too, except if tokens fall into a few groups of equal scores: then it may lose 10%.
 
     Returns:
-        (G, I), both (g, e, k): scores and positions of the chosen tokens, best first; from the kernels, in order of
-        position.
+        (G, I), both (g, e, k): scores and positions of the chosen tokens, best first (from the kernels: by position).
 
     Raises:
         ConfigError: m b < e k, so that the experts take more tokens than the cap allows.

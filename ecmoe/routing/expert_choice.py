@@ -170,8 +170,7 @@ class ExpertChoice(Router):
         return Assignment(chosen.token, gate, chosen.demand)
 
     def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:
-        """See `Router`; `more` goes to `kernels.expert_choice`. Needs one pool of all tokens, no cap, and no hook or
-        subclass that reads or changes the assignment."""
+        """See `Router`. Needs one pool of all tokens, no cap, and no hook or subclass that reads the assignment."""
         if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
             return None
         changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)

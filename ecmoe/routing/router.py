@@ -125,8 +125,7 @@ class Router(RunningState):
 
     @property
     def gathers(self) -> bool:
-        """Whether `assign` now collects running statistics: in training without causal routing, but not when a forward
-        pass is recomputed."""
+        """Whether `assign` now collects running statistics: in training, neither causal nor in a recomputed pass."""
         return self.training and not self.causal and not recomputing()
 
     def extra_repr(self) -> str:

@@ -116,8 +116,7 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
 
 
 def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
-    """Write why the run failed to its folder, unless that holds a done run, or another process may write to it. The next
-    call tries again."""
+    """Write why the run failed to its folder, unless that holds a done run, or another process may write to it."""
     with suppress(OSError):
         if _place(folder) == folder and not isinstance(failure, LostLock):
             said = {"status": "failed", "error": f"{type(failure).__name__}: {failure}"}

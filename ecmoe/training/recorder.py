@@ -78,8 +78,7 @@ class Recorder(L.Callback):
         if self.compiling:  # at least Triton kernels; also after a resume in another process
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
-            # Objects that exist now are long-lived. Each garbage collection would search them for half a second, while
-            # all other ranks wait.
+            # Objects that exist now stay. Each garbage collection would search them for half a second, and all ranks wait.
             gc.collect()
             gc.freeze()
             self.began, self.marked, self.compiling = time.perf_counter(), (step, self.seconds), False

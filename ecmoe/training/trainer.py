@@ -64,8 +64,7 @@ def resolved_precision(config: RunConfig) -> str:
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raise a ConfigError, before any work is done, if the run needs a GPU, or more GPUs (without any: CPU cores) or
-    memory than this machine has."""
+    """Raise a ConfigError if the run needs a GPU, or more GPUs (without any: CPU cores) or memory than this machine has."""
     if cuda := torch.cuda.is_available():
         memory, there, what = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count(), "GPUs"
     else:
