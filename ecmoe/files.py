@@ -23,10 +23,8 @@ class ConfigError(ValueError):
 
 
 class Damaged(ConfigError):
-    """A file written by ecmoe lacks what it must hold, or was changed. The message names the file, reason and remedy."""
-
-    def __init__(self, path: Path, why: object) -> None:
-        super().__init__(path, why)
+    """A file written by ecmoe lacks what it must hold, or was changed. Raise it with the path and the reason; the message adds
+    the remedy."""
 
     def __str__(self) -> str:
         path, why = self.args
@@ -63,8 +61,7 @@ def check_known(what: str, names: Iterable[object], known: Collection[object], l
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, renamed to `path` if the block succeeds, else deleted. Of concurrent writers
-    the last one to finish wins. An OSError that the disk is full names the file and the remedy."""
+    """Yield a temporary path, renamed to `path` if the block succeeds, else deleted. Of concurrent writers the last to finish wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never share it
     try:
@@ -102,8 +99,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1, sealed: bool = False) -> None:
-    """Write a JSON file atomically, with values converted by `plain`. sealed: add a checksum, by which `read_json` detects later
-    changes, under the key `check`, the last."""
+    """Write a JSON file atomically, values converted by `plain`. sealed: with a checksum, by which `read_json` detects changes."""
     said = plain(value)
     write_text(path, _json_text(said | {"check": check_sum(said)} if sealed else said, indent))
 
@@ -118,8 +114,7 @@ def check_sum(value: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, sealed: bool = False) -> Stored:
-    """Read a JSON file written by `write_json`; with `sealed`, verify and remove its checksum. Raise Damaged if the file
-    is no JSON object, or, with `sealed`, any byte of it was changed."""
+    """Read what `write_json` wrote. Raise Damaged if it is no JSON object, or, with `sealed`, any byte of it was changed."""
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, object_hook=partial(Stored, path))
@@ -169,8 +164,7 @@ def sealed(path: Path) -> bool:
 
 
 def content_sha256(files: Mapping[str, Path]) -> str:
-    """Return one SHA-256, 64 hex digits, of the names (keys) and contents of several files, wherever they are. Raise a ConfigError
-    if one can't be read."""
+    """Return one SHA-256, 64 hex digits, of the names (keys) and contents of files; raise a ConfigError if one can't be read."""
     total = hashlib.sha256()
     for name, path in files.items():
         try:
@@ -192,8 +186,7 @@ def _sha256(path: Path, *state: int) -> str:
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """Read a YAML file. Raise a ConfigError that begins with `what`, the purpose of the file, if it can't be read, isn't UTF-8, or
-    isn't accepted by `parse_yaml`."""
+    """Read a YAML file. Raise a ConfigError that begins with `what`, its purpose, if it can't be read or `parse_yaml` refuses it."""
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
@@ -201,8 +194,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML. Raise a ConfigError if it is invalid, has a duplicate key, or a value that YAML reads differently from how it
-    looks: `010` as 8, `1:30` as 90, `1:30.5` as 90.5."""
+    """Parse YAML. Raise a ConfigError if it is invalid, has a key twice, or a number that YAML misreads: `010` as 8, `1:30` as 90."""
     try:
         return yaml.load(text, _StrictLoader)  # a SafeLoader
     except RecursionError:

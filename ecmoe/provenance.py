@@ -40,14 +40,11 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return $ECMOE_COMMIT, else the checkout's commit, with "+" if tracked files differ from it, else "unknown", as also for a
-    package that is installed inside another repository, such as in its virtual environment."""
+    """Return $ECMOE_COMMIT, else the checkout's commit, with "+" if tracked files differ from it, else "unknown"."""
     if os.environ.get("ECMOE_COMMIT"):  # for a copy without git history
         return os.environ["ECMOE_COMMIT"]
     try:
-        if Path(_git("rev-parse", "--show-toplevel")).resolve() != PACKAGE.parent:
-            return "unknown"
-        _git("ls-files", "--error-unmatch", str(PACKAGE / "__init__.py"))
+        _git("ls-files", "--error-unmatch", "__init__.py")  # fails in the virtual environment of another repository
         head, changed = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -40,9 +40,8 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"factor": 2.0}, ["'factor'", "did you mean capacity_factor"]),
         ({"batch": 3}, ["'batch'", "did you mean"]),
         ({"zzz": 3}, ["'zzz'", "`ecmoe keys` lists the keys"]),
-        ({"d_model": 1_000_000_000_001}, ["heads=4", "d_model=1000000000001", "heads may be 1"]),
-        ({"heads": 2, "d_model": 15}, ["heads=2 doesn't divide d_model=15: heads may be 1 or 3 or 5 or 15"]),
-        ({"heads": 10**15 + 1}, ["heads=1000000000000001", "heads may be 1"]),
+        ({"d_model": 1_000_000_000_001}, ["heads=4: must divide d_model=1000000000001"]),
+        ({"heads": 10**15 + 1}, ["heads=1000000000000001: must divide d_model=64"]),
         ({"capacity_factor": 1e308}, ["capacity_factor=1e+308", "(num_experts)"]),
         ({"capacity_factor": 5e-324}, ["capacity_factor=5e-324", "(num_experts)"]),
         ({"learning_rate": float("inf")}, ["learning_rate", "finite"]),
@@ -71,12 +70,11 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
             ["steps=2**20000 is too large", "at most 9223372036854775807"],
         ),  # more digits than Python prints
         ({"gate": "raw"}, ["gate='raw': must be one of softmax, renormalized, scaled"]),
-        ({"data": "a" * 4001}, ["data='aaaa", "has 4001 characters; at most 4000"]),
         ({"data": "/"}, ["data='/'", "file or folder name"]),
         ({"data": "b\udcfcch.txt"}, ["data='b\\udcfcch.txt'", "not valid UTF-8", "rename"]),  # a file's name in Latin-1
         ({"data": "images:./"}, ["data='images:./'", "images:PATH"]),
         ({"router": "experts"}, ["router", "expert_choice"]),
-        ({"heads": 3}, ["heads=3", "d_model=64", "heads may be 1 or 2 or 4 or 8"]),
+        ({"heads": 3}, ["heads=3: must divide d_model=64"]),
         ({"capacity_factor": 0.3}, ["capacity_factor=0.3", "num_experts=8", "76.8", "multiple of 80"]),
         ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048", "rounding='down'"]),
         ({"capacity_factor": 1e6}, ["capacity_factor=1000000", "k=2.56e+08"]),
@@ -135,7 +133,6 @@ def test_routers_that_take_images_are_named_where_another_is_refused():
         ({"capacity_factor": 1.5, "max_experts_per_token": 1}, "max_experts_per_token", r"use at least (\S+),"),
         ({"capacity_factor": 1.5, "max_experts_per_token": 1}, "capacity_factor", r"at most (\S+)$"),
         ({"capacity_factor": 9.0}, "capacity_factor", r"capacity_factor in (\S+)\.\.(\S+) \(num_experts\)"),
-        ({"heads": 7}, "heads", r"may be (\d+) or (\d+) or (\d+)"),
         ({"router": "token_choice", "top_k": 9}, "top_k", r"must lie in (\d+)\.\.(\d+) "),
         ({"vocab_size": 300}, "vocab_size", r"must be (\d+) with bytes"),
         ({"vocab_size": 256, "tokenizer": "bpe"}, "vocab_size", r"at least (\d+) with bpe"),
@@ -237,7 +234,7 @@ def test_a_default_that_changes_changes_what_others_have_run():
 
 def test_the_largest_number_is_none_too_large():
     assert RunConfig(seed=2**63 - 1).seed == 2**63 - 1
-    assert len(RunConfig(data="a/" * 1999 + "ab").data) == 4000
+    assert len(RunConfig(data="a/" * 5000 + "ab").data) == 10_002
 
 
 @pytest.mark.parametrize("steps", [10.5, "10.5"])

@@ -94,9 +94,8 @@ class RunData(L.LightningDataModule):
         return rank, world
 
     def _enough(self, train: int, val: int, what: str) -> int:
-        """Return the number of validation examples: at least eval_batches batches, equally many on every rank.
-
-        Raise a ConfigError if there are fewer, or too few training examples for a batch on every rank."""
+        """Return the number of validation examples: at least eval_batches batches, equally many on every rank. Raise a ConfigError
+        if there are fewer, or too few training examples for a batch on every rank."""
         config = self.config
         ranks = config.ranks  # from the config, because a trainer may not be attached
         validated = -(-config.eval_batches // ranks) * ranks * config.batch_size

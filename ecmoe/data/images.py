@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import lzma
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -54,10 +53,8 @@ def load(data: str) -> Images:
     images:PATH is a folder with a sub-folder of image files per class (optionally below train and test), or with
     NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each.
     """
-    data, content, prefix = paths.plain(data), paths.with_content(data), paths.IMAGES_PREFIX
-    if data not in paths.IMAGES and (not data.startswith(prefix) or data == prefix):
-        raise ConfigError(f"data={data!r}: images must be one of {', '.join(paths.IMAGES)}, or {prefix}PATH")
-    if data not in paths.IMAGES and not (folder := paths.resolve(data.removeprefix(prefix))).is_dir():
+    data, content = paths.plain(data), paths.with_content(data)
+    if data not in paths.IMAGES and not (folder := paths.resolve(data.removeprefix(paths.IMAGES_PREFIX))).is_dir():
         raise ConfigError(f"data={data!r}: {folder} isn't a folder; it must hold a sub-folder of image files per class, "
                           "or NAME_train.jpgs.xz and its companion files")  # fmt: skip
     paths.check_content(content)
@@ -229,9 +226,7 @@ def check(config: RunConfig, loaded: Images) -> None:
     channels, height, width = loaded.train_x.shape[1:]
     size, side = f"{height} x {width} pixels", config.patch_size
     if height % side or width % side:
-        shared = math.gcd(height, width)
-        fitting = [p for p in range(1, shared + 1) if shared % p == 0]
-        raise ConfigError(f"patch_size={side}: must divide the {size} of data={config.data!r}; may be one of {fitting}")
+        raise ConfigError(f"patch_size={side}: must divide the {size} of data={config.data!r}")
     patches = (height // side) * (width // side)
     for name, right, why in (
         ("sequence_length", patches, f"images of {size} have {patches} patches of patch_size={side}"),

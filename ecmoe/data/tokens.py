@@ -1,5 +1,4 @@
-"""The tokens of a corpus, split into training and validation: computed once, cached in memory-mapped files, and
-verified by checksums."""
+"""The tokens of a corpus, split into training and validation: computed once, cached in memory-mapped files, verified."""
 
 import hashlib
 import itertools
@@ -119,8 +118,6 @@ def _tokenise(config: Any, corpora: list[Corpus], place: Path) -> dict[str, Any]
     with ExitStack() as files:
         texts = [SplitText.read(corpus, files.enter_context(TemporaryFile(dir=place)), limit) for corpus in corpora]
         for corpus, text in zip(corpora, texts, strict=True):
-            if not len(text.lengths):
-                raise ConfigError(f"data={config.data!r}: {corpus.name} is empty (NULs are removed): take another text")
             if text.is_val.all() or not text.is_val.any():
                 raise ConfigError(f"data={config.data!r}: {len(text.lengths)} documents of {text.lengths.sum()} bytes of {corpus.name} "
                                   "are too few to split into training and validation; take a larger corpus or raise max_bytes")  # fmt: skip

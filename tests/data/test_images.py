@@ -96,7 +96,7 @@ def test_patches_of_pictures_that_are_not_square(tmp_path):
     loaded = images.load(data)
     images.check(config := RunConfig(data=data, classes=2, channels=3, sequence_length=6), loaded)
     for keys, said in (
-        ({"patch_size": 4}, r"patch_size=4: must divide the 4 x 6 pixels of data='.*'; may be one of \[1, 2\]"),
+        ({"patch_size": 4}, "patch_size=4: must divide the 4 x 6 pixels of data='.*'$"),
         ({"patch_size": 3}, r"patch_size=3: must divide the 4 x 6 pixels"),
         ({"channels": 1}, "channels=1 with .*: its images are read as RGB; set channels: 3$"),
         ({"sequence_length": 4}, "images of 4 x 6 pixels have 6 patches of patch_size=2; set sequence_length: 6"),
@@ -283,8 +283,7 @@ def test_a_folder_of_training_images_alone_holds_some_out(tmp_path):
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        ("digit", ["data='digit'", "digits, cifar10", "images:PATH"]),
-        ("images:", ["data='images:'", "images:PATH"]),
+        ("digit", ["data='digit'", "isn't a folder"]),
         ("images:nowhere", ["data='images:nowhere'", "isn't a folder", "sub-folder"]),
     ],
 )
@@ -344,7 +343,7 @@ def test_cifar10_comes_from_the_hub(monkeypatch):
     assert found.train_y.tolist() == [i % 10 for i in range(20)]
     for x, reds in ((found.train_x, range(20)), (found.val_x, [7])):
         assert (x[:, :, 5, 31] * 255).round().int().tolist() == [[red, 0, 255] for red in reds]
-    with pytest.raises(ConfigError, match=r"patch_size=3: must divide .*; may be one of \[1, 2, 4, 8, 16, 32\]"):
+    with pytest.raises(ConfigError, match="patch_size=3: must divide the 32 x 32 pixels"):
         images.check(RunConfig(data="cifar10", patch_size=3), found)
     assert found.val_y.tolist() == [7] and list(found.classes) == sorted(set(found.classes))
     images._load.cache_clear()

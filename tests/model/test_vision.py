@@ -64,7 +64,7 @@ def test_each_kind_of_run_is_named_by_the_keys_that_it_reads(digits):
     [
         ({"router": "hash"}, ["router='hash'", "token ids", "expert_choice"]),
         ({"router": "task_level"}, ["router='task_level'", "tasks"]),
-        ({"patch_size": 3}, ["patch_size=3", "8 x 8", "[1, 2, 4, 8]"]),
+        ({"patch_size": 3}, ["patch_size=3", "must divide the 8 x 8"]),
         ({"patch_size": 4}, ["sequence_length=16", "set sequence_length: 4"]),
         ({"channels": 3}, ["channels=3", "set channels: 1"]),
         ({"classes": 5}, ["classes=5", "set classes: 10"]),
