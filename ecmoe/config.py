@@ -53,8 +53,7 @@ class RunConfig:
     trained_by: ClassVar[str] = "ecmoe.training.run:train_run"
 
     # Routing
-    router: str = key("expert_choice", "routing algorithm: expert_choice, token_choice, hash, ... (ecmoe/routers.py lists all); "
-                      "dense: no experts", choices=ROUTERS)  # fmt: skip
+    router: str = key("expert_choice", "routing algorithm (see ecmoe/routers.py); dense: no experts", choices=ROUTERS)
     num_experts: int = key(8, "e, number of experts in an MoE layer", low=1)
     capacity_factor: float | None = key(
         2.0, "c: mean number of experts per token (expert choice); capacity relative to an equal share, null: "

@@ -28,8 +28,7 @@ LWF_TEMPERATURE = 2.0  # of the soft targets in learning without forgetting (LwF
 
 
 def new_gate(config: ContinualConfig) -> nn.Sequential:
-    """Build an undercomplete one-layer autoencoder (section 3.1): from images (n, D), pixels in [0, 1], to the logits
-    of their reconstructions (n, D), before the sigmoid."""
+    """Build an undercomplete autoencoder (section 3.1): images (n, D) in [0, 1] -> logits of their reconstructions (n, D)."""
     return nn.Sequential(nn.Linear(config.pixels, config.code), nn.ReLU(), nn.Linear(config.code, config.pixels))
 
 
@@ -106,9 +105,8 @@ class ExpertGate(nn.Module):
 
 
 def without_forgetting(expert: Any, old_head: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Loss of learning without forgetting (Li and Hoiem 2016): the new task's, and distillation of the old expert.
-
-    batch: images, classes, and the old expert's probabilities of its classes for these images, at LWF_TEMPERATURE."""
+    """Loss of learning without forgetting (Li and Hoiem 2016): the new task's, and distillation of the old expert. batch: images,
+    classes, and the old expert's probabilities of its classes for these images, at LWF_TEMPERATURE."""
     x, y, soft = batch
     h = expert.features(x)
     return F.cross_entropy(expert.head(h), y) + F.cross_entropy(old_head(h) / LWF_TEMPERATURE, soft)

@@ -51,8 +51,7 @@ def load(data: str) -> Images:
     """Load the images that the key `data` names; the last data set loaded is cached in memory.
 
     images:PATH is a folder with a sub-folder of image files per class (optionally below train and test), or with
-    NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each.
-    """
+    NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each."""
     data, content = paths.plain(data), paths.with_content(data)
     if data not in paths.IMAGES and not (folder := paths.resolve(data.removeprefix(paths.IMAGES_PREFIX))).is_dir():
         raise ConfigError(f"data={data!r}: {folder} isn't a folder; it must hold a sub-folder of image files per class, "

@@ -57,9 +57,8 @@ def _keys(config: Any) -> dict[str, Any]:
 
 
 def load(config: Any) -> Tokens:
-    """Load the tokens of `config`'s corpus. The first process to need them computes them, while others wait.
-
-    Damaged files are computed again. Raise a ConfigError if there is no intact cache and the text is missing."""
+    """Load the tokens of `config`'s corpus. The first process to need them, or to find them damaged, computes them, while others
+    wait. Raise a ConfigError if there is no intact cache and the text is missing."""
     from filelock import FileLock
 
     place = folder(config)
