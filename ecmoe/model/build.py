@@ -12,16 +12,13 @@ from ecmoe.model.vision import VisionTransformer
 
 
 def build_model(config: RunConfig | Mapping[str, Any], token_counts: Tensor | None = None) -> Trunk:
-    """Return the model of a config, with initial values drawn from config.seed.
+    """Return a config's model: a `Transformer`, (B, T) token ids -> (B, T, V) logits; for images a `VisionTransformer`.
 
-    Each parameter has its own random generator, seeded by (seed, name): two configs with the same seed
+    Each parameter has its own random generator, seeded by (config.seed, name): two configs with the same seed
     start from the same values in all parameters that they share.
 
     Args:
         config: the run's config, or its keys and values. token_counts: (V,) corpus frequencies, for hash_table=balanced.
-
-    Returns:
-        a `Transformer`, which maps (B, T) token ids to (B, T, V) logits, or a `VisionTransformer` for images.
 
     >>> config = RunConfig(layers=2, d_model=16, d_ff=32, heads=2, num_experts=4, sequence_length=16, batch_size=4)
     >>> build_model(config)(torch.randint(256, (4, 16))).shape

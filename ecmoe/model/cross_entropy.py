@@ -23,13 +23,10 @@ CHUNK_BYTES = 1 << 30  # size of the logits of a chunk; more chunks would read a
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of -log softmax(x weight^T)[target], in nats.
+    """Return the mean of -log softmax(x weight^T)[target], in nats: a float32 scalar (float64 if x is).
 
-    Args:
-        x: (..., d). weight: (V, d). targets: (...) int64 in 0..V - 1.
-
-    Returns:
-        scalar, float32 (float64 if x is). Products use autocast's dtype if it is on. It has no second derivatives.
+    x: (..., d). weight: (V, d). targets: (...) int64 in 0..V - 1. Products use autocast's dtype if it is on. There are
+    no second derivatives.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:

@@ -11,7 +11,7 @@ sizes depend on the data, ranks first agree on the largest (GShard, Lepikhin et 
 Data parallelism averages gradients over ranks; an expert's already sums over all ranks' tokens and is divided by R.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -45,40 +45,36 @@ def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> s
             whole = DTensor.from_local(part.to(device, copy=True), mesh, [Shard(0)], run_check=False)
             setattr(layer, name, nn.Parameter(whole))
             shared.add(getattr(layer, name))
-        layer.exchange = Exchange(group)
+        layer.exchange = partial(_exchanged, group)
     return shared
 
 
-class Exchange:
-    """`MoE.experts` for experts that are spread over the ranks of a group."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _exchanged(group: dist.ProcessGroup, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+    """`MoE.experts` for experts that are spread over a group's ranks, all of which must call it: (n, d) outputs for this
+    rank's (n, d) tokens and their (e, s) assignment."""
+    n, e = len(x), len(token)
+    if not (layer.router.static and layer.training):
+        most = torch.tensor(token.shape[1], device=x.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group)
+        more = (0, int(most) - token.shape[1])
+        token, gate = F.pad(token, more, value=n), F.pad(gate, more)
+    slots = max(layer.room(x) // e, 1)
+    parts = zip(token.split(slots, 1), gate.split(slots, 1), strict=True)  # if one expert gets nearly all tokens
+    return reduce(torch.add, (_some_slots(group, layer, x, *part) for part in parts))
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.ranks = group, dist.get_world_size(group)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        """Return (n, d) outputs for this rank's (n, d) tokens and (e, s) assignment. Every rank must call it."""
-        n, e = len(x), len(token)
-        if not (layer.router.static and layer.training):
-            most = torch.tensor(token.shape[1], device=x.device)
-            dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
-            more = (0, int(most) - token.shape[1])
-            token, gate = F.pad(token, more, value=n), F.pad(gate, more)
-        slots = max(layer.room(x) // e, 1)
-        parts = zip(token.split(slots, 1), gate.split(slots, 1), strict=True)  # if one expert gets nearly all tokens
-        return reduce(torch.add, (self._some(layer, x, *part) for part in parts))
-
-    def _some(self, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-        e, R, dtype, kind = len(token), self.ranks, x.dtype, x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        rows, back = _gathered(layer.router.fast(x, len(x)), x, token)
-        # (R e/R s, d): the slots of all ranks, ordered by rank; `slot` reorders them by expert.
-        slot = torch.arange(len(rows), device=x.device).view(R, e // R, -1).transpose(0, 1).reshape(e // R, -1)
-        gates = _Sent.apply(gate, self.group, R).view(-1)[slot]
-        w1, w2 = (w.to_local() for w in (layer.w1, layer.w2))  # type: ignore[attr-defined]
-        y = layer.compute(_Sent.apply(rows, self.group, R), w1, w2, slot, gates)
-        return back(_Sent.apply(y, self.group, 1 / R)).to(dtype)
+def _some_slots(group: dist.ProcessGroup, layer: MoE, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+    e, R, dtype, kind = len(token), dist.get_world_size(group), x.dtype, x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    rows, back = _gathered(layer.router.fast(x, len(x)), x, token)
+    # (R e/R s, d): the slots of all ranks, ordered by rank; `slot` reorders them by expert.
+    slot = torch.arange(len(rows), device=x.device).view(R, e // R, -1).transpose(0, 1).reshape(e // R, -1)
+    gates = _Sent.apply(gate, group, R).view(-1)[slot]
+    w1, w2 = (w.to_local() for w in (layer.w1, layer.w2))  # type: ignore[attr-defined]
+    y = layer.compute(_Sent.apply(rows, group, R), w1, w2, slot, gates)
+    return back(_Sent.apply(y, group, 1 / R)).to(dtype)
 
 
 class _Sent(torch.autograd.Function):

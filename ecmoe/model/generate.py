@@ -17,15 +17,12 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Sample continuations of prompts, each on its own, as routing is causal.
+    """Return (B, T + tokens): prompts with sampled continuations, each on its own, as routing is causal.
 
     Args:
         model: a trained model; expert choice routes by the cut-offs that it gathered in training.
         prompt: (B, T) int64, T at least 1. tokens: number of tokens to add.
         temperature: 0 always takes the most likely token. top_k: sample from the k most likely tokens only.
-
-    Returns:
-        (B, T + tokens).
 
     Raises:
         ValueError: the prompt is empty, a setting is out of range, or the model has no cut-offs yet.

@@ -63,7 +63,7 @@ class MoE(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
-        self.exchange: Any = None  # `expert_parallel.Exchange` if other ranks hold some experts
+        self.exchange: Any = None  # `experts`, if other ranks hold some (see `share_experts`)
         self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients (see `_keep`)
         self.load = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
         self.demand = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
@@ -91,15 +91,13 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, token_ids: Tensor | None = None, task_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Route the tokens, apply the experts and combine their outputs.
+        """Route the tokens, apply the experts and combine their outputs, in the shape of x. A token that no expert took
+        gets 0: only its residual stream continues.
 
         Args:
             x: (B, T, d), or (n, d) if the router needs no sequences; may be empty.
             token_ids: (B, T) vocabulary ids (hash routing). task_ids: (B,) or (B, T) (task-level routing).
             mask: (B, T) bool, False for padding, which uses no capacity and gets output 0.
-
-        Returns:
-            a tensor of the shape of x. A token that no expert took gets 0: only its residual stream continues.
 
         Raises:
             ValueError: x has a wrong shape or holds integers, mask isn't bool, or other shapes don't match that of x.

@@ -23,11 +23,8 @@ untracked: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 def track(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
     """Update the running statistics of all routers of a model, over all ranks, after every `optimizer.step()`.
 
-    Args:
-        model: any module that contains `MoE` layers. optimizer: the training loop's; call once per optimiser.
-
-    Returns:
-        a handle whose `remove()` stops the updates.
+    model: any module that contains `MoE` layers. optimizer: the training loop's; call once per optimiser. The updates
+    stop when `remove()` of the returned handle is called.
     """
     for module in model.modules():
         untracked.pop(module, None)

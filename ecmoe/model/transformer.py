@@ -121,11 +121,8 @@ class Transformer(Trunk):
 
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T).
-            mask: (B, T) bool, False for padding, which must follow a sequence's tokens, so that none attends to it.
-            cache: keys and values of earlier tokens, a list per block, at first `[[] for _ in model.blocks]`; grows in place.
-
-        Raises:
-            ValueError: mask has padding before a token.
+            mask: (B, T) bool, False for padding; a ValueError if it precedes a token, which would attend to it.
+            cache: keys and values of earlier tokens, at first `[[] for _ in model.blocks]`; updated in place.
         """
         if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("mask has padding before a token: pad on the right, as tokens attend to all before them")

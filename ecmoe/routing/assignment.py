@@ -70,16 +70,13 @@ def pack(
     slots: int | None,
     limit: Tensor | None = None,
 ) -> Assignment:
-    """Serve requests in the given order until an expert is full, and drop its further requests.
+    """Return an (e, slots) Assignment: each expert serves its requests in order until it is full, and drops the rest.
 
     Args:
         token, expert, gate: (r,) one entry per request, first served first; expert e marks no request (padding).
         n, e: number of tokens and of experts.
         slots: capacity of each expert; None: what the fullest one needs, so that nothing is dropped (waits for the device).
         limit: scalar tensor, a smaller capacity that depends on the data.
-
-    Returns:
-        Assignment of shape (e, slots), with its demand.
 
     >>> token, expert = torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1])
     >>> token, gate = pack(token, expert, torch.tensor([0.9, 0.8, 0.7]), n=3, e=2, slots=2)  # all want expert 1

@@ -67,8 +67,7 @@ def _done(config: Any, folder: Path, weights: bool, *, say: bool, raises: bool =
     if not (folder / "summary.json").exists():
         return None
     try:
-        _take_place(folder)
-        result = results.read_run(folder)
+        result = _stored(folder)
         if result.summary["name"] != config.name:
             raise Damaged(folder / "summary.json", f"it holds the run {result.summary['name']}")
         if result.summary["status"] not in DONE:
@@ -109,10 +108,7 @@ def _made(config: Any, folder: Path, make: Make, still_ours: StillOurs) -> Resul
     except Exception as failure:
         keep_failure(config, into, failure)
         raise
-    if into != folder and result.ok:
-        _take_place(folder)
-        return results.read_run(folder)
-    return result
+    return _stored(folder) if into != folder and result.ok else result
 
 
 def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
@@ -123,18 +119,17 @@ def keep_failure(config: Any, folder: Path, failure: Exception) -> None:
             results.write_run(folder, results.not_run(config).summary | said)
 
 
-def _take_place(folder: Path) -> None:
-    """Replace a run's files by those in `again`, if all of these are complete; the summary last. After a kill in between,
-    each file is in one of the two folders (see `place_of`), and the next call continues."""
+def _stored(folder: Path) -> Result:
+    """Return the run in the folder. First replace its files by those in `again`, if all of these are complete; the summary
+    last. After a kill in between, each file is in one of the folders (see `place_of`), and the next call continues."""
     again = folder / "again"
-    if results.place_of(folder, "summary.json").parent != again:
-        return
-    for name in FILES:
-        results.verify(folder, name, results.read_summary(again))
-    for name in (*FILES, "summary.json"):
-        if (again / name).exists():
-            os.replace(again / name, folder / name)
-    shutil.rmtree(again)
+    if results.place_of(folder, "summary.json").parent == again:
+        results.read_run(folder, verified=FILES)  # or Damaged
+        for name in (*FILES, "summary.json"):
+            if (again / name).exists():
+                os.replace(again / name, folder / name)
+        shutil.rmtree(again)
+    return results.read_run(folder)
 
 
 @contextmanager

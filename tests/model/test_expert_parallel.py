@@ -11,8 +11,9 @@ from torch.distributed.fsdp import fully_shard
 
 from ecmoe import MoE, causal_routing
 from ecmoe.config import ConfigError
+from ecmoe.model import expert_parallel
 from ecmoe.model import moe as moe_module
-from ecmoe.model.expert_parallel import Exchange, _Sent, share_experts
+from ecmoe.model.expert_parallel import _Sent, share_experts
 from ecmoe.routing import ExpertChoice, Hash, TokenChoice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,8 +91,8 @@ def by_rank(two_ranks):
             share_experts(moe, mesh, torch.device("cpu"))
             found["by kernels"] = stepped(moe, X.chunk(2)[rank], IDS.chunk(2)[rank])
         # Without gradients as few slots at a time as there is room for, here one a token.
-        moe_module.HELD, moe_module.SLOTS, widths, some = 0, 1, [], Exchange._some
-        Exchange._some = lambda *given: widths.append(given[-1].shape[1]) or some(*given)
+        moe_module.HELD, moe_module.SLOTS, widths, some = 0, 1, [], expert_parallel._some_slots
+        expert_parallel._some_slots = lambda *given: widths.append(given[-1].shape[1]) or some(*given)
         moe = layer("token choice, all kept").eval()
         share_experts(moe, mesh, torch.device("cpu"))
         with torch.no_grad():
