@@ -28,10 +28,8 @@ from ecmoe.model.moe import MoE
 
 def share_experts(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> set[nn.Parameter]:
     """Keep only this rank's part of all experts, moved to `device`, and return the sharded parameters, as DTensors on the
-    one-dimensional mesh: PyTorch's `clip_grad_norm_`, checkpoints and optimisers work with these.
-
-    Raises:
-        ConfigError: on every rank, if their number doesn't divide a layer's experts.
+    one-dimensional mesh: PyTorch's `clip_grad_norm_`, checkpoints and optimisers work with these. Raises a ConfigError, on
+    every rank, if their number doesn't divide a layer's experts.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer in layers:

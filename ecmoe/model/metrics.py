@@ -24,8 +24,6 @@ SHARES = [f"share_{j}" for j in range(MOST + 1)]
 
 
 # Integers are divided in float32, whatever the default dtype.
-
-
 def _fullest(layer: Any) -> Any:
     return layer.demand.max() * layer.demand.numel() / layer.demand.sum().float()
 

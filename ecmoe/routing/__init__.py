@@ -72,10 +72,8 @@ def watched(model: nn.Module) -> Iterator[list[tuple[Tensor, Assignment]]]:
 @contextmanager
 def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
     """Set attributes of every router, as in `altered(model, pool="sequence")`; restore the old values on exit.
-    A function is bound as a method, so that `assign=` replaces how a router chooses.
-
-    Raises:
-        ConfigError: no router of the model has the attribute, or a router can't work with the value.
+    A function is bound as a method, so that `assign=` replaces how a router chooses. Raises a ConfigError if no router of
+    the model has the attribute, or a router can't work with the value.
     """
     before = [(router, dict(vars(router))) for router in routers(model)]
     known = {name for router, _ in before for name in dir(router) if name[0] != "_"} - set(dir(nn.Module))

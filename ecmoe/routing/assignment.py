@@ -73,7 +73,7 @@ def pack(
     """Return an (e, slots) Assignment: each expert serves its requests in order until it is full, and drops the rest.
 
     Args:
-        token, expert, gate: (r,) one entry per request, first served first; expert e marks no request (padding).
+        token, expert, gate: (r,) one entry per request, else a ValueError; first served first. Expert e marks padding.
         n, e: number of tokens and of experts.
         slots: capacity of each expert; None: what the fullest one needs, so that nothing is dropped (waits for the device).
         limit: scalar tensor, a smaller capacity that depends on the data.
@@ -83,9 +83,6 @@ def pack(
     >>> token
     tensor([[3, 3],
             [0, 1]])
-
-    Raises:
-        ValueError: token, expert and gate differ in shape.
     """
     if not token.shape == expert.shape == gate.shape:
         raise ValueError(f"{len(token)} tokens, {len(expert)} experts, {len(gate)} gates: one of each per request")

@@ -29,7 +29,7 @@ def capped_top_k(
     target: Tensor | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Choose k tokens for each expert, with no token in more than b experts.
+    """Choose k tokens for each expert, with no token in more than b experts; a ConfigError if m b < e k.
 
     Args:
         S: (g, e, m) scores; gradients flow to the chosen ones. k: tokens per expert. b: most experts per token.
@@ -42,9 +42,6 @@ def capped_top_k(
 
     Returns:
         (G, I), both (g, e, k): scores and positions of the chosen tokens, best first (from the kernels: by position).
-
-    Raises:
-        ConfigError: m b < e k, so that the experts take more tokens than the cap allows.
     """
     g, e, m = S.shape
     if m * b < e * k:
