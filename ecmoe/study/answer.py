@@ -37,8 +37,8 @@ OTHERS = {
 
 
 def answer(verdicts: Mapping[str, ClaimVerdict]) -> list[str]:
-    """Return what the verdicts of a scale (from `judge_all`) say: what holds, what doesn't, and what that means for a
-    choice of router; or one sentence if nothing can be concluded."""
+    """Return what verdicts (from `judge_all`) say: what holds, what doesn't, and what that means for a choice of router;
+    or one sentence if nothing can be concluded."""
     found, labels = list(verdicts.values()), {one.label for one in verdicts.values()}
     if verdict.PLUMBING in labels:
         return ["Scale smoke shows that every part works, and says nothing about the paper."]
@@ -94,8 +94,7 @@ def _named(one: ClaimVerdict) -> str:
 
 
 def cost(scale: str) -> str:
-    """Return in words the training hours of all runs of a scale, and the command that continues. Raise Damaged if the
-    record of one was changed."""
+    """Return in words what a scale's runs took, and the command that continues. Raise Damaged if a record was changed."""
     runs = [read_json(path, sealed=True)["summary"] for path in sorted(paths.results(scale, "runs").glob("*.json"))]
     hours = sum(run.get("seconds") or 0 for run in runs) / 3600
     cards = ", ".join(sorted({run["device"] for run in runs if run.get("device")}))

@@ -40,10 +40,10 @@ def lacks(one: Planned, scale: str) -> str:
 
 
 def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
-    """Train or load a run, compute its measurements, and store its record and the measurements in reports/<scale>.
+    """Train or load a run, take its measurements, and store both in reports/<scale>. Return its status, or "failed: reason" if
+    training or any measurement failed (the others are still made).
 
-    Return its status, or "failed: reason" if training or any measurement failed (the other measurements are still made). Without
-    `keep_weights` the weights in runs/NAME are deleted once all measurements have succeeded."""
+    keep_weights: False: delete the weights in runs/NAME once all measurements have succeeded."""
     from ecmoe import run_or_load
     from ecmoe.training.result import write_record
 
@@ -115,8 +115,8 @@ def train(planned: Sequence[Planned], scale: str, *, jobs: int) -> int:
 
 
 def in_turn(planned: Iterable[Planned], scale: str, *, keep_weights: bool) -> int:
-    """Carry out the runs one by one, print a line as each ends, and return an exit code: 0 if all runs are done; 1 if one failed
-    in a way that a retry may fix; 2 if all failures are a ConfigError."""
+    """Carry out the runs one by one, print a line as each ends, and return an exit code: 0 if all runs are done; 2 if all
+    failures are a ConfigError, which no retry mends; else 1."""
     failed = set()
     for one in planned:
         said = " ".join(carry_out(one, scale, keep_weights=keep_weights).split())

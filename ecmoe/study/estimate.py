@@ -20,9 +20,9 @@ from ecmoe.study.units import Unit, counted
 class Estimate:
     """An effect: its mean over n values (0: nothing was measured) on the unit's inner scale. of: what a value stands for.
 
-    errors: (standard error, degrees of freedom) on the inner scale for each source of sampling, such as seeds and examples. The
-    half-width of the interval is the root of the sum of the squared half-widths of each source alone (MOVER, Zou and Donner
-    2008). It keeps its level if one source has few values and another many; for a single source it is Student's t interval."""
+    errors: (standard error, degrees of freedom) on the inner scale for each source of sampling, such as seeds and examples.
+    The squared half-widths of each source's own t interval add up to that of the whole (MOVER, Zou and Donner 2008), which
+    keeps its level if one source has few values and another many."""
 
     mean: float
     errors: tuple[tuple[float, float], ...]
@@ -47,13 +47,13 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def interval(self, level: float | None = None, least: int = 2) -> tuple[float, float] | None:
-        """Return the confidence interval in the unit, at the protocol's level by default; None for fewer than `least` values, or than two."""
+        """Return the confidence interval in the unit; None for fewer than `least` values, or than two. level: None: the protocol's."""
         found = self.inner(level or protocol().level) if self.n >= least else None
-        return None if found is None else (self.unit.outer(found[0]), self.unit.outer(found[1]))
+        return found and (self.unit.outer(found[0]), self.unit.outer(found[1]))
 
     def smallest(self, level: float, power: float) -> float:
-        """Return the minimum detectable effect of the two-sided t test with this number and noise of values, in the unit (a factor
-        for a ratio): more than the interval's half-width. NaN for fewer than two values."""
+        """Return the minimum detectable effect of the two-sided t test with these values' number and noise, in the unit (a
+        factor for a ratio); NaN for fewer than two values."""
 
         def shift(df: float) -> float:  # noncentrality that gives the t test this power; the far tail is negligible
             critical = _critical(level, df)
@@ -63,8 +63,8 @@ class Estimate:
         return self.unit.outer(effect)
 
     def seeds_for(self, margin: float, level: float, power: float) -> int | None:
-        """Return how many seeds with this noise would decide the margin (for a ratio its distance from 1), see `seeds_needed`.
-        None if more seeds alone can't: they don't reduce the error of the examples."""
+        """Return how many seeds with this noise would decide the margin (for a ratio its distance from 1), as `seeds_needed`;
+        None if more seeds alone can't, as they leave the examples' error."""
         if self.of != "seed" or self.n < 2 or len(self.errors) != 1:
             return None
         inner = math.log1p(margin) if self.unit is Unit.RATIO else margin
@@ -72,12 +72,11 @@ class Estimate:
 
 
 class Spread(Estimate):
-    """The ratio of two standard deviations with the F distribution's asymmetric interval; `errors` has their degrees of freedom,
-    `n` is the smaller number of values."""
+    """The ratio of two standard deviations, with the F distribution's interval. errors: of each arm. n: of the smaller."""
 
     @property
     def sample(self) -> str:
-        """The number of values in words; that of each arm where they differ: "3 and 4 seeds"."""
+        """The number of values in words, of each arm where they differ: "3 and 4 seeds"."""
         of_each = [int(df) + 1 for _, df in self.errors]
         return f"{of_each[0]} and {of_each[1]} {self.of}s" if len(set(of_each)) > 1 else super().sample
 
@@ -113,10 +112,10 @@ def slope(values: Sequence[float], over: Sequence[float]) -> float:
 
 
 def share_of_steps(losses: Sequence[float], over: Sequence[float], target: float) -> float:
-    """Return the share of the steps at which the loss would reach the target, from runs of several lengths.
+    """Return the share of the steps at which the loss would reach the target: linear in the logarithm of the share between
+    the two lengths around it, beyond all lengths along the nearest two; NaN if the loss doesn't fall there.
 
-    losses: final loss of each run. over: its length as a share of all steps, in rising order. Interpolates linearly in the
-    logarithm of the share between two lengths, and extrapolates from the nearest two. NaN if the loss doesn't fall between them."""
+    losses: final loss of each run. over: its length as a share of all steps, in rising order."""
     x = np.log(np.asarray(over, dtype=float))
     reached = (i for i in range(len(x) - 1) if losses[i + 1] <= target)
     i = next(reached, len(x) - 2)
@@ -128,8 +127,8 @@ def crossed(differences: Sequence[Sequence[np.ndarray]]) -> Estimate:
     """Return the mean over tasks of mean differences, a share, with the errors of both seeds and test examples.
 
     differences: for each seed, for each task, (N,): one arm's score on each example, the same for all seeds, minus the other's.
-    Seeds and examples are crossed random samples: the variance of the mean is the variance over seeds plus the variance over
-    examples (averaged over seeds). The residual counts in both terms, which makes the interval slightly too wide."""
+    Seeds and examples are crossed random samples, whose variances add up. That of examples is of their means over seeds; the
+    residual counts in both, which makes the interval slightly too wide."""
     seeds = of_values((np.mean([task.mean() for task in seed]) for seed in differences), Unit.SHARE)
     tasks = [np.mean(of_seeds, axis=0) for of_seeds in zip(*differences, strict=True)]
     examples = [one for task in tasks for one in _error(task)]  # a task with a single example has no error
@@ -150,11 +149,11 @@ def spread_ratio(a: Iterable[float], b: Iterable[float]) -> Spread:
 
 
 def seeds_needed(spread: float, margin: float, *, level: float | None = None, power: float | None = None) -> int | None:
-    """Return how many paired seeds detect a true difference as large as the margin, and exclude it where there is none; None if 1000
-    are too few.
+    """Return how many paired seeds detect a difference as large as the margin, and exclude it where there is none; None if
+    1000 are too few.
 
-    spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit. level: of the
-    interval (1 - 0.05 / m for the strictest of m parts under Holm). power: required in both cases. None: as the protocol has them."""
+    spread: standard deviation over seeds of the paired difference. margin: what counts as equal, in the same unit. level: of
+    the interval. power: required in both cases. None: the protocol's."""
     if not spread:
         return 2
     level, power = level or protocol().level, power or protocol().power
@@ -162,7 +161,7 @@ def seeds_needed(spread: float, margin: float, *, level: float | None = None, po
     def decides(n: int) -> bool:
         critical, in_errors, df = _critical(level, n - 1), margin / (spread / math.sqrt(n)), n - 1
         error = chi(df, scale=df**-0.5)  # estimated standard error / true standard error
-        # Probability that the whole interval lies within the margin if there is no difference, integrated over the error's estimate.
+        # If there is no difference: the probability that the whole interval lies within the margin, over all such estimates.
         inside = lambda s: (2 * norm.cdf(in_errors - critical * s) - 1) * error.pdf(s)  # noqa: E731
         equal, _ = integrate.fixed_quad(inside, 0, min(in_errors / critical, error.ppf(1 - 1e-9)), n=200)
         return min(nct.sf(critical, df, in_errors), equal) >= power

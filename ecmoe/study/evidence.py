@@ -64,15 +64,22 @@ class Evidence:
         return seed in self.finished(arm) and all(self.measured(arm, seed, what) for what in part.measured)
 
     def values(self, arm: str, column: str) -> dict[int, float]:
-        """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement."""
-        what, _, row = column.partition("/")
-        numbers = {
-            seed: _of_rows(self.measured(arm, seed, what), what, row)
-            if row
-            else (summary | (summary.get("routing") or {})).get(column)
-            for seed, summary in self.finished(arm).items()
-        }
+        """Return seed -> value, for finished runs. column: a key of the summary, or "what/row" of a measurement: a loss
+        under one way of routing, or the probe's information in nats."""
+        numbers = {seed: self._number(arm, seed, column) for seed in self.finished(arm)}
         return {seed: float(x) for seed, x in numbers.items() if x is not None}
+
+    def _number(self, arm: str, seed: int, column: str) -> float | None:
+        what, _, row = column.partition("/")
+        if not row:
+            summary = self.finished(arm)[seed]
+            return (summary | (summary.get("routing") or {})).get(column)
+        rows = [each for found in self.measured(arm, seed, what)[:1] for each in found["rows"]]
+        if what == "losses":
+            return next((each["loss"] for each in rows if each["way"] == row), None)
+        # Of the probe: only its last condition separates a leak from honest prediction.
+        bits = {each["routing"]: each["bits"] for each in rows if each["given"] == rows[-1]["given"]}
+        return bits[row] * math.log(2) if row in bits else None
 
     def measured(self, arm: str, seed: int, what: str) -> list[dict[str, Any]]:
         """Return a run's stored results of the measurements called `what`, such as one for each task; empty if any is missing."""
@@ -148,12 +155,3 @@ class Evidence:
         takes = self.step_time(part.a[-1], part.b[0]) if part.how == "time" else 1.0
         shares = (estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds)
         return estimate.of_values((takes * share for share in shares), Unit.RATIO)
-
-
-def _of_rows(found: Sequence[Mapping[str, Any]], what: str, row: str) -> float | None:
-    """Return the value of a measurement's row: a loss under one way of routing, or the probe's information in nats."""
-    rows = found[0]["rows"] if found else []
-    if what == "losses":
-        return next((r["loss"] for r in rows if r["way"] == row), None)
-    beyond = rows[-1]["given"] if rows else None  # only the last condition separates a leak from honest prediction
-    return next((r["bits"] * math.log(2) for r in rows if r["routing"] == row and r["given"] == beyond), None)

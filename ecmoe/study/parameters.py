@@ -56,8 +56,7 @@ def check_scale(scale: str) -> None:
 
 
 def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
-    """Merge the parameters of YAML files: later files override, `base` (RunConfig keys) key by key. Raise a ConfigError if a file
-    can't be read, or the file or its `base` isn't a mapping."""
+    """Merge the parameters of YAML files, as `merged`. Raise a ConfigError if a file can't be read or isn't a mapping."""
     found: dict[str, Any] = {}
     for file in files:
         values = read_yaml(file, "parameter file") or {}
@@ -71,8 +70,8 @@ def merge_parameters(files: Iterable[str | Path]) -> dict[str, Any]:
 
 
 def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `later` over `values`, `base` key by key. Raise a ConfigError if base, vary or measures isn't a mapping, or papermill
-    couldn't write `name = value` into a notebook."""
+    """Merge `later` over `values`, `base` (keys of RunConfig) key by key. Raise a ConfigError if base, vary or measures isn't a
+    mapping, or papermill couldn't write `name = value` into a notebook."""
     for name, value in later.items():  # `a.b = value` would set an attribute
         if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
             right = "parameters have names that Python allows; keys of runs belong to base, as in base={steps: 3}"
@@ -93,16 +92,15 @@ def merged(values: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any
 
 def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a page: those of its YAML files, overridden by `given`. Raise a ConfigError for an unknown scale, a
-    value whose type differs from the file's, such as "false" for false, and, at the first call for a page, for a name that isn't
-    a parameter of it: at a later call, as when a cell is run again, the notebook has defined names of its own.
+    value whose type differs from the file's, such as "false" for false, and, at the first call for a page, an unknown name: at a
+    later call, as when a cell is run again, the notebook has defined names of its own.
 
-    given: such as the globals() of the notebook's first cell. None counts as not given, so the file's value holds. Ignored are names
-    that begin with an underscore, or are IPython's, and unknown names whose values aren't strings, numbers, lists or dicts."""
+    given: such as the globals() of the notebook's first cell. Ignored are None, names of IPython or with an underscore in front,
+    and unknown names whose values aren't strings, numbers, lists or dicts."""
     names = [name for name in given if not name.startswith("_") and name not in ("In", "Out")]
     given = {name: given[name] for name in names if given[name] is not None}
-    files, usual = merge_parameters(parameter_files(page, given.get("scale", "smoke"))), {"train_missing": True}
-    check_kinds(page, {name: files[name] for name in usual if name in files}, usual)
-    values = usual | files
+    values = {"train_missing": True} | merge_parameters(parameter_files(page, given.get("scale", "smoke")))
+    check_kinds(page, {"train_missing": values["train_missing"]}, {"train_missing": True})
     ours = {name: value for name, value in given.items() if name in values}
     others = {name: value for name, value in given.items() if isinstance(value, str | int | float | list | dict)}
     kept = " (in an open notebook also restart the kernel: it keeps the wrong name)"
@@ -112,8 +110,7 @@ def page_parameters(page: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_kinds(where: str, given: Mapping[str, Any], known: Mapping[str, Any], hint: str = "") -> None:
-    """Raise a ConfigError for a name that isn't in `known`, with `hint` at its end, or a value of another type than there. None fits
-    any type."""
+    """Raise a ConfigError for a name that isn't in `known` (ending in `hint`), or a value of another type. None fits any type."""
     for name, value in given.items():
         if name not in known:
             near = nearest(name, known, f"it has {', '.join(known)}")

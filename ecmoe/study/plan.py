@@ -59,7 +59,7 @@ class Planned:
 
 def plan(scale: str, asked: Sequence[str] = ()) -> list[Planned]:
     """Return the runs that the `asked` pages (default: all) need, each once, in the order of configs/order.yaml, seed by seed.
-    Raise a ConfigError, which names page and arm, for an unknown scale or page, or an invalid file, arm, key or measurement."""
+    Raise a ConfigError that names page and arm if anything there is unknown or invalid."""
     planned, wrong = sound(scale, asked)
     for error in wrong.values():
         raise error
@@ -119,7 +119,7 @@ def by_arm(
 ) -> dict[str, dict[int, Planned]]:
     """Return arm -> seed -> planned run for the arms of a page, with every seed that any page plans. planned: the plan of the scale.
     arms: names of the arms, configured with the page's base; None: the page's own."""
-    # A claim about timings alone has no arms, for which `arms` is None in a page's YAML.
+    # A claim about timings alone has no arms, which a page's YAML says by None.
     others = {} if arms is None else {"arms": arms or None, "vary": {}}
     names = {one.arms[0]: one.name for one in of_page(page, scale, {"seeds": [0], "measures": {}, **others})}
     return {arm: {one.seed: one for one in planned if one.of_all_seeds == name} for arm, name in names.items()}
@@ -174,7 +174,7 @@ def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
     """Return the RunConfig keys of a named arm, without its seed: `base`, overridden by the arm, then by `own` (its scale's changes).
-    Raise a ConfigError if no arm has this name (the nearest is suggested), or its fraction of a key isn't an integer."""
+    Raise a ConfigError for an unknown name, or a fraction that gives no integer."""
     check_known("there is no arm", [name], named_arms(), LISTED)
     changes = {**named_arms()[name], **(own or {}).get(name, {})}
     return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}

@@ -95,8 +95,7 @@ class Part(Held):
         if self.says == "near":
             return f"within {equal} of {figure(self.figure, self.unit)}"
         if self.says == "at or below":
-            other = self.or_direction
-            helped = f"; in direction if {self.direction} (\u201c{other}\u201d)" if other else ""
+            helped = f"; in direction if {self.direction} (\u201c{self.or_direction}\u201d)" * bool(self.or_direction)
             return f"at or below {neutral}; above it by {equal} or less counts as equal{helped}"
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"

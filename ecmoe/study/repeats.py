@@ -1,7 +1,7 @@
 """Repeat recorded runs, to check whether this code on this kind of device reproduces their numbers.
 
-Runs are collected over weeks, while the code is refactored. The same code repeats a run to the last digit on the same kind of
-device. So if changed code repeats the run exactly, both versions compute the same, and their runs may be compared.
+The code is refactored while runs are collected. It repeats its own runs to the last digit on the same kind of device; so if
+changed code does, too, both versions compute the same, and their runs may be compared.
 """
 
 import sys
@@ -28,11 +28,11 @@ OF_TASKS = ("accuracy", "accuracy_task_known", "relatedness")  # compared of tas
 def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     """Train a recorded run again in a temporary folder and compare its numbers with the record, which stays unchanged.
 
-    steps: stop at the first validation after this many steps of its schedule; None: train to the end, as tasks in sequence always
-    are, because they are evaluated only after a task and take few steps. Return run, router (see `_router`), device, recorded (code
-    digest of the record), code (current digest), rows (number compared), equal, differs (column -> largest difference, None if only
-    one of both has some value), which is stored in reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if
-    there is no such record, its checksum doesn't match, or its run needs several processes."""
+    steps: stop at the first validation after this many steps; None: train to the end, as tasks in sequence always are, which have
+    no validations. Return run, router (see `_router`), device, recorded (the record's code digest), code (today's), rows (how many
+    were compared), equal, differs (column -> largest difference, None if only one of both has some value), which is stored in
+    reports/SCALE/repeats only on the record's kind of device. Raise a ConfigError if there is no such record, it was changed, or
+    its run needs several processes."""
     path = paths.results(scale, "runs") / f"{name}.json"
     if not path.exists():
         raise ConfigError(f"{name}: there is no record in {path.parent} to repeat; `ecmoe run` makes one")
@@ -62,8 +62,7 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
 
 
 def _router(config: Mapping[str, Any]) -> str:
-    """Return the router of a run, after a word for the code that trains it, other than that of text: "images dense", or,
-    of tasks in sequence, the approach: "joint dense"."""
+    """Return the router of a run, after a word for the code that trains it if that isn't text's: "images dense", "joint dense"."""
     data = paths.plain(config["data"])
     images = data in paths.IMAGES or data.startswith(paths.IMAGES_PREFIX)
     return f"{config.get('approach', 'images' * images)} {config['router']}".strip()
@@ -111,16 +110,14 @@ def kept(scale: str) -> list[Stored]:
 
 
 def covered(runs: Collection[str], scale: str) -> list[int]:
-    """Return how many steps, from the first on, each equal repeat of these runs compared. Raise Damaged if its record is
-    gone."""
-    return [_steps(one, scale) for one in kept(scale) if one["equal"] and one["run"] in runs]
-
-
-def _steps(repeat: Stored, scale: str) -> int:
-    record = paths.results(scale, "runs") / f"{repeat['run']}.json"
-    if not record.exists():
-        raise Damaged(repeat.path, f"the record of its run is gone, {record}")
-    return int(_compared(read_record(record)).index[repeat["rows"] - 1])
+    """Return how many steps, from the first on, each equal repeat of these runs compared. Raise Damaged if its record is gone."""
+    steps = []
+    for repeat in (one for one in kept(scale) if one["equal"] and one["run"] in runs):
+        record = paths.results(scale, "runs") / f"{repeat['run']}.json"
+        if not record.exists():
+            raise Damaged(repeat.path, f"the record of its run is gone, {record}")
+        steps.append(int(_compared(read_record(record)).index[repeat["rows"] - 1]))
+    return steps
 
 
 def linked(runs: Sequence[Mapping[str, Any]], repeats: Sequence[Mapping[str, Any]]) -> list[str] | None:

@@ -1,17 +1,16 @@
-"""Timings for the pages: layers, training steps, growth with size and a profile (08_step_time), and the steps of page
-01's arms.
+"""Timings that pages show: layers, steps, growth with size and a profile (08_step_time), and steps of page 01's arms.
 
-Each is measured once on one machine, stored as JSON, and read without torch. At scale gpu timings are taken only on a
-GPU, and committed, so that pages can be drawn on any machine. `ecmoe bench all` takes them without a notebook.
+Each is measured once on one machine, stored as JSON, and read without torch. Those of scale gpu are committed, so that
+pages can be drawn on any machine. `ecmoe bench all` takes them without a notebook.
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from inspect import signature
 from itertools import product
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, get_type_hints
 
 import pandas as pd
@@ -51,12 +50,12 @@ def jobs(
     scaling: dict[str, list[int | str] | dict[str, Any]] | None = None,
     **_: Any,
 ) -> dict[str, Job]:
-    """Return file name -> benchmark for all that the pages show of one GPU (see `scaling` for several). Raise a
-    ConfigError for an argument of the wrong type.
+    """Return file name -> benchmark for all that the pages show of one GPU. Raise a ConfigError for an argument of the
+    wrong type.
 
     layer_sizes: name -> arguments of `bench_layer`. step_sizes: of `bench_step` and `bench_profile`. growth_from,
-    growth_axes: of `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which uses its own
-    repeats. compiled, repeats: for the benchmarks that take them. scaling: not used here, see `scaling`."""
+    growth_axes: of `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which has repeats of its
+    own. compiled, repeats: of all others that take them. scaling: only its type is checked; see the function."""
     _check_types(locals())
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
@@ -75,11 +74,10 @@ MODULES = {"auto": "layer", "study": "step"}
 
 
 def job(name: str, /, **keys: Any) -> Job:
-    """Return a function that calls `bench_<name>` with these arguments; it checks them and imports torch only when
-    called."""
+    """Return a function that checks these arguments and calls `bench_<name>` with them; only then is torch imported."""
 
     def measure() -> pd.DataFrame:
-        bench = getattr(import_module(f"ecmoe.bench.{MODULES.get(name, name)}"), f"bench_{name}")
+        bench = resolve_name(f"ecmoe.bench.{MODULES.get(name, name)}:bench_{name}")
         takes = signature(bench).parameters.values()
         sizes = [one.name for one in takes if one.kind is one.VAR_KEYWORD]  # **sizes, which the benchmark itself checks
         usual = {one.name: None if one.default is one.empty else one.default for one in takes if one.name not in sizes}
@@ -90,8 +88,7 @@ def job(name: str, /, **keys: Any) -> Job:
 
 
 def plan(scale: str) -> dict[str, Any]:
-    """Return the arguments of `jobs` at a scale: the parameters of 08_step_time, whose types are checked, and the
-    study's arms."""
+    """Return the arguments of `jobs` at a scale: the checked parameters of 08_step_time, and page 01's arms."""
     values = merge_parameters(parameter_files(SPEED, scale))
     _check_types(values)
     return values | {"study_arms": study_arms(scale)}
@@ -104,8 +101,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
 
 
 def scaling(scale: str) -> dict[str, Any]:
-    """Return the arguments of `bench_scaling`: `scaling` of 08_step_time, its `base` merged over the scale's. `layers`
-    (name -> sizes) are the layers whose experts are distributed over GPUs, for `bench_across`."""
+    """Return the arguments of `bench_scaling`: `scaling` of 08_step_time, its `base` merged over the scale's; and
+    `layers`, name -> sizes, whose experts `bench_across` distributes over GPUs."""
     values = plan(scale)
     asked, sizes = values["scaling"], values["layer_sizes"]
     check_known(f"page {SPEED!r}: scaling: layers names", asked.get("layers", []), sizes)
@@ -114,10 +111,9 @@ def scaling(scale: str) -> dict[str, Any]:
 
 
 def may(scale: str) -> bool:
-    """Return whether this machine may take the timings of a scale: any machine for smoke, a machine with CUDA for the
-    others."""
+    """Return whether this machine may take the timings of a scale: any may those of smoke, one with CUDA all others."""
     check_scale(scale)
-    return scale == "smoke" or import_module("torch").cuda.is_available()
+    return scale == "smoke" or resolve_name("torch.cuda:is_available")()
 
 
 def files(scale: str) -> list[Path]:
@@ -137,15 +133,14 @@ def study_arms(scale: str) -> dict[str, RunConfig]:
 
 
 def study_file(arms: Mapping[str, RunConfig]) -> str:
-    """Return the file name of the study's step times. It has a digest of the arms' configs: if one changes, all are
-    timed again."""
+    """Return the file name of these arms' step times; its digest changes with any config, so that all are timed again."""
     names = ",".join(f"{arm} {config.replace(seed=0).name}" for arm, config in arms.items())
     return f"study-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = True) -> Found:
-    """Return the results of each job: name -> rows and attributes. `measure`: measure missing ones now, if
-    `may(scale)`, and store them in runs/bench; only `ecmoe bench all` writes to reports/."""
+    """Return the results of each job: name -> rows and attributes. `measure`: if `may(scale)`, measure missing ones now,
+    and store them in runs/bench, as only `ecmoe bench all` writes to reports/."""
     own = paths.runs() / "bench" / scale
     missing = {name: job for name, job in wanted.items() if kept(name, scale, own) is NOTHING}
     if measure and missing and may(scale):
@@ -157,8 +152,8 @@ def measured(wanted: Mapping[str, Job | None], *, scale: str, measure: bool = Tr
 
 
 def kept(name: str, scale: str, *more: Path) -> dict[str, Any]:
-    """Read a result from reports/<scale>/bench, else from the first of these folders that has it: its rows and their
-    attributes; else `NOTHING`. May raise Damaged."""
+    """Read a result's rows and attributes from reports/<scale>/bench, else from one of these folders; else `NOTHING`.
+    May raise Damaged."""
     places = [place / f"{name}.json" for place in (paths.results(scale, "bench"), *more)]
     found = next((read_json(path, sealed=True) for path in places if path.exists()), NOTHING)
     for row, column in product(found["rows"], COLUMNS.get(name, ())):
@@ -180,8 +175,7 @@ def taken(found: Found, name: str) -> str:
 
 
 def study_steps(arms: Mapping[str, RunConfig], *, scale: str, measure: bool = True) -> pd.DataFrame:
-    """Return the step time of each arm, alone on the device: a row per arm, indexed by name. measure: measure if it is
-    missing."""
+    """Return the step time of each arm, alone on the device, a row per name. measure: measure missing ones now."""
     name = study_file(arms)
     found = measured({name: job("study", configs=arms)}, scale=scale, measure=measure)
     table = rows(found, name).reindex(columns=["arm", "ms", "low_ms", "high_ms", "tokens_per_second", "mfu"])
@@ -205,8 +199,7 @@ def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
 
 
 def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per size and layer: times of forward, forward + backward and routing, the cost of a cap, and
-    memory."""
+    """Return a row per size and layer: time forward, with backward and of routing, the cost of a cap, and memory."""
     columns = {
         "forward, ms": (FORWARD, "ms"), "share of floor": (FORWARD, "share_of_floor"),
         "with backward, ms": (BOTH, "ms"), "its share": (BOTH, "share_of_floor"), "a cap adds": (BOTH, "over_uncapped"),
@@ -220,15 +213,14 @@ def by_layer(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def longer(auto: pd.DataFrame) -> str:
-    """Return where a run's default path takes longer than plain PyTorch, by more than 2%: "compiled, n 512, d 256: 1.84
-    times"."""
+    """Return where a run's default path is over 2% slower than plain PyTorch: "compiled, n 512, d 256: 1.84 times"."""
     most = auto[auto["ratio"] > 1.02].groupby(["mode", "n", "d_model"], sort=False)["ratio"].max().items()
     return "; ".join(f"{mode}, n {n:,}, d {d:,}: {ratio:.2f} times" for (mode, n, d), ratio in most) or "nowhere"
 
 
 def fastest(layers: pd.DataFrame) -> str:
-    """Return each size's fastest row of each router, forward and backward: "small: EC, triton (37%), top-2, grouped_mm
-    (23%)". In CUDA graphs only expert choice is timed, so they don't count."""
+    """Return each size's fastest row of each router, with backward: "small: EC, triton (37%), top-2, grouped_mm (23%)".
+    In CUDA graphs only expert choice is timed, so they don't count."""
     if "share_of_floor" not in layers:  # as none was timed
         return "nothing"
     both = layers[(layers["what"] == BOTH) & ~layers["layer"].eq("floor") & ~layers["mode"].eq(GRAPH)]
