@@ -136,22 +136,17 @@ class Evidence:
             other = self.right(part.b[0], part.of) if part.b else {s: [0.0] * len(tasks) for s, tasks in right.items()}
             pairs = [zip(right[seed], other[seed], strict=True) for seed in estimate.shared(right, other)]
             return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs])
-        # Of each arm: seed -> the sum of the part's signed terms, for seeds that have them all.
-        of_term = {(arm, column): pd.Series(self.values(arm, column)) for arm in part.arms for _, column in part.terms}
-        sums = {arm: sum(sign * of_term[arm, column] for sign, column in part.terms).dropna() for arm in part.arms}
-        a, b = ([sums[arm].to_dict() for arm in arms] for arms in (part.a, part.b))
+        # A row per seed, a column per arm: the sum of the part's signed terms.
+        sums = pd.DataFrame({arm: sum(s * pd.Series(self.values(arm, of)) for s, of in part.terms) for arm in part.arms})
         if part.how == "spread":
-            return estimate.spread_ratio(a[0].values(), b[0].values())
-        seeds = estimate.shared(*a, *b)
+            return estimate.spread_ratio(*(sums[arm].dropna() for arm in part.arms))
+        sums = sums.dropna().sort_index()
+        a, b = (sums[list(arms)].to_numpy() for arms in (part.a, part.b))
         if part.how == "difference":
-
-            def of_arms(arms: Sequence[Mapping[int, float]], seed: int) -> float:  # their mean, or the slope over them
-                values = [arm[seed] for arm in arms]
-                return estimate.slope(values, part.over) if part.over else float(np.mean(values))
-
-            pairs = ((of_arms(a, seed), of_arms(b, seed) if b else 0.0) for seed in seeds)
+            of_arms = partial(estimate.slope, over=part.over) if part.over else np.mean
+            pairs = ((of_arms(x), of_arms(y) if part.b else 0.0) for x, y in zip(a, b, strict=True))
             return estimate.of_values((x - y for x, y in pairs), part.unit)
         # The share of the steps at which a reaches b's loss; for "time", multiplied by the ratio of their step times.
         takes = self.step_time(part.a[-1], part.b[0]) if part.how == "time" else 1.0
-        shares = (estimate.share_of_steps([arm[seed] for arm in a], part.over, b[0][seed]) for seed in seeds)
+        shares = (estimate.share_of_steps(x, part.over, y) for x, (y,) in zip(a, b, strict=True))
         return estimate.of_values((takes * share for share in shares), Unit.RATIO)
