@@ -3,7 +3,7 @@
 import base64
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -137,7 +137,8 @@ class Evidence:
             pairs = [zip(right[seed], other[seed], strict=True) for seed in estimate.shared(right, other)]
             return estimate.crossed([[x - y for x, y in tasks] for tasks in pairs])
         # A row per seed, a column per arm: the sum of the part's signed terms.
-        sums = pd.DataFrame({arm: sum(s * pd.Series(self.values(arm, of)) for s, of in part.terms) for arm in part.arms})
+        of = {arm: sum(sign * pd.Series(self.values(arm, what)) for sign, what in part.terms) for arm in part.arms}
+        sums = pd.DataFrame(of)
         if part.how == "spread":
             return estimate.spread_ratio(*(sums[arm].dropna() for arm in part.arms))
         sums = sums.dropna().sort_index()

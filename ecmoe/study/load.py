@@ -141,6 +141,6 @@ def recorded(one: planning.Planned, scale: str) -> Result | None:
 
 def beside(study: Study, mine: Mapping[str, Any]) -> Study:
     """Return the study's arms and one more, "yours", with the first seed only; "yours" is trained now. mine: its RunConfig keys."""
-    arms = planning.arms_of(study.parameters, study.scale) | {"yours": mine}  # `vary` is applied already
+    arms = planning.arms_of(study.parameters) | {"yours": mine}  # `vary` is applied already
     asked = {"arms": arms, "vary": {}, "seeds": study.parameters["seeds"][:1], "train_missing": False}
     return load(study.page, study.parameters | asked, {*study.train, "yours"})

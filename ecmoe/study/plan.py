@@ -1,7 +1,6 @@
 """plan: list every run and measurement that the pages of a scale need, from YAML alone.
 
     configs/arms.yaml                      name of an arm -> the RunConfig keys in which it differs from the base
-    configs/scale/<scale>/arms.yaml        overrides of arms at a scale
     configs/<page>.yaml, configs/scale/... what a page needs: `arms`, `seeds`, `base`, `vary`, `measures`
 
 No notebook is run and torch isn't imported. engine.py carries the plan out, load.py reads the results.
@@ -24,7 +23,6 @@ from ecmoe.measures import MEASURES, Measurement, measurements
 from ecmoe.study.parameters import check_scale, held_to, merge_parameters, merged, parameter_files
 
 Keys = Mapping[str, Any]
-LISTED = "configs/arms.yaml names them all"
 # Keys that an arm may give as a fraction of the base's value -> multiple to round up to; 1: the result must be an integer.
 SHARES = {"steps": 1, "warmup_steps": 1, "batch_size": 1, "d_ff": 8}
 
@@ -106,7 +104,7 @@ def of_page(page: str, scale: str, changes: Keys | None = None) -> list[Planned]
             _check_list("seeds", seeds, int)
         for key, listed in (values.get("vary") or {}).items():
             _check_list(f"vary: {key}", listed)
-        arms = arms_of(values, scale)
+        arms = arms_of(values)
         wanted = _measures(values.get("measures") or {}, list(arms), seeds or ())
         made = [(arm, config_of(arm, {**values["base"], **arms[arm]}, seed)) for seed in seeds or () for arm in arms]
     except ConfigError as error:
@@ -139,22 +137,17 @@ def _check_list(name: str, value: Any, of: type = object) -> None:
             raise ConfigError(f"{name}={value!r} holds {item!r} twice: remove one")
 
 
-def arms_of(values: Keys, scale: str) -> dict[str, Keys]:
+def arms_of(values: Keys) -> dict[str, Keys]:
     """Return arm -> RunConfig keys for a page, one arm for each combination of the values in `vary`.
 
-    `arms` is a list of names, or a mapping name -> keys that defines new arms (no keys: the arm of that name).
-    configs/scale/<scale>/arms.yaml overrides keys of arms at a scale, such as their learning rate."""
-    asked, vary = values.get("arms"), values.get("vary") or {}
-    own = paths.configs() / "scale" / scale / "arms.yaml"
+    `arms` is a list of names, or a mapping name -> keys that defines new arms (no keys: the arm of that name)."""
+    asked, vary, found = values.get("arms"), values.get("vary") or {}, {}
     if asked is not None:
         _check_list("arms", asked, str)
-    changes, found = _arms_of(own) if own.exists() else {}, {}
-    if changes:
-        check_known("there is no arm", changes, named_arms(), LISTED)
     for name, keys in (asked if isinstance(asked, Mapping) else dict.fromkeys(asked or ())).items():
         if keys is not None and not isinstance(keys, Mapping):
             raise ConfigError(f"arm {name!r} must hold `key: value` lines, but holds {keys!r}")
-        keys = arm_keys(name, values["base"], changes) if keys is None else keys
+        keys = arm_keys(name, values["base"]) if keys is None else keys
         for chosen in product(*vary.values()):
             varied = dict(zip(vary, chosen, strict=True))
             words = (f", {key.replace('_', ' ')} {value}" for key, value in varied.items())
@@ -172,12 +165,11 @@ def _arms_of(path: Path) -> dict[str, dict[str, Any]]:
     return held_to(dict[str, dict[str, Any]], read_yaml(path, "arms"), str(path))
 
 
-def arm_keys(name: str, base: Keys, own: Mapping[str, Keys] | None = None) -> dict[str, Any]:
-    """Return the RunConfig keys of a named arm, without its seed: `base`, overridden by the arm, then by `own` (its scale's changes).
-    Raise a ConfigError for an unknown name, or a fraction that gives no integer."""
-    check_known("there is no arm", [name], named_arms(), LISTED)
-    changes = {**named_arms()[name], **(own or {}).get(name, {})}
-    return {**base, **{key: _share(name, key, value, base) for key, value in changes.items()}}
+def arm_keys(name: str, base: Keys) -> dict[str, Any]:
+    """Return the RunConfig keys of a named arm, without its seed: `base`, overridden by the arm. Raise a ConfigError for an
+    unknown name, or a fraction that gives no integer."""
+    check_known("there is no arm", [name], named_arms(), "configs/arms.yaml names them all")
+    return {**base, **{key: _share(name, key, value, base) for key, value in named_arms()[name].items()}}
 
 
 def _share(name: str, key: str, value: Any, base: Keys) -> Any:
