@@ -17,6 +17,7 @@ from ecmoe.routing.router import fast
 from ecmoe.routing.transport import transport
 
 REGULARIZATION, ITERATIONS = 0.001, 100  # of `dykstra`, as in the paper
+TOLERANCE = 1e-3  # how much a place of "feasible" may lose, as a share of the mean score of a plain top-k
 
 
 def capped_top_k(
@@ -64,11 +65,10 @@ def capped_top_k(
             filler = torch.arange(k, device=S.device) >= target[:, None, None]
             I = I.gather(2, S.gather(2, I).masked_fill(filler, -2.0).argsort(2, descending=True))
         else:
-            # In units of the mean score of a plain top-k.
             ranked = S.masked_fill(~valid[:, None], 0.0).sort(dim=2, descending=True).values
             inside = torch.arange(m, device=S.device) < target[:, None, None]
             unit = (ranked * inside).sum((1, 2), keepdim=True) / (e * target[:, None, None]).clamp_min(1)
-            X = transport(S, target, b, valid, unit, fixed=S.device.type != "cpu")
+            X = transport(S, target, b, valid, unit, TOLERANCE, S.device.type != "cpu")
             I = S.masked_fill(~X, -2.0).topk(k, dim=2).indices
     return scores.gather(2, I), I
 

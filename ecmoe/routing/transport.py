@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# First and last size of the jitter, as shares of the unit; the last one is what the objective may lose.
-JITTER_FIRST, JITTER_LAST = 0.3, 1e-3
+JITTER_FIRST = 0.3  # first size of the jitter, as a share of the unit; the last one is the tolerance
 PRICE_ROUNDS = 80
 SAMPLE, FULL_ROUNDS = 4096, 30  # sampled tokens in the first rounds; last rounds, with all tokens
 PATH_ROUNDS = 64  # 16 times as many, at most, if each round checks whether more are needed
@@ -24,15 +23,7 @@ CHUNK = 2**25  # numbers in memory at once
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiling would take minutes to unroll the rounds
-def transport(
-    S: Tensor,
-    target: Tensor,
-    b: int,
-    valid: Tensor,
-    unit: Tensor,
-    tolerance: float = JITTER_LAST,
-    fixed: bool = False,
-) -> Tensor:
+def transport(S: Tensor, target: Tensor, b: int, valid: Tensor, unit: Tensor, tolerance: float, fixed: bool) -> Tensor:
     """Return (g, e, m) bool: exactly `target` tokens per expert, at most b experts per valid token.
 
     Args:

@@ -31,15 +31,7 @@ StillOurs = Callable[[], None]
 Make = Callable[[Path, StillOurs], Result]
 
 
-def once(
-    config: Any,
-    make: Make,
-    *,
-    records: Path | None = None,
-    train: bool = True,
-    weights: bool = False,
-    progress: bool = True,
-) -> Result:
+def once(config: Any, make: Make, *, records: Path | None, train: bool, weights: bool, progress: bool) -> Result:
     """Return the result of a run: from `records`, from `runs/`, or by computing it now. Configs with the same name are
     the same run. Other arguments are as in `ecmoe.run_or_load`.
 

@@ -18,6 +18,10 @@ from ecmoe.training import run as training
 from ecmoe.training.result import not_run, read_record, read_run, write_run
 
 
+def once(config, make, **how):
+    return protocol.once(config, make, **{"records": None, "train": True, "weights": False, "progress": True} | how)
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_config, tmp_path_factory):
     """A finished run: its config, and a copy of its folder."""
@@ -100,7 +104,7 @@ def test_an_interrupted_run_says_so_where_it_can_be_continued(tiny_config, capsy
     config = tiny_config(seed=52)
     shutil.rmtree(paths.runs() / config.name, ignore_errors=True)
     with pytest.raises(type(how)) as ended:
-        protocol.once(config, make)
+        once(config, make)
     said = f"[{config.name}] interrupted: the same command continues from the last checkpoint\n"
     goes_on = kept and not isinstance(how, MemoryError)
     assert ended.value is how and capsys.readouterr().err == said * goes_on
@@ -265,12 +269,12 @@ def test_a_rank_that_follows_takes_what_is_done_and_waits_for_no_lock(run, monke
     config, made = run[0], []
     monkeypatch.setattr(protocol, "rank", lambda: 1)
     monkeypatch.setattr(protocol, "lock", lambda *_: pytest.fail("the first rank holds it"))
-    assert protocol.once(config, lambda *_: pytest.fail("made again")).ok
+    assert once(config, lambda *_: pytest.fail("made again")).ok
     other = config.replace(seed=97)
-    protocol.once(other, lambda folder, _: made.append(folder) or not_run(other))
+    once(other, lambda folder, _: made.append(folder) or not_run(other))
     assert made == [paths.runs() / other.name]
     (run[1] / "model.safetensors").unlink()
-    protocol.once(config, lambda folder, _: made.append(folder) or not_run(config), weights=True)
+    once(config, lambda folder, _: made.append(folder) or not_run(config), weights=True)
     assert made[1:] == [run[1] / "again"]
 
 
@@ -298,7 +302,7 @@ def test_what_was_made_again_and_did_not_finish_is_told_and_takes_no_place(run, 
         write_run(again, not_run(config).summary | {"status": status})
         return read_run(again)
 
-    assert protocol.once(config, end, weights=True).summary["status"] == status
+    assert once(config, end, weights=True).summary["status"] == status
     assert run_or_load(config, train=False).ok and read_run(folder).ok
 
 
@@ -312,7 +316,7 @@ def test_where_nothing_is_said_what_is_not_done_is_made_and_shown(monkeypatch, t
         write_run(folder, not_run(config).summary | {"status": next(ends)})
         return read_run(folder)
 
-    assert [protocol.once(config, make).summary["status"] for _ in range(3)] == ["stopped", "finished", "finished"]
+    assert [once(config, make).summary["status"] for _ in range(3)] == ["stopped", "finished", "finished"]
     assert told == [True, True]  # the third found what was done, though without weights
 
 
@@ -345,7 +349,7 @@ def test_a_failure_is_kept_until_a_try_succeeds_and_where_nothing_is_finished(ti
     assert read_run(run[1]).ok
     config = tiny_config(seed=96, steps=2)
     with pytest.raises(ZeroDivisionError):
-        protocol.once(config, lambda *_: 1 / 0)
+        once(config, lambda *_: 1 / 0)
     kept = run_or_load(config, train=False).summary
     assert kept["status"] == "failed" and kept["error"] == "ZeroDivisionError: division by zero"
     assert run_or_load(config, progress=False).ok
