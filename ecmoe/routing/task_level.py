@@ -14,9 +14,8 @@ class TaskLevel(Router):
     Args:
         d_model, num_experts: d, e.
         num_tasks: number of tasks, whose ids are 0 .. num_tasks - 1; a check of ids would wait for the device.
-        table: "learned": a score for every task and expert; the task's best expert serves it, with its softmax score as
-            gate (Kudugunta et al., section 3.2, with a task embedding in place of the token's); "fixed": expert
-            t modulo e serves task t, with gate 1.
+        table: "learned": a task has a score per expert; the best one serves it, with its softmax score as gate (section
+            3.2, with a task embedding in place of the token's); "fixed": expert t modulo e serves task t, with gate 1.
     """
 
     def __init__(self, d_model: int, num_experts: int, num_tasks: int, table: str = "learned") -> None:

@@ -13,9 +13,8 @@ def continue_text(run: str | Path, prompt: str, tokens: int, **sampling: object)
     """Return the prompt, a text of at least one token, and its continuation by a finished run (as in `find_run`), whose
     tokenised corpus must be in the cache, or its text available. tokens, sampling: as in `generate`.
 
-    Raises a FileNotFoundError if there is no such finished run; Damaged if a file of it differs from what was written;
-    a ValueError as `generate` does, or if the run isn't a language model, its router needs tasks, or the text here
-    isn't the one from which its vocabulary was learned."""
+    Raises a FileNotFoundError if there is no such finished run; Damaged if a file of it was changed; a ValueError as
+    `generate` does, or if the run isn't a language model, needs tasks, or learned its vocabulary from another text."""
     folder = find_run(run)
     model = load_model(folder)
     config = model.config

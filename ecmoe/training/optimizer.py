@@ -23,9 +23,8 @@ def build_optimizer(config: RunConfig, parameters: Iterable[Tensor], device: tor
 
 
 def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Return the learning rate at an optimiser step (the first is 0), as a fraction of the peak: a linear warm-up; then
-    constant, or the paper's inverse square root after `constant_steps`, or a linear decay to 0 over the last
-    `decay_fraction` of the steps."""
+    """Return the learning rate at a step, from 0 on, as a fraction of the peak: a linear warm-up; then constant, or the
+    paper's inverse square root after `constant_steps`, or a linear decay to 0 over the last `decay_fraction`."""
     done = step + 1
     warm = min(done / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     if config.schedule == "inverse_sqrt":

@@ -1,7 +1,6 @@
 """The ranks (processes) of one run: the rank of this process, and how to start the ranks outside torchrun.
 
-Rank variables in the environment are read under torchrun only. Those that a SLURM job, an MPI launcher or an earlier
-program left there say nothing about the run."""
+Rank variables in the environment are read under torchrun only: those of a SLURM job or an earlier program mislead."""
 
 import contextlib
 import os
@@ -25,8 +24,7 @@ def rank() -> int:
 
 
 def check_world(config: RunConfig) -> None:
-    """Raise a ConfigError if torchrun started more or fewer processes than the config says, or if the run needs several
-    nodes, which only torchrun can start."""
+    """Raise a ConfigError if torchrun started too many or too few processes, or didn't start a run on several nodes."""
     devices, nodes = config.devices, config.num_nodes
     start = f"--nproc-per-node={devices} -m ecmoe train CONFIG"
     if in_torchrun():

@@ -1,8 +1,7 @@
 """Results of runs: how they are stored, verified and loaded.
 
-A run folder holds `config.yaml`, `curve.csv`, `model.safetensors` and `summary.json`. The summary is
-written last, in one atomic step, and marks the run as done. A record is the small form of a run that
-is committed to the repository: one JSON file with summary and curve."""
+A run folder holds `config.yaml`, `curve.csv`, `model.safetensors` and `summary.json`, which is written last, in one
+atomic step, and marks the run as done. A record, which is committed, is one JSON file with summary and curve."""
 
 from __future__ import annotations
 

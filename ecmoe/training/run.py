@@ -111,8 +111,7 @@ def train_run(
     """Train a run, or resume it from the last checkpoint in `folder`; the summary, written last, says how it ended.
 
     still_ours: as in `once`. callbacks, loggers: Lightning's objects, no names. where: the run's slot on a GPU; None:
-    each of its `config.devices` ranks uses one GPU.
-    keep_weights: False: don't store the weights of the finished run."""
+    each of its ranks uses one GPU. keep_weights: False: don't store the weights of the finished run."""
     _share_compiled_code()
     made, leads, where = circumstances(), rank() == 0, where or Place()
     if leads:
@@ -229,8 +228,7 @@ def _share_compiled_code() -> None:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Skip the default values of parameters, which one thread would draw for seconds: `Trunk.initialize` draws them all.
-    Buffers, which it doesn't draw, keep theirs."""
+    """Skip the default values of parameters, but not of buffers: `Trunk.initialize` draws all parameters, faster."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
