@@ -101,12 +101,11 @@ def lines(
     named: bool = True,
     levels: Collection[str] = (),
 ) -> pd.DataFrame:
-    """Draw a line per arm, its mean and interval over seeds, with its name at its end. Return the numbers shown: `by`, x,
-    mean, low, high, seeds.
+    """Draw a line per arm, the mean and interval over seeds. Return the numbers shown: `by`, x, mean, low, high, seeds.
 
-    frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `over`. log: x
-    in powers of two. ticks_at_values: ticks and markers only at the values of x, each line a few points aside. shown: line
-    -> look. named: write the names."""
+    frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `over`. log: x in
+    powers of two. ticks_at_values: ticks and markers at the values of x only, and lines a few points apart. shown: line ->
+    look. named: write each line's name at its end."""
     frame = in_percent(frame, y).dropna(subset=[y])
     frame = frame[frame[x].notna() | frame[by].isin(levels)]
     shown = dict(shown or looks(frame[by]))
@@ -183,38 +182,28 @@ def name_ends(ax: Axes, ends: Mapping[str, float], shown: Mapping[str, Look]) ->
 
 
 def points(
-    ax: Axes,
-    frame: pd.DataFrame,
-    value: str,
-    order: Sequence[str],
-    pairs: tuple[str, Mapping[str, Look]] | None = None,
-    shown: Mapping[str, Look] | None = None,
+    ax: Axes, frame: pd.DataFrame, value: str, order: Sequence[str], shown: Mapping[str, Look], hue: str = "arm"
 ) -> pd.DataFrame:
-    """Draw a row per arm: a tick for each seed, the mean, and its interval. Return the numbers shown: arm (and the column of
-    `pairs`), mean, low, high, seeds.
+    """Draw a row per arm: a tick for each seed, mean and interval. Return what is shown: arm, `hue`, mean, low, high, seeds.
 
-    frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. pairs: a column whose values
-    are separate points in a row (without ticks), and value -> look. shown: arm -> look, as in a figure of more arms."""
-    there = in_percent(frame, value).dropna(subset=[value])
-    known = shown or looks(order)
-    hue, shown = pairs or ("arm", {arm: known[arm] for arm in order})
+    frame: a row per arm and seed. value: the column shown. order: arms from top to bottom. hue: a column whose values are
+    separate points in a row, without ticks. shown: value of `hue` -> look, in the order of the points."""
+    there, single = in_percent(frame, value).dropna(subset=[value]), hue == "arm"
     if len(there):
         common = {"data": there, "x": value, "y": "arm", "order": order, "ax": ax, "legend": False}
         common |= {"hue": hue, "hue_order": list(shown), "palette": [look.color for look in shown.values()]}
         markers = [MarkerStyle(look.marker, "none" if look.dashes else "full") for look in shown.values()]
-        if not pairs:
+        if single:
             sns.stripplot(**common, marker="|", size=9, linewidth=1.2, jitter=False, alpha=0.7)
-        sns.pointplot(**common, markers=markers, dodge=0.25 if pairs else False, errorbar=bounds, linestyle="none",
+        sns.pointplot(**common, markers=markers, dodge=False if single else 0.25, errorbar=bounds, linestyle="none",
                       markersize=7, linewidth=2)  # fmt: skip
     name_rows(ax, order, set(there["arm"]))
-    if pairs:
-        return over_seeds(there, ["arm", hue], value)
-    return over_seeds(there, ["arm"], value).set_index("arm").reindex(order).reset_index()
+    data = over_seeds(there, ["arm"] if single else ["arm", hue], value)
+    return data.set_index("arm").reindex(order).reset_index() if single else data
 
 
 def heat(ax: Axes, matrix: pd.DataFrame, form: str, low: float | None, top: float | None) -> None:
-    """Draw a heat map with a number in each cell; NaN cells are empty. low, top: range of the colours (None: that of the
-    numbers)."""
+    """Draw a heat map with a number in each cell, none where it is NaN. low, top: range of the colours; None: the numbers'."""
     look = {"cmap": "Blues", "annot_kws": {"fontsize": 9}, "cbar": False, "linewidths": 1, "linecolor": LINE}
     sns.heatmap(matrix, ax=ax, vmin=low, vmax=top, annot=True, fmt=form, **look)
     ax.set(xlabel="", ylabel="")

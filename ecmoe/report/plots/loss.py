@@ -24,8 +24,7 @@ def over(
     levels: Collection[str] = (),
     log: bool = True,
 ) -> Plot:
-    """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm,
-    intervals over seeds.
+    """Plot columns over "step" or "tokens", or over a setting with few values: a panel per column, a line per arm.
 
     frame: from `table.curves`, or a row per arm, seed and x. reference: an arm; the others are shown as differences from
     it, seed by seed, which makes small gaps visible. levels: arms with a single x or none, shown as horizontal lines for
@@ -84,7 +83,7 @@ def final_loss(
     order = list(means.sort_values(ascending=lowest_first, na_position="last").index)
 
     def draw(ax: Axes, table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        data = points(ax, table, column, order, shown=shown)
+        data = points(ax, table, column, order, {arm: shown[arm] for arm in order})
         if reference:
             ax.axvline(0, color=INK, linewidth=1)
         else:
@@ -106,7 +105,7 @@ def by_routing(frame: pd.DataFrame, value: str, panel: str, label: str) -> Plot:
     arms, there = list(dict.fromkeys(frame["arm"])), frame.dropna(subset=[value, panel])
 
     def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        data = points(ax, here, value, arms, ("routing", _ROUTINGS))
+        data = points(ax, here, value, arms, _ROUTINGS, hue="routing")
         ax.axvline(0, color=INK, linewidth=1)
         ax.locator_params(axis="x", nbins=4)
         ax.set_xlabel(label)

@@ -205,7 +205,8 @@ def test_names_that_are_too_close_leave_a_line_between_centres_and_more_where_th
 
 def test_points_are_rows_from_the_top_with_a_tick_for_each_seed(ax):
     frame = measured().query("num_experts == 1 or arm == 'level'")
-    data = draw.points(ax, frame, "dropped", order=["level", "b", "lost", "a"])
+    order = ["level", "b", "lost", "a"]
+    data = draw.points(ax, frame, "dropped", order, looks(order))
     assert data["arm"].tolist() == ["level", "b", "lost", "a"]
     assert data["mean"].fillna(0).tolist() == pytest.approx([40, 43, 0, 23])
     ticks = sorted(tuple(np.round(at, 6)) for marks in ax.collections for at in marks.get_offsets())
@@ -233,7 +234,8 @@ def test_points_are_rows_from_the_top_with_a_tick_for_each_seed(ax):
 def test_points_of_raw_gates_are_open(ax):
     rows = [(arm, seed, 4 + seed / 10) for arm in ("A raw", "A renormalized", "A scaled, 8 experts") for seed in (0, 1)]
     frame = pd.DataFrame(rows, columns=["arm", "seed", "val_loss"])
-    draw.points(ax, frame, "val_loss", list(frame["arm"].unique()))
+    arms = list(frame["arm"].unique())
+    draw.points(ax, frame, "val_loss", arms, looks(arms))
     means = [line for line in ax.get_lines() if line.get_marker() not in ("", "None", None)]
     assert [line.get_markerfacecolor() != "none" for line in means] == [False, True, False]
     assert means[0].get_markeredgecolor() == means[1].get_markerfacecolor() == looks(["A"])["A"].color
@@ -244,7 +246,7 @@ def test_points_of_two_kinds_stand_side_by_side(ax):
         [measured().assign(kind=kind, dropped=lambda rows, k=k: rows["dropped"] + k) for k, kind in enumerate("xy")]
     )
     pairs = {"x": Look("#0072b2", "o"), "y": Look("#d55e00", "D")}
-    data = draw.points(ax, frame.query("num_experts == 2"), "dropped", ["a", "b"], ("kind", pairs))
+    data = draw.points(ax, frame.query("num_experts == 2"), "dropped", ["a", "b"], pairs, hue="kind")
     assert data[["arm", "kind"]].values.tolist() == [["b", "x"], ["a", "x"], ["b", "y"], ["a", "y"]]
     assert data["mean"].tolist() == pytest.approx([44, 24, 144, 124]) and not ax.collections  # no seed has a tick
     means = {(to_hex(line.get_color()), line.get_marker()): line.get_ydata() for line in ax.get_lines() if len(line.get_xdata()) == 2
