@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,17 +81,13 @@ def execute(
         if cell.cell_type == "code":
             print(f"[{notebook.stem}] cell {cell_index + 1}/{total}", file=sys.stderr, flush=True)
 
-    def leave(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
     # The kernel communicates over Unix sockets, so that no port is open. They lie in this folder, because parallel kernels would
     # share Jupyter's default, the working folder; and in /tmp if possible, because a socket's path is limited to some 100 characters.
     place = "/tmp" if os.access("/tmp", os.W_OK) else None
     with ExitStack() as after, tempfile.TemporaryDirectory(prefix="ecmoe-", dir=place) as folder:
-        if threading.current_thread() is threading.main_thread():  # which alone may handle signals
-            # At SIGTERM, the kernel ends and its files are removed, as at Ctrl-C.
-            before = signal.signal(signal.SIGTERM, leave)
-            after.callback(signal.signal, signal.SIGTERM, before)
+        # At SIGTERM, the kernel ends and its files are removed, as at Ctrl-C.
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        after.callback(signal.signal, signal.SIGTERM, before)
         executed = Path(folder) / "executed.ipynb"
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:
