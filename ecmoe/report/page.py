@@ -39,9 +39,8 @@ def show(plot: Plot, caption: str) -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] = {}, fold: str = "") -> None:
-    """Show a table, or "Not run" if all values beyond its first column are missing. A sentence about intervals is added
-    to the caption if `difference` wrote any. Arguments as in `markup.table_html`; fold: a summary under which the table
-    is folded; "": the table is shown open."""
+    """Show a table, or "Not run" if all values beyond its first column are missing. If `difference` wrote intervals, the
+    caption says what they are. Arguments: as in `markup.table_html`; fold: if given, the summary of the folded table."""
     values = frame.iloc[:, 1:]
     if not fold and values.shape[1] and (values.isna() | values.eq(NOTHING)).all(axis=None):
         show_html(markup("not_run_yet", caption))
@@ -76,8 +75,7 @@ def show_text(tokens: Sequence[str], counts: Sequence[int], caption: str) -> Non
 
 
 def provenance(study: Study, differences: str = "") -> None:
-    """Show the provenance of a study's runs and measurements, and a page's differences from the paper; warn if code, device or data
-    differ among them."""
+    """Show the provenance of a study's runs and measurements, and differences from the paper; warn if code, device or data differ."""
     results = [r for by_arm in study.values() for r in by_arm]
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
@@ -107,10 +105,9 @@ def provenance(study: Study, differences: str = "") -> None:
     if not done:
         rows = {"not run": [f"any of {len(results)} runs"]}
     shown = {name: sorted(map(str, values)) for name, values in rows.items() if values}
-    # Commits may differ without changing any number: the digest of the code that determines the numbers counts, if known.
+    # Commits may differ without changing any number: the digest of the code that determines the numbers counts.
     passed = ("commit", "code") if linked else ("commit",)
     mixed = [name for name in same if name not in passed and len(shown.get(name, ())) > 1]
-    mixed += ["commit"] * ("unknown" in shown.get("code", ()) and len(shown.get("commit", ())) > 1)
     mixed += ["data"] * (len({d.get("digest") for d in data}) > 1)
     what = "runs and measurements" if any("measures" in s for s in measured) else "runs"
     warning = f"The {what} behind this page differ in {', '.join(mixed)}. " if mixed else ""

@@ -230,13 +230,6 @@ def test_provenance_names_what_differs_and_what_is_missing(shown):
     assert "1 of 3 runs" in text
     report.provenance(study(result(0, commit="def"), result(1, code="beef")))
     assert "differ in code." in shown[2]  # two commits whose code decides the same are no matter
-    old = [result(0), result(1, commit="def")]
-    for one in old:
-        del one.summary["code"]  # of which nothing else is known
-    report.provenance(study(*old))
-    assert "differ in commit." in shown.pop()
-    report.provenance(study(*old[:1]))
-    assert "Note:" not in shown.pop()  # alone it differs from nothing
     report.provenance(study(not_run(RunConfig())))
     report.provenance(study())
     assert [len(BeautifulSoup(page, "html.parser").select("details table")) for page in shown] == [1, 1, 1, 0, 0]
