@@ -1,3 +1,2 @@
-"""Benchmarks: the layer against its lower bound and other implementations, training steps, scaling, and a profile.
-
-None of them needs a trained model. Begin with layer.py; clock.py measures the times."""
+"""Benchmarks that need no trained model: the layer against its lower bound and other implementations, training steps,
+scaling, and a profile. Begin with layer.py; clock.py measures the times."""

@@ -1,7 +1,6 @@
 """Time a layer whose experts are spread over GPUs, against its floor: the six matrix products of a GPU's experts with
 tokens of all GPUs. Each GPU's process imports no more than the layer, as starting takes longer than measuring."""
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -24,13 +23,11 @@ from ecmoe.routers import bucket_size
 def bench_across(
     sizes: Mapping[str, Mapping[str, int]], devices: Sequence[int], *, repeats: int
 ) -> Iterator[pd.DataFrame]:
-    """Time expert-parallel layers on each number of GPUs.
+    """Time expert-parallel layers. Yield the table so far, after each size and number of GPUs: rows of forward and of
+    forward + backward, with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory;
+    `attrs["absent"]` lists what could not be timed.
 
-    sizes: name -> n (of a GPU), d_model, d_ff, num_experts. devices: numbers of GPUs. repeats: of each row.
-
-    Yields the table so far, after each size and number: a row per size, number and part (forward; forward + backward),
-    with milliseconds and quartiles, floor_ms, share_of_floor, and the first GPU's peak memory. `attrs["absent"]` lists
-    what could not be timed."""
+    sizes: name -> n (of a GPU), d_model, d_ff, num_experts. devices: numbers of GPUs. repeats: of each row."""
     rows, absent = [], []
     for name, many in product(sizes, devices):
         with TemporaryDirectory() as folder:
@@ -78,6 +75,6 @@ def of_this_rank(*, repeats: int, **sizes: int) -> pd.DataFrame:
     rows = []
     for what in (FORWARD, BOTH):
         row = {"devices": ranks, "what": what} | timing.spread(times["layer", what])
-        ms, peak = 1e3 * statistics.median(times["floor", what]), peaks["layer", what]
+        ms, peak = timing.spread(times["floor", what])["ms"], peaks["layer", what]
         rows.append(row | {"floor_ms": ms, "share_of_floor": ms / row["ms"], "peak_mb": peak and peak[1]})
     return timing.tabled(rows, [], {**sizes, "repeats": repeats})

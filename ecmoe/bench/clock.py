@@ -32,8 +32,7 @@ WARM_UP = {"cuda": 3, "cpu": 1}  # untimed calls for memory allocation, compilat
 
 
 class Timed(NamedTuple):
-    """Seconds of each repeat of each call; MB of GPU memory (before a call, peak during it), None on a CPU; and the
-    calls that failed, with the reason."""
+    """Seconds of each repeat of a call; MB of GPU memory before it and at its peak, None on a CPU; failed calls and why."""
 
     times: dict[Any, list[float]]
     memory: dict[Any, tuple[float, float] | None]

@@ -1,7 +1,5 @@
-"""Time of the expert choice layer as runs have it ("auto"), forward + backward, and of its floor (see layer.py), as one
-size grows and the others stay fixed."""
+"""Time of the layer that runs use ("auto"), forward + backward, and of its floor (layer.py), as one size grows alone."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +33,7 @@ def bench_growth(base: Mapping[str, Any], axes: Mapping[str, Sequence[float]], *
         absent += found.absent
         if len(found.times) == 2:
             row = {"axis": axis, "value": size[axis]} | timing.spread(found.times["layer",])
-            rows.append(row | {"floor_ms": 1e3 * statistics.median(found.times["floor",])})
+            rows.append(row | {"floor_ms": timing.spread(found.times["floor",])["ms"]})
     return timing.tabled(rows, absent, dict(base) | {"repeats": repeats})
 
 

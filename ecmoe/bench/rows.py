@@ -34,8 +34,7 @@ def sized(kind: str, given: Mapping[str, int], keys: Iterable[str] = tuple(SIZES
 
 
 class Row(NamedTuple):
-    """A layer ("floor", "EC-CF2", "top-2"), its variant, implementation (path), mode, and the part timed (what). The
-    path "plain" and the mode "eager" are left out of its text."""
+    """A layer ("floor", "EC-CF2", "top-2"), its variant, implementation (path), mode, and the part timed (what)."""
 
     layer: str
     variant: str = ""

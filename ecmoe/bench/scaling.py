@@ -30,9 +30,8 @@ def bench_scaling(
     This is weak scaling: twice the GPUs process twice the tokens, ideally in the same time.
 
     base: keys of RunConfig; batch_size is that of a rank. devices: numbers of devices, in the order of training.
-    strategies: as in RunConfig. pools: on several devices, which tokens compete: those of a rank ("rank"), or of all
-    ranks ("batch"). A router without the key `pool` is trained once. repeats: samples of `EVERY` steps, after one that
-    isn't counted.
+    strategies, pools: values of these keys on several devices; a router without the key `pool` is trained once.
+    repeats: samples of `EVERY` steps, after one that isn't counted.
 
     Yields the table so far, after each run: a row per strategy, pool and number of devices, with milliseconds of a step
     and quartiles, tokens per second, of_ideal (share of linear speed-up), and the first rank's peak memory. `attrs`
