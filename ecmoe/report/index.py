@@ -1,7 +1,5 @@
 """Write index.html of a scale: summary, number of claims per label, a line per claim, all pages, and a search over them.
-
-The search is a short script, the only one in any page, over texts that are part of index.html.
-"""
+The search is a short script, the only one in any page, over texts that are part of index.html."""
 
 import base64
 import hashlib

@@ -43,9 +43,8 @@ def page_html(
 ) -> str:
     """Return an executed notebook as an HTML page.
 
-    error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to neighbours; `source`,
-    the notebook's address; `footer`; `script`, the only one that the page may run, and `script_digest`, its SHA-256
-    in base64."""
+    error: as in `render`. parts: heading -> HTML that follows the cells. more: `ways`, links to neighbours; `source`, the
+    notebook's address; `footer`; `script`, the only one that may run, and `script_digest`, its SHA-256 in base64."""
     notebook.cells = [c for c in notebook.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for number, cell in enumerate(notebook.cells, 1):
         cell.page = {"number": number}

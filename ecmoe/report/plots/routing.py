@@ -15,8 +15,7 @@ from ecmoe.study.units import counted
 def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Plot:
     """Plot the share of tokens by the number of experts that processed them (C7): a stacked bar per arm.
 
-    table: a row per arm and seed with share_0 ... share_8; an arm's rows are averaged. paper: label -> share of the paper's
-    bar, shown below: {"3 or 4: 23%": .23}."""
+    table: a row per arm and seed with share_0 ... share_8. paper: label -> share of the paper's bar: {"3 or 4: 23%": .23}."""
     names = [*map(str, range(8)), "8+"]
     of_arm = table.groupby("arm", sort=False)[SHARES]
     data, seeds = (100 * of_arm.mean()).set_axis(names, axis=1), of_arm.count()[SHARES[0]]
@@ -45,8 +44,7 @@ def expert_shares(table: pd.DataFrame, paper: Mapping[str, float] | None = None)
 
 
 def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot:
-    """Plot the combine weights, tokens x experts, a panel per router (Fig. 1). weights: title -> (n, e) array or tensor, 0
-    where not routed. tokens: n labels."""
+    """Plot combine weights, a panel per router (Fig. 1). weights: title -> (n, e), 0 where not routed. tokens: n labels."""
 
     def draw(ax: Axes, w: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         taken = w > 0
@@ -64,8 +62,7 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
 def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, tasks: Sequence[str]) -> Plot:
     """Plot which expert the gates send each task's images to, and how related the tasks are.
 
-    confusion: (K, K) share of the row task's images sent to the column's expert. related: (K, K) relatedness of the row's task
-    to the column's. None: not run. tasks: K names."""
+    confusion: (K, K) share of a row's images sent to a column's expert. related: (K, K) relatedness. None: not run. tasks: K names."""
     what = "which expert the gates send a task's images to"
     if confusion is None or related is None:
         return panels(what, None, {}, 0)
