@@ -1,5 +1,4 @@
-"""`ecmoe bench`: take timings on this machine. ecmoe/bench/ holds the benchmarks, ecmoe/study/speed.py what the pages
-need."""
+"""`ecmoe bench`: take timings on this machine, by ecmoe/bench/; ecmoe/study/speed.py says which ones pages need."""
 
 import subprocess
 import sys

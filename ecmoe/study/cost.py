@@ -32,8 +32,7 @@ def hours(configs: Mapping[str, RunConfig], tokens: float | None = None, mfu: Ma
 
     tokens: number of training tokens; None: as in each config. mfu: name -> model FLOPs utilisation (MFU) of its own timed steps.
     All others get that of EC-CF2 in scale gpu's `bench_step`, on its best path; `ASSUMED_MFU` where nothing was timed."""
-    timed = kept("step", "gpu")["rows"]
-    rates = [row["mfu"] for row in timed if row["arm"] == "EC-CF2" and row.get("mfu")]
+    rates = [row["mfu"] for row in kept("step", "gpu")["rows"] if row["arm"] == "EC-CF2" and row.get("mfu")]
     usual = (max(rates), f"timed for {setting('gpu')[0]}") if rates else (ASSUMED_MFU, "assumed")
     rows = []
     for name, config in configs.items():

@@ -50,8 +50,7 @@ def jobs(
     scaling: dict[str, list[int | str] | dict[str, Any]] | None = None,
     **_: Any,
 ) -> dict[str, Job]:
-    """Return file name -> benchmark for all that the pages show of one GPU. Raise a ConfigError for an argument of the
-    wrong type.
+    """Return file name -> benchmark of all that pages show of one GPU. A ConfigError names an argument of a wrong type.
 
     layer_sizes: name -> arguments of `bench_layer`. step_sizes: of `bench_step` and `bench_profile`. growth_from,
     growth_axes: of `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which has repeats of its

@@ -16,7 +16,7 @@ import numpy as np
 
 from ecmoe.config import RunConfig
 from ecmoe.study import repeats, speed
-from ecmoe.study.estimate import Estimate, shared
+from ecmoe.study.estimate import Estimate
 from ecmoe.study.evidence import Evidence
 from ecmoe.study.plan import by_arm, sound
 from ecmoe.study.protocol import Claim, Part, find_claim, protocol
@@ -239,11 +239,8 @@ def _rests_on(family: Sequence[JudgedPart], evidence: Evidence) -> RestsOn:
 
 def _used(part: Part, evidence: Evidence) -> list[Mapping[str, Any]]:
     """Return the summaries of the runs that a part's estimate uses: of the seeds that all its arms have, measured."""
-    runs = [evidence.finished(arm) for arm in part.arms]
-    seeds = (
-        [seed for seed in shared(*runs) if all(evidence.complete(part, arm, seed) for arm in part.arms)] if runs else []
-    )
-    return [of_arm[seed] for of_arm in runs for seed in seeds]
+    finished = [(seed, run) for arm in part.arms for seed, run in evidence.finished(arm).items()]
+    return [run for seed, run in finished if all(evidence.complete(part, arm, seed) for arm in part.arms)]
 
 
 def label_of(part: Part, found: Estimate, level: float) -> str:
