@@ -161,7 +161,7 @@ def seeds_needed(spread: float, margin: float, *, level: float | None = None, po
     def decides(n: int) -> bool:
         critical, in_errors, df = _critical(level, n - 1), margin / (spread / math.sqrt(n)), n - 1
         error = chi(df, scale=df**-0.5)  # estimated standard error / true standard error
-        # If there is no difference: the probability that the whole interval lies within the margin, over all such estimates.
+        # Probability that the whole interval lies within the margin if there is no difference, integrated over the error's estimate.
         inside = lambda s: (2 * norm.cdf(in_errors - critical * s) - 1) * error.pdf(s)  # noqa: E731
         equal, _ = integrate.fixed_quad(inside, 0, min(in_errors / critical, error.ppf(1 - 1e-9)), n=200)
         return min(nct.sf(critical, df, in_errors), equal) >= power

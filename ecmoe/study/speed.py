@@ -54,7 +54,7 @@ def jobs(
 
     layer_sizes: name -> arguments of `bench_layer`. step_sizes: of `bench_step` and `bench_profile`. growth_from,
     growth_axes: of `bench_growth`. auto_sizes: of `bench_auto`. study_arms: of `bench_study`, which has repeats of its
-    own. compiled, repeats: of all others that take them. scaling: only its type is checked; see the function."""
+    own. compiled, repeats: of all others that take them. scaling: only checked here, see `scaling`."""
     _check_types(locals())
     usual = {"compiled": compiled, "repeats": repeats}
     found = {layer_file(name): job("layer", **usual | keys) for name, keys in layer_sizes.items()}
@@ -110,7 +110,7 @@ def scaling(scale: str) -> dict[str, Any]:
 
 
 def may(scale: str) -> bool:
-    """Return whether this machine may take the timings of a scale: any may those of smoke, one with CUDA all others."""
+    """Return whether this machine may take a scale's timings: any machine for smoke, one with CUDA for all others."""
     check_scale(scale)
     return scale == "smoke" or resolve_name("torch.cuda:is_available")()
 
