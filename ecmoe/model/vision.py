@@ -14,13 +14,9 @@ from ecmoe.config import RunConfig
 from ecmoe.model.transformer import Trunk
 
 
-def patchify(images: Tensor, size: int) -> Tensor:
-    """Split (B, C, H, W) images into (B, T, C P P) patches, row by row, each channel by channel (T = H W / P^2)."""
-    return F.pixel_unshuffle(images, size).flatten(2).transpose(1, 2).contiguous()
-
-
 class PatchEmbedding(nn.Module):
-    """(B, C, H, W) images in [0, 1] -> (B, T, d): a linear map of each patch plus a learned vector per position."""
+    """(B, C, H, W) images in [0, 1] -> (B, T, d): a linear map of each patch plus a learned vector per position.
+    Patches are taken row by row, each channel by channel (T = H W / P^2)."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -29,7 +25,8 @@ class PatchEmbedding(nn.Module):
         self.position = nn.Parameter(torch.empty(config.sequence_length, config.d_model))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.patch(patchify(2 * images - 1, self.size).to(self.position.dtype)) + self.position
+        patches = F.pixel_unshuffle(2 * images - 1, self.size).flatten(2).transpose(1, 2).contiguous()  # (B, T, C P P)
+        return self.patch(patches.to(self.position.dtype)) + self.position
 
 
 class VisionTransformer(Trunk):

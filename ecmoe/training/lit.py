@@ -183,7 +183,7 @@ class LitModel(L.LightningModule):
 
 
 class LitClassifier(LitModel):
-    """A classifier of images. A batch is (B, C, H, W) images in [0, 1], (B,) int64 classes; losses in nats per image."""
+    """An image classifier. A batch is (B, C, H, W) images in [0, 1], (B,) int64 classes; losses in nats per image."""
 
     def evaluate(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Return the loss, and the accuracy: the share of images whose class has the largest logit."""

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from ecmoe import load_model, paths, run_or_load
 from ecmoe.config import ConfigError, RunConfig
 from ecmoe.data.images import AugmentedBatches, ImageData, shifted
 from ecmoe.model.build import build_model, count_parameters, flops_per_token
-from ecmoe.model.vision import patchify
+from ecmoe.model.vision import PatchEmbedding
 from ecmoe.study.plan import config_class
 from ecmoe.study.table import table
 from ecmoe.training.recorder import Recorder
@@ -81,13 +82,15 @@ def test_error_names_key_value_and_remedy(digits, changes, named):
 # Model
 
 
-def test_patchify_is_a_loop_over_patches():
+def test_patches_are_those_of_a_loop():
+    embedding = PatchEmbedding(SimpleNamespace(patch_size=3, channels=4, d_model=36, sequence_length=30))
+    embedding.patch, embedding.position = torch.nn.Identity(), torch.nn.Parameter(torch.zeros(30, 36))
     x = torch.randn(2, 4, 15, 18)  # 5 x 6 patches
     places = [(r, c) for r in range(0, 15, 3) for c in range(0, 18, 3)]
     expected = torch.stack(
         [torch.stack([x[b, :, r : r + 3, c : c + 3].reshape(-1) for r, c in places]) for b in range(2)]
     )
-    assert torch.equal(patchify(x, 3), expected)
+    assert torch.equal(embedding(x), 2 * expected - 1)
 
 
 def test_attention_sees_all_patches_and_knows_their_places(digits):
