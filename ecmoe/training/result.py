@@ -108,7 +108,9 @@ def read_run(folder: str | Path, verified: Sequence[str] = ("config.yaml", "curv
     folder = Path(folder)
     summary = read_summary(folder)
     for name in verified:
-        verify(folder, name, summary)
+        said, path = summary.get("files", {}).get(name), place_of(folder, name)
+        if said is not None and (not path.exists() or sha256(path) != said):
+            raise Damaged(path, "its SHA-256 differs" if path.exists() else "it is missing")
     curve = pd.read_csv(path) if (path := place_of(folder, "curve.csv")).exists() else pd.DataFrame()
     return Result(summary, curve.reindex(columns=metrics.curve()).astype(float), folder)
 
@@ -137,13 +139,6 @@ def checked_weights(folder: Path) -> tuple[Path, dict[str, Any]]:
             f"no weights in {folder} (status: {status}): only finished runs have them, and records have none; {remedy}"
         )
     return path, read_run(folder, verified=FILES).summary
-
-
-def verify(folder: Path, name: str, summary: Mapping[str, Any]) -> None:
-    """Raise `Damaged` if a run folder's file is missing or its SHA-256 differs, according to the summary."""
-    said, path = summary.get("files", {}).get(name), place_of(folder, name)
-    if said is not None and (not path.exists() or sha256(path) != said):
-        raise Damaged(path, "its SHA-256 differs" if path.exists() else "it is missing")
 
 
 def _checked(summary: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -86,16 +86,17 @@ def test_a_file_that_was_made_again_is_taken_once_its_run_has_finished(tmp_path)
 
 def test_a_file_that_is_missing_and_one_that_differs_are_told_apart(tmp_path):
     for name in ("config.yaml", "curve.csv", "model.safetensors"):
-        said = {"files": {name: hashlib.sha256(b"a").hexdigest()}}
         (tmp_path / name).write_text("a")
-        results.verify(tmp_path, name, said)
+        results.write_run(tmp_path, make(RunConfig()).summary)
+        results.read_run(tmp_path, verified=[name])
         (tmp_path / name).write_text("b")
         with pytest.raises(Damaged, match=rf"{name} is damaged \(its SHA-256 differs\)"):
-            results.verify(tmp_path, name, said)
+            results.read_run(tmp_path, verified=[name])
         (tmp_path / name).unlink()
         with pytest.raises(Damaged, match=rf"{name} is damaged \(it is missing\)"):
-            results.verify(tmp_path, name, said)
-        results.verify(tmp_path, name, {})  # of which nothing was said
+            results.read_run(tmp_path, verified=[name])
+        results.write_run(tmp_path, make(RunConfig()).summary)  # which says nothing of it
+        results.read_run(tmp_path, verified=[name])
 
 
 def test_a_run_says_in_a_line_how_it_ended():
