@@ -190,10 +190,10 @@ def rows(found: Found, name: str) -> pd.DataFrame:
 
 def layers(found: Found, sizes: Sequence[str]) -> pd.DataFrame:
     """Return the rows of all layers, with size and name. A size that isn't measured is one empty row."""
-    tables = []
+    gap, tables = dict.fromkeys((*Row._fields, "name", "share_of_floor")), []
     for size in sizes:
         timed = [row | {"name": str(Row(*map(row.get, Row._fields[:4])))} for row in found[layer_file(size)]["rows"]]
-        tables.append(pd.DataFrame(timed or [dict.fromkeys((*Row._fields, "name"))]).assign(size=size))
+        tables.append(pd.DataFrame(timed or [gap]).assign(size=size))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -220,8 +220,6 @@ def longer(auto: pd.DataFrame) -> str:
 def fastest(layers: pd.DataFrame) -> str:
     """Return each size's fastest row of each router, with backward: "small: EC, triton (37%), top-2, grouped_mm (23%)".
     In CUDA graphs only expert choice is timed, so they don't count."""
-    if "share_of_floor" not in layers:  # as none was timed
-        return "nothing"
     both = layers[(layers["what"] == BOTH) & ~layers["layer"].eq("floor") & ~layers["mode"].eq(GRAPH)]
     both = both.dropna(subset=["share_of_floor"]).sort_values("share_of_floor", ascending=False)
     both = both.drop_duplicates(["size", "layer"]).sort_index()
