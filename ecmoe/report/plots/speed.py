@@ -15,13 +15,9 @@ _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
 
 
 def share_of_floor(layers: pd.DataFrame) -> Plot:
-    """Plot each layer's speed as a share of its floor's, forward and forward + backward; a panel per size. layers: from `speed.layers`.
-    Leaves out the paper's slow capping method (Dykstra), which tables show."""
-    columns = ["size", "layer", "variant", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
-    rows = layers.dropna(subset=["layer"]).reindex(columns=columns)
-    floor = rows["layer"].eq("floor") & rows["variant"].eq("")
-    aside = rows["variant"].astype(str).str.endswith("Dykstra")
-    rows = rows[~floor & ~aside & rows["what"].isin(_COLORS)]
+    """Plot each layer's speed as a share of its floor's, forward and forward + backward; a panel per size. layers: from `speed.layers`."""
+    columns = ["size", "name", "what", "ms", "share_of_floor", "low_ms", "high_ms"]
+    rows = layers.reindex(columns=columns)[layers["layer"].ne("floor") & layers["what"].isin(_COLORS)]
     rows = rows.assign(percent=100 * rows["share_of_floor"].astype(float))
     names, each = list(rows["name"].unique()), dict(iter(rows.groupby("size", sort=False)))
 

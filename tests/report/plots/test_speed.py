@@ -10,9 +10,9 @@ from ecmoe.report.plots import style
 from tests.report.plots.figures import drawn, legend, texts
 
 
-def test_shares_of_the_floor_leave_out_the_floor_and_a_slow_method():
+def test_shares_of_the_floor_leave_out_the_floor():
     rows = [("floor", "", "plain", "eager", 1.0), ("EC-CF2", "", "plain", "eager", 0.5), ("EC-CF2", "", "triton", "CUDA graph", 0.9),
-            ("floor", "in 8 bits", "plain", "eager", 1.5), ("EC-CAP2", "Dykstra", "plain", "eager", 0.1), ("top-2", "", "triton", "eager", 0.8)]  # fmt: skip
+            ("floor", "", "plain", "CUDA graph", 1.0), ("EC-CAP2", "cap 2", "plain", "eager", 0.1), ("top-2", "", "triton", "eager", 0.8)]  # fmt: skip
     each = [(*row, what) for row in rows for what in ("routing", "forward", "forward + backward")]
     frame = pd.DataFrame(each, columns=["layer", "variant", "path", "mode", "share_of_floor", "what"])
     frame = frame.assign(name=frame["layer"] + " " + frame["path"], ms=2.0, low_ms=1.0, high_ms=3.0)
@@ -23,14 +23,14 @@ def test_shares_of_the_floor_leave_out_the_floor_and_a_slow_method():
     ]
     plot = plots.share_of_floor(pd.concat(sizes))
     assert plot.alt.endswith(
-        "small: EC-CF2 plain 50%, EC-CF2 triton 90%, floor plain 150%, top-2 triton 80%. "
-        "large: EC-CF2 plain 25%, EC-CF2 triton 45%, floor plain 75%, top-2 triton 40%."
+        "small: EC-CF2 plain 50%, EC-CF2 triton 90%, EC-CAP2 plain 10%, top-2 triton 80%. "
+        "large: EC-CF2 plain 25%, EC-CF2 triton 45%, EC-CAP2 plain 5%, top-2 triton 40%."
     )
-    shares = {"EC-CF2 plain": 0.5, "EC-CF2 triton": 0.9, "floor plain": 1.5, "top-2 triton": 0.8}
+    shares = {"EC-CF2 plain": 0.5, "EC-CF2 triton": 0.9, "EC-CAP2 plain": 0.1, "top-2 triton": 0.8}
     left, right = plot.figure.axes
     marks = [line for line in left.get_lines() if line.get_marker() in ("o", "D") and len(line.get_xdata()) == 4]
     assert [(line.get_marker(), list(line.get_xdata())) for line in marks] == [
-        ("o", pytest.approx([45, 85, 145, 75])), ("D", pytest.approx([50, 90, 150, 80])),
+        ("o", pytest.approx([45, 85, 5, 75])), ("D", pytest.approx([50, 90, 10, 80])),
     ]  # fmt: skip
     assert [tick.get_text() for tick in left.get_yticklabels()] == list(shares)
     assert left.get_legend() is right.get_legend() is None and legend(plot) == [FORWARD, BOTH]
