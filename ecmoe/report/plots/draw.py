@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from ecmoe.model.metrics import METRICS
-from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, WIDTH, Look, PageFigure, Plot, looks, plain
+from ecmoe.report.plots.style import GREY, INK, LINE, PAPER, WIDTH, Look, PageFigure, Plot, plain
 from ecmoe.study.estimate import of_values
 from ecmoe.study.protocol import protocol
 
@@ -92,25 +92,23 @@ def lines(
     frame: pd.DataFrame,
     x: str,
     y: str,
+    shown: Mapping[str, Look],
     *,
     by: str = "arm",
     reference: str | None = None,
     log: bool = False,
     ticks_at_values: bool = False,
-    shown: Mapping[str, Look] | None = None,
     named: bool = True,
     levels: Collection[str] = (),
 ) -> pd.DataFrame:
     """Draw a line per arm, the mean and interval over seeds. Return the numbers shown: `by`, x, mean, low, high, seeds.
 
-    frame: a row per arm, seed and x. by: the column whose values are the lines. reference, levels: as in `over`. log: x in
-    powers of two. ticks_at_values: ticks and markers at the values of x only, and lines a few points apart. shown: line ->
-    look. named: write each line's name at its end."""
+    frame: a row per arm, seed and x. by: the column whose values are the lines. shown: line -> look, in their order.
+    reference, levels: as in `over`. log: x in powers of two. ticks_at_values: ticks and markers at the values of x only,
+    and lines a few points apart. named: write each line's name at its end."""
     frame = in_percent(frame, y).dropna(subset=[y])
     frame = frame[frame[x].notna() | frame[by].isin(levels)]
-    shown = dict(shown or looks(frame[by]))
-    if not ticks_at_values:
-        shown = {name: look._replace(marker="") for name, look in shown.items()}
+    shown = {name: look if ticks_at_values else look._replace(marker="") for name, look in shown.items()}
     if reference in set(frame[by]):
         frame = minus(frame, y, reference, ["seed", x]).dropna(subset=[y])
         shown[reference] = look = shown[reference]._replace(marker="")

@@ -42,8 +42,8 @@ def over(
 
     def draw(ax: Axes, column: str) -> tuple[pd.DataFrame, str]:
         named = column == columns[-1] and (len(arms) > 1 or len(columns) == 1)
-        data = lines(ax, there, x, column, reference=reference, levels=levels, log=setting and log, ticks_at_values=setting,
-                     shown=looks(arms), named=named)  # fmt: skip
+        data = lines(ax, there, x, column, looks(arms), reference=reference, levels=levels, log=setting and log,
+                     ticks_at_values=setting, named=named)  # fmt: skip
         if not reference:
             in_decades(ax, "y", column)
         if len(columns) > 1:
@@ -128,7 +128,7 @@ def retention(accuracies: pd.DataFrame) -> Plot:
 
     def draw(ax: Axes, here: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         ax.set_ylim(-3, 103)  # before the names, which stand where it ends
-        data = lines(ax, here, "after", "percent", by="task", ticks_at_values=True, shown=shown)
+        data = lines(ax, here, "after", "percent", shown, by="task", ticks_at_values=True)
         ax.set_xlabel("tasks learned")
         ends = data.groupby("task", sort=False)["mean"].agg(["first", "last"])
         return data, ", ".join(f"{task} {end['first']:.0f}% then {end['last']:.0f}%" for task, end in ends.iterrows())

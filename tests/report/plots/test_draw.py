@@ -81,9 +81,7 @@ def measured() -> pd.DataFrame:
 
 
 def test_lines_go_through_means_with_intervals_marks_and_names(ax):
-    data = draw.lines(
-        ax, measured(), "num_experts", "dropped", log=True, ticks_at_values=True, levels=["level"], shown=SHOWN
-    )
+    data = draw.lines(ax, measured(), "num_experts", "dropped", SHOWN, log=True, ticks_at_values=True, levels=["level"])
     means = {(arm, x): base + x + 2 for arm, base in (("a", 20), ("b", 40)) for x in (1, 2, 4)} | {("level", 8): 40.0}
     assert data[["arm", "num_experts", "mean"]].values.tolist() == [
         [*at, pytest.approx(mean)] for at, mean in means.items()
@@ -127,14 +125,14 @@ def test_lines_go_through_means_with_intervals_marks_and_names(ax):
 
 def test_a_level_of_raw_gates_is_dashed_like_other_lines_of_theirs(ax):
     raw = SHOWN | {"level": Look("#009e73", "^", (4, 2))}
-    draw.lines(ax, measured(), "num_experts", "dropped", ticks_at_values=True, levels=["level"], shown=raw)
+    draw.lines(ax, measured(), "num_experts", "dropped", raw, ticks_at_values=True, levels=["level"])
     (level,) = (line for line in ax.get_lines() if across(line))
     assert level.is_dashed() and level.get_marker() in ("", "None", None)
 
 
 def test_lines_stand_a_few_points_aside_so_that_no_interval_hides_another(ax):
     frame = pd.concat([measured().query("arm == 'a'").assign(arm=arm) for arm in "abc"])  # one and the same
-    draw.lines(ax, frame, "num_experts", "dropped", log=True, ticks_at_values=True)
+    draw.lines(ax, frame, "num_experts", "dropped", looks("abc"), log=True, ticks_at_values=True)
     point, at = ax.figure.dpi / 72, ax.transData.transform((2, 22))[0]
     lines = [line for line in ax.get_lines() if line.get_marker() not in ("None", None, "")]
     marks = [line.get_transform().transform(line.get_xydata()[1])[0] for line in lines]
@@ -146,9 +144,9 @@ def test_lines_stand_a_few_points_aside_so_that_no_interval_hides_another(ax):
 
 def test_several_levels_have_each_its_height(ax):
     frame = pd.concat([measured(), pd.DataFrame({"arm": "c", "seed": [0], "num_experts": 8, "dropped": 0.1})])
-    draw.lines(ax, frame, "num_experts", "dropped", ticks_at_values=True, levels=["c", "level", "not run"])
-    heights = {line.get_color(): line.get_ydata()[0] for line in ax.get_lines() if across(line)}
     look = looks(["b", "a", "level", "c"])
+    draw.lines(ax, frame, "num_experts", "dropped", look, ticks_at_values=True, levels=["c", "level", "not run"])
+    heights = {line.get_color(): line.get_ydata()[0] for line in ax.get_lines() if across(line)}
     assert heights == {look["c"].color: pytest.approx(10.0), look["level"].color: pytest.approx(40.0)}
     assert ax.get_xticks().tolist() == [1, 2, 4] and set(named(ax)) == {"a", "b", "c", "level"}
     marks = [line.get_marker() for line in ax.figure.artists if line.get_color() in heights]
@@ -157,7 +155,7 @@ def test_several_levels_have_each_its_height(ax):
 
 def test_lines_of_steps_are_bands_and_may_be_differences(ax):
     frame = measured().assign(step=lambda rows: 5000 * rows["num_experts"])
-    data = draw.lines(ax, frame, "step", "dropped", reference="a", shown=SHOWN)
+    data = draw.lines(ax, frame, "step", "dropped", SHOWN, reference="a")
     assert data["arm"].unique().tolist() == ["b"] and data["mean"].tolist() == pytest.approx([20.0] * 3)
     zero, line = ax.get_lines()
     assert list(zero.get_ydata()) == [0, 0] and not zero.is_dashed() and line.is_dashed()
@@ -171,11 +169,11 @@ def test_lines_of_steps_are_bands_and_may_be_differences(ax):
         (SHOWN["b"].color, ""),
     ]
     ax.clear()
-    draw.lines(ax, frame, "step", "dropped", named=False)
-    first, second, _ = ax.get_lines()  # each in its own look, in the order of the frame
-    assert [first.get_color(), second.get_color()] == [looks(["b", "a", "level"])[arm].color for arm in "ba"]
+    draw.lines(ax, frame, "step", "dropped", {arm: SHOWN[arm] for arm in ("b", "a", "level")}, named=False)
+    first, second, _ = ax.get_lines()  # each in its own look, in their order
+    assert [first.get_color(), second.get_color()] == [SHOWN[arm].color for arm in "ba"]
     assert not ax.texts and ax.yaxis.get_major_formatter()(15_000.0) != "15k"
-    assert draw.lines(ax, frame[:0], "step", "dropped").empty
+    assert draw.lines(ax, frame[:0], "step", "dropped", {}).empty
 
 
 def test_names_keep_their_place_where_there_is_room(ax):
