@@ -127,12 +127,10 @@ class Claim(Held):
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The arms of all parts, each once."""
         return tuple(dict.fromkeys(arm for part in self.parts for arm in part.arms))
 
     @property
     def timed(self) -> bool:
-        """Whether the verdict depends on timings."""
         return any(part.how in ("time", "bench") for part in self.parts)
 
     def runs(self, scale: str, planned: Sequence[Planned]) -> dict[str, dict[int, Planned]]:

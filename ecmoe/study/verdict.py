@@ -109,7 +109,6 @@ class ClaimVerdict:
 
     @property
     def deciding(self) -> tuple[JudgedPart, ...]:
-        """The parts that determine the label."""
         return tuple(part for part in self.parts if part.decides)
 
     @property
