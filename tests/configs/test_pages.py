@@ -12,7 +12,7 @@ from ecmoe.measures import MEASURES
 from ecmoe.routers import ROUTERS
 from ecmoe.study import plan
 from ecmoe.study.parameters import merge_parameters
-from tests.configs.rows import CENTRE, SCALES, STUDIES, arms, every_study, notebook, quoted, scale_of, values
+from tests.configs.rows import CENTRE, CLAIMS, SCALES, STUDIES, arms, every_study, notebook, quoted, scale_of, values
 from tests.report.notebooks import declared
 
 
@@ -27,6 +27,12 @@ def test_what_a_notebook_names_is_on_its_page(page, scale):
     assert quoted(page) & set(plan.named_arms()) <= set(rows["arms"])
     assert quoted(page) & set(MEASURES) == set(rows.get("measures") or ())
     assert len(arms(page, scale)) > 1  # to compare
+
+
+def test_every_claim_is_on_its_page():
+    """Else the index sends readers to a page that says nothing of it."""
+    for claim in CLAIMS:
+        assert claim.id in quoted(claim.page), f"{claim.page} must name {claim.id} in page.answer and page.judged"
 
 
 def test_a_page_that_trains_nothing_reads_what_its_notebook_declares():
