@@ -311,6 +311,8 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ConfigError(f"{field.name}={shown} is too large: must be at most {LARGEST}")
     if float in allowed and type(value) is int:
         value = float(value)
+    if isinstance(value, str) and len(value) > 4000:  # such as a text in place of its path
+        raise ConfigError(f"{field.name}={value[:40]!r}...: has {len(value)} characters; at most 4000 are allowed")
     if isinstance(value, str) and not value.isascii() and value != value.encode(errors="ignore").decode():
         raise ConfigError(f"{field.name}={ascii(value)}: is not valid UTF-8: rename the file, or leave it out")
     if type(value) not in allowed:
