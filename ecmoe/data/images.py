@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import lzma
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,7 +54,8 @@ def load(data: str) -> Images:
     images:PATH is a folder with a sub-folder of image files per class (optionally below train and test), or with
     NAME_{train,test}.jpgs.xz, concatenated JPEGs, and NAME_{train,test}.idx.xz, a line `offset length label` for each."""
     data, content = paths.plain(data), paths.with_content(data)
-    if data not in paths.IMAGES and not (folder := paths.resolve(data.removeprefix(paths.IMAGES_PREFIX))).is_dir():
+    folder = paths.resolve(data.removeprefix(paths.IMAGES_PREFIX))
+    if data not in paths.IMAGES and not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise ConfigError(f"data={data!r}: {folder} isn't a folder; it must hold a sub-folder of image files per class, "
                           "or NAME_train.jpgs.xz and its companion files")  # fmt: skip
     paths.check_content(content)

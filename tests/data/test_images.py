@@ -285,6 +285,7 @@ def test_a_folder_of_training_images_alone_holds_some_out(tmp_path):
     [
         ("digit", ["data='digit'", "isn't a folder"]),
         ("images:nowhere", ["data='images:nowhere'", "isn't a folder", "sub-folder"]),
+        (f"images:{300 * 'a'}", ["data='images:aaaa", "isn't a folder"]),  # longer than a file's name may be
     ],
 )
 def test_error_names_key_value_and_remedy(data, named):
