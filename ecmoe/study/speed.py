@@ -223,7 +223,7 @@ def fastest(layers: pd.DataFrame) -> str:
     both = layers[(layers["what"] == BOTH) & ~layers["layer"].eq("floor") & ~layers["mode"].eq(GRAPH)]
     both = both.dropna(subset=["share_of_floor"]).sort_values("share_of_floor", ascending=False)
     both = both.drop_duplicates(["size", "layer"]).sort_index()
-    said = both["name"] + both["share_of_floor"].map(" ({:.0%})".format)
+    said = both["name"] + both["share_of_floor"].map(" ({:.0%})".format).astype(str)
     return "; ".join(f"{size}: {', '.join(each)}" for size, each in said.groupby(both["size"], sort=False)) or "nothing"
 
 

@@ -297,7 +297,8 @@ def test_of_each_router_the_fastest_row_with_backward_counts_but_for_graphs_that
     files = {"layer-b": {"rows": timed[::-1]}, "layer-a": {"rows": timed[:2]}, "layer-c": speed.NOTHING}
     layers = speed.layers(files, ["b", "a", "c"])
     assert speed.fastest(layers) == "b: top-2, grouped (88%), EC, compiled (62%); a: EC (50%)"
-    assert speed.fastest(layers[layers["size"] == "c"]) == "nothing"
+    floor_alone = speed.layers({"layer-a": {"rows": timed[:1]}}, ["a"])
+    assert speed.fastest(layers[layers["size"] == "c"]) == speed.fastest(floor_alone) == "nothing"
 
 
 def test_a_gpu_page_without_a_gpu_has_gaps(own_home):
