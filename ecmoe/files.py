@@ -61,7 +61,8 @@ def check_known(what: str, names: Iterable[object], known: Collection[object], l
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, renamed to `path` if the block succeeds, else deleted. Of concurrent writers the last to finish wins."""
+    """Yield a temporary path, renamed to `path` if the block succeeds, else deleted. Of concurrent writers the last to finish wins.
+    The OSError of a full disk names the file and the remedy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never share it
     try:

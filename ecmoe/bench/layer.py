@@ -3,8 +3,8 @@
 The floor is two products forward and four backward, on (e, k, d) x (e, d, f) with k = n c / e: no layer with these
 experts can be faster. A share of 0.7 means that the layer, including routing, takes 1/0.7 of the floor's time. All rows
 are timed in one run, in turns (clock.py), on the same random data; times are medians. Routing is timed alone, too. On a
-GPU with Triton, so are the kernels, also in a CUDA graph, beside the floor in one: a GPU that launches don't keep waiting
-runs at lower clock rates. tests/kernels checks the kernels' accuracy.
+GPU with Triton, so are the kernels, also in a CUDA graph. A graph's floor is timed in a graph, too, because a GPU that
+never waits for launches runs at lower clock rates. tests/kernels checks the kernels' accuracy.
 """
 
 import statistics
@@ -36,10 +36,10 @@ def bench_layer(
     capacity_factor: c; token choice gets the same number of slots. repeats: of each row, at least 2. compiled: also
     time with torch.compile. sizes: n, d_model, d_ff, num_experts; default: the device's in `SIZES`.
 
-    Returns a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's; of
-    CUDA graphs, both in one), TFLOP/s, and on a GPU a call's peak memory above that before it. of_forward_floor: time of
-    routing alone (scores to assignment) over the forward floor's. over_uncapped: relative extra time due to a cap, on the same path. `attrs`
-    contain the setting, and in `absent` what could not be timed, and why."""
+    Returns a row per `Row`: its fields, milliseconds with quartiles, share_of_floor (the floor's time over the row's; if the
+    row is of a CUDA graph, of the floor in a graph), TFLOP/s, and on a GPU a call's peak memory above that before it.
+    of_forward_floor: time of routing alone (scores to assignment) over the forward floor's. over_uncapped: relative extra
+    time due to a cap, on the same path. `attrs` contain the setting, and in `absent` what could not be timed, and why."""
     size = sized(timing.this_device().type, sizes, OF_LAYER) | {"capacity_factor": capacity_factor}
     k = bucket_size(size["n"], size["num_experts"], capacity_factor)  # raises before any time is spent
     first, x, gradient = layer_and_input(**size)

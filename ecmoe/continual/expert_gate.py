@@ -105,8 +105,9 @@ class ExpertGate(nn.Module):
 
 
 def without_forgetting(expert: Any, old_head: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Loss of learning without forgetting (Li and Hoiem 2016): the new task's, and distillation of the old expert. batch: images,
-    classes, and the old expert's probabilities of its classes for these images, at LWF_TEMPERATURE."""
+    """Loss of learning without forgetting (Li and Hoiem 2016): the new task's, and distillation of the old expert.
+
+    batch: images, classes, and the old expert's probabilities of its classes for these images, at LWF_TEMPERATURE."""
     x, y, soft = batch
     h = expert.features(x)
     return F.cross_entropy(expert.head(h), y) + F.cross_entropy(old_head(h) / LWF_TEMPERATURE, soft)

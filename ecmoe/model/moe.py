@@ -63,7 +63,7 @@ class MoE(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, d_model, d_ff))
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
-        self.exchange: Any = None  # `experts`, if other ranks hold some (see `share_experts`)
+        self.exchange: Any = None  # computes `experts` if other ranks hold some (see `share_experts`)
         self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients (see `_keep`)
         self.load = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
         self.demand = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)

@@ -27,7 +27,8 @@ class TokenChoice(Router):
             (GShard), or "score": tokens with the largest top score (V-MoE's batch priority, Riquelme et al. 2021).
         aux_loss_weight: weight of the balance loss. z_loss_weight: weight of the router z-loss (ST-MoE).
         balance: "switch" (loss over all choices), "first_choice" (GShard: over first choices), "importance_load"
-            (V-MoE), "bias" (Wang et al. 2024: no loss; bias_rate x the sign of the load error moves a bias), "none".
+            (V-MoE), "bias" (Wang et al. 2024: no loss; the sign of the load error moves a bias on the choice), "none".
+        bias_rate: change of that bias per step.
 
     >>> switch = TokenChoice(d_model=16, num_experts=4, top_k=1, capacity_factor=1.25)
     >>> switch.assign(torch.randn(16, 4)).token.shape  # ceil(1.25 x 1 x 16 / 4) slots

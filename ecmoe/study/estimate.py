@@ -72,7 +72,8 @@ class Estimate:
 
 
 class Spread(Estimate):
-    """The ratio of two standard deviations, with the F distribution's interval. errors: of each arm. n: of the smaller."""
+    """The ratio of two standard deviations, with the F distribution's interval. errors: as of each arm's mean.
+    n: the smaller number of values."""
 
     @property
     def sample(self) -> str:

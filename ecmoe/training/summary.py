@@ -27,7 +27,7 @@ def summarize(
     sharing: int = 1,
 ) -> dict[str, Any]:
     """Return the summary of a run that ended with `status` after the last row of `curve`. Validation results are NaN
-    unless it finished. data: the run's `RunData`. made: its `circumstances`. sharing: runs on its device, with it."""
+    unless it finished. data: the run's `RunData`. made: its `circumstances`. sharing: runs on its device, itself included."""
     last = curve.iloc[-1].to_dict() if len(curve) else {}
     valid = last if status == "finished" else {}
     losses = {key: valid.get(key, math.nan) for key in metrics.results() if key in metrics.curve()}

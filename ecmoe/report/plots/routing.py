@@ -62,7 +62,8 @@ def routing_matrix(weights: Mapping[str, object], tokens: Sequence[str]) -> Plot
 def gate_choices(confusion: pd.DataFrame | None, related: pd.DataFrame | None, tasks: Sequence[str]) -> Plot:
     """Plot which expert the gates send each task's images to, and how related the tasks are.
 
-    confusion: (K, K) share of a row's images sent to a column's expert. related: (K, K) relatedness. None: not run. tasks: K names."""
+    confusion: (K, K) share of a row's images sent to a column's expert. related: (K, K) relatedness of a row's task to a column's.
+    None: not run. tasks: K names."""
     what = "which expert the gates send a task's images to"
     if confusion is None or related is None:
         return panels(what, None, {}, 0)
