@@ -17,7 +17,7 @@ from ecmoe.routing.router import fast
 from ecmoe.routing.transport import transport
 
 REGULARIZATION, ITERATIONS = 0.001, 100  # of `dykstra`, as in the paper
-TOLERANCE = 1e-3  # how much a place of "feasible" may lose, as a share of the mean score of a plain top-k
+TOLERANCE = 1e-3  # "feasible" may lose this much per place, as a share of the mean score of a plain top-k
 
 
 def capped_top_k(

@@ -19,8 +19,8 @@ class DDP(DDPStrategy):
     """Strategy that keeps a copy of the model on each rank, and averages gradients, sent as dtype `narrow` (None: their
     own), before they are clipped. In a callback's `on_after_backward`, experts' may not be averaged yet.
 
-    PyTorch's DDP copies every gradient into a bucket, and the bucket into the tensor that is sent. Those of experts are
-    large enough to be sent alone, each as soon as it has been computed, which saves two passes over memory."""
+    PyTorch's DDP copies every gradient into a bucket, and the bucket into the tensor that is sent. An expert's gradient
+    is large enough to be sent alone, as soon as it has been computed, which saves two passes over memory."""
 
     def __init__(self, config: RunConfig, narrow: torch.dtype | None, **keys: Any) -> None:
         # Dynamo would split compiled blocks at bucket boundaries; blocks are small enough to stay whole.
