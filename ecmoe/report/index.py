@@ -80,7 +80,8 @@ def scoreboard_html(scale: str, verdicts: Verdicts, pages: Mapping[str, str]) ->
 def caption() -> str:
     """Return the caption of `effects`."""
     return (
-        "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's figure is to be met, 0 is that figure. "
+        "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's "
+        "figure is to be met, 0 is that figure. "
         "An open mark shows why a part left of 0 still holds in direction. "
         f"Bars are confidence intervals, jointly {100 * protocol().level:g}% for the parts of a claim."
     )

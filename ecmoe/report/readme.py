@@ -37,7 +37,10 @@ def sections(scale: str) -> tuple[dict[str, str], dict[str, Plot]]:
     """Return two mappings: part ("evidence", "claims", "speed") -> its Markdown, and image file -> its figure."""
     verdicts, plan, plots = judge_all(scale), speed.plan(scale), {}
     timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))
-    of_layer = f"Speed of the layer, including routing, relative to its matrix products alone, on {speed.taken(timed, speed.layer_file(size))}. *triton* is this package's GPU path; rows without it are plain PyTorch."
+    of_layer = (
+        "Speed of the layer, including routing, relative to its matrix products alone, on "
+        f"{speed.taken(timed, speed.layer_file(size))}. *triton* is this package's GPU path; rows without it are plain PyTorch."
+    )
     pictures = {
         "evidence": (effects(verdicts), caption()),
         "speed": (share_of_floor(speed.layers(timed, [size])), of_layer),
