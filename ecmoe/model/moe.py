@@ -151,7 +151,8 @@ class MoE(nn.Module):
             if given.is_floating_point():
                 raise ValueError(f"{name} is of {given.dtype}: must hold whole numbers")
             if given.shape != shape and (name != "task_ids" or given.shape != shape[:1]):
-                right = f"must be {tuple(shape)}, as x is {tuple(x.shape)}"
+                of_sequences = f" or {tuple(shape[:1])}" if name == "task_ids" and len(shape) == 2 else ""
+                right = f"must be {tuple(shape)}{of_sequences}, as x is {tuple(x.shape)}"
                 raise ValueError(f"{name} has shape {tuple(given.shape)}: {right}")
 
     def _keep(self, aux_loss: Tensor | None) -> None:

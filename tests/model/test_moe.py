@@ -291,7 +291,7 @@ def test_what_a_pass_has_counted_is_no_state_of_the_layer():
     ("given", "message"),
     [
         ({"token_ids": torch.arange(5)}, r"token_ids has shape \(5,\): must be \(2, 5\), as x is \(2, 5, "),
-        ({"task_ids": torch.zeros(2, 1, dtype=torch.long)}, r"task_ids has shape \(2, 1\)"),
+        ({"task_ids": torch.zeros(2, 1, dtype=torch.long)}, r"task_ids has shape \(2, 1\): must be \(2, 5\) or \(2,\)"),
         ({"mask": torch.ones(10, dtype=torch.bool)}, r"mask has shape \(10,\)"),
         ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask has shape \(2,\)"),  # tasks alone may be of sequences
         ({"token_ids": torch.zeros(2, dtype=torch.long)}, r"token_ids has shape \(2,\)"),
