@@ -114,8 +114,9 @@ def provenance(study: Study, differences: str = "") -> None:
     # At other scales, code changes while the evidence grows, and repeats show whether it computes the same.
     if study.scale == "smoke" and any(map(by_other_code, done)):
         warning += "Other code than this has trained runs of this page: delete runs/ and reports/smoke/{runs,measures} to train them again."
-    keys = ("name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
-    took = pd.DataFrame([{key: r.summary.get(key) for key in keys} for r in results if r.ok], columns=keys)
+    keys = ("arm", "name", "seconds", "tokens", "tokens_per_second", "sharing", "device", "commit")
+    ended = [{**r.summary, "arm": arm} for arm, by_arm in study.items() for r in by_arm if r.ok]
+    took = pd.DataFrame(ended, columns=keys)
     took = took.fillna({"sharing": 1}).rename(columns=lambda key: key.replace("tokens", word))
     costs = table_html(took if took["sharing"].ne(1).any() else took.drop(columns="sharing")) if done else ""
     show_html(markup("provenance", shown, differences, warning.strip(), word, costs))

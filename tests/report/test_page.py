@@ -306,9 +306,9 @@ def test_provenance_has_all_that_numbers_come_from(shown):
     assert "Ours is <b>smaller</b>." in page.text and "differ in versions, data." in page.text
     cells = [[cell.text for cell in row.find_all(["th", "td"])] for row in page.details.table.find_all("tr")]
     assert cells == [
-        ["name", "seconds", "tokens", "tokens per second", "device", "commit"],
-        [runs[0].summary["name"], "300", "1,000", "2.500", "CPU", "abc"],
-        [runs[1].summary["name"], "3", "2,500", "–", "CPU", "abc"],
+        ["arm", "name", "seconds", "tokens", "tokens per second", "device", "commit"],
+        ["an arm", runs[0].summary["name"], "300", "1,000", "2.500", "CPU", "abc"],
+        ["an arm", runs[1].summary["name"], "3", "2,500", "–", "CPU", "abc"],
     ]
 
 
@@ -321,8 +321,8 @@ def test_provenance_of_models_of_images_counts_patches(shown):
     page = BeautifulSoup(shown[0], "html.parser")
     assert page.find("th", string="patches trained on").find_next("td").text == "3,500"
     heads = [cell.text for cell in page.details.table.thead.find_all("th")]
-    assert heads[2:4] == ["patches", "patches per second"] and "token" not in page.text
-    assert page.details.summary.text == "seconds and patches of each run"
+    assert heads[3:5] == ["patches", "patches per second"] and "token" not in page.text
+    assert page.details.summary.text == "name, seconds and patches of each run"
 
 
 def test_provenance_says_where_runs_shared_a_device(shown):
