@@ -123,7 +123,7 @@ def again(
 
 
 def generate(
-    run: Annotated[str, typer.Argument(help="a finished run: its folder, its name, or a unique prefix")],
+    run: Annotated[str, typer.Argument(help="a finished run in runs/: its folder, its name, or a unique prefix")],
     prompt: Annotated[str, typer.Argument(help="the text to continue")],
     tokens: Annotated[int, typer.Option(min=1, help="number of tokens to add")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token")] = 1.0,
