@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import struct
 
 import pytest
@@ -211,6 +212,12 @@ def test_padding_follows_the_tokens(router):
     torch.testing.assert_close(padded[:, :8], model(tokens))
     with pytest.raises(ValueError, match="mask has padding before a token"):
         model(ids(), mask=mask.flip(0).expand(2, 12))
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 2, 12)])
+def test_ids_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"^token_ids has shape {re.escape(str(shape))}: must be \(B, T\)$"):
+        build_model(SMALL)(torch.zeros(shape, dtype=torch.long))
 
 
 def test_flops_count_the_output_layer_and_attention():
