@@ -1,6 +1,8 @@
 """Scaling: rates of short runs, against as many times one device's; one model on one device and on two."""
 
 import json
+import random
+import string
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -123,6 +125,7 @@ def test_the_command_passes_on_what_it_is_asked_for(only, there, tmp_path, monke
     for module, name, bench in ((scaling, "scaling", each), (across, "across", each), (scaling, "losses", one)):
         monkeypatch.setattr(module, f"bench_{name}", partial(bench, name))
     monkeypatch.setattr(speed, "scaling", lambda scale: scales.append(scale) or dict(asked))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # which may ask for the number of devices
     monkeypatch.setattr("torch.cuda.device_count", lambda: there)
     monkeypatch.setattr(speed, "may", lambda scale: bool(there) or scale == "smoke")
     words = "--strategy fsdp2 --strategy ep --pool batch".split()
@@ -220,8 +223,13 @@ def test_the_difference_is_of_several_less_that_of_one_on_the_same_batch(tiny_co
     }  # fmt: skip
 
 
-def test_one_model_on_one_device_and_on_two(tiny_config):
-    table = scaling.bench_losses(tiny_config(learning_rate=1e-3).to_dict(), 2, "ddp", steps=10)
+def test_one_model_on_one_device_and_on_two(tiny_config, tmp_path):
+    draw = random.Random(0)  # not Python's own sources: in some version of them, a tie is routed otherwise
+    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9))) for _ in range(500)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=100))}) + "\n" for _ in range(300)))
+    config = tiny_config(learning_rate=1e-3, data=str(text))
+    table = scaling.bench_losses(config.to_dict(), 2, "ddp", steps=10)
     assert table["step"].tolist() == list(range(1, 11))
     assert table["difference"].abs().max() < 1e-5 and table["difference"].abs().max() > 0  # two sums, in another order
     assert table["val_loss_several"].tolist() == pytest.approx(
