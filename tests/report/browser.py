@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import websocket  # of jupyter_server
@@ -30,16 +31,24 @@ class Browser:
         ]
         flags += ["--disable-dev-shm-usage", f"--user-data-dir={self.folder}", "--remote-allow-origins=*"]
         self.process = subprocess.Popen([CHROMIUM, *flags, "about:blank"], stderr=subprocess.DEVNULL)
-        port, began = self.folder / "DevToolsActivePort", time.time()
-        while not (port.exists() and port.read_text().count("\n")):
+        began = time.time()
+        while not (tabs := self.tabs()):
             assert self.process.poll() is None and time.time() - began < 60, "Chromium doesn't start"
             time.sleep(0.05)
-        address = f"http://127.0.0.1:{port.read_text().splitlines()[0]}/json"
-        tab = next(tab for tab in json.load(urllib.request.urlopen(address)) if tab["type"] == "page")
-        self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=60)
+        self.socket = websocket.create_connection(tabs[0]["webSocketDebuggerUrl"], timeout=60)
         for domain in ("Page", "Network", "Runtime"):
             self.do(f"{domain}.enable")
         return self
+
+    def tabs(self) -> list[dict]:
+        """Chromium's pages; none as long as it starts."""
+        port = self.folder / "DevToolsActivePort"
+        if not (port.exists() and port.read_text().count("\n")):
+            return []
+        address = f"http://127.0.0.1:{port.read_text().splitlines()[0]}/json"
+        with suppress(OSError):
+            return [tab for tab in json.load(urllib.request.urlopen(address)) if tab["type"] == "page"]
+        return []
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
