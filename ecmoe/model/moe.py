@@ -64,6 +64,9 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
         self.exchange: Any = None  # computes `experts` if other ranks hold some (see `share_experts`)
+        self.copied: Any = (
+            None  # weight -> what to compute with, if its gradient takes a separate way (see training.ddp)
+        )
         self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients (see `_keep`)
         self.load = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
         self.demand = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
@@ -116,7 +119,7 @@ class MoE(nn.Module):
         if mask is None and self.exchange is None and not checkpointed:  # all experts are here, computed once
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
             fuse = self.kernels != "triton-bmm"
-            out = self.router.at_once(x, self.w1, self.w2, self.room(x), statistics=record, fuse=fuse)
+            out = self.router.at_once(x, *self.weights(), self.room(x), statistics=record, fuse=fuse)
             if out is not None:
                 if not again:
                     self._keep(None)
@@ -166,7 +169,7 @@ class MoE(nn.Module):
         """Return the (0, d) input, with zero gradients for all parameters: other ranks may wait for these."""
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
-        nothing = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
+        nothing = torch.stack([w.sum() for w in (*self.router.parameters(), *self.weights())]).sum() * 0.0
         self._keep(nothing if self.training else None)
         return x + nothing
 
@@ -174,7 +177,11 @@ class MoE(nn.Module):
         """Return (n, d) outputs for (n, d) tokens and their (e, k) assignment (Eq. 3 and 4)."""
         if self.exchange is not None:
             return self.exchange(self, x, token, gate)
-        return self.compute(x, self.w1, self.w2, token, gate)
+        return self.compute(x, *self.weights(), token, gate)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return w1 and w2, or the copies of them that experts compute with."""
+        return (self.w1, self.w2) if self.copied is None else (self.copied(self.w1), self.copied(self.w2))
 
     def compute(self, x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor) -> Tensor:
         """Like `experts`, with the given weights, which may be those of some experts only."""
@@ -203,7 +210,8 @@ class MoE(nn.Module):
         return y.new_zeros(n + 1, d).index_add(0, slots, y.view(-1, d))[:-1].to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "aux_loss": None, "_leaf": None}  # an autograd graph can't be copied
+        # An autograd graph can't be copied; and what a copy computes isn't this layer's gradient.
+        return {**self.__dict__, "aux_loss": None, "_leaf": None, "copied": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,26 +1,26 @@
 """Data parallelism by PyTorch's DDP, but with a separate all-reduce for each gradient of experts, most of the traffic."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from ecmoe.config import RunConfig
 from ecmoe.model.moe import MoE
 
 
 class DDP(DDPStrategy):
-    """Strategy that keeps a copy of the model on each rank, and averages gradients, sent as dtype `narrow` (None: their
-    own), before they are clipped. In a callback's `on_after_backward`, experts' may not be averaged yet.
+    """Strategy that keeps a copy of the model on each rank, and averages gradients, sent as dtype `narrow` (None: their own).
 
     PyTorch's DDP copies every gradient into a bucket, and the bucket into the tensor that is sent. An expert's gradient
-    is large enough to be sent alone, as soon as it has been computed, which saves two passes over memory."""
+    is large enough to be sent alone, and is computed in `narrow`, so that it is sent as it is."""
 
     def __init__(self, config: RunConfig, narrow: torch.dtype | None, **keys: Any) -> None:
         # Dynamo would split compiled blocks at bucket boundaries; blocks are small enough to stay whole.
@@ -33,11 +33,11 @@ class DDP(DDPStrategy):
             **keys,
         )
         self.narrow = narrow
-        self.travelling: list[torch.futures.Future[Tensor]] = []  # all-reduces of this step's gradients
-        self.hooks: list[RemovableHandle] = []  # start these all-reduces
+        self.layers: list[MoE] = []
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        of_experts = {w for layer in model.modules() if isinstance(layer, MoE) for w in (layer.w1, layer.w2)}
+        self.layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+        of_experts = {w for layer in self.layers for w in (layer.w1, layer.w2)}
         experts = {name: w for name, w in model.named_parameters() if w in of_experts and w.requires_grad}
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, list(experts))
@@ -46,30 +46,46 @@ class DDP(DDPStrategy):
             # Lightning's method does this on a side stream; each gradient would then have to wait for that stream.
             ddp = DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
         ignore(model, [])  # reset, so that the model can be wrapped again by another strategy
-
-        def send(weight: Tensor) -> None:
-            gradient = weight.grad
-            if ddp.require_backward_grad_sync and gradient is not None:  # otherwise more micro-batches follow
-                sent = torch.empty_like(gradient, dtype=self.narrow)
-                torch.mul(gradient, 1 / self.world_size, out=sent)
-                arrived = dist.all_reduce(sent, async_op=True).get_future()
-                # As soon as it arrives, on a separate stream, in parallel with the backward pass.
-                self.travelling.append(arrived.then(lambda sent: gradient.copy_(sent.value()[0])))
-
         for weight in experts.values():
             dist.broadcast(weight.detach(), 0)
-            self.hooks.append(weight.register_post_accumulate_grad_hook(send))
+        for layer in self.layers:
+            layer.copied = partial(_copied, self)
         return ddp
 
-    def post_backward(self, closure_loss: Tensor) -> None:
-        """Wait for the all-reduces of the experts' gradients, too."""
-        for arrived in self.travelling:
-            arrived.wait()
-        self.travelling.clear()
-        super().post_backward(closure_loss)
+    def send(self, weight: Tensor, gradient: Tensor) -> None:
+        """Start to average a gradient over ranks. At the end of the backward pass it has arrived, in weight.grad."""
+        if weight.grad is not None:  # of earlier micro-batches
+            gradient = (weight.grad + gradient).to(gradient.dtype)
+        average = weight.grad = torch.empty_like(weight)
+        arrived = dist.all_reduce(gradient.contiguous(), async_op=True).get_future()
+        # As soon as it arrives, on a separate stream, in parallel with the backward pass.
+        arrived = arrived.then(lambda sent: torch.mul(sent.value()[0], 1 / self.world_size, out=average))
+        torch.autograd.Variable._execution_engine.queue_callback(arrived.wait)
 
     def teardown(self) -> None:
-        """Remove the hooks, which would continue to send gradients and keep the model in memory."""
-        while self.hooks:
-            self.hooks.pop().remove()
+        """Leave the layers to others; they would continue to send gradients and keep the strategy in memory."""
+        for layer in self.layers:
+            layer.copied = None
+        self.layers = []
         super().teardown()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _copied(ddp: DDP, weight: Tensor) -> Tensor:
+    """Return the weight in the dtype of computation; a gradient of the copy becomes the weight's, averaged over ranks."""
+    return _Copied.apply(weight, ddp)
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, ddp: DDP) -> Tensor:
+        ctx.weight, ctx.ddp = weight, ddp
+        return weight.to(ddp.narrow) if ddp.narrow else weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.ddp.model.require_backward_grad_sync:  # more micro-batches follow
+            return gradient.to(ctx.weight.dtype), None
+        ctx.ddp.send(ctx.weight, gradient)
+        return None, None  # autograd may copy what it is given, before it has arrived

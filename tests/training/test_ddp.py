@@ -1,8 +1,10 @@
 """DDP with experts' gradients that travel alone: the gradients of one process that has both batches."""
 
+import copy
 import gc
 import os
 import weakref
+from threading import Timer
 from types import SimpleNamespace
 
 import lightning as L
@@ -11,6 +13,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from ecmoe.data.batches import TextData
+from ecmoe.training import ddp as ddp_module
 from ecmoe.training.lit import LitModel
 from ecmoe.training.trainer import new_trainer, repeatable, strategy
 
@@ -38,7 +41,6 @@ def gradients(config, plan, module, data) -> list[dict]:
     keys |= {"limit_val_batches": 0, "use_distributed_sampler": False, "callbacks": [seen]}
     with repeatable():
         new_trainer(config, **keys, max_steps=config.steps).fit(module, datamodule=data)
-    assert not getattr(plan, "travelling", [])
     return [seen.first, seen.last]
 
 
@@ -82,9 +84,25 @@ def test_a_model_is_left_to_others_and_its_memory_given_back(tiny_config, two_ra
     assert any("w1" in name for name in first[0]) and first == second and gone and gone_too
 
 
-def test_no_step_before_all_gradients_are_there(tiny_config, monkeypatch):
+def test_a_backward_pass_ends_once_all_averages_are_there(tiny_config, monkeypatch):
     ddp, order = strategy(tiny_config(strategy="ddp", devices=2)), []
-    monkeypatch.setattr(DDPStrategy, "post_backward", lambda self, loss: order.append(loss))
-    ddp.travelling = [SimpleNamespace(wait=lambda name=name: order.append(name)) for name in ("w1", "w2")]
-    ddp.post_backward("loss")
-    assert order == ["w1", "w2", "loss"] and not ddp.travelling
+    monkeypatch.setattr(DDPStrategy, "world_size", 2)
+    ddp._model = SimpleNamespace(require_backward_grad_sync=True)
+
+    def all_reduce(gradient, async_op):
+        future = torch.futures.Future()
+        order.append(f"sent {gradient.tolist()}")
+        Timer(0.2, lambda: (order.append("there"), future.set_result([gradient + 1]))).start()
+        return SimpleNamespace(get_future=lambda: future)
+
+    monkeypatch.setattr(ddp_module.dist, "all_reduce", all_reduce)
+    weights = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    sum(ddp_module._copied(ddp, weight).sum() for weight in weights).backward()
+    assert order == ["sent [1.0, 1.0]"] * 2 + ["there"] * 2
+    assert [weight.grad.tolist() for weight in weights] == [[1.0, 1.0]] * 2
+
+
+def test_a_copy_of_a_layer_sends_nothing(tiny_config):
+    layer = LitModel(tiny_config()).model.moe_layers[0]
+    layer.copied = print
+    assert copy.deepcopy(layer).copied is None and layer.copied is print
