@@ -126,6 +126,8 @@ class Transformer(Trunk):
         """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: must be (B, T)")
+        if mask is not None and mask.shape != token_ids.shape:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {tuple(token_ids.shape)}, as token_ids")
         if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("mask has padding before a token: pad on the right, as tokens attend to all before them")
         # Embeddings are small compared with the blocks' outputs, so that tied logits don't start at the input token.

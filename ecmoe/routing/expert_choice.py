@@ -63,7 +63,9 @@ class ExpertChoice(Router):
 
     def check(self, *names: str) -> None:
         super().check(*names)
-        exact(self.capacity_factor)  # isn't None
+        if exact(self.capacity_factor) > self.num_experts:
+            right = f"must be at most num_experts={self.num_experts}, as it is the average number of experts per token"
+            raise ConfigError(f"capacity_factor={self.capacity_factor:g}: {right}")
         check_cap(self.max_experts_per_token, self.capacity_factor)
         if self.rounding not in ("exact", "down"):
             raise ConfigError(f"rounding={self.rounding!r}: must be one of exact, down")

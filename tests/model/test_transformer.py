@@ -212,6 +212,8 @@ def test_padding_follows_the_tokens(router):
     torch.testing.assert_close(padded[:, :8], model(tokens))
     with pytest.raises(ValueError, match="mask has padding before a token"):
         model(ids(), mask=mask.flip(0).expand(2, 12))
+    with pytest.raises(ValueError, match=r"mask has shape \(12, 2\): must be \(2, 12\), as token_ids"):
+        model(ids(), mask=mask.expand(2, 12).T)
 
 
 @pytest.mark.parametrize("shape", [(12,), (1, 2, 12)])

@@ -143,9 +143,10 @@ def test_a_fraction_is_an_error_and_names_it(n, c, wrong):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: ExpertChoice(D, 4, 8.0).assign(torch.zeros(8, 4)), "k=16 of n=8"),
         (lambda: ExpertChoice(D, 4, 0.5).assign(torch.zeros(4, 4)), r"k=0.5 of n=4 .* capacity_factor in 1\.\.4"),
         (lambda: ExpertChoice(D, 4, None), "capacity_factor=null: must be a number"),
+        (lambda: ExpertChoice(D, 4, 4.5), "capacity_factor=4.5: must be at most num_experts=4"),
+        (lambda: ExpertChoice(D, 4, 8, rounding="down"), "capacity_factor=8: must be at most num_experts=4"),
         (lambda: ExpertChoice(D, 4, 2.0, 1), "max_experts_per_token=1"),
         (lambda: ExpertChoice(D, 4, pool="page"), "pool='page'.*batch, rank, sequence, position"),
         (lambda: ExpertChoice(D, 4, gate="sigmoid"), "gate='sigmoid'.*softmax"),
