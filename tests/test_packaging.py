@@ -119,7 +119,8 @@ def test_imports_are_declared():
     declared = {canonicalize_name(requirement.name) for requirement in STUDY}
     # imported name -> distribution, and what comes with a declared one
     names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel", "pygments": "nbconvert",
-             "jupyter_client": "ipykernel", "traitlets": "ipykernel", "markupsafe": "nbconvert", "bs4": "nbconvert"}  # fmt: skip
+             "jupyter_client": "ipykernel", "traitlets": "ipykernel", "nbclient": "papermill", "markupsafe": "nbconvert",
+             "bs4": "nbconvert"}  # fmt: skip
     optional = {"triton", "scattermoe", "liger_kernel"}
     for path in (ROOT / "ecmoe").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

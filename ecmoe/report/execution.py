@@ -5,14 +5,15 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
 from ecmoe.files import ConfigError
@@ -24,11 +25,43 @@ from ecmoe.study.progress import terminal
 class _ThisPython(AsyncKernelManager):
     """Start kernels with the running interpreter: an installed `python3` kernel may use another one."""
 
+    asked: ClassVar[BaseException | None] = None  # to end, by a signal
+
+    async def _async_is_alive(self) -> bool:  # asked every second while the kernel starts or a cell runs
+        if self.asked and not self.shutting_down:
+            raise DeadKernelError("asked to end")  # papermill shuts the kernel down, and raises it
+        return await super()._async_is_alive()
+
     @property
     def kernel_spec(self) -> KernelSpec:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         command += ["--log-level=50"]  # silences ipykernel's log, not the notebook's output
         return KernelSpec(argv=command, env=terminal(), display_name="Python 3", language="python")
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Within the context, Ctrl-C or SIGTERM ends the kernel, then the context; a second one ends it at once."""
+
+    # The first raises nothing here: an exception would be lost in a callback whose exceptions Python ignores, such as
+    # the one by which asyncio forgets a task.
+    def ask(number: int, _: Any) -> None:
+        if _ThisPython.asked:
+            raise _ThisPython.asked
+        _ThisPython.asked = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # which SIGINT has in a script's background jobs
+            signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        asked, _ThisPython.asked = _ThisPython.asked, None
+        if asked:
+            raise asked
 
 
 def execute(
@@ -58,6 +91,8 @@ def execute(
     failed_html = out_html.with_suffix(".failed.html")
 
     def fail(executed: Any, what: str, where: str = notebook.name, cell: int | None = None) -> None:
+        if _ThisPython.asked:  # it was ended, and hasn't failed
+            return
         try:
             render(executed, failed_html, notebook, {"where": where, "what": what, "cell": cell})
         except OSError as error:  # such as a full disk, which must not hide what is wrong with the notebook
@@ -84,10 +119,7 @@ def execute(
     # The kernel communicates over Unix sockets, so that no port is open. They lie in this folder, because parallel kernels would
     # share Jupyter's default, the working folder; and in /tmp if possible, because a socket's path is limited to some 100 characters.
     place = "/tmp" if os.access("/tmp", os.W_OK) else None
-    with ExitStack() as after, tempfile.TemporaryDirectory(prefix="ecmoe-", dir=place) as folder:
-        # At SIGTERM, the kernel ends and its files are removed, as at Ctrl-C.
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        after.callback(signal.signal, signal.SIGTERM, before)
+    with _patient(), tempfile.TemporaryDirectory(prefix="ecmoe-", dir=place) as folder:
         executed = Path(folder) / "executed.ipynb"
         sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
         try:
@@ -116,5 +148,5 @@ def execute(
                 fail(nbformat.read(executed, as_version=4), what)
             raise ConfigError(f"{notebook.name} failed: {what}") from failure
         render(nbformat.read(executed, as_version=4), out_html, notebook)
-    failed_html.unlink(missing_ok=True)
+        failed_html.unlink(missing_ok=True)
     return out_html

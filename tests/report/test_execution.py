@@ -1,5 +1,6 @@
 """From a notebook to its page, end to end: with everything in it the page is safe and complete; one that fails leaves a page, too."""
 
+import io
 import json
 import logging
 import os
@@ -310,9 +311,8 @@ import json, os, time, ipykernel
 from pathlib import Path
 file = ipykernel.get_connection_file()
 Path("told").write_text(json.dumps([os.getpid(), file, json.loads(Path(file).read_text())["ip"]]))
-for _ in range(10):  # rarely, the first is lost in the event loop's own code
-    os.kill(os.getppid(), {int(number)})
-    time.sleep(60)
+os.kill(os.getppid(), {int(number)})
+time.sleep(60)
 """
     nbformat.write(notebook(("code", asks)), tmp_path / "a.ipynb")
     before = signal.getsignal(number)
@@ -324,3 +324,64 @@ for _ in range(10):  # rarely, the first is lost in the event loop's own code
         os.kill(kernel, 0)
     assert not Path(connection).exists() and not Path(sockets).parent.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ipynb", "told"]
+
+
+@pytest.mark.parametrize("moment", ["cell 1/1", "in the cell"])
+def test_a_signal_where_python_ignores_exceptions_still_lets_the_kernel_save_and_ends_it(moment, tmp_path, monkeypatch):
+    class Ignoring:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    class Screen(io.StringIO):
+        def write(self, text):
+            if moment in text:
+                Ignoring()
+            return len(text)
+
+    saves = """
+import sys, time
+from pathlib import Path
+try:
+    print("in the cell", file=sys.stderr, flush=True)
+    time.sleep(8)
+except KeyboardInterrupt:
+    time.sleep(1)
+    Path("saved").touch()
+"""
+    nbformat.write(notebook(("code", saves)), tmp_path / "a.ipynb")
+    monkeypatch.setattr(sys, "stderr", Screen())
+    with pytest.raises(SystemExit, match="143"):
+        execute(tmp_path / "a.ipynb", tmp_path / "a.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ipynb", "saved"]
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path, monkeypatch):
+    def run(source, executed, values, **_):
+        signal.raise_signal(signal.SIGINT)
+        nbformat.write(source, executed)
+
+    monkeypatch.setattr("papermill.execute_notebook", run)
+    nbformat.write(notebook(("md", "# T")), tmp_path / "a.ipynb")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert execute(tmp_path / "a.ipynb", tmp_path / "a.html").exists()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_a_signal_ends_has_no_failed_page_and_a_second_signal_does_not_wait(tmp_path, monkeypatch):
+    def run(source, executed, values, **_):
+        nbformat.write(source, executed)
+        for _ in range(number := next(signals)):
+            signal.raise_signal(signal.SIGINT)
+        waited.append(number)
+        raise RuntimeError("its processes have got a signal, too")
+
+    signals, waited = iter((1, 2, 0)), []
+    monkeypatch.setattr("papermill.execute_notebook", run)
+    nbformat.write(notebook(("md", "# T")), tmp_path / "a.ipynb")
+    for error in (KeyboardInterrupt, KeyboardInterrupt, ConfigError):
+        assert os.listdir(tmp_path) == ["a.ipynb"]
+        with pytest.raises(error):
+            execute(tmp_path / "a.ipynb", tmp_path / "a.html")
+    assert waited == [1, 0] and (tmp_path / "a.failed.html").exists()
