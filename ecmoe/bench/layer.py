@@ -136,7 +136,7 @@ def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
     the weights of `first`; and what is absent."""
     kinds = KINDS if kernels_run(first.w1.device) else ()
     d, e, c = first.router.d_model, first.router.num_experts, first.router.capacity_factor
-    k = min(max(round(c), 1), e)
+    k = max(round(c), 1)
     ec, top = Row(f"EC-CF{c:g}"), Row(f"top-{k}")
     routers: dict[Row, nn.Module] = {ec._replace(path=path): ExpertChoice(d, e, c) for path in (PLAIN, *kinds)}
     for b in [b for b in CAPS if c <= b < e]:
