@@ -119,7 +119,7 @@ class MoE(nn.Module):
         if mask is None and self.exchange is None and not checkpointed:  # all experts are here, computed once
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
             fuse = self.kernels != "triton-bmm"
-            out = self.router.at_once(x, *self.weights(), self.room(x), statistics=record, fuse=fuse)
+            out = self.router.at_once(x, self.weights, self.room(x), statistics=record, fuse=fuse)
             if out is not None:
                 if not again:
                     self._keep(None)

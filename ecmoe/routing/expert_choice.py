@@ -5,6 +5,7 @@ The top-k over tokens sees the whole pool, including future tokens, which can lo
 Letters: n tokens, e experts, k = n c / e (Eq. 1), g pools of m tokens, S (n, e), G and I of Eq. 2.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class ExpertChoice(Router):
         gate = chosen.gate if self.gate == "softmax" else chosen.gate * self.scale
         return Assignment(chosen.token, gate, chosen.demand)
 
-    def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:
+    def at_once(self, x: Tensor, weights: Callable[[], tuple[Tensor, Tensor]], room: int, **more: Any) -> Tensor | None:
         """See `Router`. Needs one pool of all tokens, no cap, and no hook or subclass that reads the assignment."""
         if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
             return None
@@ -184,7 +185,7 @@ class ExpertChoice(Router):
         k, cutoff = self._bucket(len(x)), (self.cutoff.pending, self.cutoff.count) if self.gathers else None
         if k * self.num_experts > room or self.weight is None or not choice.available(x, self.weight, k):
             return None
-        return choice.expert_choice(x, self.weight, w1, w2, k, scale=self.scale, cutoff=cutoff, **more)
+        return choice.expert_choice(x, self.weight, *weights(), k, scale=self.scale, cutoff=cutoff, **more)
 
     def check_causal(self) -> None:
         if self.cutoff.empty():

@@ -4,6 +4,7 @@ Letters: n tokens of width d, e experts.
 """
 
 import inspect
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -77,8 +78,9 @@ class Router(RunningState):
                 return kernels.logits(x, self.weight)
             return x.to(dtype) @ self.weight.to(dtype), x
 
-    def at_once(self, x: Tensor, w1: Tensor, w2: Tensor, room: int, **more: Any) -> Tensor | None:
-        """Return the layer's output for (n, d) tokens if it can run as one step of at most `room` slots, else None."""
+    def at_once(self, x: Tensor, weights: Callable[[], tuple[Tensor, Tensor]], room: int, **more: Any) -> Tensor | None:
+        """Return the layer's output for (n, d) tokens if it can run as one step of at most `room` slots, else None.
+        weights: returns w1 and w2; called only if needed, as it may copy them."""
         return None
 
     def forward(self, logits: Tensor, **known: Any) -> Assignment:

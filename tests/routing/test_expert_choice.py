@@ -216,7 +216,7 @@ def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
         router = of(D, 4, 1.0, gate="scaled", **keys)
         router.kernels = "triton"
         change(router)
-        return router, router.at_once(torch.zeros(n, D), "w1", "w2", room, fuse=False)
+        return router, router.at_once(torch.zeros(n, D), lambda: ("w1", "w2"), room, fuse=False)
 
     monkeypatch.setattr(choice, "expert_choice", lambda *given, **keys: (given, keys))
     monkeypatch.setattr(choice, "available", lambda x, weight, k: True)

@@ -34,13 +34,17 @@ def lit(config, rank: int = 0) -> tuple[LitModel, L.LightningDataModule]:
     return module, data
 
 
+def fit(config, plan, module, data, *callbacks) -> None:
+    keys = {"devices": config.devices, "strategy": plan, "accumulate_grad_batches": config.accumulate}
+    keys |= {"limit_val_batches": 0, "use_distributed_sampler": False, "callbacks": list(callbacks)}
+    with repeatable():
+        new_trainer(config, **keys, max_steps=config.steps).fit(module, datamodule=data)
+
+
 def gradients(config, plan, module, data) -> list[dict]:
     """Of the first step and of the last."""
     seen = Gradients()
-    keys = {"devices": config.devices, "strategy": plan, "accumulate_grad_batches": config.accumulate}
-    keys |= {"limit_val_batches": 0, "use_distributed_sampler": False, "callbacks": [seen]}
-    with repeatable():
-        new_trainer(config, **keys, max_steps=config.steps).fit(module, datamodule=data)
+    fit(config, plan, module, data, seen)
     return [seen.first, seen.last]
 
 
@@ -100,6 +104,18 @@ def test_a_backward_pass_ends_once_all_averages_are_there(tiny_config, monkeypat
     sum(ddp_module._copied(ddp, weight).sum() for weight in weights).backward()
     assert order == ["sent [1.0, 1.0]"] * 2 + ["there"] * 2
     assert [weight.grad.tolist() for weight in weights] == [[1.0, 1.0]] * 2
+
+
+def test_weights_are_copied_once_a_step(tiny_config, two_ranks, monkeypatch):
+    two, copied, copy_of = tiny_config(steps=3, strategy="ddp", devices=2, batch_size=4), [], ddp_module._copied
+    monkeypatch.setattr(ddp_module, "_copied", lambda ddp, weight: copied.append(1) or copy_of(ddp, weight))
+
+    def work(rank: int) -> int:
+        as_rank(rank)
+        fit(two, strategy(two), *lit(two))
+        return len(copied)
+
+    assert two_ranks(work) == [3 * 2] * 2  # w1 and w2 of one layer
 
 
 def test_a_copy_of_a_layer_sends_nothing(tiny_config):
