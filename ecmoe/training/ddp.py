@@ -56,11 +56,17 @@ class DDP(DDPStrategy):
         """Start to average a gradient over ranks. At the end of the backward pass it has arrived, in weight.grad."""
         if weight.grad is not None:  # of earlier micro-batches
             gradient = (weight.grad + gradient).to(gradient.dtype)
-        average = weight.grad = torch.empty_like(weight)
+            weight.grad = None
+        average = torch.empty_like(weight)
         arrived = dist.all_reduce(gradient.contiguous(), async_op=True).get_future()
         # As soon as it arrives, on a separate stream, in parallel with the backward pass.
         arrived = arrived.then(lambda sent: torch.mul(sent.value()[0], 1 / self.world_size, out=average))
-        torch.autograd.Variable._execution_engine.queue_callback(arrived.wait)
+
+        def add() -> None:
+            arrived.wait()
+            weight.grad = average if weight.grad is None else weight.grad + average  # if the layer was applied twice
+
+        torch.autograd.Variable._execution_engine.queue_callback(add)
 
     def teardown(self) -> None:
         """Leave the layers to others; they would continue to send gradients and keep the strategy in memory."""

@@ -88,10 +88,17 @@ def test_a_model_is_left_to_others_and_its_memory_given_back(tiny_config, two_ra
     assert any("w1" in name for name in first[0]) and first == second and gone and gone_too
 
 
-def test_a_backward_pass_ends_once_all_averages_are_there(tiny_config, monkeypatch):
-    ddp, order = strategy(tiny_config(strategy="ddp", devices=2)), []
+@pytest.fixture
+def stepping(tiny_config, monkeypatch):
+    """A strategy of two ranks, in a training step."""
+    ddp = strategy(tiny_config(strategy="ddp", devices=2))
     monkeypatch.setattr(DDPStrategy, "world_size", 2)
     ddp._model = SimpleNamespace(require_backward_grad_sync=True)
+    return ddp
+
+
+def test_a_backward_pass_ends_once_all_averages_are_there(stepping, monkeypatch):
+    order = []
 
     def all_reduce(gradient, async_op):
         future = torch.futures.Future()
@@ -101,9 +108,24 @@ def test_a_backward_pass_ends_once_all_averages_are_there(tiny_config, monkeypat
 
     monkeypatch.setattr(ddp_module.dist, "all_reduce", all_reduce)
     weights = [torch.ones(2, requires_grad=True) for _ in range(2)]
-    sum(ddp_module._copied(ddp, weight).sum() for weight in weights).backward()
+    sum(ddp_module._copied(stepping, weight).sum() for weight in weights).backward()
     assert order == ["sent [1.0, 1.0]"] * 2 + ["there"] * 2
     assert [weight.grad.tolist() for weight in weights] == [[1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize("earlier", [None, 4.0])
+def test_a_layer_may_be_applied_twice(stepping, monkeypatch, earlier):
+    def all_reduce(gradient, async_op):  # of two ranks with the same gradient
+        future = torch.futures.Future()
+        Timer(0.1, lambda: future.set_result([2 * gradient])).start()
+        return SimpleNamespace(get_future=lambda: future)
+
+    monkeypatch.setattr(ddp_module.dist, "all_reduce", all_reduce)
+    weight = torch.ones(2, requires_grad=True)
+    if earlier:  # micro-batches
+        weight.grad = torch.full_like(weight, earlier)
+    sum(factor * ddp_module._copied(stepping, weight).sum() for factor in (2, 3)).backward()
+    assert weight.grad.tolist() == [5 + (earlier or 0)] * 2
 
 
 def test_weights_are_copied_once_a_step(tiny_config, two_ranks, monkeypatch):
