@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ecmoe.config import RunConfig
 from ecmoe.model.moe import MoE
+from ecmoe.routing.router import recomputing
 
 
 class DDP(DDPStrategy):
@@ -34,6 +35,7 @@ class DDP(DDPStrategy):
         )
         self.narrow = narrow
         self.layers: list[MoE] = []
+        self.stepping = False  # is this the forward pass of a training step?
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         self.layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
@@ -51,6 +53,14 @@ class DDP(DDPStrategy):
         for layer in self.layers:
             layer.copied = partial(_copied, self)
         return ddp
+
+    def training_step(self, *args: Any, **keys: Any) -> Any:
+        """Send the gradients of this graph only: what a callback computes with the model isn't averaged."""
+        self.stepping = True
+        try:
+            return super().training_step(*args, **keys)
+        finally:
+            self.stepping = False
 
     def send(self, weight: Tensor, gradient: Tensor) -> None:
         """Start to average a gradient over ranks. At the end of the backward pass it has arrived, in weight.grad."""
@@ -78,8 +88,9 @@ class DDP(DDPStrategy):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _copied(ddp: DDP, weight: Tensor) -> Tensor:
-    """Return the weight in the dtype of computation; a gradient of the copy becomes the weight's, averaged over ranks."""
-    return _Copied.apply(weight, ddp)
+    """Return the weight; in a training step a copy in the dtype of computation, whose gradient becomes the weight's,
+    averaged over ranks."""
+    return _Copied.apply(weight, ddp) if ddp.stepping or recomputing() else weight
 
 
 class _Copied(torch.autograd.Function):

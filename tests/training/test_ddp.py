@@ -93,7 +93,7 @@ def stepping(tiny_config, monkeypatch):
     """A strategy of two ranks, in a training step."""
     ddp = strategy(tiny_config(strategy="ddp", devices=2))
     monkeypatch.setattr(DDPStrategy, "world_size", 2)
-    ddp._model = SimpleNamespace(require_backward_grad_sync=True)
+    ddp._model, ddp.stepping = SimpleNamespace(require_backward_grad_sync=True), True
     return ddp
 
 
@@ -126,6 +126,35 @@ def test_a_layer_may_be_applied_twice(stepping, monkeypatch, earlier):
         weight.grad = torch.full_like(weight, earlier)
     sum(factor * ddp_module._copied(stepping, weight).sum() for factor in (2, 3)).backward()
     assert weight.grad.tolist() == [5 + (earlier or 0)] * 2
+
+
+@pytest.mark.parametrize(("precision", "recompute"), [("bf16-mixed", False), ("32-true", True)])
+def test_what_a_callback_computes_is_its_own(tiny_config, two_ranks, precision, recompute):
+    """It needs no autocast, and its gradients are those of a copy of the model."""
+    keys = {"precision": precision, "activation_checkpointing": recompute}
+    two = tiny_config(**keys, steps=2, strategy="ddp", devices=2, batch_size=4)
+
+    class Looks(L.Callback):
+        same = ()
+
+        def on_after_backward(self, trainer, module):
+            before = [p.grad.clone() for p in module.model.parameters()]
+            tokens = torch.arange(34).view(2, 17) + trainer.global_rank
+            found = []
+            for model in (module.model, copy.deepcopy(module.model)):
+                loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+                found.append(torch.autograd.grad(loss, list(model.parameters())))
+            found = [*zip(*found, strict=True), *zip(before, (p.grad for p in module.model.parameters()), strict=True)]
+            self.same += (all(torch.equal(a, b) for a, b in found),)
+
+    def work(rank: int) -> tuple[bool, ...]:
+        as_rank(rank)
+        module, data = lit(two)
+        looks = Looks()
+        fit(two, strategy(two), module, data, looks)
+        return looks.same
+
+    assert two_ranks(work) == [(True, True)] * 2
 
 
 def test_weights_are_copied_once_a_step(tiny_config, two_ranks, monkeypatch):
