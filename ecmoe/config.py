@@ -146,6 +146,9 @@ class RunConfig:
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.d_model % self.heads:
             raise ConfigError(f"heads={self.heads}: must divide d_model={self.d_model}")
+        if self.row.layer is not None and self.layers < self.moe_every:
+            raise ConfigError(f"moe_every={self.moe_every} with layers={self.layers}: no layer would have experts; lower "
+                              "moe_every, or add layers")  # fmt: skip
         parts = parts_of(self.data)
         wrong = len(set(parts)) < max(2, len(parts)) or not all(parts) or any(map(_of_images, parts))
         if self.data.startswith(MIX_PREFIX) and wrong:

@@ -76,6 +76,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"data": "images:./"}, ["data='images:./'", "images:PATH"]),
         ({"router": "experts"}, ["router", "expert_choice"]),
         ({"heads": 3}, ["heads=3: must divide d_model=64"]),
+        ({"moe_every": 5}, ["moe_every=5 with layers=4: no layer would have experts"]),
         ({"capacity_factor": 0.3}, ["capacity_factor=0.3", "num_experts=8", "76.8", "multiple of 80"]),
         ({"capacity_factor": 16.0}, ["capacity_factor=16", "k=4096", "n=2048", "rounding='down'"]),
         ({"capacity_factor": 1e6}, ["capacity_factor=1000000", "k=2.56e+08"]),

@@ -1,5 +1,7 @@
 """Token-by-token generation with a key-value cache."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,10 @@ def generate(
         raise ValueError(f"{given}: must not be negative; top_k at least 1")
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
     cache: Cache = [[] for _ in model.blocks]
-    was_training = model.training
-    model.eval()
     out = new = prompt
-    with causal_routing(model):
+    with causal_routing(model), ExitStack() as after:
+        after.callback(model.train, model.training)  # also after an error
+        model.eval()
         for _ in range(tokens):
             logits = model(new, cache=cache)[:, -1].float()  # (B, V)
             if top_k is not None:
@@ -48,5 +50,4 @@ def generate(
             else:
                 new = torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
             out = torch.cat([out, new], dim=1)
-    model.train(was_training)
     return out

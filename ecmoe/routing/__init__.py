@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, compiler, nn
 
 from ecmoe.config import RunConfig
-from ecmoe.files import check_known
+from ecmoe.files import ConfigError, check_known
 from ecmoe.routers import ROUTERS
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.dense import Dense
@@ -78,6 +78,8 @@ def altered(model: nn.Module, **attributes: Any) -> Iterator[nn.Module]:
     before = [(router, dict(vars(router))) for router in routers(model)]
     known = {name for router, _ in before for name in dir(router) if name[0] != "_"} - set(dir(nn.Module))
     check_known("no router has", attributes if before else (), sorted(known))
+    if before and (fixed := sorted(attributes.keys() & {"d_model", "num_experts"})):
+        raise ConfigError(f"{fixed[0]}={attributes[fixed[0]]!r}: the weights fix it; build another model")
     try:
         for router, _ in before:
             for name, value in attributes.items():

@@ -8,6 +8,7 @@ from ecmoe.routing.router import Router, without_padding
 
 class Dense(Router):
     """Route all n tokens to all e experts: e times the compute of one expert, with nothing to balance or drop.
+    Its key in a config is `dense_moe`; `dense` is the model without a router.
 
     Args:
         d_model, num_experts, learned: see `Router`.

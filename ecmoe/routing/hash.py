@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ecmoe.config import check_key
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import Router, by_token
+from ecmoe.routing.router import Router, by_token, checked_ids
 
 
 class Hash(Router):
@@ -13,7 +13,7 @@ class Hash(Router):
 
     Args:
         d_model, num_experts: d, e.
-        vocab_size: V. Token ids must lie in 0 .. V - 1; a check of them would wait for the device.
+        vocab_size: V. Token ids must lie in 0 .. V - 1, which is checked on a CPU only.
         capacity_factor: an expert holds ceil(capacity_factor n / e) tokens; None: nothing is dropped.
         token_counts: (V,) how often each id occurs in the corpus, to balance the table by frequency
             (Roller et al., "balanced"); None: token id mod e, as in section 4.6 of the expert choice paper.
@@ -46,7 +46,9 @@ class Hash(Router):
             raise ValueError("hash routing needs token_ids: pass moe(x, token_ids=...)")
         n, e = logits.shape
         factor = None if self.causal else self.capacity_factor
-        return by_token(self.table[token_ids.reshape(-1).long()], logits.new_ones(n), e, mask, factor)
+        return by_token(
+            self.table[checked_ids("token_ids", token_ids, len(self.table))], logits.new_ones(n), e, mask, factor
+        )
 
 
 def balanced_table(token_counts: Tensor, num_experts: int) -> Tensor:

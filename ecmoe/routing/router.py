@@ -157,6 +157,14 @@ def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask[:, None], 0.0)
 
 
+def checked_ids(name: str, ids: Tensor, size: int) -> Tensor:
+    """Return the ids, flat, int64. Raise a ValueError if one lies outside 0..size-1; on a GPU a check would wait for it."""
+    ids = ids.reshape(-1).long()
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(wrong := ids[(ids < 0) | (ids >= size)]):
+        raise ValueError(f"{name} has {int(wrong[0])}: must lie in 0..{size - 1}, also where it is padding")
+    return ids
+
+
 def by_token(expert: Tensor, gate: Tensor, e: int, mask: Tensor | None, factor: float | None = None) -> Assignment:
     """Call `pack` with one request per token, its expert and gate, both (n,); no request where mask is False."""
     n = len(expert)

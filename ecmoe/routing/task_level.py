@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ecmoe.config import check_key
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import Router, by_token
+from ecmoe.routing.router import Router, by_token, checked_ids
 
 
 class TaskLevel(Router):
@@ -13,7 +13,7 @@ class TaskLevel(Router):
 
     Args:
         d_model, num_experts: d, e.
-        num_tasks: number of tasks, whose ids are 0 .. num_tasks - 1; a check of ids would wait for the device.
+        num_tasks: number of tasks, whose ids are 0 .. num_tasks - 1, which is checked on a CPU only.
         table: "learned": a task has a score per expert; the best one serves it, with its softmax score as gate (section
             3.2, with a task embedding in place of the token's); "fixed": expert t modulo e serves task t, with gate 1.
     """
@@ -38,7 +38,7 @@ class TaskLevel(Router):
     def assign(self, logits, *, batch_shape=None, token_ids=None, task_ids=None, mask=None) -> Assignment:
         if task_ids is None:
             raise ValueError("task-level routing needs task_ids: pass moe(x, task_ids=...)")
-        task = task_ids.reshape(-1).long()
+        task = checked_ids("task_ids", task_ids, self.num_tasks)
         if self.kind == "learned":
             gate, expert = self.table.softmax(dim=1).topk(1, dim=1)  # (num_tasks, 1)
         else:

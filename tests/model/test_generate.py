@@ -91,6 +91,9 @@ def test_training_mode_and_routing_come_back(training):
     model = warm().train(training)
     generate(model, ids(1, 2), 1)
     assert model.training == training and not model.moe_layers[0].router.causal
+    with pytest.raises(IndexError):
+        generate(model, torch.full((1, 2), 10**6), 1)
+    assert model.training == training and not model.moe_layers[0].router.causal
 
 
 @pytest.mark.parametrize(
@@ -130,8 +133,10 @@ def test_nothing_is_added_where_nothing_is_asked_for():
 
 
 def test_an_untrained_router_has_no_cutoffs():
+    model = build_model(CONFIG).train()
     with pytest.raises(ValueError, match="seen no training batch"):
-        generate(build_model(CONFIG), ids(1, 2), 1)
+        generate(model, ids(1, 2), 1)
+    assert model.training
 
 
 def test_a_model_in_training_generates_in_evaluation_and_goes_on_training():

@@ -64,3 +64,6 @@ def test_errors_name_what_is_missing():
     for entries in (3, V + 1):
         with pytest.raises(ValueError, match=f"{entries} entries.*vocab_size=10"):
             Hash(D, 4, V, token_counts=torch.ones(entries))
+    for wrong in (-1, V):  # a negative one would take another id's expert
+        with pytest.raises(ValueError, match=f"token_ids has {wrong}: must lie in 0..9"):
+            Hash(D, 4, V).assign(torch.zeros(2, 4), token_ids=torch.tensor([3, wrong]))

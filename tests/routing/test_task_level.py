@@ -105,6 +105,10 @@ def test_the_table_survives_a_checkpoint(table):
         (lambda: TaskLevel(D, 4, -1), "num_tasks=-1: must be at least 1"),
         (lambda: TaskLevel(D, 4, 2, "random"), "table='random'.*learned, fixed"),
         (lambda: TaskLevel(D, 4, 2).assign(torch.zeros(3, 4)), "needs task_ids"),
+        (
+            lambda: TaskLevel(D, 4, 2).assign(torch.zeros(1, 4), task_ids=torch.tensor([2])),
+            r"task_ids has 2: must lie in 0\.\.1",
+        ),
     ],
 )
 def test_errors_name_key_value_and_remedy(make, message):

@@ -84,6 +84,7 @@ def test_watching_sees_what_a_compiled_model_routes(model, ran_before):
         ({"max_experts_per_token": 1}, "max_experts_per_token=1: capacity_factor=2 is the average"),
         ({"priority": "size"}, "priority='size': must be one of order, score"),
         ({"top_k": 5}, "top_k=5: must lie in 1..4"),
+        ({"num_experts": 2}, "num_experts=2: the weights fix it"),
     ],
 )
 def test_altering_what_no_router_has_or_to_what_none_can_do_is_an_error_and_alters_nothing(model, attributes, message):
