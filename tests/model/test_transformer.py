@@ -127,8 +127,8 @@ def test_a_block_is_compiled_for_each_size(monkeypatch):
 
 
 def test_a_model_is_built_of_keys_and_values_too():
-    keys = SMALL.to_dict() | {"layers": 1, "seed": 3}
-    built, same = build_model(keys), build_model(SMALL.replace(layers=1, seed=3))
+    keys = SMALL.to_dict() | {"layers": 4, "seed": 3}
+    built, same = build_model(keys), build_model(SMALL.replace(layers=4, seed=3))
     assert built.config == same.config
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in built.state_dict().items())
     with pytest.raises(ConfigError, match="unknown key 'step' with value 2: did you mean steps?"):
