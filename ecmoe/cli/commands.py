@@ -92,7 +92,7 @@ def run(
     from ecmoe.study import engine
     from ecmoe.study.plan import sound
 
-    wanted = engine.find(sound(scale)[0], names)
+    wanted = engine.find(sound(scale)[0], names, scale)
     raise typer.Exit(engine.in_turn(wanted, scale, keep_weights=keep_weights or scale == "smoke"))
 
 
@@ -112,7 +112,7 @@ def again(
     from ecmoe.study.plan import sound
 
     equal = True
-    for run in engine.find(sound(scale)[0], names):
+    for run in engine.find(sound(scale)[0], names, scale):
         one = repeats.again(run.name, scale, steps)
         equal &= one["equal"]
         gap = "because only one has a value"

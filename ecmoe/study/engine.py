@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,15 +71,17 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
     return f"failed: {'; '.join(failed)}" if failed else status
 
 
-def find(planned: Sequence[Planned], names: Iterable[str]) -> list[Planned]:
-    """Return the planned runs with these names or unique name prefixes. Raise a ConfigError if a name fits no run, or several."""
+def find(planned: Sequence[Planned], names: Iterable[str], scale: str) -> list[Planned]:
+    """Return planned runs by name or unique name prefix. Raise a ConfigError if a name fits no run of this scale, or several."""
     found = []
     for name in names:
         like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]
         if len(like) != 1:
-            near = nearest(name, [one.name for one in planned], "`ecmoe runs` lists them")
+            # A whole name, with its digest, belongs to another plan: a name like it would be another run.
+            known = [] if re.search("-[0-9a-f]{12}$", name) else [one.name for one in planned]
+            near = nearest(name, known, f"`ecmoe runs --scale {scale}` lists them")
             hint = f"{len(like)} names begin with it" if like else near
-            raise ConfigError(f"no run {name!r} in the plan: {hint}")
+            raise ConfigError(f"no run {name!r} in the plan of scale {scale}: {hint}")
         found += like
     return found
 

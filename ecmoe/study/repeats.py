@@ -35,7 +35,8 @@ def again(name: str, scale: str, steps: int | None = None) -> dict[str, Any]:
     its run needs several processes."""
     path = paths.results(scale, "runs") / f"{name}.json"
     if not path.exists():
-        raise ConfigError(f"{name}: there is no record in {path.parent} to repeat; `ecmoe run` makes one")
+        right = f"`ecmoe run {name} --scale {scale}` makes one"
+        raise ConfigError(f"{name}: there is no record in {path.parent} to repeat; {right}")
     record = read_record(path)
     if record.summary.get("world_size", 1) > 1:
         raise ConfigError(f"{name}: only single-process runs can be repeated")

@@ -168,9 +168,10 @@ def test_all_measurements_of_a_run_share_its_model(project, monkeypatch):
         (["runs", "--scale", "gpuu"], "scale='gpuu': must be one of gpu"),
         (["runs", "--part", "3/2"], "--part 3/2: must be I/N"),
         (["runs", "--jobs", 2], "--jobs must come with --train"),
-        (["run", "expert-choice"], "no run 'expert-choice' in the plan: 3 names begin with it"),
-        (["run", "nosuch"], "no run 'nosuch' in the plan"),
-        (["run", "choice"], "no run 'choice' in the plan: did you mean expert-choice"),
+        (["run", "expert-choice"], "no run 'expert-choice' in the plan of scale gpu: 3 names begin with it"),
+        (["run", "nosuch"], "no run 'nosuch' in the plan of scale gpu: `ecmoe runs --scale gpu` lists them"),
+        (["run", "choice"], "no run 'choice' in the plan of scale gpu: did you mean expert-choice"),
+        (["again", "expert-choice-c2-s0-0123456789ab"], "in the plan of scale gpu: `ecmoe runs --scale gpu` lists"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_code_2(project, arguments, said):
@@ -180,7 +181,7 @@ def test_what_is_wrong_is_one_line_and_code_2(project, arguments, said):
 
 def test_a_whole_name_is_no_beginning_of_another():
     planned = [SimpleNamespace(name=name) for name in ("b", "a-1", "a-12")]
-    assert engine.find(planned, ["a-12", "a-1", "b"]) == [planned[2], planned[1], planned[0]]
+    assert engine.find(planned, ["a-12", "a-1", "b"], "gpu") == [planned[2], planned[1], planned[0]]
 
 
 def test_without_snakemake_one_after_the_other(project, monkeypatch):

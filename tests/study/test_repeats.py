@@ -64,7 +64,7 @@ def test_a_run_repeated_is_equal_to_the_last_digit_and_a_change_is_found(tiny_co
 
     write_record(record, kept)
     assert record.read_bytes() == before and sorted(paths.runs().rglob("*")) == runs
-    with pytest.raises(ConfigError, match="nobody: there is no record"):
+    with pytest.raises(ConfigError, match="nobody: there is no record .*`ecmoe run nobody --scale gpu` makes one"):
         repeats.again("nobody", "gpu")
     (file,) = paths.results("gpu", "repeats").glob("*-before-*")
     file.write_text(file.read_text().replace("false", "true"))
