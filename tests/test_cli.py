@@ -99,6 +99,7 @@ def test_keys_lists_every_key_with_help():
         (["train", "--set", "steps=[1"], "--set 'steps=[1': '[1' is no YAML value"),
         (["train", "absent.yaml"], "absent.yaml"),
         (["train", "steps=2"], "config 'steps=2' isn't there: did you mean --set steps=2?"),
+        (["train", ROOT / "configs/01_convergence.yaml"], "is the plan of a page: `ecmoe runs 01_convergence` lists"),
         (["train", "--set", "data=absent/text.txt"], "absent/text.txt"),
         (["train", "--set", "data=/"], "data='/'"),
         (["train", "--set", "pool=0"], "pool=0: must be at least 1"),

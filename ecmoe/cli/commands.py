@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ecmoe import paths
 from ecmoe.config import LARGEST, ConfigError, RunConfig
 from ecmoe.files import assignments, plain
 
@@ -26,6 +27,8 @@ def train(
     for path in configs or []:
         if "=" in str(path) and not path.exists():
             raise ConfigError(f"config {str(path)!r} isn't there: did you mean --set {path}?")
+        if path.resolve().parent == paths.configs().resolve() and path.name[:1].isdigit():
+            raise ConfigError(f"config {str(path)!r} is the plan of a page: `ecmoe runs {path.stem}` lists its runs")
     config = RunConfig.from_yaml(*(configs or []), **assignments(changes))
     from ecmoe import run_or_load
     from ecmoe.training.ranks import rank
