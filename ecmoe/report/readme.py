@@ -14,7 +14,9 @@ from ecmoe.study.verdict import judge_all
 
 def update(scale: str) -> bool:
     """Draw the figures, update the generated parts of README.md, and return whether its text changed. Raise a
-    ConfigError if there is no README.md, or if a mark is missing in it or occurs twice."""
+    ConfigError at scale smoke, if there is no README.md, or if a mark is missing in it or occurs twice."""
+    if scale == "smoke":
+        raise ConfigError("scale='smoke' gives no verdicts to show in README.md: must be gpu or paper")
     path = paths.root() / "README.md"
     if not path.exists():
         raise ConfigError(f"{path} is not there: call this in a checkout, with ECMOE_HOME unset or set to it")

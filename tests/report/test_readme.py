@@ -41,7 +41,10 @@ def test_update_replaces_what_lies_between_the_marks(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     marks = "{} a\n<!-- {}:begin -->\nold\n<!-- {}:end -->\n"
     page.write_text("".join(marks.format(name, name, name) for name in made) + "last\n")
-    assert readme.update("gpu") and not readme.update("smoke") and scales == ["gpu", "smoke"]
+    with pytest.raises(ValueError, match="scale='smoke' gives no verdicts"):
+        readme.update("smoke")
+    assert not scales  # refused before anything is drawn or written
+    assert readme.update("gpu") and not readme.update("paper") and scales == ["gpu", "paper"]
     assert {name: figure.path for name, figure in drawn.items()} == {name: tmp_path / name for name in drawn}
     for name, text in made.items():
         assert f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" in page.read_text()
