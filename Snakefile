@@ -181,7 +181,7 @@ rule index:
     output:
         f"{REPORTS}/index.html",
     shell:
-        "{ECMOE} index {SCALE} --reports {REPORTS}"
+        "{ECMOE} index --scale {SCALE} --reports {REPORTS}"
 
 
 rule page:
@@ -244,6 +244,6 @@ onsuccess:
 
 onerror:
     # Write the index even though a page failed; it shows which.
-    subprocess.run([sys.executable, "-m", "ecmoe", "index", SCALE, "--reports", REPORTS])
+    subprocess.run([sys.executable, "-m", "ecmoe", "index", "--scale", SCALE, "--reports", REPORTS])
     for page in sorted(Path(REPORTS).glob("*.failed.html")):
         print(f"failed: {page.name.removesuffix('.failed.html')}, see {page}", file=sys.stderr)

@@ -200,9 +200,9 @@ PASSED = {
     "report a.ipynb a.html -f b.yaml -f c.yaml --set steps=2 --no-train": (
         "report.execution.execute", ["a.ipynb", "a.html", ["b.yaml", "c.yaml"]], {"parameters": {"steps": 2, "train_missing": False}}),
     "index": ("report.index.index", ["smoke", None], {}),
-    "index gpu --reports there": ("report.index.index", ["gpu", "there"], {}),
+    "index --scale gpu --reports there": ("report.index.index", ["gpu", "there"], {}),
     "readme": ("report.readme.update", ["gpu"], {}),
-    "readme paper": ("report.readme.update", ["paper"], {}),
+    "readme --scale paper": ("report.readme.update", ["paper"], {}),
     "runs --train": ("study.engine.train", [["ONE of gpu"], "gpu"], {"jobs": 1}),
     "runs 01_a --scale paper --train --jobs 2": ("study.engine.train", [["ONE of paper 01_a"], "paper"], {"jobs": 2}),
     "run ONE": ("study.engine.in_turn", [["ONE of gpu"], "gpu"], {"keep_weights": False}),
@@ -259,7 +259,7 @@ def test_a_number_has_its_least(words, least, monkeypatch):
 def test_a_page_is_named_where_it_was_written(monkeypatch):
     monkeypatch.setattr("ecmoe.report.execution.execute", lambda *_, **__: None)
     monkeypatch.setattr("ecmoe.report.index.index", lambda *_: "there/index.html")
-    said = [call(*words.split()).output for words in ("report a.ipynb b/c.html", "index gpu")]
+    said = [call(*words.split()).output for words in ("report a.ipynb b/c.html", "index --scale gpu")]
     assert said == ["b/c.html\n", "there/index.html\n"]
 
 
@@ -363,17 +363,18 @@ def test_a_run_that_broke_off_is_an_exit_code(tiny_config, tmp_path):
 def test_readme_says_whether_it_changed(changed, said, monkeypatch):
     asked = []
     monkeypatch.setattr("ecmoe.report.readme.update", lambda scale: asked.append(scale) or changed)
-    assert call("readme").output.strip() == call("readme", "paper").output.strip() == said and asked == ["gpu", "paper"]
+    assert call("readme").output.strip() == call("readme", "--scale", "paper").output.strip() == said
+    assert asked == ["gpu", "paper"]
 
 
 def test_index_of_an_unknown_scale_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     monkeypatch.setattr("ecmoe.report.index.judge_all", {"gpu": {}}.get)  # that of the committed results is in report/
-    wrong = call("index", "nonsense")
+    wrong = call("index", "--scale", "nonsense")
     assert wrong.exit_code == 2 and "scale='nonsense': must be one of gpu, paper, smoke" in wrong.stderr
     assert not any(tmp_path.iterdir())
     for reports, options in (("mine", ["--reports", tmp_path / "mine"]), ("reports/gpu", [])):
-        assert call("index", "gpu", *options).exit_code == 0 and (tmp_path / reports / "index.html").exists()
+        assert call("index", "--scale", "gpu", *options).exit_code == 0 and (tmp_path / reports / "index.html").exists()
 
 
 def test_readme_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch):
@@ -396,7 +397,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize(
     "words",
-    ["runs --check", "runs 01_convergence", "run x", "again x", "index smoke", "bench all", "bench scaling"],
+    ["runs --check", "runs 01_convergence", "run x", "again x", "index --scale smoke", "bench all", "bench scaling"],
 )
 def test_what_needs_a_plan_says_so_outside_a_checkout(words, tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_CONFIGS", str(tmp_path))

@@ -167,7 +167,7 @@ def report(
 
 
 def index(
-    scale: Annotated[str, typer.Argument(help="smoke, gpu or paper")] = "smoke",
+    scale: Scale = "smoke",
     reports: Annotated[Path | None, typer.Option(help="folder of the pages; default: reports/SCALE")] = None,
 ) -> None:
     """Write index.html (verdicts, list of pages, search) and scoreboard.md."""
@@ -176,7 +176,7 @@ def index(
     typer.echo(write_index(scale, reports))
 
 
-def readme(scale: Annotated[str, typer.Argument(help="scale of the results")] = "gpu") -> None:
+def readme(scale: Annotated[str, typer.Option(help="gpu or paper; smoke has no verdicts")] = "gpu") -> None:
     """Update the generated parts of README.md (summary, figures, claim table) from the results of a scale."""
     from ecmoe.report.readme import update
 

@@ -344,7 +344,7 @@ def test_the_index_has_claims_pages_search_and_what_is_missing(verdicts, tmp_pat
 
 
 def test_the_committed_index_is_what_the_committed_pages_and_results_give(tmp_path, committed_verdicts, monkeypatch):
-    """Who changes the index, the scoreboard or their style sees it here; `ecmoe index gpu` writes them anew."""
+    """Who changes the index, the scoreboard or their style sees it here; `ecmoe index --scale gpu` writes them anew."""
     root = Path(__file__).parents[2]
     monkeypatch.setenv("ECMOE_HOME", str(root))
     monkeypatch.setattr(index, "judge_all", {"gpu": committed_verdicts}.get)
