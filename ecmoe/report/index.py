@@ -30,7 +30,7 @@ from ecmoe.study import engine, plan
 from ecmoe.study.answer import answer, cost, reproduce
 from ecmoe.study.parameters import check_scale
 from ecmoe.study.protocol import protocol
-from ecmoe.study.units import Unit
+from ecmoe.study.units import Unit, figure
 from ecmoe.study.verdict import IN_DIRECTION, PLUMBING, ClaimVerdict, JudgedPart, judge_all
 
 Verdicts = Mapping[str, ClaimVerdict]
@@ -81,7 +81,7 @@ def caption() -> str:
     """Return the caption of `effects`."""
     return (
         "Every part that decides a claim, oriented so that values right of 0 agree with the paper; where the paper's "
-        "figure is to be met, 0 is that figure. "
+        "figure is to be met, 0 is that figure, right of 0 is more, and near 0 agrees. "
         "An open mark shows why a part left of 0 still holds in direction. "
         f"Bars are confidence intervals, jointly {100 * protocol().level:g}% for the parts of a claim."
     )
@@ -96,7 +96,7 @@ def effects(verdicts: Verdicts) -> Plot:
             for one in [part, *by] if part.effect.n else ():  # parts that weren't run are named in their claim's line
                 turned = _to_the_papers_side(one, one.effect.value, *(one.interval or (math.nan, math.nan)))
                 unit = "difference in loss (nats per token)" if part.unit is Unit.NATS else "percent"
-                rows.append((unit, f"{verdict.about.id} {one.name}", *turned, one.label, one is not part))
+                rows.append((unit, f"{verdict.about.id} {one.name}{_zero(one)}", *turned, one.label, one is not part))
     frame = pd.DataFrame(rows, columns=["unit", "name", "mean", "low", "high", "label", "beside"])
     there = {unit: of.drop(columns="unit").reset_index(drop=True) for unit, of in frame.groupby("unit")}
     heights = [(~of["beside"]).sum() + 1.5 for of in there.values()]
@@ -134,6 +134,13 @@ def _to_the_papers_side(part: JudgedPart, *values: float) -> tuple[float, float,
     factor = part.sign * (1.0 if part.unit is Unit.NATS else 100.0)
     mean, low, high = (factor * (x - part.origin) for x in values)
     return (mean, low, high) if part.sign > 0 else (mean, high, low)
+
+
+def _zero(part: JudgedPart) -> str:
+    """Return what 0 stands for in a part's row, where it isn't equality: " (0: the paper's 23%)", " (above 50%)"."""
+    if part.says == "near":
+        return f" (0: the paper's {figure(part.origin, part.unit)})"
+    return f" ({part.says} {figure(part.origin, part.unit)})" * (part.origin != part.unit.outer(0.0))
 
 
 def markdown(name: str, verdicts: Verdicts, scale: str) -> str:

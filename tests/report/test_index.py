@@ -171,6 +171,11 @@ def test_all_effects_on_one_scale_are_turned_to_the_papers_side(verdicts):
     assert near.data["mean"].tolist() == pytest.approx(
         [20.0, -1.0, -1.0]
     )  # over 50%; from 23% and 3%, whose side is neither
+    assert near.data["name"].tolist() == [
+        "C7 one or two experts (above 50%)",
+        "C7 three or four (0: the paper's 23%)",
+        "C7 more than four (0: the paper's 3.0%)",
+    ]
     assert (near.data["low"] < near.data["mean"]).all() and set(near.data["unit"]) == {"percent"}
     assert index.effects({"C1": verdicts["C1"]}).figure is None
     level = judged("C6", losses(**dict.fromkeys(("EC-CF2 renormalized", "Hash modulo"), seeds(3.6))))
