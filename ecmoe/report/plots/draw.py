@@ -254,6 +254,11 @@ def in_percent(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return frame.assign(**{column: 100 * frame[column]}) if column in PERCENT else frame
 
 
+def from_zero(label: str, low: float, high: float) -> str:
+    """Return the label of an axis with these limits, with a note if they don't contain 0."""
+    return label if low <= 0 <= high else f"{label}; the axis doesn't start at 0"
+
+
 def number(row: object) -> str:
     """Format a row's mean, with its interval in parentheses if it has one: three decimals below 100, else whole numbers."""
     mean, low, high = (f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}" for x in (row.mean, row.low, row.high))

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from ecmoe.report.plots.draw import LABELS, in_decades, lines, minus, number, panels, points
+from ecmoe.report.plots.draw import LABELS, from_zero, in_decades, lines, minus, number, panels, points
 from ecmoe.report.plots.style import INK, Look, Plot, looks
 from ecmoe.study.units import counted
 
@@ -31,7 +31,8 @@ def over(
     comparison. log: show the setting in powers of two."""
     columns = [columns] if isinstance(columns, str) else list(columns)
     arms, setting = list(dict.fromkeys(frame["arm"])), x not in ("step", "tokens")
-    minus = f" minus that of {reference}" if reference else ""
+    several, minus = len(columns) > 1, f" minus that of {reference}" if reference else ""
+    ylabel = LABELS.get(columns[0], columns[0]) + minus.replace(" minus", "\nminus")
     what = f"{' and '.join(LABELS.get(column, column) for column in columns)}{minus} over {LABELS[x]}"
     there = frame[frame[x].notna() | frame["arm"].isin(levels)].dropna(subset=columns, how="all")
     measured = set(there["arm"]) if reference is None or reference in set(there["arm"]) else ()
@@ -46,7 +47,9 @@ def over(
                      ticks_at_values=setting, named=named)  # fmt: skip
         if not reference:
             in_decades(ax, "y", column)
-        if len(columns) > 1:
+        if not several:
+            ax.set_ylabel(from_zero(ylabel, *ax.get_ylim()).replace("; ", ";\n"))
+        else:
             ax.set_ylim(bottom=0)
             for line in ax.get_lines():  # whole, if they are at 0
                 line.set(clip_on=False, zorder=3)
@@ -58,11 +61,9 @@ def over(
         ends = data.groupby("arm", sort=False).tail(1).sort_values("mean")
         return data, f"at the end, lowest first: {rows_text(ends, at=x)}"
 
-    several = len(columns) > 1
     each = {LABELS.get(column, column) if several else "": column for column in columns}
-    ylabel = "" if several else LABELS.get(columns[0], columns[0]) + minus.replace(" minus", "\nminus")
     height = max(4.2, 1 + 0.3 * len(arms))  # enough for the arms' names, which may take two lines
-    return panels(what, draw, each, height, arms, measured, key="measure", ylabel=ylabel)
+    return panels(what, draw, each, height, arms, measured, key="measure")
 
 
 def final_loss(
@@ -88,9 +89,7 @@ def final_loss(
             ax.axvline(0, color=INK, linewidth=1)
         else:
             in_decades(ax, "x", column)
-        low, high = ax.get_xlim()
-        label = what + ("" if low <= 0 <= high else "; the axis doesn't start at 0")
-        ax.set_xlabel(label.replace(" minus", "\nminus"))  # too wide for one line
+        ax.set_xlabel(from_zero(what, *ax.get_xlim()).replace(" minus", "\nminus"))  # too wide for one line
         return data, rows_text(data)
 
     measured = table.loc[table[column].notna(), "arm"]

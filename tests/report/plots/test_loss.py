@@ -28,7 +28,10 @@ def test_loss_over_steps(runs):
     assert "EC 2.010 (1.985 to 2.035) at 100, 3 seeds; top-2 2.510" in plot.alt and plot.alt.endswith("Not run: Hash.")
     assert texts(plot) == ["EC", "top-2"]  # each at the end of its line
     (ax,) = plot.figure.axes
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "validation loss (nats per token)")
+    label = "validation loss (nats per token)"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", f"{label};\nthe axis doesn't start at 0")
+    lower = drawn(plots.over(curves({"EC": [run(EC, 0.01, rows=50)]}), "step"))
+    assert lower.figure.axes[0].get_ylim()[0] <= 0 and lower.figure.axes[0].get_ylabel() == label
     assert [side for side, spine in ax.spines.items() if spine.get_visible()] == ["left", "bottom"]
     assert all(f"stroke: {color}" in plot.svg() for color in ("currentColor", "var(--line, #d8dde3)"))  # ticks and grid
     assert not plot.figure.axes[0].get_title()  # its axis says it
