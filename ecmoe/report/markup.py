@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 from latex2mathml.converter import convert
 from markupsafe import Markup, escape
 
-from ecmoe.study.units import between
+from ecmoe.study.units import between, counted
 
 TEMPLATE = Path(__file__).parent / "template"
 Format = str | Callable[[Any], str]
@@ -29,7 +29,7 @@ COLORS = {
     "plumbing only": "#5f6368",
 }
 _TEMPLATES = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-_TEMPLATES.globals |= {"colors": COLORS, "between": between}
+_TEMPLATES.globals |= {"colors": COLORS, "between": between, "counted": counted}
 
 
 def markup(name: str, *args: Any) -> Markup:

@@ -149,7 +149,9 @@ def test_how_it_was_judged_has_every_part_with_its_rule(monkeypatch):
     assert "Holm" in named["rules"] and "80% power" in named["rules"] and "one that is planned" in named["rules"]
     amended = [one for one in answer.protocol().amendments if "C6" in one.claims]
     assert len(amended) == 3
-    assert named["amendments"] == "; ".join(f"{one.date}: {one.what} ({one.why})" for one in amended)
+    fold = page.find("dt", string="amendments").find_next("dd").details
+    assert fold.summary.text == "3 amendments, the last of 2026-11-30" and not fold.has_attr("open")
+    assert [li.text for li in fold.find_all("li")] == [f"{one.date}: {one.what} ({one.why})" for one in amended]
     rules = dataclasses.replace(answer.protocol(), amendments=[])
     monkeypatch.setattr(answer, "protocol", lambda: rules)
     never = soup(answer.judged_html(judged("C7", {})))
