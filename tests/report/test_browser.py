@@ -116,7 +116,7 @@ def test_the_answer_comes_first(folder, tab):
     assert top(tab, ".tally") <= 600 and top(tab, "figure") <= 1400
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1200, 1280])
 def test_what_a_claim_unfolds_to_has_the_width_of_the_page(folder, tab, width):
     tab.open(folder / "index.html", width)
     tab.js("document.querySelectorAll('.claims details').forEach(one => one.open = true)")
@@ -124,6 +124,8 @@ def test_what_a_claim_unfolds_to_has_the_width_of_the_page(folder, tab, width):
         "[...document.querySelectorAll('.claims details details > summary')].map(e => e.getBoundingClientRect().height)"
     )
     assert tab.js(lines) and max(tab.js(lines)) <= 2 * 26  # lines
+    beyond = tab.js("[...document.querySelectorAll('.claims .scroll')].map(e => e.scrollWidth - e.clientWidth)")
+    assert len(beyond) > 4 and max(beyond) <= 0  # no column of a table is cut off
 
 
 @pytest.mark.parametrize("name", PAGES)
