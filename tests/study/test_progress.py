@@ -12,9 +12,16 @@ from ecmoe.study.progress import TERMINAL, progress_bar, terminal
 
 @pytest.fixture
 def screen():
-    """(what reads as the screen does, the name of the terminal)"""
+    """(what reads as the screen does, up to a text; the name of the terminal)"""
     ours, theirs = pty.openpty()
-    yield ours, os.ttyname(theirs)
+
+    def shown(until: str) -> str:
+        text = ""
+        while until not in text:  # a terminal gives what it has so far
+            text += os.read(ours, 10_000).decode()
+        return text
+
+    yield shown, os.ttyname(theirs)
     os.close(ours)
     os.close(theirs)
 
@@ -24,7 +31,7 @@ def test_a_bar_is_shown_on_the_terminal_that_is_named(screen, monkeypatch, capfd
     monkeypatch.setenv(TERMINAL, name)
     with progress_bar(40) as bar:
         bar.update(40)
-    assert "40/40" in os.read(shown, 10_000).decode() and capfd.readouterr() == ("", "")
+    assert shown("40/40") and capfd.readouterr() == ("", "")
     with progress_bar(0) as bar:
         assert bar.disable
     monkeypatch.setenv(TERMINAL, name + "gone")
