@@ -27,7 +27,7 @@ def bucket_size(n: int, e: int, c: float | None, rounding: str = "exact") -> int
     share = exact(c) / e
     if rounding == "down":
         return min(max(n * share.numerator // share.denominator, 1), n)
-    remedy = "a router outside a RunConfig may round: rounding='down'"
+    remedy = "a router outside a RunConfig may round: rounding='down', or altered(model, rounding='down')"
     if share > 1 or n * share.numerator < share.denominator:
         k = float(min(share, 10**9)) * n  # type: ignore[arg-type]
         raise ConfigError(f"capacity_factor={c}: every expert would take k={k:g} of n={n} tokens; k must lie in 1..n, so "

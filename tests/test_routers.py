@@ -164,7 +164,9 @@ def test_a_bucket_is_rounded_down_and_never_empty():
 
 @pytest.mark.parametrize("n", [3, 9])  # fewer tokens than an expert takes one of, and no whole number
 def test_a_short_batch_says_how_to_take_it(n):
-    with pytest.raises(ConfigError, match=r"outside a RunConfig may round: rounding='down'$"):
+    with pytest.raises(
+        ConfigError, match=r"outside a RunConfig may round: rounding='down', or altered\(model, rounding='down'\)$"
+    ):
         routing.ExpertChoice(8, 8, 2.0).assign(torch.randn(n, 8))
     assert routing.ExpertChoice(8, 8, 2.0, rounding="down").assign(torch.randn(n, 8)).token.shape == (8, max(n // 4, 1))
 

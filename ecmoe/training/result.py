@@ -133,7 +133,8 @@ def checked_weights(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = place_of(folder, "model.safetensors")
     if not path.exists():
         remedy = "to get them: run_or_load(config, weights=True), without records"
-        known = read_summary(folder) if place_of(folder, "summary.json").exists() else {"status": "not finished"}
+        unknown = "not finished" if folder.exists() else "there is no such folder"
+        known = read_summary(folder) if place_of(folder, "summary.json").exists() else {"status": unknown}
         status = f"{known['status']}: {known['error']}" if known.get("error") else known["status"]
         raise FileNotFoundError(
             f"no weights in {folder} (status: {status}): only finished runs have them, and records have none; {remedy}"

@@ -225,8 +225,11 @@ def test_a_model_has_the_dtype_of_its_file(tmp_path, tiny_config, data, dtype):
 def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ECMOE_HOME", str(tmp_path))
     of_run = make(config := RunConfig(seed=5)).load_model
-    for place, ask in ((tmp_path / "runs" / config.name, of_run), (tmp_path, lambda: continue_text(tmp_path, "A", 2))):
-        told = rf"no weights in {place} \(status: not finished\): only finished runs .*, and records have none"
+    home = tmp_path / "runs" / config.name
+    for place, ask, status in (
+        (home, of_run, "there is no such folder"), (tmp_path, lambda: continue_text(tmp_path, "A", 2), "not finished"),
+    ):  # fmt: skip
+        told = rf"no weights in {place} \(status: {status}\): only finished runs .*, and records have none"
         with pytest.raises(FileNotFoundError, match=told):
             ask()
     results.write_run(tmp_path, make(config).summary | {"status": "failed", "error": "ConfigError: no such text"})
