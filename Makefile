@@ -24,7 +24,7 @@ help:
 	@echo 'make reproduce           set up .venv, train what is missing, make the pages; prints the index'
 	@echo 'make test                set up .venv, run the tests'
 	@echo 'make report              draw all pages again from finished runs; trains nothing'
-	@echo 'make check               within a minute: style, types, imports, tests that train nothing'
+	@echo 'make check               in about a minute: style, types, imports, tests that train nothing'
 	@echo 'make lab                 JupyterLab on this machine, at PORT=8888'
 	@echo 'make wheelhouse          collect the wheels for a machine without a network'
 	@echo 'SCALE=smoke|gpu|paper    size of the study (now: $(SCALE))'
