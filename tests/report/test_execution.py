@@ -45,6 +45,14 @@ if fail:
 """
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """SIGINT isn't ignored, as it is in a script's background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """The same notebook executed twice, well and badly: text of the pages, folder, error."""
