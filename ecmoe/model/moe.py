@@ -64,9 +64,7 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(torch.empty(e, d_ff, d_model))
         self.aux_loss: Tensor | None = None
         self.exchange: Any = None  # computes `experts` if other ranks hold some (see `share_experts`)
-        self.copied: Any = (
-            None  # weight -> what to compute with, if its gradient takes a separate way (see training.ddp)
-        )
+        self.copied: Any = None  # weight -> a copy to compute with, whose gradient is sent to other ranks (see `DDP`)
         self._leaf: Tensor | None = None  # the aux_loss of a pass without gradients (see `_keep`)
         self.load = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)
         self.demand = nn.Buffer(torch.zeros(e, dtype=torch.long), persistent=False)

@@ -158,7 +158,7 @@ def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def checked_ids(name: str, ids: Tensor, size: int) -> Tensor:
-    """Return the ids, flat, int64. Raise a ValueError if one lies outside 0..size-1; on a GPU a check would wait for it."""
+    """Return the ids, flat, int64. On a CPU, raise a ValueError if one isn't in 0..size-1; a GPU's host would wait."""
     ids = ids.reshape(-1).long()
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(wrong := ids[(ids < 0) | (ids >= size)]):
         raise ValueError(f"{name} has {int(wrong[0])}: must lie in 0..{size - 1}, also where it is padding")

@@ -72,7 +72,7 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
 
 
 def find(planned: Sequence[Planned], names: Iterable[str], scale: str) -> list[Planned]:
-    """Return planned runs by name or unique name prefix. Raise a ConfigError if a name fits no run of this scale, or several."""
+    """Return planned runs by name or unique prefix. Raise a ConfigError if a name fits no run of the scale, or several."""
     found = []
     for name in names:
         like = [one for one in planned if one.name == name] or [one for one in planned if one.name.startswith(name)]

@@ -18,7 +18,7 @@ from ecmoe.routing.router import recomputing
 
 
 class DDP(DDPStrategy):
-    """Strategy that keeps a copy of the model on each rank, and averages gradients, sent as dtype `narrow` (None: their own).
+    """Strategy that keeps a copy of the model on each rank and averages gradients, sent as `narrow` (None: their dtype).
 
     PyTorch's DDP copies every gradient into a bucket, and the bucket into the tensor that is sent. An expert's gradient
     is large enough to be sent alone, and is computed in `narrow`, so that it is sent as it is."""

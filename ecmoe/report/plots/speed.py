@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from ecmoe.bench.rows import BOTH, EAGER, FORWARD
-from ecmoe.report.plots.draw import LABELS, panels
+from ecmoe.report.plots.draw import LABELS, from_zero, panels
 from ecmoe.report.plots.style import GREY, INK, PAPER, Plot, looks
 
 _COLORS = {FORWARD: "#0072B2", BOTH: "#D55E00"}
@@ -77,7 +77,7 @@ def step_times(steps: pd.DataFrame) -> Plot:
         for label, fill in (("routed by its own router", GREY), ("routed evenly, by force", PAPER)):
             ax.plot([], [], "o", color=GREY, markerfacecolor=fill, markersize=7, label=label)
         ax.set_yticks(range(len(lines)), lines)
-        ax.set(ylim=(len(lines) - 0.5, -0.5), xlabel="time of a training step (ms); the axis doesn't start at 0")
+        ax.set(ylim=(len(lines) - 0.5, -0.5), xlabel=from_zero("time of a training step (ms)", *ax.get_xlim()))
         return data, "; ".join(f"{r.arm}, {r.routing} routing, {r.path} {r.ms:.1f} ms" for r in data.itertuples())
 
     height = 1.2 + 0.32 * max(len(lines), 2)
