@@ -133,8 +133,9 @@ class RunConfig:
     compile: bool = key(False, "compile each block of the model with torch.compile")
     cuda_graph: bool = key(False, "run training steps as a CUDA graph where possible: one GPU, a router whose sizes "
                            "don't depend on data")  # fmt: skip
-    kernels: str = key("auto", "implementation of the MoE layer: plain (PyTorch), triton or triton-bmm (CUDA GPU only), "
-                       "auto (triton where possible)", choices=("auto", "plain", "triton", "triton-bmm"))  # fmt: skip
+    kernels: str = key("auto", "implementation of the MoE layer: plain (PyTorch), triton, triton-bmm or cute (CUDA GPU only; "
+                       "cute: pip install 'ecmoe[cute]'), auto (triton where possible)", choices=(
+        "auto", "plain", "triton", "triton-bmm", "cute"))  # fmt: skip
     activation_checkpointing: bool = key(False, "save memory: recompute attention and experts in the backward pass")
     strategy: str = key("auto", "distribution over ranks: ddp (copies), fsdp2 (sharded weights), ep (experts divided, "
                         "the rest as fsdp2), auto (ddp)", choices=("auto", "ddp", "fsdp2", "ep"))  # fmt: skip

@@ -90,7 +90,7 @@ def test_bucket_size_holds_k_experts_times_e_is_n_times_c(groups, e, c):
         ({"router": "token_choice", "top_k": 9}, ["top_k=9", "num_experts=8"]),
         ({"vocab_size": 300}, ["vocab_size=300", "bytes"]),
         ({"vocab_size": 256, "tokenizer": "bpe"}, ["vocab_size=256 with tokenizer=bpe", "at least 257"]),
-        ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm"]),
+        ({"kernels": "cuda"}, ["kernels='cuda'", "auto, plain, triton, triton-bmm, cute"]),
         ({"router": "linear_assignment", "num_experts": 7}, ["num_experts=7", "2048"]),
         (
             {"data": "images:x", "router": "hash", "hash_table": "balanced"},
@@ -205,7 +205,7 @@ def test_a_key_of_words_takes_these_and_names_them_in_this_order():
         "priority": "order score", "balance": "switch first_choice importance_load bias none", "hash_table": "modulo balanced",
         "task_table": "learned fixed", "relative_init": "alibi normal", "tokenizer": "bytes bpe", "optimizer": "adamw adafactor",
         "schedule": "constant inverse_sqrt linear", "precision": "auto 32-true bf16-mixed bf16-true 16-mixed 64-true",
-        "kernels": "auto plain triton triton-bmm", "strategy": "auto ddp fsdp2 ep",
+        "kernels": "auto plain triton triton-bmm cute", "strategy": "auto ddp fsdp2 ep",
     }  # fmt: skip
     assert {key: " ".join(words) for key, words in CHOICES.items() if words and key != "router"} == taken
     routers = "expert_choice token_choice hash dense_moe dense linear_assignment kmeans task_level expert_threshold"

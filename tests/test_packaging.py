@@ -121,7 +121,7 @@ def test_imports_are_declared():
     names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel", "pygments": "nbconvert",
              "jupyter_client": "ipykernel", "traitlets": "ipykernel", "nbclient": "papermill", "markupsafe": "nbconvert",
              "bs4": "nbconvert"}  # fmt: skip
-    optional = {"triton", "scattermoe", "liger_kernel"}
+    optional = {"triton", "quack", "scattermoe", "liger_kernel"}
     for path in (ROOT / "ecmoe").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -22,9 +22,9 @@ from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, OF_LAY
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice, TokenChoice
-from ecmoe.routing.router import TRITON
+from ecmoe.routing.router import CUTE, TRITON
 
-KINDS = ("triton", "triton-bmm")
+KINDS = ("triton", "triton-bmm", "cute")
 AUTO = [{"n": n, "d_model": d} for d in (256, 512, 1024, 2048, 4096) for n in (512, 2048, 8192, 32_768, 131_072)]
 
 
@@ -50,7 +50,7 @@ def bench_layer(
         calls |= _parts(row, forward_and_both(layer, x, layer, gradient))
     for row, layer in layers.items() if compiled else ():
         # Others are caps, or have graph breaks, and would take minutes to compile.
-        if row.path != "triton-bmm" and (not row.variant or row.variant.startswith(("capacity", "grouped_mm"))):
+        if row.path in (PLAIN, KINDS[0]) and (not row.variant or row.variant.startswith(("capacity", "grouped_mm"))):
             step = torch.compile(layer, dynamic=False)
             calls |= _parts(row._replace(mode=COMPILED), forward_and_both(step, x, layer, gradient))
     calls |= {row._replace(what=ROUTING): _routing(layers[row], x[0].detach()) for row in ours}
@@ -134,7 +134,7 @@ def _parts(row: Row, parts: Mapping[str, Call]) -> dict[Row, Call]:
 def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
     """Return expert choice on each path and with caps, and token choice with as many slots and without dropping, all on
     the weights of `first`; and what is absent."""
-    kinds = KINDS if kernels_run(first.w1.device) else ()
+    kinds = KINDS[: 2 + CUTE] if kernels_run(first.w1.device) else ()
     d, e, c = first.router.d_model, first.router.num_experts, first.router.capacity_factor
     k = max(round(c), 1)
     ec, top = Row(f"EC-CF{c:g}"), Row(f"top-{k}")
@@ -148,6 +148,7 @@ def _layers(first: MoE) -> tuple[dict[Row, nn.Module], list[str]]:
     layers: dict[Row, nn.Module] = {row: _twin(first, router, row.path) for row, router in routers.items()}
     *_, dropless = layers.values()
     found, absent = peers(dropless)
+    absent += [f"{KINDS[2]} (quack-kernels is not installed)"] if len(kinds) == 2 else []
     others = {"grouped_mm": Grouped(dropless), **found}
     return layers | {top._replace(variant=name): other for name, other in others.items()}, absent
 

@@ -14,7 +14,7 @@ atomics: the same input gives the same bits. x_in, a, slope and y are kept for t
 a, and dy and dx_in over y. A slope lies within -0.13..1.13 and takes 8 bits if a takes 16. Shapes don't depend on the
 data and nothing waits for the device, so CUDA graphs and torch.compile work.
 
-    layer.py      the operator above                     product.py    its two fused products
+    layer.py      the operator above                     product.py    its two fused products; cute.py: or by QuACK
     choice.py     a whole expert choice layer            routing.py    the router's logits
     rows.py       gather, combine, activation
     selection.py  top-k without a sort                   capped.py     top-k under a cap on a token's experts

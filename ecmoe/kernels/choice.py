@@ -37,7 +37,7 @@ def expert_choice(
     scale: float | None = 1.0,
     cutoff: tuple[Tensor, Tensor] | None = None,
     statistics: Sequence[Tensor] | None = None,
-    fuse: bool = True,
+    kernels: str = "triton",
 ) -> Tensor:
     """Compute a layer in which every expert takes the k tokens that score highest for it (Eq. 1 to 4).
 
@@ -47,7 +47,7 @@ def expert_choice(
         cutoff: (e,) and () tensors, to which each expert's lowest chosen score, and 1, are added; None: nothing is.
         statistics: int64 tensors to overwrite: (e,) load, (e,) demand, () tokens, and at most 16 bins, which count the
             tokens with 0, 1, ... experts, the last bin those with as many or more. None: nothing is written.
-        fuse: see `experts`.
+        kernels: see `experts`.
 
     Returns:
         (n, d), in the dtype of x.
@@ -57,7 +57,7 @@ def expert_choice(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, w1, w2))
     scale = None if scale is None else float(scale)  # an int would be another type of argument to the kernels
-    return _Layer.apply(x, weight, w1, w2, k, scale, cutoff or (None, None), statistics, fuse, dtype, keep)
+    return _Layer.apply(x, weight, w1, w2, k, scale, cutoff or (None, None), statistics, kernels, dtype, keep)
 
 
 def _cut(n: int, e: int) -> tuple[tuple[int], dict]:
@@ -68,7 +68,7 @@ def _cut(n: int, e: int) -> tuple[tuple[int], dict]:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, w1, w2, k, scale, cutoff, statistics, fuse, dtype, keep):
+    def forward(ctx, x, weight, w1, w2, k, scale, cutoff, statistics, kernels, dtype, keep):
         with device_of(x):
             (n, e), x, weight = (len(x), weight.shape[1]), x.contiguous(), weight.contiguous()
             inverse = x.new_empty(n, e, dtype=torch.int32)
@@ -91,9 +91,9 @@ class _Layer(torch.autograd.Function):
                 0 if bins is None else len(bins) - 1,
                 **cut,
             )
-            out, *kept = layer.experts_forward(x.to(dtype), w1, w2, token, gate, inverse, fuse, keep)
+            out, *kept = layer.experts_forward(x.to(dtype), w1, w2, token, gate, inverse, kernels, keep)
         if keep:
-            ctx.scale, ctx.fuse = scale, fuse
+            ctx.scale, ctx.kernels = scale, kernels
             ctx.save_for_backward(x, weight, S, w1, w2, token, gate, *kept)
         return out.to(x.dtype)
 
@@ -103,7 +103,7 @@ class _Layer(torch.autograd.Function):
         x, weight, S, w1, w2, token, gate, inverse, x_in, *kept = ctx.saved_tensors
         with device_of(x):
             dx, dw1, dw2, dgate = layer.experts_backward(
-                dout.to(x_in.dtype), w1, w2, token, gate, inverse, x_in, *kept, ctx.fuse
+                dout.to(x_in.dtype), w1, w2, token, gate, inverse, x_in, *kept, ctx.kernels
             )
             (n, e), dlogits = inverse.shape, S.new_empty(*inverse.shape)
             grid, cut = _cut(n, e)

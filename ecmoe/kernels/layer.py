@@ -1,5 +1,7 @@
 """`experts`: Eq. 3 and 4 as one operator, forward and backward; the docstring of ecmoe.kernels lists its passes."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -9,14 +11,15 @@ from ecmoe.kernels.product import fusible, product, product_backward
 from ecmoe.kernels.rows import activate_, combine, gather, gather_dot_, invert, new_slope, scale_
 
 
-def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, fuse: bool = True) -> Tensor:
+def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, kernels: str = "triton") -> Tensor:
     """Compute Eq. 3 and 4, as `MoE.experts` does.
 
     Args:
         x: (n, d). w1: (e, d, f). w2: (e, f, d).
         token: (e, k) int64, n in an empty slot; no expert holds a token twice. gate: (e, k), 0 in an empty slot.
-        fuse: compute x_in w1 and dy w2^T in Triton, with the activation in the epilogue. If False, or for sizes and
-            types that the fused kernels don't support, use `torch.bmm` and a separate pass.
+        kernels: who multiplies. "triton", "auto": Triton computes x_in w1 and dy w2^T, with the activation in the
+            epilogue, and `torch.bmm` all else; "triton-bmm", or for sizes and types that the fused kernels don't
+            support: `torch.bmm` alone, with separate passes; "cute": as "triton", but QuACK where it is faster.
 
     Returns:
         (n, d), in the dtype of x; under autocast, products run in autocast's dtype.
@@ -30,22 +33,26 @@ def experts(x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, *, f
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     gate = gate.to(torch.promote_types(dtype, torch.float32))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, gate))
-    return _Experts.apply(x.to(dtype), w1, w2, token, gate, fuse, keep).to(x.dtype)
+    return _Experts.apply(x.to(dtype), w1, w2, token, gate, kernels, keep).to(x.dtype)
 
 
 def experts_forward(
-    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, inverse: Tensor | None, fuse: bool, keep: bool
+    x: Tensor, w1: Tensor, w2: Tensor, token: Tensor, gate: Tensor, inverse: Tensor | None, kernels: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return out, and tensors for the backward pass: inverse (n, e); x_in, slope, a, y (e, k, ...); w1, w2 in the dtype
     of x, empty if this is their own dtype. All but out are empty unless `keep`."""
     x, token, gate = x.contiguous(), token.contiguous(), gate.contiguous()
     with device_of(x):
         x_in, v1, v2 = gather(x, token), w1.to(x.dtype).contiguous(), w2.to(x.dtype).contiguous()
-        if fuse and fusible(x_in, v1):
+        fused = kernels != "triton-bmm" and fusible(x_in, v1)
+        cute = kernels == "cute" and fused
+        if cute and not keep:
+            slope, a = new_slope(x_in, False), _cute().activated(x_in, v1, gate)
+        elif fused:
             slope, a = product(x_in, v1, gate, keep=keep)
         else:
             slope, a = activate_(torch.bmm(x_in, v1), gate, keep)
-        y = torch.bmm(a, v2)
+        y = _bmm(a, v2, cute=cute)
         inverse = invert(token, x.shape[0]) if inverse is None else inverse
         out = combine(y, inverse)
     if not keep:
@@ -55,7 +62,7 @@ def experts_forward(
     return out, inverse, x_in, slope, a, y, v1, v2
 
 
-def _fake(x, w1, w2, token, gate, inverse, fuse, keep):
+def _fake(x, w1, w2, token, gate, inverse, kernels, keep):
     (n, d), (e, k), f = x.shape, token.shape, w1.shape[2]
     h, y, kept = (
         x.new_empty((e, k, f) if keep else 0),
@@ -80,7 +87,7 @@ def experts_backward(
     y: Tensor,
     v1: Tensor,
     v2: Tensor,
-    fuse: bool,
+    kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w1, w2 and gate; those of the weights have the weights' dtype.
 
@@ -93,28 +100,41 @@ def experts_backward(
         v1, v2 = w1.contiguous(), w2.contiguous()
     with device_of(dout):
         dy, dgate = gather_dot_(dout.contiguous(), y, token.contiguous(), gate)
-        dw2 = _bmm(a.transpose(1, 2), dy, w2.dtype)
-        if fuse and fusible(dy, v2):
+        fused = kernels != "triton-bmm" and fusible(dy, v2)
+        cute = kernels == "cute" and fused
+        dw2 = _bmm(a.transpose(1, 2), dy, w2.dtype, cute=cute)
+        if fused:
             dh = product_backward(dy, v2, slope, gate, out=a)
         else:
             dh = scale_(torch.bmm(dy, v2.transpose(1, 2), out=a), slope, gate)
-        dw1 = _bmm(x_in.transpose(1, 2), dh, w1.dtype)
-        dx = combine(torch.bmm(dh, v1.transpose(1, 2), out=y), inverse)
+        dw1 = _bmm(x_in.transpose(1, 2), dh, w1.dtype, cute=cute)
+        dx = combine(_bmm(dh, v1.transpose(1, 2), out=y, cute=cute), inverse)
     torch.autograd.graph.increment_version([a, y])
     return dx, dw1, dw2, dgate
 
 
-def _fake_backward(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, v1, v2, fuse):
+def _fake_backward(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, v1, v2, kernels):
     return tuple(t.new_empty(t.shape) for t in (dout, w1, w2, gate))
 
 
-def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a b in `dtype`; on CUDA, float32 results aren't rounded to the dtype of a on the way."""
-    if dtype == a.dtype:
-        return torch.bmm(a, b)
+def _bmm(
+    a: Tensor, b: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None, cute: bool = False
+) -> Tensor:
+    """Return a b in `dtype` (default: that of a), written to `out`, which has this dtype, if given; on CUDA, float32
+    results aren't rounded to the dtype of a on the way."""
+    if cute:
+        return _cute().product(a, b, dtype, out=out)
+    if dtype in (None, a.dtype):
+        return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     if a.is_cuda and dtype == torch.float32:
         return torch.bmm(a, b, out_dtype=dtype)
     return torch.bmm(a, b).to(dtype)
+
+
+def _cute() -> ModuleType:
+    from ecmoe.kernels import cute  # QuACK is optional, and takes seconds to import
+
+    return cute
 
 
 _experts_op, _experts_backward_op = Operator(experts_forward, _fake), Operator(experts_backward, _fake_backward)
@@ -122,14 +142,14 @@ _experts_op, _experts_backward_op = Operator(experts_forward, _fake), Operator(e
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, w2, token, gate, fuse, keep):
-        out, *kept = _experts_op(x, w1, w2, token, gate, None, fuse, keep)
-        ctx.fuse = fuse
+    def forward(ctx, x, w1, w2, token, gate, kernels, keep):
+        out, *kept = _experts_op(x, w1, w2, token, gate, None, kernels, keep)
+        ctx.kernels = kernels
         ctx.save_for_backward(w1, w2, token, gate, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        dx, dw1, dw2, dgate = _experts_backward_op(dout, *ctx.saved_tensors, ctx.fuse)
+        dx, dw1, dw2, dgate = _experts_backward_op(dout, *ctx.saved_tensors, ctx.kernels)
         return dx, dw1, dw2, None, dgate, None, None

@@ -16,7 +16,7 @@ from ecmoe.files import ConfigError
 from ecmoe.model import metrics
 from ecmoe.model.tracking import untracked
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import TRITON, Router, recomputing
+from ecmoe.routing.router import CUTE, TRITON, Router, recomputing
 
 # Without a capacity, one expert may get nearly all tokens, and all experts then have that many slots. Passes without
 # gradients compute experts in groups, so that h, (e, k, f), has at most HELD elements, or SLOTS rows per token if more.
@@ -33,11 +33,12 @@ class MoE(nn.Module):
             checkpointing; the chosen tokens stay the same).
         kernels: implementation. "plain": PyTorch, on any device. "triton": ecmoe/kernels on a CUDA GPU, with the same
             results up to rounding, and the same bits every time. "triton-bmm": like "triton", but with all matrix
-            products by torch.bmm. "auto": "triton" on a GPU if the package is installed (see `Router.fast`), else "plain".
+            products by torch.bmm. "cute": like "triton", but with most matrix products by the package quack-kernels,
+            on Hopper GPUs. "auto": "triton" on a GPU if it is installed (see `Router.fast`), else "plain".
 
     Raises:
         ValueError: router isn't one or of another width, d_ff is below 1, or kernels has an unknown value.
-        RuntimeError: kernels="triton" without the package triton; in forward, without a CUDA device.
+        RuntimeError: kernels other than "plain" and "auto" without their package; in forward, without a CUDA device.
 
     Attributes:
         w1: (e, d, f). w2: (e, f, d), the transpose of Eq. 3's W_2.
@@ -54,8 +55,12 @@ class MoE(nn.Module):
             raise ConfigError(f"router={router!r}: must be a router, such as ExpertChoice(d_model, num_experts)")
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must equal the router's, {router.d_model}")
-        if check_key("kernels", kernels).startswith("triton") and not TRITON:
+        if check_key("kernels", kernels) not in ("plain", "auto") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
+        if kernels == "cute" and not CUTE:
+            raise RuntimeError(
+                "kernels='cute' needs quack-kernels: `pip install 'ecmoe[cute]'`, or use kernels='triton'"
+            )
         check_key("d_ff", d_ff)
         e = router.num_experts
         self.router, self.recompute = router, recompute
@@ -116,8 +121,7 @@ class MoE(nn.Module):
         again, checkpointed = recomputing(), self.recompute and self.training
         if mask is None and self.exchange is None and not checkpointed:  # all experts are here, computed once
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
-            fuse = self.kernels != "triton-bmm"
-            out = self.router.at_once(x, self.weights, self.room(x), statistics=record, fuse=fuse)
+            out = self.router.at_once(x, self.weights, self.room(x), statistics=record)
             if out is not None:
                 if not again:
                     self._keep(None)
@@ -198,7 +202,7 @@ class MoE(nn.Module):
         if token.numel() and self.router.fast(x, x.shape[0]):
             from ecmoe import kernels
 
-            return kernels.experts(x, w1, w2, token, gate, fuse=self.kernels != "triton-bmm")
+            return kernels.experts(x, w1, w2, token, gate, kernels=self.kernels)
         n, d = x.shape
         slots = token.reshape(-1)
         x_in = x.index_select(0, slots.clamp(max=n - 1)).view(*token.shape, d)  # (e, k, d) = P X

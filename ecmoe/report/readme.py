@@ -41,7 +41,7 @@ def sections(scale: str) -> tuple[dict[str, str], dict[str, Plot]]:
     timed, size = speed.measured(speed.jobs(**plan), scale=scale, measure=False), next(iter(plan["layer_sizes"]))
     of_layer = (
         "Speed of the layer, including routing, relative to its matrix products alone, on "
-        f"{speed.taken(timed, speed.layer_file(size))}. *triton* is this package's GPU path; rows without it are plain PyTorch."
+        f"{speed.taken(timed, speed.layer_file(size))}. *triton* and *cute* are this package's GPU paths; other rows are plain PyTorch."
     )
     pictures = {
         "evidence": (effects(verdicts), caption()),

@@ -185,7 +185,9 @@ class ExpertChoice(Router):
         k, cutoff = self._bucket(len(x)), (self.cutoff.pending, self.cutoff.count) if self.gathers else None
         if k * self.num_experts > room or self.weight is None or not choice.available(x, self.weight, k):
             return None
-        return choice.expert_choice(x, self.weight, *weights(), k, scale=self.scale, cutoff=cutoff, **more)
+        return choice.expert_choice(
+            x, self.weight, *weights(), k, scale=self.scale, cutoff=cutoff, kernels=self.kernels, **more
+        )
 
     def check_causal(self) -> None:
         if self.cutoff.empty():

@@ -16,7 +16,7 @@ from ecmoe.routers import exact
 from ecmoe.routing.assignment import Assignment, pack
 from ecmoe.routing.cutoff import RunningState
 
-TRITON = find_spec("triton") is not None
+TRITON, CUTE = (find_spec(package) is not None for package in ("triton", "quack"))
 # From this n d on the kernels are faster in a compiled layer: on an H200 (EC-CF2, e 32, f 4 d, bf16) they took 1.04 to
 # 1.97 of plain PyTorch's time up to an n d of 2^23, and 0.57 to 0.93 of it from 2^25 on (`ecmoe bench auto`).
 FEW = 2**24
@@ -136,8 +136,8 @@ class Router(RunningState):
 
 
 def fast(kernels: str, x: Tensor) -> bool:
-    """Return whether the kernels of ecmoe/kernels compute on x. "plain": never; "triton", "triton-bmm": always; "auto":
-    on CUDA if triton is installed, as the layer then takes 0.32 to 1.02 of plain PyTorch's time (`ecmoe bench auto`).
+    """Return whether the kernels of ecmoe/kernels compute on x. "plain": never; "auto": on CUDA if triton is
+    installed, as the layer then takes 0.32 to 1.02 of plain PyTorch's time (`ecmoe bench auto`); all others: always.
     """
     return kernels != "plain" and (kernels != "auto" or x.is_cuda and TRITON)
 

@@ -215,9 +215,10 @@ def _step_of(checkpoint: Path, say: bool) -> int | None:
 
 
 def _share_compiled_code() -> None:
-    """Share code compiled by Inductor and Triton between runs of this machine: later runs of a shape start fast."""
+    """Share code compiled by Inductor, Triton and QuACK between runs of this machine: later runs of a shape start fast."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "QUACK_CACHE_DIR": "quack"}
     default = "torchinductor_"  # prefix of torch's own folder, which an import may have set
-    for variable, folder in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+    for variable, folder in caches.items():
         if Path(os.environ.get(variable, default)).name.startswith(default):
             os.environ[variable] = str(paths.cache() / folder)
     # By default, torch stores no block that has an autograd function or switches autocast off: each process would derive

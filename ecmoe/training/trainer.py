@@ -79,7 +79,7 @@ def check_machine(config: RunConfig) -> None:
                           f"{needed / 2**30:,.0f} GiB, and this device has {memory / 2**30:,.0f}: lower one of them")  # fmt: skip
     if config.precision == "16-mixed" and not cuda:
         raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")
-    if config.kernels.startswith("triton") and not cuda:
+    if config.kernels not in ("plain", "auto") and not cuda:
         raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
     if config.devices > there:
         raise ConfigError(f"devices={config.devices}: this machine has {there} {what}")

@@ -184,11 +184,13 @@ def test_every_row_stands_beside_the_floor_of_its_run(measured):
     assert (sizes | {"dtype": dtype}).items() <= measured.attrs["setting"].items()
 
 
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(("kernels", "cute"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("c", "k", "caps"), [(2.0, 2, [2, 3]), (3.0, 3, [3]), (0.5, 1, [2, 3]), (1.75, 2, [2, 3]), (4.0, 4, [])]
 )
-def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps, monkeypatch):
+def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, cute, c, k, caps, monkeypatch):
+    for module in ("bench.layer", "model.moe"):
+        monkeypatch.setattr(f"ecmoe.{module}.CUTE", cute)
     monkeypatch.setattr(bench, "kernels_run", lambda device: kernels)
     monkeypatch.setattr(bench, "peers", lambda layer: ({"another": layer}, ["absent"]))
     first, _, _ = bench.layer_and_input(n=16, d_model=8, d_ff=16, num_experts=4, capacity_factor=c)
@@ -198,7 +200,7 @@ def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps,
         tuple(row)[:3]: (layer.router.capacity_factor, layer.router.max_experts_per_token, layer.kernels)
         for row, layer in ours.items()
     }
-    paths, name = ["plain", *["triton", "triton-bmm"] * kernels], f"EC-CF{c:g}"
+    paths, name = ["plain", *["triton", "triton-bmm"] * kernels, *["cute"] * cute], f"EC-CF{c:g}"
     path = "triton" if kernels else "plain"
     capped = {(name, f"cap {b}", path): (c, b, path) for b in caps}
     assert list(found.items()) == list(({(name, "", path): (c, None, path) for path in paths} | capped).items())
@@ -206,7 +208,8 @@ def test_layers_are_what_their_rows_say_on_the_same_weights(kernels, c, k, caps,
     share = {f"capacity {c:g} n/e": c / k, "nothing dropped": None}
     expected = {(f"top-{k}", variant, path): factor for variant, factor in share.items() for path in paths[:2]}
     expected |= dict.fromkeys([(f"top-{k}", name, "plain") for name in ("grouped_mm", "another")])
-    assert {key: layer.router.capacity_factor for key, layer in top.items()} == expected and absent == ["absent"]
+    assert {key: layer.router.capacity_factor for key, layer in top.items()} == expected
+    assert absent == ["absent", *["cute (quack-kernels is not installed)"] * (kernels and not cute)]
     assert {(layer.router.top_k, layer.router.gate) for layer in top.values()} == {(k, "renormalized")}
     for layer in (*ours.values(), *top.values()):
         assert layer.w1 is first.w1 and layer.w2 is first.w2 and layer.router.weight is first.router.weight

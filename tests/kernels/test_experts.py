@@ -23,14 +23,14 @@ from tests.kernels.oracle import (
 NARROW = (40, 16, 24, 3, 10)  # a row of f has whole 16 bytes, but not one of slopes in 8 bits
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("who", ["triton", "triton-bmm"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [WHOLE, ODD, NARROW, (1, 1, 1, 1, 1)])
-def test_output_and_gradients_are_those_of_the_one_hot_einsum(sizes, dtype, fuse):
+def test_output_and_gradients_are_those_of_the_one_hot_einsum(sizes, dtype, who):
     if sizes == (1, 1, 1, 1, 1) and dtype == torch.bfloat16:
         pytest.skip("of a single number a slope's 8 bits are too few: their errors average out")
     given = problem(*sizes, dtype)
-    assert_near(with_gradients(lambda *a: kernels.experts(*a, fuse=fuse), *given), oracle(*given), dtype)
+    assert_near(with_gradients(lambda *a: kernels.experts(*a, kernels=who), *given), oracle(*given), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,10 +70,10 @@ def test_more_rows_and_columns_than_a_program_holds():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fuse", "fused"),
-    [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float64, True, False)],
+    ("dtype", "who", "fused"),
+    [(torch.bfloat16, "triton", True), (torch.bfloat16, "triton-bmm", False), (torch.float64, "triton", False)],
 )
-def test_who_multiplies(dtype, fuse, fused, monkeypatch):
+def test_who_multiplies(dtype, who, fused, monkeypatch):
     if not kernels.INTERPRETED and not product.fusible(
         torch.empty(1, 8, 8, device=DEVICE, dtype=dtype), torch.empty(1, 8, 8)
     ):
@@ -82,7 +82,7 @@ def test_who_multiplies(dtype, fuse, fused, monkeypatch):
     for name in ("product", "product_backward", "activate_", "scale_"):
         real = getattr(layer, name)
         monkeypatch.setattr(layer, name, lambda *a, n=name, r=real, **k: called.append(n) or r(*a, **k))
-    with_gradients(lambda *a: kernels.experts(*a, fuse=fuse), *problem(*WHOLE, dtype))
+    with_gradients(lambda *a: kernels.experts(*a, kernels=who), *problem(*WHOLE, dtype))
     assert called == (["product", "product_backward"] if fused else ["activate_", "scale_"])
 
 
@@ -184,15 +184,15 @@ def test_the_same_input_gives_the_same_bits():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-def test_without_gradients_nothing_is_kept(fuse, monkeypatch):
+@pytest.mark.parametrize("who", ["triton", "triton-bmm"])
+def test_without_gradients_nothing_is_kept(who, monkeypatch):
     x, w1, w2, token, gate, _ = problem(*WHOLE, torch.float32)
     kept, forward = [], layer._experts_op
     monkeypatch.setattr(layer, "_experts_op", lambda *given: kept.extend(found := forward(*given)) or found)
     with torch.no_grad():
-        out = kernels.experts(x, w1, w2, token, gate, fuse=fuse)
+        out = kernels.experts(x, w1, w2, token, gate, kernels=who)
     assert len(kept) == 8 and torch.equal(kept[0], out) and not any(t.numel() for t in kept[1:])
-    assert torch.equal(kernels.experts(x, w1, w2, token, gate, fuse=fuse), out)
+    assert torch.equal(kernels.experts(x, w1, w2, token, gate, kernels=who), out)
     assert [t.numel() > 0 for t in kept[8:]] == [True] * 6 + [False] * 2  # the weights are x's kind
 
 
@@ -210,10 +210,10 @@ def test_weights_in_float32_get_gradients_in_float32():
 def test_operators_say_their_shapes(keep):
     x, w1, w2, token, gate, gradient = problem(*WHOLE, torch.float32)
     x, w1, w2, gate = (t.detach() for t in (x, w1, w2, gate))
-    given = (x, w1, w2, token, gate, None, True, keep)
+    given = (x, w1, w2, token, gate, None, "triton", keep)
     torch.library.opcheck(torch.ops.ecmoe.experts_forward, given, test_utils=("test_schema", "test_faketensor"))
     if keep:
-        given = (gradient, w1, w2, token, gate, *torch.ops.ecmoe.experts_forward(*given)[1:], True)
+        given = (gradient, w1, w2, token, gate, *torch.ops.ecmoe.experts_forward(*given)[1:], "triton")
         torch.library.opcheck(torch.ops.ecmoe.experts_backward, given, test_utils=("test_faketensor",))
 
 

@@ -230,9 +230,9 @@ def test_where_nothing_is_said_products_are_fused_and_nothing_is_written_down():
     defaults = {
         name: argument.default for name, argument in inspect.signature(kernels.expert_choice).parameters.items()
     }
-    keys = {"scale": 1.0, "cutoff": None, "statistics": None, "fuse": True}
+    keys = {"scale": 1.0, "cutoff": None, "statistics": None, "kernels": "triton"}
     assert keys.items() <= defaults.items()
-    assert inspect.signature(kernels.experts).parameters["fuse"].default is True
+    assert inspect.signature(kernels.experts).parameters["kernels"].default == "triton"
 
 
 def test_rows_are_counted_in_64_bits():

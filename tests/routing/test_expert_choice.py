@@ -216,14 +216,15 @@ def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
         router = of(D, 4, 1.0, gate="scaled", **keys)
         router.kernels = "triton"
         change(router)
-        return router, router.at_once(torch.zeros(n, D), lambda: ("w1", "w2"), room, fuse=False)
+        return router, router.at_once(torch.zeros(n, D), lambda: ("w1", "w2"), room, statistics="here")
 
     monkeypatch.setattr(choice, "expert_choice", lambda *given, **keys: (given, keys))
     monkeypatch.setattr(choice, "available", lambda x, weight, k: True)
     for pool in ("batch", "rank"):
         router, ((_, weight, *given), keys) = told(pool=pool)
-        assert weight is router.weight and given == ["w1", "w2", 2] and keys.pop("fuse") is False
-        assert keys == {"scale": 4.0, "cutoff": (router.cutoff.pending, router.cutoff.count)}
+        assert weight is router.weight and given == ["w1", "w2", 2]
+        cutoff = router.cutoff.pending, router.cutoff.count
+        assert keys == {"scale": 4.0, "cutoff": cutoff, "kernels": "triton", "statistics": "here"}
     assert told(change=lambda router: router.eval())[1][1]["cutoff"] is None and told(room=8)[1]
     for pool in ("sequence", "position", 4):
         assert told(pool=pool)[1] is None

@@ -11,8 +11,8 @@ from ecmoe.routing import Dense, ExpertChoice, Hash, KMeans, LinearAssignment, R
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
     cpu, cuda = SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)
-    assert [router.fast(kind, cpu) for kind in CHOICES["kernels"]] == [False, False, True, True]
-    assert [router.fast(kind, cuda) for kind in CHOICES["kernels"]] == [True, False, True, True]
+    assert [router.fast(kind, cpu) for kind in CHOICES["kernels"]] == [False, False, True, True, True]
+    assert [router.fast(kind, cuda) for kind in CHOICES["kernels"]] == [True, False, True, True, True]
     monkeypatch.setattr(router, "TRITON", False)
     assert not router.fast("auto", cuda)
 
