@@ -134,7 +134,7 @@ class RunConfig:
     cuda_graph: bool = key(False, "run training steps as a CUDA graph where possible: one GPU, a router whose sizes "
                            "don't depend on data")  # fmt: skip
     kernels: str = key("auto", "implementation of the MoE layer: plain (PyTorch), triton, triton-bmm or cute (CUDA GPU only; "
-                       "cute: pip install 'ecmoe[cute]'), auto (triton where possible)", choices=(
+                       "cute: pip install 'quack-kernels[cu13]'), auto (triton where possible)", choices=(
         "auto", "plain", "triton", "triton-bmm", "cute"))  # fmt: skip
     activation_checkpointing: bool = key(False, "save memory: recompute attention and experts in the backward pass")
     strategy: str = key("auto", "distribution over ranks: ddp (copies), fsdp2 (sharded weights), ep (experts divided, "

@@ -1,4 +1,4 @@
-"""Products by QuACK (github.com/Dao-AILab/quack, `pip install "ecmoe[cute]"`), written in CuTe, for kernels="cute".
+"""Products by QuACK (github.com/Dao-AILab/quack), for kernels="cute": `pip install "quack-kernels[cu13]"`.
 
 Of two groups of warps, one multiplies while the other activates and writes, which Triton can't express: at 0.1B/64E on
 an H200, x_in w1 with the activation takes 0.95 of the time that cuBLAS takes without. The two products that write or
@@ -11,6 +11,7 @@ from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.ops import ColVecLoad
 from quack.gemm_config import GemmConfig
 from torch import Tensor
+from torch.nn import functional as F
 
 _USUAL = {"cluster_m": 2, "cluster_n": 1, "is_dynamic_persistent": False}
 # Constants, because QuACK remembers a launch by its config object. The large tile loads less, and pays if it is deep.
@@ -27,7 +28,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, *, out: Tens
 
 def activated(x_in: Tensor, w1: Tensor, gate: Tensor) -> Tensor:
     """Return a = gate gelu(x_in w1), (e, k, f); gate: (e, k), float32."""
-    a = x_in.new_empty(*gate.shape, w1.shape[2])
+    (e, k), f = gate.shape, w1.shape[2]
+    if k % 4:  # QuACK wants rows that begin at whole 16 bytes
+        gate = F.pad(gate, (0, -k % 4))[:, :k]
+    a = x_in.new_empty(e, k, f)
     _activated(x_in, w1, out={"D": a}, gate=gate, tuned=False, config=_tile(x_in))
     return a
 

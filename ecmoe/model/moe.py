@@ -58,9 +58,8 @@ class MoE(nn.Module):
         if check_key("kernels", kernels) not in ("plain", "auto") and not TRITON:
             raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
         if kernels == "cute" and not CUTE:
-            raise RuntimeError(
-                "kernels='cute' needs quack-kernels: `pip install 'ecmoe[cute]'`, or use kernels='triton'"
-            )
+            install = "`pip install 'quack-kernels[cu13]'`"
+            raise RuntimeError(f"kernels='cute' needs quack-kernels: {install}, or use kernels='triton'")
         check_key("d_ff", d_ff)
         e = router.num_experts
         self.router, self.recompute = router, recompute

@@ -122,5 +122,7 @@ def test_a_layer_is_the_plain_one_with_gradients_and_without():
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr("ecmoe.model.moe.CUTE", False)
-    with pytest.raises(RuntimeError, match=r"kernels='cute' needs quack-kernels: `pip install 'ecmoe\[cute\]'`"):
+    with pytest.raises(
+        RuntimeError, match=r"kernels='cute' needs quack-kernels: `pip install 'quack-kernels\[cu13\]'`"
+    ):
         MoE(ExpertChoice(16, 4, 2.0), 16, 32, kernels="cute")
