@@ -4,7 +4,7 @@
 #   snakemake -n                               only list what that would be; with --quiet host, in Snakemake's details
 #   snakemake --config scale=gpu               the same at another scale
 #   snakemake reports/smoke/01_convergence.html
-#   snakemake --profile profiles/slurm         submit each run as a cluster job
+#   snakemake --workflow-profile profiles/slurm         submit each run as a cluster job
 #
 # profiles/default holds the flags for continuing after a failed or killed job. Missing runs are found by comparing the plan
 # (ecmoe.study.plan) with the files in reports/<scale>. Records are not outputs of rules, because Snakemake deletes the outputs
@@ -91,7 +91,7 @@ try:
 except (ValueError, OSError):
     TIMES = []
 # Several runs that share a GPU finish sooner than the same runs one by one. A "place" is one run's slot.
-CORES = workflow.cores or 2
+CORES = workflow.global_resources["_cores"].value or 2  # a cluster has none
 if "place" not in workflow.global_resources:  # `--resources place=2` overrides it
     workflow.register_resource("place", GPUS * PLACES or CORES)
 AT_ONCE = workflow.global_resources["place"].value

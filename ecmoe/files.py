@@ -67,7 +67,10 @@ def written(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes never share it
     try:
         with disk_may_be_full(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the user's default, which not all writers keep
             yield temporary
+            temporary.chmod(mode)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())  # otherwise the rename may reach the disk before the content
             os.replace(temporary, path)

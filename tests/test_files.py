@@ -48,6 +48,14 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     assert os.listdir(path.parent) == ["a.json"]
 
 
+def test_a_file_has_the_users_default_mode_whoever_writes_it(tmp_path):
+    (tmp_path / "usual").touch()
+    with written(tmp_path / "mine") as temporary:
+        temporary.unlink()
+        os.close(os.open(temporary, os.O_CREAT, 0o600))
+    assert (tmp_path / "mine").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_json_is_written_for_people_and_for_every_reader(tmp_path):
     path = tmp_path / "a.json"
     write_json(

@@ -65,7 +65,8 @@ def project(tmp_path_factory) -> Path:
 
 
 def start(project: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    cores = [] if "--dry-run" in arguments else ["--cores", "2"]  # README names none: the profiles do
+    command = [sys.executable, "-m", "snakemake", *cores, *arguments]
     return subprocess.Popen(
         command,
         cwd=project,
@@ -232,7 +233,7 @@ def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     code, output, ran = snakemake(study, "reports/smoke/01_runs.html")
     assert (code, ran) == (0, []), output
     (study / "configs/06_unknown_arm.yaml").write_text("arms: [EC]\nseeds: [1]\nvalue: 1\n")
-    on_slurm = "--profile", "profiles/slurm", "--dry-run", "--quiet", "host"
+    on_slurm = "--workflow-profile", "profiles/slurm", "--dry-run", "--quiet", "host"
     code, output, _ = snakemake(study, *on_slurm, "--", "reports/smoke/06_unknown_arm.html")
     assert code == 0 and re.search(r"rule run:(\n .+)+mem_mb=32000.+ runtime=240.+ gpu=1", output), output
 

@@ -137,11 +137,12 @@ def generate(
     from ecmoe.training.continuation import continue_text
 
     try:
-        typer.echo(continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed))
+        text = continue_text(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
     except UnicodeEncodeError as error:
         raise ConfigError(f"prompt={prompt!r}: must be UTF-8") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    typer.echo(text)
 
 
 def keys() -> None:

@@ -69,7 +69,7 @@ def count_parameters(config: RunConfig) -> Count:
     if "token counts" in config.needs:  # the table is data, not parameters
         config = config.replace(hash_table="modulo")
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(config.replace(kernels="plain"))
     total = sum(p.numel() for name, p in model.named_parameters() if name != "embedding.weight")
     experts = sum(layer.w1.numel() + layer.w2.numel() for layer in model.moe_layers)
     offered = config.row.experts_per_token(config.to_dict())

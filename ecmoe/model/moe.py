@@ -55,11 +55,6 @@ class MoE(nn.Module):
             raise ConfigError(f"router={router!r}: must be a router, such as ExpertChoice(d_model, num_experts)")
         if router.d_model != d_model:
             raise ValueError(f"d_model={d_model}: must equal the router's, {router.d_model}")
-        if check_key("kernels", kernels) not in ("plain", "auto") and not TRITON:
-            raise RuntimeError(f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'")
-        if kernels == "cute" and not CUTE:
-            install = "`pip install 'quack-kernels[cu13]'`"
-            raise RuntimeError(f"kernels='cute' needs quack-kernels: {install}, or use kernels='triton'")
         check_key("d_ff", d_ff)
         e = router.num_experts
         self.router, self.recompute = router, recompute
@@ -84,7 +79,12 @@ class MoE(nn.Module):
 
     @kernels.setter
     def kernels(self, kind: str) -> None:
-        self.router.kernels = check_key("kernels", kind)
+        if check_key("kernels", kind) not in ("plain", "auto") and not TRITON:
+            raise RuntimeError(f"kernels={kind!r} needs triton: `pip install triton`, or use kernels='plain'")
+        if kind == "cute" and not CUTE:
+            install = "`pip install 'quack-kernels[cu13]'`"
+            raise RuntimeError(f"kernels='cute' needs quack-kernels: {install}, or use kernels='triton'")
+        self.router.kernels = kind
 
     def reset_parameters(self) -> None:
         """Draw the weights, scaled by fan-in: an expert's outputs start at about the size of its inputs."""
@@ -118,7 +118,8 @@ class MoE(nn.Module):
         if mask is not None:
             x = x.masked_fill(~mask[:, None], 0)  # empty slots read any row, and 0 times NaN is NaN
         again, checkpointed = recomputing(), self.recompute and self.training
-        if mask is None and self.exchange is None and not checkpointed:  # all experts are here, computed once
+        ours = type(self).experts is MoE.experts and "experts" not in vars(self)
+        if mask is None and self.exchange is None and not checkpointed and ours:  # all experts are here, computed once
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
             out = self.router.at_once(x, self.weights, self.room(x), statistics=record)
             if out is not None:

@@ -102,8 +102,11 @@ class Transformer(Trunk):
         cache: Cache | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Return logits of the next token; or, given targets (B, T) int64, their mean cross-entropy. See `hidden`."""
+        """Return logits of the next token; or, given targets (B, T) int64, their mean cross-entropy, without those where
+        mask is False. See `hidden`."""
         x = self.hidden(token_ids, task_ids, mask, cache)
+        if mask is not None and targets is not None:
+            x, targets = x[mask], targets[mask]
         return self.logits(x) if targets is None else linear_cross_entropy(x, self.embedding.weight, targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -130,6 +133,8 @@ class Transformer(Trunk):
             raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {tuple(token_ids.shape)}, as token_ids")
         if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("mask has padding before a token: pad on the right, as tokens attend to all before them")
+        if mask is not None and cache is not None and not torch.compiler.is_compiling() and not bool(mask.all()):
+            raise ValueError("mask has padding, and a cache: later tokens would attend to the padding")
         # Embeddings are small compared with the blocks' outputs, so that tied logits don't start at the input token.
         return self.through(self.embedding(token_ids), cache, token_ids=token_ids, task_ids=task_ids, mask=mask)
 

@@ -177,7 +177,7 @@ def _pages(folder: Path) -> Iterator[dict[str, Any]]:
         name, failed = path.stem.removesuffix(".failed"), path.stem.endswith(".failed")
         if failed and (folder / f"{name}.html").exists():
             continue
-        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        soup = BeautifulSoup(path.read_text(encoding="utf-8", errors="replace"), "html.parser")
         answers = [
             (Markup(one.p.decode_contents()), re.split(r"(?<=\.) (?=[A-Z])", one.find(class_="said").text)[0])
             for one in soup.select("section.answer")

@@ -80,6 +80,11 @@ def provenance(study: Study, differences: str = "") -> None:
     done = [r.summary for r in results if r.summary["status"] != "not run"]
     data = [s["data"] for s in done if s.get("data")]
     starts = [s["started"][:10] for s in done if s.get("started")]
+    passes = [
+        s["tokens"] / of["train_tokens"]
+        for s in done
+        if s.get("tokens") and (of := s.get("data") or {}).get("train_tokens")
+    ]
     seconds, word = sum(s.get("seconds") or 0 for s in done), token_word(one.config for one in study.planned)
     made = done + (measured := study.as_measured())
     same = {key: _distinct(made, key) for key in ("code", "commit", "device", "precision")}
@@ -93,6 +98,7 @@ def provenance(study: Study, differences: str = "") -> None:
         "seeds": [", ".join(map(str, sorted({s["seed"] for s in done})))],
         "training time": [f"{seconds / 3600:.2f} hours" if seconds >= 360 else f"{seconds:.0f} seconds"],
         f"{word} trained on": [f"{sum(s.get('tokens') or 0 for s in done):,}"],
+        "passes of the longest run over its text": [f"{max(passes):.2f}"] if passes else [],
         "trained": [between(starts) or "never"],
     }
     for status in ("diverged", "failed"):

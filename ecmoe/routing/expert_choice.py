@@ -155,7 +155,8 @@ class ExpertChoice(Router):
         """Assign to every expert the tokens at or above its cut-off: each decision sees one token only."""
         take = self.cutoff.value().to(S.dtype) <= S  # (n, e)
         if (cap := self._cap) is not None:
-            take &= torch.zeros_like(take).scatter(1, S.topk(cap, dim=1).indices, True)
+            best = S.masked_fill(~take, -1.0).topk(cap, dim=1).indices  # of the experts that would take the token
+            take &= torch.zeros_like(take).scatter(1, best, True)
         if mask is not None:
             take &= mask[:, None]
         token, expert = take.nonzero(as_tuple=True)
@@ -176,7 +177,7 @@ class ExpertChoice(Router):
         """See `Router`. Needs one pool of all tokens, no cap, and no hook or subclass that reads the assignment."""
         if torch.compiler.is_compiling() or type(self) is not ExpertChoice or type(x) is not Tensor or not len(x):
             return None
-        changed = self._forward_hooks or self._forward_pre_hooks or "assign" in vars(self)
+        changed = self._forward_hooks or self._forward_pre_hooks or {"assign", "read"} & vars(self).keys()
         alone = self.pool in ("batch", "rank") and not self.across
         if self.causal or changed or not alone or self._cap is not None or not self.fast(x, x.shape[0]):
             return None

@@ -40,7 +40,8 @@ class TaskLevel(Router):
             raise ValueError("task-level routing needs task_ids: pass moe(x, task_ids=...)")
         task = checked_ids("task_ids", task_ids, self.num_tasks)
         if self.kind == "learned":
-            gate, expert = self.table.softmax(dim=1).topk(1, dim=1)  # (num_tasks, 1)
+            table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))  # in 16 bits, scores would tie
+            gate, expert = table.softmax(dim=1).topk(1, dim=1)  # (num_tasks, 1)
         else:
             expert, gate = self.table, torch.full_like(self.table, 1.0, dtype=logits.dtype)
         return by_token(expert[task].view(-1), gate[task].view(-1).to(logits.dtype), logits.shape[1], mask)

@@ -21,6 +21,7 @@ CHOICE = (
     ("C6", "modulo against EC-CF1, at equal compute"),
     ("C2", "even routing, each on its best path"),
     ("C9", "loss against the twin of equal FLOPs"),
+    ("C9", "time to the loss of the twin of equal FLOPs"),
 )
 NO_CHOICE = "No run shows yet what this means for the choice of a router."
 # Label -> sentence template; filled with the number of claims that have the label, and which they are.

@@ -125,5 +125,5 @@ def in_turn(planned: Iterable[Planned], scale: str, *, keep_weights: bool) -> in
         said = " ".join(carry_out(one, scale, keep_weights=keep_weights).split())
         print(f"{one.pages[0]} {one.arms[0]} s{one.seed}  {one.name}  {said}", flush=True)
         if said not in DONE:
-            failed.add(2 if said.startswith("failed: ConfigError") else 1)
+            failed.add(2 if re.match(r"failed: (\S+: )?(ConfigError|Damaged): ", said) else 1)
     return min(failed, default=0)

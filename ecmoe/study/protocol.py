@@ -100,7 +100,7 @@ class Part(Held):
         if self.figure is None:
             return f"{self.says} {neutral} by more than {equal}, which counts as equal"
         paper = figure(self.figure, self.unit)
-        return f"{self.says} {neutral} (by {equal} or less counts as equal); the paper: {paper}"
+        return f"{self.says} {paper}, the paper's figure; {self.says} {neutral} by more than {equal}: in direction"
 
 
 @dataclass(frozen=True)

@@ -233,4 +233,12 @@ def absent(found: Found) -> list[str]:
     for name, one in found.items():
         for line in one["absent"]:
             of.setdefault(re.sub(r"\(ModuleNotFoundError: .*\)", "(not installed)", line), {})[name] = None
+    paths = {name: {row["path"] for row in one.get("rows", ()) if "layer" in row} for name, one in found.items()}
+    for path, name in product(sorted(set().union(*paths.values())), paths):
+        if (
+            paths[name]
+            and path not in paths[name]
+            and not any(line.startswith(f"{path} (") for line in found[name]["absent"])
+        ):
+            of.setdefault(f"{path} (not timed)", {})[name] = None
     return [f"{line} for {', '.join(names)}" for line, names in of.items()]

@@ -179,7 +179,8 @@ class LitModel(L.LightningModule):
         checkpoint["sums"] = {name: every(value).mean().cpu() for name, value in self.sums.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.sums, self.counts_lack = dict(checkpoint["sums"]), False
+        # With sharded weights Lightning loads after `on_fit_start`.
+        self.sums, self.counts_lack = {name: value.to(self.device) for name, value in checkpoint["sums"].items()}, False
 
 
 class LitClassifier(LitModel):

@@ -61,7 +61,7 @@ def load_model(path: str | Path) -> Trunk:
     from ecmoe.routing import routers
 
     weights, summary = checked_weights(Path(path))
-    config = RunConfig.from_dict(summary["config"])
+    config = RunConfig.from_dict(summary["config"]).replace(kernels="auto")  # this machine may lack those of training
     counts = torch.ones(config.vocab_size) if "token counts" in config.needs else None  # the file has the real table
     model = build_model(config, counts)
     model.load_state_dict(load_file(weights), assign=True)  # a copy would be rounded to float32

@@ -27,6 +27,7 @@ class Epilogue:
 
     def __call__(self, a, b, *, out, config, tuned, **operands):
         assert set(out) == {"D"} and set(operands) == set(self.vectors) and not tuned
+        assert all(operand.stride(0) * operand.element_size() % 16 == 0 for operand in operands.values())
         rows = {name: operand.double()[..., None] for name, operand in operands.items()}
         out["D"].copy_(self.function(a.double() @ b.double(), **rows)["D"])
         self.called.append((self.function.__name__, out["D"].dtype, config.tile_m))

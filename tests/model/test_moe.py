@@ -317,6 +317,27 @@ def test_a_router_that_takes_the_layer_at_once_writes_its_statistics(monkeypatch
     assert len(told) == 1  # in steps
 
 
+def test_a_subclass_that_computes_experts_otherwise_is_heard(monkeypatch):
+    class Silent(MoE):
+        def experts(self, x, token, gate):
+            return torch.zeros_like(x)
+
+    monkeypatch.setattr(ExpertChoice, "at_once", lambda *given, **keys: pytest.fail("computed the experts itself"))
+    assert not Silent(ExpertChoice(D, E, 2.0), D, FF).double()(tokens()).any()
+    moe = layer()
+    moe.experts = lambda x, token, gate: torch.ones_like(x)
+    assert (moe(tokens()) == 1).all()
+
+
+def test_kernels_of_a_package_that_is_missing_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr("ecmoe.model.moe.CUTE", False)
+    monkeypatch.setattr("ecmoe.model.moe.TRITON", True)
+    moe = layer()
+    with pytest.raises(RuntimeError, match="kernels='cute' needs quack-kernels"):
+        moe.kernels = "cute"
+    assert moe.kernels == "auto"
+
+
 def test_a_copy_leaves_the_last_loss_behind():
     moe = layer(lambda: TokenChoice(D, E, 2))
     moe(tokens())

@@ -214,6 +214,18 @@ def test_padding_follows_the_tokens(router):
         model(ids(), mask=mask.flip(0).expand(2, 12))
     with pytest.raises(ValueError, match=r"mask has shape \(12, 2\): must be \(2, 12\), as token_ids"):
         model(ids(), mask=mask.expand(2, 12).T)
+    with pytest.raises(ValueError, match="mask has padding, and a cache"):
+        model(ids(), mask=mask.expand(2, 12), cache=[[] for _ in model.blocks])
+
+
+def test_the_loss_is_of_what_is_no_padding():
+    model, tokens, targets = build_model(SMALL.replace(router="dense")).eval(), ids(), ids(seed=1)
+    mask = torch.arange(12) < torch.tensor([[8], [5]])
+    expected = F.cross_entropy(model(tokens, mask=mask)[mask], targets[mask])
+    torch.testing.assert_close(model(tokens, mask=mask, targets=targets), expected)
+    torch.testing.assert_close(
+        model(tokens, targets=targets), F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    )
 
 
 @pytest.mark.parametrize("shape", [(12,), (1, 2, 12)])

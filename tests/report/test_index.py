@@ -253,7 +253,9 @@ def test_names_of_effects_that_take_two_lines_leave_each_other_room():
 
 
 def row_of(part) -> str:
-    return f"| {part.name} | {found(part)} | {part.effect.n} | {part.rule} | {part.label} |"
+    return (
+        f"| {part.name} | {found(part)} | {part.effect.sample if part.effect.n else 0} | {part.rule} | {part.label} |"
+    )
 
 
 def test_the_readme_has_a_line_for_each_claim_and_github_a_page(verdicts):

@@ -301,7 +301,7 @@ def test_provenance_has_all_that_numbers_come_from(shown):
         "data": ["a text; by somebody; licence: CC; 12,345 training tokens (bpe, vocabulary 512); digest 0123456789ab",
                  "images; licence: unknown; 2,000 training and 300 validation images (3 x 8 x 9); digest ffffffffffff"],
         "processes": ["2"], "seeds": ["0, 1, 2"], "training time": ["303 seconds"], "tokens trained on": ["3,500"],
-        "trained": ["2026-01-02 to 2026-03-04"], "failed": [RunConfig(seed=1).name],
+        "passes of the longest run over its text": ["0.08"], "trained": ["2026-01-02 to 2026-03-04"], "failed": [RunConfig(seed=1).name],
     }.items())  # fmt: skip
     assert "Ours is <b>smaller</b>." in page.text and "differ in versions, data." in page.text
     cells = [[cell.text for cell in row.find_all(["th", "td"])] for row in page.details.table.find_all("tr")]

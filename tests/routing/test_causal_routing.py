@@ -132,6 +132,15 @@ def test_a_cap_holds_also_causally():
     assert 0 < (found > 0).sum() < 18
 
 
+def test_a_cap_counts_only_experts_that_would_take_the_token():
+    router = ExpertChoice(D, 3, 1.0, 1)
+    router.cutoff.add(torch.tensor([[0.5, 0.2, 0.1]]))
+    scores = torch.tensor([[0.45, 0.35, 0.2], [0.6, 0.3, 0.1], [0.45, 0.11, 0.44]])
+    with causal_routing(router):
+        found = router.assign(scores.log()).dense(3)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.35, 0.0], [0.6, 0.0, 0.0], [0.0, 0.0, 0.44]]))
+
+
 def test_evaluation_and_recomputation_move_no_statistic():
     router, logits = ExpertChoice(D, E, 2.0), random_logits(16, E, 0).requires_grad_()
     router.assign(logits)

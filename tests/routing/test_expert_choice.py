@@ -233,6 +233,7 @@ def test_a_layer_is_one_step_only_where_the_router_is_plain(monkeypatch):
         lambda router: router.register_forward_hook(print),
         lambda router: router.register_forward_pre_hook(print),
         lambda router: setattr(router, "assign", print),
+        lambda router: setattr(router, "read", print),
         lambda router: setattr(router, "causal", True),
         lambda router: setattr(router, "kernels", "plain"),
         lambda router: monkeypatch.setattr(choice, "available", lambda x, weight, k: False),

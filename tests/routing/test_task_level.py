@@ -55,6 +55,14 @@ def test_a_learned_table_starts_with_its_tasks_apart():
         assert TaskLevel(D, 400, 9, table).assign(wide, task_ids=torch.arange(4)).gate.dtype == torch.float64
 
 
+def test_a_table_in_16_bits_chooses_as_its_numbers_say():
+    """Its scores would tie where they are computed in 16 bits, too."""
+    torch.manual_seed(0)
+    router = TaskLevel(D, 64, 2000).bfloat16()
+    chosen = router.assign(torch.zeros(2000, 64), task_ids=torch.arange(2000)).dense(2000)
+    assert torch.equal(chosen.argmax(1), router.table.argmax(1))
+
+
 @pytest.mark.parametrize("table", ["learned", "fixed"])
 def test_other_tokens_and_the_input_do_not_matter_in_training_or_evaluation(table):
     router, tasks = TaskLevel(D, 4, TASKS, table), torch.arange(TASKS)

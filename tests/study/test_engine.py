@@ -205,7 +205,8 @@ def test_without_snakemake_one_after_the_other(project, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "code"),
     [("finished finished", 0), ("finished failed:_ConfigError:_x", 2), ("failed:_OSError:_x finished", 1),
-     ("failed:_ConfigError:_x failed:_OSError:_x", 1), ("diverged", 0)],
+     ("failed:_ConfigError:_x failed:_OSError:_x", 1), ("failed:_dependence:_Damaged:_x failed:_Damaged:_y", 2),
+     ("failed:_dependence:_OSError:_x", 1), ("diverged", 0)],
 )  # fmt: skip
 def test_the_exit_code_says_whether_to_try_again(project, monkeypatch, said, code):
     outcomes = iter(said.split())

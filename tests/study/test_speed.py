@@ -274,6 +274,12 @@ def test_a_table_of_layers_has_each_number_in_its_column():
         "b": {"absent": ["Liger (ModuleNotFoundError: No module named 'liger')"]},
     }
     assert speed.absent(files) == ["Liger (not installed) for a, b"]
+    files["a"]["rows"] = [{"layer": "EC", "path": path} for path in ("plain", "cute")]
+    files["b"]["rows"] = [{"layer": "EC", "path": "plain"}]
+    files["c"] = files["b"] | {"absent": ["cute (no package)"]}
+    assert speed.absent(files | {"d": speed.NOTHING}) == [
+        "Liger (not installed) for a, b", "cute (no package) for c", "cute (not timed) for b",
+    ]  # fmt: skip
 
 
 def test_of_each_router_the_fastest_row_with_backward_counts_but_for_graphs_that_only_one_has():

@@ -29,6 +29,15 @@ def test_loss_is_the_cross_entropy_of_the_next_tokens(tiny_config):
     torch.testing.assert_close(lit(batch[:, :-1], targets=batch[:, 1:]), lit.loss(batch))
 
 
+def test_sums_of_a_checkpoint_come_to_the_device_whenever_they_are_loaded(tiny_config, monkeypatch):
+    lit = LitModel(tiny_config())
+    saved = {"sums": dict(lit.sums)}
+    monkeypatch.setattr(LitModel, "device", torch.device("meta"))
+    for hook in (lit.on_fit_start, lambda: lit.on_load_checkpoint(saved)):  # as with sharded weights
+        hook()
+        assert all(value.is_meta for value in lit.sums.values())
+
+
 def test_blocks_are_compiled_and_validation_is_not(tiny_config):
     lit = LitModel(tiny_config(router="dense", compile=True)).eval()
     lit.configure_model()
