@@ -31,6 +31,8 @@ SCALE = str(config.get("scale", "smoke"))
 try:
     check_known("--config has no key", config, ["scale", "train_missing", "runs"])
     check_scale(SCALE)
+    if set("{}") & set(str(paths.root())):  # Snakemake would read a wildcard
+        raise ValueError(f"{paths.root()}: must have no braces in its path: move the checkout, or set ECMOE_HOME")
     usual = merge_parameters([paths.configs() / "scale" / f"{SCALE}.yaml"]).get("train_missing", True)
     TRAIN = str(config.get("train_missing", usual)).lower() in ("true", "1", "yes")
     GPUS, PLACES = engine.places()

@@ -414,6 +414,12 @@ def test_report_with_an_unknown_parameter_trains_nothing(tmp_path, monkeypatch):
     assert "did you mean seeds?" in (tmp_path / "n.failed.html").read_text()
 
 
+def test_generate_prints_on_a_terminal_that_lacks_characters(monkeypatch):
+    monkeypatch.setattr("ecmoe.training.continuation.continue_text", lambda *_, **__: "d\u00e9f\ufffd\u65e5")
+    shown = CliRunner(charset="latin-1").invoke(app, ["generate", "a-run", "def"])
+    assert shown.exit_code == 0 and shown.stdout == "d\u00e9f??\n"
+
+
 def test_generate_continues_a_text_with_a_run(tiny_config):
     from ecmoe import run_or_load
 

@@ -19,6 +19,7 @@ from ecmoe.bench import clock as timing
 from ecmoe.bench.baselines import Grouped, peers
 from ecmoe.bench.clock import Call
 from ecmoe.bench.rows import BOTH, CAPS, COMPILED, EAGER, FORWARD, GRAPH, OF_LAYER, PLAIN, ROUTING, Row, sized
+from ecmoe.files import ConfigError
 from ecmoe.model.moe import MoE
 from ecmoe.routers import bucket_size
 from ecmoe.routing import ExpertChoice, TokenChoice
@@ -115,11 +116,17 @@ def layer_and_input(
     device = timing.this_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
-    with device:  # 8B/64E has 8.6 billion weights, which take minutes to initialise on a CPU
-        router = ExpertChoice(d_model, num_experts, capacity_factor, pool=pool)
-        layer = MoE(router, d_model, d_ff, kernels=kernels).to(dtype)
-    return layer, x, torch.randn_like(x)
+    try:
+        x = torch.randn(1, n, d_model, device=device, dtype=dtype, requires_grad=True)
+        with device:  # 8B/64E has 8.6 billion weights, which take minutes to initialise on a CPU
+            router = ExpertChoice(d_model, num_experts, capacity_factor, pool=pool)
+            layer = MoE(router, d_model, d_ff, kernels=kernels).to(dtype)
+        return layer, x, torch.randn_like(x)
+    except RuntimeError as error:  # torch has no type of its own for a CPU's
+        if "memory" not in str(error):
+            raise
+        sizes = f"n={n}, d_model={d_model}, d_ff={d_ff}, num_experts={num_experts}"
+        raise ConfigError(f"{sizes}: don't fit into this device's memory, lower one of them") from error
 
 
 def kernels_run(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -142,7 +143,8 @@ def generate(
         raise ConfigError(f"prompt={prompt!r}: must be UTF-8") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    typer.echo(text)
+    shown = sys.stdout.encoding or "utf-8"  # which may lack characters that a model of bytes makes
+    typer.echo(text.encode(shown, "replace").decode(shown))
 
 
 def keys() -> None:

@@ -300,7 +300,7 @@ PAGE = """<html><head><meta name="viewport" content="wide"><title>A &amp; B</tit
 def test_pages_are_found_once_each_with_what_can_be_searched(tmp_path, monkeypatch):
     files = ("01_a.html", "01_a.failed.html", "02_b.failed.html", "03_c.html", "index.html")
     for name in files:
-        (tmp_path / name).write_text(PAGE if name != "03_c.html" else "<p>no page")
+        (tmp_path / name).write_bytes(PAGE.encode() if name != "03_c.html" else b"<p>no p\xe4ge")  # of anyone's
     one, failed, other = index._pages(tmp_path)
     assert [page["file"] for page in (one, failed, other)] == ["01_a.html", "02_b.failed.html", "03_c.html"]
     assert [page["name"] for page in (one, failed, other)] == ["01_a", "02_b", "03_c"]
