@@ -4,7 +4,7 @@
 #   snakemake -n                               only list what that would be; with --quiet host, in Snakemake's details
 #   snakemake --config scale=gpu               the same at another scale
 #   snakemake reports/smoke/01_convergence.html
-#   snakemake --workflow-profile profiles/slurm         submit each run as a cluster job
+#   snakemake --workflow-profile profiles/slurm   submit each run as a cluster job
 #
 # profiles/default holds the flags for continuing after a failed or killed job. Missing runs are found by comparing the plan
 # (ecmoe.study.plan) with the files in reports/<scale>. Records are not outputs of rules, because Snakemake deletes the outputs

@@ -84,6 +84,8 @@ def test_keys_lists_every_key_with_help():
     ("arguments", "named"),
     [
         (["bench", "scaling", "--strategy", "dpp"], "--strategy 'dpp': did you mean ddp?"),
+        (["bench", "layer", "--set", f"n={10**14}"], "n=100000000000000: don't fit into this device's memory"),
+        (["bench", "step", "--set", f"n={10**14}"], "n=100000000000000: don't fit into this device's memory"),
         (["bench", "scaling", "--pool", "ranks"], "--pool 'ranks': did you mean rank?"),
         (["bench", "scaling", "--only", "training,loses"], "--only 'loses': did you mean losses?"),
         (["report", "notebooks/00_routing.ipynb", "notebooks"], "notebooks is a folder: name the page in it"),

@@ -208,6 +208,18 @@ def test_a_scale_may_train_only_where_that_is_asked(study):
     assert trained == [False, True, False]
 
 
+def test_a_profile_for_clusters_keeps_the_flags_of_the_default_one():
+    """Snakemake takes one of them; cores and latency are of the machine."""
+    default, slurm = (
+        yaml.safe_load((CHECKOUT / f"profiles/{name}/config.yaml").read_text()) for name in ("default", "slurm")
+    )
+    own = {"cores", "latency-wait"}
+    assert {key: slurm.get(key) for key in default if key not in own} == {
+        k: v for k, v in default.items() if k not in own
+    }
+    assert slurm["latency-wait"] > default["latency-wait"] and "cores" not in slurm
+
+
 def test_whatever_is_wrong_is_named_in_the_end_and_stops_nothing_else(study):
     code, output, ran = snakemake(study)
     assert code != 0 and not (study / "hacked").exists(), output

@@ -34,7 +34,17 @@ for _name, _help in TIMED.items():
     def _timed(context: typer.Context, changes: Sizes = None, output: Json = None) -> None:
         from ecmoe.study import speed
 
-        _show(speed.job(context.info_name, **assignments(changes))(), output)
+        job = speed.job(context.info_name, **assignments(changes))
+        try:
+            table = job()
+        except RuntimeError as error:  # torch has no type of its own for a CPU's memory
+            if "memory" not in str(error):
+                raise
+            sizes = ", ".join(changes or ["the default sizes"])
+            raise ConfigError(
+                f"{sizes}: don't fit into this device's memory, lower one of n, d_model, d_ff, num_experts"
+            ) from error
+        _show(table, output)
 
 
 def _of_this_machine(scale: str) -> str:

@@ -143,8 +143,8 @@ def generate(
         raise ConfigError(f"prompt={prompt!r}: must be UTF-8") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    shown = sys.stdout.encoding or "utf-8"  # which may lack characters that a model of bytes makes
-    typer.echo(text.encode(shown, "replace").decode(shown))
+    encoding = sys.stdout.encoding or "utf-8"  # of a terminal, which may lack characters that a model of bytes makes
+    typer.echo(text.encode(encoding, "replace").decode(encoding))
 
 
 def keys() -> None:

@@ -45,14 +45,14 @@ def experts_forward(
     with device_of(x):
         x_in, v1, v2 = gather(x, token), w1.to(x.dtype).contiguous(), w2.to(x.dtype).contiguous()
         fused = kernels != "triton-bmm" and fusible(x_in, v1)
-        cute = kernels == "cute" and fused
+        cute = _cute() if kernels == "cute" and fused else None
         if cute and not keep:
-            slope, a = new_slope(x_in, False), _cute().activated(x_in, v1, gate)
+            slope, a = new_slope(x_in, False), cute.activated(x_in, v1, gate)
         elif fused:
             slope, a = product(x_in, v1, gate, keep=keep)
         else:
             slope, a = activate_(torch.bmm(x_in, v1), gate, keep)
-        y = _bmm(a, v2, cute=cute)
+        y = (cute.product if cute else _bmm)(a, v2)
         inverse = invert(token, x.shape[0]) if inverse is None else inverse
         out = combine(y, inverse)
     if not keep:
@@ -101,14 +101,14 @@ def experts_backward(
     with device_of(dout):
         dy, dgate = gather_dot_(dout.contiguous(), y, token.contiguous(), gate)
         fused = kernels != "triton-bmm" and fusible(dy, v2)
-        cute = kernels == "cute" and fused
-        dw2 = _bmm(a.transpose(1, 2), dy, w2.dtype, cute=cute)
+        multiply = _cute().product if kernels == "cute" and fused else _bmm
+        dw2 = multiply(a.transpose(1, 2), dy, w2.dtype)
         if fused:
             dh = product_backward(dy, v2, slope, gate, out=a)
         else:
             dh = scale_(torch.bmm(dy, v2.transpose(1, 2), out=a), slope, gate)
-        dw1 = _bmm(x_in.transpose(1, 2), dh, w1.dtype, cute=cute)
-        dx = combine(_bmm(dh, v1.transpose(1, 2), out=y, cute=cute), inverse)
+        dw1 = multiply(x_in.transpose(1, 2), dh, w1.dtype)
+        dx = combine(multiply(dh, v1.transpose(1, 2), out=y), inverse)
     torch.autograd.graph.increment_version([a, y])
     return dx, dw1, dw2, dgate
 
@@ -117,13 +117,9 @@ def _fake_backward(dout, w1, w2, token, gate, inverse, x_in, slope, a, y, v1, v2
     return tuple(t.new_empty(t.shape) for t in (dout, w1, w2, gate))
 
 
-def _bmm(
-    a: Tensor, b: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None, cute: bool = False
-) -> Tensor:
+def _bmm(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return a b in `dtype` (default: that of a), written to `out`, which has this dtype, if given; on CUDA, float32
     results aren't rounded to the dtype of a on the way."""
-    if cute:
-        return _cute().product(a, b, dtype, out=out)
     if dtype in (None, a.dtype):
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     if a.is_cuda and dtype == torch.float32:

@@ -16,7 +16,7 @@ from ecmoe.files import ConfigError
 from ecmoe.model import metrics
 from ecmoe.model.tracking import untracked
 from ecmoe.routing.assignment import Assignment
-from ecmoe.routing.router import CUTE, TRITON, Router, recomputing
+from ecmoe.routing.router import Router, lacking, recomputing
 
 # Without a capacity, one expert may get nearly all tokens, and all experts then have that many slots. Passes without
 # gradients compute experts in groups, so that h, (e, k, f), has at most HELD elements, or SLOTS rows per token if more.
@@ -79,11 +79,8 @@ class MoE(nn.Module):
 
     @kernels.setter
     def kernels(self, kind: str) -> None:
-        if check_key("kernels", kind) not in ("plain", "auto") and not TRITON:
-            raise RuntimeError(f"kernels={kind!r} needs triton: `pip install triton`, or use kernels='plain'")
-        if kind == "cute" and not CUTE:
-            install = "`pip install 'quack-kernels[cu13]'`"
-            raise RuntimeError(f"kernels='cute' needs quack-kernels: {install}, or use kernels='triton'")
+        if said := lacking(check_key("kernels", kind)):
+            raise RuntimeError(said)
         self.router.kernels = kind
 
     def reset_parameters(self) -> None:
@@ -118,8 +115,10 @@ class MoE(nn.Module):
         if mask is not None:
             x = x.masked_fill(~mask[:, None], 0)  # empty slots read any row, and 0 times NaN is NaN
         again, checkpointed = recomputing(), self.recompute and self.training
-        ours = type(self).experts is MoE.experts and "experts" not in vars(self)
-        if mask is None and self.exchange is None and not checkpointed and ours:  # all experts are here, computed once
+        whole = mask is None and self.exchange is None and not checkpointed  # all experts are here, computed once
+        own = (type(self).experts, type(self).compute) != (MoE.experts, MoE.compute)  # of a subclass, or of this layer
+        own |= not {"experts", "compute"}.isdisjoint(vars(self))
+        if whole and not own:
             record = None if again else (self.load, self.demand, self.tokens, self.experts_per_token)
             out = self.router.at_once(x, self.weights, self.room(x), statistics=record)
             if out is not None:

@@ -124,17 +124,21 @@ class Transformer(Trunk):
 
         Args:
             token_ids: (B, T) int64. task_ids: (B,) or (B, T).
-            mask: (B, T) bool, False for padding; a ValueError if it precedes a token, which would attend to it.
+            mask: (B, T) bool, False for padding; a ValueError if it precedes a token, which would attend to it, or may,
+                as with a cache.
             cache: keys and values of earlier tokens, at first `[[] for _ in model.blocks]`; updated in place.
         """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: must be (B, T)")
         if mask is not None and mask.shape != token_ids.shape:
             raise ValueError(f"mask has shape {tuple(mask.shape)}: must be {tuple(token_ids.shape)}, as token_ids")
-        if mask is not None and not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError("mask has padding before a token: pad on the right, as tokens attend to all before them")
-        if mask is not None and cache is not None and not torch.compiler.is_compiling() and not bool(mask.all()):
-            raise ValueError("mask has padding, and a cache: later tokens would attend to the padding")
+        if mask is not None and not torch.compiler.is_compiling():
+            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+                raise ValueError(
+                    "mask has padding before a token: pad on the right, as tokens attend to all before them"
+                )
+            if cache is not None and not bool(mask.all()):
+                raise ValueError("mask has padding, and there is a cache: later tokens would attend to the padding")
         # Embeddings are small compared with the blocks' outputs, so that tied logits don't start at the input token.
         return self.through(self.embedding(token_ids), cache, token_ids=token_ids, task_ids=task_ids, mask=mask)
 

@@ -142,6 +142,15 @@ def fast(kernels: str, x: Tensor) -> bool:
     return kernels != "plain" and (kernels != "auto" or x.is_cuda and TRITON)
 
 
+def lacking(kernels: str) -> str:
+    """Return which package `kernels` needs that isn't installed, and what to do; "" if none."""
+    if kernels not in ("plain", "auto") and not TRITON:
+        return f"kernels={kernels!r} needs triton: `pip install triton`, or use kernels='plain'"
+    if kernels == "cute" and not CUTE:
+        return "kernels='cute' needs quack-kernels: `pip install 'quack-kernels[cu13]'`, or use kernels='triton'"
+    return ""
+
+
 def full_precision(x: Tensor) -> torch.autocast:
     """Return a context without autocast on the device of x."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device has no autocast

@@ -63,7 +63,9 @@ def carry_out(one: Planned, scale: str, *, keep_weights: bool) -> str:
                 try:
                     measure(result, how, scale=scale, keep=True, model=model)
                 except Exception as error:  # go on with the other measurements
-                    failed.append(f"{how.name}: {type(error).__name__}: {error}")
+                    # Those that a retry may mend come first: `in_turn` judges by the first.
+                    at = len(failed) if isinstance(error, ConfigError) else 0
+                    failed.insert(at, f"{how.name}: {type(error).__name__}: {error}")
                 if missing and kept.exists():
                     print(f"[{one.name}] {how.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if not keep_weights and not failed:

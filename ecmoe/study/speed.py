@@ -234,11 +234,8 @@ def absent(found: Found) -> list[str]:
         for line in one["absent"]:
             of.setdefault(re.sub(r"\(ModuleNotFoundError: .*\)", "(not installed)", line), {})[name] = None
     paths = {name: {row["path"] for row in one.get("rows", ()) if "layer" in row} for name, one in found.items()}
-    for path, name in product(sorted(set().union(*paths.values())), paths):
-        if (
-            paths[name]
-            and path not in paths[name]
-            and not any(line.startswith(f"{path} (") for line in found[name]["absent"])
-        ):
+    for path, name in product(sorted(set().union(*paths.values())), filter(paths.get, paths)):
+        said = any(line.startswith(f"{path} (") for line in found[name]["absent"])
+        if path not in paths[name] and not said:
             of.setdefault(f"{path} (not timed)", {})[name] = None
     return [f"{line} for {', '.join(names)}" for line, names in of.items()]

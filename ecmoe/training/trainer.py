@@ -15,7 +15,7 @@ from torch._inductor import config as inductor
 from torch.utils import deterministic
 
 from ecmoe.config import ConfigError, RunConfig
-from ecmoe.routing.router import CUTE
+from ecmoe.routing.router import lacking
 from ecmoe.training.ddp import DDP
 from ecmoe.training.gpus import use_tf32
 from ecmoe.training.ranks import in_torchrun
@@ -82,8 +82,8 @@ def check_machine(config: RunConfig) -> None:
         raise ConfigError("precision='16-mixed': needs a CUDA GPU; on a CPU use 32-true, or bf16-mixed")
     if config.kernels not in ("plain", "auto") and not cuda:
         raise ConfigError(f"kernels={config.kernels!r}: needs a CUDA GPU; use auto, or plain")
-    if config.kernels == "cute" and not CUTE:
-        raise ConfigError("kernels='cute': needs quack-kernels: pip install 'quack-kernels[cu13]', or use auto")
+    if said := lacking(config.kernels):
+        raise ConfigError(said)
     if config.devices > there:
         raise ConfigError(f"devices={config.devices}: this machine has {there} {what}")
 

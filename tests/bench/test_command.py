@@ -21,6 +21,11 @@ def options(keys):
     return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
 
 
+def test_an_error_of_another_kind_is_shown_as_it_is(monkeypatch):
+    monkeypatch.setattr(speed, "job", lambda *_, **__: lambda: (_ for _ in ()).throw(RuntimeError("something else")))
+    assert CliRunner().invoke(app, ["bench", "layer"]).exception.args == ("something else",)
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -247,12 +247,12 @@ def test_the_compiler_sees_plain_pytorch_for_few_tokens_and_kernels_for_many(few
 def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(ValueError, match="kernels='fast': must be one of auto, plain, triton"):
         layer("fast")
-    monkeypatch.setattr("ecmoe.model.moe.CUTE", True)
+    monkeypatch.setattr("ecmoe.routing.router.CUTE", True)
     assert all(layer(name).router.kernels == name for name in MAY_BE["kernels"])
     monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="CUDA device, and these are on cpu.*kernels='plain'"):
         kernels.experts(*problem(*WHOLE, torch.float32)[:5] if DEVICE == "cpu" else [torch.zeros(1)] * 5)
-    monkeypatch.setattr("ecmoe.model.moe.TRITON", False)
+    monkeypatch.setattr("ecmoe.routing.router.TRITON", False)
     with pytest.raises(RuntimeError, match="kernels='triton' needs triton: `pip install triton`"):
         layer("triton")
 

@@ -324,14 +324,15 @@ def test_a_subclass_that_computes_experts_otherwise_is_heard(monkeypatch):
 
     monkeypatch.setattr(ExpertChoice, "at_once", lambda *given, **keys: pytest.fail("computed the experts itself"))
     assert not Silent(ExpertChoice(D, E, 2.0), D, FF).double()(tokens()).any()
-    moe = layer()
-    moe.experts = lambda x, token, gate: torch.ones_like(x)
-    assert (moe(tokens()) == 1).all()
+    for name in ("experts", "compute"):
+        moe = layer()
+        setattr(moe, name, lambda x, *_: torch.ones_like(x))
+        assert (moe(tokens()) == 1).all()
 
 
 def test_kernels_of_a_package_that_is_missing_are_refused_at_once(monkeypatch):
-    monkeypatch.setattr("ecmoe.model.moe.CUTE", False)
-    monkeypatch.setattr("ecmoe.model.moe.TRITON", True)
+    monkeypatch.setattr("ecmoe.routing.router.CUTE", False)
+    monkeypatch.setattr("ecmoe.routing.router.TRITON", True)
     moe = layer()
     with pytest.raises(RuntimeError, match="kernels='cute' needs quack-kernels"):
         moe.kernels = "cute"

@@ -214,7 +214,7 @@ def test_padding_follows_the_tokens(router):
         model(ids(), mask=mask.flip(0).expand(2, 12))
     with pytest.raises(ValueError, match=r"mask has shape \(12, 2\): must be \(2, 12\), as token_ids"):
         model(ids(), mask=mask.expand(2, 12).T)
-    with pytest.raises(ValueError, match="mask has padding, and a cache"):
+    with pytest.raises(ValueError, match="mask has padding, and there is a cache"):
         model(ids(), mask=mask.expand(2, 12), cache=[[] for _ in model.blocks])
 
 

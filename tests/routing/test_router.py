@@ -17,6 +17,15 @@ def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
     assert not router.fast("auto", cuda)
 
 
+@pytest.mark.parametrize("missing", ["TRITON", "CUTE"])
+def test_a_package_that_kernels_lack_is_named(monkeypatch, missing):
+    for name in ("TRITON", "CUTE"):
+        monkeypatch.setattr(router, name, name != missing)
+    lacking = [kind for kind in CHOICES["kernels"] if router.lacking(kind)]
+    assert lacking == {"TRITON": ["triton", "triton-bmm", "cute"], "CUTE": ["cute"]}[missing]
+    assert f"needs {'triton' if missing == 'TRITON' else 'quack-kernels'}: `pip install" in router.lacking("cute")
+
+
 @pytest.mark.parametrize("kind, expected", [("auto", [True, False, True, True]), ("triton", [True] * 4)])
 def test_few_tokens_are_compiled_plainly_unless_sums_need_a_fixed_order(kind, expected, monkeypatch):
     cuda, one = SimpleNamespace(is_cuda=True), ExpertChoice(3, 4)

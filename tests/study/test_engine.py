@@ -149,6 +149,23 @@ def test_a_measurement_that_fails_loses_neither_the_run_nor_the_others(project, 
     assert " s\n" not in capsys.readouterr().err  # what is there is not told again
 
 
+def test_of_several_failures_one_that_a_retry_may_mend_is_told_first(project, monkeypatch):
+    one, errors = plan.plan("gpu")[1], iter([ConfigError("a"), OSError("b"), ConfigError("c")])
+    hows = tuple(Measurement("caps", {"n": n}) for n in range(3))
+    one = plan.Planned(one.name, one.config, one.pages, one.arms, one.seed, hows)
+    monkeypatch.setattr(
+        "ecmoe.training.run.run_or_load", lambda config, *, records: SimpleNamespace(summary={"status": "finished"})
+    )
+    monkeypatch.setattr(engine, "trained_model", lambda of: contextlib.nullcontext())
+
+    def fail(*given, **keys):
+        raise next(errors)
+
+    monkeypatch.setattr(engine, "measure", fail)
+    said = engine.carry_out(one, "paper", keep_weights=True)
+    assert re.findall(r"\w+: [abc]\b", said) == ["OSError: b", "ConfigError: a", "ConfigError: c"]
+
+
 def test_all_measurements_of_a_run_share_its_model(project, monkeypatch):
     asked, one = [], plan.plan("gpu")[1]
     result, hows = SimpleNamespace(summary={"status": "finished"}), [Measurement("caps", {}), *one.measures]
